@@ -1,0 +1,1 @@
+"""The engine of `diffsynth`: everything but the terminal."""

@@ -1,0 +1,1 @@
+"""LoRA on loaded modules, through peft."""

@@ -1,0 +1,176 @@
+"""LoRA: y = W x + (alpha / rank) B A x, with A `[rank, in]`, B `[out, rank]` (Hu et al. 2021, arXiv:2106.09685).
+
+alpha equals rank, so the scale is 1. A starts uniform in ±1/sqrt(in), B at zero; both are kept in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.randomness import key_of
+from diffsynth_core.state_dicts.headers import read_header
+from diffsynth_core.state_dicts.lora_names import find_lora_keys, lora_keys
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The two halves of one module's LoRA: down is A `[rank, in]`, up is B `[out, rank]`."""
+
+    down: Tensor
+    up: Tensor
+
+
+def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int) -> None:
+    """Put a fresh LoRA on the named modules of a model; only the LoRA takes gradients.
+
+    The initial weights of a module depend on the seed and its name alone.
+
+    Raises:
+        DiffSynthError: when a module is not there or is of a kind that peft has no LoRA for.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules), lora_dropout=0.0)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise DiffSynthError(
+            f"LoRA cannot be put on these modules: {error}",
+            "name linear or convolution modules in `--lora_target_modules`",
+        ) from error
+    layers = lora_layers(model)
+    if layers.keys() != set(modules):
+        missing = sorted(set(modules) - layers.keys())
+        raise DiffSynthError(
+            f"LoRA did not find {len(missing)} of {len(modules)} modules: {shorten(missing)}",
+            "name modules that are there",
+        )
+    for name, layer in layers.items():
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]  # type: ignore[index]
+        assert isinstance(down, nn.Module) and isinstance(up, nn.Module)
+        down.to(torch.float32)
+        up.to(torch.float32)
+        _start(down.weight, up.weight, seed, name)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        # peft freezes everything that is not LoRA; what was to be trained in full still is.
+        parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
+
+
+def _start(down: nn.Parameter, up: nn.Parameter, seed: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(key_of("lora", seed, name))
+    bound = down[0].numel() ** -0.5
+    with torch.no_grad():
+        down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
+        up.zero_()
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that carry a LoRA, by their name in the model."""
+    return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
+
+
+def lora_weights(model: nn.Module) -> dict[str, LoraWeights]:
+    """The LoRA of every module that carries one."""
+    return {
+        name: LoraWeights(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)  # type: ignore[index, union-attr]
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def name_lora(weights: Mapping[str, LoraWeights], dialect: str) -> dict[str, Tensor]:
+    """LoRA weights under the keys of a dialect."""
+    tensors: dict[str, Tensor] = {}
+    for module, halves in weights.items():
+        keys = lora_keys(module, dialect)
+        assert keys.down and keys.up
+        tensors[keys.down], tensors[keys.up] = halves.down, halves.up
+        if keys.alpha:
+            tensors[keys.alpha] = torch.tensor(float(halves.down.shape[0]))
+    return tensors
+
+
+def check_lora_file(path: Path, module_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Prove that every key of a LoRA file finds a module of a fitting shape; headers only.
+
+    Args:
+        module_shapes: weight shape of each module of the base, by name.
+
+    Returns: rank by module.
+
+    Raises:
+        DiffSynthError: when a key finds no module, a half is missing, or a shape does not fit.
+    """
+    tensors = read_header(path).tensors
+    _, found, unmatched = find_lora_keys(tensors, module_shapes)
+    if unmatched:
+        raise DiffSynthError(
+            f"`{path}`: {len(unmatched)} of {len(tensors)} keys fit no module: {shorten(sorted(unmatched))}",
+            "name a LoRA of this model",
+        )
+    ranks = {}
+    for module, keys in found.items():
+        if not keys.down or not keys.up:
+            raise DiffSynthError(f"`{path}`: the LoRA of `{module}` lacks a half", "write the file anew")
+        down, up, base = tensors[keys.down].shape, tensors[keys.up].shape, module_shapes[module]
+        if down[0] != up[1] or down[1:] != base[1:] or up[0] != base[0]:
+            raise DiffSynthError(
+                f"`{path}`: the LoRA of `{module}` is {list(up)} x {list(down)}, which does not fit its weight {list(base)}",
+                "name a LoRA of this model",
+            )
+        ranks[module] = down[0]
+    return ranks
+
+
+def load_lora(model: nn.Module, path: Path) -> int:
+    """Start the LoRA of a model from a file in any dialect; returns how many modules it filled.
+
+    Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
+    (those that never get a gradient) are passed over.
+
+    Raises:
+        DiffSynthError: as `check_lora_file`; also when ranks differ, or no module of the model is filled.
+    """
+    from safetensors import safe_open
+
+    targets = lora_weights(model)
+    shapes = _weight_shapes(model)
+    ranks = check_lora_file(path, shapes)
+    _, found, _ = find_lora_keys(read_header(path).tensors, shapes)
+    filled = 0
+    with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
+        for module, halves in targets.items():
+            if module not in found:
+                continue
+            if ranks[module] != halves.down.shape[0]:
+                raise DiffSynthError(
+                    f"`{path}` has rank {ranks[module]} at `{module}`, the run has {halves.down.shape[0]}",
+                    f"give `--lora_rank {ranks[module]}`",
+                )
+            keys = found[module]
+            scale = float(stream.get_tensor(keys.alpha)) / ranks[module] if keys.alpha else 1.0
+            halves.down.copy_(stream.get_tensor(keys.down))
+            halves.up.copy_(stream.get_tensor(keys.up).float() * scale)
+            filled += 1
+    if not filled:
+        raise DiffSynthError(
+            f"`{path}` has a LoRA for none of the {len(targets)} modules that train",
+            "name a LoRA of these modules, or other `--lora_target_modules`",
+        )
+    return filled
+
+
+def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a model's modules, by their names without peft's layers in between."""
+    shapes = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and ".lora_" not in name:
+            shapes[name.removesuffix(".base_layer")] = tuple(weight.shape)
+    return shapes

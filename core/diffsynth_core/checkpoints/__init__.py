@@ -1,0 +1,1 @@
+"""What a run writes: checkpoints, the record of the run, metrics, and the state that resume needs."""

@@ -1,0 +1,117 @@
+"""The folder of one run: its record `run.json`, its metrics, its log. No torch."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import write_json
+
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+LOG = "train.log"
+RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "transformers", "peft", "safetensors")
+CHECKPOINT_NAMES = ("epoch-*.safetensors", "step-*.safetensors")
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One written checkpoint."""
+
+    file: str
+    step: int
+    epoch: int
+    sha256: str
+    bytes: int
+
+
+@dataclass
+class RunRecord:
+    """`run.json`: everything that says what a run is and how far it came.
+
+    status: running | completed | interrupted | failed.
+    """
+
+    parameters: dict[str, Any]
+    family: str
+    seed: int
+    dataset_fingerprint: str
+    components: dict[str, dict[str, str]]
+    """Component -> file -> sha256."""
+    status: str = "running"
+    step: int = 0
+    total_steps: int = 0
+    samples_seen: int = 0
+    checkpoints: list[CheckpointEntry] = field(default_factory=list)
+    failure: str | None = None
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    updated: str = ""
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: version(name) for name in RECORDED_PACKAGES},
+        }
+    )
+
+    def save(self, folder: Path) -> None:
+        self.updated = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / RECORD, asdict(self))
+
+    def add_checkpoint(self, entry: CheckpointEntry) -> None:
+        """Note a checkpoint; one of the same name has been replaced by it."""
+        self.checkpoints = [known for known in self.checkpoints if known.file != entry.file] + [entry]
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of the run in a folder; None when there is none.
+
+    Raises:
+        DiffSynthError: when the file is damaged.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["checkpoints"] = [CheckpointEntry(**entry) for entry in content["checkpoints"]]
+        return RunRecord(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DiffSynthError(f"`{path}` cannot be read: {error}", "name another `--output_path`") from error
+
+
+def holds_checkpoints(folder: Path) -> list[str]:
+    """Names of checkpoint files in a folder, whoever wrote them."""
+    return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line per step, whole as soon as the step is done."""
+
+    def __init__(self, folder: Path, done_steps: int) -> None:
+        """Go on behind step `done_steps`: lines of later steps, from before an interruption, are taken out."""
+        self._path = folder / METRICS
+        if self._path.exists():
+            lines = [
+                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps
+            ]
+            self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, float | int | None]) -> None:
+        self._stream.write(json.dumps(dict(values)) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; one that a crash cut short counts as later than all."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,92 @@
+"""What is written from the declaration: the JSON schema for editors, the reference page, command lines."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe or `--config` file."""
+    parameters = Parameters.model_json_schema(mode="validation")["properties"]
+    for name in NOT_IN_RECIPES:
+        del parameters[name]
+    for value in parameters.values():
+        value.pop("x-setting")
+        value.pop("title", None)
+    texts: dict[str, Any] = {key: {"type": "string", "description": text} for key, text in RECIPE_KEYS.items()}
+    texts["parameters"] = {
+        "type": "object",
+        "description": RECIPE_KEYS["parameters"],
+        "properties": parameters,
+        "additionalProperties": False,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "diffsynth recipe",
+        "type": "object",
+        "properties": texts,
+        "additionalProperties": False,
+    }
+
+
+def format_value(value: Any) -> str:
+    """A value as one argument of a command line, before quoting."""
+    if isinstance(value, (list, tuple)):
+        flat = all(isinstance(item, str) for item in value)
+        return ",".join(value) if flat else json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command_line(values: Mapping[str, Any], lead: str = "diffsynth train") -> str:
+    """A command line over several lines that gives `values` (in the plain form of `as_plain`).
+
+    Values of None are left out; a flag that is off is written `--no-…` only when its default is on.
+    """
+    lines = [lead]
+    for name, value in values.items():
+        setting = SETTINGS[name]
+        if value is None:
+            continue
+        if setting.type_name == "bool":
+            if value != setting.default:
+                lines.append(f"--{name}" if value else f"--no-{name}")
+        elif setting.type_name == "json list":
+            lines += [f"--{name} {shlex.quote(json.dumps(value))}"] if value else []
+        elif value != [] or setting.default != ():
+            lines.append(f"--{name} {shlex.quote(format_value(value))}")
+    return " \\\n  ".join(lines)
+
+
+def documented_values(parameters: Parameters) -> dict[str, Any]:
+    """The documented parameters alone, plain."""
+    return {name: value for name, value in as_plain(parameters).items() if SETTINGS[name].documented}
+
+
+def reference_page() -> str:
+    """`docs/parameters.md`."""
+    lines = [
+        "# Parameters",
+        "",
+        "Generated from the declaration by `make docs`; a test fails when this page is stale.",
+        "",
+        "Give a parameter as a flag (`--lora_rank 16`, `--lora-rank 16`), in a `--config` file or in a recipe; flags go first,",
+        "then the file, then the recipe, then the default. Every flag that is true or false has a `--no-…` form.",
+        "Names marked ¹ are those of DiffSynth-Studio; names marked ² are known and refused in this version.",
+    ]
+    for group, title in GROUPS.items():
+        lines += ["", f"## {title}", "", "| parameter | type | default | what it does |", "|---|---|---|---|"]
+        lines += [_reference_row(setting) for setting in SETTINGS.values() if setting.group == group]
+    return "\n".join(lines) + "\n"
+
+
+def _reference_row(setting: Setting) -> str:
+    marks = ("¹" if setting.documented else "") + ("²" if setting.planned else "")
+    kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
+    default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
+    unit = f" ({setting.unit})" if setting.unit else ""
+    families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
+    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} |"

@@ -1,0 +1,463 @@
+"""The one declaration of every setting: name, type, default, group, unit, families, help.
+
+The options of `diffsynth train`, the recipe schema, the JSON schema for editors, `recipe show` and the reference page
+are made from it. Documented parameters are those of the public trainer DiffSynth-Studio, under its names; the others
+(`documented=False`) are ours.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic.fields import FieldInfo
+
+GROUPS = {
+    "run": "Run",
+    "dataset": "Dataset",
+    "size": "Picture and video size",
+    "model": "Model files",
+    "training": "Training",
+    "lora": "LoRA",
+    "gradient": "Gradient",
+    "output": "Output",
+    "family": "Only some families",
+}
+
+
+def _reject_bool(value: object) -> object:
+    """Python counts True as 1; a setting that takes a number does not."""
+    if isinstance(value, bool):
+        raise ValueError("is not a number")
+    return value
+
+
+def _split_commas(value: object) -> object:
+    """`"a, b"` or `[a, b]` -> `(a, b)`; blanks around commas are harmless, empty text is an empty list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(part.strip() for part in value if part.strip())
+    raise ValueError("is not a list of texts")
+
+
+def _read_path_groups(value: object) -> object:
+    """JSON text or a list whose elements are a path or a list of shard paths -> a tuple of tuples of paths."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError("is not a JSON list") from error
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("is not a JSON list")
+    groups = tuple(
+        (item,) if isinstance(item, str) else tuple(item) if isinstance(item, (list, tuple)) else () for item in value
+    )
+    if any(not group or not all(isinstance(path, str) and path for path in group) for group in groups):
+        raise ValueError("is not a JSON list")
+    return groups
+
+
+def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
+    """The inverse of `_read_path_groups`."""
+    return [group[0] if len(group) == 1 else list(group) for group in groups]
+
+
+Integer = Annotated[int, BeforeValidator(_reject_bool)]
+Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
+CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
+PathGroups = Annotated[
+    tuple[tuple[str, ...], ...],
+    BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
+    PlainSerializer(_ungroup),
+]
+
+TYPE_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "path": "a path",
+    "str": "a text",
+    "comma list": "a list of texts with commas between them",
+    "json list": "a JSON list of paths, or of lists of shard paths",
+}
+
+
+def _setting(
+    default: Any,
+    group: str,
+    type_name: str,
+    help_text: str,
+    *,
+    unit: str | None = None,
+    families: tuple[str, ...] = (),
+    documented: bool = True,
+    planned: bool = False,
+    **constraints: Any,
+) -> Any:
+    """Declare one setting.
+
+    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families; `planned` marks a
+    documented setting that this version knows and refuses, so that nothing is accepted and ignored.
+    """
+    facts: dict[str, Any] = {
+        "group": group,
+        "type": type_name,
+        "unit": unit,
+        "families": families,
+        "documented": documented,
+        "planned": planned,
+    }
+    return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
+
+
+class Parameters(BaseModel):
+    """The expanded settings of one training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    # run
+    recipe: str | None = _setting(
+        None,
+        "run",
+        "str",
+        "Recipe that supplies the values not given here; `diffsynth recipe list` names them",
+        documented=False,
+    )
+    config: Path | None = _setting(
+        None,
+        "run",
+        "path",
+        "YAML file in the format of a recipe; its values go before those of the recipe",
+        documented=False,
+    )
+    rehearse: bool = _setting(
+        False,
+        "run",
+        "bool",
+        "Run everything on tiny random weights of the same architecture, in the real file layout, before a GPU is rented",
+        documented=False,
+    )
+    dry_run: bool = _setting(
+        False, "run", "bool", "Check everything, print the plan, and stop before any weight is read", documented=False
+    )
+    resume: Literal["auto"] | None = _setting(
+        None,
+        "run",
+        "choice",
+        "auto: go on with the run in `output_path` from its last whole state, from the start when there is none; blank: refuse a folder that holds a run",
+        documented=False,
+    )
+    seed: Integer = _setting(
+        0,
+        "run",
+        "int",
+        "Seed of noise, timesteps, order and initial LoRA weights",
+        documented=False,
+        ge=0,
+        le=2**63 - 1,
+    )
+    max_steps: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Stop after this many optimizer steps in all; blank: train all epochs (a rehearsal: 8)",
+        unit="optimizer steps",
+        documented=False,
+        ge=1,
+    )
+    device: str | None = _setting(
+        None, "run", "str", "cpu, cuda, cuda:1, mps …; blank: the best there is", documented=False
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
+        None,
+        "run",
+        "choice",
+        "Number format of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay float32; blank: bf16 on a GPU, no on a CPU",
+        documented=False,
+    )
+
+    # dataset
+    dataset_base_path: Path = _setting(
+        Path("data/example_image_dataset"),
+        "dataset",
+        "path",
+        "Root folder of the dataset; media paths in the metadata are relative to it",
+    )
+    dataset_metadata_path: Path | None = _setting(
+        None,
+        "dataset",
+        "path",
+        "Metadata file (.csv, .json, .jsonl); blank: `metadata.csv`, `.json` or `.jsonl` in the root folder, else captions in .txt files beside the pictures",
+    )
+    dataset_repeat: Integer = _setting(
+        1,
+        "dataset",
+        "int",
+        "How many times one epoch goes over the dataset; large numbers cost neither start-up time nor memory",
+        ge=1,
+    )
+    dataset_num_workers: Integer = _setting(
+        0, "dataset", "int", "Processes that load data beside the training process; 0: none", unit="processes", ge=0
+    )
+    data_file_keys: CommaList = _setting(
+        ("image", "video"),
+        "dataset",
+        "comma list",
+        "Metadata columns that hold file paths; a cell is one path or a JSON list of paths",
+    )
+    batch_size: Integer = _setting(
+        1,
+        "dataset",
+        "int",
+        "Samples per micro-batch on each process; samples of one shape are grouped",
+        unit="samples",
+        documented=False,
+        ge=1,
+    )
+    cache_path: Path | None = _setting(
+        None,
+        "dataset",
+        "path",
+        "Folder of the encoding cache and of rehearsal weights; blank: `$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`",
+        documented=False,
+    )
+
+    # size
+    height: Integer | None = _setting(
+        None, "size", "int", "Fixed height, together with `width`; blank: dynamic resolution", unit="pixels", ge=16
+    )
+    width: Integer | None = _setting(
+        None, "size", "int", "Fixed width, together with `height`; blank: dynamic resolution", unit="pixels", ge=16
+    )
+    max_pixels: Integer = _setting(
+        1048576,
+        "size",
+        "int",
+        "Dynamic resolution: larger pictures are scaled down to this area, smaller ones are never scaled up",
+        unit="pixels",
+        ge=256,
+    )
+    num_frames: Integer = _setting(
+        81, "size", "int", "Frames per clip, taken from its start", unit="frames", families=("wan",), ge=1
+    )
+
+    # model
+    model_paths: PathGroups = _setting(
+        (),
+        "model",
+        "json list",
+        "Local weight files as a JSON list; an element is a path or a list of shard paths; may be mixed with `model_id_with_origin_paths`",
+    )
+    model_id_with_origin_paths: CommaList = _setting(
+        (),
+        "model",
+        "comma list",
+        "Hub files as `model_id:glob`, found below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`); a local path is taken too",
+    )
+    extra_inputs: CommaList = _setting(
+        (), "model", "comma list", "Further metadata columns that the model takes as inputs, such as `edit_image`"
+    )
+    fp8_models: CommaList = _setting(
+        (),
+        "model",
+        "comma list",
+        "Entries of the model parameters whose frozen weights are kept in 8-bit floats",
+        planned=True,
+    )
+    offload_models: CommaList = _setting(
+        (),
+        "model",
+        "comma list",
+        "Entries of the model parameters not to be held in memory; no stage here ever loads weights it does not need, so this is always satisfied",
+    )
+
+    # training
+    learning_rate: Number = _setting(
+        1e-4, "training", "float", "AdamW learning rate; usual: 1e-4 for LoRA, 1e-5 for full training", ge=0
+    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _setting(
+        "constant",
+        "training",
+        "choice",
+        "Course of the learning rate after warm-up: constant, or falling to 0 at the last step along a line or a cosine",
+        documented=False,
+    )
+    lr_warmup_steps: Integer = _setting(
+        0,
+        "training",
+        "int",
+        "Steps over which the learning rate rises from 0 to its full value",
+        unit="optimizer steps",
+        documented=False,
+        ge=0,
+    )
+    max_grad_norm: Number | None = _setting(
+        None,
+        "training",
+        "float",
+        "Scale gradients down to this global norm; blank: no clipping",
+        documented=False,
+        gt=0,
+    )
+    num_epochs: Integer = _setting(1, "training", "int", "Number of epochs", unit="epochs", ge=1)
+    trainable_models: CommaList = _setting(
+        (), "training", "comma list", "Components trained in full, for example dit, text_encoder, vae"
+    )
+    find_unused_parameters: bool = _setting(
+        False,
+        "training",
+        "bool",
+        "Let distributed training look for parameters without a gradient; never needed here, since those that cannot get one are left out",
+    )
+    weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", ge=0)
+    task: Literal[
+        "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
+    ] = _setting("sft", "training", "choice", "sft: supervised training; this version does sft only")
+
+    # lora
+    lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA")
+    lora_target_modules: CommaList | None = _setting(
+        None, "lora", "comma list", "Ends of module names that receive LoRA; not given: the family's documented list"
+    )
+    lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", ge=1)
+    lora_checkpoint: Path | None = _setting(
+        None, "lora", "path", "LoRA file whose weights the trained LoRA starts from"
+    )
+    lora_format: Literal["diffsynth", "diffusers", "comfyui", "kohya"] = _setting(
+        "diffsynth",
+        "lora",
+        "choice",
+        "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya",
+        documented=False,
+    )
+    preset_lora_path: Path | None = _setting(
+        None, "lora", "path", "LoRA merged into the base before training", planned=True
+    )
+    preset_lora_model: str | None = _setting(
+        None, "lora", "str", "Component that the preset LoRA is merged into", planned=True
+    )
+
+    # gradient
+    use_gradient_checkpointing: bool = _setting(
+        False, "gradient", "bool", "Recompute activations in the backward pass: less memory, more time"
+    )
+    use_gradient_checkpointing_offload: bool = _setting(
+        False, "gradient", "bool", "Also keep checkpointed activations in host memory", planned=True
+    )
+    gradient_accumulation_steps: Integer = _setting(
+        1, "gradient", "int", "Micro-batches per optimizer step on each process", unit="micro-batches", ge=1
+    )
+
+    # output
+    output_path: Path = _setting(
+        Path("./models"),
+        "output",
+        "path",
+        "Folder of the run; with a recipe: `models/train/<recipe>`; a rehearsal makes a fresh folder below `rehearsals/` when none is named",
+    )
+    remove_prefix_in_ckpt: str = _setting(
+        "pipe.dit.", "output", "str", "Text taken off the keys that start with it when a checkpoint is saved"
+    )
+    save_steps: Integer | None = _setting(
+        None, "output", "int", "Save every so many steps; blank: once per epoch", unit="optimizer steps", ge=1
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
+        None,
+        "output",
+        "choice",
+        "Number format of saved weights; blank: LoRA in float32, full weights as in the base file",
+        documented=False,
+    )
+
+    # family
+    max_timestep_boundary: Number = _setting(
+        1.0,
+        "family",
+        "float",
+        "Upper end of the sampled share of the timestep table; 0 is the most noisy end",
+        ge=0,
+        le=1,
+    )
+    min_timestep_boundary: Number = _setting(
+        0.0, "family", "float", "Lower end of the sampled share of the timestep table", ge=0, le=1
+    )
+    tokenizer_path: str | None = _setting(
+        None,
+        "family",
+        "str",
+        "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+    )
+    processor_path: str | None = _setting(None, "family", "path", "Processor folder of Qwen-Image-Edit", planned=True)
+    tokenizer_1_path: str | None = _setting(None, "family", "str", "CLIP tokenizer of FLUX.1", families=("flux",))
+    tokenizer_2_path: str | None = _setting(None, "family", "str", "T5 tokenizer of FLUX.1", families=("flux",))
+    align_to_opensource_format: bool = _setting(
+        False, "family", "bool", "Write the LoRA of FLUX in the widely read key names", families=("flux",)
+    )
+    initialize_model_on_cpu: bool = _setting(
+        False, "family", "bool", "Load weights into host memory first, then move them to the device"
+    )
+    zero_cond_t: bool = _setting(
+        False,
+        "family",
+        "bool",
+        "Qwen-Image-Edit-2511: tokens of reference pictures are modulated with timestep 0",
+        planned=True,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting, as the option, schema and page makers see it."""
+
+    name: str
+    type_name: str
+    default: Any
+    group: str
+    unit: str | None
+    families: tuple[str, ...]
+    documented: bool
+    planned: bool
+    choices: tuple[str, ...]
+    help_text: str
+
+    @property
+    def type_words(self) -> str:
+        """What the setting takes, as an error message says it."""
+        return f"one of {', '.join(self.choices)}" if self.choices else TYPE_WORDS[self.type_name]
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    """The values of a `Literal`, None left out."""
+    options = getattr(field.annotation, "__args__", ())
+    nested = [getattr(option, "__args__", (option,)) for option in options]
+    return tuple(value for group in nested for value in group if isinstance(value, str))
+
+
+def _read_settings() -> Iterator[Setting]:
+    for name, field in Parameters.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        facts: dict[str, Any] = dict(extra["x-setting"])  # type: ignore[arg-type]
+        yield Setting(
+            name=name,
+            type_name=facts["type"],
+            default=field.default,
+            group=facts["group"],
+            unit=facts["unit"],
+            families=facts["families"],
+            documented=facts["documented"],
+            planned=facts["planned"],
+            choices=_choices(field) if facts["type"] == "choice" else (),
+            help_text=field.description or "",
+        )
+
+
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _read_settings()}
+
+
+def as_plain(parameters: Parameters) -> dict[str, Any]:
+    """Values as JSON and YAML hold them: lists for tuples, texts for paths."""
+    return parameters.model_dump(mode="json")

@@ -1,0 +1,62 @@
+"""Reading YAML as people write it: `1e-4` is a number, a repeated key is an error."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffsynth_core.errors import DiffSynthError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader with YAML 1.2's floats; plain PyYAML reads `1e-4` as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{key_node.value}` stands twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DiffSynthError: when the file cannot be read, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error}") from error
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DiffSynthError(
+            f"`{path}` is not YAML{line}: {error.problem or error.context}", "mend that line"
+        ) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DiffSynthError(
+            f"`{path}` holds a {type(value).__name__}, expected keys and values",
+            "write `parameters:` and the values below it",
+        )
+    return value

@@ -1,0 +1,151 @@
+"""Which samples stand in which batch, as a pure function of the batch's number. No torch.
+
+Samples of one shape form a bucket. An epoch goes `repeat` times over the dataset; each pass over a bucket has an order
+of its own. Batches are cut along a bucket's passes, and the batches of all buckets are mixed within about one pass, so
+that any stretch of an epoch sees all buckets and every sample equally often. Nothing is listed: number and content of
+the batches of an epoch cost the same at any `repeat`.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from diffsynth_core.randomness import key_of, permute
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One sample (its index in the dataset) in one pass of an epoch."""
+
+    sample: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples of one shape."""
+
+    shape: Hashable
+    members: tuple[int, ...]
+
+
+class BatchPlan:
+    """All batches of all epochs."""
+
+    def __init__(self, shapes: Sequence[Hashable], repeat: int, batch_size: int, seed: int) -> None:
+        members: dict[Hashable, list[int]] = {}
+        for index, shape in enumerate(shapes):
+            members.setdefault(shape, []).append(index)
+        self.buckets = tuple(Bucket(shape, tuple(indices)) for shape, indices in members.items())
+        self.samples_per_epoch = len(shapes) * repeat
+        self._repeat = repeat
+        self._batch_size = batch_size
+        self._seed = seed
+        self._batches = [-(-len(bucket.members) * repeat // batch_size) for bucket in self.buckets]
+        self.batches_per_epoch = sum(self._batches)
+
+    def batch(self, epoch: int, number: int) -> list[Occurrence]:
+        """The samples of batch `number` (from 0) of an epoch.
+
+        Raises:
+            IndexError: when the epoch has no such batch.
+        """
+        bucket_number, start, stop = self._locate(epoch, number)
+        members = self.buckets[bucket_number].members
+        occurrences = []
+        for position in range(start, stop):
+            repeat, place = divmod(position, len(members))
+            order = key_of("order", self._seed, epoch, bucket_number, repeat)
+            occurrences.append(Occurrence(members[permute(place, len(members), order)], repeat))
+        return occurrences
+
+    def size(self, epoch: int, number: int) -> int:
+        """How many samples batch `number` of an epoch has."""
+        _, start, stop = self._locate(epoch, number)
+        return stop - start
+
+    def _locate(self, epoch: int, number: int) -> tuple[int, int, int]:
+        """(bucket, first position, position behind the last) of a batch."""
+        if not 0 <= number < self.batches_per_epoch:
+            raise IndexError(f"batch {number} of {self.batches_per_epoch}")
+        turn = self._turn_of(number)
+        first = self._batches_before(turn)
+        counts = [self._share(count, turn + 1) - self._share(count, turn) for count in self._batches]
+        place = permute(number - first, sum(counts), key_of("mix", self._seed, epoch, turn))
+        for bucket_number, count in enumerate(counts):
+            if place < count:
+                batch_in_bucket = self._share(self._batches[bucket_number], turn) + place
+                start = batch_in_bucket * self._batch_size
+                end_of_bucket = len(self.buckets[bucket_number].members) * self._repeat
+                return bucket_number, start, min(start + self._batch_size, end_of_bucket)
+            place -= count
+        raise AssertionError("a batch lies in one of the buckets")
+
+    def _share(self, count: int, turn: int) -> int:
+        """How many of a bucket's `count` batches lie before a turn; the epoch has `repeat` turns of about one pass."""
+        return count * turn // self._repeat
+
+    def _batches_before(self, turn: int) -> int:
+        return sum(self._share(count, turn) for count in self._batches)
+
+    def _turn_of(self, number: int) -> int:
+        low, high = 0, self._repeat - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._batches_before(middle) <= number else (low, middle - 1)
+        return low
+
+
+@dataclass(frozen=True)
+class StepSlice:
+    """The micro-batches of one optimizer step over all processes: numbers `start` to `stop` of one epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+    ends_epoch: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which micro-batches make up which optimizer step; steps do not cross epochs.
+
+    `micro_batches`: per step over all processes, gradient accumulation times processes.
+    """
+
+    batches: BatchPlan
+    micro_batches: int
+    num_epochs: int
+    max_steps: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.batches.batches_per_epoch // self.micro_batches)
+
+    @property
+    def total_steps(self) -> int:
+        every = self.steps_per_epoch * self.num_epochs
+        return every if self.max_steps is None else min(every, self.max_steps)
+
+    def slice(self, step: int) -> StepSlice:
+        """The micro-batches of `step` (from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.micro_batches
+        stop = min(start + self.micro_batches, self.batches.batches_per_epoch)
+        return StepSlice(epoch, start, stop, stop == self.batches.batches_per_epoch)
+
+    def samples_in(self, part: StepSlice) -> int:
+        """How many samples the micro-batches of a step have together."""
+        return sum(self.batches.size(part.epoch, number) for number in range(part.start, part.stop))
+
+    def samples_needed(self, first_step: int, sample_count: int) -> list[int]:
+        """Indices of the samples that the steps from `first_step` on will see, sorted."""
+        if first_step % self.steps_per_epoch == 0 and self.total_steps - first_step >= self.steps_per_epoch:
+            return list(range(sample_count))
+        seen: set[int] = set()
+        for step in range(first_step, self.total_steps):
+            part = self.slice(step)
+            for number in range(part.start, part.stop):
+                seen.update(occurrence.sample for occurrence in self.batches.batch(part.epoch, number))
+            if len(seen) == sample_count:
+                break
+        return sorted(seen)

@@ -1,0 +1,60 @@
+"""The encoding cache: what the frozen encoders made of a sample, on disk, by content.
+
+An entry is one safetensors file named by the sha256 of everything its content depends on. Entries are written whole or
+not at all, never changed, and shared between runs and processes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import replacing
+
+if TYPE_CHECKING:
+    import torch
+
+
+def encoding_key(**parts: Any) -> str:
+    """The name of an entry: sha256 of the parts its content depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class EncodingCache:
+    """Entries below one folder, by family and encoder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
+        """Keep what an encoder made of one sample."""
+        from safetensors.torch import save_file
+
+        with replacing(self.path(key)) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoded.items()}, temporary)
+
+    def read(self, key: str) -> dict[str, "torch.Tensor"]:
+        """An entry's tensors, on the CPU.
+
+        Raises:
+            DiffSynthError: when the entry is gone or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors: dict[str, torch.Tensor] = load_file(self.path(key))
+        except (OSError, SafetensorError) as error:
+            raise DiffSynthError(
+                f"cannot read the cached encoding `{self.path(key)}`: {error}",
+                "delete that file and start again: it will be made anew",
+            ) from error
+        return tensors

@@ -1,0 +1,103 @@
+"""Eight pictures with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffsynth_core.data.pictures import EXIF_ORIENTATION
+from diffsynth_core.files import replacing
+
+DRAWN = (
+    ("sun.jpg", (320, 240), "circle", "orange", "blue", "an orange sun over a blue sea"),
+    ("flag.png", (256, 256), "stripes", "green", "white", "a flag"),
+    (
+        "kite.webp",
+        (240, 320),
+        "diamond",
+        "red",
+        "lightblue",
+        "a red kite in a light blue sky, seen from below, high above the town",
+    ),
+    ("tower_turned.jpg", (320, 208), "bars", "gray", "black", "grey towers at night"),
+    ("leaf_alpha.png", (288, 208), "diamond", "darkgreen", None, "a dark green leaf on nothing"),
+    ("wheel.jpg", (272, 272), "rings", "brown", "yellow", "a brown wheel before a yellow wall"),
+    ("wave.webp", (336, 224), "stripes", "navy", "lightblue", "navy waves"),
+    (
+        "coin.png",
+        (208, 304),
+        "rings",
+        "gold",
+        "purple",
+        "a gold coin on purple velvet, polished, with a soft light from the left",
+    ),
+)
+"""(file name, size in pixels, shape, its colour, the ground's colour, caption)"""
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Draw the pictures and their metadata.csv into a folder, those that are not there yet; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, size, shape, colour, ground, _ in DRAWN:
+        if not (folder / name).is_file():
+            _save(_draw(size, shape, colour, ground), folder / name)
+    if not (folder / "metadata.csv").is_file():
+        with (
+            replacing(folder / "metadata.csv") as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as stream,
+        ):
+            writer = csv.writer(stream)
+            writer.writerow(("image", "prompt"))
+            writer.writerows((name, caption) for name, *_, caption in DRAWN)
+    return folder
+
+
+def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) -> Image.Image:
+    picture = Image.new("RGBA", size, (0, 0, 0, 0) if ground is None else ground)
+    pen = ImageDraw.Draw(picture)
+    width, height = size
+    middle = (width // 2, height // 2)
+    radius = min(size) // 3
+    if shape == "circle":
+        pen.ellipse((middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius), fill=colour)
+    elif shape == "rings":
+        for reach in range(radius, 8, -16):
+            pen.ellipse(
+                (middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach), outline=colour, width=8
+            )
+    elif shape == "diamond":
+        pen.polygon(
+            [
+                (middle[0], middle[1] - radius),
+                (middle[0] + radius, middle[1]),
+                (middle[0], middle[1] + radius),
+                (middle[0] - radius, middle[1]),
+            ],
+            fill=colour,
+        )
+    elif shape == "bars":
+        for left in range(0, width, 48):
+            pen.rectangle((left, height // 3 + left % 64, left + 24, height), fill=colour)
+    else:
+        for top in range(0, height, 32):
+            points = [(x, top + 8 * math.sin(x / 24)) for x in range(0, width, 4)]
+            pen.line(points, fill=colour, width=12)
+    return picture if ground is None else _grain(picture.convert("RGB"))
+
+
+def _grain(picture: Image.Image) -> Image.Image:
+    """A little noise, as photographs have."""
+    noise = np.random.default_rng(picture.width * picture.height).normal(0, 6, (picture.height, picture.width, 3))
+    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    exif = Image.Exif()
+    if "turned" in path.stem:
+        picture = picture.rotate(90, expand=True)
+        exif[EXIF_ORIENTATION] = 6  # to be turned 90 degrees clockwise for viewing
+    formats = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+    with replacing(path) as temporary:
+        picture.save(temporary, format=formats[path.suffix], exif=exif)

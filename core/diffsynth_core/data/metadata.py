@@ -1,0 +1,144 @@
+"""Metadata of a dataset: csv, json, jsonl, or captions in text files beside the pictures. No torch."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+
+METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Rows of a dataset; `origin` says where they were read. Row numbers count samples from 1."""
+
+    origin: str
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+
+
+def find_metadata(base: Path, given: Path | None) -> Path | None:
+    """The metadata file: the given one, else the first of the documented names in `base`."""
+    if given:
+        return given
+    return next((base / name for name in METADATA_NAMES if (base / name).is_file()), None)
+
+
+def read_metadata(base: Path, given: Path | None, text_column: str, media_column: str) -> Metadata:
+    """The metadata of the dataset in `base`.
+
+    Without a metadata file the pictures below `base` are the rows, each with the caption in the text file of its name.
+
+    Raises:
+        DiffSynthError: when the folder or the file is missing, cannot be parsed, or holds no row.
+    """
+    if not base.is_dir():
+        raise DiffSynthError(
+            f"the dataset folder `{base}` (`dataset_base_path`) is not there",
+            "name the folder with `--dataset_base_path`",
+        )
+    path = find_metadata(base, given)
+    if path is None:
+        return _read_captions_beside(base, text_column, media_column)
+    if not path.is_file():
+        raise DiffSynthError(
+            f"the metadata file `{path}` (`dataset_metadata_path`) is not there", "mend `--dataset_metadata_path`"
+        )
+    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DiffSynthError(
+            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "mend `--dataset_metadata_path`"
+        )
+    try:
+        metadata = reader(path)
+    except UnicodeDecodeError as error:
+        raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    if not metadata.rows:
+        raise DiffSynthError(f"`{path}` holds no row", "write one row per sample")
+    return metadata
+
+
+def _read_csv(path: Path) -> Metadata:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream)
+        try:
+            header = tuple(name.strip() for name in next(reader, []))
+            rows: list[dict[str, str]] = []
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) > len(header):
+                    raise DiffSynthError(
+                        f"`{path}` row {len(rows) + 1}: {len(cells)} cells, the header has {len(header)}",
+                        "put texts with commas in quotes",
+                    )
+                rows.append(dict(zip(header, cells, strict=False)))
+        except csv.Error as error:
+            raise DiffSynthError(f"`{path}` line {reader.line_num}: {error}", "mend that line") from error
+    return Metadata(str(path), header, tuple(rows))
+
+
+def _read_json(path: Path) -> Metadata:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DiffSynthError(f"`{path}` line {error.lineno}: {error.msg}", "mend that line") from error
+    if not isinstance(content, list):
+        raise DiffSynthError(
+            f"`{path}` holds a {type(content).__name__}, expected a list of objects", "write one object per sample"
+        )
+    return _from_objects(path, list(enumerate(content, start=1)))
+
+
+def _read_jsonl(path: Path) -> Metadata:
+    objects: list[tuple[int, Any]] = []
+    for line_number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            objects.append((len(objects) + 1, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise DiffSynthError(f"`{path}` line {line_number}: {error.msg}", "mend that line") from error
+    return _from_objects(path, objects)
+
+
+def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
+    columns: dict[str, None] = {}
+    for number, value in objects:
+        if not isinstance(value, dict):
+            raise DiffSynthError(
+                f"`{path}` row {number} is a {type(value).__name__}, expected an object", "write one object per sample"
+            )
+        columns.update(dict.fromkeys(value))
+    return Metadata(str(path), tuple(columns), tuple(value for _, value in objects))
+
+
+def _read_captions_beside(base: Path, text_column: str, media_column: str) -> Metadata:
+    pictures = sorted(path for path in base.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
+    if not pictures:
+        raise DiffSynthError(
+            f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor pictures",
+            f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
+        )
+    without = [path for path in pictures if not path.with_suffix(".txt").is_file()]
+    if without:
+        raise DiffSynthError(
+            f"`{base}` has no metadata file, and {len(without)} of its {len(pictures)} pictures no caption beside them; the first is `{without[0]}`",
+            f"write the caption into `{without[0].with_suffix('.txt')}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
+        )
+    rows = []
+    for path in pictures:
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise DiffSynthError(
+                f"`{path.with_suffix('.txt')}` is not UTF-8 (byte {error.start})", "save it as UTF-8"
+            ) from error
+        rows.append({media_column: str(path.relative_to(base)), text_column: caption})
+    return Metadata(f"{base} (captions beside the pictures)", (media_column, text_column), tuple(rows))

@@ -1,0 +1,131 @@
+"""Pictures: what their headers say, the size they are trained at, and their pixels."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from diffsynth_core.errors import DiffSynthError
+
+EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations whose upright picture has width and height swapped."""
+
+
+@dataclass(frozen=True)
+class PictureHeader:
+    """What the header of a picture says; width and height are those of the upright picture, in pixels."""
+
+    width: int
+    height: int
+    rotated: bool
+    transparent: bool
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """How a picture's size becomes a training size, in pixels.
+
+    Either `height` and `width` are fixed, or pictures above the area `max_pixels` are scaled down to it and smaller
+    ones keep their size; sides are then floored to multiples of `factor`.
+    """
+
+    height: int | None
+    width: int | None
+    max_pixels: int
+    factor: int
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) that a picture of `width` x `height` is trained at; a side of 0 means it is too small."""
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
+        # A picture of exactly max_pixels must not lose a row to rounding.
+        fitted = (int(side * scale + 1e-6) for side in (height, width))
+        target_height, target_width = (side // self.factor * self.factor for side in fitted)
+        return target_height, target_width
+
+
+def read_picture_header(path: Path) -> PictureHeader:
+    """Size, orientation and transparency of a picture, without decoding it.
+
+    Raises:
+        DiffSynthError: when the file is no picture.
+    """
+    with _opening(path) as picture:
+        orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+        width, height = picture.size
+        if orientation in SIDEWAYS:
+            width, height = height, width
+        return PictureHeader(width, height, orientation in range(2, 9), _is_transparent(picture))
+
+
+def load_picture(path: Path, height: int, width: int) -> NDArray[np.uint8]:
+    """Pixels of a picture at a training size, `[height, width, 3]`, RGB, 0..255.
+
+    EXIF orientation is applied, transparency composed on white. The picture is scaled (Lanczos) until it covers the
+    size, then cut at the centre.
+
+    Raises:
+        DiffSynthError: when the file cannot be decoded to its end.
+    """
+    with _opening(path) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        rgb = _to_rgb(upright)
+    scale = max(width / rgb.width, height / rgb.height)
+    covering = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
+    if covering != rgb.size:
+        rgb = rgb.resize(covering, Image.Resampling.LANCZOS)
+    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+    return np.asarray(rgb.crop((left, top, left + width, top + height)))
+
+
+class _opening:  # noqa: N801 - reads as a verb at the place of use
+    """Open a picture; whatever Pillow raises inside the block becomes one clear error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._picture: Image.Image | None = None
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self._picture = Image.open(self._path)
+        except Exception as error:
+            raise self._unreadable(error) from error
+        return self._picture
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._picture:
+            self._picture.close()
+        if isinstance(error, Exception) and not isinstance(error, DiffSynthError):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DiffSynthError:
+        reason = (
+            "the file is empty"
+            if self._path.is_file() and self._path.stat().st_size == 0
+            else str(error).replace(f" '{self._path}'", "")
+        )
+        return DiffSynthError(
+            f"`{self._path}` cannot be read as a picture: {reason}", "replace the file or take its row out"
+        )
+
+
+def _is_transparent(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB of any mode: transparency composed on white, 16 bits scaled to 8."""
+    if _is_transparent(picture):
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if picture.mode.startswith("I"):
+        # Pillow clips 16-bit greys at 255 instead of scaling them.
+        scaled = (np.asarray(picture).astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,131 @@
+"""From component files to a module in memory: built without memory, checked by shape, filled tensor by tensor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.families.family import Family
+from diffsynth_core.families.interface import ComponentFiles
+from diffsynth_core.progress import Reporter, format_bytes
+from diffsynth_core.state_dicts.headers import read_headers
+
+
+def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
+    """The component's module with parameters on the meta device and buffers (rotary tables and the like) computed.
+
+    Raises:
+        DiffSynthError: when the configuration does not tell or cannot be built.
+    """
+    from accelerate import init_empty_weights
+
+    translate = family.facts.component(files.component).module_key
+    shapes = {translate(name): tensor.shape for name, tensor in read_headers(files.paths).items()}
+    config = family.config_of(files, shapes)
+    with init_empty_weights(include_buffers=False):
+        module = family.build(files.component, config)
+    return module.eval().requires_grad_(False)
+
+
+def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
+    """How the tensors of the files differ from those the component's configuration asks for. Reads headers only."""
+    try:
+        module = build_empty(family, files)
+        found = read_headers(files.paths)
+    except DiffSynthError as error:
+        return list(error.problems)
+    translate = family.facts.component(files.component).module_key
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    names = {translate(name): name for name in found}
+    source = f"`{files.config_path}`" if files.config_path else "the file itself"
+    where = f"{files.component} from `{files.origin}`"
+    problems = []
+    missing = sorted(expected.keys() - names.keys())
+    if missing:
+        problems.append(
+            Problem(
+                f"{where} lacks {len(missing)} tensors that {source} asks for: {shorten(missing)}",
+                "name all files of the component",
+            )
+        )
+    surplus = sorted(original for name, original in names.items() if name not in expected)
+    if surplus:
+        problems.append(
+            Problem(
+                f"{where} has {len(surplus)} tensors that {source} has no place for: {shorten(surplus)}",
+                "name the files of one component only",
+            )
+        )
+    wrong = [name for name in sorted(expected.keys() & names.keys()) if expected[name] != found[names[name]].shape]
+    if wrong:
+        first = wrong[0]
+        problems.append(
+            Problem(
+                f"{where}: the shapes of {len(wrong)} tensors differ from what {source} asks for; "
+                f"`{first}` is {list(found[names[first]].shape)}, expected {list(expected[first])}",
+                "check that config.json belongs to these files",
+            )
+        )
+    return problems
+
+
+def load_component(
+    family: Family, files: ComponentFiles, dtype: torch.dtype, device: torch.device, reporter: Reporter
+) -> nn.Module:
+    """A component with its weights in `dtype` on `device`, frozen and in eval mode.
+
+    Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
+    keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian.
+
+    Raises:
+        FaultsFound: when names or shapes do not fit the configuration.
+    """
+    from safetensors import safe_open
+
+    problems = shape_problems(family, files)
+    if problems:
+        raise FaultsFound(problems)
+    module = build_empty(family, files)
+    translate = family.facts.component(files.component).module_key
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    total = sum(path.stat().st_size for path in files.paths)
+    with reporter.task(f"Loading {files.component} ({format_bytes(total)})", len(parameters), "tensors") as task:
+        for path in files.paths:
+            with safe_open(path, framework="pt", device="cpu") as stream:
+                for key in stream.keys():  # noqa: SIM118 - not a mapping
+                    _place(module, translate(key), stream.get_tensor(key), dtype, device)
+                    task.advance()
+    return module.to(device)
+
+
+def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a tensor of a file in its place, as a copy: a view would tie the model to a file that may be overwritten."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    if leaf in parent._parameters:
+        parent._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype, copy=True), requires_grad=False)
+    else:
+        parent._buffers[leaf] = value.to(device=device, copy=True)
+
+
+def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
+    """The number format of each tensor in a component's files, in safetensors' words, by name in the file."""
+    return {name: tensor.dtype for name, tensor in read_headers(files.paths).items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DiffSynthError: when the file is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error}", "fetch the file again") from error
+    if not isinstance(content, dict):
+        raise DiffSynthError(f"`{path}` holds a {type(content).__name__}, expected an object", "fetch the file again")
+    return content

@@ -1,0 +1,48 @@
+"""Qwen-Image's answers to the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth_core.families.family import Encoded, Family
+from diffsynth_core.families.interface import ComponentFiles, Shapes
+from diffsynth_core.families.qwen_image import components as building
+from diffsynth_core.families.qwen_image import encode, inputs, rehearsal
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+
+
+class QwenImage(Family):
+    """Each method is one call into the module of its name."""
+
+    facts = QWEN_IMAGE
+
+    def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+        return building.config_of(files, shapes)
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        return building.build(component, config)
+
+    def load_tokenizer(self, parameter: str, folder: Path) -> Any:
+        return building.load_tokenizer(folder)
+
+    def encode(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        if encoder == "text":
+            return encode.encode_text(components, sample["prompt"])
+        return encode.encode_latents(components["vae"], sample["image"])
+
+    def collate(self, encoded: Sequence[Encoded]) -> Encoded:
+        return inputs.collate(encoded)
+
+    def sigmas(self) -> Tensor:
+        return inputs.sigmas()
+
+    def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        return inputs.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
+        building.checkpoint_gradients(component, module)
+
+    def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
+        rehearsal.write_tiny_weights(base, component, model_id, pattern)

@@ -1,0 +1,79 @@
+"""Batches, sigmas and the prediction of Qwen-Image's transformer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRAINING_STEPS = 1000
+SHIFT_MU = 0.8
+"""Exponential shift of the training sigmas (shift = e^mu)."""
+LAST_SIGMA = 0.02
+"""`shift_terminal` of the published scheduler configuration."""
+
+
+def sigmas() -> Tensor:
+    """The training sigmas, `[1000]` float32, 1 down to 0.02.
+
+    s = linspace(1, 0, 1001) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the last is
+    0.02 (`FlowMatchEulerDiscreteScheduler.time_shift` and `stretch_shift_to_terminal` of diffusers).
+    """
+    base = torch.linspace(1, 0, TRAINING_STEPS + 1, dtype=torch.float64)[:-1]
+    shifted = math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)
+    stretch = (1 - shifted[-1]) / (1 - LAST_SIGMA)
+    return (1 - (1 - shifted) / stretch).float()
+
+
+def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded samples of one latent shape -> a batch.
+
+    Returns: `latents` `[B, 16, 1, h, w]`, `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when
+    lengths differ, `prompt_mask` `[B, L]` bool, True where there is a token.
+    """
+    texts = [sample["prompt_embeds"] for sample in encoded]
+    batch = {
+        "latents": torch.stack([sample["latents"] for sample in encoded]),
+        "prompt_embeds": torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+    }
+    lengths = torch.tensor([len(text) for text in texts])
+    if lengths.min() < lengths.max():
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        batch["prompt_mask"] = mask.to(batch["prompt_embeds"].device)
+    return batch
+
+
+def pack(latents: Tensor) -> Tensor:
+    """2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]` (`QwenImagePipeline._pack_latents`)."""
+    batch, channels, _, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`: `[B, (h/2)(w/2), 4C]` -> `[B, C, 1, h, w]`."""
+    batch, _, channels = tokens.shape
+    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)  # [B, h/2, w/2, C, 2, 2]
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 1, height, width)
+
+
+def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The transformer called as `QwenImagePipeline` calls it: packed latents, timestep = sigma, text mask if needed.
+
+    Args:
+        noisy: `[B, 16, 1, h, w]` float32.
+        sigma: `[B]` float32.
+
+    Returns: `[B, 16, 1, h, w]`.
+    """
+    size, _, _, height, width = noisy.shape
+    (prediction,) = transformer(
+        hidden_states=pack(noisy).to(transformer.dtype),
+        timestep=sigma,
+        encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
+        encoder_hidden_states_mask=batch.get("prompt_mask"),
+        img_shapes=[[(1, height // 2, width // 2)]] * size,
+        return_dict=False,
+    )
+    return unpack(prediction, height, width)

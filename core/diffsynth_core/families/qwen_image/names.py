@@ -1,0 +1,42 @@
+"""Names of Qwen-Image's tensors and modules. No torch.
+
+The documented names are those of diffusers (transformer, VAE) and of today's transformers (text encoder). Files of the
+text encoder carry the names of earlier transformers releases: `model.layers…`, `visual.…`.
+"""
+
+import re
+
+TEXT_ENCODER_FILE_PREFIXES = (
+    ("visual.", "model.visual."),
+    ("model.language_model.", "model.language_model."),
+    ("model.visual.", "model.visual."),
+    ("model.", "model.language_model."),
+)
+"""(prefix in files, prefix in the module), first match wins; other names stay."""
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
+    "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",
+)  # fmt: skip
+"""The documented `lora_target_modules` of the transformer."""
+
+LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+"""Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
+
+_BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
+
+
+def text_encoder_key(key: str) -> str:
+    """Name of a text encoder tensor in a file, old or new style -> its name in the module."""
+    for prefix, replacement in TEXT_ENCODER_FILE_PREFIXES:
+        if key.startswith(prefix):
+            return replacement + key.removeprefix(prefix)
+    return key
+
+
+def dead_modules(names: frozenset[str]) -> frozenset[str]:
+    """Modules of the transformer that cannot influence its output, given the names of its modules or tensors."""
+    blocks = [int(match[1]) for match in map(_BLOCK.match, names) if match]
+    if not blocks:
+        return frozenset()
+    return frozenset(f"transformer_blocks.{max(blocks)}.{module}" for module in LAST_TEXT_MODULES)

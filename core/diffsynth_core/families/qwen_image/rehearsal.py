@@ -1,0 +1,209 @@
+"""Tiny random Qwen-Image components: the same classes, file layout and key names as the published ones."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
+
+TEMPLATE_WORDS = (
+    *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
+    *(" texture", " quantity", " text", " spatial", " relationships", " of", " objects", " and", " background"),
+)
+"""One token each, as in the real vocabulary, so that the system message is the 34 tokens that are dropped."""
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True)
+class TinySizes:
+    """Sizes of the random components; widths in channels."""
+
+    blocks: int = 2
+    heads: int = 2
+    head_size: int = 16
+    text_width: int = 64
+    vae_width: int = 8
+
+
+def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
+    """Write one component below `base`/`model_id`, where `pattern` finds it; the text encoder brings a tokenizer."""
+    place = PurePosixPath(pattern)
+    folder = base / model_id / place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary, merges = tiny_vocabulary()
+    if component == "text_encoder":
+        write_tokenizer(folder.parent / "tokenizer", vocabulary, merges)
+    config = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae}[component](sizes)
+    module = build(component, config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        _fill(name, parameter, generator)
+    tensors = {
+        _file_key(component, name): tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()
+    }
+    _write_config(folder / "config.json", component, module, config)
+    _write_weights(folder, place.name, tensors)
+
+
+def _transformer(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "num_layers": sizes.blocks,
+        "num_attention_heads": sizes.heads,
+        "attention_head_dim": sizes.head_size,
+        "joint_attention_dim": sizes.text_width,
+        "axes_dims_rope": list(split_even(sizes.head_size, ROPE_PROPORTION)),
+    }
+
+
+def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
+    heads = 4
+    head_size = sizes.text_width // heads
+    sections = split_even(head_size, MROPE_PROPORTION)
+    words = len(tiny_vocabulary()[0])
+    special = {token: words + number for number, token in enumerate(SPECIAL_TOKENS)}
+    return {
+        "image_token_id": special["<|image_pad|>"],
+        "video_token_id": special["<|video_pad|>"],
+        "vision_start_token_id": special["<|vision_start|>"],
+        "vision_end_token_id": special["<|vision_end|>"],
+        "text_config": {
+            "vocab_size": words + len(SPECIAL_TOKENS),
+            "bos_token_id": special["<|endoftext|>"],
+            "eos_token_id": special["<|im_end|>"],
+            "hidden_size": sizes.text_width,
+            "intermediate_size": 2 * sizes.text_width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [side // 2 for side in sections]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": sizes.text_width,
+            "fullatt_block_indexes": [1],
+        },
+        "tie_word_embeddings": False,
+    }
+
+
+def _vae(sizes: TinySizes) -> dict[str, Any]:
+    # With the filling below, latents of photographs have mean 0 and a spread of about 0.64 in each channel.
+    return {"base_dim": sizes.vae_width, "latents_mean": [0.0] * 16, "latents_std": [0.64] * 16}
+
+
+@torch.no_grad()
+def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
+    """Random weights that keep the size of signals, so that different inputs stay different.
+
+    Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of a picture).
+    With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
+    """
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1 or name.endswith("gamma"):
+        parameter.fill_(1.0)
+    elif "embed_tokens" in name:
+        parameter.normal_(generator=generator)
+    else:
+        fan_in = parameter.shape[1] * math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
+        parameter.normal_(std=fan_in**-0.5, generator=generator)
+
+
+def _file_key(component: str, name: str) -> str:
+    """The name a tensor has in published files: those of the text encoder keep earlier names."""
+    if component != "text_encoder":
+        return name
+    return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+
+
+def _write_config(path: Path, component: str, module: Any, config: dict[str, Any]) -> None:
+    if component == "text_encoder":
+        content = {"architectures": [type(module).__name__], "model_type": "qwen2_5_vl", **config}
+    else:
+        content = {"_class_name": type(module).__name__, **dict(module.config)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> None:
+    """One file, or two shards and their index where the pattern expects several."""
+    from safetensors.torch import save_file
+
+    names = list(tensors)
+    if "*" not in pattern:
+        save_file(tensors, folder / pattern, metadata={"format": "pt"})
+        return
+    stem, _, ending = pattern.partition("*")
+    half = len(names) // 2
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file_name = f"{stem}-{number:05d}-of-00002{ending}"
+        save_file({name: tensors[name] for name in part}, folder / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file_name))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / f"{stem}{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level vocabulary with merges for the words of the prompt template, which become one token each."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = sorted(ByteLevel.alphabet())
+    merges = []
+    for word in TEMPLATE_WORDS:
+        letters = word.replace(" ", "Ġ")
+        for end in range(1, len(letters)):
+            merge = (letters[:end], letters[end])
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """A tokenizer in the published layout: vocab.json, merges.txt and their configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8"
+    )
+    added = {
+        str(len(vocabulary) + number): {
+            "content": token,
+            "special": True,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
+        for number, token in enumerate(SPECIAL_TOKENS)
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": None,
+        "bos_token": None,
+        "add_prefix_space": False,
+        "model_max_length": 131072,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

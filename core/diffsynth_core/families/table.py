@@ -1,0 +1,61 @@
+"""The families there are, in one table."""
+
+from collections.abc import Collection
+from fnmatch import fnmatch
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+
+if TYPE_CHECKING:
+    from diffsynth_core.families.family import Family
+
+FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE,)}
+
+_IMPLEMENTATIONS = {"qwen-image": ("diffsynth_core.families.qwen_image.family", "QwenImage")}
+
+
+def family_facts(name: str) -> FamilyFacts:
+    """Raises: DiffSynthError: when there is no such family."""
+    if name not in FAMILIES:
+        raise DiffSynthError(f"there is no family `{name}`", f"known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load_family(name: str) -> "Family":
+    """The family's verbs; imports torch and the model libraries."""
+    module_name, class_name = _IMPLEMENTATIONS[family_facts(name).name]
+    family: Family = getattr(import_module(module_name), class_name)()
+    return family
+
+
+def recognise_component(names: Collection[str], facts: FamilyFacts) -> ComponentFacts | None:
+    """The component of a family whose signature is among tensor names."""
+    present = frozenset(names)
+    return next(
+        (
+            component
+            for component in facts.components
+            if any(signature <= present for signature in component.signatures)
+        ),
+        None,
+    )
+
+
+def component_at(place: str, facts: FamilyFacts) -> ComponentFacts | None:
+    """The component whose files a recipe names so, such as `transformer/diffusion_pytorch_model*.safetensors`."""
+    return next(
+        (component for component in facts.components if any(fnmatch(place, pattern) for pattern in component.places)),
+        None,
+    )
+
+
+def recognise_family(names: Collection[str]) -> FamilyFacts | None:
+    """The family whose diffusion transformer has these tensor names."""
+    for facts in FAMILIES.values():
+        component = recognise_component(names, facts)
+        if component and component.name == facts.denoiser:
+            return facts
+    return None

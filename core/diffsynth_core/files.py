@@ -1,0 +1,80 @@
+"""Folders of the tool, and writing files so that a stop at any moment leaves no half file under a final name."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+
+
+def default_cache_path() -> Path:
+    """`$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "diffsynth"
+
+
+def model_base_path() -> Path:
+    """Folder of downloaded models: `$DIFFSYNTH_MODEL_BASE_PATH`, else `./models`."""
+    return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which takes its place when the block ends well.
+
+    The file is fsynced before it is renamed and the folder after, so that the final name only ever shows a whole file.
+
+    Raises:
+        DiffSynthError: when the disk refuses; nothing is left under either name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DiffSynthError(
+            f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` (UTF-8) at `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put `value` at `path` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def fresh_folder(parent: Path, name: Callable[[int], str]) -> Path:
+    """Make and return the first of `parent/name(1)`, `parent/name(2)` … that does not exist yet."""
+    number = 1
+    while True:
+        folder = parent / name(number)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

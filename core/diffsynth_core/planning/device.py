@@ -1,0 +1,54 @@
+"""Where a run computes, and in which number format."""
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem
+
+PRECISIONS_BY_DEVICE = {
+    "cpu": ("no", "bf16"),
+    "cuda": ("no", "bf16", "fp16"),
+    "mps": ("no", "bf16", "fp16"),
+    "xpu": ("no", "bf16", "fp16"),
+    "npu": ("no", "bf16", "fp16"),
+}
+
+
+def choose_device(parameters: Parameters, problems: list[Problem]) -> str:
+    """The device asked for, else the best there is. Adds to `problems`; imports torch to ask for accelerators."""
+    import torch
+
+    best = torch.accelerator.current_accelerator(check_available=True)
+    if parameters.device is None:
+        return str(best) if best else "cpu"
+    kind, _, number = parameters.device.partition(":")
+    if kind not in PRECISIONS_BY_DEVICE or (number and not number.isdigit()):
+        problems.append(
+            Problem(
+                f"`device` takes {', '.join(PRECISIONS_BY_DEVICE)} with an optional `:number`, got `{parameters.device}`",
+                wrong_use=True,
+            )
+        )
+    elif kind != "cpu" and (best is None or best.type != kind or int(number or 0) >= torch.accelerator.device_count()):
+        there = f"{torch.accelerator.device_count()} of kind {best.type}" if best else "none"
+        problems.append(
+            Problem(
+                f"`device` `{parameters.device}` is not there; accelerators found: {there}",
+                "leave `--device` out, or give `--device cpu`",
+            )
+        )
+    return parameters.device
+
+
+def choose_precision(parameters: Parameters, device: str, problems: list[Problem]) -> str:
+    """The number format asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`."""
+    kind = device.partition(":")[0]
+    if parameters.mixed_precision is None:
+        return "no" if kind == "cpu" else "bf16"
+    if parameters.mixed_precision not in PRECISIONS_BY_DEVICE.get(kind, ("no", "bf16", "fp16")):
+        problems.append(
+            Problem(
+                f"`mixed_precision` `{parameters.mixed_precision}` needs a GPU; the device is {device}",
+                "give `--mixed_precision bf16` or `no`",
+                wrong_use=True,
+            )
+        )
+    return parameters.mixed_precision

@@ -1,0 +1,119 @@
+"""Which encodings a run needs, and which of them are in the cache already."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.data.cache import EncodingCache, encoding_key
+from diffsynth_core.data.samples import Sample
+from diffsynth_core.families.interface import EncoderFacts
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter
+from diffsynth_core.sources.identity import FileIdentities
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """One encoder's part in a run.
+
+    `live`: its component trains, so its output changes and is made anew in every step. Otherwise `keys` names the cache
+    entry of each needed sample (by index), and `missing` those that are still to be made.
+    """
+
+    encoder: EncoderFacts
+    live: bool
+    cache: EncodingCache
+    keys: Mapping[int, str]
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodingsPlan:
+    """All encoders of a run, and what identifies the files they depend on (sha256 by component and file name)."""
+
+    encoders: tuple[EncoderPlan, ...]
+    identities: Mapping[str, Mapping[str, str]]
+
+    @property
+    def components_to_load(self) -> tuple[str, ...]:
+        """Frozen components that must be loaded to encode."""
+        return tuple(dict.fromkeys(part.encoder.component for part in self.encoders if part.missing))
+
+
+def identity_memory(plan: Plan) -> FileIdentities:
+    """The remembered hashes of files, beside the cache."""
+    return FileIdentities(plan.cache / "identities.jsonl")
+
+
+def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
+    """Find every needed encoding by the content it depends on; reads files whose hash is not remembered."""
+    memory = identity_memory(plan)
+    component_files = {name: _files_of(plan, name) for name in plan.components}
+    memory.read_all((path for paths in component_files.values() for path in paths), reporter, "Hashing model files")
+    identities = {name: {path.name: memory.sha256(path) for path in paths} for name, paths in component_files.items()}
+    needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
+    samples = {index: plan.samples.samples[index] for index in needed}
+    memory.read_all(
+        (path for sample in samples.values() for path in sample.media.values()), reporter, "Hashing pictures"
+    )
+    encoders = tuple(
+        _plan_encoder(plan, encoder, identities[encoder.component], samples, memory) for encoder in plan.facts.encoders
+    )
+    return EncodingsPlan(encoders, identities)
+
+
+def encodings_are_known(plan: Plan) -> bool:
+    """Whether all hashes are remembered, so that planning the encodings reads no file."""
+    memory = identity_memory(plan)
+    return all(memory.known(path) for path in _all_files(plan))
+
+
+def _all_files(plan: Plan) -> Iterator[Path]:
+    for name in plan.components:
+        yield from _files_of(plan, name)
+    for sample in plan.samples.samples:
+        yield from sample.media.values()
+
+
+def _files_of(plan: Plan, component: str) -> list[Path]:
+    """Everything a component's output depends on: weights, configuration, tokenizer files."""
+    files = plan.components[component]
+    paths = [*files.paths, *([files.config_path] if files.config_path else [])]
+    for parameter, tokenizer in plan.facts.tokenizers.items():
+        if tokenizer.component == component:
+            paths += sorted(path for path in plan.tokenizers[parameter].iterdir() if path.is_file())
+    return paths
+
+
+def _plan_encoder(
+    plan: Plan,
+    encoder: EncoderFacts,
+    identity: Mapping[str, str],
+    samples: Mapping[int, Sample],
+    memory: FileIdentities,
+) -> EncoderPlan:
+    cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name)
+    if encoder.component in plan.training.components:
+        return EncoderPlan(encoder, True, cache, {}, ())
+    files = sorted(identity.values())
+    keys = {
+        index: encoding_key(
+            encoder=encoder.name,
+            version=encoder.version,
+            files=files,
+            precision=plan.mixed_precision,
+            inputs=_inputs(plan, encoder, sample, memory),
+        )
+        for index, sample in samples.items()
+    }
+    return EncoderPlan(encoder, False, cache, keys, tuple(index for index, key in keys.items() if not cache.has(key)))
+
+
+def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdentities) -> dict[str, object]:
+    """The content an encoding depends on: captions as text, media as the hash of their bytes and training size."""
+    return {
+        column: sample.caption
+        if column == plan.facts.text_column
+        else [memory.sha256(sample.media[column]), sample.height, sample.width]
+        for column in encoder.columns
+    }

@@ -1,0 +1,98 @@
+"""From resolved parameters to the plan of a run, with all problems at once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.samples import SampleSet
+from diffsynth_core.errors import FaultsFound, Problem
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts
+from diffsynth_core.files import default_cache_path, model_base_path
+from diffsynth_core.planning.components import find_components, shape_faults
+from diffsynth_core.planning.dataset import read_dataset
+from diffsynth_core.planning.device import choose_device, choose_precision
+from diffsynth_core.planning.output import check_output
+from diffsynth_core.planning.targets import Training, find_training
+from diffsynth_core.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    `first_step` is where it starts: 0, or the steps that a resumed run has behind it. `base` is the folder models were
+    looked for in. `world_size` counts processes.
+    """
+
+    parameters: Parameters
+    facts: FamilyFacts
+    components: Mapping[str, ComponentFiles]
+    tokenizers: Mapping[str, Path]
+    training: Training
+    samples: SampleSet
+    steps: StepPlan
+    first_step: int
+    device: str
+    mixed_precision: str
+    world_size: int
+
+    @property
+    def cache(self) -> Path:
+        return self.parameters.cache_path or default_cache_path()
+
+    @property
+    def batches(self) -> BatchPlan:
+        return self.steps.batches
+
+
+def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base: Path | None = None) -> Plan:
+    """The plan of a run; reads headers of weight files and pictures, no weight.
+
+    Args:
+        base: folder of downloaded models; None for the usual one.
+
+    Raises:
+        FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder.
+    """
+    parameters = resolved.parameters
+    problems = list(resolved.problems)
+    found = (
+        None
+        if resolved.incomplete
+        else find_components(parameters, resolved.family, base or model_base_path(), problems)
+    )
+    training = find_training(parameters, found, resolved.invalid, problems) if found else None
+    facts = found.facts if found else None
+    samples = read_dataset(parameters, facts, reporter, problems) if facts else None
+    device = choose_device(parameters, problems)
+    mixed_precision = choose_precision(parameters, device, problems)
+    if found:
+        problems += shape_faults(found)
+    steps = _step_plan(parameters, samples, world_size) if samples else None
+    first_step = check_output(parameters, samples, steps, problems)
+    if problems or not (found and facts and training and samples and steps):
+        raise FaultsFound(problems or [Problem("the run cannot be planned")])
+    return Plan(
+        parameters,
+        facts,
+        found.components,
+        found.tokenizers,
+        training,
+        samples,
+        steps,
+        first_step,
+        device,
+        mixed_precision,
+        world_size,
+    )
+
+
+def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:
+    shapes = [(sample.height, sample.width) for sample in samples.samples]
+    batches = BatchPlan(shapes, parameters.dataset_repeat, parameters.batch_size, parameters.seed)
+    return StepPlan(
+        batches, parameters.gradient_accumulation_steps * world_size, parameters.num_epochs, parameters.max_steps
+    )

@@ -1,0 +1,143 @@
+"""What a run trains: components in full, and the modules that receive LoRA."""
+
+from dataclasses import dataclass
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
+from diffsynth_core.families.interface import Shapes, match_targets, modules_with_weights
+from diffsynth_core.planning.components import FoundComponents
+
+
+@dataclass(frozen=True)
+class Training:
+    """The trained parts of a run.
+
+    `left_out`: modules that the LoRA targets address and that no gradient can reach.
+    """
+
+    full: tuple[str, ...]
+    lora_component: str | None
+    lora_modules: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def components(self) -> frozenset[str]:
+        """Components whose weights or LoRA train."""
+        return frozenset((*self.full, *([self.lora_component] if self.lora_component else [])))
+
+
+def find_training(
+    parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
+) -> Training:
+    """What the parameters ask to train, among the components that are there. Adds to `problems`."""
+    full = tuple(
+        name for name in parameters.trainable_models if _check_component(name, "trainable_models", found, problems)
+    )
+    lora_component = parameters.lora_base_model
+    if lora_component and not _check_component(lora_component, "lora_base_model", found, problems):
+        lora_component = None
+    if not parameters.trainable_models and not parameters.lora_base_model and "lora_base_model" not in invalid:
+        problems.append(
+            Problem(
+                "nothing is named to train",
+                "give `--lora_base_model dit` for a LoRA, or `--trainable_models dit` for full training",
+                wrong_use=True,
+            )
+        )
+    _check_lora_options(parameters, problems)
+    modules: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    if lora_component and lora_component in found.shapes and "lora_target_modules" not in invalid:
+        modules, left_out = _lora_modules(parameters, lora_component, found, problems)
+        _check_lora_checkpoint(parameters, lora_component, found.shapes[lora_component], problems)
+    return Training(full, lora_component, modules, left_out)
+
+
+def _check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:
+    known = found.facts.component_names
+    if name in known:
+        return True
+    near = suggest(name, known)
+    hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
+    problems.append(
+        Problem(f"`{parameter}` names `{name}`, which is no component of {found.facts.title}", hint, wrong_use=True)
+    )
+    return False
+
+
+def _check_lora_options(parameters: Parameters, problems: list[Problem]) -> None:
+    if parameters.lora_checkpoint and not parameters.lora_base_model:
+        problems.append(
+            Problem(
+                "`lora_checkpoint` is given without `lora_base_model`",
+                "name the component that receives it with `--lora_base_model`",
+                wrong_use=True,
+            )
+        )
+
+
+def _lora_modules(
+    parameters: Parameters, component: str, found: FoundComponents, problems: list[Problem]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    facts = found.facts.component(component)
+    targets = parameters.lora_target_modules or facts.lora_targets
+    if not targets:
+        problems.append(
+            Problem(
+                f"`{component}` has no documented LoRA targets",
+                "name them with `--lora_target_modules`",
+                wrong_use=True,
+            )
+        )
+        return (), ()
+    modules = modules_with_weights(found.shapes[component])
+    matches = match_targets(modules, targets)
+    for target, names in matches.items():
+        if not names:
+            endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
+            near = suggest(target, endings)
+            hint = (
+                f"did you mean `{near}`?"
+                if near
+                else f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
+            )
+            problems.append(
+                Problem(f"`lora_target_modules`: no module of {component} ends with `{target}`", hint, wrong_use=True)
+            )
+    dead = facts.untrainable(modules)
+    addressed = {name for names in matches.values() for name in names}
+    alive = tuple(sorted(addressed - dead))
+    if addressed and not alive:
+        problems.append(
+            Problem(
+                f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(addressed))}",
+                "name other modules",
+                wrong_use=True,
+            )
+        )
+    return alive, tuple(sorted(addressed & dead))
+
+
+def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shapes, problems: list[Problem]) -> None:
+    path = parameters.lora_checkpoint
+    if path is None:
+        return
+    if not path.is_file():
+        problems.append(Problem(f"`lora_checkpoint` `{path}` is not there", "mend the path"))
+        return
+    from diffsynth_core.adapters.lora import check_lora_file
+
+    try:
+        ranks = check_lora_file(path, {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)})
+    except DiffSynthError as error:
+        problems += error.problems
+        return
+    other = sorted({rank for rank in ranks.values() if rank != parameters.lora_rank})
+    if other:
+        problems.append(
+            Problem(
+                f"`{path}` has rank {other[0]}, `lora_rank` is {parameters.lora_rank}",
+                f"give `--lora_rank {other[0]}`",
+                wrong_use=True,
+            )
+        )

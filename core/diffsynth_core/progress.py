@@ -1,0 +1,62 @@
+"""How the engine tells what it is doing, without knowing the terminal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of work whose progress can be shown."""
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        """Tell that `amount` more of the work is done; `fields` are short texts to show beside it."""
+
+
+class Reporter(Protocol):
+    """Where messages and progress of the engine go."""
+
+    def info(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def log_to(self, path: Path) -> None:
+        """Keep all messages, those already told too, in a file from here on."""
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """Show a piece of work of `total` units, `done` of them behind it, while the block runs."""
+        yield SilentTask()
+
+
+class SilentTask:
+    """A task nobody watches."""
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        pass
+
+
+class SilentReporter:
+    """A reporter for programs that use the engine as a library, and for every process but the first."""
+
+    def info(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
+
+    def log_to(self, path: Path) -> None:
+        pass
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        yield SilentTask()
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as people read them, in powers of 1000 as disks and download pages count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,1 @@
+"""Where the files of components come from, and what identifies them."""

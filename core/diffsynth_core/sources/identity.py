@@ -1,0 +1,73 @@
+"""What identifies a file: the sha256 of its bytes, computed once and remembered."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffsynth_core.progress import Reporter
+
+
+class FileIdentities:
+    """sha256 of files, remembered by path, size and times in one append-only file.
+
+    Each line is written by one call, so that several processes can share the file; a line that a crash cut short is
+    passed over. A changed size, modification or status-change time makes the file be read again.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        self._known: dict[str, tuple[list[int], str]] = {}
+        if memory.exists():
+            for line in memory.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._known[entry["path"]] = (entry["stamp"], entry["sha256"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def known(self, path: Path) -> str | None:
+        """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""
+        remembered = self._known.get(_absolute(path))
+        return remembered[1] if remembered and remembered[0] == _stamp(path) else None
+
+    def sha256(self, path: Path) -> str:
+        """The sha256 of `path` in hex, read only when it is not known."""
+        known = self.known(path)
+        if known:
+            return known
+        stamp = _stamp(path)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._remember(_absolute(path), stamp, digest)
+        return digest
+
+    def read_all(self, paths: Iterable[Path], reporter: Reporter, label: str) -> None:
+        """Make all of `paths` known, showing progress in files when any must be read."""
+        unknown = [path for path in dict.fromkeys(paths) if self.known(path) is None]
+        if not unknown:
+            return
+        with reporter.task(label, len(unknown), "files") as task:
+            for path in unknown:
+                self.sha256(path)
+                task.advance()
+
+    def _remember(self, path: str, stamp: list[int], digest: str) -> None:
+        self._known[path] = (stamp, digest)
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"path": path, "stamp": stamp, "sha256": digest}) + "\n"
+        descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and ask the disk for every part
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]

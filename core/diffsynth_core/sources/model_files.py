@@ -1,0 +1,117 @@
+"""From the two documented model parameters to files on disk.
+
+`model_paths` names files; `model_id_with_origin_paths` names `model_id:glob` below the model base path, or a local
+path. Nothing is fetched here: what is missing is told, and whoever fetches calls this again afterwards.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.errors import Problem
+
+WEIGHT_ENDINGS = (".safetensors",)
+_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files of one model; `origin` is what the user wrote for them, `parameter` where."""
+
+    origin: str
+    parameter: str
+    paths: tuple[Path, ...]
+
+
+def locate(
+    path_groups: Sequence[Sequence[str]], entries: Sequence[str], base: Path
+) -> tuple[list[FileSet], list[Problem]]:
+    """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there."""
+    file_sets, problems = [], []
+    for group in path_groups:
+        origin = group[0] if len(group) == 1 else ", ".join(group)
+        found = [path for item in group for path in expand_local(item)]
+        missing = [item for item in group if not expand_local(item)]
+        problems += [Problem(f"`model_paths` names `{item}`, which is not there", "mend the path") for item in missing]
+        if not missing:
+            file_sets.append(FileSet(origin, "model_paths", tuple(found)))
+    for entry in entries:
+        paths = tuple(expand_entry(entry, base))
+        if paths:
+            file_sets.append(FileSet(entry, "model_id_with_origin_paths", paths))
+        else:
+            problems.append(_nothing_matches(entry, base))
+    problems += [problem for file_set in file_sets for problem in _shard_problems(file_set)]
+    return file_sets, problems
+
+
+def split_entry(entry: str) -> tuple[str, str] | None:
+    """`"owner/name:glob"` -> `("owner/name", "glob")`; None for a local path."""
+    model_id, colon, pattern = entry.partition(":")
+    return (model_id.strip(), pattern.strip()) if colon and pattern.strip() else None
+
+
+def expand_entry(entry: str, base: Path) -> list[Path]:
+    """The files that an element of `model_id_with_origin_paths` stands for, sorted by name."""
+    parts = split_entry(entry)
+    if parts is None or expand_local(entry):
+        return expand_local(entry)
+    model_id, pattern = parts
+    folder = base / model_id
+    return sorted(path for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else []
+
+
+def expand_local(text: str) -> list[Path]:
+    """A file, the weight files of a folder, or the matches of a glob."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(item for item in path.iterdir() if item.suffix in WEIGHT_ENDINGS)
+    if any(character in text for character in "*?["):
+        anchor = Path(path.anchor or ".")
+        return sorted(item for item in anchor.glob(str(path.relative_to(path.anchor))) if item.is_file())
+    return []
+
+
+def locate_folder(text: str, base: Path) -> Path | None:
+    """A folder named as a path or as `model_id:folder`; None when it is not there."""
+    parts = split_entry(text)
+    candidates = [Path(text).expanduser()] + ([base / parts[0] / parts[1]] if parts else [])
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def _nothing_matches(entry: str, base: Path) -> Problem:
+    parts = split_entry(entry)
+    if parts is None:
+        return Problem(
+            f"`model_id_with_origin_paths`: nothing matches `{entry}`", "mend the path, or write `model_id:file`"
+        )
+    return Problem(
+        f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{base}`",
+        f"put the files at `{base / parts[0]}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
+    )
+
+
+def _shard_problems(file_set: FileSet) -> list[Problem]:
+    """Shards that the names of the others promise and that are not among the files."""
+    names = {path.name for path in file_set.paths}
+    missing = []
+    for path in file_set.paths:
+        match = _SHARD_NAME.match(path.name)
+        if match:
+            count = int(match["count"])
+            expected = [
+                f"{match['stem']}-{number:05d}-of-{count:05d}{match['ending']}" for number in range(1, count + 1)
+            ]
+            missing += [name for name in expected if name not in names]
+    if not missing:
+        return []
+    unique = list(dict.fromkeys(missing))
+    return [
+        Problem(
+            f"`{file_set.origin}`: {len(unique)} shards are missing, the first is `{unique[0]}`",
+            "fetch them, or mend the glob",
+        )
+    ]

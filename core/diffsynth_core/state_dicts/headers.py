@@ -1,0 +1,125 @@
+"""Safetensors headers, read and checked without torch.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensor bytes
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses longer headers."""
+
+BITS_PER_ELEMENT = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of one tensor; `dtype` in safetensors' words, such as `BF16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """All tensors of one file, and its text metadata."""
+
+    tensors: Mapping[str, TensorHeader]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the size of the file.
+
+    Raises:
+        DiffSynthError: when the file is no safetensors file, is cut short, or its header lies about offsets.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise _damaged(path, size)
+            content = json.loads(stream.read(length))
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(path, size) from error
+    return _parse(path, content, size - 8 - length)
+
+
+def _damaged(path: Path, size: int) -> DiffSynthError:
+    return DiffSynthError(
+        f"`{path}` ({size} bytes) is not a whole safetensors file: its header cannot be read", "fetch the file again"
+    )
+
+
+def _parse(path: Path, content: Any, data_bytes: int) -> Header:
+    if not isinstance(content, dict):
+        raise _damaged(path, data_bytes)
+    metadata = content.pop("__metadata__", {})
+    tensors: dict[str, TensorHeader] = {}
+    spans = []
+    for name, entry in content.items():
+        try:
+            dtype, shape, (begin, end) = (
+                str(entry["dtype"]),
+                tuple(int(side) for side in entry["shape"]),
+                entry["data_offsets"],
+            )
+            expected = math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
+            sound = all(side >= 0 for side in shape) and 0 <= begin <= end and end - begin == expected
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise DiffSynthError(f"`{path}`: the header of `{name}` contradicts itself", "fetch the file again")
+        tensors[name] = TensorHeader(dtype, shape, path)
+        spans.append((begin, end))
+    end_of_data = 0
+    for begin, end in sorted(spans):
+        if begin != end_of_data:
+            raise DiffSynthError(f"`{path}`: the tensors in its header overlap or leave gaps", "fetch the file again")
+        end_of_data = end
+    if end_of_data != data_bytes:
+        raise DiffSynthError(
+            f"`{path}` is cut short: its header promises {end_of_data} bytes of tensors, {data_bytes} are there"
+            if end_of_data > data_bytes
+            else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not name",
+            "fetch the file again",
+        )
+    return Header(tensors, metadata)
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
+    """The tensors of several shards together.
+
+    Raises:
+        DiffSynthError: as `read_header`, and when two shards hold the same tensor.
+    """
+    tensors: dict[str, TensorHeader] = {}
+    for path in paths:
+        for name, tensor in read_header(path).tensors.items():
+            if name in tensors:
+                raise DiffSynthError(
+                    f"`{name}` is both in `{tensors[name].path}` and in `{path}`",
+                    "name the shards of one model once each",
+                )
+            tensors[name] = tensor
+    return tensors

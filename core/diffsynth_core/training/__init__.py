@@ -1,0 +1,1 @@
+"""Carrying out a plan: encoding, the one training loop, checkpoints, the rehearsal."""

@@ -1,0 +1,126 @@
+"""Filling the encoding cache: each frozen encoder is loaded once, used on what is missing, and let go."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.data.samples import Sample
+from diffsynth_core.families.family import Family, frozen_dtype
+from diffsynth_core.families.interface import EncoderFacts
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter
+from diffsynth_core.training.stop import StopRequest
+
+
+def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
+    """What an encoder reads of a sample: the caption as text, media as `[3, F, H, W]` float32 in [-1, 1]."""
+    return {
+        column: sample.caption if column == plan.facts.text_column else load_pixels(sample, column)
+        for column in encoder.columns
+    }
+
+
+def load_pixels(sample: Sample, column: str) -> Tensor:
+    """The picture of a sample at its training size, `[3, 1, H, W]` float32 in [-1, 1]."""
+    pixels = torch.from_numpy(load_picture(sample.media[column], sample.height, sample.width).copy())
+    return pixels.permute(2, 0, 1)[:, None].float() / 127.5 - 1
+
+
+class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
+    """The inputs of one encoder for the samples at `indices`."""
+
+    def __init__(self, plan: Plan, encoder: EncoderFacts, indices: list[int]) -> None:
+        self._plan, self._encoder, self._indices = plan, encoder, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: int) -> tuple[int, dict[str, Any]]:
+        index = self._indices[place]
+        return index, load_columns(self._plan, self._encoder, self._plan.samples.samples[index])
+
+
+def fill_cache(
+    plan: Plan,
+    encodings: EncodingsPlan,
+    family: Family,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> None:
+    """Encode what is missing, shared out among the processes; afterwards every needed entry is there.
+
+    Raises:
+        DiffSynthError: when a picture cannot be decoded or an entry cannot be written.
+        Interrupted: when a stop is asked for; finished entries are kept.
+    """
+    for component in encodings.components_to_load:
+        stop.raise_if_set()
+        module = load_component(
+            family, plan.components[component], frozen_dtype(plan.mixed_precision), accelerator.device, reporter
+        )
+        components: dict[str, Any] = {component: module, **load_tokenizers(plan, family, component)}
+        for part in encodings.encoders:
+            if part.encoder.component == component:
+                share = part.missing[accelerator.process_index :: accelerator.num_processes]
+                _encode(plan, part, family, components, share, reporter, stop)
+        del module, components
+        free_device_memory(accelerator.device)
+    accelerator.wait_for_everyone()
+
+
+def load_tokenizers(plan: Plan, family: Family, component: str) -> dict[str, Any]:
+    """The tokenizers that belong to a component, by parameter."""
+    return {
+        parameter: family.load_tokenizer(parameter, plan.tokenizers[parameter])
+        for parameter, tokenizer in plan.facts.tokenizers.items()
+        if tokenizer.component == component
+    }
+
+
+@torch.no_grad()
+def _encode(
+    plan: Plan,
+    part: EncoderPlan,
+    family: Family,
+    components: dict[str, Any],
+    share: Iterable[int],
+    reporter: Reporter,
+    stop: StopRequest,
+) -> None:
+    indices = list(share)
+    raw = DataLoader(
+        _RawSamples(plan, part.encoder, indices),
+        batch_size=None,
+        num_workers=min(plan.parameters.dataset_num_workers, len(indices)),
+        worker_init_fn=ignore_interrupts,
+    )
+    with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
+        for index, sample in raw:
+            stop.raise_if_set()
+            part.cache.write(part.keys[index], family.encode(part.encoder.name, components, sample))
+            task.advance()
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Let Ctrl-C reach the training process alone, which ends its workers itself."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def free_device_memory(device: torch.device) -> None:
+    """Give memory of dropped modules back to the device."""
+    import gc
+
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()  # type: ignore[no-untyped-call, unused-ignore]

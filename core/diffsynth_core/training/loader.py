@@ -1,0 +1,89 @@
+"""Micro-batches in order, from any step on, for one process."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffsynth_core.data.batches import Occurrence
+from diffsynth_core.families.family import Encoded
+from diffsynth_core.planning.encodings import EncodingsPlan
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.training.encode import ignore_interrupts, load_columns
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one shape that go through the model together.
+
+    `encoded`: what the cache holds of each; `raw`: for each, what encoders in training read, by encoder.
+    `counts`: False for a stand-in that keeps a process in step with the others and weighs nothing.
+    """
+
+    epoch: int
+    occurrences: tuple[Occurrence, ...]
+    encoded: tuple[Encoded, ...]
+    raw: tuple[dict[str, dict[str, Any]], ...]
+    counts: bool
+
+
+@dataclass(frozen=True)
+class _Place:
+    epoch: int
+    number: int
+    counts: bool
+
+
+class _Places(Sampler[_Place]):
+    """The micro-batches of one process from `first_step` on; lazily, so that their number costs nothing."""
+
+    def __init__(self, plan: Plan, first_step: int, process: int) -> None:
+        self._plan, self._first_step, self._process = plan, first_step, process
+
+    def __iter__(self) -> Iterator[_Place]:
+        steps = self._plan.steps
+        for step in range(self._first_step, steps.total_steps):
+            part = steps.slice(step)
+            for start in range(part.start, part.stop, self._plan.world_size):
+                own = start + self._process
+                yield _Place(part.epoch, own, True) if own < part.stop else _Place(part.epoch, part.start, False)
+
+
+class _MicroBatches(Dataset[MicroBatch]):
+    """Micro-batches by place."""
+
+    def __init__(self, plan: Plan, encodings: EncodingsPlan) -> None:
+        self._plan, self._encodings = plan, encodings
+
+    def __getitem__(self, place: _Place) -> MicroBatch:
+        occurrences = self._plan.batches.batch(place.epoch, place.number)
+        encoded = tuple(self._read(occurrence.sample) for occurrence in occurrences)
+        raw = tuple(self._load(occurrence.sample) for occurrence in occurrences)
+        return MicroBatch(place.epoch, tuple(occurrences), encoded, raw, place.counts)
+
+    def _read(self, sample: int) -> Encoded:
+        merged: Encoded = {}
+        for part in self._encodings.encoders:
+            if not part.live:
+                merged.update(part.cache.read(part.keys[sample]))
+        return merged
+
+    def _load(self, sample: int) -> dict[str, dict[str, Any]]:
+        return {
+            part.encoder.name: load_columns(self._plan, part.encoder, self._plan.samples.samples[sample])
+            for part in self._encodings.encoders
+            if part.live
+        }
+
+
+def iterate_micro_batches(plan: Plan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
+    """The micro-batches of one process, from the plan's first step to its last."""
+    loader = DataLoader(
+        _MicroBatches(plan, encodings),
+        batch_size=None,
+        sampler=_Places(plan, plan.first_step, process),
+        num_workers=plan.parameters.dataset_num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
+    return iter(loader)

@@ -1,0 +1,284 @@
+"""The one training loop."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from diffsynth_core.checkpoints.run_folder import LOG, MetricsFile, RunRecord, read_record
+from diffsynth_core.checkpoints.state import Position, last_state, read_position, restore_state, save_state
+from diffsynth_core.errors import DiffSynthError, Interrupted
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.output import dataset_fingerprint, recorded_parameters
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
+from diffsynth_core.training.checkpointing import write_checkpoint
+from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
+from diffsynth_core.training.model import TrainingModule, build_training_module
+from diffsynth_core.training.schedule import learning_rate
+from diffsynth_core.training.stop import StopRequest
+
+LOSS_AVERAGE_STEPS = 50
+"""The loss shown while training is the mean over about this many steps."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended."""
+
+    folder: Path
+    record: RunRecord
+
+
+def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | None = None) -> RunResult:
+    """Carry out a plan: encode, train, save.
+
+    Args:
+        stop_after: behave as if interrupted behind this step; for rehearsals.
+
+    Raises:
+        DiffSynthError: on faults found while running, a non-finite loss among them.
+        Interrupted: when a signal asked to stop; the state has been saved.
+    """
+    accelerator = make_accelerator(plan)
+    reporter = reporter if accelerator.is_main_process else SilentReporter()
+    family = load_family(plan.facts.name)
+    encodings = plan_encodings(plan, reporter)
+    _check_identities(plan, encodings)
+    fill_cache(plan, encodings, family, accelerator, reporter, stop)
+    model = build_training_module(plan, encodings, family, accelerator.device, reporter)
+    run = Run(plan, encodings, model, accelerator, reporter)
+    return run.carry_out(stop, stop_after)
+
+
+def make_accelerator(plan: Plan) -> Accelerator:
+    """accelerate's view of devices and processes; steps are counted by the loop, so it accumulates nothing."""
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=plan.parameters.find_unused_parameters)
+    accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=[kwargs])
+    if accelerator.num_processes == 1 and plan.device.partition(":")[2]:
+        torch.accelerator.set_device_index(int(plan.device.partition(":")[2]))
+        accelerator.state.device = torch.device(plan.device)
+    return accelerator
+
+
+def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
+    """A resumed run must go on with the weights it was started with."""
+    record = read_record(plan.parameters.output_path)
+    if record is None:
+        return
+    changed = [
+        name
+        for name, files in encodings.identities.items()
+        if sorted(files.values()) != sorted(record.components.get(name, {}).values())
+    ]
+    if changed:
+        raise DiffSynthError(
+            f"the files of {', '.join(changed)} are not those the run in `{plan.parameters.output_path}` was started with",
+            "resume with the same files, or start a new run",
+        )
+
+
+class Run:
+    """One run in its folder: the model, the optimizer, how far it came, and what is written."""
+
+    def __init__(
+        self, plan: Plan, encodings: EncodingsPlan, model: TrainingModule, accelerator: Accelerator, reporter: Reporter
+    ) -> None:
+        self.plan, self.encodings, self.accelerator, self.reporter = plan, encodings, accelerator, reporter
+        self.folder = plan.parameters.output_path
+        self.model = model
+        self.trained = model.trained()
+        settings = plan.parameters
+        optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.samples_seen = 0
+        state = last_state(self.folder) if settings.resume else None
+        if state:
+            restore_state(state, self.trained, optimizer)
+            position = read_position(state)
+            self.samples_seen = position.samples_seen
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        if state and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(position.scaler)
+        self.record = self._open_record()
+
+    def carry_out(self, stop: StopRequest, stop_after: int | None) -> RunResult:
+        """Train from the plan's first step to its last; every way out leaves the record telling how it ended."""
+        metrics = MetricsFile(self.folder, self.plan.first_step) if self.accelerator.is_main_process else None
+        try:
+            self._loop(metrics, stop, stop_after)
+        except Interrupted:
+            self._finish("interrupted")
+            raise
+        except BaseException as error:
+            self._finish("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if metrics:
+                metrics.close()
+        self._finish("interrupted" if self.record.step < self.plan.steps.total_steps else "completed")
+        return RunResult(self.folder, self.record)
+
+    def _loop(self, metrics: MetricsFile | None, stop: StopRequest, stop_after: int | None) -> None:
+        """Top to bottom: fetch, forward, backward, check, step, tell, save."""
+        settings, steps = self.plan.parameters, self.plan.steps
+        first, total = self.plan.first_step, steps.total_steps
+        micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
+        average = 0.0
+        with self.reporter.task("Training", total, "steps", done=first) as task:
+            for step in range(first, total):
+                started = time.perf_counter()
+                part = steps.slice(step)
+                sample_count = steps.samples_in(part)
+                fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.world_size))
+                data_seconds = time.perf_counter() - started
+
+                rate = learning_rate(
+                    step, settings.learning_rate, settings.lr_scheduler, settings.lr_warmup_steps, total
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                loss = self._forward_backward(fetched, sample_count)
+                gradient_norm = self._gradient_norm()
+                self._check_finite(step, loss, gradient_norm, fetched)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+                self.samples_seen += sample_count
+                done = step + 1
+                self.record.step, self.record.samples_seen = done, self.samples_seen
+                seconds = time.perf_counter() - started
+                window = min(done - first, LOSS_AVERAGE_STEPS)
+                average += (loss - average) / window
+                if metrics:
+                    metrics.write(
+                        {
+                            "step": done, "epoch": part.epoch, "samples_seen": self.samples_seen, "loss": loss, "lr": rate,
+                            "grad_norm": gradient_norm, "seconds": round(seconds, 6), "data_seconds": round(data_seconds, 6),
+                        }
+                    )  # fmt: skip
+                task.advance(loss=f"{average:.4f}", lr=f"{rate:.2e}", memory=self._memory())
+
+                stopping = bool(stop) or done == stop_after
+                if done == total or stopping or self._save_is_due(done, part.ends_epoch):
+                    self._save(done, part.epoch, interrupted=stopping and done < total)
+                if stopping and done < total:
+                    if stop.signal_number is not None:
+                        raise Interrupted(
+                            stop.signal_number,
+                            f"stopped behind step {done} of {total}; the run is saved in `{self.folder}`",
+                            "go on with `--resume auto`",
+                        )
+                    return
+
+    def _fetch(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
+        return [next(micro_batches) for _ in range(count)]
+
+    def _forward_backward(self, fetched: list[MicroBatch], sample_count: int) -> float:
+        """Gradients of the mean loss over all samples of the step; returns that mean."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for place, micro_batch in enumerate(fetched):
+            last = place == len(fetched) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                losses: Tensor = self.wrapped(micro_batch)
+                weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
+                self.accelerator.backward(losses.sum() * weight)
+            if micro_batch.counts:
+                total += losses.detach().sum()
+        if self.plan.world_size > 1:
+            total = self.accelerator.reduce(total, "sum")
+        return float(total) / sample_count
+
+    def _gradient_norm(self) -> float:
+        """Global norm of the gradients, which are clipped where that is asked for."""
+        limit = self.plan.parameters.max_grad_norm
+        self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
+        return float(norm)
+
+    def _check_finite(self, step: int, loss: float, gradient_norm: float, fetched: list[MicroBatch]) -> None:
+        """Stop before the optimizer takes in what is no number; float16 scaling skips such gradients by itself."""
+        bad_gradient = not math.isfinite(gradient_norm) and self.accelerator.scaler is None
+        if math.isfinite(loss) and not bad_gradient:
+            return
+        samples = self.plan.samples.samples
+        names = ", ".join(samples[occurrence.sample].name for batch in fetched for occurrence in batch.occurrences)
+        what = "loss is" if not math.isfinite(loss) else "gradient is"
+        if step > self.plan.first_step:
+            self._save_state(step)
+        raise DiffSynthError(
+            f"the {what} not finite in step {step + 1}; the samples of the step: {names}. The weights before it are kept in `{self.folder}`",
+            "look at these samples, or start again with a lower `--learning_rate` or `--max_grad_norm 1`",
+        )
+
+    def _save_is_due(self, done: int, ends_epoch: bool) -> bool:
+        every = self.plan.parameters.save_steps
+        return done % every == 0 if every else ends_epoch
+
+    def _save(self, done: int, epoch: int, interrupted: bool) -> None:
+        """A checkpoint and the state to go on from; an interrupted run names its checkpoint by the step."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            name = f"step-{done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
+            entry = write_checkpoint(self.plan, self.model, self.folder, name, done, epoch)
+            self.record.add_checkpoint(entry)
+            self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
+        self._save_state(done)
+
+    def _save_state(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            save_state(self.folder, Position(done, self.samples_seen, scaler), self.trained, optimizer)
+            self.record.save(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def _open_record(self) -> RunRecord:
+        """The record of the run that goes on, or a new one; from here on the folder belongs to this run."""
+        plan = self.plan
+        record = read_record(self.folder)
+        if record is None:
+            record = RunRecord(
+                parameters=recorded_parameters(plan.parameters),
+                family=plan.facts.name,
+                seed=plan.parameters.seed,
+                dataset_fingerprint=dataset_fingerprint(plan.parameters, plan.samples),
+                components={name: dict(files) for name, files in self.encodings.identities.items()},
+            )
+        record.status, record.failure = "running", None
+        record.step, record.samples_seen, record.total_steps = (
+            plan.first_step,
+            self.samples_seen,
+            plan.steps.total_steps,
+        )
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.reporter.log_to(self.folder / LOG)
+            record.save(self.folder)
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def _finish(self, status: str, failure: str | None = None) -> None:
+        self.record.status, self.record.failure = status, failure
+        if self.accelerator.is_main_process:
+            self.record.save(self.folder)
+
+    def _memory(self) -> str:
+        if self.accelerator.device.type == "cpu":
+            import psutil
+
+            return format_bytes(psutil.Process().memory_info().rss)
+        return format_bytes(torch.accelerator.max_memory_allocated())

@@ -1,0 +1,110 @@
+"""What trains: the loaded components with their LoRA, and the loss of a micro-batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.adapters.lora import add_lora, load_lora
+from diffsynth_core.families.family import Encoded, Family, frozen_dtype
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.planning.encodings import EncodingsPlan
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter
+from diffsynth_core.training.encode import load_tokenizers
+from diffsynth_core.training.loader import MicroBatch
+from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
+
+
+class TrainingModule(nn.Module):
+    """All components that take part in a step, as one module whose forward pass is the loss of each sample."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        encodings: EncodingsPlan,
+        family: Family,
+        components: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.components = nn.ModuleDict(components)
+        self._family = family
+        self._parameters_of_run = plan.parameters
+        self._live = tuple(part.encoder.name for part in encodings.encoders if part.live)
+        self._tokenizers = dict(tokenizers)
+        sigmas = family.sigmas()
+        self.register_buffer("sigmas", sigmas, persistent=False)
+        self.register_buffer("weights", timestep_weights(sigmas), persistent=False)
+        self.sigmas: Tensor
+        self.weights: Tensor
+
+    def forward(self, micro_batch: MicroBatch) -> Tensor:
+        """The weighted loss of each sample, `[B]` float32."""
+        batch = self._encode(micro_batch)
+        latents = batch["latents"].float()
+        settings, epoch = self._parameters_of_run, micro_batch.epoch
+        keys = [(settings.seed, epoch, occurrence.sample, occurrence.repeat) for occurrence in micro_batch.occurrences]
+        noise = torch.stack([draw_noise(*key, shape=latents.shape[1:]) for key in keys]).to(latents.device)
+        low, high = settings.min_timestep_boundary, settings.max_timestep_boundary
+        timesteps = torch.tensor([draw_timestep(*key, low=low, high=high) for key in keys], device=latents.device)
+        sigma = self.sigmas[timesteps]
+        prediction = self._family.predict_velocity(self._known(), add_noise(latents, noise, sigma), sigma, batch)
+        return velocity_loss(prediction, latents, noise, self.weights[timesteps])
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by `<component>.<name>`."""
+        return {name: parameter for name, parameter in self.components.named_parameters() if parameter.requires_grad}
+
+    def _encode(self, micro_batch: MicroBatch) -> Encoded:
+        """The batch on the device; what encoders in training make is made here, with gradients."""
+        device = self.sigmas.device
+        samples = []
+        for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
+            sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
+            for name in self._live:
+                sample.update(self._family.encode(name, self._known(), raw[name]))
+            samples.append(sample)
+        return self._family.collate(samples)
+
+    def _known(self) -> dict[str, Any]:
+        return {**dict(self.components.items()), **self._tokenizers}
+
+
+def build_training_module(
+    plan: Plan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
+) -> TrainingModule:
+    """Load what a step needs: the denoiser, and every component that trains.
+
+    Components trained in full are float32; the others keep the run's precision, with LoRA in float32.
+    """
+    training, settings = plan.training, plan.parameters
+    components: dict[str, nn.Module] = {}
+    tokenizers: dict[str, Any] = {}
+    load_device = torch.device("cpu") if settings.initialize_model_on_cpu else device
+    for name in plan.facts.component_names:
+        if name != plan.facts.denoiser and name not in training.components:
+            continue
+        dtype = torch.float32 if name in training.full else frozen_dtype(plan.mixed_precision)
+        module = load_component(family, plan.components[name], dtype, load_device, reporter).to(device)
+        if name in training.full:
+            _train_in_full(family, name, module)
+        if name == training.lora_component:
+            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed)
+            if settings.lora_checkpoint:
+                filled = load_lora(module, settings.lora_checkpoint)
+                reporter.info(
+                    f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
+                )
+        if settings.use_gradient_checkpointing:
+            family.checkpoint_gradients(name, module)
+        components[name] = module
+        tokenizers.update(load_tokenizers(plan, family, name))
+    return TrainingModule(plan, encodings, family, components, tokenizers)
+
+
+def _train_in_full(family: Family, name: str, module: nn.Module) -> None:
+    untrainable = family.untrainable_parameters(name, module)
+    for parameter_name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter_name not in untrainable)

@@ -1,0 +1,208 @@
+"""The rehearsal: a recipe carried out on tiny random weights before a GPU is rented.
+
+Each component is swapped for a tiny one of the same architecture, written to disk in the real file layout and read
+back through the same sources, loaders and key names. Nothing else in the run differs.
+"""
+
+import hashlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffsynth_core.adapters.lora import check_lora_file
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.data.drawn_pictures import draw_pictures
+from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.families.table import component_at, family_facts, load_family, recognise_component, recognise_family
+from diffsynth_core.files import default_cache_path, fresh_folder
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.progress import Reporter
+from diffsynth_core.sources.model_files import expand_local, split_entry
+from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.training.loop import RunResult, train
+from diffsynth_core.training.stop import StopRequest
+
+REHEARSAL_STEPS = 8
+WEIGHTS_VERSION = 1
+"""Goes up when the tiny weights change, so that older ones are not taken for them."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal did, and what that proved."""
+
+    result: RunResult
+    proofs: tuple[str, ...]
+    drew_pictures: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.result.folder / self.result.record.checkpoints[-1].file
+
+
+def rehearse(resolved: Resolved, reporter: Reporter, stop: StopRequest, world_size: int = 1) -> Rehearsal:
+    """Carry out a run on tiny weights: half of its steps, a stop, a resume, the other half; then check what it wrote.
+
+    Raises:
+        FaultsFound: as planning.
+        DiffSynthError: when a proof fails.
+    """
+    drew = not resolved.given("dataset_base_path")
+    prepared, base = prepare(resolved)
+    steps = prepared.parameters.max_steps or REHEARSAL_STEPS
+    plan = _settle_output(make_plan(prepared, reporter, world_size, base), resolved)
+    half = min(steps, plan.steps.total_steps) // 2
+    proofs = [
+        f"{len(plan.components)} components of tiny weights were read in the real file layout: {', '.join(plan.components)}"
+    ]
+    if half:
+        train(plan, reporter, stop, stop_after=half)
+    resumed = make_plan(
+        replace(prepared, parameters=plan.parameters.model_copy(update={"resume": "auto"})), reporter, world_size, base
+    )
+    if half:
+        if resumed.first_step != half:
+            raise DiffSynthError(
+                f"the rehearsal stopped behind step {half}, but its resume would begin behind {resumed.first_step}"
+            )
+        if plan_encodings(resumed, reporter).components_to_load:
+            raise DiffSynthError("the resumed run would encode again what is in the cache")
+        proofs.append(f"stopped behind step {half}, resumed there, and came to step {resumed.steps.total_steps}")
+        proofs.append("encodings came from the cache the second time: no encoder was loaded")
+    result = train(resumed, reporter, stop)
+    proofs.append(_prove_checkpoint(resumed, result))
+    return Rehearsal(result, tuple(proofs), drew)
+
+
+def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
+    """The parameters of the rehearsal and the folder of its models; writes the tiny weights and pictures it needs."""
+    parameters = resolved.parameters
+    folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
+    facts = _family_of(resolved)
+    if facts is None or resolved.incomplete:
+        return resolved, folder
+    base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
+    problems = list(resolved.problems)
+    changes: dict[str, object] = dict.fromkeys(facts.tokenizers)
+    entries = [_swap_entry(entry, facts, base, problems) for entry in parameters.model_id_with_origin_paths]
+    groups = [_swap_entry(group[0], facts, base, problems) for group in parameters.model_paths]
+    changes["model_id_with_origin_paths"] = tuple(entries + groups)
+    changes["model_paths"] = ()
+    changes["offload_models"] = ()
+    if parameters.lora_checkpoint:
+        problems.append(
+            Problem(
+                "`lora_checkpoint` belongs to the real weights and fits no rehearsal",
+                "leave it out of the rehearsal",
+                wrong_use=True,
+            )
+        )
+        changes["lora_checkpoint"] = None
+    if parameters.max_steps is None:
+        changes["max_steps"] = REHEARSAL_STEPS
+    if not resolved.given("dataset_base_path"):
+        changes["dataset_base_path"] = draw_pictures(folder / "pictures")
+    if not _output_is_given(resolved):
+        changes["output_path"] = Path("rehearsals") / "next"
+    return replace(resolved, parameters=parameters.model_copy(update=changes), problems=tuple(problems)), base
+
+
+def _output_is_given(resolved: Resolved) -> bool:
+    return resolved.origins.get("output_path", "").startswith("`")
+
+
+def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
+    """A fresh folder of its own, unless one is named."""
+    if _output_is_given(resolved):
+        return plan
+    name = resolved.parameters.recipe or plan.facts.name
+    folder = fresh_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
+    return replace(plan, parameters=plan.parameters.model_copy(update={"output_path": folder}))
+
+
+def _family_of(resolved: Resolved) -> FamilyFacts | None:
+    """The family of the recipe, else that of the files that are there."""
+    if resolved.family:
+        return family_facts(resolved.family)
+    for group in resolved.parameters.model_paths:
+        paths = [path for item in group for path in expand_local(item)]
+        if paths:
+            facts = recognise_family(read_headers(paths))
+            if facts:
+                return facts
+    return None
+
+
+def _swap_entry(entry: str, facts: FamilyFacts, base: Path, problems: list[Problem]) -> str:
+    """The tiny stand-in of one entry of the model parameters, written when it is not there yet."""
+    parts = split_entry(entry)
+    local = expand_local(entry)
+    if parts and not local:
+        model_id, pattern = parts
+        component = component_at(pattern, facts)
+    else:
+        component = recognise_component(read_headers(local), facts) if local else None
+        model_id = "local/model"
+        pattern = f"{component.name}/model.safetensors" if component else ""
+    if component is None:
+        problems.append(
+            Problem(
+                f"`{entry}` names no component of {facts.title} that could be rehearsed",
+                "name the files as a recipe does",
+                wrong_use=True,
+            )
+        )
+        return entry
+    marker = base / "written" / hashlib.sha256(f"{model_id}:{pattern}".encode()).hexdigest()
+    if not marker.is_file():
+        _write_tiny(base, component.name, model_id, pattern, facts)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    return f"{model_id}:{pattern}"
+
+
+def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: FamilyFacts) -> None:
+    """Write aside, then move file by file: another rehearsal at the same time finds whole files only."""
+    aside = fresh_folder(base, lambda number: f".writing-{number}")
+    load_family(facts.name).write_tiny_weights(aside, component, model_id, pattern)
+    for path in sorted(aside.rglob("*")):
+        if path.is_file():
+            target = base / path.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    shutil.rmtree(aside)
+
+
+def _prove_checkpoint(plan: Plan, result: RunResult) -> str:
+    """Open the last checkpoint again and prove that each of its keys finds its place."""
+    path = result.folder / result.record.checkpoints[-1].file
+    tensors = read_headers([path])
+    prefix = plan.parameters.remove_prefix_in_ckpt
+    said = []
+    lora = plan.training.lora_component
+    if lora and not plan.training.full:
+        translate = plan.facts.component(lora).module_key
+        base = {translate(name): tensor.shape for name, tensor in read_headers(plan.components[lora].paths).items()}
+        ranks = check_lora_file(
+            path, {name.removesuffix(".weight"): shape for name, shape in base.items() if name.endswith(".weight")}
+        )
+        if ranks.keys() != set(plan.training.lora_modules):
+            raise DiffSynthError(f"`{path}` holds {len(ranks)} modules, {len(plan.training.lora_modules)} were trained")
+        said.append(
+            f"the LoRA of {len(ranks)} modules was opened again: each of its {len(tensors)} keys finds its module in {lora}"
+        )
+    for name in plan.training.full:
+        translate = plan.facts.component(name).module_key
+        expected = {
+            f"pipe.{name}.{translate(key)}".removeprefix(prefix): tensor.shape
+            for key, tensor in read_headers(plan.components[name].paths).items()
+        }
+        wrong = [key for key, shape in expected.items() if key not in tensors or tensors[key].shape != shape]
+        if wrong:
+            raise DiffSynthError(
+                f"`{path}` lacks {len(wrong)} tensors of {name}, or holds them in another shape: `{wrong[0]}`"
+            )
+        said.append(f"all {len(expected)} tensors of {name} were found again in the checkpoint, with their shapes")
+    return "; ".join(said)

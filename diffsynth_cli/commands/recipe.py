@@ -1,0 +1,93 @@
+"""`diffsynth recipe`: list, show, schema."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
+from diffsynth_core.config.recipes import load_recipe, recipe_names
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.errors import raise_if_any
+
+
+class ListFormat(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+class ShowFormat(StrEnum):
+    YAML = "yaml"
+    JSON = "json"
+    FLAGS = "flags"
+
+
+def add_to(app: typer.Typer) -> None:
+    recipes = typer.Typer(
+        help="List and show recipes, print their JSON schema.", no_args_is_help=True, rich_markup_mode=None
+    )
+    recipes.command("list")(list_recipes)
+    recipes.command("show")(show_recipe)
+    recipes.command("schema")(print_schema)
+    app.add_typer(recipes, name="recipe")
+
+
+def list_recipes(
+    output_format: Annotated[
+        ListFormat, typer.Option("--format", help="table for people, json for programs")
+    ] = ListFormat.TABLE,
+) -> None:
+    """List all recipes.
+
+    Example: diffsynth recipe list --format json
+    """
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if output_format is ListFormat.JSON:
+        typer.echo(
+            json.dumps(
+                [
+                    {"name": recipe.name, "family": recipe.family, "description": recipe.description}
+                    for recipe in recipes
+                ],
+                indent=2,
+            )
+        )
+        return
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+def show_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe")],
+    output_format: Annotated[
+        ShowFormat, typer.Option("--format", help="yaml, json, or flags: a complete command line")
+    ] = ShowFormat.YAML,
+) -> None:
+    """Show a recipe with all documented parameters expanded.
+
+    Example: diffsynth recipe show qwen-image-lora --format flags
+    """
+    recipe = load_recipe(name)
+    resolved = resolve({"recipe": name})
+    raise_if_any(resolved.problems)
+    values = documented_values(resolved.parameters)
+    if output_format is ShowFormat.FLAGS:
+        typer.echo(command_line(values))
+        return
+    content = {"name": recipe.name, "description": recipe.description, "family": recipe.family, "parameters": values}
+    typer.echo(json.dumps(content, indent=2) if output_format is ShowFormat.JSON else _as_yaml(content))
+
+
+def print_schema() -> None:
+    """Print the JSON schema of recipes and config files, for editors."""
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    """A recipe file: the name goes into the first line, as the file's own name says it otherwise."""
+    import yaml
+
+    fields = {key: value for key, value in content.items() if key != "name"}
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
+    return f"# {content['name']}\n{text}".rstrip()

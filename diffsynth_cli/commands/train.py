@@ -1,0 +1,41 @@
+"""`diffsynth train`."""
+
+import os
+from typing import Any
+
+import typer
+from diffsynth_core.config.resolve import resolve
+
+from diffsynth_cli.options import BOTH_SPELLINGS, GroupedHelp, with_setting_options
+
+HELP = """Train from a recipe: LoRA, full, or both.
+
+Every flag can be written with underscores or dashes; flags go before --config, --config before the recipe, the recipe
+before the defaults.
+
+Examples:
+
+  diffsynth train --recipe qwen-image-lora --rehearse
+
+  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine
+
+  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --resume auto
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("train", cls=GroupedHelp, help=HELP, context_settings=BOTH_SPELLINGS)(with_setting_options(train))
+
+
+def train(context: typer.Context, flags: dict[str, Any]) -> int:
+    """Resolve, plan, and carry out what the flags ask for."""
+    resolved = resolve(flags, _unknown_flags(context.args))
+    from diffsynth_cli.train_session import run_session
+
+    return run_session(resolved, flags, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _unknown_flags(arguments: list[str]) -> tuple[str, ...]:
+    """Of the arguments that no option took, those that look like options; else all of them."""
+    named = tuple(argument.partition("=")[0] for argument in arguments if argument.startswith("-"))
+    return named or tuple(arguments)

@@ -1,0 +1,141 @@
+"""The terminal: messages, progress bars, and plain lines where there is no terminal."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from diffsynth_core.progress import SilentTask, Task
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_SECONDS = 5.0
+"""Least time between two plain lines of one task."""
+
+
+class ConsoleReporter:
+    """Tells the engine's progress on stderr, and keeps every message in the log of the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False)
+        self._log: TextIO | None = None
+        self._early: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.console.print(message, markup=False, soft_wrap=True)
+        self._keep(message)
+
+    def warn(self, message: str) -> None:
+        self.console.print("[yellow]warning:[/yellow] ", end="")
+        self.console.print(message, markup=False, soft_wrap=True)
+        self._keep(f"warning: {message}")
+
+    def log_to(self, path: Path) -> None:
+        if self._log:
+            self._log.close()
+        self._log = path.open("a", encoding="utf-8", buffering=1)
+        self._log.writelines(self._early)
+        self._early.clear()
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+            self._log = None
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        if total == 0:
+            yield SilentTask()
+        elif self.console.is_terminal:
+            with _progress(self.console) as progress:
+                yield _Bar(
+                    progress, progress.add_task(label, total=total, completed=done, unit=unit, rate="", fields=""), done
+                )
+        else:
+            plain = _PlainLines(self, label, total, unit, done)
+            yield plain
+            plain.finish()
+
+    def _keep(self, message: str) -> None:
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n"
+        if self._log:
+            self._log.write(line)
+        else:
+            self._early.append(line)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[fields]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Rate:
+    """Units per second since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.done = 0
+
+    def add(self, amount: int) -> float:
+        self.done += amount
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+
+class _Bar:
+    """A task as a progress bar."""
+
+    def __init__(self, progress: Progress, task: TaskID, done: int) -> None:
+        self._progress, self._task, self._rate = progress, task, _Rate()
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        rate = f"{self._rate.add(amount):.2f}/s"
+        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
+        self._progress.update(self._task, advance=amount, rate=rate, fields=shown)
+
+
+class _PlainLines:
+    """A task as lines of text, one every few seconds and one at its end."""
+
+    def __init__(self, reporter: ConsoleReporter, label: str, total: int, unit: str, done: int) -> None:
+        self._reporter, self._label, self._total, self._unit, self._done = reporter, label, total, unit, done
+        self._rate = _Rate()
+        self._last = time.monotonic()
+        self._line = ""
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        self._done += amount
+        rate = self._rate.add(amount)
+        left = (self._total - self._done) / rate if rate else 0
+        shown = "".join(f", {name} {value}" for name, value in fields.items())
+        self._line = (
+            f"{self._label}: {self._done} of {self._total} {self._unit}{shown}, {rate:.2f}/s, {left:.0f} s left"
+        )
+        if time.monotonic() - self._last >= PLAIN_SECONDS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Print the line of the last advance, once."""
+        if self._line:
+            self._reporter.info(self._line)
+            self._last, self._line = time.monotonic(), ""

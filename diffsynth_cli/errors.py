@@ -1,0 +1,51 @@
+"""Errors as the user sees them."""
+
+import os
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Problem
+from diffsynth_core.files import default_cache_path
+
+
+def exit_code_of(error: Exception) -> int:
+    """Print what went wrong on stderr; returns the exit code."""
+    if isinstance(error, DiffSynthError):
+        for problem in error.problems:
+            print_problem(problem)
+        if len(error.problems) > 1:
+            typer.echo(f"{len(error.problems)} problems; nothing was started", err=True)
+        return error.exit_code
+    usage = getattr(error, "format_message", None)
+    if callable(usage):
+        # Typer's own errors of use: an unknown command, an option without its value.
+        print_problem(Problem(str(usage()).rstrip("."), "`diffsynth --help` tells what there is"))
+        return EXIT_WRONG_USE
+    path = _write_traceback(error)
+    print_problem(
+        Problem(
+            f"internal error: {type(error).__name__}: {error}",
+            f"this is a fault of diffsynth; its traceback is in `{path}`",
+        )
+    )
+    return EXIT_FAILED
+
+
+def print_problem(problem: Problem) -> None:
+    """One problem on stderr: `error: …`, and `hint: …` below it."""
+    colours = "NO_COLOR" not in os.environ
+    typer.secho("error: ", fg="red" if colours else None, bold=colours, nl=False, err=True)
+    typer.echo(problem.message, err=True)
+    if problem.hint:
+        typer.secho("  hint: ", fg="cyan" if colours else None, nl=False, err=True)
+        typer.echo(problem.hint, err=True)
+
+
+def _write_traceback(error: Exception) -> Path:
+    folder = default_cache_path() / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"error-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return path

@@ -1,0 +1,69 @@
+"""Entry point: the commands, and the one boundary where errors become messages and exit codes."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+COMMANDS = {
+    "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
+    "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
+}
+"""Command -> the module that builds it (its function `add_to`), and its line in the help."""
+
+
+def build_app(named: str | None) -> typer.Typer:
+    """The application; only the named command is imported, so that `diffsynth --help` costs nothing."""
+    app = typer.Typer(
+        name="diffsynth",
+        help="Train diffusion transformers (Qwen-Image, FLUX, Wan) from YAML recipes.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_root)
+    for command, (module, help_line) in COMMANDS.items():
+        if command == named:
+            import_module(module).add_to(app)
+        else:
+            app.command(command, help=help_line)(_not_named)
+    return app
+
+
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"diffsynth {version('diffsynth-cli')}")
+        raise typer.Exit()
+
+
+def _not_named() -> None:
+    """Stands for a command in the help of the others."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong use, 130 / 143 stopped by a signal."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = next((word for word in words if not word.startswith("-")), None)
+    try:
+        app = build_app(named)
+        outcome = app(words, standalone_mode=False, prog_name="diffsynth")
+    except Exception as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        return 130
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _report(error: Exception) -> int:
+    """Tell an error on stderr; only an error of ours leaves a traceback, and that in a file."""
+    from diffsynth_cli.errors import exit_code_of
+
+    return exit_code_of(error)

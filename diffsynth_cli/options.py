@@ -1,0 +1,103 @@
+"""The options of `train`, made from the one declaration of parameters."""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.parameters import GROUPS, SETTINGS, Setting
+from typer.core import TyperCommand
+
+METAVARS = {
+    "int": "INTEGER",
+    "float": "NUMBER",
+    "path": "PATH",
+    "str": "TEXT",
+    "comma list": "A,B,…",
+    "json list": "JSON",
+}
+HELP_WIDTH = 80
+
+BOTH_SPELLINGS: dict[str, Any] = {
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}
+"""`--lora-rank` is `--lora_rank`; what no option takes is left for our own report, beside all other problems."""
+
+
+def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int]) -> Callable[..., int]:
+    """A command with one option per setting, which calls `function` with the values that were given."""
+
+    def command(context: typer.Context, **values: Any) -> int:
+        return function(context, {name: value for name, value in values.items() if value is not None})
+
+    options = [
+        inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(setting))
+        for setting in SETTINGS.values()
+    ]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *options])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *options)}
+    command.__doc__ = function.__doc__
+    return command
+
+
+def _annotation(setting: Setting) -> Any:
+    """The option's type for Typer; values other than flags stay text, which the declaration itself converts."""
+    if setting.type_name == "bool":
+        return Annotated[
+            bool | None,
+            typer.Option(f"--{setting.name}/--no_{setting.name}", help=setting.help_text, show_default=False),
+        ]
+    return Annotated[
+        str | None,
+        typer.Option(f"--{setting.name}", metavar=metavar(setting), help=setting.help_text, show_default=False),
+    ]
+
+
+def metavar(setting: Setting) -> str:
+    """What stands behind an option's name in the help."""
+    return "|".join(setting.choices) if setting.choices else METAVARS[setting.type_name]
+
+
+class GroupedHelp(TyperCommand):
+    """Help in the groups of the declaration, each name on a line of its own and never cut."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        formatter.write("\n")
+        for group, title in GROUPS.items():
+            formatter.write(f"{title}:\n")
+            for setting in SETTINGS.values():
+                if setting.group == group:
+                    formatter.write("\n".join(option_help(setting)) + "\n")
+            formatter.write("\n")
+        formatter.write("  --help, -h\n      Show this text\n")
+
+
+def option_help(setting: Setting) -> list[str]:
+    """The lines of one setting in the help."""
+    if setting.type_name == "bool":
+        head = [f"  --{setting.name}, --no-{setting.name}"]
+    else:
+        head = [f"  --{setting.name} {metavar(setting)}"]
+        if len(head[0]) > HELP_WIDTH:
+            head = [
+                f"  --{setting.name}",
+                *textwrap.wrap(
+                    " | ".join(setting.choices), HELP_WIDTH - 6, initial_indent="      ", subsequent_indent="      "
+                ),
+            ]
+    notes = []
+    if setting.default not in (None, (), False):
+        notes.append(f"default: {format_value(setting.default)}")
+    if setting.unit:
+        notes.append(f"unit: {setting.unit}")
+    if setting.families:
+        notes.append(f"only {', '.join(setting.families)}")
+    if setting.planned:
+        notes.append("not supported yet")
+    text = setting.help_text + (f" [{'; '.join(notes)}]" if notes else "")
+    return head + textwrap.wrap(text, HELP_WIDTH - 6, initial_indent="      ", subsequent_indent="      ")

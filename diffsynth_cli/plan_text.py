@@ -1,0 +1,56 @@
+"""A plan as lines of text."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter, format_bytes
+
+
+def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
+    """What a run will do, a fact a line."""
+    parameters, steps, batches = plan.parameters, plan.steps, plan.batches
+    yield f"{plan.facts.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
+    for name, files in plan.components.items():
+        size = sum(path.stat().st_size for path in files.paths)
+        yield f"  {name:<13} {files.origin} ({len(files.paths)} files, {format_bytes(size)}){_part(plan, name)}"
+    if plan.training.left_out:
+        yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
+    buckets = ", ".join(f"{len(bucket.members)} of {_size(bucket.shape)}" for bucket in batches.buckets[:6])
+    more = f" and {len(batches.buckets) - 6} more sizes" if len(batches.buckets) > 6 else ""
+    yield f"{len(plan.samples.samples)} samples from `{parameters.dataset_base_path}`: {buckets}{more}"
+    for note in plan.samples.notes:
+        yield f"  {note}"
+    yield (
+        f"{steps.total_steps} steps ({steps.steps_per_epoch} per epoch of {batches.samples_per_epoch} samples; "
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {plan.world_size} processes)"
+    )
+    if plan.first_step:
+        yield f"  resumed behind step {plan.first_step}"
+    if encodings_are_known(plan):
+        for part in plan_encodings(plan, reporter).encoders:
+            done = len(part.keys) - len(part.missing)
+            loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
+            yield f"  {part.encoder.name:<13} " + (
+                "made anew in every step"
+                if part.live
+                else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
+            )
+    else:
+        yield "  encodings are made once and kept in the cache"
+    yield f"Output to `{parameters.output_path}`"
+
+
+def _part(plan: Plan, component: str) -> str:
+    parts = []
+    if component in plan.training.full:
+        parts.append("trained in full")
+    if component == plan.training.lora_component:
+        parts.append(f"LoRA of rank {plan.parameters.lora_rank} on {len(plan.training.lora_modules)} modules")
+    return f", {' and '.join(parts)}" if parts else ""
+
+
+def _size(shape: Any) -> str:
+    height, width = shape
+    return f"{width} x {height}"

@@ -1,0 +1,83 @@
+"""One training command in the terminal: plan, rehearse or train, and tell how it ended."""
+
+from typing import Any
+
+import typer
+from diffsynth_core.checkpoints.run_folder import LOG, METRICS
+from diffsynth_core.config.documents import command_line
+from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.files import model_base_path
+
+from diffsynth_cli.console import ConsoleReporter
+from diffsynth_cli.plan_text import plan_lines
+
+NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path")
+
+
+def run_session(resolved: Resolved, flags: dict[str, Any], world_size: int) -> int:
+    """Carry out one `diffsynth train`; returns the exit code."""
+    reporter = ConsoleReporter()
+    try:
+        if resolved.parameters.dry_run:
+            return _show_plan(resolved, reporter, world_size)
+        return (
+            _rehearse(resolved, flags, reporter, world_size)
+            if resolved.parameters.rehearse
+            else _train(resolved, reporter, world_size)
+        )
+    finally:
+        reporter.close()
+
+
+def _show_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> int:
+    from diffsynth_core.planning.plan import make_plan
+
+    base = model_base_path()
+    if resolved.parameters.rehearse:
+        from diffsynth_core.training.rehearsal import prepare
+
+        resolved, base = prepare(resolved)
+    plan = make_plan(resolved, reporter, world_size, base)
+    for line in plan_lines(plan, reporter):
+        typer.echo(line)
+    return 0
+
+
+def _train(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> int:
+    from diffsynth_core.planning.plan import make_plan
+    from diffsynth_core.training.loop import train
+    from diffsynth_core.training.stop import listen_for_stop
+
+    plan = make_plan(resolved, reporter, world_size)
+    for line in plan_lines(plan, reporter):
+        reporter.info(line)
+    with listen_for_stop() as stop:
+        result = train(plan, reporter, stop)
+    checkpoint = result.folder / result.record.checkpoints[-1].file
+    _tell_results(checkpoint, result.folder)
+    return 0
+
+
+def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
+    from diffsynth_core.training.rehearsal import rehearse
+    from diffsynth_core.training.stop import listen_for_stop
+
+    with listen_for_stop() as stop:
+        rehearsal = rehearse(resolved, reporter, stop, world_size)
+    typer.echo("The rehearsal proved:")
+    for proof in rehearsal.proofs:
+        typer.echo(f"  - {proof}")
+    _tell_results(rehearsal.checkpoint, rehearsal.result.folder)
+    real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
+    if rehearsal.drew_pictures:
+        real["dataset_base_path"] = "YOUR_PICTURES"
+    typer.echo("The real run:")
+    typer.echo(f"  {command_line(real)}".replace("\n", "\n  "))
+    return 0
+
+
+def _tell_results(checkpoint: Any, folder: Any) -> None:
+    typer.echo(f"Checkpoint  {checkpoint}")
+    typer.echo(f"Metrics     {folder / METRICS}")
+    typer.echo(f"Log         {folder / LOG}")
