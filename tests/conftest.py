@@ -1,0 +1,107 @@
+"""What many tests need: tiny models in the real file layout, a dataset of photographs, the command line in process."""
+
+import csv
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODEL_ID = "Qwen/Qwen-Image"
+PLACES = {
+    "dit": "transformer/diffusion_pytorch_model*.safetensors",
+    "text_encoder": "text_encoder/model*.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+ENTRIES = {component: f"{MODEL_ID}:{place}" for component, place in PLACES.items()}
+CAPTIONS = {
+    "astronaut": "an astronaut in an orange suit before a flag",
+    "chelsea": "a cat",
+    "coffee": "a cup of coffee with a spoon on a wooden table, seen from above",
+    "rocket": "a rocket on its launch pad at night",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or writes the user's cache, and none reaches for a hub."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setenv("COLUMNS", "80")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds a tiny random Qwen-Image."""
+    from diffsynth_core.families.table import load_family
+
+    base = tmp_path_factory.mktemp("models")
+    for component, place in PLACES.items():
+        load_family("qwen-image").write_tiny_weights(base, component, MODEL_ID, place)
+    return base
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of four photographs of 128 x 128 pixels with captions of different lengths."""
+    import skimage.data
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in CAPTIONS:
+        Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((128, 128)).save(folder / f"{name}.png")
+    write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
+    return folder
+
+
+def write_metadata(folder: Path, rows: list[tuple[str, str]]) -> None:
+    """A metadata.csv with pictures and captions."""
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([("image", "prompt"), *rows])
+
+
+@pytest.fixture
+def dataset(photographs: Path, tmp_path: Path) -> Path:
+    """A copy of the photographs that a test may spoil."""
+    return Path(shutil.copytree(photographs, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def models(tiny_models: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny models that a test may spoil; it is the model base path of `cli`."""
+    copy = Path(shutil.copytree(tiny_models, tmp_path / "models"))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(copy))
+    return copy
+
+
+@pytest.fixture
+def cli(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `diffsynth …` in this process, in an empty folder, with the tiny models as the model base path."""
+    from diffsynth_cli.main import main
+
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_models))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
