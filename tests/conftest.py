@@ -57,13 +57,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of four photographs of 128 x 128 pixels with captions of different lengths."""
+    """A dataset of four photographs of 64 x 64 pixels with captions of different lengths."""
     import skimage.data
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("photographs")
     for name in CAPTIONS:
-        Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((128, 128)).save(folder / f"{name}.png")
+        Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((64, 64)).save(folder / f"{name}.png")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
     return folder
 
@@ -89,7 +89,9 @@ def models(tiny_models: Path, tmp_path: Path, cli: Callable[..., Outcome], monke
 
 
 @pytest.fixture
-def cli(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """Run `diffsynth …` in this process, in an empty folder, with the tiny models as the model base path."""
     from diffsynth_cli.main import main
 

@@ -26,6 +26,10 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+GAINS = {"dit": 3**-0.5, "text_encoder": 1.0, "vae": 1.0}
+"""Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
+than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
+
 
 @dataclass(frozen=True)
 class TinySizes:
@@ -50,7 +54,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     module = build(component, config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
-        _fill(name, parameter, generator)
+        _fill(name, parameter, GAINS[component], generator)
     tensors = {
         _file_key(component, name): tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()
     }
@@ -110,8 +114,8 @@ def _vae(sizes: TinySizes) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-    """Random weights that keep the size of signals, so that different inputs stay different.
+def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
+    """Random weights under which different inputs stay different.
 
     Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of a picture).
     With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
@@ -124,7 +128,7 @@ def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Non
         parameter.normal_(generator=generator)
     else:
         fan_in = parameter.shape[1] * math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
-        parameter.normal_(std=fan_in**-0.5, generator=generator)
+        parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
 
 
 def _file_key(component: str, name: str) -> str:

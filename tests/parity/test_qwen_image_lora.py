@@ -1,0 +1,143 @@
+"""LoRA files of a real run, loaded by diffusers: nothing missing or unexpected, and the same output as ours."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffsynth_core.adapters.lora import add_lora, load_lora
+from safetensors.torch import load_file
+
+from tests.conftest import MODEL_ID
+
+RANK = 4
+
+
+@pytest.fixture
+def lora_file(cli, photographs, tmp_path) -> Path:
+    """A LoRA trained for four steps at a rate that moves the output far."""
+    arguments = (
+        "--recipe",
+        "qwen-image-lora",
+        "--dataset_num_workers",
+        0,
+        "--dataset_repeat",
+        1,
+        "--num_epochs",
+        1,
+        "--lora_rank",
+        RANK,
+    )
+    outcome = cli(
+        "train",
+        *arguments,
+        "--learning_rate",
+        0.05,
+        "--dataset_base_path",
+        photographs,
+        "--output_path",
+        tmp_path / "run",
+    )
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "run" / "epoch-0.safetensors"
+
+
+def predict(transformer, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(1, 24, 64, generator=generator),
+            timestep=torch.tensor([0.6]),
+            encoder_hidden_states=torch.randn(1, 9, transformer.config.joint_attention_dim, generator=generator),
+            img_shapes=[[(1, 4, 6)]],
+            return_dict=False,
+        )[0]
+
+
+def adapter_modules(transformer) -> set[str]:
+    return {name for name, module in transformer.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)}
+
+
+def test_the_file_loads_through_the_pipeline_and_computes_the_same(
+    lora_file, pipeline, family, ours, caplog, tiny_models
+):
+    tensors = load_file(lora_file)
+    modules = {key.rsplit(".lora_", 1)[0] for key in tensors}
+    base = predict(pipeline.transformer)
+
+    with caplog.at_level(logging.WARNING):
+        pipeline.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name)
+    assert not [
+        record
+        for record in caplog.records
+        if "unexpected" in record.message.lower() or "missing" in record.message.lower()
+    ]
+    assert adapter_modules(pipeline.transformer) == modules
+    loaded = predict(pipeline.transformer)
+
+    transformer = _fresh_transformer(tiny_models)
+    add_lora(transformer, sorted(modules), RANK, seed=0)
+    assert load_lora(transformer, lora_file) == len(modules)
+    assert (loaded - base).abs().max() > 1e-2, "the LoRA does something"
+    assert (loaded - predict(transformer)).abs().max() < 1e-5
+
+
+def test_dead_modules_of_another_file_are_passed_over(lora_file, tiny_models, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(lora_file)
+    down, up = (tensors[f"transformer_blocks.0.attn.to_add_out.lora_{half}.default.weight"] for half in "AB")
+    tensors |= {
+        f"transformer_blocks.1.attn.to_add_out.lora_{half}.default.weight": tensor
+        for half, tensor in (("A", down.clone()), ("B", up.clone()))
+    }
+    save_file(tensors, tmp_path / "with_dead.safetensors")
+    transformer = _fresh_transformer(tiny_models)
+    alive = sorted({key.rsplit(".lora_", 1)[0] for key in load_file(lora_file)})
+    add_lora(transformer, alive, RANK, seed=0)
+    assert load_lora(transformer, tmp_path / "with_dead.safetensors") == len(alive)
+
+
+def _fresh_transformer(tiny_models: Path):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel.from_pretrained(
+        tiny_models / MODEL_ID / "transformer", torch_dtype=torch.float32
+    ).eval()
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "comfyui", "kohya"])
+def test_every_dialect_loads_through_the_pipeline(cli, photographs, lora_file, pipeline, tmp_path, dialect):
+    """The same training, written in another dialect, gives the same output when diffusers loads it."""
+    arguments = (
+        "--recipe",
+        "qwen-image-lora",
+        "--dataset_num_workers",
+        0,
+        "--dataset_repeat",
+        1,
+        "--num_epochs",
+        1,
+        "--lora_rank",
+        RANK,
+    )
+    outcome = cli(
+        "train",
+        *arguments,
+        "--learning_rate",
+        0.05,
+        "--dataset_base_path",
+        photographs,
+        "--lora_format",
+        dialect,
+        "--output_path",
+        tmp_path / dialect,
+    )
+    assert outcome.code == 0, outcome.err
+    pipeline.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, adapter_name="documented")
+    documented = predict(pipeline.transformer)
+    count = len(adapter_modules(pipeline.transformer))
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(str(tmp_path / dialect), weight_name="epoch-0.safetensors", adapter_name="other")
+    assert len(adapter_modules(pipeline.transformer)) == count
+    assert (predict(pipeline.transformer) - documented).abs().max() < 1e-5
