@@ -19,6 +19,10 @@ def exit_code_of(error: Exception) -> int:
             typer.echo(f"{len(error.problems)} problems; nothing was started", err=True)
         return error.exit_code
     usage = getattr(error, "format_message", None)
+    if callable(usage) and str(usage()).startswith("Usage: "):
+        # A command that was left out: the help says what there is.
+        typer.echo(str(usage()), err=True)
+        return EXIT_WRONG_USE
     if callable(usage):
         # Typer's own errors of use: an unknown command, an option without its value.
         print_problem(Problem(str(usage()).rstrip("."), "`diffsynth --help` tells what there is"))

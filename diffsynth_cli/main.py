@@ -35,12 +35,18 @@ def build_app(named: str | None) -> typer.Typer:
     return app
 
 
-def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit", is_eager=True)] = False,
-) -> None:
-    if show_version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"diffsynth {version('diffsynth-cli')}")
         raise typer.Exit()
+
+
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Before every command."""
 
 
 def _not_named() -> None:

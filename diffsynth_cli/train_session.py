@@ -1,6 +1,7 @@
 """One training command in the terminal: plan, rehearse or train, and tell how it ended."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
@@ -11,6 +12,9 @@ from diffsynth_core.files import model_base_path
 
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.plan_text import plan_lines
+
+if TYPE_CHECKING:
+    from diffsynth_core.planning.plan import Plan
 
 NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path")
 
@@ -50,8 +54,7 @@ def _train(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> in
     from diffsynth_core.training.stop import listen_for_stop
 
     plan = make_plan(resolved, reporter, world_size)
-    for line in plan_lines(plan, reporter):
-        reporter.info(line)
+    _announce(plan, reporter)
     with listen_for_stop() as stop:
         result = train(plan, reporter, stop)
     checkpoint = result.folder / result.record.checkpoints[-1].file
@@ -64,7 +67,7 @@ def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReport
     from diffsynth_core.training.stop import listen_for_stop
 
     with listen_for_stop() as stop:
-        rehearsal = rehearse(resolved, reporter, stop, world_size)
+        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(plan, reporter), world_size)
     typer.echo("The rehearsal proved:")
     for proof in rehearsal.proofs:
         typer.echo(f"  - {proof}")
@@ -77,7 +80,12 @@ def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReport
     return 0
 
 
-def _tell_results(checkpoint: Any, folder: Any) -> None:
+def _announce(plan: "Plan", reporter: ConsoleReporter) -> None:
+    for line in plan_lines(plan, reporter):
+        reporter.info(line)
+
+
+def _tell_results(checkpoint: Path, folder: Path) -> None:
     typer.echo(f"Checkpoint  {checkpoint}")
     typer.echo(f"Metrics     {folder / METRICS}")
     typer.echo(f"Log         {folder / LOG}")

@@ -3,10 +3,12 @@
 import json
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS
+from diffsynth_core.files import write_json, write_text
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -38,7 +40,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         flat = all(isinstance(item, str) for item in value)
         return ",".join(value) if flat else json.dumps(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def command_line(values: Mapping[str, Any], lead: str = "diffsynth train") -> str:
@@ -90,3 +92,15 @@ def _reference_row(setting: Setting) -> str:
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
     return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} |"
+
+
+def write_documents(folder: Path) -> None:
+    """Write the reference page and the schema into the documentation folder."""
+    write_text(folder / "parameters.md", reference_page())
+    write_json(folder / "recipe.schema.json", recipe_schema())
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_documents(Path(sys.argv[1]))

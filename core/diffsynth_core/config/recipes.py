@@ -29,6 +29,7 @@ class Recipe:
     description: str
     family: str | None
     parameters: Mapping[str, Any]
+    problems: tuple[Problem, ...] = ()
 
 
 def recipe_folder() -> Path:
@@ -54,7 +55,9 @@ def load_recipe(name: str) -> Recipe:
         near = suggest(name, recipe_names())
         hint = f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
         raise FaultsFound([Problem(f"there is no recipe `{name}`", hint, wrong_use=True)])
-    return load_recipe_file(recipe_folder() / f"{name}.yaml")
+    recipe = load_recipe_file(recipe_folder() / f"{name}.yaml")
+    raise_if_any(recipe.problems)
+    return recipe
 
 
 def load_recipe_file(path: Path) -> Recipe:
@@ -71,24 +74,32 @@ def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
     if path in below:
         raise DiffSynthError(f"`{path}` extends itself", "let it extend another recipe")
     content = read_yaml(path)
-    raise_if_any(_key_problems(path, content))
-    parent_name = content.get("extends")
-    parent = _load(_parent_path(path, parent_name), (*below, path)) if parent_name else Recipe("", "", None, {})
+    problems = _key_problems(path, content)
+    parent = Recipe("", "", None, {})
+    try:
+        if isinstance(content.get("extends"), str):
+            parent = _load(_parent_path(path, content["extends"]), (*below, path))
+    except DiffSynthError as error:
+        problems += error.problems
+    family = content.get("family", parent.family)
+    given = content.get("parameters")
+    known = (
+        {k: v for k, v in given.items() if k in SETTINGS and k not in NOT_IN_RECIPES} if isinstance(given, dict) else {}
+    )
     return Recipe(
         name=path.stem,
-        description=content.get("description", ""),
-        family=content.get("family", parent.family),
-        parameters={**parent.parameters, **(content.get("parameters") or {})},
+        description=str(content.get("description", "")),
+        family=family if isinstance(family, str) else None,
+        parameters={**parent.parameters, **known},
+        problems=(*problems, *parent.problems),
     )
 
 
 def _parent_path(path: Path, name: str) -> Path:
     if name not in recipe_names():
         near = suggest(name, recipe_names())
-        raise DiffSynthError(
-            f"`{path}` extends `{name}`, which is not a recipe",
-            f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all",
-        )
+        hint = f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
+        raise FaultsFound([Problem(f"`{path}` extends `{name}`, which is not a recipe", hint, wrong_use=True)])
     return recipe_folder() / f"{name}.yaml"
 
 

@@ -38,6 +38,7 @@ def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Re
     `flags` holds the values given on the command line by name, `unknown_flags` the arguments that no option took.
     """
     problems = [unknown_parameter(flag.removeprefix("--"), " (command line)") for flag in unknown_flags]
+    flags = {name: value for name, value in flags.items() if not _slipped(name, value, problems)}
     sources: list[tuple[str, Mapping[str, Any]]] = []
     config = _load_quietly(lambda path: load_recipe_file(Path(path)), flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
@@ -66,6 +67,17 @@ def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Re
     return Resolved(parameters, family, tuple(problems), frozenset(invalid), incomplete, origins)
 
 
+def _slipped(name: str, value: Any, problems: list[Problem]) -> bool:
+    """Whether a flag's value is empty, or is the next flag."""
+    setting = SETTINGS[name]
+    flag = isinstance(value, str) and value.startswith("--")
+    if not flag and not (value == "" and (setting.type_name == "path" or name == "recipe")):
+        return False
+    hint = f"give the value: `--{name} VALUE`"
+    problems.append(Problem(f"`{name}` takes {setting.type_words}, got `{value}` (`--{name}`)", hint, wrong_use=True))
+    return True
+
+
 def _load_quietly(load: Any, name: Any, problems: list[Problem]) -> Recipe | None:
     """Load a recipe or collect what is wrong with it."""
     if not name:
@@ -75,6 +87,7 @@ def _load_quietly(load: Any, name: Any, problems: list[Problem]) -> Recipe | Non
     except DiffSynthError as error:
         problems += error.problems
         return None
+    problems += loaded.problems
     return loaded
 
 

@@ -16,14 +16,18 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is not a text", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"`{key_node.value}` stands twice", problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
+YAML_12 = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int")}
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in YAML_12]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -33,6 +37,11 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -43,8 +52,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffSynthError(f"cannot read `{path}`: {error}") from error
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "mend the path") from error
+    except UnicodeDecodeError as error:
+        raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -52,6 +63,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DiffSynthError(
             f"`{path}` is not YAML{line}: {error.problem or error.context}", "mend that line"
         ) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise DiffSynthError(f"`{path}` is not YAML: {reason}", "mend the file") from error
     if value is None:
         return {}
     if not isinstance(value, dict):

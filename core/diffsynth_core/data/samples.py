@@ -128,6 +128,11 @@ def _header_or_problem(path: Path) -> PictureHeader | Problem:
 
 
 def _too_small(where: str, path: Path, header: PictureHeader, rule: SizeRule) -> Problem:
+    if min(header.width, header.height) < rule.factor:
+        return Problem(
+            f"{where}: `{path}` is {header.width} x {header.height} pixels; a side is below the least of {rule.factor}",
+            "replace the picture or take its row out",
+        )
     return Problem(
         f"{where}: `{path}` is {header.width} x {header.height} pixels; with `max_pixels` {rule.max_pixels} a side falls below the least of {rule.factor}",
         "replace the picture, take its row out, or raise `max_pixels`",

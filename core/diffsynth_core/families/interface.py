@@ -45,6 +45,7 @@ class EncoderFacts:
 class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
+    `model_ids`: patterns (fnmatch) of the hub repositories of its models.
     `text_column` and `media_columns`: metadata columns every sample needs.
     `size_factor`: sides of pictures are multiples of it, in pixels.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -52,6 +53,7 @@ class FamilyFacts:
 
     name: str
     title: str
+    model_ids: tuple[str, ...]
     components: tuple[ComponentFacts, ...]
     denoiser: str
     encoders: tuple[EncoderFacts, ...]
@@ -70,11 +72,15 @@ class FamilyFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Where a tokenizer is looked for: `folder` beside the component's own folder, else `default` below the models."""
+    """Where a tokenizer is looked for: `folder` beside the component's own folder, else `default` below the models.
+
+    `layouts`: sets of files of which one must be whole in the folder.
+    """
 
     component: str
     folder: str
     default: str
+    layouts: tuple[tuple[str, ...], ...] = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,13 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
         found = read_headers(files.paths)
     except DiffSynthError as error:
         return list(error.problems)
+    except Exception as error:
+        return [
+            Problem(
+                f"{files.component} from `{files.origin}` cannot be built from {f'`{files.config_path}`' if files.config_path else 'its shapes alone'}: {' '.join(str(error).split())}",
+                "put the config.json that belongs to these files beside them",
+            )
+        ]
     translate = family.facts.component(files.component).module_key
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     names = {translate(name): name for name in found}

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import Problem, suggest
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 
@@ -17,18 +17,25 @@ FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE,)
 _IMPLEMENTATIONS = {"qwen-image": ("diffsynth_core.families.qwen_image.family", "QwenImage")}
 
 
-def family_facts(name: str) -> FamilyFacts:
-    """Raises: DiffSynthError: when there is no such family."""
-    if name not in FAMILIES:
-        raise DiffSynthError(f"there is no family `{name}`", f"known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def unknown_family(name: str) -> Problem:
+    """The problem that there is no such family, with the nearest name."""
+    near = suggest(name, FAMILIES)
+    hint = f"did you mean `{near}`?" if near else f"known: {', '.join(FAMILIES)}"
+    return Problem(f"there is no family `{name}`", hint, wrong_use=True)
 
 
 def load_family(name: str) -> "Family":
     """The family's verbs; imports torch and the model libraries."""
-    module_name, class_name = _IMPLEMENTATIONS[family_facts(name).name]
+    module_name, class_name = _IMPLEMENTATIONS[name]
     family: Family = getattr(import_module(module_name), class_name)()
     return family
+
+
+def family_of_model(model_id: str) -> FamilyFacts | None:
+    """The family whose models a hub repository holds, told by its name."""
+    return next(
+        (facts for facts in FAMILIES.values() if any(fnmatch(model_id, name) for name in facts.model_ids)), None
+    )
 
 
 def recognise_component(names: Collection[str], facts: FamilyFacts) -> ComponentFacts | None:

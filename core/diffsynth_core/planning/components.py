@@ -7,8 +7,9 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes
-from diffsynth_core.families.table import FAMILIES, load_family, recognise_component, recognise_family
-from diffsynth_core.sources.model_files import FileSet, locate, locate_folder
+from diffsynth_core.families.table import FAMILIES, load_family, recognise_component, recognise_family, unknown_family
+from diffsynth_core.planning.tokenizers import find_tokenizers
+from diffsynth_core.sources.model_files import FileSet, locate
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers
 
 
@@ -77,7 +78,7 @@ def find_components(
             for component in absent
         ]
     _check_offloaded(parameters, problems)
-    tokenizers = _find_tokenizers(parameters, facts, components, base, problems)
+    tokenizers = find_tokenizers(parameters, facts, components, base, problems)
     return FoundComponents(facts, components, shapes, tokenizers)
 
 
@@ -102,14 +103,7 @@ def _family(
 ) -> FamilyFacts | None:
     if family:
         if family not in FAMILIES:
-            near = suggest(family, FAMILIES)
-            problems.append(
-                Problem(
-                    f"there is no family `{family}`",
-                    f"did you mean `{near}`?" if near else f"known: {', '.join(FAMILIES)}",
-                    wrong_use=True,
-                )
-            )
+            problems.append(unknown_family(family))
         return FAMILIES.get(family)
     for _, tensors in headers:
         facts = recognise_family(tensors)
@@ -149,38 +143,3 @@ def _check_offloaded(parameters: Parameters, problems: list[Problem]) -> None:
                     f"`offload_models` names `{entry}`, which is no entry of the model parameters", hint, wrong_use=True
                 )
             )
-
-
-def _find_tokenizers(
-    parameters: Parameters,
-    facts: FamilyFacts,
-    components: Mapping[str, ComponentFiles],
-    base: Path,
-    problems: list[Problem],
-) -> dict[str, Path]:
-    found = {}
-    for parameter, tokenizer in facts.tokenizers.items():
-        given: str | None = getattr(parameters, parameter)
-        files = components.get(tokenizer.component)
-        beside = files.paths[0].parent.parent / tokenizer.folder if files else None
-        folder = (
-            locate_folder(given, base)
-            if given
-            else beside
-            if beside and beside.is_dir()
-            else locate_folder(tokenizer.default, base)
-        )
-        if folder:
-            found[parameter] = folder
-        elif given:
-            problems.append(
-                Problem(f"the tokenizer folder `{given}` (`{parameter}`) is not there", f"mend `--{parameter}`")
-            )
-        elif files:
-            problems.append(
-                Problem(
-                    f"there is no tokenizer at `{beside}` nor at `{base / tokenizer.default.replace(':', '/')}`",
-                    f"name its folder with `--{parameter}`",
-                )
-            )
-    return found

@@ -33,7 +33,16 @@ def check_output(
     if folder.exists() and not folder.is_dir():
         problems.append(Problem(f"`output_path` `{folder}` is a file", "name a folder", wrong_use=True))
         return 0
-    writable = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    writable = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
+    if not writable.is_dir():
+        problems.append(
+            Problem(
+                f"`output_path` `{folder}` cannot be made: `{writable}` is a file",
+                "name another folder",
+                wrong_use=True,
+            )
+        )
+        return 0
     if not os.access(writable, os.W_OK):
         problems.append(
             Problem(f"`output_path` `{folder}` cannot be written: `{writable}` is read-only", "name another folder")

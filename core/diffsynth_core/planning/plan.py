@@ -67,6 +67,13 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     training = find_training(parameters, found, resolved.invalid, problems) if found else None
     facts = found.facts if found else None
     samples = read_dataset(parameters, facts, reporter, problems) if facts else None
+    if not facts and "dataset_base_path" in resolved.origins and not parameters.dataset_base_path.is_dir():
+        problems.append(
+            Problem(
+                f"the dataset folder `{parameters.dataset_base_path}` (`dataset_base_path`) is not there",
+                "name the folder with `--dataset_base_path`",
+            )
+        )
     device = choose_device(parameters, problems)
     mixed_precision = choose_precision(parameters, device, problems)
     if found:

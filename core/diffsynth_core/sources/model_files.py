@@ -42,8 +42,9 @@ def locate(
             file_sets.append(FileSet(entry, "model_id_with_origin_paths", paths))
         else:
             problems.append(_nothing_matches(entry, base))
-    problems += [problem for file_set in file_sets for problem in _shard_problems(file_set)]
-    return file_sets, problems
+    faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}
+    problems += [problem for found in faults.values() for problem in found]
+    return [file_set for file_set in file_sets if not faults[file_set.origin]], problems
 
 
 def split_entry(entry: str) -> tuple[str, str] | None:

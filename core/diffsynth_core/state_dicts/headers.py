@@ -75,17 +75,23 @@ def _parse(path: Path, content: Any, data_bytes: int) -> Header:
     if not isinstance(content, dict):
         raise _damaged(path, data_bytes)
     metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DiffSynthError(f"`{path}`: the metadata in its header are not texts", "fetch the file again")
     tensors: dict[str, TensorHeader] = {}
     spans = []
     for name, entry in content.items():
         try:
             dtype, shape, (begin, end) = (
                 str(entry["dtype"]),
-                tuple(int(side) for side in entry["shape"]),
+                tuple(entry["shape"]),
                 entry["data_offsets"],
             )
             expected = math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
-            sound = all(side >= 0 for side in shape) and 0 <= begin <= end and end - begin == expected
+            sound = (
+                all(type(side) is int and side >= 0 for side in (*shape, begin, end))
+                and 0 <= begin <= end
+                and end - begin == expected
+            )
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:

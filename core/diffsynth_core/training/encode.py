@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from diffsynth_core.data.pictures import load_picture
 from diffsynth_core.data.samples import Sample
@@ -17,6 +17,7 @@ from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.stop import StopRequest
+from diffsynth_core.training.workers import iterate
 
 
 def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
@@ -38,9 +39,6 @@ class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
 
     def __init__(self, plan: Plan, encoder: EncoderFacts, indices: list[int]) -> None:
         self._plan, self._encoder, self._indices = plan, encoder, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
 
     def __getitem__(self, place: int) -> tuple[int, dict[str, Any]]:
         index = self._indices[place]
@@ -96,25 +94,13 @@ def _encode(
     stop: StopRequest,
 ) -> None:
     indices = list(share)
-    raw = DataLoader(
-        _RawSamples(plan, part.encoder, indices),
-        batch_size=None,
-        num_workers=min(plan.parameters.dataset_num_workers, len(indices)),
-        worker_init_fn=ignore_interrupts,
-    )
+    workers = min(plan.parameters.dataset_num_workers, len(indices))
+    raw = iterate(_RawSamples(plan, part.encoder, indices), range(len(indices)), workers)
     with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
         for index, sample in raw:
             stop.raise_if_set()
             part.cache.write(part.keys[index], family.encode(part.encoder.name, components, sample))
             task.advance()
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Let Ctrl-C reach the training process alone, which ends its workers itself."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def free_device_memory(device: torch.device) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from diffsynth_core.data.batches import Occurrence
 from diffsynth_core.families.family import Encoded
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.training.encode import ignore_interrupts, load_columns
+from diffsynth_core.training.encode import load_columns
+from diffsynth_core.training.workers import iterate
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,13 @@ class _Place:
     counts: bool
 
 
-class _Places(Sampler[_Place]):
-    """The micro-batches of one process from `first_step` on; lazily, so that their number costs nothing."""
-
-    def __init__(self, plan: Plan, first_step: int, process: int) -> None:
-        self._plan, self._first_step, self._process = plan, first_step, process
-
-    def __iter__(self) -> Iterator[_Place]:
-        steps = self._plan.steps
-        for step in range(self._first_step, steps.total_steps):
-            part = steps.slice(step)
-            for start in range(part.start, part.stop, self._plan.world_size):
-                own = start + self._process
-                yield _Place(part.epoch, own, True) if own < part.stop else _Place(part.epoch, part.start, False)
+def _places(plan: Plan, process: int) -> Iterator[_Place]:
+    """The micro-batches of one process from the plan's first step on; lazily, so that their number costs nothing."""
+    for step in range(plan.first_step, plan.steps.total_steps):
+        part = plan.steps.slice(step)
+        for start in range(part.start, part.stop, plan.world_size):
+            own = start + process
+            yield _Place(part.epoch, own, True) if own < part.stop else _Place(part.epoch, part.start, False)
 
 
 class _MicroBatches(Dataset[MicroBatch]):
@@ -79,11 +74,4 @@ class _MicroBatches(Dataset[MicroBatch]):
 
 def iterate_micro_batches(plan: Plan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
     """The micro-batches of one process, from the plan's first step to its last."""
-    loader = DataLoader(
-        _MicroBatches(plan, encodings),
-        batch_size=None,
-        sampler=_Places(plan, plan.first_step, process),
-        num_workers=plan.parameters.dataset_num_workers,
-        worker_init_fn=ignore_interrupts,
-    )
-    return iter(loader)
+    return iterate(_MicroBatches(plan, encodings), _places(plan, process), plan.parameters.dataset_num_workers)

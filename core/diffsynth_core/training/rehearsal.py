@@ -6,6 +6,8 @@ back through the same sources, loaders and key names. Nothing else in the run di
 
 import hashlib
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +16,15 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.families.interface import FamilyFacts
-from diffsynth_core.families.table import component_at, family_facts, load_family, recognise_component, recognise_family
+from diffsynth_core.families.table import (
+    FAMILIES,
+    component_at,
+    family_of_model,
+    load_family,
+    recognise_component,
+    recognise_family,
+    unknown_family,
+)
 from diffsynth_core.files import default_cache_path, fresh_folder
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
@@ -42,8 +52,17 @@ class Rehearsal:
         return self.result.folder / self.result.record.checkpoints[-1].file
 
 
-def rehearse(resolved: Resolved, reporter: Reporter, stop: StopRequest, world_size: int = 1) -> Rehearsal:
+def rehearse(
+    resolved: Resolved,
+    reporter: Reporter,
+    stop: StopRequest,
+    announce: Callable[[Plan], None],
+    world_size: int = 1,
+) -> Rehearsal:
     """Carry out a run on tiny weights: half of its steps, a stop, a resume, the other half; then check what it wrote.
+
+    Args:
+        announce: is given the plan before it is carried out.
 
     Raises:
         FaultsFound: as planning.
@@ -53,6 +72,7 @@ def rehearse(resolved: Resolved, reporter: Reporter, stop: StopRequest, world_si
     prepared, base = prepare(resolved)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
     plan = _settle_output(make_plan(prepared, reporter, world_size, base), resolved)
+    announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [
         f"{len(plan.components)} components of tiny weights were read in the real file layout: {', '.join(plan.components)}"
@@ -81,15 +101,20 @@ def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
     facts = _family_of(resolved)
+    if facts is None and resolved.family:
+        return replace(
+            resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
+        ), folder
     if facts is None or resolved.incomplete:
         return resolved, folder
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
-    problems = list(resolved.problems)
+    problems: list[Problem] = []
     changes: dict[str, object] = dict.fromkeys(facts.tokenizers)
     entries = [_swap_entry(entry, facts, base, problems) for entry in parameters.model_id_with_origin_paths]
     groups = [_swap_entry(group[0], facts, base, problems) for group in parameters.model_paths]
     changes["model_id_with_origin_paths"] = tuple(entries + groups)
     changes["model_paths"] = ()
+    incomplete = bool(problems)
     changes["offload_models"] = ()
     if parameters.lora_checkpoint:
         problems.append(
@@ -106,7 +131,12 @@ def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
         changes["dataset_base_path"] = draw_pictures(folder / "pictures")
     if not _output_is_given(resolved):
         changes["output_path"] = Path("rehearsals") / "next"
-    return replace(resolved, parameters=parameters.model_copy(update=changes), problems=tuple(problems)), base
+    return replace(
+        resolved,
+        parameters=parameters.model_copy(update=changes),
+        problems=(*resolved.problems, *problems),
+        incomplete=incomplete,
+    ), base
 
 
 def _output_is_given(resolved: Resolved) -> bool:
@@ -123,14 +153,16 @@ def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
 
 
 def _family_of(resolved: Resolved) -> FamilyFacts | None:
-    """The family of the recipe, else that of the files that are there."""
+    """The family of the recipe, else that of the repositories named, else that of the files that are there."""
     if resolved.family:
-        return family_facts(resolved.family)
+        return FAMILIES.get(resolved.family)
+    for entry in resolved.parameters.model_id_with_origin_paths:
+        parts = split_entry(entry)
+        if parts and (facts := family_of_model(parts[0])):
+            return facts
     for group in resolved.parameters.model_paths:
-        paths = [path for item in group for path in expand_local(item)]
-        if paths:
-            facts = recognise_family(read_headers(paths))
-            if facts:
+        with suppress(DiffSynthError):
+            if facts := recognise_family(read_headers([path for item in group for path in expand_local(item)])):
                 return facts
     return None
 
@@ -143,7 +175,11 @@ def _swap_entry(entry: str, facts: FamilyFacts, base: Path, problems: list[Probl
         model_id, pattern = parts
         component = component_at(pattern, facts)
     else:
-        component = recognise_component(read_headers(local), facts) if local else None
+        try:
+            component = recognise_component(read_headers(local), facts) if local else None
+        except DiffSynthError as error:
+            problems += error.problems
+            return entry
         model_id = "local/model"
         pattern = f"{component.name}/model.safetensors" if component else ""
     if component is None:

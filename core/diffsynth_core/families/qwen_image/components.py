@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise DiffSynthError(
             f"cannot read the tokenizer in `{folder}`: {error}",
             "fetch the folder again, or name another with `--tokenizer_path`",

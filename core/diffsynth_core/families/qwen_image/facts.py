@@ -6,6 +6,7 @@ from diffsynth_core.families.qwen_image.names import LORA_TARGETS, dead_modules,
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
     title="Qwen-Image",
+    model_ids=("Qwen/Qwen-Image*", "DiffSynth-Studio/Qwen-Image*", "FireRedTeam/FireRed-Image*"),
     components=(
         ComponentFacts(
             name="dit",

@@ -1,0 +1,36 @@
+# Two commands do all of it on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test bench docs clean
+
+train: $(VENV)/.installed  ## install, then rehearse the Qwen-Image LoRA on the CPU
+	$(BIN)/diffsynth train --recipe qwen-image-lora --rehearse --device cpu
+
+test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests --ignore=tests/bench
+
+bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
+	$(BIN)/python -m pytest tests/bench -s
+
+docs: $(VENV)/.installed-test  ## regenerate the reference page and the JSON schema
+	$(BIN)/python -m diffsynth_core.config.documents docs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,72 @@
+"""What the tests of the command line share: refusals as values, and command lines that are only parsed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Refusal = tuple[int, list[tuple[str, str | None]]]
+"""Exit code, and (message, hint) of every problem in the order of the report."""
+
+
+@pytest.fixture
+def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., Refusal]:
+    """Start a LoRA run that must be refused: before any weight is read, with no traceback, with nothing written."""
+
+    def run(*arguments: object, recipe: str | None = "qwen-image-lora") -> Refusal:
+        start = ("--recipe", recipe) if recipe else ()
+        settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 1, "--dataset_base_path", dataset)
+        before = stamps(tmp_path)
+        outcome = cli("train", *start, *settings, *arguments)
+        assert outcome.code != 0, f"was not refused:\n{outcome.err}"
+        assert "Traceback" not in outcome.err and outcome.out == ""
+        assert "Loading" not in outcome.err, outcome.err
+        assert stamps(tmp_path) == before
+        return outcome.code, read_problems(outcome.err)
+
+    return run
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of everything below a folder: a file made and taken away again shows in the time of its folder."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+def read_problems(report: str) -> list[tuple[str, str | None]]:
+    """The problems of a report on stderr; several of them must be counted in its last line."""
+    lines = report.splitlines()
+    problems = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("error: "):
+            hint = following.removeprefix("  hint: ") if following.startswith("  hint: ") else None
+            problems.append((line.removeprefix("error: "), hint))
+    assert problems, report
+    if len(problems) > 1:
+        assert lines[-1] == f"{len(problems)} problems; nothing was started"
+    return problems
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a config file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def parse(cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """What a `train` command line resolves to; the run itself is left out."""
+    seen: list[object] = []
+    monkeypatch.setattr("diffsynth_cli.train_session.run_session", lambda resolved, *_: seen.append(resolved) or 0)
+
+    def run(*arguments: object) -> object:
+        outcome = cli("train", *arguments)
+        assert outcome.code == 0, outcome.err
+        return seen.pop()
+
+    return run

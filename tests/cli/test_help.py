@@ -1,0 +1,183 @@
+"""Help and flags: every name stands whole, every flag can be turned off, both spellings work, help costs nothing."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from diffsynth_core.config.parameters import GROUPS, SETTINGS
+from diffsynth_core.config.recipes import NOT_IN_RECIPES
+
+FLAGS = [name for name, setting in SETTINGS.items() if setting.type_name == "bool"]
+VALUES = {
+    "int": 256,
+    "float": 0.5,
+    "path": "some/path",
+    "str": "text",
+    "comma list": "a,b",
+    "json list": '["a", ["b"]]',
+}
+
+
+def test_help_names_the_commands(cli):
+    outcome = cli("--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
+    assert "\n  train   Train from a recipe: LoRA, full, or both\n" in outcome.out
+    assert "\n  recipe  List and show recipes, print their JSON schema\n" in outcome.out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"]])
+def test_help_is_data_and_no_wider_than_80(cli, arguments):
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("Usage: diffsynth")
+    assert [line for line in outcome.out.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("columns", ["80", "60", "200"])
+def test_help_of_train_shows_every_name_whole(cli, monkeypatch, columns):
+    """Other command lines cut long names with an ellipsis."""
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = cli("train", "--help").out.splitlines()
+    shown = [re.fullmatch(r"  (--[a-z0-9_]+)((?:, --no-[a-z0-9_]+)?)( [^-].*)?", line) for line in lines]
+    heads = {match[1]: match[2] for match in shown if match}
+    assert heads == {f"--{name}": f", --no-{name}" if name in FLAGS else "" for name in SETTINGS}
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_of_train_shows_the_groups_in_order(cli):
+    lines = cli("train", "--help").out.splitlines()
+    titles = [line.removesuffix(":") for line in lines if line.removesuffix(":") in GROUPS.values()]
+    assert titles == list(GROUPS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("lora_rank", "LoRA rank; alpha equals rank [default: 32]"),
+        ("max_steps", "(a rehearsal: 8) [unit: optimizer steps]"),
+        ("num_frames", "Frames per clip, taken from its start [default: 81; unit: frames;"),
+        ("preset_lora_path", "LoRA merged into the base before training [not supported yet]"),
+        ("data_file_keys", "list of paths [default: image,video]"),
+        ("task", "direct_distill:data_process | direct_distill:train"),
+    ],
+)
+def test_help_tells_default_unit_family_and_choices(cli, name, line):
+    text = cli("train", "--help").out
+    block = re.search(rf"^  --{name}\b.*\n(?:      .*\n)+", text, re.MULTILINE)
+    assert block and line in [text.strip() for text in block[0].splitlines()]
+
+
+def test_version(cli):
+    outcome = cli("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"diffsynth {version('diffsynth-cli')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipe"]])
+def test_a_command_left_out_shows_the_usage(cli, arguments):
+    """That is no error with a hint: the usage itself says what there is."""
+    outcome = cli(*arguments)
+    text = outcome.out + outcome.err
+    assert outcome.code == 2
+    assert text.startswith(" ".join(["Usage: diffsynth", *arguments, "[OPTIONS] COMMAND"]))
+    assert "hint:" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [(["trian"], "train"), (["recipe", "shw"], "show"), (["recipe", "list", "--fromat", "json"], "--format")],
+)
+def test_a_slip_of_the_pen_in_a_command(cli, arguments, near):
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: No such {'option' if '--format' in near else 'command'}")
+    assert near in outcome.err and "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_has_a_form_that_turns_it_off(parse, config, name):
+    """Under a file that turns it on, where a file may; else behind itself."""
+    on = ("--config", config(f"parameters:\n  {name}: true\n")) if name not in NOT_IN_RECIPES else (f"--{name}",)
+    dashes = name.replace("_", "-")
+    assert getattr(parse(*on).parameters, name) is True
+    for off in (f"--no-{name}", f"--no-{dashes}", f"--no_{name}", f"--no_{dashes}"):
+        assert getattr(parse(*on, off).parameters, name) is False, off
+
+
+def test_flags_of_a_recipe_are_turned_off(parse):
+    assert parse("--recipe", "qwen-image-lora").parameters.use_gradient_checkpointing
+    resolved = parse("--recipe", "qwen-image-lora", "--no-use-gradient-checkpointing", "--no-find_unused_parameters")
+    assert not resolved.parameters.use_gradient_checkpointing
+    assert not resolved.parameters.find_unused_parameters
+    assert resolved.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--find_unused_parameters", "--no-find-unused-parameters"], False),
+        (["--no_find_unused_parameters", "--find-unused-parameters"], True),
+    ],
+)
+def test_the_last_of_two_goes(parse, arguments, expected):
+    assert parse(*arguments).parameters.find_unused_parameters is expected
+
+
+@pytest.mark.parametrize("separator", ["_", "-"])
+def test_every_option_in_both_spellings(parse, config, separator):
+    given = {**{name: value_of(name) for name in SETTINGS}, "config": config("parameters: {}")}
+    arguments = []
+    for name, value in given.items():
+        option = f"--{name.replace('_', separator)}"
+        arguments += [option] if name in FLAGS else [option, value]
+    resolved = parse(*arguments)
+    assert resolved.origins == {name: f"`--{name}`" for name in SETTINGS}
+    assert not [problem for problem in resolved.problems if "is not a parameter" in problem.message]
+    assert not resolved.invalid
+
+
+def value_of(name: str) -> object:
+    """A value that the setting takes."""
+    if name == "recipe":
+        return "qwen-image-lora"
+    setting = SETTINGS[name]
+    return setting.choices[0] if setting.choices else VALUES.get(setting.type_name)
+
+
+@pytest.mark.parametrize("argument", ["--lora_rank=7", "--lora-rank=7"])
+def test_a_value_behind_an_equals_sign(parse, argument):
+    assert parse(argument).parameters.lora_rank == 7
+
+
+def test_the_dry_run_shows_what_flags_changed_and_writes_nothing(cli, dataset):
+    start = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
+    outcome = cli(*start, "--lora-rank", 4, "--mixed-precision", "bf16", "--max-steps", 3)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("Qwen-Image on cpu, precision bf16, seed 0\n")
+    assert "LoRA of rank 4 on 21 modules" in outcome.out and "\n3 steps " in outcome.out
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "light"),
+    [
+        (["--help"], ["torch", "pydantic", "rich", "yaml", "numpy"]),
+        (["--version"], ["torch", "rich", "yaml", "numpy"]),
+        (["train", "--help"], ["torch", "rich", "numpy"]),
+        (["recipe", "list"], ["torch", "rich", "numpy"]),
+        (["recipe", "show", "qwen-image-lora"], ["torch", "rich", "numpy"]),
+        (["recipe", "schema"], ["torch", "rich", "numpy"]),
+    ],
+)
+def test_heavy_modules_are_not_imported(arguments, light):
+    command = [sys.executable, "-X", "importtime", "-m", "diffsynth_cli", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {
+        line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert ended.returncode == 0, ended.stderr[-500:]
+    assert {"diffsynth_cli.main", "typer"} <= imported
+    assert imported & set(light) == set()

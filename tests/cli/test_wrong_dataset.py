@@ -1,0 +1,186 @@
+"""Faulty datasets: `diffsynth train` names the file, the row and the column before anything is done."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+ROW_OUT = "replace the file or take its row out"
+NO_SUCH_FILE = "mend the path (relative to `dataset_base_path`), or take the row out"
+
+
+def test_no_folder(refuse):
+    message = "the dataset folder `nowhere` (`dataset_base_path`) is not there"
+    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "name the folder with `--dataset_base_path`")])
+
+
+def test_no_metadata_file(refuse):
+    message = "the metadata file `nowhere.csv` (`dataset_metadata_path`) is not there"
+    assert refuse("--dataset_metadata_path", "nowhere.csv") == (1, [(message, "mend `--dataset_metadata_path`")])
+
+
+def test_an_empty_folder(refuse, dataset):
+    shutil.rmtree(dataset)
+    dataset.mkdir()
+    assert refuse() == (
+        1,
+        [
+            (
+                f"`{dataset}` holds neither metadata.csv, metadata.json, metadata.jsonl nor pictures",
+                "write a metadata.csv with the columns `image` and `prompt`",
+            )
+        ],
+    )
+
+
+def test_pictures_without_captions(refuse, dataset):
+    (dataset / "metadata.csv").unlink()
+    (dataset / "astronaut.txt").write_text("an astronaut")
+    code, [(message, hint)] = refuse()
+    assert code == 1
+    assert message.endswith(f"3 of its 4 pictures no caption beside them; the first is `{dataset}/chelsea.png`")
+    assert hint.startswith(f"write the caption into `{dataset}/chelsea.txt`")
+
+
+def test_rows_that_name_missing_files(refuse, dataset):
+    (dataset / "metadata.csv").write_text("image,prompt\nno.png,a\ncoffee.png,b\nnor/this.png,c\n")
+    where = f"`{dataset}/metadata.csv` row"
+    assert refuse() == (
+        1,
+        [
+            (f"{where} 1: column `image` names `{dataset}/no.png`, which is not there", NO_SUCH_FILE),
+            (f"{where} 3: column `image` names `{dataset}/nor/this.png`, which is not there", NO_SUCH_FILE),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "there", "hint"),
+    [
+        ("imge,prompt", "image", "`imge`, `prompt`", "rename `imge`"),
+        ("image,promt", "prompt", "`image`, `promt`", "rename `promt`"),
+        ("image,zzz", "prompt", "`image`, `zzz`", "add the column"),
+    ],
+)
+def test_a_missing_column(refuse, dataset, header, column, there, hint):
+    (dataset / "metadata.csv").write_text(f"{header}\ncoffee.png,a\n")
+    message = f"`{dataset}/metadata.csv` has no column `{column}`; it has {there}"
+    assert refuse() == (1, [(message, hint)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault", "hint"),
+    [
+        ("metadata.csv", "", " holds no row", "write one row per sample"),
+        ("metadata.csv", "image,prompt\n", " holds no row", "write one row per sample"),
+        (
+            "metadata.csv",
+            "image,prompt\ncoffee.png,a cup, red\n",
+            " row 1: 3 cells, the header has 2",
+            "put texts with commas in quotes",
+        ),
+        (
+            "metadata.csv",
+            "image,prompt\ncoffee.png,a\n,b\n",
+            " row 2: column `image` is empty",
+            "name the file, or take the row out",
+        ),
+        (
+            "metadata.json",
+            '[{"image": "coffee.png", "prompt": 3}]',
+            " row 1: column `prompt` holds `3`, expected a text",
+            "write the caption as a text",
+        ),
+        (
+            "metadata.json",
+            '[{"image": ["coffee.png", "rocket.png"], "prompt": "a"}]',
+            " row 1: column `image` lists 2 files, expected one",
+            "write one row per picture",
+        ),
+        (
+            "metadata.jsonl",
+            '{"image": "coffee.png", "prompt": "a"}\n\n[1]\n',
+            " row 2 is a list, expected an object",
+            "write one object per sample",
+        ),
+        (
+            "metadata.jsonl",
+            '{"image": "coffee.png", "prompt": "a"}\n{\n',
+            " line 2: Expecting property name enclosed in double quotes",
+            "mend that line",
+        ),
+    ],
+)
+def test_metadata_that_cannot_be_used(refuse, dataset, name, text, fault, hint):
+    (dataset / "metadata.csv").unlink()
+    (dataset / name).write_text(text)
+    assert refuse() == (1, [(f"`{dataset / name}`{fault}", hint)])
+
+
+def test_metadata_in_another_encoding(refuse, dataset):
+    (dataset / "metadata.csv").write_bytes("image,prompt\ncoffee.png,café\n".encode("latin-1"))
+    assert refuse() == (1, [(f"`{dataset}/metadata.csv` is not UTF-8 (byte 27)", "save it as UTF-8")])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"I am a text", "cannot identify image file"), (b"", "the file is empty")],
+    ids=["text", "empty"],
+)
+def test_a_picture_that_is_none(refuse, dataset, content, reason):
+    (dataset / "coffee.png").write_bytes(content)
+    message = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` cannot be read as a picture: {reason}"
+    assert refuse() == (1, [(message, ROW_OUT)])
+
+
+def test_a_picture_cut_short(refuse, dataset):
+    path = dataset / "coffee.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    code, [(message, hint)] = refuse()
+    assert (code, hint) == (1, ROW_OUT)
+    assert message.startswith(f"`{dataset}/metadata.csv` row 3: `{path}` cannot be read as a picture: ")
+
+
+@pytest.mark.parametrize("size", [(15, 64), (64, 15)])
+@pytest.mark.parametrize("fixed", [(), ("--height", 64, "--width", 64)])
+def test_a_picture_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
+    """No `max_pixels` makes a side longer, so that the message must not blame it."""
+    Image.new("RGB", size).save(dataset / "coffee.png")
+    code, [(message, hint)] = refuse(*fixed)
+    where = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is {size[0]} x {size[1]} pixels"
+    assert code == 1
+    assert message.startswith(where) and "the least of 16" in message
+    assert "max_pixels" not in message + hint
+
+
+def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
+    Image.new("RGB", (32, 256)).save(dataset / "coffee.png")
+    assert refuse("--max_pixels", 1024) == (
+        1,
+        [
+            (
+                f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is 32 x 256 pixels; "
+                "with `max_pixels` 1024 a side falls below the least of 16",
+                "replace the picture, take its row out, or raise `max_pixels`",
+            )
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (
+            ["--data_file_keys", "video"],
+            "`data_file_keys` leaves out `image`, whose files this family trains on",
+            "add `image`",
+        ),
+        (
+            ["--extra_inputs", "edit_image"],
+            "`extra_inputs` names `edit_image`, which Qwen-Image does not take",
+            "leave it out",
+        ),
+    ],
+)
+def test_columns_that_do_not_fit_the_family(refuse, arguments, message, hint):
+    assert refuse(*arguments) == (2, [(message, hint)])

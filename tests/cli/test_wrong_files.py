@@ -1,0 +1,240 @@
+"""Faulty weight files, tokenizers and output folders: told before any weight is read, with nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+PLACES = {
+    "dit": "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors",
+    "text_encoder": "Qwen/Qwen-Image:text_encoder/model*.safetensors",
+    "vae": "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
+}
+FETCH = "fetch the file again"
+
+
+def name_models(*entries: str) -> tuple[str, str]:
+    return "--model_id_with_origin_paths", ",".join(entries)
+
+
+@pytest.fixture
+def repository(models) -> Path:
+    return models / "Qwen/Qwen-Image"
+
+
+@pytest.fixture
+def vae(repository) -> Path:
+    return repository / "vae/diffusion_pytorch_model.safetensors"
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    """Header and tensor bytes of a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(path: Path, header: dict, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_a_glob_that_matches_nothing(refuse, models):
+    entry = "Qwen/Qwen-Image:nothing/*.safetensors"
+    assert refuse(*name_models(PLACES["dit"], PLACES["text_encoder"], entry)) == (
+        1,
+        [
+            (
+                f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
+                f"put the files at `{models}/Qwen/Qwen-Image`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, "
+                "or rehearse with `--rehearse`",
+            )
+        ],
+    )
+
+
+def test_a_local_file_that_is_not_there(refuse):
+    message = "`model_paths` names `nowhere.safetensors`, which is not there"
+    assert refuse("--model_paths", '["nowhere.safetensors"]') == (1, [(message, "mend the path")])
+
+
+def test_a_missing_shard_is_the_only_problem(refuse, repository):
+    name = "diffusion_pytorch_model-00002-of-00002.safetensors"
+    (repository / "transformer" / name).unlink()
+    message = f"`{PLACES['dit']}`: 1 shards are missing, the first is `{name}`"
+    assert refuse() == (1, [(message, "fetch them, or mend the glob")])
+
+
+def test_files_cut_short(refuse, vae):
+    _, data = split(vae)
+    vae.write_bytes(vae.read_bytes()[:-1000])
+    there = len(data) - 1000
+    message = f"`{vae}` is cut short: its header promises {len(data)} bytes of tensors, {there} are there"
+    assert refuse() == (1, [(message, FETCH)])
+
+
+@pytest.mark.parametrize("size", [0, 7, 100])
+def test_files_cut_short_in_the_header(refuse, vae, size):
+    vae.write_bytes(vae.read_bytes()[:size])
+    message = f"`{vae}` ({size} bytes) is not a whole safetensors file: its header cannot be read"
+    assert refuse() == (1, [(message, FETCH)])
+
+
+def test_a_file_with_more_than_its_header_names(refuse, vae):
+    vae.write_bytes(vae.read_bytes() + b"more")
+    assert refuse() == (1, [(f"`{vae}` has 4 bytes that its header does not name", FETCH)])
+
+
+@pytest.mark.parametrize(
+    ("key", "lie"),
+    [
+        ("shape", [33]),
+        ("shape", [32.0]),
+        ("shape", ["32"]),
+        ("dtype", "F9"),
+        ("data_offsets", [0.0, 64.0]),
+        ("data_offsets", [0, 66]),
+        ("data_offsets", [64, 0]),
+        ("data_offsets", [0]),
+    ],
+)
+def test_a_header_that_lies_about_a_tensor(refuse, vae, key, lie):
+    """What the safetensors library would refuse to open later is refused now."""
+    header, data = split(vae)
+    name = next(name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"] == [0, 64])
+    header[name][key] = lie
+    join(vae, header, data)
+    assert refuse() == (1, [(f"`{vae}`: the header of `{name}` contradicts itself", FETCH)])
+
+
+def test_a_header_whose_metadata_are_no_texts(refuse, vae):
+    header, data = split(vae)
+    join(vae, {**header, "__metadata__": {"step": 3}}, data)
+    code, [(message, hint)] = refuse()
+    assert (code, hint) == (1, FETCH)
+    assert message.startswith(f"`{vae}`")
+
+
+def test_tensors_that_overlap(refuse, vae):
+    header, data = split(vae)
+    entries = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    (begin, end), first = entries[0]
+    twin = next(name for (start, stop), name in entries[1:] if stop - start == end - begin)
+    header[twin]["data_offsets"] = header[first]["data_offsets"]
+    join(vae, header, data)
+    assert refuse() == (1, [(f"`{vae}`: the tensors in its header overlap or leave gaps", FETCH)])
+
+
+def test_shapes_that_contradict_config_json(refuse, repository):
+    path = repository / "transformer/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "joint_attention_dim": 48}))
+    message = (
+        f"dit from `{PLACES['dit']}`: the shapes of 2 tensors differ from what `{path}` asks for; "
+        "`txt_in.weight` is [32, 64], expected [32, 48]"
+    )
+    assert refuse() == (1, [(message, "check that config.json belongs to these files")])
+
+
+@pytest.mark.parametrize(
+    ("component", "change"),
+    [
+        ("transformer", {"attention_head_dim": "wide"}),
+        ("vae", {"base_dim": "wide"}),
+        ("text_encoder", {"text_config": 3}),
+    ],
+)
+def test_a_config_json_that_builds_nothing(refuse, repository, component, change):
+    path = repository / component / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    code, [(message, hint)] = refuse()
+    assert code == 1 and hint
+    assert f"`{path}`" in message and "internal error" not in message
+
+
+def test_shapes_that_do_not_tell_the_configuration(refuse, repository):
+    """Heads of 128 channels are taken where config.json is missing; the tiny text encoder has smaller ones."""
+    (repository / "text_encoder/config.json").unlink()
+    code, [(message, hint)] = refuse()
+    assert code == 1 and hint
+    assert f"`{PLACES['text_encoder']}`" in message and "config.json" in message + hint
+
+
+def test_a_config_json_that_is_no_json(refuse, repository):
+    path = repository / "vae/config.json"
+    path.write_text("{")
+    code, [(message, hint)] = refuse()
+    assert (code, hint) == (1, FETCH)
+    assert message.startswith(f"cannot read `{path}`: ")
+
+
+def test_a_component_named_twice(refuse):
+    again = "Qwen/Qwen-Image:vae/*.safetensors"
+    message = f"`{again}` and `{PLACES['vae']}` are both the vae of Qwen-Image"
+    assert refuse(*name_models(*PLACES.values(), again)) == (2, [(message, "name one of them")])
+
+
+def test_a_component_left_out(refuse):
+    message = "the files named hold no vae (VAE) for Qwen-Image"
+    assert refuse(*name_models(PLACES["dit"], PLACES["text_encoder"])) == (2, [(message, "name its files too")])
+
+
+def test_a_file_that_is_no_component(refuse, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"linear.weight": np.zeros((2, 2), np.float32)}, path)
+    message = f"`{path}` is no component of Qwen-Image; it begins with `linear.weight`"
+    hint = "name files of its components: dit, text_encoder, vae"
+    assert refuse("--model_paths", f'["{path}"]') == (2, [(message, hint)])
+
+
+def test_no_tokenizer_beside_the_text_encoder(refuse, repository):
+    shutil.rmtree(repository / "tokenizer")
+    message = f"there is no tokenizer at `{repository}/tokenizer`"
+    assert refuse() == (1, [(message, "name its folder with `--tokenizer_path`")])
+
+
+def test_a_tokenizer_folder_that_is_not_there(refuse):
+    message = "there is no tokenizer at `nowhere`"
+    assert refuse("--tokenizer_path", "nowhere") == (1, [(message, "name its folder with `--tokenizer_path`")])
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_that_lacks_a_file(refuse, repository, name):
+    (repository / "tokenizer" / name).unlink()
+    code, [(message, hint)] = refuse()
+    assert code == 1 and "`--tokenizer_path`" in hint
+    assert message.startswith(f"cannot read the tokenizer in `{repository}/tokenizer`")
+
+
+def test_a_damaged_tokenizer(refuse, repository):
+    (repository / "tokenizer/vocab.json").write_text("{")
+    code, [(message, _)] = refuse()
+    assert code == 1
+    assert message.startswith(f"cannot read the tokenizer in `{repository}/tokenizer`")
+
+
+def write_lora(path: Path, rank: int, module: str = "transformer_blocks.0.attn.to_q", width: int = 32) -> None:
+    down, up = np.zeros((rank, width), np.float32), np.zeros((32, rank), np.float32)
+    save_file({f"{module}.lora_A.default.weight": down, f"{module}.lora_B.default.weight": up}, path)
+
+
+def test_a_lora_checkpoint_of_another_rank(refuse, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, rank=16)
+    message = f"`{path}` has rank 16, `lora_rank` is 32"
+    assert refuse("--lora_checkpoint", path) == (2, [(message, "give `--lora_rank 16`")])
+
+
+def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, rank=32, module="double_blocks.0.img_attn.qkv")
+    code, [(message, hint)] = refuse("--lora_checkpoint", path)
+    assert (code, hint) == (1, "name a LoRA of this model")
+    assert message.startswith(f"`{path}`: 2 of 2 keys fit no module: ")
+
+
+def test_a_lora_checkpoint_that_is_not_there(refuse):
+    message = "`lora_checkpoint` `nowhere.safetensors` is not there"
+    assert refuse("--lora_checkpoint", "nowhere.safetensors") == (1, [(message, "mend the path")])

@@ -1,0 +1,56 @@
+"""Output folders that must not be written to: they stay as they are."""
+
+from pathlib import Path
+
+NEW_FOLDER = "name another `--output_path`"
+
+
+def test_a_folder_that_holds_a_run(cli, refuse, dataset):
+    run = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 1, "--output_path", "out")
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, *run)
+    assert outcome.code == 0, outcome.err
+    message = "`output_path` `out` already holds a run (completed, 1 of 1 steps)"
+    hint = "go on with it: `--resume auto`; or name another `--output_path`"
+    assert refuse("--output_path", "out") == (2, [(message, hint)])
+    assert refuse("--output_path", "out", "--resume", "auto", "--learning_rate", 1, "--num_epochs", 9) == (
+        2,
+        [
+            (
+                "`learning_rate` was `0.0001` in the run in `out`, now it is `1`",
+                "resume with the same value, or start a new run",
+            ),
+            (
+                "the run in `out` has done its 1 steps; the parameters ask for 1",
+                "nothing is left to do; ask for more with `--num_epochs` or `--max_steps`",
+            ),
+        ],
+    )
+
+
+def test_a_folder_that_holds_foreign_checkpoints(refuse):
+    Path("out").mkdir()
+    for name in ("epoch-1.safetensors", "step-500.safetensors", "notes.txt"):
+        Path("out", name).write_bytes(b"mine")
+    message = "`output_path` `out` already holds checkpoints of another program: `epoch-1.safetensors`, `step-500.safetensors`"
+    assert refuse("--output_path", "out") == (2, [(message, NEW_FOLDER)])
+    assert refuse("--output_path", "out", "--resume", "auto") == (2, [(message, NEW_FOLDER)])
+
+
+def test_a_damaged_record(refuse):
+    Path("out").mkdir()
+    Path("out/run.json").write_text('{"status": "runn')
+    code, [(message, hint)] = refuse("--output_path", "out")
+    assert (code, hint) == (1, NEW_FOLDER)
+    assert message.startswith("`out/run.json` cannot be read: ")
+
+
+def test_a_file_in_the_way(refuse):
+    Path("out").write_text("mine")
+    assert refuse("--output_path", "out") == (2, [("`output_path` `out` is a file", "name a folder")])
+
+
+def test_a_file_in_the_way_above(refuse):
+    Path("out").write_text("mine")
+    code, [(message, _)] = refuse("--output_path", "out/run")
+    assert code == 2
+    assert message.startswith("`output_path` `out/run`") and "`out` is a file" in message

@@ -1,0 +1,184 @@
+"""Going on: the same weights whether or not a run was stopped on the way, and every way of stopping."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RECIPE = (
+    "--recipe",
+    "qwen-image-lora",
+    "--dataset_num_workers",
+    0,
+    "--dataset_repeat",
+    3,
+    "--num_epochs",
+    1,
+    "--learning_rate",
+    0.01,
+)
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_tensors(left: Path, right: Path) -> bool:
+    one, other = load_file(left), load_file(right)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("--batch_size", 2, "--gradient_accumulation_steps", 2), ("--lr_scheduler", "cosine", "--lr_warmup_steps", 3)],
+    ids=str,
+)
+def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, tmp_path, extra):
+    """Stopped behind every save and resumed, against run through: equal to the bit."""
+    common = ("train", *RECIPE, *extra, "--dataset_base_path", photographs, "--save_steps", 2)
+    assert cli(*common, "--output_path", tmp_path / "through").code == 0
+    total = record_of(tmp_path / "through")["total_steps"]
+    for stop in (*range(2, total, 2), total):
+        # max_steps changes the course of a schedule that ends at the last step, so those runs are cut by a signal below.
+        if "--lr_scheduler" in extra:
+            break
+        outcome = cli(*common, "--output_path", tmp_path / "pieces", "--resume", "auto", "--max_steps", stop)
+        assert outcome.code == 0, outcome.err
+    if "--lr_scheduler" in extra:
+        _run_in_pieces(common, tmp_path / "pieces")
+    last = record_of(tmp_path / "through")["checkpoints"][-1]["file"]
+    assert same_tensors(tmp_path / "through" / last, tmp_path / "pieces" / last)
+    kept = ("step", "epoch", "samples_seen", "loss", "lr", "grad_norm")
+    through, pieces = (
+        [{name: line[name] for name in kept} for line in metrics_of(tmp_path / name)] for name in ("through", "pieces")
+    )
+    assert through == pieces
+
+
+def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
+    """The same run stopped behind step 5, as a signal would stop it."""
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_core.config.resolve import resolve
+    from diffsynth_core.planning.plan import make_plan
+    from diffsynth_core.training.loop import train
+    from diffsynth_core.training.stop import StopRequest
+
+    words = [str(word) for word in common[1:]]
+    flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)} | {
+        "output_path": str(folder)
+    }
+    reporter = ConsoleReporter()
+    train(make_plan(resolve(flags), reporter), reporter, StopRequest(), stop_after=5)
+    train(make_plan(resolve(flags | {"resume": "auto"}), reporter), reporter, StopRequest())
+    reporter.close()
+
+
+def test_resume_begins_anew_where_there_is_nothing(cli, photographs):
+    outcome = cli(
+        "train",
+        *RECIPE,
+        "--dataset_base_path",
+        photographs,
+        "--output_path",
+        "out",
+        "--max_steps",
+        2,
+        "--resume",
+        "auto",
+    )
+    assert outcome.code == 0, outcome.err
+    assert [line["step"] for line in metrics_of(Path("out"))] == [1, 2]
+
+
+def test_a_completed_run_goes_on_when_more_is_asked_for(cli, photographs):
+    common = ("train", *RECIPE, "--dataset_base_path", photographs, "--output_path", "out", "--resume", "auto")
+    assert cli(*common, "--max_steps", 2).code == 0
+    again = cli(*common, "--max_steps", 2)
+    assert again.code == 1 and "has done its 2 steps" in again.err
+    assert cli(*common, "--max_steps", 3).code == 0
+    assert [line["step"] for line in metrics_of(Path("out"))] == [1, 2, 3]
+    assert record_of(Path("out"))["status"] == "completed"
+
+
+def test_resume_refuses_other_parameters_and_other_pictures(cli, dataset):
+    common = ("train", *RECIPE, "--dataset_base_path", dataset, "--output_path", "out", "--resume", "auto")
+    assert cli(*common, "--max_steps", 2).code == 0
+    other = cli(*common, "--learning_rate", 0.5, "--seed", 4, "--max_steps", 4)
+    assert other.code == 2
+    assert "`learning_rate` was `0.01` in the run in `out`, now it is `0.5`" in other.err
+    assert "`seed` was `0`" in other.err
+    (dataset / "metadata.csv").write_text((dataset / "metadata.csv").read_text().replace("a cat", "a dog"))
+    changed = cli(*common, "--max_steps", 4)
+    assert changed.code == 1 and "the dataset is not the one" in changed.err
+
+
+def test_resume_takes_the_last_whole_state(cli, photographs):
+    """A state that a crash left without its last file is not a state; metrics behind it are taken out."""
+    common = ("train", *RECIPE, "--dataset_base_path", photographs, "--output_path", "out", "--resume", "auto")
+    assert cli(*common, "--max_steps", 3).code == 0
+    half = Path("out/state/step-9")
+    half.mkdir()
+    (half / "trained.safetensors").write_bytes(b"half")
+    with Path("out/metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    assert cli(*common, "--max_steps", 5).code == 0
+    assert [line["step"] for line in metrics_of(Path("out"))] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_saves_and_exits(tiny_models, photographs, tmp_path, number, code):
+    """A real process, with data workers, stopped in the middle of its run; then resumed."""
+    command = [
+        sys.executable,
+        "-m",
+        "diffsynth_cli",
+        "train",
+        "--recipe",
+        "qwen-image-lora",
+        "--dataset_num_workers",
+        "2",
+    ]
+    command += [
+        "--dataset_repeat",
+        "100000",
+        "--dataset_base_path",
+        str(photographs),
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(tiny_models)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    record = record_of(tmp_path / "out")
+    assert record["status"] == "interrupted"
+    assert len(metrics_of(tmp_path / "out")) == record["step"]
+    assert record["checkpoints"][-1]["file"] == f"step-{record['step']}.safetensors"
+    again = subprocess.run(
+        [*command, "--resume", "auto", "--max_steps", str(record["step"] + 2)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, record["step"] + 3))
