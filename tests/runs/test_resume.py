@@ -50,7 +50,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, 
     assert cli(*common, "--output_path", tmp_path / "through").code == 0
     total = record_of(tmp_path / "through")["total_steps"]
     for stop in (*range(2, total, 2), total):
-        # max_steps changes the course of a schedule that ends at the last step, so those runs are cut by a signal below.
+        # max_steps changes a schedule that ends at the last step; those runs are cut as by a signal below.
         if "--lr_scheduler" in extra:
             break
         outcome = cli(*common, "--output_path", tmp_path / "pieces", "--resume", "auto", "--max_steps", stop)
@@ -68,11 +68,12 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, 
 
 def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
     """The same run stopped behind step 5, as a signal would stop it."""
-    from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve
     from diffsynth_core.planning.plan import make_plan
     from diffsynth_core.training.loop import train
     from diffsynth_core.training.stop import StopRequest
+
+    from diffsynth_cli.console import ConsoleReporter
 
     words = [str(word) for word in common[1:]]
     flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)} | {

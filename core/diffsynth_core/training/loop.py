@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
@@ -62,6 +63,8 @@ def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | N
 
 def make_accelerator(plan: Plan) -> Accelerator:
     """accelerate's view of devices and processes; steps are counted by the loop, so it accumulates nothing."""
+    # accelerate keeps one state per process; a second run in this process may ask for another precision.
+    AcceleratorState._reset_state()
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=plan.parameters.find_unused_parameters)
     accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=[kwargs])
     if accelerator.num_processes == 1 and plan.device.partition(":")[2]:

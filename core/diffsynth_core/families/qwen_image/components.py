@@ -153,7 +153,7 @@ def checkpoint_gradients(component: str, module: nn.Module) -> None:
     """Recompute activations in the backward pass; diffusers' VAE has no such mode and keeps its own."""
     if component == "text_encoder":
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         module.train()
     elif component == "dit":
         module.enable_gradient_checkpointing()  # type: ignore[operator]
