@@ -3,7 +3,7 @@
 alpha equals rank, so the scale is 1. A starts uniform in ±1/sqrt(in), B at zero; both are kept in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,19 +96,22 @@ def name_lora(weights: Mapping[str, LoraWeights], dialect: str) -> dict[str, Ten
     return tensors
 
 
-def check_lora_file(path: Path, module_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def check_lora_file(
+    path: Path, module_shapes: Mapping[str, tuple[int, ...]], component: str = "dit", besides: Collection[str] = ()
+) -> dict[str, int]:
     """Prove that every key of a LoRA file finds a module of a fitting shape; headers only.
 
     Args:
-        module_shapes: weight shape of each module of the base, by name.
+        module_shapes: weight shape of each module of the base component, by name.
+        besides: keys of the file that are no LoRA.
 
     Returns: rank by module.
 
     Raises:
         DiffSynthError: when a key finds no module, a half is missing, or a shape does not fit.
     """
-    tensors = read_header(path).tensors
-    _, found, unmatched = find_lora_keys(tensors, module_shapes)
+    tensors = {name: tensor for name, tensor in read_header(path).tensors.items() if name not in besides}
+    _, found, unmatched = find_lora_keys(tensors, module_shapes, component)
     if unmatched:
         raise DiffSynthError(
             f"`{path}`: {len(unmatched)} of {len(tensors)} keys fit no module: {shorten(sorted(unmatched))}",
@@ -128,7 +131,7 @@ def check_lora_file(path: Path, module_shapes: Mapping[str, tuple[int, ...]]) ->
     return ranks
 
 
-def load_lora(model: nn.Module, path: Path) -> int:
+def load_lora(model: nn.Module, path: Path, component: str = "dit") -> int:
     """Start the LoRA of a model from a file in any dialect; returns how many modules it filled.
 
     Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
@@ -141,8 +144,8 @@ def load_lora(model: nn.Module, path: Path) -> int:
 
     targets = lora_weights(model)
     shapes = _weight_shapes(model)
-    ranks = check_lora_file(path, shapes)
-    _, found, _ = find_lora_keys(read_header(path).tensors, shapes)
+    ranks = check_lora_file(path, shapes, component)
+    _, found, _ = find_lora_keys(read_header(path).tensors, shapes, component)
     filled = 0
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
         for module, halves in targets.items():

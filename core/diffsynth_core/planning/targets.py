@@ -44,7 +44,7 @@ def find_training(
                 wrong_use=True,
             )
         )
-    _check_lora_options(parameters, problems)
+    _check_lora_options(parameters, found.facts.denoiser, problems)
     modules: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if lora_component and lora_component in found.shapes and "lora_target_modules" not in invalid:
@@ -65,7 +65,16 @@ def _check_component(name: str, parameter: str, found: FoundComponents, problems
     return False
 
 
-def _check_lora_options(parameters: Parameters, problems: list[Problem]) -> None:
+def _check_lora_options(parameters: Parameters, denoiser: str, problems: list[Problem]) -> None:
+    if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, denoiser):
+        problems.append(
+            Problem(
+                f"`lora_format` `{parameters.lora_format}` has names for {denoiser} only, "
+                f"`lora_base_model` is `{parameters.lora_base_model}`",
+                "leave `lora_format` out",
+                wrong_use=True,
+            )
+        )
     if parameters.lora_checkpoint and not parameters.lora_base_model:
         problems.append(
             Problem(
@@ -128,7 +137,8 @@ def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shape
     from diffsynth_core.adapters.lora import check_lora_file
 
     try:
-        ranks = check_lora_file(path, {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)})
+        modules = {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}
+        ranks = check_lora_file(path, modules, component)
     except DiffSynthError as error:
         problems += error.problems
         return

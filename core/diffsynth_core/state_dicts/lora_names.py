@@ -12,7 +12,7 @@ class Dialect:
     """How one program names LoRA tensors: `prefix + module + down`, dots of the module kept or made underscores."""
 
     prefixes: tuple[str, ...]
-    """The first is written; all are read."""
+    """The first is written; all are read. `{component}` stands for the name of the component."""
     down: str
     up: str
     alpha: str | None = None
@@ -23,7 +23,7 @@ class Dialect:
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    "diffsynth": Dialect(("", "pipe.dit."), ".lora_A.default.weight", ".lora_B.default.weight"),
+    "diffsynth": Dialect(("", "pipe.{component}."), ".lora_A.default.weight", ".lora_B.default.weight"),
     "diffusers": Dialect(("transformer.", ""), ".lora_A.weight", ".lora_B.weight"),
     "comfyui": Dialect(("diffusion_model.",), ".lora_A.weight", ".lora_B.weight", alpha=".alpha"),
     "kohya": Dialect(("lora_unet_",), ".lora_down.weight", ".lora_up.weight", alpha=".alpha", underscored=True),
@@ -51,7 +51,9 @@ def lora_keys(module: str, dialect_name: str) -> LoraKeys:
     )
 
 
-def find_lora_keys(keys: Iterable[str], modules: Iterable[str]) -> tuple[str, dict[str, LoraKeys], list[str]]:
+def find_lora_keys(
+    keys: Iterable[str], modules: Iterable[str], component: str = "dit"
+) -> tuple[str, dict[str, LoraKeys], list[str]]:
     """Which dialect a LoRA file speaks, its keys by module of the base, and the keys that fit no module.
 
     The dialect that explains most keys is taken; `modules` are the names of the base's own modules.
@@ -60,14 +62,17 @@ def find_lora_keys(keys: Iterable[str], modules: Iterable[str]) -> tuple[str, di
     best: tuple[str, dict[str, LoraKeys], list[str]] = ("diffsynth", {}, present)
     names = list(modules)
     for name, dialect in DIALECTS.items():
-        found, unmatched = _match(present, names, dialect)
+        found, unmatched = _match(present, names, dialect, component)
         if len(unmatched) < len(best[2]):
             best = (name, found, unmatched)
     return best
 
 
-def _match(keys: list[str], modules: list[str], dialect: Dialect) -> tuple[dict[str, LoraKeys], list[str]]:
-    by_stem = {prefix + dialect.module_text(module): module for module in modules for prefix in dialect.prefixes}
+def _match(
+    keys: list[str], modules: list[str], dialect: Dialect, component: str
+) -> tuple[dict[str, LoraKeys], list[str]]:
+    prefixes = [prefix.format(component=component) for prefix in dialect.prefixes]
+    by_stem = {prefix + dialect.module_text(module): module for module in modules for prefix in prefixes}
     endings = {dialect.down: "down", dialect.up: "up"}
     if dialect.alpha:
         endings[dialect.alpha] = "alpha"

@@ -93,7 +93,7 @@ def build_training_module(
         if name == training.lora_component:
             add_lora(module, training.lora_modules, settings.lora_rank, settings.seed)
             if settings.lora_checkpoint:
-                filled = load_lora(module, settings.lora_checkpoint)
+                filled = load_lora(module, settings.lora_checkpoint, name)
                 reporter.info(
                     f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )

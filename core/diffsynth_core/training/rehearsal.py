@@ -14,7 +14,7 @@ from pathlib import Path
 from diffsynth_core.adapters.lora import check_lora_file
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.drawn_pictures import draw_pictures
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.families.table import (
     FAMILIES,
@@ -92,7 +92,7 @@ def rehearse(
         proofs.append(f"stopped behind step {half}, resumed there, and came to step {resumed.steps.total_steps}")
         proofs.append("encodings came from the cache the second time: no encoder was loaded")
     result = train(resumed, reporter, stop)
-    proofs.append(_prove_checkpoint(resumed, result))
+    proofs += _prove_checkpoint(resumed, result)
     return Rehearsal(result, tuple(proofs), drew)
 
 
@@ -211,34 +211,34 @@ def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: 
     shutil.rmtree(aside)
 
 
-def _prove_checkpoint(plan: Plan, result: RunResult) -> str:
-    """Open the last checkpoint again and prove that each of its keys finds its place."""
+def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
+    """Open the last checkpoint again and prove that each of its keys finds its place; a line for each part."""
     path = result.folder / result.record.checkpoints[-1].file
     tensors = read_headers([path])
-    prefix = plan.parameters.remove_prefix_in_ckpt
-    said = []
-    lora = plan.training.lora_component
-    if lora and not plan.training.full:
-        translate = plan.facts.component(lora).module_key
-        base = {translate(name): tensor.shape for name, tensor in read_headers(plan.components[lora].paths).items()}
-        ranks = check_lora_file(
-            path, {name.removesuffix(".weight"): shape for name, shape in base.items() if name.endswith(".weight")}
+    proofs = []
+    full: dict[str, tuple[int, ...]] = {}
+    for component in plan.training.full:
+        weights = {f"pipe.{component}.{name}": shape for name, shape in _documented_shapes(plan, component).items()}
+        full |= {name.removeprefix(plan.parameters.remove_prefix_in_ckpt): shape for name, shape in weights.items()}
+        proofs.append(
+            f"all {len(weights)} tensors of {component} were found again in the checkpoint, with their shapes"
         )
+    wrong = [name for name, shape in full.items() if name not in tensors or tensors[name].shape != shape]
+    if wrong:
+        raise DiffSynthError(f"`{path}` lacks {len(wrong)} tensors, or holds them in another shape: {shorten(wrong)}")
+    lora = plan.training.lora_component
+    if lora:
+        shapes = _documented_shapes(plan, lora).items()
+        modules = {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight")}
+        ranks = check_lora_file(path, modules, lora, besides=full)
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(f"`{path}` holds {len(ranks)} modules, {len(plan.training.lora_modules)} were trained")
-        said.append(
-            f"the LoRA of {len(ranks)} modules was opened again: each of its {len(tensors)} keys finds its module in {lora}"
-        )
-    for name in plan.training.full:
-        translate = plan.facts.component(name).module_key
-        expected = {
-            f"pipe.{name}.{translate(key)}".removeprefix(prefix): tensor.shape
-            for key, tensor in read_headers(plan.components[name].paths).items()
-        }
-        wrong = [key for key, shape in expected.items() if key not in tensors or tensors[key].shape != shape]
-        if wrong:
-            raise DiffSynthError(
-                f"`{path}` lacks {len(wrong)} tensors of {name}, or holds them in another shape: `{wrong[0]}`"
-            )
-        said.append(f"all {len(expected)} tensors of {name} were found again in the checkpoint, with their shapes")
-    return "; ".join(said)
+        keys = len(tensors) - len(full)
+        proofs.append(f"the LoRA was opened again: each of its {keys} keys finds one of {len(ranks)} modules of {lora}")
+    return proofs
+
+
+def _documented_shapes(plan: Plan, component: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a component's tensors by their documented names."""
+    translate = plan.facts.component(component).module_key
+    return {translate(name): tensor.shape for name, tensor in read_headers(plan.components[component].paths).items()}

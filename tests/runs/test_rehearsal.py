@@ -1,0 +1,131 @@
+"""Rehearsals: every recipe, on drawn pictures and on the user's own, through the real files and the real command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.data.drawn_pictures import DRAWN
+
+from tests.conftest import ENTRIES, MODEL_ID
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_rehearses(cli, recipe):
+    outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
+    assert outcome.code == 0, outcome.err
+    assert "stopped behind step 4, resumed there, and came to step 8" in outcome.out
+    folder = Path(f"rehearsals/{recipe}-1")
+    assert f"Metrics     {folder}/metrics.jsonl" in outcome.out
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["step"]) == ("completed", 8)
+    assert [entry["file"] for entry in record["checkpoints"]] == ["step-4.safetensors", "epoch-0.safetensors"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    assert "Saved" in (folder / "train.log").read_text()
+    proof = (
+        "all 77 tensors of dit were found again"
+        if recipe.endswith("-full")
+        else "each of its 42 keys finds one of 21 modules of dit"
+    )
+    assert proof in outcome.out
+    assert f"--recipe {recipe}" in outcome.out and "--dataset_base_path YOUR_PICTURES" in outcome.out
+
+
+def test_rehearsals_take_fresh_folders_and_named_ones_the_named(cli):
+    common = ("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0, "--max_steps", 2)
+    assert cli(*common).code == 0
+    assert cli(*common).code == 0
+    assert sorted(path.name for path in Path("rehearsals").iterdir()) == ["qwen-image-lora-1", "qwen-image-lora-2"]
+    named = cli(*common, "--output_path", "mine")
+    assert named.code == 0 and Path("mine/epoch-0.safetensors").is_file()
+
+
+def test_the_users_own_pictures_are_rehearsed(cli, photographs):
+    outcome = cli(
+        "train",
+        "--recipe",
+        "qwen-image-lora",
+        "--rehearse",
+        "--dataset_base_path",
+        photographs,
+        "--lora_rank",
+        7,
+        "--dataset_num_workers",
+        0,
+    )
+    assert outcome.code == 0, outcome.err
+    assert f"--dataset_base_path {photographs}" in outcome.out and "--lora_rank 7" in outcome.out
+    assert "4 samples from" in outcome.err
+
+
+def test_local_model_files_are_rehearsed_by_their_headers(cli, tiny_models, photographs):
+    """Files named by path are recognised, and swapped for tiny ones of the same component."""
+    folder = tiny_models / MODEL_ID
+    paths = [
+        [str(path) for path in sorted((folder / "transformer").glob("*.safetensors"))],
+        str(folder / "vae/diffusion_pytorch_model.safetensors"),
+    ]
+    outcome = cli(
+        "train", "--rehearse", "--model_paths", json.dumps(paths), "--model_id_with_origin_paths", ENTRIES["text_encoder"],
+        "--lora_base_model", "dit", "--dataset_base_path", photographs, "--max_steps", 2,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "local/model:dit/model.safetensors" in outcome.err
+
+
+def test_full_training_and_lora_in_one_rehearsal(cli):
+    outcome = cli(
+        "train",
+        "--recipe",
+        "qwen-image-lora",
+        "--rehearse",
+        "--trainable_models",
+        "text_encoder,vae",
+        "--max_steps",
+        2,
+        "--dataset_num_workers",
+        0,
+    )
+    assert outcome.code == 0, outcome.err
+    assert "all 57 tensors of text_encoder were found again" in outcome.out
+    assert "all 194 tensors of vae were found again" in outcome.out
+    assert "each of its 42 keys finds one of 21 modules of dit" in outcome.out
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "comfyui", "kohya"])
+def test_rehearsals_prove_every_dialect(cli, dialect):
+    outcome = cli(
+        "train",
+        "--recipe",
+        "qwen-image-lora",
+        "--rehearse",
+        "--lora_format",
+        dialect,
+        "--max_steps",
+        2,
+        "--dataset_num_workers",
+        0,
+    )
+    assert outcome.code == 0, outcome.err
+    assert "keys finds one of 21 modules of dit" in outcome.out
+
+
+def test_a_dry_run_writes_nothing(cli):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "LoRA of rank 32 on 21 modules" in outcome.out
+    assert f"{len(DRAWN)} samples from" in outcome.out
+    assert "1 of 8 pictures are turned upright" in outcome.out and "1 of 8 pictures have transparency" in outcome.out
+    assert not list(Path().iterdir())
+
+
+def test_the_real_command_rehearses(tmp_path):
+    """`diffsynth train --recipe qwen-image-lora --rehearse` as typed, workers and all."""
+    command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", "qwen-image-lora", "--rehearse"]
+    ended = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Warning" not in ended.stderr
+    assert ended.stdout.startswith("The rehearsal proved:")
