@@ -16,7 +16,7 @@ from diffsynth_cli.plan_text import plan_lines
 if TYPE_CHECKING:
     from diffsynth_core.planning.plan import Plan
 
-NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path")
+NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path", "device")
 
 
 def run_session(resolved: Resolved, flags: dict[str, Any], world_size: int) -> int:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
 from diffsynth_core.config.parameters import GROUPS, SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES
 

@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 import yaml
+
 from diffsynth_core.config.documents import command_line, documented_values
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names

@@ -5,10 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
-from diffsynth_core.progress import SilentReporter
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +13,10 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from diffsynth_core.families.interface import ComponentFiles
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.table import load_family
+from diffsynth_core.progress import SilentReporter
 from tests.conftest import MODEL_ID, PLACES
 
 SCHEDULER = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.batches import Occurrence
 from diffsynth_core.planning.encodings import plan_encodings

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from PIL import Image
+
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.data.pictures import load_picture
 from diffsynth_core.families.qwen_image.inputs import pack
-from PIL import Image
 
 TOLERANCE = 1e-5
 CAPTIONS = [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffsynth_core.adapters.lora import add_lora, load_lora
 from safetensors.torch import load_file
 
+from diffsynth_core.adapters.lora import add_lora, load_lora
 from tests.conftest import MODEL_ID
 
 RANK = 4

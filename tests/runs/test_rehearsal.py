@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.data.drawn_pictures import DRAWN
-
 from tests.conftest import ENTRIES, MODEL_ID
 
 

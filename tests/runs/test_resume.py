@@ -68,12 +68,11 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, 
 
 def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
     """The same run stopped behind step 5, as a signal would stop it."""
+    from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve
     from diffsynth_core.planning.plan import make_plan
     from diffsynth_core.training.loop import train
     from diffsynth_core.training.stop import StopRequest
-
-    from diffsynth_cli.console import ConsoleReporter
 
     words = [str(word) for word in common[1:]]
     flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)} | {

@@ -1,0 +1,82 @@
+"""The time of our step over a bare PyTorch loop on the same model, samples and optimizer, in one process."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.qwen_image.rehearsal import TinySizes, write_tiny_weights
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.model import build_training_module
+from diffsynth_core.training.stop import StopRequest
+from tests.conftest import MODEL_ID, PLACES
+
+STEPS = 60
+ROUNDS = 5
+WARM_UP = 5
+
+
+def test_a_step_takes_at_most_1_10_of_a_bare_loop(tiny_models, photographs, tmp_path):
+    write_tiny_weights(tmp_path / "models", "dit", MODEL_ID, PLACES["dit"], TinySizes(blocks=4, heads=4, head_size=64))
+    for component in ("text_encoder", "vae"):
+        write_tiny_weights(tmp_path / "models", component, MODEL_ID, PLACES[component])
+    ratios = []
+    for number in range(ROUNDS):
+        ours = _our_steps(_plan(tmp_path, photographs, f"run-{number}"))
+        bare = _bare_steps(_plan(tmp_path, photographs, f"bare-{number}"))
+        ratios.append(ours / bare)
+    ratio = statistics.median(ratios)
+    print(f"\nour step over a bare loop: {ratio:.3f} (of {', '.join(f'{value:.3f}' for value in ratios)})")
+    assert ratio <= 1.10
+
+
+def _plan(tmp_path: Path, photographs: Path, output: str) -> Plan:
+    flags = {
+        "recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "dataset_num_workers": "0", "batch_size": "4",
+        "max_steps": str(STEPS), "output_path": str(tmp_path / output), "use_gradient_checkpointing": False,
+    }  # fmt: skip
+    return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
+
+
+def _our_steps(plan: Plan) -> float:
+    """Median seconds of a step of the product, as it measures them itself: from fetching to the optimizer's end."""
+    train(plan, SilentReporter(), StopRequest())
+    lines = (plan.parameters.output_path / "metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["seconds"] for line in lines[WARM_UP:])
+
+
+def _bare_steps(plan: Plan) -> float:
+    """Median seconds of the plainest loop one would write: samples in memory, global noise, no bookkeeping."""
+    family = load_family("qwen-image")
+    encodings = plan_encodings(plan, SilentReporter())
+    model = build_training_module(plan, encodings, family, torch.device("cpu"), SilentReporter())
+    encoded = [
+        {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.keys[sample]).items()}
+        for sample in range(4)
+    ]
+    batch = family.collate(encoded)
+    parameters = list(model.trained().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    components = dict(model.components.items())
+    seconds = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        noise = torch.randn_like(batch["latents"])
+        index = torch.randint(0, 1000, (4,))
+        sigma = model.sigmas[index]
+        spread = sigma.view(-1, 1, 1, 1, 1)
+        prediction = family.predict_velocity(components, (1 - spread) * batch["latents"] + spread * noise, sigma, batch)
+        loss = ((prediction - (noise - batch["latents"])).pow(2).flatten(1).mean(1) * model.weights[index]).mean()
+        loss.backward()
+        torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP:])
