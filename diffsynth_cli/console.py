@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from diffsynth_core.progress import SilentTask, Task
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,9 +15,10 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from diffsynth_core.progress import SilentTask, Task
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one task."""
@@ -78,12 +78,11 @@ class ConsoleReporter:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}"),
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[fields]}"),
-        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=console,

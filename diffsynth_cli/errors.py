@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
+
 from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Problem
 from diffsynth_core.files import default_cache_path
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Setting
-from typer.core import TyperCommand
 
 METAVARS = {
     "int": "INTEGER",
@@ -91,7 +92,7 @@ def option_help(setting: Setting) -> list[str]:
                 ),
             ]
     notes = []
-    if setting.default not in (None, (), False):
+    if setting.type_name != "bool" and setting.default not in (None, ()):
         notes.append(f"default: {format_value(setting.default)}")
     if setting.unit:
         notes.append(f"unit: {setting.unit}")

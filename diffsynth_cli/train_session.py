@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from diffsynth_cli.console import ConsoleReporter
+from diffsynth_cli.plan_text import plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.files import model_base_path
-
-from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.plan_text import plan_lines
 
 if TYPE_CHECKING:
     from diffsynth_core.planning.plan import Plan

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve

@@ -4,9 +4,9 @@ import os
 from typing import Any
 
 import typer
-from diffsynth_core.config.resolve import resolve
 
 from diffsynth_cli.options import BOTH_SPELLINGS, GroupedHelp, with_setting_options
+from diffsynth_core.config.resolve import resolve
 
 HELP = """Train from a recipe: LoRA, full, or both.
 

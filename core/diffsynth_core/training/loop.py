@@ -170,7 +170,7 @@ class Run:
                             "grad_norm": gradient_norm, "seconds": round(seconds, 6), "data_seconds": round(data_seconds, 6),
                         }
                     )  # fmt: skip
-                task.advance(loss=f"{average:.4f}", lr=f"{rate:.2e}", memory=self._memory())
+                task.advance(loss=f"{average:.4f}", memory=self._memory())
 
                 stopping = bool(stop) or done == stop_after
                 if done == total or stopping or self._save_is_due(done, part.ends_epoch):
