@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DiffSynthError: when the disk refuses; nothing is left under either name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -44,7 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,5 +77,7 @@ def fresh_folder(parent: Path, name: Callable[[int], str]) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise DiffSynthError(f"cannot make `{folder}`: {error.strerror}", "move what is in the way") from error
         else:
             return folder

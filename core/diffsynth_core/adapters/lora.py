@@ -3,6 +3,7 @@
 alpha equals rank, so the scale is 1. A starts uniform in ±1/sqrt(in), B at zero; both are kept in float32.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int) -> 
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules), lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, modules)), lora_dropout=0.0)
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except ValueError as error:
@@ -122,7 +123,8 @@ def check_lora_file(
         if not keys.down or not keys.up:
             raise DiffSynthError(f"`{path}`: the LoRA of `{module}` lacks a half", "write the file anew")
         down, up, base = tensors[keys.down].shape, tensors[keys.up].shape, module_shapes[module]
-        if down[0] != up[1] or down[1:] != base[1:] or up[0] != base[0]:
+        rank = down[0] if down else 0
+        if down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
             raise DiffSynthError(
                 f"`{path}`: the LoRA of `{module}` is {list(up)} x {list(down)}, which does not fit its weight {list(base)}",
                 "name a LoRA of this model",

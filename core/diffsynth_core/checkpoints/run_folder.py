@@ -1,6 +1,7 @@
 """The folder of one run: its record `run.json`, its metrics, its log. No torch."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import write_json
+from diffsynth_core.files import write_json, write_text
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
@@ -99,11 +100,15 @@ class MetricsFile:
             lines = [
                 line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps
             ]
-            self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(self._path, "".join(f"{line}\n" for line in lines))
         self._stream = self._path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
-        self._stream.write(json.dumps(dict(values)) + "\n")
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self._stream.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         self._stream.close()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import write_json
+from diffsynth_core.files import sync_folder, write_json
 
 STATE_FOLDER = "state"
 TRAINED, OPTIMIZER, POSITION = "trained.safetensors", "optimizer.safetensors", "state.json"
@@ -38,20 +38,29 @@ def save_state(
 ) -> None:
     """Write the state of a run below `folder`, then remove the states before it."""
     target = folder / STATE_FOLDER / f"step-{position.step}"
-    if target.exists():
-        shutil.rmtree(target)
-    write_tensors(target / TRAINED, trained, {})
-    write_tensors(target / OPTIMIZER, _flatten(trained, optimizer), {})
-    write_json(target / POSITION, asdict(position))
-    for other in (folder / STATE_FOLDER).iterdir():
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tensors(fresh / TRAINED, trained, {})
+    write_tensors(fresh / OPTIMIZER, _flatten(trained, optimizer), {})
+    write_json(fresh / POSITION, asdict(position))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+    sync_folder(target.parent)
+    for other in _states(folder):
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
 
 
 def last_state(folder: Path) -> Path | None:
     """The folder of the last whole state; None when there is none."""
-    states = [path.parent for path in (folder / STATE_FOLDER).glob(f"step-*/{POSITION}")]
-    return max(states, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    whole = [path for path in _states(folder) if (path / POSITION).is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def _states(folder: Path) -> list[Path]:
+    """The folders of states, whole or not; what somebody else put beside them is theirs."""
+    found = (folder / STATE_FOLDER).glob("step-*")
+    return [path for path in found if path.name.removeprefix("step-").isdecimal()]
 
 
 def read_position(state: Path) -> Position:
@@ -79,6 +88,12 @@ def restore_state(state: Path, trained: Mapping[str, nn.Parameter], optimizer: t
     if weights.keys() != trained.keys():
         raise DiffSynthError(
             f"the state `{state}` holds {len(weights)} trained tensors, this run has {len(trained)}",
+            "resume with the parameters of the run",
+        )
+    wrong = [name for name, parameter in trained.items() if weights[name].shape != parameter.shape]
+    if wrong:
+        raise DiffSynthError(
+            f"the state `{state}` holds `{wrong[0]}` as {list(weights[wrong[0]].shape)}, this run has {list(trained[wrong[0]].shape)}",
             "resume with the parameters of the run",
         )
     with torch.no_grad():

@@ -19,6 +19,7 @@ def recipe_schema() -> dict[str, Any]:
     for value in parameters.values():
         value.pop("x-setting")
         value.pop("title", None)
+        _name_bounds(value)
     texts: dict[str, Any] = {key: {"type": "string", "description": text} for key, text in RECIPE_KEYS.items()}
     texts["parameters"] = {
         "type": "object",
@@ -33,6 +34,15 @@ def recipe_schema() -> dict[str, Any]:
         "properties": texts,
         "additionalProperties": False,
     }
+
+
+def _name_bounds(schema: dict[str, Any]) -> None:
+    """Give bounds their JSON schema names; pydantic leaves its own on optional numbers."""
+    for ours, theirs in (("ge", "minimum"), ("gt", "exclusiveMinimum"), ("le", "maximum"), ("lt", "exclusiveMaximum")):
+        if ours in schema:
+            schema[theirs] = schema.pop(ours)
+    for branch in schema.get("anyOf", ()):
+        _name_bounds(branch)
 
 
 def format_value(value: Any) -> str:

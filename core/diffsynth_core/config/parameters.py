@@ -34,6 +34,13 @@ def _reject_bool(value: object) -> object:
     return value
 
 
+def _reject_empty(value: object) -> object:
+    """pathlib takes an empty text for the working folder."""
+    if value == "":
+        raise ValueError("is empty")
+    return value
+
+
 def _split_commas(value: object) -> object:
     """`"a, b"` or `[a, b]` -> `(a, b)`; blanks around commas are harmless, empty text is an empty list."""
     if isinstance(value, str):
@@ -67,6 +74,7 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
 
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
+FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
@@ -126,7 +134,7 @@ class Parameters(BaseModel):
         "Recipe that supplies the values not given here; `diffsynth recipe list` names them",
         documented=False,
     )
-    config: Path | None = _setting(
+    config: FilePath | None = _setting(
         None,
         "run",
         "path",
@@ -180,13 +188,13 @@ class Parameters(BaseModel):
     )
 
     # dataset
-    dataset_base_path: Path = _setting(
+    dataset_base_path: FilePath = _setting(
         Path("data/example_image_dataset"),
         "dataset",
         "path",
         "Root folder of the dataset; media paths in the metadata are relative to it",
     )
-    dataset_metadata_path: Path | None = _setting(
+    dataset_metadata_path: FilePath | None = _setting(
         None,
         "dataset",
         "path",
@@ -217,7 +225,7 @@ class Parameters(BaseModel):
         documented=False,
         ge=1,
     )
-    cache_path: Path | None = _setting(
+    cache_path: FilePath | None = _setting(
         None,
         "dataset",
         "path",
@@ -323,7 +331,7 @@ class Parameters(BaseModel):
         None, "lora", "comma list", "Ends of module names that receive LoRA; not given: the family's documented list"
     )
     lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", ge=1)
-    lora_checkpoint: Path | None = _setting(
+    lora_checkpoint: FilePath | None = _setting(
         None, "lora", "path", "LoRA file whose weights the trained LoRA starts from"
     )
     lora_format: Literal["diffsynth", "diffusers", "comfyui", "kohya"] = _setting(
@@ -333,7 +341,7 @@ class Parameters(BaseModel):
         "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya",
         documented=False,
     )
-    preset_lora_path: Path | None = _setting(
+    preset_lora_path: FilePath | None = _setting(
         None, "lora", "path", "LoRA merged into the base before training", planned=True
     )
     preset_lora_model: str | None = _setting(
@@ -352,7 +360,7 @@ class Parameters(BaseModel):
     )
 
     # output
-    output_path: Path = _setting(
+    output_path: FilePath = _setting(
         Path("./models"),
         "output",
         "path",
@@ -390,7 +398,9 @@ class Parameters(BaseModel):
         "str",
         "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
     )
-    processor_path: str | None = _setting(None, "family", "path", "Processor folder of Qwen-Image-Edit", planned=True)
+    processor_path: FilePath | None = _setting(
+        None, "family", "path", "Processor folder of Qwen-Image-Edit", planned=True
+    )
     tokenizer_1_path: str | None = _setting(None, "family", "str", "CLIP tokenizer of FLUX.1", families=("flux",))
     tokenizer_2_path: str | None = _setting(None, "family", "str", "T5 tokenizer of FLUX.1", families=("flux",))
     align_to_opensource_format: bool = _setting(

@@ -61,10 +61,9 @@ def load_recipe(name: str) -> Recipe:
 
 
 def load_recipe_file(path: Path) -> Recipe:
-    """The recipe in a YAML file, the recipe it extends filled in.
+    """The recipe in a YAML file, the recipe it extends filled in; wrong keys are left out and told in its `problems`.
 
     Raises:
-        FaultsFound: all the wrong keys of the file at once.
         DiffSynthError: when the file cannot be read.
     """
     return _load(path, ())

@@ -136,7 +136,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
                 wrong_use=True,
             )
         )
-    if parameters.min_timestep_boundary >= parameters.max_timestep_boundary:
+    if int(parameters.min_timestep_boundary * 1000) >= int(parameters.max_timestep_boundary * 1000):
         problems.append(
             Problem(
                 f"`min_timestep_boundary` {parameters.min_timestep_boundary} is not below `max_timestep_boundary` {parameters.max_timestep_boundary}",

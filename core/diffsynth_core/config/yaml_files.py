@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-YAML_12 = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int")}
+YAML_12 = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int", "timestamp")}
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in YAML_12]
@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DiffSynthError(
             f"`{path}` is not YAML{line}: {error.problem or error.context}", "mend that line"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DiffSynthError(f"`{path}` is not YAML: {reason}", "mend the file") from error
     if value is None:

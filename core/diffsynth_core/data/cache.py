@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
+from diffsynth_core.state_dicts.writing import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +37,8 @@ class EncodingCache:
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
         """Keep what an encoder made of one sample."""
-        from safetensors.torch import save_file
-
         with replacing(self.path(key)) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in encoded.items()}, temporary)
+            save_tensors(encoded, temporary)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
         """An entry's tensors, on the CPU.

@@ -1,6 +1,7 @@
 """Metadata of a dataset: csv, json, jsonl, or captions in text files beside the pictures. No torch."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,11 +65,18 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
     return metadata
 
 
+def _read_text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+
+
 def _read_csv(path: Path) -> Metadata:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
+    with io.StringIO(_read_text(path), newline="") as stream:
+        reader = csv.reader(stream, strict=True)
         try:
             header = tuple(name.strip() for name in next(reader, []))
+            twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+            if twice:
+                raise DiffSynthError(f"`{path}` has the column `{twice[0]}` twice", "rename one of them")
             rows: list[dict[str, str]] = []
             for cells in reader:
                 if not cells:
@@ -86,7 +94,7 @@ def _read_csv(path: Path) -> Metadata:
 
 def _read_json(path: Path) -> Metadata:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DiffSynthError(f"`{path}` line {error.lineno}: {error.msg}", "mend that line") from error
     if not isinstance(content, list):
@@ -98,7 +106,7 @@ def _read_json(path: Path) -> Metadata:
 
 def _read_jsonl(path: Path) -> Metadata:
     objects: list[tuple[int, Any]] = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line_number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -58,7 +58,7 @@ def read_picture_header(path: Path) -> PictureHeader:
     with _opening(path) as picture:
         orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
         width, height = picture.size
-        if orientation in SIDEWAYS:
+        if orientation in SIDEWAYS and picture.format != "TIFF":  # Pillow tells the upright size of a TIFF
             width, height = height, width
         return PictureHeader(width, height, orientation in range(2, 9), _is_transparent(picture))
 
@@ -120,12 +120,20 @@ def _is_transparent(picture: Image.Image) -> bool:
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """RGB of any mode: transparency composed on white, 16 bits scaled to 8."""
+    if picture.mode.startswith("I"):
+        picture = _to_eight_bits(picture)
     if _is_transparent(picture):
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    if picture.mode.startswith("I"):
-        # Pillow clips 16-bit greys at 255 instead of scaling them.
-        scaled = (np.asarray(picture).astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB")
     return picture.convert("RGB")
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """A 16-bit grey scaled to 8 bits; Pillow would clip it at 255."""
+    values = np.asarray(picture)
+    scaled = Image.fromarray((values.astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if clear is None:
+        return scaled
+    return Image.merge("LA", (scaled, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))

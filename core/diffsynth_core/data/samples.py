@@ -147,6 +147,8 @@ def _caption(value: Any, column: str, where: str) -> str:
         raise DiffSynthError(
             f"{where}: column `{column}` holds `{json.dumps(value)}`, expected a text", "write the caption as a text"
         )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DiffSynthError(f"{where}: column `{column}` holds half a character", "mend the caption")
     return value
 
 

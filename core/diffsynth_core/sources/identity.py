@@ -19,8 +19,11 @@ class FileIdentities:
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         self._known: dict[str, tuple[list[int], str]] = {}
+        self._start = ""
         if memory.exists():
-            for line in memory.read_text(encoding="utf-8").splitlines():
+            text = memory.read_text(encoding="utf-8")
+            self._start = "\n" if text and not text.endswith("\n") else ""
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                     self._known[entry["path"]] = (entry["stamp"], entry["sha256"])
@@ -56,7 +59,8 @@ class FileIdentities:
     def _remember(self, path: str, stamp: list[int], digest: str) -> None:
         self._known[path] = (stamp, digest)
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"path": path, "stamp": stamp, "sha256": digest}) + "\n"
+        line = self._start + json.dumps({"path": path, "stamp": stamp, "sha256": digest}) + "\n"
+        self._start = ""
         descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())

@@ -6,6 +6,7 @@ path. Nothing is fetched here: what is missing is told, and whoever fetches call
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,26 +61,40 @@ def expand_entry(entry: str, base: Path) -> list[Path]:
         return expand_local(entry)
     model_id, pattern = parts
     folder = base / model_id
-    return sorted(path for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else []
+    return _glob(folder, pattern) if folder.is_dir() else []
 
 
 def expand_local(text: str) -> list[Path]:
     """A file, the weight files of a folder, or the matches of a glob."""
-    path = Path(text).expanduser()
+    path = _path(text)
     if path.is_file():
         return [path]
     if path.is_dir():
         return sorted(item for item in path.iterdir() if item.suffix in WEIGHT_ENDINGS)
     if any(character in text for character in "*?["):
         anchor = Path(path.anchor or ".")
-        return sorted(item for item in anchor.glob(str(path.relative_to(path.anchor))) if item.is_file())
+        return _glob(anchor, str(path.relative_to(path.anchor)))
     return []
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    """The files that match; none when the pattern is none (pathlib refuses some)."""
+    try:
+        return sorted(path for path in folder.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError):
+        return []
+
+
+def _path(text: str) -> Path:
+    with suppress(RuntimeError):  # a home folder that is not there
+        return Path(text).expanduser()
+    return Path(text)
 
 
 def locate_folder(text: str, base: Path) -> Path | None:
     """A folder named as a path or as `model_id:folder`; None when it is not there."""
     parts = split_entry(text)
-    candidates = [Path(text).expanduser()] + ([base / parts[0] / parts[1]] if parts else [])
+    candidates = [_path(text)] + ([base / parts[0] / parts[1]] if parts else [])
     return next((path for path in candidates if path.is_dir()), None)
 
 

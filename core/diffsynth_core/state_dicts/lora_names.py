@@ -17,6 +17,8 @@ class Dialect:
     up: str
     alpha: str | None = None
     underscored: bool = False
+    also: tuple[str, ...] = ()
+    """Endings of down and up that are read too."""
 
     def module_text(self, module: str) -> str:
         return module.replace(".", "_") if self.underscored else module
@@ -25,7 +27,13 @@ class Dialect:
 DIALECTS: Mapping[str, Dialect] = {
     "diffsynth": Dialect(("", "pipe.{component}."), ".lora_A.default.weight", ".lora_B.default.weight"),
     "diffusers": Dialect(("transformer.", ""), ".lora_A.weight", ".lora_B.weight"),
-    "comfyui": Dialect(("diffusion_model.",), ".lora_A.weight", ".lora_B.weight", alpha=".alpha"),
+    "comfyui": Dialect(
+        ("diffusion_model.",),
+        ".lora_A.weight",
+        ".lora_B.weight",
+        alpha=".alpha",
+        also=(".lora_down.weight", ".lora_up.weight"),
+    ),
     "kohya": Dialect(("lora_unet_",), ".lora_down.weight", ".lora_up.weight", alpha=".alpha", underscored=True),
 }
 
@@ -74,6 +82,8 @@ def _match(
     prefixes = [prefix.format(component=component) for prefix in dialect.prefixes]
     by_stem = {prefix + dialect.module_text(module): module for module in modules for prefix in prefixes}
     endings = {dialect.down: "down", dialect.up: "up"}
+    if dialect.also:
+        endings |= dict(zip(dialect.also, ("down", "up"), strict=True))
     if dialect.alpha:
         endings[dialect.alpha] = "alpha"
     halves: dict[str, dict[str, str]] = {}
@@ -81,7 +91,7 @@ def _match(
     for key in keys:
         ending = next((text for text in endings if key.endswith(text)), None)
         module = by_stem.get(key.removesuffix(ending)) if ending else None
-        if ending and module:
+        if ending and module and endings[ending] not in halves.get(module, {}):
             halves.setdefault(module, {})[endings[ending]] = key
         else:
             unmatched.append(key)

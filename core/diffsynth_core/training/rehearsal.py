@@ -35,7 +35,7 @@ from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
 
 REHEARSAL_STEPS = 8
-WEIGHTS_VERSION = 1
+WEIGHTS_VERSION = 2
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
 

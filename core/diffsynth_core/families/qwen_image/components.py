@@ -146,6 +146,8 @@ def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, 
     """`total` in three even parts in the given proportion; the first takes what rounding leaves."""
     second = round(total * proportion[1] / sum(proportion) / 2) * 2
     third = round(total * proportion[2] / sum(proportion) / 2) * 2
+    spare = max(0, 2 - (total - second - third))
+    second, third = second - spare, third - spare
     return total - second - third, second, third
 
 

@@ -1,0 +1,128 @@
+"""The encoding cache: entries whole or not at all, damage told clearly, and a name that every part changes."""
+
+import re
+import resource
+
+import pytest
+import torch
+
+from diffsynth_core.data.cache import EncodingCache, encoding_key
+from diffsynth_core.errors import DiffSynthError
+
+PARTS = {
+    "encoder": "latents",
+    "version": 1,
+    "files": ["ab", "cd"],
+    "precision": "bf16",
+    "inputs": {"image": ["ef", 512, 768]},
+}
+KEY = encoding_key(**PARTS)
+ENCODED = {
+    "latents": torch.randn(4, 2, 3),
+    "mask": torch.tensor([True, False]),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return EncodingCache(tmp_path / "encodings")
+
+
+def everything_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_is_written_is_read(cache, tmp_path):
+    assert not cache.has(KEY)
+    cache.write(KEY, ENCODED)
+    assert cache.has(KEY)
+    read = cache.read(KEY)
+    assert read.keys() == ENCODED.keys()
+    for name, tensor in ENCODED.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    assert everything_below(tmp_path) == [f"encodings/{KEY[:2]}/{KEY}.safetensors"]
+
+
+def test_views_and_tensors_with_gradients_are_kept_by_value(cache):
+    whole = torch.arange(12.0, requires_grad=True)
+    cache.write(KEY, {"part": whole.view(3, 4)[:, 1:3]})
+    assert cache.read(KEY)["part"].tolist() == [[1, 2], [5, 6], [9, 10]]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"same": ENCODED["latents"], "again": ENCODED["latents"]}, {"sparse": torch.eye(3).to_sparse()}, {"none": None}],
+)
+def test_what_cannot_be_written_leaves_nothing(cache, tmp_path, broken):
+    with pytest.raises((RuntimeError, ValueError, AttributeError)):
+        cache.write(KEY, broken)
+    assert not cache.has(KEY)
+    assert everything_below(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_clear_error(cache, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(Exception) as caught:
+            cache.write(KEY, {"latents": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything_below(tmp_path) == []
+    assert isinstance(caught.value, DiffSynthError), repr(caught.value)
+    assert str(cache.path(KEY)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:5], lambda whole: b"x" * 300]
+)
+def test_a_damaged_entry_is_told_with_the_file_to_delete(cache, damage):
+    cache.write(KEY, ENCODED)
+    path = cache.path(KEY)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DiffSynthError, match=re.escape(str(path))) as caught:
+        cache.read(KEY)
+    assert caught.value.problems[0].hint == "delete that file and start again: it will be made anew"
+
+
+def test_an_entry_that_is_gone_is_told(cache):
+    with pytest.raises(DiffSynthError, match=KEY):
+        cache.read(KEY)
+
+
+def test_a_folder_in_place_of_an_entry_is_no_entry(cache):
+    cache.path(KEY).mkdir(parents=True)
+    assert not cache.has(KEY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": "text"},
+        {"version": 2},
+        {"version": "1"},
+        {"files": ["ab"]},
+        {"files": ["cd", "ab"]},
+        {"files": ["abcd"]},
+        {"precision": "no"},
+        {"inputs": {"image": ["ef", 768, 512]}},
+        {"inputs": {"image": ["e0", 512, 768]}},
+        {"inputs": {"edit_image": ["ef", 512, 768]}},
+        {"inputs": {"prompt": "ef"}},
+        {"more": None},
+    ],
+)
+def test_every_part_changes_the_key(change):
+    assert encoding_key(**{**PARTS, **change}) != KEY
+
+
+def test_captions_change_the_key_by_every_character():
+    captions = ["", " ", "a", "A", "a ", "ä", "a\u0308", "a\n"]
+    assert len({encoding_key(inputs={"prompt": caption}) for caption in captions}) == len(captions)
+
+
+def test_the_key_does_not_depend_on_the_order_of_names_and_fits_a_file_name():
+    assert encoding_key(**dict(reversed(PARTS.items()))) == KEY
+    assert re.fullmatch("[0-9a-f]{64}", KEY)

@@ -1,0 +1,195 @@
+"""What is written from the declaration: command lines that give the same run again, JSON schema, reference page."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.documents import command_line, documented_values, format_value, recipe_schema, reference_page
+from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, as_plain
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
+from diffsynth_core.config.yaml_files import read_yaml
+
+
+def read_command_line(values) -> Parameters:
+    """What a shell and the options of `train` make of the command line that gives `values`."""
+    text = command_line(values, lead=r"printf '%s\0'")
+    words = subprocess.run(["sh", "-c", text], check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
+    found: dict[str, object] = {}
+    while words and words != [""]:
+        name = words.pop(0).removeprefix("--")
+        setting = SETTINGS[name.removeprefix("no-")]
+        found[setting.name] = name == setting.name if setting.type_name == "bool" else words.pop(0)
+    return Parameters.model_validate(found)
+
+
+GIVEN = [
+    {},
+    {"learning_rate": 1.2345678901e-5, "weight_decay": 0.1 + 0.2, "max_grad_norm": 1 / 3},
+    {"learning_rate": 1e-4, "max_pixels": 1328 * 1328, "seed": 2**63 - 1, "dataset_repeat": 10**12},
+    {"output_path": 'my runs/it\'s "new" $HOME `x` \\ ; rm', "dataset_base_path": "ä ö/*"},
+    {
+        "model_paths": ["a b.safetensors", ["c'1.safetensors", 'd"2.safetensors']],
+        "lora_target_modules": ["to_q", "to_out.0"],
+    },
+    {"model_paths": [["only.safetensors", "two.safetensors"]]},
+    {"lora_target_modules": [], "data_file_keys": [], "remove_prefix_in_ckpt": ""},
+    {"find_unused_parameters": True, "use_gradient_checkpointing": True, "rehearse": False},
+    {
+        "model_id_with_origin_paths": ["Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"],
+        "task": "sft:train",
+    },
+    {"remove_prefix_in_ckpt": "two\nlines", "lora_base_model": "dit", "save_steps": 500, "height": 512, "width": 768},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_command_line_gives_the_same_parameters_again(given):
+    parameters = Parameters.model_validate(given)
+    assert read_command_line(as_plain(parameters)) == parameters
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_values_of_a_recipe_survive_the_command_line(name):
+    from diffsynth_core.config.resolve import resolve
+
+    parameters = resolve({"recipe": name}).parameters
+    again = read_command_line(documented_values(parameters))
+    assert documented_values(again) == documented_values(parameters)
+
+
+def test_a_command_line_is_written_for_people():
+    values = {"lora_rank": 16, "learning_rate": 1e-4, "find_unused_parameters": True, "rehearse": False, "save_steps": None,
+              "model_paths": [], "lora_target_modules": ["a", "b"], "output_path": "my run"}  # fmt: skip
+    assert command_line(values, "accelerate launch train.py").splitlines() == [
+        "accelerate launch train.py \\",
+        "  --lora_rank 16 \\",
+        "  --learning_rate 0.0001 \\",
+        "  --find_unused_parameters \\",
+        "  --lora_target_modules a,b \\",
+        "  --output_path 'my run'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (16, "16"), ("a b", "a b"), (["a", "b"], "a,b"), ([], ""), (("image", "video"), "image,video"), (1.0, "1"), (0.01, "0.01"),
+        (1e-5, "1e-05"), (0.30000000000000004, "0.30000000000000004"), (["a", ["b", "c"]], '["a", ["b", "c"]]'), (Path("x/y"), "x/y"),
+    ],
+)  # fmt: skip
+def test_values_as_one_argument(value, text):
+    found = format_value(value)
+    assert found == text or (isinstance(value, float) and float(found) == value)
+
+
+def test_the_documented_values_are_the_documented_parameters_alone():
+    assert set(documented_values(Parameters())) == {name for name, setting in SETTINGS.items() if setting.documented}
+
+
+CHECKED_KEYWORDS = {
+    "type", "anyOf", "enum", "const", "items", "properties", "additionalProperties",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+}  # fmt: skip
+TELLING_KEYWORDS = {"$schema", "title", "description", "default", "format"}
+JSON_TYPES = {"string": str, "array": list, "object": dict, "boolean": bool, "null": type(None)}
+
+
+def is_of_type(value, name: str) -> bool:
+    if name in ("integer", "number"):
+        return isinstance(value, int if name == "integer" else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, JSON_TYPES[name])
+
+
+def faults(value, schema: dict, where: str = "$") -> list[str]:
+    """What of `value` a JSON schema refuses; as an editor, it passes over keywords it does not know."""
+    found: list[str] = []
+    if "type" in schema and not is_of_type(value, schema["type"]):
+        return [f"{where}: {value!r} is no {schema['type']}"]
+    branches = [faults(value, branch, where) for branch in schema.get("anyOf", [])]
+    found += (
+        [] if not branches or [] in branches else [f"{where}: {value!r} fits none of {len(branches)}", *branches[0]]
+    )
+    found += [f"{where}: {value!r}"] if value not in schema.get("enum", [value]) else []
+    found += [f"{where}: {value!r}"] if value != schema.get("const", value) else []
+    if is_of_type(value, "number"):
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        found += [] if low <= value <= high else [f"{where}: {value} is out of bounds"]
+        found += [] if value > schema.get("exclusiveMinimum", value - 1) else [f"{where}: {value} is out of bounds"]
+    if isinstance(value, list):
+        found += [fault for item in value for fault in faults(item, schema.get("items", {}), f"{where}[]")]
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        closed = schema.get("additionalProperties") is False
+        found += [f"{where}: {key} is unknown" for key in value if closed and key not in known]
+        found += [fault for key in value if key in known for fault in faults(value[key], known[key], f"{where}.{key}")]
+    return found
+
+
+def keywords(schema: dict) -> set[str]:
+    """All keywords used in a schema, at any depth."""
+    below = [
+        *schema.get("properties", {}).values(),
+        *schema.get("anyOf", []),
+        *([schema["items"]] if "items" in schema else []),
+    ]
+    return set(schema).union(*(keywords(part) for part in below))
+
+
+def test_the_schema_uses_words_that_editors_know():
+    assert keywords(recipe_schema()) <= CHECKED_KEYWORDS | TELLING_KEYWORDS
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_schema_takes_every_recipe(name):
+    assert faults(read_yaml(recipe_folder() / f"{name}.yaml"), recipe_schema()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in NOT_IN_RECIPES])
+def test_the_schema_takes_the_default_of_every_setting(name):
+    default = as_plain(Parameters())[name]
+    assert faults({"parameters": {name: default}}, recipe_schema()) == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"parameters": {"lora_rnk": 3}},
+        {"parameter": {}},
+        {"lora_rank": 3},
+        {"family": 3},
+        {"parameters": []},
+        *({"parameters": {name: True}} for name in sorted(NOT_IN_RECIPES)),
+        {"parameters": {"lora_rank": 0}},
+        {"parameters": {"lora_rank": True}},
+        {"parameters": {"save_steps": 0}},
+        {"parameters": {"max_steps": 0}},
+        {"parameters": {"height": 15}},
+        {"parameters": {"max_grad_norm": 0}},
+        {"parameters": {"max_timestep_boundary": 1.5}},
+        {"parameters": {"learning_rate": "fast"}},
+        {"parameters": {"task": "train"}},
+        {"parameters": {"trainable_models": [1]}},
+        {"parameters": {"model_paths": [[1]]}},
+        {"parameters": {"find_unused_parameters": "x"}},
+    ],
+)
+def test_the_schema_refuses_what_the_parameters_refuse(recipe):
+    assert faults(recipe, recipe_schema())
+
+
+def test_the_schema_explains_every_setting_and_nothing_else():
+    properties = recipe_schema()["properties"]["parameters"]["properties"]
+    assert set(properties) == set(SETTINGS) - NOT_IN_RECIPES
+    assert all(properties[name]["description"] == SETTINGS[name].help_text for name in properties)
+    assert recipe_schema() == recipe_schema()
+
+
+def test_the_reference_page_has_one_row_for_each_setting():
+    page = reference_page()
+    rows = re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)
+    assert sorted(rows) == sorted(SETTINGS)
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == list(GROUPS.values())
+    assert "| `learning_rate` ¹ | float | `0.0001` |" in page
+    assert all(line.replace(r"\|", "").count("|") == 5 for line in page.splitlines() if line.startswith("|"))

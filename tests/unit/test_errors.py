@@ -1,0 +1,66 @@
+"""Problems, exit codes, suggestions and the short forms in which messages show names and bytes."""
+
+import pytest
+
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Interrupted, Problem, raise_if_any, shorten, suggest
+from diffsynth_core.progress import format_bytes
+
+
+def test_an_error_is_one_problem():
+    error = DiffSynthError("message", "hint")
+    assert error.problems == (Problem("message", "hint"),)
+    assert (str(error), error.exit_code) == ("message", 1)
+
+
+@pytest.mark.parametrize(("wrong_use", "exit_code"), [([False, False], 1), ([False, True], 2), ([True], 2)])
+def test_faults_are_reported_together_and_once_each(wrong_use, exit_code):
+    problems = [Problem(str(number), wrong_use=wrong) for number, wrong in enumerate(wrong_use)]
+    with pytest.raises(FaultsFound) as caught:
+        raise_if_any([*problems, problems[0]])
+    assert caught.value.problems == tuple(problems)
+    assert caught.value.exit_code == exit_code
+
+
+def test_no_faults_are_no_error():
+    raise_if_any([])
+
+
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(2, 130), (15, 143)])
+def test_an_interrupted_run_exits_as_a_shell_expects(signal_number, exit_code):
+    assert Interrupted(signal_number, "x").exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("lora_rnk", "lora_rank"), ("lora-rank", "lora_rank"), ("seeds", "seed"), ("zzz", None), ("", None)],
+)
+def test_the_nearest_name_is_suggested(name, near):
+    assert suggest(name, ["lora_rank", "seed", "height"]) == near
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["a"], "`a`"),
+        (list("abcde"), "`a`, `b`, `c`, `d`, `e`"),
+        (list("abcdefg"), "`a`, `b`, `c`, `d`, `e` and 2 more"),
+    ],
+)
+def test_long_lists_are_shortened(names, shown):
+    assert shorten(names) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1_500_000, "1.5 MB"),
+        (40_860_802_176, "40.9 GB"),
+        (3e15, "3000.0 TB"),
+    ],
+)
+def test_bytes_as_people_read_them(count, text):
+    assert format_bytes(count) == text

@@ -1,0 +1,69 @@
+"""The micro-batches of the processes together: the same samples in the same steps, however the work is shared."""
+
+from typing import Any
+
+import pytest
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.data.batches import BatchPlan, Occurrence, StepPlan
+from diffsynth_core.planning.encodings import EncodingsPlan
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
+
+SHAPES = ["a"] * 7 + ["b"] * 4
+
+
+def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: int = 0) -> Plan:
+    """A plan with nothing to encode; what the loader does not ask for is left out."""
+    steps = StepPlan(BatchPlan(SHAPES, 3, 2, seed=1), accumulation * world_size, 2, None)
+    nothing: Any = None
+    parameters = Parameters(dataset_num_workers=workers)
+    return Plan(
+        parameters, nothing, {}, {}, nothing, nothing, steps, first_step, device="cpu", mixed_precision="no", world_size=world_size
+    )  # fmt: skip
+
+
+def batches_of(plan: Plan, process: int) -> list[MicroBatch]:
+    return list(iterate_micro_batches(plan, EncodingsPlan((), {}), process))
+
+
+def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[Occurrence, ...]]]]:
+    """For each step, the micro-batches that count, over all processes, in the order of the plan."""
+    plan = plan_of(accumulation, world_size)
+    streams = [iter(batches_of(plan, process)) for process in range(world_size)]
+    steps = []
+    for step in range(plan.steps.total_steps):
+        part = plan.steps.slice(step)
+        rounds = -(-(part.stop - part.start) // world_size)
+        fetched = [next(stream) for _ in range(rounds) for stream in streams]
+        steps.append([(batch.epoch, batch.occurrences) for batch in fetched if batch.counts])
+    assert [next(stream, None) for stream in streams] == [None] * world_size
+    return steps
+
+
+@pytest.mark.parametrize(("accumulation", "world_size"), [(2, 2), (1, 4)])
+def test_a_step_has_the_same_samples_however_it_is_shared(accumulation, world_size):
+    assert steps_of(accumulation, world_size) == steps_of(4, 1)
+
+
+def test_an_epoch_that_does_not_divide_keeps_all_its_samples():
+    seen = [item for step in steps_of(1, 4) for epoch, items in step for item in items if epoch == 0]
+    assert len(seen) == len(set(seen)) == len(SHAPES) * 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_all_processes_do_the_same_number_of_passes(world_size):
+    plan = plan_of(1, world_size)
+    assert len({len(batches_of(plan, process)) for process in range(world_size)}) == 1
+
+
+@pytest.mark.parametrize("first_step", [1, 4, 5, 9])
+def test_a_later_start_sees_the_rest_of_the_same_sequence(first_step):
+    every, rest = batches_of(plan_of(1, 2), 1), batches_of(plan_of(1, 2, first_step), 1)
+    assert 0 < len(rest) < len(every)
+    assert rest == every[-len(rest) :]
+    assert len(rest) == plan_of(1, 2).steps.total_steps - first_step
+
+
+def test_workers_change_nothing():
+    assert batches_of(plan_of(2, 1, workers=2), 0) == batches_of(plan_of(2, 1), 0)

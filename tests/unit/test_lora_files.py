@@ -1,0 +1,137 @@
+"""LoRA files that do not fit: each is one clear error, found from headers alone, and nothing half fits in silence."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from diffsynth_core.adapters.lora import add_lora, check_lora_file, load_lora, lora_weights
+from diffsynth_core.errors import DiffSynthError
+
+BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
+
+
+def halves(module: str, down=(2, 4), up=(6, 2)) -> dict[str, torch.Tensor]:
+    """The LoRA of one module in the documented dialect."""
+    return {
+        f"{module}.lora_A.default.weight": torch.ones(down),
+        f"{module}.lora_B.default.weight": torch.ones(up),
+    }
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(tensors) -> object:
+        save_file(tensors, tmp_path / "lora.safetensors")
+        return tmp_path / "lora.safetensors"
+
+    return save
+
+
+def model(*targets: str, rank: int = 2) -> nn.Module:
+    module = nn.Module()
+    module.q, module.k = nn.Linear(4, 6), nn.Linear(4, 6)
+    module.requires_grad_(False)
+    add_lora(module, targets, rank, 0)
+    return module
+
+
+def test_a_file_that_fits_tells_its_ranks(save):
+    tensors = halves("q") | halves("k", (3, 4), (6, 3)) | halves("conv", (7, 3, 2, 2), (5, 7, 1, 1))
+    assert check_lora_file(save(tensors), BASE) == {"q": 2, "k": 3, "conv": 7}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (halves("gone"), "2 of 2 keys fit no module: `gone.lora_A.default.weight`, `gone.lora_B.default.weight`"),
+        (halves("q") | {"q.weight": torch.ones(1)}, "1 of 3 keys fit no module: `q.weight`"),
+        (halves("q") | {"q.dora_scale": torch.ones(1)}, "1 of 3 keys fit no module"),
+        ({"q.lora_A.default.weight": torch.ones(2, 4)}, "the LoRA of `q` lacks a half"),
+        ({"q.lora_B.default.weight": torch.ones(6, 2)}, "the LoRA of `q` lacks a half"),
+        (halves("q", (2, 5)), "the LoRA of `q` is [6, 2] x [2, 5], which does not fit its weight [6, 4]"),
+        (halves("q", (2, 4), (7, 2)), "the LoRA of `q` is [7, 2] x [2, 4], which does not fit its weight [6, 4]"),
+        (halves("q", (2, 4), (6, 3)), "the LoRA of `q` is [6, 3] x [2, 4]"),
+        (halves("q", (4, 2), (2, 6)), "the LoRA of `q` is [2, 6] x [4, 2]"),
+        (halves("q", (2, 4), (6,)), "the LoRA of `q` is [6] x [2, 4]"),
+        (halves("q", (2, 4), (6, 2, 1, 1)), "the LoRA of `q` is [6, 2, 1, 1] x [2, 4]"),
+        (halves("q", (), ()), "the LoRA of `q` is [] x []"),
+        (halves("conv", (2, 3, 3, 3), (5, 2, 1, 1)), "the LoRA of `conv` is [5, 2, 1, 1] x [2, 3, 3, 3]"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(save, tensors, expected):
+    path = save(tensors)
+    with pytest.raises(DiffSynthError) as caught:
+        check_lora_file(path, BASE)
+    assert str(caught.value).startswith(f"`{path}`: ")
+    assert expected in str(caught.value)
+    assert caught.value.problems[0].hint
+
+
+def test_what_stands_beside_the_lora_may_be_named(save):
+    path = save(halves("q") | {"pipe.vae.conv.weight": torch.ones(1)})
+    assert check_lora_file(path, BASE, besides=["pipe.vae.conv.weight"]) == {"q": 2}
+    with pytest.raises(DiffSynthError, match=r"`pipe\.vae\.conv\.weight`"):
+        check_lora_file(path, BASE)
+
+
+def test_the_lora_of_another_component_is_refused(save):
+    path = save(halves("pipe.text_encoder.q"))
+    assert check_lora_file(path, BASE, "text_encoder") == {"q": 2}
+    with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
+        check_lora_file(path, BASE, "dit")
+
+
+def test_an_alpha_without_its_halves_is_refused(save):
+    path = save({"lora_unet_q.alpha": torch.tensor(1.0)})
+    with pytest.raises(DiffSynthError, match="the LoRA of `q` lacks a half"):
+        check_lora_file(path, BASE)
+
+
+def test_a_file_with_two_spellings_of_one_module_is_refused(save):
+    path = save(halves("q") | halves("pipe.dit.q"))
+    with pytest.raises(DiffSynthError, match=r"lora\.safetensors"):
+        check_lora_file(path, BASE)
+
+
+def test_a_file_that_fits_nothing_of_this_model_is_refused_before_a_weight_changes(save):
+    module = model("q", "k")
+    before = {name: pair.down.clone() for name, pair in lora_weights(module).items()}
+    path = save(halves("q") | halves("gone"))
+    with pytest.raises(DiffSynthError, match="`gone"):
+        load_lora(module, path)
+    assert all(torch.equal(pair.down, before[name]) for name, pair in lora_weights(module).items())
+
+
+def test_another_rank_is_told_with_the_rank_to_give(save):
+    path = save(halves("q", (3, 4), (6, 3)))
+    with pytest.raises(DiffSynthError, match="has rank 3 at `q`, the run has 2") as caught:
+        load_lora(model("q"), path)
+    assert caught.value.problems[0].hint == "give `--lora_rank 3`"
+
+
+def test_modules_that_the_file_leaves_out_keep_their_start(save):
+    module = model("q", "k")
+    start = lora_weights(module)["k"].down.clone()
+    assert load_lora(module, save(halves("q"))) == 1
+    assert torch.equal(lora_weights(module)["k"].down, start)
+    assert lora_weights(module)["q"].down.eq(1).all() and lora_weights(module)["q"].up.eq(1).all()
+
+
+def test_modules_of_the_file_without_a_lora_here_are_passed_over(save):
+    module = model("q")
+    assert load_lora(module, save(halves("q") | halves("k"))) == 1
+    assert set(lora_weights(module)) == {"q"}
+
+
+def test_a_file_that_fills_nothing_is_refused(save):
+    path = save(halves("k"))
+    with pytest.raises(DiffSynthError, match="has a LoRA for none of the 1 modules that train"):
+        load_lora(model("q"), path)
+
+
+def test_the_base_stays_as_it_is(save):
+    module = model("q")
+    before = module.q.base_layer.weight.clone()
+    load_lora(module, save(halves("q")))
+    assert torch.equal(module.q.base_layer.weight, before)

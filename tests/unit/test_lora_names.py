@@ -1,0 +1,156 @@
+"""The dialects of LoRA files: literal keys are written, read keys find their module, strangers are counted."""
+
+import pytest
+
+from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, find_lora_keys, lora_keys
+
+MODULES = (
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.10.img_mlp.net.0.proj",
+    "transformer_blocks.1.attn.to_q",
+    "img_in",
+)
+
+WRITTEN = {
+    "diffsynth": (
+        "transformer_blocks.0.attn.to_q.lora_A.default.weight",
+        "transformer_blocks.0.attn.to_q.lora_B.default.weight",
+        None,
+    ),
+    "diffusers": (
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
+        None,
+    ),
+    "comfyui": (
+        "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "diffusion_model.transformer_blocks.0.attn.to_q.lora_B.weight",
+        None,
+    ),
+    "kohya": (
+        "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
+        "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight",
+        "lora_unet_transformer_blocks_0_attn_to_q.alpha",
+    ),
+}
+
+
+def written(dialect: str, modules=MODULES) -> list[str]:
+    keys = [lora_keys(module, dialect) for module in modules]
+    return [key for each in keys for key in (each.down, each.up, each.alpha) if key]
+
+
+def test_the_documented_dialects_are_all_there():
+    assert list(DIALECTS) == list(WRITTEN)
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_written_keys(dialect):
+    assert lora_keys(MODULES[0], dialect) == LoraKeys(*WRITTEN[dialect])
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_every_dialect_is_found_again(dialect):
+    assert find_lora_keys(written(dialect), MODULES) == (
+        dialect,
+        {module: lora_keys(module, dialect) for module in MODULES},
+        [],
+    )
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_a_lora_on_some_modules_is_found(dialect):
+    _, found, unmatched = find_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
+    assert set(found) == set(MODULES[:2]) and unmatched == []
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        ("pipe.dit.{}.lora_A.default.weight", "pipe.dit.{}.lora_B.default.weight", None),
+        ("{}.lora_A.weight", "{}.lora_B.weight", None),
+        ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", "diffusion_model.{}.alpha"),
+        ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight", "diffusion_model.{}.alpha"),
+    ],
+)
+def test_spellings_that_are_read_though_not_written(down, up, alpha):
+    spellings = [text for text in (down, up, alpha) if text]
+    keys = [text.format(module) for module in MODULES for text in spellings]
+    _, found, unmatched = find_lora_keys(keys, MODULES)
+    assert unmatched == []
+    assert found == {
+        module: LoraKeys(down.format(module), up.format(module), alpha.format(module) if alpha else None)
+        for module in MODULES
+    }
+
+
+@pytest.mark.parametrize("component", ["dit", "text_encoder"])
+def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
+    keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
+    assert find_lora_keys(keys, MODULES, component) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
+    assert find_lora_keys(keys, MODULES, "vae")[1:] == ({}, keys)
+
+
+def test_underscores_are_resolved_against_the_modules_that_are_there():
+    modules = ["blocks.0.to_q", "blocks.0.mlp.fc_1", "blocks_extra.0"]
+    keys = [
+        "lora_unet_blocks_0_to_q.lora_up.weight",
+        "lora_unet_blocks_0_mlp_fc_1.alpha",
+        "lora_unet_blocks_extra_0.alpha",
+    ]
+    dialect, found, unmatched = find_lora_keys(keys, modules)
+    assert dialect == "kohya"
+    assert found == {
+        "blocks.0.to_q": LoraKeys(up=keys[0]),
+        "blocks.0.mlp.fc_1": LoraKeys(alpha=keys[1]),
+        "blocks_extra.0": LoraKeys(alpha=keys[2]),
+    }
+    assert unmatched == []
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "transformer_blocks.99.attn.to_q.lora_A.default.weight",
+        "lora_te_text_model_encoder_layers_0.lora_down.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+        "pipe.text_encoder.model.norm.weight",
+        "alpha",
+        "",
+    ],
+)
+def test_keys_that_fit_no_module_are_told(dialect, stranger):
+    name, found, unmatched = find_lora_keys([*written(dialect), stranger], MODULES)
+    assert name == dialect
+    assert set(found) == set(MODULES)
+    assert unmatched == [stranger]
+
+
+def test_a_missing_half_is_none():
+    _, found, unmatched = find_lora_keys([WRITTEN["diffusers"][1]], MODULES)
+    assert found == {MODULES[0]: LoraKeys(up=WRITTEN["diffusers"][1])}
+    assert unmatched == []
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_nothing_is_found_for_another_model(dialect):
+    keys = written(dialect)
+    _, found, unmatched = find_lora_keys(keys, ["blocks.0.self_attn.q"])
+    assert found == {}
+    assert unmatched == keys
+
+
+def test_an_empty_file_is_of_the_documented_dialect_and_has_nothing_unmatched():
+    assert find_lora_keys([], MODULES) == ("diffsynth", {}, [])
+
+
+def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_models):
+    from diffsynth_core.families.interface import modules_with_weights
+    from diffsynth_core.state_dicts.headers import read_headers
+
+    paths = sorted(tiny_models.glob("*/*/transformer/*.safetensors"))
+    modules = modules_with_weights({name: tensor.shape for name, tensor in read_headers(paths).items()})
+    assert len(modules) > 30
+    assert len({module.replace(".", "_") for module in modules}) == len(modules)

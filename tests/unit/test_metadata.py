@@ -1,0 +1,201 @@
+"""Metadata as people write it: three formats, captions beside pictures, and every way a file can be broken."""
+
+import json
+
+import pytest
+
+from diffsynth_core.data.metadata import find_metadata, read_metadata
+from diffsynth_core.data.pictures import SizeRule
+from diffsynth_core.data.samples import build_samples
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import SilentReporter
+
+ROWS = [{"image": "a.png", "prompt": "a cat"}, {"image": "b.png", "prompt": 'a "dog", two\nlines — ä'}]
+CSV = 'image,prompt\na.png,a cat\nb.png,"a ""dog"", two\nlines — ä"\n'
+CONTENTS = {
+    "metadata.csv": CSV,
+    "metadata.json": json.dumps(ROWS, ensure_ascii=False, indent=2),
+    "metadata.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n",
+}
+
+
+def read(folder, name, content):
+    """Write `content` (text or bytes) as a metadata file and read it."""
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_metadata(folder, None if name in CONTENTS else folder / name, "prompt", "image")
+
+
+def caption_of(folder, name, content):
+    """The caption that the first row ends up with, through the samples."""
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    rule = SizeRule(None, None, 1 << 20, 16)
+    found, problems = build_samples(read(folder, name, content), folder, "prompt", ["image"], rule, SilentReporter())
+    assert not problems
+    return found.samples[0].caption
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_all_formats_give_the_same_rows(tmp_path, name, mark):
+    metadata = read(tmp_path, name, mark + CONTENTS[name].encode())
+    assert [dict(row) for row in metadata.rows] == ROWS
+    assert metadata.columns == ("image", "prompt")
+    assert metadata.origin == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_windows_line_ends_and_capital_endings_are_read(tmp_path, name):
+    content = (
+        '[{"image": "a.png",\r\n"prompt": "x"}]\r\n'
+        if name.endswith(".json")
+        else '{"image": "a.png", "prompt": "x"}\r\n\r\n'
+    )
+    content = "image,prompt\r\na.png,x\r\n\r\n" if name.endswith(".csv") else content
+    metadata = read(tmp_path, name.replace("metadata", "Other").upper(), content)
+    assert [dict(row) for row in metadata.rows] == [{"image": "a.png", "prompt": "x"}]
+
+
+def test_csv_comes_before_json_and_a_given_file_before_both(tmp_path):
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert find_metadata(tmp_path, None) == tmp_path / "metadata.csv"
+    assert find_metadata(tmp_path, tmp_path / "other.csv") == tmp_path / "other.csv"
+    (tmp_path / "metadata.csv").unlink()
+    assert find_metadata(tmp_path, None) == tmp_path / "metadata.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "image,prompt\na.png,\n"),
+        ("metadata.csv", "image,prompt\na.png\n"),
+        ("metadata.json", '[{"image": "a.png", "prompt": ""}]'),
+        ("metadata.json", '[{"image": "a.png", "prompt": null}]'),
+        ("metadata.jsonl", '{"image": "a.png", "prompt": null}'),
+        ("metadata.jsonl", '{"image": "a.png"}\n{"image": "a.png", "prompt": "x"}'),
+        ("metadata.json", '[{"image": "a.png", "prompt": NaN}]'),
+    ],
+)
+def test_a_missing_caption_is_an_empty_one(tmp_path, name, content):
+    assert caption_of(tmp_path, name, content) == ""
+
+
+@pytest.mark.parametrize("caption", ["nan", "None", "null", "0", " both ends ", "a\tb"])
+def test_captions_stay_as_they_stand(tmp_path, caption):
+    assert caption_of(tmp_path, "metadata.csv", f"image,prompt\na.png,{caption}\n") == caption
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_only_a_newline_ends_a_line_of_jsonl(tmp_path, separator):
+    caption = f"one{separator}two"
+    content = json.dumps({"image": "a.png", "prompt": caption}, ensure_ascii=False)
+    assert separator in content
+    assert read(tmp_path, "metadata.jsonl", content + "\n").rows[0]["prompt"] == caption
+
+
+def test_a_csv_row_may_be_short_and_blank_lines_count_for_nothing(tmp_path):
+    metadata = read(tmp_path, "metadata.csv", " image , prompt ,extra\na.png,x\n\nb.png,y,z\n\n")
+    assert [dict(row) for row in metadata.rows] == [
+        {"image": "a.png", "prompt": "x"},
+        {"image": "b.png", "prompt": "y", "extra": "z"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metadata.csv", "image,prompt\na.png,x\nb.png,one, two\n", "row 2: 3 cells, the header has 2"),
+        ("metadata.csv", "image,prompt\na.png," + "x" * 200_000 + "\n", "line 2: field larger"),
+        ("metadata.csv", "image,prompt\n", "holds no row"),
+        ("metadata.csv", "", "holds no row"),
+        ("metadata.json", "", "line 1"),
+        ("metadata.json", "[]", "holds no row"),
+        ("metadata.jsonl", "\n \n", "holds no row"),
+        ("metadata.json", '[\n{"image": "a.png"},\n{"image" "b"}\n]', "line 3: Expecting ':'"),
+        ("metadata.json", '{"image": "a.png"}', "holds a dict, expected a list"),
+        ("metadata.json", '[{"image": "a.png"}, "b.png"]', "row 2 is a str, expected an object"),
+        ("metadata.jsonl", '{"image": "a"}\n\n{"image": }\n', "line 3: Expecting value"),
+        ("metadata.jsonl", '{"image": "a"}\n[1]\n', "row 2 is a list, expected an object"),
+        ("other.txt", "image,prompt\na.png,x\n", "expected .csv, .json or .jsonl"),
+    ],
+)
+def test_a_broken_file_says_where(tmp_path, name, content, expected):
+    with pytest.raises(DiffSynthError) as caught:
+        read(tmp_path, name, content)
+    assert expected in str(caught.value)
+    assert f"`{tmp_path / name}`" in str(caught.value)
+    assert caught.value.problems[0].hint
+
+
+def test_a_quote_that_never_closes_swallows_no_row_in_silence(tmp_path):
+    with pytest.raises(DiffSynthError, match=r"metadata\.csv"):
+        read(tmp_path, "metadata.csv", 'image,prompt\na.png,"a cat\nb.png,a dog\nc.png,a bird\n')
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DiffSynthError, match="`prompt`"):
+        read(tmp_path, "metadata.csv", "image,prompt,prompt\na.png,one,two\n")
+
+
+@pytest.mark.parametrize("position", [40, 9_000, 20_000])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_byte_that_is_not_utf8_is_told_by_its_place_in_the_file(tmp_path, name, position):
+    lead = {
+        "metadata.csv": b"image,prompt\na.png,",
+        "metadata.json": b'[{"image": "',
+        "metadata.jsonl": b'{"image": "',
+    }[name]
+    content = lead.ljust(position, b"x") + b"\xff" + b"y" * 50
+    with pytest.raises(DiffSynthError, match="is not UTF-8") as caught:
+        read(tmp_path, name, content)
+    assert f"(byte {position})" in str(caught.value)
+
+
+def test_a_folder_or_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DiffSynthError, match=r"`dataset_base_path`\) is not there"):
+        read_metadata(tmp_path / "gone", None, "prompt", "image")
+    with pytest.raises(DiffSynthError, match=r"gone\.csv.*is not there"):
+        read_metadata(tmp_path, tmp_path / "gone.csv", "prompt", "image")
+
+
+def test_captions_beside_the_pictures_are_the_rows(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.PNG", "a.jpg", "sub/c.webp", "notes.md"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.txt").write_text("\ufeffa cat \n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("", encoding="utf-8")
+    (tmp_path / "sub" / "c.txt").write_text("two\nlines", encoding="utf-8")
+    metadata = read_metadata(tmp_path, None, "prompt", "image")
+    assert [(row["image"], row["prompt"]) for row in metadata.rows] == [
+        ("a.jpg", "a cat"),
+        ("b.PNG", ""),
+        ("sub/c.webp", "two\nlines"),
+    ]
+    assert metadata.columns == ("image", "prompt")
+
+
+def test_a_picture_without_caption_is_named_with_how_many_there_are(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(DiffSynthError, match=r"2 of its 3 pictures no caption") as caught:
+        read_metadata(tmp_path, None, "prompt", "image")
+    assert f"`{tmp_path / 'b.png'}`" in str(caught.value)
+    assert f"`{tmp_path / 'b.txt'}`" in (caught.value.problems[0].hint or "")
+
+
+def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DiffSynthError, match=r"a\.txt` is not UTF-8 \(byte 3\)"):
+        read_metadata(tmp_path, None, "prompt", "image")
+
+
+def test_a_folder_with_neither_metadata_nor_pictures_says_what_is_expected(tmp_path):
+    with pytest.raises(
+        DiffSynthError, match=r"neither metadata\.csv, metadata\.json, metadata\.jsonl nor pictures"
+    ) as caught:
+        read_metadata(tmp_path, None, "prompt", "image")
+    assert "`image` and `prompt`" in (caught.value.problems[0].hint or "")

@@ -1,0 +1,138 @@
+"""What each kind of setting takes and refuses, from the command line (texts) and from YAML (values)."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from diffsynth_core.config.parameters import GROUPS, SETTINGS, TYPE_WORDS, Parameters, as_plain
+
+
+def convert(name, value):
+    return getattr(Parameters.model_validate({name: value}), name)
+
+
+TAKEN = [
+    ("lora_rank", "16", 16),
+    ("lora_rank", 16, 16),
+    ("lora_rank", 16.0, 16),
+    ("max_steps", None, None),
+    ("max_steps", "5", 5),
+    ("seed", 2**63 - 1, 2**63 - 1),
+    ("seed", "0", 0),
+    ("dataset_repeat", 10**12, 10**12),
+    ("learning_rate", "1e-4", 1e-4),
+    ("learning_rate", "1E5", 1e5),
+    ("learning_rate", ".5", 0.5),
+    ("learning_rate", 1, 1.0),
+    ("learning_rate", 0, 0.0),
+    ("max_grad_norm", None, None),
+    ("max_timestep_boundary", "1", 1.0),
+    ("find_unused_parameters", True, True),
+    ("find_unused_parameters", "false", False),
+    ("find_unused_parameters", "True", True),
+    ("output_path", "a/b c", Path("a/b c")),
+    ("dataset_metadata_path", None, None),
+    ("remove_prefix_in_ckpt", "", ""),
+    ("lora_base_model", "dit", "dit"),
+    ("trainable_models", "dit", ("dit",)),
+    ("trainable_models", " dit, vae ,,text_encoder, ", ("dit", "vae", "text_encoder")),
+    ("trainable_models", "", ()),
+    ("trainable_models", ["dit ", "vae"], ("dit", "vae")),
+    ("trainable_models", [], ()),
+    ("lora_target_modules", None, None),
+    ("lora_target_modules", "", ()),
+    ("model_id_with_origin_paths", "a/b:c*.x,d/e:f", ("a/b:c*.x", "d/e:f")),
+    ("model_paths", '["a", ["b", "c"]]', (("a",), ("b", "c"))),
+    ("model_paths", ["a", ["b", "c"]], (("a",), ("b", "c"))),
+    ("model_paths", "[]", ()),
+    ("task", "sft:data_process", "sft:data_process"),
+    ("resume", "auto", "auto"),
+    ("mixed_precision", None, None),
+]
+
+REFUSED = [
+    *(("lora_rank", value) for value in ("", "x", "1.5", 1.5, "1e3", "0x10", True, None, [1], 0, -1, "٣")),
+    *(("seed", value) for value in (-1, 2**63, True)),
+    *(("height", value) for value in (15, "-16", False)),
+    *(("learning_rate", value) for value in ("", "x", "1,5", True, None, -1e-9, "nan", "inf", float("inf"), [1])),
+    *(("max_grad_norm", value) for value in (0, -1, "nan", False)),
+    *(("min_timestep_boundary", value) for value in (-0.1, 1.1)),
+    *(("find_unused_parameters", value) for value in ("maybe", 2, None, "")),
+    *(("output_path", value) for value in (3, None, True, ["a"])),
+    *(("remove_prefix_in_ckpt", value) for value in (3, None, True)),
+    *(("lora_base_model", value) for value in (3, True, ["dit"])),
+    *(("trainable_models", value) for value in (3, None, True, [1], {"dit": 1}, [["dit"]])),
+    *(
+        ("model_paths", value)
+        for value in ("a", "", None, 3, '"a"', '{"a": 1}', "[3]", [[]], [""], [["a", 3]], [[["a"]]])
+    ),
+    *(("task", value) for value in ("SFT", "", None, "train")),
+    *(("resume", value) for value in ("never", True, "")),
+    *(("mixed_precision", value) for value in ("fp32", False)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), TAKEN)
+def test_values_that_are_taken(name, value, expected):
+    found = convert(name, value)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_values_that_are_refused(name, value):
+    with pytest.raises(ValidationError) as caught:
+        convert(name, value)
+    assert {detail["loc"][0] for detail in caught.value.errors()} == {name}
+
+
+def test_every_kind_of_setting_is_tried_here():
+    tried = {SETTINGS[name].type_name for name, *_ in TAKEN} & {SETTINGS[name].type_name for name, _ in REFUSED}
+    assert tried == {setting.type_name for setting in SETTINGS.values()} == {*TYPE_WORDS, "choice"}
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValidationError):
+        Parameters.model_validate({"lora_ranks": 4})
+
+
+def test_parameters_do_not_change():
+    with pytest.raises(ValidationError):
+        Parameters().lora_rank = 4  # type: ignore[misc]
+
+
+def test_plain_values_make_the_same_parameters_again():
+    given = {
+        "model_paths": '["a", ["b", "c"]]',
+        "trainable_models": "dit,vae",
+        "output_path": "x/y",
+        "learning_rate": "1e-5",
+    }
+    parameters = Parameters.model_validate(given)
+    plain = as_plain(parameters)
+    assert Parameters.model_validate(plain) == parameters
+    assert plain["model_paths"] == ["a", ["b", "c"]]
+    assert plain["trainable_models"] == ["dit", "vae"]
+    assert plain["output_path"] == "x/y"
+
+
+def test_every_setting_says_what_it_is():
+    for setting in SETTINGS.values():
+        assert setting.group in GROUPS
+        assert setting.help_text and not setting.help_text.endswith(".")
+        assert (setting.type_name == "choice") == bool(setting.choices)
+        assert setting.type_words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lora_rank", "an integer"),
+        ("learning_rate", "a number"),
+        ("mixed_precision", "one of no, bf16, fp16"),
+        ("resume", "one of auto"),
+        ("trainable_models", "a list of texts with commas between them"),
+    ],
+)
+def test_settings_say_what_they_take(name, words):
+    assert SETTINGS[name].type_words == words

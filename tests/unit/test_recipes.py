@@ -1,0 +1,147 @@
+"""Recipes: a closed schema, single inheritance, and the four that are shipped."""
+
+import pytest
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.recipes import (
+    NOT_IN_RECIPES,
+    RECIPE_KEYS,
+    load_recipe,
+    load_recipe_file,
+    recipe_folder,
+    recipe_names,
+)
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.errors import DiffSynthError, FaultsFound
+from diffsynth_core.families.table import FAMILIES, component_at
+from diffsynth_core.sources.model_files import split_entry
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "mine.yaml"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def test_the_shipped_recipes_are_found():
+    assert set(recipe_names()) >= {"qwen-image-2512-full", "qwen-image-2512-lora", "qwen-image-full", "qwen-image-lora"}
+    assert list(recipe_names()) == sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_without_a_problem(name):
+    recipe = load_recipe(name)
+    resolved = resolve({"recipe": name})
+    assert resolved.problems == ()
+    assert recipe.name == name and recipe.description and recipe.family in FAMILIES
+    assert not NOT_IN_RECIPES & recipe.parameters.keys()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_names_files_of_each_component_of_its_family(name):
+    recipe = load_recipe(name)
+    facts = FAMILIES[recipe.family or ""]
+    parameters = Parameters.model_validate(dict(recipe.parameters))
+    places = [split_entry(entry)[1] for entry in parameters.model_id_with_origin_paths]
+    assert sorted(component_at(place, facts).name for place in places) == sorted(facts.component_names)
+    assert parameters.lora_base_model or parameters.trainable_models
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epochs", "first"),
+    [
+        ("qwen-image-lora", 1e-4, 5, "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"),
+        ("qwen-image-full", 1e-5, 2, "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"),
+        ("qwen-image-2512-lora", 1e-4, 5, "Qwen/Qwen-Image-2512:transformer/diffusion_pytorch_model*.safetensors"),
+        ("qwen-image-2512-full", 1e-5, 2, "Qwen/Qwen-Image-2512:transformer/diffusion_pytorch_model*.safetensors"),
+    ],
+)
+def test_the_values_of_the_shipped_recipes(name, rate, epochs, first):
+    parameters = resolve({"recipe": name}).parameters
+    assert (parameters.learning_rate, parameters.num_epochs) == (rate, epochs)
+    assert parameters.model_id_with_origin_paths[0] == first
+    assert (parameters.lora_rank, parameters.dataset_repeat, parameters.max_pixels) == (32, 50, 1048576)
+
+
+def test_a_recipe_starts_from_the_one_it_extends(write):
+    recipe = load_recipe_file(write("extends: qwen-image-2512-lora\nparameters:\n  lora_rank: 4\n"))
+    parent = load_recipe("qwen-image-2512-lora")
+    assert recipe.parameters == {**parent.parameters, "lora_rank": 4}
+    assert (recipe.name, recipe.family, recipe.description) == ("mine", "qwen-image", "")
+
+
+def test_lists_are_replaced_and_not_joined(write):
+    recipe = load_recipe_file(write("extends: qwen-image-lora\nparameters:\n  lora_target_modules: [to_q]\n"))
+    assert recipe.parameters["lora_target_modules"] == ["to_q"]
+
+
+@pytest.mark.parametrize("text", ["", "parameters:\n", "description: x\n"])
+def test_a_recipe_may_leave_everything_out(write, text):
+    recipe = load_recipe_file(write(text))
+    assert dict(recipe.parameters) == {} and recipe.family is None
+
+
+def test_all_wrong_keys_of_a_file_are_kept_beside_what_is_right(write):
+    path = write(
+        "parameter: {}\nfamily: 3\nlora_rank: 4\nextends: qwen-image-lora\n"
+        "parameters:\n  lora_rnk: 1\n  rehearse: true\n  seed: 7\n  5: x\n"
+    )
+    recipe = load_recipe_file(path)
+    assert {problem.message for problem in recipe.problems} == {
+        f"`{path}`: `parameter` is not a key of a recipe",
+        f"`{path}`: `family` takes a text, got `3`",
+        f"`{path}`: `lora_rank` is not a key of a recipe",
+        f"`lora_rnk` in `{path}` is not a parameter",
+        f"`rehearse` in `{path}` says what one command does and has no place in a file",
+        f"`5` in `{path}` is not a parameter",
+    }
+    assert all(problem.wrong_use for problem in recipe.problems)
+    assert recipe.parameters == {**load_recipe("qwen-image-lora").parameters, "seed": 7}
+    assert recipe.family is None
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IN_RECIPES))
+def test_what_one_command_does_has_no_place_in_a_file(write, name):
+    recipe = load_recipe_file(write(f"parameters:\n  {name}: true\n"))
+    (problem,) = recipe.problems
+    assert f"`{name}` in" in problem.message and "no place in a file" in problem.message
+    assert dict(recipe.parameters) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("parameters: [1]\n", "`parameters` holds a list, expected names and values"),
+        ("parameters: lora_rank\n", "`parameters` holds a str"),
+        ("description: [a]\n", "`description` takes a text"),
+        ("family: [a]\n", "`family` takes a text"),
+        ("extends: 3\n", "`extends` takes a text, got `3`"),
+        ("extends: qwen-image-lorra\n", "extends `qwen-image-lorra`, which is not a recipe"),
+        ("extends: ../../etc/passwd\n", "which is not a recipe"),
+        ("extends: mine\n", "which is not a recipe"),
+    ],
+)
+def test_a_faulty_value_is_told(write, text, expected):
+    (problem,) = load_recipe_file(write(text)).problems
+    assert expected in problem.message and "mine.yaml" in problem.message
+    assert problem.wrong_use
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "a: 1\na: 2\n"])
+def test_a_file_that_is_no_mapping_is_refused(write, text):
+    with pytest.raises(DiffSynthError, match=r"mine\.yaml"):
+        load_recipe_file(write(text))
+
+
+@pytest.mark.parametrize("name", ["../recipes/qwen-image-lora", "qwen-image-lora.yaml", "Qwen-Image-LoRA", ""])
+def test_only_the_name_of_a_recipe_names_it(name):
+    with pytest.raises(FaultsFound, match="there is no recipe"):
+        load_recipe(name)
+
+
+def test_every_key_of_a_recipe_is_explained():
+    assert list(RECIPE_KEYS) == ["extends", "description", "family", "parameters"]
+    assert all(RECIPE_KEYS.values())

@@ -1,0 +1,234 @@
+"""Where values come from, and that everything wrong with them comes in one report."""
+
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.parameters import SETTINGS, Parameters
+from diffsynth_core.config.recipes import NOT_IN_RECIPES
+from diffsynth_core.config.resolve import resolve
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a `--config` file and give its path as a flag value."""
+
+    def write(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+def messages(resolved) -> list[str]:
+    return [problem.message for problem in resolved.problems]
+
+
+def test_without_anything_all_values_are_the_defaults():
+    resolved = resolve({})
+    assert resolved.parameters == Parameters()
+    assert (resolved.family, resolved.problems, resolved.invalid, resolved.incomplete) == (None, (), frozenset(), False)
+    assert not resolved.given("lora_rank")
+
+
+@pytest.mark.parametrize(
+    ("with_flag", "with_config", "with_recipe", "rank", "origin"),
+    [
+        (True, True, True, 4, "`--lora_rank`"),
+        (False, True, True, 8, "`{config}`"),
+        (False, False, True, 32, "recipe `qwen-image-lora`"),
+        (True, False, True, 4, "`--lora_rank`"),
+        (True, True, False, 4, "`--lora_rank`"),
+        (False, True, False, 8, "`{config}`"),
+        (False, False, False, 32, None),
+    ],
+)
+def test_flags_go_before_the_file_before_the_recipe_before_the_default(
+    config, with_flag, with_config, with_recipe, rank, origin
+):
+    path = config("parameters:\n  lora_rank: 8\n")
+    flags = {"lora_rank": "4"} if with_flag else {}
+    flags |= {"config": path} if with_config else {}
+    flags |= {"recipe": "qwen-image-lora"} if with_recipe else {}
+    resolved = resolve(flags)
+    assert resolved.problems == ()
+    assert resolved.parameters.lora_rank == rank
+    assert resolved.origins.get("lora_rank") == (origin.format(config=path) if origin else None)
+    assert resolved.given("lora_rank") == bool(origin)
+
+
+def test_each_value_comes_from_the_nearest_source_that_has_it(config):
+    path = config("parameters:\n  lora_rank: 8\n  learning_rate: 3e-5\n")
+    parameters = resolve({"recipe": "qwen-image-lora", "config": path, "lora_rank": "4"}).parameters
+    assert (parameters.lora_rank, parameters.learning_rate, parameters.num_epochs, parameters.seed) == (4, 3e-5, 5, 0)
+    assert parameters.recipe == "qwen-image-lora" and parameters.config == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "family"),
+    [
+        ({"recipe": "qwen-image-lora"}, None, "qwen-image"),
+        ({}, "family: qwen-image\n", "qwen-image"),
+        ({}, "extends: qwen-image-full\n", "qwen-image"),
+        ({"recipe": "qwen-image-lora"}, "family: other\n", "other"),
+        ({}, "parameters: {}\n", None),
+    ],
+)
+def test_the_family_comes_from_the_file_or_the_recipe(config, flags, text, family):
+    assert resolve({**flags, **({"config": config(text)} if text else {})}).family == family
+
+
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        ({}, "models"),
+        ({"recipe": "qwen-image-lora"}, "models/train/qwen-image-lora"),
+        ({"recipe": "qwen-image-lora", "output_path": "here"}, "here"),
+    ],
+)
+def test_a_recipe_has_an_output_folder_of_its_own(flags, output):
+    resolved = resolve(flags)
+    assert resolved.parameters.output_path == Path(output)
+    assert resolved.given("output_path") == ("output_path" in flags)
+
+
+def test_wrong_values_fall_back_to_the_default_and_are_told_once_each(config):
+    path = config("parameters:\n  learning_rate: fast\n  seed: -1\n  model_paths: [1, [2, ''], 3]\n")
+    resolved = resolve({"lora_rank": "many", "config": path, "num_epochs": "2", "recipe": "qwen-image-lora"})
+    assert sorted(messages(resolved)) == [
+        f"`learning_rate` takes a number, got `fast` (`{path}`)",
+        "`lora_rank` takes an integer, got `many` (`--lora_rank`)",
+        f'`model_paths` takes a JSON list of paths, or of lists of shard paths, got `[1, [2, ""], 3]` (`{path}`)',
+        f"`seed` takes an integer of at least 0, got `-1` (`{path}`)",
+    ]
+    assert all(problem.wrong_use for problem in resolved.problems)
+    assert resolved.invalid == {"lora_rank", "learning_rate", "seed", "model_paths"}
+    defaults = Parameters()
+    assert {name: getattr(resolved.parameters, name) for name in resolved.invalid} == {
+        name: getattr(defaults, name) for name in resolved.invalid
+    }
+    assert resolved.parameters.num_epochs == 2
+    assert not resolved.incomplete
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lora_rank", "0", "`lora_rank` takes an integer of at least 1, got `0` (`--lora_rank`)"),
+        ("max_grad_norm", "0", "`max_grad_norm` takes a number of more than 0, got `0` (`--max_grad_norm`)"),
+        ("max_timestep_boundary", "1.5", "`max_timestep_boundary` takes a number of at most 1.0, got `1.5` (`--max_timestep_boundary`)"),
+        ("seed", str(2**63), f"`seed` takes an integer of at most {2**63 - 1}, got `{2**63}` (`--seed`)"),
+        ("mixed_precision", "fp8", "`mixed_precision` takes one of no, bf16, fp16, got `fp8` (`--mixed_precision`)"),
+        ("find_unused_parameters", "maybe", "`find_unused_parameters` takes true or false, got `maybe` (`--find_unused_parameters`)"),
+        ("model_paths", "a.safetensors", "`model_paths` takes a JSON list of paths, or of lists of shard paths, got `a.safetensors` (`--model_paths`)"),
+        ("learning_rate", "inf", "`learning_rate` takes a number, got `inf` (`--learning_rate`)"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_says_what_is_taken_what_is_there_and_where(name, value, message):
+    assert messages(resolve({name: value})) == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("true", "true"), ("null", "null"), ("[1]", "[1]"), ("{a: 1}", '{"a": 1}')]
+)
+def test_values_of_a_file_are_shown_as_they_stand_there(config, text, shown):
+    (message,) = messages(resolve({"config": config(f"parameters:\n  lora_rank: {text}\n")}))
+    assert f"got `{shown}`" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"height": "512"}, "`height` is given without `width`"),
+        ({"width": "512"}, "`width` is given without `height`"),
+        ({"min_timestep_boundary": "0.5", "max_timestep_boundary": "0.5"}, "`min_timestep_boundary` 0.5 is not below `max_timestep_boundary` 0.5"),
+        ({"min_timestep_boundary": "0.0001", "max_timestep_boundary": "0.0002"}, "`min_timestep_boundary`"),
+        ({"resume": "auto", "rehearse": True}, "`rehearse` starts a run of its own and cannot `resume` one"),
+        ({"fp8_models": "a"}, "`fp8_models` is not supported yet (`--fp8_models`)"),
+        ({"task": "sft:train"}, "`task` `sft:train` is not supported yet"),
+        ({"lora_target_modules": ""}, "an empty `lora_target_modules`"),
+        ({"recipe": "qwen-image-lora", "num_frames": "17"}, "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)"),
+    ],
+)  # fmt: skip
+def test_combinations_that_cannot_work_are_told(flags, message):
+    (found,) = resolve(flags).problems
+    assert message in found.message
+    assert found.wrong_use and found.hint
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"height": "512", "width": "512"},
+        {"num_frames": "81", "recipe": "qwen-image-lora"},
+        {"fp8_models": ""},
+        {"zero_cond_t": False},
+        {"task": "sft"},
+        {"resume": "auto"},
+        {"min_timestep_boundary": "0.417", "max_timestep_boundary": "0.418"},
+        {"num_frames": "17"},
+    ],
+)
+def test_what_changes_nothing_or_works_is_not_told(flags):
+    assert resolve(flags).problems == ()
+
+
+def test_a_wrong_side_is_not_also_told_as_a_missing_one():
+    assert len(resolve({"height": "tall", "width": "512"}).problems) == 1
+
+
+def test_unknown_flags_and_keys_are_told_with_the_nearest_name(config):
+    path = config("parameters:\n  lora_ranks: 8\n  learning_rat: 1\nextend: x\nseed: 3\n")
+    resolved = resolve({"config": path, "num_epochs": "none"}, ("--lora_rnak", "--zzz"))
+    hints = {problem.message: problem.hint for problem in resolved.problems}
+    assert hints == {
+        "`lora_rnak` (command line) is not a parameter": "did you mean `lora_rank`?",
+        "`zzz` (command line) is not a parameter": "`diffsynth train --help` lists them all",
+        f"`lora_ranks` in `{path}` is not a parameter": "did you mean `lora_rank`?",
+        f"`learning_rat` in `{path}` is not a parameter": "did you mean `learning_rate`?",
+        f"`{path}`: `extend` is not a key of a recipe": "a recipe has the keys extends, description, family, parameters",
+        f"`{path}`: `seed` is not a key of a recipe": "put it below `parameters:`",
+        "`num_epochs` takes an integer, got `none` (`--num_epochs`)": None,
+    }
+    assert not resolved.incomplete
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        ({"recipe": "qwen-image-lorra"}, "there is no recipe `qwen-image-lorra`", "did you mean `qwen-image-lora`?"),
+        ({"recipe": "xyz"}, "there is no recipe `xyz`", "`diffsynth recipe list` names them all"),
+        ({"config": "gone.yaml"}, "cannot read `gone.yaml`", "mend the path"),
+    ],
+)
+def test_a_source_that_is_not_there_leaves_the_rest_incomplete(flags, message, hint):
+    resolved = resolve(flags)
+    assert resolved.incomplete
+    assert message in resolved.problems[0].message and resolved.problems[0].hint == hint
+
+
+def test_the_recipe_and_the_config_that_are_both_wrong_are_both_told(config):
+    resolved = resolve({"recipe": "xyz", "config": config("parameters: [1]\n")})
+    assert len(resolved.problems) == 2
+
+
+PATHS = [name for name, setting in SETTINGS.items() if setting.type_name == "path"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_empty_text_is_no_path(name):
+    (problem,) = resolve({name: ""}).problems  # pathlib would make it the working folder
+    assert problem.message == f"`{name}` takes a path, got `` (`--{name}`)" and problem.wrong_use
+
+
+@pytest.mark.parametrize("name", [name for name in PATHS if name not in NOT_IN_RECIPES and not SETTINGS[name].planned])
+def test_an_empty_text_in_a_file_is_no_path_either(config, name):
+    (message,) = messages(resolve({"config": config(f"parameters:\n  {name}: ''\n")}))
+    assert f"`{name}` takes a path, got ``" in message
+
+
+@pytest.mark.parametrize("name", ["output_path", "lora_rank", "lora_base_model", "trainable_models"])
+def test_a_flag_that_was_taken_for_a_value_is_told(name):
+    (problem,) = resolve({name: "--num_epochs"}).problems
+    assert f"`{name}` takes" in problem.message and "got `--num_epochs`" in problem.message
+    assert problem.hint == f"give the value: `--{name} VALUE`"

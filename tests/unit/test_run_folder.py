@@ -1,0 +1,162 @@
+"""The record of a run and its metrics: written whole, read back the same, cut where a run goes on."""
+
+import json
+
+import pytest
+
+from diffsynth_core.checkpoints.run_folder import (
+    CheckpointEntry,
+    MetricsFile,
+    RunRecord,
+    holds_checkpoints,
+    read_record,
+)
+from diffsynth_core.errors import DiffSynthError
+
+
+def record(**changes) -> RunRecord:
+    values = {
+        "parameters": {"lora_rank": 4, "output_path": "ä b", "model_paths": [["a", "b"]]},
+        "family": "qwen-image",
+        "seed": 3,
+        "dataset_fingerprint": "ab",
+        "components": {"dit": {"a.safetensors": "cd"}},
+    }
+    return RunRecord(**{**values, **changes})
+
+
+ENTRY = CheckpointEntry("step-5.safetensors", 5, 0, "ef", 123)
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    before = record(status="interrupted", step=5, total_steps=9, samples_seen=20, failure="x\ny")
+    before.add_checkpoint(ENTRY)
+    before.save(tmp_path)
+    assert read_record(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_record_is_plain_json_that_says_when_and_with_what(tmp_path):
+    record().save(tmp_path)
+    content = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert content["status"] == "running"
+    assert content["parameters"]["output_path"] == "ä b"
+    assert "ä b" in (tmp_path / "run.json").read_text(encoding="utf-8")
+    assert content["started"] <= content["updated"]
+    assert content["started"].endswith("+00:00")
+    assert {"python", "torch", "diffusers", "diffsynth-cli"} <= content["versions"].keys()
+
+
+def test_saving_again_replaces_the_record(tmp_path):
+    mine = record()
+    mine.save(tmp_path)
+    mine.status, mine.step = "completed", 9
+    mine.save(tmp_path)
+    assert (read_record(tmp_path).status, read_record(tmp_path).step) == ("completed", 9)
+
+
+def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_first():
+    mine = record(checkpoints=[ENTRY, CheckpointEntry("step-9.safetensors", 9, 1, "00", 1)])
+    mine.add_checkpoint(CheckpointEntry("step-5.safetensors", 5, 0, "new", 7))
+    assert [(entry.file, entry.sha256) for entry in mine.checkpoints] == [
+        ("step-9.safetensors", "00"),
+        ("step-5.safetensors", "new"),
+    ]
+
+
+def test_a_folder_without_a_record_has_none(tmp_path):
+    assert read_record(tmp_path) is None
+    assert read_record(tmp_path / "gone") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"seed"', '"sed"'),
+        lambda text: text.replace('"checkpoints": []', '"checkpoints": [{"file": "x"}]'),
+        lambda text: text.replace('"checkpoints": []', '"checkpoints": 3'),
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_record_is_told_by_name(tmp_path, damage):
+    record().save(tmp_path)
+    path = tmp_path / "run.json"
+    path.write_bytes(damage(path.read_text(encoding="utf-8")).encode("utf-8", "surrogateescape"))
+    with pytest.raises(DiffSynthError, match=r"run\.json` cannot be read") as caught:
+        read_record(tmp_path)
+    assert caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ((), []),
+        (
+            ("step-5.safetensors", "epoch-0.safetensors", "epoch-1.safetensors.tmp"),
+            ["epoch-0.safetensors", "step-5.safetensors"],
+        ),
+        (("model.safetensors", "steps-1.safetensors", "step-1.pt", "run.json"), []),
+    ],
+)
+def test_checkpoints_are_known_by_their_names(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert holds_checkpoints(tmp_path) == found
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_steps(folder, steps, done_steps=0) -> None:
+    metrics = MetricsFile(folder, done_steps)
+    for step in steps:
+        metrics.write({"step": step, "loss": step / 2, "lr": None})
+    metrics.close()
+
+
+def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    metrics = MetricsFile(tmp_path, 0)
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 0.1})
+        assert lines(tmp_path)[-1] == {"step": step, "loss": 0.1}
+    metrics.close()
+
+
+@pytest.mark.parametrize(("done", "kept"), [(0, []), (2, [1, 2]), (4, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_going_on_takes_later_lines_out(tmp_path, done, kept):
+    write_steps(tmp_path, [1, 2, 3, 4])
+    write_steps(tmp_path, [done + 1], done)
+    assert [line["step"] for line in lines(tmp_path)] == [*kept, done + 1]
+    assert lines(tmp_path)[0].get("loss") == lines(tmp_path)[0]["step"] / 2
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step"', "{", "[3]", '{"loss": 1}', '{"step": "x"}', "\0\0\0"])
+def test_a_torn_last_line_is_taken_out(tmp_path, torn):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(torn)
+    write_steps(tmp_path, [3], 9)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_last_line_without_its_newline_is_kept_apart_from_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}', encoding="utf-8")
+    write_steps(tmp_path, [2], 1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_every_line_is_json_that_any_program_reads(tmp_path, value):
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.write({"step": 1, "grad_norm": value})  # what float16 scaling gives before it finds its scale
+    metrics.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["step"] == 1

@@ -1,0 +1,175 @@
+"""Rows become samples: files found, captions as they stand, sizes settled, and every faulty row told at once."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
+from diffsynth_core.data.samples import Sample, build_samples, check_columns
+from diffsynth_core.progress import SilentReporter
+
+RULE = SizeRule(None, None, 64 * 64, 16)
+
+
+def build(folder, *rows, rule=RULE):
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    metadata = Metadata("metadata.csv", columns, rows)
+    return build_samples(metadata, folder, "prompt", ["image"], rule, SilentReporter())
+
+
+def row(image="a.png", prompt="x"):
+    return {"image": image, "prompt": prompt}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dataset folder with `a.png` of 48 x 32 pixels and a few unusual names."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "[1] cat.png", "[draft.png", '["b"].png', "sub/ü, b.png"):
+        Image.new("RGB", (48, 32)).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ("a.png", "a.png"),
+        (" a.png ", "a.png"),
+        ('["a.png"]', "a.png"),
+        (' [ "a.png" ] ', "a.png"),
+        (["a.png"], "a.png"),
+        ("[1] cat.png", "[1] cat.png"),
+        ("[draft.png", "[draft.png"),
+        ('["b"].png', '["b"].png'),
+        ("sub/ü, b.png", "sub/ü, b.png"),
+        ("./sub/../a.png", "a.png"),
+    ],
+)
+def test_a_cell_names_one_file(folder, cell, name):
+    found, problems = build(folder, row(cell))
+    assert problems == []
+    (sample,) = found.samples
+    assert sample.media["image"].resolve() == (folder / name).resolve()
+    assert (sample.height, sample.width) == (32, 48)
+
+
+def test_an_absolute_path_is_taken(folder, tmp_path_factory):
+    found, problems = build(tmp_path_factory.mktemp("elsewhere"), row(str(folder / "a.png")))
+    assert problems == []
+    assert found.samples[0].media == {"image": folder / "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (None, "column `image` is empty"),
+        ("", "column `image` is empty"),
+        ("  ", "column `image` is empty"),
+        ("[]", "column `image` lists 0 files, expected one"),
+        ('["a.png", "b.png"]', "column `image` lists 2 files, expected one"),
+        ("[3]", "column `image` is empty"),
+        (3, "column `image` is empty"),
+        ("gone.png", "column `image` names `{folder}/gone.png`, which is not there"),
+        ("sub", "column `image` names `{folder}/sub`, which is not there"),
+        ("A.PNG", "column `image` names `{folder}/A.PNG`, which is not there"),
+    ],
+)
+def test_a_cell_without_one_file_is_told_with_its_row(folder, cell, expected):
+    found, problems = build(folder, row(), row(cell))
+    assert [sample.row for sample in found.samples] == [1]
+    (problem,) = problems
+    assert problem.message == f"`metadata.csv` row 2: {expected.format(folder=folder)}"
+    assert problem.hint and not problem.wrong_use
+
+
+@pytest.mark.parametrize(("value", "caption"), [("", ""), (None, ""), (float("nan"), ""), (" a\nb ", " a\nb ")])
+def test_captions_stay_as_they_stand(folder, value, caption):
+    found, problems = build(folder, row(prompt=value))
+    assert problems == []
+    assert found.samples[0].caption == caption
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, ["a"], {"a": 1}])
+def test_a_caption_that_is_no_text_is_told(folder, value):
+    _, problems = build(folder, row(prompt=value))
+    assert [problem.message for problem in problems] == [
+        f"`metadata.csv` row 1: column `prompt` holds `{json.dumps(value)}`, expected a text"
+    ]
+
+
+def test_half_a_character_in_a_caption_is_told(folder):
+    half = json.loads('"a smile \\ud83d"')  # what cutting a text in the middle of an emoji leaves in JSON
+    found, problems = build(folder, row(prompt=half))
+    assert found.samples == ()
+    assert len(problems) == 1 and "row 1" in problems[0].message and "`prompt`" in problems[0].message
+
+
+def test_every_faulty_row_is_told_at_once_and_the_others_stay(folder):
+    (folder / "text.png").write_text("no picture")
+    rows = [row("gone.png"), row(), row("text.png"), row(prompt=3), row("[1] cat.png")]
+    found, problems = build(folder, *rows)
+    assert [sample.row for sample in found.samples] == [2, 5]
+    assert sorted(int(problem.message.split("row ")[1].split(":")[0]) for problem in problems) == [1, 3, 4]
+    assert any("cannot be read as a picture" in problem.message for problem in problems)
+
+
+@pytest.mark.parametrize("size", [(15, 400), (400, 15), (8, 8)])
+def test_a_picture_smaller_than_a_patch_is_told(folder, size):
+    Image.new("RGB", size).save(folder / "small.png")
+    found, problems = build(folder, row("small.png"))
+    assert found.samples == ()
+    assert f"is {size[0]} x {size[1]} pixels" in problems[0].message
+    fixed = SizeRule(64, 64, 1, 16)
+    assert build(folder, row("small.png"), rule=fixed)[0].samples == ()
+
+
+def test_a_picture_that_scaling_makes_too_thin_is_told(folder):
+    Image.new("RGB", (1000, 20)).save(folder / "thin.png")
+    found, problems = build(folder, row("thin.png"))
+    assert found.samples == ()
+    assert "1000 x 20 pixels; with `max_pixels` 4096 a side falls below the least of 16" in problems[0].message
+
+
+def test_sizes_are_those_of_the_upright_picture_and_notes_say_what_is_done(folder):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
+    Image.new("RGBA", (48, 32)).save(folder / "clear.png")
+    found, problems = build(folder, row("turned.jpg"), row("clear.png"), row())
+    assert problems == []
+    assert [(sample.height, sample.width) for sample in found.samples] == [(48, 32), (32, 48), (32, 48)]
+    assert found.notes == (
+        "1 of 3 pictures are turned upright as their EXIF orientation says",
+        "1 of 3 pictures have transparency, which is composed on white",
+    )
+
+
+def test_order_and_rows_stay_with_many_pictures(folder):
+    for number in range(40):
+        Image.new("RGB", (16 + 16 * (number % 4), 16)).save(folder / f"{number}.png")
+    found, _ = build(folder, *(row(f"{number}.png", str(number)) for number in range(40)))
+    assert [sample.caption for sample in found.samples] == [str(number) for number in range(40)]
+    assert [sample.width for sample in found.samples] == [16 + 16 * (number % 4) for number in range(40)]
+
+
+def test_a_sample_is_named_by_row_and_file(tmp_path):
+    assert Sample(7, "x", {"image": tmp_path / "a.png"}, 16, 16).name == f"row 7 `{tmp_path / 'a.png'}`"
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "messages", "hints"),
+    [
+        (("image", "prompt"), ("image", "video"), [], []),
+        (("images", "prompt"), ("image",), ["has no column `image`; it has `images`, `prompt`"], ["rename `images`"]),
+        (("x", "y"), ("image",), ["no column `image`", "no column `prompt`"], ["add the column", "add the column"]),
+        (("image", "prompt"), ("video",), ["`data_file_keys` leaves out `image`"], ["add `image`"]),
+    ],
+)
+def test_columns_are_checked(columns, keys, messages, hints):
+    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ["image"], keys)
+    assert len(problems) == len(messages)
+    for problem, message, hint in zip(problems, messages, hints, strict=True):
+        assert message in problem.message
+        assert problem.hint == hint
