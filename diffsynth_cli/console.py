@@ -20,6 +20,8 @@ from rich.progress import (
 
 from diffsynth_core.progress import SilentTask, Task
 
+BAR_COLUMNS = 70
+"""A narrower terminal gets plain lines: a bar would push count and time out of it."""
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one task."""
 
@@ -27,8 +29,10 @@ PLAIN_SECONDS = 5.0
 class ConsoleReporter:
     """Tells the engine's progress on stderr, and keeps every message in the log of the run."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False)
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        """`quiet` is for every process of a run but the first."""
+        self.quiet = quiet
+        self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._log: TextIO | None = None
         self._early: list[str] = []
 
@@ -44,7 +48,7 @@ class ConsoleReporter:
     def log_to(self, path: Path) -> None:
         if self._log:
             self._log.close()
-        self._log = path.open("a", encoding="utf-8", buffering=1)
+        self._log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._log.writelines(self._early)
         self._early.clear()
 
@@ -57,7 +61,7 @@ class ConsoleReporter:
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         if total == 0:
             yield SilentTask()
-        elif self.console.is_terminal:
+        elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
             with _progress(self.console) as progress:
                 yield _Bar(
                     progress, progress.add_task(label, total=total, completed=done, unit=unit, rate="", fields=""), done

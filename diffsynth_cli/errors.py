@@ -1,6 +1,7 @@
 """Errors as the user sees them."""
 
 import os
+import tempfile
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ def exit_code_of(error: Exception) -> int:
         for problem in error.problems:
             print_problem(problem)
         if len(error.problems) > 1:
-            typer.echo(f"{len(error.problems)} problems; nothing was started", err=True)
+            typer.echo(f"{len(error.problems)} problems", err=True)
         return error.exit_code
     usage = getattr(error, "format_message", None)
     if callable(usage) and str(usage()).startswith("Usage: "):
@@ -49,8 +50,14 @@ def print_problem(problem: Problem) -> None:
 
 
 def _write_traceback(error: Exception) -> Path:
-    folder = default_cache_path() / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"error-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
-    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    """Keep the traceback in the cache folder, else in the system's folder for temporary files."""
+    name = f"diffsynth-error-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+    text = "".join(traceback.format_exception(error))
+    try:
+        path = default_cache_path() / "logs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except (OSError, DiffSynthError):
+        path = Path(tempfile.gettempdir()) / name
+        path.write_text(text, encoding="utf-8")
     return path

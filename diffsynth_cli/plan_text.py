@@ -5,7 +5,7 @@ from typing import Any
 
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter, format_bytes
+from diffsynth_core.progress import Reporter, count_of, format_bytes
 
 
 def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
@@ -14,20 +14,20 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     yield f"{plan.facts.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
     for name, files in plan.components.items():
         size = sum(path.stat().st_size for path in files.paths)
-        yield f"  {name:<13} {files.origin} ({count(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
+        yield f"  {name:<13} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
     buckets = ", ".join(f"{len(bucket.members)} of {_size(bucket.shape)}" for bucket in batches.buckets[:6])
     more = f" and {len(batches.buckets) - 6} more sizes" if len(batches.buckets) > 6 else ""
-    yield f"{count(len(plan.samples.samples), 'sample')} from `{parameters.dataset_base_path}`: {buckets}{more}"
+    yield f"{count_of(len(plan.samples.samples), 'sample')} from `{parameters.dataset_base_path}`: {buckets}{more}"
     for note in plan.samples.notes:
         yield f"  {note}"
     yield (
-        f"{count(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {batches.samples_per_epoch} samples; "
-        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count(plan.world_size, 'process', 'processes')})"
+        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {batches.samples_per_epoch} samples; "
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
     )
-    if plan.first_step:
-        yield f"  resumed behind step {plan.first_step}"
+    for note in plan.start.notes:
+        yield f"  {note}"
     if encodings_are_known(plan):
         for part in plan_encodings(plan, reporter).encoders:
             done = len(part.keys) - len(part.missing)
@@ -49,11 +49,6 @@ def _part(plan: Plan, component: str) -> str:
     if component == plan.training.lora_component:
         parts.append(f"LoRA of rank {plan.parameters.lora_rank} on {len(plan.training.lora_modules)} modules")
     return f", {' and '.join(parts)}" if parts else ""
-
-
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 file`, `2 files`."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _size(shape: Any) -> str:

@@ -1,5 +1,6 @@
 """One training command in the terminal: plan, rehearse or train, and tell how it ended."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path", "device")
 
 def run_session(resolved: Resolved, flags: dict[str, Any], world_size: int) -> int:
     """Carry out one `diffsynth train`; returns the exit code."""
-    reporter = ConsoleReporter()
+    reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     try:
         if resolved.parameters.dry_run:
             return _show_plan(resolved, reporter, world_size)
@@ -55,10 +56,10 @@ def _train(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> in
 
     plan = make_plan(resolved, reporter, world_size)
     _announce(plan, reporter)
-    with listen_for_stop() as stop:
+    with listen_for_stop(reporter.info) as stop:
         result = train(plan, reporter, stop)
-    checkpoint = result.folder / result.record.checkpoints[-1].file
-    _tell_results(checkpoint, result.folder)
+    if not reporter.quiet:
+        _tell_results(result.folder / result.record.checkpoints[-1].file, result.folder)
     return 0
 
 
@@ -66,7 +67,7 @@ def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReport
     from diffsynth_core.training.rehearsal import rehearse
     from diffsynth_core.training.stop import listen_for_stop
 
-    with listen_for_stop() as stop:
+    with listen_for_stop(reporter.info) as stop:
         rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(plan, reporter), world_size)
     typer.echo("The rehearsal proved:")
     for proof in rehearsal.proofs:

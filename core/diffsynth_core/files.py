@@ -12,9 +12,18 @@ from diffsynth_core.errors import DiffSynthError
 
 
 def default_cache_path() -> Path:
-    """`$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`."""
+    """`$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`.
+
+    Raises:
+        DiffSynthError: when the user has no home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "diffsynth"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "diffsynth"
+    except RuntimeError as error:
+        raise DiffSynthError(
+            "there is no home folder to keep the cache in", "set XDG_CACHE_HOME or give `--cache_path`"
+        ) from error
 
 
 def model_base_path() -> Path:

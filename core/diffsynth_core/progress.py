@@ -53,6 +53,11 @@ class SilentReporter:
         yield SilentTask()
 
 
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def format_bytes(count: float) -> str:
     """Bytes as people read them, in powers of 1000 as disks and download pages count."""
     for unit in ("B", "kB", "MB", "GB"):

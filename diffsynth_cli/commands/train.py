@@ -10,8 +10,8 @@ from diffsynth_core.config.resolve import resolve
 
 HELP = """Train from a recipe: LoRA, full, or both.
 
-Every flag can be written with underscores or dashes; flags go before --config, --config before the recipe, the recipe
-before the defaults.
+Every flag can be written with underscores or dashes; flags override --config, which overrides the recipe,
+which overrides the defaults.
 
 Examples:
 

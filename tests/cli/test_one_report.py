@@ -42,7 +42,7 @@ def test_problems_of_every_kind(refuse, dataset, models, occupied):
             TO_QQ,
             (
                 f"`{dataset}/metadata.csv` row 2: column `image` names `{dataset}/missing.png`, which is not there",
-                "mend the path (relative to `dataset_base_path`), or take the row out",
+                "correct the path (relative to `dataset_base_path`), or take the row out",
             ),
             occupied,
         ]

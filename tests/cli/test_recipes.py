@@ -205,7 +205,8 @@ def test_a_config_can_extend_a_recipe(parse, config):
     path = config("extends: qwen-image-2512-lora\nparameters:\n  lora_rank: 8\n")
     resolved = parse("--config", path)
     assert resolved.problems == () and resolved.family == "qwen-image"
-    expected = {**DEFAULTS, **REFERENCE["qwen-image-2512-lora"], "lora_rank": 8}
+    output_path = "models/train/config"
+    expected = {**DEFAULTS, **REFERENCE["qwen-image-2512-lora"], "lora_rank": 8, "output_path": output_path}
     assert documented_values(resolved.parameters) == expected
 
 

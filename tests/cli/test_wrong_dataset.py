@@ -1,12 +1,13 @@
 """Faulty datasets: `diffsynth train` names the file, the row and the column before anything is done."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROW_OUT = "replace the file or take its row out"
-NO_SUCH_FILE = "mend the path (relative to `dataset_base_path`), or take the row out"
+NO_SUCH_FILE = "correct the path (relative to `dataset_base_path`), or take the row out"
 
 
 def test_no_folder(refuse):
@@ -184,3 +185,20 @@ def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
 )
 def test_columns_that_do_not_fit_the_family(refuse, arguments, message, hint):
     assert refuse(*arguments) == (2, [(message, hint)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_only_decoding_finds_damaged(cli, dataset, tmp_path, workers):
+    """Its header and its end are whole, its middle is not: told while encoding, by name, whoever loads it."""
+    path = dataset / "chelsea.png"
+    content = bytearray(path.read_bytes())
+    content[600:900] = bytes(300)
+    path.write_bytes(content)
+    outcome = cli(
+        "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dataset_num_workers", workers,
+        "--cache_path", tmp_path / "own_cache", "--output_path", "out",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert f"error: `{path}` cannot be read as a picture" in outcome.err
+    assert "hint: replace the file or take its row out" in outcome.err
+    assert "Traceback" not in outcome.err and not Path("out").exists()

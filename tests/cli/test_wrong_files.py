@@ -58,7 +58,7 @@ def test_a_glob_that_matches_nothing(refuse, models):
 
 def test_a_local_file_that_is_not_there(refuse):
     message = "`model_paths` names `nowhere.safetensors`, which is not there"
-    assert refuse("--model_paths", '["nowhere.safetensors"]') == (1, [(message, "mend the path")])
+    assert refuse("--model_paths", '["nowhere.safetensors"]') == (1, [(message, "correct the path")])
 
 
 def test_a_missing_shard_is_the_only_problem(refuse, repository):
@@ -237,4 +237,4 @@ def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
 
 def test_a_lora_checkpoint_that_is_not_there(refuse):
     message = "`lora_checkpoint` `nowhere.safetensors` is not there"
-    assert refuse("--lora_checkpoint", "nowhere.safetensors") == (1, [(message, "mend the path")])
+    assert refuse("--lora_checkpoint", "nowhere.safetensors") == (1, [(message, "correct the path")])

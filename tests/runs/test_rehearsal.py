@@ -17,7 +17,7 @@ from tests.conftest import ENTRIES, MODEL_ID
 def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
-    assert "stopped behind step 4, resumed there, and came to step 8" in outcome.out
+    assert "stopped after step 4, resumed there, and came to step 8" in outcome.out
     folder = Path(f"rehearsals/{recipe}-1")
     assert f"Metrics     {folder}/metrics.jsonl" in outcome.out
     record = json.loads((folder / "run.json").read_text())

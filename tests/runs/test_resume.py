@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, 
 
 
 def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
-    """The same run stopped behind step 5, as a signal would stop it."""
+    """The same run stopped after step 5, as a signal would stop it."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve
     from diffsynth_core.planning.plan import make_plan
@@ -136,7 +136,11 @@ def test_resume_takes_the_last_whole_state(cli, photographs):
     assert [line["step"] for line in metrics_of(Path("out"))] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
+)
 def test_a_signal_finishes_the_step_saves_and_exits(tiny_models, photographs, tmp_path, number, code):
     """A real process, with data workers, stopped in the middle of its run; then resumed."""
     command = [
@@ -158,13 +162,16 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny_models, photographs, tm
         str(tmp_path / "out"),
     ]
     environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(tiny_models)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+    )
     metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(number)
+    # To the whole group, as a terminal, `timeout` or a cluster does: data workers must not die of it.
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "Traceback" not in errors

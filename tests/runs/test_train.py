@@ -242,3 +242,94 @@ def test_a_lora_goes_on_from_a_file(cli, photographs):
     assert outcome.code == 0, outcome.err
     first, second = load_file("first/epoch-0.safetensors"), load_file("second/epoch-0.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("recipe", "component"), [("qwen-image-lora", "text_encoder"), ("qwen-image-full", "vae")])
+def test_every_trained_parameter_gets_a_gradient(cli, photographs, recipe, component):
+    """What no gradient reaches is left out, in each component; one step gives every other parameter moments."""
+    outcome = cli(
+        "train", "--recipe", recipe, "--dataset_num_workers", 0, "--dataset_base_path", photographs,
+        "--trainable_models", f"dit,{component}", "--no-find_unused_parameters", "--max_steps", 1, "--output_path", "out",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    [state] = Path("out/state").iterdir()
+    trained, moments = load_file(state / "trained.safetensors"), load_file(state / "optimizer.safetensors")
+    assert {name for name in trained if f"{name}/exp_avg" not in moments} == set()
+
+
+def test_a_plan_can_be_handed_to_worker_processes_of_any_kind(photographs, tiny_models):
+    """macOS and newer Pythons start workers by pickling what they need."""
+    import pickle
+
+    from diffsynth_core.config.resolve import resolve
+    from diffsynth_core.planning.plan import make_plan
+    from diffsynth_core.progress import SilentReporter
+
+    resolved = resolve({"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "output_path": "unused"})
+    plan = make_plan(resolved, SilentReporter(), base=tiny_models)
+    assert pickle.loads(pickle.dumps(plan)).components == plan.components
+
+
+def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
+    from diffsynth_core.checkpoints.run_folder import claim_folder
+
+    with claim_folder(tmp_path / "out"):
+        second = cli(*common(photographs, "--output_path", tmp_path / "out"))
+    assert second.code == 1 and f"another run is at work in `{tmp_path / 'out'}`" in second.err
+
+
+def test_a_picture_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
+    from diffsynth_core.training import encode
+
+    real = encode.load_pixels
+
+    def changing(sample, column):
+        pixels = real(sample, column)
+        sample.media[column].touch()
+        return pixels
+
+    monkeypatch.setattr(encode, "load_pixels", changing)
+    outcome = cli(*common(dataset, "--output_path", "out", "--cache_path", tmp_path / "own_cache"))
+    assert outcome.code == 1 and "changed while it was encoded" in outcome.err
+    assert encodings_below(tmp_path / "own_cache")["latents"] == set()
+
+
+def test_captions_that_are_cut_are_told(cli, dataset, tmp_path):
+    metadata = dataset / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("a cat", "cat " * 3000))
+    outcome = cli(*common(dataset, "--output_path", "out", "--cache_path", tmp_path / "own_cache"))
+    assert outcome.code == 0, outcome.err
+    assert "warning: captions are cut after 1024 tokens: 1 sample, the first is row 2" in outcome.err
+
+
+def test_a_run_killed_before_its_record_was_whole_can_be_finished(cli, photographs):
+    """As if killed right after its last state: resume completes the record, with every checkpoint in it."""
+    common_arguments = common(photographs, "--output_path", "out", "--save_steps", 4)
+    assert cli(*common_arguments).code == 0
+    record = json.loads(Path("out/run.json").read_text())
+    record |= {"status": "running", "step": 4}
+    Path("out/run.json").write_text(json.dumps(record))
+    outcome = cli(*common_arguments, "--resume", "auto")
+    assert outcome.code == 0, outcome.err
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["status"], record["step"]) == ("completed", 8)
+    assert [entry["file"] for entry in record["checkpoints"]] == ["step-4.safetensors", "step-8.safetensors"]
+
+
+def test_a_resumed_step_must_be_made_of_as_many_micro_batches(cli, photographs):
+    arguments = common(photographs, "--output_path", "out", "--max_steps", 2)
+    assert cli(*arguments).code == 0
+    outcome = cli(
+        *arguments,
+        "--resume",
+        "auto",
+        "--max_steps",
+        3,
+        "--gradient_accumulation_steps",
+        2,
+        "--mixed_precision",
+        "bf16",
+    )
+    assert outcome.code == 2
+    assert "a step had 1 micro-batches (accumulation x processes) in the run in `out`, now 2" in outcome.err
+    assert "the precision was no in the run in `out`, now it is bf16" in outcome.err

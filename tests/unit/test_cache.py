@@ -53,10 +53,10 @@ def test_views_and_tensors_with_gradients_are_kept_by_value(cache):
 
 @pytest.mark.parametrize(
     "broken",
-    [{"same": ENCODED["latents"], "again": ENCODED["latents"]}, {"sparse": torch.eye(3).to_sparse()}, {"none": None}],
+    [{"complex": torch.zeros(2, dtype=torch.complex128)}, {"sparse": torch.eye(3).to_sparse()}, {"none": None}],
 )
 def test_what_cannot_be_written_leaves_nothing(cache, tmp_path, broken):
-    with pytest.raises((RuntimeError, ValueError, AttributeError)):
+    with pytest.raises((RuntimeError, ValueError, AttributeError, KeyError)):
         cache.write(KEY, broken)
     assert not cache.has(KEY)
     assert everything_below(tmp_path) == []

@@ -198,7 +198,7 @@ def test_unknown_flags_and_keys_are_told_with_the_nearest_name(config):
     [
         ({"recipe": "qwen-image-lorra"}, "there is no recipe `qwen-image-lorra`", "did you mean `qwen-image-lora`?"),
         ({"recipe": "xyz"}, "there is no recipe `xyz`", "`diffsynth recipe list` names them all"),
-        ({"config": "gone.yaml"}, "cannot read `gone.yaml`", "mend the path"),
+        ({"config": "gone.yaml"}, "cannot read `gone.yaml`", "correct the path"),
     ],
 )
 def test_a_source_that_is_not_there_leaves_the_rest_incomplete(flags, message, hint):

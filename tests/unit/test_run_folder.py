@@ -21,6 +21,8 @@ def record(**changes) -> RunRecord:
         "seed": 3,
         "dataset_fingerprint": "ab",
         "components": {"dit": {"a.safetensors": "cd"}},
+        "mixed_precision": "bf16",
+        "micro_batches_per_step": 4,
     }
     return RunRecord(**{**values, **changes})
 

@@ -135,14 +135,11 @@ def test_a_folder_that_somebody_else_put_there_is_passed_over(tmp_path):
     assert last_state(tmp_path).name == "step-3"
 
 
-@pytest.mark.parametrize("later", [4, 3])
-def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path, later):
+def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     trained, optimizer = saved(tmp_path, 3)
     expected = everything(trained, optimizer)
-    with pytest.raises((RuntimeError, ValueError)):
-        save_state(
-            tmp_path, Position(later, 16), {**trained, "the same again": next(iter(trained.values()))}, optimizer
-        )
+    with pytest.raises(RuntimeError):
+        save_state(tmp_path, Position(4, 16), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer)
     assert last_state(tmp_path) is not None
     other, other_optimizer = training(seed=9)
     restore_state(last_state(tmp_path), other, other_optimizer)

@@ -51,8 +51,7 @@ def test_parameters_and_views_are_written_by_value(tmp_path):
 
 BROKEN = {
     "sparse": ({"a": torch.eye(3).to_sparse()}, {}),
-    "shared": ({"a": TENSORS["a"], "b": TENSORS["a"]}, {}),
-    "metadata": ({"a": TENSORS["a"]}, {"step": 1}),
+    "complex": ({"a": TENSORS["a"], "b": torch.zeros(2, dtype=torch.complex128)}, {}),
 }
 
 
@@ -61,7 +60,7 @@ BROKEN = {
 def test_a_failure_leaves_neither_a_new_name_nor_a_spoilt_old_file(tmp_path, broken, existed):
     path = tmp_path / "step-1.safetensors"
     before = write_tensors(path, TENSORS, {}) if existed else None
-    with pytest.raises((RuntimeError, ValueError, TypeError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError, KeyError)):
         write_tensors(path, *BROKEN[broken])
     assert [item.name for item in tmp_path.iterdir()] == ([path.name] if existed else [])
     assert not existed or hashlib.sha256(path.read_bytes()).hexdigest() == before

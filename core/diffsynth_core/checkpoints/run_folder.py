@@ -1,9 +1,11 @@
 """The folder of one run: its record `run.json`, its metrics, its log. No torch."""
 
+import fcntl
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from diffsynth_core.files import write_json, write_text
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
 LOG = "train.log"
+LOCK = ".lock"
 RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "transformers", "peft", "safetensors")
 CHECKPOINT_NAMES = ("epoch-*.safetensors", "step-*.safetensors")
 
@@ -44,6 +47,9 @@ class RunRecord:
     dataset_fingerprint: str
     components: dict[str, dict[str, str]]
     """Component -> file -> sha256."""
+    mixed_precision: str
+    micro_batches_per_step: int
+    """Over all processes: gradient accumulation times processes."""
     status: str = "running"
     step: int = 0
     total_steps: int = 0
@@ -52,12 +58,7 @@ class RunRecord:
     failure: str | None = None
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "python": platform.python_version(),
-            **{name: version(name) for name in RECORDED_PACKAGES},
-        }
-    )
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
     def save(self, folder: Path) -> None:
         self.updated = datetime.now(UTC).isoformat(timespec="seconds")
@@ -85,6 +86,41 @@ def read_record(folder: Path) -> RunRecord | None:
         raise DiffSynthError(f"`{path}` cannot be read: {error}", "name another `--output_path`") from error
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
+
+
+@contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Keep every other run out of a folder while the block runs; the system lets go when the process ends, however.
+
+    Raises:
+        DiffSynthError: when another run is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK).open("w")
+    except OSError as error:
+        raise DiffSynthError(f"cannot write to `{folder}`: {error.strerror}", "name another `--output_path`") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DiffSynthError(
+                f"another run is at work in `{folder}`", "wait for it, or name another `--output_path`"
+            ) from error
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if not (folder / RECORD).exists():
+                (folder / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # not empty: something else is in it
+                    folder.rmdir()
+
+
 def holds_checkpoints(folder: Path) -> list[str]:
     """Names of checkpoint files in a folder, whoever wrote them."""
     return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
@@ -108,7 +144,10 @@ class MetricsFile:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._stream.write(json.dumps(finite) + "\n")
+        try:
+            self._stream.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise DiffSynthError(f"cannot write `{self._path}`: {error.strerror}", "free some space") from error
 
     def close(self) -> None:
         self._stream.close()

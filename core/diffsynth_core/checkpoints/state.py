@@ -38,8 +38,11 @@ def save_state(
 ) -> None:
     """Write the state of a run below `folder`, then remove the states before it."""
     target = folder / STATE_FOLDER / f"step-{position.step}"
+    if (target / POSITION).is_file():
+        return  # a run that saves one step twice has nothing new to say
+    for unfinished in (folder / STATE_FOLDER).glob(".step-*.new"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
     write_tensors(fresh / TRAINED, trained, {})
     write_tensors(fresh / OPTIMIZER, _flatten(trained, optimizer), {})
     write_json(fresh / POSITION, asdict(position))
@@ -118,4 +121,5 @@ def _unflatten(
         name, _, kind = key.rpartition("/")
         parameter = trained[name]
         # AdamW keeps its step count on the CPU.
-        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+        # Copies: what load_file gives is tied to a file that the next save removes.
+        optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)

@@ -1,19 +1,24 @@
 """Writing tensors so that a stop at any moment leaves no half file."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from diffsynth_core.files import replacing
-from diffsynth_core.state_dicts.writing import save_tensors
+from diffsynth_core.state_dicts.writing import write_safetensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a safetensors file, whole or not at all; returns the sha256 of its bytes."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> str:
+    """Write a safetensors file, whole or not at all; returns the sha256 of its bytes.
+
+    `dtypes` names number formats to convert to while writing; tensors may be on any device.
+    """
     with replacing(path) as temporary:
-        save_tensors(tensors, temporary, {"format": "pt", **metadata})
-        with temporary.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digest
+        return write_safetensors(temporary, tensors, {"format": "pt", **metadata}, dtypes)

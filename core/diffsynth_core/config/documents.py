@@ -85,8 +85,10 @@ def reference_page() -> str:
         "",
         "Generated from the declaration by `make docs`; a test fails when this page is stale.",
         "",
-        "Give a parameter as a flag (`--lora_rank 16`, `--lora-rank 16`), in a `--config` file or in a recipe; flags go first,",
-        "then the file, then the recipe, then the default. Every flag that is true or false has a `--no-…` form.",
+        "Give a parameter as a flag (`--lora_rank 16`, `--lora-rank 16`), in a `--config` file or in a recipe. Flags",
+        "override the file, which overrides the recipe, which overrides the default. Every flag that is true or false",
+        "has a `--no-…` form.",
+        "",
         "Names marked ¹ are those of DiffSynth-Studio; names marked ² are known and refused in this version.",
     ]
     for group, title in GROUPS.items():

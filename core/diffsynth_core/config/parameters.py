@@ -138,7 +138,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "path",
-        "YAML file in the format of a recipe; its values go before those of the recipe",
+        "YAML file in the format of a recipe; its values override those of the recipe",
         documented=False,
     )
     rehearse: bool = _setting(
@@ -364,7 +364,7 @@ class Parameters(BaseModel):
         Path("./models"),
         "output",
         "path",
-        "Folder of the run; with a recipe: `models/train/<recipe>`; a rehearsal makes a fresh folder below `rehearsals/` when none is named",
+        "Folder of the run; with a recipe or config file: `models/train/<its name>`; a rehearsal makes a fresh folder below `rehearsals/` when none is named",
     )
     remove_prefix_in_ckpt: str = _setting(
         "pipe.dit.", "output", "str", "Text taken off the keys that start with it when a checkpoint is saved"

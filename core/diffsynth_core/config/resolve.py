@@ -54,7 +54,7 @@ def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Re
         for name, value in given.items():
             values[name] = value
             origins[name] = f"`--{name}`" if origin == "command line" else origin
-    named = flags.get("recipe")
+    named = flags.get("recipe") or (config.name if config else None)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
 

@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "mend the path") from error
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "correct the path") from error
     except UnicodeDecodeError as error:
         raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     try:

@@ -6,8 +6,10 @@ that any stretch of an epoch sees all buckets and every sample equally often. No
 the batches of an epoch cost the same at any `repeat`.
 """
 
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from diffsynth_core.randomness import key_of, permute
 
@@ -28,6 +30,15 @@ class Bucket:
     members: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """About one pass over all buckets: its first batch, and where each bucket's batches end among its own."""
+
+    number: int
+    first: int
+    ends: tuple[int, ...]
+
+
 class BatchPlan:
     """All batches of all epochs."""
 
@@ -42,6 +53,7 @@ class BatchPlan:
         self._seed = seed
         self._batches = [-(-len(bucket.members) * repeat // batch_size) for bucket in self.buckets]
         self.batches_per_epoch = sum(self._batches)
+        self._last_turn: _Turn | None = None
 
     def batch(self, epoch: int, number: int) -> list[Occurrence]:
         """The samples of batch `number` (from 0) of an epoch.
@@ -67,18 +79,24 @@ class BatchPlan:
         """(bucket, first position, position behind the last) of a batch."""
         if not 0 <= number < self.batches_per_epoch:
             raise IndexError(f"batch {number} of {self.batches_per_epoch}")
-        turn = self._turn_of(number)
-        first = self._batches_before(turn)
-        counts = [self._share(count, turn + 1) - self._share(count, turn) for count in self._batches]
-        place = permute(number - first, sum(counts), key_of("mix", self._seed, epoch, turn))
-        for bucket_number, count in enumerate(counts):
-            if place < count:
-                batch_in_bucket = self._share(self._batches[bucket_number], turn) + place
-                start = batch_in_bucket * self._batch_size
-                end_of_bucket = len(self.buckets[bucket_number].members) * self._repeat
-                return bucket_number, start, min(start + self._batch_size, end_of_bucket)
-            place -= count
-        raise AssertionError("a batch lies in one of the buckets")
+        turn = self._turn_with(number)
+        place = permute(number - turn.first, turn.ends[-1], key_of("mix", self._seed, epoch, turn.number))
+        bucket_number = bisect_right(turn.ends, place)
+        place_in_bucket = place - (turn.ends[bucket_number - 1] if bucket_number else 0)
+        batch_in_bucket = self._share(self._batches[bucket_number], turn.number) + place_in_bucket
+        start = batch_in_bucket * self._batch_size
+        end_of_bucket = len(self.buckets[bucket_number].members) * self._repeat
+        return bucket_number, start, min(start + self._batch_size, end_of_bucket)
+
+    def _turn_with(self, number: int) -> "_Turn":
+        """The turn that a batch belongs to; the last one is remembered, since batches are asked for in order."""
+        turn = self._last_turn
+        if turn is None or not turn.first <= number < turn.first + turn.ends[-1]:
+            turn_number = self._turn_of(number)
+            shares = (self._share(count, turn_number + 1) - self._share(count, turn_number) for count in self._batches)
+            turn = _Turn(turn_number, self._batches_before(turn_number), tuple(accumulate(shares)))
+            self._last_turn = turn
+        return turn
 
     def _share(self, count: int, turn: int) -> int:
         """How many of a bucket's `count` batches lie before a turn; the epoch has `repeat` turns of about one pass."""

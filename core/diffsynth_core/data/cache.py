@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
-from diffsynth_core.state_dicts.writing import save_tensors
+from diffsynth_core.state_dicts.headers import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,19 @@ class EncodingCache:
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        return self.path(key).is_file()
+        """Whether the entry is there and whole; one that a fault of the disk cut short is made anew."""
+        try:
+            read_header(self.path(key))
+        except DiffSynthError:
+            return False
+        return True
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
         """Keep what an encoder made of one sample."""
+        from diffsynth_core.state_dicts.writing import write_safetensors
+
         with replacing(self.path(key)) as temporary:
-            save_tensors(encoded, temporary)
+            write_safetensors(temporary, encoded, {})
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
         """An entry's tensors, on the CPU.

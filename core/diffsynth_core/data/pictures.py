@@ -1,6 +1,7 @@
 """Pictures: what their headers say, the size they are trained at, and their pixels."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from PIL import Image, ImageOps
 
 from diffsynth_core.errors import DiffSynthError
 
+PICTURE_TRANSFORM = 1
+"""Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
 EXIF_ORIENTATION = 0x0112
+MAX_PICTURE_PIXELS = 178_956_970
+"""Larger pictures are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
+"""What files of a format end with; some programs write a little behind it."""
+END_BYTES = 64
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations whose upright picture has width and height swapped."""
 
@@ -50,13 +58,17 @@ class SizeRule:
 
 
 def read_picture_header(path: Path) -> PictureHeader:
-    """Size, orientation and transparency of a picture, without decoding it.
+    """Size, orientation and transparency of a picture, without decoding it unless its end looks cut off.
 
     Raises:
-        DiffSynthError: when the file is no picture.
+        DiffSynthError: when the file is no picture, or ends early.
     """
     with _opening(path) as picture:
-        orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+        if not _ends_well(path, picture.format):
+            picture.load()
+        # Pillow would decode a whole PNG to look for EXIF data behind its pixels, where hardly any has them.
+        looked_for = picture.format != "PNG" or "exif" in picture.info
+        orientation = picture.getexif().get(EXIF_ORIENTATION, 1) if looked_for else 1
         width, height = picture.size
         if orientation in SIDEWAYS and picture.format != "TIFF":  # Pillow tells the upright size of a TIFF
             width, height = height, width
@@ -83,6 +95,16 @@ def load_picture(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(rgb.crop((left, top, left + width, top + height)))
 
 
+def _ends_well(path: Path, picture_format: str | None) -> bool:
+    """Whether the last bytes of a file are those its format ends with; True for formats that have none."""
+    end = END_MARKS.get(picture_format or "")
+    if end is None:
+        return True
+    with path.open("rb") as stream:
+        stream.seek(-min(END_BYTES, path.stat().st_size), os.SEEK_END)
+        return end in stream.read()
+
+
 class _opening:  # noqa: N801 - reads as a verb at the place of use
     """Open a picture; whatever Pillow raises inside the block becomes one clear error."""
 
@@ -91,8 +113,12 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         self._picture: Image.Image | None = None
 
     def __enter__(self) -> Image.Image:
+        # Pillow warns above its own limit and refuses above twice that; here is one limit with one message.
+        Image.MAX_IMAGE_PIXELS = MAX_PICTURE_PIXELS
         try:
             self._picture = Image.open(self._path)
+            if self._picture.width * self._picture.height > MAX_PICTURE_PIXELS:
+                raise ValueError(f"it has more than {MAX_PICTURE_PIXELS} pixels")
         except Exception as error:
             raise self._unreadable(error) from error
         return self._picture
@@ -122,6 +148,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     """RGB of any mode: transparency composed on white, 16 bits scaled to 8."""
     if picture.mode.startswith("I"):
         picture = _to_eight_bits(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
     if _is_transparent(picture):
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -169,6 +169,6 @@ def _media_path(value: Any, column: str, base: Path, where: str) -> Path:
     if not path.is_file():
         raise DiffSynthError(
             f"{where}: column `{column}` names `{path}`, which is not there",
-            "mend the path (relative to `dataset_base_path`), or take the row out",
+            "correct the path (relative to `dataset_base_path`), or take the row out",
         )
     return path

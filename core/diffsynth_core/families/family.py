@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, is_below
 
 Encoded = dict[str, Tensor]
 """What the encoders make of one sample, by name, without a batch dimension; floats."""
@@ -80,11 +80,20 @@ class Family(ABC):
         beside the weights (config, tokenizer) is written too.
         """
 
+    def left_out(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
+        return None
+
     def untrainable_parameters(self, component: str, module: nn.Module) -> frozenset[str]:
         """Names of parameters that no gradient can reach."""
         names = [name for name, _ in module.named_parameters()]
         dead = self.facts.component(component).untrainable(frozenset(names))
-        return frozenset(name for name in names if any(name.startswith(f"{module_name}.") for module_name in dead))
+        return frozenset(name for name in names if is_below(name, dead))
+
+
+def encoder_dtype(mixed_precision: str) -> torch.dtype:
+    """The number format of frozen encoders: that of the run, but float32 for fp16, whose range they overflow."""
+    return torch.float32 if mixed_precision == "fp16" else frozen_dtype(mixed_precision)
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:

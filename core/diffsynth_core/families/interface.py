@@ -1,11 +1,22 @@
 """What a family states about itself without torch: components, files, encoders, factors, names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names of weight files and their shapes."""
+
+
+def nothing_untrainable(names: frozenset[str]) -> frozenset[str]:
+    """For components all of whose modules count."""
+    return frozenset()
+
+
+def is_below(name: str, modules: Collection[str]) -> bool:
+    """Whether a module or tensor is one of `modules` or stands below one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,8 @@ class ComponentFacts:
     `places`: patterns (fnmatch) of the file names that recipes and repositories use for it.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
     `module_key`: tensor name in a file -> tensor name in our module, which is the documented name.
-    `untrainable`: module or tensor names of the component -> names of its modules that never influence the output.
+    `untrainable`: module or tensor names of the component -> names of modules in which, or below which, nothing ever
+    influences what is trained for.
     """
 
     name: str
@@ -25,7 +37,7 @@ class ComponentFacts:
     places: tuple[str, ...]
     lora_targets: tuple[str, ...] = ()
     module_key: Callable[[str], str] = str
-    untrainable: Callable[[frozenset[str]], frozenset[str]] = lambda modules: frozenset()
+    untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,17 @@ class FamilyFacts:
 class TokenizerFacts:
     """Where a tokenizer is looked for: `folder` beside the component's own folder, else `default` below the models.
 
-    `layouts`: sets of files of which one must be whole in the folder.
+    `layouts`: sets of files of which one must be whole in the folder. `files`: all that its output depends on.
     """
 
     component: str
     folder: str
     default: str
     layouts: tuple[tuple[str, ...], ...] = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    files: tuple[str, ...] = (
+        *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json"),
+    )
 
 
 @dataclass(frozen=True)

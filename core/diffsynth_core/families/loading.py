@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, format_bytes
@@ -33,49 +33,46 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
 def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
     """How the tensors of the files differ from those the component's configuration asks for. Reads headers only."""
     try:
-        module = build_empty(family, files)
-        found = read_headers(files.paths)
+        return _compare(family, files, build_empty(family, files))
     except DiffSynthError as error:
         return list(error.problems)
     except Exception as error:
+        source = f"`{files.config_path}`" if files.config_path else "its shapes alone"
+        reason = " ".join(str(error).split())
         return [
             Problem(
-                f"{files.component} from `{files.origin}` cannot be built from {f'`{files.config_path}`' if files.config_path else 'its shapes alone'}: {' '.join(str(error).split())}",
+                f"{files.component} from `{files.origin}` cannot be built from {source}: {reason}",
                 "put the config.json that belongs to these files beside them",
             )
         ]
+
+
+def _compare(family: Family, files: ComponentFiles, module: nn.Module) -> list[Problem]:
+    """Missing tensors, surplus ones and misshapen ones; a tied tensor may be there or not."""
+    found = read_headers(files.paths)
     translate = family.facts.component(files.component).module_key
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    required = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     names = {translate(name): name for name in found}
     source = f"`{files.config_path}`" if files.config_path else "the file itself"
     where = f"{files.component} from `{files.origin}`"
     problems = []
-    missing = sorted(expected.keys() - names.keys())
+    missing = sorted((expected.keys() & required) - names.keys())
     if missing:
-        problems.append(
-            Problem(
-                f"{where} lacks {len(missing)} tensors that {source} asks for: {shorten(missing)}",
-                "name all files of the component",
-            )
-        )
+        what = f"lacks {len(missing)} tensors that {source} asks for: {shorten(missing)}"
+        problems.append(Problem(f"{where} {what}", "name all files of the component"))
     surplus = sorted(original for name, original in names.items() if name not in expected)
     if surplus:
-        problems.append(
-            Problem(
-                f"{where} has {len(surplus)} tensors that {source} has no place for: {shorten(surplus)}",
-                "name the files of one component only",
-            )
-        )
+        what = f"has {len(surplus)} tensors that {source} has no place for: {shorten(surplus)}"
+        problems.append(Problem(f"{where} {what}", "name the files of one component only"))
     wrong = [name for name in sorted(expected.keys() & names.keys()) if expected[name] != found[names[name]].shape]
     if wrong:
         first = wrong[0]
-        problems.append(
-            Problem(
-                f"{where}: the shapes of {len(wrong)} tensors differ from what {source} asks for; "
-                f"`{first}` is {list(found[names[first]].shape)}, expected {list(expected[first])}",
-                "check that config.json belongs to these files",
-            )
+        what = (
+            f"the shapes of {len(wrong)} tensors differ from what {source} asks for; "
+            f"`{first}` is {list(found[names[first]].shape)}, expected {list(expected[first])}"
         )
+        problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
     return problems
 
 
@@ -92,19 +89,19 @@ def load_component(
     """
     from safetensors import safe_open
 
-    problems = shape_problems(family, files)
-    if problems:
-        raise FaultsFound(problems)
     module = build_empty(family, files)
+    raise_if_any(_compare(family, files, module))
     translate = family.facts.component(files.component).module_key
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     total = sum(path.stat().st_size for path in files.paths)
-    with reporter.task(f"Loading {files.component} ({format_bytes(total)})", len(parameters), "tensors") as task:
+    count = len(read_headers(files.paths))
+    with reporter.task(f"Loading {files.component} ({format_bytes(total)})", count, "tensors") as task:
         for path in files.paths:
             with safe_open(path, framework="pt", device="cpu") as stream:
                 for key in stream.keys():  # noqa: SIM118 - not a mapping
                     _place(module, translate(key), stream.get_tensor(key), dtype, device)
                     task.advance()
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()  # type: ignore[operator]
     return module.to(device)
 
 
@@ -118,9 +115,10 @@ def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, devi
         parent._buffers[leaf] = value.to(device=device, copy=True)
 
 
-def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
-    """The number format of each tensor in a component's files, in safetensors' words, by name in the file."""
-    return {name: tensor.dtype for name, tensor in read_headers(files.paths).items()}
+def stored_dtypes(family: Family, files: ComponentFiles) -> dict[str, str]:
+    """The number format of each tensor in a component's files, in safetensors' words, by name in our module."""
+    translate = family.facts.component(files.component).module_key
+    return {translate(name): tensor.dtype for name, tensor in read_headers(files.paths).items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

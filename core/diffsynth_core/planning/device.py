@@ -42,6 +42,8 @@ def choose_precision(parameters: Parameters, device: str, problems: list[Problem
     """The number format asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`."""
     kind = device.partition(":")[0]
     if parameters.mixed_precision is None:
+        if kind != "cpu" and not _has_bfloat16(kind):
+            problems.append(Problem("this GPU does not compute bf16", "give `--mixed_precision fp16` or `no`"))
         return "no" if kind == "cpu" else "bf16"
     if parameters.mixed_precision not in PRECISIONS_BY_DEVICE.get(kind, ("no", "bf16", "fp16")):
         problems.append(
@@ -52,3 +54,10 @@ def choose_precision(parameters: Parameters, device: str, problems: list[Problem
             )
         )
     return parameters.mixed_precision
+
+
+def _has_bfloat16(kind: str) -> bool:
+    """Whether an accelerator computes bfloat16 in hardware; only CUDA tells, and cards before Ampere do not."""
+    import torch
+
+    return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

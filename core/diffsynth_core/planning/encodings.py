@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
+from diffsynth_core.data.pictures import PICTURE_TRANSFORM
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.planning.plan import Plan
@@ -29,7 +30,10 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class EncodingsPlan:
-    """All encoders of a run, and what identifies the files they depend on (sha256 by component and file name)."""
+    """All encoders of a run, and what identifies the files of each component (sha256 by component and file).
+
+    The versions of the libraries that compute are no part of a cache key: an update makes nothing anew.
+    """
 
     encoders: tuple[EncoderPlan, ...]
     identities: Mapping[str, Mapping[str, str]]
@@ -50,7 +54,10 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     memory = identity_memory(plan)
     component_files = {name: _files_of(plan, name) for name in plan.components}
     memory.read_all((path for paths in component_files.values() for path in paths), reporter, "Hashing model files")
-    identities = {name: {path.name: memory.sha256(path) for path in paths} for name, paths in component_files.items()}
+    identities = {
+        name: {f"{path.parent.name}/{path.name}": memory.sha256(path) for path in paths}
+        for name, paths in component_files.items()
+    }
     needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
     samples = {index: plan.samples.samples[index] for index in needed}
     memory.read_all(
@@ -81,7 +88,8 @@ def _files_of(plan: Plan, component: str) -> list[Path]:
     paths = [*files.paths, *([files.config_path] if files.config_path else [])]
     for parameter, tokenizer in plan.facts.tokenizers.items():
         if tokenizer.component == component:
-            paths += sorted(path for path in plan.tokenizers[parameter].iterdir() if path.is_file())
+            folder = plan.tokenizers[parameter]
+            paths += [folder / name for name in tokenizer.files if (folder / name).is_file()]
     return paths
 
 
@@ -114,6 +122,6 @@ def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdent
     return {
         column: sample.caption
         if column == plan.facts.text_column
-        else [memory.sha256(sample.media[column]), sample.height, sample.width]
+        else [memory.sha256(sample.media[column]), sample.height, sample.width, PICTURE_TRANSFORM]
         for column in encoder.columns
     }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +18,85 @@ FREE_ON_RESUME = frozenset(
     {
         "recipe", "config", "rehearse", "dry_run", "resume", "device", "max_steps", "num_epochs", "save_steps",
         "dataset_base_path", "dataset_metadata_path", "dataset_num_workers", "cache_path", "output_path",
-        "find_unused_parameters", "initialize_model_on_cpu", "offload_models", "use_gradient_checkpointing",
+        "find_unused_parameters", "initialize_model_on_cpu", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing",
         "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "lora_checkpoint",
     }
 )  # fmt: skip
-"""Parameters that a resumed run may change: they do not change what a step computes. Dataset and model files are
-compared by content instead of by path."""
+"""Parameters that a resumed run may change, since they do not change what a step computes, or since what comes of them
+is compared instead: the effective precision, micro-batches per step, hashes of model files, names, sizes and captions
+of the dataset."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the steps it has behind it, and what is worth saying of going on."""
+
+    first_step: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def check_output(
-    parameters: Parameters, samples: SampleSet | None, steps: StepPlan | None, problems: list[Problem]
-) -> int:
-    """The step a run starts from; 0 unless it resumes. Adds to `problems`."""
+    parameters: Parameters,
+    samples: SampleSet | None,
+    steps: StepPlan | None,
+    mixed_precision: str,
+    problems: list[Problem],
+) -> Start:
+    """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`."""
     folder = parameters.output_path
-    if folder.exists() and not folder.is_dir():
-        problems.append(Problem(f"`output_path` `{folder}` is a file", "name a folder", wrong_use=True))
-        return 0
-    writable = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
-    if not writable.is_dir():
-        problems.append(
-            Problem(
-                f"`output_path` `{folder}` cannot be made: `{writable}` is a file",
-                "name another folder",
-                wrong_use=True,
-            )
-        )
-        return 0
-    if not os.access(writable, os.W_OK):
-        problems.append(
-            Problem(f"`output_path` `{folder}` cannot be written: `{writable}` is read-only", "name another folder")
-        )
+    place_problems = _place_problems(folder)
+    problems += place_problems
+    if any(problem.wrong_use for problem in place_problems):
+        return Start()
     try:
         record = read_record(folder)
+        if parameters.resume is None or record is None:
+            _check_free(folder, record, problems)
+            return Start()
+        _check_same_run(parameters, record, samples, problems)
+        _check_same_steps(folder, record, steps, mixed_precision, problems)
+        return _resumed(parameters, record, steps, problems)
     except DiffSynthError as error:
         problems += error.problems
-        return 0
-    if parameters.resume is None:
-        _check_free(folder, record, problems)
-        return 0
-    if record is None:
-        _check_free(folder, record, problems)
-        return 0
-    _check_same_run(parameters, record, samples, problems)
+        return Start()
+
+
+def _place_problems(folder: Path) -> list[Problem]:
+    """Why nothing can be written at a place."""
+    if folder.exists() and not folder.is_dir():
+        return [Problem(f"`output_path` `{folder}` is a file", "name a folder", wrong_use=True)]
+    nearest = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        what = f"`output_path` `{folder}` cannot be made: `{nearest}` is a file"
+        return [Problem(what, "name another folder", wrong_use=True)]
+    if not os.access(nearest, os.W_OK):
+        what = f"`output_path` `{folder}` cannot be written: `{nearest}` is read-only"
+        return [Problem(what, "name another folder")]
+    return []
+
+
+def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, problems: list[Problem]) -> Start:
+    """The position of the run in the folder."""
     from diffsynth_core.checkpoints.state import last_state, read_position
 
+    folder = parameters.output_path
     state = last_state(folder)
-    try:
-        done = read_position(state).step if state else 0
-    except DiffSynthError as error:
-        problems += error.problems
-        return 0
-    if steps and done >= steps.total_steps:
+    done = read_position(state).step if state else 0
+    # A run killed between its last state and the end of its record has only its record to finish.
+    if steps and done >= steps.total_steps and record.status in ("completed", "interrupted"):
         problems.append(
             Problem(
                 f"the run in `{folder}` has done its {done} steps; the parameters ask for {steps.total_steps}",
                 "nothing is left to do; ask for more with `--num_epochs` or `--max_steps`",
             )
         )
-    return done
+    notes = [f"resumed after step {done}"]
+    if steps and parameters.lr_scheduler != "constant" and record.total_steps != steps.total_steps:
+        notes.append(
+            f"the {parameters.lr_scheduler} learning rate now ends at step {steps.total_steps}, "
+            f"before at {record.total_steps}: it jumps here"
+        )
+    return Start(done, tuple(notes))
 
 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
@@ -111,6 +133,29 @@ def _check_free(folder: Path, record: RunRecord | None, problems: list[Problem])
             Problem(
                 f"`output_path` `{folder}` already holds checkpoints of another program: {shorten(strangers)}",
                 "name another `--output_path`",
+                wrong_use=True,
+            )
+        )
+
+
+def _check_same_steps(
+    folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str, problems: list[Problem]
+) -> None:
+    """What a step is made of must stay, however it is shared out among processes."""
+    if steps and steps.micro_batches != record.micro_batches_per_step:
+        problems.append(
+            Problem(
+                f"a step had {record.micro_batches_per_step} micro-batches (accumulation x processes) "
+                f"in the run in `{folder}`, now {steps.micro_batches}",
+                f"resume with `--gradient_accumulation_steps` x processes = {record.micro_batches_per_step}",
+                wrong_use=True,
+            )
+        )
+    if mixed_precision != record.mixed_precision:
+        problems.append(
+            Problem(
+                f"the precision was {record.mixed_precision} in the run in `{folder}`, now it is {mixed_precision}",
+                f"resume with `--mixed_precision {record.mixed_precision}`",
                 wrong_use=True,
             )
         )

@@ -14,7 +14,7 @@ from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import find_components, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
 from diffsynth_core.planning.device import choose_device, choose_precision
-from diffsynth_core.planning.output import check_output
+from diffsynth_core.planning.output import Start, check_output
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.progress import Reporter
 
@@ -23,8 +23,7 @@ from diffsynth_core.progress import Reporter
 class Plan:
     """What a run will do.
 
-    `first_step` is where it starts: 0, or the steps that a resumed run has behind it. `base` is the folder models were
-    looked for in. `world_size` counts processes.
+    `world_size` counts processes.
     """
 
     parameters: Parameters
@@ -34,7 +33,7 @@ class Plan:
     training: Training
     samples: SampleSet
     steps: StepPlan
-    first_step: int
+    start: Start
     device: str
     mixed_precision: str
     world_size: int
@@ -42,6 +41,11 @@ class Plan:
     @property
     def cache(self) -> Path:
         return self.parameters.cache_path or default_cache_path()
+
+    @property
+    def first_step(self) -> int:
+        """0, or the steps that a resumed run has behind it."""
+        return self.start.first_step
 
     @property
     def batches(self) -> BatchPlan:
@@ -79,7 +83,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     if found:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
-    first_step = check_output(parameters, samples, steps, problems)
+    start = check_output(parameters, samples, steps, mixed_precision, problems)
     if problems or not (found and facts and training and samples and steps):
         raise FaultsFound(problems or [Problem("the run cannot be planned")])
     return Plan(
@@ -90,7 +94,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         training,
         samples,
         steps,
-        first_step,
+        start,
         device,
         mixed_precision,
         world_size,

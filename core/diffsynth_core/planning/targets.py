@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
-from diffsynth_core.families.interface import Shapes, match_targets, modules_with_weights
+from diffsynth_core.families.interface import Shapes, is_below, match_targets, modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 
 
@@ -115,7 +115,7 @@ def _lora_modules(
             )
     dead = facts.untrainable(modules)
     addressed = {name for names in matches.values() for name in names}
-    alive = tuple(sorted(addressed - dead))
+    alive = tuple(sorted(name for name in addressed if not is_below(name, dead)))
     if addressed and not alive:
         problems.append(
             Problem(
@@ -124,7 +124,7 @@ def _lora_modules(
                 wrong_use=True,
             )
         )
-    return alive, tuple(sorted(addressed & dead))
+    return alive, tuple(sorted(addressed - set(alive)))
 
 
 def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shapes, problems: list[Problem]) -> None:
@@ -132,7 +132,7 @@ def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shape
     if path is None:
         return
     if not path.is_file():
-        problems.append(Problem(f"`lora_checkpoint` `{path}` is not there", "mend the path"))
+        problems.append(Problem(f"`lora_checkpoint` `{path}` is not there", "correct the path"))
         return
     from diffsynth_core.adapters.lora import check_lora_file
 

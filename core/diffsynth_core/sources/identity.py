@@ -4,9 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from diffsynth_core.progress import Reporter
+
+HASHING_THREADS = 8
+"""hashlib lets other threads run while it hashes, and a fast disk feeds several."""
 
 
 class FileIdentities:
@@ -51,21 +56,21 @@ class FileIdentities:
         unknown = [path for path in dict.fromkeys(paths) if self.known(path) is None]
         if not unknown:
             return
-        with reporter.task(label, len(unknown), "files") as task:
-            for path in unknown:
-                self.sha256(path)
+        with reporter.task(label, len(unknown), "files") as task, ThreadPoolExecutor(HASHING_THREADS) as pool:
+            for _ in pool.map(self.sha256, unknown):
                 task.advance()
 
     def _remember(self, path: str, stamp: list[int], digest: str) -> None:
         self._known[path] = (stamp, digest)
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
         line = self._start + json.dumps({"path": path, "stamp": stamp, "sha256": digest}) + "\n"
         self._start = ""
-        descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):  # a cache that cannot be written only means hashing again
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
 
 
 def _absolute(path: Path) -> str:

@@ -34,7 +34,9 @@ def locate(
         origin = group[0] if len(group) == 1 else ", ".join(group)
         found = [path for item in group for path in expand_local(item)]
         missing = [item for item in group if not expand_local(item)]
-        problems += [Problem(f"`model_paths` names `{item}`, which is not there", "mend the path") for item in missing]
+        problems += [
+            Problem(f"`model_paths` names `{item}`, which is not there", "correct the path") for item in missing
+        ]
         if not missing:
             file_sets.append(FileSet(origin, "model_paths", tuple(found)))
     for entry in entries:
@@ -102,7 +104,7 @@ def _nothing_matches(entry: str, base: Path) -> Problem:
     parts = split_entry(entry)
     if parts is None:
         return Problem(
-            f"`model_id_with_origin_paths`: nothing matches `{entry}`", "mend the path, or write `model_id:file`"
+            f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or write `model_id:file`"
         )
     return Problem(
         f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{base}`",

@@ -1,24 +1,73 @@
-"""Writing tensors so that a full disk is an `OSError`, as with every other file."""
+"""Writing safetensors files tensor by tensor.
 
+The library's own writer wants all tensors on the host at once and orders metadata at random; here one tensor at a time
+is converted and written, and the same tensors give the same bytes.
+"""
+
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+HEADER_ALIGNMENT = 8
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""Number formats by their name in safetensors."""
 
 
-def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> str:
+    """Write a safetensors file; no more than one tensor is copied to the host at a time.
+
+    Args:
+        tensors: on any device.
+        dtypes: number formats to convert to, by name; others stay as they are.
+
+    Returns: sha256 of the bytes, in hex.
 
     Raises:
-        OSError: when the disk refuses; the library has an error of its own for it.
+        OSError: when the disk refuses.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    wanted = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+    # Wide formats first, so that every tensor begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
+    header = _header(order, tensors, wanted, metadata)
+    digest = hashlib.sha256(header)
+    with path.open("wb") as stream:
+        stream.write(header)
+        for name in order:
+            value = tensors[name].detach().to(device="cpu", dtype=wanted[name]).contiguous()
+            data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            stream.write(data)
+            digest.update(data)
+    return digest.hexdigest()
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+
+def _header(
+    order: list[str], tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> bytes:
+    """The 8 bytes of length and the JSON header, padded with blanks."""
+    content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    begin = 0
+    for name in order:
+        end = begin + tensors[name].numel() * wanted[name].itemsize
+        content[name] = {
+            "dtype": DTYPE_NAMES[wanted[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, under which names."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,56 +10,65 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import lora_weights, name_lora
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
-from diffsynth_core.families.loading import stored_dtypes
 from diffsynth_core.planning.plan import Plan
+from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 from diffsynth_core.training.model import TrainingModule
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Number formats by their name in safetensors."""
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-def checkpoint_tensors(plan: Plan, model: TrainingModule) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, under its documented names.
+@dataclass(frozen=True)
+class CheckpointContent:
+    """Tensors of a checkpoint by their documented names, and the number formats they are written in."""
+
+    tensors: Mapping[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
+    """Everything a checkpoint holds.
 
     Full weights: `pipe.<component>.<parameter>` for every parameter of the component, in the number format of its base
     file. LoRA: the same with LoRA endings, or the names of another dialect, in float32. `save_dtype` overrides both;
     `remove_prefix_in_ckpt` is taken off the keys that start with it.
     """
     tensors: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
         if component in plan.training.full:
-            tensors.update(_full_tensors(plan, component, module))
+            weights = _full_weights(module)
+            stored = model.stored_dtypes[component]
+            named = {_documented(plan, component, name): tensor for name, tensor in weights.items()}
+            dtypes |= {
+                _documented(plan, component, name): TORCH_DTYPES[stored[name]] for name in weights if name in stored
+            }
+            tensors |= named
         if component == plan.training.lora_component:
-            tensors.update(_lora_tensors(plan, component, module))
-    return tensors
+            tensors |= _lora_tensors(plan, component, module)
+    if plan.parameters.save_dtype:
+        dtypes = dict.fromkeys(tensors, getattr(torch, plan.parameters.save_dtype))
+    return CheckpointContent(tensors, dtypes)
 
 
-def _full_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
-    translate = plan.facts.component(component).module_key
-    stored = {translate(name): dtype for name, dtype in stored_dtypes(plan.components[component]).items()}
-    prefix = plan.parameters.remove_prefix_in_ckpt
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        if ".lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        dtype = (
-            getattr(torch, plan.parameters.save_dtype)
-            if plan.parameters.save_dtype
-            else TORCH_DTYPES.get(stored[plain], tensor.dtype)
-        )
-        tensors[f"pipe.{component}.{plain}".removeprefix(prefix)] = tensor.to(dtype)
-    return tensors
+def _documented(plan: Plan, component: str, name: str) -> str:
+    return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
+
+
+def _full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A component's own tensors, by their names without peft's layers in between."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
-    dtype = getattr(torch, plan.parameters.save_dtype or "float32")
     dialect = plan.parameters.lora_format
-    named = {name: tensor.to(dtype) for name, tensor in name_lora(lora_weights(module), dialect).items()}
+    named = name_lora(lora_weights(module), dialect)
     if dialect != "diffsynth":
         return named
-    prefix = plan.parameters.remove_prefix_in_ckpt
-    return {f"pipe.{component}.{name}".removeprefix(prefix): tensor for name, tensor in named.items()}
+    return {_documented(plan, component, name): tensor for name, tensor in named.items()}
 
 
 def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
@@ -74,5 +84,6 @@ def write_checkpoint(
 ) -> CheckpointEntry:
     """Write `<name>.safetensors`, whole or not at all."""
     path = folder / f"{name}.safetensors"
-    digest = write_tensors(path, checkpoint_tensors(plan, model), checkpoint_metadata(plan))
+    content = checkpoint_content(plan, model)
+    digest = write_tensors(path, content.tensors, checkpoint_metadata(plan), content.dtypes)
     return CheckpointEntry(path.name, step, epoch, digest, path.stat().st_size)

@@ -1,6 +1,5 @@
 """Filling the encoding cache: each frozen encoder is loaded once, used on what is missing, and let go."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,12 +9,14 @@ from torch.utils.data import Dataset
 
 from diffsynth_core.data.pictures import load_picture
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.families.family import Family, frozen_dtype
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.family import Encoded, Family, encoder_dtype
 from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.families.loading import load_component
-from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan
+from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, identity_memory
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter
+from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.sources.identity import FileIdentities
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
 
@@ -62,13 +63,15 @@ def fill_cache(
     for component in encodings.components_to_load:
         stop.raise_if_set()
         module = load_component(
-            family, plan.components[component], frozen_dtype(plan.mixed_precision), accelerator.device, reporter
+            family, plan.components[component], encoder_dtype(plan.mixed_precision), accelerator.device, reporter
         )
         components: dict[str, Any] = {component: module, **load_tokenizers(plan, family, component)}
         for part in encodings.encoders:
             if part.encoder.component == component:
-                share = part.missing[accelerator.process_index :: accelerator.num_processes]
-                _encode(plan, part, family, components, share, reporter, stop)
+                share = [
+                    index for index in part.missing if index % accelerator.num_processes == accelerator.process_index
+                ]
+                _encode(plan, part, family, components, share, identity_memory(plan), reporter, stop)
         del module, components
         free_device_memory(accelerator.device)
     accelerator.wait_for_everyone()
@@ -89,18 +92,43 @@ def _encode(
     part: EncoderPlan,
     family: Family,
     components: dict[str, Any],
-    share: Iterable[int],
+    indices: list[int],
+    memory: FileIdentities,
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
-    indices = list(share)
     workers = min(plan.parameters.dataset_num_workers, len(indices))
     raw = iterate(_RawSamples(plan, part.encoder, indices), range(len(indices)), workers)
+    remarks: dict[str, list[int]] = {}
     with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
         for index, sample in raw:
             stop.raise_if_set()
-            part.cache.write(part.keys[index], family.encode(part.encoder.name, components, sample))
+            encoded = family.encode(part.encoder.name, components, sample)
+            _check_encoded(plan, part, index, encoded, memory)
+            part.cache.write(part.keys[index], encoded)
+            remark = family.left_out(part.encoder.name, components, sample)
+            if remark:
+                remarks.setdefault(remark, []).append(plan.samples.samples[index].row)
             task.advance()
+    for remark, rows in remarks.items():
+        reporter.warn(f"{remark}: {count_of(len(rows), 'sample')}, the first is row {rows[0]}")
+
+
+def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, memory: FileIdentities) -> None:
+    """Refuse what must not come into the cache: it would be taken from there for ever.
+
+    Raises:
+        DiffSynthError: when a file is no longer the one that was hashed, or the encoding is not finite.
+    """
+    sample = plan.samples.samples[index]
+    for column in part.encoder.columns:
+        if column in sample.media and memory.known(sample.media[column]) is None:
+            raise DiffSynthError(f"{sample.name} changed while it was encoded", "give the same command again")
+    if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
+        raise DiffSynthError(
+            f"the {part.encoder.component} makes something that is not finite of {sample.name}",
+            "check the file, or encode with `--mixed_precision no`",
+        )
 
 
 def free_device_memory(device: torch.device) -> None:

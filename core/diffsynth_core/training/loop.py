@@ -1,20 +1,36 @@
 """The one training loop."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from diffsynth_core.checkpoints.run_folder import LOG, MetricsFile, RunRecord, read_record
-from diffsynth_core.checkpoints.state import Position, last_state, read_position, restore_state, save_state
+from diffsynth_core.checkpoints.run_folder import (
+    LOG,
+    MetricsFile,
+    RunRecord,
+    claim_folder,
+    package_versions,
+    read_record,
+)
+from diffsynth_core.checkpoints.state import (
+    STATE_FOLDER,
+    Position,
+    last_state,
+    read_position,
+    restore_state,
+    save_state,
+)
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
@@ -31,6 +47,11 @@ from diffsynth_core.training.stop import StopRequest
 LOSS_AVERAGE_STEPS = 50
 """The loss shown while training is the mean over about this many steps."""
 
+PROCESS_TIMEOUT = timedelta(hours=6)
+"""How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
+MAX_SKIPPED_STEPS = 20
+"""float16 scaling skips a step whose gradients overflow and halves its scale; so many in a row lead nowhere."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -44,7 +65,7 @@ def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | N
     """Carry out a plan: encode, train, save.
 
     Args:
-        stop_after: behave as if interrupted behind this step; for rehearsals.
+        stop_after: behave as if interrupted after this step; for rehearsals.
 
     Raises:
         DiffSynthError: on faults found while running, a non-finite loss among them.
@@ -52,11 +73,24 @@ def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | N
     """
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
+    with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
+        return _train(plan, accelerator, reporter, stop, stop_after)
+
+
+def _train(
+    plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest, stop_after: int | None
+) -> RunResult:
+    if plan.parameters.resume is None and read_record(plan.parameters.output_path):
+        raise DiffSynthError(
+            f"another run has begun in `{plan.parameters.output_path}`", "name another `--output_path`"
+        )
     family = load_family(plan.facts.name)
     encodings = plan_encodings(plan, reporter)
     _check_identities(plan, encodings)
     fill_cache(plan, encodings, family, accelerator, reporter, stop)
+    stop.raise_if_set()
     model = build_training_module(plan, encodings, family, accelerator.device, reporter)
+    stop.raise_if_set()
     run = Run(plan, encodings, model, accelerator, reporter)
     return run.carry_out(stop, stop_after)
 
@@ -65,8 +99,11 @@ def make_accelerator(plan: Plan) -> Accelerator:
     """accelerate's view of devices and processes; steps are counted by the loop, so it accumulates nothing."""
     # accelerate keeps one state per process; a second run in this process may ask for another precision.
     AcceleratorState._reset_state()
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=plan.parameters.find_unused_parameters)
-    accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=[kwargs])
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=plan.parameters.find_unused_parameters),
+        InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+    ]
+    accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=handlers)
     if accelerator.num_processes == 1 and plan.device.partition(":")[2]:
         torch.accelerator.set_device_index(int(plan.device.partition(":")[2]))
         accelerator.state.device = torch.device(plan.device)
@@ -104,15 +141,17 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.samples_seen = 0
+        self.skipped_in_a_row = 0
         state = last_state(self.folder) if settings.resume else None
         if state:
+            # Behind prepare(), which would move the optimizer's step counters to the device and make every step wait.
             restore_state(state, self.trained, optimizer)
             position = read_position(state)
             self.samples_seen = position.samples_seen
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        if state and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(position.scaler)
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(position.scaler)
         self.record = self._open_record()
 
     def carry_out(self, stop: StopRequest, stop_after: int | None) -> RunResult:
@@ -120,11 +159,12 @@ class Run:
         metrics = MetricsFile(self.folder, self.plan.first_step) if self.accelerator.is_main_process else None
         try:
             self._loop(metrics, stop, stop_after)
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             self._finish("interrupted")
             raise
         except BaseException as error:
-            self._finish("failed", f"{type(error).__name__}: {error}")
+            with suppress(DiffSynthError):  # a full disk must not hide what came first
+                self._finish("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
             if metrics:
@@ -151,10 +191,11 @@ class Run:
                 )
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                loss = self._forward_backward(fetched, sample_count)
+                loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
                 gradient_norm = self._gradient_norm()
                 self._check_finite(step, loss, gradient_norm, fetched)
                 self.optimizer.step()
+                self._check_skipped(done=step + 1)
                 self.optimizer.zero_grad(set_to_none=True)
 
                 self.samples_seen += sample_count
@@ -172,14 +213,14 @@ class Run:
                     )  # fmt: skip
                 task.advance(loss=f"{average:.4f}", memory=self._memory())
 
-                stopping = bool(stop) or done == stop_after
+                stopping = asked_to_stop or done == stop_after
                 if done == total or stopping or self._save_is_due(done, part.ends_epoch):
                     self._save(done, part.epoch, interrupted=stopping and done < total)
                 if stopping and done < total:
-                    if stop.signal_number is not None:
+                    if asked_to_stop:
                         raise Interrupted(
-                            stop.signal_number,
-                            f"stopped behind step {done} of {total}; the run is saved in `{self.folder}`",
+                            stop.signal_number or signal.SIGTERM,
+                            f"stopped after step {done} of {total}; the run is saved in `{self.folder}`",
                             "go on with `--resume auto`",
                         )
                     return
@@ -187,9 +228,12 @@ class Run:
     def _fetch(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         return [next(micro_batches) for _ in range(count)]
 
-    def _forward_backward(self, fetched: list[MicroBatch], sample_count: int) -> float:
-        """Gradients of the mean loss over all samples of the step; returns that mean."""
-        total = torch.zeros((), device=self.accelerator.device)
+    def _forward_backward(self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest) -> tuple[float, bool]:
+        """Gradients of the mean loss over all samples of the step.
+
+        Returns that mean, and whether any process was asked to stop: all must know it in the same step.
+        """
+        total = torch.zeros(2, device=self.accelerator.device)
         for place, micro_batch in enumerate(fetched):
             last = place == len(fetched) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
@@ -197,10 +241,12 @@ class Run:
                 weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
                 self.accelerator.backward(losses.sum() * weight)
             if micro_batch.counts:
-                total += losses.detach().sum()
+                total[0] += losses.detach().sum()
+        total[1] = float(bool(stop))
         if self.plan.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
-        return float(total) / sample_count
+        loss_sum, asked = total.tolist()
+        return loss_sum / sample_count, asked > 0
 
     def _gradient_norm(self) -> float:
         """Global norm of the gradients, which are clipped where that is asked for."""
@@ -223,9 +269,18 @@ class Run:
         if step > self.plan.first_step:
             self._save_state(step)
         raise DiffSynthError(
-            f"the {what} not finite in step {step + 1}; the samples of the step: {names}. The weights before it are kept in `{self.folder}`",
+            f"the {what} not finite in step {step + 1}; the samples of the step: {names}. The weights before it are kept in `{self.folder / STATE_FOLDER}`",
             "look at these samples, or start again with a lower `--learning_rate` or `--max_grad_norm 1`",
         )
+
+    def _check_skipped(self, done: int) -> None:
+        """Give up when float16 scaling finds no scale at which gradients are finite."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise DiffSynthError(
+                f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row, the last is step {done}",
+                "train with `--mixed_precision bf16` or `no`",
+            )
 
     def _save_is_due(self, done: int, ends_epoch: bool) -> bool:
         every = self.plan.parameters.save_steps
@@ -238,6 +293,7 @@ class Run:
             name = f"step-{done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
             entry = write_checkpoint(self.plan, self.model, self.folder, name, done, epoch)
             self.record.add_checkpoint(entry)
+            self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
         self._save_state(done)
 
@@ -260,7 +316,12 @@ class Run:
                 seed=plan.parameters.seed,
                 dataset_fingerprint=dataset_fingerprint(plan.parameters, plan.samples),
                 components={name: dict(files) for name, files in self.encodings.identities.items()},
+                mixed_precision=plan.mixed_precision,
+                micro_batches_per_step=plan.steps.micro_batches,
             )
+        # What was written after the state that goes on is written anew.
+        record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
+        record.parameters, record.versions = recorded_parameters(plan.parameters), package_versions()
         record.status, record.failure = "running", None
         record.step, record.samples_seen, record.total_steps = (
             plan.first_step,

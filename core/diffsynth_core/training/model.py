@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora
 from diffsynth_core.families.family import Encoded, Family, frozen_dtype
-from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.loading import load_component, stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
@@ -30,6 +30,8 @@ class TrainingModule(nn.Module):
     ) -> None:
         super().__init__()
         self.components = nn.ModuleDict(components)
+        # Read once: the base files may have moved by the time a checkpoint is written.
+        self.stored_dtypes = {name: stored_dtypes(family, plan.components[name]) for name in components}
         self._family = family
         self._parameters_of_run = plan.parameters
         self._live = tuple(part.encoder.name for part in encodings.encoders if part.live)

@@ -85,11 +85,11 @@ def rehearse(
     if half:
         if resumed.first_step != half:
             raise DiffSynthError(
-                f"the rehearsal stopped behind step {half}, but its resume would begin behind {resumed.first_step}"
+                f"the rehearsal stopped after step {half}, but its resume would begin behind {resumed.first_step}"
             )
         if plan_encodings(resumed, reporter).components_to_load:
             raise DiffSynthError("the resumed run would encode again what is in the cache")
-        proofs.append(f"stopped behind step {half}, resumed there, and came to step {resumed.steps.total_steps}")
+        proofs.append(f"stopped after step {half}, resumed there, and came to step {resumed.steps.total_steps}")
         proofs.append("encodings came from the cache the second time: no encoder was loaded")
     result = train(resumed, reporter, stop)
     proofs += _prove_checkpoint(resumed, result)

@@ -1,11 +1,14 @@
 """Stopping on a signal: the step in work is finished and saved first."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from diffsynth_core.errors import Interrupted
+
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, the end of a job, and a terminal that goes away."""
 
 
 class StopRequest:
@@ -23,20 +26,28 @@ class StopRequest:
             raise Interrupted(
                 self.signal_number,
                 "stopped before the first step; what was encoded is kept",
-                "start the same command again to go on",
+                "give the same command again to go on",
             )
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
-    """While the block runs, SIGINT and SIGTERM ask to stop; a second one acts at once."""
+def listen_for_stop(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+    """While the block runs, stopping signals ask to stop; a second one acts at once.
+
+    A signal that is ignored already (a program started with `nohup`) stays so.
+
+    Args:
+        tell: is given a message when the first signal comes.
+    """
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal_number = number
+        tell("Finishing the step in work and saving; the same signal again stops at once")
         signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
+    previous = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, note)
     try:

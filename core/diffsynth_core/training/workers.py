@@ -3,28 +3,59 @@
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
+from diffsynth_core.training.stop import STOPPING_SIGNALS
+
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An item that could not be loaded; torch would carry an exception over as a text with its traceback."""
+
+    problems: tuple[Problem, ...]
+
+
+class _Guarded(Dataset[Any], Generic[Item]):
+    """A dataset whose faults are values."""
+
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, place: Any) -> Item | _Failed:
+        try:
+            return self._dataset[place]
+        except DiffSynthError as error:
+            return _Failed(error.problems)
 
 
 def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iterator[Item]:
     """The items of a dataset at `places`, in order, loaded by `workers` processes (0: in this one).
 
     `places` may be endless: it is read as far ahead as the workers are.
+
+    Raises:
+        FaultsFound: when an item cannot be loaded, as the dataset raised it.
     """
     with warnings.catch_warnings():
         # The number of workers is the user's choice; torch would advise against more than there are cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
-            dataset, batch_size=None, sampler=places, num_workers=workers, worker_init_fn=_leave_signals
+            _Guarded(dataset), batch_size=None, sampler=places, num_workers=workers, worker_init_fn=_leave_signals
         )
-        return iter(loader)
+        items = iter(loader)
+    for item in items:
+        if isinstance(item, _Failed):
+            raise FaultsFound(item.problems)
+        yield item
 
 
 def _leave_signals(worker: int) -> None:
-    """Let Ctrl-C reach the training process alone, which ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Let a signal to the whole group reach the training process alone, which saves first and then ends its workers."""
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -34,6 +34,12 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": states.last_hidden_state[0, DROPPED_TOKENS:]}
 
 
+def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
+    """Words for a caption whose end is cut off, None for one that is taken whole."""
+    tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
+    return f"captions are cut after {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
+
+
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Mean of the VAE's posterior, normalised channel by channel.
 

@@ -1,7 +1,13 @@
 """What Qwen-Image is made of. No torch."""
 
 from diffsynth_core.families.interface import ComponentFacts, EncoderFacts, FamilyFacts, TokenizerFacts
-from diffsynth_core.families.qwen_image.names import LORA_TARGETS, dead_modules, text_encoder_key
+from diffsynth_core.families.qwen_image.names import (
+    LORA_TARGETS,
+    dead_modules,
+    text_encoder_key,
+    unused_in_text_encoder,
+    unused_in_vae,
+)
 
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
@@ -25,12 +31,14 @@ QWEN_IMAGE = FamilyFacts(
             ),
             places=("text_encoder/*",),
             module_key=text_encoder_key,
+            untrainable=unused_in_text_encoder,
         ),
         ComponentFacts(
             name="vae",
             title="VAE",
             signatures=(frozenset({"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"}),),
             places=("vae/*",),
+            untrainable=unused_in_vae,
         ),
     ),
     denoiser="dit",

@@ -32,6 +32,9 @@ class QwenImage(Family):
             return encode.encode_text(components, sample["prompt"])
         return encode.encode_latents(components["vae"], sample["image"])
 
+    def left_out(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, sample["prompt"]) if encoder == "text" else None
+
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return inputs.collate(encoded)
 

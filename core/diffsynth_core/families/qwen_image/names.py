@@ -23,6 +23,7 @@ LORA_TARGETS = (
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 """Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
 
+_TIME_CONVOLUTION = re.compile(r"^encoder\.down_blocks\.\d+\.time_conv")
 _BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
 
 
@@ -32,6 +33,17 @@ def text_encoder_key(key: str) -> str:
         if key.startswith(prefix):
             return replacement + key.removeprefix(prefix)
     return key
+
+
+def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
+    """Captions pass neither through the picture half of Qwen2.5-VL nor through its vocabulary head."""
+    return frozenset({"model.visual", "lm_head"})
+
+
+def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
+    """Training reads latents, so nothing is decoded, and a picture is one frame, so nothing is shrunk in time."""
+    time = {match[0] for match in map(_TIME_CONVOLUTION.match, names) if match}
+    return frozenset({"decoder", "post_quant_conv", *time})
 
 
 def dead_modules(names: frozenset[str]) -> frozenset[str]:
