@@ -1,5 +1,6 @@
 """What is written from the declaration: command lines that give the same run again, JSON schema, reference page."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -193,3 +194,10 @@ def test_the_reference_page_has_one_row_for_each_setting():
     assert re.findall(r"^## (.+)$", page, re.MULTILINE) == list(GROUPS.values())
     assert "| `learning_rate` ¹ | float | `0.0001` |" in page
     assert all(line.replace(r"\|", "").count("|") == 5 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_the_committed_documents_are_fresh():
+    """`make docs` writes them; a changed declaration without it fails here."""
+    folder = Path(__file__).parents[2] / "docs"
+    assert (folder / "parameters.md").read_text(encoding="utf-8") == reference_page()
+    assert json.loads((folder / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffsynth_core.adapters.lora import add_lora, check_lora_file, load_lora, lora_weights
+from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.lora_files import check_lora_file
 
 BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
 

@@ -6,6 +6,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import Shapes, is_below, match_targets, modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.state_dicts.lora_files import check_lora_file
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def find_training(
         problems.append(
             Problem(
                 "nothing is named to train",
-                "give `--lora_base_model dit` for a LoRA, or `--trainable_models dit` for full training",
+                f"give `--lora_base_model {found.facts.denoiser}` for a LoRA, "
+                f"or `--trainable_models {found.facts.denoiser}` for full training",
                 wrong_use=True,
             )
         )
@@ -134,8 +136,6 @@ def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shape
     if not path.is_file():
         problems.append(Problem(f"`lora_checkpoint` `{path}` is not there", "correct the path"))
         return
-    from diffsynth_core.adapters.lora import check_lora_file
-
     try:
         modules = {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}
         ranks = check_lora_file(path, modules, component)

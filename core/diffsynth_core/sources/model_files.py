@@ -18,10 +18,9 @@ _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of one model; `origin` is what the user wrote for them, `parameter` where."""
+    """The files of one model; `origin` is what the user wrote for them."""
 
     origin: str
-    parameter: str
     paths: tuple[Path, ...]
 
 
@@ -38,11 +37,11 @@ def locate(
             Problem(f"`model_paths` names `{item}`, which is not there", "correct the path") for item in missing
         ]
         if not missing:
-            file_sets.append(FileSet(origin, "model_paths", tuple(found)))
+            file_sets.append(FileSet(origin, tuple(found)))
     for entry in entries:
         paths = tuple(expand_entry(entry, base))
         if paths:
-            file_sets.append(FileSet(entry, "model_id_with_origin_paths", paths))
+            file_sets.append(FileSet(entry, paths))
         else:
             problems.append(_nothing_matches(entry, base))
     faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}

@@ -32,10 +32,6 @@ class TensorHeader:
     shape: tuple[int, ...]
     path: Path
 
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class Header:

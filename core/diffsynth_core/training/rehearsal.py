@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffsynth_core.adapters.lora import check_lora_file
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
@@ -31,6 +30,7 @@ from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.model_files import expand_local, split_entry
 from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.state_dicts.lora_files import check_lora_file
 from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
 
