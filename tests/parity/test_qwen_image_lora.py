@@ -14,32 +14,24 @@ RANK = 4
 
 
 @pytest.fixture
-def lora_file(cli, photographs, tmp_path) -> Path:
-    """A LoRA trained for four steps at a rate that moves the output far."""
-    arguments = (
-        "--recipe",
-        "qwen-image-lora",
-        "--dataset_num_workers",
-        0,
-        "--dataset_repeat",
-        1,
-        "--num_epochs",
-        1,
-        "--lora_rank",
-        RANK,
-    )
-    outcome = cli(
-        "train",
-        *arguments,
-        "--learning_rate",
-        0.05,
-        "--dataset_base_path",
-        photographs,
-        "--output_path",
-        tmp_path / "run",
-    )
-    assert outcome.code == 0, outcome.err
-    return tmp_path / "run" / "epoch-0.safetensors"
+def train_lora(cli, photographs, tmp_path):
+    """Train a LoRA for four steps at a rate that moves the output far; returns its file."""
+
+    def run(name: str, *more: object) -> Path:
+        outcome = cli(
+            "train", "--recipe", "qwen-image-lora", "--dataset_num_workers", 0, "--dataset_repeat", 1, "--num_epochs", 1,
+            "--lora_rank", RANK, "--learning_rate", 0.05, "--dataset_base_path", photographs,
+            "--output_path", tmp_path / name, *more,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        return tmp_path / name / "epoch-0.safetensors"
+
+    return run
+
+
+@pytest.fixture
+def lora_file(train_lora) -> Path:
+    return train_lora("run")
 
 
 def predict(transformer, seed: int = 3) -> torch.Tensor:
@@ -107,37 +99,13 @@ def _fresh_transformer(tiny_models: Path):
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "comfyui", "kohya"])
-def test_every_dialect_loads_through_the_pipeline(cli, photographs, lora_file, pipeline, tmp_path, dialect):
+def test_every_dialect_loads_through_the_pipeline(train_lora, lora_file, pipeline, dialect):
     """The same training, written in another dialect, gives the same output when diffusers loads it."""
-    arguments = (
-        "--recipe",
-        "qwen-image-lora",
-        "--dataset_num_workers",
-        0,
-        "--dataset_repeat",
-        1,
-        "--num_epochs",
-        1,
-        "--lora_rank",
-        RANK,
-    )
-    outcome = cli(
-        "train",
-        *arguments,
-        "--learning_rate",
-        0.05,
-        "--dataset_base_path",
-        photographs,
-        "--lora_format",
-        dialect,
-        "--output_path",
-        tmp_path / dialect,
-    )
-    assert outcome.code == 0, outcome.err
+    other = train_lora(dialect, "--lora_format", dialect)
     pipeline.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, adapter_name="documented")
     documented = predict(pipeline.transformer)
     count = len(adapter_modules(pipeline.transformer))
     pipeline.unload_lora_weights()
-    pipeline.load_lora_weights(str(tmp_path / dialect), weight_name="epoch-0.safetensors", adapter_name="other")
+    pipeline.load_lora_weights(str(other.parent), weight_name=other.name, adapter_name="other")
     assert len(adapter_modules(pipeline.transformer)) == count
     assert (predict(pipeline.transformer) - documented).abs().max() < 1e-5

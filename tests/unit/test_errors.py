@@ -22,7 +22,7 @@ def test_faults_are_reported_together_and_once_each(wrong_use, exit_code):
 
 
 def test_no_faults_are_no_error():
-    raise_if_any([])
+    assert raise_if_any([]) is None
 
 
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(2, 130), (15, 143)])

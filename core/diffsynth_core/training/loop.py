@@ -146,7 +146,7 @@ class Run:
         self.skipped_in_a_row = 0
         state = last_state(self.folder) if settings.resume else None
         if state:
-            # Behind prepare(), which would move the optimizer's step counters to the device and make every step wait.
+            # After prepare(), which would move the optimizer's step counters to the device and make every step wait.
             restore_state(state, self.trained, optimizer)
             position = read_position(state)
             self.samples_seen = position.samples_seen

@@ -63,7 +63,7 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
-        sigma: `[B]` float32.
+        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the number format it computes in.
 
     Returns: `[B, 16, 1, h, w]`.
     """
