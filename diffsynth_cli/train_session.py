@@ -12,6 +12,7 @@ from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted
 from diffsynth_core.files import model_base_path
 
 if TYPE_CHECKING:
@@ -67,8 +68,17 @@ def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReport
     from diffsynth_core.training.rehearsal import rehearse
     from diffsynth_core.training.stop import listen_for_stop
 
+    if world_size > 1:
+        raise DiffSynthError(
+            f"a rehearsal runs in one process, this is one of {world_size}", "rehearse without the launcher"
+        )
     with listen_for_stop(reporter.info) as stop:
-        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(plan, reporter), world_size)
+        try:
+            rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(plan, reporter))
+        except Interrupted as error:
+            # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
+            stopped_by = error.exit_code - SIGNAL_EXIT_BASE
+            raise Interrupted(stopped_by, "the rehearsal was stopped", "give the same command again") from error
     typer.echo("The rehearsal proved:")
     for proof in rehearsal.proofs:
         typer.echo(f"  - {proof}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 EXIT_FAILED = 1
 EXIT_WRONG_USE = 2
+SIGNAL_EXIT_BASE = 128
+"""A shell's exit code for a program ended by a signal is this plus the signal's number."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Interrupted(DiffSynthError):
 
     def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.exit_code = 128 + signal_number
+        self.exit_code = SIGNAL_EXIT_BASE + signal_number
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:

@@ -129,3 +129,31 @@ def test_the_real_command_rehearses(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "Warning" not in ended.stderr
     assert ended.stdout.startswith("The rehearsal proved:")
+
+
+def test_a_rehearsal_is_refused_to_several_processes(cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse")
+    assert outcome.code == 1
+    assert "error: a rehearsal runs in one process, this is one of 2" in outcome.err
+    assert not list(Path().iterdir())
+
+
+def test_a_stopped_rehearsal_does_not_speak_of_resuming(cli, monkeypatch):
+    """SIGTERM in the third step of this very process."""
+    import signal
+
+    from diffsynth_core.training.loop import Run
+
+    real, calls = Run._gradient_norm, []
+
+    def stopping(self):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self)
+
+    monkeypatch.setattr(Run, "_gradient_norm", stopping)
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0)
+    assert outcome.code == 143
+    assert "error: the rehearsal was stopped" in outcome.err and "--resume" not in outcome.err

@@ -57,7 +57,6 @@ def rehearse(
     reporter: Reporter,
     stop: StopRequest,
     announce: Callable[[Plan], None],
-    world_size: int = 1,
 ) -> Rehearsal:
     """Carry out a run on tiny weights: half of its steps, a stop, a resume, the other half; then check what it wrote.
 
@@ -71,7 +70,7 @@ def rehearse(
     drew = not resolved.given("dataset_base_path")
     prepared, base = prepare(resolved)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
-    plan = _settle_output(make_plan(prepared, reporter, world_size, base), resolved)
+    plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
     announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [
@@ -79,9 +78,8 @@ def rehearse(
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)
-    resumed = make_plan(
-        replace(prepared, parameters=plan.parameters.model_copy(update={"resume": "auto"})), reporter, world_size, base
-    )
+    going_on = plan.parameters.model_copy(update={"resume": "auto"})
+    resumed = make_plan(replace(prepared, parameters=going_on), reporter, base=base)
     if half:
         if resumed.first_step != half:
             raise DiffSynthError(
