@@ -279,7 +279,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Entries of the model parameters not to be held in memory; no stage here ever loads weights it does not need, so this is always satisfied",
+        "Entries of the model parameters not to be held in memory; each component is loaded for its own stage and let go after it, so this is satisfied without asking",
     )
 
     # training

@@ -5,7 +5,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, read_record
 from diffsynth_core.config.documents import format_value
@@ -109,11 +108,6 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
         }
         digest.update(json.dumps([sample.row, sample.caption, files, sample.height, sample.width]).encode())
     return digest.hexdigest()
-
-
-def recorded_parameters(parameters: Parameters) -> dict[str, Any]:
-    """The expanded parameters as `run.json` keeps them."""
-    return as_plain(parameters)
 
 
 def _check_free(folder: Path, record: RunRecord | None, problems: list[Problem]) -> None:

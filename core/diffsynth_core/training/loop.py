@@ -31,10 +31,11 @@ from diffsynth_core.checkpoints.state import (
     restore_state,
     save_state,
 )
+from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
-from diffsynth_core.planning.output import dataset_fingerprint, recorded_parameters
+from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.training.checkpointing import write_checkpoint
@@ -311,7 +312,7 @@ class Run:
         record = read_record(self.folder)
         if record is None:
             record = RunRecord(
-                parameters=recorded_parameters(plan.parameters),
+                parameters=as_plain(plan.parameters),
                 family=plan.facts.name,
                 seed=plan.parameters.seed,
                 dataset_fingerprint=dataset_fingerprint(plan.parameters, plan.samples),
@@ -321,7 +322,7 @@ class Run:
             )
         # What was written after the state that goes on is written anew.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
-        record.parameters, record.versions = recorded_parameters(plan.parameters), package_versions()
+        record.parameters, record.versions = as_plain(plan.parameters), package_versions()
         record.status, record.failure = "running", None
         record.step, record.samples_seen, record.total_steps = (
             plan.first_step,
