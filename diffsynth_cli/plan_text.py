@@ -52,5 +52,5 @@ def _part(plan: Plan, component: str) -> str:
 
 
 def _size(shape: Any) -> str:
-    height, width = shape
-    return f"{width} x {height}"
+    frames, height, width = shape
+    return f"{width} x {height}" + (f" x {count_of(frames, 'frame')}" if frames > 1 else "")

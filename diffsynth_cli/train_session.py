@@ -43,7 +43,7 @@ def _show_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -
     if resolved.parameters.rehearse:
         from diffsynth_core.training.rehearsal import prepare
 
-        resolved, base = prepare(resolved)
+        resolved, base = prepare(resolved, reporter)
     plan = make_plan(resolved, reporter, world_size, base)
     for line in plan_lines(plan, reporter):
         typer.echo(line)

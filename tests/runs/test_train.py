@@ -285,7 +285,7 @@ def test_a_picture_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, 
 
     def changing(sample, column):
         pixels = real(sample, column)
-        sample.media[column].touch()
+        sample.media[column].path.touch()
         return pixels
 
     monkeypatch.setattr(encode, "load_pixels", changing)

@@ -8,6 +8,7 @@ from torch import nn
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.lora_files import check_lora_file
+from diffsynth_core.state_dicts.lora_names import LoraNaming
 
 BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
 
@@ -78,9 +79,9 @@ def test_what_stands_beside_the_lora_may_be_named(save):
 
 def test_the_lora_of_another_component_is_refused(save):
     path = save(halves("pipe.text_encoder.q"))
-    assert check_lora_file(path, BASE, "text_encoder") == {"q": 2}
+    assert check_lora_file(path, BASE, LoraNaming("text_encoder")) == {"q": 2}
     with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
-        check_lora_file(path, BASE, "dit")
+        check_lora_file(path, BASE, LoraNaming("dit"))
 
 
 def test_an_alpha_without_its_halves_is_refused(save):

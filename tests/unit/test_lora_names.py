@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, find_lora_keys, lora_keys
+from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, LoraNaming, find_lora_keys, lora_keys
 
 MODULES = (
     "transformer_blocks.0.attn.to_q",
@@ -88,8 +88,8 @@ def test_spellings_that_are_read_though_not_written(down, up, alpha):
 @pytest.mark.parametrize("component", ["dit", "text_encoder"])
 def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
     keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
-    assert find_lora_keys(keys, MODULES, component) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
-    assert find_lora_keys(keys, MODULES, "vae")[1:] == ({}, keys)
+    assert find_lora_keys(keys, MODULES, LoraNaming(component)) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
+    assert find_lora_keys(keys, MODULES, LoraNaming("vae"))[1:] == ({}, keys)
 
 
 def test_underscores_are_resolved_against_the_modules_that_are_there():

@@ -13,7 +13,7 @@ from diffsynth_core.families.qwen_image.components import (
     infer_vae,
     split_even,
 )  # fmt: skip
-from diffsynth_core.families.qwen_image.names import text_encoder_key
+from diffsynth_core.families.qwen_image.names import TEXT_ENCODER_FILES
 
 TRANSFORMER = {
     "num_layers": 60,
@@ -133,7 +133,7 @@ def test_the_names_of_older_files_infer_the_same(modules):
         for name, shape in shapes.items()
     }
     assert older.keys() != shapes.keys()
-    assert infer_text_encoder({text_encoder_key(name): shape for name, shape in older.items()}) == infer_text_encoder(
+    assert infer_text_encoder({TEXT_ENCODER_FILES.ours(name)[0]: shape for name, shape in older.items()}) == infer_text_encoder(
         shapes
     )
 

@@ -4,11 +4,11 @@ import pytest
 
 from diffsynth_core.families.interface import match_targets, modules_with_weights
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.qwen_image.names import LAST_TEXT_MODULES, LORA_TARGETS, dead_modules, text_encoder_key
+from diffsynth_core.families.qwen_image.names import LAST_TEXT_MODULES, LORA_TARGETS, TEXT_ENCODER_FILES, dead_modules
 from diffsynth_core.families.table import (
     component_at,
     family_of_model,
-    recognise_component,
+    recognise,
     recognise_family,
     unknown_family,
 )
@@ -31,8 +31,8 @@ VAE = {"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weig
     ],
 )
 def test_text_encoder_names_of_both_styles_become_ours(old, new):
-    assert text_encoder_key(old) == new
-    assert text_encoder_key(new) == new
+    assert TEXT_ENCODER_FILES.ours(old) == (new,)
+    assert TEXT_ENCODER_FILES.ours(new) == (new,)
 
 
 def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
@@ -47,7 +47,7 @@ def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
     assert any(name.startswith("visual.") for name in names)  # the style of the published files
     with torch.device("meta"):
         module = build("text_encoder", read_json(folder / "config.json"))
-    assert sorted(map(text_encoder_key, names)) == sorted(module.state_dict())
+    assert sorted(own for name in names for own in TEXT_ENCODER_FILES.ours(name)) == sorted(module.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_modules_that_can_carry_a_lora_have_a_matrix_or_a_convolution():
     ],
 )
 def test_components_are_recognised_by_their_names(names, component):
-    found = recognise_component(names, QWEN_IMAGE)
-    assert (found.name if found else None) == component
+    found = recognise(names, QWEN_IMAGE)
+    assert (found[0].name if found else None) == component
     family = recognise_family(names)
     assert (family.name if family else None) == ("qwen-image" if component == "dit" else None)
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from diffsynth_core.data.frame_counts import FrameCounts
+from diffsynth_core.data.media import Excerpt, MediaRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.samples import Sample, build_samples, check_columns
@@ -16,7 +18,9 @@ RULE = SizeRule(None, None, 64 * 64, 16)
 def build(folder, *rows, rule=RULE):
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     metadata = Metadata("metadata.csv", columns, rows)
-    return build_samples(metadata, folder, "prompt", ["image"], rule, SilentReporter())
+    return build_samples(
+        metadata, folder, "prompt", "image", MediaRule(rule), FrameCounts(folder / "frames"), SilentReporter()
+    )
 
 
 def row(image="a.png", prompt="x"):
@@ -51,14 +55,14 @@ def test_a_cell_names_one_file(folder, cell, name):
     found, problems = build(folder, row(cell))
     assert problems == []
     (sample,) = found.samples
-    assert sample.media["image"].resolve() == (folder / name).resolve()
-    assert (sample.height, sample.width) == (32, 48)
+    assert sample.media["image"].path.resolve() == (folder / name).resolve()
+    assert sample.shape == (1, 32, 48)
 
 
 def test_an_absolute_path_is_taken(folder, tmp_path_factory):
     found, problems = build(tmp_path_factory.mktemp("elsewhere"), row(str(folder / "a.png")))
     assert problems == []
-    assert found.samples[0].media == {"image": folder / "a.png"}
+    assert found.samples[0].media["image"].path == folder / "a.png"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_sizes_are_those_of_the_upright_picture_and_notes_say_what_is_done(folde
     Image.new("RGBA", (48, 32)).save(folder / "clear.png")
     found, problems = build(folder, row("turned.jpg"), row("clear.png"), row())
     assert problems == []
-    assert [(sample.height, sample.width) for sample in found.samples] == [(48, 32), (32, 48), (32, 48)]
+    assert [sample.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
     assert found.notes == (
         "1 of 3 pictures are turned upright as their EXIF orientation says",
         "1 of 3 pictures have transparency, which is composed on white",
@@ -155,7 +159,7 @@ def test_order_and_rows_stay_with_many_pictures(folder):
 
 
 def test_a_sample_is_named_by_row_and_file(tmp_path):
-    assert Sample(7, "x", {"image": tmp_path / "a.png"}, 16, 16).name == f"row 7 `{tmp_path / 'a.png'}`"
+    assert Sample(7, "x", {"image": Excerpt(tmp_path / "a.png", 16, 16)}).name == f"row 7 `{tmp_path / 'a.png'}`"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_a_sample_is_named_by_row_and_file(tmp_path):
     ],
 )
 def test_columns_are_checked(columns, keys, messages, hints):
-    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ["image"], keys)
+    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", "image", keys)
     assert len(problems) == len(messages)
     for problem, message, hint in zip(problems, messages, hints, strict=True):
         assert message in problem.message

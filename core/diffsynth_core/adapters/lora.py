@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.randomness import key_of
 from diffsynth_core.state_dicts.headers import read_header
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.lora_files import check_lora_file
-from diffsynth_core.state_dicts.lora_names import find_lora_keys, lora_keys
+from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, find_lora_keys, lora_keys
 
 ADAPTER = "default"
 
@@ -28,10 +29,14 @@ class LoraWeights:
     up: Tensor
 
 
-def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int) -> None:
+def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, documented: KeyMap = SAME_NAMES) -> None:
     """Put a fresh LoRA on the named modules of a model; only the LoRA takes gradients.
 
-    The initial weights of a module depend on the seed and its name alone.
+    The initial weights of a module depend on the seed and its documented name alone.
+
+    Args:
+        modules: names in the model.
+        documented: documented names -> names in the model.
 
     Raises:
         DiffSynthError: when a module is not there or is of a kind that peft has no LoRA for.
@@ -59,7 +64,7 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int) -> 
         assert isinstance(down, nn.Module) and isinstance(up, nn.Module)
         down.to(torch.float32)
         up.to(torch.float32)
-        _start(down.weight, up.weight, seed, name)  # type: ignore[arg-type]
+        _start(down.weight, up.weight, seed, _documented(documented, name))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         # peft freezes everything that is not LoRA; what was to be trained in full still is.
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
@@ -73,24 +78,30 @@ def _start(down: nn.Parameter, up: nn.Parameter, seed: int, name: str) -> None:
         up.zero_()
 
 
+def _documented(names: KeyMap, module: str) -> str:
+    documented = names.theirs(module)
+    assert documented is not None  # planning found the module by that name
+    return documented
+
+
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that carry a LoRA, by their name in the model."""
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
-def lora_weights(model: nn.Module) -> dict[str, LoraWeights]:
-    """The LoRA of every module that carries one."""
+def lora_weights(model: nn.Module, documented: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
+    """The LoRA of every module that carries one, by its documented name."""
     return {
-        name: LoraWeights(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)  # type: ignore[index, union-attr]
+        _documented(documented, name): LoraWeights(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)  # type: ignore[index, union-attr]
         for name, layer in lora_layers(model).items()
     }
 
 
-def name_lora(weights: Mapping[str, LoraWeights], dialect: str) -> dict[str, Tensor]:
-    """LoRA weights under the keys of a dialect."""
+def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNaming = DIT) -> dict[str, Tensor]:
+    """LoRA weights, given by documented module, under the keys of a dialect."""
     tensors: dict[str, Tensor] = {}
     for module, halves in weights.items():
-        keys = lora_keys(module, dialect)
+        keys = lora_keys(module, dialect, naming)
         assert keys.down and keys.up
         tensors[keys.down], tensors[keys.up] = halves.down, halves.up
         if keys.alpha:
@@ -98,7 +109,7 @@ def name_lora(weights: Mapping[str, LoraWeights], dialect: str) -> dict[str, Ten
     return tensors
 
 
-def load_lora(model: nn.Module, path: Path, component: str = "dit") -> int:
+def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented: KeyMap = SAME_NAMES) -> int:
     """Start the LoRA of a model from a file in any dialect; returns how many modules it filled.
 
     Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
@@ -109,10 +120,10 @@ def load_lora(model: nn.Module, path: Path, component: str = "dit") -> int:
     """
     from safetensors import safe_open
 
-    targets = lora_weights(model)
-    shapes = _weight_shapes(model)
-    ranks = check_lora_file(path, shapes, component)
-    _, found, _ = find_lora_keys(read_header(path).tensors, shapes, component)
+    targets = lora_weights(model, documented)
+    shapes = _weight_shapes(model, documented)
+    ranks = check_lora_file(path, shapes, naming)
+    _, found, _ = find_lora_keys(read_header(path).tensors, shapes, naming)
     filled = 0
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
         for module, halves in targets.items():
@@ -136,11 +147,13 @@ def load_lora(model: nn.Module, path: Path, component: str = "dit") -> int:
     return filled
 
 
-def _weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of a model's modules, by their names without peft's layers in between."""
+def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a model's modules, by their documented names, without peft's layers in between."""
     shapes = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and ".lora_" not in name:
-            shapes[name.removesuffix(".base_layer")] = tuple(weight.shape)
+        own_name = name.removesuffix(".base_layer")
+        known = documented.theirs(own_name)
+        if isinstance(weight, Tensor) and ".lora_" not in name and known and documented.ours(known) == (own_name,):
+            shapes[known] = tuple(weight.shape)
     return shapes

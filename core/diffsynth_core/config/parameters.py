@@ -249,7 +249,31 @@ class Parameters(BaseModel):
         ge=256,
     )
     num_frames: Integer = _setting(
-        81, "size", "int", "Frames per clip, taken from its start", unit="frames", families=("wan",), ge=1
+        81,
+        "size",
+        "int",
+        "Frames per clip, 4n + 1; a shorter clip is cut to 4n + 1 of its own",
+        unit="frames",
+        families=("wan",),
+        ge=1,
+    )
+    frame_rate: Number | None = _setting(
+        None,
+        "size",
+        "float",
+        "Resample videos in time to this rate, so that motion keeps its speed; blank: the frames as they are in the file",
+        unit="frames per second",
+        families=("wan",),
+        documented=False,
+        gt=0,
+    )
+    clip_start: Literal["first", "middle", "random"] = _setting(
+        "first",
+        "size",
+        "choice",
+        "Where in a longer video the clip begins: at its first frame, so that it lies in the middle, or at a place drawn from the seed, the same in every epoch",
+        families=("wan",),
+        documented=False,
     )
 
     # model

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.data.pictures import PICTURE_ENDINGS
+from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.errors import DiffSynthError
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+ENDINGS = {
+    "picture": PICTURE_ENDINGS,
+    "video": (*VIDEO_ENDINGS, *(ending for ending in PICTURE_ENDINGS if ending not in VIDEO_ENDINGS)),
+}
+"""Endings of the files that count where there is no metadata, by the kind of what is trained on."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,13 @@ def find_metadata(base: Path, given: Path | None) -> Path | None:
     return next((base / name for name in METADATA_NAMES if (base / name).is_file()), None)
 
 
-def read_metadata(base: Path, given: Path | None, text_column: str, media_column: str) -> Metadata:
+def read_metadata(
+    base: Path, given: Path | None, text_column: str, media_column: str, kind: str = "picture"
+) -> Metadata:
     """The metadata of the dataset in `base`.
 
-    Without a metadata file the pictures below `base` are the rows, each with the caption in the text file of its name.
+    Without a metadata file the files below `base` are the rows, each with the caption in the text file of its name:
+    pictures, or for the kind `video` videos and pictures.
 
     Raises:
         DiffSynthError: when the folder or the file is missing, cannot be parsed, or holds no row.
@@ -45,7 +54,7 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
         )
     path = find_metadata(base, given)
     if path is None:
-        return _read_captions_beside(base, text_column, media_column)
+        return _read_captions_beside(base, text_column, media_column, kind)
     if not path.is_file():
         raise DiffSynthError(
             f"the metadata file `{path}` (`dataset_metadata_path`) is not there", "mend `--dataset_metadata_path`"
@@ -127,21 +136,21 @@ def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
     return Metadata(str(path), tuple(columns), tuple(value for _, value in objects))
 
 
-def _read_captions_beside(base: Path, text_column: str, media_column: str) -> Metadata:
-    pictures = sorted(path for path in base.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
-    if not pictures:
+def _read_captions_beside(base: Path, text_column: str, media_column: str, kind: str) -> Metadata:
+    files = sorted(path for path in base.rglob("*") if path.suffix.lower() in ENDINGS[kind])
+    if not files:
         raise DiffSynthError(
-            f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor pictures",
+            f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s",
             f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
-    without = [path for path in pictures if not path.with_suffix(".txt").is_file()]
+    without = [path for path in files if not path.with_suffix(".txt").is_file()]
     if without:
         raise DiffSynthError(
-            f"`{base}` has no metadata file, and {len(without)} of its {len(pictures)} pictures no caption beside them; the first is `{without[0]}`",
+            f"`{base}` has no metadata file, and {len(without)} of its {len(files)} {kind}s no caption beside them; the first is `{without[0]}`",
             f"write the caption into `{without[0].with_suffix('.txt')}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
     rows = []
-    for path in pictures:
+    for path in files:
         try:
             caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
@@ -149,4 +158,4 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str) -> Me
                 f"`{path.with_suffix('.txt')}` is not UTF-8 (byte {error.start})", "save it as UTF-8"
             ) from error
         rows.append({media_column: str(path.relative_to(base)), text_column: caption})
-    return Metadata(f"{base} (captions beside the pictures)", (media_column, text_column), tuple(rows))
+    return Metadata(f"{base} (captions beside the files)", (media_column, text_column), tuple(rows))

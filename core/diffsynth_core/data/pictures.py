@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from diffsynth_core.errors import DiffSynthError
 
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 PICTURE_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
 EXIF_ORIENTATION = 0x0112

@@ -1,15 +1,16 @@
 """Samples: rows of the metadata checked, with their files found and their training size known. No torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.data.frame_counts import FrameCounts
+from diffsynth_core.data.media import Excerpt, MediaHeader, MediaRule, choose_excerpt, read_media_header
 from diffsynth_core.data.metadata import Metadata
-from diffsynth_core.data.pictures import PictureHeader, SizeRule, read_picture_header
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.progress import Reporter
 
@@ -17,20 +18,26 @@ HEADER_THREADS = 8
 """Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
 
 
+SHOWN_SHORT_CLIPS = 5
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One row: its number, its caption, its files by column, and the size it is trained at in pixels."""
+    """One row: its number, its caption, and what of its files is trained on, by column."""
 
     row: int
     caption: str
-    media: Mapping[str, Path]
-    height: int
-    width: int
+    media: Mapping[str, Excerpt]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(frames, height in pixels, width in pixels)."""
+        return next(iter(self.media.values())).shape
 
     @property
     def name(self) -> str:
         """How messages name the sample."""
-        return f"row {self.row} `{next(iter(self.media.values()))}`"
+        return f"row {self.row} `{next(iter(self.media.values())).path}`"
 
 
 @dataclass(frozen=True)
@@ -42,100 +49,133 @@ class SampleSet:
 
 
 def check_columns(
-    metadata: Metadata, text_column: str, media_columns: Sequence[str], data_file_keys: Sequence[str]
+    metadata: Metadata, text_column: str, media_column: str, data_file_keys: Sequence[str]
 ) -> list[Problem]:
     """Columns that the family needs and the metadata, or `data_file_keys`, lacks."""
     problems = []
-    for column in (*media_columns, text_column):
+    for column in (media_column, text_column):
         if column not in metadata.columns:
             near = suggest(column, metadata.columns)
             hint = f"rename `{near}`" if near else "add the column"
             problems.append(
                 Problem(f"`{metadata.origin}` has no column `{column}`; it has {shorten(metadata.columns)}", hint)
             )
-    for column in media_columns:
-        if column not in data_file_keys:
-            problems.append(
-                Problem(
-                    f"`data_file_keys` leaves out `{column}`, whose files this family trains on",
-                    f"add `{column}`",
-                    wrong_use=True,
-                )
+    if media_column not in data_file_keys:
+        problems.append(
+            Problem(
+                f"`data_file_keys` leaves out `{media_column}`, whose files this family trains on",
+                f"add `{media_column}`",
+                wrong_use=True,
             )
+        )
     return problems
 
 
 def build_samples(
-    metadata: Metadata, base: Path, text_column: str, media_columns: Sequence[str], rule: SizeRule, reporter: Reporter
+    metadata: Metadata,
+    base: Path,
+    text_column: str,
+    media_column: str,
+    rule: MediaRule,
+    counts: FrameCounts,
+    reporter: Reporter,
 ) -> tuple[SampleSet, list[Problem]]:
     """The samples of a dataset, and the rows that cannot be trained on."""
     problems: list[Problem] = []
-    found: list[tuple[int, str, dict[str, Path]]] = []
+    rows: list[_Row] = []
     for number, row in enumerate(metadata.rows, start=1):
         where = f"`{metadata.origin}` row {number}"
         try:
             caption = _caption(row.get(text_column), text_column, where)
-            media = {column: _media_path(row.get(column), column, base, where) for column in media_columns}
+            rows.append(_Row(number, where, caption, _media_path(row.get(media_column), media_column, base, where)))
         except DiffSynthError as error:
             problems += error.problems
-            continue
-        found.append((number, caption, media))
-    return _measure(found, metadata, media_columns[0], rule, problems, reporter)
+    return _measure(rows, media_column, rule, counts, problems, reporter)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row whose file is there but not yet looked into."""
+
+    number: int
+    where: str
+    caption: str
+    path: Path
 
 
 def _measure(
-    found: list[tuple[int, str, dict[str, Path]]],
-    metadata: Metadata,
-    media_column: str,
-    rule: SizeRule,
+    rows: list[_Row],
+    column: str,
+    rule: MediaRule,
+    counts: FrameCounts,
     problems: list[Problem],
     reporter: Reporter,
 ) -> tuple[SampleSet, list[Problem]]:
-    """Read the headers of all pictures and settle the training sizes."""
+    """Read the headers of all files and settle the sizes and frames that are trained on."""
     samples = []
-    rotated = transparent = 0
-    with (
-        reporter.task("Reading picture headers", len(found), "pictures") as task,
-        ThreadPoolExecutor(HEADER_THREADS) as pool,
-    ):
-        headers = pool.map(lambda entry: _header_or_problem(entry[2][media_column]), found)
-        for (number, caption, media), header in zip(found, headers, strict=True):
+    headers = []
+    label, unit = ("Reading video headers", "videos") if rule.frames else ("Reading picture headers", "pictures")
+    with reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
+        found = pool.map(lambda row: _header_or_problem(row.path, rule, counts), rows)
+        for row, header in zip(rows, found, strict=True):
             task.advance()
-            where = f"`{metadata.origin}` row {number}"
             if isinstance(header, Problem):
-                problems.append(Problem(f"{where}: {header.message}", header.hint))
+                problems.append(Problem(f"{row.where}: {header.message}", header.hint))
                 continue
-            height, width = rule.target(header.width, header.height)
-            if min(height, width) < rule.factor or min(header.height, header.width) < rule.factor:
-                problems.append(_too_small(where, media[media_column], header, rule))
+            excerpt = choose_excerpt(row.path, header, rule, row.number)
+            factor = rule.size.factor
+            if min(excerpt.height, excerpt.width) < factor or min(header.height, header.width) < factor:
+                problems.append(_too_small(row, header, rule))
                 continue
-            rotated += header.rotated
-            transparent += header.transparent
-            samples.append(Sample(number, caption, media, height, width))
-    notes = []
-    if rotated:
-        notes.append(f"{rotated} of {len(samples)} pictures are turned upright as their EXIF orientation says")
-    if transparent:
-        notes.append(f"{transparent} of {len(samples)} pictures have transparency, which is composed on white")
-    return SampleSet(tuple(samples), tuple(notes)), problems
+            headers.append(header)
+            samples.append(Sample(row.number, row.caption, {column: excerpt}))
+    return SampleSet(tuple(samples), tuple(_notes(samples, headers, rule))), problems
 
 
-def _header_or_problem(path: Path) -> PictureHeader | Problem:
+def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -> Iterator[str]:
+    """What is worth saying once of how files are changed on their way to the model."""
+    kind = "videos and pictures" if rule.frames else "pictures"
+    of_all = f"of {len(samples)} {kind}"
+    if rotated := sum(header.rotated for header in headers):
+        yield f"{rotated} {of_all} are turned upright as their {'metadata' if rule.frames else 'EXIF orientation'} says"
+    if transparent := sum(header.transparent for header in headers):
+        yield f"{transparent} {of_all} have transparency, which is composed on white"
+    if rule.frames is None:
+        return
+    short = [
+        (sample, header.frames)
+        for sample, header in zip(samples, headers, strict=True)
+        if header.video and sample.shape[0] < rule.frames.num_frames
+    ]
+    if short:
+        shown = ", ".join(
+            f"row {sample.row} from {frames} to {sample.shape[0]}" for sample, frames in short[:SHOWN_SHORT_CLIPS]
+        )
+        more = f" and {len(short) - SHOWN_SHORT_CLIPS} more" if len(short) > SHOWN_SHORT_CLIPS else ""
+        yield (
+            f"{len(short)} {of_all} are shorter than {rule.frames.num_frames} frames and are cut to a multiple of "
+            f"{rule.frames.step} and one more: {shown}{more}"
+        )
+
+
+def _header_or_problem(path: Path, rule: MediaRule, counts: FrameCounts) -> MediaHeader | Problem:
     try:
-        return read_picture_header(path)
+        return read_media_header(path, rule, counts)
     except DiffSynthError as error:
         return error.problems[0]
 
 
-def _too_small(where: str, path: Path, header: PictureHeader, rule: SizeRule) -> Problem:
-    if min(header.width, header.height) < rule.factor:
+def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
+    kind, factor = "video" if header.video else "picture", rule.size.factor
+    size = f"{row.where}: `{row.path}` is {header.width} x {header.height} pixels"
+    if min(header.width, header.height) < factor:
         return Problem(
-            f"{where}: `{path}` is {header.width} x {header.height} pixels; a side is below the least of {rule.factor}",
-            "replace the picture or take its row out",
+            f"{size}; a side is below the least of {factor}",
+            f"replace the {kind} or take its row out",
         )
     return Problem(
-        f"{where}: `{path}` is {header.width} x {header.height} pixels; with `max_pixels` {rule.max_pixels} a side falls below the least of {rule.factor}",
-        "replace the picture, take its row out, or raise `max_pixels`",
+        f"{size}; with `max_pixels` {rule.size.max_pixels} a side falls below the least of {factor}",
+        f"replace the {kind}, take its row out, or raise `max_pixels`",
     )
 
 
@@ -160,7 +200,7 @@ def _media_path(value: Any, column: str, base: Path, where: str) -> Path:
     if isinstance(value, list):
         if len(value) != 1:
             raise DiffSynthError(
-                f"{where}: column `{column}` lists {len(value)} files, expected one", "write one row per picture"
+                f"{where}: column `{column}` lists {len(value)} files, expected one", "write one row per file"
             )
         value = value[0]
     if not isinstance(value, str) or not value.strip():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, is_below
+from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, is_below
 
 Encoded = dict[str, Tensor]
 """What the encoders make of one sample, by name, without a batch dimension; floats."""
@@ -39,7 +39,7 @@ class Family(ABC):
         """The tokenizer that a tokenizer parameter names, from local files only."""
 
     @abstractmethod
-    def encode(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
         """What one encoder makes of one sample.
 
         `sample` holds what the encoder's columns name: a caption as text, media as `[3, F, H, W]` float32 in [-1, 1].
@@ -49,7 +49,7 @@ class Family(ABC):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         """Encoded samples of one shape -> one batch; what is shorter is padded and masked.
 
-        `latents` is `[B, C, F, H, W]`.
+        `latents` is `[B, C, F, H, W]`; `given`, where the model is told some of them clean, `[B, 1, F, 1, 1]`: 1 there.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Family(ABC):
         """The model's estimate of noise - latents.
 
         Args:
-            noisy: x_t, `[B, C, F, H, W]` float32.
+            noisy: x_t, `[B, C, F, H, W]` float32; latents that are given stand in it as they are.
             sigma: `[B]` float32 in (0, 1].
             batch: what `collate` made.
 
@@ -80,7 +80,7 @@ class Family(ABC):
         beside the weights (config, tokenizer) is written too.
         """
 
-    def left_out(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
         """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
         return None
 

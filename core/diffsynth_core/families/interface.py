@@ -1,11 +1,15 @@
-"""What a family states about itself without torch: components, files, encoders, factors, names."""
+"""What a family states about itself without torch: components, layouts of their files, variants, encoders, names."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.state_dicts.lora_names import LoraNaming
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor names of weight files and their shapes."""
+"""Tensor names and shapes."""
 
 
 def nothing_untrainable(names: frozenset[str]) -> frozenset[str]:
@@ -20,37 +24,105 @@ def is_below(name: str, modules: Collection[str]) -> bool:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """One way in which files hold a component.
+
+    `signature`: tensor names that are all there in a file of this layout and in no other component's.
+    `names`: names in the file -> names in our module.
+    `documented`: documented names, which users type and checkpoints hold -> names in our module.
+    """
+
+    signature: frozenset[str]
+    names: KeyMap = SAME_NAMES
+    documented: KeyMap = SAME_NAMES
+
+    def module_of(self, documented: str) -> str | None:
+        """The one module of ours that holds what is documented as `documented`; None when there is not just one."""
+        modules = self.documented.ours(documented) or ()
+        return modules[0] if len(modules) == 1 else None
+
+    def documented_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes by documented name, from those of our module; what has no documented name is left out."""
+        names = dict.fromkeys(known for name in shapes if (known := self.documented.theirs(name)) is not None)
+        return {name: self.documented.join_shape(name, shapes) for name in names}
+
+
+@dataclass(frozen=True)
 class ComponentFacts:
     """One network of a family.
 
-    `signatures`: the component is recognised by its tensor names; all names of one signature must be there.
     `places`: patterns (fnmatch) of the file names that recipes and repositories use for it.
+    `config_classes`: what a config.json of this component, and of no other of the family, says of its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
-    `module_key`: tensor name in a file -> tensor name in our module, which is the documented name.
-    `untrainable`: module or tensor names of the component -> names of modules in which, or below which, nothing ever
-    influences what is trained for.
+    `dialects`: for LoRA dialects that name modules otherwise: documented module -> its name there.
+    `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
+    trained for.
     """
 
     name: str
     title: str
-    signatures: tuple[frozenset[str], ...]
+    layouts: tuple[Layout, ...]
     places: tuple[str, ...]
+    config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
-    module_key: Callable[[str], str] = str
+    dialects: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
+
+    @property
+    def lora_naming(self) -> LoraNaming:
+        """How LoRA files name its modules."""
+        return LoraNaming(self.name, self.dialects)
 
 
 @dataclass(frozen=True)
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
 
+    `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
+    `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
     """
 
     name: str
     component: str
     columns: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    first_frame_only: bool = False
     version: int = 1
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A metadata column whose files the model is trained on.
+
+    `size_factor`: sides are multiples of it, in pixels.
+    `frame_step`: a video has a multiple of it, and one more, as its number of frames.
+    """
+
+    column: str
+    kind: Literal["picture", "video"]
+    size_factor: int
+    frame_step: int = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one kind of a family's models needs.
+
+    `model_id`: the published model that stands for it.
+    `components`: all that must be there.
+    `takes` and `needs`: extra inputs (`extra_inputs`) that it can use, and those it cannot do without.
+    `given_frames`: latent frames that the model is given clean, at the start of a clip: not noised, not in the loss.
+    """
+
+    title: str
+    model_id: str
+    components: tuple[str, ...]
+    encoders: tuple[EncoderFacts, ...]
+    medium: Medium
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    given_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +130,8 @@ class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
-    `text_column` and `media_columns`: metadata columns every sample needs.
-    `size_factor`: sides of pictures are multiples of it, in pixels.
+    `variant`: shapes of the denoiser (our names) and the extra inputs asked for -> what that kind of model needs.
+    `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
     """
 
@@ -68,11 +140,11 @@ class FamilyFacts:
     model_ids: tuple[str, ...]
     components: tuple[ComponentFacts, ...]
     denoiser: str
-    encoders: tuple[EncoderFacts, ...]
+    variant: Callable[[Shapes, tuple[str, ...]], Variant]
     text_column: str
-    media_columns: tuple[str, ...]
-    size_factor: int
+    medium_kind: Literal["picture", "video"]
     tokenizers: Mapping[str, "TokenizerFacts"]
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
@@ -84,29 +156,35 @@ class FamilyFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Where a tokenizer is looked for: `folder` beside the component's own folder, else `default` below the models.
+    """Where a tokenizer is looked for: `folders` beside the component's own files, else `default` below the models.
 
+    `folders` are relative to the folder of the component's files.
     `layouts`: sets of files of which one must be whole in the folder. `files`: all that its output depends on.
     """
 
     component: str
-    folder: str
+    folders: tuple[str, ...]
     default: str
     layouts: tuple[tuple[str, ...], ...] = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     files: tuple[str, ...] = (
-        *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        *("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json"),
         *("special_tokens_map.json", "added_tokens.json"),
     )
 
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """The files a component is read from; `config_path` is the config.json beside them, when there is one."""
+    """The files a component is read from.
+
+    `origin`: what the user wrote for them, and the copy that is read in their place if so.
+    `config_path`: the config.json that belongs to them, when there is one.
+    """
 
     component: str
     origin: str
     paths: tuple[Path, ...]
     config_path: Path | None
+    layout: Layout = Layout(frozenset())
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:

@@ -12,6 +12,15 @@ from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, format_bytes
 from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.state_dicts.tensors import iterate_tensors
+
+
+def module_shapes(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a component's files, by their names in our module; what has none is left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in read_headers(files.paths).items():
+        shapes |= files.layout.names.cut_shape(name, tensor.shape)
+    return shapes
 
 
 def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
@@ -22,9 +31,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    translate = family.facts.component(files.component).module_key
-    shapes = {translate(name): tensor.shape for name, tensor in read_headers(files.paths).items()}
-    config = family.config_of(files, shapes)
+    config = family.config_of(files, module_shapes(files))
     with init_empty_weights(include_buffers=False):
         module = family.build(files.component, config)
     return module.eval().requires_grad_(False)
@@ -33,7 +40,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
 def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
     """How the tensors of the files differ from those the component's configuration asks for. Reads headers only."""
     try:
-        return _compare(family, files, build_empty(family, files))
+        return _compare(files, build_empty(family, files))
     except DiffSynthError as error:
         return list(error.problems)
     except Exception as error:
@@ -47,13 +54,20 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
         ]
 
 
-def _compare(family: Family, files: ComponentFiles, module: nn.Module) -> list[Problem]:
+def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     """Missing tensors, surplus ones and misshapen ones; a tied tensor may be there or not."""
     found = read_headers(files.paths)
-    translate = family.facts.component(files.component).module_key
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     required = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    names = {translate(name): name for name in found}
+    shapes: dict[str, tuple[int, ...]] = {}
+    names: dict[str, str] = {}
+    surplus = []
+    for original, tensor in found.items():
+        cut = files.layout.names.cut_shape(original, tensor.shape)
+        shapes |= cut
+        names |= dict.fromkeys(cut, original)
+        if files.layout.names.ours(original) is None or not cut.keys() <= expected.keys():
+            surplus.append(original)
     source = f"`{files.config_path}`" if files.config_path else "the file itself"
     where = f"{files.component} from `{files.origin}`"
     problems = []
@@ -61,16 +75,15 @@ def _compare(family: Family, files: ComponentFiles, module: nn.Module) -> list[P
     if missing:
         what = f"lacks {len(missing)} tensors that {source} asks for: {shorten(missing)}"
         problems.append(Problem(f"{where} {what}", "name all files of the component"))
-    surplus = sorted(original for name, original in names.items() if name not in expected)
     if surplus:
-        what = f"has {len(surplus)} tensors that {source} has no place for: {shorten(surplus)}"
+        what = f"has {len(surplus)} tensors that {source} has no place for: {shorten(sorted(surplus))}"
         problems.append(Problem(f"{where} {what}", "name the files of one component only"))
-    wrong = [name for name in sorted(expected.keys() & names.keys()) if expected[name] != found[names[name]].shape]
+    wrong = [name for name in sorted(expected.keys() & names.keys()) if expected[name] != shapes[name]]
     if wrong:
         first = wrong[0]
         what = (
             f"the shapes of {len(wrong)} tensors differ from what {source} asks for; "
-            f"`{first}` is {list(found[names[first]].shape)}, expected {list(expected[first])}"
+            f"`{names[first]}` is {list(shapes[first])}, expected {list(expected[first])}"
         )
         problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
     return problems
@@ -82,27 +95,33 @@ def load_component(
     """A component with its weights in `dtype` on `device`, frozen and in eval mode.
 
     Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
-    keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian.
+    keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
+    weights that diffusers keeps in float32.
 
     Raises:
         FaultsFound: when names or shapes do not fit the configuration.
     """
-    from safetensors import safe_open
-
     module = build_empty(family, files)
-    raise_if_any(_compare(family, files, module))
-    translate = family.facts.component(files.component).module_key
+    raise_if_any(_compare(files, module))
     total = sum(path.stat().st_size for path in files.paths)
     count = len(read_headers(files.paths))
     with reporter.task(f"Loading {files.component} ({format_bytes(total)})", count, "tensors") as task:
         for path in files.paths:
-            with safe_open(path, framework="pt", device="cpu") as stream:
-                for key in stream.keys():  # noqa: SIM118 - not a mapping
-                    _place(module, translate(key), stream.get_tensor(key), dtype, device)
-                    task.advance()
+            for key, tensor in iterate_tensors(path):
+                for name, value in files.layout.names.cut(key, tensor).items():
+                    _place(module, name, value, torch.float32 if _stays_float32(module, name) else dtype, device)
+                task.advance()
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
     return module.to(device)
+
+
+def _stays_float32(module: nn.Module, name: str) -> bool:
+    """Whether diffusers loads a weight in float32 whatever the number format of the model."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    kept = module._keep_in_fp32_modules if isinstance(module, ModelMixin) else None
+    return any(part in name.split(".") for part in kept or ())
 
 
 def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -115,10 +134,12 @@ def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, devi
         parent._buffers[leaf] = value.to(device=device, copy=True)
 
 
-def stored_dtypes(family: Family, files: ComponentFiles) -> dict[str, str]:
+def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
     """The number format of each tensor in a component's files, in safetensors' words, by name in our module."""
-    translate = family.facts.component(files.component).module_key
-    return {translate(name): tensor.dtype for name, tensor in read_headers(files.paths).items()}
+    dtypes: dict[str, str] = {}
+    for name, tensor in read_headers(files.paths).items():
+        dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), tensor.dtype)
+    return dtypes
 
 
 def read_json(path: Path) -> dict[str, Any]:

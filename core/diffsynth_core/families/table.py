@@ -6,15 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from diffsynth_core.errors import Problem, suggest
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.families.wan.facts import WAN
 
 if TYPE_CHECKING:
     from diffsynth_core.families.family import Family
 
-FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE,)}
+FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE, WAN)}
 
-_IMPLEMENTATIONS = {"qwen-image": ("diffsynth_core.families.qwen_image.family", "QwenImage")}
+_IMPLEMENTATIONS = {
+    "qwen-image": ("diffsynth_core.families.qwen_image.family", "QwenImage"),
+    "wan": ("diffsynth_core.families.wan.family", "Wan"),
+}
 
 
 def unknown_family(name: str) -> Problem:
@@ -38,14 +42,15 @@ def family_of_model(model_id: str) -> FamilyFacts | None:
     )
 
 
-def recognise_component(names: Collection[str], facts: FamilyFacts) -> ComponentFacts | None:
-    """The component of a family whose signature is among tensor names."""
+def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
+    """The component of a family, and the layout of its files, whose signature is among tensor names."""
     present = frozenset(names)
     return next(
         (
-            component
+            (component, layout)
             for component in facts.components
-            if any(signature <= present for signature in component.signatures)
+            for layout in component.layouts
+            if layout.signature <= present
         ),
         None,
     )
@@ -62,7 +67,7 @@ def component_at(place: str, facts: FamilyFacts) -> ComponentFacts | None:
 def recognise_family(names: Collection[str]) -> FamilyFacts | None:
     """The family whose diffusion transformer has these tensor names."""
     for facts in FAMILIES.values():
-        component = recognise_component(names, facts)
-        if component and component.name == facts.denoiser:
+        found = recognise(names, facts)
+        if found and found[0].name == facts.denoiser:
             return facts
     return None

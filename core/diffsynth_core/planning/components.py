@@ -1,23 +1,36 @@
 """Which files are which component, and where the tokenizers lie."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes
-from diffsynth_core.families.table import FAMILIES, load_family, recognise_component, recognise_family, unknown_family
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Variant
+from diffsynth_core.families.table import (
+    FAMILIES,
+    component_at,
+    load_family,
+    recognise,
+    recognise_family,
+    unknown_family,
+)
 from diffsynth_core.planning.tokenizers import find_tokenizers
-from diffsynth_core.sources.model_files import FileSet, locate
+from diffsynth_core.sources.model_files import FileSet, locate, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers
 
 
 @dataclass(frozen=True)
 class FoundComponents:
-    """The components of a run, the shapes of their tensors (by the names of our modules), and tokenizer folders."""
+    """The components of a run, the shapes of their tensors (by the names of our modules), and tokenizer folders.
+
+    `variant`: what the denoiser is trained for; when the denoiser is missing, what most models of the family are.
+    """
 
     facts: FamilyFacts
+    variant: Variant
     components: Mapping[str, ComponentFiles]
     shapes: Mapping[str, Shapes]
     tokenizers: Mapping[str, Path]
@@ -40,46 +53,102 @@ def find_components(
             )
         )
         return None
-    file_sets, missing = locate(parameters.model_paths, entries, base)
+    file_sets, missing = locate(parameters.model_paths, entries, base, _copies(family))
     problems += missing
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
     facts = _family(family, headers, problems)
     if facts is None:
         return None
-    components: dict[str, ComponentFiles] = {}
-    shapes: dict[str, Shapes] = {}
+    assigned = _assign(headers, facts, problems)
+    components, shapes = assigned.components, assigned.shapes
+    variant = facts.variant(shapes.get(facts.denoiser, {}), parameters.extra_inputs)
+    if len(headers) == len(entries) + len(parameters.model_paths):
+        problems += [
+            _missing(facts.component(name), variant)
+            for name in variant.components
+            if name not in components and name not in assigned.told
+        ]
+    _check_offloaded(parameters, problems)
+    tokenizers = find_tokenizers(parameters, facts, components, base, problems)
+    return FoundComponents(facts, variant, components, shapes, tokenizers)
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """Files by component; `told`: components whose absence a problem has explained already."""
+
+    components: dict[str, ComponentFiles]
+    shapes: dict[str, Shapes]
+    told: set[str]
+
+
+def _assign(
+    headers: list[tuple[FileSet, dict[str, TensorHeader]]], facts: FamilyFacts, problems: list[Problem]
+) -> _Assigned:
+    """Which files are which component, told by their tensors; the name only says what the user took them for."""
+    assigned = _Assigned({}, {}, set())
+    components = assigned.components
     for file_set, tensors in headers:
-        component = recognise_component(tensors, facts)
-        if component is None:
+        expected = _expected(file_set, facts)
+        found = recognise(tensors, facts)
+        if found is None:
             problems.append(_unrecognised(file_set, tensors, facts))
-        elif component.name in components:
+            assigned.told.update({expected} if expected else ())
+            continue
+        component, layout = found
+        if component.name in components:
             first = components[component.name].origin
+            absent = expected if expected and expected not in components else None
+            lacks = f", and no file is its {absent}" if absent else ""
+            assigned.told.update({absent} if absent else ())
             problems.append(
                 Problem(
-                    f"`{file_set.origin}` and `{first}` are both the {component.name} of {facts.title}",
+                    f"`{file_set.origin}` and `{first}` are both the {component.name} of {facts.title}{lacks}",
                     "name one of them",
                     wrong_use=True,
                 )
             )
-        else:
-            config = file_set.paths[0].parent / "config.json"
-            components[component.name] = ComponentFiles(
-                component.name, file_set.origin, file_set.paths, config if config.is_file() else None
-            )
-            shapes[component.name] = {component.module_key(name): tensor.shape for name, tensor in tensors.items()}
-    if len(headers) == len(entries) + len(parameters.model_paths):
-        absent = [component for component in facts.components if component.name not in components]
-        problems += [
-            Problem(
-                f"the files named hold no {component.name} ({component.title}) for {facts.title}",
-                "name its files too",
-                wrong_use=True,
-            )
-            for component in absent
-        ]
-    _check_offloaded(parameters, problems)
-    tokenizers = find_tokenizers(parameters, facts, components, base, problems)
-    return FoundComponents(facts, components, shapes, tokenizers)
+            continue
+        config = _config_beside(file_set.paths[0], component, facts)
+        components[component.name] = ComponentFiles(component.name, file_set.source, file_set.paths, config, layout)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in tensors.items():
+            shapes |= layout.names.cut_shape(name, tensor.shape)
+        assigned.shapes[component.name] = shapes
+    return assigned
+
+
+def _copies(family: str | None) -> dict[str, str]:
+    """Copies of files that the family knows; those of all families while it is not known."""
+    known: Iterable[FamilyFacts] = [FAMILIES[family]] if family in FAMILIES else FAMILIES.values()
+    return {name: copy for facts in known for name, copy in facts.copies.items()}
+
+
+def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
+    """The component that a place in a repository is usually that of."""
+    parts = split_entry(file_set.origin)
+    component = component_at(parts[1], facts) if parts else None
+    return component.name if component else None
+
+
+def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
+    """The config.json in the folder of the weights, unless it says that it belongs to another component."""
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return None
+    others = {name for other in facts.components if other is not component for name in other.config_classes}
+    with suppress(OSError, ValueError, AttributeError):  # whoever reads it tells what is wrong with it
+        if json.loads(config.read_text(encoding="utf-8")).get("_class_name") in others:
+            return None
+    return config
+
+
+def _missing(component: ComponentFacts, variant: Variant) -> Problem:
+    return Problem(
+        f"the files named hold no {component.name} ({component.title}) for {variant.title}",
+        "name its files too",
+        wrong_use=True,
+    )
 
 
 def shape_faults(found: FoundComponents) -> list[Problem]:

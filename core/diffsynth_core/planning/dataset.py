@@ -1,46 +1,119 @@
-"""The dataset of a run, checked as far as headers tell."""
+"""The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.data.frame_counts import FrameCounts
+from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import SampleSet, build_samples, check_columns
-from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.errors import DiffSynthError, Problem, suggest
+from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
+from diffsynth_core.files import default_cache_path
 from diffsynth_core.progress import Reporter
 
 
 def read_dataset(
-    parameters: Parameters, facts: FamilyFacts, reporter: Reporter, problems: list[Problem]
+    parameters: Parameters, facts: FamilyFacts, variant: Variant, reporter: Reporter, problems: list[Problem]
 ) -> SampleSet | None:
     """The samples of the dataset; None when there is no telling them. Adds to `problems`."""
+    medium = variant.medium
+    problems += _size_problems(parameters, variant)
+    problems += _input_problems(parameters, variant)
+    base = parameters.dataset_base_path
+    try:
+        metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, medium.column, medium.kind)
+    except DiffSynthError as error:
+        problems += error.problems
+        return None
+    faults = check_columns(metadata, facts.text_column, medium.column, parameters.data_file_keys)
+    problems += faults
+    if faults:
+        return None
+    samples, row_problems = build_samples(
+        metadata,
+        base,
+        facts.text_column,
+        medium.column,
+        _media_rule(parameters, medium),
+        FrameCounts((parameters.cache_path or default_cache_path()) / "frame_counts.jsonl"),
+        reporter,
+    )
+    problems += row_problems
+    problems += _nothing_to_learn(samples, variant)
+    return samples if samples.samples else None
+
+
+def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
+    size = SizeRule(parameters.height, parameters.width, parameters.max_pixels, medium.size_factor)
+    if medium.kind == "picture":
+        return MediaRule(size)
+    return MediaRule(
+        size,
+        FrameRule(
+            parameters.num_frames, medium.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
+        ),
+    )
+
+
+def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
+    """Sides and numbers of frames that the model cannot take."""
+    problems = []
+    factor, step = variant.medium.size_factor, variant.medium.frame_step
     for side in ("height", "width"):
         value = getattr(parameters, side)
-        if value is not None and value % facts.size_factor:
-            nearest = value // facts.size_factor * facts.size_factor
+        if value is not None and value % factor:
+            nearest = max(factor, value // factor * factor)
             problems.append(
                 Problem(
-                    f"`{side}` {value} is not a multiple of {facts.size_factor}, which {facts.title} needs",
+                    f"`{side}` {value} is not a multiple of {factor}, which {variant.title} needs",
                     f"give `--{side} {nearest}`",
                     wrong_use=True,
                 )
             )
-    for column in parameters.extra_inputs:
+    if variant.medium.kind == "video" and parameters.num_frames % step != 1:
+        nearest = max(0, parameters.num_frames - 1) // step * step + 1
         problems.append(
             Problem(
-                f"`extra_inputs` names `{column}`, which {facts.title} does not take", "leave it out", wrong_use=True
+                f"`num_frames` {parameters.num_frames} is not a multiple of {step} and one more, which {variant.title} needs",
+                f"give `--num_frames {nearest}` or `{nearest + step}`",
+                wrong_use=True,
             )
         )
-    base = parameters.dataset_base_path
-    try:
-        metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, facts.media_columns[0])
-    except DiffSynthError as error:
-        problems += error.problems
-        return None
-    faults = check_columns(metadata, facts.text_column, facts.media_columns, parameters.data_file_keys)
-    problems += faults
-    if faults:
-        return None
-    rule = SizeRule(parameters.height, parameters.width, parameters.max_pixels, facts.size_factor)
-    samples, row_problems = build_samples(metadata, base, facts.text_column, facts.media_columns, rule, reporter)
-    problems += row_problems
-    return samples if samples.samples else None
+    return problems
+
+
+def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
+    """Extra inputs that the model does not take, and those it cannot do without."""
+    problems = []
+    for name in parameters.extra_inputs:
+        if name not in variant.takes:
+            near = suggest(name, variant.takes)
+            known = f"it takes {', '.join(variant.takes)}" if variant.takes else "leave it out"
+            hint = f"did you mean `{near}`?" if near else known
+            problems.append(
+                Problem(f"`extra_inputs` names `{name}`, which {variant.title} does not take", hint, wrong_use=True)
+            )
+    problems += [
+        Problem(
+            f"`extra_inputs` lacks `{name}`, which {variant.title} cannot do without",
+            f"give `--extra_inputs {','.join((*parameters.extra_inputs, name))}`",
+            wrong_use=True,
+        )
+        for name in variant.needs
+        if name not in parameters.extra_inputs
+    ]
+    return problems
+
+
+def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
+    """Samples whose frames the model is all given."""
+    if not variant.given_frames:
+        return []
+    return [
+        Problem(
+            f"{sample.name} is one frame, which {variant.title} is given: nothing is left to learn",
+            'take the row out, or train without it: `--extra_inputs ""`',
+        )
+        for sample in samples.samples
+        if sample.shape[0] == 1
+    ]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
-from diffsynth_core.data.pictures import PICTURE_TRANSFORM
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.planning.plan import Plan
@@ -61,10 +60,13 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
     samples = {index: plan.samples.samples[index] for index in needed}
     memory.read_all(
-        (path for sample in samples.values() for path in sample.media.values()), reporter, "Hashing pictures"
+        (excerpt.path for sample in samples.values() for excerpt in sample.media.values()),
+        reporter,
+        f"Hashing {plan.variant.medium.kind}s",
     )
     encoders = tuple(
-        _plan_encoder(plan, encoder, identities[encoder.component], samples, memory) for encoder in plan.facts.encoders
+        _plan_encoder(plan, encoder, identities[encoder.component], samples, memory)
+        for encoder in plan.variant.encoders
     )
     return EncodingsPlan(encoders, identities)
 
@@ -79,7 +81,7 @@ def _all_files(plan: Plan) -> Iterator[Path]:
     for name in plan.components:
         yield from _files_of(plan, name)
     for sample in plan.samples.samples:
-        yield from sample.media.values()
+        yield from (excerpt.path for excerpt in sample.media.values())
 
 
 def _files_of(plan: Plan, component: str) -> list[Path]:
@@ -118,10 +120,12 @@ def _plan_encoder(
 
 
 def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdentities) -> dict[str, object]:
-    """The content an encoding depends on: captions as text, media as the hash of their bytes and training size."""
-    return {
-        column: sample.caption
-        if column == plan.facts.text_column
-        else [memory.sha256(sample.media[column]), sample.height, sample.width, PICTURE_TRANSFORM]
-        for column in encoder.columns
-    }
+    """The content an encoding depends on: captions as text, media as the hash of their bytes and the part used."""
+    inputs: dict[str, object] = {"extra_inputs": encoder.inputs}
+    for column in encoder.columns:
+        if column == plan.facts.text_column:
+            inputs[column] = sample.caption
+        else:
+            excerpt = sample.media[column].first_frame if encoder.first_frame_only else sample.media[column]
+            inputs[column] = [memory.sha256(excerpt.path), *excerpt.transform]
+    return inputs

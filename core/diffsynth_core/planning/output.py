@@ -99,14 +99,18 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
 
 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
-    """sha256 over captions, file names and sizes, and training sizes of all samples."""
+    """sha256 over captions, file names and sizes, and what of the files is trained on, of all samples."""
     digest = hashlib.sha256()
     for sample in samples.samples:
         files = {
-            column: [os.path.relpath(path, parameters.dataset_base_path), path.stat().st_size]
-            for column, path in sample.media.items()
+            column: [
+                os.path.relpath(excerpt.path, parameters.dataset_base_path),
+                excerpt.path.stat().st_size,
+                excerpt.transform,
+            ]
+            for column, excerpt in sample.media.items()
         }
-        digest.update(json.dumps([sample.row, sample.caption, files, sample.height, sample.width]).encode())
+        digest.update(json.dumps([sample.row, sample.caption, files]).encode())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Variant
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import find_components, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
@@ -28,6 +28,7 @@ class Plan:
 
     parameters: Parameters
     facts: FamilyFacts
+    variant: Variant
     components: Mapping[str, ComponentFiles]
     tokenizers: Mapping[str, Path]
     training: Training
@@ -53,7 +54,7 @@ class Plan:
 
 
 def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base: Path | None = None) -> Plan:
-    """The plan of a run; reads headers of weight files and pictures, no weight.
+    """The plan of a run; reads headers of weight files, pictures and videos, no weight.
 
     Args:
         base: folder of downloaded models; None for the usual one.
@@ -69,9 +70,8 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         else find_components(parameters, resolved.family, base or model_base_path(), problems)
     )
     training = find_training(parameters, found, resolved.invalid, problems) if found else None
-    facts = found.facts if found else None
-    samples = read_dataset(parameters, facts, reporter, problems) if facts else None
-    if not facts and "dataset_base_path" in resolved.origins and not parameters.dataset_base_path.is_dir():
+    samples = read_dataset(parameters, found.facts, found.variant, reporter, problems) if found else None
+    if not found and "dataset_base_path" in resolved.origins and not parameters.dataset_base_path.is_dir():
         problems.append(
             Problem(
                 f"the dataset folder `{parameters.dataset_base_path}` (`dataset_base_path`) is not there",
@@ -84,11 +84,12 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
     start = check_output(parameters, samples, steps, mixed_precision, problems)
-    if problems or not (found and facts and training and samples and steps):
+    if problems or not (found and training and samples and steps):
         raise FaultsFound(problems or [Problem("the run cannot be planned")])
     return Plan(
         parameters,
-        facts,
+        found.facts,
+        found.variant,
         found.components,
         found.tokenizers,
         training,
@@ -102,7 +103,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
 
 
 def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:
-    shapes = [(sample.height, sample.width) for sample in samples.samples]
+    shapes = [sample.shape for sample in samples.samples]
     batches = BatchPlan(shapes, parameters.dataset_repeat, parameters.batch_size, parameters.seed)
     return StepPlan(
         batches, parameters.gradient_accumulation_steps * world_size, parameters.num_epochs, parameters.max_steps

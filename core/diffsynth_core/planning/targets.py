@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
-from diffsynth_core.families.interface import Shapes, is_below, match_targets, modules_with_weights
+from diffsynth_core.families.interface import ComponentFacts, Shapes, is_below, match_targets, modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.state_dicts.lora_files import check_lora_file
 
@@ -13,6 +13,7 @@ from diffsynth_core.state_dicts.lora_files import check_lora_file
 class Training:
     """The trained parts of a run.
 
+    `lora_modules`: by their documented names.
     `left_out`: modules that the LoRA targets address and that no gradient can reach.
     """
 
@@ -51,7 +52,8 @@ def find_training(
     left_out: tuple[str, ...] = ()
     if lora_component and lora_component in found.shapes and "lora_target_modules" not in invalid:
         modules, left_out = _lora_modules(parameters, lora_component, found, problems)
-        _check_lora_checkpoint(parameters, lora_component, found.shapes[lora_component], problems)
+        shapes = found.components[lora_component].layout.documented_shapes(found.shapes[lora_component])
+        _check_lora_checkpoint(parameters, found.facts.component(lora_component), shapes, problems)
     return Training(full, lora_component, modules, left_out)
 
 
@@ -101,7 +103,8 @@ def _lora_modules(
             )
         )
         return (), ()
-    modules = modules_with_weights(found.shapes[component])
+    layout = found.components[component].layout
+    modules = modules_with_weights(layout.documented_shapes(found.shapes[component]))
     matches = match_targets(modules, targets)
     for target, names in matches.items():
         if not names:
@@ -115,9 +118,20 @@ def _lora_modules(
             problems.append(
                 Problem(f"`lora_target_modules`: no module of {component} ends with `{target}`", hint, wrong_use=True)
             )
-    dead = facts.untrainable(modules)
-    addressed = {name for names in matches.values() for name in names}
-    alive = tuple(sorted(name for name in addressed if not is_below(name, dead)))
+    own_names = {name: layout.module_of(name) for names in matches.values() for name in names}
+    several = sorted(name for name, own in own_names.items() if own is None)
+    if several:
+        problems.append(
+            Problem(
+                f"`lora_target_modules` addresses modules of {component} that are several here: {shorten(several)}",
+                "name other modules",
+                wrong_use=True,
+            )
+        )
+        return (), ()
+    dead = facts.untrainable(frozenset(found.shapes[component]))
+    addressed = own_names.keys()
+    alive = tuple(sorted(name for name, own in own_names.items() if own and not is_below(own, dead)))
     if addressed and not alive:
         problems.append(
             Problem(
@@ -129,7 +143,9 @@ def _lora_modules(
     return alive, tuple(sorted(addressed - set(alive)))
 
 
-def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shapes, problems: list[Problem]) -> None:
+def _check_lora_checkpoint(
+    parameters: Parameters, component: ComponentFacts, shapes: Shapes, problems: list[Problem]
+) -> None:
     path = parameters.lora_checkpoint
     if path is None:
         return
@@ -138,7 +154,7 @@ def _check_lora_checkpoint(parameters: Parameters, component: str, shapes: Shape
         return
     try:
         modules = {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}
-        ranks = check_lora_file(path, modules, component)
+        ranks = check_lora_file(path, modules, component.lora_naming)
     except DiffSynthError as error:
         problems += error.problems
         return

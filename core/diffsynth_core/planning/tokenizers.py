@@ -1,6 +1,7 @@
 """Where the tokenizers of a run lie. No torch."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def find_tokenizers(
     base: Path,
     problems: list[Problem],
 ) -> dict[str, Path]:
-    """The tokenizer folder of each tokenizer parameter: the given one, else the one beside the component's folder,
+    """The tokenizer folder of each tokenizer parameter: the given one, else the one beside the component's files,
     else the family's own below `base`. Adds to `problems` what is missing or damaged."""
     found = {}
     for parameter, tokenizer in facts.tokenizers.items():
@@ -25,7 +26,7 @@ def find_tokenizers(
         files = components.get(tokenizer.component)
         if given is None and files is None:
             continue
-        places = [given] if given else [str(_beside(files, tokenizer)), tokenizer.default] if files else []
+        places = [given] if given else [*_beside(files, tokenizer), tokenizer.default] if files else []
         folder = next((folder for place in places if (folder := locate_folder(place, base))), None)
         if folder:
             found[parameter] = folder
@@ -37,8 +38,8 @@ def find_tokenizers(
     return found
 
 
-def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> Path:
-    return files.paths[0].parent.parent / tokenizer.folder
+def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
+    return [os.path.normpath(files.paths[0].parent / folder) for folder in tokenizer.folders]
 
 
 def _absolute(place: str, base: Path) -> Path:

@@ -5,29 +5,38 @@ path. Nothing is fetched here: what is missing is told, and whoever fetches call
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.errors import Problem
 
-WEIGHT_ENDINGS = (".safetensors",)
+WEIGHT_ENDINGS = (".safetensors", ".pth")
 _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
 
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of one model; `origin` is what the user wrote for them."""
+    """The files of one model; `origin` is what the user wrote for them, `copy` the entry read in its place, if any."""
 
     origin: str
     paths: tuple[Path, ...]
+    copy: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the files come from, in words."""
+        return f"{self.origin}, read from its copy {self.copy}" if self.copy else self.origin
 
 
 def locate(
-    path_groups: Sequence[Sequence[str]], entries: Sequence[str], base: Path
+    path_groups: Sequence[Sequence[str]], entries: Sequence[str], base: Path, copies: Mapping[str, str] | None = None
 ) -> tuple[list[FileSet], list[Problem]]:
-    """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there."""
+    """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there.
+
+    `copies`: file name -> entry that holds the same weights; read when nothing but the copy is there.
+    """
     file_sets, problems = [], []
     for group in path_groups:
         origin = group[0] if len(group) == 1 else ", ".join(group)
@@ -39,11 +48,13 @@ def locate(
         if not missing:
             file_sets.append(FileSet(origin, tuple(found)))
     for entry in entries:
+        copy = (copies or {}).get(entry.rpartition(":")[2].rpartition("/")[2])
         paths = tuple(expand_entry(entry, base))
-        if paths:
-            file_sets.append(FileSet(entry, paths))
+        copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
+        if paths or copied:
+            file_sets.append(FileSet(entry, paths or copied, copy if copied else None))
         else:
-            problems.append(_nothing_matches(entry, base))
+            problems.append(_nothing_matches(entry, copy, base))
     faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}
     problems += [problem for found in faults.values() for problem in found]
     return [file_set for file_set in file_sets if not faults[file_set.origin]], problems
@@ -99,14 +110,15 @@ def locate_folder(text: str, base: Path) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _nothing_matches(entry: str, base: Path) -> Problem:
+def _nothing_matches(entry: str, copy: str | None, base: Path) -> Problem:
     parts = split_entry(entry)
     if parts is None:
         return Problem(
             f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or write `model_id:file`"
         )
+    nor = f", nor its copy `{copy}`" if copy else ""
     return Problem(
-        f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{base}`",
+        f"`model_id_with_origin_paths`: nothing matches `{entry}`{nor} below `{base}`",
         f"put the files at `{base / parts[0]}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
     )
 

@@ -1,4 +1,4 @@
-"""Safetensors headers, read and checked without torch.
+"""What weight files say of their tensors: safetensors headers, read and checked without torch, and pickled files.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensor bytes
 (https://github.com/huggingface/safetensors#format).
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS, read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
@@ -117,7 +118,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
     """
     tensors: dict[str, TensorHeader] = {}
     for path in paths:
-        for name, tensor in read_header(path).tensors.items():
+        for name, tensor in _tensors_of(path).items():
             if name in tensors:
                 raise DiffSynthError(
                     f"`{name}` is both in `{tensors[name].path}` and in `{path}`",
@@ -125,3 +126,17 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
                 )
             tensors[name] = tensor
     return tensors
+
+
+def _tensors_of(path: Path) -> Mapping[str, TensorHeader]:
+    if path.suffix not in PICKLED_ENDINGS:
+        return read_header(path).tensors
+    from diffsynth_core.state_dicts.writing import DTYPE_NAMES
+
+    try:
+        return {
+            name: TensorHeader(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path)
+            for name, tensor in read_pickled(path).items()
+        }
+    except KeyError as error:
+        raise DiffSynthError(f"`{path}` holds tensors of the kind {error}, which are no weights") from error

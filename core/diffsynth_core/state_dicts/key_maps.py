@@ -39,6 +39,11 @@ class KeyMap:
         """Our tensors, given `theirs`; views of it."""
         return dict.fromkeys(self.ours(name) or (), tensor)
 
+    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        """The inverse of `cut_shape`: the shape of `theirs`, given those of all of our tensors."""
+        (own,) = self.ours(name) or ()
+        return shapes[own]
+
     def join(self, name: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
         """The inverse of `cut`: `theirs`, given all of our tensors."""
         (own,) = self.ours(name) or ()
@@ -85,7 +90,7 @@ class TableMap(KeyMap):
         unsqueezed: Mapping[str, tuple[str, int]] | None = None,
         unneeded: tuple[str, ...] = (),
     ) -> None:
-        rules = {theirs: (ours,) for theirs, ours in renamed.items()}
+        rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in renamed.items()}
         rules |= dict(stacked or {})
         rules |= {theirs: (ours,) for theirs, (ours, _) in (unsqueezed or {}).items()}
         self.rules: Mapping[str, tuple[str, ...]] = rules
@@ -127,6 +132,12 @@ class TableMap(KeyMap):
             return dict(zip(names, tensor.chunk(len(names)), strict=True))
         leading = self._leading.get(self.rule(name) or "", 0)
         return dict.fromkeys(names, tensor.reshape(tensor.shape[leading:]))
+
+    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        parts = [shapes[own] for own in self.ours(name) or ()]
+        if len(parts) > 1:
+            return (sum(part[0] for part in parts), *parts[0][1:])
+        return (1,) * self._leading.get(self.rule(name) or "", 0) + parts[0]
 
     def join(self, name: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
         import torch

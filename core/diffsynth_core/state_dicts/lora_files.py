@@ -5,16 +5,16 @@ from pathlib import Path
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.state_dicts.headers import read_header
-from diffsynth_core.state_dicts.lora_names import find_lora_keys
+from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, find_lora_keys
 
 
 def check_lora_file(
-    path: Path, module_shapes: Mapping[str, tuple[int, ...]], component: str = "dit", besides: Collection[str] = ()
+    path: Path, module_shapes: Mapping[str, tuple[int, ...]], naming: LoraNaming = DIT, besides: Collection[str] = ()
 ) -> dict[str, int]:
     """Prove that every key of a LoRA file finds a module of a fitting shape; headers only.
 
     Args:
-        module_shapes: weight shape of each module of the base component, by name.
+        module_shapes: weight shape of each module of the base component, by its documented name.
         besides: keys of the file that are no LoRA.
 
     Returns: rank by module.
@@ -23,7 +23,7 @@ def check_lora_file(
         DiffSynthError: when a key finds no module, a half is missing, or a shape does not fit.
     """
     tensors = {name: tensor for name, tensor in read_header(path).tensors.items() if name not in besides}
-    _, found, unmatched = find_lora_keys(tensors, module_shapes, component)
+    _, found, unmatched = find_lora_keys(tensors, module_shapes, naming)
     if unmatched:
         raise DiffSynthError(
             f"`{path}`: {len(unmatched)} of {len(tensors)} keys fit no module: {shorten(sorted(unmatched))}",

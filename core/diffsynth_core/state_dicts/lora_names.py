@@ -3,8 +3,8 @@
 The module name inside a dialect is the family's business (`families/*/names.py`); here is what stands around it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,6 @@ class Dialect:
     underscored: bool = False
     also: tuple[str, ...] = ()
     """Endings of down and up that are read too."""
-
-    def module_text(self, module: str) -> str:
-        return module.replace(".", "_") if self.underscored else module
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -39,6 +36,25 @@ DIALECTS: Mapping[str, Dialect] = {
 
 
 @dataclass(frozen=True)
+class LoraNaming:
+    """How LoRA files call the modules of one component.
+
+    `dialects`: dialects with names of their own for modules: documented name -> the name there.
+    """
+
+    component: str = "dit"
+    dialects: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+
+    def text(self, module: str, dialect_name: str) -> str:
+        """A module, by its documented name, as a dialect writes it."""
+        text = self.dialects.get(dialect_name, str)(module)
+        return text.replace(".", "_") if DIALECTS[dialect_name].underscored else text
+
+
+DIT = LoraNaming()
+
+
+@dataclass(frozen=True)
 class LoraKeys:
     """Where a file keeps the halves of one module's LoRA; a missing half is None."""
 
@@ -47,40 +63,42 @@ class LoraKeys:
     alpha: str | None = None
 
 
-def lora_keys(module: str, dialect_name: str) -> LoraKeys:
-    """The keys under which a dialect writes the LoRA of `module`.
+def lora_keys(module: str, dialect_name: str, naming: LoraNaming = DIT) -> LoraKeys:
+    """The keys under which a dialect writes the LoRA of `module` (its documented name).
 
     `alpha` is given for kohya only: its readers expect one, the others take alpha = rank where none is stored.
     """
     dialect = DIALECTS[dialect_name]
-    stem = dialect.prefixes[0] + dialect.module_text(module)
+    stem = dialect.prefixes[0] + naming.text(module, dialect_name)
     return LoraKeys(
         stem + dialect.down, stem + dialect.up, stem + dialect.alpha if dialect.alpha and dialect.underscored else None
     )
 
 
 def find_lora_keys(
-    keys: Iterable[str], modules: Iterable[str], component: str = "dit"
+    keys: Iterable[str], modules: Iterable[str], naming: LoraNaming = DIT
 ) -> tuple[str, dict[str, LoraKeys], list[str]]:
     """Which dialect a LoRA file speaks, its keys by module of the base, and the keys that fit no module.
 
-    The dialect that explains most keys is taken; `modules` are the names of the base's own modules.
+    The dialect that explains most keys is taken; `modules` are the documented names of the base's own modules.
     """
     present = list(keys)
     best: tuple[str, dict[str, LoraKeys], list[str]] = ("diffsynth", {}, present)
     names = list(modules)
-    for name, dialect in DIALECTS.items():
-        found, unmatched = _match(present, names, dialect, component)
+    for name in DIALECTS:
+        found, unmatched = _match(present, names, name, naming)
         if len(unmatched) < len(best[2]):
             best = (name, found, unmatched)
     return best
 
 
 def _match(
-    keys: list[str], modules: list[str], dialect: Dialect, component: str
+    keys: list[str], modules: list[str], dialect_name: str, naming: LoraNaming
 ) -> tuple[dict[str, LoraKeys], list[str]]:
-    prefixes = [prefix.format(component=component) for prefix in dialect.prefixes]
-    by_stem = {prefix + dialect.module_text(module): module for module in modules for prefix in prefixes}
+    dialect = DIALECTS[dialect_name]
+    prefixes = [prefix.format(component=naming.component) for prefix in dialect.prefixes]
+    texts = {naming.text(module, dialect_name): module for module in modules}
+    by_stem = {prefix + text: module for text, module in texts.items() for prefix in prefixes}
     endings = {dialect.down: "down", dialect.up: "up"}
     if dialect.also:
         endings |= dict(zip(dialect.also, ("down", "up"), strict=True))

@@ -36,13 +36,12 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
         if component in plan.training.full:
-            weights = _full_weights(module)
             stored = model.stored_dtypes[component]
-            named = {_documented(plan, component, name): tensor for name, tensor in weights.items()}
-            dtypes |= {
-                _documented(plan, component, name): TORCH_DTYPES[stored[name]] for name in weights if name in stored
-            }
-            tensors |= named
+            for name, (tensor, own_names) in _full_weights(plan, component, module).items():
+                key = _key(plan, component, name)
+                tensors[key] = tensor
+                if own_names[0] in stored:
+                    dtypes[key] = TORCH_DTYPES[stored[own_names[0]]]
         if component == plan.training.lora_component:
             tensors |= _lora_tensors(plan, component, module)
     if plan.parameters.save_dtype:
@@ -50,25 +49,29 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     return CheckpointContent(tensors, dtypes)
 
 
-def _documented(plan: Plan, component: str, name: str) -> str:
+def _key(plan: Plan, component: str, name: str) -> str:
+    """The key of a tensor, given its documented name."""
     return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
 
 
-def _full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A component's own tensors, by their names without peft's layers in between."""
-    return {
+def _full_weights(plan: Plan, component: str, module: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """A component's own tensors by documented name, without peft's layers; with each, its names in our module."""
+    own = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict().items()
         if ".lora_" not in name
     }
+    names = plan.components[component].layout.documented
+    documented = dict.fromkeys(known for name in own if (known := names.theirs(name)) is not None)
+    return {name: (names.join(name, own), names.ours(name) or ()) for name in documented}
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
-    dialect = plan.parameters.lora_format
-    named = name_lora(lora_weights(module), dialect)
+    dialect, naming = plan.parameters.lora_format, plan.facts.component(component).lora_naming
+    named = name_lora(lora_weights(module, plan.components[component].layout.documented), dialect, naming)
     if dialect != "diffsynth":
         return named
-    return {_documented(plan, component, name): tensor for name, tensor in named.items()}
+    return {_key(plan, component, name): tensor for name, tensor in named.items()}
 
 
 def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:

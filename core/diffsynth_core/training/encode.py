@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.data.media import Excerpt, load_excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.family import Encoded, Family, encoder_dtype
@@ -23,16 +23,20 @@ from diffsynth_core.training.workers import iterate
 
 def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
     """What an encoder reads of a sample: the caption as text, media as `[3, F, H, W]` float32 in [-1, 1]."""
-    return {
-        column: sample.caption if column == plan.facts.text_column else load_pixels(sample, column)
-        for column in encoder.columns
-    }
+    loaded: dict[str, Any] = {}
+    for column in encoder.columns:
+        if column == plan.facts.text_column:
+            loaded[column] = sample.caption
+        else:
+            excerpt = sample.media[column]
+            loaded[column] = load_pixels(excerpt.first_frame if encoder.first_frame_only else excerpt)
+    return loaded
 
 
-def load_pixels(sample: Sample, column: str) -> Tensor:
-    """The picture of a sample at its training size, `[3, 1, H, W]` float32 in [-1, 1]."""
-    pixels = torch.from_numpy(load_picture(sample.media[column], sample.height, sample.width).copy())
-    return pixels.permute(2, 0, 1)[:, None].float() / 127.5 - 1
+def load_pixels(excerpt: Excerpt) -> Tensor:
+    """A picture or clip at its training size, `[3, F, H, W]` float32 in [-1, 1]."""
+    pixels = torch.from_numpy(load_excerpt(excerpt).copy())
+    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
@@ -103,10 +107,10 @@ def _encode(
     with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
         for index, sample in raw:
             stop.raise_if_set()
-            encoded = family.encode(part.encoder.name, components, sample)
+            encoded = family.encode(part.encoder, components, sample)
             _check_encoded(plan, part, index, encoded, memory)
             part.cache.write(part.keys[index], encoded)
-            remark = family.left_out(part.encoder.name, components, sample)
+            remark = family.left_out(part.encoder, components, sample)
             if remark:
                 remarks.setdefault(remark, []).append(plan.samples.samples[index].row)
             task.advance()
@@ -122,7 +126,7 @@ def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, 
     """
     sample = plan.samples.samples[index]
     for column in part.encoder.columns:
-        if column in sample.media and memory.known(sample.media[column]) is None:
+        if column in sample.media and memory.known(sample.media[column].path) is None:
             raise DiffSynthError(f"{sample.name} changed while it was encoded", "give the same command again")
     if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
         raise DiffSynthError(

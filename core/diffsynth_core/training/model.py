@@ -31,10 +31,10 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.components = nn.ModuleDict(components)
         # Read once: the base files may have moved by the time a checkpoint is written.
-        self.stored_dtypes = {name: stored_dtypes(family, plan.components[name]) for name in components}
+        self.stored_dtypes = {name: stored_dtypes(plan.components[name]) for name in components}
         self._family = family
         self._parameters_of_run = plan.parameters
-        self._live = tuple(part.encoder.name for part in encodings.encoders if part.live)
+        self._live = tuple(part.encoder for part in encodings.encoders if part.live)
         self._tokenizers = dict(tokenizers)
         sigmas = family.sigmas()
         self.register_buffer("sigmas", sigmas, persistent=False)
@@ -52,8 +52,9 @@ class TrainingModule(nn.Module):
         low, high = settings.min_timestep_boundary, settings.max_timestep_boundary
         timesteps = torch.tensor([draw_timestep(*key, low=low, high=high) for key in keys], device=latents.device)
         sigma = self.sigmas[timesteps]
-        prediction = self._family.predict_velocity(self._known(), add_noise(latents, noise, sigma), sigma, batch)
-        return velocity_loss(prediction, latents, noise, self.weights[timesteps])
+        noisy = add_noise(latents, noise, sigma, batch.get("given"))
+        prediction = self._family.predict_velocity(self._known(), noisy, sigma, batch)
+        return velocity_loss(prediction, latents, noise, self.weights[timesteps], batch.get("given"))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by `<component>.<name>`."""
@@ -65,8 +66,8 @@ class TrainingModule(nn.Module):
         samples = []
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
             sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
-            for name in self._live:
-                sample.update(self._family.encode(name, self._known(), raw[name]))
+            for encoder in self._live:
+                sample.update(self._family.encode(encoder, self._known(), raw[encoder.name]))
             samples.append(sample)
         return self._family.collate(samples)
 
@@ -93,9 +94,13 @@ def build_training_module(
         if name in training.full:
             _train_in_full(family, name, module)
         if name == training.lora_component:
-            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed)
+            layout = plan.components[name].layout
+            own_names = [own for documented in training.lora_modules if (own := layout.module_of(documented))]
+            add_lora(module, own_names, settings.lora_rank, settings.seed, layout.documented)
             if settings.lora_checkpoint:
-                filled = load_lora(module, settings.lora_checkpoint, name)
+                filled = load_lora(
+                    module, settings.lora_checkpoint, plan.facts.component(name).lora_naming, layout.documented
+                )
                 reporter.info(
                     f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )

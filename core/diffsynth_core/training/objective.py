@@ -31,13 +31,25 @@ def draw_noise(seed: int, epoch: int, sample: int, repeat: int, shape: torch.Siz
     return torch.randn(shape, generator=generator)
 
 
-def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = (1 - sigma) x_0 + sigma noise; `sigma` `[B]`, the others `[B, …]`, all float32."""
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, given: Tensor | None = None) -> Tensor:
+    """x_t = (1 - sigma) x_0 + sigma noise; `sigma` `[B]`, the others `[B, …]`, all float32.
+
+    Where `given` is 1 the latents stay clean; it is broadcast over them.
+    """
     spread = sigma.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - spread) * latents + spread * noise
+    noisy = (1 - spread) * latents + spread * noise
+    return noisy if given is None else torch.where(given.bool(), latents, noisy)
 
 
-def velocity_loss(prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean squared error against noise - latents, in float32, per sample: `[B]`."""
-    difference = prediction.float() - (noise - latents)
-    return difference.pow(2).flatten(1).mean(1) * weight
+def velocity_loss(
+    prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor, given: Tensor | None = None
+) -> Tensor:
+    """Weighted mean squared error against noise - latents, in float32, per sample: `[B]`.
+
+    The mean is over the latents that are not `given`.
+    """
+    squares = (prediction.float() - (noise - latents)).pow(2)
+    if given is None:
+        return squares.flatten(1).mean(1) * weight
+    counted = (1 - given.float()).expand_as(squares)
+    return (squares * counted).flatten(1).sum(1) / counted.flatten(1).sum(1) * weight

@@ -5,22 +5,25 @@ back through the same sources, loaders and key names. Nothing else in the run di
 """
 
 import hashlib
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.data.drawn_clips import draw_clips
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
-from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts
+from diffsynth_core.families.loading import module_shapes
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
     family_of_model,
     load_family,
-    recognise_component,
+    recognise,
     recognise_family,
     unknown_family,
 )
@@ -35,7 +38,12 @@ from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
 
 REHEARSAL_STEPS = 8
-WEIGHTS_VERSION = 2
+REHEARSAL_PIXELS = 128 * 160
+"""Area to which a fixed size of a recipe is scaled down: tiny weights learn nothing from more."""
+REHEARSAL_FACTOR = 32
+"""Sides are multiples of it, which every model can take."""
+REHEARSAL_FRAMES = 9
+WEIGHTS_VERSION = 3
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
 
@@ -68,7 +76,7 @@ def rehearse(
         DiffSynthError: when a proof fails.
     """
     drew = not resolved.given("dataset_base_path")
-    prepared, base = prepare(resolved)
+    prepared, base = prepare(resolved, reporter)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
     plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
     announce(plan)
@@ -94,8 +102,8 @@ def rehearse(
     return Rehearsal(result, tuple(proofs), drew)
 
 
-def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
-    """The parameters of the rehearsal and the folder of its models; writes the tiny weights and pictures it needs."""
+def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
+    """The parameters of the rehearsal and the folder of its models; writes the tiny weights and media it needs."""
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
     facts = _family_of(resolved)
@@ -108,9 +116,11 @@ def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     problems: list[Problem] = []
     changes: dict[str, object] = dict.fromkeys(facts.tokenizers)
-    entries = [_swap_entry(entry, facts, base, problems) for entry in parameters.model_id_with_origin_paths]
-    groups = [_swap_entry(group[0], facts, base, problems) for group in parameters.model_paths]
-    changes["model_id_with_origin_paths"] = tuple(entries + groups)
+    named = [*parameters.model_id_with_origin_paths, *(group[0] for group in parameters.model_paths)]
+    stand_in = _model_of(named, facts, parameters.extra_inputs)
+    changes["model_id_with_origin_paths"] = tuple(
+        _swap_entry(entry, facts, stand_in, base, problems) for entry in named
+    )
     changes["model_paths"] = ()
     incomplete = bool(problems)
     changes["offload_models"] = ()
@@ -125,9 +135,12 @@ def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
         changes["lora_checkpoint"] = None
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
+    changes |= _reduced_size(resolved, facts, reporter)
     if not resolved.given("dataset_base_path"):
-        changes["dataset_base_path"] = draw_pictures(folder / "pictures")
-    if not _output_is_given(resolved):
+        changes["dataset_base_path"] = (
+            draw_clips(folder / "clips") if facts.medium_kind == "video" else draw_pictures(folder / "pictures")
+        )
+    if not _is_flag(resolved, "output_path"):
         changes["output_path"] = Path("rehearsals") / "next"
     return replace(
         resolved,
@@ -137,13 +150,30 @@ def prepare(resolved: Resolved) -> tuple[Resolved, Path]:
     ), base
 
 
-def _output_is_given(resolved: Resolved) -> bool:
-    return resolved.origins.get("output_path", "").startswith("`")
+def _is_flag(resolved: Resolved, name: str) -> bool:
+    """Whether a parameter was given on the command line."""
+    return resolved.origins.get(name, "") == f"`--{name}`"
+
+
+def _reduced_size(resolved: Resolved, facts: FamilyFacts, reporter: Reporter) -> dict[str, object]:
+    """A small size in place of a fixed one, unless the command line asks for it; what is changed is told."""
+    now = resolved.parameters
+    changes: dict[str, object] = {}
+    if now.height and now.width and not (_is_flag(resolved, "height") or _is_flag(resolved, "width")):
+        scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
+        for name, side in (("height", now.height), ("width", now.width)):
+            changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
+    if facts.medium_kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
+        changes["num_frames"] = REHEARSAL_FRAMES
+    if changes:
+        said = ", ".join(f"`{name}` {value} (of {getattr(now, name)})" for name, value in changes.items())
+        reporter.info(f"The rehearsal trains at a small size: {said}; give the flag to rehearse at another")
+    return changes
 
 
 def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
     """A fresh folder of its own, unless one is named."""
-    if _output_is_given(resolved):
+    if _is_flag(resolved, "output_path"):
         return plan
     name = resolved.parameters.recipe or plan.facts.name
     folder = fresh_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
@@ -165,8 +195,25 @@ def _family_of(resolved: Resolved) -> FamilyFacts | None:
     return None
 
 
-def _swap_entry(entry: str, facts: FamilyFacts, base: Path, problems: list[Problem]) -> str:
-    """The tiny stand-in of one entry of the model parameters, written when it is not there yet."""
+def _model_of(named: Sequence[str], facts: FamilyFacts, inputs: tuple[str, ...]) -> str:
+    """The published model that stands for local files, told by the denoiser among them."""
+    for entry in named:
+        with suppress(DiffSynthError):
+            headers = read_headers(expand_local(entry))
+            found = recognise(headers, facts)
+            if found and found[0].name == facts.denoiser:
+                shapes: dict[str, tuple[int, ...]] = {}
+                for name, tensor in headers.items():
+                    shapes |= found[1].names.cut_shape(name, tensor.shape)
+                return facts.variant(shapes, inputs).model_id
+    return facts.variant({}, inputs).model_id
+
+
+def _swap_entry(entry: str, facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]) -> str:
+    """The tiny stand-in of one entry of the model parameters, written when it is not there yet.
+
+    Local files are rehearsed with those of `stand_in`, a published model.
+    """
     parts = split_entry(entry)
     local = expand_local(entry)
     if parts and not local:
@@ -174,12 +221,13 @@ def _swap_entry(entry: str, facts: FamilyFacts, base: Path, problems: list[Probl
         component = component_at(pattern, facts)
     else:
         try:
-            component = recognise_component(read_headers(local), facts) if local else None
+            found = recognise(read_headers(local), facts) if local else None
         except DiffSynthError as error:
             problems += error.problems
             return entry
-        model_id = "local/model"
-        pattern = f"{component.name}/model.safetensors" if component else ""
+        component = found[0] if found else None
+        model_id = f"local/{stand_in.rpartition('/')[2]}"
+        pattern = f"{_folder_of(component)}/model.safetensors" if component else ""
     if component is None:
         problems.append(
             Problem(
@@ -195,6 +243,11 @@ def _swap_entry(entry: str, facts: FamilyFacts, base: Path, problems: list[Probl
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     return f"{model_id}:{pattern}"
+
+
+def _folder_of(component: ComponentFacts) -> str:
+    """A folder that repositories keep the component in."""
+    return next(place.removesuffix("/*") for place in component.places if place.endswith("/*"))
 
 
 def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: FamilyFacts) -> None:
@@ -228,7 +281,7 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
     if lora:
         shapes = _documented_shapes(plan, lora).items()
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight")}
-        ranks = check_lora_file(path, modules, lora, besides=full)
+        ranks = check_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full)
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(f"`{path}` holds {len(ranks)} modules, {len(plan.training.lora_modules)} were trained")
         keys = len(tensors) - len(full)
@@ -238,5 +291,5 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
 
 def _documented_shapes(plan: Plan, component: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a component's tensors by their documented names."""
-    translate = plan.facts.component(component).module_key
-    return {translate(name): tensor.shape for name, tensor in read_headers(plan.components[component].paths).items()}
+    files = plan.components[component]
+    return files.layout.documented_shapes(module_shapes(files))

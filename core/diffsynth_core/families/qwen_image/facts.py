@@ -1,13 +1,39 @@
 """What Qwen-Image is made of. No torch."""
 
-from diffsynth_core.families.interface import ComponentFacts, EncoderFacts, FamilyFacts, TokenizerFacts
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Layout,
+    Medium,
+    Shapes,
+    TokenizerFacts,
+    Variant,
+)
 from diffsynth_core.families.qwen_image.names import (
     LORA_TARGETS,
+    TEXT_ENCODER_FILES,
     dead_modules,
-    text_encoder_key,
     unused_in_text_encoder,
     unused_in_vae,
 )
+
+TEXT_TO_IMAGE = Variant(
+    title="Qwen-Image",
+    model_id="Qwen/Qwen-Image",
+    components=("dit", "text_encoder", "vae"),
+    encoders=(
+        EncoderFacts(name="text", component="text_encoder", columns=("prompt",)),
+        EncoderFacts(name="latents", component="vae", columns=("image",)),
+    ),
+    medium=Medium("image", "picture", size_factor=16),
+)
+
+
+def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+    """Every transformer of the family is trained from text to pictures."""
+    return TEXT_TO_IMAGE
+
 
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
@@ -17,7 +43,7 @@ QWEN_IMAGE = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
-            signatures=(frozenset({"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight"}),),
+            layouts=(Layout(frozenset({"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight"})),),
             places=("transformer/*", "diffusion_pytorch_model*"),
             lora_targets=LORA_TARGETS,
             untrainable=dead_modules,
@@ -25,29 +51,29 @@ QWEN_IMAGE = FamilyFacts(
         ComponentFacts(
             name="text_encoder",
             title="text encoder Qwen2.5-VL",
-            signatures=(
-                frozenset({"model.embed_tokens.weight", "visual.patch_embed.proj.weight"}),
-                frozenset({"model.language_model.embed_tokens.weight", "model.visual.patch_embed.proj.weight"}),
+            layouts=(
+                Layout(frozenset({"model.embed_tokens.weight", "visual.patch_embed.proj.weight"}), TEXT_ENCODER_FILES),
+                Layout(
+                    frozenset({"model.language_model.embed_tokens.weight", "model.visual.patch_embed.proj.weight"}),
+                    TEXT_ENCODER_FILES,
+                ),
             ),
             places=("text_encoder/*",),
-            module_key=text_encoder_key,
             untrainable=unused_in_text_encoder,
         ),
         ComponentFacts(
             name="vae",
             title="VAE",
-            signatures=(frozenset({"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"}),),
+            layouts=(
+                Layout(frozenset({"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"})),
+            ),
             places=("vae/*",),
             untrainable=unused_in_vae,
         ),
     ),
     denoiser="dit",
-    encoders=(
-        EncoderFacts(name="text", component="text_encoder", columns=("prompt",)),
-        EncoderFacts(name="latents", component="vae", columns=("image",)),
-    ),
+    variant=variant,
     text_column="prompt",
-    media_columns=("image",),
-    size_factor=16,
-    tokenizers={"tokenizer_path": TokenizerFacts("text_encoder", "tokenizer", "Qwen/Qwen-Image:tokenizer")},
+    medium_kind="picture",
+    tokenizers={"tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer")},
 )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffsynth_core.families.family import Encoded, Family
-from diffsynth_core.families.interface import ComponentFiles, Shapes
+from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shapes
 from diffsynth_core.families.qwen_image import components as building
 from diffsynth_core.families.qwen_image import encode, inputs, rehearsal
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
@@ -27,13 +27,13 @@ class QwenImage(Family):
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         return building.load_tokenizer(folder)
 
-    def encode(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        if encoder == "text":
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        if encoder.name == "text":
             return encode.encode_text(components, sample["prompt"])
         return encode.encode_latents(components["vae"], sample["image"])
 
-    def left_out(self, encoder: str, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
-        return encode.caption_left_out(components, sample["prompt"]) if encoder == "text" else None
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return inputs.collate(encoded)

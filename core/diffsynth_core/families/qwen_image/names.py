@@ -6,13 +6,15 @@ text encoder carry the names of earlier transformers releases: `model.layers…`
 
 import re
 
-TEXT_ENCODER_FILE_PREFIXES = (
+from diffsynth_core.state_dicts.key_maps import PrefixMap
+
+TEXT_ENCODER_FILES = PrefixMap(
     ("visual.", "model.visual."),
     ("model.language_model.", "model.language_model."),
     ("model.visual.", "model.visual."),
     ("model.", "model.language_model."),
 )
-"""(prefix in files, prefix in the module), first match wins; other names stay."""
+"""Names in files of the text encoder, old or new style -> names in the module."""
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
@@ -25,14 +27,6 @@ LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", 
 
 _TIME_CONVOLUTION = re.compile(r"^encoder\.down_blocks\.\d+\.time_conv")
 _BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
-
-
-def text_encoder_key(key: str) -> str:
-    """Name of a text encoder tensor in a file, old or new style -> its name in the module."""
-    for prefix, replacement in TEXT_ENCODER_FILE_PREFIXES:
-        if key.startswith(prefix):
-            return replacement + key.removeprefix(prefix)
-    return key
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:

@@ -1,0 +1,2 @@
+def draw_clips(folder):
+    raise NotImplementedError

@@ -1,0 +1,3 @@
+class FrameCounts:
+    def __init__(self, memory):
+        pass

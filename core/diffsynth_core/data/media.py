@@ -1,0 +1,131 @@
+"""Pictures and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffsynth_core.data.frame_counts import FrameCounts
+from diffsynth_core.data.pictures import PICTURE_TRANSFORM, SizeRule, load_picture, read_picture_header
+from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip, read_video_header
+from diffsynth_core.randomness import key_of
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """Which frames of a video are trained on.
+
+    At most `num_frames`, always a multiple of `step` and one more, after resampling to `frame_rate` frames a second
+    (None: the file's own frames). Where they begin is drawn, for `random`, from the seed and the row alone: the same in
+    every epoch, so that each clip is encoded once.
+    """
+
+    num_frames: int
+    step: int
+    frame_rate: float | None
+    start: Literal["first", "middle", "random"]
+    seed: int
+
+    @property
+    def frames_to_count(self) -> int | None:
+        """How far the frames of a file must be counted; None: to the end."""
+        return self.num_frames if self.start == "first" else None
+
+    def length(self, available: int) -> int:
+        """How many frames of `available` are trained on."""
+        return (min(available, self.num_frames) - 1) // self.step * self.step + 1
+
+    def first(self, available: int, row: int) -> int:
+        """The frame, from 0, at which the part of row `row` begins."""
+        spare = available - self.length(available)
+        if self.start == "random":
+            return key_of("clip", self.seed, row) * (spare + 1) // 2**64
+        return spare // 2 if self.start == "middle" else 0
+
+
+@dataclass(frozen=True)
+class MediaRule:
+    """How the files of a metadata column become what is trained on; without `frames` they are pictures."""
+
+    size: SizeRule
+    frames: FrameRule | None = None
+
+
+@dataclass(frozen=True)
+class MediaHeader:
+    """What a file holds: its upright size in pixels, and how many frames, as far as the rule wants them counted."""
+
+    width: int
+    height: int
+    frames: int
+    video: bool
+    rotated: bool
+    transparent: bool
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The part of a media file that is trained on, and the size it is trained at, in pixels."""
+
+    path: Path
+    height: int
+    width: int
+    video: bool = False
+    start: int = 0
+    frames: int = 1
+    frame_rate: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(frames, height, width)."""
+        return self.frames, self.height, self.width
+
+    @property
+    def first_frame(self) -> "Excerpt":
+        """Its first frame alone."""
+        return replace(self, frames=1)
+
+    @property
+    def transform(self) -> list[object]:
+        """All that its pixels depend on, besides the bytes of the file."""
+        if not self.video:
+            return [self.height, self.width, PICTURE_TRANSFORM]
+        return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
+
+
+def read_media_header(path: Path, rule: MediaRule, counts: FrameCounts) -> MediaHeader:
+    """What a file holds; the frames of a video are counted by decoding, once per file.
+
+    Raises:
+        DiffSynthError: when the file is neither picture nor video, or is damaged.
+    """
+    if rule.frames and path.suffix.lower() in VIDEO_ENDINGS:
+        video = read_video_header(path)
+        frames = counts.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
+        return MediaHeader(video.width, video.height, frames, True, video.rotated, False)
+    picture = read_picture_header(path)
+    return MediaHeader(picture.width, picture.height, 1, False, picture.rotated, picture.transparent)
+
+
+def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -> Excerpt:
+    """What of a file is trained on; a side of 0 means that it is too small."""
+    height, width = rule.size.target(header.width, header.height)
+    if not header.video or rule.frames is None:
+        return Excerpt(path, height, width)
+    frames = rule.frames.length(header.frames)
+    start = rule.frames.first(header.frames, row)
+    return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
+
+
+def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
+    """The pixels of an excerpt, `[F, H, W, 3]`, RGB, 0..255; one decoding pass.
+
+    Raises:
+        DiffSynthError: when the file cannot be decoded, or ends before the excerpt does.
+    """
+    if not excerpt.video:
+        return load_picture(excerpt.path, excerpt.height, excerpt.width)[None]
+    start, frames = excerpt.start, excerpt.frames
+    return load_clip(excerpt.path, start, frames, excerpt.height, excerpt.width, excerpt.frame_rate)

@@ -1,0 +1,163 @@
+"""What Wan's models are made of. No torch."""
+
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Layout,
+    Medium,
+    Shapes,
+    TokenizerFacts,
+    Variant,
+)
+from diffsynth_core.families.wan import names
+
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
+"""Repository with safetensors copies of the files that Wan's own repositories hold pickled."""
+
+PICKLED_FILES = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "Wan2.1_VAE.pth",
+    "Wan2.2_VAE.pth",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+)
+
+TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",))
+FRAMES = ("input_image", "end_image")
+"""Extra inputs: the first and the last frame of the clip, which the model is shown."""
+
+
+def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+    """What a transformer is trained for, told by its input channels and its image embedder.
+
+    16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
+    the VAE of Wan 2.2. Without shapes: text to video.
+    """
+    channels = shapes.get("patch_embedding.weight", (0, 16))[1]
+    if channels == 48:
+        return _text_and_image_to_video(inputs)
+    if channels == 36:
+        return _image_to_video(shapes, inputs)
+    return Variant(
+        title="Wan (text to video)",
+        model_id="Wan-AI/Wan2.1-T2V-1.3B",
+        components=("dit", "text_encoder", "vae"),
+        encoders=(TEXT, LATENTS),
+        medium=Medium("video", "video", size_factor=16, frame_step=4),
+    )
+
+
+def _image_to_video(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+    """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
+    shown = tuple(name for name in FRAMES if name in inputs)
+    latents = EncoderFacts(name="latents_with_condition", component="vae", columns=("video",), inputs=shown)
+    image_embedder = "condition_embedder.image_embedder.norm1.weight" in shapes
+    two_images = "condition_embedder.image_embedder.pos_embed" in shapes
+    image = EncoderFacts(
+        name="image",
+        component="image_encoder",
+        columns=("video",),
+        inputs=shown if two_images else (),
+        first_frame_only=not two_images,
+    )
+    return Variant(
+        title="Wan (image to video)",
+        model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_embedder else "Wan-AI/Wan2.2-I2V-A14B",
+        components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_embedder else ())),
+        encoders=(TEXT, latents, *((image,) if image_embedder else ())),
+        medium=Medium("video", "video", size_factor=16, frame_step=4),
+        takes=FRAMES,
+        needs=FRAMES if two_images else FRAMES[:1],
+    )
+
+
+def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
+    """TI2V: the first latent frame, when it is shown, stands clean among the others."""
+    shown = "input_image" in inputs
+    given = EncoderFacts(name="latents_with_first_given", component="vae", columns=("video",), inputs=FRAMES[:1])
+    return Variant(
+        title="Wan 2.2 TI2V",
+        model_id="Wan-AI/Wan2.2-TI2V-5B",
+        components=("dit", "text_encoder", "vae"),
+        encoders=(TEXT, given if shown else LATENTS),
+        medium=Medium("video", "video", size_factor=32, frame_step=4),
+        takes=FRAMES[:1],
+        given_frames=1 if shown else 0,
+    )
+
+
+def diffusers_module(documented: str) -> str:
+    """A module of the transformer as diffusers calls it."""
+    (own,) = names.DIT.ours(documented) or (documented,)
+    return own
+
+
+WAN = FamilyFacts(
+    name="wan",
+    title="Wan",
+    model_ids=("Wan-AI/Wan2.?-*",),
+    components=(
+        ComponentFacts(
+            name="dit",
+            title="diffusion transformer",
+            layouts=(
+                Layout(names.DIT_ORIGINAL_SIGNATURE, names.DIT, names.DIT),
+                Layout(names.DIT_DIFFUSERS_SIGNATURE, documented=names.DIT),
+            ),
+            places=(
+                *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+                *("transformer/*", "transformer_2/*"),
+            ),
+            config_classes=("WanModel", "WanTransformer3DModel"),
+            lora_targets=names.LORA_TARGETS,
+            dialects={"diffusers": diffusers_module},
+        ),
+        ComponentFacts(
+            name="text_encoder",
+            title="text encoder UMT5",
+            layouts=(
+                Layout(names.TEXT_ENCODER_ORIGINAL_SIGNATURE, names.TEXT_ENCODER, names.TEXT_ENCODER),
+                Layout(names.TEXT_ENCODER_DIFFUSERS_SIGNATURE, documented=names.TEXT_ENCODER),
+            ),
+            places=("models_t5*", "text_encoder/*"),
+        ),
+        ComponentFacts(
+            name="vae",
+            title="VAE",
+            layouts=(
+                Layout(names.VAE_2_1_ORIGINAL_SIGNATURE, names.VAE_2_1, names.VAE_2_1),
+                Layout(names.VAE_2_1_DIFFUSERS_SIGNATURE, documented=names.VAE_2_1),
+                Layout(names.VAE_2_2_ORIGINAL_SIGNATURE, names.VAE_2_2, names.VAE_2_2),
+                Layout(names.VAE_2_2_DIFFUSERS_SIGNATURE, documented=names.VAE_2_2),
+            ),
+            places=("Wan2.?_VAE*", "vae/*"),
+            config_classes=("AutoencoderKLWan",),
+            untrainable=names.unused_in_vae,
+        ),
+        ComponentFacts(
+            name="image_encoder",
+            title="image encoder CLIP",
+            layouts=(
+                Layout(names.IMAGE_ENCODER_ORIGINAL_SIGNATURE, names.IMAGE_ENCODER, names.IMAGE_ENCODER),
+                Layout(names.IMAGE_ENCODER_DIFFUSERS_SIGNATURE, names.IMAGE_ENCODER_DIFFUSERS, names.IMAGE_ENCODER),
+                Layout(names.IMAGE_ENCODER_FLAT_SIGNATURE, documented=names.IMAGE_ENCODER),
+            ),
+            places=("models_clip*", "image_encoder/*"),
+            untrainable=names.unused_in_image_encoder,
+        ),
+    ),
+    denoiser="dit",
+    variant=variant,
+    text_column="prompt",
+    medium_kind="video",
+    tokenizers={
+        "tokenizer_path": TokenizerFacts(
+            "text_encoder",
+            ("google/umt5-xxl", "../tokenizer"),
+            "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl",
+            layouts=(("tokenizer.json",),),
+        )
+    },
+    copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
+)
