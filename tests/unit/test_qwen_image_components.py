@@ -7,13 +7,13 @@ from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.qwen_image.components import (
     build,
     config_of,
-    count_blocks,
     infer_text_encoder,
     infer_transformer,
     infer_vae,
     split_even,
 )  # fmt: skip
 from diffsynth_core.families.qwen_image.names import text_encoder_key
+from diffsynth_core.families.shapes import count_blocks
 
 TRANSFORMER = {
     "num_layers": 60,
