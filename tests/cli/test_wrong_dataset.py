@@ -96,7 +96,7 @@ def test_a_missing_column(refuse, dataset, header, column, there, hint):
             "metadata.json",
             '[{"image": ["coffee.png", "rocket.png"], "prompt": "a"}]',
             " row 1: column `image` lists 2 files, expected one",
-            "write one row per picture",
+            "write one row per file",
         ),
         (
             "metadata.jsonl",

@@ -20,7 +20,7 @@ def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: in
     nothing: Any = None
     parameters = Parameters(dataset_num_workers=workers)
     return Plan(
-        parameters, nothing, {}, {}, nothing, nothing, steps, Start(first_step), device="cpu", mixed_precision="no", world_size=world_size
+        parameters, nothing, nothing, {}, {}, nothing, nothing, steps, Start(first_step), device="cpu", mixed_precision="no", world_size=world_size
     )  # fmt: skip
 
 

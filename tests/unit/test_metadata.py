@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from diffsynth_core.data.frame_counts import FrameCounts
+from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import find_metadata, read_metadata
 from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import build_samples
@@ -30,8 +32,10 @@ def caption_of(folder, name, content):
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(folder / "a.png")
-    rule = SizeRule(None, None, 1 << 20, 16)
-    found, problems = build_samples(read(folder, name, content), folder, "prompt", ["image"], rule, SilentReporter())
+    rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
+    counts = FrameCounts(folder / "frames")
+    metadata = read(folder, name, content)
+    found, problems = build_samples(metadata, folder, "prompt", "image", rule, counts, SilentReporter())
     assert not problems
     return found.samples[0].caption
 

@@ -148,7 +148,7 @@ def test_components_are_known_by_their_place(place, component):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("qwen-imag", "did you mean `qwen-image`?"), ("", "known: qwen-image"), ("zzz", "known: qwen-image")],
+    [("qwen-imag", "did you mean `qwen-image`?"), ("", "known: qwen-image, wan"), ("zzz", "known: qwen-image, wan")],
 )
 def test_a_family_that_is_not_there_is_told_with_those_that_are(name, hint):
     problem = unknown_family(name)

@@ -155,7 +155,7 @@ def test_order_and_rows_stay_with_many_pictures(folder):
         Image.new("RGB", (16 + 16 * (number % 4), 16)).save(folder / f"{number}.png")
     found, _ = build(folder, *(row(f"{number}.png", str(number)) for number in range(40)))
     assert [sample.caption for sample in found.samples] == [str(number) for number in range(40)]
-    assert [sample.width for sample in found.samples] == [16 + 16 * (number % 4) for number in range(40)]
+    assert [sample.shape[2] for sample in found.samples] == [16 + 16 * (number % 4) for number in range(40)]
 
 
 def test_a_sample_is_named_by_row_and_file(tmp_path):

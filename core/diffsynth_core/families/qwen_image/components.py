@@ -9,6 +9,7 @@ from torch import nn
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
+from diffsynth_core.families.shapes import count_blocks
 
 DEFAULT_HEAD_SIZE = 128
 """Size of an attention head of Qwen2.5-VL's text model: shapes give only heads times size."""
@@ -135,11 +136,6 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
         "attn_scales": [],
         "temperal_downsample": strides,
     }
-
-
-def count_blocks(shapes: Shapes, prefix: str) -> int:
-    """How many numbered blocks stand below `prefix`."""
-    return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
 
 
 def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:

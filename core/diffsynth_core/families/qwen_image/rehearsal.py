@@ -1,15 +1,14 @@
 """Tiny random Qwen-Image components: the same classes, file layout and key names as the published ones."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
+from diffsynth_core.families.tiny_weights import GAINS, fill, write_json, write_weights
 
 TEMPLATE_WORDS = (
     *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
@@ -25,10 +24,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-
-GAINS = {"dit": 3**-0.5, "text_encoder": 1.0, "vae": 1.0}
-"""Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
-than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,12 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         write_tokenizer(folder.parent / "tokenizer", vocabulary, merges)
     config = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae}[component](sizes)
     module = build(component, config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        _fill(name, parameter, GAINS[component], generator)
+    fill(module, GAINS[component], seed=0)
     tensors = {
         _file_key(component, name): tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()
     }
     _write_config(folder / "config.json", component, module, config)
-    _write_weights(folder, place.name, tensors)
+    write_weights(folder, place.name, tensors)
 
 
 def _transformer(sizes: TinySizes) -> dict[str, Any]:
@@ -113,24 +106,6 @@ def _vae(sizes: TinySizes) -> dict[str, Any]:
     return {"base_dim": sizes.vae_width, "latents_mean": [0.0] * 16, "latents_std": [0.64] * 16}
 
 
-@torch.no_grad()
-def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
-    """Random weights under which different inputs stay different.
-
-    Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of a picture).
-    With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
-    """
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif parameter.ndim == 1 or name.endswith("gamma"):
-        parameter.fill_(1.0)
-    elif "embed_tokens" in name:
-        parameter.normal_(generator=generator)
-    else:
-        fan_in = parameter.shape[1] * math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
-        parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
-
-
 def _file_key(component: str, name: str) -> str:
     """The name a tensor has in published files: those of the text encoder keep earlier names."""
     if component != "text_encoder":
@@ -143,27 +118,7 @@ def _write_config(path: Path, component: str, module: Any, config: dict[str, Any
         content = {"architectures": [type(module).__name__], "model_type": "qwen2_5_vl", **config}
     else:
         content = {"_class_name": type(module).__name__, **dict(module.config)}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> None:
-    """One file, or two shards and their index where the pattern expects several."""
-    from safetensors.torch import save_file
-
-    names = list(tensors)
-    if "*" not in pattern:
-        save_file(tensors, folder / pattern, metadata={"format": "pt"})
-        return
-    stem, _, ending = pattern.partition("*")
-    half = len(names) // 2
-    weight_map = {}
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        file_name = f"{stem}-{number:05d}-of-00002{ending}"
-        save_file({name: tensors[name] for name in part}, folder / file_name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, file_name))
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / f"{stem}{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -210,4 +165,4 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple
         "add_prefix_space": False,
         "model_max_length": 131072,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

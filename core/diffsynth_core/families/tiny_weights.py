@@ -1,0 +1,67 @@
+"""Tiny random components: how they are filled and written, whatever the family."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+GAINS = {"dit": 3**-0.5, "text_encoder": 1.0, "vae": 1.0, "image_encoder": 1.0}
+"""Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
+than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
+
+EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
+"""Ends of the names of tables that are looked up, not multiplied."""
+
+
+def fill(module: nn.Module, gain: float, seed: int) -> None:
+    """Random parameters, the same for the same seed, under which different inputs stay different."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        _fill(name, parameter, gain, generator)
+
+
+@torch.no_grad()
+def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
+    """Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of a picture).
+
+    With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
+    """
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1 or name.endswith("gamma"):
+        parameter.fill_(1.0)
+    elif name.endswith(EMBEDDINGS):
+        parameter.normal_(generator=generator)
+    else:
+        fan_in = parameter.shape[1] * math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
+        parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
+
+
+def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> None:
+    """One file, or two shards and their index where the pattern expects several; pickled where it ends in `.pth`."""
+    from safetensors.torch import save_file
+
+    names = list(tensors)
+    if pattern.endswith(".pth"):
+        torch.save(tensors, folder / pattern)
+        return
+    if "*" not in pattern:
+        save_file(tensors, folder / pattern, metadata={"format": "pt"})
+        return
+    stem, _, ending = pattern.partition("*")
+    half = len(names) // 2
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file_name = f"{stem}-{number:05d}-of-00002{ending}"
+        save_file({name: tensors[name] for name in part}, folder / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file_name))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / f"{stem}{ending}.index.json", index)
+
+
+def write_json(path: Path, content: object) -> None:
+    """A JSON file as the model hubs have them: two spaces deep."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

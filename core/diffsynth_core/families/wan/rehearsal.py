@@ -1,0 +1,273 @@
+"""Tiny random Wan components: the same classes, file layouts and key names as the published ones."""
+
+import math
+import string
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.families.tiny_weights import GAINS, fill, write_json, write_weights
+from diffsynth_core.families.wan import names
+from diffsynth_core.families.wan.components import IMAGE_ENCODER_HEADS, LATENTS_MEAN_48, LATENTS_STD_48, build
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
+
+DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
+"""Files in folders of these names have the layout of diffusers repositories, all others Wan's own."""
+IMAGE_TOKENS = 257
+"""What CLIP makes of a picture of 224 x 224 pixels in patches of 14, and one token for the whole."""
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+"""Numbers 0, 1 and 2, as in UMT5's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the transformers of Wan differ in kind; `type_name` is `model_type` in Wan's own config.json."""
+
+    type_name: str
+    in_channels: int
+    out_channels: int = 16
+    pictures: int = 0
+    """How many pictures it reads through CLIP."""
+
+
+VARIANTS = (
+    ("*Wan2.2-TI2V*", Variant("ti2v", 48, 48)),
+    ("*Wan2.1-FLF2V*", Variant("flf2v", 36, pictures=2)),
+    ("*Wan2.1-I2V*", Variant("i2v", 36, pictures=1)),
+    ("*Wan2.2-I2V*", Variant("i2v", 36)),
+    ("*", Variant("t2v", 16)),
+)
+"""(pattern of the hub repository, its transformer), first match wins."""
+
+LATENT_SPREAD = {16: 0.75, 48: 0.64}
+"""Spread of the random VAEs' raw latents, by number of channels."""
+
+
+@dataclass(frozen=True)
+class TinySizes:
+    """Sizes of the random components; widths in channels."""
+
+    blocks: int = 2
+    heads: int = 2
+    head_size: int = 16
+    text_width: int = 64
+    vae_width: int = 8
+    image_width: int = 32
+    image_layers: int = 3
+
+
+def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
+    """Write one component below `base`/`model_id`, where `pattern` finds it, in the layout that `pattern` asks for.
+
+    The text encoder brings a tokenizer, the image encoder of the diffusers layout its image processor. The
+    transformers of different repositories and folders differ, so that two experts do.
+    """
+    place = PurePosixPath(pattern)
+    folder = base / model_id / place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    diffusers = place.parent.name in DIFFUSERS_FOLDERS
+    config = _config(component, model_id, place, sizes)
+    module = build(component, config).eval()
+    fill(module, GAINS[component], seed=zlib.crc32(f"{model_id}/{place.parent}".encode()) if component == "dit" else 0)
+    if component == "vae":
+        _spread_latents(module)
+    tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
+    tensors.pop("encoder.embed_tokens.weight", None)  # tied, and in no file
+    if component == "text_encoder":
+        write_tokenizer(folder.parent / "tokenizer" if diffusers else folder / "google" / "umt5-xxl")
+    if diffusers:
+        _write_companions(folder, component, module, config)
+    elif component == "dit":
+        write_json(folder / "config.json", _original_config(config, _variant(model_id)))
+    write_weights(folder, place.name, _in_layout(_key_map(component, diffusers, config), tensors))
+
+
+def _config(component: str, model_id: str, place: PurePosixPath, sizes: TinySizes) -> dict[str, Any]:
+    if component == "dit":
+        return _transformer(_variant(model_id), sizes)
+    if component == "vae":
+        newer = "Wan2.2_VAE" in place.name or ("Wan2.1_VAE" not in place.name and "TI2V-5B" in model_id)
+        return _vae_2_2(sizes) if newer else {"base_dim": sizes.vae_width}
+    return {"text_encoder": _text_encoder, "image_encoder": _image_encoder}[component](sizes)
+
+
+def _variant(model_id: str) -> Variant:
+    return next(variant for pattern, variant in VARIANTS if fnmatch(model_id, pattern))
+
+
+def _transformer(variant: Variant, sizes: TinySizes) -> dict[str, Any]:
+    width = sizes.heads * sizes.head_size
+    config = {
+        "num_layers": sizes.blocks,
+        "num_attention_heads": sizes.heads,
+        "attention_head_dim": sizes.head_size,
+        "in_channels": variant.in_channels,
+        "out_channels": variant.out_channels,
+        "text_dim": sizes.text_width,
+        "ffn_dim": 4 * width,
+    }
+    if variant.pictures:
+        config |= {"image_dim": sizes.image_width, "added_kv_proj_dim": width}
+    if variant.pictures > 1:
+        config["pos_embed_seq_len"] = variant.pictures * IMAGE_TOKENS
+    return config
+
+
+def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
+    heads = 4
+    return {
+        "vocab_size": len(tiny_vocabulary()),
+        "d_model": sizes.text_width,
+        "d_kv": sizes.text_width // heads,
+        "d_ff": 2 * sizes.text_width,
+        "num_layers": 2,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _vae_2_2(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "base_dim": sizes.vae_width,
+        "decoder_base_dim": 2 * sizes.vae_width,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": LATENTS_MEAN_48,
+        "latents_std": LATENTS_STD_48,
+    }
+
+
+def _image_encoder(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "hidden_size": sizes.image_width,
+        "intermediate_size": 2 * sizes.image_width,
+        "num_hidden_layers": sizes.image_layers,
+        "num_attention_heads": math.gcd(sizes.image_width, IMAGE_ENCODER_HEADS),
+        "patch_size": 14,
+        "image_size": 224,
+        "hidden_act": "gelu",
+    }
+
+
+@torch.no_grad()
+def _spread_latents(module: Any) -> None:
+    """Give latents the published mean and spread, which files in Wan's own layout cannot tell: normalised, 0 and 1."""
+    mean = torch.tensor(module.config.latents_mean)
+    spread = torch.tensor(module.config.latents_std) / LATENT_SPREAD[len(mean)]
+    module.quant_conv.weight[: len(mean)] *= spread.view(-1, 1, 1, 1, 1)
+    module.quant_conv.bias[: len(mean)] = mean
+
+
+def _key_map(component: str, diffusers: bool, config: Mapping[str, Any]) -> KeyMap:
+    if diffusers:
+        return names.IMAGE_ENCODER_DIFFUSERS if component == "image_encoder" else SAME_NAMES
+    vae = names.VAE_2_2 if config.get("is_residual") else names.VAE_2_1
+    return {
+        "dit": names.DIT,
+        "text_encoder": names.TEXT_ENCODER,
+        "vae": vae,
+        "image_encoder": names.IMAGE_ENCODER,
+    }[component]
+
+
+def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a module under the names of a layout; CLIP in Wan's own has parts that nobody reads."""
+    found = [(name, table.theirs(name)) for name in tensors]
+    renamed = {theirs: table.join(theirs, tensors) for theirs in dict.fromkeys(theirs for _, theirs in found if theirs)}
+    if table is names.IMAGE_ENCODER:
+        width = tensors["post_layernorm.weight"].numel()
+        renamed["visual.head"] = torch.zeros(width, width, dtype=torch.bfloat16)
+        renamed["textual.head.0.weight"] = torch.zeros(width, width, dtype=torch.bfloat16)
+        renamed["log_scale"] = torch.zeros((), dtype=torch.bfloat16)
+    return renamed
+
+
+def _original_config(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Wan's own config.json of a transformer."""
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": config["num_attention_heads"] * config["attention_head_dim"],
+        "eps": 1e-06,
+        "ffn_dim": config["ffn_dim"],
+        "freq_dim": 256,
+        "in_dim": config["in_channels"],
+        "model_type": variant.type_name,
+        "num_heads": config["num_attention_heads"],
+        "num_layers": config["num_layers"],
+        "out_dim": config["out_channels"],
+        "text_len": 512,
+    }
+
+
+def _write_companions(folder: Path, component: str, module: Any, config: Mapping[str, Any]) -> None:
+    """The config.json of a folder of a diffusers repository, and the image processor beside CLIP."""
+    if component == "image_encoder":
+        content = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **config}
+        (folder.parent / "image_processor").mkdir(exist_ok=True)
+        write_json(folder.parent / "image_processor" / "preprocessor_config.json", IMAGE_PROCESSOR)
+    elif component == "text_encoder":
+        content = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "tie_word_embeddings": False, **config}
+    else:
+        content = {"_class_name": type(module).__name__, **dict(module.config)}
+    write_json(folder / "config.json", content)
+
+
+IMAGE_PROCESSOR = {
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "CLIPImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 224},
+}
+"""The preprocessor_config.json of CLIP ViT-H."""
+
+
+def tiny_vocabulary() -> list[tuple[str, float]]:
+    """(token, log-probability): bytes for rare characters, then letters, pairs of letters and what ASCII has besides."""
+    pairs = [first + second for first in "▁" + string.ascii_lowercase for second in string.ascii_lowercase]
+    characters = ["▁", *(character for character in string.printable if not character.isspace())]
+    return [
+        *((token, 0.0) for token in SPECIAL_TOKENS),
+        *((f"<0x{number:02X}>", -12.0) for number in range(256)),
+        *((token, -6.0) for token in characters),
+        *((token, -8.0) for token in pairs),
+    ]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer in the published layout, which ends each text with `</s>`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pad, end, unknown = SPECIAL_TOKENS
+    tokenizer = Tokenizer(Unigram(tiny_vocabulary(), unk_id=SPECIAL_TOKENS.index(unknown), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, SPECIAL_TOKENS.index(end))]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": end, "pad_token": pad, "unk_token": unknown}
+    write_json(folder / "special_tokens_map.json", special)
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 1000000000000000019884624838656}
+    write_json(folder / "tokenizer_config.json", {**special, **config})
