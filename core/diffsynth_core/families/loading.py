@@ -34,6 +34,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
     config = family.config_of(files, module_shapes(files))
     with init_empty_weights(include_buffers=False):
         module = family.build(files.component, config)
+    _tie(module)
     return module.eval().requires_grad_(False)
 
 
@@ -111,9 +112,14 @@ def load_component(
                 for name, value in files.layout.names.cut(key, tensor).items():
                     _place(module, name, value, torch.float32 if _stays_float32(module, name) else dtype, device)
                 task.advance()
+    _tie(module)
+    return module.to(device)
+
+
+def _tie(module: nn.Module) -> None:
+    """Make tensors one again that are one by the configuration; moving them to a device or filling them parts them."""
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
-    return module.to(device)
 
 
 def _stays_float32(module: nn.Module, name: str) -> bool:
