@@ -88,6 +88,7 @@ def _assign(
     """Which files are which component, told by their tensors; the name only says what the user took them for."""
     assigned = _Assigned({}, {}, set())
     components = assigned.components
+    taken: dict[str, FileSet] = {}
     for file_set, tensors in headers:
         expected = _expected(file_set, facts)
         found = recognise(tensors, facts)
@@ -96,19 +97,10 @@ def _assign(
             assigned.told.update({expected} if expected else ())
             continue
         component, layout = found
-        if component.name in components:
-            first = components[component.name].origin
-            absent = expected if expected and expected not in components else None
-            lacks = f", and no file is its {absent}" if absent else ""
-            assigned.told.update({absent} if absent else ())
-            problems.append(
-                Problem(
-                    f"`{file_set.origin}` and `{first}` are both the {component.name} of {facts.title}{lacks}",
-                    "name one of them",
-                    wrong_use=True,
-                )
-            )
+        if component.name in taken:
+            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.told))
             continue
+        taken[component.name] = file_set
         config = _config_beside(file_set.paths[0], component, facts)
         components[component.name] = ComponentFiles(component.name, file_set.source, file_set.paths, config, layout)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -116,6 +108,25 @@ def _assign(
             shapes |= layout.names.cut_shape(name, tensor.shape)
         assigned.shapes[component.name] = shapes
     return assigned
+
+
+def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, told: set[str]) -> Problem:
+    """Two file sets are one component; if one of them is named like another component, that is the mistake."""
+    for file_set in both:
+        expected = _expected(file_set, facts)
+        if expected and expected != component.name:
+            told.add(expected)
+            return Problem(
+                f"`{file_set.origin}` holds the {component.name} of {facts.title}, not its {expected}",
+                f"put the {expected} ({facts.component(expected).title}) there, or name its files",
+                wrong_use=True,
+            )
+    first, second = both
+    return Problem(
+        f"`{second.origin}` and `{first.origin}` are both the {component.name} of {facts.title}",
+        "name one of them",
+        wrong_use=True,
+    )
 
 
 def _copies(family: str | None) -> dict[str, str]:
