@@ -377,7 +377,10 @@ class Parameters(BaseModel):
         False, "gradient", "bool", "Recompute activations in the backward pass: less memory, more time"
     )
     use_gradient_checkpointing_offload: bool = _setting(
-        False, "gradient", "bool", "Also keep checkpointed activations in host memory", planned=True
+        False,
+        "gradient",
+        "bool",
+        "Recompute activations, and let the inputs of the recomputed blocks wait in host memory: less GPU memory still",
     )
     gradient_accumulation_steps: Integer = _setting(
         1, "gradient", "int", "Micro-batches per optimizer step on each process", unit="micro-batches", ge=1

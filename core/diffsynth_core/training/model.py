@@ -1,6 +1,7 @@
 """What trains: the loaded components with their LoRA, and the loss of a micro-batch."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffsynth_core.families.loading import load_component, stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
+from diffsynth_core.training.activations import HostActivations
 from diffsynth_core.training.encode import load_tokenizers
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
@@ -53,7 +55,8 @@ class TrainingModule(nn.Module):
         timesteps = torch.tensor([draw_timestep(*key, low=low, high=high) for key in keys], device=latents.device)
         sigma = self.sigmas[timesteps]
         noisy = add_noise(latents, noise, sigma, batch.get("given"))
-        prediction = self._family.predict_velocity(self._known(), noisy, sigma, batch)
+        with HostActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
+            prediction = self._family.predict_velocity(self._known(), noisy, sigma, batch)
         return velocity_loss(prediction, latents, noise, self.weights[timesteps], batch.get("given"))
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -104,7 +107,7 @@ def build_training_module(
                 reporter.info(
                     f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )
-        if settings.use_gradient_checkpointing:
+        if settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload:
             family.checkpoint_gradients(name, module)
         components[name] = module
         tokenizers.update(load_tokenizers(plan, family, name))

@@ -1,0 +1,36 @@
+"""Where activations wait for the backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+Packed = Tensor | tuple[torch.device, Tensor]
+
+
+class HostActivations(saved_tensors_hooks):
+    """Within this context what the backward pass needs waits in host memory; parameters stay where they are.
+
+    Together with gradient checkpointing these are the inputs of the checkpointed blocks
+    (`torch.autograd.graph.save_on_cpu`, which would carry parameters over too).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_to_host, _from_host)
+
+
+def _to_host(tensor: Tensor) -> Packed:
+    if isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
+        return tensor
+    waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
+    waiting.copy_(tensor)
+    return tensor.device, waiting
+
+
+def _from_host(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, waiting = packed
+    moved: Tensor = waiting.to(device, non_blocking=True)
+    return moved
