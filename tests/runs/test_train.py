@@ -87,11 +87,11 @@ def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_
     real = encode.load_pixels
     calls = []
 
-    def failing(sample, column):
-        calls.append(sample.row)
+    def failing(excerpt):
+        calls.append(excerpt.path)
         if len(calls) == 3:
             raise MemoryError("as the system would")
-        return real(sample, column)
+        return real(excerpt)
 
     monkeypatch.setattr(encode, "load_pixels", failing)
     assert cli(*common(photographs, "--output_path", "first", *cache)).code == 1
@@ -283,9 +283,9 @@ def test_a_picture_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, 
 
     real = encode.load_pixels
 
-    def changing(sample, column):
-        pixels = real(sample, column)
-        sample.media[column].path.touch()
+    def changing(excerpt):
+        pixels = real(excerpt)
+        excerpt.path.touch()
         return pixels
 
     monkeypatch.setattr(encode, "load_pixels", changing)

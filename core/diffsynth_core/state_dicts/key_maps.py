@@ -7,7 +7,7 @@ stands for a number; a table names modules, and the leaf behind them (`weight`, 
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,23 @@ LEAVES = ("weight", "bias", "gamma")
 
 
 class KeyMap:
-    """Names that are the same on both sides; the base of the maps that translate."""
+    """Names that are the same on both sides; the base of the maps that translate.
+
+    Args:
+        arguments: what the map is made of: maps of equal arguments are equal, and are pickled by them.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._arguments == other._arguments  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(repr(self._arguments))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
     def ours(self, name: str) -> tuple[str, ...] | None:
         """The names in our module of what `theirs` calls `name`.
@@ -57,6 +73,7 @@ class PrefixMap(KeyMap):
     """Prefixes that differ, as (theirs, ours), first match wins in each direction; other names stay."""
 
     def __init__(self, *prefixes: tuple[str, str]) -> None:
+        super().__init__(*prefixes)
         self._prefixes = prefixes
 
     def ours(self, name: str) -> tuple[str, ...]:
@@ -90,6 +107,7 @@ class TableMap(KeyMap):
         unsqueezed: Mapping[str, tuple[str, int]] | None = None,
         unneeded: tuple[str, ...] = (),
     ) -> None:
+        super().__init__(renamed, stacked, unsqueezed, unneeded)
         rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in renamed.items()}
         rules |= dict(stacked or {})
         rules |= {theirs: (ours,) for theirs, (ours, _) in (unsqueezed or {}).items()}
