@@ -1,0 +1,70 @@
+"""Which frames of a file are trained on, as pure functions; and what of them identifies an encoding."""
+
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.data.media import Excerpt, FrameRule, MediaHeader, MediaRule, choose_excerpt
+from diffsynth_core.data.pictures import SizeRule
+
+
+def rule(num_frames=49, start="first", seed=0, frame_rate=None):
+    return FrameRule(num_frames, 4, frame_rate, start, seed)
+
+
+@pytest.mark.parametrize(
+    ("available", "length"),
+    [(200, 49), (49, 49), (48, 45), (46, 45), (45, 45), (7, 5), (5, 5), (4, 1), (1, 1)],
+)
+def test_a_clip_is_cut_to_four_n_and_one(available, length):
+    assert rule().length(available) == length
+    for start in ("first", "middle", "random"):
+        first = rule(start=start).first(available, row=3)
+        assert 0 <= first <= available - length
+
+
+def test_where_a_clip_begins():
+    assert rule(start="first").first(150, 1) == 0
+    assert rule(start="middle").first(150, 1) == 50
+    starts = {rule(start="random").first(150, row) for row in range(2000)}
+    assert starts == set(range(102))  # 0 .. 150 - 49
+
+
+def test_a_random_start_depends_on_seed_and_row_alone():
+    def starts(seed):
+        return [rule(start="random", seed=seed).first(500, row) for row in range(20)]
+
+    assert starts(1) == starts(1) != starts(2)
+
+
+@pytest.mark.parametrize(("start", "limit"), [("first", 49), ("middle", None), ("random", None)])
+def test_frames_are_counted_no_further_than_needed(start, limit):
+    assert rule(start=start).frames_to_count == limit
+
+
+def test_an_excerpt_of_a_video():
+    media = MediaRule(SizeRule(64, 96, 1 << 20, 16), rule(17, "middle", frame_rate=16))
+    header = MediaHeader(320, 240, 30, video=True, rotated=False, transparent=False)
+    excerpt = choose_excerpt(Path("a.mp4"), header, media, row=1)
+    assert excerpt == Excerpt(Path("a.mp4"), 64, 96, True, start=6, frames=17, frame_rate=16)
+    assert excerpt.shape == (17, 64, 96)
+    assert excerpt.first_frame.shape == (1, 64, 96)
+
+
+def test_a_picture_among_videos_is_one_frame():
+    media = MediaRule(SizeRule(None, None, 1 << 20, 16), rule(17))
+    header = MediaHeader(100, 50, 1, video=False, rotated=False, transparent=False)
+    assert choose_excerpt(Path("a.png"), header, media, row=1) == Excerpt(Path("a.png"), 48, 96)
+
+
+def test_whatever_changes_the_pixels_changes_the_identity():
+    base = Excerpt(Path("a.mp4"), 64, 96, True, 0, 17, None)
+    others = [
+        Excerpt(Path("a.mp4"), 64, 96, True, 1, 17, None),
+        Excerpt(Path("a.mp4"), 64, 96, True, 0, 13, None),
+        Excerpt(Path("a.mp4"), 64, 96, True, 0, 17, 16.0),
+        Excerpt(Path("a.mp4"), 80, 96, True, 0, 17, None),
+        Excerpt(Path("a.mp4"), 64, 96, False),
+    ]
+    assert all(other.transform != base.transform for other in others)
+    assert Excerpt(Path("b.mp4"), 64, 96, True, 0, 17, None).transform == base.transform

@@ -1,0 +1,67 @@
+"""Pickled weight files: read as tensors and nothing else, and as other weight files everywhere."""
+
+import pickle
+
+import pytest
+import torch
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.state_dicts.pickled import read_pickled
+from diffsynth_core.state_dicts.tensors import iterate_tensors
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3).bfloat16(), "b": torch.tensor([1.5])}
+
+
+@pytest.fixture(params=["zip", "legacy", "wrapped"])
+def path(request, tmp_path):
+    content = {"model_state": TENSORS} if request.param == "wrapped" else TENSORS
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=request.param != "legacy")
+    return tmp_path / "x.pth"
+
+
+def test_tensors_and_headers_are_read(path):
+    read = read_pickled(path)
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+    assert dict(iterate_tensors(path)).keys() == TENSORS.keys()
+    headers = read_headers([path])
+    assert {name: (header.dtype, header.shape, header.path) for name, header in headers.items()} == {
+        "a.weight": ("BF16", (2, 3), path),
+        "b": ("F32", (1,), path),
+    }
+
+
+class Runs:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Runs(), "cannot be read as a file of tensors"),
+        ({"a": torch.zeros(1), "epoch": 3}, "holds something besides named tensors"),
+        ([torch.zeros(1)], "holds something besides named tensors"),
+    ],
+)
+def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(DiffSynthError, match=message):
+        read_headers([tmp_path / "x.pth"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), b"PK\x03\x04 cut short"])
+def test_a_damaged_file_is_told(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(DiffSynthError, match=r"`.*x\.pth` (cannot be read|holds something)"):
+        read_pickled(tmp_path / "x.pth")
+
+
+def test_a_file_cut_short_is_told(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DiffSynthError, match="cannot be read as a file of tensors"):
+        read_headers([path])
