@@ -25,6 +25,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+
 @dataclass(frozen=True)
 class TinySizes:
     """Sizes of the random components; widths in channels."""
