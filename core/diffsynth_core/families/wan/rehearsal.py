@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffsynth_core.families.tiny_weights import GAINS, fill, write_json, write_weights
 from diffsynth_core.families.wan import names
@@ -45,8 +45,8 @@ VARIANTS = (
 )
 """(pattern of the hub repository, its transformer), first match wins."""
 
-LATENT_SPREAD = {16: 0.75, 48: 0.64}
-"""Spread of the random VAEs' raw latents, by number of channels."""
+LATENT_SPREAD = {16: 0.75, 48: 0.6}
+"""Spread of the random VAEs' raw latents by number of channels, between that of photographs and that of clips."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ IMAGE_PROCESSOR = {
 
 
 def tiny_vocabulary() -> list[tuple[str, float]]:
-    """(token, log-probability): bytes for rare characters, then letters, pairs of letters and what ASCII has besides."""
+    """(token, log-probability): bytes for rare characters, then what ASCII has, then pairs of letters."""
     pairs = [first + second for first in "▁" + string.ascii_lowercase for second in string.ascii_lowercase]
     characters = ["▁", *(character for character in string.printable if not character.isspace())]
     return [
