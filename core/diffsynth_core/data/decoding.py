@@ -1,0 +1,211 @@
+"""One ffmpeg process that decodes a video into a pipe, and what its log says about damage.
+
+ffmpeg conceals damage and ends well. Its log tells the order in which packets were read and frames decoded, so that a
+sign of damage can be placed before or behind the frames that are used, whatever the number of threads.
+"""
+
+import math
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+from numpy.typing import NDArray
+
+from diffsynth_core.errors import DiffSynthError
+
+FORMATS = "mov,matroska,avi,gif"
+"""ffmpeg's names of the containers that are read; playlists, which open other files, and pictures are not."""
+FRAME_DAMAGE = (
+    b"corrupt decoded frame",
+    b"Error submitting packet to decoder",
+    b"Decoding error:",
+    b"LZW decode failed",
+    b"slice CRC mismatch",
+)
+"""What decoders say of a frame that is lost or concealed, before the frame itself."""
+PACKET_DAMAGE = (b"invalid as first byte of an EBML number", b"exceeds containing master element")
+"""What is said of bytes passed over between two packets."""
+CUT_OFF = (b"File ended prematurely", b"partial file", b"corrupt input packet")
+"""What is said where a file ends within a packet."""
+DECODED, READ = b"decoder -> pts:", b"demuxer -> ist_index:"
+"""What `-debug_ts` says once for each frame, and for each packet."""
+CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"encoder -> ", b"muxer <- ")
+REORDERING = 16
+"""A packet is read at most so many frames before it is shown (H.264, max_num_reorder_frames)."""
+KEPT_LINES = 500
+REASONS = (
+    ("matches no streams", "it has no video stream"),
+    ("Format not on whitelist", "it is no MP4, MOV, MKV, WebM, AVI or GIF"),
+    ("Error opening input: Invalid data", "it is no MP4, MOV, MKV, WebM, AVI or GIF, or its header is damaged"),
+    ("Error opening input: End of file", "it ends before its first frame"),
+)
+"""(what ffmpeg says, what it means), the first that is found"""
+
+
+def unreadable(path: Path, reason: str) -> DiffSynthError:
+    """The error for a video that cannot be used."""
+    if path.is_file() and path.stat().st_size == 0:
+        reason = "the file is empty"
+    return DiffSynthError(f"`{path}` cannot be read as a video: {reason}", "replace the file or take its row out")
+
+
+class Decoding:
+    """An ffmpeg process that decodes the first video stream of `path` into a pipe; it is gone after the block.
+
+    `output` are ffmpeg's arguments behind the input: filters and format.
+
+    Raises:
+        DiffSynthError: when ffmpeg cannot be started.
+    """
+
+    def __init__(self, path: Path, output: Sequence[str]) -> None:
+        self._path = path
+        self._log = _Log()
+        before = ["-nostdin", "-nostats", "-hide_banner", "-loglevel", "repeat+level+info", "-debug_ts"]
+        # Without -reinit_filter 0, filters count frames anew after a change of size or colours.
+        reading = ["-format_whitelist", FORMATS, "-reinit_filter", "0", "-i", f"file:{path}"]
+        self._arguments = [*before, *reading, "-map", "0:V:0", "-fps_mode", "passthrough", *output, "-"]
+
+    def __enter__(self) -> Self:
+        try:
+            self._process = subprocess.Popen(
+                [get_ffmpeg_exe(), *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "AV_LOG_FORCE_NOCOLOR": "1"},
+                process_group=0,  # Ctrl-C is the caller's business: a clip in work is read to its end
+            )
+        except (OSError, RuntimeError) as error:
+            raise DiffSynthError(f"ffmpeg cannot be started: {error}", "install `imageio-ffmpeg` again") from error
+        self._pixels = cast(BufferedReader, self._process.stdout)
+        self._messages = cast(BufferedReader, self._process.stderr)
+        # A thread of its own: ffmpeg stands still while nobody reads what it says.
+        self._listener = threading.Thread(target=self._log.read, args=(self._messages,), daemon=True)
+        self._listener.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def read_into(self, target: NDArray[np.uint8]) -> bool:
+        """Fill `target`, which is contiguous, with what comes next; False when less came before the end."""
+        if self._pixels.readinto(target.data) == target.nbytes:
+            return True
+        self._process.wait()
+        return False
+
+    def read_all(self) -> bytes:
+        """All that comes until ffmpeg ends."""
+        everything = self._pixels.read()
+        self._process.wait()
+        return everything
+
+    def description(self) -> str:
+        """What ffmpeg said of the stream before it decoded it; call `check` first."""
+        text = "\n".join(self._log.lines)
+        mapped = re.search(r"Stream #0:(\d+) -> #0:0", text)
+        found = mapped and re.search(rf"Stream #0:{mapped[1]}\b.*?(?=Stream #|Stream mapping:)", text, re.DOTALL)
+        return found[0] if found else ""
+
+    def check(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
+        """End the process and judge what came: `arrived` frames from `start` on, of `asked` or, with None, of all.
+
+        Raises:
+            DiffSynthError: when the file cannot be opened or has no frames, or when it is cut off or damaged before
+                the last frame asked for.
+        """
+        self._stop()
+        reason = self._log.refusal()
+        if reason:
+            raise unreadable(self._path, reason)
+        complete = asked is not None and arrived >= asked
+        if self._log.cut_off and not complete:
+            raise unreadable(self._path, f"it is cut off after {start + arrived} frames")
+        damaged = self._log.first_damage(start + arrived if complete else None, frame_rate)
+        if damaged is not None:
+            raise unreadable(self._path, f"it is damaged at frame {damaged}")
+        if not self._log.frame_times:
+            raise unreadable(self._path, "it has no frames")
+
+    def _stop(self) -> None:
+        """End ffmpeg; its log is whole up to the last frame that came, for which its lines were written first."""
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        self._pixels.close()
+        self._messages.close()
+
+
+class _Log:
+    """What ffmpeg says with `-debug_ts`, read line by line while it works."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.frame_times: list[float] = []
+        """Seconds at which the decoded frames are shown, in the order of decoding."""
+        self.cut_off = False
+        self._packets = 0
+        self._damaged_frame: int | None = None
+        self._damaged_packet: int | None = None
+
+    def read(self, stream: BufferedReader) -> None:
+        # ffmpeg describes its output in pieces, between which other threads write: a line may begin anywhere.
+        for line in stream:
+            if DECODED in line:
+                self.frame_times.append(_seconds(line.partition(DECODED)[2]))
+            elif READ in line:
+                self._packets += 1
+            elif not any(word in line for word in CHATTER):
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        if self._damaged_frame is None and any(sign in line for sign in FRAME_DAMAGE):
+            self._damaged_frame = len(self.frame_times)
+        if self._damaged_packet is None and any(sign in line for sign in PACKET_DAMAGE):
+            self._damaged_packet = self._packets
+        self.cut_off = self.cut_off or any(sign in line for sign in CUT_OFF)
+        if len(self.lines) < KEPT_LINES:
+            self.lines.append(line.decode("utf-8", "replace").rstrip())
+
+    def refusal(self) -> str | None:
+        """Why ffmpeg did not open the file; None when it did."""
+        text = "\n".join(self.lines)
+        for said, meant in REASONS:
+            if said in text:
+                return meant
+        other = re.search(r"Error opening input: (.*)", text)
+        return other[1] if other else None
+
+    def first_damage(self, end: int | None, frame_rate: float | None) -> int | None:
+        """The first damaged frame that counts when frames before `end` are used, or all; None when all are sound."""
+        needed = self._needed(end, frame_rate)
+        signs = []
+        if self._damaged_frame is not None and self._damaged_frame < needed:
+            signs.append(self._damaged_frame)
+        if self._damaged_packet is not None and self._damaged_packet < needed + REORDERING:
+            signs.append(self._damaged_packet)
+        return min(signs, default=None)
+
+    def _needed(self, end: int | None, frame_rate: float | None) -> float:
+        """How many frames of the file it takes to make `end` of the rate asked for, as the filter `fps` rounds."""
+        if end is None or frame_rate is None:
+            return math.inf if end is None else end
+        places = [math.floor(time * frame_rate + 0.5) for time in self.frame_times]
+        return next((number for number, place in enumerate(places) if place - places[0] >= end), math.inf)
+
+
+def _seconds(line: bytes) -> float:
+    """The time in a line of the decoder; 0 where it knows none, which counts the frame among those used."""
+    found = re.search(rb"pts_time:(-?[\d.e+-]+)", line)
+    return float(found[1]) if found else 0.0

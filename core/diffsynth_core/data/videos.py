@@ -1,0 +1,125 @@
+"""Videos: what their headers say, how many frames can be decoded from them, and the pixels of a clip.
+
+The first video stream that is no cover picture counts. Rotation is applied; pixels that are not square are made square
+by changing the width. Colours follow the tags of the file, BT.601 in limited range where it has none; high dynamic
+range is not tone-mapped. Clear parts of a GIF become white; other alpha channels are passed over, which shows the
+colours stored under them.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffsynth_core.data.decoding import Decoding, unreadable
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_TRANSFORM = 1
+"""Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
+SCALER = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
+"""Without the flags behind the first, a video that keeps its size comes out darker by 1 to 2 of 255."""
+PLANES = (1, 2, 0)
+"""Where ffmpeg's planes green, blue and red stand in RGB; it writes planes in 60 % of the time of pixels."""
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """What the header of a video says; width and height are those of the upright video, in square pixels.
+
+    `frame_rate` is the mean number of frames per second with two decimals, as far as the header can be believed.
+    """
+
+    width: int
+    height: int
+    rotated: bool
+    frame_rate: float
+
+
+def read_video_header(path: Path) -> VideoHeader:
+    """Size, rotation and frame rate of a video; decodes its first frame.
+
+    Raises:
+        DiffSynthError: when the file is no video, or its first frame cannot be decoded.
+    """
+    with Decoding(path, ["-frames:v", "1", "-f", "framecrc"]) as decoding:
+        table = decoding.read_all().decode("ascii", "replace")
+        decoding.check(0, sum(not line.startswith("#") for line in table.splitlines()), 1, None)
+        stream = decoding.description()
+    size = re.search(r"^#dimensions 0: (\d+)x(\d+)$", table, re.MULTILINE)
+    if size is None:
+        raise unreadable(path, "it tells no size")
+    aspect = re.search(r"^#sar 0: ([1-9]\d*)/([1-9]\d*)$", table, re.MULTILINE)
+    width = round(int(size[1]) * (int(aspect[1]) / int(aspect[2]) if aspect else 1.0))
+    angle = re.search(r"Display ?Matrix: rotation of (-?[\d.]+)", stream, re.IGNORECASE)
+    return VideoHeader(width, int(size[2]), angle is not None and float(angle[1]) != 0, _frame_rate(stream, table))
+
+
+def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int:
+    """Number of frames that come out of a video, by decoding it; with a `limit`, decoding stops there.
+
+    Without a `frame_rate` these are the frames of the file, whatever their times; with one, those after resampling to
+    so many per second.
+
+    Raises:
+        DiffSynthError: when the file is no video, has no frames, or is cut off or damaged before the limit.
+    """
+    filters = [*_timing(frame_rate, 0, limit), "crop=1:1:0:0:exact=1", "format=gray"]
+    with Decoding(path, ["-vf", ",".join(filters), "-f", "rawvideo"]) as decoding:
+        frames = len(decoding.read_all())
+        decoding.check(0, frames, limit, frame_rate)
+    return frames
+
+
+def load_clip(
+    path: Path, start: int, frames: int, height: int, width: int, frame_rate: float | None
+) -> NDArray[np.uint8]:
+    """Frames `start` … `start + frames - 1` of a video at a training size, `[frames, height, width, 3]`, RGB, 0..255.
+
+    The frames are numbered as `count_frames` counts them with the same `frame_rate`. They are upright, scaled
+    (Lanczos) until they cover the size, then cut at the centre, as `load_picture` does. In memory the colours are
+    planes: the array is a view of `[frames, 3, height, width]`.
+
+    Raises:
+        DiffSynthError: when the file is no video, ends before the last frame, or is damaged up to there.
+    """
+    filters = [*_timing(frame_rate, start, start + frames), *_covering(height, width), "format=gbrp"]
+    planes = np.empty((frames, 3, height, width), np.uint8)
+    with Decoding(path, ["-vf", ",".join(filters), "-f", "rawvideo"]) as decoding:
+        arrived = 0
+        while arrived < frames and all(decoding.read_into(planes[arrived, colour]) for colour in PLANES):
+            arrived += 1
+        decoding.check(start, arrived, frames, frame_rate)
+    if arrived < frames:
+        behind = f" from frame {start} on" if start else ""
+        raise unreadable(path, f"it ends early: {arrived} of {frames} frames{behind}")
+    return planes.transpose(0, 2, 3, 1)
+
+
+def _frame_rate(stream: str, table: str) -> float:
+    """Frames per second: the mean of the file, or else what ffmpeg takes for its time base."""
+    mean = re.search(r" ([\d.]+)(k?) fps", stream)
+    if mean:
+        return float(mean[1]) * (1000 if mean[2] else 1)
+    base = re.search(r"^#tb 0: ([1-9]\d*)/(\d+)$", table, re.MULTILINE)
+    return round(float(Fraction(int(base[2]), int(base[1]))), 2) if base else 0.0
+
+
+def _timing(frame_rate: float | None, start: int, end: int | None) -> list[str]:
+    """Filters that resample in time and leave the frames `start` … `end - 1`."""
+    resampling = [] if frame_rate is None else [f"fps={Fraction(frame_rate).limit_denominator(1001)}"]
+    return [*resampling, f"trim=start_frame={start}" + ("" if end is None else f":end_frame={end}")]
+
+
+def _covering(height: int, width: int) -> list[str]:
+    """Filters that scale until the size is covered, rounding as Python does (half to even), and cut at the centre."""
+    upright, scale = "round(iw*sar)", f"max({width}/ld(0),{height}/ih)"
+    sides = [
+        f"'st(0,{upright});st(1,{side}*{scale});"
+        f"max({least},if(eq(ld(1)-floor(ld(1)),0.5),2*round(ld(1)/2),round(ld(1))))'"
+        for side, least in (("ld(0)", width), ("ih", height))
+    ]
+    cut = f"crop={width}:{height}:(iw-{width})/2:(ih-{height})/2:exact=1"
+    return [f"scale=w={sides[0]}:h={sides[1]}:flags={SCALER}", cut]
