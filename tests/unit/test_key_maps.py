@@ -32,7 +32,9 @@ def test_both_directions_come_from_one_row(theirs, ours):
     assert {TABLE.theirs(name) for name in ours} == {theirs}
 
 
-@pytest.mark.parametrize("name", ["blocks.x.q", "blocks.0.q.scale", "blocks.0.qq", "xblocks.0.q", "blocks.0.q.weight.x"])
+@pytest.mark.parametrize(
+    "name", ["blocks.x.q", "blocks.0.q.scale", "blocks.0.qq", "xblocks.0.q", "blocks.0.q.weight.x"]
+)
 def test_an_unknown_name_is_told_from_one_that_nobody_needs(name):
     assert TABLE.ours(name) is None
     assert TABLE.ours("text.layers.0.weight") == TABLE.ours("scale") == ()

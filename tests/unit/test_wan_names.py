@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.table import recognise_component
+from diffsynth_core.families.table import recognise
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import build
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap, TableMap
@@ -270,7 +270,7 @@ def test_qwen_image_s_vae_has_the_names_of_vae_2_1():
     with torch.device("meta"):
         module = AutoencoderKLQwenImage(base_dim=4)
     assert module.state_dict().keys() == tensors_of("vae 2.1").keys()
-    assert recognise_component(tensors_of("t2v"), QWEN_IMAGE) is None
+    assert recognise(tensors_of("t2v"), QWEN_IMAGE) is None
 
 
 def test_the_decoder_is_all_of_a_vae_that_a_clip_does_not_reach():

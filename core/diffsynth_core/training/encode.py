@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -35,8 +36,8 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
 
 def load_pixels(excerpt: Excerpt) -> Tensor:
     """A picture or clip at its training size, `[3, F, H, W]` float32 in [-1, 1]."""
-    pixels = torch.from_numpy(load_excerpt(excerpt).copy())
-    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1
+    channels = np.ascontiguousarray(load_excerpt(excerpt).transpose(3, 0, 1, 2))
+    return torch.from_numpy(channels).float().div_(127.5).sub_(1)
 
 
 class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
