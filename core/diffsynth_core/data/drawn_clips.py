@@ -1,2 +1,0 @@
-def draw_clips(folder):
-    raise NotImplementedError

@@ -1,3 +1,0 @@
-class FrameCounts:
-    def __init__(self, memory):
-        pass

@@ -1,0 +1,203 @@
+"""Faulty videos, model files and settings of Wan: told before any weight is read, with nothing written."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+
+T2V, I2V, TI2V = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.2-TI2V-5B"
+TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+DIT = "diffusion_pytorch_model*.safetensors"
+PLACES = {
+    T2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.1_VAE.pth"},
+    I2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.1_VAE.pth", "image_encoder": CLIP},
+    TI2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.2_VAE.pth"},
+}
+SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory) -> Path:
+    """A model base path with tiny models of Wan, each in the layout of its repository."""
+    from diffsynth_core.families.table import load_family
+
+    base = tmp_path_factory.mktemp("wan")
+    for model_id, places in PLACES.items():
+        for component, place in places.items():
+            load_family("wan").write_tiny_weights(base, component, model_id, place)
+    return base
+
+
+def write_video(path: Path, frames: int, *settings: str) -> None:
+    """A moving test picture of 128 x 96 pixels; `settings` are ffmpeg's, behind the input."""
+    source = f"testsrc2=size=128x96:rate=24,trim=end_frame={frames}"
+    command = [get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", *settings]
+    subprocess.run([*command, "-y", str(path)], check=True)
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """Three clips of 13 frames."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    write_video(folder / "a.mp4", 13, "-movflags", "+faststart")
+    for name in ("b.mp4", "c.mp4"):
+        shutil.copy(folder / "a.mp4", folder / name)
+    (folder / "metadata.csv").write_text("video,prompt\na.mp4,one\nb.mp4,two\nc.mp4,three\n")
+    return folder
+
+
+@pytest.fixture
+def models(tiny_models, tiny_wan, tmp_path, cli, monkeypatch) -> Path:
+    """Wan's tiny models, and Qwen-Image's."""
+    copy = Path(shutil.copytree(tiny_wan, tmp_path / "models"))
+    shutil.copytree(tiny_models, copy, dirs_exist_ok=True)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(copy))
+    return copy
+
+
+def entries(model_id: str, **other: str | None) -> tuple[str, str]:
+    """The files of a model, some of them others or none."""
+    named = {component: f"{model_id}:{place}" for component, place in PLACES[model_id].items()} | other
+    return "--model_id_with_origin_paths", ",".join(entry for entry in named.values() if entry)
+
+
+def test_a_file_of_another_family(refuse):
+    other = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+    assert refuse(*entries(T2V, dit=other), *SMALL, recipe="wan2.1-t2v-1.3b-lora") == (
+        2,
+        [
+            (
+                f"`{other}` is the transformer of Qwen-Image, not a component of Wan",
+                "name files of its components: dit, text_encoder, vae, image_encoder",
+            )
+        ],
+    )
+
+
+def test_the_text_encoder_in_place_of_the_transformer(refuse, models):
+    shutil.copy(models / T2V / TEXT, models / T2V / "diffusion_pytorch_model.pth")
+    wrong = f"{T2V}:diffusion_pytorch_model.pth"
+    assert refuse(*entries(T2V, dit=wrong), *SMALL, recipe="wan2.1-t2v-1.3b-lora") == (
+        2,
+        [
+            (
+                f"`{wrong}` holds the text_encoder of Wan, not its dit",
+                "put the dit (diffusion transformer) there, or name its files",
+            )
+        ],
+    )
+
+
+def test_an_image_to_video_recipe_without_its_image_encoder(refuse):
+    assert refuse(*entries(I2V, image_encoder=None), *SMALL, recipe="wan2.1-i2v-14b-480p-lora") == (
+        2,
+        [
+            (
+                "the files named hold no image_encoder (image encoder CLIP) for Wan (image to video)",
+                "name its files too",
+            )
+        ],
+    )
+
+
+def test_a_pickled_file_that_is_neither_there_nor_copied(refuse, models):
+    (models / T2V / "Wan2.1_VAE.pth").unlink()
+    copy = "DiffSynth-Studio/Wan-Series-Converted-Safetensors:Wan2.1_VAE.safetensors"
+    code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 1
+    assert message == (
+        f"`model_id_with_origin_paths`: nothing matches `{T2V}:Wan2.1_VAE.pth`, nor its copy `{copy}` below `{models}`"
+    )
+
+
+def test_a_vae_of_the_other_generation(refuse, models):
+    code, [(message, _)] = refuse(
+        *entries(TI2V, vae=f"{T2V}:Wan2.1_VAE.pth"), *SMALL, recipe="wan2.2-ti2v-5b-lora"
+    )
+    assert code == 2
+    assert message == (
+        f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents of 16 channels, the dit of Wan 2.2 TI2V takes 48"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message", "hint"),
+    [
+        (
+            "wan2.1-t2v-1.3b-lora",
+            ("--height", 72, "--width", 96, "--num_frames", 9),
+            "`height` 72 is not a multiple of 16, which Wan (text to video) needs",
+            "give `--height 64`",
+        ),
+        (
+            "wan2.2-ti2v-5b-lora",
+            ("--height", 64, "--width", 112, "--num_frames", 9),
+            "`width` 112 is not a multiple of 32, which Wan 2.2 TI2V needs",
+            "give `--width 96`",
+        ),
+        (
+            "wan2.1-t2v-1.3b-lora",
+            ("--height", 64, "--width", 96, "--num_frames", 12),
+            "`num_frames` 12 is not a multiple of 4 and one more, which Wan (text to video) needs",
+            "give `--num_frames 9` or `13`",
+        ),
+        (
+            "wan2.1-t2v-1.3b-lora",
+            (*SMALL, "--extra_inputs", "input_image"),
+            "`extra_inputs` names `input_image`, which Wan (text to video) does not take",
+            "leave it out",
+        ),
+        (
+            "wan2.1-i2v-14b-480p-lora",
+            (*SMALL, "--extra_inputs", "end_image"),
+            "`extra_inputs` lacks `input_image`, which Wan (image to video) cannot do without",
+            "give `--extra_inputs end_image,input_image`",
+        ),
+        (
+            "wan2.2-ti2v-5b-lora",
+            (*SMALL, "--extra_inputs", "input_imag"),
+            "`extra_inputs` names `input_imag`, which Wan 2.2 TI2V does not take",
+            "did you mean `input_image`?",
+        ),
+    ],
+)
+def test_settings_that_the_model_cannot_take(refuse, recipe, settings, message, hint):
+    assert refuse(*settings, recipe=recipe) == (2, [(message, hint)])
+
+
+def test_a_single_frame_that_the_model_is_given(refuse, dataset):
+    write_video(dataset / "b.mp4", 3)
+    code, [(message, hint)] = refuse(*SMALL, recipe="wan2.2-ti2v-5b-lora")
+    assert code == 1
+    assert message == (
+        f"row 2 `{dataset / 'b.mp4'}` is one frame, which Wan 2.2 TI2V is given: nothing is left to learn"
+    )
+    assert hint == 'take the row out, or train without it: `--extra_inputs ""`'
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]), "it is cut off after"),
+        (lambda path: path.write_text("no video"), "it is no MP4, MOV, MKV, WebM, AVI or GIF"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+    ],
+)
+def test_a_video_that_cannot_be_read(refuse, dataset, spoil, reason):
+    spoil(dataset / "b.mp4")
+    code, [(message, hint)] = refuse(*SMALL[:4], "--num_frames", 13, recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 1
+    assert f"row 2: `{dataset / 'b.mp4'}` cannot be read as a video: {reason}" in message
+    assert hint == "replace the file or take its row out"
+
+
+def test_a_video_without_frames(refuse, dataset):
+    write_video(dataset / "b.mkv", 13, "-frames:v", "0", "-c:v", "ffv1")
+    (dataset / "metadata.csv").write_text("video,prompt\nb.mkv,none\n")
+    code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 1
+    assert "cannot be read as a video" in message
