@@ -37,18 +37,18 @@ class FileIdentities:
 
     def known(self, path: Path) -> str | None:
         """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""
-        remembered = self._known.get(_absolute(path))
-        return remembered[1] if remembered and remembered[0] == _stamp(path) else None
+        remembered = self._known.get(absolute(path))
+        return remembered[1] if remembered and remembered[0] == file_stamp(path) else None
 
     def sha256(self, path: Path) -> str:
         """The sha256 of `path` in hex, read only when it is not known."""
         known = self.known(path)
         if known:
             return known
-        stamp = _stamp(path)
+        stamp = file_stamp(path)
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        self._remember(_absolute(path), stamp, digest)
+        self._remember(absolute(path), stamp, digest)
         return digest
 
     def read_all(self, paths: Iterable[Path], reporter: Reporter, label: str) -> None:
@@ -64,19 +64,26 @@ class FileIdentities:
         self._known[path] = (stamp, digest)
         line = self._start + json.dumps({"path": path, "stamp": stamp, "sha256": digest}) + "\n"
         self._start = ""
-        with suppress(OSError):  # a cache that cannot be written only means hashing again
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
+        append(self._memory, line)
 
 
-def _absolute(path: Path) -> str:
+def append(memory: Path, line: str) -> None:
+    """Add a line to a file by one call, or do nothing where it cannot be written: all it costs is the work again."""
+    with suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def absolute(path: Path) -> str:
+    """The path a file is remembered by."""
     return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and ask the disk for every part
 
 
-def _stamp(path: Path) -> list[int]:
+def file_stamp(path: Path) -> list[int]:
+    """Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,0 +1,109 @@
+"""Five moving clips with captions, drawn for rehearsals: every container and oddity a real folder has, no download."""
+
+import csv
+import math
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image, ImageDraw
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import replacing
+
+FRAME_RATE = 16
+DRAWN = (
+    ("ball.mp4", (160, 128), 25, "circle", "orange", "navy", "an orange ball flies over a dark blue ground"),
+    ("lift_turned.mov", (128, 192), 21, "box", "gray", "black", "a grey lift"),
+    (
+        "kite.mkv",
+        (176, 144),
+        17,
+        "diamond",
+        "red",
+        "lightblue",
+        "a red kite circles in a light blue sky, seen from below, while the wind carries it slowly to the right",
+    ),
+    ("coin.webm", (144, 144), 7, "circle", "gold", "purple", "a gold coin rolls by"),
+    ("lamp.gif", (192, 128), 18, "box", "white", "darkgreen", "a white lamp swings before a green wall at night"),
+)
+"""(file name, upright size in pixels, frames, shape, its colour, the ground's colour, caption)"""
+CODING = {
+    ".mp4": ("mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
+    ".mov": ("mov", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
+    ".mkv": ("matroska", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
+    ".webm": ("webm", "-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
+    ".gif": ("gif",),
+}
+"""ffmpeg's name of the container, and how its frames are coded."""
+
+
+def draw_clips(folder: Path) -> Path:
+    """Draw the clips and their metadata.csv into a folder, those that are not there yet; returns the folder.
+
+    Raises:
+        DiffSynthError: when ffmpeg cannot be started or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [drawn for drawn in DRAWN if not (folder / drawn[0]).is_file()]
+    with ThreadPoolExecutor(len(DRAWN)) as pool:
+        list(pool.map(lambda drawn: _save(_draw(*drawn[1:6]), folder / drawn[0]), missing))
+    if not (folder / "metadata.csv").is_file():
+        with (
+            replacing(folder / "metadata.csv") as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as stream,
+        ):
+            writer = csv.writer(stream)
+            writer.writerow(("video", "prompt"))
+            writer.writerows((name, caption) for name, *_, caption in DRAWN)
+    return folder
+
+
+def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: str) -> list[Image.Image]:
+    """A shape that moves once across the picture on a wave."""
+    width, height = size
+    radius = min(size) // 5
+    pictures = []
+    for number in range(frames):
+        picture = Image.new("RGB", size, ground)
+        pen = ImageDraw.Draw(picture)
+        done = number / (frames - 1)
+        x = radius + (width - 2 * radius) * done
+        y = height / 2 + (height / 2 - radius) * math.sin(2 * math.pi * done)
+        bounds = (x - radius, y - radius, x + radius, y + radius)
+        if shape == "circle":
+            pen.ellipse(bounds, fill=colour)
+        elif shape == "box":
+            pen.rectangle(bounds, fill=colour)
+        else:
+            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=colour)
+        pictures.append(picture)
+    return pictures
+
+
+def _save(pictures: list[Image.Image], path: Path) -> None:
+    """Code a clip; a turned one stands in the file as a telephone writes it, with a note to turn it for viewing."""
+    turned = "turned" in path.stem
+    if turned:
+        pictures = [picture.rotate(90, expand=True) for picture in pictures]
+    note = ["-noautorotate", "-display_rotation:v", "-90"] if turned else []
+    width, height = pictures[0].size
+    form, *coding = CODING[path.suffix]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FRAME_RATE), "-i", "-"]
+    pixels = b"".join(np.asarray(picture).tobytes() for picture in pictures)
+    with replacing(path) as temporary:
+        command = [*_quiet(), *note, *source, *coding, "-threads", "1", "-fflags", "+bitexact", "-f", form]
+        try:
+            subprocess.run([*command, f"file:{temporary}"], input=pixels, capture_output=True, check=True)
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise DiffSynthError(f"cannot write `{path}`: {said[-1] if said else error}") from error
+
+
+def _quiet() -> list[str]:
+    try:
+        return [get_ffmpeg_exe(), "-nostats", "-loglevel", "error", "-y"]
+    except RuntimeError as error:
+        raise DiffSynthError(f"ffmpeg cannot be started: {error}", "install `imageio-ffmpeg` again") from error
