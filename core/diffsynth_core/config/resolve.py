@@ -69,7 +69,7 @@ def resolve_stages(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()
             stages += [name for name in loaded.stages if name not in stages]
     sources.append((COMMAND_LINE, Layer(flags)))
     chosen = _choose_stages(flags.get("only"), stages, incomplete, problems)
-    problems += _conflicts(sources, chosen)
+    problems += [] if flags.get("only") else _conflicts(sources, chosen)
     named = flags.get("recipe") or (config.name if config else None)
     family = (config.family if config else None) or (recipe.family if recipe else None)
     found = tuple(
