@@ -1,6 +1,7 @@
-"""One training command in the terminal: plan, rehearse or train, and tell how it ended."""
+"""One training command in the terminal: plan, rehearse or train stage after stage, and tell how each ended."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +13,61 @@ from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
 
 if TYPE_CHECKING:
     from diffsynth_core.planning.plan import Plan
+    from diffsynth_core.training.rehearsal import Rehearsal
+    from diffsynth_core.training.stop import StopRequest
 
 NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path", "device")
+Plans = dict[str | None, "Plan"]
+"""Name of a stage, None where there are none -> what it will do, in the order of the runs."""
 
 
-def run_session(resolved: Resolved, flags: dict[str, Any], world_size: int) -> int:
-    """Carry out one `diffsynth train`; returns the exit code."""
+def run_session(stages: Sequence[Resolved], flags: dict[str, Any], world_size: int) -> int:
+    """Carry out one `diffsynth train`; returns the exit code.
+
+    All stages are planned before the first one runs, so that what is wrong with any of them comes in one report.
+    """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     try:
-        if resolved.parameters.dry_run:
-            return _show_plan(resolved, reporter, world_size)
-        return (
-            _rehearse(resolved, flags, reporter, world_size)
-            if resolved.parameters.rehearse
-            else _train(resolved, reporter, world_size)
-        )
+        if stages[0].parameters.dry_run:
+            return _show_plans(stages, reporter, world_size)
+        if stages[0].parameters.rehearse:
+            return _rehearse(stages, flags, reporter, world_size)
+        return _train(stages, reporter, world_size)
     finally:
         reporter.close()
 
 
-def _show_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> int:
+def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> Plans:
+    """The plans of the stages to run; of several, those with nothing left to do are passed over.
+
+    Raises:
+        FaultsFound: all that is wrong with any stage, or that none has anything left to do.
+    """
+    from diffsynth_core.planning.output import NothingLeft
+
+    plans: Plans = {}
+    problems: list[Problem] = []
+    done: dict[str | None, Problem] = {}
+    for resolved in stages:
+        try:
+            plans[resolved.stage] = _make_plan(resolved, reporter, world_size)
+        except DiffSynthError as error:
+            if all(isinstance(problem, NothingLeft) for problem in error.problems):
+                done[resolved.stage] = error.problems[0]
+            else:
+                problems += error.problems
+    raise_if_any(problems if problems or plans else list(done.values()))
+    for stage, problem in done.items():
+        reporter.info(f"Stage {stage} is passed over: {problem.message}")
+    return plans
+
+
+def _make_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> "Plan":
     from diffsynth_core.planning.plan import make_plan
 
     base = model_base_path()
@@ -44,59 +75,109 @@ def _show_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -
         from diffsynth_core.training.rehearsal import prepare
 
         resolved, base = prepare(resolved, reporter)
-    plan = make_plan(resolved, reporter, world_size, base)
-    for line in plan_lines(plan, reporter):
-        typer.echo(line)
+    return make_plan(resolved, reporter, world_size, base)
+
+
+def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
+    for stage, plan in _make_plans(stages, reporter, world_size).items():
+        for line in _announcement(stage, plan, reporter):
+            typer.echo(line)
     return 0
 
 
-def _train(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> int:
-    from diffsynth_core.planning.plan import make_plan
+def _train(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
     from diffsynth_core.training.loop import train
     from diffsynth_core.training.stop import listen_for_stop
 
-    plan = make_plan(resolved, reporter, world_size)
-    _announce(plan, reporter)
+    plans = _make_plans(stages, reporter, world_size)
+    first = next(iter(plans))
     with listen_for_stop(reporter.info) as stop:
-        result = train(plan, reporter, stop)
-    if not reporter.quiet:
-        _tell_results(result.folder / result.record.checkpoints[-1].file, result.folder)
+        for stage, plan in plans.items():
+            try:
+                if stage != first:
+                    stop.raise_if_set()
+                    _let_go(plan, reporter)
+                _announce(stage, plan, reporter)
+                result = train(plan, reporter, stop)
+            except Interrupted as error:
+                if stage == first:
+                    raise
+                # Before its first step a run says to give the same command again; the stages before hold runs by now.
+                stopped_by = error.exit_code - SIGNAL_EXIT_BASE
+                what = f"stage {stage} {error.problems[0].message}"
+                raise Interrupted(stopped_by, what, "go on with `--resume auto`") from error
+            if not reporter.quiet:
+                _tell_results(stage, result.folder / result.record.checkpoints[-1].file, result.folder)
     return 0
 
 
-def _rehearse(resolved: Resolved, flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
-    from diffsynth_core.training.rehearsal import rehearse
+def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
+    """Before the next stage: free what the last one held, whose log is not that of the next."""
+    import torch
+
+    from diffsynth_core.training.encode import free_device_memory
+
+    free_device_memory(torch.device(plan.device))
+    reporter.close()
+
+
+def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
     from diffsynth_core.training.stop import listen_for_stop
 
     if world_size > 1:
         raise DiffSynthError(
             f"a rehearsal runs in one process, this is one of {world_size}", "rehearse without the launcher"
         )
+    if len(stages) > 1:
+        _make_plans(stages, reporter, world_size)
+    drew = None
     with listen_for_stop(reporter.info) as stop:
-        try:
-            rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(plan, reporter))
-        except Interrupted as error:
-            # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
-            stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-            raise Interrupted(stopped_by, "the rehearsal was stopped", "give the same command again") from error
-    typer.echo("The rehearsal proved:")
-    for proof in rehearsal.proofs:
-        typer.echo(f"  - {proof}")
-    _tell_results(rehearsal.checkpoint, rehearsal.result.folder)
+        for resolved in stages:
+            rehearsal = _rehearse_stage(resolved, reporter, stop)
+            drew = rehearsal.drew
+            reporter.close()
     real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
-    if rehearsal.drew_pictures:
-        real["dataset_base_path"] = "YOUR_PICTURES"
+    if drew:
+        real["dataset_base_path"] = f"YOUR_{drew.upper()}"
     typer.echo("The real run:")
     typer.echo(f"  {command_line(real)}".replace("\n", "\n  "))
     return 0
 
 
-def _announce(plan: "Plan", reporter: ConsoleReporter) -> None:
-    for line in plan_lines(plan, reporter):
+def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
+    """Rehearse one stage and tell what that proved."""
+    from diffsynth_core.training.rehearsal import rehearse
+
+    stage = resolved.stage
+    try:
+        stop.raise_if_set()
+        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(stage, plan, reporter))
+    except Interrupted as error:
+        # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
+        stopped_by = error.exit_code - SIGNAL_EXIT_BASE
+        raise Interrupted(stopped_by, "the rehearsal was stopped", "give the same command again") from error
+    typer.echo(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
+    for proof in rehearsal.proofs:
+        typer.echo(f"  - {proof}")
+    _tell_results(stage, rehearsal.checkpoint, rehearsal.result.folder)
+    return rehearsal
+
+
+def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> None:
+    for line in _announcement(stage, plan, reporter):
         reporter.info(line)
 
 
-def _tell_results(checkpoint: Path, folder: Path) -> None:
+def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Iterator[str]:
+    """The plan of a run below the name of its stage."""
+    if stage:
+        yield f"Stage {stage}"
+    yield from plan_lines(plan, reporter)
+
+
+def _tell_results(stage: str | None, checkpoint: Path, folder: Path) -> None:
+    if stage:
+        typer.echo(f"Stage       {stage}")
     typer.echo(f"Checkpoint  {checkpoint}")
     typer.echo(f"Metrics     {folder / METRICS}")
     typer.echo(f"Log         {folder / LOG}")

@@ -8,7 +8,7 @@ import typer
 
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
-from diffsynth_core.config.resolve import resolve
+from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.errors import raise_if_any
 
 
@@ -65,19 +65,34 @@ def show_recipe(
         ShowFormat, typer.Option("--format", help="yaml, json, or flags: a complete command line")
     ] = ShowFormat.YAML,
 ) -> None:
-    """Show a recipe with all documented parameters expanded.
+    """Show a recipe with all documented parameters expanded, for each stage where it has stages.
 
     Example: diffsynth recipe show qwen-image-lora --format flags
     """
     recipe = load_recipe(name)
-    resolved = resolve({"recipe": name})
-    raise_if_any(resolved.problems)
-    values = documented_values(resolved.parameters)
+    stages = resolve_stages({"recipe": name})
+    raise_if_any([problem for resolved in stages for problem in resolved.problems])
+    values = {resolved.stage or "": documented_values(resolved.parameters) for resolved in stages}
     if output_format is ShowFormat.FLAGS:
-        typer.echo(command_line(values))
+        for stage, parameters in values.items():
+            typer.echo(_comment(stage, recipe.stages.get(stage, "")) + command_line(parameters))
         return
-    content = {"name": recipe.name, "description": recipe.description, "family": recipe.family, "parameters": values}
+    content: dict[str, Any] = {"name": recipe.name, "description": recipe.description, "family": recipe.family}
+    if recipe.stages:
+        content["stages"] = {
+            stage: {"description": recipe.stages[stage], "parameters": parameters}
+            for stage, parameters in values.items()
+        }
+    else:
+        content["parameters"] = values[""]
     typer.echo(json.dumps(content, indent=2) if output_format is ShowFormat.JSON else _as_yaml(content))
+
+
+def _comment(stage: str, description: str) -> str:
+    """The line above the command line of a stage."""
+    if not stage:
+        return ""
+    return f"# {stage}: {description}\n" if description else f"# {stage}\n"
 
 
 def print_schema() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from diffsynth_cli.options import BOTH_SPELLINGS, GroupedHelp, with_setting_options
-from diffsynth_core.config.resolve import resolve
+from diffsynth_core.config.resolve import resolve_stages
 
 HELP = """Train from a recipe: LoRA, full, or both.
 
@@ -29,10 +29,10 @@ def add_to(app: typer.Typer) -> None:
 
 def train(context: typer.Context, flags: dict[str, Any]) -> int:
     """Resolve, plan, and carry out what the flags ask for."""
-    resolved = resolve(flags, _unknown_flags(context.args))
+    stages = resolve_stages(flags, _unknown_flags(context.args))
     from diffsynth_cli.train_session import run_session
 
-    return run_session(resolved, flags, int(os.environ.get("WORLD_SIZE", "1")))
+    return run_session(stages, flags, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _unknown_flags(arguments: list[str]) -> tuple[str, ...]:

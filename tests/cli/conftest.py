@@ -59,14 +59,25 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def parse(cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
-    """What a `train` command line resolves to; the run itself is left out."""
-    seen: list[object] = []
-    monkeypatch.setattr("diffsynth_cli.train_session.run_session", lambda resolved, *_: seen.append(resolved) or 0)
+def parse_stages(cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
+    """What the stages of a `train` command line resolve to; the runs themselves are left out."""
+    seen: list[tuple] = []
+    monkeypatch.setattr("diffsynth_cli.train_session.run_session", lambda stages, *_: seen.append(stages) or 0)
 
-    def run(*arguments: object) -> object:
+    def run(*arguments: object) -> tuple:
         outcome = cli("train", *arguments)
         assert outcome.code == 0, outcome.err
         return seen.pop()
+
+    return run
+
+
+@pytest.fixture
+def parse(parse_stages) -> Callable[..., object]:
+    """What a `train` command line of a single run resolves to."""
+
+    def run(*arguments: object) -> object:
+        (resolved,) = parse_stages(*arguments)
+        return resolved
 
     return run

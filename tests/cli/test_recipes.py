@@ -85,6 +85,80 @@ REFERENCE = {
     "qwen-image-2512-full": {**FULL, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
 }
 """What the documented training scripts of these models say; what they leave out is at its default."""
+WAN = {"dataset_repeat": 100, "height": 480, "width": 832}
+WAN_LORA = {
+    **WAN,
+    "learning_rate": 1e-4,
+    "num_epochs": 5,
+    "lora_base_model": "dit",
+    "lora_target_modules": ["q", "k", "v", "o", "ffn.0", "ffn.2"],
+    "lora_rank": 32,
+}
+WAN_FULL = {**WAN, "learning_rate": 1e-5, "num_epochs": 2, "trainable_models": ["dit"]}
+WAN_DIT = "diffusion_pytorch_model*.safetensors"
+TEXT_OF_WAN = "models_t5_umt5-xxl-enc-bf16.pth"
+CLIP_OF_WAN = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+
+def wan_files(model: str, *files: str) -> dict[str, list[str]]:
+    return {"model_id_with_origin_paths": [f"Wan-AI/{model}:{file}" for file in files]}
+
+
+T2V_1_3B = wan_files("Wan2.1-T2V-1.3B", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth")
+T2V_14B = wan_files("Wan2.1-T2V-14B", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth")
+I2V_480P = {
+    **wan_files("Wan2.1-I2V-14B-480P", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth", CLIP_OF_WAN),
+    "extra_inputs": ["input_image"],
+}
+I2V_720P = {
+    **wan_files("Wan2.1-I2V-14B-720P", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth", CLIP_OF_WAN),
+    "extra_inputs": ["input_image"],
+    "height": 720,
+    "width": 1280,
+    "use_gradient_checkpointing_offload": True,
+    "initialize_model_on_cpu": True,
+}
+TI2V_5B = {
+    **wan_files("Wan2.2-TI2V-5B", WAN_DIT, TEXT_OF_WAN, "Wan2.2_VAE.pth"),
+    "extra_inputs": ["input_image"],
+    "num_frames": 49,
+}
+REFERENCE |= {
+    "wan2.1-t2v-1.3b-lora": {**WAN_LORA, **T2V_1_3B},
+    "wan2.1-t2v-1.3b-full": {**WAN_FULL, **T2V_1_3B},
+    "wan2.1-t2v-14b-lora": {**WAN_LORA, **T2V_14B},
+    "wan2.1-t2v-14b-full": {**WAN_FULL, **T2V_14B},
+    "wan2.1-i2v-14b-480p-lora": {**WAN_LORA, **I2V_480P},
+    "wan2.1-i2v-14b-480p-full": {**WAN_FULL, **I2V_480P, "initialize_model_on_cpu": True},
+    "wan2.1-i2v-14b-720p-lora": {**WAN_LORA, **I2V_720P},
+    "wan2.1-i2v-14b-720p-full": {**WAN_FULL, **I2V_720P, "num_frames": 49},
+    "wan2.2-ti2v-5b-lora": {**WAN_LORA, **TI2V_5B},
+    "wan2.2-ti2v-5b-full": {**WAN_FULL, **TI2V_5B},
+}
+
+
+def wan_experts(model: str, boundary: float, **values: object) -> dict[str, dict[str, object]]:
+    """The two stages of Wan 2.2 A14B: the more noisy share of the timestep table, then the rest."""
+    common = {"num_frames": 49, **values}
+    high, low = (
+        wan_files(model, f"{name}_noise_model/{WAN_DIT}", TEXT_OF_WAN, "Wan2.1_VAE.pth") for name in ("high", "low")
+    )
+    return {
+        "high": {**common, **high, "max_timestep_boundary": boundary, "min_timestep_boundary": 0.0},
+        "low": {**common, **low, "max_timestep_boundary": 1.0, "min_timestep_boundary": boundary},
+    }
+
+
+IMAGE = {"extra_inputs": ["input_image"]}
+STAGED = {
+    "wan2.2-t2v-a14b-lora": wan_experts("Wan2.2-T2V-A14B", 0.417, **WAN_LORA),
+    "wan2.2-t2v-a14b-full": wan_experts("Wan2.2-T2V-A14B", 0.417, **WAN_FULL),
+    "wan2.2-i2v-a14b-lora": wan_experts("Wan2.2-I2V-A14B", 0.358, **WAN_LORA, **IMAGE),
+    "wan2.2-i2v-a14b-full": wan_experts(
+        "Wan2.2-I2V-A14B", 0.358, **WAN_FULL, **IMAGE, use_gradient_checkpointing_offload=True
+    ),
+}
+"""The same of models that are trained in stages."""
 
 
 def show(cli, name: str, output_format: str) -> str:
@@ -105,7 +179,7 @@ def test_the_list_for_people(cli):
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err) == (0, "")
     assert [line.split()[0] for line in lines] == sorted(recipe_names())
-    assert set(REFERENCE) <= set(recipe_names())
+    assert REFERENCE.keys() | STAGED.keys() == set(recipe_names())
     assert len({line.rindex("  ") for line in lines}) == 1, "the columns are not aligned"
     assert any(line.split(maxsplit=1) == ["qwen-image-lora", "LoRA on Qwen-Image"] for line in lines)
 
@@ -122,30 +196,57 @@ def test_the_list_for_programs(cli):
 def test_values_are_those_of_the_documentation(cli, name):
     content = json.loads(show(cli, name, "json"))
     assert content["parameters"] == {**DEFAULTS, "output_path": f"models/train/{name}", **REFERENCE[name]}
-    assert (content["name"], content["family"]) == (name, "qwen-image")
+    assert (content["name"], content["family"]) == (name, "wan" if name.startswith("wan") else "qwen-image")
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_values_of_stages_are_those_of_the_documentation(cli, name):
+    content = json.loads(show(cli, name, "json"))
+    assert content.keys() == {"name", "description", "family", "stages"} and content["family"] == "wan"
+    assert list(content["stages"]) == list(STAGED[name])
+    for stage, values in STAGED[name].items():
+        shown = content["stages"][stage]
+        assert shown["description"] == f"The {stage}-noise expert"
+        assert shown["parameters"] == {**DEFAULTS, "output_path": f"models/train/{name}/{stage}", **values}
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_exactly_the_documented_names_are_shown(cli, name):
-    assert json.loads(show(cli, name, "json"))["parameters"].keys() == DEFAULTS.keys()
-    assert yaml.safe_load(show(cli, name, "yaml"))["parameters"].keys() == DEFAULTS.keys()
+    for content in (json.loads(show(cli, name, "json")), yaml.safe_load(show(cli, name, "yaml"))):
+        for part in content.get("stages", {"": content}).values():
+            assert part["parameters"].keys() == DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_yaml_is_a_config_of_the_same_run(cli, parse, config, name):
+def test_the_yaml_is_a_config_of_the_same_runs(cli, parse_stages, config, name):
     text = show(cli, name, "yaml")
     assert text.startswith(f"# {name}\n")
-    resolved, original = parse("--config", config(text)), parse("--recipe", name)
-    assert resolved.problems == ()
-    assert documented_values(resolved.parameters) == documented_values(original.parameters)
-    assert resolved.family == original.family
+    found, originals = parse_stages("--config", config(text)), parse_stages("--recipe", name)
+    for resolved, original in zip(found, originals, strict=True):
+        assert resolved.problems == ()
+        assert documented_values(resolved.parameters) == documented_values(original.parameters)
+        assert (resolved.family, resolved.stage) == (original.family, original.stage)
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_flags_are_a_command_line_of_the_same_run(cli, parse, name):
-    resolved = parse(*words_of(show(cli, name, "flags")))
-    assert resolved.problems == ()
-    assert documented_values(resolved.parameters) == json.loads(show(cli, name, "json"))["parameters"]
+def test_the_flags_are_command_lines_of_the_same_runs(cli, parse, parse_stages, name):
+    text = show(cli, name, "flags")
+    commands = ["diffsynth train" + part for part in text.split("diffsynth train")[1:]]
+    originals = parse_stages("--recipe", name)
+    for command, original in zip(commands, originals, strict=True):
+        resolved = parse(*words_of(command.partition("\n#")[0]))
+        assert resolved.problems == ()
+        assert documented_values(resolved.parameters) == documented_values(original.parameters)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_flags_of_a_stage_stand_below_its_name(cli, name):
+    lines = show(cli, name, "flags").splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("diffsynth train")]
+    above = [lines[number - 1] for number in starts if number]
+    stages = STAGED.get(name, {})
+    assert above == [f"# {stage}: The {stage}-noise expert" for stage in stages]
+    assert [line for line in lines if line.startswith("#")] == above and len(starts) == max(1, len(stages))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +282,7 @@ def test_unknown_recipe(cli, name, hint):
 def test_the_schema_knows_every_parameter_of_a_file(cli):
     schema = json.loads(cli("recipe", "schema").out)
     parameters = schema["properties"]["parameters"]
-    assert schema["properties"].keys() == {"extends", "description", "family", "parameters"}
+    assert schema["properties"].keys() == {"extends", "description", "family", "parameters", "stages"}
     assert parameters["properties"].keys() == SETTINGS.keys() - NOT_IN_RECIPES
     assert parameters["additionalProperties"] is False and schema["additionalProperties"] is False
 

@@ -113,7 +113,7 @@ def test_unknown_recipe(refuse, name, hint):
         (
             "parametres: {}",
             "`{path}`: `parametres` is not a key of a recipe",
-            "a recipe has the keys extends, description, family, parameters",
+            "a recipe has the keys extends, description, family, parameters, stages",
         ),
         ("lora_rank: 3", "`{path}`: `lora_rank` is not a key of a recipe", "put it below `parameters:`"),
         (

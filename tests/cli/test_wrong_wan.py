@@ -115,9 +115,7 @@ def test_a_pickled_file_that_is_neither_there_nor_copied(refuse, models):
 
 
 def test_a_vae_of_the_other_generation(refuse, models):
-    code, [(message, _)] = refuse(
-        *entries(TI2V, vae=f"{T2V}:Wan2.1_VAE.pth"), *SMALL, recipe="wan2.2-ti2v-5b-lora"
-    )
+    code, [(message, _)] = refuse(*entries(TI2V, vae=f"{T2V}:Wan2.1_VAE.pth"), *SMALL, recipe="wan2.2-ti2v-5b-lora")
     assert code == 2
     assert message == (
         f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents of 16 channels, the dit of Wan 2.2 TI2V takes 48"

@@ -53,11 +53,11 @@ def test_a_command_line_gives_the_same_parameters_again(given):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_values_of_a_recipe_survive_the_command_line(name):
-    from diffsynth_core.config.resolve import resolve
+    from diffsynth_core.config.resolve import resolve_stages
 
-    parameters = resolve({"recipe": name}).parameters
-    again = read_command_line(documented_values(parameters))
-    assert documented_values(again) == documented_values(parameters)
+    for resolved in resolve_stages({"recipe": name}):
+        values = documented_values(resolved.parameters)
+        assert documented_values(read_command_line(values)) == values
 
 
 def test_a_command_line_is_written_for_people():
@@ -90,7 +90,7 @@ def test_the_documented_values_are_the_documented_parameters_alone():
 
 
 CHECKED_KEYWORDS = {
-    "type", "anyOf", "enum", "const", "items", "properties", "additionalProperties",
+    "type", "anyOf", "enum", "const", "items", "properties", "additionalProperties", "propertyNames", "pattern", "$ref",
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
 }  # fmt: skip
 TELLING_KEYWORDS = {"$schema", "title", "description", "default", "format"}
@@ -106,6 +106,10 @@ def is_of_type(value, name: str) -> bool:
 def faults(value, schema: dict, where: str = "$") -> list[str]:
     """What of `value` a JSON schema refuses; as an editor, it passes over keywords it does not know."""
     found: list[str] = []
+    if "$ref" in schema:
+        return faults(value, at_pointer(schema["$ref"]), where)
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        return [f"{where}: {value!r} does not match"]
     if "type" in schema and not is_of_type(value, schema["type"]):
         return [f"{where}: {value!r} is no {schema['type']}"]
     branches = [faults(value, branch, where) for branch in schema.get("anyOf", [])]
@@ -125,7 +129,19 @@ def faults(value, schema: dict, where: str = "$") -> list[str]:
         closed = schema.get("additionalProperties") is False
         found += [f"{where}: {key} is unknown" for key in value if closed and key not in known]
         found += [fault for key in value if key in known for fault in faults(value[key], known[key], f"{where}.{key}")]
+        names, others = schema.get("propertyNames", {}), schema.get("additionalProperties")
+        found += [fault for key in value for fault in faults(key, names, where)]
+        if isinstance(others, dict):
+            found += [fault for key in value.keys() - known for fault in faults(value[key], others, f"{where}.{key}")]
     return found
+
+
+def at_pointer(pointer: str) -> dict:
+    """The part of the recipe schema that a reference within it names."""
+    part = recipe_schema()
+    for word in pointer.removeprefix("#/").split("/"):
+        part = part[word]
+    return part
 
 
 def keywords(schema: dict) -> set[str]:
@@ -133,7 +149,11 @@ def keywords(schema: dict) -> set[str]:
     below = [
         *schema.get("properties", {}).values(),
         *schema.get("anyOf", []),
-        *([schema["items"]] if "items" in schema else []),
+        *(
+            schema[key]
+            for key in ("items", "propertyNames", "additionalProperties")
+            if isinstance(schema.get(key), dict)
+        ),
     ]
     return set(schema).union(*(keywords(part) for part in below))
 
@@ -174,10 +194,24 @@ def test_the_schema_takes_the_default_of_every_setting(name):
         {"parameters": {"trainable_models": [1]}},
         {"parameters": {"model_paths": [[1]]}},
         {"parameters": {"find_unused_parameters": "x"}},
+        {"stages": []},
+        {"stages": {"High": {}}},
+        {"stages": {"a/b": {}}},
+        {"stages": {"high": []}},
+        {"stages": {"high": {"lora_rank": 3}}},
+        {"stages": {"high": {"description": 3}}},
+        {"stages": {"high": {"parameters": {"lora_rnk": 3}}}},
+        {"stages": {"high": {"parameters": {"lora_rank": 0}}}},
+        {"stages": {"high": {"parameters": {"only": "high"}}}},
     ],
 )
 def test_the_schema_refuses_what_the_parameters_refuse(recipe):
     assert faults(recipe, recipe_schema())
+
+
+def test_the_schema_takes_stages():
+    stages = {"high": {"description": "x", "parameters": {"lora_rank": 4}}, "low-2": {}, "3_x": {"parameters": {}}}
+    assert faults({"stages": stages}, recipe_schema()) == []
 
 
 def test_the_schema_explains_every_setting_and_nothing_else():

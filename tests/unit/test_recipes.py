@@ -1,17 +1,18 @@
-"""Recipes: a closed schema, single inheritance, and the four that are shipped."""
+"""Recipes: a closed schema, single inheritance, stages, and those that are shipped."""
 
 import pytest
 
-from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.recipes import (
     NOT_IN_RECIPES,
     RECIPE_KEYS,
+    STAGE_KEYS,
+    Layer,
     load_recipe,
     load_recipe_file,
     recipe_folder,
     recipe_names,
 )
-from diffsynth_core.config.resolve import resolve
+from diffsynth_core.config.resolve import resolve, resolve_stages
 from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.families.table import FAMILIES, component_at
 from diffsynth_core.sources.model_files import split_entry
@@ -34,20 +35,22 @@ def test_the_shipped_recipes_are_found():
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_without_a_problem(name):
     recipe = load_recipe(name)
-    resolved = resolve({"recipe": name})
-    assert resolved.problems == ()
+    stages = resolve_stages({"recipe": name})
+    assert [problem for resolved in stages for problem in resolved.problems] == []
+    assert [resolved.stage for resolved in stages] == (list(recipe.stages) or [None])
     assert recipe.name == name and recipe.description and recipe.family in FAMILIES
-    assert not NOT_IN_RECIPES & recipe.parameters.keys()
+    assert not NOT_IN_RECIPES & recipe.parameters.keys() and all(recipe.stages.values())
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_names_files_of_each_component_of_its_family(name):
     recipe = load_recipe(name)
     facts = FAMILIES[recipe.family or ""]
-    parameters = Parameters.model_validate(dict(recipe.parameters))
-    places = [split_entry(entry)[1] for entry in parameters.model_id_with_origin_paths]
-    assert sorted(component_at(place, facts).name for place in places) == sorted(facts.component_names)
-    assert parameters.lora_base_model or parameters.trainable_models
+    for resolved in resolve_stages({"recipe": name}):
+        parameters = resolved.parameters
+        places = [split_entry(entry)[1] for entry in parameters.model_id_with_origin_paths]
+        assert sorted(component_at(place, facts).name for place in places) == sorted(facts.component_names)
+        assert parameters.lora_base_model or parameters.trainable_models
 
 
 @pytest.mark.parametrize(
@@ -143,5 +146,93 @@ def test_only_the_name_of_a_recipe_names_it(name):
 
 
 def test_every_key_of_a_recipe_is_explained():
-    assert list(RECIPE_KEYS) == ["extends", "description", "family", "parameters"]
-    assert all(RECIPE_KEYS.values())
+    assert list(RECIPE_KEYS) == ["extends", "description", "family", "parameters", "stages"]
+    assert list(STAGE_KEYS) == ["description", "parameters"]
+    assert all(RECIPE_KEYS.values()) and all(STAGE_KEYS.values())
+
+
+STAGED = """
+parameters:
+  seed: 1
+stages:
+  high:
+    description: the first
+    parameters: {max_timestep_boundary: 0.4}
+  low:
+    parameters: {min_timestep_boundary: 0.4, seed: 2}
+"""
+
+
+def test_stages_stand_in_their_order_with_their_values(write):
+    recipe = load_recipe_file(write(STAGED))
+    assert recipe.problems == ()
+    assert list(recipe.stages.items()) == [("high", "the first"), ("low", "")]
+    values = {"high": {"max_timestep_boundary": 0.4}, "low": {"min_timestep_boundary": 0.4, "seed": 2}}
+    assert recipe.layers == (Layer({"seed": 1}, values),)
+    assert recipe.parameters == {"seed": 1}
+
+
+def test_a_recipe_inherits_stages_and_merges_them_by_name(write, monkeypatch):
+    from diffsynth_core.config import recipes
+
+    parent = write(STAGED, "parent.yaml")
+    monkeypatch.setattr(recipes, "recipe_folder", lambda: parent.parent)
+    monkeypatch.setattr(recipes, "recipe_names", lambda: ("parent",))
+    text = "extends: parent\nstages:\n  last: {}\n  low:\n    description: the second\n    parameters: {lora_rank: 4}\n  high:\n"
+    recipe = load_recipe_file(write(text))
+    assert recipe.problems == ()
+    assert list(recipe.stages.items()) == [("high", "the first"), ("low", "the second"), ("last", "")]
+    high, low, last = resolve_stages({"config": str(write(text))})
+    assert (high.parameters.max_timestep_boundary, high.parameters.seed, high.parameters.lora_rank) == (0.4, 1, 32)
+    assert (low.parameters.min_timestep_boundary, low.parameters.seed, low.parameters.lora_rank) == (0.4, 2, 4)
+    assert (last.parameters.min_timestep_boundary, last.parameters.seed) == (0.0, 1)
+
+
+@pytest.mark.parametrize("text", ["stages:\n", "stages: {}\n"])
+def test_no_stages_are_no_stages(write, text):
+    recipe = load_recipe_file(write(text))
+    assert dict(recipe.stages) == {} and recipe.problems == ()
+
+
+def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(write):
+    path = write(
+        "stages:\n"
+        "  high:\n    description: 3\n    lora_rank: 4\n    about: x\n"
+        "    parameters: {lora_rnk: 1, rehearse: true, only: low, seed: 7}\n"
+        "  low: [1]\n"
+        "  mid:\n    parameters: [seed]\n"
+        "  End:\n    parameters: {sed: 1}\n"
+        "  ../x: {}\n"
+        "  5: {}\n"
+    )
+    recipe = load_recipe_file(path)
+    folder_hint = "use small letters, digits, `-` and `_`, for a folder gets that name"
+    assert {problem.message: problem.hint for problem in recipe.problems} == {
+        f"`{path}`, stage `high`: `description` takes a text, got `3`": None,
+        f"`{path}`, stage `high`: `lora_rank` is not a key of a stage": "put it below `parameters:`",
+        f"`{path}`, stage `high`: `about` is not a key of a stage": "a stage has the keys description, parameters",
+        f"`lora_rnk` in `{path}`, stage `high` is not a parameter": "did you mean `lora_rank`?",
+        f"`rehearse` in `{path}`, stage `high` says what one command does and has no place in a file": "give it as a flag",
+        f"`only` in `{path}`, stage `high` says what one command does and has no place in a file": "give it as a flag",
+        f"`{path}`, stage `low` holds a list, expected the keys description and parameters": None,
+        f"`{path}`, stage `mid`: `parameters` holds a list, expected names and values": None,
+        f"`{path}`: `End` cannot be the name of a stage": folder_hint,
+        f"`sed` in `{path}`, stage `End` is not a parameter": "did you mean `seed`?",
+        f"`{path}`: `../x` cannot be the name of a stage": folder_hint,
+        f"`{path}`: `5` cannot be the name of a stage": folder_hint,
+    }
+    assert all(problem.wrong_use for problem in recipe.problems)
+    assert list(recipe.stages) == ["high", "low", "mid"]
+    assert recipe.layers[0].stages == {"high": {"seed": 7}, "low": {}, "mid": {}}
+
+
+def test_stages_are_names_and_their_keys(write):
+    path = write("stages: [high]\n")
+    (problem,) = load_recipe_file(path).problems
+    assert problem.message == f"`{path}`: `stages` holds a list, expected names of stages and their keys"
+    assert problem.wrong_use
+
+
+def test_presets_of_accelerate_are_no_recipes():
+    assert (recipe_folder() / "accelerate" / "ddp.yaml").is_file()
+    assert not {"ddp", "accelerate/ddp"} & set(recipe_names())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
-from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS, STAGE_KEYS, STAGE_NAME
 from diffsynth_core.files import write_json, write_text
 
 
@@ -26,6 +26,14 @@ def recipe_schema() -> dict[str, Any]:
         "description": RECIPE_KEYS["parameters"],
         "properties": parameters,
         "additionalProperties": False,
+    }
+    stage: dict[str, Any] = {key: {"type": "string", "description": text} for key, text in STAGE_KEYS.items()}
+    stage["parameters"] = {"$ref": "#/properties/parameters", "description": STAGE_KEYS["parameters"]}
+    texts["stages"] = {
+        "type": "object",
+        "description": RECIPE_KEYS["stages"],
+        "propertyNames": {"pattern": f"^{STAGE_NAME}$"},
+        "additionalProperties": {"type": "object", "properties": stage, "additionalProperties": False},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -141,6 +141,13 @@ class Parameters(BaseModel):
         "YAML file in the format of a recipe; its values override those of the recipe",
         documented=False,
     )
+    only: str | None = _setting(
+        None,
+        "run",
+        "str",
+        "The one stage to run, of a recipe or config file with stages; blank: all stages in their order",
+        documented=False,
+    )
     rehearse: bool = _setting(
         False,
         "run",

@@ -1,7 +1,8 @@
-"""Recipes: named YAML files that supply parameters, with single inheritance and a closed schema."""
+"""Recipes: named YAML files that supply parameters, with single inheritance, stages and a closed schema."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,20 +17,45 @@ RECIPE_KEYS = {
     "description": "One line for `diffsynth recipe list`",
     "family": "Model family",
     "parameters": "Values of parameters",
+    "stages": "Runs of one command, by name and in their order; the parameters of a stage go over those of the recipe",
 }
-NOT_IN_RECIPES = frozenset({"recipe", "config", "rehearse", "dry_run", "resume"})
+STAGE_KEYS = {
+    "description": "One line on what the stage trains",
+    "parameters": "Values of parameters in this stage",
+}
+STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
+"""A stage names a folder; capitals are left out, since some file systems do not tell them apart."""
+NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "resume"})
 """Settings that say what one command does; a recipe describes every run made from it."""
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The values of one source, as they stand there: those for all stages, and by stage those that go over them."""
+
+    parameters: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A recipe with its inheritance resolved; `parameters` holds the values as they stand in the YAML."""
+    """A recipe with its inheritance resolved.
+
+    `layers` holds the values of the file last, before it those of the recipe it extends, and so on: a later layer goes
+    over all of an earlier one. `stages` holds the description of each stage, in the order in which they run.
+    """
 
     name: str
     description: str
     family: str | None
-    parameters: Mapping[str, Any]
+    layers: tuple[Layer, ...]
+    stages: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values for all stages."""
+        return {name: value for layer in self.layers for name, value in layer.parameters.items()}
 
 
 def recipe_folder() -> Path:
@@ -74,24 +100,45 @@ def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
         raise DiffSynthError(f"`{path}` extends itself", "let it extend another recipe")
     content = read_yaml(path)
     problems = _key_problems(path, content)
-    parent = Recipe("", "", None, {})
+    parent = Recipe("", "", None, ())
     try:
         if isinstance(content.get("extends"), str):
             parent = _load(_parent_path(path, content["extends"]), (*below, path))
     except DiffSynthError as error:
         problems += error.problems
     family = content.get("family", parent.family)
-    given = content.get("parameters")
-    known = (
-        {k: v for k, v in given.items() if k in SETTINGS and k not in NOT_IN_RECIPES} if isinstance(given, dict) else {}
+    stages = _known_stages(content.get("stages"))
+    described = {name: str(stage.get("description", parent.stages.get(name, ""))) for name, stage in stages.items()}
+    layer = Layer(
+        _known_parameters(content.get("parameters")),
+        {name: _known_parameters(stage.get("parameters")) for name, stage in stages.items()},
     )
     return Recipe(
         name=path.stem,
         description=str(content.get("description", "")),
         family=family if isinstance(family, str) else None,
-        parameters={**parent.parameters, **known},
+        layers=(*parent.layers, layer),
+        stages={**parent.stages, **described},
         problems=(*problems, *parent.problems),
     )
+
+
+def _known_parameters(given: Any) -> dict[str, Any]:
+    """Of what a file gives as parameters, those that a file may set."""
+    if not isinstance(given, dict):
+        return {}
+    return {name: value for name, value in given.items() if name in SETTINGS and name not in NOT_IN_RECIPES}
+
+
+def _known_stages(given: Any) -> dict[str, dict[str, Any]]:
+    """Of what a file gives as stages, those with a proper name; one that is blank or no object has no keys."""
+    if not isinstance(given, dict):
+        return {}
+    return {name: stage if isinstance(stage, dict) else {} for name, stage in given.items() if _is_stage_name(name)}
+
+
+def _is_stage_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(STAGE_NAME, name) is not None
 
 
 def _parent_path(path: Path, name: str) -> Path:
@@ -103,36 +150,71 @@ def _parent_path(path: Path, name: str) -> Path:
 
 
 def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
-    """What in a recipe file is no key of the closed schema."""
+    """What in a recipe file is no part of the closed schema."""
     problems = []
     for key, value in content.items():
         if key not in RECIPE_KEYS:
-            hint = (
-                "put it below `parameters:`" if key in SETTINGS else f"a recipe has the keys {', '.join(RECIPE_KEYS)}"
-            )
-            problems.append(Problem(f"`{path}`: `{key}` is not a key of a recipe", hint, wrong_use=True))
+            problems.append(_unknown_key(key, "recipe", RECIPE_KEYS, f"`{path}`"))
         elif key == "parameters":
-            if value is not None and not isinstance(value, dict):
-                problems.append(
-                    Problem(
-                        f"`{path}`: `parameters` holds a {type(value).__name__}, expected names and values",
-                        wrong_use=True,
-                    )
-                )
-                continue
-            problems += [unknown_parameter(str(name), f" in `{path}`") for name in value or {} if name not in SETTINGS]
-            problems += [
-                Problem(
-                    f"`{name}` in `{path}` says what one command does and has no place in a file",
-                    "give it as a flag",
-                    wrong_use=True,
-                )
-                for name in value or {}
-                if name in NOT_IN_RECIPES
-            ]
+            problems += _parameter_problems(value, f"`{path}`")
+        elif key == "stages":
+            problems += _stages_problems(value, f"`{path}`")
         elif not isinstance(value, str):
             problems.append(Problem(f"`{path}`: `{key}` takes a text, got `{value}`", wrong_use=True))
     return problems
+
+
+def _stages_problems(stages: Any, where: str) -> list[Problem]:
+    """What below `stages:` is no part of the closed schema."""
+    if stages is not None and not isinstance(stages, dict):
+        what = f"`stages` holds a {type(stages).__name__}, expected names of stages and their keys"
+        return [Problem(f"{where}: {what}", wrong_use=True)]
+    problems = []
+    for name, stage in (stages or {}).items():
+        if not _is_stage_name(name):
+            hint = "use small letters, digits, `-` and `_`, for a folder gets that name"
+            problems.append(Problem(f"{where}: `{name}` cannot be the name of a stage", hint, wrong_use=True))
+        problems += _stage_problems(stage, f"{where}, stage `{name}`")
+    return problems
+
+
+def _stage_problems(stage: Any, where: str) -> list[Problem]:
+    """What in one stage is no part of the closed schema."""
+    if stage is not None and not isinstance(stage, dict):
+        what = f"holds a {type(stage).__name__}, expected the keys {' and '.join(STAGE_KEYS)}"
+        return [Problem(f"{where} {what}", wrong_use=True)]
+    problems = []
+    for key, value in (stage or {}).items():
+        if key not in STAGE_KEYS:
+            problems.append(_unknown_key(key, "stage", STAGE_KEYS, where))
+        elif key == "parameters":
+            problems += _parameter_problems(value, where)
+        elif not isinstance(value, str):
+            problems.append(Problem(f"{where}: `{key}` takes a text, got `{value}`", wrong_use=True))
+    return problems
+
+
+def _unknown_key(key: str, kind: str, keys: Mapping[str, str], where: str) -> Problem:
+    hint = "put it below `parameters:`" if key in SETTINGS else f"a {kind} has the keys {', '.join(keys)}"
+    return Problem(f"{where}: `{key}` is not a key of a {kind}", hint, wrong_use=True)
+
+
+def _parameter_problems(given: Any, where: str) -> list[Problem]:
+    """What below `parameters:` is no parameter, or none for a file."""
+    if given is not None and not isinstance(given, dict):
+        what = f"`parameters` holds a {type(given).__name__}, expected names and values"
+        return [Problem(f"{where}: {what}", wrong_use=True)]
+    unknown = [unknown_parameter(str(name), f" in {where}") for name in given or {} if name not in SETTINGS]
+    misplaced = [
+        Problem(
+            f"`{name}` in {where} says what one command does and has no place in a file",
+            "give it as a flag",
+            wrong_use=True,
+        )
+        for name in given or {}
+        if name in NOT_IN_RECIPES
+    ]
+    return unknown + misplaced
 
 
 def unknown_parameter(name: str, where: str) -> Problem:

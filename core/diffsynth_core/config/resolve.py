@@ -1,23 +1,28 @@
-"""From flags, a config file, a recipe and defaults to one set of parameters, with all problems at once."""
+"""From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems at once."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import Recipe, load_recipe, load_recipe_file, unknown_parameter
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.config.recipes import Layer, Recipe, load_recipe, load_recipe_file, unknown_parameter
+from diffsynth_core.errors import DiffSynthError, Problem, suggest
+
+COMMAND_LINE = "command line"
+Source = tuple[str, Layer]
+"""Where values come from, as a report names it, and the values."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Parameters, what was wrong with them, and where each value came from.
+    """Parameters of one run, what was wrong with them, and where each value came from.
 
-    Values that were wrong are left at the default and named in `invalid`, so that the checks behind can go on.
+    `stage` is None where there are no stages. Values that were wrong are left at the default and named in `invalid`,
+    so that the checks behind can go on.
     """
 
     parameters: Parameters
@@ -26,6 +31,7 @@ class Resolved:
     invalid: frozenset[str]
     incomplete: bool
     origins: Mapping[str, str] = field(default_factory=dict)
+    stage: str | None = None
 
     def given(self, name: str) -> bool:
         """Whether a flag, a file or a recipe set the parameter."""
@@ -33,45 +39,149 @@ class Resolved:
 
 
 def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Resolved:
-    """Put the parameters together: flags > `--config` file > recipe > default.
+    """Put the parameters of a single run together, as `resolve_stages` does.
+
+    Raises:
+        ValueError: when there are several stages to run.
+    """
+    (resolved,) = resolve_stages(flags, unknown_flags)
+    return resolved
+
+
+def resolve_stages(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> tuple[Resolved, ...]:
+    """Put the parameters of each stage together: flags > `--config` file > recipe > default.
+
+    Within a file the values of the stage go over those for all stages, and both over those of the recipe it extends.
+    Without stages there is one entry. Problems that concern all stages stand in every entry.
 
     `flags` holds the values given on the command line by name, `unknown_flags` the arguments that no option took.
     """
     problems = [unknown_parameter(flag.removeprefix("--"), " (command line)") for flag in unknown_flags]
     flags = {name: value for name, value in flags.items() if not _slipped(name, value, problems)}
-    sources: list[tuple[str, Mapping[str, Any]]] = []
     config = _load_quietly(lambda path: load_recipe_file(Path(path)), flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
-    if recipe:
-        sources.append((f"recipe `{recipe.name}`", recipe.parameters))
-    if config:
-        sources.append((f"`{flags['config']}`", config.parameters))
-    sources.append(("command line", flags))
-
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, given in sources:
-        for name, value in given.items():
-            values[name] = value
-            origins[name] = f"`--{name}`" if origin == "command line" else origin
+    incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
+    sources: list[Source] = []
+    stages: list[str] = []
+    for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):
+        if loaded:
+            sources += [(origin, layer) for layer in loaded.layers]
+            stages += [name for name in loaded.stages if name not in stages]
+    sources.append((COMMAND_LINE, Layer(flags)))
+    chosen = _choose_stages(flags.get("only"), stages, incomplete, problems)
+    problems += [] if flags.get("only") else _conflicts(sources, chosen)
     named = flags.get("recipe") or (config.name if config else None)
+    family = (config.family if config else None) or (recipe.family if recipe else None)
+    found = tuple(
+        _resolve_one(sources, stage, named, family, tuple(problems), incomplete) for stage in chosen or (None,)
+    )
+    return _told_shared_folders(found)
+
+
+def _resolve_one(
+    sources: Sequence[Source],
+    stage: str | None,
+    named: str | None,
+    family: str | None,
+    problems: tuple[Problem, ...],
+    incomplete: bool,
+) -> Resolved:
+    """The parameters of one stage, or of a run without stages."""
+    values, origins = _stack(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
-
     parameters, invalid, faults = _validate(values, origins)
-    problems += faults
-    problems += _cross_problems(parameters, invalid)
-    family = (config.family if config else None) or (recipe.family if recipe else None)
-    problems += _unsupported(parameters, family, origins)
-    incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
-    return Resolved(parameters, family, tuple(problems), frozenset(invalid), incomplete, origins)
+    if stage:
+        # A folder that the stage names itself is its own; any other is the one above those of all stages.
+        of_stage = origins.get("output_path", "").endswith(_of_stage(stage))
+        folder = parameters.output_path if of_stage else parameters.output_path / stage
+        parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
+    faults += _cross_problems(parameters, invalid)
+    faults += _unsupported(parameters, family, origins)
+    return Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
+
+
+def _stack(sources: Sequence[Source], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all sources, later ones over earlier ones, and the origin of each."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in sources:
+        for name, value in layer.parameters.items():
+            values[name] = value
+            origins[name] = f"`--{name}`" if origin == COMMAND_LINE else origin
+        for name, value in layer.stages.get(stage or "", {}).items():
+            values[name] = value
+            origins[name] = f"{origin}{_of_stage(stage)}"
+    return values, origins
+
+
+def _of_stage(stage: str | None) -> str:
+    """What an origin says of a value that belongs to one stage."""
+    return f", stage `{stage}`"
+
+
+def _choose_stages(only: str | None, stages: list[str], incomplete: bool, problems: list[Problem]) -> list[str]:
+    """The stages to run; all of them when the one asked for is unknown."""
+    if only is None or only in stages:
+        return [only] if only else stages
+    if stages:
+        near = suggest(only, stages)
+        hint = f"did you mean `{near}`?" if near else f"the stages are {', '.join(stages)}"
+        problems.append(Problem(f"there is no stage `{only}` (`--only`)", hint, wrong_use=True))
+    elif not incomplete:
+        what = f"`only` asks for the stage `{only}`, but nothing here has stages"
+        problems.append(Problem(what, "leave it out, or name a recipe with stages", wrong_use=True))
+    return stages
+
+
+def _conflicts(sources: Sequence[Source], stages: Sequence[str]) -> list[Problem]:
+    """Values for all stages that would go over what sources before them set differently by stage.
+
+    `output_path` is the folder above those of the stages, whatever they say.
+    """
+    found: dict[str, Problem] = {}
+    for place, (origin, layer) in enumerate(sources):
+        below = {stage: _stack(sources[:place], stage)[0] for stage in stages}
+        for name in layer.parameters:
+            before = [_read(name, values.get(name, SETTINGS[name].default)) for values in below.values()]
+            same = all(value == before[0] for value in before)
+            if same or name == "output_path" or all(name in layer.stages.get(stage, {}) for stage in stages):
+                continue
+            listed = f"{', '.join(stages[:-1])} and {stages[-1]}"
+            shown = f"`--{name}`" if origin == COMMAND_LINE else origin
+            found[name] = Problem(
+                f"`{name}` differs between the stages {listed} ({shown})",
+                "name one of them with `--only`",
+                wrong_use=True,
+            )
+    return list(found.values())
+
+
+def _read(name: str, value: Any) -> Any:
+    """A value as the declaration reads it; one that is wrong stays as it is."""
+    try:
+        return getattr(Parameters.model_validate({name: value}), name)
+    except ValidationError:
+        return value
+
+
+def _told_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
+    """Add the problem that two stages would write to one folder."""
+    folders = [resolved.parameters.output_path.absolute() for resolved in stages]
+    shared = [resolved for resolved, folder in zip(stages, folders, strict=True) if folders.count(folder) > 1]
+    if not shared:
+        return stages
+    names = " and ".join(str(resolved.stage) for resolved in shared)
+    what = f"the stages {names} have one folder, `{shared[0].parameters.output_path}` (`output_path`)"
+    problem = Problem(what, "leave `output_path` out of the stages", wrong_use=True)
+    return tuple(replace(resolved, problems=(*resolved.problems, problem)) for resolved in stages)
 
 
 def _slipped(name: str, value: Any, problems: list[Problem]) -> bool:
     """Whether a flag's value is empty, or is the next flag."""
     setting = SETTINGS[name]
     flag = isinstance(value, str) and value.startswith("--")
-    if not flag and not (value == "" and (setting.type_name == "path" or name == "recipe")):
+    if not flag and not (value == "" and (setting.type_name == "path" or name in ("recipe", "only"))):
         return False
     hint = f"give the value: `--{name} VALUE`"
     problems.append(Problem(f"`{name}` takes {setting.type_words}, got `{value}` (`--{name}`)", hint, wrong_use=True))

@@ -27,6 +27,11 @@ of the dataset."""
 
 
 @dataclass(frozen=True)
+class NothingLeft(Problem):
+    """The run to resume has done all its steps."""
+
+
+@dataclass(frozen=True)
 class Start:
     """Where a run begins: the steps it has behind it, and what is worth saying of going on."""
 
@@ -84,7 +89,7 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
     # A run killed between its last state and the end of its record has only its record to finish.
     if steps and done >= steps.total_steps and record.status in ("completed", "interrupted"):
         problems.append(
-            Problem(
+            NothingLeft(
                 f"the run in `{folder}` has done its {done} steps; the parameters ask for {steps.total_steps}",
                 "nothing is left to do; ask for more with `--num_epochs` or `--max_steps`",
             )

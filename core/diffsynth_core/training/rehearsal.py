@@ -49,11 +49,11 @@ WEIGHTS_VERSION = 3
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal did, and what that proved."""
+    """What a rehearsal did, what that proved, and what it drew to train on, if anything: pictures, videos."""
 
     result: RunResult
     proofs: tuple[str, ...]
-    drew_pictures: bool
+    drew: str | None
 
     @property
     def checkpoint(self) -> Path:
@@ -75,7 +75,6 @@ def rehearse(
         FaultsFound: as planning.
         DiffSynthError: when a proof fails.
     """
-    drew = not resolved.given("dataset_base_path")
     prepared, base = prepare(resolved, reporter)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
     plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
@@ -99,6 +98,7 @@ def rehearse(
         proofs.append("encodings came from the cache the second time: no encoder was loaded")
     result = train(resumed, reporter, stop)
     proofs += _prove_checkpoint(resumed, result)
+    drew = None if resolved.given("dataset_base_path") else f"{plan.facts.medium_kind}s"
     return Rehearsal(result, tuple(proofs), drew)
 
 
@@ -176,6 +176,7 @@ def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
     if _is_flag(resolved, "output_path"):
         return plan
     name = resolved.parameters.recipe or plan.facts.name
+    name += f"-{resolved.stage}" if resolved.stage else ""
     folder = fresh_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
     return replace(plan, parameters=plan.parameters.model_copy(update={"output_path": folder}))
 

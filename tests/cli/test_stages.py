@@ -1,0 +1,103 @@
+"""`--only` and recipes with stages on the command line: what is refused, and how often it is told."""
+
+import pytest
+
+STAGED = """
+extends: qwen-image-lora
+stages:
+  high:
+    parameters: {max_timestep_boundary: 0.4}
+  low:
+    parameters: {min_timestep_boundary: 0.4}
+"""
+ONE_OF_THEM = "name one of them with `--only`"
+
+
+@pytest.fixture
+def staged(config):
+    return config(STAGED)
+
+
+@pytest.mark.parametrize(("only", "hint"), [("hihg", "did you mean `high`?"), ("zzz", "the stages are high, low")])
+def test_an_unknown_stage(refuse, staged, only, hint):
+    told = refuse("--config", staged, "--only", only, recipe=None)
+    assert told == (2, [(f"there is no stage `{only}` (`--only`)", hint)])
+
+
+def test_only_without_stages(refuse):
+    message = "`only` asks for the stage `high`, but nothing here has stages"
+    assert refuse("--only", "high") == (2, [(message, "leave it out, or name a recipe with stages")])
+
+
+def test_one_flag_for_stages_that_differ(refuse, staged):
+    told = refuse("--config", staged, "--max_timestep_boundary", 0.5, "--min-timestep-boundary", 0.2, recipe=None)
+    assert told == (
+        2,
+        [
+            (
+                "`max_timestep_boundary` differs between the stages high and low (`--max_timestep_boundary`)",
+                ONE_OF_THEM,
+            ),
+            (
+                "`min_timestep_boundary` differs between the stages high and low (`--min_timestep_boundary`)",
+                ONE_OF_THEM,
+            ),
+        ],
+    )
+
+
+def test_one_flag_for_the_stage_that_is_named(cli, staged, dataset):
+    outcome = cli(
+        "train", "--config", staged, "--dataset_base_path", dataset, "--max_timestep_boundary", 0.5, "--only", "high", "--dry_run"
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert [line for line in lines if line.startswith("Stage ")] == ["Stage high"]
+    assert lines[-1] == "Output to `models/train/config/high`"
+
+
+def test_problems_of_both_stages_come_in_one_report_and_common_ones_once(refuse, config):
+    path = config(STAGED + "  last:\n    parameters: {lora_target_modules: to_qq}\n")
+    code, problems = refuse(
+        "--config", path, "--lora_rnk", 16, "--dataset_base_path", "nowhere", "--seed", "x", recipe=None
+    )
+    assert code == 2
+    assert sorted(problems) == sorted(
+        [
+            ("`lora_rnk` (command line) is not a parameter", "did you mean `lora_rank`?"),
+            ("`seed` takes an integer, got `x` (`--seed`)", None),
+            ("`lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?"),
+            (
+                "the dataset folder `nowhere` (`dataset_base_path`) is not there",
+                "name the folder with `--dataset_base_path`",
+            ),
+        ]
+    )
+
+
+def test_the_dry_run_shows_the_plan_of_each_stage(cli, staged, dataset):
+    outcome = cli("train", "--config", staged, "--dataset_base_path", dataset, "--output_path", "out", "--dry_run")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert [line for line in lines if line.startswith(("Stage ", "Output "))] == [
+        "Stage high",
+        "Output to `out/high`",
+        "Stage low",
+        "Output to `out/low`",
+    ]
+
+
+@pytest.mark.parametrize("file", ["high", "low"])
+def test_the_real_recipe_takes_only_a_stage_of_its_own(parse, file):
+    resolved = parse("--recipe", "wan2.2-t2v-a14b-lora", "--only", file, "--learning_rate", "3e-4")
+    assert (resolved.stage, resolved.parameters.learning_rate, resolved.problems) == (file, 3e-4, ())
+    assert str(resolved.parameters.output_path) == f"models/train/wan2.2-t2v-a14b-lora/{file}"
+    (entry, *_) = resolved.parameters.model_id_with_origin_paths
+    assert entry == f"Wan-AI/Wan2.2-T2V-A14B:{file}_noise_model/diffusion_pytorch_model*.safetensors"
+
+
+def test_the_model_files_of_one_expert_are_not_for_both(parse_stages):
+    stages = parse_stages("--recipe", "wan2.2-t2v-a14b-lora", "--model_id_with_origin_paths", "a/b:c")
+    for resolved in stages:
+        (problem,) = resolved.problems
+        assert problem.message.startswith("`model_id_with_origin_paths` differs between the stages high and low")
