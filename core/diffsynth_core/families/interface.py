@@ -126,11 +126,26 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Two sides that must be equal: one of a component, and one of the denoiser that reads what the component makes.
+
+    `side` and `denoiser_side` are (tensor of our module, axis); the denoiser's holds `parts` of it.
+    """
+
+    component: str
+    side: tuple[str, int]
+    denoiser_side: tuple[str, int]
+    what: str
+    parts: int = 1
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
     `variant`: shapes of the denoiser (our names) and the extra inputs asked for -> what that kind of model needs.
+    `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
     """
@@ -144,6 +159,7 @@ class FamilyFacts:
     text_column: str
     medium_kind: Literal["picture", "video"]
     tokenizers: Mapping[str, "TokenizerFacts"]
+    fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> ComponentFacts:

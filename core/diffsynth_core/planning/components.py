@@ -68,6 +68,7 @@ def find_components(
             for name in variant.components
             if name not in components and name not in assigned.told
         ]
+    problems += _misfits(facts, variant, components, shapes)
     _check_offloaded(parameters, problems)
     tokenizers = find_tokenizers(parameters, facts, components, base, problems)
     return FoundComponents(facts, variant, components, shapes, tokenizers)
@@ -152,6 +153,29 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
         if json.loads(config.read_text(encoding="utf-8")).get("_class_name") in others:
             return None
     return config
+
+
+def _misfits(
+    facts: FamilyFacts, variant: Variant, components: Mapping[str, ComponentFiles], shapes: Mapping[str, Shapes]
+) -> list[Problem]:
+    """Components that make what the denoiser cannot read: files of different models."""
+    problems = []
+    for fit in facts.fits:
+        side, denoiser_side = (
+            shapes.get(name, {}).get(tensor, ())[axis : axis + 1]
+            for name, (tensor, axis) in ((fit.component, fit.side), (facts.denoiser, fit.denoiser_side))
+        )
+        if side and denoiser_side and denoiser_side != (side[0] * fit.parts,):
+            files = components[fit.component]
+            problems.append(
+                Problem(
+                    f"the {fit.component} from `{files.origin}` makes {fit.what} of {side[0]} channels, "
+                    f"the {facts.denoiser} of {variant.title} takes {denoiser_side[0] // fit.parts}",
+                    f"name the {fit.component} of the same model",
+                    wrong_use=True,
+                )
+            )
+    return problems
 
 
 def _missing(component: ComponentFacts, variant: Variant) -> Problem:

@@ -7,11 +7,10 @@ stands for a number; a table names modules, and the leaf behind them (`weight`, 
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+Tensor = Any
+"""A `torch.Tensor`; a table of names does not import torch."""
 Shape = tuple[int, ...]
 
 LEAVES = ("weight", "bias", "gamma")
@@ -28,7 +27,7 @@ class KeyMap:
         self._arguments = arguments
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._arguments == other._arguments  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._arguments == other._arguments
 
     def __hash__(self) -> int:
         return hash(repr(self._arguments))
@@ -51,7 +50,7 @@ class KeyMap:
         """Shapes of our tensors, given that of `theirs`."""
         return dict.fromkeys(self.ours(name) or (), shape)
 
-    def cut(self, name: str, tensor: "Tensor") -> "dict[str, Tensor]":
+    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensors, given `theirs`; views of it."""
         return dict.fromkeys(self.ours(name) or (), tensor)
 
@@ -60,7 +59,7 @@ class KeyMap:
         (own,) = self.ours(name) or ()
         return shapes[own]
 
-    def join(self, name: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
+    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `cut`: `theirs`, given all of our tensors."""
         (own,) = self.ours(name) or ()
         return tensors[own]
@@ -144,7 +143,7 @@ class TableMap(KeyMap):
             return dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
         return dict.fromkeys(names, shape[self._leading.get(self.rule(name) or "", 0) :])
 
-    def cut(self, name: str, tensor: "Tensor") -> "dict[str, Tensor]":
+    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         names = self.ours(name) or ()
         if len(names) > 1:
             return dict(zip(names, tensor.chunk(len(names)), strict=True))
@@ -157,12 +156,17 @@ class TableMap(KeyMap):
             return (sum(part[0] for part in parts), *parts[0][1:])
         return (1,) * self._leading.get(self.rule(name) or "", 0) + parts[0]
 
-    def join(self, name: str, tensors: "Mapping[str, Tensor]") -> "Tensor":
-        import torch
-
+    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = [tensors[own] for own in self.ours(name) or ()]
         if len(parts) > 1:
-            return torch.cat(parts)
+            whole = parts[0].new_empty(
+                self.join_shape(name, {own: tensors[own].shape for own in self.ours(name) or ()})
+            )
+            rows = 0
+            for part in parts:
+                whole[rows : rows + len(part)] = part
+                rows += len(part)
+            return whole
         return parts[0][(None,) * self._leading.get(self.rule(name) or "", 0)]
 
 

@@ -51,7 +51,7 @@ LOSS_AVERAGE_STEPS = 50
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
-"""Ways of sharing weights, gradients or optimizer out among processes, which norm, state and checkpoints do not know."""
+"""Ways of sharing weights, gradients or optimizer out, which gradient norm, state and checkpoints do not know yet."""
 MAX_SKIPPED_STEPS = 20
 """float16 scaling skips a step whose gradients overflow and halves its scale; so many in a row lead nowhere."""
 

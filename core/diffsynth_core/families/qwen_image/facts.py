@@ -4,6 +4,7 @@ from diffsynth_core.families.interface import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
+    Fit,
     Layout,
     Medium,
     Shapes,
@@ -76,4 +77,8 @@ QWEN_IMAGE = FamilyFacts(
     text_column="prompt",
     medium_kind="picture",
     tokenizers={"tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer")},
+    fits=(
+        Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
+        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
+    ),
 )

@@ -4,6 +4,7 @@ from diffsynth_core.families.interface import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
+    Fit,
     Layout,
     Medium,
     Shapes,
@@ -24,6 +25,7 @@ PICKLED_FILES = (
 
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",))
+EMBEDDER = "condition_embedder"
 FRAMES = ("input_image", "end_image")
 """Extra inputs: the first and the last frame of the clip, which the model is shown."""
 
@@ -52,8 +54,8 @@ def _image_to_video(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
     """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
     shown = tuple(name for name in FRAMES if name in inputs)
     latents = EncoderFacts(name="latents_with_condition", component="vae", columns=("video",), inputs=shown)
-    image_embedder = "condition_embedder.image_embedder.norm1.weight" in shapes
-    two_images = "condition_embedder.image_embedder.pos_embed" in shapes
+    image_embedder = f"{EMBEDDER}.image_embedder.norm1.weight" in shapes
+    two_images = f"{EMBEDDER}.image_embedder.pos_embed" in shapes
     image = EncoderFacts(
         name="image",
         component="image_encoder",
@@ -159,5 +161,10 @@ WAN = FamilyFacts(
             layouts=(("tokenizer.json",),),
         )
     },
+    fits=(
+        Fit("text_encoder", ("shared.weight", 1), (f"{EMBEDDER}.text_embedder.linear_1.weight", 1), "text states"),
+        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
+        Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
+    ),
     copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
 )
