@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,12 @@ def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> Non
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / f"{stem}{ending}.index.json", index)
+
+
+def diffusers_config(module: Any) -> dict[str, object]:
+    """The config.json of a diffusers module, without what differs from process to process (`_use_default_values`)."""
+    settings = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return {"_class_name": type(module).__name__, **settings}
 
 
 def write_json(path: Path, content: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
-from diffsynth_core.families.tiny_weights import GAINS, fill, write_json, write_weights
+from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 
 TEMPLATE_WORDS = (
     *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
@@ -117,7 +117,7 @@ def _write_config(path: Path, component: str, module: Any, config: dict[str, Any
     if component == "text_encoder":
         content = {"architectures": [type(module).__name__], "model_type": "qwen2_5_vl", **config}
     else:
-        content = {"_class_name": type(module).__name__, **dict(module.config)}
+        content = diffusers_config(module)
     write_json(path, content)
 
 

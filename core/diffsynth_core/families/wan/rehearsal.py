@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth_core.families.tiny_weights import GAINS, fill, write_json, write_weights
+from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import IMAGE_ENCODER_HEADS, LATENTS_MEAN_48, LATENTS_STD_48, build
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
@@ -92,7 +92,7 @@ def _config(component: str, model_id: str, place: PurePosixPath, sizes: TinySize
     if component == "dit":
         return _transformer(_variant(model_id), sizes)
     if component == "vae":
-        newer = "Wan2.2_VAE" in place.name or ("Wan2.1_VAE" not in place.name and "TI2V-5B" in model_id)
+        newer = "Wan2.2_VAE" in place.name or "TI2V-5B" in model_id
         return _vae_2_2(sizes) if newer else {"base_dim": sizes.vae_width}
     return {"text_encoder": _text_encoder, "image_encoder": _image_encoder}[component](sizes)
 
@@ -219,7 +219,7 @@ def _write_companions(folder: Path, component: str, module: Any, config: Mapping
     elif component == "text_encoder":
         content = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "tie_word_embeddings": False, **config}
     else:
-        content = {"_class_name": type(module).__name__, **dict(module.config)}
+        content = diffusers_config(module)
     write_json(folder / "config.json", content)
 
 
