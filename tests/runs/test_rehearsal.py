@@ -8,30 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.data.drawn_pictures import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
+
+PROOFS = {
+    "qwen-image": ("each of its 42 keys finds one of 21 modules of dit", "all 77 tensors of dit were found again"),
+    "wan2.1-i2v": ("each of its 40 keys finds one of 20 modules of dit", "all 87 tensors of dit were found again"),
+    "wan": ("each of its 40 keys finds one of 20 modules of dit", "all 69 tensors of dit were found again"),
+}
+"""What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
-    assert "stopped after step 4, resumed there, and came to step 8" in outcome.out
-    folder = Path(f"rehearsals/{recipe}-1")
-    assert f"Metrics     {folder}/metrics.jsonl" in outcome.out
-    record = json.loads((folder / "run.json").read_text())
-    assert (record["status"], record["step"]) == ("completed", 8)
-    assert [entry["file"] for entry in record["checkpoints"]] == ["step-4.safetensors", "epoch-0.safetensors"]
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
-    assert "Saved" in (folder / "train.log").read_text()
-    proof = (
-        "all 77 tensors of dit were found again"
-        if recipe.endswith("-full")
-        else "each of its 42 keys finds one of 21 modules of dit"
-    )
-    assert proof in outcome.out
-    assert f"--recipe {recipe}" in outcome.out and "--dataset_base_path YOUR_PICTURES" in outcome.out
+    stages = load_recipe(recipe).stages or (None,)
+    assert outcome.out.count("stopped after step 4, resumed there, and came to step 8") == len(stages)
+    for stage in stages:
+        folder = Path("rehearsals", f"{recipe}-{stage}-1" if stage else f"{recipe}-1")
+        assert f"Metrics     {folder}/metrics.jsonl" in outcome.out
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["status"], record["step"]) == ("completed", 8)
+        assert [entry["file"] for entry in record["checkpoints"]] == ["step-4.safetensors", "epoch-0.safetensors"]
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+        assert "Saved" in (folder / "train.log").read_text()
+    lora, full = next(proofs for begin, proofs in PROOFS.items() if recipe.startswith(begin))
+    assert outcome.out.count(full if recipe.endswith("-full") else lora) == len(stages)
+    yours = "YOUR_PICTURES" if recipe.startswith("qwen") else "YOUR_VIDEOS"
+    assert f"--recipe {recipe}" in outcome.out and f"--dataset_base_path {yours}" in outcome.out
 
 
 def test_rehearsals_take_fresh_folders_and_named_ones_the_named(cli):
@@ -73,7 +79,7 @@ def test_local_model_files_are_rehearsed_by_their_headers(cli, tiny_models, phot
         "--lora_base_model", "dit", "--dataset_base_path", photographs, "--max_steps", 2,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "local/model:dit/model.safetensors" in outcome.err
+    assert "local/Qwen-Image:transformer/model.safetensors" in outcome.err
 
 
 def test_full_training_and_lora_in_one_rehearsal(cli):
@@ -122,13 +128,16 @@ def test_a_dry_run_writes_nothing(cli):
     assert not list(Path().iterdir())
 
 
-def test_the_real_command_rehearses(tmp_path):
-    """`diffsynth train --recipe qwen-image-lora --rehearse` as typed, workers and all."""
-    command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", "qwen-image-lora", "--rehearse"]
+@pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.1-i2v-14b-480p-full", "wan2.2-t2v-a14b-lora"])
+def test_the_real_command_rehearses(tmp_path, recipe):
+    """`diffsynth train --recipe NAME --rehearse` as typed, workers and all."""
+    command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", recipe, "--rehearse"]
     ended = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "Warning" not in ended.stderr
-    assert ended.stdout.startswith("The rehearsal proved:")
+    assert ended.stdout.startswith(
+        "The rehearsal of stage high proved:" if "a14b" in recipe else "The rehearsal proved:"
+    )
 
 
 def test_a_rehearsal_is_refused_to_several_processes(cli, monkeypatch):
