@@ -85,7 +85,8 @@ REFERENCE = {
     "qwen-image-2512-full": {**FULL, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
 }
 """What the documented training scripts of these models say; what they leave out is at its default."""
-WAN = {"dataset_repeat": 100, "height": 480, "width": 832}
+WAN = {"dataset_repeat": 100, "height": 480, "width": 832, "use_gradient_checkpointing": True}
+"""The scripts leave checkpointing out, and the reference trainer turns it on for Wan whatever it is told."""
 WAN_LORA = {
     **WAN,
     "learning_rate": 1e-4,
