@@ -1,7 +1,7 @@
 """The clips of rehearsals: readable, moving, upright, and the same whenever they are drawn."""
 
 import csv
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_every_clip_has_its_size_and_frames_and_moves(folder, drawn):
     assert (header.width, header.height, header.rotated) == (width, height, "turned" in name)
     assert count_frames(folder / name, None, None) == frames
     clip = load_clip(folder / name, 0, frames, height, width, None).astype(int)
-    assert all(abs(after - before).max() > 60 for before, after in pairwise(clip))
+    assert all(abs(after - before).max() > 60 for before, after in itertools.pairwise(clip))
 
 
 def test_a_turned_clip_is_upright(folder):

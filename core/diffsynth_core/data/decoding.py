@@ -24,23 +24,25 @@ from diffsynth_core.errors import DiffSynthError
 FORMATS = "mov,matroska,avi,gif"
 """ffmpeg's names of the containers that are read; playlists, which open other files, and pictures are not."""
 FRAME_DAMAGE = (
+    b"concealing ",
     b"corrupt decoded frame",
     b"Error submitting packet to decoder",
     b"Decoding error:",
     b"LZW decode failed",
     b"slice CRC mismatch",
 )
-"""What decoders say of a frame that is lost or concealed, before the frame itself."""
-PACKET_DAMAGE = (b"invalid as first byte of an EBML number", b"exceeds containing master element")
-"""What is said of bytes passed over between two packets."""
+"""What decoders say of a frame that is lost or concealed, before it and those that are made from it come out."""
+PACKET_DAMAGE = b"[in#0/", b"] [error] "
+"""What a line has that tells of bytes passed over between packets; while a file is opened, `[in#0 @` stands there."""
 CUT_OFF = (b"File ended prematurely", b"partial file", b"corrupt input packet")
 """What is said where a file ends within a packet."""
 DECODED, READ = b"decoder -> pts:", b"demuxer -> ist_index:"
 """What `-debug_ts` says once for each frame, and for each packet."""
 CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"encoder -> ", b"muxer <- ")
 REORDERING = 16
-"""A packet is read at most so many frames before it is shown (H.264, max_num_reorder_frames)."""
+"""So many frames at most are read before one that is shown before them (H.264, max_num_reorder_frames)."""
 KEPT_LINES = 500
+DISCARDED_BYTES = 1 << 20
 REASONS = (
     ("matches no streams", "it has no video stream"),
     ("Format not on whitelist", "it is no MP4, MOV, MKV, WebM, AVI or GIF"),
@@ -60,19 +62,24 @@ def unreadable(path: Path, reason: str) -> DiffSynthError:
 class Decoding:
     """An ffmpeg process that decodes the first video stream of `path` into a pipe; it is gone after the block.
 
-    `output` are ffmpeg's arguments behind the input: filters and format.
+    `output` are ffmpeg's arguments behind the input: filters and format. With `threads`, the decoder has so many.
 
     Raises:
         DiffSynthError: when ffmpeg cannot be started.
     """
 
-    def __init__(self, path: Path, output: Sequence[str]) -> None:
+    def __init__(self, path: Path, output: Sequence[str], threads: int | None = None) -> None:
         self._path = path
+        self._output = output
+        self._threads = threads
         self._log = _Log()
         before = ["-nostdin", "-nostats", "-hide_banner", "-loglevel", "repeat+level+info", "-debug_ts"]
         # Without -reinit_filter 0, filters count frames anew after a change of size or colours.
-        reading = ["-format_whitelist", FORMATS, "-reinit_filter", "0", "-i", f"file:{path}"]
-        self._arguments = [*before, *reading, "-map", "0:V:0", "-fps_mode", "passthrough", *output, "-"]
+        reading = ["-format_whitelist", FORMATS, "-reinit_filter", "0"]
+        if threads is not None:
+            reading += ["-threads", str(threads)]
+        source = ["-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+        self._arguments = [*before, *reading, *source, *output, "-"]
 
     def __enter__(self) -> Self:
         try:
@@ -130,13 +137,23 @@ class Decoding:
         if reason:
             raise unreadable(self._path, reason)
         complete = asked is not None and arrived >= asked
-        if self._log.cut_off and not complete:
-            raise unreadable(self._path, f"it is cut off after {start + arrived} frames")
-        damaged = self._log.first_damage(start + arrived if complete else None, frame_rate)
-        if damaged is not None:
+        needed = self._log.frames_needed(start + arrived if complete else None, frame_rate)
+        if self._log.cut_off and needed > self._log.whole_frames():
+            raise unreadable(self._path, f"it is cut off after {self._log.whole_frames()} frames")
+        damaged = self._log.first_damage(needed)
+        if damaged is not None and self._threads == 1:
             raise unreadable(self._path, f"it is damaged at frame {damaged}")
+        if damaged is not None:
+            self._check_in_order(start, arrived, asked, frame_rate)
         if not self._log.frame_times:
             raise unreadable(self._path, "it has no frames")
+
+    def _check_in_order(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
+        """Judge once more with one thread: several tell of damage while they are frames ahead of what comes out."""
+        with Decoding(self._path, self._output, threads=1) as again:
+            while again._pixels.read(DISCARDED_BYTES):
+                pass
+            again.check(start, arrived, asked, frame_rate)
 
     def _stop(self) -> None:
         """End ffmpeg; its log is whole up to the last frame that came, for which its lines were written first."""
@@ -155,7 +172,7 @@ class _Log:
         self.frame_times: list[float] = []
         """Seconds at which the decoded frames are shown, in the order of decoding."""
         self.cut_off = False
-        self._packets = 0
+        self._packet_times: list[float] = []
         self._damaged_frame: int | None = None
         self._damaged_packet: int | None = None
 
@@ -165,16 +182,17 @@ class _Log:
             if DECODED in line:
                 self.frame_times.append(_seconds(line.partition(DECODED)[2]))
             elif READ in line:
-                self._packets += 1
+                self._packet_times.append(_seconds(line.partition(READ)[2]))
             elif not any(word in line for word in CHATTER):
                 self._take(line)
 
     def _take(self, line: bytes) -> None:
         if self._damaged_frame is None and any(sign in line for sign in FRAME_DAMAGE):
             self._damaged_frame = len(self.frame_times)
-        if self._damaged_packet is None and any(sign in line for sign in PACKET_DAMAGE):
-            self._damaged_packet = self._packets
-        self.cut_off = self.cut_off or any(sign in line for sign in CUT_OFF)
+        if any(sign in line for sign in CUT_OFF):
+            self.cut_off = True
+        elif self._damaged_packet is None and all(sign in line for sign in PACKET_DAMAGE):
+            self._damaged_packet = len(self._packet_times)
         if len(self.lines) < KEPT_LINES:
             self.lines.append(line.decode("utf-8", "replace").rstrip())
 
@@ -187,22 +205,27 @@ class _Log:
         other = re.search(r"Error opening input: (.*)", text)
         return other[1] if other else None
 
-    def first_damage(self, end: int | None, frame_rate: float | None) -> int | None:
-        """The first damaged frame that counts when frames before `end` are used, or all; None when all are sound."""
-        needed = self._needed(end, frame_rate)
+    def frames_needed(self, end: int | None, frame_rate: float | None) -> float:
+        """How many frames of the file it takes to make `end` of the rate asked for, as the filter `fps` rounds."""
+        if end is None or frame_rate is None:
+            return math.inf if end is None else end
+        places = [math.floor(time * frame_rate + 0.5) for time in self.frame_times]
+        return next((number for number, place in enumerate(places) if place - places[0] >= end), math.inf)
+
+    def whole_frames(self) -> int:
+        """How many frames a file that is cut off still has in their order; behind them, some between are missing."""
+        times = self._packet_times
+        ahead = (sum(time > times[i] for time in times[max(0, i - REORDERING) : i]) for i in range(len(times)))
+        return max(0, min(len(times) - max(ahead, default=0), len(self.frame_times)))
+
+    def first_damage(self, needed: float) -> int | None:
+        """The first damaged frame that counts when the first `needed` frames are used; None when those are sound."""
         signs = []
         if self._damaged_frame is not None and self._damaged_frame < needed:
             signs.append(self._damaged_frame)
         if self._damaged_packet is not None and self._damaged_packet < needed + REORDERING:
             signs.append(self._damaged_packet)
         return min(signs, default=None)
-
-    def _needed(self, end: int | None, frame_rate: float | None) -> float:
-        """How many frames of the file it takes to make `end` of the rate asked for, as the filter `fps` rounds."""
-        if end is None or frame_rate is None:
-            return math.inf if end is None else end
-        places = [math.floor(time * frame_rate + 0.5) for time in self.frame_times]
-        return next((number for number, place in enumerate(places) if place - places[0] >= end), math.inf)
 
 
 def _seconds(line: bytes) -> float:

@@ -108,7 +108,10 @@ def _frame_rate(stream: str, table: str) -> float:
 
 
 def _timing(frame_rate: float | None, start: int, end: int | None) -> list[str]:
-    """Filters that resample in time and leave the frames `start` … `end - 1`."""
+    """Filters that resample in time and leave the frames `start` … `end - 1`.
+
+    Resampled frame n is the last that is shown before (n + 0.5) / rate seconds after the first.
+    """
     resampling = [] if frame_rate is None else [f"fps={Fraction(frame_rate).limit_denominator(1001)}"]
     return [*resampling, f"trim=start_frame={start}" + ("" if end is None else f":end_frame={end}")]
 
@@ -121,5 +124,5 @@ def _covering(height: int, width: int) -> list[str]:
         f"max({least},if(eq(ld(1)-floor(ld(1)),0.5),2*round(ld(1)/2),round(ld(1))))'"
         for side, least in (("ld(0)", width), ("ih", height))
     ]
-    cut = f"crop={width}:{height}:(iw-{width})/2:(ih-{height})/2:exact=1"
+    cut = f"crop={width}:{height}:floor((iw-{width})/2):floor((ih-{height})/2):exact=1"
     return [f"scale=w={sides[0]}:h={sides[1]}:flags={SCALER}", cut]
