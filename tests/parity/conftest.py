@@ -1,5 +1,10 @@
-"""Tiny Qwen-Image twice: loaded by us, and by diffusers' own pipeline from the same files."""
+"""Tiny models twice: loaded by us, and by diffusers' own pipelines from the same files.
 
+The unnamed fixtures are Qwen-Image; those of Wan say so.
+"""
+
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
 from diffsynth_core.progress import SilentReporter
 from tests.conftest import MODEL_ID, PLACES
+from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
 SCHEDULER = {
     "base_image_seq_len": 256,
@@ -30,6 +36,15 @@ SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 """The published scheduler configuration of Qwen-Image."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads of a processor that others use too wait for each other, ten times as long as tiny models compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +75,23 @@ def pipeline(tiny_models: Path) -> QwenImagePipeline:
         tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
         transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
     )
+
+
+@pytest.fixture(scope="session")
+def wan_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds a tiny random Wan of every kind, in the layout of diffusers repositories."""
+    base = tmp_path_factory.mktemp("wan_models")
+    write_models(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def wan_pairs(wan_models: Path) -> Callable[[str], WanPair]:
+    """A kind of Wan model, float32, read by both; each is read once."""
+    return cache(lambda name: load_pair(wan_models, KINDS[name]))
+
+
+@pytest.fixture(params=KINDS)
+def wan(request: pytest.FixtureRequest, wan_pairs: Callable[[str], WanPair]) -> WanPair:
+    """Each kind of Wan model in turn."""
+    return wan_pairs(request.param)
