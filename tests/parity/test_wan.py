@@ -21,7 +21,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CAPTIONS = {
     "empty": "",
     "plain": "a cat",
-    "entities": "fish &amp; chips &lt;hot&gt;, &amp;amp;quot;very&amp;amp;quot; &eacute;",
+    "entities": "fish &amp; chips <hot>, &amp;quot;very&amp;quot; &eacute;",
     "broken encodings": "schÃ¶n â€œquotedâ€\x9d voilÃ\xa0 lâ€™Ã©tÃ©",
     "blanks": "  two  blanks,\ta tab,\n\na line\u3000and\u00a0more \x0b\x1c\u2028 ",
     "Chinese": "一只猫坐在桌子上,看着窗外。",
