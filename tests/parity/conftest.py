@@ -20,8 +20,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.families.table import load_family, recognise
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.state_dicts.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
 from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
@@ -59,7 +60,8 @@ def ours(family, tiny_models: Path) -> dict[str, Any]:
     components: dict[str, Any] = {"tokenizer_path": family.load_tokenizer("tokenizer_path", folder / "tokenizer")}
     for component, place in PLACES.items():
         paths = tuple(sorted(folder.glob(place)))
-        files = ComponentFiles(component, place, paths, paths[0].parent / "config.json")
+        _, layout = recognise(read_headers(paths), family.facts)
+        files = ComponentFiles(component, place, paths, paths[0].parent / "config.json", layout)
         components[component] = load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
     return components
 
