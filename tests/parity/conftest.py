@@ -1,5 +1,10 @@
-"""Tiny Qwen-Image twice: loaded by us, and by diffusers' own pipeline from the same files."""
+"""Tiny models twice: loaded by us, and by diffusers' own pipelines from the same files.
 
+The unnamed fixtures are Qwen-Image; those of Wan say so.
+"""
+
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.families.table import load_family, recognise
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.state_dicts.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
+from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
 SCHEDULER = {
     "base_image_seq_len": 256,
@@ -32,6 +39,15 @@ SCHEDULER = {
 """The published scheduler configuration of Qwen-Image."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads of a processor that others use too wait for each other, ten times as long as tiny models compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def family():
     return load_family("qwen-image")
@@ -44,7 +60,8 @@ def ours(family, tiny_models: Path) -> dict[str, Any]:
     components: dict[str, Any] = {"tokenizer_path": family.load_tokenizer("tokenizer_path", folder / "tokenizer")}
     for component, place in PLACES.items():
         paths = tuple(sorted(folder.glob(place)))
-        files = ComponentFiles(component, place, paths, paths[0].parent / "config.json")
+        _, layout = recognise(read_headers(paths), family.facts)
+        files = ComponentFiles(component, place, paths, paths[0].parent / "config.json", layout)
         components[component] = load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
     return components
 
@@ -60,3 +77,23 @@ def pipeline(tiny_models: Path) -> QwenImagePipeline:
         tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
         transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
     )
+
+
+@pytest.fixture(scope="session")
+def wan_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds a tiny random Wan of every kind, in the layout of diffusers repositories."""
+    base = tmp_path_factory.mktemp("wan_models")
+    write_models(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def wan_pairs(wan_models: Path) -> Callable[[str], WanPair]:
+    """A kind of Wan model, float32, read by both; each is read once."""
+    return cache(lambda name: load_pair(wan_models, KINDS[name]))
+
+
+@pytest.fixture(params=KINDS)
+def wan(request: pytest.FixtureRequest, wan_pairs: Callable[[str], WanPair]) -> WanPair:
+    """Each kind of Wan model in turn."""
+    return wan_pairs(request.param)

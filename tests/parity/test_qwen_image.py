@@ -10,9 +10,11 @@ from PIL import Image
 
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.inputs import pack
 
 TOLERANCE = 1e-5
+TEXT, LATENTS = QWEN_IMAGE.variant({}, ()).encoders
 CAPTIONS = [
     "",
     "a cat",
@@ -37,7 +39,7 @@ def pixels_of(array: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("caption", CAPTIONS, ids=lambda caption: f"{len(caption)} characters")
 def test_prompt_embeddings_equal_the_pipelines(family, ours, pipeline, caption):
     expected, mask = pipeline.encode_prompt(caption)
-    encoded = family.encode("text", ours, {"prompt": caption})["prompt_embeds"]
+    encoded = family.encode(TEXT, ours, {"prompt": caption})["prompt_embeds"]
     assert mask is None
     assert difference(encoded[None], expected) < TOLERANCE
 
@@ -48,7 +50,7 @@ def test_padded_embeddings_and_mask_equal_the_pipelines(family, ours, pipeline):
     expected, expected_mask = pipeline.encode_prompt(captions)
     latents = torch.zeros(16, 1, 8, 8)
     batch = family.collate(
-        [{**family.encode("text", ours, {"prompt": caption}), "latents": latents} for caption in captions]
+        [{**family.encode(TEXT, ours, {"prompt": caption}), "latents": latents} for caption in captions]
     )
     assert torch.equal(batch["prompt_mask"], expected_mask.bool())
     assert difference(batch["prompt_embeds"], expected) < TOLERANCE
@@ -74,7 +76,7 @@ def _check_latents(family, ours, pipeline, picture: np.ndarray) -> None:
     encoded = pipeline.vae.encode(prepared).latent_dist.mode()
     mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(pipeline.vae.config.latents_std).view(1, -1, 1, 1, 1)
-    latents = family.encode("latents", ours, {"image": pixels_of(picture)})["latents"]
+    latents = family.encode(LATENTS, ours, {"image": pixels_of(picture)})["latents"]
     assert difference(latents[None], (encoded - mean) / std) < TOLERANCE
 
 
@@ -84,7 +86,7 @@ def test_the_tiny_vae_tells_pictures_apart(family, ours):
         np.asarray(Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((128, 128))) for name in PHOTOGRAPHS
     ]
     latents = torch.stack(
-        [family.encode("latents", ours, {"image": pixels_of(picture)})["latents"] for picture in pictures]
+        [family.encode(LATENTS, ours, {"image": pixels_of(picture)})["latents"] for picture in pictures]
     )
     assert latents.std(0).mean() > 0.5 * latents.std()
 
