@@ -5,11 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from diffsynth_core.data.frame_counts import FrameCounts
 from diffsynth_core.data.media import Excerpt, MediaRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.samples import Sample, build_samples, check_columns
+from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.progress import SilentReporter
 
 RULE = SizeRule(None, None, 64 * 64, 16)
@@ -19,7 +19,7 @@ def build(folder, *rows, rule=RULE):
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     metadata = Metadata("metadata.csv", columns, rows)
     return build_samples(
-        metadata, folder, "prompt", "image", MediaRule(rule), FrameCounts(folder / "frames"), SilentReporter()
+        metadata, folder, "prompt", "image", MediaRule(rule), VideoMemory(folder / "frames"), SilentReporter()
     )
 
 

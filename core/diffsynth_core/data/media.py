@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsynth_core.data.frame_counts import FrameCounts
 from diffsynth_core.data.pictures import PICTURE_TRANSFORM, SizeRule, load_picture, read_picture_header
-from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip, read_video_header
+from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip
 from diffsynth_core.randomness import key_of
 
 
@@ -95,15 +95,15 @@ class Excerpt:
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
-def read_media_header(path: Path, rule: MediaRule, counts: FrameCounts) -> MediaHeader:
-    """What a file holds; the frames of a video are counted by decoding, once per file.
+def read_media_header(path: Path, rule: MediaRule, videos: VideoMemory) -> MediaHeader:
+    """What a file holds; a video is decoded for it, once ever.
 
     Raises:
         DiffSynthError: when the file is neither picture nor video, or is damaged.
     """
     if rule.frames and path.suffix.lower() in VIDEO_ENDINGS:
-        video = read_video_header(path)
-        frames = counts.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
+        video = videos.header(path)
+        frames = videos.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
         return MediaHeader(video.width, video.height, frames, True, video.rotated, False)
     picture = read_picture_header(path)
     return MediaHeader(picture.width, picture.height, 1, False, picture.rotated, picture.transparent)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.data.frame_counts import FrameCounts
 from diffsynth_core.data.media import Excerpt, MediaHeader, MediaRule, choose_excerpt, read_media_header
 from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.progress import Reporter
 
@@ -77,7 +77,7 @@ def build_samples(
     text_column: str,
     media_column: str,
     rule: MediaRule,
-    counts: FrameCounts,
+    videos: VideoMemory,
     reporter: Reporter,
 ) -> tuple[SampleSet, list[Problem]]:
     """The samples of a dataset, and the rows that cannot be trained on."""
@@ -90,7 +90,7 @@ def build_samples(
             rows.append(_Row(number, where, caption, _media_path(row.get(media_column), media_column, base, where)))
         except DiffSynthError as error:
             problems += error.problems
-    return _measure(rows, media_column, rule, counts, problems, reporter)
+    return _measure(rows, media_column, rule, videos, problems, reporter)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _measure(
     rows: list[_Row],
     column: str,
     rule: MediaRule,
-    counts: FrameCounts,
+    videos: VideoMemory,
     problems: list[Problem],
     reporter: Reporter,
 ) -> tuple[SampleSet, list[Problem]]:
@@ -116,7 +116,7 @@ def _measure(
     headers = []
     label, unit = ("Reading video headers", "videos") if rule.frames else ("Reading picture headers", "pictures")
     with reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
-        found = pool.map(lambda row: _header_or_problem(row.path, rule, counts), rows)
+        found = pool.map(lambda row: _header_or_problem(row.path, rule, videos), rows)
         for row, header in zip(rows, found, strict=True):
             task.advance()
             if isinstance(header, Problem):
@@ -158,9 +158,9 @@ def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -
         )
 
 
-def _header_or_problem(path: Path, rule: MediaRule, counts: FrameCounts) -> MediaHeader | Problem:
+def _header_or_problem(path: Path, rule: MediaRule, videos: VideoMemory) -> MediaHeader | Problem:
     try:
-        return read_media_header(path, rule, counts)
+        return read_media_header(path, rule, videos)
     except DiffSynthError as error:
         return error.problems[0]
 

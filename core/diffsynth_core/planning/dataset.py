@@ -1,11 +1,11 @@
 """The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.data.frame_counts import FrameCounts
 from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import SampleSet, build_samples, check_columns
+from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
 from diffsynth_core.files import default_cache_path
@@ -35,7 +35,7 @@ def read_dataset(
         facts.text_column,
         medium.column,
         _media_rule(parameters, medium),
-        FrameCounts((parameters.cache_path or default_cache_path()) / "frame_counts.jsonl"),
+        VideoMemory((parameters.cache_path or default_cache_path()) / "videos.jsonl"),
         reporter,
     )
     problems += row_problems
