@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.wan import PLACES as PLACES_OF_WAN
+
 MODEL_ID = "Qwen/Qwen-Image"
 PLACES = {
     "dit": "transformer/diffusion_pytorch_model*.safetensors",
@@ -52,6 +54,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("models")
     for component, place in PLACES.items():
         load_family("qwen-image").write_tiny_weights(base, component, MODEL_ID, place)
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path with tiny models of Wan, each in the layout of its repository."""
+    from diffsynth_core.families.table import load_family
+
+    base = tmp_path_factory.mktemp("wan")
+    for model_id, places in PLACES_OF_WAN.items():
+        for component, place in places.items():
+            load_family("wan").write_tiny_weights(base, component.removeprefix("low-noise "), model_id, place)
     return base
 
 

@@ -7,28 +7,9 @@ from pathlib import Path
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
-T2V, I2V, TI2V = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.2-TI2V-5B"
-TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
-CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-DIT = "diffusion_pytorch_model*.safetensors"
-PLACES = {
-    T2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.1_VAE.pth"},
-    I2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.1_VAE.pth", "image_encoder": CLIP},
-    TI2V: {"dit": DIT, "text_encoder": TEXT, "vae": "Wan2.2_VAE.pth"},
-}
+from tests.wan import I2V, T2V, TEXT, TI2V, entries
+
 SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
-
-
-@pytest.fixture(scope="session")
-def tiny_wan(tmp_path_factory) -> Path:
-    """A model base path with tiny models of Wan, each in the layout of its repository."""
-    from diffsynth_core.families.table import load_family
-
-    base = tmp_path_factory.mktemp("wan")
-    for model_id, places in PLACES.items():
-        for component, place in places.items():
-            load_family("wan").write_tiny_weights(base, component, model_id, place)
-    return base
 
 
 def write_video(path: Path, frames: int, *settings: str) -> None:
@@ -57,12 +38,6 @@ def models(tiny_models, tiny_wan, tmp_path, cli, monkeypatch) -> Path:
     shutil.copytree(tiny_models, copy, dirs_exist_ok=True)
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(copy))
     return copy
-
-
-def entries(model_id: str, **other: str | None) -> tuple[str, str]:
-    """The files of a model, some of them others or none."""
-    named = {component: f"{model_id}:{place}" for component, place in PLACES[model_id].items()} | other
-    return "--model_id_with_origin_paths", ",".join(entry for entry in named.values() if entry)
 
 
 def test_a_file_of_another_family(refuse):

@@ -1,4 +1,4 @@
-"""Remembered headers and counts of frames: decoded once, right after every change, and robust against a damaged memory."""
+"""Headers and counts of frames: decoded once, right after every change, and robust against a damaged memory."""
 
 import json
 import os
