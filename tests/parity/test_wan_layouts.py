@@ -9,19 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.facts import CONVERTED
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES
 from diffsynth_core.state_dicts.tensors import iterate_tensors
-from tests.parity.wan_models import DIFFUSERS_PLACES, KINDS
+from tests.parity.wan_models import DIFFUSERS_PLACES, KINDS, find_files, load_files
 
 DIT = "diffusion_pytorch_model.safetensors"
 CASES = {
@@ -49,8 +44,8 @@ class OwnFile:
         self.path = base / self.model_id / place
         load_family("wan").write_tiny_weights(base, self.component, self.model_id, place)
         randomise(self.path)
-        self.files = find(base, self.component, self.entry)
-        self.module = load(self.files)
+        self.files = find_files(base, self.component, self.entry)
+        self.module = load_files(self.files)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -98,19 +93,6 @@ def randomise(path: Path) -> None:
         save_file(tensors, path)
 
 
-def find(base: Path, component: str, entry: str) -> ComponentFiles:
-    """The files of a component as a run finds them."""
-    problems: list[Any] = []
-    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), "wan", base, problems)
-    assert found and component in found.components, problems
-    return found.components[component]
-
-
-def load(files: ComponentFiles) -> nn.Module:
-    """The component, float32, read by the trainer's own loader."""
-    return load_component(load_family("wan"), files, torch.float32, torch.device("cpu"), SilentReporter())
-
-
 def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -119,16 +101,16 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
 
 def test_both_layouts_load_to_the_same_tensors(own, tmp_path):
     entry = own.write_folder(tmp_path)
-    files = find(tmp_path, own.component, entry)
+    files = find_files(tmp_path, own.component, entry)
     assert files.layout is not own.files.layout
     assert files.config_path
-    assert_same(load(files).state_dict(), own.module.state_dict())
+    assert_same(load_files(files).state_dict(), own.module.state_dict())
 
 
 def test_the_table_leads_back_to_the_file(own, tmp_path):
     """What the folder holds, under the documented names, is Wan's own file again."""
     entry = own.write_folder(tmp_path)
-    files = find(tmp_path, own.component, entry)
+    files = find_files(tmp_path, own.component, entry)
     parts = {
         name: part
         for path in files.paths
@@ -146,17 +128,17 @@ def test_the_converted_file_is_read_in_place_of_the_pickled_one(own, tmp_path):
     copy = tmp_path / CONVERTED / own.path.with_suffix(".safetensors").name
     copy.parent.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in own.tensors.items()}, copy)
-    files = find(tmp_path, own.component, own.entry)
+    files = find_files(tmp_path, own.component, own.entry)
     assert files.paths == (copy,)
     assert CONVERTED in files.origin
-    assert_same(load(files).state_dict(), own.module.state_dict())
+    assert_same(load_files(files).state_dict(), own.module.state_dict())
 
 
 def test_what_the_classes_save_themselves_loads(own, tmp_path):
     """A folder from `save_pretrained`, with the names that today's diffusers and transformers give."""
     place = DIFFUSERS_PLACES[own.component].replace("*", "")
     own.module.save_pretrained((tmp_path / "saved" / "model" / place).parent)
-    module = load(find(tmp_path, own.component, f"saved/model:{place}"))
+    module = load_files(find_files(tmp_path, own.component, f"saved/model:{place}"))
     assert_same(module.state_dict(), own.module.state_dict())
     read_back = type(own.module).from_pretrained((tmp_path / "saved" / "model" / place).parent)
     assert_same(read_back.state_dict(), module.state_dict())
@@ -167,7 +149,7 @@ def test_what_the_classes_save_themselves_loads(own, tmp_path):
 )
 def test_wans_own_file_loads_to_what_diffusers_makes_of_it(own, tmp_path):
     """diffusers has tables of its own for these; it has none for the others."""
-    folder = find(tmp_path, own.component, own.write_folder(tmp_path)).paths[0].parent
+    folder = find_files(tmp_path, own.component, own.write_folder(tmp_path)).paths[0].parent
     loader = WanTransformer3DModel if own.component == "dit" else AutoencoderKLWan
     theirs = loader.from_single_file(str(own.path), config=str(folder), torch_dtype=torch.float32)
     assert_same(own.module.state_dict(), theirs.state_dict())
@@ -186,7 +168,7 @@ def test_two_experts_are_two(places, tmp_path):
     experts = []
     for place in places:
         load_family("wan").write_tiny_weights(tmp_path, "dit", model_id, place)
-        experts.append(load(find(tmp_path, "dit", f"{model_id}:{place}")).state_dict())
+        experts.append(load_files(find_files(tmp_path, "dit", f"{model_id}:{place}")).state_dict())
     first, second = experts
     assert first.keys() == second.keys()
     assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("to_q.weight"))
