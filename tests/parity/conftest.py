@@ -3,7 +3,8 @@
 The unnamed fixtures are Qwen-Image; those of Wan say so.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,15 @@ def wan_pairs(wan_models: Path) -> Callable[[str], WanPair]:
 def wan(request: pytest.FixtureRequest, wan_pairs: Callable[[str], WanPair]) -> WanPair:
     """Each kind of Wan model in turn."""
     return wan_pairs(request.param)
+
+
+@pytest.fixture
+def complaints(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What diffusers, transformers and peft have logged as warnings or errors; they keep it from other handlers."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    caplog.clear()
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)

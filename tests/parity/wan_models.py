@@ -17,11 +17,12 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image
+from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.families.family import Family
-from diffsynth_core.families.interface import Variant
+from diffsynth_core.families.interface import ComponentFiles, Variant
 from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.components import FoundComponents, find_components
@@ -106,23 +107,27 @@ class Ours:
         return encoded
 
 
-def find(base: Path, entries: tuple[str, ...], shown: tuple[str, ...] = ()) -> FoundComponents:
-    """The components in files that a user names."""
+def find_files(base: Path, component: str, entry: str) -> ComponentFiles:
+    """The files of one component as a run finds them."""
     problems: list[Any] = []
-    parameters = Parameters(model_id_with_origin_paths=entries, extra_inputs=shown)
-    found = find_components(parameters, None, base, problems)
-    assert found and not problems, problems
-    return found
+    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), "wan", base, problems)
+    assert found and component in found.components, problems
+    return found.components[component]
+
+
+def load_files(files: ComponentFiles) -> nn.Module:
+    """A component, float32, read by our own loader."""
+    return load_component(load_family("wan"), files, torch.float32, torch.device("cpu"), SilentReporter())
 
 
 def load_ours(base: Path, kind: Kind) -> Ours:
-    """Read by our own loader."""
+    """All components as a run finds and loads them."""
     family = load_family("wan")
-    found = find(base, tuple(kind.entries.values()), kind.shown)
-    components = {
-        name: load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
-        for name, files in found.components.items()
-    }
+    problems: list[Any] = []
+    parameters = Parameters(model_id_with_origin_paths=tuple(kind.entries.values()), extra_inputs=kind.shown)
+    found = find_components(parameters, None, base, problems)
+    assert found and not problems, problems
+    components = {name: load_files(files) for name, files in found.components.items()}
     tokenizers = {name: family.load_tokenizer(name, folder) for name, folder in found.tokenizers.items()}
     return Ours(family, found, {**components, **tokenizers})
 

@@ -1,0 +1,203 @@
+"""LoRA files of real Wan runs in every dialect, loaded by diffusers' pipelines: all modules, and our output."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.table import load_family
+from diffsynth_core.families.wan import names
+from diffsynth_core.families.wan.facts import WAN
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.stop import StopRequest
+from tests.conftest import CAPTIONS, write_metadata
+from tests.parity.wan_models import KINDS, Kind, find_files, load_files, load_pipeline
+
+RANK = 4
+DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+DOCUMENTED = ",".join(names.LORA_TARGETS)
+EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+SECOND_EXPERT = f"{EXPERTS}:transformer_2/diffusion_pytorch_model*.safetensors"
+PLACES_OF_A_BLOCK = [
+    *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"),
+    "ffn.0",
+    "ffn.2",
+]
+MODULES = {f"blocks.{block}.{place}" for block in range(2) for place in PLACES_OF_A_BLOCK}
+PICTURE_MODULES = {f"blocks.{block}.cross_attn.{part}_img" for block in range(2) for part in "kv"}
+
+
+@dataclass(frozen=True)
+class LoraRun:
+    """What is trained, the modules it addresses, and the part of the pipeline it is for."""
+
+    kind: Kind
+    dit: str
+    targets: str = DOCUMENTED
+    modules: frozenset[str] = frozenset(MODULES)
+    part: str = "transformer"
+
+
+T2V, I2V = KINDS["T2V"], KINDS["I2V 2.1"]
+RUNS = {
+    "T2V": LoraRun(T2V, T2V.entries["dit"]),
+    "T2V, second expert": LoraRun(T2V, SECOND_EXPERT, part="transformer_2"),
+    "I2V 2.1": LoraRun(I2V, I2V.entries["dit"]),
+    "I2V 2.1, k_img and v_img": LoraRun(
+        I2V, I2V.entries["dit"], f"{DOCUMENTED},k_img,v_img", frozenset(MODULES | PICTURE_MODULES)
+    ),
+}
+
+
+def own_names(modules: Collection[str]) -> set[str]:
+    return {own for module in modules for own in names.DIT.ours(module) or ()}
+
+
+@pytest.fixture(scope="module")
+def models(wan_models: Path) -> Path:
+    """The models of all kinds, and the second expert of one."""
+    load_family("wan").write_tiny_weights(wan_models, "dit", *SECOND_EXPERT.split(":"))
+    return wan_models
+
+
+@pytest.fixture(scope="module")
+def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Train a LoRA on four pictures as clips of one frame, at a rate that moves the output far; returns its file."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
+    metadata = folder / "metadata.csv"
+    metadata.write_text(metadata.read_text(encoding="utf-8").replace("image", "video", 1), encoding="utf-8")
+
+    @cache
+    def train_one(name: str, dialect: str) -> Path:
+        run = RUNS[name]
+        output = folder / name / dialect
+        flags = {
+            "model_id_with_origin_paths": ",".join((run.kind.entries | {"dit": run.dit}).values()),
+            "extra_inputs": ",".join(run.kind.shown),
+            "dataset_base_path": str(photographs),
+            "dataset_metadata_path": str(metadata),
+            "height": "32",
+            "width": "32",
+            "num_frames": "1",
+            "lora_base_model": "dit",
+            "lora_target_modules": run.targets,
+            "lora_rank": str(RANK),
+            "lora_format": dialect,
+            "remove_prefix_in_ckpt": "pipe.dit.",
+            "learning_rate": "0.05",
+            "num_epochs": "1",
+            "output_path": str(output),
+        }
+        train(make_plan(resolve(flags), SilentReporter(), base=models), SilentReporter(), StopRequest())
+        return output / "epoch-0.safetensors"
+
+    return train_one
+
+
+def with_lora(base: Path, run: LoraRun, path: Path) -> Any:
+    """The transformer of a run as we load it, with a LoRA from a file."""
+    transformer = load_files(find_files(base, "dit", run.dit))
+    add_lora(transformer, sorted(own_names(run.modules)), RANK, seed=0, documented=names.DIT)
+    assert load_lora(transformer, path, WAN.component("dit").lora_naming, names.DIT) == len(run.modules)
+    return transformer
+
+
+@torch.no_grad()
+def predict(transformer: Any) -> Tensor:
+    config, generator = transformer.config, torch.Generator().manual_seed(3)
+    pictures = torch.randn(1, 257, config.image_dim, generator=generator) if config.image_dim else None
+    return transformer(
+        hidden_states=torch.randn(1, config.in_channels, 2, 4, 6, generator=generator),
+        timestep=torch.tensor([600.0]),
+        encoder_hidden_states=torch.randn(1, 9, config.text_dim, generator=generator),
+        encoder_hidden_states_image=pictures,
+        return_dict=False,
+    )[0]
+
+
+def adapter_modules(transformer: Any) -> dict[str, Any]:
+    return {name: module for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
+
+
+def load_into(pipeline: Any, path: Path, **settings: Any) -> None:
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained", **settings)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("dialect", DIALECTS[1:])
+def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lora, models, complaints, name, dialect):
+    run = RUNS[name]
+    pipeline = load_pipeline(models, run.kind)
+    if run.part == "transformer_2":
+        pipeline.register_modules(transformer_2=WanTransformer3DModel.from_pretrained(models / EXPERTS / run.part))
+        load_into(pipeline, train_lora(name, dialect), load_into_transformer_2=True)
+        assert not adapter_modules(pipeline.transformer)
+    else:
+        load_into(pipeline, train_lora(name, dialect))
+    assert complaints() == []
+    transformer = getattr(pipeline, run.part)
+    carriers = adapter_modules(transformer)
+    # diffusers puts a LoRA of zeros on the picture half of an I2V model when the file has none for it.
+    added = own_names(PICTURE_MODULES - run.modules) if run.kind.image_encoder else set()
+    assert carriers.keys() == own_names(run.modules) | added
+    assert all(not carriers[module].lora_B["trained"].weight.any() for module in added)
+
+    loaded = predict(transformer)
+    ours = predict(with_lora(models, run, train_lora(name, "diffsynth")))
+    base = predict(load_files(find_files(models, "dit", run.dit)))
+    print(
+        f"{name}, {dialect}: {len(carriers)} modules, off by {(loaded - ours).abs().max():.1e}, "
+        f"moved by {(loaded - base).abs().max():.1e}"
+    )
+    assert (loaded - ours).abs().max() < 1e-5
+    assert (loaded - base).abs().max() > 1e-2, "the LoRA does something"
+
+
+def test_the_pipeline_does_not_know_the_documented_dialect(train_lora, models, complaints):
+    """Why the others are there; and the proof that complaints are heard."""
+    pipeline = load_pipeline(models, T2V)
+    load_into(pipeline, train_lora("T2V", "diffsynth"))
+    assert not adapter_modules(pipeline.transformer)
+    assert complaints()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_documented_keys(train_lora, name):
+    tensors = load_file(train_lora(name, "diffsynth"))
+    assert tensors.keys() == {f"{module}.lora_{half}.default.weight" for module in RUNS[name].modules for half in "AB"}
+    assert "blocks.1.self_attn.q.lora_A.default.weight" in tensors
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_dialects_read_back_to_the_same_weights(train_lora, models, name):
+    run = RUNS[name]
+    first, *others = (
+        lora_weights(with_lora(models, run, train_lora(name, dialect)), names.DIT) for dialect in DIALECTS
+    )
+    assert first.keys() == run.modules
+    assert all(weights.up.any() for weights in first.values()), "every module has learned"
+    for other in others:
+        assert all(torch.equal(first[module].down, other[module].down) for module in run.modules)
+        assert all(torch.equal(first[module].up, other[module].up) for module in run.modules)
+
+
+def test_kohya_stores_its_scale(train_lora):
+    tensors = load_file(train_lora("T2V", "kohya"))
+    alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
+    downs = [tensor for key, tensor in tensors.items() if key.endswith(".lora_down.weight")]
+    assert len(alphas) == len(downs) == len(MODULES)
+    assert all(alpha.item() == RANK == down.shape[0] for alpha, down in zip(alphas, downs, strict=True))
+    assert "lora_unet_blocks_1_self_attn_q.lora_down.weight" in tensors
