@@ -11,7 +11,7 @@ from diffsynth_core.progress import Reporter, count_of, format_bytes
 def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     """What a run will do, a fact a line."""
     parameters, steps, batches = plan.parameters, plan.steps, plan.batches
-    yield f"{plan.facts.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
+    yield f"{plan.variant.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
     for name, files in plan.components.items():
         size = sum(path.stat().st_size for path in files.paths)
         yield f"  {name:<13} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
@@ -26,6 +26,9 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {batches.samples_per_epoch} samples; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
     )
+    low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
+    if (low, high) != (0, 1):
+        yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
     for note in plan.start.notes:
         yield f"  {note}"
     if encodings_are_known(plan):

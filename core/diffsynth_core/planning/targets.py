@@ -92,6 +92,7 @@ def _check_lora_options(parameters: Parameters, denoiser: str, problems: list[Pr
 def _lora_modules(
     parameters: Parameters, component: str, found: FoundComponents, problems: list[Problem]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Documented names of the modules that receive LoRA, and of those left out, which no gradient can reach."""
     facts = found.facts.component(component)
     targets = parameters.lora_target_modules or facts.lora_targets
     if not targets:
@@ -106,18 +107,7 @@ def _lora_modules(
     layout = found.components[component].layout
     modules = modules_with_weights(layout.documented_shapes(found.shapes[component]))
     matches = match_targets(modules, targets)
-    for target, names in matches.items():
-        if not names:
-            endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
-            near = suggest(target, endings)
-            hint = (
-                f"did you mean `{near}`?"
-                if near
-                else f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
-            )
-            problems.append(
-                Problem(f"`lora_target_modules`: no module of {component} ends with `{target}`", hint, wrong_use=True)
-            )
+    problems += [_unmatched(target, modules, facts) for target, names in matches.items() if not names]
     own_names = {name: layout.module_of(name) for names in matches.values() for name in names}
     several = sorted(name for name, own in own_names.items() if own is None)
     if several:
@@ -130,17 +120,28 @@ def _lora_modules(
         )
         return (), ()
     dead = facts.untrainable(frozenset(found.shapes[component]))
-    addressed = own_names.keys()
     alive = tuple(sorted(name for name, own in own_names.items() if own and not is_below(own, dead)))
-    if addressed and not alive:
+    if own_names and not alive:
         problems.append(
             Problem(
-                f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(addressed))}",
+                f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(own_names))}",
                 "name other modules",
                 wrong_use=True,
             )
         )
-    return alive, tuple(sorted(addressed - set(alive)))
+    return alive, tuple(sorted(own_names.keys() - set(alive)))
+
+
+def _unmatched(target: str, modules: frozenset[str], facts: ComponentFacts) -> Problem:
+    """The problem that a target addresses nothing, with the nearest ending of a module's name."""
+    endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
+    near = suggest(target, endings)
+    known = f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
+    return Problem(
+        f"`lora_target_modules`: no module of {facts.name} ends with `{target}`",
+        f"did you mean `{near}`?" if near else known,
+        wrong_use=True,
+    )
 
 
 def _check_lora_checkpoint(
