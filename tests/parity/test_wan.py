@@ -207,6 +207,7 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(wan, index, 
         timestep = timestep[:, None].expand_as(theirs["timestep"])
     assert torch.equal(timestep, theirs["timestep"])
     assert torch.equal(prediction, output)
+    print(f"prediction off by {difference(prediction, expected):.1e}, its spread is {expected.std():.2f}")
     assert difference(prediction, expected) < TOLERANCE
     assert expected.std() > 0.1, "there is something to compare"
 
