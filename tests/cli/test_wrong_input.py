@@ -245,3 +245,19 @@ def test_target_modules_that_match_nothing(refuse):
             ("`lora_target_modules`: no module of dit ends with `xyzzy`", TARGETS),
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "engine"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+)
+def test_engines_that_share_weights_out_are_refused(refuse, monkeypatch, variable, engine):
+    monkeypatch.setenv(variable, "true")
+    assert refuse() == (
+        2,
+        [
+            (
+                f"launched with {engine}; this version keeps whole weights in each process",
+                "launch with `recipes/accelerate/ddp.yaml`, or in one process",
+            )
+        ],
+    )

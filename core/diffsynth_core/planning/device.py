@@ -1,4 +1,6 @@
-"""Where a run computes, and in which number format."""
+"""Where a run computes, in which number format, and how processes share the work."""
+
+import os
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
@@ -10,6 +12,27 @@ PRECISIONS_BY_DEVICE = {
     "xpu": ("no", "bf16", "fp16"),
     "npu": ("no", "bf16", "fp16"),
 }
+
+
+SHARDED_LAUNCHES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` puts into the environment for engines that share weights, gradients or optimizer out."""
+
+
+def check_launch(problems: list[Problem]) -> None:
+    """Add a problem when the launcher asks for what the gradient norm, the state and checkpoints do not know yet."""
+    for variable, engine in SHARDED_LAUNCHES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            problems.append(
+                Problem(
+                    f"launched with {engine}; this version keeps whole weights in each process",
+                    "launch with `recipes/accelerate/ddp.yaml`, or in one process",
+                    wrong_use=True,
+                )
+            )
 
 
 def choose_device(parameters: Parameters, problems: list[Problem]) -> str:

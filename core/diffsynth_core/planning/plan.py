@@ -13,7 +13,7 @@ from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Varia
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import find_components, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
-from diffsynth_core.planning.device import choose_device, choose_precision
+from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
 from diffsynth_core.planning.output import Start, check_output
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.progress import Reporter
@@ -78,6 +78,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
                 "name the folder with `--dataset_base_path`",
             )
         )
+    check_launch(problems)
     device = choose_device(parameters, problems)
     mixed_precision = choose_precision(parameters, device, problems)
     if found:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from diffsynth_core.checkpoints.run_folder import (
@@ -50,8 +50,6 @@ LOSS_AVERAGE_STEPS = 50
 
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
-"""Ways of sharing weights, gradients or optimizer out, which gradient norm, state and checkpoints do not know yet."""
 MAX_SKIPPED_STEPS = 20
 """float16 scaling skips a step whose gradients overflow and halves its scale; so many in a row lead nowhere."""
 
@@ -107,11 +105,6 @@ def make_accelerator(plan: Plan) -> Accelerator:
         InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
     ]
     accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=handlers)
-    if accelerator.distributed_type in SHARDED:
-        raise DiffSynthError(
-            f"this version trains with whole weights in each process, not with {accelerator.distributed_type.value}",
-            "launch with `recipes/accelerate/ddp.yaml`, or in one process",
-        )
     if accelerator.num_processes == 1 and plan.device.partition(":")[2]:
         torch.accelerator.set_device_index(int(plan.device.partition(":")[2]))
         accelerator.state.device = torch.device(plan.device)
