@@ -1,4 +1,4 @@
-"""Metadata of a dataset: csv, json, jsonl, or captions in text files beside the pictures. No torch."""
+"""Metadata of a dataset: csv, json, jsonl, or captions in text files beside the media. No torch."""
 
 import csv
 import io

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from diffsynth_core.progress import Reporter
 HEADER_THREADS = 8
 """Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
 
-
-SHOWN_SHORT_CLIPS = 5
+SHOWN_CUT_CLIPS = 5
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,9 @@ def _measure(
     """Read the headers of all files and settle the sizes and frames that are trained on."""
     samples = []
     headers = []
-    label, unit = ("Reading video headers", "videos") if rule.frames else ("Reading picture headers", "pictures")
-    with reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
+    label, unit = ("Counting frames", "videos") if rule.frames else ("Reading picture headers", "pictures")
+    alone = videos.alone() if rule.frames else nullcontext()
+    with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(lambda row: _header_or_problem(row.path, rule, videos), rows)
         for row, header in zip(rows, found, strict=True):
             task.advance()
@@ -147,15 +147,17 @@ def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -
         for sample, header in zip(samples, headers, strict=True)
         if header.video and sample.shape[0] < rule.frames.num_frames
     ]
-    if short:
-        shown = ", ".join(
-            f"row {sample.row} from {frames} to {sample.shape[0]}" for sample, frames in short[:SHOWN_SHORT_CLIPS]
-        )
-        more = f" and {len(short) - SHOWN_SHORT_CLIPS} more" if len(short) > SHOWN_SHORT_CLIPS else ""
-        yield (
-            f"{len(short)} {of_all} are shorter than {rule.frames.num_frames} frames and are cut to a multiple of "
-            f"{rule.frames.step} and one more: {shown}{more}"
-        )
+    if not short:
+        return
+    cut = [(sample, frames) for sample, frames in short if sample.shape[0] < frames]
+    shown = ", ".join(
+        f"row {sample.row} from {frames} to {sample.shape[0]}" for sample, frames in cut[:SHOWN_CUT_CLIPS]
+    )
+    more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
+    told = (
+        f", {len(cut)} of which are cut to a multiple of {rule.frames.step} and one more: {shown}{more}" if cut else ""
+    )
+    yield f"{len(short)} {of_all} are shorter than {rule.frames.num_frames} frames{told}"
 
 
 def _header_or_problem(path: Path, rule: MediaRule, videos: VideoMemory) -> MediaHeader | Problem:

@@ -1,8 +1,11 @@
 """What videos hold, found out by decoding once and remembered: their headers, and how many frames they have."""
 
+import fcntl
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,25 @@ class VideoMemory:
         self._changing = threading.Lock()
         self._asking: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
         self._start = ""
-        if memory.exists():
-            text = memory.read_text(encoding="utf-8", errors="replace")
+        self._read()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it no other process asks: of those that begin together one decodes, the others find its answers."""
+        try:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            stream = self._memory.with_suffix(".lock").open("w")
+        except OSError:  # nothing can be remembered there either
+            yield
+            return
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            self._read()
+            yield
+
+    def _read(self) -> None:
+        if self._memory.exists():
+            text = self._memory.read_text(encoding="utf-8", errors="replace")
             self._start = "\n" if text and not text.endswith("\n") else ""
             for line in text.splitlines():
                 self._learn(line)

@@ -144,7 +144,8 @@ class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
-    `variant`: shapes of the denoiser (our names) and the extra inputs asked for -> what that kind of model needs.
+    `variant`: shapes of the denoiser (our names) and the extra inputs asked for -> what that kind of model needs; a
+    kind that is not trained raises DiffSynthError.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.

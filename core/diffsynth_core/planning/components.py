@@ -61,7 +61,7 @@ def find_components(
         return None
     assigned = _assign(headers, facts, problems)
     components, shapes = assigned.components, assigned.shapes
-    variant = facts.variant(shapes.get(facts.denoiser, {}), parameters.extra_inputs)
+    variant = _variant(facts, shapes.get(facts.denoiser, {}), parameters.extra_inputs, problems)
     if len(headers) == len(entries) + len(parameters.model_paths):
         problems += [
             _missing(facts.component(name), variant)
@@ -72,6 +72,15 @@ def find_components(
     _check_offloaded(parameters, problems)
     tokenizers = find_tokenizers(parameters, facts, components, base, problems)
     return FoundComponents(facts, variant, components, shapes, tokenizers)
+
+
+def _variant(facts: FamilyFacts, shapes: Shapes, inputs: tuple[str, ...], problems: list[Problem]) -> Variant:
+    """What the denoiser is trained for; of a kind that is not trained, which is told, what most of the family are."""
+    try:
+        return facts.variant(shapes, inputs)
+    except DiffSynthError as error:
+        problems += error.problems
+        return facts.variant({}, inputs)
 
 
 @dataclass(frozen=True)

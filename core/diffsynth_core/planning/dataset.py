@@ -115,5 +115,5 @@ def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
             'take the row out, or train without it: `--extra_inputs ""`',
         )
         for sample in samples.samples
-        if sample.shape[0] == 1
+        if (sample.shape[0] - 1) // variant.medium.frame_step < variant.given_frames
     ]

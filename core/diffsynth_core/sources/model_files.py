@@ -48,7 +48,8 @@ def locate(
         if not missing:
             file_sets.append(FileSet(origin, tuple(found)))
     for entry in entries:
-        copy = (copies or {}).get(entry.rpartition(":")[2].rpartition("/")[2])
+        parts = split_entry(entry)  # a path of one's own stands for that file and for no other
+        copy = (copies or {}).get(parts[1].rpartition("/")[2]) if parts else None
         paths = tuple(expand_entry(entry, base))
         copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
         if paths or copied:

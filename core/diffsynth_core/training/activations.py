@@ -21,7 +21,8 @@ class HostActivations(saved_tensors_hooks):
 
 
 def _to_host(tensor: Tensor) -> Packed:
-    if isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
+    # A linear layer saves the transposed view of its weight, not the parameter itself.
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.device.type == "cpu":
         return tensor
     waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
     waiting.copy_(tensor)

@@ -14,7 +14,7 @@ from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.activations import HostActivations
-from diffsynth_core.training.encode import load_tokenizers
+from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
 
@@ -70,7 +70,7 @@ class TrainingModule(nn.Module):
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
             sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
             for encoder in self._live:
-                sample.update(self._family.encode(encoder, self._known(), raw[encoder.name]))
+                sample.update(self._family.encode(encoder, self._known(), scale_pixels(raw[encoder.name], device)))
             samples.append(sample)
         return self._family.collate(samples)
 

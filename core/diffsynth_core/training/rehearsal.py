@@ -116,10 +116,10 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     problems: list[Problem] = []
     changes: dict[str, object] = dict.fromkeys(facts.tokenizers)
-    named = [*parameters.model_id_with_origin_paths, *(group[0] for group in parameters.model_paths)]
+    named = [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
     stand_in = _model_of(named, facts, parameters.extra_inputs)
     changes["model_id_with_origin_paths"] = tuple(
-        _swap_entry(entry, facts, stand_in, base, problems) for entry in named
+        _swap_files(group, facts, stand_in, base, problems) for group in named
     )
     changes["model_paths"] = ()
     incomplete = bool(problems)
@@ -191,16 +191,16 @@ def _family_of(resolved: Resolved) -> FamilyFacts | None:
             return facts
     for group in resolved.parameters.model_paths:
         with suppress(DiffSynthError):
-            if facts := recognise_family(read_headers([path for item in group for path in expand_local(item)])):
+            if facts := recognise_family(read_headers(_local(group))):
                 return facts
     return None
 
 
-def _model_of(named: Sequence[str], facts: FamilyFacts, inputs: tuple[str, ...]) -> str:
+def _model_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[str, ...]) -> str:
     """The published model that stands for local files, told by the denoiser among them."""
-    for entry in named:
+    for group in named:
         with suppress(DiffSynthError):
-            headers = read_headers(expand_local(entry))
+            headers = read_headers(_local(group))
             found = recognise(headers, facts)
             if found and found[0].name == facts.denoiser:
                 shapes: dict[str, tuple[int, ...]] = {}
@@ -210,13 +210,19 @@ def _model_of(named: Sequence[str], facts: FamilyFacts, inputs: tuple[str, ...])
     return facts.variant({}, inputs).model_id
 
 
-def _swap_entry(entry: str, facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]) -> str:
-    """The tiny stand-in of one entry of the model parameters, written when it is not there yet.
+def _local(group: Sequence[str]) -> list[Path]:
+    """The files on disk that belong to one model."""
+    return [path for item in group for path in expand_local(item)]
+
+
+def _swap_files(group: Sequence[str], facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]) -> str:
+    """The tiny stand-in of the files of one model (an entry, or several paths), written when it is not there yet.
 
     Local files are rehearsed with those of `stand_in`, a published model.
     """
+    entry = ", ".join(group)
     parts = split_entry(entry)
-    local = expand_local(entry)
+    local = _local(group)
     if parts and not local:
         model_id, pattern = parts
         component = component_at(pattern, facts)

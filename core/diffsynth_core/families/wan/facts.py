@@ -1,5 +1,6 @@
 """What Wan's models are made of. No torch."""
 
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import (
     ComponentFacts,
     EncoderFacts,
@@ -26,21 +27,32 @@ PICKLED_FILES = (
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",))
 EMBEDDER = "condition_embedder"
+PATCH = 4
+"""Latent values in a token: patches of 1 x 2 x 2."""
 FRAMES = ("input_image", "end_image")
 """Extra inputs: the first and the last frame of the clip, which the model is shown."""
 
 
 def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
-    """What a transformer is trained for, told by its input channels and its image embedder.
+    """What a transformer is trained for, told by the channels it takes and makes, and by its image embedder.
 
     16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
     the VAE of Wan 2.2. Without shapes: text to video.
+
+    Raises:
+        DiffSynthError: for a kind that is not trained here, such as those led by a control video.
     """
-    channels = shapes.get("patch_embedding.weight", (0, 16))[1]
-    if channels == 48:
+    taken = shapes.get("patch_embedding.weight", (0, 16))[1]
+    made = shapes.get("proj_out.weight", (16 * PATCH,))[0] // PATCH
+    if (taken, made) == (48, 48):
         return _text_and_image_to_video(inputs)
-    if channels == 36:
+    if (taken, made) == (36, 16):
         return _image_to_video(shapes, inputs)
+    if (taken, made) != (16, 16):
+        raise DiffSynthError(
+            f"the transformer takes {taken} channels and makes {made}: this kind of Wan is not supported yet",
+            "name a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
+        )
     return Variant(
         title="Wan (text to video)",
         model_id="Wan-AI/Wan2.1-T2V-1.3B",
@@ -163,7 +175,7 @@ WAN = FamilyFacts(
     },
     fits=(
         Fit("text_encoder", ("shared.weight", 1), (f"{EMBEDDER}.text_embedder.linear_1.weight", 1), "text states"),
-        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
+        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=PATCH),
         Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
     ),
     copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
