@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     from diffsynth_core.planning.output import NothingLeft
 
     plans: Plans = {}
-    problems: list[Problem] = []
+    faults: dict[str | None, Sequence[Problem]] = {}
     done: dict[str | None, Problem] = {}
     for resolved in stages:
         try:
@@ -60,11 +61,21 @@ def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
             if all(isinstance(problem, NothingLeft) for problem in error.problems):
                 done[resolved.stage] = error.problems[0]
             else:
-                problems += error.problems
+                faults[resolved.stage] = error.problems
+    problems = [
+        _of_stage(problem, stage) if stage and any(problem not in others for others in faults.values()) else problem
+        for stage, found in faults.items()
+        for problem in found
+    ]
     raise_if_any(problems if problems or plans else list(done.values()))
     for stage, problem in done.items():
         reporter.info(f"Stage {stage} is passed over: {problem.message}")
     return plans
+
+
+def _of_stage(problem: Problem, stage: str) -> Problem:
+    """A problem that not all stages have."""
+    return replace(problem, message=f"stage {stage}: {problem.message}")
 
 
 def _make_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> "Plan":

@@ -1,5 +1,6 @@
 """Folders of the tool, and writing files so that a stop at any moment leaves no half file under a final name."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -55,6 +56,20 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process holds the lock file `path`; without effect where it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    except OSError:
+        yield
+        return
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def sync_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_problems_of_both_stages_come_in_one_report_and_common_ones_once(refuse,
         [
             ("`lora_rnk` (command line) is not a parameter", "did you mean `lora_rank`?"),
             ("`seed` takes an integer, got `x` (`--seed`)", None),
-            ("`lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?"),
+            ("stage last: `lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?"),
             (
                 "the dataset folder `nowhere` (`dataset_base_path`) is not there",
                 "name the folder with `--dataset_base_path`",

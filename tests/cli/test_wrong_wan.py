@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from imageio_ffmpeg import get_ffmpeg_exe
+from safetensors.torch import load_file, save_file
 
-from tests.wan import I2V, T2V, TEXT, TI2V, entries
+from tests.wan import DIT, I2V, T2V, TEXT, TI2V, entries
 
 SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
 
@@ -97,6 +99,24 @@ def test_a_vae_of_the_other_generation(refuse, models):
     )
 
 
+@pytest.mark.parametrize("channels", [(48, 16), (52, 16)])
+def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
+    """Control models take more channels than those that the variants know: told before anything is encoded."""
+    taken, made = channels
+    for path in sorted((models / T2V).glob(DIT)):
+        tensors = load_file(path)
+        if "patch_embedding.weight" in tensors:
+            tensors["patch_embedding.weight"] = torch.zeros(32, taken, 1, 2, 2, dtype=torch.bfloat16)
+        save_file(tensors, path)
+    config = models / T2V / "config.json"
+    config.write_text(config.read_text().replace('"in_dim": 16', f'"in_dim": {taken}'))
+    code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 1
+    assert message == (
+        f"the transformer takes {taken} channels and makes {made}: this kind of Wan is not supported yet"
+    )
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings", "message", "hint"),
     [
@@ -174,3 +194,20 @@ def test_a_video_without_frames(refuse, dataset):
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert "cannot be read as a video" in message
+
+
+def test_a_video_of_another_kind(refuse, dataset):
+    (dataset / "b.mp4").rename(dataset / "b.wmv")
+    (dataset / "metadata.csv").write_text("video,prompt\nb.wmv,none\n")
+    code, [(message, hint)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 1
+    assert (
+        f"`{dataset / 'b.wmv'}` is neither a video (.mp4, .m4v, .mov, .mkv, .webm, .avi, .gif) nor a picture" in message
+    )
+    assert hint == "convert it to MP4, or take its row out"
+
+
+def test_a_cache_that_cannot_be_written(refuse, dataset):
+    code, [(message, hint)] = refuse(*SMALL, "--cache_path", dataset / "a.mp4", recipe="wan2.1-t2v-1.3b-lora")
+    assert code == 2
+    assert (message, hint) == (f"`cache_path` `{dataset / 'a.mp4'}` is a file", "name a folder")

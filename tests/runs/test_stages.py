@@ -153,7 +153,8 @@ def test_both_folders_that_hold_a_run_are_told(train):
     assert outcome.code == 2
     told = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert told == [
-        f"error: `output_path` `out/{stage}` already holds a run (completed, 4 of 4 steps)" for stage in ("high", "low")
+        f"error: stage {stage}: `output_path` `out/{stage}` already holds a run (completed, 4 of 4 steps)"
+        for stage in ("high", "low")
     ]
     assert contents() == before
 

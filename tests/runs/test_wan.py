@@ -57,7 +57,7 @@ def same_tensors(left: str, right: str) -> bool:
 def test_a_lora_has_the_documented_keys(train):
     outcome = train(*entries(T2V), *LORA, "--output_path", "out")
     assert "2 of 96 x 64 x 9 frames, 1 of 96 x 64 x 5 frames, 1 of 96 x 64" in outcome.err
-    assert "cut to a multiple of 4 and one more: row 3 from 7 to 5" in outcome.err
+    assert "1 of which are cut to a multiple of 4 and one more: row 3 from 7 to 5" in outcome.err
     tensors = load_file("out/epoch-0.safetensors")
     modules = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
     assert tensors.keys() == {
@@ -151,7 +151,7 @@ def test_recomputing_activations_changes_nothing(train):
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
-def test_the_first_frame_that_is_given_is_not_learned(train, tmp_path):
+def test_giving_the_first_frame_changes_the_loss(train, tmp_path):
     """TI2V: the same clips and noise with and without `input_image` give other losses, all of them finite."""
     clips = tmp_path / "clips"
     clips.mkdir()
@@ -213,3 +213,8 @@ def test_only_one_expert_is_in_memory(train, monkeypatch, task):
     monkeypatch.setattr(Run, "_gradient_norm", counting)
     train("--recipe", f"wan2.2-t2v-a14b-{task}", "--output_path", "both", "--max_steps", 2)
     assert set(alive) == {before + 1} and len(alive) == 4
+
+
+def test_a_single_frame_that_is_shown_whole_is_told(train):
+    outcome = train(*entries(I2V), *LORA, "--extra_inputs", "input_image", "--dry_run")
+    assert "1 sample of one frame: the model is shown it whole (input_image) and learns to copy it" in outcome.out

@@ -203,3 +203,19 @@ def test_a_folder_with_neither_metadata_nor_pictures_says_what_is_expected(tmp_p
     ) as caught:
         read_metadata(tmp_path, None, "prompt", "image")
     assert "`image` and `prompt`" in (caught.value.problems[0].hint or "")
+
+
+def test_two_files_that_share_a_caption_are_told(tmp_path):
+    for name in ("a.mp4", "a.png", "a.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DiffSynthError, match=r"`.*a\.mp4` and `.*a\.png` share the caption `.*a\.txt`"):
+        read_metadata(tmp_path, None, "prompt", "video", "video")
+
+
+def test_a_folder_with_an_ending_is_no_file_and_lone_captions_are_told(tmp_path):
+    (tmp_path / "x.mp4").mkdir()
+    for name in ("a.mp4", "a.txt", "b.wmv", "b.txt"):
+        (tmp_path / name).write_text("x")
+    metadata = read_metadata(tmp_path, None, "prompt", "video", "video")
+    assert [row["video"] for row in metadata.rows] == ["a.mp4"]
+    assert metadata.notes == (f"1 text file without a file to caption, the first is `{tmp_path / 'b.txt'}`",)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles
+from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import (
     build,
@@ -20,6 +22,7 @@ from diffsynth_core.families.wan.components import (
     infer_vae,
     load_tokenizer,
 )
+from diffsynth_core.planning.components import find_components
 from diffsynth_core.state_dicts.key_maps import TableMap
 
 TRANSFORMER = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
@@ -211,15 +214,6 @@ def test_wan_s_own_configuration_tells_what_shapes_do_not(tmp_path):
     assert (found["num_attention_heads"], found["attention_head_dim"], found["eps"]) == (24, 64, 1e-5)
 
 
-@pytest.mark.parametrize("class_name", ["WanModel", "VaceWanModel"])
-@pytest.mark.parametrize("case", ["2.1 vae", "umt5-xxl", "clip-h vision"])
-def test_the_transformer_s_configuration_is_not_taken_for_that_of_what_lies_beside_it(tmp_path, case, class_name):
-    component = PUBLISHED[case][0]
-    shapes = shapes_of(published(case))
-    config = COMMON | OWN_CONFIGS["2.1 t2v 1.3b"] | {"_class_name": class_name}
-    assert config_of(files_with(tmp_path, component, config), shapes) == INFER[component](shapes)
-
-
 @pytest.mark.parametrize("component", INFER)
 def test_a_configuration_of_the_libraries_goes_first(tmp_path, component):
     config = {"_class_name": "WanTransformer3DModel", "num_layers": 7}
@@ -345,3 +339,17 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path, files):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DiffSynthError, match="cannot read the tokenizer in"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("class_name", ["WanModel", "VaceWanModel"])
+def test_the_configuration_at_the_root_is_that_of_the_transformer_alone(tmp_path, class_name):
+    """In Wan's own repositories one config.json lies beside all components."""
+    model = "Wan-AI/Wan2.1-T2V-1.3B"
+    files = {"dit": "diffusion_pytorch_model*.safetensors", "vae": "Wan2.1_VAE.pth"}
+    for component, place in files.items():
+        load_family("wan").write_tiny_weights(tmp_path, component, model, place)
+    config = tmp_path / model / "config.json"
+    config.write_text(config.read_text().replace("WanModel", class_name))
+    parameters = Parameters(model_id_with_origin_paths=tuple(f"{model}:{place}" for place in files.values()))
+    found = find_components(parameters, "wan", tmp_path, [])
+    assert {name: component.config_path for name, component in found.components.items()} == {"dit": config, "vae": None}

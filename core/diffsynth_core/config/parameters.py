@@ -272,7 +272,7 @@ class Parameters(BaseModel):
         unit="frames per second",
         families=("wan",),
         documented=False,
-        gt=0,
+        ge=0.1,
     )
     clip_start: Literal["first", "middle", "random"] = _setting(
         "first",

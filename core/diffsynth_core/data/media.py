@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsynth_core.data.pictures import PICTURE_TRANSFORM, SizeRule, load_picture, read_picture_header
+from diffsynth_core.data.pictures import PICTURE_ENDINGS, PICTURE_TRANSFORM, SizeRule, load_picture, read_picture_header
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.randomness import key_of
 
 
@@ -63,6 +64,7 @@ class MediaHeader:
     video: bool
     rotated: bool
     transparent: bool
+    frame_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoMemory) -> Media
     if rule.frames and path.suffix.lower() in VIDEO_ENDINGS:
         video = videos.header(path)
         frames = videos.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
-        return MediaHeader(video.width, video.height, frames, True, video.rotated, False)
+        return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
+    if rule.frames and path.suffix.lower() not in PICTURE_ENDINGS:
+        raise DiffSynthError(
+            f"`{path}` is neither a video ({', '.join(VIDEO_ENDINGS)}) nor a picture by its ending",
+            "convert it to MP4, or take its row out",
+        )
     picture = read_picture_header(path)
     return MediaHeader(picture.width, picture.height, 1, False, picture.rotated, picture.transparent)
 

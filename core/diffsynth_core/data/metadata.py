@@ -11,6 +11,7 @@ from typing import Any
 from diffsynth_core.data.pictures import PICTURE_ENDINGS
 from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import count_of
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 ENDINGS = {
@@ -22,11 +23,15 @@ ENDINGS = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """Rows of a dataset; `origin` says where they were read. Row numbers count samples from 1."""
+    """Rows of a dataset; `origin` says where they were read. Row numbers count samples from 1.
+
+    `notes`: what is worth saying of what was not read.
+    """
 
     origin: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...] = ()
 
 
 def find_metadata(base: Path, given: Path | None) -> Path | None:
@@ -137,7 +142,7 @@ def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
 
 
 def _read_captions_beside(base: Path, text_column: str, media_column: str, kind: str) -> Metadata:
-    files = sorted(path for path in base.rglob("*") if path.suffix.lower() in ENDINGS[kind])
+    files = sorted(path for path in base.rglob("*") if path.suffix.lower() in ENDINGS[kind] and path.is_file())
     if not files:
         raise DiffSynthError(
             f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s",
@@ -149,6 +154,14 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
             f"`{base}` has no metadata file, and {len(without)} of its {len(files)} {kind}s no caption beside them; the first is `{without[0]}`",
             f"write the caption into `{without[0].with_suffix('.txt')}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
+    by_caption: dict[Path, Path] = {}
+    for path in files:
+        first = by_caption.setdefault(path.with_suffix(".txt"), path)
+        if first != path:
+            raise DiffSynthError(
+                f"`{first}` and `{path}` share the caption `{path.with_suffix('.txt')}`",
+                "move one of them away, or write a metadata.csv",
+            )
     rows = []
     for path in files:
         try:
@@ -158,4 +171,9 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
                 f"`{path.with_suffix('.txt')}` is not UTF-8 (byte {error.start})", "save it as UTF-8"
             ) from error
         rows.append({media_column: str(path.relative_to(base)), text_column: caption})
-    return Metadata(f"{base} (captions beside the files)", (media_column, text_column), tuple(rows))
+    alone = sorted(path for path in base.rglob("*.txt") if path not in by_caption)
+    notes = (
+        [f"{count_of(len(alone), 'text file')} without a file to caption, the first is `{alone[0]}`"] if alone else []
+    )
+    origin = f"{base} (captions beside the files)"
+    return Metadata(origin, (media_column, text_column), tuple(rows), tuple(notes))

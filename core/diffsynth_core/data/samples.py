@@ -18,6 +18,8 @@ HEADER_THREADS = 8
 """Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
 
 SHOWN_CUT_CLIPS = 5
+RATE_SPREAD = 1.1
+"""Frame rates that differ by more are worth a word."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,12 @@ def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -
         yield f"{transparent} {of_all} have transparency, which is composed on white"
     if rule.frames is None:
         return
+    rates = [header.frame_rate for header in headers if header.frame_rate]
+    if rule.frames.frame_rate is None and rates and max(rates) > RATE_SPREAD * min(rates):
+        yield (
+            f"the videos have {min(rates):g} to {max(rates):g} frames per second, and each frame counts as the next "
+            "step in time: `--frame_rate` trains all of them at one speed"
+        )
     short = [
         (sample, header.frames)
         for sample, header in zip(samples, headers, strict=True)

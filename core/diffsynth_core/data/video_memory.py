@@ -1,6 +1,5 @@
 """What videos hold, found out by decoding once and remembered: their headers, and how many frames they have."""
 
-import fcntl
 import json
 import threading
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, VideoHeader, count_frames, read_video_header
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import locked
 from diffsynth_core.sources.identity import absolute, append, file_stamp
 
 Key = tuple[str, str]
@@ -37,14 +37,7 @@ class VideoMemory:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within it no other process asks: of those that begin together one decodes, the others find its answers."""
-        try:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            stream = self._memory.with_suffix(".lock").open("w")
-        except OSError:  # nothing can be remembered there either
-            yield
-            return
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with locked(self._memory.with_suffix(".lock")):
             self._read()
             yield
 

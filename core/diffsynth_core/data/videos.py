@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffsynth_core.data.decoding import Decoding, unreadable
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 VIDEO_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
 SCALER = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"

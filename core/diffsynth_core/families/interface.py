@@ -52,7 +52,8 @@ class ComponentFacts:
     """One network of a family.
 
     `places`: patterns (fnmatch) of the file names that recipes and repositories use for it.
-    `config_classes`: what a config.json of this component, and of no other of the family, says of its class.
+    `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
+    its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
     `dialects`: for LoRA dialects that name modules otherwise: documented module -> its name there.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
@@ -158,13 +159,17 @@ class FamilyFacts:
     denoiser: str
     variant: Callable[[Shapes, tuple[str, ...]], Variant]
     text_column: str
-    medium_kind: Literal["picture", "video"]
     tokenizers: Mapping[str, "TokenizerFacts"]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
+
+    @property
+    def medium_kind(self) -> Literal["picture", "video"]:
+        """What most models of the family are trained on."""
+        return self.variant({}, ()).medium.kind
 
     @property
     def component_names(self) -> tuple[str, ...]:
@@ -194,6 +199,7 @@ class ComponentFiles:
     """The files a component is read from.
 
     `origin`: what the user wrote for them, and the copy that is read in their place if so.
+    `folders`: where what belongs to them is looked for: beside them, and where the user named them.
     `config_path`: the config.json that belongs to them, when there is one.
     """
 
@@ -202,6 +208,7 @@ class ComponentFiles:
     paths: tuple[Path, ...]
     config_path: Path | None
     layout: Layout = Layout(frozenset())
+    folders: tuple[Path, ...] = ()
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:

@@ -46,7 +46,7 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
         return list(error.problems)
     except Exception as error:
         source = f"`{files.config_path}`" if files.config_path else "its shapes alone"
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         return [
             Problem(
                 f"{files.component} from `{files.origin}` cannot be built from {source}: {reason}",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
@@ -112,7 +113,10 @@ def _assign(
             continue
         taken[component.name] = file_set
         config = _config_beside(file_set.paths[0], component, facts)
-        components[component.name] = ComponentFiles(component.name, file_set.source, file_set.paths, config, layout)
+        folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
+        components[component.name] = ComponentFiles(
+            component.name, file_set.source, file_set.paths, config, layout, folders
+        )
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in tensors.items():
             shapes |= layout.names.cut_shape(name, tensor.shape)
@@ -157,9 +161,10 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
     config = path.parent / "config.json"
     if not config.is_file():
         return None
-    others = {name for other in facts.components if other is not component for name in other.config_classes}
+    others = [name for other in facts.components if other is not component for name in other.config_classes]
     with suppress(OSError, ValueError, AttributeError):  # whoever reads it tells what is wrong with it
-        if json.loads(config.read_text(encoding="utf-8")).get("_class_name") in others:
+        class_name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
+        if any(fnmatch(class_name, pattern) for pattern in others):
             return None
     return config
 

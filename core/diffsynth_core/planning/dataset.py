@@ -1,5 +1,7 @@
 """The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
 
+from dataclasses import replace
+
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.data.metadata import read_metadata
@@ -9,7 +11,7 @@ from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.progress import Reporter
+from diffsynth_core.progress import Reporter, count_of
 
 
 def read_dataset(
@@ -40,7 +42,8 @@ def read_dataset(
     )
     problems += row_problems
     problems += _nothing_to_learn(samples, variant)
-    return samples if samples.samples else None
+    notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))
+    return replace(samples, notes=notes) if samples.samples else None
 
 
 def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
@@ -103,6 +106,15 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
         if name not in parameters.extra_inputs
     ]
     return problems
+
+
+def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -> list[str]:
+    """What to say of single frames that the model is shown, and need only copy."""
+    single = sum(sample.shape[0] == 1 for sample in samples.samples)
+    if not single or not parameters.extra_inputs or variant.given_frames:
+        return []
+    shown = ", ".join(parameters.extra_inputs)
+    return [f"{count_of(single, 'sample')} of one frame: the model is shown it whole ({shown}) and learns to copy it"]
 
 
 def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:

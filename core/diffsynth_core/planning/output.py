@@ -48,7 +48,7 @@ def check_output(
 ) -> Start:
     """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`."""
     folder = parameters.output_path
-    place_problems = _place_problems(folder)
+    place_problems = place_faults(folder, "output_path")
     problems += place_problems
     if any(problem.wrong_use for problem in place_problems):
         return Start()
@@ -65,17 +65,17 @@ def check_output(
         return Start()
 
 
-def _place_problems(folder: Path) -> list[Problem]:
-    """Why nothing can be written at a place."""
+def place_faults(folder: Path, parameter: str) -> list[Problem]:
+    """Why nothing can be written at the place that a parameter names."""
     if folder.exists() and not folder.is_dir():
-        return [Problem(f"`output_path` `{folder}` is a file", "name a folder", wrong_use=True)]
+        return [Problem(f"`{parameter}` `{folder}` is a file", "name a folder", wrong_use=True)]
     nearest = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
-        what = f"`output_path` `{folder}` cannot be made: `{nearest}` is a file"
+        what = f"`{parameter}` `{folder}` cannot be made: `{nearest}` is a file"
         return [Problem(what, "name another folder", wrong_use=True)]
     if not os.access(nearest, os.W_OK):
-        what = f"`output_path` `{folder}` cannot be written: `{nearest}` is read-only"
-        return [Problem(what, "name another folder")]
+        what = f"`{parameter}` `{folder}` cannot be written: `{nearest}` is read-only"
+        return [Problem(what, f"name another folder with `--{parameter}`")]
     return []
 
 

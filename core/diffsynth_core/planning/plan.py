@@ -14,7 +14,7 @@ from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import find_components, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
-from diffsynth_core.planning.output import Start, check_output
+from diffsynth_core.planning.output import Start, check_output, place_faults
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.progress import Reporter
 
@@ -54,7 +54,8 @@ class Plan:
 
 
 def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base: Path | None = None) -> Plan:
-    """The plan of a run; reads headers of weight files, pictures and videos, no weight.
+    """The plan of a run; reads headers of weight files and pictures, and decodes videos as far as they are used,
+    once; no weight.
 
     Args:
         base: folder of downloaded models; None for the usual one.
@@ -84,6 +85,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     if found:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
+    problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
     start = check_output(parameters, samples, steps, mixed_precision, problems)
     if problems or not (found and training and samples and steps):
         raise FaultsFound(problems or [Problem("the run cannot be planned")])

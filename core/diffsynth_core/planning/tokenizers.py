@@ -39,7 +39,7 @@ def find_tokenizers(
 
 
 def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
-    return [os.path.normpath(files.paths[0].parent / folder) for folder in tokenizer.folders]
+    return [os.path.normpath(place / folder) for place in files.folders for folder in tokenizer.folders]
 
 
 def _absolute(place: str, base: Path) -> Path:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from diffsynth_core.files import locked
 from diffsynth_core.progress import Reporter
 
 HASHING_THREADS = 8
@@ -25,15 +26,19 @@ class FileIdentities:
         self._memory = memory
         self._known: dict[str, tuple[list[int], str]] = {}
         self._start = ""
-        if memory.exists():
-            text = memory.read_text(encoding="utf-8")
-            self._start = "\n" if text and not text.endswith("\n") else ""
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry["path"]] = (entry["stamp"], entry["sha256"])
-                except (ValueError, KeyError, TypeError):
-                    continue
+        self._read()
+
+    def _read(self) -> None:
+        if not self._memory.exists():
+            return
+        text = self._memory.read_text(encoding="utf-8")
+        self._start = "\n" if text and not text.endswith("\n") else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry["path"]] = (entry["stamp"], entry["sha256"])
+            except (ValueError, KeyError, TypeError):
+                continue
 
     def known(self, path: Path) -> str | None:
         """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""
@@ -52,13 +57,19 @@ class FileIdentities:
         return digest
 
     def read_all(self, paths: Iterable[Path], reporter: Reporter, label: str) -> None:
-        """Make all of `paths` known, showing progress in files when any must be read."""
+        """Make all of `paths` known, showing progress in files when any must be read.
+
+        Of several processes that begin together one reads, and the others find what it remembered.
+        """
         unknown = [path for path in dict.fromkeys(paths) if self.known(path) is None]
         if not unknown:
             return
-        with reporter.task(label, len(unknown), "files") as task, ThreadPoolExecutor(HASHING_THREADS) as pool:
-            for _ in pool.map(self.sha256, unknown):
-                task.advance()
+        with locked(self._memory.with_suffix(".lock")):
+            self._read()
+            unknown = [path for path in unknown if self.known(path) is None]
+            with reporter.task(label, len(unknown), "files") as task, ThreadPoolExecutor(HASHING_THREADS) as pool:
+                for _ in pool.map(self.sha256, unknown):
+                    task.advance()
 
     def _remember(self, path: str, stamp: list[int], digest: str) -> None:
         self._known[path] = (stamp, digest)

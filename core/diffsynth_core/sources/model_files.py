@@ -23,6 +23,8 @@ class FileSet:
     origin: str
     paths: tuple[Path, ...]
     copy: str | None = None
+    home: Path | None = None
+    """The folder of the repository that the user named, where a copy is read in its place."""
 
     @property
     def source(self) -> str:
@@ -53,7 +55,8 @@ def locate(
         paths = tuple(expand_entry(entry, base))
         copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
         if paths or copied:
-            file_sets.append(FileSet(entry, paths or copied, copy if copied else None))
+            home = (base / parts[0] / parts[1]).parent if parts and copied else None
+            file_sets.append(FileSet(entry, paths or copied, copy if copied else None, home))
         else:
             problems.append(_nothing_matches(entry, copy, base))
     faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}

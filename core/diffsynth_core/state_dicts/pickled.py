@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLED_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+POINTER = b"version https://git-lfs"
 WRAPPERS = ("model_state", "state_dict", "model", "module")
 """Names below which some programs put the tensors."""
 
@@ -19,8 +20,11 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
     Raises:
         DiffSynthError: when the file is damaged, holds anything but tensors, or would run code.
     """
+    import pickle
+
     import torch
 
+    _refuse_what_is_none(path)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -28,10 +32,15 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except pickle.UnpicklingError as error:
+        raise DiffSynthError(
+            f"`{path}` holds other things than tensors, or is written in a way that could run code",
+            "name a safetensors copy",
+        ) from error
     except Exception as error:
         raise DiffSynthError(
-            f"`{path}` cannot be read as a file of tensors: {' '.join(str(error).split())[:200]}",
-            "fetch the file again, or name a safetensors copy",
+            f"`{path}` is damaged: it cannot be read as a file of tensors ({type(error).__name__})",
+            "fetch the file again",
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -43,3 +52,16 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
             f"`{path}` holds something besides named tensors", "name a file that holds the tensors of one model"
         )
     return content
+
+
+def _refuse_what_is_none(path: Path) -> None:
+    """Tell files that were never fetched, whose faults torch words as if they were dangerous."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(len(POINTER))
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    if not begin:
+        raise DiffSynthError(f"`{path}` is empty", "fetch the file again")
+    if begin == POINTER:
+        raise DiffSynthError(f"`{path}` is a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`")

@@ -13,16 +13,21 @@ class HostActivations(saved_tensors_hooks):
     """Within this context what the backward pass needs waits in host memory; parameters stay where they are.
 
     Together with gradient checkpointing these are the inputs of the checkpointed blocks
-    (`torch.autograd.graph.save_on_cpu`, which would carry parameters over too).
+    (`torch.autograd.graph.save_on_cpu`, which would carry parameters over too). Casts that autocast makes of float32
+    weights are no parameters, and outside of checkpointed blocks they are carried over.
     """
 
     def __init__(self) -> None:
         super().__init__(_to_host, _from_host)
 
 
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one: a linear layer saves the transposed view of its weight."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
 def _to_host(tensor: Tensor) -> Packed:
-    # A linear layer saves the transposed view of its weight, not the parameter itself.
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.device.type == "cpu":
+    if is_weight(tensor) or tensor.device.type == "cpu":
         return tensor
     waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
     waiting.copy_(tensor)

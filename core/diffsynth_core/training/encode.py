@@ -75,17 +75,17 @@ def fill_cache(
     """
     for component in encodings.components_to_load:
         stop.raise_if_set()
-        module = load_component(
+        components: dict[str, Any] = load_tokenizers(plan, family, component)  # first: a fault of theirs shows at once
+        components[component] = load_component(
             family, plan.components[component], encoder_dtype(plan.mixed_precision), accelerator.device, reporter
         )
-        components: dict[str, Any] = {component: module, **load_tokenizers(plan, family, component)}
         for part in encodings.encoders:
             if part.encoder.component == component:
                 share = [
                     index for index in part.missing if index % accelerator.num_processes == accelerator.process_index
                 ]
                 _encode(plan, part, family, components, share, identity_memory(plan), reporter, stop)
-        del module, components
+        del components
         free_device_memory(accelerator.device)
     accelerator.wait_for_everyone()
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.drawn_clips import draw_clips
 from diffsynth_core.data.drawn_pictures import draw_pictures
@@ -81,7 +82,7 @@ def rehearse(
     announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [
-        f"{len(plan.components)} components of tiny weights were read in the real file layout: {', '.join(plan.components)}"
+        f"{len(plan.components)} components of tiny weights were read in a real file layout: {', '.join(plan.components)}"
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)
@@ -115,15 +116,8 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         return resolved, folder
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     problems: list[Problem] = []
-    changes: dict[str, object] = dict.fromkeys(facts.tokenizers)
-    named = [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
-    stand_in = _model_of(named, facts, parameters.extra_inputs)
-    changes["model_id_with_origin_paths"] = tuple(
-        _swap_files(group, facts, stand_in, base, problems) for group in named
-    )
-    changes["model_paths"] = ()
+    changes = _swap_models(parameters, facts, base, problems)
     incomplete = bool(problems)
-    changes["offload_models"] = ()
     if parameters.lora_checkpoint:
         problems.append(
             Problem(
@@ -194,6 +188,19 @@ def _family_of(resolved: Resolved) -> FamilyFacts | None:
             if facts := recognise_family(read_headers(_local(group))):
                 return facts
     return None
+
+
+def _swap_models(parameters: Parameters, facts: FamilyFacts, base: Path, problems: list[Problem]) -> dict[str, object]:
+    """The model parameters that name tiny stand-ins, which are written when they are not there yet."""
+    named = [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
+    stand_in = _model_of(named, facts, parameters.extra_inputs)
+    entries = tuple(_swap_files(group, facts, stand_in, base, problems) for group in named)
+    return {
+        **dict.fromkeys(facts.tokenizers),
+        "model_id_with_origin_paths": entries,
+        "model_paths": (),
+        "offload_models": (),
+    }
 
 
 def _model_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[str, ...]) -> str:

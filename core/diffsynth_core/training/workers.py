@@ -1,5 +1,6 @@
 """Loading data in worker processes."""
 
+import pickle
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,14 +23,19 @@ class _Failed:
 
 
 class _Guarded(Dataset[Any], Generic[Item]):
-    """A dataset whose faults are values."""
+    """A dataset whose faults are values.
 
-    def __init__(self, dataset: Dataset[Item]) -> None:
-        self._dataset = dataset
+    `packed`: items are bytes. As tensors torch would put them into /dev/shm, of which a container has 64 MB if nothing
+    else is said, and where there is no room a worker waits for ever.
+    """
 
-    def __getitem__(self, place: Any) -> Item | _Failed:
+    def __init__(self, dataset: Dataset[Item], packed: bool) -> None:
+        self._dataset, self._packed = dataset, packed
+
+    def __getitem__(self, place: Any) -> Item | bytes | _Failed:
         try:
-            return self._dataset[place]
+            item = self._dataset[place]
+            return pickle.dumps(item, pickle.HIGHEST_PROTOCOL) if self._packed else item
         except DiffSynthError as error:
             return _Failed(error.problems)
 
@@ -46,13 +52,17 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
         # The number of workers is the user's choice; torch would advise against more than there are cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
-            _Guarded(dataset), batch_size=None, sampler=places, num_workers=workers, worker_init_fn=_leave_signals
+            _Guarded(dataset, packed=workers > 0),
+            batch_size=None,
+            sampler=places,
+            num_workers=workers,
+            worker_init_fn=_leave_signals,
         )
         items = iter(loader)
     for item in items:
         if isinstance(item, _Failed):
             raise FaultsFound(item.problems)
-        yield item
+        yield pickle.loads(item) if isinstance(item, bytes) else item
 
 
 def _leave_signals(worker: int) -> None:

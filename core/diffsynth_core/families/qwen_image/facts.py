@@ -75,7 +75,6 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    medium_kind="picture",
     tokenizers={"tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer")},
     fits=(
         Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),

@@ -51,7 +51,7 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     config = read_json(files.config_path)
     if not str(config.get("_class_name")).endswith(ORIGINAL_CLASS):
         return config
-    return translate_config(config, shapes) if files.component == "dit" else infer(shapes)
+    return translate_config(config, shapes)
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:

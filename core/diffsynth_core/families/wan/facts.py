@@ -26,6 +26,7 @@ PICKLED_FILES = (
 
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",))
+CLIPS = Medium("video", "video", size_factor=16, frame_step=4)
 EMBEDDER = "condition_embedder"
 PATCH = 4
 """Latent values in a token: patches of 1 x 2 x 2."""
@@ -58,7 +59,7 @@ def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
         model_id="Wan-AI/Wan2.1-T2V-1.3B",
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, LATENTS),
-        medium=Medium("video", "video", size_factor=16, frame_step=4),
+        medium=CLIPS,
     )
 
 
@@ -80,7 +81,7 @@ def _image_to_video(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
         model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_embedder else "Wan-AI/Wan2.2-I2V-A14B",
         components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_embedder else ())),
         encoders=(TEXT, latents, *((image,) if image_embedder else ())),
-        medium=Medium("video", "video", size_factor=16, frame_step=4),
+        medium=CLIPS,
         takes=FRAMES,
         needs=FRAMES if two_images else FRAMES[:1],
     )
@@ -123,7 +124,7 @@ WAN = FamilyFacts(
                 *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
                 *("transformer/*", "transformer_2/*"),
             ),
-            config_classes=("WanModel", "WanTransformer3DModel"),
+            config_classes=("*WanModel", "WanTransformer3DModel"),
             lora_targets=names.LORA_TARGETS,
             dialects={"diffusers": diffusers_module},
         ),
@@ -164,7 +165,6 @@ WAN = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    medium_kind="video",
     tokenizers={
         "tokenizer_path": TokenizerFacts(
             "text_encoder",

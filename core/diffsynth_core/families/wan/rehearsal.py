@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 @dataclass(frozen=True)
-class Variant:
+class TinyTransformer:
     """How the transformers of Wan differ in kind; `type_name` is `model_type` in Wan's own config.json."""
 
     type_name: str
@@ -36,12 +36,12 @@ class Variant:
     """How many pictures it reads through CLIP."""
 
 
-VARIANTS = (
-    ("*Wan2.2-TI2V*", Variant("ti2v", 48, 48)),
-    ("*Wan2.1-FLF2V*", Variant("flf2v", 36, pictures=2)),
-    ("*Wan2.1-I2V*", Variant("i2v", 36, pictures=1)),
-    ("*Wan2.2-I2V*", Variant("i2v", 36)),
-    ("*", Variant("t2v", 16)),
+TRANSFORMERS = (
+    ("*Wan2.2-TI2V*", TinyTransformer("ti2v", 48, 48)),
+    ("*Wan2.1-FLF2V*", TinyTransformer("flf2v", 36, pictures=2)),
+    ("*Wan2.1-I2V*", TinyTransformer("i2v", 36, pictures=1)),
+    ("*Wan2.2-I2V*", TinyTransformer("i2v", 36)),
+    ("*", TinyTransformer("t2v", 16)),
 )
 """(pattern of the hub repository, its transformer), first match wins."""
 
@@ -84,38 +84,38 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     if diffusers:
         _write_companions(folder, component, module, config)
     elif component == "dit":
-        write_json(folder / "config.json", _original_config(config, _variant(model_id)))
+        write_json(folder / "config.json", _original_config(config, _kind(model_id)))
     write_weights(folder, place.name, _in_layout(_key_map(component, diffusers, config), tensors))
 
 
 def _config(component: str, model_id: str, place: PurePosixPath, sizes: TinySizes) -> dict[str, Any]:
     if component == "dit":
-        return _transformer(_variant(model_id), sizes)
+        return _transformer(_kind(model_id), sizes)
     if component == "vae":
         newer = "Wan2.2_VAE" in place.name or "TI2V-5B" in model_id
         return _vae_2_2(sizes) if newer else {"base_dim": sizes.vae_width}
     return {"text_encoder": _text_encoder, "image_encoder": _image_encoder}[component](sizes)
 
 
-def _variant(model_id: str) -> Variant:
-    return next(variant for pattern, variant in VARIANTS if fnmatch(model_id, pattern))
+def _kind(model_id: str) -> TinyTransformer:
+    return next(kind for pattern, kind in TRANSFORMERS if fnmatch(model_id, pattern))
 
 
-def _transformer(variant: Variant, sizes: TinySizes) -> dict[str, Any]:
+def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
     width = sizes.heads * sizes.head_size
     config = {
         "num_layers": sizes.blocks,
         "num_attention_heads": sizes.heads,
         "attention_head_dim": sizes.head_size,
-        "in_channels": variant.in_channels,
-        "out_channels": variant.out_channels,
+        "in_channels": kind.in_channels,
+        "out_channels": kind.out_channels,
         "text_dim": sizes.text_width,
         "ffn_dim": 4 * width,
     }
-    if variant.pictures:
+    if kind.pictures:
         config |= {"image_dim": sizes.image_width, "added_kv_proj_dim": width}
-    if variant.pictures > 1:
-        config["pos_embed_seq_len"] = variant.pictures * IMAGE_TOKENS
+    if kind.pictures > 1:
+        config["pos_embed_seq_len"] = kind.pictures * IMAGE_TOKENS
     return config
 
 
@@ -192,7 +192,7 @@ def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return renamed
 
 
-def _original_config(config: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+def _original_config(config: Mapping[str, Any], kind: TinyTransformer) -> dict[str, Any]:
     """Wan's own config.json of a transformer."""
     return {
         "_class_name": "WanModel",
@@ -202,7 +202,7 @@ def _original_config(config: Mapping[str, Any], variant: Variant) -> dict[str, A
         "ffn_dim": config["ffn_dim"],
         "freq_dim": 256,
         "in_dim": config["in_channels"],
-        "model_type": variant.type_name,
+        "model_type": kind.type_name,
         "num_heads": config["num_attention_heads"],
         "num_layers": config["num_layers"],
         "out_dim": config["out_channels"],
