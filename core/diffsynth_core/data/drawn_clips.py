@@ -1,6 +1,5 @@
 """Five moving clips with captions, drawn for rehearsals: every container and oddity a real folder has, no download."""
 
-import csv
 import math
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 
+from diffsynth_core.data.metadata import write_metadata
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
 
@@ -51,13 +51,7 @@ def draw_clips(folder: Path) -> Path:
     with ThreadPoolExecutor(len(DRAWN)) as pool:
         list(pool.map(lambda drawn: _save(_draw(*drawn[1:6]), folder / drawn[0]), missing))
     if not (folder / "metadata.csv").is_file():
-        with (
-            replacing(folder / "metadata.csv") as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as stream,
-        ):
-            writer = csv.writer(stream)
-            writer.writerow(("video", "prompt"))
-            writer.writerows((name, caption) for name, *_, caption in DRAWN)
+        write_metadata(folder / "metadata.csv", ("video", "prompt"), [(drawn[0], drawn[-1]) for drawn in DRAWN])
     return folder
 
 

@@ -1,12 +1,12 @@
 """Eight pictures with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
 
-import csv
 import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from diffsynth_core.data.metadata import write_metadata
 from diffsynth_core.data.pictures import EXIF_ORIENTATION
 from diffsynth_core.files import replacing
 
@@ -44,13 +44,7 @@ def draw_pictures(folder: Path) -> Path:
         if not (folder / name).is_file():
             _save(_draw(size, shape, colour, ground), folder / name)
     if not (folder / "metadata.csv").is_file():
-        with (
-            replacing(folder / "metadata.csv") as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as stream,
-        ):
-            writer = csv.writer(stream)
-            writer.writerow(("image", "prompt"))
-            writer.writerows((name, caption) for name, *_, caption in DRAWN)
+        write_metadata(folder / "metadata.csv", ("image", "prompt"), [(drawn[0], drawn[-1]) for drawn in DRAWN])
     return folder
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from diffsynth_core.data.pictures import PICTURE_ENDINGS
 from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import replacing
 from diffsynth_core.progress import count_of
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
@@ -177,3 +178,11 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
     )
     origin = f"{base} (captions beside the files)"
     return Metadata(origin, (media_column, text_column), tuple(rows), tuple(notes))
+
+
+def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a metadata.csv, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(rows)

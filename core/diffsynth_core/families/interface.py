@@ -41,6 +41,13 @@ class Layout:
         modules = self.documented.ours(documented) or ()
         return modules[0] if len(modules) == 1 else None
 
+    def module_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes by the names of our module, from those in the files; what has no place in it is left out."""
+        ours: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            ours |= self.names.cut_shape(name, shape)
+        return ours
+
     def documented_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by documented name, from those of our module; what has no documented name is left out."""
         names = dict.fromkeys(known for name in shapes if (known := self.documented.theirs(name)) is not None)

@@ -11,16 +11,13 @@ from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, format_bytes
-from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.state_dicts.headers import read_headers, shapes_of
 from diffsynth_core.state_dicts.tensors import iterate_tensors
 
 
 def module_shapes(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a component's files, by their names in our module; what has none is left out."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in read_headers(files.paths).items():
-        shapes |= files.layout.names.cut_shape(name, tensor.shape)
-    return shapes
+    return files.layout.module_shapes(shapes_of(read_headers(files.paths)))
 
 
 def build_empty(family: Family, files: ComponentFiles) -> nn.Module:

@@ -20,7 +20,7 @@ from diffsynth_core.families.table import (
 )
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.sources.model_files import FileSet, locate, split_entry
-from diffsynth_core.state_dicts.headers import TensorHeader, read_headers
+from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,7 @@ def _assign(
         components[component.name] = ComponentFiles(
             component.name, file_set.source, file_set.paths, config, layout, folders
         )
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in tensors.items():
-            shapes |= layout.names.cut_shape(name, tensor.shape)
-        assigned.shapes[component.name] = shapes
+        assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
     return assigned
 
 

@@ -110,6 +110,11 @@ def _parse(path: Path, content: Any, data_bytes: int) -> Header:
     return Header(tensors, metadata)
 
 
+def shapes_of(tensors: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """Shapes alone, by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
     """The tensors of several shards together.
 

@@ -33,7 +33,7 @@ from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.model_files import expand_local, split_entry
-from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.state_dicts.headers import read_headers, shapes_of
 from diffsynth_core.state_dicts.lora_files import check_lora_file
 from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
@@ -210,10 +210,7 @@ def _model_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[
             headers = read_headers(_local(group))
             found = recognise(headers, facts)
             if found and found[0].name == facts.denoiser:
-                shapes: dict[str, tuple[int, ...]] = {}
-                for name, tensor in headers.items():
-                    shapes |= found[1].names.cut_shape(name, tensor.shape)
-                return facts.variant(shapes, inputs).model_id
+                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs).model_id
     return facts.variant({}, inputs).model_id
 
 
