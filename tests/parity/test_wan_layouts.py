@@ -11,9 +11,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.facts import CONVERTED
+from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES
 from diffsynth_core.state_dicts.tensors import iterate_tensors
 from tests.parity.wan_models import DIFFUSERS_PLACES, KINDS, find_files, load_files
@@ -172,3 +174,19 @@ def test_two_experts_are_two(places, tmp_path):
     first, second = experts
     assert first.keys() == second.keys()
     assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("to_q.weight"))
+
+
+@pytest.mark.parametrize("case", ["transformer of I2V 2.1", "transformer of TI2V"])
+def test_bfloat16_leaves_in_float32_what_diffusers_leaves(case, tmp_path):
+    """Norms, the modulation tables and the time embedder keep their precision in both loaders."""
+    own = OwnFile(tmp_path, case)
+    folder = tmp_path / own.write_folder(tmp_path).replace(":", "/")
+    theirs = WanTransformer3DModel.from_pretrained(folder.parent, torch_dtype=torch.bfloat16).state_dict()
+    ours = load_component(
+        load_family("wan"), own.files, torch.bfloat16, torch.device("cpu"), SilentReporter()
+    ).state_dict()
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {
+        name: tensor.dtype for name, tensor in theirs.items()
+    }
+    assert_same(ours, theirs)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32, torch.bfloat16}
