@@ -20,6 +20,11 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     buckets = ", ".join(f"{len(bucket.members)} of {_size(bucket.shape)}" for bucket in batches.buckets[:6])
     more = f" and {len(batches.buckets) - 6} more sizes" if len(batches.buckets) > 6 else ""
     yield f"{count_of(len(plan.samples.samples), 'sample')} from `{parameters.dataset_base_path}`: {buckets}{more}"
+    if parameters.height and parameters.width:
+        yield f"  each is scaled to cover {parameters.width} x {parameters.height} and cut at the centre"
+    if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
+        rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
+        yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
     for note in plan.samples.notes:
         yield f"  {note}"
     yield (

@@ -20,6 +20,8 @@ Examples:
   diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine
 
   diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --resume auto
+
+  diffsynth train --recipe wan2.2-t2v-a14b-lora --dataset_base_path data/clips --only high --dry_run
 """
 
 

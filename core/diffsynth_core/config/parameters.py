@@ -178,7 +178,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "int",
-        "Stop after this many optimizer steps in all; blank: train all epochs (a rehearsal: 8)",
+        "Stop after this many optimizer steps in all, in each stage where there are stages; blank: train all epochs (a rehearsal: 8)",
         unit="optimizer steps",
         documented=False,
         ge=1,
@@ -278,7 +278,7 @@ class Parameters(BaseModel):
         "first",
         "size",
         "choice",
-        "Where in a longer video the clip begins: at its first frame, so that it lies in the middle, or at a place drawn from the seed, the same in every epoch",
+        "Which part of a longer video is taken: its beginning, its middle, or one at a place drawn once per video from the seed",
         families=("wan",),
         documented=False,
     )
@@ -297,7 +297,10 @@ class Parameters(BaseModel):
         "Hub files as `model_id:glob`, found below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`); a local path is taken too",
     )
     extra_inputs: CommaList = _setting(
-        (), "model", "comma list", "Further metadata columns that the model takes as inputs, such as `edit_image`"
+        (),
+        "model",
+        "comma list",
+        "Further inputs of the model: metadata columns, or for Wan `input_image` and `end_image`, the first and the last frame of the clip",
     )
     fp8_models: CommaList = _setting(
         (),

@@ -162,9 +162,7 @@ def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -
         f"row {sample.row} from {frames} to {sample.shape[0]}" for sample, frames in cut[:SHOWN_CUT_CLIPS]
     )
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
-    told = (
-        f", {len(cut)} of which are cut to a multiple of {rule.frames.step} and one more: {shown}{more}" if cut else ""
-    )
+    told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {shown}{more}" if cut else ""
     yield f"{len(short)} {of_all} are shorter than {rule.frames.num_frames} frames{told}"
 
 

@@ -161,7 +161,7 @@ def _reduced_size(resolved: Resolved, facts: FamilyFacts, reporter: Reporter) ->
         changes["num_frames"] = REHEARSAL_FRAMES
     if changes:
         said = ", ".join(f"`{name}` {value} (of {getattr(now, name)})" for name, value in changes.items())
-        reporter.info(f"The rehearsal trains at a small size: {said}; give the flag to rehearse at another")
+        reporter.info(f"The rehearsal checks and trains at a small size: {said}; give the flag to rehearse at another")
     return changes
 
 
