@@ -16,6 +16,7 @@ from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
+from diffsynth_core.progress import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from diffsynth_core.planning.plan import Plan
@@ -43,7 +44,7 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any], world_size: i
         reporter.close()
 
 
-def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> Plans:
+def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int) -> Plans:
     """The plans of the stages to run; of several, those with nothing left to do are passed over.
 
     Raises:
@@ -63,7 +64,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
             else:
                 faults[resolved.stage] = error.problems
     problems = [
-        _of_stage(problem, stage) if stage and any(problem not in others for others in faults.values()) else problem
+        _of_stage(problem, stage) if any(problem not in faults.get(other.stage, ()) for other in stages) else problem
         for stage, found in faults.items()
         for problem in found
     ]
@@ -73,12 +74,12 @@ def _make_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     return plans
 
 
-def _of_stage(problem: Problem, stage: str) -> Problem:
+def _of_stage(problem: Problem, stage: str | None) -> Problem:
     """A problem that not all stages have."""
     return replace(problem, message=f"stage {stage}: {problem.message}")
 
 
-def _make_plan(resolved: Resolved, reporter: ConsoleReporter, world_size: int) -> "Plan":
+def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int) -> "Plan":
     from diffsynth_core.planning.plan import make_plan
 
     base = model_base_path()
@@ -139,8 +140,8 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
         raise DiffSynthError(
             f"a rehearsal runs in one process, this is one of {world_size}", "rehearse without the launcher"
         )
-    if len(stages) > 1:
-        _make_plans(stages, reporter, world_size)
+    if len(stages) > 1:  # each is planned and told again when its turn comes
+        _make_plans(stages, SilentReporter(), world_size)
     drew = None
     with listen_for_stop(reporter.info) as stop:
         for resolved in stages:

@@ -142,7 +142,7 @@ def test_what_is_wrong_with_the_second_stage_is_told_before_the_first_runs(train
     Path("out/low").write_text("a file")
     outcome = train()
     assert outcome.code == 2
-    assert outcome.err.count("error: ") == 1 and "error: `output_path` `out/low` is a file" in outcome.err
+    assert outcome.err.count("error: ") == 1 and "error: stage low: `output_path` `out/low` is a file" in outcome.err
     assert list(contents()) == ["out/low"]
 
 
@@ -199,7 +199,7 @@ def test_a_complete_stage_does_not_hide_what_is_wrong_with_the_other(train):
     Path("out/low").write_text("a file")
     outcome = train("--resume", "auto")
     assert outcome.code == 2
-    assert "error: `output_path` `out/low` is a file" in outcome.err and outcome.err.count("error: ") == 1
+    assert "error: stage low: `output_path` `out/low` is a file" in outcome.err and outcome.err.count("error: ") == 1
 
 
 def test_a_stop_in_the_first_stage_ends_the_session_and_resume_does_the_rest(train, monkeypatch):
@@ -275,7 +275,7 @@ def test_a_rehearsal_tells_what_is_wrong_with_any_stage_before_it_begins(train):
     Path("out").mkdir()
     Path("out/low").write_text("a file")
     outcome = train("--rehearse", "--max_steps", 2)
-    assert outcome.code == 2 and "error: `output_path` `out/low` is a file" in outcome.err
+    assert outcome.code == 2 and "error: stage low: `output_path` `out/low` is a file" in outcome.err
     assert list(contents()) == ["out/low"] and outcome.out == ""
 
 

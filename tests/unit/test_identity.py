@@ -30,7 +30,7 @@ def sha(content: bytes) -> str:
 
 def spoil(memory) -> None:
     """Put a false hash into every remembered line, so that a remembered answer shows."""
-    lines = [{**json.loads(line), "sha256": "remembered"} for line in memory.read_text().splitlines()]
+    lines = [{**json.loads(line), "answer": "remembered"} for line in memory.read_text().splitlines()]
     memory.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

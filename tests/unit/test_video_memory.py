@@ -108,12 +108,11 @@ def test_a_torn_line_is_passed_over(memory, clip, clips, decoded, rest):
     assert len(decoded) == 2
 
 
-@pytest.mark.parametrize("field", ["stamp", "path", "asked", "answer", "transform", "answer.frames", "answer.ended"])
+@pytest.mark.parametrize("field", ["stamp", "path", "question", "answer"])
 def test_a_line_without_a_field_is_passed_over(memory, clip, decoded, field):
     VideoMemory(memory).count(clip, None, None)
     entry = json.loads(memory.read_text())
-    parent, _, leaf = field.rpartition(".")
-    del (entry[parent] if parent else entry)[leaf]
+    del entry[field]
     memory.write_text(json.dumps(entry) + "\n")
     assert VideoMemory(memory).count(clip, None, None) == 25
     assert len(decoded) == 2

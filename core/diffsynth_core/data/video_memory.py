@@ -1,52 +1,27 @@
 """What videos hold, found out by decoding once and remembered: their headers, and how many frames they have."""
 
-import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, VideoHeader, count_frames, read_video_header
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import locked
-from diffsynth_core.sources.identity import absolute, append, file_stamp
-
-Key = tuple[str, str]
-"""(absolute path, what was asked: `header`, or `frames` with the frame rate)"""
+from diffsynth_core.sources.file_memory import FileMemory, Stamp, file_stamp
 
 
 class VideoMemory:
-    """Headers and counts of frames, remembered by path, size and times of the file, in one append-only file.
-
-    Each line is written by one call, so that several processes can share the file; a line that a crash cut short is
-    passed over. Threads may ask at the same time: a file is decoded by one of them while the others wait for it.
-    """
+    """Headers and counts of frames. Threads may ask at the same time: one decodes a file, the others wait for it."""
 
     def __init__(self, memory: Path) -> None:
-        self._memory = memory
-        self._known: dict[Key, tuple[list[int], dict[str, Any]]] = {}
-        """(stamp of the file, the answer)"""
+        self._memory = FileMemory(memory)
         self._changing = threading.Lock()
-        self._asking: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
-        self._start = ""
-        self._read()
+        self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within it no other process asks: of those that begin together one decodes, the others find its answers."""
-        with locked(self._memory.with_suffix(".lock")):
-            self._read()
-            yield
-
-    def _read(self) -> None:
-        if self._memory.exists():
-            text = self._memory.read_text(encoding="utf-8", errors="replace")
-            self._start = "\n" if text and not text.endswith("\n") else ""
-            for line in text.splitlines():
-                self._learn(line)
+    def alone(self) -> AbstractContextManager[None]:
+        """As `FileMemory.alone`."""
+        return self._memory.alone()
 
     def header(self, path: Path) -> VideoHeader:
         """The header of a video; decodes its first frame unless it is remembered.
@@ -54,14 +29,14 @@ class VideoMemory:
         Raises:
             DiffSynthError: as `read_video_header`.
         """
-        key = (absolute(path), "header")
-        with self._lock(key):
+        question = f"video header {VIDEO_TRANSFORM}"
+        with self._asked_once(path, question):
             stamp = _stamp(path)
-            answer = self._answer(key, stamp)
+            answer = self._memory.answer(path, question, stamp)
             if answer is not None:
                 return VideoHeader(**answer)
             header = read_video_header(path)
-            self._remember(key, stamp, asdict(header))
+            self._memory.remember(path, question, stamp, asdict(header))
             return header
 
     def count(self, path: Path, frame_rate: float | None, limit: int | None) -> int:
@@ -70,46 +45,24 @@ class VideoMemory:
         Raises:
             DiffSynthError: as `count_frames`.
         """
-        key = (absolute(path), f"frames at {'their own rate' if frame_rate is None else float(frame_rate)}")
-        with self._lock(key):
+        rate = "their own rate" if frame_rate is None else float(frame_rate)
+        question = f"video frames {VIDEO_TRANSFORM} at {rate}"
+        with self._asked_once(path, question):
             stamp = _stamp(path)
-            answer = self._answer(key, stamp) or {"frames": 0, "ended": False}
-            if limit is not None and answer["frames"] >= limit:
+            frames, ended = self._memory.answer(path, question, stamp) or (0, False)
+            if limit is not None and frames >= limit:
                 return limit
-            if answer["ended"]:
-                return int(answer["frames"])
-            frames = count_frames(path, frame_rate, limit)
-            self._remember(key, stamp, {"frames": frames, "ended": limit is None or frames < limit})
-            return frames
+            if not ended:
+                frames = count_frames(path, frame_rate, limit)
+                self._memory.remember(path, question, stamp, [frames, limit is None or frames < limit])
+            return int(frames)
 
-    def _lock(self, key: Key) -> threading.Lock:
+    def _asked_once(self, path: Path, question: str) -> threading.Lock:
         with self._changing:
-            return self._asking[key]
-
-    def _answer(self, key: Key, stamp: list[int]) -> dict[str, Any] | None:
-        known_stamp, answer = self._known.get(key, ([], None))
-        return answer if known_stamp == stamp else None
-
-    def _learn(self, line: str) -> None:
-        """Take in a remembered line; one that is damaged or of an older way of decoding is passed over."""
-        try:
-            entry = json.loads(line)
-            if entry["transform"] == VIDEO_TRANSFORM:
-                answer = entry["answer"]
-                VideoHeader(**answer) if entry["asked"] == "header" else (int(answer["frames"]), bool(answer["ended"]))
-                self._known[(entry["path"], entry["asked"])] = (list(entry["stamp"]), answer)
-        except (ValueError, KeyError, TypeError):
-            return
-
-    def _remember(self, key: Key, stamp: list[int], answer: dict[str, Any]) -> None:
-        entry = {"transform": VIDEO_TRANSFORM, "path": key[0], "asked": key[1], "stamp": stamp, "answer": answer}
-        with self._changing:
-            self._known[key] = (stamp, answer)
-            append(self._memory, self._start + json.dumps(entry) + "\n")
-            self._start = ""
+            return self._asking[path, question]
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> Stamp:
     try:
         return file_stamp(path)
     except OSError as error:

@@ -18,7 +18,8 @@ from diffsynth_core.data.decoding import Decoding, unreadable
 
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 VIDEO_TRANSFORM = 1
-"""Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
+"""Goes up when the same file at the same size gives other pixels, or its header other facts, so that older encodings
+and remembered headers are not taken for them."""
 SCALER = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
 """Without the flags behind the first, a video that keeps its size comes out darker by 1 to 2 of 255."""
 PLANES = (1, 2, 0)
