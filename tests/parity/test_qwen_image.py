@@ -14,7 +14,7 @@ from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.inputs import pack
 
 TOLERANCE = 1e-5
-TEXT, LATENTS = QWEN_IMAGE.variant({}, ()).encoders
+TEXT, LATENTS = QWEN_IMAGE.variant({}, (), "").encoders
 CAPTIONS = [
     "",
     "a cat",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.lora_names import LoraNaming
@@ -29,12 +29,14 @@ class Layout:
 
     `signature`: tensor names that are all there in a file of this layout and in no other component's.
     `names`: names in the file -> names in our module.
-    `documented`: documented names, which users type and checkpoints hold -> names in our module.
+    `documented`: documented names, which users type and LoRA files hold -> names in our module.
+    `written`: names in full checkpoints -> names in our module; None: the documented ones.
     """
 
     signature: frozenset[str]
     names: KeyMap = SAME_NAMES
     documented: KeyMap = SAME_NAMES
+    written: KeyMap | None = None
 
     def module_of(self, documented: str) -> str | None:
         """The one module of ours that holds what is documented as `documented`; None when there is not just one."""
@@ -65,6 +67,7 @@ class ComponentFacts:
     `dialects`: for LoRA dialects that name modules otherwise: documented module -> its name there.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
+    `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says.
     """
 
     name: str
@@ -75,6 +78,7 @@ class ComponentFacts:
     lora_targets: tuple[str, ...] = ()
     dialects: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
+    settings: tuple[str, ...] = ()
 
     @property
     def lora_naming(self) -> LoraNaming:
@@ -86,6 +90,7 @@ class ComponentFacts:
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
 
+    `columns`: the caption, what is trained on, and reference pictures by the name of their `References`.
     `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
     `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
@@ -114,11 +119,30 @@ class Medium:
 
 
 @dataclass(frozen=True)
+class References:
+    """Pictures of a metadata column that the model is shown beside what it is trained on, read at one size.
+
+    `name`: what encoders call them; a column that is read at two sizes has two of these.
+    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is read at; 0 where it is too small.
+    `fit`: whether a picture is stretched to that size, or scaled until it covers it and cut at the centre.
+    `most`: how many a row may have; None: any number.
+    """
+
+    name: str
+    column: str
+    size: Callable[[int, int, int], tuple[int, int]]
+    fit: Literal["cover", "stretch"]
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class Variant:
     """What one kind of a family's models needs.
 
     `model_id`: the published model that stands for it.
     `components`: all that must be there.
+    `references`: pictures shown; each of their columns is one of the extra inputs asked for.
+    `reached`: modules by component that this kind's training does reach, of those that are `untrainable` in others.
     `takes` and `needs`: extra inputs (`extra_inputs`) that it can use, and those it cannot do without.
     `given_frames`: latent frames that the model is given clean, at the start of a clip: not noised, not in the loss.
     """
@@ -128,6 +152,8 @@ class Variant:
     components: tuple[str, ...]
     encoders: tuple[EncoderFacts, ...]
     medium: Medium
+    references: tuple[References, ...] = ()
+    reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     given_frames: int = 0
@@ -152,8 +178,9 @@ class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
-    `variant`: shapes of the denoiser (our names) and the extra inputs asked for -> what that kind of model needs; a
-    kind that is not trained raises DiffSynthError.
+    `variant`: shapes of the denoiser (our names), the extra inputs asked for, and what the user wrote for its files ->
+    what that kind of model needs; a kind that is not trained raises DiffSynthError.
+    `strangers`: what files of related models are that are easily taken for a component -> tensor names that tell them.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -164,11 +191,12 @@ class FamilyFacts:
     model_ids: tuple[str, ...]
     components: tuple[ComponentFacts, ...]
     denoiser: str
-    variant: Callable[[Shapes, tuple[str, ...]], Variant]
+    variant: Callable[[Shapes, tuple[str, ...], str], Variant]
     text_column: str
     tokenizers: Mapping[str, "TokenizerFacts"]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    strangers: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
@@ -176,7 +204,7 @@ class FamilyFacts:
     @property
     def medium_kind(self) -> Literal["picture", "video"]:
         """What most models of the family are trained on."""
-        return self.variant({}, ()).medium.kind
+        return self.variant({}, (), "").medium.kind
 
     @property
     def component_names(self) -> tuple[str, ...]:
@@ -188,6 +216,8 @@ class TokenizerFacts:
     """Where a tokenizer is looked for: `folders` beside the component's own files, else `default` below the models.
 
     `folders` are relative to the folder of the component's files.
+    `what`: what messages call it.
+    `inputs`: it is needed with one of these extra inputs only; blank: always.
     `layouts`: sets of files of which one must be whole in the folder. `files`: all that its output depends on.
     """
 
@@ -199,6 +229,8 @@ class TokenizerFacts:
         *("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json"),
         *("special_tokens_map.json", "added_tokens.json"),
     )
+    what: str = "tokenizer"
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,6 +248,7 @@ class ComponentFiles:
     config_path: Path | None
     layout: Layout = Layout(frozenset())
     folders: tuple[Path, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:

@@ -62,7 +62,14 @@ def find_components(
         return None
     assigned = _assign(headers, facts, problems)
     components, shapes = assigned.components, assigned.shapes
-    variant = _variant(facts, shapes.get(facts.denoiser, {}), parameters.extra_inputs, problems)
+    denoiser = components.get(facts.denoiser)
+    variant = _variant(
+        facts,
+        shapes.get(facts.denoiser, {}),
+        parameters.extra_inputs,
+        denoiser.origin if denoiser else "",
+        problems,
+    )
     if len(headers) == len(entries) + len(parameters.model_paths):
         problems += [
             _missing(facts.component(name), variant)
@@ -75,13 +82,15 @@ def find_components(
     return FoundComponents(facts, variant, components, shapes, tokenizers)
 
 
-def _variant(facts: FamilyFacts, shapes: Shapes, inputs: tuple[str, ...], problems: list[Problem]) -> Variant:
+def _variant(
+    facts: FamilyFacts, shapes: Shapes, inputs: tuple[str, ...], origin: str, problems: list[Problem]
+) -> Variant:
     """What the denoiser is trained for; of a kind that is not trained, which is told, what most of the family are."""
     try:
-        return facts.variant(shapes, inputs)
+        return facts.variant(shapes, inputs, origin)
     except DiffSynthError as error:
         problems += error.problems
-        return facts.variant({}, inputs)
+        return facts.variant({}, inputs, origin)
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,8 @@ def _model_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[
             headers = read_headers(_local(group))
             found = recognise(headers, facts)
             if found and found[0].name == facts.denoiser:
-                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs).model_id
-    return facts.variant({}, inputs).model_id
+                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs, ", ".join(group)).model_id
+    return facts.variant({}, inputs, "").model_id
 
 
 def _local(group: Sequence[str]) -> list[Path]:

@@ -31,7 +31,7 @@ TEXT_TO_IMAGE = Variant(
 )
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
     """Every transformer of the family is trained from text to pictures."""
     return TEXT_TO_IMAGE
 

@@ -34,7 +34,7 @@ FRAMES = ("input_image", "end_image")
 """Extra inputs: the first and the last frame of the clip, which the model is shown."""
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
     """What a transformer is trained for, told by the channels it takes and makes, and by its image embedder.
 
     16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
