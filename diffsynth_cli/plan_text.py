@@ -17,7 +17,7 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         yield f"  {name:<13} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
-    buckets = ", ".join(f"{len(bucket.members)} of {_size(bucket.shape)}" for bucket in batches.buckets[:6])
+    buckets = ", ".join(f"{len(bucket.members)} of {_sizes(bucket.shape)}" for bucket in batches.buckets[:6])
     more = f" and {len(batches.buckets) - 6} more sizes" if len(batches.buckets) > 6 else ""
     yield f"{count_of(len(plan.samples.samples), 'sample')} from `{parameters.dataset_base_path}`: {buckets}{more}"
     if parameters.height and parameters.width:
@@ -59,6 +59,12 @@ def _part(plan: Plan, component: str) -> str:
     return f", {' and '.join(parts)}" if parts else ""
 
 
-def _size(shape: Any) -> str:
+def _sizes(shapes: Any) -> str:
+    """The size of what is trained on, and those of the pictures shown beside it."""
+    target, *shown = shapes
+    return _size(target) + (f" shown {' and '.join(map(_size, shown))}" if shown else "")
+
+
+def _size(shape: tuple[int, int, int]) -> str:
     frames, height, width = shape
     return f"{width} x {height}" + (f" x {count_of(frames, 'frame')}" if frames > 1 else "")

@@ -1,11 +1,20 @@
 """Which frames of a file are trained on, as pure functions; and what of them identifies an encoding."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from diffsynth_core.data.media import Excerpt, FrameRule, MediaHeader, MediaRule, choose_excerpt
-from diffsynth_core.data.pictures import SizeRule
+from diffsynth_core.data.media import (
+    Excerpt,
+    FrameRule,
+    MediaHeader,
+    MediaRule,
+    ReferenceRule,
+    choose_excerpt,
+    choose_reference,
+)
+from diffsynth_core.data.pictures import PictureHeader, SizeRule
 
 
 def rule(num_frames=49, start="first", seed=0, frame_rate=None):
@@ -68,3 +77,11 @@ def test_whatever_changes_the_pixels_changes_the_identity():
     ]
     assert all(other.transform != base.transform for other in others)
     assert Excerpt(Path("b.mp4"), 64, 96, True, 0, 17, None).transform == base.transform
+
+
+def test_a_reference_is_read_at_the_size_of_its_rule():
+    shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, "stretch")
+    header = PictureHeader(100, 50, rotated=False, transparent=False)
+    stretched = choose_reference(Path("a.png"), header, shown)
+    assert stretched == Excerpt(Path("a.png"), 100, 107, fit="stretch")
+    assert stretched.transform != replace(stretched, fit="cover").transform

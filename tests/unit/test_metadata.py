@@ -7,7 +7,7 @@ import pytest
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import find_metadata, read_metadata
 from diffsynth_core.data.pictures import SizeRule
-from diffsynth_core.data.samples import build_samples
+from diffsynth_core.data.samples import Columns, build_samples
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
@@ -35,7 +35,7 @@ def caption_of(folder, name, content):
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
     counts = VideoMemory(folder / "frames")
     metadata = read(folder, name, content)
-    found, problems = build_samples(metadata, folder, "prompt", "image", rule, counts, SilentReporter())
+    found, problems = build_samples(metadata, folder, Columns("prompt", "image", rule), counts, SilentReporter())
     assert not problems
     return found.samples[0].caption
 

@@ -1,26 +1,26 @@
 """Rows become samples: files found, captions as they stand, sizes settled, and every faulty row told at once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from diffsynth_core.data.media import Excerpt, MediaRule
+from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
-from diffsynth_core.data.samples import Sample, build_samples, check_columns
+from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.progress import SilentReporter
 
 RULE = SizeRule(None, None, 64 * 64, 16)
 
 
-def build(folder, *rows, rule=RULE):
-    columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    metadata = Metadata("metadata.csv", columns, rows)
-    return build_samples(
-        metadata, folder, "prompt", "image", MediaRule(rule), VideoMemory(folder / "frames"), SilentReporter()
-    )
+def build(folder, *rows, rule=RULE, references=()):
+    names = tuple(dict.fromkeys(column for row in rows for column in row))
+    metadata = Metadata("metadata.csv", names, rows)
+    columns = Columns("prompt", "image", MediaRule(rule), references)
+    return build_samples(metadata, folder, columns, VideoMemory(folder / "frames"), SilentReporter())
 
 
 def row(image="a.png", prompt="x"):
@@ -55,14 +55,14 @@ def test_a_cell_names_one_file(folder, cell, name):
     found, problems = build(folder, row(cell))
     assert problems == []
     (sample,) = found.samples
-    assert sample.media["image"].path.resolve() == (folder / name).resolve()
-    assert sample.shape == (1, 32, 48)
+    assert sample.target.path.resolve() == (folder / name).resolve()
+    assert sample.shape == ((1, 32, 48),)
 
 
 def test_an_absolute_path_is_taken(folder, tmp_path_factory):
     found, problems = build(tmp_path_factory.mktemp("elsewhere"), row(str(folder / "a.png")))
     assert problems == []
-    assert found.samples[0].media["image"].path == folder / "a.png"
+    assert found.samples[0].target.path == folder / "a.png"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_sizes_are_those_of_the_upright_picture_and_notes_say_what_is_done(folde
     Image.new("RGBA", (48, 32)).save(folder / "clear.png")
     found, problems = build(folder, row("turned.jpg"), row("clear.png"), row())
     assert problems == []
-    assert [sample.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
+    assert [sample.target.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
     assert found.notes == (
         "1 of 3 pictures are turned upright as their EXIF orientation says",
         "1 of 3 pictures have transparency, which is composed on white",
@@ -155,11 +155,11 @@ def test_order_and_rows_stay_with_many_pictures(folder):
         Image.new("RGB", (16 + 16 * (number % 4), 16)).save(folder / f"{number}.png")
     found, _ = build(folder, *(row(f"{number}.png", str(number)) for number in range(40)))
     assert [sample.caption for sample in found.samples] == [str(number) for number in range(40)]
-    assert [sample.shape[2] for sample in found.samples] == [16 + 16 * (number % 4) for number in range(40)]
+    assert [sample.target.width for sample in found.samples] == [16 + 16 * (number % 4) for number in range(40)]
 
 
 def test_a_sample_is_named_by_row_and_file(tmp_path):
-    assert Sample(7, "x", {"image": Excerpt(tmp_path / "a.png", 16, 16)}).name == f"row 7 `{tmp_path / 'a.png'}`"
+    assert Sample(7, "x", Excerpt(tmp_path / "a.png", 16, 16)).name == f"row 7 `{tmp_path / 'a.png'}`"
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,84 @@ def test_a_sample_is_named_by_row_and_file(tmp_path):
     ],
 )
 def test_columns_are_checked(columns, keys, messages, hints):
-    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", "image", keys)
+    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ("image",), keys)
     assert len(problems) == len(messages)
     for problem, message, hint in zip(problems, messages, hints, strict=True):
         assert message in problem.message
         assert problem.hint == hint
+
+
+def halved(width, height, max_pixels):
+    """A size rule for references that shows all it is given."""
+    return height // 2, min(width // 2, max_pixels)
+
+
+ONE = ReferenceRule("shown", "edit_image", halved, 1 << 20, "stretch", most=1)
+ANY = ReferenceRule("shown", "edit_image", halved, 1 << 20, "cover")
+SMALL = ReferenceRule("shown small", "edit_image", halved, 5, "stretch")
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        ("a.png", ["a.png"]),
+        ('["a.png"]', ["a.png"]),
+        ('["a.png", "sub/ü, b.png"]', ["a.png", "sub/ü, b.png"]),
+        (["[1] cat.png", "a.png", "a.png"], ["[1] cat.png", "a.png", "a.png"]),
+    ],
+)
+def test_references_are_one_or_a_list(folder, cell, names):
+    found, problems = build(folder, {**row(), "edit_image": cell}, references=(ANY, SMALL))
+    assert problems == []
+    (sample,) = found.samples
+    assert sample.references == {
+        "shown": tuple(Excerpt(folder / name, 16, 24, fit="cover") for name in names),
+        "shown small": tuple(Excerpt(folder / name, 16, 5, fit="stretch") for name in names),
+    }
+    assert sample.shape == ((1, 32, 48), *[(1, 16, 24)] * len(names), *[(1, 16, 5)] * len(names))
+    assert set(sample.files) == {folder / name for name in ("a.png", *names)}
+
+
+@pytest.mark.parametrize(
+    ("cell", "rule", "expected"),
+    [
+        ('["a.png", "a.png"]', ONE, "lists 2 files, expected one"),
+        ('["a.png", "a.png", "a.png"]', replace(ANY, most=2), "lists 3 files, expected one to 2"),
+        ("[]", ANY, "lists 0 files, expected one or more"),
+        ("", ANY, "is empty"),
+        ('["a.png", ""]', ANY, "is empty"),
+        ('["a.png", "gone.png"]', ANY, "names `{folder}/gone.png`, which is not there"),
+        ("a.png", replace(ANY, size=lambda *_: (0, 16)), "names `{folder}/a.png`, which is too small or too narrow"),
+    ],
+)
+def test_faulty_references_are_told_with_their_row(folder, cell, rule, expected):
+    found, (problem,) = build(folder, {**row(), "edit_image": cell}, references=(rule,))
+    assert found.samples == ()
+    assert problem.message.startswith(f"`metadata.csv` row 1: column `edit_image` {expected.format(folder=folder)}")
+    assert problem.hint
+
+
+def test_a_reference_that_is_no_picture_is_told(folder):
+    (folder / "text.png").write_text("not a picture")
+    found, (problem,) = build(folder, {**row(), "edit_image": '["a.png", "text.png"]'}, references=(ANY,))
+    assert found.samples == ()
+    assert problem.message.startswith(f"`metadata.csv` row 1: `{folder / 'text.png'}` cannot be read as a picture")
+
+
+def test_how_references_are_turned_is_told(folder):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
+    found, _ = build(folder, {**row(), "edit_image": "turned.jpg"}, references=(ANY,))
+    assert found.notes == ("1 of 2 pictures are turned upright as their EXIF orientation says",)
+    assert found.samples[0].references["shown"][0].shape == (1, 24, 16)
+
+
+def test_the_column_of_references_is_asked_for():
+    problems = check_columns(
+        Metadata("m.csv", ("image", "prompt", "edit_images"), ()), "prompt", ("image", "edit_image"), ["image"]
+    )
+    assert [(problem.message, problem.hint) for problem in problems] == [
+        ("`m.csv` has no column `edit_image`; it has `image`, `prompt`, `edit_images`", "rename `edit_images`"),
+        ("`data_file_keys` leaves out `edit_image`, whose files this run reads", "add `edit_image`"),
+    ]

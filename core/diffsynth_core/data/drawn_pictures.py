@@ -1,7 +1,10 @@
 """Eight pictures with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,15 +40,28 @@ DRAWN = (
 """(file name, size in pixels, shape, its colour, the ground's colour, caption)"""
 
 
-def draw_pictures(folder: Path) -> Path:
-    """Draw the pictures and their metadata.csv into a folder, those that are not there yet; returns the folder."""
+def draw_pictures(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -> Path:
+    """Draw the pictures and their metadata.csv into a folder, those that are not there yet; returns the folder.
+
+    `shown`: further columns -> how many pictures each names at most: every row one, every other row so many as a list.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, shape, colour, ground, _ in DRAWN:
         if not (folder / name).is_file():
             _save(_draw(size, shape, colour, ground), folder / name)
     if not (folder / "metadata.csv").is_file():
-        write_metadata(folder / "metadata.csv", ("image", "prompt"), [(drawn[0], drawn[-1]) for drawn in DRAWN])
+        rows = [
+            (drawn[0], drawn[-1], *(_cell(number, most) for most in shown.values()))
+            for number, drawn in enumerate(DRAWN)
+        ]
+        write_metadata(folder / "metadata.csv", ("image", "prompt", *shown), rows)
     return folder
+
+
+def _cell(number: int, most: int) -> str:
+    """The pictures behind the one of a row."""
+    names = [DRAWN[(number + 1 + place) % len(DRAWN)][0] for place in range(most if number % 2 else 1)]
+    return names[0] if len(names) == 1 else json.dumps(names)
 
 
 def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) -> Image.Image:

@@ -1,5 +1,6 @@
 """Pictures and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsynth_core.data.pictures import PICTURE_ENDINGS, PICTURE_TRANSFORM, SizeRule, load_picture, read_picture_header
+from diffsynth_core.data.pictures import (
+    PICTURE_ENDINGS,
+    PICTURE_TRANSFORM,
+    PictureFit,
+    PictureHeader,
+    SizeRule,
+    load_picture,
+    read_picture_header,
+)
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip
 from diffsynth_core.errors import DiffSynthError
@@ -55,6 +64,22 @@ class MediaRule:
 
 
 @dataclass(frozen=True)
+class ReferenceRule:
+    """How the pictures of a metadata column become what the model is shown under `name`.
+
+    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is read at; 0 where it is too small.
+    `most`: how many a row may have; None: any number.
+    """
+
+    name: str
+    column: str
+    size: Callable[[int, int, int], tuple[int, int]]
+    max_pixels: int
+    fit: PictureFit
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class MediaHeader:
     """What a file holds: its upright size in pixels, and how many frames, as far as the rule wants them counted."""
 
@@ -78,6 +103,7 @@ class Excerpt:
     start: int = 0
     frames: int = 1
     frame_rate: float | None = None
+    fit: PictureFit = "cover"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,7 +119,8 @@ class Excerpt:
     def transform(self) -> list[object]:
         """All that its pixels depend on, besides the bytes of the file."""
         if not self.video:
-            return [self.height, self.width, PICTURE_TRANSFORM]
+            stretched = [] if self.fit == "cover" else [self.fit]
+            return [self.height, self.width, PICTURE_TRANSFORM, *stretched]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -126,6 +153,12 @@ def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -
     return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
 
 
+def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule) -> Excerpt:
+    """How a picture is shown to the model; a side of 0 means that it is too small."""
+    height, width = rule.size(header.width, header.height, rule.max_pixels)
+    return Excerpt(path, height, width, fit=rule.fit)
+
+
 def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
     """The pixels of an excerpt, `[F, H, W, 3]`, RGB, 0..255; one decoding pass.
 
@@ -133,6 +166,6 @@ def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
         DiffSynthError: when the file cannot be decoded, or ends before the excerpt does.
     """
     if not excerpt.video:
-        return load_picture(excerpt.path, excerpt.height, excerpt.width)[None]
+        return load_picture(excerpt.path, excerpt.height, excerpt.width, excerpt.fit)[None]
     start, frames = excerpt.start, excerpt.frames
     return load_clip(excerpt.path, start, frames, excerpt.height, excerpt.width, excerpt.frame_rate)

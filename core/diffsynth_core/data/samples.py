@@ -4,12 +4,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.data.media import Excerpt, MediaHeader, MediaRule, choose_excerpt, read_media_header
+from diffsynth_core.data.media import (
+    Excerpt,
+    MediaHeader,
+    MediaRule,
+    ReferenceRule,
+    choose_excerpt,
+    choose_reference,
+    read_media_header,
+)
 from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.progress import Reporter
@@ -24,21 +33,34 @@ RATE_SPREAD = 1.1
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its number, its caption, and what of its files is trained on, by column."""
+    """One row: its number, its caption, what is trained on, and by name the pictures that the model is shown."""
 
     row: int
     caption: str
-    media: Mapping[str, Excerpt]
+    target: Excerpt
+    references: Mapping[str, tuple[Excerpt, ...]] = field(default_factory=dict)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(frames, height in pixels, width in pixels)."""
-        return next(iter(self.media.values())).shape
+    def shape(self) -> tuple[tuple[int, int, int], ...]:
+        """(frames, height in pixels, width in pixels) of what is trained on, then of each picture shown."""
+        shown = (excerpt.shape for excerpts in self.references.values() for excerpt in excerpts)
+        return self.target.shape, *shown
+
+    @property
+    def frames(self) -> int:
+        """How many frames of it are trained on."""
+        return self.target.frames
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of its media files."""
+        shown = (excerpt.path for excerpts in self.references.values() for excerpt in excerpts)
+        return tuple(dict.fromkeys((self.target.path, *shown)))
 
     @property
     def name(self) -> str:
         """How messages name the sample."""
-        return f"row {self.row} `{next(iter(self.media.values())).path}`"
+        return f"row {self.row} `{self.target.path}`"
 
 
 @dataclass(frozen=True)
@@ -50,36 +72,46 @@ class SampleSet:
 
 
 def check_columns(
-    metadata: Metadata, text_column: str, media_column: str, data_file_keys: Sequence[str]
+    metadata: Metadata, text_column: str, media_columns: Sequence[str], data_file_keys: Sequence[str]
 ) -> list[Problem]:
     """Columns that the family needs and the metadata, or `data_file_keys`, lacks."""
     problems = []
-    for column in (media_column, text_column):
+    for column in (*media_columns, text_column):
         if column not in metadata.columns:
-            near = suggest(column, metadata.columns)
+            near = suggest(column, set(metadata.columns) - {*media_columns, text_column})
             hint = f"rename `{near}`" if near else "add the column"
             problems.append(
                 Problem(f"`{metadata.origin}` has no column `{column}`; it has {shorten(metadata.columns)}", hint)
             )
-    if media_column not in data_file_keys:
-        problems.append(
-            Problem(
-                f"`data_file_keys` leaves out `{media_column}`, whose files this family trains on",
-                f"add `{media_column}`",
-                wrong_use=True,
-            )
+    problems += [
+        Problem(
+            f"`data_file_keys` leaves out `{column}`, whose files this run reads",
+            f"add `{column}`",
+            wrong_use=True,
         )
+        for column in media_columns
+        if column not in data_file_keys
+    ]
     return problems
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Which columns a dataset is read from, and how the files they name are read."""
+
+    text: str
+    target: str
+    rule: MediaRule
+    references: tuple[ReferenceRule, ...] = ()
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The columns that name files."""
+        return tuple(dict.fromkeys((self.target, *(rule.column for rule in self.references))))
+
+
 def build_samples(
-    metadata: Metadata,
-    base: Path,
-    text_column: str,
-    media_column: str,
-    rule: MediaRule,
-    videos: VideoMemory,
-    reporter: Reporter,
+    metadata: Metadata, base: Path, columns: Columns, videos: VideoMemory, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
     """The samples of a dataset, and the rows that cannot be trained on."""
     problems: list[Problem] = []
@@ -87,64 +119,90 @@ def build_samples(
     for number, row in enumerate(metadata.rows, start=1):
         where = f"`{metadata.origin}` row {number}"
         try:
-            caption = _caption(row.get(text_column), text_column, where)
-            rows.append(_Row(number, where, caption, _media_path(row.get(media_column), media_column, base, where)))
+            caption = _caption(row.get(columns.text), columns.text, where)
+            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, most=1)
+            shown = {
+                rule.column: _media_paths(row.get(rule.column), rule.column, base, where, rule.most)
+                for rule in columns.references
+            }
+            rows.append(_Row(number, where, caption, target, shown))
         except DiffSynthError as error:
             problems += error.problems
-    return _measure(rows, media_column, rule, videos, problems, reporter)
+    return _measure(rows, columns, videos, problems, reporter)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row whose file is there but not yet looked into."""
+    """A row whose files are there but not yet looked into; `shown` are those of reference columns."""
 
     number: int
     where: str
     caption: str
-    path: Path
+    target: Path
+    shown: Mapping[str, tuple[Path, ...]]
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """What the files of a row hold."""
+
+    target: MediaHeader
+    shown: Mapping[str, tuple[PictureHeader, ...]]
 
 
 def _measure(
-    rows: list[_Row],
-    column: str,
-    rule: MediaRule,
-    videos: VideoMemory,
-    problems: list[Problem],
-    reporter: Reporter,
+    rows: list[_Row], columns: Columns, videos: VideoMemory, problems: list[Problem], reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
     """Read the headers of all files and settle the sizes and frames that are trained on."""
-    samples = []
-    headers = []
-    label, unit = ("Counting frames", "videos") if rule.frames else ("Reading picture headers", "pictures")
-    alone = videos.alone() if rule.frames else nullcontext()
+    samples: list[Sample] = []
+    headers: list[_Headers] = []
+    label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading picture headers", "samples")
+    alone = videos.alone() if columns.rule.frames else nullcontext()
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
-        found = pool.map(lambda row: _header_or_problem(row.path, rule, videos), rows)
-        for row, header in zip(rows, found, strict=True):
+        found = pool.map(lambda row: _headers_or_problem(row, columns.rule, videos), rows)
+        for row, read in zip(rows, found, strict=True):
             task.advance()
-            if isinstance(header, Problem):
-                problems.append(Problem(f"{row.where}: {header.message}", header.hint))
-                continue
-            excerpt = choose_excerpt(row.path, header, rule, row.number)
-            factor = rule.size.factor
-            if min(excerpt.height, excerpt.width) < factor or min(header.height, header.width) < factor:
-                problems.append(_too_small(row, header, rule))
-                continue
-            headers.append(header)
-            samples.append(Sample(row.number, row.caption, {column: excerpt}))
-    return SampleSet(tuple(samples), tuple(_notes(samples, headers, rule))), problems
+            sample = read if isinstance(read, Problem) else _choose(row, read, columns)
+            if isinstance(sample, Problem):
+                problems.append(sample)
+            elif not isinstance(read, Problem):
+                samples.append(sample)
+                headers.append(read)
+    return SampleSet(tuple(samples), tuple(_notes(samples, headers, columns.rule))), problems
 
 
-def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -> Iterator[str]:
+def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
+    """What of a row's files is trained on and shown, or that one of them is too small for it."""
+    target, factor = choose_excerpt(row.target, headers.target, columns.rule, row.number), columns.rule.size.factor
+    if min(target.height, target.width) < factor or min(headers.target.height, headers.target.width) < factor:
+        return _too_small(row, headers.target, columns.rule)
+    references = {}
+    for rule in columns.references:
+        pictures = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
+        references[rule.name] = tuple(choose_reference(path, header, rule) for path, header in pictures)
+        small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
+        if small:
+            return Problem(
+                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown",
+                "replace the picture or take its row out",
+            )
+    return Sample(row.number, row.caption, target, references)
+
+
+def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:
     """What is worth saying once of how files are changed on their way to the model."""
     kind = "videos and pictures" if rule.frames else "pictures"
-    of_all = f"of {len(samples)} {kind}"
+    targets = [headers.target for headers in read]
+    shown = [header for headers in read for pictures in headers.shown.values() for header in pictures]
+    headers: list[MediaHeader | PictureHeader] = [*targets, *shown]
+    of_all = f"of {len(headers)} {kind}"
     if rotated := sum(header.rotated for header in headers):
         yield f"{rotated} {of_all} are turned upright as their {'metadata' if rule.frames else 'EXIF orientation'} says"
     if transparent := sum(header.transparent for header in headers):
         yield f"{transparent} {of_all} have transparency, which is composed on white"
     if rule.frames is None:
         return
-    rates = [header.frame_rate for header in headers if header.frame_rate]
+    rates = [header.frame_rate for header in targets if header.frame_rate]
     if rule.frames.frame_rate is None and rates and max(rates) > RATE_SPREAD * min(rates):
         yield (
             f"the videos have {min(rates):g} to {max(rates):g} frames per second, and each frame counts as the next "
@@ -152,30 +210,31 @@ def _notes(samples: list[Sample], headers: list[MediaHeader], rule: MediaRule) -
         )
     short = [
         (sample, header.frames)
-        for sample, header in zip(samples, headers, strict=True)
-        if header.video and sample.shape[0] < rule.frames.num_frames
+        for sample, header in zip(samples, targets, strict=True)
+        if header.video and sample.frames < rule.frames.num_frames
     ]
     if not short:
         return
-    cut = [(sample, frames) for sample, frames in short if sample.shape[0] < frames]
-    shown = ", ".join(
-        f"row {sample.row} from {frames} to {sample.shape[0]}" for sample, frames in cut[:SHOWN_CUT_CLIPS]
-    )
+    cut = [(sample, frames) for sample, frames in short if sample.frames < frames]
+    listed = ", ".join(f"row {sample.row} from {frames} to {sample.frames}" for sample, frames in cut[:SHOWN_CUT_CLIPS])
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
-    told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {shown}{more}" if cut else ""
-    yield f"{len(short)} {of_all} are shorter than {rule.frames.num_frames} frames{told}"
+    told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
+    yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{told}"
 
 
-def _header_or_problem(path: Path, rule: MediaRule, videos: VideoMemory) -> MediaHeader | Problem:
+def _headers_or_problem(row: _Row, rule: MediaRule, videos: VideoMemory) -> _Headers | Problem:
+    """What the files of a row hold, or why the first of those that cannot be read cannot."""
     try:
-        return read_media_header(path, rule, videos)
+        shown = {column: tuple(read_picture_header(path) for path in paths) for column, paths in row.shown.items()}
+        return _Headers(read_media_header(row.target, rule, videos), shown)
     except DiffSynthError as error:
-        return error.problems[0]
+        (problem,) = error.problems
+        return Problem(f"{row.where}: {problem.message}", problem.hint)
 
 
 def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
     kind, factor = "video" if header.video else "picture", rule.size.factor
-    size = f"{row.where}: `{row.path}` is {header.width} x {header.height} pixels"
+    size = f"{row.where}: `{row.target}` is {header.width} x {header.height} pixels"
     if min(header.width, header.height) < factor:
         return Problem(
             f"{size}; a side is below the least of {factor}",
@@ -200,23 +259,24 @@ def _caption(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _media_path(value: Any, column: str, base: Path, where: str) -> Path:
-    """The one file a cell names, below `base`."""
+def _media_paths(value: Any, column: str, base: Path, where: str, most: int | None) -> tuple[Path, ...]:
+    """The files a cell names, below `base`: at least one, and at most `most`."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
             value = json.loads(value)
-    if isinstance(value, list):
-        if len(value) != 1:
+    names = value if isinstance(value, list) else [value]
+    if not names or (most is not None and len(names) > most):
+        expected = {1: "one", None: "one or more"}.get(most, f"one to {most}")
+        hint = "write one row per file" if most == 1 else "name them, or take the row out"
+        raise DiffSynthError(f"{where}: column `{column}` lists {len(names)} files, expected {expected}", hint)
+    paths = []
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise DiffSynthError(f"{where}: column `{column}` is empty", "name the file, or take the row out")
+        paths.append(base / name.strip())
+        if not paths[-1].is_file():
             raise DiffSynthError(
-                f"{where}: column `{column}` lists {len(value)} files, expected one", "write one row per file"
+                f"{where}: column `{column}` names `{paths[-1]}`, which is not there",
+                "correct the path (relative to `dataset_base_path`), or take the row out",
             )
-        value = value[0]
-    if not isinstance(value, str) or not value.strip():
-        raise DiffSynthError(f"{where}: column `{column}` is empty", "name the file, or take the row out")
-    path = base / value.strip()
-    if not path.is_file():
-        raise DiffSynthError(
-            f"{where}: column `{column}` names `{path}`, which is not there",
-            "correct the path (relative to `dataset_base_path`), or take the row out",
-        )
-    return path
+    return tuple(paths)

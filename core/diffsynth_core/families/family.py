@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, is_below
+from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
 Encoded = dict[str, Tensor]
 """What the encoders make of one sample, by name, without a batch dimension; floats."""
@@ -42,7 +42,8 @@ class Family(ABC):
     def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
         """What one encoder makes of one sample.
 
-        `sample` holds what the encoder's columns name: a caption as text, media as `[3, F, H, W]` float32 in [-1, 1].
+        `sample` holds what the encoder's columns name: a caption as text, what is trained on as `[3, F, H, W]` float32
+        in [-1, 1], reference pictures as a list of such with F = 1.
         """
 
     @abstractmethod
@@ -84,10 +85,10 @@ class Family(ABC):
         """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
         return None
 
-    def untrainable_parameters(self, component: str, module: nn.Module) -> frozenset[str]:
+    def untrainable_parameters(self, component: str, module: nn.Module, variant: Variant) -> frozenset[str]:
         """Names of parameters that no gradient can reach."""
         names = [name for name, _ in module.named_parameters()]
-        dead = self.facts.component(component).untrainable(frozenset(names))
+        dead = variant.untrainable(self.facts.component(component), frozenset(names))
         return frozenset(name for name in names if is_below(name, dead))
 
 

@@ -158,6 +158,10 @@ class Variant:
     needs: tuple[str, ...] = ()
     given_frames: int = 0
 
+    def untrainable(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
+        """Modules of a component that no gradient can reach, given the names of its modules or tensors."""
+        return component.untrainable(names) - self.reached.get(component.name, frozenset())
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -200,11 +204,6 @@ class FamilyFacts:
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
-
-    @property
-    def medium_kind(self) -> Literal["picture", "video"]:
-        """What most models of the family are trained on."""
-        return self.variant({}, (), "").medium.kind
 
     @property
     def component_names(self) -> tuple[str, ...]:

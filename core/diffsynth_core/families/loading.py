@@ -28,7 +28,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    config = family.config_of(files, module_shapes(files))
+    config = family.config_of(files, module_shapes(files)) | dict(files.settings)
     with init_empty_weights(include_buffers=False):
         module = family.build(files.component, config)
     _tie(module)

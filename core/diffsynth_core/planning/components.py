@@ -60,7 +60,7 @@ def find_components(
     facts = _family(family, headers, problems)
     if facts is None:
         return None
-    assigned = _assign(headers, facts, problems)
+    assigned = _assign(headers, facts, parameters, problems)
     components, shapes = assigned.components, assigned.shapes
     denoiser = components.get(facts.denoiser)
     variant = _variant(
@@ -103,7 +103,10 @@ class _Assigned:
 
 
 def _assign(
-    headers: list[tuple[FileSet, dict[str, TensorHeader]]], facts: FamilyFacts, problems: list[Problem]
+    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    facts: FamilyFacts,
+    parameters: Parameters,
+    problems: list[Problem],
 ) -> _Assigned:
     """Which files are which component, told by their tensors; the name only says what the user took them for."""
     assigned = _Assigned({}, {}, set())
@@ -123,8 +126,9 @@ def _assign(
         taken[component.name] = file_set
         config = _config_beside(file_set.paths[0], component, facts)
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
+        settings = {name: True for name in component.settings if getattr(parameters, name)}
         components[component.name] = ComponentFiles(
-            component.name, file_set.source, file_set.paths, config, layout, folders
+            component.name, file_set.source, file_set.paths, config, layout, folders, settings
         )
         assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
     return assigned
@@ -245,12 +249,14 @@ def _family(
 
 
 def _unrecognised(file_set: FileSet, tensors: Mapping[str, TensorHeader], facts: FamilyFacts) -> Problem:
+    stranger = next((title for title, signature in facts.strangers.items() if signature <= tensors.keys()), None)
     other = recognise_family(tensors)
-    what = (
-        f"is the transformer of {other.title}, not a component of {facts.title}"
-        if other
-        else f"is no component of {facts.title}; it begins with `{next(iter(tensors), '')}`"
-    )
+    if stranger:
+        what = f"is {stranger}, not a component of {facts.title}"
+    elif other:
+        what = f"is the transformer of {other.title}, not a component of {facts.title}"
+    else:
+        what = f"is no component of {facts.title}; it begins with `{next(iter(tensors), '')}`"
     known = ", ".join(component.name for component in facts.components)
     return Problem(f"`{file_set.origin}` {what}", f"name files of its components: {known}", wrong_use=True)
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.data.media import FrameRule, MediaRule
+from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.pictures import SizeRule
-from diffsynth_core.data.samples import SampleSet, build_samples, check_columns
+from diffsynth_core.data.samples import Columns, SampleSet, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
@@ -27,19 +27,15 @@ def read_dataset(
     except DiffSynthError as error:
         problems += error.problems
         return None
-    faults = check_columns(metadata, facts.text_column, medium.column, parameters.data_file_keys)
+    columns = Columns(
+        facts.text_column, medium.column, _media_rule(parameters, medium), _reference_rules(parameters, variant)
+    )
+    faults = check_columns(metadata, columns.text, columns.media, parameters.data_file_keys)
     problems += faults
     if faults:
         return None
-    samples, row_problems = build_samples(
-        metadata,
-        base,
-        facts.text_column,
-        medium.column,
-        _media_rule(parameters, medium),
-        VideoMemory((parameters.cache_path or default_cache_path()) / "videos.jsonl"),
-        reporter,
-    )
+    videos = VideoMemory((parameters.cache_path or default_cache_path()) / "videos.jsonl")
+    samples, row_problems = build_samples(metadata, base, columns, videos, reporter)
     problems += row_problems
     problems += _nothing_to_learn(samples, variant)
     notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))
@@ -55,6 +51,14 @@ def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
         FrameRule(
             parameters.num_frames, medium.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
         ),
+    )
+
+
+def _reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
+    """How reference pictures are read, none above what `max_pixels` allows."""
+    return tuple(
+        ReferenceRule(shown.name, shown.column, shown.size, parameters.max_pixels, shown.fit, shown.most)
+        for shown in variant.references
     )
 
 
@@ -110,7 +114,7 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
 
 def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -> list[str]:
     """What to say of single frames that the model is shown, and need only copy."""
-    single = sum(sample.shape[0] == 1 for sample in samples.samples)
+    single = sum(sample.frames == 1 for sample in samples.samples)
     if not single or not parameters.extra_inputs or variant.given_frames:
         return []
     shown = ", ".join(parameters.extra_inputs)
@@ -127,5 +131,5 @@ def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
             'take the row out, or train without it: `--extra_inputs ""`',
         )
         for sample in samples.samples
-        if (sample.shape[0] - 1) // variant.medium.frame_step < variant.given_frames
+        if (sample.frames - 1) // variant.medium.frame_step < variant.given_frames
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
+from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.planning.plan import Plan
@@ -60,7 +61,7 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
     samples = {index: plan.samples.samples[index] for index in needed}
     memory.read_all(
-        (excerpt.path for sample in samples.values() for excerpt in sample.media.values()),
+        (path for sample in samples.values() for path in sample.files),
         reporter,
         f"Hashing {plan.variant.medium.kind}s",
     )
@@ -81,7 +82,7 @@ def _all_files(plan: Plan) -> Iterator[Path]:
     for name in plan.components:
         yield from _files_of(plan, name)
     for sample in plan.samples.samples:
-        yield from (excerpt.path for excerpt in sample.media.values())
+        yield from sample.files
 
 
 def _files_of(plan: Plan, component: str) -> list[Path]:
@@ -89,7 +90,7 @@ def _files_of(plan: Plan, component: str) -> list[Path]:
     files = plan.components[component]
     paths = [*files.paths, *([files.config_path] if files.config_path else [])]
     for parameter, tokenizer in plan.facts.tokenizers.items():
-        if tokenizer.component == component:
+        if tokenizer.component == component and parameter in plan.tokenizers:
             folder = plan.tokenizers[parameter]
             paths += [folder / name for name in tokenizer.files if (folder / name).is_file()]
     return paths
@@ -125,7 +126,12 @@ def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdent
     for column in encoder.columns:
         if column == plan.facts.text_column:
             inputs[column] = sample.caption
+        elif column in sample.references:
+            inputs[column] = [_content(excerpt, memory) for excerpt in sample.references[column]]
         else:
-            excerpt = sample.media[column].first_frame if encoder.first_frame_only else sample.media[column]
-            inputs[column] = [memory.sha256(excerpt.path), *excerpt.transform]
+            inputs[column] = _content(sample.target.first_frame if encoder.first_frame_only else sample.target, memory)
     return inputs
+
+
+def _content(excerpt: Excerpt, memory: FileIdentities) -> list[object]:
+    return [memory.sha256(excerpt.path), *excerpt.transform]

@@ -10,6 +10,7 @@ from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, 
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import Parameters, as_plain
 from diffsynth_core.data.batches import StepPlan
+from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
 
@@ -105,17 +106,15 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     """sha256 over captions, file names and sizes, and what of the files is trained on, of all samples."""
+
+    def described(excerpt: Excerpt) -> list[object]:
+        path = os.path.relpath(excerpt.path, parameters.dataset_base_path)
+        return [path, excerpt.path.stat().st_size, excerpt.transform]
+
     digest = hashlib.sha256()
     for sample in samples.samples:
-        files = {
-            column: [
-                os.path.relpath(excerpt.path, parameters.dataset_base_path),
-                excerpt.path.stat().st_size,
-                excerpt.transform,
-            ]
-            for column, excerpt in sample.media.items()
-        }
-        digest.update(json.dumps([sample.row, sample.caption, files]).encode())
+        shown = {name: [described(excerpt) for excerpt in excerpts] for name, excerpts in sample.references.items()}
+        digest.update(json.dumps([sample.row, sample.caption, described(sample.target), shown]).encode())
     return digest.hexdigest()
 
 

@@ -119,7 +119,7 @@ def _lora_modules(
             )
         )
         return (), ()
-    dead = facts.untrainable(frozenset(found.shapes[component]))
+    dead = found.variant.untrainable(facts, frozenset(found.shapes[component]))
     alive = tuple(sorted(name for name, own in own_names.items() if own and not is_below(own, dead)))
     if own_names and not alive:
         problems.append(

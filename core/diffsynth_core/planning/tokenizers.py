@@ -22,6 +22,8 @@ def find_tokenizers(
     else the family's own below `base`. Adds to `problems` what is missing or damaged."""
     found = {}
     for parameter, tokenizer in facts.tokenizers.items():
+        if tokenizer.inputs and not set(tokenizer.inputs) & set(parameters.extra_inputs):
+            continue
         given: str | None = getattr(parameters, parameter)
         files = components.get(tokenizer.component)
         if given is None and files is None:
@@ -34,7 +36,9 @@ def find_tokenizers(
         else:
             shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
             there = " nor at ".join(f"`{place}`" for place in shown)
-            problems.append(Problem(f"there is no tokenizer at {there}", f"name its folder with `--{parameter}`"))
+            problems.append(
+                Problem(f"there is no {tokenizer.what} at {there}", f"name its folder with `--{parameter}`")
+            )
     return found
 
 
@@ -53,12 +57,12 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str) ->
     layout = next((layout for layout in tokenizer.layouts if all((folder / name).is_file() for name in layout)), None)
     if layout is None:
         wanted = " or ".join(" and ".join(f"`{name}`" for name in layout) for layout in tokenizer.layouts)
-        return [Problem(f"cannot read the tokenizer in `{folder}`: it lacks {wanted}", hint)]
+        return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: it lacks {wanted}", hint)]
     for name in layout:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             if name.endswith(".json"):
                 json.loads(text)
         except ValueError as error:
-            return [Problem(f"cannot read the tokenizer in `{folder}`: `{name}` is damaged: {error}", hint)]
+            return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: `{name}` is damaged: {error}", hint)]
     return []

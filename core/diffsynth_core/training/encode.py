@@ -24,14 +24,16 @@ from diffsynth_core.training.workers import iterate
 
 
 def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
-    """What an encoder reads of a sample: the caption as text, media as `[3, F, H, W]` uint8, as workers hand it on."""
+    """What an encoder reads of a sample: the caption as text, what is trained on as `[3, F, H, W]` uint8, reference
+    pictures as a list of such, as workers hand it on."""
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
         if column == plan.facts.text_column:
             loaded[column] = sample.caption
+        elif column in sample.references:
+            loaded[column] = [load_pixels(excerpt) for excerpt in sample.references[column]]
         else:
-            excerpt = sample.media[column]
-            loaded[column] = load_pixels(excerpt.first_frame if encoder.first_frame_only else excerpt)
+            loaded[column] = load_pixels(sample.target.first_frame if encoder.first_frame_only else sample.target)
     return loaded
 
 
@@ -42,10 +44,15 @@ def load_pixels(excerpt: Excerpt) -> Tensor:
 
 def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What an encoder reads, on the device: media as `[3, F, H, W]` float32 in [-1, 1]."""
-    return {
-        name: value.to(device, non_blocking=True).float().div_(127.5).sub_(1) if isinstance(value, Tensor) else value
-        for name, value in loaded.items()
-    }
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [scaled(item) for item in value]
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        return value
+
+    return {name: scaled(value) for name, value in loaded.items()}
 
 
 class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
@@ -95,7 +102,7 @@ def load_tokenizers(plan: Plan, family: Family, component: str) -> dict[str, Any
     return {
         parameter: family.load_tokenizer(parameter, plan.tokenizers[parameter])
         for parameter, tokenizer in plan.facts.tokenizers.items()
-        if tokenizer.component == component
+        if tokenizer.component == component and parameter in plan.tokenizers
     }
 
 
@@ -135,9 +142,8 @@ def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, 
         DiffSynthError: when a file is no longer the one that was hashed, or the encoding is not finite.
     """
     sample = plan.samples.samples[index]
-    for column in part.encoder.columns:
-        if column in sample.media and memory.known(sample.media[column].path) is None:
-            raise DiffSynthError(f"{sample.name} changed while it was encoded", "give the same command again")
+    if any(memory.known(path) is None for path in sample.files):
+        raise DiffSynthError(f"{sample.name} changed while it was encoded", "give the same command again")
     if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
         raise DiffSynthError(
             f"the {part.encoder.component} makes something that is not finite of {sample.name}",

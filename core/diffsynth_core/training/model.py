@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora
 from diffsynth_core.families.family import Encoded, Family, frozen_dtype
+from diffsynth_core.families.interface import Variant
 from diffsynth_core.families.loading import load_component, stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
@@ -95,7 +96,7 @@ def build_training_module(
         dtype = torch.float32 if name in training.full else frozen_dtype(plan.mixed_precision)
         module = load_component(family, plan.components[name], dtype, load_device, reporter).to(device)
         if name in training.full:
-            _train_in_full(family, name, module)
+            _train_in_full(family, plan.variant, name, module)
         if name == training.lora_component:
             layout = plan.components[name].layout
             own_names = [own for documented in training.lora_modules if (own := layout.module_of(documented))]
@@ -114,7 +115,7 @@ def build_training_module(
     return TrainingModule(plan, encodings, family, components, tokenizers)
 
 
-def _train_in_full(family: Family, name: str, module: nn.Module) -> None:
-    untrainable = family.untrainable_parameters(name, module)
+def _train_in_full(family: Family, variant: Variant, name: str, module: nn.Module) -> None:
+    untrainable = family.untrainable_parameters(name, module, variant)
     for parameter_name, parameter in module.named_parameters():
         parameter.requires_grad_(parameter_name not in untrainable)

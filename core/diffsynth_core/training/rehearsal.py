@@ -17,7 +17,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.data.drawn_clips import draw_clips
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Variant
 from diffsynth_core.families.loading import module_shapes
 from diffsynth_core.families.table import (
     FAMILIES,
@@ -44,6 +44,8 @@ REHEARSAL_PIXELS = 128 * 160
 REHEARSAL_FACTOR = 32
 """Sides are multiples of it, which every model can take."""
 REHEARSAL_FRAMES = 9
+DRAWN_REFERENCES = 2
+"""How many pictures a drawn row shows the model at most."""
 WEIGHTS_VERSION = 3
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
@@ -99,7 +101,7 @@ def rehearse(
         proofs.append("encodings came from the cache the second time: no encoder was loaded")
     result = train(resumed, reporter, stop)
     proofs += _prove_checkpoint(resumed, result)
-    drew = None if resolved.given("dataset_base_path") else f"{plan.facts.medium_kind}s"
+    drew = None if resolved.given("dataset_base_path") else f"{plan.variant.medium.kind}s"
     return Rehearsal(result, tuple(proofs), drew)
 
 
@@ -129,11 +131,10 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         changes["lora_checkpoint"] = None
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
-    changes |= _reduced_size(resolved, facts, reporter)
+    variant = _variant_of(_named_models(parameters), facts, parameters.extra_inputs)
+    changes |= _reduced_size(resolved, variant, reporter)
     if not resolved.given("dataset_base_path"):
-        changes["dataset_base_path"] = (
-            draw_clips(folder / "clips") if facts.medium_kind == "video" else draw_pictures(folder / "pictures")
-        )
+        changes["dataset_base_path"] = _draw(folder, variant)
     if not _is_flag(resolved, "output_path"):
         changes["output_path"] = Path("rehearsals") / "next"
     return replace(
@@ -149,15 +150,27 @@ def _is_flag(resolved: Resolved, name: str) -> bool:
     return resolved.origins.get(name, "") == f"`--{name}`"
 
 
-def _reduced_size(resolved: Resolved, facts: FamilyFacts, reporter: Reporter) -> dict[str, object]:
-    """A small size in place of a fixed one, unless the command line asks for it; what is changed is told."""
+def _draw(folder: Path, variant: Variant) -> Path:
+    """A dataset of the kind that a model is trained on, with pictures in the columns that it is shown."""
+    if variant.medium.kind == "video":
+        return draw_clips(folder / "clips")
+    shown = {shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) for shown in variant.references}
+    name = "-".join(["pictures", *(f"{column}-{most}" for column, most in shown.items())])
+    return draw_pictures(folder / name, shown)
+
+
+def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:
+    """A small size in place of a fixed one, and of the area that pictures shown are scaled to, unless the command line
+    asks for it; what is changed is told."""
     now = resolved.parameters
     changes: dict[str, object] = {}
     if now.height and now.width and not (_is_flag(resolved, "height") or _is_flag(resolved, "width")):
         scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
         for name, side in (("height", now.height), ("width", now.width)):
             changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
-    if facts.medium_kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
+    if variant.references and now.max_pixels > REHEARSAL_PIXELS and not _is_flag(resolved, "max_pixels"):
+        changes["max_pixels"] = REHEARSAL_PIXELS
+    if variant.medium.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
         changes["num_frames"] = REHEARSAL_FRAMES
     if changes:
         said = ", ".join(f"`{name}` {value} (of {getattr(now, name)})" for name, value in changes.items())
@@ -192,8 +205,8 @@ def _family_of(resolved: Resolved) -> FamilyFacts | None:
 
 def _swap_models(parameters: Parameters, facts: FamilyFacts, base: Path, problems: list[Problem]) -> dict[str, object]:
     """The model parameters that name tiny stand-ins, which are written when they are not there yet."""
-    named = [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
-    stand_in = _model_of(named, facts, parameters.extra_inputs)
+    named = _named_models(parameters)
+    stand_in = _variant_of(named, facts, parameters.extra_inputs).model_id
     entries = tuple(_swap_files(group, facts, stand_in, base, problems) for group in named)
     return {
         **dict.fromkeys(facts.tokenizers),
@@ -203,15 +216,25 @@ def _swap_models(parameters: Parameters, facts: FamilyFacts, base: Path, problem
     }
 
 
-def _model_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[str, ...]) -> str:
-    """The published model that stands for local files, told by the denoiser among them."""
+def _named_models(parameters: Parameters) -> list[Sequence[str]]:
+    """The files of each model, as the user wrote them."""
+    return [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
+
+
+def _variant_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[str, ...]) -> Variant:
+    """What kind of model is rehearsed, told by its denoiser: by the headers of local files, else by what names it."""
     for group in named:
+        origin = ", ".join(group)
         with suppress(DiffSynthError):
             headers = read_headers(_local(group))
             found = recognise(headers, facts)
             if found and found[0].name == facts.denoiser:
-                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs, ", ".join(group)).model_id
-    return facts.variant({}, inputs, "").model_id
+                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs, origin)
+        parts = split_entry(origin)
+        component = component_at(parts[1], facts) if parts else None
+        if component and component.name == facts.denoiser:
+            return facts.variant({}, inputs, origin)
+    return facts.variant({}, inputs, "")
 
 
 def _local(group: Sequence[str]) -> list[Path]:
