@@ -9,157 +9,7 @@ import yaml
 from diffsynth_core.config.documents import command_line, documented_values
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names
-
-DEFAULTS = {
-    "dataset_base_path": "data/example_image_dataset",
-    "dataset_metadata_path": None,
-    "dataset_repeat": 1,
-    "dataset_num_workers": 0,
-    "data_file_keys": ["image", "video"],
-    "height": None,
-    "width": None,
-    "max_pixels": 1048576,
-    "num_frames": 81,
-    "model_paths": [],
-    "model_id_with_origin_paths": [],
-    "extra_inputs": [],
-    "fp8_models": [],
-    "offload_models": [],
-    "learning_rate": 1e-4,
-    "num_epochs": 1,
-    "trainable_models": [],
-    "find_unused_parameters": False,
-    "weight_decay": 0.01,
-    "task": "sft",
-    "lora_base_model": None,
-    "lora_target_modules": None,
-    "lora_rank": 32,
-    "lora_checkpoint": None,
-    "preset_lora_path": None,
-    "preset_lora_model": None,
-    "use_gradient_checkpointing": False,
-    "use_gradient_checkpointing_offload": False,
-    "gradient_accumulation_steps": 1,
-    "output_path": "models",
-    "remove_prefix_in_ckpt": "pipe.dit.",
-    "save_steps": None,
-    "max_timestep_boundary": 1.0,
-    "min_timestep_boundary": 0.0,
-    "tokenizer_path": None,
-    "processor_path": None,
-    "tokenizer_1_path": None,
-    "tokenizer_2_path": None,
-    "align_to_opensource_format": False,
-    "initialize_model_on_cpu": False,
-    "zero_cond_t": False,
-}
-"""The documented names and their defaults."""
-SHARED = {
-    "dataset_repeat": 50,
-    "max_pixels": 1048576,
-    "find_unused_parameters": True,
-    "use_gradient_checkpointing": True,
-}
-LORA = {
-    **SHARED,
-    "dataset_num_workers": 8,
-    "learning_rate": 1e-4,
-    "num_epochs": 5,
-    "lora_base_model": "dit",
-    "lora_target_modules": [
-        *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
-        *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1"),
-    ],
-    "lora_rank": 32,
-}
-FULL = {**SHARED, "learning_rate": 1e-5, "num_epochs": 2, "trainable_models": ["dit"]}
-ENCODERS = [
-    "Qwen/Qwen-Image:text_encoder/model*.safetensors",
-    "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
-]
-TRANSFORMER = "transformer/diffusion_pytorch_model*.safetensors"
-REFERENCE = {
-    "qwen-image-lora": {**LORA, "model_id_with_origin_paths": [f"Qwen/Qwen-Image:{TRANSFORMER}", *ENCODERS]},
-    "qwen-image-full": {**FULL, "model_id_with_origin_paths": [f"Qwen/Qwen-Image:{TRANSFORMER}", *ENCODERS]},
-    "qwen-image-2512-lora": {**LORA, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
-    "qwen-image-2512-full": {**FULL, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
-}
-"""What the documented training scripts of these models say; what they leave out is at its default."""
-WAN = {"dataset_repeat": 100, "height": 480, "width": 832, "use_gradient_checkpointing": True}
-"""The scripts leave checkpointing out, and the reference trainer turns it on for Wan whatever it is told."""
-WAN_LORA = {
-    **WAN,
-    "learning_rate": 1e-4,
-    "num_epochs": 5,
-    "lora_base_model": "dit",
-    "lora_target_modules": ["q", "k", "v", "o", "ffn.0", "ffn.2"],
-    "lora_rank": 32,
-}
-WAN_FULL = {**WAN, "learning_rate": 1e-5, "num_epochs": 2, "trainable_models": ["dit"]}
-WAN_DIT = "diffusion_pytorch_model*.safetensors"
-TEXT_OF_WAN = "models_t5_umt5-xxl-enc-bf16.pth"
-CLIP_OF_WAN = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-
-
-def wan_files(model: str, *files: str) -> dict[str, list[str]]:
-    return {"model_id_with_origin_paths": [f"Wan-AI/{model}:{file}" for file in files]}
-
-
-T2V_1_3B = wan_files("Wan2.1-T2V-1.3B", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth")
-T2V_14B = wan_files("Wan2.1-T2V-14B", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth")
-I2V_480P = {
-    **wan_files("Wan2.1-I2V-14B-480P", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth", CLIP_OF_WAN),
-    "extra_inputs": ["input_image"],
-}
-I2V_720P = {
-    **wan_files("Wan2.1-I2V-14B-720P", WAN_DIT, TEXT_OF_WAN, "Wan2.1_VAE.pth", CLIP_OF_WAN),
-    "extra_inputs": ["input_image"],
-    "height": 720,
-    "width": 1280,
-    "use_gradient_checkpointing_offload": True,
-    "initialize_model_on_cpu": True,
-}
-TI2V_5B = {
-    **wan_files("Wan2.2-TI2V-5B", WAN_DIT, TEXT_OF_WAN, "Wan2.2_VAE.pth"),
-    "extra_inputs": ["input_image"],
-    "num_frames": 49,
-}
-REFERENCE |= {
-    "wan2.1-t2v-1.3b-lora": {**WAN_LORA, **T2V_1_3B},
-    "wan2.1-t2v-1.3b-full": {**WAN_FULL, **T2V_1_3B},
-    "wan2.1-t2v-14b-lora": {**WAN_LORA, **T2V_14B},
-    "wan2.1-t2v-14b-full": {**WAN_FULL, **T2V_14B},
-    "wan2.1-i2v-14b-480p-lora": {**WAN_LORA, **I2V_480P},
-    "wan2.1-i2v-14b-480p-full": {**WAN_FULL, **I2V_480P, "initialize_model_on_cpu": True},
-    "wan2.1-i2v-14b-720p-lora": {**WAN_LORA, **I2V_720P},
-    "wan2.1-i2v-14b-720p-full": {**WAN_FULL, **I2V_720P, "num_frames": 49},
-    "wan2.2-ti2v-5b-lora": {**WAN_LORA, **TI2V_5B},
-    "wan2.2-ti2v-5b-full": {**WAN_FULL, **TI2V_5B},
-}
-
-
-def wan_experts(model: str, boundary: float, **values: object) -> dict[str, dict[str, object]]:
-    """The two stages of Wan 2.2 A14B: the more noisy share of the timestep table, then the rest."""
-    common = {"num_frames": 49, **values}
-    high, low = (
-        wan_files(model, f"{name}_noise_model/{WAN_DIT}", TEXT_OF_WAN, "Wan2.1_VAE.pth") for name in ("high", "low")
-    )
-    return {
-        "high": {**common, **high, "max_timestep_boundary": boundary, "min_timestep_boundary": 0.0},
-        "low": {**common, **low, "max_timestep_boundary": 1.0, "min_timestep_boundary": boundary},
-    }
-
-
-IMAGE = {"extra_inputs": ["input_image"]}
-STAGED = {
-    "wan2.2-t2v-a14b-lora": wan_experts("Wan2.2-T2V-A14B", 0.417, **WAN_LORA),
-    "wan2.2-t2v-a14b-full": wan_experts("Wan2.2-T2V-A14B", 0.417, **WAN_FULL),
-    "wan2.2-i2v-a14b-lora": wan_experts("Wan2.2-I2V-A14B", 0.358, **WAN_LORA, **IMAGE),
-    "wan2.2-i2v-a14b-full": wan_experts(
-        "Wan2.2-I2V-A14B", 0.358, **WAN_FULL, **IMAGE, use_gradient_checkpointing_offload=True
-    ),
-}
-"""The same of models that are trained in stages."""
+from tests.documented_recipes import DEFAULTS, FAMILIES, REFERENCE, STAGED
 
 
 def show(cli, name: str, output_format: str) -> str:
@@ -197,7 +47,8 @@ def test_the_list_for_programs(cli):
 def test_values_are_those_of_the_documentation(cli, name):
     content = json.loads(show(cli, name, "json"))
     assert content["parameters"] == {**DEFAULTS, "output_path": f"models/train/{name}", **REFERENCE[name]}
-    assert (content["name"], content["family"]) == (name, "wan" if name.startswith("wan") else "qwen-image")
+    family = next(family for begin, family in FAMILIES.items() if name.startswith(begin))
+    assert (content["name"], content["family"]) == (name, family)
 
 
 @pytest.mark.parametrize("name", STAGED)
