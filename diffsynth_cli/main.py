@@ -19,7 +19,7 @@ def build_app(named: str | None) -> typer.Typer:
     """The application; only the named command is imported, so that `diffsynth --help` costs nothing."""
     app = typer.Typer(
         name="diffsynth",
-        help="Train diffusion transformers (Qwen-Image, Wan) from YAML recipes.",
+        help="Train diffusion transformers (Qwen-Image, FLUX, Wan) from YAML recipes.",
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.plan_text import plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
@@ -28,18 +29,25 @@ Plans = dict[str | None, "Plan"]
 """Name of a stage, None where there are none -> what it will do, in the order of the runs."""
 
 
-def run_session(stages: Sequence[Resolved], flags: dict[str, Any], world_size: int) -> int:
+def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     """Carry out one `diffsynth train`; returns the exit code.
 
-    All stages are planned before the first one runs, so that what is wrong with any of them comes in one report.
+    All stages are planned before the first one runs, so that what is wrong with any of them comes in one report. Where
+    several processes are asked for, this one plans, and starts them.
     """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
+    first = stages[0].parameters
     try:
+        if launching.is_launched():
+            launching.check_world_size(first.num_processes)
+            world_size = launching.world_size()
+        else:
+            world_size = launching.processes_asked(first.num_processes, first.accelerate_config)
         if stages[0].parameters.dry_run:
             return _show_plans(stages, reporter, world_size)
         if stages[0].parameters.rehearse:
             return _rehearse(stages, flags, reporter, world_size)
-        return _train(stages, reporter, world_size)
+        return _train(stages, flags, reporter, world_size)
     finally:
         reporter.close()
 
@@ -97,12 +105,14 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     return 0
 
 
-def _train(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
+def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
     from diffsynth_core.training.loop import train
     from diffsynth_core.training.stop import listen_for_stop
 
     plans = _make_plans(stages, reporter, world_size)
     first = next(iter(plans))
+    if world_size > launching.world_size():
+        return launching.launch(flags, world_size, plans[first].parameters.accelerate_config, plans[first].device)
     with listen_for_stop(reporter.info) as stop:
         for stage, plan in plans.items():
             try:

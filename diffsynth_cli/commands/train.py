@@ -1,6 +1,5 @@
 """`diffsynth train`."""
 
-import os
 from typing import Any
 
 import typer
@@ -21,6 +20,8 @@ Examples:
 
   diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --resume auto
 
+  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --num_processes 4
+
   diffsynth train --recipe wan2.2-t2v-a14b-lora --dataset_base_path data/clips --only high --dry_run
 """
 
@@ -34,7 +35,7 @@ def train(context: typer.Context, flags: dict[str, Any]) -> int:
     stages = resolve_stages(flags, _unknown_flags(context.args))
     from diffsynth_cli.train_session import run_session
 
-    return run_session(stages, flags, int(os.environ.get("WORLD_SIZE", "1")))
+    return run_session(stages, flags)
 
 
 def _unknown_flags(arguments: list[str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 TRAIN = [
@@ -23,16 +24,14 @@ TRAIN = [
 ]
 
 
-def launch(processes: int, arguments: list[str], models: Path, folder: Path) -> subprocess.Popen:
+def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Our command as it is, or in accelerate's launcher with its options."""
     command = [sys.executable, "-m", "diffsynth_cli", *TRAIN, *arguments]
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
+    if accelerate:
+        launcher = ["-m", "accelerate.commands.launch", *accelerate]
         command = [sys.executable, *launcher, "-m", *command[2:]]
-    environment = os.environ | {
-        "DIFFSYNTH_MODEL_BASE_PATH": str(models),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
+        environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -44,34 +43,62 @@ def launch(processes: int, arguments: list[str], models: Path, folder: Path) -> 
     )
 
 
-def test_two_processes_train_what_one_does_with_accumulation(tiny_models, photographs, tmp_path):
+TWO = ("--multi_gpu", "--num_processes", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accelerate"),
+    [(["--num_processes", "2"], ()), ([], TWO), (["--num_processes", "2", "--find_unused_parameters"], TWO)],
+    ids=["our launch", "accelerate launch", "both"],
+)
+def test_two_processes_train_what_one_does_with_accumulation(tiny_models, photographs, tmp_path, arguments, accelerate):
     common = ["--dataset_base_path", str(photographs), "--dataset_repeat", "2", "--num_epochs", "1"]
-    two = launch(2, [*common, "--output_path", "two"], tiny_models, tmp_path)
+    two = launch([*common, *arguments, "--output_path", "two"], tiny_models, tmp_path, accelerate)
     output, errors = two.communicate(timeout=300)
     assert two.returncode == 0, errors
     assert output.count("Checkpoint  ") == 1, "one process tells"
-    one = launch(1, [*common, "--output_path", "one", "--gradient_accumulation_steps", "2"], tiny_models, tmp_path)
+    assert "Warning" not in errors and (accelerate or "default" not in errors), errors
+    one = launch([*common, "--output_path", "one", "--gradient_accumulation_steps", "2"], tiny_models, tmp_path)
     _, errors = one.communicate(timeout=300)
     assert one.returncode == 0, errors
     left, right = (load_file(tmp_path / name / "epoch-0.safetensors") for name in ("one", "two"))
     assert left.keys() == right.keys()
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-6
 
 
-def test_a_signal_to_the_group_stops_both_in_the_same_step(tiny_models, photographs, tmp_path):
-    process = launch(
-        2,
-        ["--dataset_base_path", str(photographs), "--dataset_repeat", "100000", "--output_path", "out"],
-        tiny_models,
-        tmp_path,
-    )
+@pytest.mark.parametrize("own", [True, False], ids=["our launch", "accelerate launch"])
+def test_a_signal_stops_both_in_the_same_step(tiny_models, photographs, tmp_path, own):
+    arguments = ["--dataset_base_path", str(photographs), "--dataset_repeat", "100000", "--output_path", "out"]
+    arguments += ["--num_processes", "2"] if own else []
+    process = launch(arguments, tiny_models, tmp_path, () if own else TWO)
     metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
+    if own:
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
+    assert process.returncode == 143 or not own
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == "interrupted"
     assert record["checkpoints"][-1]["step"] == record["step"]
+
+
+def test_a_launcher_that_starts_one_process_of_two_is_found_out(tiny_models, photographs, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one, and says nothing."""
+    arguments = ["--dataset_base_path", str(photographs), "--output_path", "out"]
+    process = launch(arguments, tiny_models, tmp_path, ("--cpu", "--num_processes", "2"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and not (tmp_path / "out").exists()
+    assert "error: 2 processes are asked for by the launcher, and there are 1\n" in errors
+
+
+def test_what_is_wrong_is_told_before_anything_is_launched(tiny_models, photographs, tmp_path):
+    arguments = ["--dataset_base_path", str(photographs), "--num_processes", "2", "--lora_target_modules", "to_x"]
+    process = launch(arguments, tiny_models, tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors.count("error: ") == 1 and "no module of dit ends with `to_x`" in errors

@@ -193,6 +193,22 @@ class Parameters(BaseModel):
         "Number format of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay float32; blank: bf16 on a GPU, no on a CPU",
         documented=False,
     )
+    num_processes: Integer | None = _setting(
+        None,
+        "run",
+        "int",
+        "Train in so many processes, one per GPU, started by accelerate's launcher; under a launcher: how many it must have started; blank: this process alone, or what launched it",
+        unit="processes",
+        documented=False,
+        ge=1,
+    )
+    accelerate_config: str | None = _setting(
+        None,
+        "run",
+        "str",
+        "Configuration for accelerate's launcher: a preset (ddp, zero2, zero2offload, zero3) or a file; blank: the one that `accelerate config` wrote, if any",
+        documented=False,
+    )
 
     # dataset
     dataset_base_path: FilePath = _setting(
@@ -352,7 +368,7 @@ class Parameters(BaseModel):
         False,
         "training",
         "bool",
-        "Let distributed training look for parameters without a gradient; never needed here, since those that cannot get one are left out",
+        "Asks distributed training to look for parameters without a gradient; satisfied without looking, since those that cannot get one are left out",
     )
     weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", ge=0)
     task: Literal[

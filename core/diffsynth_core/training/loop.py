@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from diffsynth_core.checkpoints.run_folder import (
@@ -100,11 +100,11 @@ def make_accelerator(plan: Plan) -> Accelerator:
     """accelerate's view of devices and processes; steps are counted by the loop, so it accumulates nothing."""
     # accelerate keeps one state per process; a second run in this process may ask for another precision.
     AcceleratorState._reset_state()
-    handlers = [
-        DistributedDataParallelKwargs(find_unused_parameters=plan.parameters.find_unused_parameters),
-        InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
-    ]
-    accelerator = Accelerator(mixed_precision=plan.mixed_precision, cpu=plan.device == "cpu", kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision=plan.mixed_precision,
+        cpu=plan.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+    )
     if accelerator.num_processes == 1 and plan.device.partition(":")[2]:
         torch.accelerator.set_device_index(int(plan.device.partition(":")[2]))
         accelerator.state.device = torch.device(plan.device)

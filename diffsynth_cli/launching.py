@@ -1,0 +1,164 @@
+"""One command in several processes: the same `diffsynth train` again, through the launcher of accelerate."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from diffsynth_core.config.recipes import recipe_folder
+from diffsynth_core.config.yaml_files import read_yaml
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, FaultsFound, Problem, suggest
+
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+STARTED_ALONE = ("NO", "MULTI_CPU")
+"""Kinds of distribution in a configuration of accelerate that its launcher starts a single process for."""
+UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+"""What the launcher would take, and complain of, without a configuration; the precision is the plan's business."""
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def check_world_size(num_processes: int | None) -> None:
+    """Compare how many processes there are with how many were asked for, by the parameter or of the launcher.
+
+    Raises:
+        DiffSynthError: when they differ: in some cases the launcher starts one, whatever it is told.
+    """
+    for asked, where in ((num_processes, "`num_processes`"), (asked_of_launcher(), "the launcher")):
+        if asked is not None and asked != world_size():
+            hint = (
+                f"`diffsynth train --num_processes {asked}` starts them; or give `accelerate launch --multi_gpu`, with "
+                "ACCELERATE_USE_CPU=true in the environment where there is no GPU"
+            )
+            what = f"{asked} processes are asked for by {where}, and there are {world_size()}"
+            raise FaultsFound([Problem(what, hint, wrong_use=True)])
+
+
+def find_config(name: str | None) -> Path | None:
+    """The configuration of accelerate that is meant: a preset by its name, a file, else the user's default if any.
+
+    Raises:
+        DiffSynthError: when there is neither a preset nor a file of that name.
+    """
+    if name is None:
+        default = default_config()
+        return default if default.is_file() else None
+    presets = {path.stem: path for path in sorted((recipe_folder() / "accelerate").glob("*.yaml"))}
+    path = presets.get(name, Path(name))
+    if not path.is_file():
+        near = suggest(name, presets)
+        hint = f"did you mean `{near}`?" if near else f"name a file, or one of {', '.join(presets)}"
+        raise DiffSynthError(f"there is no configuration of accelerate `{name}` (`accelerate_config`)", hint)
+    return path
+
+
+def default_config() -> Path:
+    """Where `accelerate config` writes (`accelerate.commands.config.config_args.default_yaml_config_file`)."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(home) / "accelerate" / "default_config.yaml"
+
+
+def processes_asked(num_processes: int | None, accelerate_config: str | None) -> int:
+    """How many processes the flags ask for; 1 without any, whatever the user's default configuration says."""
+    if num_processes is None and accelerate_config:
+        path = find_config(accelerate_config)
+        return int(read_yaml(path).get("num_processes", 1)) if path else 1
+    return num_processes or 1
+
+
+def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | None, device: str) -> int:
+    """Run the same command in so many processes; returns its exit code.
+
+    A signal to this process is handed on to the processes that train, which save and end; the launcher itself would
+    give them half a minute.
+
+    Raises:
+        DiffSynthError: when there are fewer GPUs.
+    """
+    import torch
+
+    environment = dict(os.environ)
+    config = find_config(accelerate_config)
+    kind = str(read_yaml(config).get("distributed_type", "NO")) if config else "NO"
+    if device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    elif torch.accelerator.device_count() < processes:
+        there = torch.accelerator.device_count()
+        raise DiffSynthError(f"{processes} processes need as many GPUs, {there} are there", f"ask for {there}")
+    options = ["--num_processes", str(processes), *(["--config_file", str(config)] if config else UNCONFIGURED)]
+    # `--multi_gpu` stands for any kind of several processes; without it the launcher starts one and says nothing.
+    options += ["--multi_gpu"] if kind in STARTED_ALONE and processes > 1 else []
+    command = [*LAUNCHER, *options, "-m", "diffsynth_cli", "train", *as_words(flags)]
+    with (
+        subprocess.Popen(command, env=environment, start_new_session=True) as launcher,
+        _handing_on(launcher) as stopped,
+    ):
+        code = launcher.wait()
+    return SIGNAL_EXIT_BASE + stopped[0] if stopped else code
+
+
+def as_words(flags: Mapping[str, Any]) -> Iterator[str]:
+    """Flags by name as words of a command line."""
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no_{name}"
+        else:
+            yield from (f"--{name}", str(value))
+
+
+@contextmanager
+def _handing_on(launcher: "subprocess.Popen[bytes]") -> Iterator[Sequence[int]]:
+    """While the block runs, hand stopping signals on to what the launcher started; gives those that came."""
+    came: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        came.append(number)
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(launcher.pid).children():
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in STOPPING_SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_of_launcher() -> int | None:
+    """How many processes `accelerate launch` was asked for, by its command line or configuration; None: not told."""
+    with suppress(psutil.Error):
+        for parent in psutil.Process().parents()[:2]:
+            words = parent.cmdline()
+            if any(Path(word).name == "accelerate" or word == LAUNCHER[-1] for word in words):
+                return _asked(words)
+    return None
+
+
+def _asked(words: Sequence[str]) -> int | None:
+    """The number of processes in a command line of `accelerate launch`, or in the configuration that it names."""
+    own = list(words[: words.index("-m", 3)] if "-m" in words[3:] else words)
+    given = {name: own[place + 1] for place, name in enumerate(own[:-1]) if name.startswith("--")}
+    number = given.get("--num_processes") or given.get("--num-processes")
+    if number:
+        return int(number)
+    config = Path(given["--config_file"]) if "--config_file" in given else default_config()
+    if not config.is_file():
+        return None
+    asked = read_yaml(config).get("num_processes")
+    return int(asked) if asked else None

@@ -1,0 +1,88 @@
+"""How a launch in several processes is put together, without starting any."""
+
+from pathlib import Path
+
+import pytest
+
+from diffsynth_cli import launching
+from diffsynth_core.errors import DiffSynthError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A user without a configuration of accelerate; returns where `accelerate config` would write it."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "hf" / "accelerate" / "default_config.yaml"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_our_place_of_the_default_configuration_is_that_of_accelerate():
+    from accelerate.commands.config.config_args import default_yaml_config_file, hf_cache_home
+
+    ours = launching.default_config()
+    assert ours.name == Path(default_yaml_config_file).name
+    assert Path(default_yaml_config_file).relative_to(hf_cache_home) == ours.relative_to(ours.parents[1])
+
+
+def test_presets_and_files_are_found_by_name(tmp_path, home):
+    own = write(tmp_path / "mine.yaml", "num_processes: 3\n")
+    assert launching.find_config("zero2").name == "zero2.yaml"
+    assert launching.find_config(str(own)) == own
+    assert launching.find_config(None) is None
+    write(home, "num_processes: 2\n")
+    assert launching.find_config(None) == home
+
+
+def test_an_unknown_configuration_is_told_with_the_nearest_preset():
+    with pytest.raises(DiffSynthError, match="there is no configuration of accelerate `zero2offlod`") as caught:
+        launching.find_config("zero2offlod")
+    assert caught.value.problems[0].hint == "did you mean `zero2offload`?"
+
+
+@pytest.mark.parametrize(
+    ("number", "config", "asked"), [(None, None, 1), (4, None, 4), (None, "ddp", 8), (2, "ddp", 2)]
+)
+def test_how_many_processes_are_asked_for(number, config, asked):
+    assert launching.processes_asked(number, config) == asked
+
+
+def test_flags_become_the_same_words():
+    flags = {"recipe": "a b", "learning_rate": "1e-4", "rehearse": True, "find_unused_parameters": False}
+    assert list(launching.as_words(flags)) == [
+        *("--recipe", "a b", "--learning_rate", "1e-4", "--rehearse", "--no_find_unused_parameters")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--cpu", "--num_processes", "2"], 2),
+        (["--num-processes", "4", "--multi_gpu"], 4),
+        (["--config_file", "{config}"], 3),
+        (["--config_file", "{config}", "--num_processes", "5"], 5),
+        ([], None),
+    ],
+)
+def test_what_the_launcher_was_asked_for(tmp_path, words, asked):
+    config = write(tmp_path / "c.yaml", "num_processes: 3\n")
+    launcher = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
+    entry = ["-m", "diffsynth_cli", "train", "--num_processes", "9"]
+    assert launching._asked([*launcher, *(word.format(config=config) for word in words), *entry]) == asked
+    module = ["/venv/bin/python", "-m", "accelerate.commands.launch"]
+    assert launching._asked([*module, *(word.format(config=config) for word in words), *entry]) == asked
+
+
+def test_another_number_of_processes_is_an_error(monkeypatch):
+    launching.check_world_size(None)
+    launching.check_world_size(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launching.check_world_size(2)
+    with pytest.raises(DiffSynthError, match="4 processes are asked for by `num_processes`, and there are 2"):
+        launching.check_world_size(4)
