@@ -9,7 +9,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file, save_file
 
-from tests.wan import DIT, I2V, T2V, TEXT, TI2V, entries
+from tests.wan import CLIP, DIT, I2V, T2V, TEXT, TI2V, entries
 
 SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
 
@@ -96,6 +96,31 @@ def test_a_vae_of_the_other_generation(refuse, models):
     assert code == 2
     assert message == (
         f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents of 16 channels, the dit of Wan 2.2 TI2V takes 48"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("visual.transformer.0.attn.to_qkv.weight", lambda tensor: torch.cat((tensor, tensor[:1]))),
+        ("visual.transformer.0.attn.to_qkv.weight", lambda tensor: tensor[0, 0].clone()),
+        ("visual.cls_embedding", lambda tensor: tensor.repeat(1, 3, 1)),
+    ],
+)
+def test_a_tensor_that_cannot_be_cut_into_those_of_the_module(refuse, models, name, wrong):
+    path = models / I2V / CLIP
+    tensors = torch.load(path, weights_only=True)
+    expected, found = list(tensors[name].shape), wrong(tensors[name])
+    torch.save(tensors | {name: found}, path)
+    assert refuse(*SMALL, "--extra_inputs", "input_image", recipe="wan2.1-i2v-14b-480p-lora") == (
+        1,
+        [
+            (
+                f"image_encoder from `{I2V}:{CLIP}`: the shapes of 1 tensors differ from what the file itself asks for; "
+                f"`{name}` is {list(found.shape)}, expected {expected}",
+                "check that config.json belongs to these files",
+            )
+        ],
     )
 
 

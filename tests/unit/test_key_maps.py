@@ -5,13 +5,25 @@ import pickle
 import pytest
 import torch
 
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, PrefixMap, TableMap
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, Chain, PrefixMap, TableMap
 
 TABLE = TableMap(
-    {"blocks.{}.q": "layers.{}.to_q", "blocks.{}.sub.{}.norm": "layers.{}.{}.norm", "blocks.{}.mod": "layers.{}.table"},
-    stacked={"blocks.{}.qkv": ("layers.{}.a", "layers.{}.b", "layers.{}.c")},
+    {
+        "blocks.{}.q": "layers.{}.to_q",
+        "blocks.{}.sub.{}.norm": "layers.{}.{}.norm",
+        "blocks.{}.mod": "layers.{}.table",
+        "blocks.{}.query_norm.scale": "layers.{}.norm_q.weight",
+    },
+    stacked={
+        "blocks.{}.qkv": ("layers.{}.a", "layers.{}.b", "layers.{}.c"),
+        "blocks.{}.both": (("layers.{}.short", 1), ("layers.{}.long", 4)),
+    },
     unsqueezed={"cls": ("embeddings.cls", 2), "pos": ("embeddings.position.weight", 1)},
     unneeded=("text", "scale"),
+    swapped={"head.mod": "out.linear"},
+)
+CHAIN = Chain(
+    TableMap({"typed.{}.fused": "blocks.{}.qkv", "typed.{}.wide": "blocks.{}.both", "typed.last": "head.mod"}), TABLE
 )
 
 
@@ -25,6 +37,9 @@ TABLE = TableMap(
         ("blocks.1.qkv.bias", ("layers.1.a.bias", "layers.1.b.bias", "layers.1.c.bias")),
         ("cls", ("embeddings.cls",)),
         ("pos", ("embeddings.position.weight",)),
+        ("blocks.5.query_norm.scale", ("layers.5.norm_q.weight",)),
+        ("blocks.5.both", ("layers.5.short", "layers.5.long")),
+        ("head.mod.bias", ("out.linear.bias",)),
     ],
 )
 def test_both_directions_come_from_one_row(theirs, ours):
@@ -33,7 +48,11 @@ def test_both_directions_come_from_one_row(theirs, ours):
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.x.q", "blocks.0.q.scale", "blocks.0.qq", "xblocks.0.q", "blocks.0.q.weight.x"]
+    "name",
+    [
+        *("blocks.x.q", "blocks.0.q.scale", "blocks.0.qq", "xblocks.0.q", "blocks.0.q.weight.x"),
+        *("blocks.0.query_norm", "blocks.0.query_norm.weight"),
+    ],
 )
 def test_an_unknown_name_is_told_from_one_that_nobody_needs(name):
     assert TABLE.ours(name) is None
@@ -42,21 +61,82 @@ def test_an_unknown_name_is_told_from_one_that_nobody_needs(name):
     assert TABLE.theirs("layers.0.to_k") is None
 
 
-def test_tensors_and_shapes_are_cut_and_joined():
-    theirs = {
-        "blocks.0.q.weight": torch.randn(4, 3),
-        "blocks.0.qkv.weight": torch.arange(18.0).view(6, 3),
-        "cls": torch.randn(1, 1, 5),
-        "pos": torch.randn(1, 7, 5),
-    }
-    ours = {name: part for key, tensor in theirs.items() for name, part in TABLE.cut(key, tensor).items()}
-    assert ours["layers.0.b.weight"].tolist() == [[6, 7, 8], [9, 10, 11]]
-    assert ours["embeddings.cls"].shape == (5,)
+def check_there_and_back(table, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut tensors, shape them alike, join them again; returns ours."""
+    ours = {name: part for key, tensor in theirs.items() for name, part in table.cut(key, tensor).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    assert table.theirs_of(ours) == list(theirs)
     for key, tensor in theirs.items():
-        assert TABLE.cut_shape(key, tuple(tensor.shape)) == {name: shapes[name] for name in TABLE.ours(key)}
-        assert TABLE.join_shape(key, shapes) == tuple(tensor.shape)
-        assert torch.equal(TABLE.join(key, ours), tensor)
+        assert table.cut_shape(key, tuple(tensor.shape)) == {name: shapes[name] for name in table.ours(key)}
+        assert table.join_shape(key, shapes) == tuple(tensor.shape)
+        assert torch.equal(table.join(key, ours), tensor)
+    return ours
+
+
+def test_tensors_and_shapes_are_cut_and_joined():
+    ours = check_there_and_back(
+        TABLE,
+        {
+            "blocks.0.q.weight": torch.randn(4, 3),
+            "blocks.0.query_norm.scale": torch.randn(4),
+            "blocks.0.qkv.weight": torch.arange(18.0).view(6, 3),
+            "blocks.0.both.weight": torch.arange(10.0).view(10, 1),
+            "blocks.0.both.bias": torch.arange(10.0),
+            "cls": torch.randn(1, 1, 5),
+            "pos": torch.randn(1, 7, 5),
+            "head.mod.weight": torch.arange(8.0).view(4, 2),
+            "head.mod.bias": torch.arange(4.0),
+        },
+    )
+    assert ours["layers.0.b.weight"].tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert ours["layers.0.short.bias"].tolist() == [0, 1]
+    assert ours["layers.0.long.bias"].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert ours["embeddings.cls"].shape == (5,)
+    assert ours["out.linear.weight"].tolist() == [[4, 5], [6, 7], [0, 1], [2, 3]]
+    assert ours["out.linear.bias"].tolist() == [2, 3, 0, 1]
+
+
+def test_a_chain_translates_twice():
+    assert CHAIN.ours("typed.3.fused.bias") == ("layers.3.a.bias", "layers.3.b.bias", "layers.3.c.bias")
+    assert CHAIN.theirs("layers.3.b.bias") == "typed.3.fused.bias"
+    assert CHAIN.ours("typed.3.other") is CHAIN.theirs("layers.0.to_q") is CHAIN.theirs("strange") is None
+    assert Chain(PrefixMap(("typed.", "else.")), TABLE).ours("typed.0.fused") is None
+    assert Chain(SAME_NAMES, TABLE).ours("text.weight") == ()
+    ours = check_there_and_back(
+        CHAIN,
+        {
+            "typed.1.fused.weight": torch.randn(6, 3),
+            "typed.1.wide.bias": torch.arange(10.0),
+            "typed.last.weight": torch.arange(4.0).view(4, 1),
+        },
+    )
+    assert ours["layers.1.long.bias"].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert ours["out.linear.weight"].flatten().tolist() == [2, 3, 0, 1]
+
+
+def test_what_is_not_there_whole_has_no_name():
+    ours = ["layers.0.a.weight", "layers.0.b.weight", "layers.1.c.bias", "layers.0.to_q.weight", "strange"]
+    assert TABLE.theirs_of(ours) == ["blocks.0.q.weight"]
+    assert TABLE.theirs_of([*ours, "layers.0.c.weight"]) == ["blocks.0.qkv.weight", "blocks.0.q.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.qkv.weight", (7, 3)),
+        ("blocks.0.qkv.weight", (2, 3)),
+        ("blocks.0.qkv.weight", ()),
+        ("blocks.0.both.weight", (11, 3)),
+        ("cls", (1, 3, 5)),
+        ("cls", (3, 1, 5)),
+    ],
+)
+@pytest.mark.parametrize("table", [TABLE, Chain(SAME_NAMES, TABLE)], ids=["table", "chain"])
+def test_what_cannot_be_cut_comes_out_in_shapes_that_do_not_fit(table, name, shape):
+    """Neither rounded in silence nor an error in the middle: the module asks for other shapes."""
+    whole = {"blocks.0.qkv.weight": (6, 3), "blocks.0.both.weight": (10, 3), "cls": (1, 1, 5)}[name]
+    assert table.cut_shape(name, shape).keys() == table.cut_shape(name, whole).keys()
+    assert table.cut_shape(name, shape) != table.cut_shape(name, whole)
 
 
 def test_prefixes_are_swapped_in_both_directions():
@@ -67,9 +147,10 @@ def test_prefixes_are_swapped_in_both_directions():
     assert names.theirs("other") == "other"
 
 
-@pytest.mark.parametrize("names", [SAME_NAMES, PrefixMap(("a.", "b.")), TABLE])
+@pytest.mark.parametrize("names", [SAME_NAMES, PrefixMap(("a.", "b.")), TABLE, CHAIN])
 def test_maps_are_equal_by_what_they_are_made_of(names):
     copy = pickle.loads(pickle.dumps(names))
     assert copy == names
+    assert hash(copy) == hash(names)
     assert copy.ours("blocks.0.q") == names.ours("blocks.0.q")
     assert names != PrefixMap(("c.", "d."))

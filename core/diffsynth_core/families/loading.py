@@ -59,13 +59,13 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     required = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
-    surplus = []
+    surplus = set()
     for original, tensor in found.items():
         cut = files.layout.names.cut_shape(original, tensor.shape)
         shapes |= cut
         names |= dict.fromkeys(cut, original)
         if files.layout.names.ours(original) is None or not cut.keys() <= expected.keys():
-            surplus.append(original)
+            surplus.add(original)
     source = f"`{files.config_path}`" if files.config_path else "the file itself"
     where = f"{files.component} from `{files.origin}`"
     problems = []
@@ -76,12 +76,13 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     if surplus:
         what = f"has {len(surplus)} tensors that {source} has no place for: {shorten(sorted(surplus))}"
         problems.append(Problem(f"{where} {what}", "name the files of one component only"))
-    wrong = [name for name in sorted(expected.keys() & names.keys()) if expected[name] != shapes[name]]
+    placed = {name: original for name, original in names.items() if original not in surplus}
+    wrong = list(dict.fromkeys(placed[name] for name in sorted(placed) if expected[name] != shapes[name]))
     if wrong:
         first = wrong[0]
         what = (
             f"the shapes of {len(wrong)} tensors differ from what {source} asks for; "
-            f"`{names[first]}` is {list(shapes[first])}, expected {list(expected[first])}"
+            f"`{first}` is {list(found[first].shape)}, expected {list(files.layout.names.join_shape(first, expected))}"
         )
         problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
     return problems

@@ -1,11 +1,12 @@
 """Two ways of naming the same weights, from one literal table that is read in both directions. No torch.
 
 `theirs` are the names of a file layout or the names a user types; `ours` those of the module in memory. In a table `{}`
-stands for a number; a table names modules, and the leaf behind them (`weight`, `bias`, `gamma`) stays as it is.
+stands for a number; a table names modules, and the leaf behind them (`weight`, `bias`, `gamma`) stays as it is. Where
+the leaves differ (`scale` of theirs, `weight` of ours) a row names the tensors.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,9 @@ class KeyMap:
     def __hash__(self) -> int:
         return hash(repr(self._arguments))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self._arguments!r}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
 
@@ -46,12 +50,17 @@ class KeyMap:
         """The inverse of `ours`; tensors that stand one under the other share their name. None when unknown."""
         return name
 
+    def theirs_of(self, names: Collection[str]) -> list[str]:
+        """What `theirs` calls our `names`; what is not there whole, or has no name there, is left out."""
+        found = dict.fromkeys(name for own in names if (name := self.theirs(own)) is not None)
+        return [name for name in found if all(own in names for own in self.ours(name) or ())]
+
     def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
-        """Shapes of our tensors, given that of `theirs`."""
+        """Shapes of our tensors, given that of `theirs`; of one that cannot be cut, shapes that fit no module."""
         return dict.fromkeys(self.ours(name) or (), shape)
 
     def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensors, given `theirs`; views of it."""
+        """Our tensors, given `theirs`; views of it where they can be."""
         return dict.fromkeys(self.ours(name) or (), tensor)
 
     def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
@@ -94,25 +103,35 @@ class TableMap(KeyMap):
 
     Args:
         renamed: module or tensor of theirs -> of ours.
-        stacked: module of theirs -> modules of ours, whose tensors stand one under the other in it (fused q, k, v).
+        stacked: module of theirs -> modules of ours, whose tensors stand one under the other in it (fused q, k, v):
+            each has as many rows, or as many as its share says where it is given as (module, share).
         unsqueezed: tensor of theirs -> (tensor of ours, how many leading dimensions of one theirs has before it).
         unneeded: modules or tensors of theirs that we have no place for, on purpose; all below them too.
+        swapped: module of theirs -> module of ours, whose tensors have the upper and the lower half of the rows
+            exchanged (shift and scale in the other order).
     """
 
     def __init__(
         self,
         renamed: Mapping[str, str],
-        stacked: Mapping[str, tuple[str, ...]] | None = None,
+        stacked: Mapping[str, tuple[str | tuple[str, int], ...]] | None = None,
         unsqueezed: Mapping[str, tuple[str, int]] | None = None,
         unneeded: tuple[str, ...] = (),
+        swapped: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(renamed, stacked, unsqueezed, unneeded)
-        rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in renamed.items()}
-        rules |= dict(stacked or {})
+        super().__init__(renamed, stacked, unsqueezed, unneeded, swapped)
+        one_to_one = {**renamed, **(swapped or {})}
+        rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in one_to_one.items()}
+        self._shares: dict[str, tuple[int, ...]] = {}
+        for theirs, parts in (stacked or {}).items():
+            shared = [(part, 1) if isinstance(part, str) else part for part in parts]
+            rules[theirs] = tuple(name for name, _ in shared)
+            self._shares[theirs] = tuple(share for _, share in shared)
         rules |= {theirs: (ours,) for theirs, (ours, _) in (unsqueezed or {}).items()}
         self.rules: Mapping[str, tuple[str, ...]] = rules
         self._leading = {theirs: count for theirs, (_, count) in (unsqueezed or {}).items()}
         self._unneeded = unneeded
+        self._swapped = frozenset(swapped or ())
         self._from_theirs = [(_pattern(theirs), theirs) for theirs in rules]
         self._from_ours = [(_pattern(name), theirs) for theirs, ours in rules.items() for name in ours]
         self.ours = lru_cache(maxsize=None)(self._ours)  # type: ignore[method-assign]
@@ -138,36 +157,88 @@ class TableMap(KeyMap):
         return rule.format(*numbers) + leaf
 
     def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
-        names = self.ours(name) or ()
-        if len(names) > 1:
-            return dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
-        return dict.fromkeys(names, shape[self._leading.get(self.rule(name) or "", 0) :])
+        names, rule = self.ours(name) or (), self.rule(name) or ""
+        if rule in self._shares and shape:
+            rows = _rows(self._shares[rule], shape[0])
+            return {own: (count, *shape[1:]) for own, count in zip(names, rows, strict=True)}
+        leading = self._leading.get(rule, 0)
+        return dict.fromkeys(names, shape[leading:] if shape[:leading] == (1,) * leading else shape)
 
     def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        names = self.ours(name) or ()
-        if len(names) > 1:
-            return dict(zip(names, tensor.chunk(len(names)), strict=True))
-        leading = self._leading.get(self.rule(name) or "", 0)
-        return dict.fromkeys(names, tensor.reshape(tensor.shape[leading:]))
+        names, rule = self.ours(name) or (), self.rule(name) or ""
+        if rule in self._shares:
+            return dict(zip(names, tensor.split(_rows(self._shares[rule], len(tensor))), strict=True))
+        if rule in self._swapped:
+            return dict.fromkeys(names, _swap_halves(tensor))
+        return {own: tensor.reshape(shape) for own, shape in self.cut_shape(name, tuple(tensor.shape)).items()}
 
     def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
-        parts = [shapes[own] for own in self.ours(name) or ()]
-        if len(parts) > 1:
+        parts, rule = [shapes[own] for own in self.ours(name) or ()], self.rule(name) or ""
+        if rule in self._shares and all(parts):
             return (sum(part[0] for part in parts), *parts[0][1:])
-        return (1,) * self._leading.get(self.rule(name) or "", 0) + parts[0]
+        return (1,) * self._leading.get(rule, 0) + parts[0]
 
     def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        parts = [tensors[own] for own in self.ours(name) or ()]
-        if len(parts) > 1:
-            whole = parts[0].new_empty(
-                self.join_shape(name, {own: tensors[own].shape for own in self.ours(name) or ()})
-            )
+        names, rule = self.ours(name) or (), self.rule(name) or ""
+        parts = [tensors[own] for own in names]
+        if rule in self._shares:
+            whole = parts[0].new_empty(self.join_shape(name, {own: tensors[own].shape for own in names}))
             rows = 0
             for part in parts:
                 whole[rows : rows + len(part)] = part
                 rows += len(part)
             return whole
-        return parts[0][(None,) * self._leading.get(self.rule(name) or "", 0)]
+        if rule in self._swapped:
+            return _swap_halves(parts[0])
+        leading = self._leading.get(rule, 0)
+        return parts[0][(None,) * leading] if leading else parts[0]
+
+
+class Chain(KeyMap):
+    """Two maps one after the other: theirs -> names between -> ours."""
+
+    def __init__(self, first: KeyMap, second: KeyMap) -> None:
+        super().__init__(first, second)
+        self._first, self._second = first, second
+
+    def ours(self, name: str) -> tuple[str, ...] | None:
+        between = self._first.ours(name)
+        parts = [self._second.ours(part) for part in between or ()]
+        if between is None or None in parts:
+            return None
+        return tuple(own for part in parts for own in part or ())
+
+    def theirs(self, name: str) -> str | None:
+        between = self._second.theirs(name)
+        return None if between is None else self._first.theirs(between)
+
+    def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
+        between = self._first.cut_shape(name, shape)
+        return {own: cut for part in between for own, cut in self._second.cut_shape(part, between[part]).items()}
+
+    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        between = self._first.cut(name, tensor)
+        return {own: cut for part in between for own, cut in self._second.cut(part, between[part]).items()}
+
+    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        parts = self._first.ours(name) or ()
+        return self._first.join_shape(name, {part: self._second.join_shape(part, shapes) for part in parts})
+
+    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        parts = self._first.ours(name) or ()
+        return self._first.join(name, {part: self._second.join(part, tensors) for part in parts})
+
+
+def _rows(shares: Sequence[int], rows: int) -> list[int]:
+    """Rows of each part; what the shares do not divide falls to the last, which then fits none beside the others."""
+    unit = rows // sum(shares)
+    first = [share * unit for share in shares[:-1]]
+    return [*first, rows - sum(first)]
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    """The lower half of the rows above the upper one; its own inverse."""
+    return tensor.roll(len(tensor) // 2, 0)
 
 
 def _pattern(row: str) -> re.Pattern[str]:
