@@ -109,7 +109,7 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
 def with_lora(base: Path, run: LoraRun, path: Path) -> Any:
     """The transformer of a run as we load it, with a LoRA from a file."""
     transformer = load_files(find_files(base, "dit", run.dit))
-    add_lora(transformer, sorted(own_names(run.modules)), RANK, seed=0, documented=names.DIT)
+    add_lora(transformer, sorted(run.modules), RANK, seed=0, documented=names.DIT)
     assert load_lora(transformer, path, WAN.component("dit").lora_naming, names.DIT) == len(run.modules)
     return transformer
 

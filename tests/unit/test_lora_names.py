@@ -37,7 +37,7 @@ WRITTEN = {
 
 
 def written(dialect: str, modules=MODULES) -> list[str]:
-    keys = [lora_keys(module, dialect) for module in modules]
+    keys = [part for module in modules for part in lora_keys(module, dialect)]
     return [key for each in keys for key in (each.down, each.up, each.alpha) if key]
 
 
@@ -47,7 +47,7 @@ def test_the_documented_dialects_are_all_there():
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_written_keys(dialect):
-    assert lora_keys(MODULES[0], dialect) == LoraKeys(*WRITTEN[dialect])
+    assert lora_keys(MODULES[0], dialect) == (LoraKeys(*WRITTEN[dialect]),)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -80,7 +80,7 @@ def test_spellings_that_are_read_though_not_written(down, up, alpha):
     _, found, unmatched = find_lora_keys(keys, MODULES)
     assert unmatched == []
     assert found == {
-        module: LoraKeys(down.format(module), up.format(module), alpha.format(module) if alpha else None)
+        module: (LoraKeys(down.format(module), up.format(module), alpha.format(module) if alpha else None),)
         for module in MODULES
     }
 
@@ -88,7 +88,7 @@ def test_spellings_that_are_read_though_not_written(down, up, alpha):
 @pytest.mark.parametrize("component", ["dit", "text_encoder"])
 def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
     keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
-    assert find_lora_keys(keys, MODULES, LoraNaming(component)) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
+    assert find_lora_keys(keys, MODULES, LoraNaming(component)) == ("diffsynth", {"img_in": (LoraKeys(*keys),)}, [])
     assert find_lora_keys(keys, MODULES, LoraNaming("vae"))[1:] == ({}, keys)
 
 
@@ -102,9 +102,9 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
     dialect, found, unmatched = find_lora_keys(keys, modules)
     assert dialect == "kohya"
     assert found == {
-        "blocks.0.to_q": LoraKeys(up=keys[0]),
-        "blocks.0.mlp.fc_1": LoraKeys(alpha=keys[1]),
-        "blocks_extra.0": LoraKeys(alpha=keys[2]),
+        "blocks.0.to_q": (LoraKeys(up=keys[0]),),
+        "blocks.0.mlp.fc_1": (LoraKeys(alpha=keys[1]),),
+        "blocks_extra.0": (LoraKeys(alpha=keys[2]),),
     }
     assert unmatched == []
 
@@ -130,7 +130,7 @@ def test_keys_that_fit_no_module_are_told(dialect, stranger):
 
 def test_a_missing_half_is_none():
     _, found, unmatched = find_lora_keys([WRITTEN["diffusers"][1]], MODULES)
-    assert found == {MODULES[0]: LoraKeys(up=WRITTEN["diffusers"][1])}
+    assert found == {MODULES[0]: (LoraKeys(up=WRITTEN["diffusers"][1]),)}
     assert unmatched == []
 
 

@@ -1,12 +1,17 @@
 """LoRA: y = W x + (alpha / rank) B A x, with A `[rank, in]`, B `[out, rank]` (Hu et al. 2021, arXiv:2106.09685).
 
 alpha equals rank, so the scale is 1. A starts uniform in ±1/sqrt(in), B at zero; both are kept in float32.
+
+A documented module may be several modules here that read the same input: q, k and v where the original has one matrix
+with their rows. Its LoRA is one all the same. Each of them holds its rows of B, and all of them the same A, which
+therefore gets the sum of their gradients: as `[Bq; Bk; Bv] A` has it.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +21,26 @@ from diffsynth_core.randomness import key_of
 from diffsynth_core.state_dicts.headers import read_header
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.lora_files import check_lora_file
-from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, find_lora_keys, lora_keys
+from diffsynth_core.state_dicts.lora_names import DIT, LoraKeys, LoraNaming, find_lora_keys, lora_keys
 
 ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The two halves of one module's LoRA: down is A `[rank, in]`, up is B `[out, rank]`."""
+    """The two halves of one documented module's LoRA: down is A `[rank, in]`, up is B `[out, rank]`."""
 
     down: Tensor
     up: Tensor
 
 
 def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, documented: KeyMap = SAME_NAMES) -> None:
-    """Put a fresh LoRA on the named modules of a model; only the LoRA takes gradients.
+    """Put a fresh LoRA on modules of a model; only the LoRA takes gradients.
 
     The initial weights of a module depend on the seed and its documented name alone.
 
     Args:
-        modules: names in the model.
+        modules: documented names.
         documented: documented names -> names in the model.
 
     Raises:
@@ -44,7 +49,9 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, doc
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, modules)), lora_dropout=0.0)
+    own_names = {module: documented.ours(module) or () for module in modules}
+    targets = [own for names in own_names.values() for own in names]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0)
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except ValueError as error:
@@ -53,64 +60,74 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, doc
             "name linear or convolution modules in `--lora_target_modules`",
         ) from error
     layers = lora_layers(model)
-    if layers.keys() != set(modules):
-        missing = sorted(set(modules) - layers.keys())
+    if layers.keys() != set(targets):
+        missing = sorted(set(targets) - layers.keys())
         raise DiffSynthError(
-            f"LoRA did not find {len(missing)} of {len(modules)} modules: {shorten(missing)}",
+            f"LoRA did not find {len(missing)} of {len(targets)} modules: {shorten(missing)}",
             "name modules that are there",
         )
-    for name, layer in layers.items():
-        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]  # type: ignore[index]
-        assert isinstance(down, nn.Module) and isinstance(up, nn.Module)
-        down.to(torch.float32)
-        up.to(torch.float32)
-        _start(down.weight, up.weight, seed, _documented(documented, name))  # type: ignore[arg-type]
+    for module, names in own_names.items():
+        _start([layers[own] for own in names], seed, module)
     for name, parameter in model.named_parameters():
         # peft freezes everything that is not LoRA; what was to be trained in full still is.
         parameter.requires_grad_(".lora_" in name or name.replace(".base_layer.", ".") in trained)
 
 
-def _start(down: nn.Parameter, up: nn.Parameter, seed: int, name: str) -> None:
+def _start(layers: Sequence[Any], seed: int, name: str) -> None:
+    """Initial weights of one LoRA on the layers of one documented module, which share A."""
+    shared = layers[0].lora_A[ADAPTER].to(torch.float32)
+    down = shared.weight
     generator = torch.Generator().manual_seed(key_of("lora", seed, name))
     bound = down[0].numel() ** -0.5
     with torch.no_grad():
         down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
-        up.zero_()
+    for layer in layers:
+        layer.lora_A[ADAPTER] = shared
+        nn.init.zeros_(layer.lora_B[ADAPTER].to(torch.float32).weight)
 
 
-def _documented(names: KeyMap, module: str) -> str:
-    documented = names.theirs(module)
-    assert documented is not None  # planning found the module by that name
-    return documented
-
-
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that carry a LoRA, by their name in the model."""
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The modules that carry a LoRA (layers of peft), by their name in the model."""
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
 def lora_weights(model: nn.Module, documented: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
     """The LoRA of every module that carries one, by its documented name."""
     return {
-        _documented(documented, name): LoraWeights(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)  # type: ignore[index, union-attr]
-        for name, layer in lora_layers(model).items()
+        module: LoraWeights(down, documented.join(f"{module}.weight", ups))
+        for module, (down, ups) in _halves(model, documented).items()
     }
 
 
+def _halves(model: nn.Module, documented: KeyMap) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """A and B as the model holds them, by documented module; B by the names of the weights that its parts change."""
+    layers = lora_layers(model)
+    found = {}
+    for module in documented.theirs_of(layers):
+        own = documented.ours(module) or ()
+        ups = {f"{name}.weight": layers[name].lora_B[ADAPTER].weight for name in own}
+        found[module] = (layers[own[0]].lora_A[ADAPTER].weight, ups)
+    return found
+
+
 def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNaming = DIT) -> dict[str, Tensor]:
-    """LoRA weights, given by documented module, under the keys of a dialect."""
+    """LoRA weights, given by documented module, under the keys of a dialect.
+
+    Where the dialect has several parts of a module, each has its rows of B and the whole of A.
+    """
     tensors: dict[str, Tensor] = {}
     for module, halves in weights.items():
-        keys = lora_keys(module, dialect, naming)
-        assert keys.down and keys.up
-        tensors[keys.down], tensors[keys.up] = halves.down, halves.up
-        if keys.alpha:
-            tensors[keys.alpha] = torch.tensor(float(halves.down.shape[0]))
+        ups = naming.names(dialect).cut(f"{module}.weight", halves.up.detach())
+        for keys, up in zip(lora_keys(module, dialect, naming), ups.values(), strict=True):
+            assert keys.down and keys.up
+            tensors[keys.down], tensors[keys.up] = halves.down.detach(), up
+            if keys.alpha:
+                tensors[keys.alpha] = torch.tensor(float(halves.down.shape[0]))
     return tensors
 
 
 def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented: KeyMap = SAME_NAMES) -> int:
-    """Start the LoRA of a model from a file in any dialect; returns how many modules it filled.
+    """Start the LoRA of a model from a file in any dialect; returns how many documented modules it filled.
 
     Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
     (those that never get a gradient) are passed over.
@@ -120,24 +137,27 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     """
     from safetensors import safe_open
 
-    targets = lora_weights(model, documented)
+    targets = _halves(model, documented)
     shapes = _weight_shapes(model, documented)
     ranks = check_lora_file(path, shapes, naming)
-    _, found, _ = find_lora_keys(read_header(path).tensors, shapes, naming)
+    dialect, found, _ = find_lora_keys(read_header(path).tensors, shapes, naming)
+    names = naming.names(dialect)
     filled = 0
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
-        for module, halves in targets.items():
+        for module, (down, ups) in targets.items():
             if module not in found:
                 continue
-            if ranks[module] != halves.down.shape[0]:
+            if ranks[module] != down.shape[0]:
                 raise DiffSynthError(
-                    f"`{path}` has rank {ranks[module]} at `{module}`, the run has {halves.down.shape[0]}",
+                    f"`{path}` has rank {ranks[module]} at `{module}`, the run has {down.shape[0]}",
                     f"give `--lora_rank {ranks[module]}`",
                 )
-            keys = found[module]
-            scale = float(stream.get_tensor(keys.alpha)) / ranks[module] if keys.alpha else 1.0
-            halves.down.copy_(stream.get_tensor(keys.down))
-            halves.up.copy_(stream.get_tensor(keys.up).float() * scale)
+            weight = f"{module}.weight"
+            parts = dict(zip(names.ours(weight) or (), found[module], strict=True))
+            scaled = {part: _scaled_up(stream, keys, ranks[module]) for part, keys in parts.items()}
+            down.copy_(stream.get_tensor(found[module][0].down))
+            for own, rows in documented.cut(weight, names.join(weight, scaled)).items():
+                ups[own].copy_(rows)
             filled += 1
     if not filled:
         raise DiffSynthError(
@@ -147,13 +167,22 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     return filled
 
 
+def _scaled_up(stream: Any, keys: LoraKeys, rank: int) -> Tensor:
+    """B of one part in float32, with the scale alpha / rank in it: ours is 1."""
+    scale = float(stream.get_tensor(keys.alpha)) / rank if keys.alpha else 1.0
+    up: Tensor = stream.get_tensor(keys.up)
+    return up.float() * scale
+
+
 def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of a model's modules, by their documented names, without peft's layers in between."""
-    shapes = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        own_name = name.removesuffix(".base_layer")
-        known = documented.theirs(own_name)
-        if isinstance(weight, Tensor) and ".lora_" not in name and known and documented.ours(known) == (own_name,):
-            shapes[known] = tuple(weight.shape)
-    return shapes
+    own = {
+        f"{name.removesuffix('.base_layer')}.weight": tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if ".lora_" not in name and isinstance(getattr(module, "weight", None), Tensor)
+    }
+    return {
+        name.removesuffix(".weight"): documented.join_shape(name, own)
+        for name in documented.theirs_of(own)
+        if name.endswith(".weight")
+    }

@@ -38,10 +38,10 @@ class Layout:
     documented: KeyMap = SAME_NAMES
     written: KeyMap | None = None
 
-    def module_of(self, documented: str) -> str | None:
-        """The one module of ours that holds what is documented as `documented`; None when there is not just one."""
-        modules = self.documented.ours(documented) or ()
-        return modules[0] if len(modules) == 1 else None
+    @property
+    def in_checkpoints(self) -> KeyMap:
+        """Names in full checkpoints -> names in our module."""
+        return self.documented if self.written is None else self.written
 
     def module_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by the names of our module, from those in the files; what has no place in it is left out."""
@@ -52,8 +52,11 @@ class Layout:
 
     def documented_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by documented name, from those of our module; what has no documented name is left out."""
-        names = dict.fromkeys(known for name in shapes if (known := self.documented.theirs(name)) is not None)
-        return {name: self.documented.join_shape(name, shapes) for name in names}
+        return {name: self.documented.join_shape(name, shapes) for name in self.documented.theirs_of(shapes)}
+
+    def checkpoint_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes by the names in full checkpoints, from those of our module."""
+        return {name: self.in_checkpoints.join_shape(name, shapes) for name in self.in_checkpoints.theirs_of(shapes)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class ComponentFacts:
     `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
     its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
-    `dialects`: for LoRA dialects that name modules otherwise: documented module -> its name there.
+    `dialects`: for LoRA dialects that name modules otherwise: documented names -> those there, which may be of several
+    modules; None: the dialect has no names for this component.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
     `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says.
@@ -76,7 +80,7 @@ class ComponentFacts:
     places: tuple[str, ...]
     config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
-    dialects: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: tuple[str, ...] = ()
 

@@ -4,9 +4,17 @@ from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
-from diffsynth_core.families.interface import ComponentFacts, Shapes, is_below, match_targets, modules_with_weights
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    FamilyFacts,
+    Shapes,
+    is_below,
+    match_targets,
+    modules_with_weights,
+)
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.state_dicts.lora_files import check_lora_file
+from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def find_training(
                 wrong_use=True,
             )
         )
-    _check_lora_options(parameters, found.facts.denoiser, problems)
+    _check_lora_options(parameters, found.facts, problems)
     modules: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if lora_component and lora_component in found.shapes and "lora_target_modules" not in invalid:
@@ -69,13 +77,23 @@ def _check_component(name: str, parameter: str, found: FoundComponents, problems
     return False
 
 
-def _check_lora_options(parameters: Parameters, denoiser: str, problems: list[Problem]) -> None:
-    if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, denoiser):
+def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: list[Problem]) -> None:
+    if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, facts.denoiser):
         problems.append(
             Problem(
-                f"`lora_format` `{parameters.lora_format}` has names for {denoiser} only, "
+                f"`lora_format` `{parameters.lora_format}` has names for {facts.denoiser} only, "
                 f"`lora_base_model` is `{parameters.lora_base_model}`",
                 "leave `lora_format` out",
+                wrong_use=True,
+            )
+        )
+    naming = facts.component(facts.denoiser).lora_naming
+    if parameters.lora_base_model == facts.denoiser and not naming.known(parameters.lora_format):
+        known = " or ".join(f"`--lora_format {name}`" for name in filter(naming.known, DIALECTS))
+        problems.append(
+            Problem(
+                f"`lora_format` `{parameters.lora_format}` has no names for the {facts.denoiser} of {facts.title}",
+                f"give {known}",
                 wrong_use=True,
             )
         )
@@ -108,19 +126,9 @@ def _lora_modules(
     modules = modules_with_weights(layout.documented_shapes(found.shapes[component]))
     matches = match_targets(modules, targets)
     problems += [_unmatched(target, modules, facts) for target, names in matches.items() if not names]
-    own_names = {name: layout.module_of(name) for names in matches.values() for name in names}
-    several = sorted(name for name, own in own_names.items() if own is None)
-    if several:
-        problems.append(
-            Problem(
-                f"`lora_target_modules` addresses modules of {component} that are several here: {shorten(several)}",
-                "name other modules",
-                wrong_use=True,
-            )
-        )
-        return (), ()
+    own_names = {name: layout.documented.ours(name) or () for names in matches.values() for name in names}
     dead = found.variant.untrainable(facts, frozenset(found.shapes[component]))
-    alive = tuple(sorted(name for name, own in own_names.items() if own and not is_below(own, dead)))
+    alive = tuple(sorted(name for name, own in own_names.items() if not all(is_below(part, dead) for part in own)))
     if own_names and not alive:
         problems.append(
             Problem(

@@ -36,10 +36,11 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors of one file, and its text metadata."""
+    """All tensors of one file, its text metadata, and where in the file the bytes of each tensor begin and end."""
 
     tensors: Mapping[str, TensorHeader]
     metadata: Mapping[str, str]
+    spans: Mapping[str, tuple[int, int]]
 
 
 def read_header(path: Path) -> Header:
@@ -59,7 +60,7 @@ def read_header(path: Path) -> Header:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
     except ValueError as error:
         raise _damaged(path, size) from error
-    return _parse(path, content, size - 8 - length)
+    return _parse(path, content, 8 + length, size)
 
 
 def _damaged(path: Path, size: int) -> DiffSynthError:
@@ -68,14 +69,15 @@ def _damaged(path: Path, size: int) -> DiffSynthError:
     )
 
 
-def _parse(path: Path, content: Any, data_bytes: int) -> Header:
+def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
+    data_bytes = size - data_begin
     if not isinstance(content, dict):
         raise _damaged(path, data_bytes)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DiffSynthError(f"`{path}`: the metadata in its header are not texts", "fetch the file again")
     tensors: dict[str, TensorHeader] = {}
-    spans = []
+    spans: dict[str, tuple[int, int]] = {}
     for name, entry in content.items():
         try:
             dtype, shape, (begin, end) = (
@@ -94,9 +96,9 @@ def _parse(path: Path, content: Any, data_bytes: int) -> Header:
         if not sound:
             raise DiffSynthError(f"`{path}`: the header of `{name}` contradicts itself", "fetch the file again")
         tensors[name] = TensorHeader(dtype, shape, path)
-        spans.append((begin, end))
+        spans[name] = (begin, end)
     end_of_data = 0
-    for begin, end in sorted(spans):
+    for begin, end in sorted(spans.values()):
         if begin != end_of_data:
             raise DiffSynthError(f"`{path}`: the tensors in its header overlap or leave gaps", "fetch the file again")
         end_of_data = end
@@ -107,7 +109,9 @@ def _parse(path: Path, content: Any, data_bytes: int) -> Header:
             else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not name",
             "fetch the file again",
         )
-    return Header(tensors, metadata)
+    return Header(
+        tensors, metadata, {name: (data_begin + begin, data_begin + end) for name, (begin, end) in spans.items()}
+    )
 
 
 def shapes_of(tensors: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:

@@ -3,8 +3,10 @@
 The module name inside a dialect is the family's business (`families/*/names.py`); here is what stands around it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,32 @@ DIALECTS: Mapping[str, Dialect] = {
 class LoraNaming:
     """How LoRA files call the modules of one component.
 
-    `dialects`: dialects with names of their own for modules: documented name -> the name there.
+    `dialects`: for dialects that name modules otherwise: documented names -> those there, which may be of several
+    modules; None: the dialect has no names for this component.
     """
 
     component: str = "dit"
-    dialects: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
 
-    def text(self, module: str, dialect_name: str) -> str:
-        """A module, by its documented name, as a dialect writes it."""
-        text = self.dialects.get(dialect_name, str)(module)
-        return text.replace(".", "_") if DIALECTS[dialect_name].underscored else text
+    def known(self, dialect_name: str) -> bool:
+        """Whether a dialect has names for the modules of this component."""
+        return self.dialects.get(dialect_name, SAME_NAMES) is not None
+
+    def names(self, dialect_name: str) -> KeyMap:
+        """Documented names -> those of a dialect.
+
+        Raises:
+            KeyError: when the dialect has none.
+        """
+        found = self.dialects.get(dialect_name, SAME_NAMES)
+        if found is None:
+            raise KeyError(dialect_name)
+        return found
+
+    def texts(self, module: str, dialect_name: str) -> tuple[str, ...]:
+        """A module, by its documented name, as a dialect writes it: in one name, or in those of its parts."""
+        parts = self.names(dialect_name).ours(module) or ()
+        return tuple(part.replace(".", "_") for part in parts) if DIALECTS[dialect_name].underscored else parts
 
 
 DIT = LoraNaming()
@@ -56,36 +74,36 @@ DIT = LoraNaming()
 
 @dataclass(frozen=True)
 class LoraKeys:
-    """Where a file keeps the halves of one module's LoRA; a missing half is None."""
+    """Where a file keeps the halves of one LoRA; a missing half is None."""
 
     down: str | None = None
     up: str | None = None
     alpha: str | None = None
 
 
-def lora_keys(module: str, dialect_name: str, naming: LoraNaming = DIT) -> LoraKeys:
-    """The keys under which a dialect writes the LoRA of `module` (its documented name).
+def lora_keys(module: str, dialect_name: str, naming: LoraNaming = DIT) -> tuple[LoraKeys, ...]:
+    """The keys under which a dialect writes the LoRA of `module` (its documented name), for each of its parts there.
 
     `alpha` is given for kohya only: its readers expect one, the others take alpha = rank where none is stored.
     """
     dialect = DIALECTS[dialect_name]
-    stem = dialect.prefixes[0] + naming.text(module, dialect_name)
-    return LoraKeys(
-        stem + dialect.down, stem + dialect.up, stem + dialect.alpha if dialect.alpha and dialect.underscored else None
-    )
+    alpha = dialect.alpha if dialect.underscored else None
+    stems = [dialect.prefixes[0] + text for text in naming.texts(module, dialect_name)]
+    return tuple(LoraKeys(stem + dialect.down, stem + dialect.up, stem + alpha if alpha else None) for stem in stems)
 
 
 def find_lora_keys(
     keys: Iterable[str], modules: Iterable[str], naming: LoraNaming = DIT
-) -> tuple[str, dict[str, LoraKeys], list[str]]:
+) -> tuple[str, dict[str, tuple[LoraKeys, ...]], list[str]]:
     """Which dialect a LoRA file speaks, its keys by module of the base, and the keys that fit no module.
 
-    The dialect that explains most keys is taken; `modules` are the documented names of the base's own modules.
+    The dialect that explains most keys is taken; `modules` are the documented names of the base's own modules. Of each
+    module found there are the keys of all parts that the dialect has of it.
     """
     present = list(keys)
-    best: tuple[str, dict[str, LoraKeys], list[str]] = ("diffsynth", {}, present)
+    best: tuple[str, dict[str, tuple[LoraKeys, ...]], list[str]] = ("diffsynth", {}, present)
     names = list(modules)
-    for name in DIALECTS:
+    for name in filter(naming.known, DIALECTS):
         found, unmatched = _match(present, names, name, naming)
         if len(unmatched) < len(best[2]):
             best = (name, found, unmatched)
@@ -94,23 +112,25 @@ def find_lora_keys(
 
 def _match(
     keys: list[str], modules: list[str], dialect_name: str, naming: LoraNaming
-) -> tuple[dict[str, LoraKeys], list[str]]:
+) -> tuple[dict[str, tuple[LoraKeys, ...]], list[str]]:
     dialect = DIALECTS[dialect_name]
     prefixes = [prefix.format(component=naming.component) for prefix in dialect.prefixes]
-    texts = {naming.text(module, dialect_name): module for module in modules}
-    by_stem = {prefix + text: module for text, module in texts.items() for prefix in prefixes}
+    texts = {module: naming.texts(module, dialect_name) for module in modules}
+    by_stem = {prefix + text: (module, text) for module in modules for text in texts[module] for prefix in prefixes}
     endings = {dialect.down: "down", dialect.up: "up"}
     if dialect.also:
         endings |= dict(zip(dialect.also, ("down", "up"), strict=True))
     if dialect.alpha:
         endings[dialect.alpha] = "alpha"
-    halves: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = {}
     unmatched = []
     for key in keys:
         ending = next((text for text in endings if key.endswith(text)), None)
-        module = by_stem.get(key.removesuffix(ending)) if ending else None
-        if ending and module and endings[ending] not in halves.get(module, {}):
-            halves.setdefault(module, {})[endings[ending]] = key
+        place = by_stem.get(key.removesuffix(ending)) if ending else None
+        if ending and place and endings[ending] not in found.get(place[0], {}).get(place[1], {}):
+            found.setdefault(place[0], {}).setdefault(place[1], {})[endings[ending]] = key
         else:
             unmatched.append(key)
-    return {module: LoraKeys(**keys_of) for module, keys_of in halves.items()}, unmatched
+    return {
+        module: tuple(LoraKeys(**halves.get(text, {})) for text in texts[module]) for module, halves in found.items()
+    }, unmatched

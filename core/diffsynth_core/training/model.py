@@ -98,13 +98,10 @@ def build_training_module(
         if name in training.full:
             _train_in_full(family, plan.variant, name, module)
         if name == training.lora_component:
-            layout = plan.components[name].layout
-            own_names = [own for documented in training.lora_modules if (own := layout.module_of(documented))]
-            add_lora(module, own_names, settings.lora_rank, settings.seed, layout.documented)
+            documented, naming = plan.components[name].layout.documented, plan.facts.component(name).lora_naming
+            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed, documented)
             if settings.lora_checkpoint:
-                filled = load_lora(
-                    module, settings.lora_checkpoint, plan.facts.component(name).lora_naming, layout.documented
-                )
+                filled = load_lora(module, settings.lora_checkpoint, naming, documented)
                 reporter.info(
                     f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )

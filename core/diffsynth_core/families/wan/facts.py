@@ -102,12 +102,6 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
     )
 
 
-def diffusers_module(documented: str) -> str:
-    """A module of the transformer as diffusers calls it."""
-    (own,) = names.DIT.ours(documented) or (documented,)
-    return own
-
-
 WAN = FamilyFacts(
     name="wan",
     title="Wan",
@@ -126,7 +120,7 @@ WAN = FamilyFacts(
             ),
             config_classes=("*WanModel", "WanTransformer3DModel"),
             lora_targets=names.LORA_TARGETS,
-            dialects={"diffusers": diffusers_module},
+            dialects={"diffusers": names.DIT},
         ),
         ComponentFacts(
             name="text_encoder",

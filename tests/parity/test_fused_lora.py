@@ -1,0 +1,346 @@
+"""One LoRA on modules that the original holds as one matrix: the same output, gradients and files as on that matrix.
+
+The model is diffusers' transformer of FLUX.1, whose q, k, v (and the MLP of single blocks) are one matrix in
+black-forest-labs' files. The reference here is weights with `B A` added to them.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights, name_lora
+from diffsynth_core.checkpoints.state import Position, restore_state, save_state
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.key_maps import Chain, TableMap
+from diffsynth_core.state_dicts.lora_names import LoraNaming, find_lora_keys
+
+ORIGINAL = TableMap(
+    {"double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj"},
+    stacked={
+        "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+        "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv"),
+        "single_blocks.{}.linear1": (
+            *((f"single_transformer_blocks.{{}}.attn.to_{part}", 1) for part in "qkv"),
+            ("single_transformer_blocks.{}.proj_mlp", 4),
+        ),
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
+TYPED = TableMap(
+    {
+        "blocks.{}.ff_a.0": "double_blocks.{}.img_mlp.0",
+        "blocks.{}.attn.a_to_qkv": "double_blocks.{}.img_attn.qkv",
+        "blocks.{}.attn.b_to_qkv": "double_blocks.{}.txt_attn.qkv",
+        "single_blocks.{}.to_qkv_mlp": "single_blocks.{}.linear1",
+        "final_norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+)
+DOCUMENTED = Chain(TYPED, ORIGINAL)
+NAMING = LoraNaming("dit", {"diffusers": DOCUMENTED, "comfyui": TYPED, "kohya": TYPED})
+DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+RANK, WIDTH = 3, 32
+ROWS = {
+    "blocks.0.ff_a.0": {"transformer_blocks.0.ff.net.0.proj": slice(0, 4 * WIDTH)},
+    "blocks.0.attn.a_to_qkv": {
+        "transformer_blocks.0.attn.to_q": slice(0, WIDTH),
+        "transformer_blocks.0.attn.to_k": slice(WIDTH, 2 * WIDTH),
+        "transformer_blocks.0.attn.to_v": slice(2 * WIDTH, 3 * WIDTH),
+    },
+    "blocks.0.attn.b_to_qkv": {
+        "transformer_blocks.0.attn.add_q_proj": slice(0, WIDTH),
+        "transformer_blocks.0.attn.add_k_proj": slice(WIDTH, 2 * WIDTH),
+        "transformer_blocks.0.attn.add_v_proj": slice(2 * WIDTH, 3 * WIDTH),
+    },
+    "single_blocks.0.to_qkv_mlp": {
+        "single_transformer_blocks.0.attn.to_q": slice(0, WIDTH),
+        "single_transformer_blocks.0.attn.to_k": slice(WIDTH, 2 * WIDTH),
+        "single_transformer_blocks.0.attn.to_v": slice(2 * WIDTH, 3 * WIDTH),
+        "single_transformer_blocks.0.proj_mlp": slice(3 * WIDTH, 7 * WIDTH),
+    },
+    "final_norm_out.linear": {"norm_out.linear": [*range(WIDTH, 2 * WIDTH), *range(WIDTH)]},
+}
+"""Which rows of a documented module's matrix are which module's here, by hand."""
+MODULES = tuple(ROWS)
+QKV = "blocks.0.attn.a_to_qkv"
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+def with_lora(base: nn.Module, seed: int = 0, moved: bool = True) -> nn.Module:
+    """The model with a LoRA on all modules, and with B away from zero unless it is to be fresh."""
+    model = deepcopy(base)
+    add_lora(model, MODULES, RANK, seed, DOCUMENTED)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if moved and ".lora_B." in name:
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def predict(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    inputs = {
+        "hidden_states": torch.randn(2, 6, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 3, 12, generator=generator),
+        "pooled_projections": torch.randn(2, 10, generator=generator),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": torch.randint(0, 4, (6, 3), generator=generator).float(),
+        "txt_ids": torch.zeros(3, 3),
+        "return_dict": False,
+    }
+    return functional_call(model, dict(weights or {}), kwargs=inputs)[0]
+
+
+def changed_weights(base: nn.Module, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W + B A of the matrix of each documented module, in the rows that each module here has of it."""
+    return {
+        f"{own}.weight": base.get_parameter(f"{own}.weight") + (ups[module] @ downs[module])[rows]
+        for module, parts in ROWS.items()
+        for own, rows in parts.items()
+    }
+
+
+def fused_halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of A and B of each documented module, as leaves."""
+    weights = lora_weights(model, DOCUMENTED)
+    assert weights.keys() == set(MODULES)
+    downs = {name: halves.down.detach().clone().requires_grad_() for name, halves in weights.items()}
+    ups = {name: halves.up.detach().clone().requires_grad_() for name, halves in weights.items()}
+    return downs, ups
+
+
+def gradients(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of A and B by documented module, B's put together by hand."""
+    trained = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    downs, ups = {}, {}
+    for module, parts in ROWS.items():
+        downs[module] = trained[f"{next(iter(parts))}.lora_A.default.weight"]
+        up = torch.zeros(sum(len(trained[f"{own}.lora_B.default.weight"]) for own in parts), RANK)
+        for own, rows in parts.items():
+            up[rows] = trained[f"{own}.lora_B.default.weight"]
+        ups[module] = up
+    return downs, ups
+
+
+def test_output_and_gradients_are_those_of_one_lora_on_the_whole_matrix(base):
+    model = with_lora(base)
+    downs, ups = fused_halves(model)
+    expected = predict(base, changed_weights(base, downs, ups))
+    output = predict(model)
+    assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert (output - predict(base)).abs().max() > 0.1, "the LoRA does something"
+
+    (output**2).sum().backward()
+    (expected**2).sum().backward()
+    down_gradients, up_gradients = gradients(model)
+    for module in MODULES:
+        scale = downs[module].grad.abs().max()
+        assert scale > 1e-3
+        assert_close(down_gradients[module] / scale, downs[module].grad / scale, rtol=1e-5, atol=1e-5)
+        scale = ups[module].grad.abs().max()
+        assert_close(up_gradients[module] / scale, ups[module].grad / scale, rtol=1e-5, atol=1e-5)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_each_a_trains_once(base):
+    model = with_lora(base)
+    names = list(trained(model))
+    assert sum(".lora_A." in name for name in names) == len(MODULES)
+    assert sum(".lora_B." in name for name in names) == sum(map(len, ROWS.values()))
+    attention = model.transformer_blocks[0].attn
+    assert attention.to_q.lora_A["default"] is attention.to_k.lora_A["default"] is attention.to_v.lora_A["default"]
+    model.to(torch.float64)
+    assert attention.to_q.lora_A["default"].weight is attention.to_v.lora_A["default"].weight
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (predict(model) ** 2).mean().backward()
+        optimizer.step()
+
+
+def adamw(parameters) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def test_training_goes_the_way_of_the_whole_matrix(base):
+    model = with_lora(base)
+    downs, ups = fused_halves(model)
+    train(model, adamw(trained(model).values()), 3)
+    optimizer = adamw([*downs.values(), *ups.values()])
+    for _ in range(3):
+        optimizer.zero_grad()
+        (predict(base, changed_weights(base, downs, ups)) ** 2).mean().backward()
+        optimizer.step()
+    for module, halves in lora_weights(model, DOCUMENTED).items():
+        assert_close(halves.down, downs[module], rtol=1e-4, atol=1e-5)
+        assert_close(halves.up, ups[module], rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(base, tmp_path):
+    straight = with_lora(base)
+    optimizer = adamw(trained(straight).values())
+    train(straight, optimizer, 2)
+    save_state(tmp_path, Position(2, 4), trained(straight), optimizer)
+    train(straight, optimizer, 2)
+
+    resumed = with_lora(base, seed=9)
+    optimizer = adamw(trained(resumed).values())
+    restore_state(tmp_path / "state" / "step-2", trained(resumed), optimizer)
+    train(resumed, optimizer, 2)
+    check_equal(resumed, straight)
+
+
+def check_equal(model: nn.Module, other: nn.Module) -> None:
+    first, second = lora_weights(model, DOCUMENTED), lora_weights(other, DOCUMENTED)
+    assert first.keys() == second.keys()
+    for module, halves in first.items():
+        assert torch.equal(halves.down, second[module].down) and torch.equal(halves.up, second[module].up)
+
+
+def test_the_start_is_that_of_the_whole_matrix(base):
+    """Seed and documented name decide, not how many modules there are here."""
+    whole = nn.Module()
+    whole.blocks = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"a_to_qkv": nn.Linear(WIDTH, 3 * WIDTH)})})])
+    add_lora(whole, [QKV], RANK, seed=4)
+    fresh = lora_weights(with_lora(base, seed=4, moved=False), DOCUMENTED)
+    assert torch.equal(fresh[QKV].down, lora_weights(whole)[QKV].down)
+    assert all(not halves.up.any() and halves.up.dtype == torch.float32 for halves in fresh.values())
+    assert len({float(halves.down.detach()[0, 0]) for halves in fresh.values()}) == len(MODULES)
+
+
+def save(model: nn.Module, dialect: str, path: Path) -> dict[str, Tensor]:
+    tensors = name_lora(lora_weights(model, DOCUMENTED), dialect, NAMING)
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+    return load_file(path)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_files_of_every_dialect_come_back_bit_for_bit(base, tmp_path, dialect):
+    model = with_lora(base)
+    tensors = save(model, dialect, tmp_path / "lora.safetensors")
+    assert find_lora_keys(tensors, MODULES, NAMING)[::2] == (dialect, [])
+    other = with_lora(base, seed=7)
+    assert load_lora(other, tmp_path / "lora.safetensors", NAMING, DOCUMENTED) == len(MODULES)
+    check_equal(other, model)
+
+
+WRITTEN = {
+    "diffsynth": (
+        {f"{QKV}.lora_{half}.default.weight": shape for half, shape in (("A", (3, 32)), ("B", (96, 3)))},
+        {"single_blocks.0.to_qkv_mlp.lora_B.default.weight": (224, 3)},
+    ),
+    "diffusers": (
+        {f"transformer.transformer_blocks.0.attn.to_{part}.lora_A.weight": (3, 32) for part in "qkv"},
+        {f"transformer.transformer_blocks.0.attn.to_{part}.lora_B.weight": (32, 3) for part in "qkv"},
+        {"transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": (128, 3)},
+    ),
+    "comfyui": (
+        {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (3, 32)},
+        {"diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": (96, 3)},
+    ),
+    "kohya": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (3, 32)},
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (96, 3)},
+        {"lora_unet_double_blocks_0_img_attn_qkv.alpha": (), "lora_unet_final_layer_adaLN_modulation_1.alpha": ()},
+        {"lora_unet_single_blocks_0_linear1.lora_up.weight": (224, 3)},
+    ),
+}
+COUNTS = {"diffsynth": 10, "diffusers": 24, "comfyui": 10, "kohya": 15}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_written_keys(base, tmp_path, dialect):
+    tensors = save(with_lora(base), dialect, tmp_path / "lora.safetensors")
+    assert len(tensors) == COUNTS[dialect]
+    for expected in WRITTEN[dialect]:
+        assert {name: tuple(tensors[name].shape) for name in expected} == expected
+    assert all(tensor.item() == RANK for name, tensor in tensors.items() if name.endswith(".alpha"))
+
+
+def test_diffusers_reads_its_dialect_and_computes_the_same(base, tmp_path, complaints):
+    model = with_lora(base)
+    save(model, "diffusers", tmp_path / "lora.safetensors")
+    loaded = deepcopy(base)
+    loaded.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix="transformer")
+    assert complaints() == []
+    assert_close(predict(loaded), predict(model), rtol=1e-5, atol=1e-5)
+
+
+def test_each_part_has_its_own_alpha(base, tmp_path):
+    """A scale that the file states for the rows of k alone goes to the rows of k alone."""
+    model = with_lora(base)
+    path = tmp_path / "lora.safetensors"
+    tensors = save(model, "diffusers", path)
+    renamed = {
+        "lora_unet_" + name.removeprefix("transformer.").removesuffix(end).replace(".", "_") + ending: tensor
+        for name, tensor in tensors.items()
+        for end, ending in ((".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight"))
+        if name.endswith(end)
+    }
+    renamed["lora_unet_transformer_blocks_0_attn_to_k.alpha"] = torch.tensor(RANK / 2)
+    save_file(renamed, path)
+    other = with_lora(base, seed=7)
+    naming = LoraNaming("dit", {"kohya": DOCUMENTED})
+    assert load_lora(other, path, naming, DOCUMENTED) == len(MODULES)
+    expected = lora_weights(model, DOCUMENTED)[QKV].up.detach().clone()
+    expected[WIDTH : 2 * WIDTH] /= 2
+    assert torch.equal(lora_weights(other, DOCUMENTED)[QKV].up, expected)
+
+
+def of_part(part: str, half: str) -> str:
+    return f"transformer.transformer_blocks.0.attn.to_{part}.lora_{half}.weight"
+
+
+SEPARATE = (
+    "`transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, `transformer_blocks.0.attn.to_v` have LoRAs of "
+    f"their own, with another lora_A each; `{QKV}`, which they are together, takes one LoRA of their rank"
+)
+LACKS = f"the LoRA of `{QKV}` (its part `transformer_blocks.0.attn.to_k`) lacks a half"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({of_part("k", "A"): torch.ones(3, 32)}, SEPARATE),
+        ({of_part("k", "A"): torch.ones(2, 32), of_part("k", "B"): torch.ones(32, 2)}, SEPARATE),
+        ({of_part("k", "A"): None}, LACKS),
+        ({of_part("k", "A"): None, of_part("k", "B"): None}, LACKS),
+        (
+            {of_part("v", "B"): torch.ones(31, 3)},
+            f"the LoRA of `{QKV}` (its part `transformer_blocks.0.attn.to_v`) is [31, 3] x [3, 32], "
+            "which does not fit its weight [32, 32]",
+        ),
+    ],
+)
+def test_parts_that_are_no_one_lora_are_refused_before_a_weight_changes(base, tmp_path, changes, expected):
+    path = tmp_path / "lora.safetensors"
+    tensors = save(with_lora(base), "diffusers", path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    model = with_lora(base, seed=7)
+    with pytest.raises(DiffSynthError) as caught:
+        load_lora(model, path, NAMING, DOCUMENTED)
+    assert str(caught.value) == f"`{path}`: {expected}"
+    assert caught.value.problems[0].hint
+    check_equal(model, with_lora(base, seed=7))
