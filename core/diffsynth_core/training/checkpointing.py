@@ -19,7 +19,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """Tensors of a checkpoint by their documented names, and the number formats they are written in."""
+    """Tensors of a checkpoint by their keys, and the number formats they are written in."""
 
     tensors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
@@ -50,20 +50,19 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
 
 
 def _key(plan: Plan, component: str, name: str) -> str:
-    """The key of a tensor, given its documented name."""
+    """The key of a tensor, given its name in checkpoints."""
     return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
 
 
 def _full_weights(plan: Plan, component: str, module: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """A component's own tensors by documented name, without peft's layers; with each, its names in our module."""
+    """A component's own tensors by their names in checkpoints, without peft's layers; with each, its names here."""
     own = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict().items()
         if ".lora_" not in name
     }
-    names = plan.components[component].layout.documented
-    documented = dict.fromkeys(known for name in own if (known := names.theirs(name)) is not None)
-    return {name: (names.join(name, own), names.ours(name) or ()) for name in documented}
+    names = plan.components[component].layout.in_checkpoints
+    return {name: (names.join(name, own), names.ours(name) or ()) for name in names.theirs_of(own)}
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:

@@ -303,7 +303,9 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
     proofs = []
     full: dict[str, tuple[int, ...]] = {}
     for component in plan.training.full:
-        weights = {f"pipe.{component}.{name}": shape for name, shape in _documented_shapes(plan, component).items()}
+        files = plan.components[component]
+        shapes = files.layout.checkpoint_shapes(module_shapes(files))
+        weights = {f"pipe.{component}.{name}": shape for name, shape in shapes.items()}
         full |= {name.removeprefix(plan.parameters.remove_prefix_in_ckpt): shape for name, shape in weights.items()}
         proofs.append(
             f"all {len(weights)} tensors of {component} were found again in the checkpoint, with their shapes"
@@ -313,17 +315,12 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         raise DiffSynthError(f"`{path}` lacks {len(wrong)} tensors, or holds them in another shape: {shorten(wrong)}")
     lora = plan.training.lora_component
     if lora:
-        shapes = _documented_shapes(plan, lora).items()
-        modules = {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight")}
+        files = plan.components[lora]
+        shapes = files.layout.documented_shapes(module_shapes(files))
+        modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
         ranks = check_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full)
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(f"`{path}` holds {len(ranks)} modules, {len(plan.training.lora_modules)} were trained")
         keys = len(tensors) - len(full)
         proofs.append(f"the LoRA was opened again: each of its {keys} keys finds one of {len(ranks)} modules of {lora}")
     return proofs
-
-
-def _documented_shapes(plan: Plan, component: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a component's tensors by their documented names."""
-    files = plan.components[component]
-    return files.layout.documented_shapes(module_shapes(files))
