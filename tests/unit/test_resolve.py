@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import NOT_IN_RECIPES
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, Layer, Recipe
 from diffsynth_core.config.resolve import resolve, resolve_stages
 
 
@@ -424,3 +424,83 @@ def test_a_wrong_value_in_a_stage_names_the_stage(config):
         f"`max_timestep_boundary` takes a number of at most 1.0, got `2` (`{path}`, stage `high`)",
         seed,
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config_text", "flags", "lora_format", "align"),
+    [
+        (None, None, {"align": "true"}, "kohya", True),
+        (None, None, {"align": "false"}, "diffsynth", False),
+        ({"align": True}, None, {}, "kohya", True),
+        ({"align": True}, None, {"format": "diffusers"}, "diffusers", False),
+        ({"align": True}, None, {"format": "kohya"}, "kohya", False),
+        ({"align": True}, "lora_format: comfyui", {}, "comfyui", False),
+        ({"align": True}, "lora_format: comfyui", {"align": "true"}, "kohya", True),
+        ({"align": True}, None, {"align": "false"}, "diffsynth", False),
+        ({"align": True}, "align_to_opensource_format: false", {}, "diffsynth", False),
+        ({"align": True}, "align_to_opensource_format: false", {"align": "true"}, "kohya", True),
+        ({"align": True}, None, {"align": "false", "format": "diffusers"}, "diffusers", False),
+        ({"format": "diffusers"}, None, {"align": "true"}, "kohya", True),
+        ({"format": "diffusers"}, None, {"align": "false"}, "diffusers", False),
+        ({"format": "kohya"}, None, {"align": "false"}, "kohya", False),
+        ({"format": "diffusers"}, "align_to_opensource_format: true", {"align": "false"}, "diffusers", False),
+        (None, "lora_format: diffusers", {"align": "true"}, "kohya", True),
+        (None, None, {"align": "true", "format": "kohya"}, "kohya", True),
+    ],
+)
+def test_the_nearer_spelling_of_the_lora_s_format_goes(
+    config, monkeypatch, recipe, config_text, flags, lora_format, align
+):
+    spelt = {"align": "align_to_opensource_format", "format": "lora_format"}
+    given = {spelt[name]: value for name, value in flags.items()}
+    if recipe:
+        values = {spelt[name]: value for name, value in recipe.items()}
+        loaded = Recipe("aligned", "", "flux", (Layer({"lora_rank": 8}), Layer(values)))
+        monkeypatch.setattr("diffsynth_core.config.resolve.load_recipe", lambda name: loaded)
+        given["recipe"] = "aligned"
+    if config_text:
+        given["config"] = config(f"parameters:\n  {config_text}\n")
+    resolved = resolve(given)
+    assert messages(resolved) == []
+    assert resolved.parameters.lora_format == lora_format
+    assert resolved.parameters.align_to_opensource_format is align
+
+
+def test_a_stage_and_a_file_that_extends_another_are_nearer(config, monkeypatch):
+    path = config(
+        "parameters: {align_to_opensource_format: true}\n"
+        "stages:\n  one: {parameters: {lora_format: diffusers}}\n  two: {parameters: {lora_rank: 8}}\n"
+    )
+    one, two = resolve_stages({"config": path})
+    assert (one.problems, one.parameters.lora_format, two.parameters.lora_format) == ((), "diffusers", "kohya")
+    assert two.origins["lora_format"] == f"`{path}`"
+
+    layers = (Layer({"align_to_opensource_format": True}), Layer({"lora_format": "diffusers"}))
+    extended = Recipe("extended", "", "flux", layers)
+    monkeypatch.setattr("diffsynth_core.config.resolve.load_recipe", lambda name: extended)
+    resolved = resolve({"recipe": "extended"})
+    assert (resolved.problems, resolved.parameters.lora_format) == ((), "diffusers")
+
+
+@pytest.mark.parametrize("by_flags", [True, False])
+def test_two_spellings_in_one_place_must_agree(config, by_flags):
+    values = {"align_to_opensource_format": "true", "lora_format": "diffusers"}
+    path = config("parameters: {align_to_opensource_format: true, lora_format: diffusers}\n")
+    resolved = resolve(values if by_flags else {"config": path})
+    origin = "command line" if by_flags else f"`{path}`"
+    assert messages(resolved) == [
+        f"`align_to_opensource_format` asks for `lora_format` `kohya`, and `lora_format` is `diffusers` ({origin})"
+    ]
+    assert resolved.problems[0].hint == "leave one of them out" and resolved.problems[0].wrong_use
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"align_to_opensource_format": "maybe"}, "`align_to_opensource_format` takes true or false, got `maybe`"),
+        ({"align_to_opensource_format": "true", "lora_format": "kohja"}, "`lora_format` takes one of diffsynth, "),
+    ],
+)
+def test_a_wrong_value_of_either_spelling_is_told_once(flags, expected):
+    (message,) = messages(resolve(flags))
+    assert message.startswith(expected)

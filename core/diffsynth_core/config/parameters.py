@@ -388,7 +388,7 @@ class Parameters(BaseModel):
         "diffsynth",
         "lora",
         "choice",
-        "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya",
+        "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya; goes over an `align_to_opensource_format` of the recipe",
         documented=False,
     )
     preset_lora_path: FilePath | None = _setting(
@@ -457,7 +457,11 @@ class Parameters(BaseModel):
     tokenizer_1_path: str | None = _setting(None, "family", "str", "CLIP tokenizer of FLUX.1", families=("flux",))
     tokenizer_2_path: str | None = _setting(None, "family", "str", "T5 tokenizer of FLUX.1", families=("flux",))
     align_to_opensource_format: bool = _setting(
-        False, "family", "bool", "Write the LoRA of FLUX in the widely read key names", families=("flux",)
+        False,
+        "family",
+        "bool",
+        "Write the LoRA of FLUX.1 in the widely read key names: another spelling of `lora_format` kohya",
+        families=("flux",),
     )
     initialize_model_on_cpu: bool = _setting(
         False, "family", "bool", "Load weights into host memory first, then move them to the device"

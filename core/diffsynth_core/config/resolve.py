@@ -1,7 +1,7 @@
 """From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems at once."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from diffsynth_core.config.recipes import Layer, Recipe, load_recipe, load_recip
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
 COMMAND_LINE = "command line"
+ALIGN, LORA_FORMAT, ALIGNED_FORMAT = "align_to_opensource_format", "lora_format", "kohya"
+"""A documented switch that is another spelling of one value of a setting."""
 Source = tuple[str, Layer]
 """Where values come from, as a report names it, and the values."""
 
@@ -90,7 +92,9 @@ def _resolve_one(
     values, origins = _stack(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
+    misspelt = _settle_lora_format(_levels(sources, stage), values, origins)
     parameters, invalid, faults = _validate(values, origins)
+    faults += misspelt
     if stage:
         # A folder that the stage names itself is its own; any other is the one above those of all stages.
         of_stage = origins.get("output_path", "").endswith(_of_stage(stage))
@@ -101,18 +105,45 @@ def _resolve_one(
     return Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
 
 
+def _levels(sources: Sequence[Source], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What goes over what, the nearest last: the origin of values as a report names it, and the values."""
+    for origin, layer in sources:
+        yield origin, layer.parameters
+        yield f"{origin}{_of_stage(stage)}", layer.stages.get(stage or "", {})
+
+
 def _stack(sources: Sequence[Source], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of all sources, later ones over earlier ones, and the origin of each."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in sources:
-        for name, value in layer.parameters.items():
+    for origin, level in _levels(sources, stage):
+        for name, value in level.items():
             values[name] = value
             origins[name] = f"`--{name}`" if origin == COMMAND_LINE else origin
-        for name, value in layer.stages.get(stage or "", {}).items():
-            values[name] = value
-            origins[name] = f"{origin}{_of_stage(stage)}"
     return values, origins
+
+
+def _settle_lora_format(
+    levels: Iterable[tuple[str, Mapping[str, Any]]], values: dict[str, Any], origins: dict[str, str]
+) -> list[Problem]:
+    """Make one of the two spellings of the LoRA's format: the nearer goes; in one place they must agree."""
+    problems = []
+    aligned = False
+    for origin, level in levels:
+        if ALIGN not in level and LORA_FORMAT not in level:
+            continue
+        aligned = _read(ALIGN, level.get(ALIGN)) is True
+        other = level.get(LORA_FORMAT, ALIGNED_FORMAT)
+        if aligned and other != ALIGNED_FORMAT:
+            aligned = False
+            if other in SETTINGS[LORA_FORMAT].choices:  # what is none is told as any wrong value
+                what = f"`{ALIGN}` asks for `{LORA_FORMAT}` `{ALIGNED_FORMAT}`, and `{LORA_FORMAT}` is `{other}`"
+                problems.append(Problem(f"{what} ({origin})", "leave one of them out", wrong_use=True))
+    if aligned:
+        values[LORA_FORMAT], origins[LORA_FORMAT] = ALIGNED_FORMAT, origins[ALIGN]
+    elif ALIGN in values and _read(ALIGN, values[ALIGN]) is True:
+        values[ALIGN] = False
+    return problems
 
 
 def _of_stage(stage: str | None) -> str:

@@ -83,7 +83,7 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
             Problem(
                 f"`lora_format` `{parameters.lora_format}` has names for {facts.denoiser} only, "
                 f"`lora_base_model` is `{parameters.lora_base_model}`",
-                "leave `lora_format` out",
+                "give `--lora_format diffsynth`",
                 wrong_use=True,
             )
         )
