@@ -210,7 +210,11 @@ def test_no_model(refuse):
     ("arguments", "message", "hint"),
     [
         (["--fp8_models", "vae"], "`fp8_models` is not supported yet (`--fp8_models`)", "leave it out"),
-        (["--zero_cond_t"], "`zero_cond_t` is not supported yet (`--zero_cond_t`)", "leave it out"),
+        (
+            ["--preset_lora_model", "dit"],
+            "`preset_lora_model` is not supported yet (`--preset_lora_model`)",
+            "leave it out",
+        ),
         (["--task", "sft:train"], "`task` `sft:train` is not supported yet", "use `sft`"),
         (
             ["--lora_target_modules", ""],

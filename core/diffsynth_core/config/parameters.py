@@ -451,8 +451,12 @@ class Parameters(BaseModel):
         "str",
         "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
     )
-    processor_path: FilePath | None = _setting(
-        None, "family", "path", "Processor folder of Qwen-Image-Edit", planned=True
+    processor_path: str | None = _setting(
+        None,
+        "family",
+        "path",
+        "Processor folder of Qwen-Image-Edit, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        families=("qwen-image",),
     )
     tokenizer_1_path: str | None = _setting(None, "family", "str", "CLIP tokenizer of FLUX.1", families=("flux",))
     tokenizer_2_path: str | None = _setting(None, "family", "str", "T5 tokenizer of FLUX.1", families=("flux",))
@@ -471,7 +475,7 @@ class Parameters(BaseModel):
         "family",
         "bool",
         "Qwen-Image-Edit-2511: tokens of reference pictures are modulated with timestep 0",
-        planned=True,
+        families=("qwen-image",),
     )
 
 

@@ -19,7 +19,8 @@ FREE_ON_RESUME = frozenset(
         "recipe", "config", "only", "rehearse", "dry_run", "resume", "device", "max_steps", "num_epochs", "save_steps",
         "dataset_base_path", "dataset_metadata_path", "dataset_num_workers", "cache_path", "output_path",
         "find_unused_parameters", "initialize_model_on_cpu", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
-        "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "lora_checkpoint",
+        "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "processor_path",
+        "lora_checkpoint",
     }
 )  # fmt: skip
 """Parameters that a resumed run may change, since they do not change what a step computes, or since what comes of them

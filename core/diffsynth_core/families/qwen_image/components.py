@@ -58,8 +58,22 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def load_processor(folder: Path) -> Any:
+    """The image processor of Qwen2.5-VL from local files, in its form that needs Pillow alone."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise DiffSynthError(
+            f"cannot read the processor in `{folder}`: {error}",
+            "fetch the folder again, or name another with `--processor_path`",
+        ) from error
+
+
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `QwenImageTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion."""
+    """Settings of `QwenImageTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion, and
+    `zero_cond_t`, which is to be said."""
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     width, in_channels = shapes["img_in.weight"]
     out_channels = shapes["proj_out.weight"][0] // 4

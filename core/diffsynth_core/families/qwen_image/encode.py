@@ -1,10 +1,16 @@
-"""What Qwen-Image's frozen encoders make of a caption and of a picture, as diffusers' `QwenImagePipeline` does it."""
+"""What Qwen-Image's frozen encoders make of captions and pictures, as diffusers' `QwenImagePipeline`,
+`QwenImageEditPipeline` and `QwenImageEditPlusPipeline` do it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.qwen_image.inputs import EDIT_LATENTS
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\n"
@@ -16,6 +22,19 @@ DROPPED_TOKENS = 34
 """Tokens of the system message, whose states the model never sees."""
 MAX_TOKENS = 1024
 """Text tokens kept behind the dropped ones."""
+
+EDIT_TEMPLATE = (
+    "<|im_start|>system\n"
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED_EDIT_TOKENS = 64
+MAX_EDIT_TOKENS = 3072
+"""Tokens of a caption and its pictures behind the dropped ones. The pipelines cut nothing off; but the transformer has
+4096 positions, of which text begins at a 32nd of the longest side of a picture in pixels."""
+PICTURE_TOKEN = "<|image_pad|>"
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
@@ -34,6 +53,61 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": states.last_hidden_state[0, DROPPED_TOKENS:]}
 
 
+def encode_edit_text(
+    components: Mapping[str, Any], caption: str, pictures: Sequence[Tensor], numbered: bool
+) -> dict[str, Tensor]:
+    """Last hidden states of Qwen2.5-VL over the caption behind the pictures to edit, which stand where text does.
+
+    Tokens of pictures are placed in height and width, as in the training of the published models. transformers does it
+    when it is told which tokens they are (`mm_token_type_ids`); diffusers 0.42 does not tell transformers 5, which
+    then counts them like words (issue 14194 of diffusers).
+
+    Args:
+        pictures: each `[3, 1, H, W]` in [-1, 1].
+        numbered: whether each is announced by its number, as in the models after the first.
+
+    Returns: `prompt_embeds`, `[L, 3584]` in the text encoder's dtype.
+
+    Raises:
+        DiffSynthError: when caption and pictures are too long.
+    """
+    text_encoder, processor = components["text_encoder"], components["processor_path"]
+    shown = processor(images=[_to_bytes(picture) for picture in pictures], return_tensors="pt").to(text_encoder.device)
+    counts = (shown.image_grid_thw.prod(dim=1) // processor.merge_size**2).tolist()
+    text = EDIT_TEMPLATE.format(announce_pictures(counts, numbered) + caption)
+    tokens = components["tokenizer_path"]([text], return_tensors="pt").to(text_encoder.device)
+    length = tokens.input_ids.shape[1] - DROPPED_EDIT_TOKENS
+    if length > MAX_EDIT_TOKENS:
+        raise DiffSynthError(
+            f"a caption makes {length} tokens, {sum(counts)} of them pictures, the model takes {MAX_EDIT_TOKENS}: "
+            f"`{caption[:60]}`",
+            "shorten the caption, or name fewer pictures",
+        )
+    states = text_encoder.model(
+        input_ids=tokens.input_ids,
+        attention_mask=tokens.attention_mask,
+        pixel_values=shown.pixel_values,
+        image_grid_thw=shown.image_grid_thw,
+        mm_token_type_ids=(tokens.input_ids == text_encoder.config.image_token_id).int(),
+        use_cache=False,
+    )
+    return {"prompt_embeds": states.last_hidden_state[0, DROPPED_EDIT_TOKENS:]}
+
+
+def announce_pictures(counts: Sequence[int], numbered: bool) -> str:
+    """What stands for pictures of so many tokens each in the prompt."""
+    return "".join(
+        f"{f'Picture {number}: ' if numbered else ''}<|vision_start|>{PICTURE_TOKEN * count}<|vision_end|>"
+        for number, count in enumerate(counts, start=1)
+    )
+
+
+def _to_bytes(picture: Tensor) -> NDArray[np.uint8]:
+    """`[3, 1, H, W]` in [-1, 1] -> `[H, W, 3]` in 0..255."""
+    values = ((picture[:, 0] + 1) * 127.5).round().to(torch.uint8)
+    return values.permute(1, 2, 0).cpu().numpy()
+
+
 def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
     """Words for a caption whose end is cut off, None for one that is taken whole."""
     tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
@@ -41,17 +115,30 @@ def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Mean of the VAE's posterior, normalised channel by channel.
+    """The latents that are trained on.
 
     Args:
         pixels: `[3, F, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns: `latents`, `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
     """
+    return {"latents": _normalised_latents(vae, pixels)}
+
+
+def encode_edit_latents(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The latents of the pictures to edit, whose sizes may differ.
+
+    Returns: `edit_latents_0`, `edit_latents_1` … in their order, each `[16, 1, h, w]` float32.
+    """
+    return {EDIT_LATENTS.format(number): _normalised_latents(vae, picture) for number, picture in enumerate(pictures)}
+
+
+def _normalised_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Mean of the VAE's posterior, normalised channel by channel."""
     posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    latents = posterior.mode()[0].float()
+    latents: Tensor = posterior.mode()[0].float()
     mean, std = (
         torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    return {"latents": (latents - mean) / std}
+    return (latents - mean) / std

@@ -1,16 +1,6 @@
 """What Qwen-Image is made of. No torch."""
 
-from diffsynth_core.families.interface import (
-    ComponentFacts,
-    EncoderFacts,
-    FamilyFacts,
-    Fit,
-    Layout,
-    Medium,
-    Shapes,
-    TokenizerFacts,
-    Variant,
-)
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, TokenizerFacts
 from diffsynth_core.families.qwen_image.names import (
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
@@ -18,23 +8,7 @@ from diffsynth_core.families.qwen_image.names import (
     unused_in_text_encoder,
     unused_in_vae,
 )
-
-TEXT_TO_IMAGE = Variant(
-    title="Qwen-Image",
-    model_id="Qwen/Qwen-Image",
-    components=("dit", "text_encoder", "vae"),
-    encoders=(
-        EncoderFacts(name="text", component="text_encoder", columns=("prompt",)),
-        EncoderFacts(name="latents", component="vae", columns=("image",)),
-    ),
-    medium=Medium("image", "picture", size_factor=16),
-)
-
-
-def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
-    """Every transformer of the family is trained from text to pictures."""
-    return TEXT_TO_IMAGE
-
+from diffsynth_core.families.qwen_image.variants import EDIT_IMAGE, variant
 
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
@@ -48,6 +22,7 @@ QWEN_IMAGE = FamilyFacts(
             places=("transformer/*", "diffusion_pytorch_model*"),
             lora_targets=LORA_TARGETS,
             untrainable=dead_modules,
+            settings=("zero_cond_t",),
         ),
         ComponentFacts(
             name="text_encoder",
@@ -75,7 +50,18 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    tokenizers={"tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer")},
+    tokenizers={
+        "tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer"),
+        "processor_path": TokenizerFacts(
+            "text_encoder",
+            ("../processor",),
+            "Qwen/Qwen-Image-Edit:processor",
+            layouts=(("preprocessor_config.json",),),
+            files=("preprocessor_config.json",),
+            what="processor",
+            inputs=(EDIT_IMAGE,),
+        ),
+    },
     fits=(
         Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
         Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),

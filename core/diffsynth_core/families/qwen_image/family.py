@@ -11,6 +11,7 @@ from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shap
 from diffsynth_core.families.qwen_image import components as building
 from diffsynth_core.families.qwen_image import encode, inputs, rehearsal
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.families.qwen_image.variants import EDIT_IMAGE
 
 
 class QwenImage(Family):
@@ -25,12 +26,19 @@ class QwenImage(Family):
         return building.build(component, config)
 
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
-        return building.load_tokenizer(folder)
+        return building.load_processor(folder) if parameter == "processor_path" else building.load_tokenizer(folder)
 
     def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        if encoder.name == "text":
-            return encode.encode_text(components, sample["prompt"])
-        return encode.encode_latents(components["vae"], sample["image"])
+        match encoder.name:
+            case "text":
+                return encode.encode_text(components, sample["prompt"])
+            case "edit_text" | "edit_plus_text":
+                pictures, numbered = sample[encoder.columns[1]], encoder.name == "edit_plus_text"
+                return encode.encode_edit_text(components, sample["prompt"], pictures, numbered)
+            case "edit_latents":
+                return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
+            case _:
+                return encode.encode_latents(components["vae"], sample["image"])
 
     def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
         return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None

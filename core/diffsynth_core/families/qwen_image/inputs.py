@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
 LAST_SIGMA = 0.02
 """`shift_terminal` of the published scheduler configuration."""
+EDIT_LATENTS = "edit_latents_{}"
+"""Name of the latents of a picture to edit, with its number, from 0."""
 
 
 def sigmas() -> Tensor:
@@ -29,14 +32,14 @@ def sigmas() -> Tensor:
 def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Encoded samples of one latent shape -> a batch.
 
-    Returns: `latents` `[B, 16, 1, h, w]`, `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when
-    lengths differ, `prompt_mask` `[B, L]` bool, True where there is a token.
+    Returns: `latents` `[B, 16, 1, h, w]`, those of pictures to edit likewise, each in its size; `prompt_embeds`
+    `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]` bool, True where
+    there is a token.
     """
     texts = [sample["prompt_embeds"] for sample in encoded]
-    batch = {
-        "latents": torch.stack([sample["latents"] for sample in encoded]),
-        "prompt_embeds": torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
-    }
+    stacked = [name for name in encoded[0] if name != "prompt_embeds"]
+    batch = {name: torch.stack([sample[name] for sample in encoded]) for name in stacked}
+    batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(text) for text in texts])
     if lengths.min() < lengths.max():
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
@@ -58,8 +61,16 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 1, height, width)
 
 
+def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The latents of the pictures to edit in their order, each `[B, 16, 1, h, w]`."""
+    names = (EDIT_LATENTS.format(number) for number in count())
+    return [batch[name] for name in takewhile(batch.__contains__, names)]
+
+
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The transformer called as `QwenImagePipeline` calls it: packed latents, timestep = sigma, text mask if needed.
+    """The transformer called as diffusers' pipelines call it: packed latents, timestep = sigma, text mask if needed.
+
+    The tokens of pictures to edit stand behind those of the picture that is made; what is said of them is cut off.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
@@ -67,13 +78,15 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
 
     Returns: `[B, 16, 1, h, w]`.
     """
-    size, _, _, height, width = noisy.shape
+    pictures = [noisy, *edit_latents(batch)]
+    tokens = [pack(latents) for latents in pictures]
+    shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in pictures]
     (prediction,) = transformer(
-        hidden_states=pack(noisy).to(transformer.dtype),
+        hidden_states=torch.cat(tokens, dim=1).to(transformer.dtype),
         timestep=sigma,
         encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
         encoder_hidden_states_mask=batch.get("prompt_mask"),
-        img_shapes=[[(1, height // 2, width // 2)]] * size,
+        img_shapes=[shapes] * len(noisy),
         return_dict=False,
     )
-    return unpack(prediction, height, width)
+    return unpack(prediction[:, : tokens[0].shape[1]], *noisy.shape[-2:])

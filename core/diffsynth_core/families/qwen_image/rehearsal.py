@@ -2,19 +2,25 @@
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 
 TEMPLATE_WORDS = (
-    *("system", "user", "assistant", "Describe", " the", " image", " by", " detailing", " color", " shape", " size"),
-    *(" texture", " quantity", " text", " spatial", " relationships", " of", " objects", " and", " background"),
+    *(" the", " image", " by", " detailing", " color", " shape", " size", " texture", " quantity", " text", " spatial"),
+    *(" relationships", " of", " objects", " and", " background", " key", " features", " input", " (", " then", " how"),
+    *(" explain", " user", " instruction", " should", " alter", " or", " modify", " Generate", " a", " new", " that"),
+    *(" meets", " requirements", " while", " maintaining", " consistency", " with", " original", " where"),
+    *(" appropriate", "system", "user", "assistant", "Describe", "Picture", "color", "'s", "),"),
 )
-"""One token each, as in the real vocabulary, so that the system message is the 34 tokens that are dropped."""
+"""One token each, as in the real vocabulary, so that the system messages are the 34 and 64 tokens that are dropped.
+Words behind a blank go first: a merge that is listed earlier is done earlier."""
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -24,6 +30,29 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+
+ZERO_CONDITION = "*-Image-Edit-2511"
+"""Pattern of the hub repositories whose transformer tells reference tokens of timestep 0."""
+
+IMAGE_PROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2_5_VLProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"longest_edge": 12845056, "shortest_edge": 3136},
+    "temporal_patch_size": 2,
+}
+"""The preprocessor_config.json of Qwen2.5-VL."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +67,20 @@ class TinySizes:
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
-    """Write one component below `base`/`model_id`, where `pattern` finds it; the text encoder brings a tokenizer."""
+    """Write one component below `base`/`model_id`, where `pattern` finds it.
+
+    The text encoder brings a tokenizer, and the processor where that of all models is looked for.
+    """
     place = PurePosixPath(pattern)
     folder = base / model_id / place.parent
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = tiny_vocabulary()
     if component == "text_encoder":
         write_tokenizer(folder.parent / "tokenizer", vocabulary, merges)
+        write_processor(base.joinpath(*QWEN_IMAGE.tokenizers["processor_path"].default.split(":")))
     config = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae}[component](sizes)
+    if component == "dit" and fnmatch(model_id, ZERO_CONDITION):
+        config["zero_cond_t"] = True
     module = build(component, config).eval()
     fill(module, GAINS[component], seed=0)
     tensors = {
@@ -166,3 +201,9 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple
         "model_max_length": 131072,
     }
     write_json(folder / "tokenizer_config.json", config)
+
+
+def write_processor(folder: Path) -> None:
+    """The processor's folder, of which its image half is read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "preprocessor_config.json", IMAGE_PROCESSOR)

@@ -1,0 +1,106 @@
+"""What Qwen-Image's models are trained for: pictures from text, and the editing of one picture or several. No torch."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from diffsynth_core.families.interface import EncoderFacts, Medium, References, Shapes, Variant
+
+EDIT_IMAGE = "edit_image"
+"""The extra input and metadata column of the pictures to edit, and what the VAE's encoder calls them."""
+EDIT_IMAGE_SMALL = "edit_image_small"
+"""The same pictures at the size at which the text encoder of the later models looks at them."""
+
+COMPONENTS = ("dit", "text_encoder", "vae")
+PICTURE = Medium("image", "picture", size_factor=16)
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",))
+EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,))
+
+TEXT_TO_IMAGE = Variant(
+    title="Qwen-Image",
+    model_id="Qwen/Qwen-Image",
+    components=COMPONENTS,
+    encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",)), LATENTS),
+    medium=PICTURE,
+    takes=(EDIT_IMAGE,),
+)
+
+VAE_AREA = 1024 * 1024
+PROMPT_AREA = 384 * 384
+"""Areas, in pixels, to which diffusers' editing pipelines bring pictures for the VAE and for the text encoder
+(`VAE_IMAGE_SIZE` and `CONDITION_IMAGE_SIZE`)."""
+SIDE_STEP = 32
+LARGEST_RATIO = 200
+"""Longer side by shorter side that the image processor of Qwen2.5-VL takes at most."""
+
+
+@dataclass(frozen=True)
+class EditModel:
+    """A published editing model. The first edits `one_picture`, which its text encoder sees as large as the VAE does;
+    in the later ones pictures are numbered, and the text encoder sees them smaller."""
+
+    model_id: str
+    one_picture: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.model_id.rpartition("/")[2]
+
+
+EDIT_MODELS = (
+    (r"-2511(?!\d)", EditModel("Qwen/Qwen-Image-Edit-2511")),
+    (r"-2509(?!\d)", EditModel("Qwen/Qwen-Image-Edit-2509")),
+    (r"FireRed-Image-Edit-1\.1", EditModel("FireRedTeam/FireRed-Image-Edit-1.1")),
+    (r"FireRed-Image-Edit", EditModel("FireRedTeam/FireRed-Image-Edit-1.0")),
+    (r"(^|[/\\,\s]|--)Qwen-Image-Edit([/\\:,\s]|$)", EditModel("Qwen/Qwen-Image-Edit", one_picture=True)),
+    (r"", EditModel("Qwen/Qwen-Image-Edit-2509")),
+)
+"""(what is found in the name of the denoiser's files, the model that they are taken for), first match wins."""
+
+
+def edit_model(origin: str) -> EditModel:
+    """The editing model that what the user wrote for the denoiser's files tells of: all have the same shapes."""
+    return next(model for pattern, model in EDIT_MODELS if re.search(pattern, origin))
+
+
+def vae_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) at which the VAE reads a picture to edit; see `edit_size`."""
+    return edit_size(width / height, VAE_AREA * min(1, max_pixels / VAE_AREA))
+
+
+def prompt_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) at which the text encoder of the later models reads it, smaller as the VAE's size is."""
+    return edit_size(width / height, PROMPT_AREA * min(1, max_pixels / VAE_AREA))
+
+
+def edit_size(ratio: float, area: float) -> tuple[int, int]:
+    """(height, width), multiples of 32, of about `area` pixels; (0, 0) where the ratio of sides is out of bounds.
+
+    As `calculate_dimensions` of diffusers' editing pipelines, but no side is rounded to 0, as small areas are.
+    """
+    width = math.sqrt(area * ratio)
+    sides = [max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP) for side in (width / ratio, width)]
+    return (0, 0) if max(sides) > LARGEST_RATIO * min(sides) else (sides[0], sides[1])
+
+
+def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+    """Text to image, or editing when pictures to edit are asked for; which model edits shows in no shape."""
+    return edit_variant(edit_model(origin)) if EDIT_IMAGE in inputs else TEXT_TO_IMAGE
+
+
+def edit_variant(model: EditModel) -> Variant:
+    """What an editing model needs: the picture half of its text encoder is in use."""
+    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, "stretch", most=1 if model.one_picture else None)
+    small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size, "stretch")
+    text_name, text_shown = ("edit_text", EDIT_IMAGE) if model.one_picture else ("edit_plus_text", EDIT_IMAGE_SMALL)
+    text = EncoderFacts(name=text_name, component="text_encoder", columns=("prompt", text_shown))
+    return Variant(
+        title=model.title,
+        model_id=model.model_id,
+        components=COMPONENTS,
+        encoders=(text, LATENTS, EDIT_LATENTS),
+        medium=PICTURE,
+        references=(shown,) if model.one_picture else (shown, small),
+        reached={"text_encoder": frozenset({"model.visual"})},
+        takes=(EDIT_IMAGE,),
+    )
