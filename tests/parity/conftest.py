@@ -25,6 +25,8 @@ from diffsynth_core.families.table import load_family, recognise
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
+from tests.parity import qwen_edit_models
+from tests.parity.qwen_edit_models import EditPair
 from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
 SCHEDULER = {
@@ -98,6 +100,26 @@ def wan_pairs(wan_models: Path) -> Callable[[str], WanPair]:
 def wan(request: pytest.FixtureRequest, wan_pairs: Callable[[str], WanPair]) -> WanPair:
     """Each kind of Wan model in turn."""
     return wan_pairs(request.param)
+
+
+@pytest.fixture(scope="session")
+def edit_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds tiny random editing models of Qwen-Image."""
+    base = tmp_path_factory.mktemp("edit_models")
+    qwen_edit_models.write_models(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def edit_pairs(edit_models: Path) -> Callable[[str], EditPair]:
+    """A kind of editing model, float32, read by both; each is read once."""
+    return cache(lambda name: qwen_edit_models.load_pair(edit_models, qwen_edit_models.KINDS[name]))
+
+
+@pytest.fixture(params=qwen_edit_models.KINDS)
+def edit(request: pytest.FixtureRequest, edit_pairs: Callable[[str], EditPair]) -> EditPair:
+    """Each kind of editing model in turn."""
+    return edit_pairs(request.param)
 
 
 @pytest.fixture

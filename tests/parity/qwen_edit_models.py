@@ -1,0 +1,197 @@
+"""Tiny editing models of Qwen-Image, read by us and by diffusers' pipelines from the same files; pictures to edit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage.data
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.families.family import Family
+from diffsynth_core.families.interface import Variant
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.progress import SilentReporter
+from tests.conftest import MODEL_ID, PLACES
+
+PUBLISHED_PIXELS = 1024 * 1024
+FEW_PIXELS = PUBLISHED_PIXELS // 64
+"""`max_pixels` under which pictures have a 64th of the published area."""
+SIZE = (64, 96)
+"""Height and width of the picture that is made."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One use of one model: `pictures` are names of `picture`."""
+
+    model_id: str
+    pipeline: type
+    pictures: tuple[str, ...]
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """Its files by component, as recipes name them: only the transformer is its own."""
+        return {name: f"{self.model_id if name == 'dit' else MODEL_ID}:{place}" for name, place in PLACES.items()}
+
+
+KINDS = {
+    "Edit": Kind("Qwen/Qwen-Image-Edit", QwenImageEditPipeline, ("coffee",)),
+    "2509, one picture": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("coffee",)),
+    "2509, two pictures": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("astronaut", "coffee")),
+    "2511, two pictures": Kind("Qwen/Qwen-Image-Edit-2511", QwenImageEditPlusPipeline, ("coffee", "upright")),
+}
+
+
+def picture(name: str) -> Image.Image:
+    """A photograph; `upright` is higher than wide."""
+    if name == "upright":
+        return picture("chelsea").crop((120, 0, 300, 300))
+    return Image.fromarray(getattr(skimage.data, name)()[..., :3])
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """`[3, 1, H, W]` in [-1, 1]."""
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
+
+
+def write_models(base: Path) -> None:
+    """All models, in the layout of their repositories."""
+    for component, entry in {entry: name for kind in KINDS.values() for name, entry in kind.entries.items()}.items():
+        load_family("qwen-image").write_tiny_weights(base, entry, *component.split(":"))
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A model as the trainer has it, float32."""
+
+    family: Family
+    variant: Variant
+    components: Mapping[str, Any]
+
+    def sample(self, prompt: str, pictures: Sequence[Image.Image], max_pixels: int = FEW_PIXELS) -> dict[str, Any]:
+        """What a row holds once it is read; the picture that is made is the astronaut."""
+        references = {
+            reference.name: [pixels_of(self._stretched(image, reference, max_pixels)) for image in pictures]
+            for reference in self.variant.references
+        }
+        height, width = SIZE
+        return {"prompt": prompt, "image": pixels_of(picture("astronaut").resize((width, height))), **references}
+
+    @staticmethod
+    def _stretched(image: Image.Image, reference: Any, max_pixels: int) -> Image.Image:
+        assert reference.fit == "stretch"
+        height, width = reference.size(image.width, image.height, max_pixels)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+
+    @torch.no_grad()
+    def encode(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What all encoders make of a sample."""
+        encoded: dict[str, Tensor] = {}
+        for encoder in self.variant.encoders:
+            read = {name: sample[name] for name in encoder.columns}
+            encoded |= self.family.encode(encoder, self.components, read)
+        return encoded
+
+
+def load_ours(base: Path, kind: Kind) -> Ours:
+    """All components as a run finds and loads them."""
+    family = load_family("qwen-image")
+    problems: list[Any] = []
+    parameters = Parameters(model_id_with_origin_paths=tuple(kind.entries.values()), extra_inputs=("edit_image",))
+    found = find_components(parameters, None, base, problems)
+    assert found and not problems, problems
+    components = {
+        name: load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
+        for name, files in found.components.items()
+    }
+    tokenizers = {name: family.load_tokenizer(name, folder) for name, folder in found.tokenizers.items()}
+    return Ours(family, found.variant, {**components, **tokenizers})
+
+
+class Processor:
+    """What the pipelines need of `Qwen2_5_VLProcessor`, which cannot be made without torchvision."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
+        """Each `<|image_pad|>`, in order, becomes as many as its picture has tokens; then all texts are tokenized."""
+        shown = self.image_processor(images=images, return_tensors=return_tensors)
+        counts = iter((shown["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist())
+        expanded = []
+        for one in text:
+            first, *others = one.split("<|image_pad|>")
+            expanded.append(first + "".join("<|image_pad|>" * next(counts) + other for other in others))
+        tokens = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors)
+        return BatchFeature({**tokens, **shown})
+
+
+def load_pipeline(base: Path, kind: Kind) -> Any:
+    """Read by diffusers and transformers, float32; its text encoder is told which tokens are pictures."""
+    folder = base / MODEL_ID
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(base / "Qwen/Qwen-Image-Edit/processor")
+    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
+    pipeline = kind.pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        processor=Processor(tokenizer, image_processor),
+        transformer=QwenImageTransformer2DModel.from_pretrained(
+            base / kind.model_id / "transformer", torch_dtype=torch.float32
+        ),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tell_pictures(text_encoder: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook that adds what the processor of transformers 5 says and diffusers 0.42 does not hand on."""
+    assert "mm_token_type_ids" not in named, "diffusers hands it on: this hook can go"
+    types = (named["input_ids"] == text_encoder.config.image_token_id).int()
+    return positional, {**named, "mm_token_type_ids": types}
+
+
+def shrink_published_areas(monkeypatch: Any) -> None:
+    """Let the pipelines bring pictures to a 64th of the area they would."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        original = module.calculate_dimensions
+        monkeypatch.setattr(
+            module, "calculate_dimensions", lambda area, ratio, original=original: original(area / 64, ratio)
+        )
+
+
+@dataclass(frozen=True)
+class EditPair:
+    """One kind of model, read by both."""
+
+    kind: Kind
+    ours: Ours
+    pipeline: Any
+
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        return [picture(name) for name in self.kind.pictures]
+
+
+def load_pair(base: Path, kind: Kind) -> EditPair:
+    return EditPair(kind, load_ours(base, kind), load_pipeline(base, kind))
