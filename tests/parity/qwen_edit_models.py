@@ -110,11 +110,12 @@ class Ours:
         return encoded
 
 
-def load_ours(base: Path, kind: Kind) -> Ours:
-    """All components as a run finds and loads them."""
+def load_ours(base: Path, kind: Kind, **more: Any) -> Ours:
+    """All components as a run with these and `more` parameters finds and loads them."""
     family = load_family("qwen-image")
     problems: list[Any] = []
-    parameters = Parameters(model_id_with_origin_paths=tuple(kind.entries.values()), extra_inputs=("edit_image",))
+    entries = tuple(kind.entries.values())
+    parameters = Parameters(model_id_with_origin_paths=entries, extra_inputs=("edit_image",), **more)
     found = find_components(parameters, None, base, problems)
     assert found and not problems, problems
     components = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffsynth_core.families.qwen_image.inputs import collate, pack, sigmas, unpack
+from diffsynth_core.families.qwen_image.inputs import collate, edit_latents, pack, predict_velocity, sigmas, unpack
 
 
 def test_the_training_sigmas():
@@ -51,3 +51,47 @@ def test_number_formats_are_kept(dtype):
     sample = encoded(2, 1.0)
     sample["prompt_embeds"] = sample["prompt_embeds"].to(dtype)
     assert_close(collate([sample])["prompt_embeds"], torch.ones(1, 2, 3, dtype=dtype))
+
+
+# Pictures to edit
+
+
+def edited(length: int, value: float) -> dict[str, torch.Tensor]:
+    """A sample with two pictures of different sizes."""
+    shown = {"edit_latents_0": torch.full((16, 1, 4, 2), value), "edit_latents_1": torch.full((16, 1, 2, 6), -value)}
+    return {**shown, **encoded(length, value)}
+
+
+def test_pictures_to_edit_are_stacked_each_in_its_size():
+    batch = collate([edited(1, 1.0), edited(3, 2.0)])
+    assert batch.keys() == {"latents", "edit_latents_0", "edit_latents_1", "prompt_embeds", "prompt_mask"}
+    first, second = edit_latents(batch)
+    assert (first.shape, second.shape) == ((2, 16, 1, 4, 2), (2, 16, 1, 2, 6))
+    assert first[:, 0, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_pictures_to_edit_are_in_the_order_of_their_numbers():
+    batch = {f"edit_latents_{number}": torch.tensor(number) for number in (10, 2, 0, 1, 9, 8, 7, 6, 5, 4, 3)}
+    assert [int(number) for number in edit_latents(batch)] == list(range(11))
+    assert edit_latents({"latents": torch.zeros(1)}) == []
+
+
+class Recorder:
+    """In place of the transformer: keeps what it is given, and says its tokens back."""
+
+    dtype = torch.float32
+
+    def __call__(self, **given: object) -> tuple[torch.Tensor]:
+        self.given = given
+        return (given["hidden_states"],)  # type: ignore[return-value]
+
+
+def test_tokens_of_pictures_to_edit_stand_behind_and_are_cut_off():
+    transformer, batch = Recorder(), collate([edited(2, 1.0), edited(2, 2.0)])
+    noisy = torch.randn(2, 16, 1, 2, 4)
+    prediction = predict_velocity(transformer, noisy, torch.tensor([0.1, 0.9]), batch)
+    assert torch.equal(prediction, noisy)
+    assert transformer.given["img_shapes"] == [[(1, 1, 2), (1, 2, 1), (1, 1, 3)]] * 2
+    tokens = transformer.given["hidden_states"]
+    assert tokens.shape == (2, 2 + 2 + 3, 64)
+    assert tokens[:, 2:, 0].tolist() == [[1, 1, -1, -1, -1], [2, 2, -2, -2, -2]]

@@ -46,7 +46,7 @@ REHEARSAL_FACTOR = 32
 REHEARSAL_FRAMES = 9
 DRAWN_REFERENCES = 2
 """How many pictures a drawn row shows the model at most."""
-WEIGHTS_VERSION = 3
+WEIGHTS_VERSION = 4
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
 

@@ -30,7 +30,8 @@ _BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
-    """Captions pass neither through the picture half of Qwen2.5-VL nor through its vocabulary head."""
+    """Captions pass neither through the picture half of Qwen2.5-VL, which pictures to edit do reach, nor through its
+    vocabulary head."""
     return frozenset({"model.visual", "lm_head"})
 
 
