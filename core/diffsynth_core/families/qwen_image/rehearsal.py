@@ -1,6 +1,5 @@
 """Tiny random Qwen-Image components: the same classes, file layout and key names as the published ones."""
 
-import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ import torch
 
 from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.families.tiny_tokenizers import tiny_vocabulary, write_tokenizer
 from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 
 TEMPLATE_WORDS = (
@@ -74,9 +74,8 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     place = PurePosixPath(pattern)
     folder = base / model_id / place.parent
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = tiny_vocabulary()
     if component == "text_encoder":
-        write_tokenizer(folder.parent / "tokenizer", vocabulary, merges)
+        write_tokenizer(folder.parent / "tokenizer", TEMPLATE_WORDS, SPECIAL_TOKENS)
         write_processor(base.joinpath(*QWEN_IMAGE.tokenizers["processor_path"].default.split(":")))
     config = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae}[component](sizes)
     if component == "dit" and fnmatch(model_id, ZERO_CONDITION):
@@ -104,7 +103,7 @@ def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
     heads = 4
     head_size = sizes.text_width // heads
     sections = split_even(head_size, MROPE_PROPORTION)
-    words = len(tiny_vocabulary()[0])
+    words = len(tiny_vocabulary(TEMPLATE_WORDS)[0])
     special = {token: words + number for number, token in enumerate(SPECIAL_TOKENS)}
     return {
         "image_token_id": special["<|image_pad|>"],
@@ -154,53 +153,6 @@ def _write_config(path: Path, component: str, module: Any, config: dict[str, Any
     else:
         content = diffusers_config(module)
     write_json(path, content)
-
-
-def tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level vocabulary with merges for the words of the prompt template, which become one token each."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokens = sorted(ByteLevel.alphabet())
-    merges = []
-    for word in TEMPLATE_WORDS:
-        letters = word.replace(" ", "Ġ")
-        for end in range(1, len(letters)):
-            merge = (letters[:end], letters[end])
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append("".join(merge))
-    return {token: number for number, token in enumerate(tokens)}, merges
-
-
-def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """A tokenizer in the published layout: vocab.json, merges.txt and their configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8"
-    )
-    added = {
-        str(len(vocabulary) + number): {
-            "content": token,
-            "special": True,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "single_word": False,
-        }
-        for number, token in enumerate(SPECIAL_TOKENS)
-    }
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": added,
-        "pad_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
-        "unk_token": None,
-        "bos_token": None,
-        "add_prefix_space": False,
-        "model_max_length": 131072,
-    }
-    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_processor(folder: Path) -> None:
