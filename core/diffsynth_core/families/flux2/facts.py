@@ -1,0 +1,126 @@
+"""What FLUX.2 klein is made of. No torch."""
+
+import math
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.flux2 import names
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Fit,
+    Layout,
+    Medium,
+    References,
+    Shapes,
+    TokenizerFacts,
+    Variant,
+)
+from diffsynth_core.families.shapes import count_blocks
+
+SIZE_FACTOR = 16
+"""Pixels along each side of a token: 8 of the VAE, then patches of 2 x 2 of its latents."""
+REFERENCE_AREA = 1024 * 1024
+"""Larger reference pictures are scaled down to as many pixels (`Flux2KleinPipeline`)."""
+DEV_TEXT_WIDTH = 15360
+"""Width of the text states that FLUX.2-dev reads."""
+GUIDANCE = "time_guidance_embed.guidance_embedder.linear_1.weight"
+LARGE_SINGLE_BLOCKS = 24
+"""Single blocks of klein 9B; 4B has 20."""
+
+
+def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) that a reference picture of `width` x `height` is read at, as `Flux2KleinPipeline` does it.
+
+    Above the area it is scaled down, below it kept; sides are floored to multiples of 16.
+    """
+    area = min(REFERENCE_AREA, max_pixels)
+    if width * height > area:
+        scale = math.sqrt(area / (width * height))
+        width, height = int(width * scale), int(height * scale)
+    return height // SIZE_FACTOR * SIZE_FACTOR, width // SIZE_FACTOR * SIZE_FACTOR
+
+
+TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",))
+EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",))
+EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, fit="cover")
+
+
+def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+    """What a transformer of klein is trained for: pictures from text, and from pictures when they are shown.
+
+    Raises:
+        DiffSynthError: for FLUX.2-dev, told by its guidance embedder and the width of its text states.
+    """
+    text_width = shapes.get("context_embedder.weight", (0, 0))[1]
+    if GUIDANCE in shapes or text_width == DEV_TEXT_WIDTH:
+        raise DiffSynthError(
+            f"`{origin}` is the transformer of FLUX.2-dev, which is not supported yet",
+            "name that of a FLUX.2 klein, such as `black-forest-labs/FLUX.2-klein-4B:transformer/*.safetensors`",
+        )
+    large = bool(shapes) and count_blocks(shapes, "single_transformer_blocks.") >= LARGE_SINGLE_BLOCKS
+    shown = EDIT_PICTURES.column in inputs
+    return Variant(
+        title="FLUX.2 klein",
+        model_id=f"black-forest-labs/FLUX.2-klein-{'9B' if large else '4B'}",
+        components=("dit", "text_encoder", "vae"),
+        encoders=(TEXT, LATENTS, *((EDIT,) if shown else ())),
+        medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
+        references=(EDIT_PICTURES,) if shown else (),
+        takes=(EDIT_PICTURES.column,),
+    )
+
+
+FLUX2 = FamilyFacts(
+    name="flux2",
+    title="FLUX.2",
+    model_ids=("black-forest-labs/FLUX.2-*",),
+    components=(
+        ComponentFacts(
+            name="dit",
+            title="diffusion transformer",
+            layouts=(Layout(names.TRANSFORMER_SIGNATURE),),
+            places=("transformer/*",),
+            config_classes=("Flux2Transformer2DModel",),
+            lora_targets=names.LORA_TARGETS,
+        ),
+        ComponentFacts(
+            name="text_encoder",
+            title="text encoder Qwen3",
+            layouts=(Layout(names.TEXT_ENCODER_SIGNATURE),),
+            places=("text_encoder/*",),
+            untrainable=names.unused_in_text_encoder,
+        ),
+        ComponentFacts(
+            name="vae",
+            title="VAE",
+            layouts=(Layout(names.VAE_SIGNATURE),),
+            places=("vae/*",),
+            config_classes=("AutoencoderKLFlux2",),
+            untrainable=names.unused_in_vae,
+        ),
+    ),
+    denoiser="dit",
+    variant=variant,
+    text_column="prompt",
+    tokenizers={
+        "tokenizer_path": TokenizerFacts(
+            "text_encoder",
+            ("../tokenizer",),
+            "black-forest-labs/FLUX.2-klein-4B:tokenizer",
+            files=(*TokenizerFacts.files, "chat_template.jinja"),
+        )
+    },
+    fits=(
+        Fit(
+            "text_encoder",
+            ("model.embed_tokens.weight", 1),
+            ("context_embedder.weight", 1),
+            "text states",
+            parts=len(names.TEXT_LAYERS),
+        ),
+        Fit("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
+    ),
+    strangers=names.STRANGERS,
+)
