@@ -1,0 +1,102 @@
+"""Batches, sigmas and the prediction of FLUX.2's transformer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.families.flux2.encode import REFERENCE_LATENTS
+
+TRAINING_STEPS = 1000
+SHIFT_MU = 0.8
+"""Exponential shift of the training sigmas (shift = e^mu)."""
+REFERENCE_POSITION = 10
+"""Position of the first reference picture on the axis of pictures, and their distance there; the target is at 0."""
+
+
+def sigmas() -> Tensor:
+    """The training sigmas, `[1000]` float32, 1 down to 0.002223.
+
+    s = linspace(1, 1/1000, 1000); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of diffusers).
+    """
+    base = torch.linspace(1, 1 / TRAINING_STEPS, TRAINING_STEPS, dtype=torch.float64)
+    return (math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)).float()
+
+
+def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded samples of one shape -> a batch: texts always have 512 tokens, so that nothing is padded.
+
+    Returns: what the samples hold of `latents` `[B, 128, 1, h, w]`, `prompt_embeds` `[B, 512, 3 x width]` and the
+    latents of reference pictures `[B, 128, 1, h', w']`.
+    """
+    return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
+
+
+def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The transformer called as `Flux2KleinPipeline` calls it: reference pictures as further tokens, timestep = sigma.
+
+    Args:
+        noisy: `[B, 128, 1, h, w]` float32.
+        sigma: `[B]` float32.
+
+    Returns: `[B, 128, 1, h, w]`.
+    """
+    _, _, _, height, width = noisy.shape
+    pictures = [noisy, *references(batch)]
+    (prediction,) = transformer(
+        hidden_states=torch.cat([pack(picture.float()) for picture in pictures], dim=1).to(input_dtype(transformer)),
+        timestep=sigma,
+        guidance=None,
+        encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
+        txt_ids=text_positions(batch["prompt_embeds"].shape[1], noisy.device),
+        img_ids=picture_positions(pictures),
+        return_dict=False,
+    )
+    return unpack(prediction[:, : height * width], height, width)
+
+
+def input_dtype(transformer: Any) -> torch.dtype:
+    """The number format of the tokens given, to which the transformer rounds the timestep: float32 where that computes.
+
+    Under autocast the first layer casts tokens itself, so that sigma need not be rounded with them.
+    """
+    dtype: torch.dtype = transformer.dtype
+    return torch.float32 if torch.is_autocast_enabled(transformer.device.type) else dtype
+
+
+def references(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The latents of the reference pictures, in order."""
+    names = map(REFERENCE_LATENTS.format, count())
+    return [batch[name] for name in takewhile(batch.__contains__, names)]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents as tokens: `[B, C, 1, h, w]` -> `[B, h w, C]` (`Flux2KleinPipeline._pack_latents`)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`: `[B, h w, C]` -> `[B, C, 1, h, w]`."""
+    batch, _, channels = tokens.shape
+    return tokens.transpose(1, 2).reshape(batch, channels, 1, height, width)
+
+
+def text_positions(length: int, device: torch.device) -> Tensor:
+    """Positions (picture, row, column, text) of text tokens, `[L, 4]`: only the last counts up."""
+    positions = torch.zeros(length, 4, dtype=torch.int64, device=device)
+    positions[:, 3] = torch.arange(length, device=device)
+    return positions
+
+
+def picture_positions(pictures: Sequence[Tensor]) -> Tensor:
+    """Positions (picture, row, column, text) of the tokens of the target and the references behind it, `[N, 4]`."""
+    parts = []
+    for number, latents in enumerate(pictures):
+        height, width = latents.shape[-2:]
+        axes = [torch.arange(length, device=latents.device) for length in (height, width, 1)]
+        picture = torch.tensor([number * REFERENCE_POSITION], device=latents.device)
+        parts.append(torch.cartesian_prod(picture, *axes))
+    return torch.cat(parts)
