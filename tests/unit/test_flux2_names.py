@@ -1,0 +1,242 @@
+"""FLUX.2's names: recognised, addressed by targets, and what nothing reads; against real tiny modules."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.flux2 import names
+from diffsynth_core.families.flux2.components import build
+from diffsynth_core.families.flux2.facts import FLUX2, reference_size, variant
+from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
+from diffsynth_core.families.table import FAMILIES, component_at, family_of_model, recognise, recognise_family
+
+DIT = {
+    "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
+    "joint_attention_dim": 12, "in_channels": 8, "axes_dims_rope": [2] * 4, "guidance_embeds": False,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 30, "head_dim": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+MODULES = {
+    "dit": DIT,
+    "text_encoder": TEXT,
+    "vae": {"block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 2},
+}
+DOUBLE_MODULES = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{part}.{name}" for part in ("ff", "ff_context") for name in ("linear_in", "linear_out")),
+)
+SINGLE_MODULES = ("attn.to_qkv_mlp_proj", "attn.to_out")
+
+
+@cache
+def module_of(component: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build(component, MODULES[component]).eval()
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("component", MODULES)
+def test_components_are_recognised_and_no_other_family_takes_them(component):
+    tensors = shapes_of(module_of(component))
+    for facts in FAMILIES.values():
+        found = recognise(tensors, facts)
+        assert (found[0].name if found else None) == (component if facts is FLUX2 else None)
+    assert recognise_family(tensors) is (FLUX2 if component == "dit" else None)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "ours"),
+    [
+        ("black-forest-labs/FLUX.2-klein-4B", True),
+        ("black-forest-labs/FLUX.2-klein-base-9B", True),
+        ("black-forest-labs/FLUX.2-dev", True),
+        ("black-forest-labs/FLUX.1-dev", False),
+    ],
+)
+def test_the_family_is_known_by_its_repositories(model_id, ours):
+    assert (family_of_model(model_id) is FLUX2) == ours
+
+
+@pytest.mark.parametrize(
+    ("place", "component"),
+    [
+        ("transformer/*.safetensors", "dit"),
+        ("text_encoder/*.safetensors", "text_encoder"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae"),
+        ("tokenizer/", None),
+    ],
+)
+def test_components_are_known_by_their_place(place, component):
+    found = component_at(place, FLUX2)
+    assert (found.name if found else None) == component
+
+
+# LoRA
+
+
+def test_the_documented_lora_targets():
+    modules = modules_with_weights(shapes_of(module_of("dit")))
+    found = match_targets(modules, names.LORA_TARGETS)
+    blocks, single_blocks = 2, 3
+    assert {target: len(addressed) for target, addressed in found.items()} == {
+        **dict.fromkeys(names.LORA_TARGETS[:8], blocks),
+        **dict.fromkeys(("linear_in", "linear_out"), 2 * blocks),
+        **dict.fromkeys(("to_qkv_mlp_proj", "to_out"), single_blocks),
+    }
+    assert {module for addressed in found.values() for module in addressed} == {
+        *(f"transformer_blocks.{block}.{name}" for block in range(blocks) for name in DOUBLE_MODULES),
+        *(f"single_transformer_blocks.{block}.{name}" for block in range(single_blocks) for name in SINGLE_MODULES),
+    }
+
+
+def test_the_ending_to_out_addresses_what_recipes_list_block_by_block():
+    """In double blocks `to_out` is a list without a weight of its own."""
+    modules = modules_with_weights(shapes_of(module_of("dit")))
+    listed = tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in range(3))
+    one_by_one = match_targets(modules, listed)
+    assert all(addressed == [target] for target, addressed in one_by_one.items())
+    assert match_targets(modules, ("to_out",))["to_out"] == sorted(listed)
+    assert isinstance(module_of("dit").transformer_blocks[0].attn.to_out, nn.ModuleList)
+
+
+# What nothing reads
+
+
+def silent_parameters(component: str, output: Callable[[nn.Module], torch.Tensor]) -> set[str]:
+    """Parameters that get no gradient from an output."""
+    module = module_of(component)
+    module.zero_grad()
+    output(module).pow(2).sum().backward()
+    return {name for name, parameter in module.named_parameters() if parameter.grad is None}
+
+
+def test_untrainable_of_the_text_encoder_is_what_the_transformer_does_not_read():
+    def states(module: nn.Module) -> torch.Tensor:
+        layers = module.model(torch.arange(6)[None], output_hidden_states=True, use_cache=False).hidden_states
+        return torch.cat([layers[layer] for layer in names.TEXT_LAYERS])
+
+    silent = silent_parameters("text_encoder", states)
+    module = module_of("text_encoder")
+    for known in (module.named_modules(), module.named_parameters()):
+        unused = names.unused_in_text_encoder(frozenset(name for name, _ in known))
+        assert unused >= {"model.norm", "lm_head", "model.layers.27", "model.layers.28", "model.layers.29"}
+        assert silent and silent == {name for name, _ in module.named_parameters() if is_below(name, unused)}
+
+
+def test_untrainable_of_the_vae_is_what_encoding_does_not_use():
+    silent = silent_parameters("vae", lambda module: module.encode(torch.rand(1, 3, 16, 16)).latent_dist.mode())
+    module = module_of("vae")
+    unused = names.unused_in_vae(frozenset(name for name, _ in module.named_modules()))
+    assert silent and silent == {name for name, _ in module.named_parameters() if is_below(name, unused)}
+    assert "bn" in unused
+
+
+def test_every_parameter_of_the_transformer_gets_a_gradient():
+    def prediction(module: nn.Module) -> torch.Tensor:
+        positions = torch.arange(5)[:, None].expand(5, 4)
+        return module(
+            hidden_states=torch.rand(1, 5, 8),
+            encoder_hidden_states=torch.rand(1, 5, 12),
+            timestep=torch.tensor([0.5]),
+            img_ids=positions,
+            txt_ids=positions,
+            return_dict=False,
+        )[0]
+
+    assert silent_parameters("dit", prediction) == set()
+    assert FLUX2.component("dit").untrainable(frozenset(shapes_of(module_of("dit")))) == frozenset()
+
+
+# Kinds
+
+
+def test_klein_9b_is_told_by_its_single_blocks():
+    for blocks, model_id in ((20, "black-forest-labs/FLUX.2-klein-4B"), (24, "black-forest-labs/FLUX.2-klein-9B")):
+        shapes = {f"single_transformer_blocks.{block}.attn.to_out.weight": (1, 1) for block in range(blocks)}
+        assert variant(shapes, (), "").model_id == model_id
+
+
+def test_reference_pictures_are_there_when_asked_for():
+    without, shown = variant({}, (), ""), variant({}, ("edit_image",), "")
+    assert without.references == () and [encoder.name for encoder in without.encoders] == ["text", "latents"]
+    assert [reference.column for reference in shown.references] == ["edit_image"]
+    assert [encoder.name for encoder in shown.encoders] == ["text", "latents", "edit_image"]
+    assert without.takes == shown.takes == ("edit_image",)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"time_guidance_embed.guidance_embedder.linear_1.weight": (32, 256)},
+        {"context_embedder.weight": (6144, 15360)},
+    ],
+)
+def test_flux2_dev_is_refused(shapes):
+    with pytest.raises(DiffSynthError, match=r"`here` is the transformer of FLUX\.2-dev, which is not supported yet"):
+        variant(shapes, (), "here")
+
+
+def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
+    """transformers writes the names of the published files, and has others in memory."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "vocab_size": 8, "num_key_value_heads": 1, **sizes},
+        vision_config={"model_type": "pixtral", "image_size": 32, "patch_size": 16, **sizes},
+    )
+    module = Mistral3ForConditionalGeneration(config)
+    module.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        written = frozenset(file.keys())
+    spellings = (written, frozenset(module.state_dict()))
+    told = [[title for title, tensors in names.STRANGERS.items() if tensors <= spelling] for spelling in spellings]
+    assert told == [["the Mistral text encoder of FLUX.2-dev"], ["a Mistral text encoder such as that of FLUX.2-dev"]]
+    assert all(recognise(spelling, FLUX2) is None for spelling in spellings)
+
+
+# Sizes of reference pictures
+
+
+def sizes_of_the_pipeline(width: int, height: int) -> tuple[int, int]:
+    """(height, width) that diffusers reads a reference picture at."""
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    picture = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("L", (width, height)), 1024 * 1024)
+    return picture.height // 16 * 16, picture.width // 16 * 16
+
+
+@pytest.mark.parametrize(
+    "size", [(512, 512), (1024, 1024), (1025, 1024), (1448, 1448), (4000, 3000), (451, 300), (600, 400), (3000, 400), (100, 70)]
+)  # fmt: skip
+@pytest.mark.parametrize("max_pixels", [1024 * 1024, 4 * 1024 * 1024])
+def test_reference_pictures_have_the_pipeline_s_size(size, max_pixels):
+    assert reference_size(*size, max_pixels) == sizes_of_the_pipeline(*size)
+
+
+def test_fewer_pixels_make_reference_pictures_smaller():
+    height, width = reference_size(4000, 3000, 256 * 256)
+    assert (height, width) == (208, 288)
+    assert reference_size(200, 100, 256 * 256) == (96, 192)
+    assert reference_size(15, 100, 256 * 256)[1] == 0
+    assert math.prod(reference_size(1024, 1024, 1024 * 1024)) == 1024 * 1024
