@@ -1,6 +1,6 @@
 """Tiny models twice: loaded by us, and by diffusers' own pipelines from the same files.
 
-The unnamed fixtures are Qwen-Image; those of Wan say so.
+The unnamed fixtures are Qwen-Image; those of Wan and FLUX.2 say so.
 """
 
 import logging
@@ -25,7 +25,9 @@ from diffsynth_core.families.table import load_family, recognise
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
+from tests.parity import flux2_models as flux2_repositories
 from tests.parity import qwen_edit_models
+from tests.parity.flux2_models import Flux2Pair
 from tests.parity.qwen_edit_models import EditPair
 from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
@@ -111,6 +113,14 @@ def edit_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux2_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds tiny random FLUX.2 klein 4B and base 9B."""
+    base = tmp_path_factory.mktemp("flux2_models")
+    flux2_repositories.write_models(base)
+    return base
+
+
+@pytest.fixture(scope="session")
 def edit_pairs(edit_models: Path) -> Callable[[str], EditPair]:
     """A kind of editing model, float32, read by both; each is read once."""
     return cache(lambda name: qwen_edit_models.load_pair(edit_models, qwen_edit_models.KINDS[name]))
@@ -120,6 +130,24 @@ def edit_pairs(edit_models: Path) -> Callable[[str], EditPair]:
 def edit(request: pytest.FixtureRequest, edit_pairs: Callable[[str], EditPair]) -> EditPair:
     """Each kind of editing model in turn."""
     return edit_pairs(request.param)
+
+
+@pytest.fixture(scope="session")
+def flux2_pairs(flux2_models: Path) -> Callable[[str], Flux2Pair]:
+    """A FLUX.2 klein, float32, read by both; each is read once."""
+    return cache(lambda name: flux2_repositories.load_pair(flux2_models, name))
+
+
+@pytest.fixture(params=flux2_repositories.MODEL_IDS)
+def flux2(request: pytest.FixtureRequest, flux2_pairs: Callable[[str], Flux2Pair]) -> Flux2Pair:
+    """Each FLUX.2 klein in turn."""
+    return flux2_pairs(request.param)
+
+
+@pytest.fixture
+def klein(flux2_pairs: Callable[[str], Flux2Pair]) -> Flux2Pair:
+    """FLUX.2 klein 4B, where one model is enough."""
+    return flux2_pairs("4B")
 
 
 @pytest.fixture

@@ -1,0 +1,169 @@
+"""Tiny FLUX.2 klein models and pictures for them: loaded by us, and by diffusers' pipeline from the same files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage.data
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.families.family import Family
+from diffsynth_core.families.interface import ComponentFiles, Variant
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.progress import SilentReporter
+
+PLACES = {
+    "dit": "transformer/*.safetensors",
+    "text_encoder": "text_encoder/*.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+MODEL_IDS = {"4B": "black-forest-labs/FLUX.2-klein-4B", "base 9B": "black-forest-labs/FLUX.2-klein-base-9B"}
+"""4B is distilled and ties its text encoder's head to the embedding; base 9B neither."""
+SINGLE_BLOCKS = {"4B": 20, "base 9B": 24}
+PROMPT = "an astronaut before a flag, 漢字"
+SIZE = (48, 80)
+"""Height and width of the target in pixels."""
+REFERENCE_SIZES = ((64, 96), (112, 64))
+"""Height and width of the first and the second reference picture; the pipeline takes none below 64."""
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+"""The published scheduler configuration of FLUX.2."""
+
+
+def entries_of(name: str) -> dict[str, str]:
+    """The files of a model in its repository, by component."""
+    return {component: f"{MODEL_IDS[name]}:{place}" for component, place in PLACES.items()}
+
+
+def write_models(base: Path) -> None:
+    """Both models, and beside their components what diffusers needs to load a repository as a pipeline."""
+    for name in MODEL_IDS:
+        for component, entry in entries_of(name).items():
+            load_family("flux2").write_tiny_weights(base, component, *entry.split(":"))
+        folder = base / MODEL_IDS[name]
+        index = {
+            "_class_name": "Flux2KleinPipeline",
+            "is_distilled": "base" not in name,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+            "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            "transformer": ["diffusers", "Flux2Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A model as the trainer has it, float32."""
+
+    family: Family
+    variant: Variant
+    components: Mapping[str, Any]
+
+    @torch.no_grad()
+    def encode(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What all encoders make of a sample; the one of references only when it has some."""
+        encoded: dict[str, Tensor] = {}
+        for encoder in self.variant.encoders:
+            if sample.keys() >= set(encoder.columns):
+                encoded |= self.family.encode(encoder, self.components, sample)
+        return encoded
+
+
+def find_files(base: Path, component: str, entry: str) -> ComponentFiles:
+    """The files of one component as a run finds them."""
+    problems: list[Any] = []
+    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), "flux2", base, problems)
+    assert found and component in found.components, problems
+    return found.components[component]
+
+
+def load_files(files: ComponentFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A component read by our own loader."""
+    return load_component(load_family("flux2"), files, dtype, torch.device("cpu"), SilentReporter())
+
+
+def load_ours(base: Path, name: str) -> Ours:
+    """All components as a run finds and loads them, and what it is told by the files alone."""
+    family = load_family("flux2")
+    problems: list[Any] = []
+    parameters = Parameters(model_id_with_origin_paths=tuple(entries_of(name).values()), extra_inputs=("edit_image",))
+    found = find_components(parameters, None, base, problems)
+    assert found and not problems, problems
+    components = {component: load_files(files) for component, files in found.components.items()}
+    tokenizers = {parameter: family.load_tokenizer(parameter, folder) for parameter, folder in found.tokenizers.items()}
+    return Ours(family, found.variant, {**components, **tokenizers})
+
+
+def load_pipeline(base: Path, name: str) -> Flux2KleinPipeline:
+    """The repository read by diffusers and transformers, float32.
+
+    Its pictures are given the order in memory that ours have: numpy leaves the channels last, for which group norms on
+    a CPU have another kernel: it leaves latents of up to 8 wrong by 5e-5 and more, against float64, ours by 1e-5.
+    """
+    pipeline = Flux2KleinPipeline.from_pretrained(base / MODEL_IDS[name], dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    preprocess = pipeline.image_processor.preprocess
+    pipeline.image_processor.preprocess = lambda *inputs, **named: preprocess(*inputs, **named).contiguous()
+    return pipeline
+
+
+@dataclass(frozen=True)
+class Flux2Pair:
+    """One model, read by both."""
+
+    name: str
+    ours: Ours
+    pipeline: Any
+
+    @cached_property
+    def target(self) -> Image.Image:
+        return picture_of("astronaut", *SIZE)
+
+    @cached_property
+    def shown(self) -> tuple[Image.Image, ...]:
+        """Two reference pictures of different sizes."""
+        return tuple(picture_of(name, *size) for name, size in zip(("coffee", "rocket"), REFERENCE_SIZES, strict=True))
+
+    def encoded(self, shown: int) -> dict[str, Tensor]:
+        """The target and a caption, and as many reference pictures, encoded by us."""
+        sample: dict[str, Any] = {"prompt": PROMPT, "image": pixels_of(self.target)}
+        if shown:
+            sample["edit_image"] = [pixels_of(picture) for picture in self.shown[:shown]]
+        return self.ours.encode(sample)
+
+
+def load_pair(base: Path, name: str) -> Flux2Pair:
+    return Flux2Pair(name, load_ours(base, name), load_pipeline(base, name))
+
+
+def picture_of(name: str, height: int, width: int) -> Image.Image:
+    """A photograph at a size."""
+    photograph = Image.fromarray(getattr(skimage.data, name)()[..., :3])
+    return photograph.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """`[3, 1, H, W]` in [-1, 1]."""
+    return torch.tensor(np.asarray(picture)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
