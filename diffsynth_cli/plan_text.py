@@ -1,11 +1,13 @@
 """A plan as lines of text."""
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes
+
+SHOWN_SIZES = 6
 
 
 def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
@@ -17,14 +19,19 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         yield f"  {name:<13} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
-    buckets = ", ".join(f"{len(bucket.members)} of {_sizes(bucket.shape)}" for bucket in batches.buckets[:6])
-    more = f" and {len(batches.buckets) - 6} more sizes" if len(batches.buckets) > 6 else ""
-    yield f"{count_of(len(plan.samples.samples), 'sample')} from `{parameters.dataset_base_path}`: {buckets}{more}"
+    samples = plan.samples.samples
+    sizes = Counter(sample.target.shape for sample in samples)
+    yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {_counted(sizes)}"
+    if plan.variant.references and parameters.batch_size > 1:
+        yield f"  {len(batches.buckets)} kinds of batches, for the pictures shown have sizes too"
     if parameters.height and parameters.width:
         yield f"  each is scaled to cover {parameters.width} x {parameters.height} and cut at the centre"
     if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
         rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
         yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
+    for shown in plan.variant.references:
+        pictures = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
+        yield f"  shown {shown.name}: {_counted(Counter(excerpt.shape for excerpt in pictures))}"
     for note in plan.samples.notes:
         yield f"  {note}"
     yield (
@@ -59,10 +66,11 @@ def _part(plan: Plan, component: str) -> str:
     return f", {' and '.join(parts)}" if parts else ""
 
 
-def _sizes(shapes: Any) -> str:
-    """The size of what is trained on, and those of the pictures shown beside it."""
-    target, *shown = shapes
-    return _size(target) + (f" shown {' and '.join(map(_size, shown))}" if shown else "")
+def _counted(sizes: Counter[tuple[int, int, int]]) -> str:
+    """How many there are of each size, the first few of them."""
+    listed = ", ".join(f"{number} of {_size(size)}" for size, number in list(sizes.items())[:SHOWN_SIZES])
+    more = len(sizes) - SHOWN_SIZES
+    return f"{listed} and {more} more sizes" if more > 0 else listed
 
 
 def _size(shape: tuple[int, int, int]) -> str:

@@ -177,9 +177,9 @@ def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
             "add `image`",
         ),
         (
-            ["--extra_inputs", "edit_image"],
-            "`extra_inputs` names `edit_image`, which Qwen-Image does not take",
-            "leave it out",
+            ["--extra_inputs", "kontext_images"],
+            "`extra_inputs` names `kontext_images`, which Qwen-Image does not take",
+            "it takes edit_image",
         ),
     ],
 )

@@ -454,7 +454,7 @@ class Parameters(BaseModel):
     processor_path: str | None = _setting(
         None,
         "family",
-        "path",
+        "str",
         "Processor folder of Qwen-Image-Edit, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
         families=("qwen-image",),
     )

@@ -71,7 +71,8 @@ class ComponentFacts:
     modules; None: the dialect has no names for this component.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
-    `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says.
+    `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says -> the
+    extra inputs without which it means nothing.
     """
 
     name: str
@@ -82,7 +83,7 @@ class ComponentFacts:
     lora_targets: tuple[str, ...] = ()
     dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def lora_naming(self) -> LoraNaming:

@@ -21,6 +21,7 @@ def read_dataset(
     medium = variant.medium
     problems += _size_problems(parameters, variant)
     problems += _input_problems(parameters, variant)
+    problems += _idle_parameters(parameters, facts)
     base = parameters.dataset_base_path
     try:
         metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, medium.column, medium.kind)
@@ -90,7 +91,7 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
 
 
 def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
-    """Extra inputs that the model does not take, and those it cannot do without."""
+    """Extra inputs that the model does not take, those it cannot do without, and parameters that need one to matter."""
     problems = []
     for name in parameters.extra_inputs:
         if name not in variant.takes:
@@ -112,10 +113,26 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     return problems
 
 
+def _idle_parameters(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
+    """Parameters that were given and that matter only to a model which is shown something that was not asked for."""
+    needed = {name: setting for component in facts.components for name, setting in component.settings.items()}
+    needed |= {name: tokenizer.inputs for name, tokenizer in facts.tokenizers.items() if tokenizer.inputs}
+    return [
+        Problem(
+            f"`{name}` means nothing without the extra input `{inputs[0]}`",
+            f"leave it out, or give `--extra_inputs {inputs[0]}`",
+            wrong_use=True,
+        )
+        for name, inputs in needed.items()
+        if getattr(parameters, name) and not set(inputs) & set(parameters.extra_inputs)
+    ]
+
+
 def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -> list[str]:
     """What to say of single frames that the model is shown, and need only copy."""
     single = sum(sample.frames == 1 for sample in samples.samples)
-    if not single or not parameters.extra_inputs or variant.given_frames:
+    shown_frames = variant.medium.kind == "video" and parameters.extra_inputs and not variant.given_frames
+    if not single or not shown_frames:
         return []
     shown = ", ".join(parameters.extra_inputs)
     return [f"{count_of(single, 'sample')} of one frame: the model is shown it whole ({shown}) and learns to copy it"]

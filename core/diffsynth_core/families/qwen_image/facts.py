@@ -22,7 +22,7 @@ QWEN_IMAGE = FamilyFacts(
             places=("transformer/*", "diffusion_pytorch_model*"),
             lora_targets=LORA_TARGETS,
             untrainable=dead_modules,
-            settings=("zero_cond_t",),
+            settings={"zero_cond_t": (EDIT_IMAGE,)},
         ),
         ComponentFacts(
             name="text_encoder",

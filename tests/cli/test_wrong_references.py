@@ -1,0 +1,192 @@
+"""Faulty pictures to edit, and files of FLUX that do not go together: told before any weight is read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffsynth_core.families.table import load_family
+from diffsynth_core.sources.model_files import split_entry
+from tests.documented_recipes import REFERENCE
+
+EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2-klein-4b-lora"
+KONTEXT = "flux.1-kontext-dev-lora"
+KLEIN_4B, KLEIN_9B = "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"
+COMPONENTS = {
+    "flux": ("dit", "text_encoder_1", "text_encoder_2", "vae"),
+    "flux2": ("text_encoder", "dit", "vae"),
+    "qwen-image": ("dit", "text_encoder", "vae"),
+}
+"""By family, the components in the order in which recipes name their files."""
+
+
+@pytest.fixture(scope="session")
+def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of the recipes used here."""
+    base = tmp_path_factory.mktemp("many")
+    for recipe, family in ((EDIT, "qwen-image"), (PLUS, "qwen-image"), (KLEIN, "flux2"), (KONTEXT, "flux")):
+        entries = REFERENCE[recipe]["model_id_with_origin_paths"]
+        for component, entry in zip(COMPONENTS[family], entries, strict=True):
+            load_family(family).write_tiny_weights(base, component, *split_entry(entry))
+    load_family("flux2").write_tiny_weights(base, "text_encoder", KLEIN_9B, "text_encoder/*.safetensors")
+    return base
+
+
+@pytest.fixture
+def models(many_models: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = Path(shutil.copytree(many_models, tmp_path / "models"))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(copy))
+    return copy
+
+
+@pytest.fixture
+def pairs(dataset: Path) -> Callable[..., Path]:
+    """Write what the rows show in a column; the first is a list."""
+
+    def write(*cells: object, column: str = "edit_image") -> Path:
+        rows = [{"image": "chelsea.png", "prompt": f"edit {cell}", column: cell} for cell in cells]
+        (dataset / "metadata.json").write_text(json.dumps(rows))
+        (dataset / "metadata.csv").unlink()
+        return dataset / "metadata.json"
+
+    return write
+
+
+@pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
+def test_a_recipe_without_its_column(refuse, dataset, recipe, column):
+    metadata = f"`{dataset}/metadata.csv`"
+    assert refuse(recipe=recipe) == (
+        1,
+        [(f"{metadata} has no column `{column}`; it has `image`, `prompt`", "add the column")],
+    )
+
+
+@pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
+def test_a_column_of_pictures_that_is_not_loaded(refuse, pairs, recipe, column):
+    pairs("coffee.png", column=column)
+    message = f"`data_file_keys` leaves out `{column}`, whose files this run reads"
+    assert refuse("--data_file_keys", "image", recipe=recipe) == (2, [(message, f"add `{column}`")])
+
+
+def test_a_list_where_one_picture_is_allowed(refuse, pairs):
+    metadata = pairs("coffee.png", ["coffee.png", "rocket.png"], ["rocket.png"])
+    message = f"`{metadata}` row 2: column `edit_image` lists 2 files, expected one"
+    assert refuse(recipe=EDIT) == (1, [(message, "write one row per file")])
+
+
+def test_faulty_pictures_are_told_together(refuse, pairs, dataset):
+    metadata = pairs("coffee.png", "", ["coffee.png", "gone.png"], "text.png", "half.png", "line.png", [])
+    (dataset / "text.png").write_text("no picture")
+    whole = (dataset / "rocket.png").read_bytes()
+    (dataset / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (4000, 20)).save(dataset / "line.png")
+    code, problems = refuse(recipe=PLUS)
+    where = {int(message.split(" row ")[1].partition(":")[0]): message for message, _ in problems}
+    assert code == 1 and sorted(where) == [2, 3, 4, 5, 6, 7]
+    assert "column `edit_image` is empty" in where[2]
+    assert f"names `{dataset}/gone.png`, which is not there" in where[3]
+    assert f"`{dataset}/text.png` cannot be read as a picture" in where[4]
+    assert f"`{dataset}/half.png` cannot be read as a picture" in where[5]
+    assert f"names `{dataset}/line.png`, which is too small or too narrow to be shown" in where[6]
+    assert "lists 0 files, expected one or more" in where[7]
+    assert all(message.startswith(f"`{metadata}` row ") and hint for message, hint in problems)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [(["--zero_cond_t"], "zero_cond_t"), (["--processor_path", "elsewhere"], "processor_path")]
+)
+def test_parameters_of_pictures_without_pictures(refuse, arguments, name):
+    message, hint = (
+        f"`{name}` means nothing without the extra input `edit_image`",
+        "leave it out, or give `--extra_inputs edit_image`",
+    )
+    assert refuse(*arguments) == (2, [(message, hint)])
+
+
+def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
+    pairs("coffee.png")
+    message = f"there is no processor at `{tmp_path}/elsewhere`"
+    hint = "name its folder with `--processor_path`"
+    assert refuse("--processor_path", tmp_path / "elsewhere", recipe=PLUS) == (1, [(message, hint)])
+
+
+def klein(**changed: str) -> tuple[str, ...]:
+    """Flags that name the files of klein 4B, some of them others."""
+    entries = dict(zip(COMPONENTS["flux2"], REFERENCE[KLEIN]["model_id_with_origin_paths"], strict=True))
+    return ("--model_id_with_origin_paths", ",".join((entries | changed).values()))
+
+
+def test_klein_with_the_text_encoder_of_dev(refuse, models):
+    folder = models / "black-forest-labs/FLUX.2-dev/text_encoder"
+    folder.mkdir(parents=True)
+    names = ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight")
+    save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
+    wrong = "black-forest-labs/FLUX.2-dev:text_encoder/*.safetensors"
+    what = f"`{wrong}` is the Mistral text encoder of FLUX.2-dev, not a component of FLUX.2"
+    hint = "name files of its components: dit, text_encoder, vae"
+    assert refuse(*klein(text_encoder=wrong), recipe=KLEIN) == (2, [(what, hint)])
+
+
+def test_the_text_encoder_of_the_other_klein(refuse, models):
+    wrong = f"{KLEIN_9B}:text_encoder/*.safetensors"
+    folder = models / KLEIN_9B / "text_encoder"
+    for path in folder.glob("*.safetensors"):  # the tiny ones are of one width
+        tensors = {
+            name: torch.cat([tensor, tensor], -1) if "embed_tokens" in name else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    code, problems = refuse(*klein(text_encoder=wrong), recipe=KLEIN)
+    assert code == 2
+    assert (
+        f"the text_encoder from `{wrong}` makes text states of 128 channels, the dit of FLUX.2 klein takes 64"
+        in problems[0][0]
+    )
+    assert problems[0][1] == "name the text_encoder of the same model"
+
+
+def test_the_transformer_of_dev(refuse, models):
+    folder = models / KLEIN_4B / "transformer"
+    first = sorted(folder.glob("*.safetensors"))[0]
+    embedder = {f"time_guidance_embed.guidance_embedder.linear_{number}.weight": torch.zeros(2, 2) for number in (1, 2)}
+    save_file(load_file(first) | embedder, first, metadata={"format": "pt"})
+    code, problems = refuse(recipe=KLEIN)
+    assert code == 2 or code == 1
+    message, hint = problems[0]
+    assert (
+        message
+        == f"`{KLEIN_4B}:transformer/*.safetensors` is the transformer of FLUX.2-dev, which is not supported yet"
+    )
+    assert "klein" in (hint or "")
+
+
+def test_klein_in_its_other_layout(refuse, models):
+    names = ("double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight")
+    save_file({name: torch.zeros(2, 2) for name in names}, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
+    wrong = f"{KLEIN_4B}:flux-2-klein-4b.safetensors"
+    ((message, _),) = refuse(*klein(dit=wrong), recipe=KLEIN)[1]
+    assert message == f"`{wrong}` is a transformer in Black Forest Labs' own layout, not a component of FLUX.2"
+
+
+def test_a_transformer_without_guidance(refuse, pairs, models):
+    pairs("coffee.png", column="kontext_images")
+    entry = REFERENCE[KONTEXT]["model_id_with_origin_paths"][0]
+    path = models / entry.replace(":", "/")
+    save_file({name: tensor for name, tensor in load_file(path).items() if "guidance_in" not in name}, path)
+    code, problems = refuse(recipe=KONTEXT)
+    assert code != 0 and len(problems) == 1
+    assert entry in problems[0][0] and "guidance" in problems[0][0] and problems[0][1]
+
+
+def test_the_transformer_of_the_other_flux(refuse, models):
+    wrong = REFERENCE[KONTEXT]["model_id_with_origin_paths"][0]
+    what = f"`{wrong}` is the transformer of FLUX.1, not a component of FLUX.2"
+    assert refuse(*klein(dit=wrong), recipe=KLEIN) == (
+        2,
+        [(what, "name files of its components: dit, text_encoder, vae")],
+    )
