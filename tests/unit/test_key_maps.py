@@ -21,6 +21,7 @@ TABLE = TableMap(
     unsqueezed={"cls": ("embeddings.cls", 2), "pos": ("embeddings.position.weight", 1)},
     unneeded=("text", "scale"),
     swapped={"head.mod": "out.linear"},
+    pointwise={"attn.{}.proj": "attention.{}.out"},
 )
 CHAIN = Chain(
     TableMap({"typed.{}.fused": "blocks.{}.qkv", "typed.{}.wide": "blocks.{}.both", "typed.last": "head.mod"}), TABLE
@@ -40,6 +41,7 @@ CHAIN = Chain(
         ("blocks.5.query_norm.scale", ("layers.5.norm_q.weight",)),
         ("blocks.5.both", ("layers.5.short", "layers.5.long")),
         ("head.mod.bias", ("out.linear.bias",)),
+        ("attn.2.proj.weight", ("attention.2.out.weight",)),
     ],
 )
 def test_both_directions_come_from_one_row(theirs, ours):
@@ -86,6 +88,8 @@ def test_tensors_and_shapes_are_cut_and_joined():
             "pos": torch.randn(1, 7, 5),
             "head.mod.weight": torch.arange(8.0).view(4, 2),
             "head.mod.bias": torch.arange(4.0),
+            "attn.0.proj.weight": torch.arange(6.0).view(3, 2, 1, 1),
+            "attn.0.proj.bias": torch.arange(3.0),
         },
     )
     assert ours["layers.0.b.weight"].tolist() == [[6, 7, 8], [9, 10, 11]]
@@ -94,6 +98,7 @@ def test_tensors_and_shapes_are_cut_and_joined():
     assert ours["embeddings.cls"].shape == (5,)
     assert ours["out.linear.weight"].tolist() == [[4, 5], [6, 7], [0, 1], [2, 3]]
     assert ours["out.linear.bias"].tolist() == [2, 3, 0, 1]
+    assert ours["attention.0.out.weight"].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_chain_translates_twice():
@@ -129,12 +134,13 @@ def test_what_is_not_there_whole_has_no_name():
         ("blocks.0.both.weight", (11, 3)),
         ("cls", (1, 3, 5)),
         ("cls", (3, 1, 5)),
+        ("attn.0.proj.weight", (3, 2, 3, 3)),
     ],
 )
 @pytest.mark.parametrize("table", [TABLE, Chain(SAME_NAMES, TABLE)], ids=["table", "chain"])
 def test_what_cannot_be_cut_comes_out_in_shapes_that_do_not_fit(table, name, shape):
     """Neither rounded in silence nor an error in the middle: the module asks for other shapes."""
-    whole = {"blocks.0.qkv.weight": (6, 3), "blocks.0.both.weight": (10, 3), "cls": (1, 1, 5)}[name]
+    whole = {"blocks.0.qkv.weight": (6, 3), "blocks.0.both.weight": (10, 3), "cls": (1, 1, 5)}.get(name, (3, 2, 1, 1))
     assert table.cut_shape(name, shape).keys() == table.cut_shape(name, whole).keys()
     assert table.cut_shape(name, shape) != table.cut_shape(name, whole)
 

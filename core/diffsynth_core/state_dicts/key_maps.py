@@ -15,6 +15,8 @@ Tensor = Any
 Shape = tuple[int, ...]
 
 LEAVES = ("weight", "bias", "gamma")
+ONE_PIXEL = (1, 1)
+"""Height and width of the kernel of a convolution that looks at one pixel."""
 
 
 class KeyMap:
@@ -109,6 +111,7 @@ class TableMap(KeyMap):
         unneeded: modules or tensors of theirs that we have no place for, on purpose; all below them too.
         swapped: module of theirs -> module of ours, whose tensors have the upper and the lower half of the rows
             exchanged (shift and scale in the other order).
+        pointwise: convolution of theirs whose kernel is one pixel -> linear layer of ours.
     """
 
     def __init__(
@@ -118,9 +121,10 @@ class TableMap(KeyMap):
         unsqueezed: Mapping[str, tuple[str, int]] | None = None,
         unneeded: tuple[str, ...] = (),
         swapped: Mapping[str, str] | None = None,
+        pointwise: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(renamed, stacked, unsqueezed, unneeded, swapped)
-        one_to_one = {**renamed, **(swapped or {})}
+        super().__init__(renamed, stacked, unsqueezed, unneeded, swapped, pointwise)
+        one_to_one = {**renamed, **(swapped or {}), **(pointwise or {})}
         rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in one_to_one.items()}
         self._shares: dict[str, tuple[int, ...]] = {}
         for theirs, parts in (stacked or {}).items():
@@ -132,6 +136,7 @@ class TableMap(KeyMap):
         self._leading = {theirs: count for theirs, (_, count) in (unsqueezed or {}).items()}
         self._unneeded = unneeded
         self._swapped = frozenset(swapped or ())
+        self._pointwise = frozenset(pointwise or ())
         self._from_theirs = [(_pattern(theirs), theirs) for theirs in rules]
         self._from_ours = [(_pattern(name), theirs) for theirs, ours in rules.items() for name in ours]
         self.ours = lru_cache(maxsize=None)(self._ours)  # type: ignore[method-assign]
@@ -161,6 +166,8 @@ class TableMap(KeyMap):
         if rule in self._shares and shape:
             rows = _rows(self._shares[rule], shape[0])
             return {own: (count, *shape[1:]) for own, count in zip(names, rows, strict=True)}
+        if rule in self._pointwise:
+            return dict.fromkeys(names, shape[:2] if shape[2:] == ONE_PIXEL else shape)
         leading = self._leading.get(rule, 0)
         return dict.fromkeys(names, shape[leading:] if shape[:leading] == (1,) * leading else shape)
 
@@ -176,6 +183,8 @@ class TableMap(KeyMap):
         parts, rule = [shapes[own] for own in self.ours(name) or ()], self.rule(name) or ""
         if rule in self._shares and all(parts):
             return (sum(part[0] for part in parts), *parts[0][1:])
+        if rule in self._pointwise and len(parts[0]) == 2:
+            return (*parts[0], *ONE_PIXEL)
         return (1,) * self._leading.get(rule, 0) + parts[0]
 
     def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -190,8 +199,9 @@ class TableMap(KeyMap):
             return whole
         if rule in self._swapped:
             return _swap_halves(parts[0])
-        leading = self._leading.get(rule, 0)
-        return parts[0][(None,) * leading] if leading else parts[0]
+        if rule in self._leading or rule in self._pointwise:
+            return parts[0].reshape(self.join_shape(name, {own: tuple(tensors[own].shape) for own in names}))
+        return parts[0]
 
 
 class Chain(KeyMap):
