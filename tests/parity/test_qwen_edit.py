@@ -11,7 +11,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.qwen_image.inputs import edit_latents, pack
+from diffsynth_core.families.patches import pack
+from diffsynth_core.families.qwen_image.inputs import edit_latents
 from diffsynth_core.families.qwen_image.variants import prompt_size, vae_size
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.qwen_edit_models import (

@@ -10,8 +10,8 @@ from PIL import Image
 
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.qwen_image.inputs import pack
 
 TOLERANCE = 1e-5
 TEXT, LATENTS = QWEN_IMAGE.variant({}, (), "").encoders

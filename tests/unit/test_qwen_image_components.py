@@ -10,10 +10,9 @@ from diffsynth_core.families.qwen_image.components import (
     infer_text_encoder,
     infer_transformer,
     infer_vae,
-    split_even,
-)  # fmt: skip
+)
 from diffsynth_core.families.qwen_image.names import TEXT_ENCODER_FILES
-from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.shapes import count_blocks, split_even
 
 TRANSFORMER = {
     "num_layers": 60,

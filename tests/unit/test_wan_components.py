@@ -10,6 +10,7 @@ from torch import nn
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles
+from diffsynth_core.families.shapes import infer_t5_encoder
 from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import (
@@ -17,7 +18,6 @@ from diffsynth_core.families.wan.components import (
     checkpoint_gradients,
     config_of,
     infer_image_encoder,
-    infer_text_encoder,
     infer_transformer,
     infer_vae,
     load_tokenizer,
@@ -80,7 +80,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, object], int]] = {
 INFER = {
     "dit": infer_transformer,
     "vae": infer_vae,
-    "text_encoder": infer_text_encoder,
+    "text_encoder": infer_t5_encoder,
     "image_encoder": infer_image_encoder,
 }
 TABLES = {
@@ -268,7 +268,7 @@ TINY_CLIP = CLIP | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_laye
 def test_sizes_of_umt5_that_are_not_multiples_of_each_other_are_inferred():
     with torch.device("meta"):
         module = build("text_encoder", TINY_TEXT | {"d_kv": 6})
-    found = infer_text_encoder(shapes_of(module))
+    found = infer_t5_encoder(shapes_of(module))
     assert {name: found[name] for name in TINY_TEXT} == TINY_TEXT | {"d_kv": 6}
 
 

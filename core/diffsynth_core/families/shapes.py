@@ -1,8 +1,38 @@
-"""What names and shapes of tensors tell of an architecture. No torch."""
+"""What names and shapes of tensors tell of an architecture, and rules for what they do not tell. No torch."""
 
 from diffsynth_core.families.interface import Shapes
+
+ROPE_PROPORTION = (16, 56, 56)
+"""Rotary axes (picture, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
+that proportion, each even."""
 
 
 def count_blocks(shapes: Shapes, prefix: str) -> int:
     """How many numbered blocks stand below `prefix`."""
     return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
+
+
+def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`total` in three even parts in the given proportion; the first takes what rounding leaves."""
+    second = round(total * proportion[1] / sum(proportion) / 2) * 2
+    third = round(total * proportion[2] / sum(proportion) / 2) * 2
+    spare = max(0, 2 - (total - second - third))
+    second, third = second - spare, third - spare
+    return total - second - third, second, third
+
+
+def infer_t5_encoder(shapes: Shapes) -> dict[str, object]:
+    """Settings of `T5EncoderModel` and `UMT5EncoderModel`; the position bias tells the number of heads."""
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    vocabulary, width = shapes["shared.weight"]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": count_blocks(shapes, "encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GAINS = {"dit": 3**-0.5, "text_encoder": 1.0, "vae": 1.0, "image_encoder": 1.0}
+GAINS = {
+    "dit": 3**-0.5,
+    "text_encoder": 1.0,
+    "text_encoder_1": 1.0,
+    "text_encoder_2": 1.0,
+    "vae": 1.0,
+    "image_encoder": 1.0,
+}
 """Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
 than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
 
-EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
+EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "token_embedding.weight")
 """Ends of the names of tables that are looked up, not multiplied."""
 
 

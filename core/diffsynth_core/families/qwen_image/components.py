@@ -9,12 +9,10 @@ from torch import nn
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
-from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.shapes import ROPE_PROPORTION, count_blocks, split_even
 
 DEFAULT_HEAD_SIZE = 128
 """Size of an attention head of Qwen2.5-VL's text model: shapes give only heads times size."""
-ROPE_PROPORTION = (16, 56, 56)
-"""Rotary axes (frame, height, width) of the transformer at head size 128; others keep the proportion, each even."""
 MROPE_PROPORTION = (16, 24, 24)
 """Rotary sections (time, height, width) of Qwen2.5-VL, of half a head of 128."""
 VISION_HEAD_SIZE = 80
@@ -150,15 +148,6 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
         "attn_scales": [],
         "temperal_downsample": strides,
     }
-
-
-def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:
-    """`total` in three even parts in the given proportion; the first takes what rounding leaves."""
-    second = round(total * proportion[1] / sum(proportion) / 2) * 2
-    third = round(total * proportion[2] / sum(proportion) / 2) * 2
-    spare = max(0, 2 - (total - second - third))
-    second, third = second - spare, third - spare
-    return total - second - third, second, third
 
 
 def checkpoint_gradients(component: str, module: nn.Module) -> None:

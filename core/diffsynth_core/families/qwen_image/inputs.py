@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffsynth_core.families.patches import numbered, pack, unpack
 
 TRAINING_STEPS = 1000
 SHIFT_MU = 0.8
@@ -47,24 +48,9 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-def pack(latents: Tensor) -> Tensor:
-    """2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]` (`QwenImagePipeline._pack_latents`)."""
-    batch, channels, _, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: `[B, (h/2)(w/2), 4C]` -> `[B, C, 1, h, w]`."""
-    batch, _, channels = tokens.shape
-    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)  # [B, h/2, w/2, C, 2, 2]
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 1, height, width)
-
-
 def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The latents of the pictures to edit in their order, each `[B, 16, 1, h, w]`."""
-    names = (EDIT_LATENTS.format(number) for number in count())
-    return [batch[name] for name in takewhile(batch.__contains__, names)]
+    return numbered(batch, EDIT_LATENTS)
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

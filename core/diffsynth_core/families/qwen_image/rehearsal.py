@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, ROPE_PROPORTION, build, split_even
+from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, build
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.families.shapes import ROPE_PROPORTION, split_even
 from diffsynth_core.families.tiny_tokenizers import tiny_vocabulary, write_tokenizer
 from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 

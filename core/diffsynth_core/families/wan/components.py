@@ -13,7 +13,7 @@ from torch import nn
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
-from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.shapes import count_blocks, infer_t5_encoder
 
 LARGEST_HEAD_SIZE = 128
 """Size of an attention head of every published transformer: shapes give only heads times size."""
@@ -42,7 +42,7 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
     infer = {
         "dit": infer_transformer,
-        "text_encoder": infer_text_encoder,
+        "text_encoder": infer_t5_encoder,
         "vae": infer_vae,
         "image_encoder": infer_image_encoder,
     }[files.component]
@@ -135,23 +135,6 @@ def infer_transformer(shapes: Shapes) -> dict[str, Any]:
         "image_dim": image[0] if image else None,
         "added_kv_proj_dim": added[1] if added else None,
         "pos_embed_seq_len": positions[1] if positions else None,
-    }
-
-
-def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `UMT5EncoderModel`; the position bias tells the number of heads."""
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    vocabulary, width = shapes["shared.weight"]
-    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
-        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": count_blocks(shapes, "encoder.block."),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
     }
 
 

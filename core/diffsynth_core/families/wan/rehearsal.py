@@ -1,7 +1,6 @@
 """Tiny random Wan components: the same classes, file layouts and key names as the published ones."""
 
 import math
-import string
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.families.tiny_tokenizers import unigram_vocabulary, write_unigram_tokenizer
 from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import IMAGE_ENCODER_HEADS, LATENTS_MEAN_48, LATENTS_STD_48, build
@@ -21,8 +21,6 @@ DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "vae", "ima
 """Files in folders of these names have the layout of diffusers repositories, all others Wan's own."""
 IMAGE_TOKENS = 257
 """What CLIP makes of a picture of 224 x 224 pixels in patches of 14, and one token for the whole."""
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-"""Numbers 0, 1 and 2, as in UMT5's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)  # tied, and in no file
     if component == "text_encoder":
-        write_tokenizer(folder.parent / "tokenizer" if diffusers else folder / "google" / "umt5-xxl")
+        tokenizer = folder.parent / "tokenizer" if diffusers else folder / "google" / "umt5-xxl"
+        write_unigram_tokenizer(tokenizer, byte_fallback=True)
     if diffusers:
         _write_companions(folder, component, module, config)
     elif component == "dit":
@@ -122,7 +121,7 @@ def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
 def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
     heads = 4
     return {
-        "vocab_size": len(tiny_vocabulary()),
+        "vocab_size": len(unigram_vocabulary(byte_fallback=True)),
         "d_model": sizes.text_width,
         "d_kv": sizes.text_width // heads,
         "d_ff": 2 * sizes.text_width,
@@ -238,36 +237,3 @@ IMAGE_PROCESSOR = {
     "size": {"shortest_edge": 224},
 }
 """The preprocessor_config.json of CLIP ViT-H."""
-
-
-def tiny_vocabulary() -> list[tuple[str, float]]:
-    """(token, log-probability): bytes for rare characters, then what ASCII has, then pairs of letters."""
-    pairs = [first + second for first in "▁" + string.ascii_lowercase for second in string.ascii_lowercase]
-    characters = ["▁", *(character for character in string.printable if not character.isspace())]
-    return [
-        *((token, 0.0) for token in SPECIAL_TOKENS),
-        *((f"<0x{number:02X}>", -12.0) for number in range(256)),
-        *((token, -6.0) for token in characters),
-        *((token, -8.0) for token in pairs),
-    ]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer in the published layout, which ends each text with `</s>`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import Unigram
-
-    folder.mkdir(parents=True, exist_ok=True)
-    pad, end, unknown = SPECIAL_TOKENS
-    tokenizer = Tokenizer(Unigram(tiny_vocabulary(), unk_id=SPECIAL_TOKENS.index(unknown), byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, SPECIAL_TOKENS.index(end))]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": end, "pad_token": pad, "unk_token": unknown}
-    write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 1000000000000000019884624838656}
-    write_json(folder / "tokenizer_config.json", {**special, **config})

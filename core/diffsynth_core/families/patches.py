@@ -1,0 +1,28 @@
+"""Latents of pictures as the tokens that transformers of pictures read: patches of 2 x 2."""
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+
+from torch import Tensor
+
+
+def pack(latents: Tensor) -> Tensor:
+    """2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]`.
+
+    Source: `_pack_latents` of diffusers' `QwenImagePipeline` and `FluxPipeline`.
+    """
+    batch, channels, _, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`: `[B, (h/2)(w/2), 4C]` -> `[B, C, 1, h, w]`."""
+    batch, _, channels = tokens.shape
+    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)  # [B, h/2, w/2, C, 2, 2]
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 1, height, width)
+
+
+def numbered(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors of a batch that are called `name` with 0, 1, ... in it, in this order."""
+    return [batch[found] for found in takewhile(batch.__contains__, map(name.format, count()))]
