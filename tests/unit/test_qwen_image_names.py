@@ -168,7 +168,7 @@ def test_a_family_that_is_not_there_is_told_with_those_that_are(name, hint):
         ("Qwen/Qwen-Image", "qwen-image"),
         ("Qwen/Qwen-Image-2512", "qwen-image"),
         ("Qwen/Qwen3-4B", None),
-        ("black-forest-labs/FLUX.1-dev", None),
+        ("black-forest-labs/FLUX.1-dev", "flux"),
     ],
 )
 def test_families_are_known_by_the_repositories_of_their_models(model_id, family):

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from diffsynth_core.errors import Problem, suggest
+from diffsynth_core.families.flux.facts import FLUX
 from diffsynth_core.families.flux2.facts import FLUX2
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
@@ -14,11 +15,12 @@ from diffsynth_core.families.wan.facts import WAN
 if TYPE_CHECKING:
     from diffsynth_core.families.family import Family
 
-FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE, WAN, FLUX2)}
+FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE, WAN, FLUX, FLUX2)}
 
 _IMPLEMENTATIONS = {
     "qwen-image": ("diffsynth_core.families.qwen_image.family", "QwenImage"),
     "wan": ("diffsynth_core.families.wan.family", "Wan"),
+    "flux": ("diffsynth_core.families.flux.family", "Flux"),
     "flux2": ("diffsynth_core.families.flux2.family", "Flux2"),
 }
 

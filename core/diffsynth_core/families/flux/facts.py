@@ -1,0 +1,171 @@
+"""What FLUX.1's models are made of. No torch."""
+
+import math
+from fnmatch import fnmatch
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.flux import names
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Fit,
+    Layout,
+    Medium,
+    References,
+    Shapes,
+    TokenizerFacts,
+    Variant,
+)
+
+KINDS = (
+    ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+    ("*krea*", "FLUX.1 Krea", "black-forest-labs/FLUX.1-Krea-dev"),
+    ("*", "FLUX.1", "black-forest-labs/FLUX.1-dev"),
+)
+"""(pattern of what the user wrote for the transformer's files, its title, its repository); all have the same shapes."""
+
+PATCH = 4
+"""Latent values in a token: patches of 2 x 2."""
+SIZE_FACTOR = 16
+"""Pixels of a token's side."""
+KONTEXT_IMAGES = "kontext_images"
+KONTEXT_SIZES = (
+    *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
+    (1024, 1024),
+    *((1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)),
+)
+"""(width, height) that Kontext was trained with. Source: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers'
+`FluxKontextPipeline`."""
+KONTEXT_AREA = 1024 * 1024
+
+ENCODERS = (
+    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",)),
+    EncoderFacts(name="text_2", component="text_encoder_2", columns=("prompt",)),
+    EncoderFacts(name="latents", component="vae", columns=("image",)),
+)
+KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=(KONTEXT_IMAGES,))
+
+
+def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) at which a reference picture is read: of those Kontext was trained with the closest in shape.
+
+    `max_pixels` below 1024 x 1024 makes it smaller in proportion; a side is 0 where nothing is left.
+    """
+    _, best_width, best_height = min((abs(width / height - w / h), w, h) for w, h in KONTEXT_SIZES)
+    scale = math.sqrt(min(1.0, max_pixels / KONTEXT_AREA))
+    return (
+        int(best_height * scale) // SIZE_FACTOR * SIZE_FACTOR,
+        int(best_width * scale) // SIZE_FACTOR * SIZE_FACTOR,
+    )
+
+
+REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size, fit="stretch")
+
+
+def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+    """FLUX.1-dev, Krea and Kontext: any of them can be shown pictures, but none must be.
+
+    Raises:
+        DiffSynthError: for a transformer without guidance, or one that takes more than latents.
+    """
+    guidance = "time_text_embed.guidance_embedder.linear_1.weight"
+    if shapes and guidance not in shapes:
+        raise DiffSynthError(
+            "the transformer has no guidance embedder: a model distilled to few steps, such as FLUX.1-schnell, is not "
+            "trained here",
+            "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev",
+        )
+    taken = shapes.get("x_embedder.weight", (0, 16 * PATCH))[1]
+    made = shapes.get("proj_out.weight", (16 * PATCH,))[0]
+    if taken != made:
+        raise DiffSynthError(
+            f"the transformer takes {taken} channels and makes {made}: this kind of FLUX.1 is not supported yet",
+            "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev (64, 64)",
+        )
+    shown = KONTEXT_IMAGES in inputs
+    title, model_id = next((title, model) for pattern, title, model in KINDS if fnmatch(origin.lower(), pattern))
+    return Variant(
+        title=title,
+        model_id=model_id,
+        components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
+        encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
+        medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
+        references=(REFERENCES,) if shown else (),
+        takes=(KONTEXT_IMAGES,),
+    )
+
+
+FLUX = FamilyFacts(
+    name="flux",
+    title="FLUX.1",
+    model_ids=("black-forest-labs/FLUX.1-*",),
+    components=(
+        ComponentFacts(
+            name="dit",
+            title="diffusion transformer",
+            layouts=(
+                Layout(names.DIT_ORIGINAL_SIGNATURE, names.DIT_ORIGINAL, names.DIT, names.DIT_ORIGINAL),
+                Layout(names.DIT_DIFFUSERS_SIGNATURE, documented=names.DIT, written=names.DIT_ORIGINAL),
+                Layout(names.DIT_DOCUMENTED_SIGNATURE, names.DIT, names.DIT, names.DIT_ORIGINAL),
+            ),
+            places=("transformer/*", "flux1-*"),
+            lora_targets=names.LORA_TARGETS,
+            dialects={"diffusers": names.DIT, "comfyui": names.DIT_DOCUMENTED, "kohya": names.DIT_DOCUMENTED},
+        ),
+        ComponentFacts(
+            name="text_encoder_1",
+            title="text encoder CLIP",
+            layouts=(
+                Layout(names.CLIP_SIGNATURE, names.CLIP, names.CLIP),
+                Layout(names.CLIP_FLAT_SIGNATURE, documented=names.CLIP),
+            ),
+            places=("text_encoder/*",),
+        ),
+        ComponentFacts(
+            name="text_encoder_2",
+            title="text encoder T5",
+            layouts=(Layout(names.T5_SIGNATURE),),
+            places=("text_encoder_2/*",),
+        ),
+        ComponentFacts(
+            name="vae",
+            title="VAE",
+            layouts=(
+                Layout(names.VAE_ORIGINAL_SIGNATURE, names.VAE_ORIGINAL, names.VAE_ORIGINAL),
+                Layout(names.VAE_DIFFUSERS_SIGNATURE, documented=names.VAE_ORIGINAL),
+            ),
+            places=("vae/*", "ae.*"),
+            untrainable=names.unused_in_vae,
+        ),
+    ),
+    denoiser="dit",
+    variant=variant,
+    text_column="prompt",
+    tokenizers={
+        "tokenizer_1_path": TokenizerFacts(
+            "text_encoder_1", ("../tokenizer",), "black-forest-labs/FLUX.1-dev:tokenizer", what="CLIP tokenizer"
+        ),
+        "tokenizer_2_path": TokenizerFacts(
+            "text_encoder_2",
+            ("../tokenizer_2",),
+            "black-forest-labs/FLUX.1-dev:tokenizer_2",
+            layouts=(("tokenizer.json",),),
+            what="T5 tokenizer",
+        ),
+    },
+    fits=(
+        Fit(
+            "text_encoder_1",
+            ("final_layer_norm.weight", 0),
+            ("time_text_embed.text_embedder.linear_1.weight", 1),
+            "text states",
+        ),
+        Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
+        Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
+    ),
+    strangers={
+        "the text encoder UMT5 of Wan": names.UMT5_TENSORS,
+        "the VAE of FLUX.2": names.FLUX_2_VAE_TENSORS,
+    },
+)

@@ -1,0 +1,81 @@
+"""Batches, sigmas and the prediction of FLUX.1's transformer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.families.flux.encode import KONTEXT_LATENTS
+from diffsynth_core.families.patches import numbered, pack, unpack
+
+TRAINING_STEPS = 1000
+SHIFT = 3.0
+"""Shift of the training sigmas."""
+LAST_SIGMA = 0.003 / 1.002
+"""Where the grid ends that is shifted: 1/1000, shifted once itself."""
+GUIDANCE = 1.0
+"""What the guidance embedder is told in training: the prediction is to be that of the data itself."""
+
+
+def sigmas() -> Tensor:
+    """The training sigmas, `[1000]` float32, 1 down to 0.00893.
+
+    s = linspace(1, 0.003 / 1.002, 1000); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers
+    with shift 3).
+    """
+    base = torch.linspace(1, LAST_SIGMA, TRAINING_STEPS, dtype=torch.float64)
+    return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
+
+
+def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded samples of one shape, those of their reference pictures included -> a batch.
+
+    Returns: `latents` `[B, 16, 1, h, w]`, `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for
+    each reference picture `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w.
+    """
+    return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
+
+
+def token_ids(latents: Tensor, picture: int) -> Tensor:
+    """What the rotary embedding is told of each token of a picture: picture, row, column; `[(h/2)(w/2), 3]` float32.
+
+    Source: `_prepare_latent_image_ids` of diffusers' `FluxPipeline`.
+    """
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    ids = torch.zeros(rows, columns, 3, device=latents.device)
+    ids[..., 0] = picture
+    ids[..., 1] = torch.arange(rows, device=ids.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=ids.device)[None, :]
+    return ids.flatten(0, 1)
+
+
+def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The transformer called as `FluxPipeline` and `FluxKontextPipeline` call it: packed latents, timestep = sigma.
+
+    The tokens of reference pictures follow those of the latents, and all of them say picture 1. Source for several
+    pictures: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`.
+
+    Args:
+        noisy: `[B, 16, 1, h, w]` float32.
+        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the number format it computes in.
+
+    Returns: `[B, 16, 1, h, w]`.
+    """
+    *_, height, width = noisy.shape
+    shown = numbered(batch, KONTEXT_LATENTS)
+    tokens = pack(noisy)
+    states = torch.cat([tokens, *(pack(picture) for picture in shown)], dim=1)
+    ids = torch.cat([token_ids(noisy, 0), *(token_ids(picture, 1) for picture in shown)])
+    text = batch["prompt_embeds"].to(transformer.dtype)
+    (prediction,) = transformer(
+        hidden_states=states.to(transformer.dtype),
+        timestep=sigma,
+        guidance=torch.full_like(sigma, GUIDANCE),
+        pooled_projections=batch["pooled_prompt_embeds"].to(transformer.dtype),
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3, device=text.device),
+        img_ids=ids,
+        return_dict=False,
+    )
+    return unpack(prediction[:, : tokens.shape[1]], height, width)
