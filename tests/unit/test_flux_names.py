@@ -209,7 +209,7 @@ def test_each_layout_is_recognised_and_no_other_family_takes_it(case):
     for facts in FAMILIES.values():
         if facts is not FLUX and component == "dit":
             assert recognise(present, facts) is None
-    assert not any(strange <= present for strange in FLUX.strangers.values())
+    assert not any(known.signature <= present for known in FLUX.strangers)
 
 
 def test_umt5_and_the_vae_of_flux_2_are_strangers():
@@ -219,7 +219,7 @@ def test_umt5_and_the_vae_of_flux_2_are_strangers():
     with torch.device("meta"):
         modules = UMT5EncoderModel(UMT5Config(**T5)), AutoencoderKLFlux2()
     told = [
-        [what for what, known in FLUX.strangers.items() if known <= module.state_dict().keys()] for module in modules
+        [known.title for known in FLUX.strangers if known.signature <= module.state_dict().keys()] for module in modules
     ]
     assert told == [["the text encoder UMT5 of Wan"], ["the VAE of FLUX.2"]]
 

@@ -183,13 +183,22 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Stranger:
+    """Files, told by the tensor names in `signature`, that are taken for `component` by mistake; `title` says what."""
+
+    title: str
+    component: str
+    signature: frozenset[str]
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
     `variant`: shapes of the denoiser (our names), the extra inputs asked for, and what the user wrote for its files ->
     what that kind of model needs; a kind that is not trained raises DiffSynthError.
-    `strangers`: what files of related models are that are easily taken for a component -> tensor names that tell them.
+    `strangers`: files of related models that are easily taken for a component.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -205,7 +214,7 @@ class FamilyFacts:
     tokenizers: Mapping[str, "TokenizerFacts"]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
-    strangers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    strangers: tuple["Stranger", ...] = ()
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Variant
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger, Variant
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
+    find_stranger,
     load_family,
     recognise,
     recognise_family,
@@ -113,11 +114,12 @@ def _assign(
     components = assigned.components
     taken: dict[str, FileSet] = {}
     for file_set, tensors in headers:
-        expected = _expected(file_set, facts)
         found = recognise(tensors, facts)
         if found is None:
-            problems.append(_unrecognised(file_set, tensors, facts))
-            assigned.told.update({expected} if expected else ())
+            stranger, other = find_stranger(tensors, facts), recognise_family(tensors)
+            problems.append(_unrecognised(file_set, tensors, facts, stranger, other))
+            expected = _expected(file_set, facts) or (facts.denoiser if other else None)
+            assigned.told.update(name for name in (stranger.component if stranger else expected,) if name)
             continue
         component, layout = found
         if component.name in taken:
@@ -248,11 +250,16 @@ def _family(
     return None
 
 
-def _unrecognised(file_set: FileSet, tensors: Mapping[str, TensorHeader], facts: FamilyFacts) -> Problem:
-    stranger = next((title for title, signature in facts.strangers.items() if signature <= tensors.keys()), None)
-    other = recognise_family(tensors)
+def _unrecognised(
+    file_set: FileSet,
+    tensors: Mapping[str, TensorHeader],
+    facts: FamilyFacts,
+    stranger: Stranger | None,
+    other: FamilyFacts | None,
+) -> Problem:
+    """The problem that files are no component; of a stranger and of another family's transformer it is known what."""
     if stranger:
-        what = f"is {stranger}, not a component of {facts.title}"
+        what = f"is {stranger.title}, not a component of {facts.title}"
     elif other:
         what = f"is the transformer of {other.title}, not a component of {facts.title}"
     else:

@@ -14,6 +14,7 @@ from diffsynth_core.families.interface import (
     Medium,
     References,
     Shapes,
+    Stranger,
     TokenizerFacts,
     Variant,
 )
@@ -164,8 +165,8 @@ FLUX = FamilyFacts(
         Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
         Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
     ),
-    strangers={
-        "the text encoder UMT5 of Wan": names.UMT5_TENSORS,
-        "the VAE of FLUX.2": names.FLUX_2_VAE_TENSORS,
-    },
+    strangers=(
+        Stranger("the text encoder UMT5 of Wan", "text_encoder_2", names.UMT5_TENSORS),
+        Stranger("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),
+    ),
 )

@@ -13,6 +13,7 @@ from diffsynth_core.families.interface import (
     Medium,
     References,
     Shapes,
+    Stranger,
     TokenizerFacts,
     Variant,
 )
@@ -122,5 +123,11 @@ FLUX2 = FamilyFacts(
         ),
         Fit("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
     ),
-    strangers=names.STRANGERS,
+    strangers=(
+        Stranger("the Mistral text encoder of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_SIGNATURE),
+        Stranger(
+            "a Mistral text encoder such as that of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_MODULE_SIGNATURE
+        ),
+        Stranger("a transformer in Black Forest Labs' own layout", "dit", names.TRANSFORMER_ORIGINAL_SIGNATURE),
+    ),
 )

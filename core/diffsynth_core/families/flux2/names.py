@@ -34,17 +34,15 @@ TEXT_ENCODER_SIGNATURE = frozenset(
 )
 VAE_SIGNATURE = frozenset({"encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight", "bn.running_mean"})
 
-STRANGERS = {
-    "the Mistral text encoder of FLUX.2-dev": frozenset(
-        {"language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight"}
-    ),
-    "a Mistral text encoder such as that of FLUX.2-dev": frozenset(
-        {"model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"}
-    ),
-    "a transformer in Black Forest Labs' own layout": frozenset(
-        {"double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"}
-    ),
-}
+TRANSFORMER_ORIGINAL_SIGNATURE = frozenset(
+    {"double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"}
+)
+DEV_TEXT_ENCODER_SIGNATURE = frozenset(
+    {"language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight"}
+)
+DEV_TEXT_ENCODER_MODULE_SIGNATURE = frozenset(
+    {"model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"}
+)
 """Files of Mistral 3 carry names of earlier transformers releases, or those of today's module."""
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
