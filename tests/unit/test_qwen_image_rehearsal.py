@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.qwen_image.components import build, load_processor, load_tokenizer
 from diffsynth_core.families.qwen_image.encode import (
@@ -12,7 +13,9 @@ from diffsynth_core.families.qwen_image.encode import (
     PROMPT_TEMPLATE,
     announce_pictures,
 )
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.rehearsal import write_tiny_weights
+from diffsynth_core.planning.tokenizers import find_tokenizers
 
 SHARDS = "transformer/diffusion_pytorch_model*.safetensors"
 
@@ -49,6 +52,16 @@ def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written
     processor = load_processor(written / "Qwen/Qwen-Image-Edit/processor")
     assert (processor.patch_size, processor.merge_size, processor.temporal_patch_size) == (14, 2, 2)
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (56 * 56, 28 * 28 * 16384)
+
+
+@pytest.mark.parametrize("given", ["Qwen/Qwen-Image-Edit:processor", "{base}/Qwen/Qwen-Image-Edit/processor"])
+@pytest.mark.parametrize("inputs", [(), ("edit_image",)])
+def test_a_processor_is_named_as_a_path_or_below_the_models_and_read_only_with_pictures_to_edit(written, given, inputs):
+    problems: list[Problem] = []
+    parameters = Parameters(processor_path=given.format(base=written), extra_inputs=inputs)
+    found = find_tokenizers(parameters, QWEN_IMAGE, {}, written, problems)
+    assert problems == []
+    assert found == ({"processor_path": written / "Qwen/Qwen-Image-Edit/processor"} if inputs else {})
 
 
 def test_a_folder_without_a_processor_is_told(tmp_path):

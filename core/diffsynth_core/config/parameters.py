@@ -35,7 +35,7 @@ def _reject_bool(value: object) -> object:
 
 
 def _reject_empty(value: object) -> object:
-    """pathlib takes an empty text for the working folder."""
+    """An empty text names no file; pathlib takes it for the working folder."""
     if value == "":
         raise ValueError("is empty")
     return value
@@ -75,6 +75,8 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
 FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
+FolderName = Annotated[str, BeforeValidator(_reject_empty)]
+"""A folder's path or `model_id:folder`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
@@ -451,7 +453,7 @@ class Parameters(BaseModel):
         "str",
         "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
     )
-    processor_path: str | None = _setting(
+    processor_path: FolderName | None = _setting(
         None,
         "family",
         "str",
