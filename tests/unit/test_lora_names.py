@@ -2,6 +2,7 @@
 
 import pytest
 
+from diffsynth_core.state_dicts.key_maps import TableMap
 from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, LoraNaming, find_lora_keys, lora_keys
 
 MODULES = (
@@ -83,6 +84,52 @@ def test_spellings_that_are_read_though_not_written(down, up, alpha):
         module: (LoraKeys(down.format(module), up.format(module), alpha.format(module) if alpha else None),)
         for module in MODULES
     }
+
+
+PARTS = LoraNaming(
+    "dit",
+    {
+        "diffusers": TableMap({"img_in": "x_embedder"}, stacked={"a.{}.qkv": ("b.{}.q", "b.{}.k")}),
+        "kohya": TableMap({"img_in": "img_in", "a.{}.qkv": "c.{}.qkv"}),
+        "comfyui": None,
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "stems"),
+    [
+        ("diffsynth", ["a.7.qkv"]),
+        ("diffusers", ["transformer.b.7.q", "transformer.b.7.k"]),
+        ("kohya", ["lora_unet_c_7_qkv"]),
+    ],
+)
+def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, stems):
+    ends = DIALECTS[dialect].down, DIALECTS[dialect].up
+    alphas = [f"{stem}.alpha" if dialect == "kohya" else None for stem in stems]
+    expected = tuple(LoraKeys(stem + ends[0], stem + ends[1], alpha) for stem, alpha in zip(stems, alphas, strict=True))
+    assert lora_keys("a.7.qkv", dialect, PARTS) == expected
+    keys = [key for part in expected for key in (part.down, part.up, part.alpha) if key]
+    modules = ["a.6.qkv", "a.7.qkv", "img_in"]
+    assert find_lora_keys(keys, modules, PARTS) == (dialect, {"a.7.qkv": expected}, [])
+
+
+def test_a_part_that_is_not_there_has_no_keys():
+    key = "transformer.b.7.k.lora_B.weight"
+    assert find_lora_keys([key], ["a.7.qkv"], PARTS) == (
+        "diffusers",
+        {"a.7.qkv": (LoraKeys(), LoraKeys(up=key))},
+        [],
+    )
+
+
+def test_a_dialect_without_names_is_neither_written_nor_read():
+    assert [name for name in DIALECTS if PARTS.known(name)] == ["diffsynth", "diffusers", "kohya"]
+    keys = [f"diffusion_model.img_in.lora_{half}.weight" for half in "AB"]
+    assert find_lora_keys(keys, ["img_in"]) == ("comfyui", {"img_in": (LoraKeys(*keys),)}, [])
+    assert find_lora_keys(keys, ["img_in"], PARTS)[1:] == ({}, keys)
+    with pytest.raises(KeyError, match="comfyui"):
+        lora_keys("img_in", "comfyui", PARTS)
 
 
 @pytest.mark.parametrize("component", ["dit", "text_encoder"])

@@ -7,6 +7,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import (
     ComponentFacts,
     FamilyFacts,
+    Layout,
     Shapes,
     is_below,
     match_targets,
@@ -122,12 +123,12 @@ def _lora_modules(
             )
         )
         return (), ()
-    layout = found.components[component].layout
-    modules = modules_with_weights(layout.documented_shapes(found.shapes[component]))
+    layout, shapes = found.components[component].layout, found.shapes[component]
+    modules = modules_with_weights(layout.documented_shapes(shapes))
     matches = match_targets(modules, targets)
-    problems += [_unmatched(target, modules, facts) for target, names in matches.items() if not names]
+    problems += [_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names]
     own_names = {name: layout.documented.ours(name) or () for names in matches.values() for name in names}
-    dead = found.variant.untrainable(facts, frozenset(found.shapes[component]))
+    dead = found.variant.untrainable(facts, frozenset(shapes))
     alive = tuple(sorted(name for name, own in own_names.items() if not all(is_below(part, dead) for part in own)))
     if own_names and not alive:
         problems.append(
@@ -140,16 +141,20 @@ def _lora_modules(
     return alive, tuple(sorted(own_names.keys() - set(alive)))
 
 
-def _unmatched(target: str, modules: frozenset[str], facts: ComponentFacts) -> Problem:
-    """The problem that a target addresses nothing, with the nearest ending of a module's name."""
+def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:
+    """The problem that a target addresses nothing, with what it is called here, or the nearest ending of a name."""
+    parts = match_targets(modules_with_weights(shapes), (target,))[target]
+    called = frozenset(filter(None, map(layout.documented.theirs, parts)))
+    addressing = [name for name, found in match_targets(called, facts.lora_targets).items() if found]
     endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
     near = suggest(target, endings)
-    known = f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
-    return Problem(
-        f"`lora_target_modules`: no module of {facts.name} ends with `{target}`",
-        f"did you mean `{near}`?" if near else known,
-        wrong_use=True,
-    )
+    if addressing:
+        hint = f"in the documented names that is {shorten(addressing)}"
+    elif near:
+        hint = f"did you mean `{near}`?"
+    else:
+        hint = f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
+    return Problem(f"`lora_target_modules`: no module of {facts.name} ends with `{target}`", hint, wrong_use=True)
 
 
 def _check_lora_checkpoint(

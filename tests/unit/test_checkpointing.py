@@ -1,0 +1,67 @@
+"""What a checkpoint holds: full weights under the names a layout states for them, LoRA under those of its format."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffsynth_core.adapters.lora import add_lora
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
+from diffsynth_core.training.checkpointing import checkpoint_content
+
+FILE = TableMap({"o": "to_out"}, stacked={"qkv": ("to_q", "to_k")}, swapped={"mod": "norm"})
+TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, stacked={"typed_qkv": ("to_q", "to_k")})
+
+
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("to_q", "to_k", "to_out", "norm")})
+
+
+def content(layout: Layout, lora: bool = False, **parameters: object):
+    facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
+    model = module()
+    if lora:
+        add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.documented)
+    plan = SimpleNamespace(
+        training=SimpleNamespace(full=() if lora else ("dit",), lora_component="dit" if lora else None),
+        components={"dit": ComponentFiles("dit", "x", (), None, layout)},
+        parameters=Parameters.model_validate(parameters),
+        facts=SimpleNamespace(component=lambda name: facts),
+    )
+    stored = {f"{name}.weight": "BF16" for name in ("to_q", "to_k", "to_out")}
+    return checkpoint_content(plan, SimpleNamespace(components={"dit": model}, stored_dtypes={"dit": stored}))
+
+
+LAYOUT = Layout(frozenset(), documented=TYPED)
+
+
+def test_without_more_full_weights_have_their_documented_names():
+    tensors = content(LAYOUT, remove_prefix_in_ckpt="").tensors
+    assert set(tensors) == {f"pipe.dit.typed_{name}.weight" for name in ("o", "mod", "qkv")}
+
+
+def test_a_layout_states_the_names_of_full_checkpoints():
+    found, weights = content(replace(LAYOUT, written=FILE)), module().state_dict()
+    assert set(found.tensors) == {"o.weight", "qkv.weight", "mod.weight"}
+    assert torch.equal(found.tensors["o.weight"], weights["to_out.weight"])
+    assert torch.equal(found.tensors["qkv.weight"], torch.cat((weights["to_q.weight"], weights["to_k.weight"])))
+    assert torch.equal(found.tensors["mod.weight"], weights["norm.weight"].flip(0))
+    assert found.dtypes == {"o.weight": torch.bfloat16, "qkv.weight": torch.bfloat16}
+    same = content(replace(LAYOUT, written=SAME_NAMES)).tensors
+    assert set(same) == weights.keys()
+
+
+@pytest.mark.parametrize("written", [None, FILE])
+def test_a_lora_has_its_documented_names_whatever_full_checkpoints_have(written):
+    tensors = content(replace(LAYOUT, written=written), lora=True, remove_prefix_in_ckpt="pipe.").tensors
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "dit.typed_qkv.lora_A.default.weight": (1, 2),
+        "dit.typed_qkv.lora_B.default.weight": (4, 1),
+        "dit.typed_o.lora_A.default.weight": (1, 2),
+        "dit.typed_o.lora_B.default.weight": (2, 1),
+    }

@@ -1,0 +1,129 @@
+"""What a run trains: typed names find modules, one or several of ours, and formats without names are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
+from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.targets import Training, find_training
+from diffsynth_core.state_dicts.key_maps import TableMap
+
+NAMES = TableMap(
+    {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},
+    stacked={
+        "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+        "single_blocks.{}.linear1": (
+            *((f"single_transformer_blocks.{{}}.attn.to_{part}", 1) for part in "qkv"),
+            ("single_transformer_blocks.{}.proj_mlp", 4),
+        ),
+    },
+)
+SHAPES = {
+    **{f"transformer_blocks.{block}.attn.to_{part}.weight": (4, 4) for block in range(2) for part in "qkv"},
+    **{f"transformer_blocks.{block}.attn.to_out.0.weight": (4, 4) for block in range(2)},
+    **{f"single_transformer_blocks.0.attn.to_{part}.weight": (4, 4) for part in "qkv"},
+    "single_transformer_blocks.0.proj_mlp.weight": (16, 4),
+}
+
+
+DIT = ComponentFacts(
+    name="dit",
+    title="diffusion transformer",
+    layouts=(Layout(frozenset(), documented=NAMES),),
+    places=(),
+    lora_targets=("qkv", "proj", "linear1"),
+    dialects={"kohya": None, "comfyui": None},
+)
+
+
+def found(dit: ComponentFacts = DIT, shapes: dict[str, tuple[int, ...]] = SHAPES) -> FoundComponents:
+    facts = replace(QWEN_IMAGE, title="Invented", components=(dit, *QWEN_IMAGE.components[1:]))
+    files = ComponentFiles("dit", "x", (Path("x"),), None, dit.layouts[0])
+    return FoundComponents(facts, facts.variant({}, (), ""), {"dit": files}, {"dit": shapes}, {})
+
+
+def training(found: FoundComponents, **values: object) -> tuple[Training, list[Problem]]:
+    problems: list[Problem] = []
+    parameters = Parameters.model_validate({"lora_base_model": "dit", **values})
+    return find_training(parameters, found, frozenset(), problems), problems
+
+
+def test_a_typed_module_that_is_several_here_is_one():
+    result, problems = training(found())
+    assert problems == []
+    assert result.lora_modules == (
+        "double_blocks.0.img_attn.proj",
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.1.img_attn.proj",
+        "double_blocks.1.img_attn.qkv",
+        "single_blocks.0.linear1",
+    )
+    assert result.left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("to_q", "in the documented names that is `qkv`, `linear1`"),
+        ("transformer_blocks.0.attn.to_out.0", "in the documented names that is `proj`"),
+        ("proj_mlp", "in the documented names that is `linear1`"),
+        ("img_attn.qk", "did you mean `img_attn.qkv`?"),
+        ("xyzzy", "the documented targets are qkv, proj, linear1"),
+    ],
+)
+def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(target, hint):
+    """Parts of a documented module have no names of their own that could be typed."""
+    result, problems = training(found(), lora_target_modules=target)
+    assert problems == [Problem(f"`lora_target_modules`: no module of dit ends with `{target}`", hint, wrong_use=True)]
+    assert result.lora_modules == ()
+
+
+@pytest.mark.parametrize(
+    ("dead", "left_out"),
+    [
+        ({"transformer_blocks.1.attn"}, ("double_blocks.1.img_attn.proj", "double_blocks.1.img_attn.qkv")),
+        ({"transformer_blocks.1.attn.to_v", "transformer_blocks.1.attn.to_out"}, ("double_blocks.1.img_attn.proj",)),
+    ],
+)
+def test_a_module_none_of_whose_parts_gets_a_gradient_is_left_out(dead, left_out):
+    result, problems = training(found(replace(DIT, untrainable=lambda names: frozenset(dead))))
+    assert problems == []
+    assert result.left_out == left_out
+    assert len(result.lora_modules) == 5 - len(left_out)
+
+
+def test_a_module_that_the_files_lack_a_part_of_is_none():
+    """The files themselves are told elsewhere."""
+    shapes = {name: shape for name, shape in SHAPES.items() if not name.startswith("transformer_blocks.0.attn.to_k")}
+    result, problems = training(found(shapes=shapes))
+    assert problems == []
+    assert "double_blocks.0.img_attn.qkv" not in result.lora_modules
+
+
+@pytest.mark.parametrize("name", ["kohya", "comfyui"])
+def test_a_format_without_names_for_the_component_is_refused(name):
+    _, problems = training(found(), lora_format=name)
+    assert problems == [
+        Problem(
+            f"`lora_format` `{name}` has no names for the dit of Invented",
+            "give `--lora_format diffsynth` or `--lora_format diffusers`",
+            wrong_use=True,
+        )
+    ]
+    assert training(found(), lora_format="diffusers")[1] == []
+
+
+def test_a_format_of_the_denoiser_is_refused_for_others():
+    _, problems = training(found(), lora_format="kohya", lora_base_model="vae", lora_target_modules="x")
+    assert problems == [
+        Problem(
+            "`lora_format` `kohya` has names for dit only, `lora_base_model` is `vae`",
+            "give `--lora_format diffsynth`",
+            wrong_use=True,
+        )
+    ]
