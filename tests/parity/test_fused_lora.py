@@ -95,11 +95,11 @@ def with_lora(base: nn.Module, seed: int = 0, moved: bool = True) -> nn.Module:
 
 
 def predict(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
+    generator, dtype = torch.Generator().manual_seed(5), model.dtype
     inputs = {
-        "hidden_states": torch.randn(2, 6, 4, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 3, 12, generator=generator),
-        "pooled_projections": torch.randn(2, 10, generator=generator),
+        "hidden_states": torch.randn(2, 6, 4, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(2, 3, 12, generator=generator).to(dtype),
+        "pooled_projections": torch.randn(2, 10, generator=generator).to(dtype),
         "timestep": torch.tensor([0.3, 0.7]),
         "img_ids": torch.randint(0, 4, (6, 3), generator=generator).float(),
         "txt_ids": torch.zeros(3, 3),
@@ -145,7 +145,7 @@ def test_output_and_gradients_are_those_of_one_lora_on_the_whole_matrix(base):
     expected = predict(base, changed_weights(base, downs, ups))
     output = predict(model)
     assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    assert (output - predict(base)).abs().max() > 0.1, "the LoRA does something"
+    assert (output - predict(base)).abs().max() > 1e-2, "the LoRA does something"
 
     (output**2).sum().backward()
     (expected**2).sum().backward()
@@ -185,7 +185,8 @@ def adamw(parameters) -> torch.optim.AdamW:
 
 
 def test_training_goes_the_way_of_the_whole_matrix(base):
-    model = with_lora(base)
+    """In double precision: AdamW makes much of the smallest gradients."""
+    base, model = deepcopy(base).double(), with_lora(base).double()
     downs, ups = fused_halves(model)
     train(model, adamw(trained(model).values()), 3)
     optimizer = adamw([*downs.values(), *ups.values()])
@@ -194,8 +195,8 @@ def test_training_goes_the_way_of_the_whole_matrix(base):
         (predict(base, changed_weights(base, downs, ups)) ** 2).mean().backward()
         optimizer.step()
     for module, halves in lora_weights(model, DOCUMENTED).items():
-        assert_close(halves.down, downs[module], rtol=1e-4, atol=1e-5)
-        assert_close(halves.up, ups[module], rtol=1e-4, atol=1e-5)
+        assert_close(halves.down, downs[module], rtol=1e-6, atol=1e-7)
+        assert_close(halves.up, ups[module], rtol=1e-6, atol=1e-7)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(base, tmp_path):
