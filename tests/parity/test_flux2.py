@@ -106,7 +106,9 @@ def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
     prepared = [klein.pipeline.image_processor.preprocess(picture) for picture in shown]
     expected, positions = klein.pipeline.prepare_image_latents(prepared, 1, None, "cpu", torch.float32)
     encoded = klein.encoded(count)
-    assert [name for name in encoded if name.startswith("edit")] == [f"edit_image.{number}" for number in range(count)]
+    assert [name for name in encoded if name.startswith("edit")] == [
+        f"edit_latents_{number}" for number in range(count)
+    ]
     pictures = references({name: tensor[None] for name, tensor in encoded.items()})
     tokens = torch.cat([pack(picture) for picture in pictures], dim=1)
     assert difference(tokens, expected) < TOLERANCE
@@ -116,7 +118,7 @@ def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
 
 
 def test_references_keep_their_order():
-    batch = {f"edit_image.{number}": torch.tensor(float(number)) for number in (10, 2, 0, 1, 9, 3, 8, 4, 7, 5, 6)}
+    batch = {f"edit_latents_{number}": torch.tensor(float(number)) for number in (10, 2, 0, 1, 9, 3, 8, 4, 7, 5, 6)}
     assert [int(latents) for latents in references(batch)] == list(range(11))
 
 
@@ -293,7 +295,7 @@ def test_a_batch_equals_its_singles(klein, shown, request):
 def test_samples_are_not_mixed_up(klein):
     """The guard of the test above: each prediction of a batch depends on its own sample."""
     encoded = [klein.encoded(1), klein.encoded(1)]
-    encoded[1]["edit_image.0"] = -encoded[1]["edit_image.0"]
+    encoded[1]["edit_latents_0"] = -encoded[1]["edit_latents_0"]
     batch = klein.ours.family.collate(encoded)
     noisy = torch.randn(batch["latents"][:1].shape, generator=torch.Generator().manual_seed(0)).expand(
         2, -1, -1, -1, -1

@@ -14,6 +14,14 @@ from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {
     "qwen-image": ("each of its 42 keys finds one of 21 modules of dit", "all 77 tensors of dit were found again"),
+    **dict.fromkeys(
+        ("flux.2-klein-4b", "flux.2-klein-base-4b"),
+        ("each of its 128 keys finds one of 64 modules of dit", "all 121 tensors of dit were found again"),
+    ),
+    **dict.fromkeys(
+        ("flux.2-klein-9b", "flux.2-klein-base-9b"),
+        ("each of its 144 keys finds one of 72 modules of dit", "all 137 tensors of dit were found again"),
+    ),
     "wan2.1-i2v": ("each of its 40 keys finds one of 20 modules of dit", "all 87 tensors of dit were found again"),
     "wan": ("each of its 40 keys finds one of 20 modules of dit", "all 69 tensors of dit were found again"),
 }
@@ -36,7 +44,7 @@ def test_every_recipe_rehearses(cli, recipe):
         assert "Saved" in (folder / "train.log").read_text()
     lora, full = next(proofs for begin, proofs in PROOFS.items() if recipe.startswith(begin))
     assert outcome.out.count(full if recipe.endswith("-full") else lora) == len(stages)
-    yours = "YOUR_PICTURES" if recipe.startswith("qwen") else "YOUR_VIDEOS"
+    yours = "YOUR_VIDEOS" if recipe.startswith("wan") else "YOUR_PICTURES"
     assert f"--recipe {recipe}" in outcome.out and f"--dataset_base_path {yours}" in outcome.out
 
 

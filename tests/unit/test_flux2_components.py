@@ -231,7 +231,8 @@ def output_of(component: str, module: nn.Module) -> torch.Tensor:
     if component == "vae":
         return module.encode(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).latent_dist.mode()
     if component == "text_encoder":
-        return module.model(torch.arange(12).view(1, 12), use_cache=False).last_hidden_state
+        tokens = torch.arange(12).view(1, 12)
+        return torch.cat(module.model(tokens, output_hidden_states=True, use_cache=False).hidden_states)
     positions = torch.zeros(5, 4, dtype=torch.int64)
     return module(
         hidden_states=torch.linspace(-1, 1, 5 * 8).view(1, 5, 8),

@@ -10,7 +10,7 @@ from diffsynth_core.families.flux2.names import TEXT_LAYERS
 
 MAX_TOKENS = 512
 """Text tokens that the transformer sees, always as many: it attends to the padding too."""
-REFERENCE_LATENTS = "edit_image.{}"
+REFERENCE_LATENTS = "edit_latents_{}"
 """What the latents of reference pictures are called, counted from 0."""
 
 
@@ -65,7 +65,7 @@ def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_references(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of each reference picture, `edit_image.0`, `edit_image.1`, ..., as `encode_latents` makes them."""
+    """The latents of each reference picture, in order: `edit_latents_0`, `edit_latents_1` and so on."""
     return {REFERENCE_LATENTS.format(number): encode_latents(vae, picture) for number, picture in enumerate(pictures)}
 
 
