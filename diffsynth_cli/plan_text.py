@@ -16,7 +16,7 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     yield f"{plan.variant.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
     for name, files in plan.components.items():
         size = sum(path.stat().st_size for path in files.paths)
-        yield f"  {name:<13} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
+        yield f"  {name:<14} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
     samples = plan.samples.samples
@@ -47,7 +47,7 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         for part in plan_encodings(plan, reporter).encoders:
             done = len(part.keys) - len(part.missing)
             loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
-            yield f"  {part.encoder.name:<13} " + (
+            yield f"  {part.encoder.name:<14} " + (
                 "made anew in every step"
                 if part.live
                 else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"

@@ -14,16 +14,12 @@ from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {
     "qwen-image": ("each of its 42 keys finds one of 21 modules of dit", "all 77 tensors of dit were found again"),
-    **dict.fromkeys(
-        ("flux.2-klein-4b", "flux.2-klein-base-4b"),
-        ("each of its 128 keys finds one of 64 modules of dit", "all 121 tensors of dit were found again"),
-    ),
-    **dict.fromkeys(
-        ("flux.2-klein-9b", "flux.2-klein-base-9b"),
-        ("each of its 144 keys finds one of 72 modules of dit", "all 137 tensors of dit were found again"),
-    ),
     "wan2.1-i2v": ("each of its 40 keys finds one of 20 modules of dit", "all 87 tensors of dit were found again"),
     "wan": ("each of its 40 keys finds one of 20 modules of dit", "all 69 tensors of dit were found again"),
+    "flux.1": ("each of its 78 keys finds one of 26 modules of dit", "all 84 tensors of dit were found again"),
+    "flux.2-klein-4b": ("each of its 128 keys finds one of 64 modules", "all 121 tensors of dit were found again"),
+    "flux.2-klein-base-4b": ("each of its 128 keys finds one of 64 modules", "all 121 tensors of dit were found again"),
+    "flux.2": ("each of its 144 keys finds one of 72 modules of dit", "all 137 tensors of dit were found again"),
 }
 """What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""
 
