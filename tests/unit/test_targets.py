@@ -9,9 +9,11 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.families.table import FAMILIES
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.state_dicts.key_maps import TableMap
+from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 NAMES = TableMap(
     {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},
@@ -116,6 +118,21 @@ def test_a_format_without_names_for_the_component_is_refused(name):
         )
     ]
     assert training(found(), lora_format="diffusers")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "formats"),
+    [
+        ("qwen-image", ["diffsynth", "diffusers", "comfyui", "kohya"]),
+        ("wan", ["diffsynth", "diffusers", "comfyui", "kohya"]),
+        ("flux", ["diffsynth", "diffusers", "comfyui", "kohya"]),
+        ("flux2", ["diffsynth", "diffusers"]),
+    ],
+)
+def test_the_formats_of_a_family(family, formats):
+    facts = FAMILIES[family]
+    naming = facts.component(facts.denoiser).lora_naming
+    assert [name for name in DIALECTS if naming.known(name)] == formats
 
 
 def test_a_format_of_the_denoiser_is_refused_for_others():

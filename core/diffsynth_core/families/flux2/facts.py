@@ -85,6 +85,7 @@ FLUX2 = FamilyFacts(
             places=("transformer/*",),
             config_classes=("Flux2Transformer2DModel",),
             lora_targets=names.LORA_TARGETS,
+            dialects={"comfyui": None, "kohya": None},
         ),
         ComponentFacts(
             name="text_encoder",
