@@ -85,6 +85,11 @@ def test_components_are_known_by_their_place(place, component):
     assert (found.name if found else None) == component
 
 
+def test_encodings_depend_on_the_chat_template():
+    files = FLUX2.tokenizers["tokenizer_path"].files
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(files)
+
+
 # LoRA
 
 
@@ -227,7 +232,7 @@ def sizes_of_the_pipeline(width: int, height: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "size", [(512, 512), (1024, 1024), (1025, 1024), (1448, 1448), (4000, 3000), (451, 300), (600, 400), (3000, 400), (100, 70)]
+    "size", [(512, 512), (1024, 1024), (1025, 1024), (1448, 1448), (4000, 3000), (451, 300), (600, 400), (3000, 400), (100, 70), (1030, 1063), (1030, 1162)]
 )  # fmt: skip
 @pytest.mark.parametrize("max_pixels", [1024 * 1024, 4 * 1024 * 1024])
 def test_reference_pictures_have_the_pipeline_s_size(size, max_pixels):

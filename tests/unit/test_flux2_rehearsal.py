@@ -152,6 +152,31 @@ def test_a_text_encoder_of_another_size_is_refused(tmp_path):
     assert problem.hint == "name the text_encoder of the same model"
 
 
+def test_a_vae_of_other_latents_is_refused(tmp_path):
+    for component, place in PLACES.items():
+        write_tiny_weights(tmp_path, component, KLEIN_4B, place)
+    path = tmp_path / KLEIN_4B / PLACES["vae"]
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors | {"bn.running_mean": torch.zeros(64)}, path)
+    problems: list = []
+    find(tmp_path, problems, **dict.fromkeys(PLACES, KLEIN_4B))
+    assert [problem.message for problem in problems] == [
+        f"the vae from `{KLEIN_4B}:{PLACES['vae']}` makes latents of 64 channels, the dit of FLUX.2 klein takes 128"
+    ]
+
+
+@pytest.mark.parametrize(("component", "other"), [("dit", "vae"), ("vae", "dit")])
+def test_the_configuration_of_another_component_is_not_taken(tmp_path, component, other):
+    for name in (component, other):
+        write_tiny_weights(tmp_path, name, KLEIN_4B, PLACES[name])
+    folders = {name: (tmp_path / KLEIN_4B / PLACES[name]).parent for name in (component, other)}
+    problems: list = []
+    assert find(tmp_path, problems, **{component: KLEIN_4B}).components[component].config_path is not None
+    (folders[component] / "config.json").write_bytes((folders[other] / "config.json").read_bytes())
+    assert find(tmp_path, problems, **{component: KLEIN_4B}).components[component].config_path is None
+
+
 def test_flux2_dev_is_told(tmp_path):
     dev = "black-forest-labs/FLUX.2-dev"
     for component in ("dit", "vae"):
