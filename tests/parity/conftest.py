@@ -26,8 +26,10 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
 from tests.parity import flux2_models as flux2_repositories
+from tests.parity import flux_models as flux_repository
 from tests.parity import qwen_edit_models
 from tests.parity.flux2_models import Flux2Pair
+from tests.parity.flux_models import FluxPair
 from tests.parity.qwen_edit_models import EditPair
 from tests.parity.wan_models import KINDS, WanPair, load_pair, write_models
 
@@ -148,6 +150,26 @@ def flux2(request: pytest.FixtureRequest, flux2_pairs: Callable[[str], Flux2Pair
 def klein(flux2_pairs: Callable[[str], Flux2Pair]) -> Flux2Pair:
     """FLUX.2 klein 4B, where one model is enough."""
     return flux2_pairs("4B")
+
+
+@pytest.fixture(scope="session")
+def flux_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model base path that holds a tiny random FLUX.1 in both layouts."""
+    base = tmp_path_factory.mktemp("flux_models")
+    flux_repository.write_models(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def flux_pairs(flux_models: Path) -> Callable[[str], FluxPair]:
+    """A use of FLUX.1, float32, read by both; each is read once."""
+    return cache(lambda name: flux_repository.load_pair(flux_models, flux_repository.KINDS[name]))
+
+
+@pytest.fixture(params=flux_repository.KINDS)
+def flux(request: pytest.FixtureRequest, flux_pairs: Callable[[str], FluxPair]) -> FluxPair:
+    """Each use of FLUX.1 in turn."""
+    return flux_pairs(request.param)
 
 
 @pytest.fixture

@@ -1,0 +1,308 @@
+"""FLUX.1's numbers against diffusers' `FluxPipeline` and `FluxKontextPipeline`, float32, tiny weights, real pictures.
+
+Most tests of Kontext work at a 64th of the published area; one at all of it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from torch import Tensor
+
+from diffsynth_core.families.flux.facts import kontext_size
+from diffsynth_core.families.flux.inputs import token_ids
+from diffsynth_core.families.patches import numbered, pack
+from diffsynth_core.training.objective import add_noise, velocity_loss
+from tests.parity.flux_models import (
+    FEW_PIXELS,
+    PHOTOGRAPHS,
+    PUBLISHED_PIXELS,
+    SIZE,
+    FluxPair,
+    picture,
+    pixels_of,
+)
+
+TOLERANCE = 1e-5
+CAPTIONS = {
+    "empty": "",
+    "plain": "a cat",
+    "Chinese": "一只猫坐在桌子上,看着窗外。",
+    "capitals and signs": "Three (3) CUPS, 100% red! Émoji 🙂 ﬁne\nand   blanks",
+    "as long as CLIP reads": "a " * 75,
+    "longer than CLIP reads": "bird " * 90,
+    "longer than T5 reads": "word " * 600,
+}
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    assert left.shape == right.shape
+    return float((left.double() - right.double()).detach().abs().max())
+
+
+@pytest.fixture
+def plain(flux_pairs) -> FluxPair:
+    return flux_pairs("FLUX.1")
+
+
+# Text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("caption", CAPTIONS.values(), ids=CAPTIONS)
+def test_text_states_equal_the_pipelines(plain, caption):
+    ours = plain.ours
+    expected, expected_pooled, text_ids = plain.pipeline.encode_prompt(caption, None)
+    first, second, _ = ours.variant.encoders
+    pooled = ours.family.encode(first, ours.components, {"prompt": caption})["pooled_prompt_embeds"]
+    states = ours.family.encode(second, ours.components, {"prompt": caption})["prompt_embeds"]
+    print(
+        f"T5 off by {difference(states[None], expected):.1e}, CLIP by {difference(pooled[None], expected_pooled):.1e}"
+    )
+    assert difference(states[None], expected) < TOLERANCE
+    assert difference(pooled[None], expected_pooled) < TOLERANCE
+    assert states.shape == (512, 64) and not text_ids.any()
+    assert states.std() > 0.5 < pooled.std(), "there is something to compare"
+
+
+@torch.no_grad()
+def test_captions_are_told_apart(plain):
+    ours = plain.ours
+    encoded = [ours.encode(ours.sample(caption)) for caption in CAPTIONS.values()]
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        states = [sample[name] for sample in encoded]
+        apart = [difference(one, other) for place, one in enumerate(states) for other in states[:place]]
+        assert min(apart) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("caption", "first", "second"),
+    [
+        ("plain", False, False),
+        ("as long as CLIP reads", False, False),
+        ("longer than CLIP reads", True, False),
+        ("longer than T5 reads", True, True),
+    ],
+)
+def test_captions_that_are_cut_are_told(plain, caption, first, second, complaints):
+    ours = plain.ours
+    told = [
+        ours.family.left_out(encoder, ours.components, {"prompt": CAPTIONS[caption]})
+        for encoder in ours.variant.encoders[:2]
+    ]
+    assert told == [
+        "CLIP reads 77 tokens of a caption at most (T5 reads 512)" if first else None,
+        "captions are cut after 512 tokens" if second else None,
+    ]
+    assert complaints() == []
+
+
+# Pictures
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*PHOTOGRAPHS, "upright"])
+def test_latents_of_photographs_equal_the_vae_path(plain, name):
+    """The pipeline's own preprocessing, and the inverse of what it does before it decodes."""
+    ours, pipeline = plain.ours, plain.pipeline
+    image = picture(name).resize(SIZE[::-1])
+    raw = pipeline.vae.encode(pipeline.image_processor.preprocess(image)).latent_dist.mode()
+    expected = (raw - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+    latents = ours.encode(ours.sample("", name))["latents"]
+    assert latents.shape == (16, 1, 8, 12)
+    assert difference(latents.movedim(1, 0), expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_reference_pictures_are_encoded_like_those_that_are_made(flux_pairs):
+    ours = flux_pairs("Kontext").ours
+    images = [picture("coffee"), picture("upright")]
+    encoded = ours.encode(ours.sample("", shown=images))
+    found = numbered(ours.family.collate([encoded, encoded]), "kontext_latents_{}")
+    assert [tuple(latents.shape) for latents in found] == [(2, 16, 1, 12, 18), (2, 16, 1, 20, 12)]
+    height, width = kontext_size(*images[1].size, FEW_PIXELS)
+    alone = {"image": pixels_of(images[1].resize((width, height), 1))}
+    _, _, latents, _ = ours.variant.encoders
+    assert difference(found[1][0], ours.family.encode(latents, ours.components, alone)["latents"]) < TOLERANCE
+
+
+# Sigmas
+
+
+def test_sigmas_equal_the_scheduler(plain):
+    sigmas = plain.ours.family.sigmas()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(1000)
+    assert difference(sigmas, scheduler.sigmas[:-1]) < 1e-6
+    assert difference(sigmas, scheduler.timesteps / 1000) < 1e-6
+    expected = {0: 1.0, 1: 0.999667, 499: 0.751494, 999: 0.008929}
+    assert all(math.isclose(float(sigmas[index]), value, abs_tol=1e-6) for index, value in expected.items())
+    base = np.linspace(1, 0.003 / 1.002, 1000)
+    assert difference(sigmas, torch.tensor(3 * base / (1 + 2 * base))) < 1e-7
+    assert sigmas.dtype == torch.float32
+
+
+# The prediction
+
+
+class OneStep(FlowMatchEulerDiscreteScheduler):
+    """The pipelines' scheduler, asked for a single step from a given sigma."""
+
+    sigma: Tensor
+
+    def set_timesteps(self, *_: Any, sigmas: Any = None, **__: Any) -> None:
+        self.timesteps = self.sigma * 1000
+        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
+        self._step_index = self._begin_index = None
+
+
+def recorded(transformer: Any, calls: list[tuple[dict[str, Any], Tensor]]) -> Any:
+    """A hook that keeps inputs and output of each call."""
+    return transformer.register_forward_hook(
+        lambda _, positional, named, output: calls.append((named, output[0])), with_kwargs=True
+    )
+
+
+def run_pipeline(pair: FluxPair, caption: str, noisy: Tensor, sigma: Tensor) -> None:
+    """One step of the pipeline from given latents."""
+    height, width = SIZE
+    pair.pipeline.scheduler = OneStep()
+    pair.pipeline.scheduler.sigma = sigma
+    pair.pipeline(
+        **({"image": pair.shown[0], "max_area": height * width} if pair.shown else {}),
+        prompt=caption,
+        height=height,
+        width=width,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=pack(noisy),
+        output_type="latent",
+    )
+
+
+@torch.no_grad()
+def check_against_pipeline(pair: FluxPair, caption: str, index: int, max_pixels: int) -> None:
+    """What the transformer is told, positions and guidance too, and what it says are those of the pipeline."""
+    ours = pair.ours
+    sigma = ours.family.sigmas()[[index]]
+    batch = ours.family.collate([ours.encode(ours.sample(caption, shown=pair.shown, max_pixels=max_pixels))])
+    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(index))
+    noisy = add_noise(batch["latents"], noise, sigma)
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    hooks = [recorded(transformer, calls) for transformer in (pair.pipeline.transformer, ours.components["dit"])]
+    run_pipeline(pair, caption, noisy, sigma)
+    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
+    for hook in hooks:
+        hook.remove()
+
+    (theirs, expected), (mine, _) = calls
+    made = (SIZE[0] // 16) * (SIZE[1] // 16)
+    for name in ("txt_ids", "img_ids"):
+        assert torch.equal(mine[name], theirs[name])
+    assert torch.equal(mine["guidance"], theirs["guidance"]) and mine["guidance"].tolist() == [1.0]
+    assert difference(mine["timestep"], theirs["timestep"]) < 1e-6
+    assert mine["hidden_states"].shape[1] == made + sum(latents[0, 0].numel() // 4 for latents in shown_latents(batch))
+    worst = {
+        "T5": difference(mine["encoder_hidden_states"], theirs["encoder_hidden_states"]),
+        "CLIP": difference(mine["pooled_projections"], theirs["pooled_projections"]),
+        "tokens": difference(mine["hidden_states"], theirs["hidden_states"]),
+        "prediction": difference(pack(prediction), expected[:, :made]),
+    }
+    said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    print(f"{mine['hidden_states'].shape[1]} tokens, sigma {float(sigma):.4f}: {said}; spread {expected.std():.2f}")
+    assert max(worst.values()) < TOLERANCE
+    assert expected[:, :made].std() > 0.1, "there is something to compare"
+
+
+def shown_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    return numbered(batch, "kontext_latents_{}")
+
+
+@pytest.fixture
+def _small(monkeypatch) -> None:
+    """Let the pipeline bring reference pictures to a 64th of the area it would."""
+    sizes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    shrunk = [(width // 8 // 16 * 16, height // 8 // 16 * 16) for width, height in sizes]
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", shrunk)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("index", [3, 900])
+@pytest.mark.parametrize("caption", ["plain", "Chinese", "longer than T5 reads"])
+def test_one_step_is_that_of_the_pipeline(flux, caption, index):
+    check_against_pipeline(flux, CAPTIONS[caption], index, FEW_PIXELS)
+
+
+@pytest.mark.parametrize("flux", ["Kontext"], indirect=True)
+def test_one_step_is_that_of_the_pipeline_at_the_published_size(flux):
+    check_against_pipeline(flux, CAPTIONS["plain"], 500, PUBLISHED_PIXELS)
+
+
+@torch.no_grad()
+def test_several_reference_pictures_follow_each_other_as_picture_1(flux_pairs):
+    """Their tokens in their order, behind those that are made; of what the model says, the latter alone are taken."""
+    ours = flux_pairs("Kontext").ours
+    images = [picture("coffee"), picture("upright")]
+    encoded = ours.encode(ours.sample("a cup", shown=images))
+    batch = ours.family.collate([encoded])
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    hook = recorded(ours.components["dit"], calls)
+    noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
+    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
+    hook.remove()
+    (told, output), shown = calls[0], shown_latents(batch)
+    pictures = [noisy, *shown]
+    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in pictures], dim=1))
+    assert torch.equal(
+        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(pictures, (0, 1, 1), strict=True)])
+    )
+    assert [count.item() for count in told["img_ids"][:, 0].int().bincount()] == [4 * 6, 6 * 9 + 10 * 6]
+    assert torch.equal(told["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))
+    assert torch.equal(pack(prediction), output[:, : 4 * 6])
+    swapped = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[::-1]))])
+    other = ours.family.predict_velocity(ours.components, noisy, sigma, swapped)
+    assert difference(prediction, other) < TOLERANCE, "tokens of one set are not told apart by their order"
+    alone = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[:1]))])
+    assert difference(prediction, ours.family.predict_velocity(ours.components, noisy, sigma, alone)) > 0.01
+
+
+# Batches
+
+
+def loss_and_gradients(
+    pair: FluxPair, samples: list[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses of a batch, and the gradients of their sum for all parameters of the transformer."""
+    family, transformer = pair.ours.family, pair.ours.components["dit"]
+    batch = family.collate(samples)
+    noisy = add_noise(batch["latents"], noise, sigma)
+    prediction = family.predict_velocity(pair.ours.components, noisy, sigma, batch)
+    losses = velocity_loss(prediction, batch["latents"], noise, torch.ones(len(samples)))
+    return losses.detach(), list(torch.autograd.grad(losses.sum(), transformer.parameters()))
+
+
+@pytest.mark.parametrize("flux", ["FLUX.1", "Kontext"], indirect=True)
+def test_a_batch_equals_its_singles(flux, request):
+    ours = flux.ours
+    ours.components["dit"].requires_grad_(True)
+    request.addfinalizer(lambda: ours.components["dit"].requires_grad_(False))
+    samples = []
+    for caption, name in zip(("empty", "plain", "Chinese", "longer than T5 reads"), PHOTOGRAPHS, strict=True):
+        shown = [picture(other).resize((600, 400)) for other in (name, "coffee")] if flux.shown else []
+        samples.append(ours.encode(ours.sample(CAPTIONS[caption], name, shown)))
+    noise = torch.randn(4, *samples[0]["latents"].shape, generator=torch.Generator().manual_seed(4))
+    sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
+    together, gradients = loss_and_gradients(flux, samples, noise, sigma)
+    singles = [loss_and_gradients(flux, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
+    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
+    means = [torch.stack(parts).mean(0) for parts in zip(*(grads for _, grads in singles), strict=True)]
+    worst = max(difference(one / 4, other) for one, other in zip(gradients, means, strict=True))
+    scale = max(float(gradient.abs().max()) / 4 for gradient in gradients)
+    print(f"gradients differ by {worst:.1e}, the largest is {scale:.1e}")
+    assert worst < TOLERANCE < scale / 100
+    assert all(gradient.any() for gradient in gradients)
