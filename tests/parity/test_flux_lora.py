@@ -1,0 +1,258 @@
+"""LoRA files of real FLUX.1 runs, loaded by diffusers' `FluxPipeline`: all modules, and our output."""
+
+from collections.abc import Callable, Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffsynth_core.adapters.lora import LoraWeights, add_lora, load_lora, lora_weights, name_lora
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.flux import names
+from diffsynth_core.families.flux.components import build
+from diffsynth_core.families.flux.facts import FLUX
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.stop import StopRequest
+from tests.conftest import CAPTIONS, write_metadata
+from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files, load_pipeline
+
+RANK = 4
+DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+NO_TEXT_ENCODER = "prefix='text_encoder'"
+"""In what `FluxPipeline` remarks of every file without a LoRA for CLIP."""
+NAMING = FLUX.component("dit").lora_naming
+PLACES = {"original": ORIGINAL_PLACES, "diffusers": DIFFUSERS_PLACES}
+DOUBLE = (
+    *("attn.a_to_qkv", "attn.b_to_qkv", "attn.a_to_out", "attn.b_to_out"),
+    *("ff_a.0", "ff_a.2", "ff_b.0", "ff_b.2", "norm1_a.linear", "norm1_b.linear"),
+)
+SINGLE = ("to_qkv_mlp", "proj_out", "norm.linear")
+
+
+def documented_modules(blocks: int) -> list[str]:
+    """What the documented targets address."""
+    return [
+        *(f"blocks.{block}.{place}" for block in range(blocks) for place in DOUBLE),
+        *(f"single_blocks.{block}.{place}" for block in range(blocks) for place in SINGLE),
+    ]
+
+
+MODULES = documented_modules(2)
+
+
+def own_names(modules: Collection[str]) -> set[str]:
+    return {own for module in modules for own in names.DIT.ours(module) or ()}
+
+
+@pytest.fixture(scope="module")
+def train_lora(
+    flux_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """Train a LoRA on four pictures, at a rate that moves the output far; returns its file."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
+
+    @cache
+    def train_one(layout: str, dialect: str) -> Path:
+        output = folder / layout / dialect
+        flags = {
+            "model_id_with_origin_paths": ",".join(f"{MODEL_ID}:{place}" for place in PLACES[layout].values()),
+            "dataset_base_path": str(photographs),
+            "dataset_metadata_path": str(folder / "metadata.csv"),
+            "height": "32",
+            "width": "32",
+            "lora_base_model": "dit",
+            "lora_target_modules": ",".join(names.LORA_TARGETS),
+            "lora_rank": str(RANK),
+            "lora_format": dialect,
+            "remove_prefix_in_ckpt": "pipe.dit.",
+            "learning_rate": "0.02",
+            "num_epochs": "1",
+            "output_path": str(output),
+        }
+        train(make_plan(resolve(flags), SilentReporter(), base=flux_models), SilentReporter(), StopRequest())
+        return output / "epoch-0.safetensors"
+
+    return train_one
+
+
+def with_lora(transformer: Any, path: Path, modules: Collection[str] = MODULES) -> Any:
+    """A transformer with a LoRA from a file, as we load it."""
+    add_lora(transformer, sorted(modules), RANK, seed=0, documented=names.DIT)
+    assert load_lora(transformer, path, NAMING, names.DIT) == len(modules)
+    return transformer
+
+
+def load_transformer(base: Path, layout: str = "original") -> Any:
+    return load_files(find_files(base, "dit", f"{MODEL_ID}:{PLACES[layout]['dit']}"))
+
+
+@torch.no_grad()
+def predict(transformer: Any) -> Tensor:
+    config, generator = transformer.config, torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.zeros(12), torch.arange(12) // 4, torch.arange(12) % 4], dim=1)
+    return transformer(
+        hidden_states=torch.randn(1, 12, config.in_channels, generator=generator),
+        timestep=torch.tensor([0.6]),
+        guidance=torch.ones(1),
+        pooled_projections=torch.randn(1, config.pooled_projection_dim, generator=generator),
+        encoder_hidden_states=torch.randn(1, 9, config.joint_attention_dim, generator=generator),
+        txt_ids=torch.zeros(9, 3),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+
+
+def adapter_modules(transformer: Any) -> set[str]:
+    return {name for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
+
+
+def load_into(pipeline: Any, path: Path) -> None:
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained")
+
+
+@pytest.mark.parametrize("layout", PLACES)
+def test_the_diffusers_dialect_loads_through_the_pipeline_and_computes_the_same(
+    train_lora, flux_models, complaints, layout
+):
+    pipeline = load_pipeline(flux_models)
+    base = predict(pipeline.transformer)
+    load_into(pipeline, train_lora(layout, "diffusers"))
+    assert [remark for remark in complaints() if NO_TEXT_ENCODER not in remark] == []
+    carriers = adapter_modules(pipeline.transformer)
+    assert carriers == own_names(MODULES)
+    loaded = predict(pipeline.transformer)
+    ours = predict(with_lora(load_transformer(flux_models, layout), train_lora(layout, "diffsynth")))
+    print(
+        f"{layout}: {len(carriers)} modules, off by {(loaded - ours).abs().max():.1e}, "
+        f"moved by {(loaded - base).abs().max():.1e}"
+    )
+    assert (loaded - ours).abs().max() < 1e-5
+    assert (loaded - base).abs().max() > 1e-2, "the LoRA does something"
+
+
+@torch.no_grad()
+def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, complaints):
+    """diffusers takes the width for 3072; one block of each kind is enough: 532 M parameters, 2.1 GB."""
+    config = {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24,
+        "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": True,
+    }  # fmt: skip
+    with torch.device("meta"):
+        transformer: Any = build("dit", config).eval()
+    transformer.to_empty(device="cpu")
+    fill_quickly(transformer)
+    modules = documented_modules(1)
+    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for module in modules:
+        rows, columns = names.DIT.join_shape(f"{module}.weight", shapes)
+        down = torch.randn(RANK, columns, generator=generator) * columns**-0.5
+        weights[module] = LoraWeights(down, torch.randn(rows, RANK, generator=generator))
+    tensors = name_lora(weights, "kohya", NAMING)
+    path = tmp_path / "kohya.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    base = predict(transformer)
+    pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
+    load_into(pipeline, path)
+    assert [remark for remark in complaints() if NO_TEXT_ENCODER not in remark] == []
+    carriers = adapter_modules(transformer)
+    assert carriers == own_names(modules)
+    loaded = predict(transformer)
+    pipeline.unload_lora_weights()
+    assert torch.equal(predict(transformer), base)
+    ours = predict(with_lora(transformer, path, modules))
+    scale = loaded.abs().max()
+    print(
+        f"kohya: {len(carriers)} modules, off by {(loaded - ours).abs().max() / scale:.1e} of {scale:.1f}, "
+        f"moved by {(loaded - base).abs().max() / scale:.1e}"
+    )
+    assert (loaded - ours).abs().max() < 1e-5 * scale
+    assert (loaded - base).abs().max() > 1e-2 * scale, "the LoRA does something"
+
+
+def fill_quickly(module: torch.nn.Module) -> None:
+    """Kernels from one row of random numbers, repeated: drawing all of them anew would take most of the test."""
+    numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), len(numbers)):
+            part = flat[start : start + len(numbers)]
+            part.copy_(numbers[: len(part)])
+        parameter.data.mul_((3 * parameter.shape[1]) ** -0.5)
+
+
+@pytest.mark.parametrize("dialect", ["diffsynth", "comfyui"])
+def test_the_pipeline_does_not_know_the_fused_modules(train_lora, flux_models, complaints, dialect):
+    """Of dialects with the documented or the original names it finds not one, and says so in a warning only."""
+    pipeline = load_pipeline(flux_models)
+    load_into(pipeline, train_lora("original", dialect))
+    assert not adapter_modules(pipeline.transformer)
+    assert any("prefix='transformer'" in remark for remark in complaints())
+
+
+EXAMPLES = {
+    "diffsynth": ("blocks.1.attn.a_to_qkv.lora_A.default.weight", "single_blocks.0.to_qkv_mlp.lora_B.default.weight"),
+    "diffusers": (
+        "transformer.transformer_blocks.1.attn.add_k_proj.lora_A.weight",
+        "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight",
+    ),
+    "comfyui": (
+        "diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight",
+        "diffusion_model.single_blocks.0.linear1.lora_B.weight",
+    ),
+    "kohya": (
+        "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight",
+        "lora_unet_single_blocks_0_linear1.lora_up.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_keys_of_each_dialect(train_lora, dialect):
+    tensors = load_file(train_lora("original", dialect))
+    parts = len(own_names(MODULES)) if dialect == "diffusers" else len(MODULES)
+    assert len(tensors) == parts * (3 if dialect == "kohya" else 2)
+    assert all(tensors[name].dtype == torch.float32 for name in EXAMPLES[dialect])
+    if dialect == "diffsynth":
+        assert tensors.keys() == {f"{module}.lora_{half}.default.weight" for module in MODULES for half in "AB"}
+    if dialect == "kohya":
+        assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {RANK}
+
+
+def test_both_layouts_train_the_same(train_lora):
+    """The parts of a fused module get the LoRA of the whole, whichever files the base comes from."""
+    first, second = (load_file(train_lora(layout, "diffsynth")) for layout in PLACES)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(tensor.any() for tensor in first.values()), "every module has learned"
+
+
+def test_all_dialects_read_back_to_the_same_weights(train_lora, flux_models):
+    first, *others = (
+        lora_weights(with_lora(load_transformer(flux_models), train_lora("original", dialect)), names.DIT)
+        for dialect in DIALECTS
+    )
+    assert first.keys() == set(MODULES)
+    for other in others:
+        assert all(torch.equal(first[module].down, other[module].down) for module in MODULES)
+        assert all(torch.equal(first[module].up, other[module].up) for module in MODULES)
+
+
+@torch.no_grad()
+def test_the_base_is_what_diffusers_reads(flux_models):
+    """Both start from the same weights, else equal outputs would say little."""
+    theirs = FluxTransformer2DModel.from_pretrained(flux_models / MODEL_ID / "transformer", torch_dtype=torch.float32)
+    assert torch.equal(predict(theirs), predict(load_transformer(flux_models)))
