@@ -17,6 +17,7 @@ from diffsynth_core.families.flux2.components import build
 from diffsynth_core.families.flux2.facts import FLUX2, reference_size, variant
 from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
 from diffsynth_core.families.table import FAMILIES, component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 DIT = {
     "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
@@ -116,6 +117,11 @@ def test_the_ending_to_out_addresses_what_recipes_list_block_by_block():
     assert all(addressed == [target] for target, addressed in one_by_one.items())
     assert match_targets(modules, ("to_out",))["to_out"] == sorted(listed)
     assert isinstance(module_of("dit").transformer_blocks[0].attn.to_out, nn.ModuleList)
+
+
+def test_only_dialects_with_these_names_are_written():
+    naming = FLUX2.component("dit").lora_naming
+    assert [dialect for dialect in DIALECTS if naming.known(dialect)] == ["diffsynth", "diffusers"]
 
 
 # What nothing reads
@@ -218,6 +224,20 @@ def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
     told = [[known.title for known in FLUX2.strangers if known.signature <= spelling] for spelling in spellings]
     assert told == [["the Mistral text encoder of FLUX.2-dev"], ["a Mistral text encoder such as that of FLUX.2-dev"]]
     assert all(recognise(spelling, FLUX2) is None for spelling in spellings)
+
+
+def test_black_forest_labs_own_file_is_a_stranger_to_all_families():
+    """FLUX.1's has the same blocks, but modulates each by itself."""
+    tensors = {
+        *("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "double_stream_modulation_img.lin.weight"),
+        *(f"double_blocks.0.{stream}_attn.{part}.weight" for stream in ("img", "txt") for part in ("qkv", "proj")),
+        *(f"double_blocks.0.{stream}_mlp.{part}.weight" for stream in ("img", "txt") for part in (0, 2)),
+        *(f"single_blocks.0.{part}.weight" for part in ("linear1", "linear2")),
+        *("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"),
+    }
+    assert recognise_family(tensors) is None
+    told = [known.title for known in FLUX2.strangers if known.signature <= tensors]
+    assert told == ["a transformer in Black Forest Labs' own layout"]
 
 
 # Sizes of reference pictures
