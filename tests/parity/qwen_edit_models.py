@@ -96,7 +96,7 @@ class Ours:
 
     @staticmethod
     def _stretched(image: Image.Image, reference: Any, max_pixels: int) -> Image.Image:
-        assert reference.fit == "stretch"
+        assert reference.factor == 1
         height, width = reference.size(image.width, image.height, max_pixels)
         return image.resize((width, height), Image.Resampling.LANCZOS)
 

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor
 
+from diffsynth_core.data.media import ReferenceRule, choose_reference, load_excerpt
+from diffsynth_core.data.pictures import read_picture_header
 from diffsynth_core.families.flux2.encode import caption_left_out
+from diffsynth_core.families.flux2.facts import FLUX2
 from diffsynth_core.families.flux2.inputs import pack, picture_positions, references, text_positions, unpack
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.flux2_models import (
@@ -115,6 +119,23 @@ def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
     target = encoded["latents"][None]
     of_target = klein.pipeline._prepare_latent_ids(target[:, :, 0])
     assert torch.equal(picture_positions([target, *pictures]), torch.cat([of_target, positions], dim=1)[0])
+
+
+@pytest.mark.parametrize("size", [(451, 300), (512, 512), (1448, 1100), (1911, 1000), (1030, 1162)])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_reference_pictures_are_read_as_the_pipeline_reads_them(klein, tmp_path, name, size):
+    picture_of(name, *size).save(tmp_path / "shown.png")
+    (reference,) = FLUX2.variant({}, ("edit_image",), "").references
+    rule = ReferenceRule(reference.name, reference.column, reference.size, 1024 * 1024, reference.factor)
+    excerpt = choose_reference(tmp_path / "shown.png", read_picture_header(tmp_path / "shown.png"), rule)
+    ours = torch.tensor(load_excerpt(excerpt)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    processor = klein.pipeline.image_processor
+    picture = processor._resize_if_exceeds_area(Image.open(tmp_path / "shown.png"), 1024 * 1024)
+    height, width = picture.height // 16 * 16, picture.width // 16 * 16
+    theirs = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-6
 
 
 def test_references_keep_their_order():

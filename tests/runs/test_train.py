@@ -149,7 +149,7 @@ def test_text_encoder_in_full_beside_a_lora(cli, photographs):
         )
     )
     assert outcome.code == 0, outcome.err
-    assert "text          made anew in every step" in outcome.err
+    assert "text           made anew in every step" in outcome.err
     saved = load_file("out/epoch-0.safetensors")
     base = {}
     for path in sorted(

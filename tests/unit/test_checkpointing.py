@@ -15,14 +15,15 @@ from diffsynth_core.training.checkpointing import checkpoint_content
 
 FILE = TableMap({"o": "to_out"}, stacked={"qkv": ("to_q", "to_k")}, swapped={"mod": "norm"})
 TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, stacked={"typed_qkv": ("to_q", "to_k")})
+NAMES = ("to_q", "to_k", "to_out", "norm")
 
 
 def module() -> nn.Module:
     torch.manual_seed(0)
-    return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("to_q", "to_k", "to_out", "norm")})
+    return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in NAMES})
 
 
-def content(layout: Layout, lora: bool = False, **parameters: object):
+def content(layout: Layout, lora: bool = False, stored_names: tuple[str, ...] = NAMES, **parameters: object):
     facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
     model = module()
     if lora:
@@ -33,7 +34,7 @@ def content(layout: Layout, lora: bool = False, **parameters: object):
         parameters=Parameters.model_validate(parameters),
         facts=SimpleNamespace(component=lambda name: facts),
     )
-    stored = {f"{name}.weight": "BF16" for name in ("to_q", "to_k", "to_out")}
+    stored = {f"{name}.weight": "BF16" for name in stored_names}
     return checkpoint_content(plan, SimpleNamespace(components={"dit": model}, stored_dtypes={"dit": stored}))
 
 
@@ -51,9 +52,14 @@ def test_a_layout_states_the_names_of_full_checkpoints():
     assert torch.equal(found.tensors["o.weight"], weights["to_out.weight"])
     assert torch.equal(found.tensors["qkv.weight"], torch.cat((weights["to_q.weight"], weights["to_k.weight"])))
     assert torch.equal(found.tensors["mod.weight"], weights["norm.weight"].flip(0))
-    assert found.dtypes == {"o.weight": torch.bfloat16, "qkv.weight": torch.bfloat16}
+    assert found.dtypes == dict.fromkeys(found.tensors, torch.bfloat16)
     same = content(replace(LAYOUT, written=SAME_NAMES)).tensors
     assert set(same) == weights.keys()
+
+
+def test_what_the_base_file_lacks_is_another_name_of_what_it_has_and_left_out():
+    found = content(LAYOUT, stored_names=NAMES[:3], remove_prefix_in_ckpt="")
+    assert set(found.tensors) == {"pipe.dit.typed_o.weight", "pipe.dit.typed_qkv.weight"}
 
 
 @pytest.mark.parametrize("written", [None, FILE])

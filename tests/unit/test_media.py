@@ -80,8 +80,8 @@ def test_whatever_changes_the_pixels_changes_the_identity():
 
 
 def test_a_reference_is_read_at_the_size_of_its_rule():
-    shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, "stretch")
+    shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, factor=16)
     header = PictureHeader(100, 50, rotated=False, transparent=False)
-    stretched = choose_reference(Path("a.png"), header, shown)
-    assert stretched == Excerpt(Path("a.png"), 100, 107, fit="stretch")
-    assert stretched.transform != replace(stretched, fit="cover").transform
+    found = choose_reference(Path("a.png"), header, shown)
+    assert found == Excerpt(Path("a.png"), 96, 96, scaled=(100, 107))
+    assert len({str(replace(found, scaled=scaled).transform) for scaled in (None, (100, 107), (107, 100))}) == 3

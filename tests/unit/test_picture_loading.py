@@ -135,8 +135,14 @@ def test_a_folder_with_the_name_of_a_picture_is_told(tmp_path):
 
 def test_a_stretched_picture_is_shown_whole(tmp_path):
     save(tmp_path / "a.png", coordinates(64, 200))
-    loaded = load_picture(tmp_path / "a.png", 32, 48, "stretch").astype(int)
+    loaded = load_picture(tmp_path / "a.png", 32, 48, (32, 48)).astype(int)
     assert loaded.shape == (32, 48, 3)
     assert_array_equal(loaded, np.asarray(Image.open(tmp_path / "a.png").resize((48, 32), Image.Resampling.LANCZOS)))
     corners = [loaded[row, column, :2].tolist() for row, column in ((0, 0), (-1, -1))]
     assert_allclose(corners, [[0, 0], [63, 199]], atol=3)
+
+
+def test_what_is_read_of_a_scaled_picture_is_its_middle(tmp_path):
+    save(tmp_path / "a.png", coordinates(64, 200))
+    loaded = load_picture(tmp_path / "a.png", 32, 48, (64, 200))
+    assert_array_equal(loaded, coordinates(64, 200)[16:48, 76:124])

@@ -49,7 +49,7 @@ def test_the_first_model_is_shown_one_picture_at_one_size():
     found = QWEN_IMAGE.variant({}, ("edit_image",), "Qwen/Qwen-Image-Edit:transformer/x")
     assert found.title == "Qwen-Image-Edit"
     (shown,) = found.references
-    assert (shown.name, shown.column, shown.fit, shown.most) == ("edit_image", "edit_image", "stretch", 1)
+    assert (shown.name, shown.column, shown.factor, shown.most) == ("edit_image", "edit_image", 1, 1)
     assert shown.size is vae_size
     assert {encoder.name: encoder.columns for encoder in found.encoders} == {
         "edit_text": ("prompt", "edit_image"),
@@ -63,9 +63,9 @@ def test_the_first_model_is_shown_one_picture_at_one_size():
 )
 def test_the_later_models_are_shown_any_number_at_two_sizes(origin):
     found = QWEN_IMAGE.variant({}, ("edit_image",), origin)
-    assert [(one.name, one.column, one.fit, one.most, one.size) for one in found.references] == [
-        ("edit_image", "edit_image", "stretch", None, vae_size),
-        ("edit_image_small", "edit_image", "stretch", None, prompt_size),
+    assert [(one.name, one.column, one.factor, one.most, one.size) for one in found.references] == [
+        ("edit_image", "edit_image", 1, None, vae_size),
+        ("edit_image_small", "edit_image", 1, None, prompt_size),
     ]
     assert {encoder.name: encoder.columns for encoder in found.encoders} == {
         "edit_plus_text": ("prompt", "edit_image_small"),

@@ -184,9 +184,9 @@ def halved(width, height, max_pixels):
     return height // 2, min(width // 2, max_pixels)
 
 
-ONE = ReferenceRule("shown", "edit_image", halved, 1 << 20, "stretch", most=1)
-ANY = ReferenceRule("shown", "edit_image", halved, 1 << 20, "cover")
-SMALL = ReferenceRule("shown small", "edit_image", halved, 5, "stretch")
+ONE = ReferenceRule("shown", "edit_image", halved, 1 << 20, most=1)
+ANY = ReferenceRule("shown", "edit_image", halved, 1 << 20, factor=8)
+SMALL = ReferenceRule("shown small", "edit_image", halved, 5)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_references_are_one_or_a_list(folder, cell, names):
     assert problems == []
     (sample,) = found.samples
     assert sample.references == {
-        "shown": tuple(Excerpt(folder / name, 16, 24, fit="cover") for name in names),
-        "shown small": tuple(Excerpt(folder / name, 16, 5, fit="stretch") for name in names),
+        "shown": tuple(Excerpt(folder / name, 16, 24, scaled=(16, 24)) for name in names),
+        "shown small": tuple(Excerpt(folder / name, 16, 5, scaled=(16, 5)) for name in names),
     }
     assert sample.shape == ((1, 32, 48), *[(1, 16, 24)] * len(names), *[(1, 16, 5)] * len(names))
     assert set(sample.files) == {folder / name for name in ("a.png", *names)}

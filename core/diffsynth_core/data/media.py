@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from diffsynth_core.data.pictures import (
     PICTURE_ENDINGS,
     PICTURE_TRANSFORM,
-    PictureFit,
     PictureHeader,
     SizeRule,
     load_picture,
@@ -67,7 +66,8 @@ class MediaRule:
 class ReferenceRule:
     """How the pictures of a metadata column become what the model is shown under `name`.
 
-    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is read at; 0 where it is too small.
+    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to.
+    `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
     """
 
@@ -75,7 +75,7 @@ class ReferenceRule:
     column: str
     size: Callable[[int, int, int], tuple[int, int]]
     max_pixels: int
-    fit: PictureFit
+    factor: int = 1
     most: int | None = None
 
 
@@ -94,7 +94,10 @@ class MediaHeader:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The part of a media file that is trained on, and the size it is trained at, in pixels."""
+    """The part of a media file that is trained on or shown, and the size it is read at, in pixels.
+
+    `scaled`: (height, width) that a picture is scaled to before its centre is cut out; None: until it covers the size.
+    """
 
     path: Path
     height: int
@@ -103,7 +106,7 @@ class Excerpt:
     start: int = 0
     frames: int = 1
     frame_rate: float | None = None
-    fit: PictureFit = "cover"
+    scaled: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -119,8 +122,7 @@ class Excerpt:
     def transform(self) -> list[object]:
         """All that its pixels depend on, besides the bytes of the file."""
         if not self.video:
-            stretched = [] if self.fit == "cover" else [self.fit]
-            return [self.height, self.width, PICTURE_TRANSFORM, *stretched]
+            return [self.height, self.width, PICTURE_TRANSFORM, *(self.scaled or ())]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -155,8 +157,9 @@ def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -
 
 def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule) -> Excerpt:
     """How a picture is shown to the model; a side of 0 means that it is too small."""
-    height, width = rule.size(header.width, header.height, rule.max_pixels)
-    return Excerpt(path, height, width, fit=rule.fit)
+    scaled = rule.size(header.width, header.height, rule.max_pixels)
+    height, width = (side // rule.factor * rule.factor for side in scaled)
+    return Excerpt(path, height, width, scaled=scaled)
 
 
 def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
@@ -166,6 +169,6 @@ def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
         DiffSynthError: when the file cannot be decoded, or ends before the excerpt does.
     """
     if not excerpt.video:
-        return load_picture(excerpt.path, excerpt.height, excerpt.width, excerpt.fit)[None]
+        return load_picture(excerpt.path, excerpt.height, excerpt.width, excerpt.scaled)[None]
     start, frames = excerpt.start, excerpt.frames
     return load_clip(excerpt.path, start, frames, excerpt.height, excerpt.width, excerpt.frame_rate)

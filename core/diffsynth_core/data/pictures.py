@@ -4,7 +4,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,6 @@ from diffsynth_core.errors import DiffSynthError
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 PICTURE_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
-PictureFit = Literal["cover", "stretch"]
-"""How a picture comes to a size of another shape."""
 EXIF_ORIENTATION = 0x0112
 MAX_PICTURE_PIXELS = 178_956_970
 """Larger pictures are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
@@ -79,11 +76,11 @@ def read_picture_header(path: Path) -> PictureHeader:
         return PictureHeader(width, height, orientation in range(2, 9), _is_transparent(picture))
 
 
-def load_picture(path: Path, height: int, width: int, fit: PictureFit = "cover") -> NDArray[np.uint8]:
+def load_picture(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Pixels of a picture at a training size, `[height, width, 3]`, RGB, 0..255.
 
-    EXIF orientation is applied, transparency composed on white. To `cover`, the picture is scaled (Lanczos) until it
-    covers the size, then cut at the centre; to `stretch`, it is scaled to the size whatever becomes of its shape.
+    EXIF orientation is applied, transparency composed on white. The picture is scaled (Lanczos) until it covers the
+    size, or to `scaled` (height, width), whatever becomes of its shape; then it is cut at the centre.
 
     Raises:
         DiffSynthError: when the file cannot be decoded to its end.
@@ -91,10 +88,11 @@ def load_picture(path: Path, height: int, width: int, fit: PictureFit = "cover")
     with _opening(path) as picture:
         upright = ImageOps.exif_transpose(picture)
         rgb = _to_rgb(upright)
-    if fit == "stretch":
-        return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS))
-    scale = max(width / rgb.width, height / rgb.height)
-    covering = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
+    if scaled:
+        covering = scaled[::-1]
+    else:
+        scale = max(width / rgb.width, height / rgb.height)
+        covering = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
     if covering != rgb.size:
         rgb = rgb.resize(covering, Image.Resampling.LANCZOS)
     left, top = (rgb.width - width) // 2, (rgb.height - height) // 2

@@ -128,15 +128,15 @@ class References:
     """Pictures of a metadata column that the model is shown beside what it is trained on, read at one size.
 
     `name`: what encoders call them; a column that is read at two sizes has two of these.
-    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is read at; 0 where it is too small.
-    `fit`: whether a picture is stretched to that size, or scaled until it covers it and cut at the centre.
+    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to; 0 where it is too small.
+    `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
     """
 
     name: str
     column: str
     size: Callable[[int, int, int], tuple[int, int]]
-    fit: Literal["cover", "stretch"]
+    factor: int = 1
     most: int | None = None
 
 

@@ -58,7 +58,7 @@ def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
 def _reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
     """How reference pictures are read, none above what `max_pixels` allows."""
     return tuple(
-        ReferenceRule(shown.name, shown.column, shown.size, parameters.max_pixels, shown.fit, shown.most)
+        ReferenceRule(shown.name, shown.column, shown.size, parameters.max_pixels, shown.factor, shown.most)
         for shown in variant.references
     )
 

@@ -37,11 +37,10 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     for component, module in model.components.items():
         if component in plan.training.full:
             stored = model.stored_dtypes[component]
-            for name, (tensor, own_names) in _full_weights(plan, component, module).items():
+            for name, (tensor, own_names) in _full_weights(plan, component, module, stored).items():
                 key = _key(plan, component, name)
                 tensors[key] = tensor
-                if own_names[0] in stored:
-                    dtypes[key] = TORCH_DTYPES[stored[own_names[0]]]
+                dtypes[key] = TORCH_DTYPES[stored[own_names[0]]]
         if component == plan.training.lora_component:
             tensors |= _lora_tensors(plan, component, module)
     if plan.parameters.save_dtype:
@@ -54,13 +53,15 @@ def _key(plan: Plan, component: str, name: str) -> str:
     return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
 
 
-def _full_weights(plan: Plan, component: str, module: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """A component's own tensors by their names in checkpoints, without peft's layers; with each, its names here."""
-    own = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in module.state_dict().items()
-        if ".lora_" not in name
-    }
+def _full_weights(
+    plan: Plan, component: str, module: nn.Module, stored: Mapping[str, str]
+) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """A component's own tensors by their names in checkpoints, without peft's layers; with each, its names here.
+
+    What the base file lacks is left out: it is another name of a tensor that the file has (tied embeddings).
+    """
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
+    own = {name: tensor for name, tensor in tensors.items() if name in stored}
     names = plan.components[component].layout.in_checkpoints
     return {name: (names.join(name, own), names.ours(name) or ()) for name in names.theirs_of(own)}
 

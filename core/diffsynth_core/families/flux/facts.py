@@ -61,7 +61,7 @@ def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     )
 
 
-REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size, fit="stretch")
+REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size)
 
 
 def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:

@@ -31,21 +31,19 @@ LARGE_SINGLE_BLOCKS = 24
 
 
 def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) that a reference picture of `width` x `height` is read at, as `Flux2KleinPipeline` does it.
-
-    Above the area it is scaled down, below it kept; sides are floored to multiples of 16.
-    """
+    """(height, width) that a reference picture of `width` x `height` is scaled to, as `Flux2KleinPipeline` does it:
+    above the area down to it, below it not at all. What is read of it has sides of multiples of 16."""
     area = min(REFERENCE_AREA, max_pixels)
     if width * height > area:
         scale = math.sqrt(area / (width * height))
         width, height = int(width * scale), int(height * scale)
-    return height // SIZE_FACTOR * SIZE_FACTOR, width // SIZE_FACTOR * SIZE_FACTOR
+    return height, width
 
 
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",))
 EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",))
-EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, fit="cover")
+EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
 
 
 def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:

@@ -90,8 +90,8 @@ def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
 
 def edit_variant(model: EditModel) -> Variant:
     """What an editing model needs: the picture half of its text encoder is in use."""
-    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, "stretch", most=1 if model.one_picture else None)
-    small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size, "stretch")
+    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_picture else None)
+    small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     text_name, text_shown = ("edit_text", EDIT_IMAGE) if model.one_picture else ("edit_plus_text", EDIT_IMAGE_SMALL)
     text = EncoderFacts(name=text_name, component="text_encoder", columns=("prompt", text_shown))
     return Variant(
