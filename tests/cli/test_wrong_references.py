@@ -122,11 +122,11 @@ def klein(**changed: str) -> tuple[str, ...]:
 
 
 def test_klein_with_the_text_encoder_of_dev(refuse, models):
-    folder = models / "black-forest-labs/FLUX.2-dev/text_encoder"
+    folder = models / "mine/text_encoder"
     folder.mkdir(parents=True)
     names = ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight")
     save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
-    wrong = "black-forest-labs/FLUX.2-dev:text_encoder/*.safetensors"
+    wrong = "mine:text_encoder/*.safetensors"
     what = f"`{wrong}` is the Mistral text encoder of FLUX.2-dev, not a component of FLUX.2"
     hint = "name files of its components: dit, text_encoder, vae"
     assert refuse(*klein(text_encoder=wrong), recipe=KLEIN) == (2, [(what, hint)])
@@ -191,4 +191,33 @@ def test_the_transformer_of_the_other_flux(refuse, models):
     assert refuse(*klein(dit=wrong), recipe=KLEIN) == (
         2,
         [(what, "name files of its components: dit, text_encoder, vae")],
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ("black-forest-labs/FLUX.2-dev:text_encoder/*.safetensors", "FLUX.2-dev"),
+        ("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors", "FLUX.1 Fill"),
+        ("PAI/Wan2.2-Fun-A14B-Control:low_noise_model/*.safetensors", "Wan Fun Control, led by a control video"),
+        ("Qwen/Qwen-Image-Layered:transformer/diffusion_pytorch_model*.safetensors", "Qwen-Image-Layered"),
+    ],
+)
+@pytest.mark.parametrize("rehearse", [(), ("--rehearse",)], ids=["run", "rehearsal"])
+def test_models_that_are_known_and_not_trained_are_told_without_their_files(refuse, entry, what, rehearse):
+    hint = "`diffsynth recipe list` names what is"
+    assert refuse(
+        "--model_id_with_origin_paths", f"{entry},{entry}", "--lora_base_model", "dit", *rehearse, recipe=None
+    ) == (
+        2,
+        [(f"`{entry}` belongs to {what}, which is not supported yet", hint)],
+    )
+
+
+@pytest.mark.parametrize("name", ["quant_options", "audio-processor-path", "template_model_id_or_path"])
+def test_flags_of_the_reference_trainer_that_are_not_known_here(refuse, name):
+    code, problems = refuse("--extra_inputs", "", f"--{name}", "x", recipe=EDIT)
+    assert (code, problems) == (
+        2,
+        [(f"`{name}` (command line) is not supported yet", "leave it out")],
     )

@@ -199,6 +199,8 @@ class FamilyFacts:
     `variant`: shapes of the denoiser (our names), the extra inputs asked for, and what the user wrote for its files ->
     what that kind of model needs; a kind that is not trained raises DiffSynthError.
     `strangers`: files of related models that are easily taken for a component.
+    `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
+    here -> what they are.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -215,6 +217,7 @@ class FamilyFacts:
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     strangers: tuple["Stranger", ...] = ()
+    not_trained: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)

@@ -46,6 +46,12 @@ def family_of_model(model_id: str) -> FamilyFacts | None:
     )
 
 
+def not_trained(entry: str) -> str | None:
+    """What an entry of `model_id_with_origin_paths` belongs to, if that is known and not trained here."""
+    known = (item for facts in FAMILIES.values() for item in facts.not_trained.items())
+    return next((what for pattern, what in known if fnmatch(entry, pattern)), None)
+
+
 def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
     """The component of a family, and the layout of its files, whose signature is among tensor names."""
     present = frozenset(names)

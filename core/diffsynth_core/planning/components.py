@@ -15,6 +15,7 @@ from diffsynth_core.families.table import (
     component_at,
     find_stranger,
     load_family,
+    not_trained,
     recognise,
     recognise_family,
     unknown_family,
@@ -55,6 +56,10 @@ def find_components(
             )
         )
         return None
+    refused = refused_models(entries)
+    problems += refused
+    if refused:
+        return None
     file_sets, missing = locate(parameters.model_paths, entries, base, _copies(family))
     problems += missing
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
@@ -81,6 +86,19 @@ def find_components(
     _check_offloaded(parameters, problems)
     tokenizers = find_tokenizers(parameters, facts, components, base, problems)
     return FoundComponents(facts, variant, components, shapes, tokenizers)
+
+
+def refused_models(entries: Iterable[str]) -> list[Problem]:
+    """The problem that files belong to a model that is known and not trained here; one for each such model."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        if what := not_trained(entry):
+            found.setdefault(what, entry)
+    hint = "`diffsynth recipe list` names what is"
+    return [
+        Problem(f"`{entry}` belongs to {what}, which is not supported yet", hint, wrong_use=True)
+        for what, entry in found.items()
+    ]
 
 
 def _variant(

@@ -29,6 +29,7 @@ from diffsynth_core.families.table import (
     unknown_family,
 )
 from diffsynth_core.files import default_cache_path, fresh_folder
+from diffsynth_core.planning.components import refused_models
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import Reporter
@@ -114,8 +115,8 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
         return replace(
             resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
         ), folder
-    if facts is None or resolved.incomplete:
-        return resolved, folder
+    if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
+        return resolved, folder  # planning tells why
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     problems: list[Problem] = []
     changes = _swap_models(parameters, facts, base, problems)

@@ -167,6 +167,18 @@ FLUX = FamilyFacts(
         Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
         Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
     ),
+    not_trained={
+        "black-forest-labs/FLUX.1-Fill-*:flux1-*": "FLUX.1 Fill",
+        "black-forest-labs/FLUX.1-Redux-*:*": "FLUX.1 Redux",
+        "black-forest-labs/FLUX.1-schnell:flux1-*": "FLUX.1-schnell, distilled to few steps",
+        "ostris/Flex.2-*:*": "FLEX.2",
+        "DiffSynth-Studio/AttriCtrl-FLUX.1-*:*": "AttriCtrl",
+        "DiffSynth-Studio/LoRA-Encoder-FLUX.1-*:*": "LoRA-Encoder",
+        "DiffSynth-Studio/Nexus-Gen*:*": "Nexus-Gen",
+        "stepfun-ai/Step1X-Edit:step1x-*": "Step1X-Edit",
+        "InstantX/FLUX.1-dev-IP-Adapter:*": "the IP-Adapter of FLUX.1",
+        "ByteDance/InfiniteYou:*": "InfiniteYou",
+    },
     strangers=(
         Stranger("the text encoder UMT5 of Wan", "text_encoder_2", names.UMT5_TENSORS),
         Stranger("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),

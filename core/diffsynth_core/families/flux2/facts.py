@@ -123,6 +123,7 @@ FLUX2 = FamilyFacts(
         ),
         Fit("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
     ),
+    not_trained={"black-forest-labs/FLUX.2-dev:t*": "FLUX.2-dev"},
     strangers=(
         Stranger("the Mistral text encoder of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_SIGNATURE),
         Stranger(

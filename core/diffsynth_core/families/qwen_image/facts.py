@@ -62,6 +62,10 @@ QWEN_IMAGE = FamilyFacts(
             inputs=(EDIT_IMAGE,),
         ),
     },
+    not_trained={
+        "*Qwen-Image-Layered*:transformer*": "Qwen-Image-Layered",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-*:*": "the blockwise ControlNet of Qwen-Image",
+    },
     fits=(
         Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
         Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),

@@ -105,7 +105,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
 WAN = FamilyFacts(
     name="wan",
     title="Wan",
-    model_ids=("Wan-AI/Wan2.?-*",),
+    model_ids=("Wan-AI/Wan2.?-*", "PAI/Wan2.?-Fun-*InP"),
     components=(
         ComponentFacts(
             name="dit",
@@ -172,5 +172,16 @@ WAN = FamilyFacts(
         Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=PATCH),
         Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
     ),
+    not_trained={
+        "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control, led by a control video",
+        "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
+        "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V, led by speech",
+        "Wan-AI/Wan*-Animate-*:*diffusion_pytorch_model*": "Wan Animate",
+        "Wan-AI/Wan-Dancer-*:*diffusion_pytorch_model*": "Wan Dancer",
+        "ByteDance/Video-As-Prompt-Wan*:*diffusion_pytorch_model*": "Video-As-Prompt",
+        "DiffSynth-Studio/Wan*-speedcontrol-*:*": "Wan with a motion controller",
+        "meituan-longcat/LongCat-Video:*": "LongCat-Video",
+        "krea/krea-realtime-video:*": "Krea Realtime",
+    },
     copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
 )

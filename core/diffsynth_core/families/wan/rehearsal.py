@@ -38,7 +38,9 @@ TRANSFORMERS = (
     ("*Wan2.2-TI2V*", TinyTransformer("ti2v", 48, 48)),
     ("*Wan2.1-FLF2V*", TinyTransformer("flf2v", 36, pictures=2)),
     ("*Wan2.1-I2V*", TinyTransformer("i2v", 36, pictures=1)),
+    ("*Wan2.1-Fun*InP", TinyTransformer("i2v", 36, pictures=1)),
     ("*Wan2.2-I2V*", TinyTransformer("i2v", 36)),
+    ("*Wan2.2-Fun*InP", TinyTransformer("i2v", 36)),
     ("*", TinyTransformer("t2v", 16)),
 )
 """(pattern of the hub repository, its transformer), first match wins."""
