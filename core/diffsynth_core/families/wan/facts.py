@@ -177,7 +177,7 @@ WAN = FamilyFacts(
         "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
         "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V, led by speech",
         "Wan-AI/Wan*-Animate-*:*diffusion_pytorch_model*": "Wan Animate",
-        "Wan-AI/Wan-Dancer-*:*diffusion_pytorch_model*": "Wan Dancer",
+        "Wan-AI/Wan-Dancer-*:*": "Wan Dancer",
         "ByteDance/Video-As-Prompt-Wan*:*diffusion_pytorch_model*": "Video-As-Prompt",
         "DiffSynth-Studio/Wan*-speedcontrol-*:*": "Wan with a motion controller",
         "meituan-longcat/LongCat-Video:*": "LongCat-Video",
