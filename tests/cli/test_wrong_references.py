@@ -199,7 +199,10 @@ def test_the_transformer_of_the_other_flux(refuse, models):
     [
         ("black-forest-labs/FLUX.2-dev:text_encoder/*.safetensors", "FLUX.2-dev"),
         ("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors", "FLUX.1 Fill"),
-        ("PAI/Wan2.2-Fun-A14B-Control:low_noise_model/diffusion_pytorch_model*.safetensors", "Wan Fun Control, led by a control video"),
+        (
+            "PAI/Wan2.2-Fun-A14B-Control:low_noise_model/diffusion_pytorch_model*.safetensors",
+            "Wan Fun Control, led by a control video",
+        ),
         ("Qwen/Qwen-Image-Layered:transformer/diffusion_pytorch_model*.safetensors", "Qwen-Image-Layered"),
     ],
 )

@@ -1,0 +1,246 @@
+"""Each parameter has its effect: two runs that differ in it alone, and what differs between them.
+
+A parameter that were ignored would leave both alike. Those whose effect is proved by a test of their own are named in
+`tests/proofs.yaml`, from which the reference page takes its last column.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ENTRIES, MODEL_ID, Outcome
+
+RECIPE = ("--recipe", "qwen-image-lora", "--dataset_num_workers", 0, "--lora_rank", 2)
+SHORT = ("--dataset_repeat", 1, "--num_epochs", 1, "--max_steps", 2)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended, or was refused."""
+
+    outcome: Outcome
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        return content
+
+    def metrics(self, name: str) -> list[Any]:
+        return [json.loads(line)[name] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def files(self) -> list[str]:
+        return [entry["file"] for entry in self.record["checkpoints"]]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / self.files[-1])
+
+    @property
+    def refusal(self) -> str | None:
+        """The first problem of a run that was refused."""
+        return next((line for line in self.outcome.err.splitlines() if line.startswith("error: ")), None)
+
+    def says(self, text: str) -> bool:
+        return text in self.outcome.err + self.outcome.out
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Flags that give a parameter, what shows in a run with them, and the flags of both runs."""
+
+    flags: tuple[object, ...]
+    observe: Callable[[Ended], object]
+    expected: object
+    besides: tuple[object, ...] = SHORT
+
+
+def says(text: str) -> Callable[[Ended], bool]:
+    return lambda run: run.says(text)
+
+
+def lora_shape(run: Ended) -> list[int]:
+    return list(run.tensors["transformer_blocks.0.attn.to_q.lora_A.default.weight"].shape)
+
+
+def modules(run: Ended) -> set[str]:
+    """The last parts of the names of the modules in a LoRA file."""
+    return {name.partition(".lora_")[0].rpartition(".")[2] for name in run.tensors}
+
+
+ALL = (*SHORT, "--max_steps", 100)
+TWO_FILES = f"{ENTRIES['dit']},{ENTRIES['text_encoder']}"
+EFFECTS: dict[str, Effect] = {
+    "max_steps": Effect(("--max_steps", 1), lambda run: len(run.metrics("step")), 1),
+    "device": Effect(("--device", "cuda:7"), lambda run: "is not there" in (run.refusal or ""), True),
+    "mixed_precision": Effect(("--mixed_precision", "bf16"), lambda run: run.record["mixed_precision"], "bf16"),
+    "dataset_base_path": Effect(("--dataset_base_path", "{one}"), lambda run: run.metrics("epoch"), [0], ALL),
+    "dataset_metadata_path": Effect(
+        ("--dataset_metadata_path", "{dataset}/two.csv"), lambda run: len(run.metrics("step")), 2, ALL
+    ),
+    "dataset_repeat": Effect(("--dataset_repeat", 2), lambda run: len(run.metrics("step")), 8, ALL),
+    "data_file_keys": Effect(
+        ("--data_file_keys", "video"), lambda run: "leaves out `image`" in (run.refusal or ""), True
+    ),
+    "batch_size": Effect(("--batch_size", 2), lambda run: run.metrics("samples_seen"), [2, 4]),
+    "cache_path": Effect(
+        ("--cache_path", "{work}/own"), lambda run: (run.folder.parent / "own/encodings").is_dir(), True
+    ),
+    "height": Effect(("--height", 32, "--width", 64), says("4 of 64 x 32"), True),
+    "width": Effect(("--height", 64, "--width", 32), says("4 of 32 x 64"), True),
+    "max_pixels": Effect(("--max_pixels", 1024), says("4 of 32 x 32"), True),
+    "model_id_with_origin_paths": Effect(
+        ("--model_id_with_origin_paths", TWO_FILES), lambda run: "hold no vae" in (run.refusal or ""), True
+    ),
+    "offload_models": Effect(
+        ("--offload_models", "x:y"), lambda run: "no entry of the model" in (run.refusal or ""), True
+    ),
+    "learning_rate": Effect(("--learning_rate", "3e-5"), lambda run: run.metrics("lr"), [3e-5, 3e-5]),
+    "lr_scheduler": Effect(("--lr_scheduler", "linear"), lambda run: run.metrics("lr"), [1e-4, 5e-5]),
+    "lr_warmup_steps": Effect(("--lr_warmup_steps", 2), lambda run: run.metrics("lr"), [5e-5, 1e-4]),
+    "num_epochs": Effect(
+        ("--num_epochs", 2), lambda run: run.files, ["epoch-0.safetensors", "epoch-1.safetensors"], ALL
+    ),
+    "trainable_models": Effect(
+        ("--trainable_models", "vae"), lambda run: "pipe.vae.encoder.conv_in.weight" in run.tensors, True
+    ),
+    "task": Effect(("--task", "direct_distill"), lambda run: run.refusal is not None, True),
+    "lora_base_model": Effect(
+        ("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj"), modules, {"q_proj"}
+    ),
+    "lora_target_modules": Effect(("--lora_target_modules", "to_k"), modules, {"to_k"}),
+    "lora_rank": Effect(("--lora_rank", 3), lambda run: lora_shape(run)[0], 3),
+    "lora_format": Effect(
+        ("--lora_format", "kohya"),
+        lambda run: sorted({name.partition("_transformer")[0] for name in run.tensors}),
+        ["lora_unet"],
+    ),
+    "gradient_accumulation_steps": Effect(
+        ("--gradient_accumulation_steps", 2), lambda run: run.metrics("samples_seen"), [2, 4]
+    ),
+    "output_path": Effect(("--output_path", "{work}/named"), lambda run: (run.folder.parent / "named").is_dir(), True),
+    "remove_prefix_in_ckpt": Effect(
+        ("--remove_prefix_in_ckpt", "pipe."), lambda run: {name.partition(".")[0] for name in run.tensors}, {"dit"}
+    ),
+    "save_steps": Effect(("--save_steps", 1), lambda run: run.files, ["step-1.safetensors", "step-2.safetensors"]),
+    "save_dtype": Effect(
+        ("--save_dtype", "bfloat16"), lambda run: {tensor.dtype for tensor in run.tensors.values()}, {torch.bfloat16}
+    ),
+    "tokenizer_path": Effect(
+        ("--tokenizer_path", "{work}/none"), lambda run: "there is no tokenizer" in (run.refusal or ""), True
+    ),
+}
+"""What shows of each parameter in one run, and not without it."""
+
+LOSSES: dict[str, tuple[object, ...]] = {
+    "seed": ("--seed", 1),
+    "max_timestep_boundary": ("--max_timestep_boundary", 0.3),
+    "min_timestep_boundary": ("--min_timestep_boundary", 0.7),
+}
+"""Parameters that change what is learnt in the first step."""
+WEIGHTS: dict[str, tuple[object, ...]] = {
+    "weight_decay": ("--weight_decay", 0.5),
+    "max_grad_norm": ("--max_grad_norm", "1e-9"),
+}
+"""Parameters that change what comes of the same loss."""
+
+
+@pytest.fixture
+def run(cli, photographs: Path, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
+    """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags stand for folders."""
+    dataset = Path(shutil.copytree(photographs, tmp_path / "pictures"))
+    rows = (dataset / "metadata.csv").read_text().splitlines()
+    (dataset / "two.csv").write_text("\n".join(rows[:3]) + "\n")
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(photographs / "chelsea.png", one)
+    (one / "chelsea.txt").write_text("a cat")
+    names = {"dataset": dataset, "one": one, "work": Path.cwd()}
+    count = iter(range(9))
+
+    def start(*flags: object) -> Ended:
+        folder = Path.cwd() / f"out-{next(count)}"
+        words = [str(flag).format(**names) for flag in flags]
+        base = ("--dataset_base_path", dataset, "--output_path", folder)
+        return Ended(cli("train", *RECIPE, *base, *words), folder)
+
+    yield start
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_parameter_has_its_effect(run, name):
+    effect = EFFECTS[name]
+    without, given = run(*effect.besides), run(*effect.besides, *effect.flags)
+    assert without.outcome.code == 0, without.outcome.err
+    assert effect.observe(given) == effect.expected, given.outcome.err
+    assert effect.observe(without) != effect.expected
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_parameter_changes_the_loss(run, name):
+    first, other, again = (run(*SHORT, *flags).metrics("loss") for flags in ((), LOSSES[name], ()))
+    assert first == again
+    assert first[0] != other[0]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_parameter_changes_the_weights_and_not_the_loss(run, name):
+    runs = [run(*SHORT, "--learning_rate", 0.01, *flags) for flags in ((), WEIGHTS[name], ())]
+    first, other, again = (run.tensors for run in runs)
+    assert runs[0].metrics("loss")[0] == runs[1].metrics("loss")[0]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["use_gradient_checkpointing", "use_gradient_checkpointing_offload"])
+def test_checkpointing_computes_blocks_twice_to_the_same_end(run, monkeypatch, name):
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+
+    calls: list[int] = []
+    real = QwenImageTransformerBlock.forward
+
+    def counting(self, *arguments, **named):
+        calls.append(1)
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(QwenImageTransformerBlock, "forward", counting)
+    off = "--no_use_gradient_checkpointing"
+    without = run(*SHORT, off)
+    once = len(calls)
+    given = run(*SHORT, off, f"--{name}")
+    assert len(calls) == 3 * once
+    assert without.metrics("loss") == given.metrics("loss")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), "cuda"), (("--initialize_model_on_cpu",), "cpu")])
+def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypatch, flags, expected):
+    """Asked of a run whose device is a GPU, which does not get as far as needing one."""
+    from diffsynth_core.training import loop, model
+
+    class Loaded(Exception):
+        pass
+
+    def load(family, files, dtype, device, reporter):
+        raise Loaded(device.type)
+
+    monkeypatch.setattr(model, "load_component", load)
+    real = loop.build_training_module
+    monkeypatch.setattr(
+        loop,
+        "build_training_module",
+        lambda plan, encodings, family, device, reporter: real(plan, encodings, family, torch.device("cuda"), reporter),
+    )
+    outcome = cli("train", *RECIPE, *SHORT, "--dataset_base_path", photographs, "--output_path", "out", *flags)
+    assert f"internal error: Loaded: {expected}" in outcome.err
+
+
+def test_the_model_of_the_runs_is_the_one_that_is_named(run):
+    assert run(*SHORT).says(f"{MODEL_ID}:transformer")
