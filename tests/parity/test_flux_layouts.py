@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[str, str, KeyMap]] = {
     "VAE of diffusers": ("vae", DIFFUSERS_PLACES["vae"], SAME_NAMES),
     "CLIP": ("text_encoder_1", DIFFUSERS_PLACES["text_encoder_1"], names.CLIP),
     "CLIP without the level above": ("text_encoder_1", "text_encoder/flat.safetensors", SAME_NAMES),
-    "T5": ("text_encoder_2", "text_encoder_2/model.safetensors", SAME_NAMES),
+    "T5": ("text_encoder_2", "text_encoder_2/model.safetensors", names.T5),
 }
 """Component, its file, and the names in it."""
 CLASSES = {
@@ -102,8 +102,13 @@ def test_documented_and_written_names_lead_back(written):
             (folder / "config.json").write_bytes(written.files.config_path.read_bytes())
         found = find_files(folder.parents[1], written.component, "x/y:model.safetensors")
         assert_same(load_files(found).state_dict(), written.tensors)
-    published = {"dit": names.DIT_ORIGINAL, "vae": names.VAE_ORIGINAL, "text_encoder_1": names.CLIP}
-    assert layout.in_checkpoints == published.get(written.component, SAME_NAMES)
+    published = {
+        "dit": names.DIT_ORIGINAL,
+        "vae": names.VAE_ORIGINAL,
+        "text_encoder_1": names.CLIP,
+        "text_encoder_2": names.T5,
+    }
+    assert layout.in_checkpoints == published[written.component]
     assert layout.documented == (names.DIT if written.component == "dit" else layout.in_checkpoints)
 
 

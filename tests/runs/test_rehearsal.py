@@ -84,6 +84,7 @@ def test_local_model_files_are_rehearsed_by_their_headers(cli, tiny_models, phot
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "local/Qwen-Image:transformer/model.safetensors" in outcome.err
+    assert f"--model_paths '{json.dumps(paths)}'" in outcome.out, "the real command is what was typed"
 
 
 def test_full_training_and_lora_in_one_rehearsal(cli):

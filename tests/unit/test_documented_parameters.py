@@ -39,7 +39,7 @@ DOCUMENTED = [
     ("family", "max_timestep_boundary", "float", 1.0),
     ("family", "min_timestep_boundary", "float", 0.0),
     ("family", "tokenizer_path", "str", None),
-    ("family", "processor_path", "path", None),
+    ("family", "processor_path", "str", None),
     ("family", "align_to_opensource_format", "bool", False),
     ("family", "initialize_model_on_cpu", "bool", False),
     ("family", "tokenizer_1_path", "str", None),

@@ -37,6 +37,7 @@ TABLES: dict[str, tuple[str, KeyMap]] = {
     "documented transformer": ("dit", names.DIT),
     "original vae": ("vae", names.VAE_ORIGINAL),
     "clip": ("text_encoder_1", names.CLIP),
+    "t5": ("text_encoder_2", names.T5),
 }
 
 
@@ -84,8 +85,9 @@ def test_tensors_go_there_and_back_bit_for_bit(case):
         (names.DIT_ORIGINAL, in_names_of(names.DIT_ORIGINAL, tensors_of("dit"))),
         (names.DIT_DOCUMENTED, in_names_of(names.DIT, tensors_of("dit"))),
         (names.VAE_ORIGINAL, in_names_of(names.VAE_ORIGINAL, tensors_of("vae"))),
+        (names.T5, tensors_of("text_encoder_2")),
     ],
-    ids=["original transformer", "documented transformer", "original vae"],
+    ids=["original transformer", "documented transformer", "original vae", "t5"],
 )
 def test_every_row_of_a_table_names_a_part_of_a_real_module(table: TableMap, theirs):
     assert {table.rule(name) for name in theirs} == table.rules.keys()
@@ -179,6 +181,13 @@ def test_the_last_modulation_has_the_shift_first():
     assert torch.equal(in_names_of(names.DIT, tensors)["final_norm_out.linear.bias"], original)
 
 
+def test_the_embedding_of_t5_has_one_name():
+    """Its second one is read over in files, and not written."""
+    module = module_of("text_encoder_2")
+    assert names.T5.ours("encoder.embed_tokens.weight") == ()
+    assert names.T5.theirs_of(module.state_dict()) == list(tensors_of("text_encoder_2"))
+
+
 def test_names_of_other_models_are_unknown():
     """FLUX.2 has one modulation for all blocks, ControlNets have blocks of their own."""
     assert names.DIT_ORIGINAL.ours("double_stream_modulation_img.lin.weight") is None
@@ -192,7 +201,7 @@ LAYOUTS = {
     ("dit", "documented"): (2, names.DIT),
     ("text_encoder_1", "published"): (0, names.CLIP),
     ("text_encoder_1", "flat"): (1, SAME_NAMES),
-    ("text_encoder_2", "published"): (0, SAME_NAMES),
+    ("text_encoder_2", "published"): (0, names.T5),
     ("vae", "original"): (0, names.VAE_ORIGINAL),
     ("vae", "diffusers"): (1, SAME_NAMES),
 }

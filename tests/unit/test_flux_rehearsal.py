@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, str, KeyMap, bool]] = {
     "vae": ("vae", "ae.safetensors", names.VAE_ORIGINAL, False),
     "vae, diffusers": ("vae", "vae/diffusion_pytorch_model.safetensors", SAME_NAMES, True),
     "clip": ("text_encoder_1", "text_encoder/model.safetensors", names.CLIP, True),
-    "t5": ("text_encoder_2", "text_encoder_2/*.safetensors", SAME_NAMES, True),
+    "t5": ("text_encoder_2", "text_encoder_2/*.safetensors", names.T5, True),
 }
 """Component, its place in the repository, the names in its file, and whether a config.json lies beside it."""
 CAPTIONS = ("a cat", "a dog", "the cat and the hat", "A CAT!", "")

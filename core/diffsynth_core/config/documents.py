@@ -75,7 +75,8 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train") -> st
             if value != setting.default:
                 lines.append(f"--{name}" if value else f"--no-{name}")
         elif setting.type_name == "json list":
-            lines += [f"--{name} {shlex.quote(json.dumps(value))}"] if value else []
+            text = value if isinstance(value, str) else json.dumps(value)  # as it was typed, or as a list
+            lines += [f"--{name} {shlex.quote(text)}"] if value else []
         elif value != [] or setting.default != ():
             lines.append(f"--{name} {shlex.quote(format_value(value))}")
     return " \\\n  ".join(lines)

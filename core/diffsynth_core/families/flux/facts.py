@@ -127,7 +127,7 @@ FLUX = FamilyFacts(
         ComponentFacts(
             name="text_encoder_2",
             title="text encoder T5",
-            layouts=(Layout(names.T5_SIGNATURE),),
+            layouts=(Layout(names.T5_SIGNATURE, names.T5, names.T5),),
             places=("text_encoder_2/*",),
         ),
         ComponentFacts(

@@ -158,6 +158,27 @@ VAE_ORIGINAL = TableMap(
 CLIP = PrefixMap(("text_model.", ""))
 """Files of CLIP's text half have one more level than today's module; files that today's module writes may lack it."""
 
+T5 = TableMap(
+    {
+        name: name
+        for name in (
+            "shared",
+            "encoder.block.{}.layer.{}.layer_norm",
+            "encoder.block.{}.layer.0.SelfAttention.q",
+            "encoder.block.{}.layer.0.SelfAttention.k",
+            "encoder.block.{}.layer.0.SelfAttention.v",
+            "encoder.block.{}.layer.0.SelfAttention.o",
+            "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
+            "encoder.block.{}.layer.1.DenseReluDense.wi_0",
+            "encoder.block.{}.layer.1.DenseReluDense.wi_1",
+            "encoder.block.{}.layer.1.DenseReluDense.wo",
+            "encoder.final_layer_norm",
+        )
+    },
+    unneeded=("encoder.embed_tokens",),
+)
+"""All but the module's second name for `shared.weight`, which some files have too."""
+
 DIT_ORIGINAL_SIGNATURE = frozenset(
     {
         "double_blocks.0.img_attn.qkv.weight",

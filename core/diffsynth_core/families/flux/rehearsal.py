@@ -59,7 +59,6 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     if component == "vae":
         _spread_latents(module)
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
-    tensors.pop("encoder.embed_tokens.weight", None)  # of T5: tied, and in no file
     if component == "text_encoder_1":
         _write_clip_tokenizer(folder.parent / "tokenizer")
     elif component == "text_encoder_2":
@@ -149,11 +148,10 @@ def _spread_latents(module: Any) -> None:
 
 
 def _key_map(component: str, diffusers: bool) -> KeyMap:
-    if component == "text_encoder_1":
-        return names.CLIP
-    if component == "text_encoder_2" or diffusers:
-        return SAME_NAMES
-    return {"dit": names.DIT_ORIGINAL, "vae": names.VAE_ORIGINAL}[component]
+    originals = {"dit": names.DIT_ORIGINAL, "vae": names.VAE_ORIGINAL}
+    if component in originals:
+        return SAME_NAMES if diffusers else originals[component]
+    return {"text_encoder_1": names.CLIP, "text_encoder_2": names.T5}[component]
 
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
