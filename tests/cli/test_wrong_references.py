@@ -10,31 +10,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.table import load_family
-from diffsynth_core.sources.model_files import split_entry
 from tests.documented_recipes import REFERENCE
 
 EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2-klein-4b-lora"
 KONTEXT = "flux.1-kontext-dev-lora"
 KLEIN_4B, KLEIN_9B = "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"
-COMPONENTS = {
-    "flux": ("dit", "text_encoder_1", "text_encoder_2", "vae"),
-    "flux2": ("text_encoder", "dit", "vae"),
-    "qwen-image": ("dit", "text_encoder", "vae"),
-}
-"""By family, the components in the order in which recipes name their files."""
+COMPONENTS = ("text_encoder", "dit", "vae")
+"""Of klein, in the order in which recipes name their files."""
 
 
 @pytest.fixture(scope="session")
-def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many_models(recipe_models: Callable[..., Path]) -> Path:
     """Tiny models of the recipes used here."""
-    base = tmp_path_factory.mktemp("many")
-    for recipe, family in ((EDIT, "qwen-image"), (PLUS, "qwen-image"), (KLEIN, "flux2"), (KONTEXT, "flux")):
-        entries = REFERENCE[recipe]["model_id_with_origin_paths"]
-        for component, entry in zip(COMPONENTS[family], entries, strict=True):
-            load_family(family).write_tiny_weights(base, component, *split_entry(entry))
-    load_family("flux2").write_tiny_weights(base, "text_encoder", KLEIN_9B, "text_encoder/*.safetensors")
-    return base
+    return recipe_models(EDIT, PLUS, KLEIN, "flux.2-klein-9b-lora", KONTEXT)
 
 
 @pytest.fixture
@@ -117,7 +105,7 @@ def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
 
 def klein(**changed: str) -> tuple[str, ...]:
     """Flags that name the files of klein 4B, some of them others."""
-    entries = dict(zip(COMPONENTS["flux2"], REFERENCE[KLEIN]["model_id_with_origin_paths"], strict=True))
+    entries = dict(zip(COMPONENTS, REFERENCE[KLEIN]["model_id_with_origin_paths"], strict=True))
     return ("--model_id_with_origin_paths", ",".join((entries | changed).values()))
 
 
