@@ -14,10 +14,13 @@ import psutil
 from diffsynth_core.config.recipes import recipe_folder
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, FaultsFound, Problem, suggest
+from diffsynth_core.planning.device import sharded_launch
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 STARTED_ALONE = ("NO", "MULTI_CPU")
 """Kinds of distribution in a configuration of accelerate that its launcher starts a single process for."""
+SHARDED_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
+"""Kinds of distribution that share weights, gradients or optimizer out."""
 UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 """What the launcher would take, and complain of, without a configuration; the precision is the plan's business."""
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,11 +77,24 @@ def default_config() -> Path:
 
 
 def processes_asked(num_processes: int | None, accelerate_config: str | None) -> int:
-    """How many processes the flags ask for; 1 without any, whatever the user's default configuration says."""
-    if num_processes is None and accelerate_config:
-        path = find_config(accelerate_config)
-        return int(read_yaml(path).get("num_processes", 1)) if path else 1
-    return num_processes or 1
+    """How many processes the flags ask for; 1 without any, whatever the user's default configuration says.
+
+    Raises:
+        DiffSynthError: when the configuration that is meant is not there, or asks for what is not supported.
+    """
+    if not accelerate_config and num_processes in (None, 1):
+        return 1
+    path = find_config(accelerate_config)
+    settings = read_yaml(path) if path else {}
+    engine = SHARDED_KINDS.get(str(settings.get("distributed_type")))
+    if engine:
+        raise FaultsFound([sharded_launch(engine, f"`{path}` launches")])
+    return num_processes or int(settings.get("num_processes", 1))
+
+
+def needs_launch(processes: int, accelerate_config: str | None) -> bool:
+    """Whether this process is to start those that train: several, or one under a configuration that was named."""
+    return not is_launched() and (processes > 1 or accelerate_config is not None)
 
 
 def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | None, device: str) -> int:
@@ -153,12 +169,16 @@ def asked_of_launcher() -> int | None:
 def _asked(words: Sequence[str]) -> int | None:
     """The number of processes in a command line of `accelerate launch`, or in the configuration that it names."""
     own = list(words[: words.index("-m", 3)] if "-m" in words[3:] else words)
-    given = {name: own[place + 1] for place, name in enumerate(own[:-1]) if name.startswith("--")}
-    number = given.get("--num_processes") or given.get("--num-processes")
+    own = [part for word in own for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    pairs = zip(own, [*own[1:], ""], strict=True)
+    given = {name.replace("-", "_"): value for name, value in pairs if name.startswith("--")}
+    number = given.get("__num_processes")
     if number:
         return int(number)
-    config = Path(given["--config_file"]) if "--config_file" in given else default_config()
-    if not config.is_file():
+    named = given.get("__config_file")
+    # The launcher looks for no default configuration where it is told to use the CPU.
+    config = Path(named) if named else None if "__cpu" in given else default_config()
+    if config is None or not config.is_file():
         return None
     asked = read_yaml(config).get("num_processes")
     return int(asked) if asked else None

@@ -111,8 +111,9 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
 
     plans = _make_plans(stages, reporter, world_size)
     first = next(iter(plans))
-    if world_size > launching.world_size():
-        return launching.launch(flags, world_size, plans[first].parameters.accelerate_config, plans[first].device)
+    accelerate_config = plans[first].parameters.accelerate_config
+    if launching.needs_launch(world_size, accelerate_config):
+        return launching.launch(flags, world_size, accelerate_config, plans[first].device)
     with listen_for_stop(reporter.info) as stop:
         for stage, plan in plans.items():
             try:
@@ -146,6 +147,9 @@ def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
 def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
     from diffsynth_core.training.stop import listen_for_stop
 
+    if world_size > launching.world_size():
+        what = f"a rehearsal runs in one process, {world_size} are asked for"
+        raise DiffSynthError(what, "leave `--num_processes` and `--accelerate_config` out of it")
     if world_size > 1:
         raise DiffSynthError(
             f"a rehearsal runs in one process, this is one of {world_size}", "rehearse without the launcher"

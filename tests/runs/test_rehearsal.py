@@ -153,6 +153,14 @@ def test_a_rehearsal_is_refused_to_several_processes(cli, monkeypatch):
     assert not list(Path().iterdir())
 
 
+def test_a_rehearsal_starts_no_processes(cli):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--num_processes", "4")
+    assert outcome.code == 1
+    assert "error: a rehearsal runs in one process, 4 are asked for" in outcome.err
+    assert "hint: leave `--num_processes` and `--accelerate_config` out of it" in outcome.err
+    assert not list(Path().iterdir())
+
+
 def test_a_stopped_rehearsal_does_not_speak_of_resuming(cli, monkeypatch):
     """SIGTERM in the third step of this very process."""
     import signal

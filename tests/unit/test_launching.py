@@ -1,11 +1,13 @@
 """How a launch in several processes is put together, without starting any."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from diffsynth_cli import launching
+from diffsynth_cli import launching, train_session
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import SilentReporter
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,34 @@ def test_how_many_processes_are_asked_for(number, config, asked):
     assert launching.processes_asked(number, config) == asked
 
 
+def test_a_configuration_is_looked_for_whatever_the_number():
+    with pytest.raises(DiffSynthError, match="there is no configuration of accelerate `dpp`"):
+        launching.processes_asked(2, "dpp")
+
+
+@pytest.mark.parametrize(("number", "config"), [(1, "zero2"), (None, "zero3"), (2, None)])
+def test_engines_that_share_weights_out_are_refused_before_anything_is_launched(home, number, config):
+    write(home, "num_processes: 2\ndistributed_type: FSDP\n")
+    with pytest.raises(DiffSynthError, match=r"launches with (DeepSpeed|FSDP); this version keeps whole weights"):
+        launching.processes_asked(number, config)
+    assert launching.processes_asked(1, None) == launching.processes_asked(None, None) == 1
+
+
+@pytest.mark.parametrize(("number", "config", "launched"), [(1, None, False), (1, "ddp", True), (2, None, True)])
+def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, number, config, launched):
+    asked = []
+    plan = SimpleNamespace(parameters=SimpleNamespace(accelerate_config=config), device="cpu")
+    monkeypatch.setattr(train_session, "_make_plans", lambda *_: {None: plan})
+    monkeypatch.setattr(launching, "launch", lambda flags, *given: asked.append(given) or 0)
+    monkeypatch.setattr(train_session, "_announce", lambda *_: pytest.exit("trains in this process"))
+    assert launching.needs_launch(number, config) == launched
+    if launched:
+        assert train_session._train((), {}, SilentReporter(), number) == 0
+        assert asked == [(number, config, "cpu")]
+    monkeypatch.setenv("WORLD_SIZE", str(number))
+    assert not launching.needs_launch(number, config), "the launcher did it"
+
+
 def test_flags_become_the_same_words():
     flags = {"recipe": "a b", "learning_rate": "1e-4", "rehearse": True, "find_unused_parameters": False}
     assert list(launching.as_words(flags)) == [
@@ -67,10 +97,15 @@ def test_flags_become_the_same_words():
         (["--num-processes", "4", "--multi_gpu"], 4),
         (["--config_file", "{config}"], 3),
         (["--config_file", "{config}", "--num_processes", "5"], 5),
-        ([], None),
+        (["--num_processes=2"], 2),
+        (["--config_file={config}"], 3),
+        (["--config_file={config}", "--cpu"], 3),
+        (["--multi_gpu"], 7),
+        (["--cpu"], None),
     ],
 )
-def test_what_the_launcher_was_asked_for(tmp_path, words, asked):
+def test_what_the_launcher_was_asked_for(tmp_path, home, words, asked):
+    write(home, "num_processes: 7\n")
     config = write(tmp_path / "c.yaml", "num_processes: 3\n")
     launcher = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
     entry = ["-m", "diffsynth_cli", "train", "--num_processes", "9"]

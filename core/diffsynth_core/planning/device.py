@@ -26,13 +26,16 @@ def check_launch(problems: list[Problem]) -> None:
     """Add a problem when the launcher asks for what the gradient norm, the state and checkpoints do not know yet."""
     for variable, engine in SHARDED_LAUNCHES.items():
         if os.environ.get(variable, "false").lower() == "true":
-            problems.append(
-                Problem(
-                    f"launched with {engine}; this version keeps whole weights in each process",
-                    "launch with `recipes/accelerate/ddp.yaml`, or in one process",
-                    wrong_use=True,
-                )
-            )
+            problems.append(sharded_launch(engine, "launched"))
+
+
+def sharded_launch(engine: str, how: str) -> Problem:
+    """The problem that processes are, or would be, launched with an engine that shares weights out."""
+    return Problem(
+        f"{how} with {engine}; this version keeps whole weights in each process",
+        "launch with `recipes/accelerate/ddp.yaml`, or in one process",
+        wrong_use=True,
+    )
 
 
 def choose_device(parameters: Parameters, problems: list[Problem]) -> str:
