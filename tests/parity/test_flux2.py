@@ -17,7 +17,8 @@ from diffsynth_core.data.media import ReferenceRule, choose_reference, load_exce
 from diffsynth_core.data.pictures import read_picture_header
 from diffsynth_core.families.flux2.encode import caption_left_out
 from diffsynth_core.families.flux2.facts import FLUX2
-from diffsynth_core.families.flux2.inputs import pack, picture_positions, references, text_positions, unpack
+from diffsynth_core.families.flux2.inputs import pack, picture_positions, text_positions, unpack
+from diffsynth_core.families.patches import numbered
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.flux2_models import (
     PROMPT,
@@ -113,7 +114,7 @@ def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
     assert [name for name in encoded if name.startswith("edit")] == [
         f"edit_latents_{number}" for number in range(count)
     ]
-    pictures = references({name: tensor[None] for name, tensor in encoded.items()})
+    pictures = numbered({name: tensor[None] for name, tensor in encoded.items()}, "edit_latents_{}")
     tokens = torch.cat([pack(picture) for picture in pictures], dim=1)
     assert difference(tokens, expected) < TOLERANCE
     target = encoded["latents"][None]
@@ -140,7 +141,7 @@ def test_reference_pictures_are_read_as_the_pipeline_reads_them(klein, tmp_path,
 
 def test_references_keep_their_order():
     batch = {f"edit_latents_{number}": torch.tensor(float(number)) for number in (10, 2, 0, 1, 9, 3, 8, 4, 7, 5, 6)}
-    assert [int(latents) for latents in references(batch)] == list(range(11))
+    assert [int(latents) for latents in numbered(batch, "edit_latents_{}")] == list(range(11))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsynth_core.families.flux2.encode import REFERENCE_LATENTS
+from diffsynth_core.families.patches import numbered
 
 TRAINING_STEPS = 1000
 SHIFT_MU = 0.8
@@ -45,7 +45,7 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
     Returns: `[B, 128, 1, h, w]`.
     """
     _, _, _, height, width = noisy.shape
-    pictures = [noisy, *references(batch)]
+    pictures = [noisy, *numbered(batch, REFERENCE_LATENTS)]
     (prediction,) = transformer(
         hidden_states=torch.cat([pack(picture.float()) for picture in pictures], dim=1).to(input_dtype(transformer)),
         timestep=sigma,
@@ -65,12 +65,6 @@ def input_dtype(transformer: Any) -> torch.dtype:
     """
     dtype: torch.dtype = transformer.dtype
     return torch.float32 if torch.is_autocast_enabled(transformer.device.type) else dtype
-
-
-def references(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The latents of the reference pictures, in order."""
-    names = map(REFERENCE_LATENTS.format, count())
-    return [batch[name] for name in takewhile(batch.__contains__, names)]
 
 
 def pack(latents: Tensor) -> Tensor:
