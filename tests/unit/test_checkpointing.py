@@ -1,13 +1,16 @@
 """What a checkpoint holds: full weights under the names a layout states for them, LoRA under those of its format."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from diffsynth_core.adapters.lora import add_lora
+from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
@@ -15,6 +18,7 @@ from diffsynth_core.training.checkpointing import checkpoint_content
 
 FILE = TableMap({"o": "to_out"}, stacked={"qkv": ("to_q", "to_k")}, swapped={"mod": "norm"})
 TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, stacked={"typed_qkv": ("to_q", "to_k")})
+PAIRS = TableMap({}, stacked={"one": ("to_q", "to_k"), "other": ("to_out", "norm")})
 NAMES = ("to_q", "to_k", "to_out", "norm")
 
 
@@ -55,6 +59,30 @@ def test_a_layout_states_the_names_of_full_checkpoints():
     assert found.dtypes == dict.fromkeys(found.tensors, torch.bfloat16)
     same = content(replace(LAYOUT, written=SAME_NAMES)).tensors
     assert set(same) == weights.keys()
+
+
+def test_matrices_are_joined_one_by_one(monkeypatch, tmp_path):
+    """Twice each, for shape and values, and never two of them at a time."""
+    joined: list[str] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+    join = TableMap.join
+
+    def counted(table, name, tensors):
+        assert not any(tensor() is not None for tensor in alive), "the last one is still held"
+        tensor = join(table, name, tensors)
+        joined.append(name)
+        if len(table.ours(name)) > 1:
+            alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(TableMap, "join", counted)
+    found = content(replace(LAYOUT, documented=PAIRS), remove_prefix_in_ckpt="pipe.dit.")
+    assert joined == []
+    write_tensors(tmp_path / "full.safetensors", found.tensors, {}, found.dtypes)
+    assert sorted(joined) == ["one.weight", "one.weight", "other.weight", "other.weight"]
+    weights = module().state_dict()
+    rows = torch.cat((weights["to_out.weight"], weights["norm.weight"])).bfloat16()
+    assert torch.equal(load_file(tmp_path / "full.safetensors")["other.weight"], rows)
 
 
 def test_what_the_base_file_lacks_is_another_name_of_what_it_has_and_left_out():

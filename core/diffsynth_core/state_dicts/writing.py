@@ -6,6 +6,7 @@ is converted and written, and the same tensors give the same bytes.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write_safetensors(
     """Write a safetensors file; no more than one tensor is copied to the host at a time.
 
     Args:
-        tensors: on any device.
+        tensors: on any device; each is asked for twice, for its shape and for its values, and let go in between.
         dtypes: number formats to convert to, by name; others stay as they are.
 
     Returns: sha256 of the bytes, in hex.
@@ -39,32 +40,46 @@ def write_safetensors(
     Raises:
         OSError: when the disk refuses.
     """
-    wanted = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+    kinds = {name: _kind(tensors[name]) for name in tensors}
+    wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
     # Wide formats first, so that every tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
-    header = _header(order, tensors, wanted, metadata)
+    header = _header(order, {name: shape for name, (shape, _) in kinds.items()}, wanted, metadata)
     digest = hashlib.sha256(header)
     with path.open("wb") as stream:
         stream.write(header)
         for name in order:
-            value = tensors[name].detach().to(device="cpu", dtype=wanted[name]).contiguous()
-            data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            data = _bytes(tensors[name], wanted[name])
             stream.write(data)
             digest.update(data)
     return digest.hexdigest()
 
 
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and number format of a tensor."""
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """The values of a tensor in a number format."""
+    value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def _header(
-    order: list[str], tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+    order: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, torch.dtype],
+    metadata: Mapping[str, str],
 ) -> bytes:
     """The 8 bytes of length and the JSON header, padded with blanks."""
     content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
     for name in order:
-        end = begin + tensors[name].numel() * wanted[name].itemsize
+        end = begin + math.prod(shapes[name]) * wanted[name].itemsize
         content[name] = {
             "dtype": DTYPE_NAMES[wanted[name]],
-            "shape": list(tensors[name].shape),
+            "shape": list(shapes[name]),
             "data_offsets": [begin, end],
         }
         begin = end

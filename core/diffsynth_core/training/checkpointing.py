@@ -1,7 +1,8 @@
 """What a checkpoint of a run holds, under which names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,22 @@ from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 from diffsynth_core.training.model import TrainingModule
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class MadeOnDemand(Mapping[str, Tensor]):
+    """Tensors, each made when it is asked for and kept by nobody: the fused matrices of FLUX.1 are 14 GB together."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._makers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)
@@ -32,20 +49,22 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     file. LoRA: the same with LoRA endings, or the names of another dialect, in float32. `save_dtype` overrides both;
     `remove_prefix_in_ckpt` is taken off the keys that start with it.
     """
-    tensors: dict[str, Tensor] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
         if component in plan.training.full:
             stored = model.stored_dtypes[component]
-            for name, (tensor, own_names) in _full_weights(plan, component, module, stored).items():
+            names, own = plan.components[component].layout.in_checkpoints, _own_tensors(module, stored)
+            for name in names.theirs_of(own):
                 key = _key(plan, component, name)
-                tensors[key] = tensor
-                dtypes[key] = TORCH_DTYPES[stored[own_names[0]]]
+                makers[key] = partial(names.join, name, own)
+                dtypes[key] = TORCH_DTYPES[stored[(names.ours(name) or ())[0]]]
         if component == plan.training.lora_component:
-            tensors |= _lora_tensors(plan, component, module)
+            lora = _lora_tensors(plan, component, module)
+            makers |= {key: partial(lora.__getitem__, key) for key in lora}
     if plan.parameters.save_dtype:
-        dtypes = dict.fromkeys(tensors, getattr(torch, plan.parameters.save_dtype))
-    return CheckpointContent(tensors, dtypes)
+        dtypes = dict.fromkeys(makers, getattr(torch, plan.parameters.save_dtype))
+    return CheckpointContent(MadeOnDemand(makers), dtypes)
 
 
 def _key(plan: Plan, component: str, name: str) -> str:
@@ -53,17 +72,13 @@ def _key(plan: Plan, component: str, name: str) -> str:
     return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
 
 
-def _full_weights(
-    plan: Plan, component: str, module: nn.Module, stored: Mapping[str, str]
-) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """A component's own tensors by their names in checkpoints, without peft's layers; with each, its names here.
+def _own_tensors(module: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
+    """A component's own tensors by their names here, without peft's layers.
 
     What the base file lacks is left out: it is another name of a tensor that the file has (tied embeddings).
     """
     tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
-    own = {name: tensor for name, tensor in tensors.items() if name in stored}
-    names = plan.components[component].layout.in_checkpoints
-    return {name: (names.join(name, own), names.ours(name) or ()) for name in names.theirs_of(own)}
+    return {name: tensor for name, tensor in tensors.items() if name in stored}
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
