@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.progress import SilentReporter
 
 RULE = SizeRule(None, None, 64 * 64, 16)
@@ -243,6 +246,27 @@ def test_how_references_are_turned_is_told(folder):
     found, _ = build(folder, {**row(), "edit_image": "turned.jpg"}, references=(ANY,))
     assert found.notes == ("1 of 2 pictures are turned upright as their EXIF orientation says",)
     assert found.samples[0].references["shown"][0].shape == (1, 24, 16)
+
+
+def test_files_read_at_two_sizes_are_looked_for_once(folder, monkeypatch):
+    """On a disk far away each question takes a millisecond, of which 200 000 rows have many."""
+    asked: list[str] = []
+
+    def counted(ask):
+        return lambda path, **options: (asked.append(path.name), ask(path, **options))[1]
+
+    references = tuple(ReferenceRule(name, "shown", halved, 64 * 64) for name in ("large", "small"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_file", counted(Path.is_file))
+        found, problems = build(folder, {**row(), "shown": "[draft.png"}, references=references)
+    assert problems == [] and found.samples[0].references.keys() == {"large", "small"}
+    assert asked.count("[draft.png") == 1
+    asked.clear()
+    monkeypatch.setattr(Path, "stat", counted(Path.stat))
+    fingerprint = dataset_fingerprint(Parameters(dataset_base_path=folder), found)
+    assert sorted(asked) == ["[draft.png", "a.png"]
+    (folder / "[draft.png").write_bytes((folder / "[draft.png").read_bytes() + b" ")
+    assert dataset_fingerprint(Parameters(dataset_base_path=folder), found) != fingerprint, "each run asks anew"
 
 
 def test_the_column_of_references_is_asked_for():

@@ -116,15 +116,13 @@ def build_samples(
     """The samples of a dataset, and the rows that cannot be trained on."""
     problems: list[Problem] = []
     rows: list[_Row] = []
+    most = {rule.column: rule.most for rule in columns.references}  # a column read at two sizes has two rules
     for number, row in enumerate(metadata.rows, start=1):
         where = f"`{metadata.origin}` row {number}"
         try:
             caption = _caption(row.get(columns.text), columns.text, where)
             (target,) = _media_paths(row.get(columns.target), columns.target, base, where, most=1)
-            shown = {
-                rule.column: _media_paths(row.get(rule.column), rule.column, base, where, rule.most)
-                for rule in columns.references
-            }
+            shown = {name: _media_paths(row.get(name), name, base, where, most[name]) for name in most}
             rows.append(_Row(number, where, caption, target, shown))
         except DiffSynthError as error:
             problems += error.problems

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, read_record
@@ -108,9 +109,13 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     """sha256 over captions, file names and sizes, and what of the files is trained on, of all samples."""
 
+    @cache
+    def named(path: Path) -> tuple[str, int]:
+        """Asked once of a file that several rows show, or one at two sizes: disks far away take their time."""
+        return os.path.relpath(path, parameters.dataset_base_path), path.stat().st_size
+
     def described(excerpt: Excerpt) -> list[object]:
-        path = os.path.relpath(excerpt.path, parameters.dataset_base_path)
-        return [path, excerpt.path.stat().st_size, excerpt.transform]
+        return [*named(excerpt.path), excerpt.transform]
 
     digest = hashlib.sha256()
     for sample in samples.samples:
