@@ -264,3 +264,15 @@ def test_fewer_pixels_make_reference_pictures_smaller():
     assert (height, width) == (221, 295)
     assert reference_size(200, 100, 256 * 256) == (100, 200)
     assert math.prod(reference_size(1024, 1024, 1024 * 1024)) == 1024 * 1024
+
+
+@pytest.mark.parametrize("size", [(64, 64), (63, 64), (640, 64), (512, 64), (513, 64), (2400, 300), (300, 2401)])
+def test_pictures_that_the_pipeline_refuses_are_too_small_or_too_narrow(size):
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    try:
+        Flux2ImageProcessor.check_image_input(Image.new("RGB", size))
+    except ValueError:
+        assert reference_size(*size, 1024 * 1024) == (0, 0)
+    else:
+        assert min(reference_size(*size, 1024 * 1024)) > 0

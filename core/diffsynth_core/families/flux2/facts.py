@@ -23,6 +23,9 @@ SIZE_FACTOR = 16
 """Pixels along each side of a token: 8 of the VAE, then patches of 2 x 2 of its latents."""
 REFERENCE_AREA = 1024 * 1024
 """Larger reference pictures are scaled down to as many pixels (`Flux2KleinPipeline`)."""
+LEAST_SIDE = 64
+LARGEST_RATIO = 8
+"""Bounds of reference pictures: shorter side in pixels, longer side by shorter one (`Flux2ImageProcessor`)."""
 DEV_TEXT_WIDTH = 15360
 """Width of the text states that FLUX.2-dev reads."""
 GUIDANCE = "time_guidance_embed.guidance_embedder.linear_1.weight"
@@ -32,7 +35,10 @@ LARGE_SINGLE_BLOCKS = 24
 
 def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) that a reference picture of `width` x `height` is scaled to, as `Flux2KleinPipeline` does it:
-    above the area down to it, below it not at all. What is read of it has sides of multiples of 16."""
+    above the area down to it, below it not at all. What is read of it has sides of multiples of 16. (0, 0) for pictures
+    that the pipeline refuses."""
+    if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
+        return 0, 0
     area = min(REFERENCE_AREA, max_pixels)
     if width * height > area:
         scale = math.sqrt(area / (width * height))
