@@ -256,6 +256,7 @@ class ComponentFiles:
     `origin`: what the user wrote for them, and the copy that is read in their place if so.
     `folders`: where what belongs to them is looked for: beside them, and where the user named them.
     `config_path`: the config.json that belongs to them, when there is one.
+    `float8`: the weights are stored in 8-bit floats, as far as they are of a kind that is (adapters/float8.py).
     """
 
     component: str
@@ -265,6 +266,7 @@ class ComponentFiles:
     layout: Layout = Layout(frozenset())
     folders: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    float8: bool = False
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:

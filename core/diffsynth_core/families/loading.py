@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.adapters.float8 import LARGEST, Float8Linear, fits, float8_layers
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.progress import Reporter, format_bytes
+from diffsynth_core.progress import Reporter, count_of, format_bytes
 from diffsynth_core.state_dicts.headers import read_headers, shapes_of
 from diffsynth_core.state_dicts.tensors import iterate_tensors
 
@@ -95,23 +96,42 @@ def load_component(
 
     Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
     keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
-    weights that diffusers keeps in float32.
+    weights that diffusers keeps in float32. Of files marked `float8` the weights of `float8_layers` are stored in 8-bit
+    floats and computed with in `dtype`; those that reach beyond their range are not, which is told.
 
     Raises:
         FaultsFound: when names or shapes do not fit the configuration.
     """
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
+    narrow = float8_weights(files, module)
     total = sum(path.stat().st_size for path in files.paths)
     count = len(read_headers(files.paths))
     with reporter.task(f"Loading {files.component} ({format_bytes(total)})", count, "tensors") as task:
         for path in files.paths:
             for key, tensor in iterate_tensors(path):
                 for name, value in files.layout.names.cut(key, tensor).items():
-                    _place(module, name, value, torch.float32 if _stays_float32(module, name) else dtype, device)
+                    if name in narrow and fits(value):
+                        _store(module, name, value, dtype, device)
+                    else:
+                        _place(module, name, value, torch.float32 if _stays_float32(module, name) else dtype, device)
                 task.advance()
+    beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
+    if beyond:
+        reporter.info(
+            f"{files.component}: {count_of(len(beyond), 'weight')} beyond ±{LARGEST:g}, the range of 8-bit floats, "
+            f"kept in {str(dtype).removeprefix('torch.')}: {shorten(beyond)}"
+        )
     _tie(module)
     return module.to(device)
+
+
+def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
+    """Names of the weights of an empty module that are to be stored in 8-bit floats."""
+    if not files.float8:
+        return frozenset()
+    weights = (f"{layer}.weight" for layer in float8_layers(module))
+    return frozenset(name for name in weights if not _stays_float32(module, name))
 
 
 def _tie(module: nn.Module) -> None:
@@ -138,11 +158,23 @@ def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, devi
         parent._buffers[leaf] = value.to(device=device, copy=True)
 
 
+def _store(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a layer that stores this weight in 8-bit floats in the place of the linear layer that it belongs to."""
+    layer_name = name.removesuffix(".weight")
+    layer = module.get_submodule(layer_name)
+    assert isinstance(layer, nn.Linear)
+    module.set_submodule(layer_name, Float8Linear(layer, value.to(device), dtype))
+
+
 def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
-    """The number format of each tensor in a component's files, in safetensors' words, by name in our module."""
+    """The number format of each tensor in a component's files, in safetensors' words, by name in our module.
+
+    8-bit floats are told as bfloat16: most of what training changes in a weight would be rounded away in them.
+    """
     dtypes: dict[str, str] = {}
     for name, tensor in read_headers(files.paths).items():
-        dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), tensor.dtype)
+        told = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
+        dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), told)
     return dtypes
 
 
