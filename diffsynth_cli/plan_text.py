@@ -59,6 +59,9 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
 
 def _part(plan: Plan, component: str) -> str:
     parts = []
+    if component in plan.float8:
+        share = plan.float8[component]
+        parts.append(f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8")
     if component in plan.training.full:
         parts.append("trained in full")
     if component == plan.training.lora_component:

@@ -209,7 +209,6 @@ def test_no_model(refuse):
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["--fp8_models", "vae"], "`fp8_models` is not supported yet (`--fp8_models`)", "leave it out"),
         (
             ["--preset_lora_model", "dit"],
             "`preset_lora_model` is not supported yet (`--preset_lora_model`)",

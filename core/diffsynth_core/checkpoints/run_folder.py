@@ -50,6 +50,8 @@ class RunRecord:
     mixed_precision: str
     micro_batches_per_step: int
     """Over all processes: gradient accumulation times processes."""
+    float8_components: list[str] = field(default_factory=list)
+    """Those whose weights are stored in 8-bit floats, sorted."""
     status: str = "running"
     step: int = 0
     total_steps: int = 0

@@ -324,8 +324,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Entries of the model parameters whose frozen weights are kept in 8-bit floats",
-        planned=True,
+        "Entries of the model parameters whose frozen weights are kept in 8-bit floats (e4m3), half the memory of bf16, and widened for each computation: those of linear layers in blocks, nearly all; a list of shards is named by any of them; not for what trains in full",
     )
     offload_models: CommaList = _setting(
         (),

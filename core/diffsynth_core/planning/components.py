@@ -83,7 +83,8 @@ def find_components(
             if name not in components and name not in assigned.told
         ]
     problems += _misfits(facts, variant, components, shapes)
-    _check_offloaded(parameters, problems)
+    for parameter in ("fp8_models", "offload_models"):
+        _check_entries(parameters, parameter, problems)
     tokenizers = find_tokenizers(parameters, facts, components, base, problems)
     return FoundComponents(facts, variant, components, shapes, tokenizers)
 
@@ -147,8 +148,9 @@ def _assign(
         config = _config_beside(file_set.paths[0], component, facts)
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
         settings = {name: True for name in component.settings if getattr(parameters, name)}
+        float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
-            component.name, file_set.source, file_set.paths, config, layout, folders, settings
+            component.name, file_set.source, file_set.paths, config, layout, folders, settings, float8
         )
         assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
     return assigned
@@ -238,6 +240,20 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
     return [problem for files in found.components.values() for problem in shape_problems(family, files)]
 
 
+def float8_shares(found: FoundComponents) -> dict[str, float]:
+    """The share of the weights of each component kept in 8-bit floats that are really stored so."""
+    from diffsynth_core.families.loading import build_empty, float8_weights
+
+    family = load_family(found.facts.name)
+    shares = {}
+    for name, files in found.components.items():
+        if files.float8:
+            module = build_empty(family, files)
+            sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
+            shares[name] = sum(sizes[weight] for weight in float8_weights(files, module)) / sum(sizes.values())
+    return shares
+
+
 def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader] | None:
     try:
         return read_headers(file_set.paths)
@@ -286,15 +302,15 @@ def _unrecognised(
     return Problem(f"`{file_set.origin}` {what}", f"name files of its components: {known}", wrong_use=True)
 
 
-def _check_offloaded(parameters: Parameters, problems: list[Problem]) -> None:
-    """`offload_models` must name entries of the model parameters, so that a slip of the pen is not taken for them."""
+def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:
+    """A parameter that names entries of the model parameters must name such, so that no slip of the pen passes."""
     named = {*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)}
-    for entry in parameters.offload_models:
+    for entry in getattr(parameters, parameter):
         if entry not in named:
             near = suggest(entry, named)
             hint = f"did you mean `{near}`?" if near else "write it as it stands there"
             problems.append(
                 Problem(
-                    f"`offload_models` names `{entry}`, which is no entry of the model parameters", hint, wrong_use=True
+                    f"`{parameter}` names `{entry}`, which is no entry of the model parameters", hint, wrong_use=True
                 )
             )

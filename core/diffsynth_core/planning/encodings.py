@@ -112,12 +112,17 @@ def _plan_encoder(
             encoder=encoder.name,
             version=encoder.version,
             files=files,
-            precision=plan.mixed_precision,
+            precision=_precision(plan, encoder.component),
             inputs=_inputs(plan, encoder, sample, memory),
         )
         for index, sample in samples.items()
     }
     return EncoderPlan(encoder, False, cache, keys, tuple(index for index, key in keys.items() if not cache.has(key)))
+
+
+def _precision(plan: Plan, component: str) -> str:
+    """The number format an encoder computes in, and how its weights are rounded where they are."""
+    return f"{plan.mixed_precision}, float8 weights" if plan.float8.get(component) else plan.mixed_precision
 
 
 def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdentities) -> dict[str, object]:

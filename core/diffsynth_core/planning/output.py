@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,14 +20,14 @@ FREE_ON_RESUME = frozenset(
     {
         "recipe", "config", "only", "rehearse", "dry_run", "resume", "device", "max_steps", "num_epochs", "save_steps",
         "dataset_base_path", "dataset_metadata_path", "dataset_num_workers", "cache_path", "output_path",
-        "find_unused_parameters", "initialize_model_on_cpu", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
+        "find_unused_parameters", "initialize_model_on_cpu", "fp8_models", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
         "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "processor_path",
         "lora_checkpoint",
     }
 )  # fmt: skip
 """Parameters that a resumed run may change, since they do not change what a step computes, or since what comes of them
-is compared instead: the effective precision, micro-batches per step, hashes of model files, names, sizes and captions
-of the dataset."""
+is compared instead: the effective precision, components in 8-bit floats, micro-batches per step, hashes of model files,
+names, sizes and captions of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def check_output(
     samples: SampleSet | None,
     steps: StepPlan | None,
     mixed_precision: str,
+    float8_components: Sequence[str],
     problems: list[Problem],
 ) -> Start:
     """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`."""
@@ -62,6 +64,7 @@ def check_output(
             return Start()
         _check_same_run(parameters, record, samples, problems)
         _check_same_steps(folder, record, steps, mixed_precision, problems)
+        _check_same_storage(folder, record, float8_components, problems)
         return _resumed(parameters, record, steps, problems)
     except DiffSynthError as error:
         problems += error.problems
@@ -164,6 +167,21 @@ def _check_same_steps(
             Problem(
                 f"the precision was {record.mixed_precision} in the run in `{folder}`, now it is {mixed_precision}",
                 f"resume with `--mixed_precision {record.mixed_precision}`",
+                wrong_use=True,
+            )
+        )
+
+
+def _check_same_storage(
+    folder: Path, record: RunRecord, float8_components: Sequence[str], problems: list[Problem]
+) -> None:
+    """Rounded weights compute otherwise than those they were rounded from."""
+    if list(float8_components) != record.float8_components:
+        before, now = (", ".join(names) or "nothing" for names in (record.float8_components, float8_components))
+        problems.append(
+            Problem(
+                f"`fp8_models` kept {before} in 8-bit floats in the run in `{folder}`, now {now}",
+                "resume with the same, or start a new run",
                 wrong_use=True,
             )
         )

@@ -1,7 +1,7 @@
 """From resolved parameters to the plan of a run, with all problems at once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
@@ -11,7 +11,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Variant
 from diffsynth_core.files import default_cache_path, model_base_path
-from diffsynth_core.planning.components import find_components, shape_faults
+from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
 from diffsynth_core.planning.output import Start, check_output, place_faults
@@ -24,6 +24,7 @@ class Plan:
     """What a run will do.
 
     `world_size` counts processes.
+    `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names.
     """
 
     parameters: Parameters
@@ -38,6 +39,7 @@ class Plan:
     device: str
     mixed_precision: str
     world_size: int
+    float8: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
@@ -86,7 +88,8 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
-    start = check_output(parameters, samples, steps, mixed_precision, problems)
+    kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
+    start = check_output(parameters, samples, steps, mixed_precision, kept, problems)
     if problems or not (found and training and samples and steps):
         raise FaultsFound(problems or [Problem("the run cannot be planned")])
     return Plan(
@@ -102,6 +105,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         device,
         mixed_precision,
         world_size,
+        float8_shares(found),
     )
 
 

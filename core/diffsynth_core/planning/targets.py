@@ -6,6 +6,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import (
     ComponentFacts,
+    ComponentFiles,
     FamilyFacts,
     Layout,
     Shapes,
@@ -44,6 +45,9 @@ def find_training(
     full = tuple(
         name for name in parameters.trainable_models if _check_component(name, "trainable_models", found, problems)
     )
+    problems += [
+        _rounded(found.components[name]) for name in full if name in found.components and found.components[name].float8
+    ]
     lora_component = parameters.lora_base_model
     if lora_component and not _check_component(lora_component, "lora_base_model", found, problems):
         lora_component = None
@@ -64,6 +68,15 @@ def find_training(
         shapes = found.components[lora_component].layout.documented_shapes(found.shapes[lora_component])
         _check_lora_checkpoint(parameters, found.facts.component(lora_component), shapes, problems)
     return Training(full, lora_component, modules, left_out)
+
+
+def _rounded(files: ComponentFiles) -> Problem:
+    """The problem that weights train that are stored in so few numbers that most steps would not move them."""
+    return Problem(
+        f"`trainable_models` names `{files.component}`, whose files `fp8_models` keeps in 8-bit floats: `{files.origin}`",
+        f"take them out of `fp8_models`, or train a LoRA: `--lora_base_model {files.component}`",
+        wrong_use=True,
+    )
 
 
 def _check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:

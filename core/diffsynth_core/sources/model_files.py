@@ -18,10 +18,14 @@ _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of one model; `origin` is what the user wrote for them, `copy` the entry read in its place, if any."""
+    """The files of one model; `origin` is what the user wrote for them, `copy` the entry read in its place, if any.
+
+    `entries`: what other parameters may call them: the entry, or any element of a list of shards.
+    """
 
     origin: str
     paths: tuple[Path, ...]
+    entries: tuple[str, ...] = ()
     copy: str | None = None
     home: Path | None = None
     """The folder of the repository that the user named, where a copy is read in its place."""
@@ -48,7 +52,7 @@ def locate(
             Problem(f"`model_paths` names `{item}`, which is not there", "correct the path") for item in missing
         ]
         if not missing:
-            file_sets.append(FileSet(origin, tuple(found)))
+            file_sets.append(FileSet(origin, tuple(found), tuple(group)))
     for entry in entries:
         parts = split_entry(entry)  # a path of one's own stands for that file and for no other
         copy = (copies or {}).get(parts[1].rpartition("/")[2]) if parts else None
@@ -56,7 +60,7 @@ def locate(
         copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
         if paths or copied:
             home = (base / parts[0] / parts[1]).parent if parts and copied else None
-            file_sets.append(FileSet(entry, paths or copied, copy if copied else None, home))
+            file_sets.append(FileSet(entry, paths or copied, (entry,), copy if copied else None, home))
         else:
             problems.append(_nothing_matches(entry, copy, base))
     faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}

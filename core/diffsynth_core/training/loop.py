@@ -319,6 +319,7 @@ class Run:
                 components={name: dict(files) for name, files in self.encodings.identities.items()},
                 mixed_precision=plan.mixed_precision,
                 micro_batches_per_step=plan.steps.micro_batches,
+                float8_components=sorted(plan.float8),
             )
         # What was written after the state that goes on is written anew.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]

@@ -209,10 +209,12 @@ def _swap_models(parameters: Parameters, facts: FamilyFacts, base: Path, problem
     named = _named_models(parameters)
     stand_in = _variant_of(named, facts, parameters.extra_inputs).model_id
     entries = tuple(_swap_files(group, facts, stand_in, base, problems) for group in named)
+    narrow = {item: entry for group, entry in zip(named, entries, strict=True) for item in group}
     return {
         **dict.fromkeys(facts.tokenizers),
         "model_id_with_origin_paths": entries,
         "model_paths": (),
+        "fp8_models": tuple(dict.fromkeys(narrow.get(item, item) for item in parameters.fp8_models)),
         "offload_models": (),
     }
 
