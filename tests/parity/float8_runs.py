@@ -1,0 +1,113 @@
+"""One training step of every family on tiny weights, with components in 8-bit floats or rounded the same."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffsynth_core.adapters.lora import lora_layers
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.loading import build_empty, float8_weights
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.loader import iterate_micro_batches
+from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.model import TrainingModule, build_training_module
+from diffsynth_core.training.rehearsal import prepare
+from diffsynth_core.training.stop import StopRequest
+
+RECIPES = {
+    "qwen-image": "qwen-image-lora",
+    "wan": "wan2.1-t2v-1.3b-lora",
+    "flux": "flux.1-dev-lora",
+    "flux2": "flux.2-klein-4b-lora",
+}
+
+
+def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **parameters: object) -> Plan:
+    """The rehearsal of a recipe, or of a family's, with the files of some components kept in 8-bit floats."""
+    given = {"recipe": RECIPES.get(name, name), "device": "cpu", "cache_path": str(folder / "cache"), "max_steps": 1}
+    given |= {"output_path": str(folder / "out"), "dataset_num_workers": 0, **parameters}
+    reporter = SilentReporter()
+    plain, base = prepare(resolve(given), reporter)
+    origins = {name: files.origin for name, files in make_plan(plain, reporter, base=base).components.items()}
+    chosen = {"fp8_models": [origins[name] for name in components]}
+    return make_plan(prepare(resolve(given | chosen), reporter)[0], reporter, base=base)
+
+
+class Step:
+    """A model on its first micro-batch."""
+
+    def __init__(self, plan: Plan) -> None:
+        reporter, family = SilentReporter(), load_family(plan.facts.name)
+        encodings = plan_encodings(plan, reporter)
+        self.accelerator = make_accelerator(plan)
+        fill_cache(plan, encodings, family, self.accelerator, reporter, StopRequest())
+        self.model = build_training_module(plan, encodings, family, torch.device("cpu"), reporter)
+        self.micro_batch = next(iterate_micro_batches(plan, encodings, 0))
+        _settle(self.model)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of everything that trains."""
+        with self.accelerator.autocast():
+            losses = self.model(self.micro_batch)
+        losses.sum().backward()
+        return {name: parameter.grad for name, parameter in self.model.trained().items()}
+
+
+def _settle(model: TrainingModule) -> None:
+    """The second halves of LoRAs begin at zero, where the first ones get no gradient; here they begin at random."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            up = layer.lora_B["default"].weight
+            up.copy_(torch.randn(up.shape, generator=generator) * 0.05)
+
+
+def round_weights(plan: Plan, component: str, module: nn.Module) -> int:
+    """Round in place what would have been stored in 8-bit floats; returns how many weights that are."""
+    files = replace(plan.components[component], float8=True)
+    narrow = float8_weights(files, build_empty(load_family(plan.facts.name), files))
+    parameters = {name.replace(".base_layer.", "."): value for name, value in module.named_parameters()}
+    for name in narrow:
+        weight = parameters[name].data
+        weight.copy_(weight.to(torch.float8_e4m3fn).to(weight.dtype))
+    return len(narrow)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes kept for the backward pass, each memory once: frozen weights (`float8`: those in 8-bit floats), others."""
+
+    weights: int
+    float8: int
+    others: int
+
+
+def counting_saved(run: Callable[[], object]) -> Kept:
+    """What a forward pass keeps, until its backward pass has it."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    frozen = [tensor for tensor in kept.values() if _is_frozen_weight(tensor)]
+    narrow = [tensor for tensor in frozen if tensor.dtype == torch.uint8]
+    everything, weights, float8 = (
+        sum(tensor.untyped_storage().nbytes() for tensor in group) for group in (kept.values(), frozen, narrow)
+    )
+    return Kept(weights, float8, everything - weights)
+
+
+def _is_frozen_weight(tensor: Tensor) -> bool:
+    owner = tensor if tensor._base is None else tensor._base
+    return isinstance(owner, nn.Parameter) and not owner.requires_grad

@@ -1,0 +1,102 @@
+"""Frozen weights in 8-bit floats against the same rounded weights in a wide format, on each family."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffsynth_core.adapters.float8 import Float8Linear
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.table import load_family
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.encode import load_columns, load_tokenizers, scale_pixels
+from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, round_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny weights and encodings are made once for all."""
+    return tmp_path_factory.mktemp("float8")
+
+
+def float8_count(module: torch.nn.Module) -> int:
+    return sum(isinstance(layer, Float8Linear) for layer in module.modules())
+
+
+def check_gradients(folder: Path, family: str, component: str = "dit", **settings: object) -> None:
+    """One step with a component stored in 8-bit floats, and with one that is wide and holds the same numbers."""
+    plan = plan_step(family, folder, (component,), **settings)
+    stored, wide = Step(plan), Step(plan_step(family, folder, **settings))
+    unrounded = wide.gradients()
+    wide.model.zero_grad()
+    count = round_weights(plan, component, wide.model.components[component])
+    assert count == float8_count(stored.model.components[component]) > 10
+    ours, theirs = stored.gradients(), wide.gradients()
+    assert ours.keys() == theirs.keys() and ours
+    for name, gradient in ours.items():
+        assert torch.equal(gradient, theirs[name]), name
+        assert gradient.abs().max() > 0, name
+    # Rounding must show, or the comparison would prove nothing.
+    assert any(not torch.equal(gradient, unrounded[name]) for name, gradient in ours.items())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", RECIPES)
+def test_lora_gradients_are_those_of_the_rounded_weights(family, recompute, precision, folder):
+    check_gradients(folder, family, use_gradient_checkpointing=recompute, mixed_precision=precision)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_so_are_those_of_a_lora_on_a_text_encoder(recompute, folder):
+    targets = ["language_model.layers.0.self_attn.q_proj", "language_model.layers.1.mlp.down_proj"]
+    lora = {"lora_base_model": "text_encoder", "lora_target_modules": targets}
+    check_gradients(folder, "qwen-image", "text_encoder", use_gradient_checkpointing=recompute, **lora)
+
+
+def test_so_are_those_of_weights_loaded_into_host_memory_first(folder):
+    check_gradients(folder, "qwen-image", initialize_model_on_cpu=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", RECIPES)
+def test_the_backward_pass_keeps_bytes_in_place_of_weights(family, precision, folder):
+    """What it keeps beside weights is the same; of each weight stored in 8-bit floats, a byte."""
+    kept = {}
+    for components in (("dit",), ()):
+        settings = {"mixed_precision": precision, "use_gradient_checkpointing": False}
+        kept[components] = counting_saved(Step(plan_step(family, folder, components, **settings)).gradients)
+    stored, wide = kept[("dit",)], kept[()]
+    assert stored.others == wide.others > 0
+    size = {"no": 4, "bf16": 2}[precision]
+    assert stored.float8 > 0 and stored.weights == wide.weights - size * stored.float8 + stored.float8
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), "wan2.1-i2v-14b-480p-lora", "qwen-image-edit-2509-lora"])
+def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
+    """T5 asks its layers, and vision towers ask their models, which number format to compute in."""
+    plan = plan_step(recipe, folder)
+    family = load_family(plan.facts.name)
+    changed = set()
+    for encoder in plan.variant.encoders:
+        files = plan.components[encoder.component]
+        columns = scale_pixels(load_columns(plan, encoder, plan.samples.samples[0]), CPU)
+        made = []
+        for kind in ("wide", "rounded", "stored"):
+            chosen = replace(files, float8=kind == "stored")
+            module = load_component(family, chosen, precision, CPU, SilentReporter())
+            if kind == "rounded":
+                round_weights(plan, encoder.component, module)
+            assert module.dtype == precision
+            known = {encoder.component: module, **load_tokenizers(plan, family, encoder.component)}
+            with torch.no_grad():
+                made.append(family.encode(encoder, known, columns))
+        wide, rounded, stored = made
+        assert all(torch.equal(tensor, rounded[name]) for name, tensor in stored.items())
+        assert all(tensor.dtype == wide[name].dtype for name, tensor in stored.items())
+        changed |= {encoder.component} if any(not torch.equal(t, wide[n]) for n, t in stored.items()) else set()
+    assert changed >= {name for name in plan.components if "encoder" in name}
