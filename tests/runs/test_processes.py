@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import ENTRIES
+
 RECIPES = {
     "qwen-image-lora": (),
     "flux.1-dev-lora": (),
@@ -83,6 +85,13 @@ def test_two_processes_train_what_one_does_with_accumulation(train, recipe, argu
     off = max(float((one[name] - two[name]).abs().max()) for name in one)
     print(f"{recipe} in two processes: off by {off:.1e}")
     assert off < 1e-6
+
+
+def test_two_processes_share_weights_in_8_bit_floats(train):
+    narrow = ("--fp8_models", f"{ENTRIES['dit']},{ENTRIES['text_encoder']}")
+    one = train("qwen-image-lora", ("--gradient_accumulation_steps", "2", *narrow))
+    two = train("qwen-image-lora", ("--num_processes", "2", *narrow))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["our launch", "accelerate launch"])
