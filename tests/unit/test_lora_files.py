@@ -47,7 +47,7 @@ def test_a_file_that_fits_tells_its_ranks(save):
     ("tensors", "expected"),
     [
         (halves("gone"), "2 of 2 keys fit no module: `gone.lora_A.default.weight`, `gone.lora_B.default.weight`"),
-        (halves("q") | {"q.weight": torch.ones(1)}, "1 of 3 keys fit no module: `q.weight`"),
+        ({"q.weight": torch.ones(6, 4)}, "1 of 1 keys fit no module: `q.weight`"),
         (halves("q") | {"q.dora_scale": torch.ones(1)}, "1 of 3 keys fit no module"),
         ({"q.lora_A.default.weight": torch.ones(2, 4)}, "the LoRA of `q` lacks a half"),
         ({"q.lora_B.default.weight": torch.ones(6, 2)}, "the LoRA of `q` lacks a half"),
@@ -73,7 +73,30 @@ def test_a_file_that_does_not_fit_is_refused(save, tensors, expected):
 def test_what_stands_beside_the_lora_may_be_named(save):
     path = save(halves("q") | {"pipe.vae.conv.weight": torch.ones(1)})
     assert check_lora_file(path, BASE, besides=["pipe.vae.conv.weight"]) == {"q": 2}
-    with pytest.raises(DiffSynthError, match=r"`pipe\.vae\.conv\.weight`"):
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        (["pipe.vae.conv.weight"], "1 full weight of vae"),
+        (["pipe.text_encoder.a.weight", "pipe.vae.b.gamma", "pipe.vae.c.bias"], "3 full weights of text_encoder, vae"),
+        (["q.weight", "norm.weight", "q.bias"], "3 full weights of dit"),
+        (["q.weight", "pipe.vae.conv.weight"], "2 full weights of dit, vae"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "pipe.dit."])
+def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, beside, told, prefix):
+    """What a run writes that trains modules in full beside a LoRA: its full weights are not dropped in silence."""
+    path = save(halves(f"{prefix}q") | {name: torch.ones(1) for name in beside})
+    with pytest.raises(DiffSynthError) as caught:
+        check_lora_file(path, BASE)
+    assert str(caught.value) == f"`{path}` holds {told} beside the LoRA of dit; only a LoRA is read here"
+    assert "`--resume auto`" in caught.value.problems[0].hint
+
+
+def test_a_file_without_tensors_is_refused(save):
+    path = save({})
+    with pytest.raises(DiffSynthError, match="holds no LoRA"):
         check_lora_file(path, BASE)
 
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.randomness import key_of
-from diffsynth_core.state_dicts.headers import read_header
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.state_dicts.lora_files import check_lora_file
-from diffsynth_core.state_dicts.lora_names import DIT, LoraKeys, LoraNaming, find_lora_keys, lora_keys
+from diffsynth_core.state_dicts.lora_files import LoraPart, check_whole, read_lora_file
+from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, lora_keys
 
 ADAPTER = "default"
 
@@ -138,25 +137,22 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     from safetensors import safe_open
 
     targets = _halves(model, documented)
-    shapes = _weight_shapes(model, documented)
-    ranks = check_lora_file(path, shapes, naming)
-    dialect, found, _ = find_lora_keys(read_header(path).tensors, shapes, naming)
-    names = naming.names(dialect)
+    file = read_lora_file(path, _weight_shapes(model, documented), naming)
+    ranks = check_whole(file)
     filled = 0
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
         for module, (down, ups) in targets.items():
-            if module not in found:
+            if module not in ranks:
                 continue
             if ranks[module] != down.shape[0]:
                 raise DiffSynthError(
                     f"`{path}` has rank {ranks[module]} at `{module}`, the run has {down.shape[0]}",
                     f"give `--lora_rank {ranks[module]}`",
                 )
-            weight = f"{module}.weight"
-            parts = dict(zip(names.ours(weight) or (), found[module], strict=True))
-            scaled = {part: _scaled_up(stream, keys, ranks[module]) for part, keys in parts.items()}
-            down.copy_(stream.get_tensor(found[module][0].down))
-            for own, rows in documented.cut(weight, names.join(weight, scaled)).items():
+            parts, weight = file.modules[module], f"{module}.weight"
+            scaled = {name: read_scaled_up(stream, part) for name, part in parts.items()}
+            down.copy_(stream.get_tensor(next(iter(parts.values())).keys.down))
+            for own, rows in documented.cut(weight, file.names.join(weight, scaled)).items():
                 ups[own].copy_(rows)
             filled += 1
     if not filled:
@@ -167,10 +163,10 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     return filled
 
 
-def _scaled_up(stream: Any, keys: LoraKeys, rank: int) -> Tensor:
-    """B of one part in float32, with the scale alpha / rank in it: ours is 1."""
-    scale = float(stream.get_tensor(keys.alpha)) / rank if keys.alpha else 1.0
-    up: Tensor = stream.get_tensor(keys.up)
+def read_scaled_up(stream: Any, part: LoraPart) -> Tensor:
+    """B of one LoRA in float32, with the scale alpha / rank in it: ours is 1."""
+    scale = float(stream.get_tensor(part.keys.alpha)) / part.rank if part.keys.alpha else 1.0
+    up: Tensor = stream.get_tensor(part.keys.up)
     return up.float() * scale
 
 

@@ -24,7 +24,12 @@ class Dialect:
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    "diffsynth": Dialect(("", "pipe.{component}."), ".lora_A.default.weight", ".lora_B.default.weight"),
+    "diffsynth": Dialect(
+        ("", "pipe.{component}."),
+        ".lora_A.default.weight",
+        ".lora_B.default.weight",
+        also=(".lora_A.weight", ".lora_B.weight"),
+    ),
     "diffusers": Dialect(("transformer.", ""), ".lora_A.weight", ".lora_B.weight"),
     "comfyui": Dialect(
         ("diffusion_model.",),
@@ -70,6 +75,15 @@ class LoraNaming:
 
 
 DIT = LoraNaming()
+
+
+def is_lora_key(key: str) -> bool:
+    """Whether a key ends as those of LoRA files do, in any dialect."""
+    return any(
+        key.endswith(ending)
+        for dialect in DIALECTS.values()
+        for ending in (dialect.down, dialect.up, *dialect.also, *([dialect.alpha] if dialect.alpha else []))
+    )
 
 
 @dataclass(frozen=True)
