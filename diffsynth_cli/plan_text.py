@@ -1,9 +1,10 @@
 """A plan as lines of text."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
+from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes
 
@@ -17,6 +18,8 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     for name, files in plan.components.items():
         size = sum(path.stat().st_size for path in files.paths)
         yield f"  {name:<14} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
+    if plan.training.lora_rule:
+        yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
     samples = plan.samples.samples
@@ -57,11 +60,20 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     yield f"Output to `{parameters.output_path}`"
 
 
+def _kinds(modules: Sequence[str]) -> str:
+    """How many modules there are in which blocks, and of which kinds."""
+    return "; ".join(
+        f"{names.total()} in {blocks or 'no block'} ({', '.join(names)})" for blocks, names in kinds_of(modules).items()
+    )
+
+
 def _part(plan: Plan, component: str) -> str:
     parts = []
     if component in plan.float8:
         share = plan.float8[component]
         parts.append(f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8")
+    if plan.preset and component == plan.preset.component:
+        parts.append(f"`{plan.preset.file.path}` merged into {count_of(len(plan.preset.file.modules), 'module')}")
     if component in plan.training.full:
         parts.append("trained in full")
     if component == plan.training.lora_component:

@@ -4,10 +4,12 @@ import csv
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.loras import RECIPES, TinyFamily, write_pictures, write_tiny_family
 from tests.wan import PLACES as PLACES_OF_WAN
 
 MODEL_ID = "Qwen/Qwen-Image"
@@ -105,6 +107,27 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((64, 64)).save(folder / f"{name}.png")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_families(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Callable[[str], TinyFamily]:
+    """A tiny model of any family, each written once, with the photographs to train it on."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    write_pictures(pictures, photographs)
+
+    @cache
+    def find(name: str) -> TinyFamily:
+        base = tmp_path_factory.mktemp(name)
+        write_tiny_family(name, base)
+        return TinyFamily(name, base, pictures)
+
+    return find
+
+
+@pytest.fixture(params=RECIPES)
+def tiny(request: pytest.FixtureRequest, tiny_families: Callable[[str], TinyFamily]) -> TinyFamily:
+    """Each family in turn."""
+    return tiny_families(request.param)
 
 
 def write_metadata(folder: Path, rows: list[tuple[str, str]]) -> None:

@@ -209,17 +209,7 @@ def test_no_model(refuse):
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (
-            ["--preset_lora_model", "dit"],
-            "`preset_lora_model` is not supported yet (`--preset_lora_model`)",
-            "leave it out",
-        ),
         (["--task", "sft:train"], "`task` `sft:train` is not supported yet", "use `sft`"),
-        (
-            ["--lora_target_modules", ""],
-            "choosing target modules automatically (an empty `lora_target_modules`) is not supported yet",
-            "name the modules, or leave it out for the family's list",
-        ),
         (
             ["--num_frames", 5],
             "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)",

@@ -44,7 +44,7 @@ def test_encoders_are_not_even_built_when_all_is_cached(cli, photographs, monkey
     from diffsynth_core.training import encode
 
     assert cli(*common(photographs, "--output_path", "first")).code == 0
-    monkeypatch.setattr(encode, "load_component", lambda *_: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(encode, "load_for_run", lambda *_: pytest.fail("an encoder was loaded"))
     assert cli(*common(photographs, "--output_path", "second")).code == 0
 
 

@@ -379,7 +379,10 @@ class Parameters(BaseModel):
     # lora
     lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA")
     lora_target_modules: CommaList | None = _setting(
-        None, "lora", "comma list", "Ends of module names that receive LoRA; not given: the family's documented list"
+        None,
+        "lora",
+        "comma list",
+        "Ends of module names that receive LoRA; a single value with which no name ends is a regular expression for whole names; not given: the family's documented list; given empty: all linear layers of the repeated blocks",
     )
     lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", ge=1)
     lora_checkpoint: FilePath | None = _setting(
@@ -393,10 +396,13 @@ class Parameters(BaseModel):
         documented=False,
     )
     preset_lora_path: FilePath | None = _setting(
-        None, "lora", "path", "LoRA merged into the base before training", planned=True
+        None,
+        "lora",
+        "path",
+        "LoRA file, in any of the `lora_format`s, that is merged into `preset_lora_model` before training",
     )
     preset_lora_model: str | None = _setting(
-        None, "lora", "str", "Component that the preset LoRA is merged into", planned=True
+        None, "lora", "str", "Component that the LoRA of `preset_lora_path` is merged into"
     )
 
     # gradient

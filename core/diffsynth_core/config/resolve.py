@@ -311,12 +311,4 @@ def _unsupported(parameters: Parameters, family: str | None, origins: Mapping[st
             )
     if parameters.task != "sft":
         problems.append(Problem(f"`task` `{parameters.task}` is not supported yet", "use `sft`", wrong_use=True))
-    if parameters.lora_target_modules == ():
-        problems.append(
-            Problem(
-                "choosing target modules automatically (an empty `lora_target_modules`) is not supported yet",
-                "name the modules, or leave it out for the family's list",
-                wrong_use=True,
-            )
-        )
     return problems

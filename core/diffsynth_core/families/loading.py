@@ -1,6 +1,7 @@
 """From component files to a module in memory: built without memory, checked by shape, filled tensor by tensor."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,17 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     return problems
 
 
+WeightChange = Callable[[str, Tensor, torch.dtype], Tensor]
+"""(name in our module, tensor as in the file, number format it is wanted in) -> the tensor to load in its place."""
+
+
 def load_component(
-    family: Family, files: ComponentFiles, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    family: Family,
+    files: ComponentFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    reporter: Reporter,
+    change: WeightChange | None = None,
 ) -> nn.Module:
     """A component with its weights in `dtype` on `device`, frozen and in eval mode.
 
@@ -111,10 +121,12 @@ def load_component(
         for path in files.paths:
             for key, tensor in iterate_tensors(path):
                 for name, value in files.layout.names.cut(key, tensor).items():
-                    if name in narrow and fits(value):
-                        _store(module, name, value, dtype, device)
+                    kept = torch.float32 if _stays_float32(module, name) else dtype
+                    changed = change(name, value, kept) if change else value
+                    if name in narrow and fits(changed):
+                        _store(module, name, changed, dtype, device)
                     else:
-                        _place(module, name, value, torch.float32 if _stays_float32(module, name) else dtype, device)
+                        _place(module, name, changed, kept, device)
                 task.advance()
     beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
     if beyond:

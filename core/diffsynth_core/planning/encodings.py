@@ -53,10 +53,11 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     """Find every needed encoding by the content it depends on; reads files whose hash is not remembered."""
     memory = identity_memory(plan)
     component_files = {name: _files_of(plan, name) for name in plan.components}
-    memory.read_all((path for paths in component_files.values() for path in paths), reporter, "Hashing model files")
+    memory.read_all(
+        (path for files in component_files.values() for path in files.values()), reporter, "Hashing model files"
+    )
     identities = {
-        name: {f"{path.parent.name}/{path.name}": memory.sha256(path) for path in paths}
-        for name, paths in component_files.items()
+        name: {label: memory.sha256(path) for label, path in files.items()} for name, files in component_files.items()
     }
     needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
     samples = {index: plan.samples.samples[index] for index in needed}
@@ -80,20 +81,21 @@ def encodings_are_known(plan: Plan) -> bool:
 
 def _all_files(plan: Plan) -> Iterator[Path]:
     for name in plan.components:
-        yield from _files_of(plan, name)
+        yield from _files_of(plan, name).values()
     for sample in plan.samples.samples:
         yield from sample.files
 
 
-def _files_of(plan: Plan, component: str) -> list[Path]:
-    """Everything a component's output depends on: weights, configuration, tokenizer files."""
+def _files_of(plan: Plan, component: str) -> dict[str, Path]:
+    """Everything a component's output depends on: weights, configuration, tokenizer files, a LoRA merged into it."""
     files = plan.components[component]
     paths = [*files.paths, *([files.config_path] if files.config_path else [])]
     for parameter, tokenizer in plan.facts.tokenizers.items():
         if tokenizer.component == component and parameter in plan.tokenizers:
             folder = plan.tokenizers[parameter]
             paths += [folder / name for name in tokenizer.files if (folder / name).is_file()]
-    return paths
+    preset = {"preset_lora_path": plan.preset.file.path} if plan.preset and plan.preset.component == component else {}
+    return {f"{path.parent.name}/{path.name}": path for path in paths} | preset
 
 
 def _plan_encoder(

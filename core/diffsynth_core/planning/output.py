@@ -22,12 +22,12 @@ FREE_ON_RESUME = frozenset(
         "dataset_base_path", "dataset_metadata_path", "dataset_num_workers", "cache_path", "output_path",
         "find_unused_parameters", "initialize_model_on_cpu", "fp8_models", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
         "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "processor_path",
-        "lora_checkpoint",
+        "lora_checkpoint", "preset_lora_path",
     }
 )  # fmt: skip
 """Parameters that a resumed run may change, since they do not change what a step computes, or since what comes of them
-is compared instead: the effective precision, components in 8-bit floats, micro-batches per step, hashes of model files,
-names, sizes and captions of the dataset."""
+is compared instead: the effective precision, components in 8-bit floats, micro-batches per step, hashes of model files
+and of a merged LoRA, names, sizes and captions of the dataset."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
+from diffsynth_core.planning.lora_files import PresetLora, find_preset
 from diffsynth_core.planning.output import Start, check_output, place_faults
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.progress import Reporter
@@ -25,6 +26,7 @@ class Plan:
 
     `world_size` counts processes.
     `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names.
+    `preset`: what is merged into a component before training.
     """
 
     parameters: Parameters
@@ -40,6 +42,7 @@ class Plan:
     mixed_precision: str
     world_size: int
     float8: Mapping[str, float] = field(default_factory=dict)
+    preset: PresetLora | None = None
 
     @property
     def cache(self) -> Path:
@@ -73,6 +76,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         else find_components(parameters, resolved.family, base or model_base_path(), problems)
     )
     training = find_training(parameters, found, resolved.invalid, problems) if found else None
+    preset = find_preset(parameters, found, problems) if found else None
     samples = read_dataset(parameters, found.facts, found.variant, reporter, problems) if found else None
     if not found and "dataset_base_path" in resolved.origins and not parameters.dataset_base_path.is_dir():
         problems.append(
@@ -106,6 +110,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         mixed_precision,
         world_size,
         float8_shares(found),
+        preset,
     )
 
 

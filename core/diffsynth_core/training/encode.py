@@ -14,11 +14,11 @@ from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.family import Encoded, Family, encoder_dtype
 from diffsynth_core.families.interface import EncoderFacts
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, identity_memory
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of
 from diffsynth_core.sources.identity import FileIdentities
+from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
 
@@ -83,8 +83,8 @@ def fill_cache(
     for component in encodings.components_to_load:
         stop.raise_if_set()
         components: dict[str, Any] = load_tokenizers(plan, family, component)  # first: a fault of theirs shows at once
-        components[component] = load_component(
-            family, plan.components[component], encoder_dtype(plan.mixed_precision), accelerator.device, reporter
+        components[component] = load_for_run(
+            plan, family, component, encoder_dtype(plan.mixed_precision), accelerator.device, reporter
         )
         for part in encodings.encoders:
             if part.encoder.component == component:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import add_lora, load_lora
 from diffsynth_core.families.family import Encoded, Family, frozen_dtype
 from diffsynth_core.families.interface import Variant
-from diffsynth_core.families.loading import load_component, stored_dtypes
+from diffsynth_core.families.loading import stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.activations import HostActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
+from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
 
 
@@ -94,7 +95,7 @@ def build_training_module(
         if name != plan.facts.denoiser and name not in training.components:
             continue
         dtype = torch.float32 if name in training.full else frozen_dtype(plan.mixed_precision)
-        module = load_component(family, plan.components[name], dtype, load_device, reporter).to(device)
+        module = load_for_run(plan, family, name, dtype, load_device, reporter).to(device)
         if name in training.full:
             _train_in_full(family, plan.variant, name, module)
         if name == training.lora_component:

@@ -47,6 +47,8 @@ REHEARSAL_FACTOR = 32
 REHEARSAL_FRAMES = 9
 DRAWN_REFERENCES = 2
 """How many pictures a drawn row shows the model at most."""
+REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
+"""Parameters that name LoRA files of the real weights -> what is left out with them."""
 WEIGHTS_VERSION = 4
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
@@ -121,15 +123,11 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     problems: list[Problem] = []
     changes = _swap_models(parameters, facts, base, problems)
     incomplete = bool(problems)
-    if parameters.lora_checkpoint:
-        problems.append(
-            Problem(
-                "`lora_checkpoint` belongs to the real weights and fits no rehearsal",
-                "leave it out of the rehearsal",
-                wrong_use=True,
-            )
-        )
-        changes["lora_checkpoint"] = None
+    for name in REAL_LORAS:
+        if getattr(parameters, name):
+            what = f"`{name}` belongs to the real weights and fits no rehearsal"
+            problems.append(Problem(what, "leave it out of the rehearsal", wrong_use=True))
+            changes |= dict.fromkeys(REAL_LORAS[name])
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
     variant = _variant_of(_named_models(parameters), facts, parameters.extra_inputs)

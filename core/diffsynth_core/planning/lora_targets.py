@@ -1,0 +1,138 @@
+"""Which modules of a component receive LoRA: by the ends of their names, by a pattern, or chosen automatically."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem, shorten, suggest
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    Layout,
+    Shapes,
+    is_below,
+    match_targets,
+    modules_with_weights,
+)
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.components import FoundComponents
+
+_SPECIAL = frozenset("\\^$*+?{}[]|()")
+"""Characters that a pattern has and a name has not."""
+_BLOCK = re.compile(r"(.*?)\.\d+\.(.+)")
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """The modules that receive LoRA, by their documented names.
+
+    `left_out`: modules that are asked for and that no gradient can reach.
+    `rule`: how they were chosen where their ends were not named, as words.
+    """
+
+    modules: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    rule: str | None = None
+
+
+def find_lora_targets(
+    parameters: Parameters, component: str, found: FoundComponents, problems: list[Problem]
+) -> LoraTargets:
+    """The modules of a component that `lora_target_modules` asks for. Adds to `problems`.
+
+    Not given: the family's documented list. Empty: the linear layers of repeated blocks. One value: the modules whose
+    names end with it, else those whose whole name it fits as a regular expression. Several: ends of names.
+    """
+    facts, asked = found.facts.component(component), parameters.lora_target_modules
+    if asked == ():
+        return _automatic(found, component, problems)
+    targets = asked or facts.lora_targets
+    if not targets:
+        hint = 'name them with `--lora_target_modules`, or leave the choice to us: `--lora_target_modules ""`'
+        problems.append(Problem(f"`{component}` has no documented LoRA targets", hint, wrong_use=True))
+        return LoraTargets()
+    layout, shapes = found.components[component].layout, found.shapes[component]
+    modules = modules_with_weights(layout.documented_shapes(shapes))
+    matches, rule = match_targets(modules, targets), None
+    if len(targets) == 1 and not matches[targets[0]]:
+        (pattern,) = targets
+        fitting = _fitting(pattern, modules, problems)
+        if fitting is None:
+            return LoraTargets()
+        matches, rule = {pattern: fitting}, f"what fits `{pattern}`"
+    problems += [_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names]
+    return _reachable(found, component, {name for names in matches.values() for name in names}, rule, problems)
+
+
+def _automatic(found: FoundComponents, component: str, problems: list[Problem]) -> LoraTargets:
+    """The linear layers of repeated blocks, as far as they have documented names.
+
+    The reference trainer takes the same ones but those with a side below 512, of which the transformers it trains have
+    none.
+    """
+    from diffsynth_core.families.blocks import find_linear_layers_of_blocks
+
+    files = found.components[component]
+    layers = find_linear_layers_of_blocks(load_family(found.facts.name), files)
+    if layers is None:
+        return LoraTargets()  # what is wrong with the files is told elsewhere
+    names = set(files.layout.documented.theirs_of(layers))
+    if not names:
+        what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose"
+        problems.append(Problem(what, "name its modules", wrong_use=True))
+    return _reachable(found, component, names, "the linear layers of repeated blocks", problems)
+
+
+def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> list[str] | None:
+    """Modules whose whole name fits a regular expression; None, and a problem, when it is none."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        what = f"`lora_target_modules` `{pattern}`: no name ends with it, and it is no regular expression: {error}"
+        problems.append(Problem(what, "correct it", wrong_use=True))
+        return None
+    return sorted(filter(expression.fullmatch, modules))
+
+
+def _reachable(
+    found: FoundComponents, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
+) -> LoraTargets:
+    """Modules by their documented names, apart from those that no gradient can reach."""
+    documented = found.components[component].layout.documented
+    dead = found.variant.untrainable(found.facts.component(component), frozenset(found.shapes[component]))
+    alive = {name for name in names if not all(is_below(part, dead) for part in documented.ours(name) or ())}
+    if names and not alive:
+        what = f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(names))}"
+        problems.append(Problem(what, "name other modules", wrong_use=True))
+    return LoraTargets(tuple(sorted(alive)), tuple(sorted(set(names) - alive)), rule)
+
+
+def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:
+    """The problem that a target addresses nothing, with what it is called here, or the nearest ending of a name."""
+    parts = match_targets(modules_with_weights(shapes), (target,))[target]
+    called = frozenset(filter(None, map(layout.documented.theirs, parts)))
+    addressing = [name for name, found in match_targets(called, facts.lora_targets).items() if found]
+    endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
+    near = suggest(target, endings)
+    if addressing:
+        hint = f"in the documented names that is {shorten(addressing)}"
+    elif near:
+        hint = f"did you mean `{near}`?"
+    else:
+        hint = f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
+    pattern = " or fits it as a regular expression" if _SPECIAL & set(target) else ""
+    what = f"`lora_target_modules`: no module of {facts.name} ends with `{target}`{pattern}"
+    return Problem(what, hint, wrong_use=True)
+
+
+def kinds_of(modules: Sequence[str]) -> dict[str, Counter[str]]:
+    """How many modules there are of each kind, by the blocks that they stand in: `blocks.*` -> `attn.to_q` -> 24.
+
+    Modules outside of blocks stand below the empty name.
+    """
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for module in modules:
+        found = _BLOCK.match(module)
+        kinds[f"{found[1]}.*" if found else ""][found[2] if found else module] += 1
+    return kinds

@@ -1,0 +1,52 @@
+"""Components as a run starts from them: their files, and the preset LoRA merged into the weights of one of them."""
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, RoundingLoss, merge_change, open_changes
+from diffsynth_core.families.family import Family
+from diffsynth_core.families.loading import load_component
+from diffsynth_core.planning.lora_files import PresetLora
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import Reporter
+
+
+def load_for_run(
+    plan: Plan, family: Family, component: str, dtype: torch.dtype, device: torch.device, reporter: Reporter
+) -> nn.Module:
+    """A component in `dtype` on `device`, frozen and in eval mode, with the preset LoRA merged where it is for it.
+
+    Raises:
+        FaultsFound: as `load_component`.
+    """
+    if plan.preset is None or plan.preset.component != component:
+        return load_component(family, plan.components[component], dtype, device, reporter)
+    return _load_merged(plan, plan.preset, family, dtype, device, reporter)
+
+
+def _load_merged(
+    plan: Plan, preset: PresetLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
+) -> nn.Module:
+    files = plan.components[preset.component]
+    loss = RoundingLoss()
+    with open_changes(preset.file, preset.shapes, files.layout.documented) as changes:
+
+        def merged(name: str, value: Tensor, kept: torch.dtype) -> Tensor:
+            change = changes.of(name)
+            if change is None:
+                return value
+            result = merge_change(value, change, kept)
+            # Against what would be there without the LoRA: a float32 file is rounded anyway.
+            loss.count(value.to(kept), change, result)
+            return result
+
+        module = load_component(family, files, dtype, device, reporter, merged)
+    reporter.info(
+        f"Preset LoRA `{preset.file.path}` merged into {len(preset.file.modules)} modules of {files.component}"
+    )
+    if loss.share > LOSS_WORTH_A_WARNING:
+        reporter.warn(
+            f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of what the preset LoRA adds to "
+            f"{files.component}; `--mixed_precision no` keeps it"
+        )
+    return module

@@ -1,0 +1,115 @@
+"""One tiny model of each family with which LoRA is trained, and LoRA files made by hand for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffsynth_core.adapters.lora import LoraWeights, name_lora
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.families.table import FAMILIES, component_at, load_family
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.sources.model_files import split_entry
+
+RECIPES = {
+    "qwen-image": "qwen-image-lora",
+    "wan": "wan2.1-t2v-1.3b-lora",
+    "flux": "flux.1-dev-lora",
+    "flux2": "flux.2-klein-4b-lora",
+}
+RANK = 4
+DIALECTS = [
+    (family, dialect)
+    for family, facts in FAMILIES.items()
+    for dialect in ("diffsynth", "diffusers", "comfyui", "kohya")
+    if facts.component(facts.denoiser).lora_naming.known(dialect)
+]
+"""Every family with every dialect that has names for its transformer."""
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A family's tiny model below `base`, and pictures to train it on."""
+
+    name: str
+    base: Path
+    pictures: Path
+
+    @property
+    def facts(self) -> FamilyFacts:
+        return FAMILIES[self.name]
+
+    def flags(self, **more: Any) -> dict[str, Any]:
+        """Parameters of a short LoRA run at a rate that moves the weights far."""
+        return {
+            "recipe": RECIPES[self.name], "dataset_base_path": str(self.pictures), "dataset_repeat": "1",
+            "dataset_num_workers": "0", "height": "64", "width": "64", "max_steps": "2", "lora_rank": str(RANK),
+            "learning_rate": "0.02", "device": "cpu", "lora_format": "diffsynth",
+            **{name: str(value) for name, value in more.items()},
+        }  # fmt: skip
+
+    def plan(self, **more: Any) -> Plan:
+        return make_plan(resolve(self.flags(**more)), SilentReporter(), base=self.base)
+
+    def module_shapes(self, component: str = "dit", **more: Any) -> dict[str, tuple[int, ...]]:
+        """Weight shapes of the modules that the documented targets address, by documented name."""
+        from diffsynth_core.families.loading import module_shapes
+
+        plan = self.plan(output_path="unused", **more)
+        files = plan.components[component]
+        shapes = files.layout.documented_shapes(module_shapes(files))
+        return {name: shapes[f"{name}.weight"] for name in plan.training.lora_modules}
+
+
+def write_tiny_family(name: str, base: Path) -> None:
+    """Write what the recipe of a family names."""
+    facts = FAMILIES[name]
+    for entry in resolve({"recipe": RECIPES[name]}).parameters.model_id_with_origin_paths:
+        model_id, pattern = split_entry(entry)
+        component = component_at(pattern, facts)
+        load_family(name).write_tiny_weights(base, component.name, model_id, pattern)
+
+
+def write_pictures(folder: Path, photographs: Path) -> None:
+    """The photographs under the column names of picture and of video models."""
+    rows = ["image,video,prompt"]
+    for picture in sorted(photographs.glob("*.png")):
+        (folder / picture.name).write_bytes(picture.read_bytes())
+        rows.append(f"{picture.name},{picture.name},a photograph of {picture.stem}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+
+
+def random_lora(
+    shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: int = 0, spread: float = 0.1
+) -> dict[str, LoraWeights]:
+    """Random halves for modules of these weight shapes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * spread
+
+    return {
+        module: LoraWeights(draw(rank, *shape[1:]), draw(shape[0], rank, *[1] * len(shape[2:])))
+        for module, shape in shapes.items()
+    }
+
+
+def save_lora(
+    path: Path, weights: Mapping[str, LoraWeights], family: str, dialect: str, alpha: float | None = None
+) -> Path:
+    """A LoRA file of a family's transformer, with `alpha` stored for each of its modules if given."""
+    facts = FAMILIES[family]
+    tensors = name_lora(weights, dialect, facts.component(facts.denoiser).lora_naming)
+    if alpha is not None:
+        ends = (".lora_down.weight", ".lora_A.weight")
+        stems = [key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)]
+        tensors |= {f"{stem}.alpha": torch.tensor(float(alpha)) for stem in stems}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path)
+    return path
