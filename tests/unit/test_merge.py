@@ -1,0 +1,151 @@
+"""W + (alpha / rank) B A by hand and against peft: float32, rounded once, and what the rounding loses."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+from diffsynth_core.adapters.lora import add_lora, lora_weights
+from diffsynth_core.adapters.merge import RoundingLoss, lora_change, merge_change, open_changes
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
+from diffsynth_core.state_dicts.lora_files import read_lora_file
+from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming
+
+
+def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.Tensor:
+    """Zeros but for one element."""
+    tensor = torch.zeros(shape)
+    tensor[place] = value
+    return tensor
+
+
+def test_one_element_of_each_half_goes_where_the_formula_says():
+    change = lora_change(only((2, 4), (1, 3), 2.0), only((3, 2), (0, 1), 5.0))
+    assert torch.equal(change, only((3, 4), (0, 3), 10.0))
+    assert torch.equal(lora_change(only((2, 4), (1, 3), 2.0), only((3, 2), (0, 0), 5.0)), torch.zeros(3, 4))
+
+
+def test_one_element_of_a_convolution():
+    change = lora_change(only((2, 4, 3, 3), (1, 3, 0, 2), 2.0), only((5, 2, 1, 1), (4, 1, 0, 0), 5.0))
+    assert torch.equal(change, only((5, 4, 3, 3), (4, 3, 0, 2), 10.0))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 8), nn.Conv2d(3, 8, 3), nn.Conv3d(3, 4, (1, 2, 2))], ids=["linear", "2d", "3d"]
+)
+def test_as_peft_merges(layer):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    module = nn.Module()
+    module.layer = layer
+    before = layer.weight.detach().clone()
+    add_lora(module, ["layer"], 3, 0)
+    halves = lora_weights(module)["layer"]
+    with torch.no_grad():
+        halves.up.normal_()
+    down, up = halves.down.detach(), halves.up.detach()
+    assert isinstance(module.layer, BaseTunerLayer)
+    module.layer.merge()
+    merged = merge_change(before, lora_change(down, up), torch.float32)
+    assert_close(merged, module.layer.base_layer.weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_rounded_once():
+    """In bfloat16 steps, 1 + 0.5 + 0.25 of a step is 2 steps rounded once; the change rounded first would make it 1."""
+    step = 2.0**-7
+    merged = merge_change(torch.tensor([1.0 + step / 2]), torch.tensor([step * 0.75]), torch.bfloat16)
+    assert merged.dtype == torch.bfloat16 and merged.item() == 1.0 + step
+    halves = torch.full((1, 2), step / 8), torch.ones(1, 1)
+    change = lora_change(halves[0].bfloat16(), halves[1].bfloat16())
+    assert change.dtype == torch.float32
+    assert merge_change(torch.ones(1, 2).bfloat16(), change, torch.float32).tolist() == [[1 + step / 8] * 2]
+
+
+def test_what_rounding_loses_by_hand():
+    """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
+    loss, step = RoundingLoss(), 2.0**-7
+    weight, change = torch.ones(2).bfloat16(), torch.tensor([0.75 * step, step])
+    loss.count(weight, change, merge_change(weight, change, torch.bfloat16))
+    assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
+    loss.count(weight, torch.zeros(2), weight)
+    assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5), "what is not changed counts for nothing"
+    loss.count(weight, change, merge_change(weight, torch.zeros(2), torch.bfloat16))
+    assert loss.share == pytest.approx(((0.25**2 + 0.75**2 + 1) / (2 * (0.75**2 + 1))) ** 0.5)
+
+
+def test_nothing_asked_for_loses_nothing():
+    assert RoundingLoss().share == 0
+
+
+@pytest.mark.parametrize(("spread", "dtype", "share"), [(1e-4, torch.bfloat16, 0.32), (1e-4, torch.float32, 0.0)])
+def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
+    """A change of spread 1e-4 on weights of spread 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
+    change = torch.randn(512, 512, generator=generator) * spread
+    loss = RoundingLoss()
+    loss.count(weight, change, merge_change(weight, change, dtype))
+    assert loss.share == pytest.approx(share, abs=0.01)
+
+
+FUSED = TableMap({"blocks.{}.out": "blocks.{}.to_out"}, stacked={"blocks.{}.qkv": ("blocks.{}.q", "blocks.{}.k")})
+SHAPES = {"blocks.0.qkv": (4, 3), "blocks.0.out": (2, 4)}
+
+
+def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming: LoraNaming = DIT):
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
+    names = [
+        "blocks.0.k.weight",
+        "blocks.0.q.weight",
+        "blocks.0.to_out.weight",
+        "blocks.0.q.bias",
+        "norm.weight",
+        "table",
+    ]
+    with open_changes(file, SHAPES, documented) as opened:
+        return {name: change for name in names if (change := opened.of(name)) is not None}
+
+
+def test_a_lora_of_a_fused_module_reaches_its_parts(tmp_path):
+    down, up = torch.randn(2, 3), torch.randn(4, 2)
+    found = changes(tmp_path, {"blocks.0.qkv.lora_A.default.weight": down, "blocks.0.qkv.lora_B.default.weight": up})
+    assert found.keys() == {"blocks.0.q.weight", "blocks.0.k.weight"}
+    assert_close(found["blocks.0.q.weight"], up[:2] @ down)
+    assert_close(found["blocks.0.k.weight"], up[2:] @ down)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_parts_may_have_loras_of_their_own(tmp_path, both):
+    """Of another rank and scale each; a part without one stays. A LoRA in training could not hold them."""
+    naming = LoraNaming("dit", {"kohya": FUSED})
+    q, k = (torch.randn(2, 3), torch.randn(2, 2)), (torch.randn(1, 3), torch.randn(2, 1))
+    tensors = {
+        "lora_unet_blocks_0_k.lora_down.weight": k[0],
+        "lora_unet_blocks_0_k.lora_up.weight": k[1],
+        "lora_unet_blocks_0_k.alpha": torch.tensor(0.5),
+    }
+    if both:
+        tensors |= {"lora_unet_blocks_0_q.lora_down.weight": q[0], "lora_unet_blocks_0_q.lora_up.weight": q[1]}
+    found = changes(tmp_path, tensors, naming=naming)
+    assert_close(found["blocks.0.k.weight"], 0.5 * k[1] @ k[0])
+    assert_close(found["blocks.0.q.weight"], q[1] @ q[0] if both else torch.zeros(2, 3))
+
+
+def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path):
+    down, up = torch.randn(2, 3, 1, 1), torch.randn(4, 2, 1, 1)
+    save_file({"a.lora_A.default.weight": down, "a.lora_B.default.weight": up}, tmp_path / "lora.safetensors")
+    shapes = {"a": (4, 3, 1, 1)}
+    file = read_lora_file(tmp_path / "lora.safetensors", shapes)
+    with open_changes(file, shapes, TableMap({}, pointwise={"a": "b"})) as opened:
+        assert_close(opened.of("b.weight"), up.flatten(1) @ down.flatten(1))
+
+
+def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):
+    halves = {"pipe.vae.blocks.0.out.lora_A.default.weight": torch.ones(1, 4)}
+    halves |= {"pipe.vae.blocks.0.out.lora_B.default.weight": torch.ones(2, 1)}
+    with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
+        changes(tmp_path, halves, SAME_NAMES)
+    assert changes(tmp_path, halves, naming=LoraNaming("vae")).keys() == {"blocks.0.to_out.weight"}
