@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.state_dicts.lora_files import LoraFile, check_lora_file, read_lora_file
@@ -66,7 +66,7 @@ def check_lora_checkpoint(
     if trained and not ranks.keys() & set(trained):
         problems.append(
             Problem(
-                f"`{path}` has a LoRA for none of the {len(trained)} modules that train; it begins with `{min(ranks)}`",
+                f"`{path}` has a LoRA for none of the {len(trained)} modules that train; it has {shorten(sorted(ranks))}",
                 "name a LoRA of these modules, or other `--lora_target_modules`",
                 wrong_use=True,
             )
@@ -75,7 +75,7 @@ def check_lora_checkpoint(
 
 def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Problem]:
     """The problem that the trained modules have another rank in a file than asked for, or not all the same."""
-    modules = {rank: [name for name in ranks if ranks[name] == rank] for rank in sorted(set(ranks.values()))}
+    modules = {rank: sorted(name for name in ranks if ranks[name] == rank) for rank in sorted(set(ranks.values()))}
     if not modules.keys() - {asked}:
         return []
     if len(modules) == 1:

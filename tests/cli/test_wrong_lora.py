@@ -1,0 +1,200 @@
+"""Wrong LoRA parameters and files: all that is wrong is told in one report, before any weight is read."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.loras import RANK, TinyFamily, random_lora, save_lora
+
+ALONE = "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`"
+COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae"
+ANOTHER = "name a LoRA of this model"
+PRESET = ("--preset_lora_model", "dit", "--preset_lora_path")
+TO_Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture
+def qwen(tiny_families) -> TinyFamily:
+    return tiny_families("qwen-image")
+
+
+@pytest.fixture
+def lora(qwen, tmp_path) -> Path:
+    """A LoRA that fits the tiny model."""
+    return save_lora(tmp_path / "lora.safetensors", random_lora(qwen.module_shapes()), "qwen-image", "diffsynth")
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Take keys out (None) or put tensors in, by `module__ending`."""
+    tensors = load_file(path) | changes
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize("parameter", ["lora_base_model", "preset_lora_model"])
+@pytest.mark.parametrize(("name", "hint"), [("text_encodr", "did you mean `text_encoder`?"), ("zzz", COMPONENTS)])
+def test_a_component_that_there_is_not(refuse, lora, parameter, name, hint):
+    arguments = ["--preset_lora_path", lora] if parameter == "preset_lora_model" else []
+    message = f"`{parameter}` names `{name}`, which is no component of Qwen-Image"
+    assert refuse(f"--{parameter}", name, *arguments) == (2, [(message, hint)])
+
+
+@pytest.mark.parametrize("parameter", ["lora_base_model", "preset_lora_model", "trainable_models"])
+def test_a_component_that_this_kind_of_model_has_not(refuse, tiny_wan, lora, monkeypatch, parameter):
+    """Wan's image encoder is one of image to video only."""
+    from tests.wan import T2V, entries
+
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_wan))
+    arguments = ["--preset_lora_path", lora] if parameter == "preset_lora_model" else []
+    code, problems = refuse(
+        *entries(T2V), "--lora_base_model", "dit", f"--{parameter}", "image_encoder", *arguments, recipe=None
+    )
+    assert code == 2
+    assert (
+        f"`{parameter}` names `image_encoder`, which has no part in the training of Wan (text to video)",
+        "its components: dit, text_encoder, vae",
+    ) in problems
+
+
+@pytest.mark.parametrize("parameter", ["lora_checkpoint", "preset_lora_path"])
+def test_a_file_that_is_not_there(refuse, parameter):
+    more = PRESET[:2] if parameter == "preset_lora_path" else ()
+    message = f"`{parameter}` `nowhere.safetensors` is not there"
+    assert refuse(*more, f"--{parameter}", "nowhere.safetensors") == (1, [(message, "correct the path")])
+
+
+@pytest.mark.parametrize("parameter", ["lora_checkpoint", "preset_lora_path"])
+def test_a_file_that_is_damaged(refuse, lora, parameter):
+    lora.write_bytes(lora.read_bytes()[:100])
+    more = PRESET[:2] if parameter == "preset_lora_path" else ()
+    message = f"`{lora}` (100 bytes) is not a whole safetensors file: its header cannot be read"
+    assert refuse(*more, f"--{parameter}", lora) == (1, [(message, "fetch the file again")])
+
+
+def test_a_preset_file_without_its_component(refuse, lora):
+    message = "`preset_lora_path` is given without `preset_lora_model`"
+    assert refuse("--preset_lora_path", lora) == (2, [(message, "give `--preset_lora_model dit`")])
+    assert refuse("--preset_lora_path", lora, "--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj") == (
+        2, [(message, "give `--preset_lora_model text_encoder`")]
+    )  # fmt: skip
+
+
+def test_a_preset_component_without_its_file(refuse):
+    message = "`preset_lora_model` is given without `preset_lora_path`"
+    assert refuse("--preset_lora_model", "dit") == (2, [(message, "name the LoRA file, or leave it out")])
+
+
+def test_a_preset_of_another_component(refuse, lora):
+    keys = len(load_file(lora))
+    code, [(message, hint)] = refuse("--preset_lora_path", lora, "--preset_lora_model", "text_encoder")
+    assert (code, hint) == (1, ANOTHER)
+    assert message.startswith(f"`{lora}`: {keys} of {keys} keys fit no module: `transformer_blocks.0.")
+
+
+@pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        ({f"{TO_Q}.lora_B.default.weight": None}, f"the LoRA of `{TO_Q}` lacks a half", "write the file anew"),
+        ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, f"the LoRA of `{TO_Q}` is [32, 4] x [4, 5], which does not fit its weight [32, 32]", ANOTHER),
+        ({"gone.lora_A.default.weight": (RANK, 5)}, "1 of {keys} keys fit no module: `gone.lora_A.default.weight`", ANOTHER),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit(refuse, lora, arguments, change, message, hint):
+    import torch
+
+    rewrite(lora, **{key: None if shape is None else torch.ones(shape) for key, shape in change.items()})
+    expected = f"`{lora}`: {message.format(keys=len(load_file(lora)))}"
+    assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(expected, hint)])
+
+
+@pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
+def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
+    import torch
+
+    rewrite(lora, **{"pipe.text_encoder.model.norm.weight": torch.ones(3)})
+    message = f"`{lora}` holds 1 full weight of text_encoder beside the LoRA of dit; only a LoRA is read here"
+    assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, ALONE)])
+
+
+def test_a_checkpoint_without_a_component_that_receives_it(refuse, lora, config):
+    path = config("extends: qwen-image-full\n")
+    message = "`lora_checkpoint` is given without `lora_base_model`"
+    assert refuse("--config", path, "--lora_checkpoint", lora, recipe=None) == (
+        2,
+        [(message, "name the component that receives it with `--lora_base_model`")],
+    )
+
+
+def test_a_checkpoint_of_another_rank(refuse, lora):
+    message = f"`{lora}` has rank {RANK}, `lora_rank` is 8"
+    assert refuse("--lora_checkpoint", lora, "--lora_rank", 8) == (2, [(message, f"give `--lora_rank {RANK}`")])
+
+
+def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
+    outcome = cli(
+        "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--lora_rank", 8, *PRESET, lora, "--dry_run"
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert f", `{lora}` merged into 21 modules and LoRA of rank 8 on 21 modules" in outcome.out
+
+
+def test_a_wrong_rank_alone_is_the_problem(refuse, lora):
+    """Where the rank cannot be read, a file is not compared with the default one."""
+    message = "`lora_rank` takes an integer of at least 1, got `0` (`--lora_rank`)"
+    assert refuse("--lora_checkpoint", lora, "--lora_rank", 0) == (2, [(message, None)])
+
+
+def test_real_files_fit_no_rehearsal(refuse, lora):
+    hint = "leave it out of the rehearsal"
+    assert refuse("--rehearse", "--lora_checkpoint", lora, *PRESET, lora) == (
+        2,
+        [
+            ("`lora_checkpoint` belongs to the real weights and fits no rehearsal", hint),
+            ("`preset_lora_path` belongs to the real weights and fits no rehearsal", hint),
+        ],
+    )
+
+
+def test_all_at_once(refuse, lora):
+    code, problems = refuse(
+        "--lora_target_modules", "to_(q", "--lora_checkpoint", "nowhere.safetensors", "--preset_lora_path", lora,
+        "--lora_format", "civitai",
+    )  # fmt: skip
+    assert code == 2
+    assert sorted(problems) == sorted(
+        [
+            (
+                "`lora_target_modules` `to_(q`: no name ends with it, and it is no regular expression: "
+                "missing ), unterminated subpattern at position 3",
+                "correct it",
+            ),
+            ("`lora_checkpoint` `nowhere.safetensors` is not there", "correct the path"),
+            ("`preset_lora_path` is given without `preset_lora_model`", "give `--preset_lora_model dit`"),
+            (
+                "`lora_format` takes one of diffsynth, diffusers, comfyui, kohya, got `civitai` (`--lora_format`)",
+                None,
+            ),
+        ]
+    )
+
+
+def test_the_plan_tells_what_was_chosen(cli, dataset):
+    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
+    automatic = cli(*arguments, "--lora_target_modules", "")
+    assert "LoRA of rank 32 on 24 modules" in automatic.out
+    assert (
+        "LoRA is put on the linear layers of repeated blocks: 24 in transformer_blocks.* (attn.add_k_proj, "
+        in automatic.out
+    )
+    assert "img_mlp.net.0.proj" in automatic.out and "left out: 4 LoRA modules" in automatic.out
+    pattern = cli(*arguments, "--lora_target_modules", ".*attn.to_[qk]")
+    assert "LoRA is put on what fits `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)" in pattern.out
+    assert "LoRA is put on" not in cli(*arguments).out
+
+
+def test_an_automatic_choice_rehearses(cli):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--lora_target_modules", "", "--max_steps", 2)
+    assert outcome.code == 0, outcome.err
+    assert "each of its 48 keys finds one of 24 modules of dit" in outcome.out
+    assert "--lora_target_modules ''" in outcome.out
