@@ -99,6 +99,12 @@ def test_a_value_no_name_ends_with_is_a_pattern_for_whole_names(tiny):
     assert "no module of dit ends with" in problems_of(tiny, f"{pattern}X")[0]
 
 
+@pytest.mark.parametrize("part", [r"transformer_blocks\.\d", r"to_[qk]", r"attn\.to_q|transformer_blocks"])
+def test_a_pattern_for_a_part_of_names_addresses_nothing(tiny_families, part):
+    message = f"`lora_target_modules`: no module of dit ends with `{part}` or fits it as a regular expression"
+    assert problems_of(tiny_families("qwen-image"), part) == [message]
+
+
 def test_a_value_that_names_end_with_is_no_pattern(tiny_families):
     """As a pattern `ffn.0` would be whole names only, and as one for ends it would fit `ffnX0` too."""
     tiny = tiny_families("wan")

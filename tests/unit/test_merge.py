@@ -52,21 +52,30 @@ def test_as_peft_merges(layer):
     assert_close(merged, module.layer.base_layer.weight.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_it_is_rounded_once():
-    """In bfloat16 steps, 1 + 0.5 + 0.25 of a step is 2 steps rounded once; the change rounded first would make it 1."""
-    step = 2.0**-7
-    merged = merge_change(torch.tensor([1.0 + step / 2]), torch.tensor([step * 0.75]), torch.bfloat16)
-    assert merged.dtype == torch.bfloat16 and merged.item() == 1.0 + step
-    halves = torch.full((1, 2), step / 8), torch.ones(1, 1)
-    change = lora_change(halves[0].bfloat16(), halves[1].bfloat16())
-    assert change.dtype == torch.float32
-    assert merge_change(torch.ones(1, 2).bfloat16(), change, torch.float32).tolist() == [[1 + step / 8] * 2]
+STEP = 2.0**-7
+"""Between bfloat16 numbers at 1."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "change", "steps"),
+    [(0.5, 1.25, 2), (0.0, 0.5 + 2**-12, 1)],
+    ids=["the weight rounded before would make it 1", "the change rounded before would make it 0"],
+)
+def test_it_is_rounded_once(weight, change, steps):
+    """In steps above 1, to the nearest, a half to the even one."""
+    merged = merge_change(torch.tensor([1 + weight * STEP]), torch.tensor([change * STEP]), torch.bfloat16)
+    assert merged.dtype == torch.bfloat16 and merged.item() == 1 + steps * STEP
+
+
+def test_halves_of_a_bfloat16_file_are_multiplied_in_float32():
+    down, up = torch.tensor([[1 + STEP]]).bfloat16(), torch.tensor([[1 + STEP]]).bfloat16()
+    assert lora_change(down, up).item() == (1 + STEP) ** 2
 
 
 def test_what_rounding_loses_by_hand():
     """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
-    loss, step = RoundingLoss(), 2.0**-7
-    weight, change = torch.ones(2).bfloat16(), torch.tensor([0.75 * step, step])
+    loss = RoundingLoss()
+    weight, change = torch.ones(2).bfloat16(), torch.tensor([0.75 * STEP, STEP])
     loss.count(weight, change, merge_change(weight, change, torch.bfloat16))
     assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
     loss.count(weight, torch.zeros(2), weight)

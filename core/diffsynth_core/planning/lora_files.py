@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.families.interface import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.trained import check_component
 from diffsynth_core.state_dicts.lora_files import LoraFile, check_lora_file, read_lora_file
 
 
@@ -19,25 +20,6 @@ class PresetLora:
     component: str
     file: LoraFile
     shapes: Mapping[str, tuple[int, ...]]
-
-
-def check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:
-    """Whether a parameter names a component that has a part in the training. Adds to `problems`.
-
-    That the files of such a component are missing is told elsewhere.
-    """
-    known = found.facts.component_names
-    if name not in known:
-        near = suggest(name, known)
-        what = f"`{parameter}` names `{name}`, which is no component of {found.facts.title}"
-        hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
-    elif found.facts.denoiser in found.components and name not in found.variant.components:
-        what = f"`{parameter}` names `{name}`, which has no part in the training of {found.variant.title}"
-        hint = f"its components: {', '.join(found.variant.components)}"
-    else:
-        return True
-    problems.append(Problem(what, hint, wrong_use=True))
-    return False
 
 
 def check_lora_checkpoint(

@@ -6,8 +6,9 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts
 from diffsynth_core.planning.components import FoundComponents
-from diffsynth_core.planning.lora_files import check_component, check_lora_checkpoint
+from diffsynth_core.planning.lora_files import check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
+from diffsynth_core.planning.trained import check_component
 from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 
