@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ENTRIES
 from tests.loras import RANK, TinyFamily, random_lora, save_lora
 
 ALONE = "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`"
@@ -198,3 +199,12 @@ def test_an_automatic_choice_rehearses(cli):
     assert outcome.code == 0, outcome.err
     assert "each of its 48 keys finds one of 24 modules of dit" in outcome.out
     assert "--lora_target_modules ''" in outcome.out
+
+
+def test_a_preset_is_not_merged_into_8_bit_floats(refuse, lora):
+    code, [(message, hint)] = refuse(*PRESET, lora, "--fp8_models", ENTRIES["dit"])
+    assert code == 2
+    assert message.startswith(
+        "`preset_lora_path` cannot be merged into `dit`, whose files `fp8_models` keeps in 8-bit floats"
+    )
+    assert hint == "take them out of `fp8_models`"

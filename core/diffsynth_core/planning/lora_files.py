@@ -90,6 +90,16 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
         return None
     if component is None or not fits or component not in found.components:
         return None
+    if found.components[component].float8:
+        problems.append(
+            Problem(
+                f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "
+                "most of the change would be lost in rounding",
+                "take them out of `fp8_models`",
+                wrong_use=True,
+            )
+        )
+        return None
     shapes = _module_shapes(component, found)
     try:
         return PresetLora(component, read_lora_file(path, shapes, found.facts.component(component).lora_naming), shapes)
