@@ -96,6 +96,17 @@ def test_parameters_of_pictures_without_pictures(refuse, arguments, name):
     assert refuse("--extra_inputs", "", *arguments, recipe=EDIT) == (2, [(message, hint)])
 
 
+def test_a_caption_without_a_place_is_told_with_its_row(cli, models, pairs, dataset):
+    metadata = pairs("coffee.png", "coffee.png")
+    rows = json.loads(metadata.read_text())
+    rows[1]["prompt"] = "word " * 4000
+    metadata.write_text(json.dumps(rows))
+    settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 2, "--max_pixels", 128 * 128)
+    outcome = cli("train", "--recipe", EDIT, "--dataset_base_path", dataset, *settings)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert f"error: row 2 `{dataset / 'chelsea.png'}`: a caption makes " in outcome.err
+
+
 def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
     pairs("coffee.png")
     message = f"there is no processor at `{tmp_path}/elsewhere`"

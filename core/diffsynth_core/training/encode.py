@@ -124,7 +124,11 @@ def _encode(
     with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
         for index, sample in raw:
             stop.raise_if_set()
-            encoded = family.encode(part.encoder, components, scale_pixels(sample, device))
+            try:
+                encoded = family.encode(part.encoder, components, scale_pixels(sample, device))
+            except DiffSynthError as error:
+                (problem,) = error.problems
+                raise DiffSynthError(f"{plan.samples.samples[index].name}: {problem.message}", problem.hint) from error
             _check_encoded(plan, part, index, encoded, memory)
             part.cache.write(part.keys[index], encoded)
             remark = family.left_out(part.encoder, components, sample)
