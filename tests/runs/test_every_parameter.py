@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ENTRIES, MODEL_ID, Outcome
+from tests.conftest import ENTRIES, Outcome
 
 RECIPE = ("--recipe", "qwen-image-lora", "--dataset_num_workers", 0, "--lora_rank", 2)
 SHORT = ("--dataset_repeat", 1, "--num_epochs", 1, "--max_steps", 2)
@@ -243,5 +243,40 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     assert f"internal error: Loaded: {expected}" in outcome.err
 
 
-def test_the_model_of_the_runs_is_the_one_that_is_named(run):
-    assert run(*SHORT).says(f"{MODEL_ID}:transformer")
+def test_data_is_loaded_by_so_many_workers(run, monkeypatch, tmp_path):
+    from diffsynth_core.training import encode, loader
+
+    asked = []
+    for module in (encode, loader):
+        real = module.iterate
+        monkeypatch.setattr(module, "iterate", lambda *given, real=real: asked.append(given[-1]) or real(*given))
+    run(*SHORT, "--cache_path", tmp_path / "own", "--dataset_num_workers", 2)
+    assert asked == [2, 2, 2]  # two encoders, then training
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("flux.1-dev-lora", "tokenizer_1_path"),
+        ("flux.1-dev-lora", "tokenizer_2_path"),
+        ("qwen-image-edit-lora", "processor_path"),
+    ],
+)
+def test_a_folder_is_looked_for_where_it_is_named(cli, recipe_models, photographs, monkeypatch, recipe, name):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(recipe)))
+    outcome = cli("train", "--recipe", recipe, "--dataset_base_path", photographs, f"--{name}", "elsewhere")
+    assert "at `elsewhere`" in outcome.err and f"hint: name its folder with `--{name}`" in outcome.err
+
+
+def test_zero_cond_t_changes_what_is_predicted(cli, recipe_models, photographs, tmp_path, monkeypatch):
+    recipe = "qwen-image-edit-2509-lora"
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(recipe)))
+    rows = [{"image": "chelsea.png", "edit_image": "coffee.png", "prompt": "a cat"}]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    losses = []
+    for flags in ((), ("--zero_cond_t",), ()):
+        folder = Path(f"out-{len(losses)}")
+        dataset = ("--dataset_base_path", photographs, "--dataset_metadata_path", tmp_path / "pairs.json")
+        small = (*SHORT, "--dataset_num_workers", 0, "--max_pixels", 4096, "--output_path", folder)
+        losses.append(Ended(cli("train", "--recipe", recipe, *dataset, *small, *flags), folder).metrics("loss"))
+    assert losses[0] == losses[2] and losses[0][0] != losses[1][0]

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth_core.config.documents import command_line, documented_values, format_value, recipe_schema, reference_page
+from diffsynth_core.config.documents import (
+    PROOFS,
+    command_line,
+    documented_values,
+    format_value,
+    recipe_schema,
+    reference_page,
+)
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
 from diffsynth_core.config.yaml_files import read_yaml
+
+ROOT = Path(__file__).parents[2]
 
 
 def read_command_line(values) -> Parameters:
@@ -222,16 +231,27 @@ def test_the_schema_explains_every_setting_and_nothing_else():
 
 
 def test_the_reference_page_has_one_row_for_each_setting():
-    page = reference_page()
+    page = reference_page({"learning_rate": "tests/x.py::y"})
     rows = re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)
     assert sorted(rows) == sorted(SETTINGS)
     assert re.findall(r"^## (.+)$", page, re.MULTILINE) == list(GROUPS.values())
-    assert "| `learning_rate` ¹ | float | `0.0001` |" in page
-    assert all(line.replace(r"\|", "").count("|") == 5 for line in page.splitlines() if line.startswith("|"))
+    assert "| `learning_rate` ¹ | float | `0.0001` |" in page and "| `tests/x.py::y` |" in page
+    assert all(line.replace(r"\|", "").count("|") == 6 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_every_parameter_that_works_names_a_test_that_is_there():
+    proofs = read_yaml(ROOT / PROOFS)
+    assert proofs.keys() == {name for name, setting in SETTINGS.items() if not setting.planned}
+    for name, proof in proofs.items():
+        path, _, rest = proof.partition("::")
+        function, _, case = rest.removesuffix("]").partition("[")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert f"\ndef {function}(" in text, proof
+        assert not case or (case == name and f'"{case}"' in text), proof
 
 
 def test_the_committed_documents_are_fresh():
     """`make docs` writes them; a changed declaration without it fails here."""
-    folder = Path(__file__).parents[2] / "docs"
-    assert (folder / "parameters.md").read_text(encoding="utf-8") == reference_page()
+    folder = ROOT / "docs"
+    assert (folder / "parameters.md").read_text(encoding="utf-8") == reference_page(read_yaml(ROOT / PROOFS))
     assert json.loads((folder / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()

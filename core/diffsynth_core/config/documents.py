@@ -8,7 +8,11 @@ from typing import Any
 
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS, STAGE_KEYS, STAGE_NAME
+from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.files import write_json, write_text
+
+PROOFS = Path("tests/proofs.yaml")
+"""Of a checkout: by parameter, the test that fails when it is ignored."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -87,8 +91,8 @@ def documented_values(parameters: Parameters) -> dict[str, Any]:
     return {name: value for name, value in as_plain(parameters).items() if SETTINGS[name].documented}
 
 
-def reference_page() -> str:
-    """`docs/parameters.md`."""
+def reference_page(proofs: Mapping[str, str]) -> str:
+    """`docs/parameters.md`; `proofs`: parameter -> the test that fails when it is ignored."""
     lines = [
         "# Parameters",
         "",
@@ -98,26 +102,34 @@ def reference_page() -> str:
         "override the file, which overrides the recipe, which overrides the default. Every flag that is true or false",
         "has a `--no-…` form.",
         "",
-        "Names marked ¹ are those of DiffSynth-Studio; names marked ² are known and refused in this version.",
+        "Names marked ¹ are those of DiffSynth-Studio; names marked ² are known and refused in this version. The last",
+        "column names the test that fails when the parameter is ignored.",
     ]
     for group, title in GROUPS.items():
-        lines += ["", f"## {title}", "", "| parameter | type | default | what it does |", "|---|---|---|---|"]
-        lines += [_reference_row(setting) for setting in SETTINGS.values() if setting.group == group]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| parameter | type | default | what it does | proved by |",
+            "|---|---|---|---|---|",
+        ]
+        rows = [setting for setting in SETTINGS.values() if setting.group == group]
+        lines += [_reference_row(setting, proofs.get(setting.name, "")) for setting in rows]
     return "\n".join(lines) + "\n"
 
 
-def _reference_row(setting: Setting) -> str:
+def _reference_row(setting: Setting, proof: str) -> str:
     marks = ("¹" if setting.documented else "") + ("²" if setting.planned else "")
     kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
     default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
-    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} |"
+    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {f'`{proof}`' if proof else ''} |"
 
 
 def write_documents(folder: Path) -> None:
-    """Write the reference page and the schema into the documentation folder."""
-    write_text(folder / "parameters.md", reference_page())
+    """Write the reference page and the schema into the documentation folder of a checkout."""
+    write_text(folder / "parameters.md", reference_page(read_yaml(folder.parent / PROOFS)))
     write_json(folder / "recipe.schema.json", recipe_schema())
 
 
