@@ -35,7 +35,14 @@ def test_the_model_is_told_by_the_name_of_its_files(origin, model_id):
     found = edit_model(origin)
     assert found.model_id == model_id
     assert found.one_picture == (model_id == "Qwen/Qwen-Image-Edit")
-    assert found.title == model_id.partition("/")[2]
+    guessed = not any(
+        name in origin for name in ("250", "251", "FireRed", "Qwen-Image-Edit:", "Qwen-Image-Edit/", "Edit\\")
+    )
+    assert found.guessed == guessed
+    name = model_id.partition("/")[2]
+    assert found.title == (
+        f"Qwen-Image, shown pictures as {name} (the name of its files tells no kind)" if guessed else name
+    )
 
 
 def test_without_pictures_to_edit_every_model_makes_pictures_from_text():

@@ -181,7 +181,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
         small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
         if small:
             return Problem(
-                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown",
+                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown to this model",
                 "replace the picture or take its row out",
             )
     return Sample(row.number, row.caption, target, references)

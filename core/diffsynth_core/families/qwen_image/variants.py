@@ -37,14 +37,17 @@ LARGEST_RATIO = 200
 @dataclass(frozen=True)
 class EditModel:
     """A published editing model. The first edits `one_picture`, which its text encoder sees as large as the VAE does;
-    in the later ones pictures are numbered, and the text encoder sees them smaller."""
+    in the later ones pictures are numbered, and the text encoder sees them smaller. `guessed`: nothing tells that it is
+    this one."""
 
     model_id: str
     one_picture: bool = False
+    guessed: bool = False
 
     @property
     def title(self) -> str:
-        return self.model_id.rpartition("/")[2]
+        name = self.model_id.rpartition("/")[2]
+        return f"Qwen-Image, shown pictures as {name} (the name of its files tells no kind)" if self.guessed else name
 
 
 EDIT_MODELS = (
@@ -53,7 +56,7 @@ EDIT_MODELS = (
     (r"FireRed-Image-Edit-1\.1", EditModel("FireRedTeam/FireRed-Image-Edit-1.1")),
     (r"FireRed-Image-Edit", EditModel("FireRedTeam/FireRed-Image-Edit-1.0")),
     (r"(^|[/\\,\s]|--)Qwen-Image-Edit([/\\:,\s]|$)", EditModel("Qwen/Qwen-Image-Edit", one_picture=True)),
-    (r"", EditModel("Qwen/Qwen-Image-Edit-2509")),
+    (r"", EditModel("Qwen/Qwen-Image-Edit-2509", guessed=True)),
 )
 """(what is found in the name of the denoiser's files, the model that they are taken for), first match wins."""
 
