@@ -110,15 +110,21 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
 
     environment = dict(os.environ)
     config = find_config(accelerate_config)
-    kind = str(read_yaml(config).get("distributed_type", "NO")) if config else "NO"
+    configured = read_yaml(config) if config else {}
+    machines = int(configured.get("num_machines") or 1)
     if device == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
-    elif torch.accelerator.device_count() < processes:
+    elif torch.accelerator.device_count() < processes // machines:
         there = torch.accelerator.device_count()
-        raise DiffSynthError(f"{processes} processes need as many GPUs, {there} are there", f"ask for {there}")
+        raise DiffSynthError(
+            f"{processes // machines} processes on this machine need as many GPUs, {there} are there",
+            f"ask for {there * machines} in all",
+        )
     options = ["--num_processes", str(processes), *(["--config_file", str(config)] if config else UNCONFIGURED)]
     # `--multi_gpu` stands for any kind of several processes; without it the launcher starts one and says nothing.
-    options += ["--multi_gpu"] if kind in STARTED_ALONE and processes > 1 else []
+    options += ["--multi_gpu"] if configured.get("distributed_type", "NO") in STARTED_ALONE and processes > 1 else []
+    # A free port, so that another run on this machine is not in the way.
+    options += ["--main_process_port", "0"] if machines == 1 and not configured.get("main_process_port") else []
     command = [*LAUNCHER, *options, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with (
         subprocess.Popen(command, env=environment, start_new_session=True) as launcher,

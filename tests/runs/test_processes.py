@@ -46,7 +46,7 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
     )
 
 
-TWO = ("--multi_gpu", "--num_processes", "2")
+TWO = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
 OURS, THEIRS = (("--num_processes", "2"), ()), (("--find_unused_parameters",), TWO)
