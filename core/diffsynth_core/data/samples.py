@@ -244,9 +244,14 @@ def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
     )
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a cell of JSON holds nothing: null, or the NaN that tables are exported with."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def _caption(value: Any, column: str, where: str) -> str:
     """The caption as it stands; an empty cell is an empty caption."""
-    if value is None or (isinstance(value, float) and value != value):
+    if _is_empty(value):
         return ""
     if not isinstance(value, str):
         raise DiffSynthError(
@@ -269,8 +274,12 @@ def _media_paths(value: Any, column: str, base: Path, where: str, most: int | No
         raise DiffSynthError(f"{where}: column `{column}` lists {len(names)} files, expected {expected}", hint)
     paths = []
     for name in names:
-        if not isinstance(name, str) or not name.strip():
+        if _is_empty(name) or (isinstance(name, str) and not name.strip()):
             raise DiffSynthError(f"{where}: column `{column}` is empty", "name the file, or take the row out")
+        if not isinstance(name, str):
+            raise DiffSynthError(
+                f"{where}: column `{column}` holds `{json.dumps(name)}`, expected a path", "write the path as a text"
+            )
         paths.append(base / name.strip())
         if not paths[-1].is_file():
             raise DiffSynthError(
