@@ -223,3 +223,23 @@ def test_flags_of_the_reference_trainer_that_are_not_known_here(refuse, name):
         2,
         [(f"`{name}` (command line) is not supported yet", "leave it out")],
     )
+
+
+def test_tokenizers_of_other_models(refuse, pairs, models):
+    pairs("coffee.png", column="kontext_images")
+    dev = models / "black-forest-labs/FLUX.1-dev"
+    t5 = json.loads((dev / "tokenizer_2/tokenizer.json").read_text())
+    t5["model"]["vocab"] += [[f"more{number}", -9.0] for number in range(4000)]
+    umt5 = models / "umt5"
+    umt5.mkdir()
+    (umt5 / "tokenizer.json").write_text(json.dumps(t5))
+    code, problems = refuse(
+        *("--tokenizer_1_path", dev / "tokenizer_2", "--tokenizer_2_path", umt5),
+        recipe=KONTEXT,
+    )
+    (clip, clip_hint), (large, large_hint) = problems
+    what = f"`{dev}/tokenizer_2/tokenizer.json` is not the CLIP tokenizer of the text_encoder_1"
+    assert (code, clip) == (1, f"{what}: it is of the kind Unigram, not BPE")
+    assert large.startswith(f"`{umt5}/tokenizer.json` is not the T5 tokenizer of the text_encoder_2: it has ")
+    assert large_hint == "name its folder with `--tokenizer_2_path`"
+    assert clip_hint == "name its folder with `--tokenizer_1_path`"

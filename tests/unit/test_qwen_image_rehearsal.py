@@ -59,7 +59,7 @@ def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written
 def test_a_processor_is_named_as_a_path_or_below_the_models_and_read_only_with_pictures_to_edit(written, given, inputs):
     problems: list[Problem] = []
     parameters = Parameters(processor_path=given.format(base=written), extra_inputs=inputs)
-    found = find_tokenizers(parameters, QWEN_IMAGE, {}, written, problems)
+    found = find_tokenizers(parameters, QWEN_IMAGE, {}, {}, written, problems)
     assert problems == []
     assert found == ({"processor_path": written / "Qwen/Qwen-Image-Edit/processor"} if inputs else {})
 

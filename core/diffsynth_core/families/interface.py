@@ -235,6 +235,8 @@ class TokenizerFacts:
     `what`: what messages call it.
     `inputs`: it is needed with one of these extra inputs only; blank: always.
     `layouts`: sets of files of which one must be whole in the folder. `files`: all that its output depends on.
+    `model`: the kind of model that tokenizer.json says it is; blank: any.
+    `embedding`: the tensor of the component, by the name in our module, that has a row for each token; blank: unknown.
     """
 
     component: str
@@ -247,6 +249,8 @@ class TokenizerFacts:
     )
     what: str = "tokenizer"
     inputs: tuple[str, ...] = ()
+    model: str = ""
+    embedding: str = ""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def find_components(
     problems += _misfits(facts, variant, components, shapes)
     for parameter in ("fp8_models", "offload_models"):
         _check_entries(parameters, parameter, problems)
-    tokenizers = find_tokenizers(parameters, facts, components, base, problems)
+    tokenizers = find_tokenizers(parameters, facts, components, shapes, base, problems)
     return FoundComponents(facts, variant, components, shapes, tokenizers)
 
 

@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, TokenizerFacts
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
 from diffsynth_core.sources.model_files import locate_folder
 
 
@@ -15,6 +16,7 @@ def find_tokenizers(
     parameters: Parameters,
     facts: FamilyFacts,
     components: Mapping[str, ComponentFiles],
+    shapes: Mapping[str, Shapes],
     base: Path,
     problems: list[Problem],
 ) -> dict[str, Path]:
@@ -32,7 +34,8 @@ def find_tokenizers(
         folder = next((folder for place in places if (folder := locate_folder(place, base))), None)
         if folder:
             found[parameter] = folder
-            problems += _folder_problems(folder, tokenizer, parameter)
+            rows = shapes.get(tokenizer.component, {}).get(tokenizer.embedding, (None,))[0]
+            problems += _folder_problems(folder, tokenizer, parameter, rows)
         else:
             shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
             there = " nor at ".join(f"`{place}`" for place in shown)
@@ -51,8 +54,11 @@ def _absolute(place: str, base: Path) -> Path:
     return base / model_id / folder if colon else Path(place)
 
 
-def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str) -> list[Problem]:
-    """What makes a tokenizer folder unreadable, without loading it."""
+def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, rows: int | None) -> list[Problem]:
+    """What makes a tokenizer folder unreadable, or that of another model, without loading it.
+
+    `rows`: how many tokens the text encoder knows; None where that is not known.
+    """
     hint = f"fetch the folder again, or name another with `--{parameter}`"
     layout = next((layout for layout in tokenizer.layouts if all((folder / name).is_file() for name in layout)), None)
     if layout is None:
@@ -61,8 +67,30 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str) ->
     for name in layout:
         try:
             text = (folder / name).read_text(encoding="utf-8")
-            if name.endswith(".json"):
-                json.loads(text)
+            content = json.loads(text) if name.endswith(".json") else None
         except ValueError as error:
             return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: `{name}` is damaged: {error}", hint)]
+        fault = _misfit(name, content, tokenizer, rows)
+        if fault:
+            return [
+                Problem(
+                    f"`{folder / name}` is not the {tokenizer.what} of the {tokenizer.component}: {fault}",
+                    f"name its folder with `--{parameter}`",
+                )
+            ]
     return []
+
+
+def _misfit(name: str, content: Any, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
+    """Why a file of a tokenizer is that of another model: its kind, or tokens that the text encoder has no row for."""
+    if not isinstance(content, dict) or name not in ("tokenizer.json", "vocab.json"):
+        return None
+    model = content.get("model") if name == "tokenizer.json" else {"vocab": content}
+    if not isinstance(model, dict):
+        return None
+    kind, tokens = model.get("type"), model.get("vocab")
+    if tokenizer.model and kind and kind != tokenizer.model:
+        return f"it is of the kind {kind}, not {tokenizer.model}"
+    if rows is not None and isinstance(tokens, dict | list) and len(tokens) > rows:
+        return f"it has {len(tokens)} tokens, the text encoder knows {rows}"
+    return None

@@ -147,7 +147,12 @@ FLUX = FamilyFacts(
     text_column="prompt",
     tokenizers={
         "tokenizer_1_path": TokenizerFacts(
-            "text_encoder_1", ("../tokenizer",), "black-forest-labs/FLUX.1-dev:tokenizer", what="CLIP tokenizer"
+            "text_encoder_1",
+            ("../tokenizer",),
+            "black-forest-labs/FLUX.1-dev:tokenizer",
+            what="CLIP tokenizer",
+            model="BPE",
+            embedding="embeddings.token_embedding.weight",
         ),
         "tokenizer_2_path": TokenizerFacts(
             "text_encoder_2",
@@ -155,6 +160,8 @@ FLUX = FamilyFacts(
             "black-forest-labs/FLUX.1-dev:tokenizer_2",
             layouts=(("tokenizer.json",),),
             what="T5 tokenizer",
+            model="Unigram",
+            embedding="shared.weight",
         ),
     },
     fits=(

@@ -117,6 +117,8 @@ FLUX2 = FamilyFacts(
             ("../tokenizer",),
             "black-forest-labs/FLUX.2-klein-4B:tokenizer",
             files=(*TokenizerFacts.files, "chat_template.jinja"),
+            model="BPE",
+            embedding="model.embed_tokens.weight",
         )
     },
     fits=(

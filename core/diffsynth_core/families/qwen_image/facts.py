@@ -51,7 +51,13 @@ QWEN_IMAGE = FamilyFacts(
     variant=variant,
     text_column="prompt",
     tokenizers={
-        "tokenizer_path": TokenizerFacts("text_encoder", ("../tokenizer",), "Qwen/Qwen-Image:tokenizer"),
+        "tokenizer_path": TokenizerFacts(
+            "text_encoder",
+            ("../tokenizer",),
+            "Qwen/Qwen-Image:tokenizer",
+            model="BPE",
+            embedding="model.language_model.embed_tokens.weight",
+        ),
         "processor_path": TokenizerFacts(
             "text_encoder",
             ("../processor",),

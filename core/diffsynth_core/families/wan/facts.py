@@ -165,6 +165,8 @@ WAN = FamilyFacts(
             ("google/umt5-xxl", "../tokenizer"),
             "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl",
             layouts=(("tokenizer.json",),),
+            model="Unigram",
+            embedding="shared.weight",
         )
     },
     fits=(
