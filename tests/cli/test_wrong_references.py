@@ -243,3 +243,10 @@ def test_tokenizers_of_other_models(refuse, pairs, models):
     assert large.startswith(f"`{umt5}/tokenizer.json` is not the T5 tokenizer of the text_encoder_2: it has ")
     assert large_hint == "name its folder with `--tokenizer_2_path`"
     assert clip_hint == "name its folder with `--tokenizer_1_path`"
+
+
+def test_one_tokenizer_for_a_family_of_two(refuse, pairs):
+    pairs("coffee.png", column="kontext_images")
+    code, problems = refuse("--tokenizer_path", "anywhere", recipe=KONTEXT)
+    assert code == 2 and len(problems) == 1
+    assert "`tokenizer_path`" in problems[0][0]

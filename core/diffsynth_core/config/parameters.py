@@ -457,6 +457,7 @@ class Parameters(BaseModel):
         "family",
         "str",
         "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        families=("qwen-image", "wan", "flux2"),
     )
     processor_path: FolderName | None = _setting(
         None,
