@@ -250,3 +250,9 @@ def test_one_tokenizer_for_a_family_of_two(refuse, pairs):
     code, problems = refuse("--tokenizer_path", "anywhere", recipe=KONTEXT)
     assert code == 2 and len(problems) == 1
     assert "`tokenizer_path`" in problems[0][0]
+
+
+def test_a_transformer_that_is_not_there_without_a_recipe(refuse, models):
+    entries = klein(dit="black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors")
+    ((message, _),) = refuse(*entries, "--lora_base_model", "dit", recipe=None)[1]
+    assert "nothing matches `black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors`" in message

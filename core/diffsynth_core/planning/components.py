@@ -63,7 +63,8 @@ def find_components(
     file_sets, missing = locate(parameters.model_paths, entries, base, _copies(family))
     problems += missing
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
-    facts = _family(family, headers, problems)
+    complete = len(headers) == len(entries) + len(parameters.model_paths)
+    facts = _family(family, headers, complete, problems)
     if facts is None:
         return None
     assigned = _assign(headers, facts, parameters, problems)
@@ -76,7 +77,7 @@ def find_components(
         denoiser.origin if denoiser else "",
         problems,
     )
-    if len(headers) == len(entries) + len(parameters.model_paths):
+    if complete:
         problems += [
             _missing(facts.component(name), variant)
             for name in variant.components
@@ -263,8 +264,12 @@ def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader]
 
 
 def _family(
-    family: str | None, headers: list[tuple[FileSet, dict[str, TensorHeader]]], problems: list[Problem]
+    family: str | None,
+    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    complete: bool,
+    problems: list[Problem],
 ) -> FamilyFacts | None:
+    """The family asked for, else that of the transformer; a file set that is missing (not `complete`) may be it."""
     if family:
         if family not in FAMILIES:
             problems.append(unknown_family(family))
@@ -273,7 +278,7 @@ def _family(
         facts = recognise_family(tensors)
         if facts:
             return facts
-    if headers:
+    if headers and complete:
         problems.append(
             Problem(
                 "none of the model files is a diffusion transformer of a known family",
