@@ -18,7 +18,8 @@ from diffsynth_core.training.activations import HostActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
-from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
+from diffsynth_core.training.objective import Turn
+from diffsynth_core.training.objectives import make_objective
 
 
 class TrainingModule(nn.Module):
@@ -40,26 +41,22 @@ class TrainingModule(nn.Module):
         self._parameters_of_run = plan.parameters
         self._live = tuple(part.encoder for part in encodings.encoders if part.live)
         self._tokenizers = dict(tokenizers)
-        sigmas = family.sigmas()
-        self.register_buffer("sigmas", sigmas, persistent=False)
-        self.register_buffer("weights", timestep_weights(sigmas), persistent=False)
-        self.sigmas: Tensor
-        self.weights: Tensor
+        self.objective = make_objective(plan, family)
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
-        """The weighted loss of each sample, `[B]` float32."""
-        batch = self._encode(micro_batch)
-        latents = batch["latents"].float()
-        settings, epoch = self._parameters_of_run, micro_batch.epoch
-        keys = [(settings.seed, epoch, occurrence.sample, occurrence.repeat) for occurrence in micro_batch.occurrences]
-        noise = torch.stack([draw_noise(*key, shape=latents.shape[1:]) for key in keys]).to(latents.device)
-        low, high = settings.min_timestep_boundary, settings.max_timestep_boundary
-        timesteps = torch.tensor([draw_timestep(*key, low=low, high=high) for key in keys], device=latents.device)
-        sigma = self.sigmas[timesteps]
-        noisy = add_noise(latents, noise, sigma, batch.get("given"))
-        with HostActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
-            prediction = self._family.predict_velocity(self._known(), noisy, sigma, batch)
-        return velocity_loss(prediction, latents, noise, self.weights[timesteps], batch.get("given"))
+        """The loss of each sample, `[B]` float32."""
+        batch, settings = self._encode(micro_batch), self._parameters_of_run
+
+        def predict(noisy: Tensor, sigma: Tensor) -> Tensor:
+            with HostActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
+                return self._family.predict_velocity(self._known(), noisy, sigma, batch)
+
+        turns = [
+            Turn(settings.seed, micro_batch.epoch, occurrence.sample, occurrence.repeat)
+            for occurrence in micro_batch.occurrences
+        ]
+        losses: Tensor = self.objective(predict, batch, turns)
+        return losses
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by `<component>.<name>`."""
@@ -67,7 +64,7 @@ class TrainingModule(nn.Module):
 
     def _encode(self, micro_batch: MicroBatch) -> Encoded:
         """The batch on the device; what encoders in training make is made here, with gradients."""
-        device = self.sigmas.device
+        device = next(self.components.parameters()).device
         samples = []
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
             sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}

@@ -1,11 +1,71 @@
-"""Flow matching: noise, timesteps, weights and loss, as pure functions of their keys."""
+"""What training minimises: the objective, and flow matching with its noise, timesteps, weights and loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffsynth_core.families.family import Encoded
 from diffsynth_core.randomness import key_of
 
 TABLE_SIZE = 1000
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> the model's estimate of noise - latents, in x_t's shape."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One sample in one pass of an epoch: all that its random numbers depend on."""
+
+    seed: int
+    epoch: int
+    sample: int
+    repeat: int
+
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        return self.seed, self.epoch, self.sample, self.repeat
+
+
+class Objective(nn.Module, ABC):
+    """What training minimises; the model is only asked for velocities. It has nothing to train of its own."""
+
+    @abstractmethod
+    def forward(self, predict: Velocity, batch: Encoded, turns: Sequence[Turn]) -> Tensor:
+        """The loss of each sample, `[B]` float32.
+
+        Args:
+            predict: the model, asked about the samples of `batch`.
+            batch: what the family's `collate` made.
+            turns: one for each sample of the batch.
+        """
+
+
+class FlowMatching(Objective):
+    """`sft`: the weighted error of the velocity at one drawn timestep."""
+
+    def __init__(self, sigmas: Tensor, low: float, high: float) -> None:
+        """Args:
+        sigmas: the family's table, `[1000]` float32.
+        low, high: the part of it that is trained on, as shares of 1.
+        """
+        super().__init__()
+        self._low, self._high = low, high
+        self.register_buffer("sigmas", sigmas, persistent=False)
+        self.register_buffer("weights", timestep_weights(sigmas), persistent=False)
+        self.sigmas: Tensor
+        self.weights: Tensor
+
+    def forward(self, predict: Velocity, batch: Encoded, turns: Sequence[Turn]) -> Tensor:
+        latents, given = batch["latents"].float(), batch.get("given")
+        noise = torch.stack([draw_noise(*turn.key, shape=latents.shape[1:]) for turn in turns]).to(latents.device)
+        drawn = [draw_timestep(*turn.key, low=self._low, high=self._high) for turn in turns]
+        timesteps = torch.tensor(drawn, device=latents.device)
+        sigma = self.sigmas[timesteps]
+        prediction = predict(add_noise(latents, noise, sigma, given), sigma)
+        return velocity_loss(prediction, latents, noise, self.weights[timesteps], given)
 
 
 def timestep_weights(sigmas: Tensor) -> Tensor:

@@ -1,0 +1,22 @@
+"""The objectives there are, in one table."""
+
+from collections.abc import Callable
+
+from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.families.family import Family
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.training.objective import FlowMatching, Objective
+
+
+def _flow_matching(plan: Plan, family: Family) -> Objective:
+    settings = plan.parameters
+    return FlowMatching(family.sigmas(), settings.min_timestep_boundary, settings.max_timestep_boundary)
+
+
+OBJECTIVES: dict[str, Callable[[Plan, Family], Objective]] = {"sft": _flow_matching}
+"""Objective of a task -> what makes it for a run."""
+
+
+def make_objective(plan: Plan, family: Family) -> Objective:
+    """What the task of a run minimises."""
+    return OBJECTIVES[TASKS[plan.parameters.task].objective](plan, family)
