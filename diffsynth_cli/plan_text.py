@@ -13,32 +13,60 @@ SHOWN_SIZES = 6
 
 def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     """What a run will do, a fact a line."""
-    parameters, steps, batches = plan.parameters, plan.steps, plan.batches
-    yield f"{plan.variant.title} on {plan.device}, precision {plan.mixed_precision}, seed {parameters.seed}"
+    yield f"{plan.variant.title} on {plan.device}, precision {plan.mixed_precision}, seed {plan.parameters.seed}"
+    yield from _component_lines(plan)
+    yield from _sample_lines(plan)
+    if plan.task.trains:
+        yield from _step_lines(plan)
+    yield from _encoding_lines(plan, reporter)
+    yield f"Output to `{plan.parameters.output_path}`"
+
+
+def _component_lines(plan: Plan) -> Iterator[str]:
     for name, files in plan.components.items():
         size = sum(path.stat().st_size for path in files.paths)
         yield f"  {name:<14} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
+    for name, files in plan.idle.items():
+        yield f"  {name:<14} {files.origin}, not loaded by `{plan.task.name}`"
+    if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
+        yield f"  without a {plan.facts.denoiser} the files named and `extra_inputs` tell the kind of model: {plan.variant.title}"
     if plan.training.lora_rule:
         yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
-    samples = plan.samples.samples
+
+
+def _sample_lines(plan: Plan) -> Iterator[str]:
+    parameters, samples = plan.parameters, plan.samples.samples
     sizes = Counter(sample.target.shape for sample in samples)
     yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {_counted(sizes)}"
+    if plan.encoded:
+        origin = plan.encoded.origin
+        yield f"  encoded beforehand for {origin.kind}, precision {origin.precision}: neither metadata nor media are read"
     if plan.variant.references and parameters.batch_size > 1:
-        yield f"  {len(batches.buckets)} kinds of batches, for the pictures shown have sizes too"
-    if parameters.height and parameters.width:
-        yield f"  each is scaled to cover {parameters.width} x {parameters.height} and cut at the centre"
-    if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
-        rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
-        yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
+        yield f"  {len(plan.batches.buckets)} kinds of batches, for the pictures shown have sizes too"
+    if not plan.encoded:
+        yield from _transform_lines(plan)
     for shown in plan.variant.references:
         pictures = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
         yield f"  shown {shown.name}: {_counted(Counter(excerpt.shape for excerpt in pictures))}"
     for note in plan.samples.notes:
         yield f"  {note}"
+
+
+def _transform_lines(plan: Plan) -> Iterator[str]:
+    parameters = plan.parameters
+    if parameters.height and parameters.width:
+        yield f"  each is scaled to cover {parameters.width} x {parameters.height} and cut at the centre"
+    if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
+        rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
+        yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
+
+
+def _step_lines(plan: Plan) -> Iterator[str]:
+    parameters, steps = plan.parameters, plan.steps
     yield (
-        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {batches.samples_per_epoch} samples; "
+        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
     )
     low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
@@ -46,18 +74,23 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
     for note in plan.start.notes:
         yield f"  {note}"
-    if encodings_are_known(plan):
-        for part in plan_encodings(plan, reporter).encoders:
-            done = len(part.keys) - len(part.missing)
-            loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
-            yield f"  {part.encoder.name:<14} " + (
-                "made anew in every step"
-                if part.live
-                else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
-            )
-    else:
-        yield "  encodings are made once and kept in the cache"
-    yield f"Output to `{parameters.output_path}`"
+
+
+def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
+    if plan.encoded:
+        return
+    if not encodings_are_known(plan):
+        where = "the cache" if plan.task.trains else "the output"
+        yield f"  encodings are made once and kept in {where}"
+        return
+    for part in plan_encodings(plan, reporter).encoders:
+        done = len(part.keys) - len(part.missing)
+        loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
+        yield f"  {part.encoder.name:<14} " + (
+            "made anew in every step"
+            if part.live
+            else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
+        )
 
 
 def _kinds(modules: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """One training command in the terminal: plan, rehearse or train stage after stage, and tell how each ended."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
-from diffsynth_core.progress import Reporter, SilentReporter
+from diffsynth_core.progress import Reporter, SilentReporter, count_of, format_bytes
 
 if TYPE_CHECKING:
+    from diffsynth_core.data.encoded_samples import EncodedSamples
     from diffsynth_core.planning.plan import Plan
     from diffsynth_core.training.rehearsal import Rehearsal
     from diffsynth_core.training.stop import StopRequest
@@ -106,7 +108,6 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
-    from diffsynth_core.training.loop import train
     from diffsynth_core.training.stop import listen_for_stop
 
     plans = _make_plans(stages, reporter, world_size)
@@ -121,7 +122,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                     stop.raise_if_set()
                     _let_go(plan, reporter)
                 _announce(stage, plan, reporter)
-                result = train(plan, reporter, stop)
+                tell = _carry_out(stage, plan, reporter, stop)
             except Interrupted as error:
                 if stage == first:
                     raise
@@ -130,8 +131,20 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                 what = f"stage {stage} {error.problems[0].message}"
                 raise Interrupted(stopped_by, what, "go on with `--resume auto`") from error
             if not reporter.quiet:
-                _tell_results(stage, result.folder / result.record.checkpoints[-1].file, result.folder)
+                tell()
     return 0
+
+
+def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
+    """Train, or encode for a training to come; returns what tells of it."""
+    if not plan.task.trains:
+        from diffsynth_core.training.process_data import process_data
+
+        return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan)
+    from diffsynth_core.training.loop import train
+
+    result = train(plan, reporter, stop)
+    return partial(_tell_results, stage, result.folder / result.record.checkpoints[-1].file, result.folder)
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
@@ -207,3 +220,11 @@ def _tell_results(stage: str | None, checkpoint: Path, folder: Path) -> None:
     typer.echo(f"Checkpoint  {checkpoint}")
     typer.echo(f"Metrics     {folder / METRICS}")
     typer.echo(f"Log         {folder / LOG}")
+
+
+def _tell_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan") -> None:
+    if stage:
+        typer.echo(f"Stage       {stage}")
+    size = sum(dict(encoded.paths()).values())
+    typer.echo(f"Encoded     {encoded.folder} ({count_of(len(encoded.samples), 'sample')}, {format_bytes(size)})")
+    typer.echo(f"Train with  --task {plan.task.second_half} --dataset_base_path {encoded.folder}")

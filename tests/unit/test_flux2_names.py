@@ -178,7 +178,7 @@ def test_every_parameter_of_the_transformer_gets_a_gradient():
 def test_klein_9b_is_told_by_its_single_blocks():
     for blocks, model_id in ((20, "black-forest-labs/FLUX.2-klein-4B"), (24, "black-forest-labs/FLUX.2-klein-9B")):
         shapes = {f"single_transformer_blocks.{block}.attn.to_out.weight": (1, 1) for block in range(blocks)}
-        assert variant(shapes, (), "").model_id == model_id
+        assert variant({"dit": shapes}, (), "").model_id == model_id
 
 
 def test_reference_pictures_are_there_when_asked_for():
@@ -198,7 +198,7 @@ def test_reference_pictures_are_there_when_asked_for():
 )
 def test_flux2_dev_is_refused(shapes):
     with pytest.raises(DiffSynthError, match=r"`here` is the transformer of FLUX\.2-dev, which is not supported yet"):
-        variant(shapes, (), "here")
+        variant({"dit": shapes}, (), "here")
 
 
 def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):

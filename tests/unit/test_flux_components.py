@@ -217,7 +217,7 @@ def published_shapes(**changes: object) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("inputs", [(), ("kontext_images",)])
 def test_all_transformers_with_guidance_can_be_shown_pictures(origin, title, model_id, inputs):
     for shapes in ({}, published_shapes()):
-        variant = FLUX.variant(shapes, inputs, origin)
+        variant = FLUX.variant({"dit": shapes}, inputs, origin)
         assert (variant.title, variant.model_id) == (title, model_id)
         assert variant.components == FLUX.component_names
         assert (variant.takes, variant.needs) == (("kontext_images",), ())
@@ -236,7 +236,7 @@ def test_all_transformers_with_guidance_can_be_shown_pictures(origin, title, mod
 )
 def test_kinds_that_are_not_trained_are_told(changes, message):
     with pytest.raises(DiffSynthError, match=message):
-        FLUX.variant(published_shapes(**changes), (), "")
+        FLUX.variant({"dit": published_shapes(**changes)}, (), "")
 
 
 # Reference pictures

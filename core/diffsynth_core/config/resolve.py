@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Layer, Recipe, load_recipe, load_recipe_file, unknown_parameter
+from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
 COMMAND_LINE = "command line"
@@ -285,6 +286,15 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
                 wrong_use=True,
             )
         )
+    task = TASKS[parameters.task]
+    if parameters.rehearse and not (task.encodes and task.trains):
+        problems.append(
+            Problem(
+                f"`rehearse` rehearses a whole run, `task` `{task.name}` is one half",
+                f"rehearse with `--task {task.objective}`",
+                wrong_use=True,
+            )
+        )
     if parameters.resume and parameters.rehearse:
         problems.append(
             Problem(
@@ -309,6 +319,10 @@ def _unsupported(parameters: Parameters, family: str | None, origins: Mapping[st
                     wrong_use=True,
                 )
             )
-    if parameters.task != "sft":
-        problems.append(Problem(f"`task` `{parameters.task}` is not supported yet", "use `sft`", wrong_use=True))
+    if TASKS[parameters.task].objective != "sft":
+        problems.append(
+            Problem(
+                f"`task` `{parameters.task}` is not supported yet", "give one of the tasks of `sft`", wrong_use=True
+            )
+        )
     return problems

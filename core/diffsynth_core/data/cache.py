@@ -6,6 +6,7 @@ not at all, never changed, and shared between runs and processes.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,21 +25,42 @@ def encoding_key(**parts: Any) -> str:
 
 
 class EncodingCache:
-    """Entries below one folder, by family and encoder."""
+    """Entries below one folder, by family and encoder.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    `behind`: a cache whose entries count as those of this one; `fetch` brings them here.
+    """
+
+    def __init__(self, folder: Path, behind: "EncodingCache | None" = None) -> None:
+        self._folder, self._behind = folder, behind
 
     def path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         """Whether the entry is there and whole; one that a fault of the disk cut short is made anew."""
+        return self._is_here(key) or (self._behind is not None and self._behind.has(key))
+
+    def _is_here(self, key: str) -> bool:
         try:
             read_header(self.path(key))
         except DiffSynthError:
             return False
         return True
+
+    def fetch(self, key: str) -> None:
+        """Bring an entry here that only the cache behind has: as the same file where the disk can, else as a copy.
+
+        Raises:
+            DiffSynthError: when the entry is gone, or the disk refuses.
+        """
+        if self._behind is None or self._is_here(key):
+            return
+        source = self._behind.path(key)
+        with replacing(self.path(key)) as temporary:
+            try:
+                temporary.hardlink_to(source)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(source, temporary)
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
         """Keep what an encoder made of one sample."""

@@ -196,8 +196,9 @@ class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
     `model_ids`: patterns (fnmatch) of the hub repositories of its models.
-    `variant`: shapes of the denoiser (our names), the extra inputs asked for, and what the user wrote for its files ->
-    what that kind of model needs; a kind that is not trained raises DiffSynthError.
+    `variant`: shapes by component (our names), the extra inputs asked for, and what the user wrote for the denoiser's
+    files, or for all files where the denoiser is not among them -> what that kind of model needs; a kind that is not
+    trained raises DiffSynthError. Without the denoiser, the other components tell as much as they can.
     `strangers`: files of related models that are easily taken for a component.
     `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
     here -> what they are.
@@ -211,7 +212,7 @@ class FamilyFacts:
     model_ids: tuple[str, ...]
     components: tuple[ComponentFacts, ...]
     denoiser: str
-    variant: Callable[[Shapes, tuple[str, ...], str], Variant]
+    variant: Callable[[Mapping[str, Shapes], tuple[str, ...], str], Variant]
     text_column: str
     tokenizers: Mapping[str, "TokenizerFacts"]
     fits: tuple[Fit, ...] = ()

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger, Variant
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
+    family_of_model,
     find_stranger,
     load_family,
     not_trained,
@@ -20,6 +23,7 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
+from diffsynth_core.planning.halves import components_of, kind_problems, trained_encoders
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.sources.model_files import FileSet, locate, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
@@ -29,7 +33,8 @@ from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shape
 class FoundComponents:
     """The components of a run, the shapes of their tensors (by the names of our modules), and tokenizer folders.
 
-    `variant`: what the denoiser is trained for; when the denoiser is missing, what most models of the family are.
+    `variant`: what the denoiser is trained for; when it is missing, what the other components tell.
+    `idle`: components that are named and that the task does not load.
     """
 
     facts: FamilyFacts
@@ -37,14 +42,22 @@ class FoundComponents:
     components: Mapping[str, ComponentFiles]
     shapes: Mapping[str, Shapes]
     tokenizers: Mapping[str, Path]
+    idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
 
 
 def find_components(
-    parameters: Parameters, family: str | None, base: Path, problems: list[Problem]
+    parameters: Parameters,
+    family: str | None,
+    base: Path,
+    problems: list[Problem],
+    encoded: EncodedSamples | None = None,
 ) -> FoundComponents | None:
     """Recognise the components in the files that the model parameters name.
 
     Adds to `problems`; None when not even the family can be told.
+
+    Args:
+        encoded: the samples that a second half trains on; what made them must fit the denoiser.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
@@ -69,25 +82,25 @@ def find_components(
         return None
     assigned = _assign(headers, facts, parameters, problems)
     components, shapes = assigned.components, assigned.shapes
-    denoiser = components.get(facts.denoiser)
-    variant = _variant(
-        facts,
-        shapes.get(facts.denoiser, {}),
-        parameters.extra_inputs,
-        denoiser.origin if denoiser else "",
-        problems,
-    )
+    variant = _variant(parameters, facts, components, shapes, problems)
+    task = TASKS[parameters.task]
+    needed = components_of(task, variant)
     if complete:
         problems += [
             _missing(facts.component(name), variant)
             for name in variant.components
-            if name not in components and name not in assigned.told
+            if name in needed and name not in components and name not in assigned.told
         ]
-    problems += _misfits(facts, variant, components, shapes)
+    problems += trained_encoders(parameters, task, variant)
+    problems += _misfits(facts, variant, {name: files.origin for name, files in components.items()}, shapes)
+    problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
     for parameter in ("fp8_models", "offload_models"):
         _check_entries(parameters, parameter, problems)
-    tokenizers = find_tokenizers(parameters, facts, components, shapes, base, problems)
-    return FoundComponents(facts, variant, components, shapes, tokenizers)
+    whole = task.encodes and task.trains
+    used = {name: files for name, files in components.items() if whole or name in needed}
+    idle = {name: files for name, files in components.items() if name not in used}
+    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, problems) if task.encodes else {}
+    return FoundComponents(facts, variant, used, shapes, tokenizers, idle)
 
 
 def refused_models(entries: Iterable[str]) -> list[Problem]:
@@ -104,14 +117,22 @@ def refused_models(entries: Iterable[str]) -> list[Problem]:
 
 
 def _variant(
-    facts: FamilyFacts, shapes: Shapes, inputs: tuple[str, ...], origin: str, problems: list[Problem]
+    parameters: Parameters,
+    facts: FamilyFacts,
+    components: Mapping[str, ComponentFiles],
+    shapes: Mapping[str, Shapes],
+    problems: list[Problem],
 ) -> Variant:
     """What the denoiser is trained for; of a kind that is not trained, which is told, what most of the family are."""
+    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
+    beside = [given for parameter in facts.tokenizers if (given := getattr(parameters, parameter))]
+    denoiser = components.get(facts.denoiser)
+    origin = denoiser.origin if denoiser else ", ".join([*named, *beside])
     try:
-        return facts.variant(shapes, inputs, origin)
+        return facts.variant(shapes, parameters.extra_inputs, origin)
     except DiffSynthError as error:
         problems += error.problems
-        return facts.variant({}, inputs, origin)
+        return facts.variant({}, parameters.extra_inputs, origin)
 
 
 @dataclass(frozen=True)
@@ -203,7 +224,7 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
 
 
 def _misfits(
-    facts: FamilyFacts, variant: Variant, components: Mapping[str, ComponentFiles], shapes: Mapping[str, Shapes]
+    facts: FamilyFacts, variant: Variant, origins: Mapping[str, str], shapes: Mapping[str, Shapes]
 ) -> list[Problem]:
     """Components that make what the denoiser cannot read: files of different models."""
     problems = []
@@ -213,16 +234,32 @@ def _misfits(
             for name, (tensor, axis) in ((fit.component, fit.side), (facts.denoiser, fit.denoiser_side))
         )
         if side and denoiser_side and denoiser_side != (side[0] * fit.parts,):
-            files = components[fit.component]
             problems.append(
                 Problem(
-                    f"the {fit.component} from `{files.origin}` makes {fit.what} of {side[0]} channels, "
+                    f"the {fit.component} from `{origins[fit.component]}` makes {fit.what} of {side[0]} channels, "
                     f"the {facts.denoiser} of {variant.title} takes {denoiser_side[0] // fit.parts}",
                     f"name the {fit.component} of the same model",
                     wrong_use=True,
                 )
             )
     return problems
+
+
+def _encoded_misfits(
+    facts: FamilyFacts, variant: Variant, shapes: Mapping[str, Shapes], encoded: EncodedSamples
+) -> list[Problem]:
+    """Why the denoiser cannot be trained on samples that were encoded already: they are for another kind of model, or
+    made by components of another width."""
+    problems = kind_problems(encoded, facts, variant)
+    if problems or facts.denoiser not in shapes:
+        return problems
+    made: dict[str, Shapes] = {
+        name: {tensor: tuple(shape) for tensor, shape in recorded.items()}
+        for name, recorded in encoded.origin.shapes.items()
+    }
+    origins = dict.fromkeys(made, str(encoded.folder))
+    misfits = _misfits(facts, variant, origins, {**made, facts.denoiser: shapes[facts.denoiser]})
+    return [replace(problem, hint="encode the samples with the components of the same model") for problem in misfits]
 
 
 def _missing(component: ComponentFacts, variant: Variant) -> Problem:
@@ -274,11 +311,8 @@ def _family(
         if family not in FAMILIES:
             problems.append(unknown_family(family))
         return FAMILIES.get(family)
-    for _, tensors in headers:
-        facts = recognise_family(tensors)
-        if facts:
-            return facts
-    if headers and complete:
+    facts = _family_of_files(headers)
+    if headers and complete and facts is None:
         problems.append(
             Problem(
                 "none of the model files is a diffusion transformer of a known family",
@@ -286,7 +320,20 @@ def _family(
                 wrong_use=True,
             )
         )
-    return None
+    return facts
+
+
+def _family_of_files(headers: list[tuple[FileSet, dict[str, TensorHeader]]]) -> FamilyFacts | None:
+    """The family of the transformer; without one, that of the repositories, or the only one that knows all files."""
+    for _, tensors in headers:
+        if facts := recognise_family(tensors):
+            return facts
+    for file_set, _ in headers:
+        parts = split_entry(file_set.origin)
+        if parts and (facts := family_of_model(parts[0])):
+            return facts
+    fitting = [facts for facts in FAMILIES.values() if all(recognise(tensors, facts) for _, tensors in headers)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _unrecognised(

@@ -11,6 +11,7 @@ from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
 from diffsynth_core.files import default_cache_path
+from diffsynth_core.planning.halves import encoded_in_place_of_dataset
 from diffsynth_core.progress import Reporter, count_of
 
 
@@ -23,6 +24,10 @@ def read_dataset(
     problems += _input_problems(parameters, variant)
     problems += _idle_parameters(parameters, facts)
     base = parameters.dataset_base_path
+    encoded = encoded_in_place_of_dataset(parameters)
+    if encoded:
+        problems.append(encoded)
+        return None
     try:
         metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, medium.column, medium.kind)
     except DiffSynthError as error:
@@ -41,6 +46,15 @@ def read_dataset(
     problems += _nothing_to_learn(samples, variant)
     notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))
     return replace(samples, notes=notes) if samples.samples else None
+
+
+def missing_dataset(parameters: Parameters) -> list[Problem]:
+    """The problem that the dataset folder is not there, for when nothing else can be told of the dataset."""
+    base = parameters.dataset_base_path
+    if base.is_dir():
+        return []
+    what = f"the dataset folder `{base}` (`dataset_base_path`) is not there"
+    return [Problem(what, "name the folder with `--dataset_base_path`")]
 
 
 def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
+from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.families.interface import EncoderFacts
+from diffsynth_core.families.interface import EncoderFacts, Variant
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.identity import FileIdentities
@@ -18,7 +19,8 @@ class EncoderPlan:
     """One encoder's part in a run.
 
     `live`: its component trains, so its output changes and is made anew in every step. Otherwise `keys` names the cache
-    entry of each needed sample (by index), and `missing` those that are still to be made.
+    entry of each needed sample (by index), and `missing` those that are still to be made. What a first half makes goes
+    into its own folder, and what the cache has of it already is brought there.
     """
 
     encoder: EncoderFacts
@@ -52,15 +54,10 @@ def identity_memory(plan: Plan) -> FileIdentities:
 def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     """Find every needed encoding by the content it depends on; reads files whose hash is not remembered."""
     memory = identity_memory(plan)
-    component_files = {name: _files_of(plan, name) for name in plan.components}
-    memory.read_all(
-        (path for files in component_files.values() for path in files.values()), reporter, "Hashing model files"
-    )
-    identities = {
-        name: {label: memory.sha256(path) for label, path in files.items()} for name, files in component_files.items()
-    }
-    needed = plan.steps.samples_needed(plan.first_step, len(plan.samples.samples))
-    samples = {index: plan.samples.samples[index] for index in needed}
+    identities = _identify(plan, memory, reporter)
+    if plan.encoded:
+        return _already_encoded(plan.encoded, plan.variant, identities)
+    samples = {index: plan.samples.samples[index] for index in _needed(plan)}
     memory.read_all(
         (path for sample in samples.values() for path in sample.files),
         reporter,
@@ -73,6 +70,40 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     return EncodingsPlan(encoders, identities)
 
 
+def _identify(plan: Plan, memory: FileIdentities, reporter: Reporter) -> dict[str, dict[str, str]]:
+    """sha256 by component and file."""
+    component_files = {name: _files_of(plan, name) for name in plan.components}
+    memory.read_all(
+        (path for files in component_files.values() for path in files.values()), reporter, "Hashing model files"
+    )
+    return {
+        name: {label: memory.sha256(path) for label, path in files.items()} for name, files in component_files.items()
+    }
+
+
+def _needed(plan: Plan) -> list[int]:
+    """Indices of the samples whose encodings are needed: all of them where others are to train on them."""
+    count = len(plan.samples.samples)
+    return plan.steps.samples_needed(plan.first_step, count) if plan.task.trains else list(range(count))
+
+
+def _already_encoded(
+    encoded: EncodedSamples, variant: Variant, identities: Mapping[str, Mapping[str, str]]
+) -> EncodingsPlan:
+    """The encodings that the first half wrote, and what it identified the files of its components by."""
+    encoders = tuple(
+        EncoderPlan(
+            encoder,
+            False,
+            encoded.cache(encoder.name),
+            {index: files[encoder.name].key for index, files in enumerate(encoded.files)},
+            (),
+        )
+        for encoder in variant.encoders
+    )
+    return EncodingsPlan(encoders, {**encoded.origin.components, **identities})
+
+
 def encodings_are_known(plan: Plan) -> bool:
     """Whether all hashes are remembered, so that planning the encodings reads no file."""
     memory = identity_memory(plan)
@@ -82,7 +113,7 @@ def encodings_are_known(plan: Plan) -> bool:
 def _all_files(plan: Plan) -> Iterator[Path]:
     for name in plan.components:
         yield from _files_of(plan, name).values()
-    for sample in plan.samples.samples:
+    for sample in () if plan.encoded else plan.samples.samples:
         yield from sample.files
 
 
@@ -106,6 +137,8 @@ def _plan_encoder(
     memory: FileIdentities,
 ) -> EncoderPlan:
     cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name)
+    if not plan.task.trains:
+        cache = EncodingCache(encodings_folder(plan.parameters.output_path, encoder.name), behind=cache)
     if encoder.component in plan.training.components:
         return EncoderPlan(encoder, True, cache, {}, ())
     files = sorted(identity.values())

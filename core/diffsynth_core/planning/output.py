@@ -45,13 +45,16 @@ class Start:
 
 def check_output(
     parameters: Parameters,
-    samples: SampleSet | None,
+    fingerprint: str | None,
     steps: StepPlan | None,
     mixed_precision: str,
     float8_components: Sequence[str],
     problems: list[Problem],
 ) -> Start:
-    """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`."""
+    """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`.
+
+    `fingerprint`: that of the dataset, when it could be read.
+    """
     folder = parameters.output_path
     place_problems = place_faults(folder, "output_path")
     problems += place_problems
@@ -62,7 +65,7 @@ def check_output(
         if parameters.resume is None or record is None:
             _check_free(folder, record, problems)
             return Start()
-        _check_same_run(parameters, record, samples, problems)
+        _check_same_run(parameters, record, fingerprint, problems)
         _check_same_steps(folder, record, steps, mixed_precision, problems)
         _check_same_storage(folder, record, float8_components, problems)
         return _resumed(parameters, record, steps, problems)
@@ -188,7 +191,7 @@ def _check_same_storage(
 
 
 def _check_same_run(
-    parameters: Parameters, record: RunRecord, samples: SampleSet | None, problems: list[Problem]
+    parameters: Parameters, record: RunRecord, fingerprint: str | None, problems: list[Problem]
 ) -> None:
     now = as_plain(parameters)
     for name, value in now.items():
@@ -202,7 +205,7 @@ def _check_same_run(
                     wrong_use=True,
                 )
             )
-    if samples and dataset_fingerprint(parameters, samples) != record.dataset_fingerprint:
+    if fingerprint and fingerprint != record.dataset_fingerprint:
         problems.append(
             Problem(
                 f"the dataset is not the one that the run in `{parameters.output_path}` was started with",

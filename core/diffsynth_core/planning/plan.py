@@ -6,17 +6,20 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Variant
 from diffsynth_core.files import default_cache_path, model_base_path
-from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
-from diffsynth_core.planning.dataset import read_dataset
+from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
+from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
+from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
-from diffsynth_core.planning.output import Start, check_output, place_faults
-from diffsynth_core.planning.targets import Training, find_training
+from diffsynth_core.planning.output import Start, check_output, dataset_fingerprint, place_faults
+from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.progress import Reporter
 
 
@@ -27,6 +30,8 @@ class Plan:
     `world_size` counts processes.
     `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names.
     `preset`: what is merged into a component before training.
+    `idle`: components that are named and that the task does not load.
+    `encoded`: what the second half of split training trains on.
     """
 
     parameters: Parameters
@@ -43,6 +48,12 @@ class Plan:
     world_size: int
     float8: Mapping[str, float] = field(default_factory=dict)
     preset: PresetLora | None = None
+    idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
+    encoded: EncodedSamples | None = None
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.parameters.task]
 
     @property
     def cache(self) -> Path:
@@ -57,6 +68,11 @@ class Plan:
     def batches(self) -> BatchPlan:
         return self.steps.batches
 
+    @property
+    def dataset_fingerprint(self) -> str:
+        """What tells the dataset from others; a second half has that of the first."""
+        return fingerprint_of(self.parameters, self.samples, self.encoded)
+
 
 def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base: Path | None = None) -> Plan:
     """The plan of a run; reads headers of weight files and pictures, and decodes videos as far as they are used,
@@ -68,23 +84,20 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     Raises:
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder.
     """
-    parameters = resolved.parameters
     problems = list(resolved.problems)
+    task = TASKS[resolved.parameters.task]
+    encoded = None if task.encodes else find_encoded(resolved, problems)
+    parameters = _with_inputs(resolved.parameters, encoded)
     found = (
         None
         if resolved.incomplete
-        else find_components(parameters, resolved.family, base or model_base_path(), problems)
+        else find_components(parameters, resolved.family, base or model_base_path(), problems, encoded)
     )
-    training = find_training(parameters, found, resolved.invalid, problems) if found else None
+    training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
-    samples = read_dataset(parameters, found.facts, found.variant, reporter, problems) if found else None
-    if not found and "dataset_base_path" in resolved.origins and not parameters.dataset_base_path.is_dir():
-        problems.append(
-            Problem(
-                f"the dataset folder `{parameters.dataset_base_path}` (`dataset_base_path`) is not there",
-                "name the folder with `--dataset_base_path`",
-            )
-        )
+    samples = _find_samples(parameters, found, encoded, reporter, problems)
+    if task.encodes and not found and "dataset_base_path" in resolved.origins:
+        problems += missing_dataset(parameters)
     check_launch(problems)
     device = choose_device(parameters, problems)
     mixed_precision = choose_precision(parameters, device, problems)
@@ -92,8 +105,13 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
-    kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
-    start = check_output(parameters, samples, steps, mixed_precision, kept, problems)
+    fingerprint = fingerprint_of(parameters, samples, encoded) if samples else None
+    start = Start()
+    if task.trains:
+        kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
+        start = check_output(parameters, fingerprint, steps, mixed_precision, kept, problems)
+    elif found and fingerprint:
+        check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
     if problems or not (found and training and samples and steps):
         raise FaultsFound(problems or [Problem("the run cannot be planned")])
     return Plan(
@@ -111,7 +129,45 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         world_size,
         float8_shares(found),
         preset,
+        found.idle,
+        encoded,
     )
+
+
+def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Parameters:
+    """The parameters of a second half, with the extra inputs that its samples were encoded with."""
+    if encoded is None:
+        return parameters
+    return parameters.model_copy(update={"extra_inputs": tuple(encoded.origin.extra_inputs)})
+
+
+def _find_training(
+    parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
+) -> Training:
+    """What trains; in a first half nothing does, whatever is named."""
+    if not TASKS[parameters.task].trains:
+        return NOTHING_TRAINS
+    return find_training(parameters, found, invalid, problems)
+
+
+def _find_samples(
+    parameters: Parameters,
+    found: FoundComponents | None,
+    encoded: EncodedSamples | None,
+    reporter: Reporter,
+    problems: list[Problem],
+) -> SampleSet | None:
+    """The samples of the dataset, or those that are encoded already."""
+    if encoded:
+        return SampleSet(encoded.samples, ())
+    if found is None or not TASKS[parameters.task].encodes:
+        return None
+    return read_dataset(parameters, found.facts, found.variant, reporter, problems)
+
+
+def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedSamples | None) -> str:
+    """The fingerprint of the dataset, which a folder of encoded samples carries along."""
+    return encoded.origin.dataset_fingerprint if encoded else dataset_fingerprint(parameters, samples)
 
 
 def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:

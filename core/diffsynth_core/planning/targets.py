@@ -33,6 +33,9 @@ class Training:
         return frozenset((*self.full, *([self.lora_component] if self.lora_component else [])))
 
 
+NOTHING_TRAINS = Training((), None, (), ())
+
+
 def find_training(
     parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:

@@ -35,7 +35,6 @@ from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
-from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.training.checkpointing import write_checkpoint
@@ -315,7 +314,7 @@ class Run:
                 parameters=as_plain(plan.parameters),
                 family=plan.facts.name,
                 seed=plan.parameters.seed,
-                dataset_fingerprint=dataset_fingerprint(plan.parameters, plan.samples),
+                dataset_fingerprint=plan.dataset_fingerprint,
                 components={name: dict(files) for name, files in self.encodings.identities.items()},
                 mixed_precision=plan.mixed_precision,
                 micro_batches_per_step=plan.steps.micro_batches,

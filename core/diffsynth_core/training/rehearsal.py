@@ -230,7 +230,8 @@ def _variant_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tupl
             headers = read_headers(_local(group))
             found = recognise(headers, facts)
             if found and found[0].name == facts.denoiser:
-                return facts.variant(found[1].module_shapes(shapes_of(headers)), inputs, origin)
+                shapes = {facts.denoiser: found[1].module_shapes(shapes_of(headers))}
+                return facts.variant(shapes, inputs, origin)
         parts = split_entry(origin)
         component = component_at(parts[1], facts) if parts else None
         if component and component.name == facts.denoiser:

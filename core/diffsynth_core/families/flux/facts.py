@@ -1,6 +1,7 @@
 """What FLUX.1's models are made of. No torch."""
 
 import math
+from collections.abc import Mapping
 from fnmatch import fnmatch
 
 from diffsynth_core.errors import DiffSynthError
@@ -64,21 +65,22 @@ def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
 REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size)
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """FLUX.1-dev, Krea and Kontext: any of them can be shown pictures, but none must be.
 
     Raises:
         DiffSynthError: for a transformer without guidance, or one that takes more than latents.
     """
     guidance = "time_text_embed.guidance_embedder.linear_1.weight"
-    if shapes and guidance not in shapes:
+    transformer = shapes.get("dit", {})
+    if transformer and guidance not in transformer:
         raise DiffSynthError(
             "the transformer has no guidance embedder: a model distilled to few steps, such as FLUX.1-schnell, is not "
             "trained here",
             "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev",
         )
-    taken = shapes.get("x_embedder.weight", (0, 16 * PATCH))[1]
-    made = shapes.get("proj_out.weight", (16 * PATCH,))[0]
+    taken = transformer.get("x_embedder.weight", (0, 16 * PATCH))[1]
+    made = transformer.get("proj_out.weight", (16 * PATCH,))[0]
     if taken != made:
         raise DiffSynthError(
             f"the transformer takes {taken} channels and makes {made}: this kind of FLUX.1 is not supported yet",

@@ -1,6 +1,7 @@
 """What FLUX.2 klein is made of. No torch."""
 
 import math
+from collections.abc import Mapping
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.flux2 import names
@@ -52,19 +53,20 @@ EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",))
 EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """What a transformer of klein is trained for: pictures from text, and from pictures when they are shown.
 
     Raises:
         DiffSynthError: for FLUX.2-dev, told by its guidance embedder and the width of its text states.
     """
-    text_width = shapes.get("context_embedder.weight", (0, 0))[1]
-    if GUIDANCE in shapes or text_width == DEV_TEXT_WIDTH:
+    transformer = shapes.get("dit", {})
+    text_width = transformer.get("context_embedder.weight", (0, 0))[1]
+    if GUIDANCE in transformer or text_width == DEV_TEXT_WIDTH:
         raise DiffSynthError(
             f"`{origin}` is the transformer of FLUX.2-dev, which is not supported yet",
             "name that of a FLUX.2 klein, such as `black-forest-labs/FLUX.2-klein-4B:transformer/*.safetensors`",
         )
-    large = bool(shapes) and count_blocks(shapes, "single_transformer_blocks.") >= LARGE_SINGLE_BLOCKS
+    large = bool(transformer) and count_blocks(transformer, "single_transformer_blocks.") >= LARGE_SINGLE_BLOCKS
     shown = EDIT_PICTURES.column in inputs
     return Variant(
         title="FLUX.2 klein",

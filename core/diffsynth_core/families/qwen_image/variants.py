@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffsynth_core.families.interface import EncoderFacts, Medium, References, Shapes, Variant
@@ -86,7 +87,7 @@ def edit_size(ratio: float, area: float) -> tuple[int, int]:
     return (0, 0) if max(sides) > LARGEST_RATIO * min(sides) else (sides[0], sides[1])
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """Text to image, or editing when pictures to edit are asked for; which model edits shows in no shape."""
     return edit_variant(edit_model(origin)) if EDIT_IMAGE in inputs else TEXT_TO_IMAGE
 

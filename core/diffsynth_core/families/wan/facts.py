@@ -1,5 +1,7 @@
 """What Wan's models are made of. No torch."""
 
+from collections.abc import Mapping
+
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import (
     ComponentFacts,
@@ -32,43 +34,61 @@ PATCH = 4
 """Latent values in a token: patches of 1 x 2 x 2."""
 FRAMES = ("input_image", "end_image")
 """Extra inputs: the first and the last frame of the clip, which the model is shown."""
+TEXT_TO_VIDEO = Variant(
+    title="Wan (text to video)",
+    model_id="Wan-AI/Wan2.1-T2V-1.3B",
+    components=("dit", "text_encoder", "vae"),
+    encoders=(TEXT, LATENTS),
+    medium=CLIPS,
+)
 
 
-def variant(shapes: Shapes, inputs: tuple[str, ...], origin: str) -> Variant:
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """What a transformer is trained for, told by the channels it takes and makes, and by its image embedder.
 
     16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
-    the VAE of Wan 2.2. Without shapes: text to video.
+    the VAE of Wan 2.2. Without the transformer the components around it and what is shown to it tell.
 
     Raises:
         DiffSynthError: for a kind that is not trained here, such as those led by a control video.
     """
-    taken = shapes.get("patch_embedding.weight", (0, 16))[1]
-    made = shapes.get("proj_out.weight", (16 * PATCH,))[0] // PATCH
+    if "dit" not in shapes:
+        return _without_transformer(shapes, inputs)
+    transformer = shapes["dit"]
+    taken = transformer.get("patch_embedding.weight", (0, 16))[1]
+    made = transformer.get("proj_out.weight", (16 * PATCH,))[0] // PATCH
     if (taken, made) == (48, 48):
         return _text_and_image_to_video(inputs)
     if (taken, made) == (36, 16):
-        return _image_to_video(shapes, inputs)
+        return _image_to_video(
+            inputs,
+            image_encoder=f"{EMBEDDER}.image_embedder.norm1.weight" in transformer,
+            two_images=f"{EMBEDDER}.image_embedder.pos_embed" in transformer,
+        )
     if (taken, made) != (16, 16):
         raise DiffSynthError(
             f"the transformer takes {taken} channels and makes {made}: this kind of Wan is not supported yet",
             "name a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
         )
-    return Variant(
-        title="Wan (text to video)",
-        model_id="Wan-AI/Wan2.1-T2V-1.3B",
-        components=("dit", "text_encoder", "vae"),
-        encoders=(TEXT, LATENTS),
-        medium=CLIPS,
-    )
+    return TEXT_TO_VIDEO
 
 
-def _image_to_video(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
+def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...]) -> Variant:
+    """The kind of model that has these other components and is shown these frames: Wan 2.1 is the one with an image
+    encoder, and of Wan 2.2 only TI2V has a VAE of 48 channels."""
+    if "image_encoder" in shapes:
+        return _image_to_video(inputs, image_encoder=True, two_images="end_image" in inputs)
+    if shapes.get("vae", {}).get("post_quant_conv.weight", (0,))[0] == 48:
+        return _text_and_image_to_video(inputs)
+    if "input_image" in inputs:
+        return _image_to_video(inputs, image_encoder=False, two_images=False)
+    return TEXT_TO_VIDEO
+
+
+def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bool) -> Variant:
     """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
     shown = tuple(name for name in FRAMES if name in inputs)
     latents = EncoderFacts(name="latents_with_condition", component="vae", columns=("video",), inputs=shown)
-    image_embedder = f"{EMBEDDER}.image_embedder.norm1.weight" in shapes
-    two_images = f"{EMBEDDER}.image_embedder.pos_embed" in shapes
     image = EncoderFacts(
         name="image",
         component="image_encoder",
@@ -78,9 +98,9 @@ def _image_to_video(shapes: Shapes, inputs: tuple[str, ...]) -> Variant:
     )
     return Variant(
         title="Wan (image to video)",
-        model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_embedder else "Wan-AI/Wan2.2-I2V-A14B",
-        components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_embedder else ())),
-        encoders=(TEXT, latents, *((image,) if image_embedder else ())),
+        model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_encoder else "Wan-AI/Wan2.2-I2V-A14B",
+        components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
+        encoders=(TEXT, latents, *((image,) if image_encoder else ())),
         medium=CLIPS,
         takes=FRAMES,
         needs=FRAMES if two_images else FRAMES[:1],

@@ -1,0 +1,158 @@
+"""A folder of encoded samples: what the first half of split training writes and the second half trains on. No torch.
+
+`encoded.json` says of what the folder was made and which files belong to it; while samples are being encoded it says
+that it is not complete. The encodings lie below `encodings/<encoder>/`, one file per encoder and content.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.data.cache import EncodingCache
+from diffsynth_core.data.media import Excerpt
+from diffsynth_core.data.samples import Sample
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import write_text
+
+MANIFEST = "encoded.json"
+FORMAT = 1
+"""Goes up when older folders can no longer be read."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """All that a folder of encoded samples was made of.
+
+    `kind`: the kind of model, in words. `encoders`: name -> its version and the extra inputs that changed what it made.
+    `sizes`: parameters that decide at which size and length samples are encoded. `components`: component -> file ->
+    sha256. `shapes`: component -> shapes of those of its tensors that say what it fits.
+    `dataset_fingerprint`: as that of a run. `contents`: sha256 over the names of all encodings.
+    """
+
+    objective: str
+    family: str
+    kind: str
+    encoders: dict[str, list[Any]]
+    extra_inputs: list[str]
+    sizes: dict[str, Any]
+    precision: str
+    components: dict[str, dict[str, str]]
+    shapes: dict[str, dict[str, list[int]]]
+    dataset_fingerprint: str
+    contents: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """One encoding of a sample: its name in the folder of its encoder, and its size."""
+
+    key: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """The contents of such a folder; without `samples` it is not complete.
+
+    `files`: of each sample, by encoder. Of a sample only its row, file name and sizes are kept, not its caption.
+    """
+
+    folder: Path
+    origin: Origin
+    samples: tuple[Sample, ...] = ()
+    files: tuple[Mapping[str, EncodedFile], ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.samples)
+
+    def cache(self, encoder: str) -> EncodingCache:
+        """Where the encodings of one encoder lie."""
+        return EncodingCache(encodings_folder(self.folder, encoder))
+
+    def paths(self) -> Iterator[tuple[Path, int]]:
+        """The files that belong to it, and how many bytes they have."""
+        caches = {encoder: self.cache(encoder) for encoder in self.origin.encoders}
+        for files in self.files:
+            for encoder, file in files.items():
+                yield caches[encoder].path(file.key), file.bytes
+
+
+def encodings_folder(folder: Path, encoder: str) -> Path:
+    return folder / "encodings" / encoder
+
+
+def holds_encoded_samples(folder: Path) -> bool:
+    """Whether a first half wrote into this folder, complete or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_encoded(encoded: EncodedSamples) -> None:
+    """Write `encoded.json`, whole or not at all."""
+    content = {
+        "format": FORMAT,
+        "complete": encoded.complete,
+        "fingerprint": encoded.origin.fingerprint,
+        "origin": asdict(encoded.origin),
+        "samples": [_as_plain(sample, files) for sample, files in zip(encoded.samples, encoded.files, strict=True)],
+    }
+    write_text(encoded.folder / MANIFEST, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def read_encoded(folder: Path) -> EncodedSamples:
+    """The encoded samples in a folder, as its `encoded.json` names them; looks at no other file.
+
+    Raises:
+        DiffSynthError: when the file is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise DiffSynthError(
+                f"`{path}` has format {content['format']}, this version reads {FORMAT}", "encode the samples again"
+            )
+        origin = Origin(**{field.name: content["origin"][field.name] for field in fields(Origin)})
+        if origin.fingerprint != content["fingerprint"]:
+            raise ValueError("it was changed by hand")
+        read = [_from_plain(entry, tuple(origin.encoders)) for entry in content["samples"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DiffSynthError(f"`{path}` cannot be read: {error}", "encode the samples again") from error
+    return EncodedSamples(folder, origin, tuple(sample for sample, _ in read), tuple(files for _, files in read))
+
+
+def strangers_in(folder: Path, known: set[Path]) -> list[str]:
+    """Files in a folder, by name, that do not belong to it; hidden ones, such as those being written, do not count."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path not in known and not path.name.startswith(".") and not path.is_dir()
+    )
+
+
+def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any]:
+    plain: dict[str, Any] = {"row": sample.row, "file": str(sample.target.path), "shape": sample.target.shape}
+    if sample.references:
+        plain["shown"] = {name: [shown.shape for shown in pictures] for name, pictures in sample.references.items()}
+    return plain | {"files": [[file.key, file.bytes] for file in files.values()]}
+
+
+def _from_plain(entry: Mapping[str, Any], encoders: tuple[str, ...]) -> tuple[Sample, Mapping[str, EncodedFile]]:
+    path = Path(entry["file"])
+    shown = {name: tuple(_excerpt(path, shape) for shape in shapes) for name, shapes in entry.get("shown", {}).items()}
+    files = [EncodedFile(str(key), int(size)) for key, size in entry["files"]]
+    sample = Sample(int(entry["row"]), "", _excerpt(path, entry["shape"]), shown)
+    return sample, dict(zip(encoders, files, strict=True))
+
+
+def _excerpt(path: Path, shape: list[int]) -> Excerpt:
+    frames, height, width = shape
+    return Excerpt(path, height, width, video=frames > 1, frames=frames)
