@@ -209,7 +209,11 @@ def test_no_model(refuse):
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["--task", "sft:train"], "`task` `sft:train` is not supported yet", "use `sft`"),
+        (
+            ["--task", "direct_distill"],
+            "`task` `direct_distill` is not supported yet",
+            "give one of the tasks of `sft`",
+        ),
         (
             ["--num_frames", 5],
             "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)",

@@ -2,6 +2,7 @@
 
 import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +127,42 @@ def test_captions_change_the_key_by_every_character():
 def test_the_key_does_not_depend_on_the_order_of_names_and_fits_a_file_name():
     assert encoding_key(**dict(reversed(PARTS.items()))) == KEY
     assert re.fullmatch("[0-9a-f]{64}", KEY)
+
+
+def test_entries_of_the_cache_behind_count_and_are_fetched(tmp_path):
+    behind = EncodingCache(tmp_path / "behind")
+    cache = EncodingCache(tmp_path / "own", behind)
+    behind.write("ab12", {"latents": torch.ones(2)})
+    assert cache.has("ab12") and not cache.path("ab12").exists()
+    cache.fetch("ab12")
+    assert cache.path("ab12").samefile(behind.path("ab12"))
+    assert torch.equal(cache.read("ab12")["latents"], torch.ones(2))
+    cache.fetch("ab12")
+    assert len(list(cache.path("ab12").parent.iterdir())) == 1
+
+
+def test_an_entry_of_its_own_is_not_fetched(tmp_path):
+    behind = EncodingCache(tmp_path / "behind")
+    cache = EncodingCache(tmp_path / "own", behind)
+    behind.write("ab12", {"latents": torch.ones(2)})
+    cache.write("ab12", {"latents": torch.zeros(2)})
+    cache.fetch("ab12")
+    assert torch.equal(cache.read("ab12")["latents"], torch.zeros(2))
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("another disk")
+
+    behind = EncodingCache(tmp_path / "behind")
+    cache = EncodingCache(tmp_path / "own", behind)
+    behind.write("ab12", {"latents": torch.ones(2)})
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    cache.fetch("ab12")
+    assert not cache.path("ab12").samefile(behind.path("ab12"))
+    assert cache.path("ab12").read_bytes() == behind.path("ab12").read_bytes()
+
+
+def test_an_entry_that_is_gone_cannot_be_fetched(tmp_path):
+    with pytest.raises(DiffSynthError, match="cannot write"):
+        EncodingCache(tmp_path / "own", EncodingCache(tmp_path / "behind")).fetch("ab12")

@@ -145,7 +145,7 @@ def test_values_of_a_file_are_shown_as_they_stand_there(config, text, shown):
         ({"min_timestep_boundary": "0.0001", "max_timestep_boundary": "0.0002"}, "`min_timestep_boundary`"),
         ({"resume": "auto", "rehearse": True}, "`rehearse` starts a run of its own and cannot `resume` one"),
         ({"preset_lora_model": "a"}, "`preset_lora_model` is not supported yet (`--preset_lora_model`)"),
-        ({"task": "sft:train"}, "`task` `sft:train` is not supported yet"),
+        ({"task": "direct_distill:train"}, "`task` `direct_distill:train` is not supported yet"),
         ({"lora_target_modules": ""}, "an empty `lora_target_modules`"),
         ({"recipe": "qwen-image-lora", "num_frames": "17"}, "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)"),
     ],

@@ -100,7 +100,8 @@ def find_components(
     used = {name: files for name, files in components.items() if whole or name in needed}
     idle = {name: files for name, files in components.items() if name not in used}
     tokenizers = find_tokenizers(parameters, facts, used, shapes, base, problems) if task.encodes else {}
-    return FoundComponents(facts, variant, used, shapes, tokenizers, idle)
+    kept = {name: shapes[name] for name in used}
+    return FoundComponents(facts, variant, used, kept, tokenizers, idle)
 
 
 def refused_models(entries: Iterable[str]) -> list[Problem]:

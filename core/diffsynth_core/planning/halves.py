@@ -217,8 +217,8 @@ def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[
     except DiffSynthError as error:
         problems += error.problems
         return
-    before = {name: getattr(origin, name) for name in now if name != "sizes"} | origin.sizes
-    after = {name: value for name, value in now.items() if name != "sizes"} | dict(now["sizes"])
+    before = origin.sizes | {name: getattr(origin, name) for name in now if name != "sizes"}
+    after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
     for name, value in after.items():
         if before.get(name) != value:
             what = f"`output_path` `{folder}` holds samples encoded otherwise: {_difference(name, before.get(name), value)}"
