@@ -210,11 +210,6 @@ def test_no_model(refuse):
     ("arguments", "message", "hint"),
     [
         (
-            ["--task", "direct_distill"],
-            "`task` `direct_distill` is not supported yet",
-            "give one of the tasks of `sft`",
-        ),
-        (
             ["--num_frames", 5],
             "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)",
             "leave it out",

@@ -144,9 +144,11 @@ def test_values_of_a_file_are_shown_as_they_stand_there(config, text, shown):
         ({"min_timestep_boundary": "0.5", "max_timestep_boundary": "0.5"}, "`min_timestep_boundary` 0.5 is not below `max_timestep_boundary` 0.5"),
         ({"min_timestep_boundary": "0.0001", "max_timestep_boundary": "0.0002"}, "`min_timestep_boundary`"),
         ({"resume": "auto", "rehearse": True}, "`rehearse` starts a run of its own and cannot `resume` one"),
-        ({"preset_lora_model": "a"}, "`preset_lora_model` is not supported yet (`--preset_lora_model`)"),
-        ({"task": "direct_distill:train"}, "`task` `direct_distill:train` is not supported yet"),
-        ({"lora_target_modules": ""}, "an empty `lora_target_modules`"),
+        (
+            {"task": "direct_distill", "min_timestep_boundary": "0.5"},
+            "`min_timestep_boundary` means nothing to `direct_distill`, whose samples name their steps",
+        ),
+        ({"task": "sft:train", "rehearse": True}, "`rehearse` rehearses a whole run, `task` `sft:train` is one half"),
         ({"recipe": "qwen-image-lora", "num_frames": "17"}, "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)"),
     ],
 )  # fmt: skip

@@ -374,7 +374,12 @@ class Parameters(BaseModel):
     weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", ge=0)
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
-    ] = _setting("sft", "training", "choice", "sft: supervised training; this version does sft only")
+    ] = _setting(
+        "sft",
+        "training",
+        "choice",
+        "sft: supervised training; direct_distill: a sampler of few steps, with the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
+    )
 
     # lora
     lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA")

@@ -295,6 +295,16 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
                 wrong_use=True,
             )
         )
+    if task.objective != "sft":
+        problems += [
+            Problem(
+                f"`{name}` means nothing to `{task.name}`, whose samples name their steps",
+                "leave it out",
+                wrong_use=True,
+            )
+            for name in ("min_timestep_boundary", "max_timestep_boundary")
+            if getattr(parameters, name) != SETTINGS[name].default
+        ]
     if parameters.resume and parameters.rehearse:
         problems.append(
             Problem(
@@ -319,10 +329,4 @@ def _unsupported(parameters: Parameters, family: str | None, origins: Mapping[st
                     wrong_use=True,
                 )
             )
-    if TASKS[parameters.task].objective != "sft":
-        problems.append(
-            Problem(
-                f"`task` `{parameters.task}` is not supported yet", "give one of the tasks of `sft`", wrong_use=True
-            )
-        )
     return problems

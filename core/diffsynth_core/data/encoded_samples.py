@@ -14,6 +14,7 @@ from typing import Any
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
+from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import write_text
 
@@ -142,6 +143,8 @@ def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any
     plain: dict[str, Any] = {"row": sample.row, "file": str(sample.target.path), "shape": sample.target.shape}
     if sample.references:
         plain["shown"] = {name: [shown.shape for shown in pictures] for name, pictures in sample.references.items()}
+    if sample.sampling:
+        plain["sampling"] = asdict(sample.sampling)
     return plain | {"files": [[file.key, file.bytes] for file in files.values()]}
 
 
@@ -149,7 +152,8 @@ def _from_plain(entry: Mapping[str, Any], encoders: tuple[str, ...]) -> tuple[Sa
     path = Path(entry["file"])
     shown = {name: tuple(_excerpt(path, shape) for shape in shapes) for name, shapes in entry.get("shown", {}).items()}
     files = [EncodedFile(str(key), int(size)) for key, size in entry["files"]]
-    sample = Sample(int(entry["row"]), "", _excerpt(path, entry["shape"]), shown)
+    sampling = Sampling(**entry["sampling"]) if "sampling" in entry else None
+    sample = Sample(int(entry["row"]), "", _excerpt(path, entry["shape"]), shown, sampling)
     return sample, dict(zip(encoders, files, strict=True))
 
 

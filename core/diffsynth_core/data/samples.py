@@ -1,7 +1,7 @@
 """Samples: rows of the metadata checked, with their files found and their training size known. No torch."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from diffsynth_core.data.media import (
 )
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
+from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.progress import Reporter
@@ -33,12 +34,21 @@ RATE_SPREAD = 1.1
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its number, its caption, what is trained on, and by name the pictures that the model is shown."""
+    """One row: its number, its caption, what is trained on, and by name the pictures that the model is shown.
+
+    `sampling`: how the few-step sampler makes its picture, where that is what is trained.
+    """
 
     row: int
     caption: str
     target: Excerpt
     references: Mapping[str, tuple[Excerpt, ...]] = field(default_factory=dict)
+    sampling: Sampling | None = None
+
+    @property
+    def bucket(self) -> Hashable:
+        """What samples have in common that can go through the model together."""
+        return self.shape if self.sampling is None else (self.shape, self.sampling.steps)
 
     @property
     def shape(self) -> tuple[tuple[int, int, int], ...]:
@@ -72,13 +82,18 @@ class SampleSet:
 
 
 def check_columns(
-    metadata: Metadata, text_column: str, media_columns: Sequence[str], data_file_keys: Sequence[str]
+    metadata: Metadata,
+    text_column: str,
+    media_columns: Sequence[str],
+    data_file_keys: Sequence[str],
+    other_columns: Sequence[str] = (),
 ) -> list[Problem]:
     """Columns that the family needs and the metadata, or `data_file_keys`, lacks."""
     problems = []
-    for column in (*media_columns, text_column):
+    needed = (*media_columns, text_column, *other_columns)
+    for column in needed:
         if column not in metadata.columns:
-            near = suggest(column, set(metadata.columns) - {*media_columns, text_column})
+            near = suggest(column, set(metadata.columns) - {*needed})
             hint = f"rename `{near}`" if near else "add the column"
             problems.append(
                 Problem(f"`{metadata.origin}` has no column `{column}`; it has {shorten(metadata.columns)}", hint)
@@ -97,12 +112,16 @@ def check_columns(
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns a dataset is read from, and how the files they name are read."""
+    """Which columns a dataset is read from, and how the files they name are read.
+
+    `sampled`: rows also say how a sampler makes their pictures.
+    """
 
     text: str
     target: str
     rule: MediaRule
     references: tuple[ReferenceRule, ...] = ()
+    sampled: bool = False
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -123,7 +142,8 @@ def build_samples(
             caption = _caption(row.get(columns.text), columns.text, where)
             (target,) = _media_paths(row.get(columns.target), columns.target, base, where, most=1)
             shown = {name: _media_paths(row.get(name), name, base, where, most[name]) for name in most}
-            rows.append(_Row(number, where, caption, target, shown))
+            sampling = read_sampling(row, where) if columns.sampled else None
+            rows.append(_Row(number, where, caption, target, shown, sampling))
         except DiffSynthError as error:
             problems += error.problems
     return _measure(rows, columns, videos, problems, reporter)
@@ -138,6 +158,7 @@ class _Row:
     caption: str
     target: Path
     shown: Mapping[str, tuple[Path, ...]]
+    sampling: Sampling | None
 
 
 @dataclass(frozen=True)
@@ -184,7 +205,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
                 f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown to this model",
                 "replace the picture or take its row out",
             )
-    return Sample(row.number, row.caption, target, references)
+    return Sample(row.number, row.caption, target, references, row.sampling)
 
 
 def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
+TRAINING_STEPS = 1000
+"""How many sigmas a timestep of training is drawn from."""
 Encoded = dict[str, Tensor]
 """What the encoders make of one sample, by name, without a batch dimension; floats."""
 
@@ -54,8 +56,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def sigmas(self) -> Tensor:
-        """The 1000 training sigmas, `[1000]` float32, most noisy first."""
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        """The sigmas of a sampler of so many steps before its last, 0: `[steps]` float32, most noisy first.
+
+        1000 are those of training.
+        """
 
     @abstractmethod
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:

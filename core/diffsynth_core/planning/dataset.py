@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.pictures import SizeRule
@@ -33,10 +34,15 @@ def read_dataset(
     except DiffSynthError as error:
         problems += error.problems
         return None
+    of_objective = TASKS[parameters.task].columns
     columns = Columns(
-        facts.text_column, medium.column, _media_rule(parameters, medium), _reference_rules(parameters, variant)
+        facts.text_column,
+        medium.column,
+        _media_rule(parameters, medium),
+        _reference_rules(parameters, variant),
+        sampled=bool(of_objective),
     )
-    faults = check_columns(metadata, columns.text, columns.media, parameters.data_file_keys)
+    faults = check_columns(metadata, columns.text, columns.media, parameters.data_file_keys, of_objective)
     problems += faults
     if faults:
         return None
@@ -107,8 +113,9 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
 def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     """Extra inputs that the model does not take, those it cannot do without, and parameters that need one to matter."""
     problems = []
+    of_objective = TASKS[parameters.task].columns
     for name in parameters.extra_inputs:
-        if name not in variant.takes:
+        if name not in (*variant.takes, *of_objective):
             near = suggest(name, variant.takes)
             known = f"it takes {', '.join(variant.takes)}" if variant.takes else "leave it out"
             hint = f"did you mean `{near}`?" if near else known

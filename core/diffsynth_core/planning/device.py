@@ -3,7 +3,9 @@
 import os
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import Problem
+from diffsynth_core.progress import count_of
 
 PRECISIONS_BY_DEVICE = {
     "cpu": ("no", "bf16"),
@@ -80,6 +82,22 @@ def choose_precision(parameters: Parameters, device: str, problems: list[Problem
             )
         )
     return parameters.mixed_precision
+
+
+def noise_problems(samples: SampleSet) -> list[Problem]:
+    """Samples whose noise only a GPU can draw, where there is none."""
+    import torch
+
+    drawn = [sample for sample in samples.samples if sample.sampling and sample.sampling.rand_device == "cuda"]
+    if not drawn or torch.cuda.is_available():
+        return []
+    return [
+        Problem(
+            f"`rand_device` is `cuda` for {count_of(len(drawn), 'sample')}, and there is no such device to draw the noise; "
+            f"the first is {drawn[0].name}",
+            "train where there is one, or make the pictures again with `cpu`",
+        )
+    ]
 
 
 def _has_bfloat16(kind: str) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -126,7 +126,8 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     digest = hashlib.sha256()
     for sample in samples.samples:
         shown = {name: [described(excerpt) for excerpt in excerpts] for name, excerpts in sample.references.items()}
-        digest.update(json.dumps([sample.row, sample.caption, described(sample.target), shown]).encode())
+        told = [sample.row, sample.caption, described(sample.target), shown]
+        digest.update(json.dumps([*told, asdict(sample.sampling)] if sample.sampling else told).encode())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Varia
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
-from diffsynth_core.planning.device import check_launch, choose_device, choose_precision
+from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
 from diffsynth_core.planning.output import Start, check_output, dataset_fingerprint, place_faults
@@ -104,6 +104,7 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     if found:
         problems += shape_faults(found)
     steps = _step_plan(parameters, samples, world_size) if samples else None
+    problems += noise_problems(samples) if samples and task.trains else []
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
     fingerprint = fingerprint_of(parameters, samples, encoded) if samples else None
     start = Start()
@@ -171,8 +172,8 @@ def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedS
 
 
 def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:
-    shapes = [sample.shape for sample in samples.samples]
-    batches = BatchPlan(shapes, parameters.dataset_repeat, parameters.batch_size, parameters.seed)
+    buckets = [sample.bucket for sample in samples.samples]
+    batches = BatchPlan(buckets, parameters.dataset_repeat, parameters.batch_size, parameters.seed)
     return StepPlan(
         batches, parameters.gradient_accumulation_steps * world_size, parameters.num_epochs, parameters.max_steps
     )

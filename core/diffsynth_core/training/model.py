@@ -38,7 +38,7 @@ class TrainingModule(nn.Module):
         # Read once: the base files may have moved by the time a checkpoint is written.
         self.stored_dtypes = {name: stored_dtypes(plan.components[name]) for name in components}
         self._family = family
-        self._parameters_of_run = plan.parameters
+        self._parameters_of_run, self._samples = plan.parameters, plan.samples.samples
         self._live = tuple(part.encoder for part in encodings.encoders if part.live)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
@@ -52,7 +52,13 @@ class TrainingModule(nn.Module):
                 return self._family.predict_velocity(self._known(), noisy, sigma, batch)
 
         turns = [
-            Turn(settings.seed, micro_batch.epoch, occurrence.sample, occurrence.repeat)
+            Turn(
+                settings.seed,
+                micro_batch.epoch,
+                occurrence.sample,
+                occurrence.repeat,
+                self._samples[occurrence.sample].sampling,
+            )
             for occurrence in micro_batch.occurrences
         ]
         losses: Tensor = self.objective(predict, batch, turns)

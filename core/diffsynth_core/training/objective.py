@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.families.family import Encoded
 from diffsynth_core.randomness import key_of
 
@@ -17,12 +18,16 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Turn:
-    """One sample in one pass of an epoch: all that its random numbers depend on."""
+    """One sample in one pass of an epoch: all that its random numbers depend on.
+
+    `sampling`: what its row says of a sampler, where the objective has one.
+    """
 
     seed: int
     epoch: int
     sample: int
     repeat: int
+    sampling: Sampling | None = None
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -108,8 +113,13 @@ def velocity_loss(
 
     The mean is over the latents that are not `given`.
     """
-    squares = (prediction.float() - (noise - latents)).pow(2)
+    return mean_square(prediction.float() - (noise - latents), given) * weight
+
+
+def mean_square(error: Tensor, given: Tensor | None = None) -> Tensor:
+    """Mean of the squares over the latents that are not `given`, per sample: `[B]`."""
+    squares = error.pow(2)
     if given is None:
-        return squares.flatten(1).mean(1) * weight
+        return squares.flatten(1).mean(1)
     counted = (1 - given.float()).expand_as(squares)
-    return (squares * counted).flatten(1).sum(1) / counted.flatten(1).sum(1) * weight
+    return (squares * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.families.family import Family
 from diffsynth_core.planning.plan import Plan
+from diffsynth_core.training.distillation import DirectDistillation
 from diffsynth_core.training.objective import FlowMatching, Objective
 
 
@@ -13,7 +14,14 @@ def _flow_matching(plan: Plan, family: Family) -> Objective:
     return FlowMatching(family.sigmas(), settings.min_timestep_boundary, settings.max_timestep_boundary)
 
 
-OBJECTIVES: dict[str, Callable[[Plan, Family], Objective]] = {"sft": _flow_matching}
+def _direct_distillation(plan: Plan, family: Family) -> Objective:
+    return DirectDistillation(family.sigmas)
+
+
+OBJECTIVES: dict[str, Callable[[Plan, Family], Objective]] = {
+    "sft": _flow_matching,
+    "direct_distill": _direct_distillation,
+}
 """Objective of a task -> what makes it for a run."""
 
 

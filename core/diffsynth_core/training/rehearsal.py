@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.drawn_clips import draw_clips
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
@@ -122,6 +123,10 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     problems: list[Problem] = []
     changes = _swap_models(parameters, facts, base, problems)
+    columns = TASKS[parameters.task].columns
+    if columns and not resolved.given("dataset_base_path"):
+        what = f"a rehearsal draws pictures without the columns {', '.join(columns)} of `{parameters.task}`"
+        problems.append(Problem(what, "name a dataset that has them with `--dataset_base_path`", wrong_use=True))
     incomplete = bool(problems)
     for name in REAL_LORAS:
         if getattr(parameters, name):

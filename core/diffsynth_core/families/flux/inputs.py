@@ -18,13 +18,13 @@ GUIDANCE = 1.0
 """What the guidance embedder is told in training: the prediction is to be that of the data itself."""
 
 
-def sigmas() -> Tensor:
-    """The training sigmas, `[1000]` float32, 1 down to 0.00893.
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00893.
 
-    s = linspace(1, 0.003 / 1.002, 1000); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers
+    s = linspace(1, 0.003 / 1.002, steps); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers
     with shift 3).
     """
-    base = torch.linspace(1, LAST_SIGMA, TRAINING_STEPS, dtype=torch.float64)
+    base = torch.linspace(1, LAST_SIGMA, steps, dtype=torch.float64)
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 

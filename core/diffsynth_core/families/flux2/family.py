@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsynth_core.families.family import Encoded, Family
+from diffsynth_core.families.family import TRAINING_STEPS, Encoded, Family
 from diffsynth_core.families.flux2 import components as building
 from diffsynth_core.families.flux2 import encode, inputs, rehearsal
 from diffsynth_core.families.flux2.facts import FLUX2
@@ -42,8 +42,8 @@ class Flux2(Family):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return inputs.collate(encoded)
 
-    def sigmas(self) -> Tensor:
-        return inputs.sigmas()
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        return inputs.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return inputs.predict_velocity(components["dit"], noisy, sigma, batch)

@@ -17,12 +17,13 @@ REFERENCE_POSITION = 10
 """Position of the first reference picture on the axis of pictures, and their distance there; the target is at 0."""
 
 
-def sigmas() -> Tensor:
-    """The training sigmas, `[1000]` float32, 1 down to 0.002223.
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.002223.
 
-    s = linspace(1, 1/1000, 1000); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of diffusers).
+    s = linspace(1, 1 / steps, steps); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of
+    diffusers).
     """
-    base = torch.linspace(1, 1 / TRAINING_STEPS, TRAINING_STEPS, dtype=torch.float64)
+    base = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return (math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)).float()
 
 

@@ -18,14 +18,16 @@ EDIT_LATENTS = "edit_latents_{}"
 """Name of the latents of a picture to edit, with its number, from 0."""
 
 
-def sigmas() -> Tensor:
-    """The training sigmas, `[1000]` float32, 1 down to 0.02.
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.02.
 
-    s = linspace(1, 0, 1001) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the last is
-    0.02 (`FlowMatchEulerDiscreteScheduler.time_shift` and `stretch_shift_to_terminal` of diffusers).
+    s = linspace(1, 0, steps + 1) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the
+    last is 0.02 (`FlowMatchEulerDiscreteScheduler.time_shift` and `stretch_shift_to_terminal` of diffusers).
     """
-    base = torch.linspace(1, 0, TRAINING_STEPS + 1, dtype=torch.float64)[:-1]
+    base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     shifted = math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)
+    if steps == 1:
+        return shifted.float()  # one sigma cannot be both the first and the last
     stretch = (1 - shifted[-1]) / (1 - LAST_SIGMA)
     return (1 - (1 - shifted) / stretch).float()
 

@@ -15,13 +15,13 @@ SHIFT = 5.0
 STACKED = ("latents", "condition", "image_embeds", "given")
 
 
-def sigmas() -> Tensor:
-    """The training sigmas, `[1000]` float32, 1 down to 0.00498.
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00498.
 
-    s = linspace(1, 0, 1001) without its last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers with
+    s = linspace(1, 0, steps + 1) without its last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers with
     shift 5).
     """
-    base = torch.linspace(1, 0, TRAINING_STEPS + 1, dtype=torch.float64)[:-1]
+    base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 

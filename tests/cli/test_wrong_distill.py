@@ -1,0 +1,101 @@
+"""What direct distillation cannot do: told in the one report, before any weight is read."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import CAPTIONS
+
+COLUMNS = {"seed": "1", "rand_device": "cpu", "num_inference_steps": "4", "cfg_scale": "1"}
+TASK = ("--task", "direct_distill", "--output_path", "out")
+
+
+@pytest.fixture
+def rows(dataset):
+    """Write the metadata of the photographs, with these columns for all rows, or others for some."""
+
+    def write(columns: dict[str, str], **of_row: dict[str, str]) -> Path:
+        with (dataset / "metadata.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["image", "prompt", *columns])
+            writer.writeheader()
+            for name, caption in CAPTIONS.items():
+                writer.writerow({"image": f"{name}.png", "prompt": caption, **columns, **of_row.get(name, {})})
+        return dataset / "metadata.csv"
+
+    return write
+
+
+def test_missing_columns_are_told_together(refuse, rows):
+    metadata = rows({"seed": "1", "rand_device": "cpu"})
+    listed = "`image`, `prompt`, `seed`, `rand_device`"
+    assert refuse(*TASK) == (
+        1,
+        [
+            (f"`{metadata}` has no column `num_inference_steps`; it has {listed}", "add the column"),
+            (f"`{metadata}` has no column `cfg_scale`; it has {listed}", "add the column"),
+        ],
+    )
+
+
+def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
+    metadata = rows(COLUMNS, chelsea={"cfg_scale": "4"}, coffee={"seed": "x"})
+    assert refuse(*TASK) == (
+        1,
+        [
+            (
+                f"`{metadata}` row 2: column `cfg_scale` holds `4`, expected 1: the few steps are learned without guidance",
+                "write 1",
+            ),
+            (
+                f"`{metadata}` row 3: column `seed` holds `x`, expected a whole number from 0 to {2**63 - 1}",
+                "mend the cell",
+            ),
+        ],
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to draw it")
+def test_noise_that_only_a_gpu_draws(refuse, rows, dataset):
+    rows(COLUMNS, chelsea={"rand_device": "cuda"})
+    assert refuse(*TASK) == (
+        1,
+        [
+            (
+                "`rand_device` is `cuda` for 1 sample, and there is no such device to draw the noise; "
+                f"the first is row 2 `{dataset / 'chelsea.png'}`",
+                "train where there is one, or make the pictures again with `cpu`",
+            )
+        ],
+    )
+
+
+def test_a_range_of_timesteps(refuse, rows):
+    rows(COLUMNS)
+    assert refuse(*TASK, "--max_timestep_boundary", 0.5) == (
+        2,
+        [
+            (
+                "`max_timestep_boundary` means nothing to `direct_distill`, whose samples name their steps",
+                "leave it out",
+            )
+        ],
+    )
+
+
+def test_supervised_training_is_not_shown_a_seed(refuse, rows):
+    rows(COLUMNS)
+    code, [(message, _)] = refuse("--extra_inputs", "seed", "--output_path", "out")
+    assert code == 2 and message == "`extra_inputs` names `seed`, which Qwen-Image does not take"
+
+
+def test_a_drawn_dataset_has_no_seeds(cli, tmp_path):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--task", "direct_distill", "--rehearse", "--device", "cpu")
+    assert outcome.code == 2
+    assert outcome.err.count("error: ") == 1
+    assert (
+        "error: a rehearsal draws pictures without the columns seed, rand_device, num_inference_steps, cfg_scale"
+        in outcome.err
+    )
+    assert "hint: name a dataset that has them with `--dataset_base_path`" in outcome.err
