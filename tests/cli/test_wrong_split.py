@@ -222,6 +222,14 @@ def test_components_whose_output_is_kept_cannot_train(refuse, encoded, dataset, 
     ) in problems
 
 
+def test_a_lora_for_an_encoder_comes_too_late(second, tmp_path):
+    code, problems = second("--preset_lora_path", tmp_path / "a.safetensors", "--preset_lora_model", "text_encoder")
+    assert code == 2 and problems[0] == (
+        "`preset_lora_model` names `text_encoder`, but `sft:data_process` encodes all samples with it beforehand",
+        "give it to `sft:data_process` instead",
+    )
+
+
 def test_a_dataset_in_place_of_encoded_samples(refuse, dataset):
     assert refuse("--task", "sft:train", "--output_path", "run") == (
         2,

@@ -378,7 +378,7 @@ class Parameters(BaseModel):
         "sft",
         "training",
         "choice",
-        "sft: supervised training; direct_distill: a sampler of few steps, with the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
+        "sft: supervised training; direct_distill: the few steps of a sampler, told by the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
     )
 
     # lora

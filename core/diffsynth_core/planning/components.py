@@ -23,7 +23,7 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
-from diffsynth_core.planning.halves import components_of, kind_problems, trained_encoders
+from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.sources.model_files import FileSet, locate, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
@@ -91,7 +91,7 @@ def find_components(
             for name in variant.components
             if name in needed and name not in components and name not in assigned.told
         ]
-    problems += trained_encoders(parameters, task, variant)
+    problems += changed_encoders(parameters, task, variant)
     problems += _misfits(facts, variant, {name: files.origin for name, files in components.items()}, shapes)
     problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
     for parameter in ("fp8_models", "offload_models"):

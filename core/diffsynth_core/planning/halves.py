@@ -49,16 +49,20 @@ def components_of(task: Task, variant: Variant) -> frozenset[str]:
     return frozenset(variant.components) - (frozenset() if task.encodes else encoding)
 
 
-def trained_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
-    """Components that are named to train although what they make is kept between the halves."""
+def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
+    """Components that are named to train, or to be changed, although what they make is kept between the halves."""
     if task.encodes and task.trains:
         return []
     named = {"trainable_models": parameters.trainable_models, "lora_base_model": (parameters.lora_base_model,)}
+    hints = dict.fromkeys(named, f"train it with `--task {task.objective}`, or leave it out")
+    if not task.encodes:
+        named["preset_lora_model"] = (parameters.preset_lora_model,)
+        hints["preset_lora_model"] = f"give it to `{task.first_half}` instead"
     encoding = encoding_components(variant)
     return [
         Problem(
             f"`{parameter}` names `{component}`, but `{task.first_half}` encodes all samples with it beforehand",
-            f"train it with `--task {task.objective}`, or leave it out",
+            hints[parameter],
             wrong_use=True,
         )
         for parameter, components in named.items()
