@@ -198,7 +198,7 @@ WAN = FamilyFacts(
         "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control, led by a control video",
         "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
         "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V, led by speech",
-        "Wan-AI/Wan*-Animate-*:*diffusion_pytorch_model*": "Wan Animate",
+        "Wan-AI/Wan*-Animate-*:*": "Wan Animate",
         "Wan-AI/Wan-Dancer-*:*": "Wan Dancer",
         "ByteDance/Video-As-Prompt-Wan*:*diffusion_pytorch_model*": "Video-As-Prompt",
         "DiffSynth-Studio/Wan*-speedcontrol-*:*": "Wan with a motion controller",
