@@ -44,6 +44,7 @@ def draw_pictures(folder: Path, shown: Mapping[str, int] = MappingProxyType({}))
     """Draw the pictures and their metadata.csv into a folder, those that are not there yet; returns the folder.
 
     `shown`: further columns -> how many pictures each names at most: every row one, every other row so many as a list.
+    0: the picture of the row itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, shape, colour, ground, _ in DRAWN:
@@ -59,7 +60,9 @@ def draw_pictures(folder: Path, shown: Mapping[str, int] = MappingProxyType({}))
 
 
 def _cell(number: int, most: int) -> str:
-    """The pictures behind the one of a row."""
+    """The pictures behind the one of a row, or that one."""
+    if not most:
+        return DRAWN[number][0]
     names = [DRAWN[(number + 1 + place) % len(DRAWN)][0] for place in range(most if number % 2 else 1)]
     return names[0] if len(names) == 1 else json.dumps(names)
 

@@ -66,14 +66,15 @@ class MediaRule:
 class ReferenceRule:
     """How the pictures of a metadata column become what the model is shown under `name`.
 
-    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to.
+    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to; None: it covers what is
+    trained on and is cut to its size.
     `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
     """
 
     name: str
     column: str
-    size: Callable[[int, int, int], tuple[int, int]]
+    size: Callable[[int, int, int], tuple[int, int]] | None
     max_pixels: int
     factor: int = 1
     most: int | None = None
@@ -155,8 +156,10 @@ def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -
     return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
 
 
-def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule) -> Excerpt:
-    """How a picture is shown to the model; a side of 0 means that it is too small."""
+def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule, target: Excerpt) -> Excerpt:
+    """How a picture is shown to the model beside `target`; a side of 0 means that it is too small."""
+    if rule.size is None:
+        return Excerpt(path, target.height, target.width)
     scaled = rule.size(header.width, header.height, rule.max_pixels)
     height, width = (side // rule.factor * rule.factor for side in scaled)
     return Excerpt(path, height, width, scaled=scaled)

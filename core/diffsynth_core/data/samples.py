@@ -30,6 +30,8 @@ HEADER_THREADS = 8
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
 """Frame rates that differ by more are worth a word."""
+SHAPE_SPREAD = 1.02
+"""Width by height of two pictures may differ by so much, as sizes rounded to multiples of 16 do."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def _measure(
             elif not isinstance(read, Problem):
                 samples.append(sample)
                 headers.append(read)
-    return SampleSet(tuple(samples), tuple(_notes(samples, headers, columns.rule))), problems
+    notes = (*_notes(samples, headers, columns.rule), *_other_shapes(headers, columns))
+    return SampleSet(tuple(samples), notes), problems
 
 
 def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
@@ -198,7 +201,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
     references = {}
     for rule in columns.references:
         pictures = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
-        references[rule.name] = tuple(choose_reference(path, header, rule) for path, header in pictures)
+        references[rule.name] = tuple(choose_reference(path, header, rule, target) for path, header in pictures)
         small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
         if small:
             return Problem(
@@ -239,6 +242,19 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
     told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
     yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{told}"
+
+
+def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
+    """What to say of pictures that are to lie over what is trained on, and are not of its shape."""
+    for column in [rule.column for rule in columns.references if rule.size is None]:
+        pairs = [(headers.target, picture) for headers in read for picture in headers.shown[column]]
+        ratios = [picture.width * target.height / (picture.height * target.width) for target, picture in pairs]
+        other = sum(not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD for ratio in ratios)
+        if other:
+            yield (
+                f"{other} of {len(pairs)} pictures of `{column}` are wider or higher than what they belong to: "
+                "scaled to cover it and cut at the centre, they do not lie over it"
+            )
 
 
 def _headers_or_problem(row: _Row, rule: MediaRule, videos: VideoMemory) -> _Headers | Problem:

@@ -63,7 +63,8 @@ class Layout:
 class ComponentFacts:
     """One network of a family.
 
-    `places`: patterns (fnmatch) of the file names that recipes and repositories use for it.
+    `places`: patterns (fnmatch) of the file names that recipes and repositories use for it; one with a colon is of
+    the repository and the file name (`model_id:file`), and counts before those of file names alone.
     `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
     its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
@@ -73,6 +74,7 @@ class ComponentFacts:
     trained for.
     `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says -> the
     extra inputs without which it means nothing.
+    `inputs`: its files mean nothing without one of these extra inputs; blank: they always mean something.
     """
 
     name: str
@@ -84,6 +86,7 @@ class ComponentFacts:
     dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
 
     @property
     def lora_naming(self) -> LoraNaming:
@@ -129,13 +132,14 @@ class References:
 
     `name`: what encoders call them; a column that is read at two sizes has two of these.
     `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to; 0 where it is too small.
+    None: it covers what is trained on and is cut to its size.
     `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
     """
 
     name: str
     column: str
-    size: Callable[[int, int, int], tuple[int, int]]
+    size: Callable[[int, int, int], tuple[int, int]] | None
     factor: int = 1
     most: int | None = None
 
@@ -147,7 +151,9 @@ class Variant:
     `model_id`: the published model that stands for it.
     `components`: all that must be there.
     `references`: pictures shown; each of their columns is one of the extra inputs asked for.
+    `in_step`: components that take part in every step beside the denoiser, whether they train or not.
     `reached`: modules by component that this kind's training does reach, of those that are `untrainable` in others.
+    `unreached`: by component, names of our modules or tensors -> those that this kind's training does not reach.
     `takes` and `needs`: extra inputs (`extra_inputs`) that it can use, and those it cannot do without.
     `given_frames`: latent frames that the model is given clean, at the start of a clip: not noised, not in the loss.
     """
@@ -158,21 +164,26 @@ class Variant:
     encoders: tuple[EncoderFacts, ...]
     medium: Medium
     references: tuple[References, ...] = ()
+    in_step: tuple[str, ...] = ()
     reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    unreached: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     given_frames: int = 0
 
     def untrainable(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
         """Modules of a component that no gradient can reach, given the names of its modules or tensors."""
-        return component.untrainable(names) - self.reached.get(component.name, frozenset())
+        unreached = self.unreached.get(component.name, nothing_untrainable)(names)
+        return (component.untrainable(names) | unreached) - self.reached.get(component.name, frozenset())
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Two sides that must be equal: one of a component, and one of the denoiser that reads what the component makes.
+    """Two sides that must be equal: one of a component, and one of the denoiser, which reads what the component makes,
+    or takes the same as it.
 
     `side` and `denoiser_side` are (tensor of our module, axis); the denoiser's holds `parts` of it.
+    `verb`: what the component does with `what`. `way_out`: the hint; None: to name the component of the same model.
     """
 
     component: str
@@ -180,6 +191,8 @@ class Fit:
     denoiser_side: tuple[str, int]
     what: str
     parts: int = 1
+    verb: Literal["makes", "takes"] = "makes"
+    way_out: str | None = None
 
 
 @dataclass(frozen=True)

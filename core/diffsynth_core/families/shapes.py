@@ -1,5 +1,7 @@
 """What names and shapes of tensors tell of an architecture, and rules for what they do not tell. No torch."""
 
+from collections.abc import Collection
+
 from diffsynth_core.families.interface import Shapes
 
 ROPE_PROPORTION = (16, 56, 56)
@@ -7,9 +9,10 @@ ROPE_PROPORTION = (16, 56, 56)
 that proportion, each even."""
 
 
-def count_blocks(shapes: Shapes, prefix: str) -> int:
+def count_blocks(shapes: Collection[str], prefix: str) -> int:
     """How many numbered blocks stand below `prefix`."""
-    return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
+    numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
+    return 1 + max(numbers, default=-1)
 
 
 def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:

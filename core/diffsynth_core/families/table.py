@@ -73,11 +73,15 @@ def find_stranger(names: Collection[str], facts: FamilyFacts) -> Stranger | None
     return next((known for known in facts.strangers if known.signature <= frozenset(names)), None)
 
 
-def component_at(place: str, facts: FamilyFacts) -> ComponentFacts | None:
-    """The component whose files a recipe names so, such as `transformer/diffusion_pytorch_model*.safetensors`."""
+def component_at(place: str, facts: FamilyFacts, model_id: str = "") -> ComponentFacts | None:
+    """The component whose files a recipe names so, such as `transformer/diffusion_pytorch_model*.safetensors`.
+
+    Where the place tells nothing, such as `diffusion_pytorch_model.safetensors`, the repository's name may.
+    """
+    named = [(component, pattern) for component in facts.components for pattern in component.places]
     return next(
-        (component for component in facts.components if any(fnmatch(place, pattern) for pattern in component.places)),
-        None,
+        (component for component, pattern in named if ":" in pattern and fnmatch(f"{model_id}:{place}", pattern)),
+        next((component for component, pattern in named if fnmatch(place, pattern)), None),
     )
 
 

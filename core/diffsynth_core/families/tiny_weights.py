@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 GAINS = {
     "dit": 3**-0.5,
+    "controlnet": 3**-0.5,
     "text_encoder": 1.0,
     "text_encoder_1": 1.0,
     "text_encoder_2": 1.0,

@@ -1,7 +1,7 @@
 """Which files are which component, and where the tokenizers lie."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -94,6 +94,7 @@ def find_components(
     problems += changed_encoders(parameters, task, variant)
     problems += _misfits(facts, variant, {name: files.origin for name, files in components.items()}, shapes)
     problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
+    problems += _without_meaning(facts, parameters.extra_inputs, components)
     for parameter in ("fp8_models", "offload_models"):
         _check_entries(parameters, parameter, problems)
     whole = task.encodes and task.trains
@@ -207,7 +208,7 @@ def _copies(family: str | None) -> dict[str, str]:
 def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
     """The component that a place in a repository is usually that of."""
     parts = split_entry(file_set.origin)
-    component = component_at(parts[1], facts) if parts else None
+    component = component_at(parts[1], facts, parts[0]) if parts else None
     return component.name if component else None
 
 
@@ -237,9 +238,9 @@ def _misfits(
         if side and denoiser_side and denoiser_side != (side[0] * fit.parts,):
             problems.append(
                 Problem(
-                    f"the {fit.component} from `{origins[fit.component]}` makes {fit.what} of {side[0]} channels, "
+                    f"the {fit.component} from `{origins[fit.component]}` {fit.verb} {fit.what} of {side[0]} channels, "
                     f"the {facts.denoiser} of {variant.title} takes {denoiser_side[0] // fit.parts}",
-                    f"name the {fit.component} of the same model",
+                    fit.way_out or f"name the {fit.component} of the same model",
                     wrong_use=True,
                 )
             )
@@ -261,6 +262,20 @@ def _encoded_misfits(
     origins = dict.fromkeys(made, str(encoded.folder))
     misfits = _misfits(facts, variant, origins, {**made, facts.denoiser: shapes[facts.denoiser]})
     return [replace(problem, hint="encode the samples with the components of the same model") for problem in misfits]
+
+
+def _without_meaning(
+    facts: FamilyFacts, inputs: tuple[str, ...], components: Mapping[str, ComponentFiles]
+) -> Iterator[Problem]:
+    """Components whose files are named, and which do nothing without an input that is not asked for."""
+    for name, files in components.items():
+        needed = facts.component(name).inputs
+        if needed and not set(needed) & set(inputs):
+            yield Problem(
+                f"`{files.origin}` is the {name} of {facts.title}, which means nothing without the extra input `{needed[0]}`",
+                f"give `--extra_inputs {','.join((*inputs, needed[0]))}`, or leave its files out",
+                wrong_use=True,
+            )
 
 
 def _missing(component: ComponentFacts, variant: Variant) -> Problem:

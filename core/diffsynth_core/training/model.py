@@ -86,7 +86,7 @@ class TrainingModule(nn.Module):
 def build_training_module(
     plan: Plan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
 ) -> TrainingModule:
-    """Load what a step needs: the denoiser, and every component that trains.
+    """Load what a step needs: the denoiser, what takes part beside it, and every component that trains.
 
     Components trained in full are float32; the others keep the run's precision, with LoRA in float32.
     """
@@ -95,7 +95,7 @@ def build_training_module(
     tokenizers: dict[str, Any] = {}
     load_device = torch.device("cpu") if settings.initialize_model_on_cpu else device
     for name in plan.facts.component_names:
-        if name != plan.facts.denoiser and name not in training.components:
+        if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.in_step):
             continue
         dtype = torch.float32 if name in training.full else frozen_dtype(plan.mixed_precision)
         module = load_for_run(plan, family, name, dtype, load_device, reporter).to(device)

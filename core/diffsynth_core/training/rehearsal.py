@@ -158,7 +158,10 @@ def _draw(folder: Path, variant: Variant) -> Path:
     """A dataset of the kind that a model is trained on, with pictures in the columns that it is shown."""
     if variant.medium.kind == "video":
         return draw_clips(folder / "clips")
-    shown = {shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) for shown in variant.references}
+    shown = {
+        shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) if shown.size else 0
+        for shown in variant.references
+    }
     name = "-".join(["pictures", *(f"{column}-{most}" for column, most in shown.items())])
     return draw_pictures(folder / name, shown)
 
@@ -172,7 +175,11 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
         scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
         for name, side in (("height", now.height), ("width", now.width)):
             changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
-    if variant.references and now.max_pixels > REHEARSAL_PIXELS and not _is_flag(resolved, "max_pixels"):
+    if (
+        any(shown.size for shown in variant.references)
+        and now.max_pixels > REHEARSAL_PIXELS
+        and not _is_flag(resolved, "max_pixels")
+    ):
         changes["max_pixels"] = REHEARSAL_PIXELS
     if variant.medium.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
         changes["num_frames"] = REHEARSAL_FRAMES
@@ -238,7 +245,7 @@ def _variant_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tupl
                 shapes = {facts.denoiser: found[1].module_shapes(shapes_of(headers))}
                 return facts.variant(shapes, inputs, origin)
         parts = split_entry(origin)
-        component = component_at(parts[1], facts) if parts else None
+        component = component_at(parts[1], facts, parts[0]) if parts else None
         if component and component.name == facts.denoiser:
             return facts.variant({}, inputs, origin)
     return facts.variant({}, inputs, "")
@@ -259,7 +266,7 @@ def _swap_files(group: Sequence[str], facts: FamilyFacts, stand_in: str, base: P
     local = _local(group)
     if parts and not local:
         model_id, pattern = parts
-        component = component_at(pattern, facts)
+        component = component_at(pattern, facts, model_id)
     else:
         try:
             found = recognise(read_headers(local), facts) if local else None

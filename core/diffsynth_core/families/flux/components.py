@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import ROPE_PROPORTION, count_blocks, infer_t5_encoder, split_even
@@ -33,6 +34,7 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
         "text_encoder_1": infer_clip,
         "text_encoder_2": infer_t5_encoder,
         "vae": infer_vae,
+        CONTROLNET: infer_controlnet,
     }[files.component]
     return infer(shapes)
 
@@ -52,6 +54,10 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         return AutoencoderKL.from_config(settings)  # type: ignore[no-any-return]
+    if component == CONTROLNET:
+        from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+
+        return FluxControlNetModel.from_config(settings)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     return FluxTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
@@ -76,13 +82,17 @@ def load_tokenizer(parameter: str, folder: Path) -> Any:
 
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
     """Settings of `FluxTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion."""
+    made, blocks = shapes["proj_out.weight"][0], infer_controlnet(shapes)
+    return {**blocks, "out_channels": made if made != blocks["in_channels"] else None}
+
+
+def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `FluxControlNetModel`, as those of the transformer."""
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     width, taken = shapes["x_embedder.weight"]
-    made = shapes["proj_out.weight"][0]
     return {
         "patch_size": 1,
         "in_channels": taken,
-        "out_channels": made if made != taken else None,
         "num_layers": count_blocks(shapes, "transformer_blocks."),
         "num_single_layers": count_blocks(shapes, "single_transformer_blocks."),
         "attention_head_dim": head_size,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffsynth_core.families.control import CONTROL_LATENTS
+
 CLIP_TOKENS = 77
 T5_TOKENS = 512
 """Text tokens that the encoders read, always as many: shorter captions are padded, and the padding is not masked."""
@@ -69,6 +71,14 @@ def encode_references(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]
     Returns: `kontext_latents_0`, `kontext_latents_1`, ..., `[16, 1, H / 8, W / 8]` float32.
     """
     return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(pictures)}
+
+
+def encode_controlnet_latents(vae: Any, picture: Tensor) -> dict[str, Tensor]:
+    """The latents of the picture to follow, which has the size of what is trained on.
+
+    Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
+    """
+    return {CONTROL_LATENTS: _latents(vae, picture)}
 
 
 def _latents(vae: Any, pixels: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """What FLUX.1's models are made of. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
 from diffsynth_core.families.flux import names
 from diffsynth_core.families.interface import (
     ComponentFacts,
@@ -19,6 +21,7 @@ from diffsynth_core.families.interface import (
     TokenizerFacts,
     Variant,
 )
+from diffsynth_core.families.shapes import count_blocks
 
 KINDS = (
     ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
@@ -66,7 +69,7 @@ REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """FLUX.1-dev, Krea and Kontext: any of them can be shown pictures, but none must be.
+    """FLUX.1-dev, Krea and Kontext: any of them can be shown pictures, or follow one, but none must.
 
     Raises:
         DiffSynthError: for a transformer without guidance, or one that takes more than latents.
@@ -86,17 +89,26 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
             f"the transformer takes {taken} channels and makes {made}: this kind of FLUX.1 is not supported yet",
             "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev (64, 64)",
         )
-    shown = KONTEXT_IMAGES in inputs
+    controlled = CONTROLNET_IMAGE in inputs
+    shown = KONTEXT_IMAGES in inputs and not controlled
     title, model_id = next((title, model) for pattern, title, model in KINDS if fnmatch(origin.lower(), pattern))
-    return Variant(
+    plain = Variant(
         title=title,
         model_id=model_id,
         components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
         encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
         medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
         references=(REFERENCES,) if shown else (),
-        takes=(KONTEXT_IMAGES,),
+        takes=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
     )
+    return with_controlnet(plain, _unreached_in_controlnet(transformer)) if controlled else plain
+
+
+def _unreached_in_controlnet(shapes: Shapes) -> Callable[[frozenset[str]], frozenset[str]]:
+    blocks, single_blocks = (
+        count_blocks(shapes, f"{kind}transformer_blocks.") if shapes else None for kind in ("", "single_")
+    )
+    return partial(names.dead_in_controlnet, blocks=blocks, single_blocks=single_blocks)
 
 
 FLUX = FamilyFacts(
@@ -143,6 +155,14 @@ FLUX = FamilyFacts(
             config_classes=("AutoencoderKL",),
             untrainable=names.unused_in_vae,
         ),
+        ComponentFacts(
+            name=CONTROLNET,
+            title="ControlNet",
+            layouts=(Layout(names.CONTROLNET_SIGNATURE),),
+            places=PLACES,
+            config_classes=("FluxControlNetModel",),
+            inputs=(CONTROLNET_IMAGE,),
+        ),
     ),
     denoiser="dit",
     variant=variant,
@@ -175,6 +195,16 @@ FLUX = FamilyFacts(
         ),
         Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
         Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
+        Fit(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("x_embedder.weight", 0), "states"),
+        Fit(CONTROLNET, ("context_embedder.weight", 1), ("context_embedder.weight", 1), "text states", verb="takes"),
+        Fit(
+            CONTROLNET,
+            ("controlnet_x_embedder.weight", 1),
+            ("x_embedder.weight", 1),
+            "patches",
+            verb="takes",
+            way_out="name a ControlNet that follows a picture alone, not one for inpainting",
+        ),
     ),
     not_trained={
         "black-forest-labs/FLUX.1-Fill-*:flux1-*": "FLUX.1 Fill",
@@ -189,6 +219,17 @@ FLUX = FamilyFacts(
         "ByteDance/InfiniteYou:*": "InfiniteYou",
     },
     strangers=(
+        Stranger(
+            "a ControlNet for several kinds of pictures (union), which is not supported yet",
+            CONTROLNET,
+            names.UNION_TENSORS,
+        ),
+        Stranger("a ControlNet that reads pixels, which is not supported yet", CONTROLNET, names.HINT_TENSORS),
+        Stranger(
+            "a ControlNet of Qwen-Image",
+            CONTROLNET,
+            frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.img_mod.1.weight"}),
+        ),
         Stranger("the text encoder UMT5 of Wan", "text_encoder_2", names.UMT5_TENSORS),
         Stranger("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),
     ),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffsynth_core.families import control
 from diffsynth_core.families.family import TRAINING_STEPS, Encoded, Family
 from diffsynth_core.families.flux import components as building
 from diffsynth_core.families.flux import encode, inputs, rehearsal
@@ -35,6 +36,9 @@ class Flux(Family):
                 return encode.encode_text(components, sample["prompt"])
             case "kontext_latents":
                 return encode.encode_references(components["vae"], sample[KONTEXT_IMAGES])
+            case control.CONTROL_LATENTS:
+                (picture,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], picture)
             case _:
                 return encode.encode_latents(components["vae"], sample["image"])
 
@@ -48,7 +52,7 @@ class Flux(Family):
         return inputs.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
-        return inputs.predict_velocity(components["dit"], noisy, sigma, batch)
+        return inputs.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
 
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         building.checkpoint_gradients(component, module)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.families.control import CONTROL_LATENTS
 from diffsynth_core.families.flux.encode import KONTEXT_LATENTS
 from diffsynth_core.families.patches import numbered, pack, unpack
 
@@ -32,7 +33,8 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Encoded samples of one shape, those of their reference pictures included -> a batch.
 
     Returns: `latents` `[B, 16, 1, h, w]`, `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for
-    each reference picture `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w.
+    each reference picture `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the
+    size of `latents`.
     """
     return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
 
@@ -50,11 +52,14 @@ def token_ids(latents: Tensor, picture: int) -> Tensor:
     return ids.flatten(0, 1)
 
 
-def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def predict_velocity(
+    transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
+) -> Tensor:
     """The transformer called as `FluxPipeline` and `FluxKontextPipeline` call it: packed latents, timestep = sigma.
 
     The tokens of reference pictures follow those of the latents, and all of them say picture 1. Source for several
-    pictures: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`.
+    pictures: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is
+    called as `FluxControlNetPipeline` does it, at scale 1; one without an embedder of guidance is not told any.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
@@ -67,15 +72,31 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
     tokens = pack(noisy)
     states = torch.cat([tokens, *(pack(picture) for picture in shown)], dim=1)
     ids = torch.cat([token_ids(noisy, 0), *(token_ids(picture, 1) for picture in shown)])
-    text = batch["prompt_embeds"].to(transformer.dtype)
+    text = batch["prompt_embeds"]
+    given = {
+        "hidden_states": states,
+        "timestep": sigma,
+        "guidance": torch.full_like(sigma, GUIDANCE),
+        "pooled_projections": batch["pooled_prompt_embeds"],
+        "encoder_hidden_states": text,
+        "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
+        "img_ids": ids,
+        "return_dict": False,
+    }
+    added, added_single = None, None
+    if controlnet is not None:
+        told = given if controlnet.config.guidance_embeds else {**given, "guidance": None}
+        followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
+        added, added_single = controlnet(controlnet_cond=followed, **_states_as(told, controlnet))
     (prediction,) = transformer(
-        hidden_states=states.to(transformer.dtype),
-        timestep=sigma,
-        guidance=torch.full_like(sigma, GUIDANCE),
-        pooled_projections=batch["pooled_prompt_embeds"].to(transformer.dtype),
-        encoder_hidden_states=text,
-        txt_ids=torch.zeros(text.shape[1], 3, device=text.device),
-        img_ids=ids,
-        return_dict=False,
+        controlnet_block_samples=added,
+        controlnet_single_block_samples=added_single,
+        **_states_as(given, transformer),
     )
     return unpack(prediction[:, : tokens.shape[1]], height, width)
+
+
+def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
+    """Inputs with the states among them in the number format of the module that is to read them."""
+    states = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    return {**given, **{name: given[name].to(module.dtype) for name in states}}

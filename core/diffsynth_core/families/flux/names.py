@@ -6,6 +6,8 @@ hold, documented for the transformer: source modelscope/DiffSynth-Studio, diffsy
 modules in memory, which are diffusers' and transformers'.
 """
 
+from diffsynth_core.families.control import count_added
+from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.state_dicts.key_maps import Chain, PrefixMap, TableMap
 
 LORA_TARGETS = (
@@ -216,6 +218,35 @@ T5_SIGNATURE = frozenset({"shared.weight", "encoder.block.0.layer.0.SelfAttentio
 UMT5_TENSORS = frozenset({"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"})
 """UMT5 has the position bias in each block, T5 in its first only."""
 FLUX_2_VAE_TENSORS = frozenset({"bn.running_mean", "bn.running_var"})
+
+
+CONTROLNET_SIGNATURE = frozenset(
+    {"transformer_blocks.0.norm1_context.linear.weight", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
+)
+UNION_TENSORS = frozenset({"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"})
+"""Of ControlNets for several kinds of pictures, which must be told the kind."""
+HINT_TENSORS = frozenset({"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"})
+"""Of ControlNets that read the pixels of a picture, not its latents."""
+
+LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+"""Of a last block: they only shape the text behind it."""
+
+
+def dead_in_controlnet(names: frozenset[str], blocks: int | None, single_blocks: int | None) -> frozenset[str]:
+    """Modules of a ControlNet that cannot influence what a transformer of so many blocks (None: many) makes of it.
+
+    Its single-stream blocks read what its double-stream ones make; without them, its text ends with the last in use.
+    """
+    double, single = (count_blocks(names, f"{kind}transformer_blocks.") for kind in ("", "single_"))
+    used = double if blocks is None else count_added(double, blocks)
+    used_single = single if single_blocks is None else count_added(single, single_blocks)
+    dead = {f"controlnet_blocks.{block}" for block in range(used, double)}
+    for block in range(used_single, single):
+        dead |= {f"controlnet_single_blocks.{block}", f"single_transformer_blocks.{block}"}
+    if not used_single:
+        dead |= {f"transformer_blocks.{block}" for block in range(used, double)}
+        dead |= {f"transformer_blocks.{used - 1}.{module}" for module in LAST_TEXT_MODULES if used}
+    return frozenset(dead)
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:

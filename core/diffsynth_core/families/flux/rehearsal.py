@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.flux import names
 from diffsynth_core.families.flux.components import CLIP_HEAD_SIZE, SCALING_FACTOR, SHIFT_FACTOR, build
 from diffsynth_core.families.flux.encode import CLIP_TOKENS
@@ -24,6 +25,7 @@ FILE_STEMS = {
     "text_encoder_1": "model",
     "text_encoder_2": "model",
     "vae": "diffusion_pytorch_model",
+    CONTROLNET: "diffusion_pytorch_model",
 }
 """What the names of published files begin with, where a recipe says `*.safetensors`."""
 LATENT_SPREAD = 0.62
@@ -63,7 +65,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         _write_clip_tokenizer(folder.parent / "tokenizer")
     elif component == "text_encoder_2":
         write_unigram_tokenizer(folder.parent / "tokenizer_2", byte_fallback=False)
-    diffusers = place.parent.name in DIFFUSERS_FOLDERS
+    diffusers = component == CONTROLNET or place.parent.name in DIFFUSERS_FOLDERS
     if component in TEXT_ENCODER_CONFIGS:
         write_json(folder / "config.json", TEXT_ENCODER_CONFIGS[component] | config)
     elif diffusers:
@@ -131,7 +133,7 @@ def _vae(sizes: TinySizes) -> dict[str, Any]:
     }
 
 
-CONFIGS = {"dit": _transformer, "text_encoder_1": _clip, "text_encoder_2": _t5, "vae": _vae}
+CONFIGS = {"dit": _transformer, "text_encoder_1": _clip, "text_encoder_2": _t5, "vae": _vae, CONTROLNET: _transformer}
 TEXT_ENCODER_CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder_1": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
     "text_encoder_2": {"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False},

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import ROPE_PROPORTION, count_blocks, split_even
@@ -24,7 +25,13 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
     if files.config_path:
         return read_json(files.config_path)
-    return {"dit": infer_transformer, "text_encoder": infer_text_encoder, "vae": infer_vae}[files.component](shapes)
+    infer = {
+        "dit": infer_transformer,
+        "text_encoder": infer_text_encoder,
+        "vae": infer_vae,
+        CONTROLNET: infer_controlnet,
+    }[files.component]
+    return infer(shapes)
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
@@ -38,6 +45,10 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
         from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
         return AutoencoderKLQwenImage.from_config(settings)  # type: ignore[no-any-return]
+    if component == CONTROLNET:
+        from diffusers.models.controlnets.controlnet_qwenimage import QwenImageControlNetModel
+
+        return QwenImageControlNetModel.from_config(settings)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
@@ -72,13 +83,23 @@ def load_processor(folder: Path) -> Any:
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
     """Settings of `QwenImageTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion, and
     `zero_cond_t`, which is to be said."""
+    return {**_infer_blocks(shapes), "out_channels": shapes["proj_out.weight"][0] // 4}
+
+
+def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `QwenImageControlNetModel`, as those of the transformer."""
+    blocks = _infer_blocks(shapes)
+    followed = shapes["controlnet_x_embedder.weight"][1]
+    return {**blocks, "extra_condition_channels": followed - blocks["in_channels"]}
+
+
+def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
+    """Settings of what the transformer and a ControlNet have alike."""
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     width, in_channels = shapes["img_in.weight"]
-    out_channels = shapes["proj_out.weight"][0] // 4
     return {
         "patch_size": 2,
         "in_channels": in_channels,
-        "out_channels": out_channels,
         "num_layers": count_blocks(shapes, "transformer_blocks."),
         "attention_head_dim": head_size,
         "num_attention_heads": width // head_size,
@@ -156,5 +177,5 @@ def checkpoint_gradients(component: str, module: nn.Module) -> None:
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
         module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         module.train()
-    elif component == "dit":
+    elif component in ("dit", CONTROLNET):
         module.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.control import CONTROL_LATENTS
 from diffsynth_core.families.qwen_image.inputs import EDIT_LATENTS
 
 PROMPT_TEMPLATE = (
@@ -131,6 +132,14 @@ def encode_edit_latents(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tenso
     Returns: `edit_latents_0`, `edit_latents_1` … in their order, each `[16, 1, h, w]` float32.
     """
     return {EDIT_LATENTS.format(number): _normalised_latents(vae, picture) for number, picture in enumerate(pictures)}
+
+
+def encode_controlnet_latents(vae: Any, picture: Tensor) -> dict[str, Tensor]:
+    """The latents of the picture to follow, which has the size of what is trained on.
+
+    Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
+    """
+    return {CONTROL_LATENTS: _normalised_latents(vae, picture)}
 
 
 def _normalised_latents(vae: Any, pixels: Tensor) -> Tensor:

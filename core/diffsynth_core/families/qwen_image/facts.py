@@ -1,6 +1,7 @@
 """What Qwen-Image is made of. No torch."""
 
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, TokenizerFacts
+from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, Stranger, TokenizerFacts
 from diffsynth_core.families.qwen_image.names import (
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
@@ -18,8 +19,15 @@ QWEN_IMAGE = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
-            layouts=(Layout(frozenset({"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight"})),),
+            layouts=(
+                Layout(
+                    frozenset(
+                        {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"}
+                    )
+                ),
+            ),
             places=("transformer/*", "diffusion_pytorch_model*"),
+            config_classes=("QwenImageTransformer2DModel",),
             lora_targets=LORA_TARGETS,
             untrainable=dead_modules,
             settings={"zero_cond_t": (EDIT_IMAGE,)},
@@ -45,6 +53,24 @@ QWEN_IMAGE = FamilyFacts(
             ),
             places=("vae/*",),
             untrainable=unused_in_vae,
+        ),
+        ComponentFacts(
+            name=CONTROLNET,
+            title="ControlNet",
+            layouts=(
+                Layout(
+                    frozenset(
+                        {
+                            "transformer_blocks.0.img_mod.1.weight",
+                            "controlnet_x_embedder.weight",
+                            "controlnet_blocks.0.weight",
+                        }
+                    )
+                ),
+            ),
+            places=PLACES,
+            config_classes=("QwenImageControlNetModel",),
+            inputs=(CONTROLNET_IMAGE,),
         ),
     ),
     denoiser="dit",
@@ -75,5 +101,27 @@ QWEN_IMAGE = FamilyFacts(
     fits=(
         Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
         Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
+        Fit(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("img_in.weight", 0), "states"),
+        Fit(CONTROLNET, ("txt_in.weight", 1), ("txt_in.weight", 1), "text states", verb="takes"),
+        Fit(
+            CONTROLNET,
+            ("controlnet_x_embedder.weight", 1),
+            ("img_in.weight", 1),
+            "patches",
+            verb="takes",
+            way_out="name a ControlNet that follows a picture alone, not one for inpainting",
+        ),
+    ),
+    strangers=(
+        Stranger(
+            "a blockwise ControlNet, which is not supported yet",
+            CONTROLNET,
+            frozenset({"controlnet_blocks.0.x_rms.weight", "controlnet_blocks.0.y_rms.weight"}),
+        ),
+        Stranger(
+            "a ControlNet of FLUX.1",
+            CONTROLNET,
+            frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight"}),
+        ),
     ),
 )

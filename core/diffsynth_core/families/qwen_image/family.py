@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffsynth_core.families import control
 from diffsynth_core.families.family import TRAINING_STEPS, Encoded, Family
 from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shapes
 from diffsynth_core.families.qwen_image import components as building
@@ -37,6 +38,9 @@ class QwenImage(Family):
                 return encode.encode_edit_text(components, sample["prompt"], pictures, numbered)
             case "edit_latents":
                 return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
+            case control.CONTROL_LATENTS:
+                (picture,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], picture)
             case _:
                 return encode.encode_latents(components["vae"], sample["image"])
 
@@ -50,7 +54,7 @@ class QwenImage(Family):
         return inputs.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
-        return inputs.predict_velocity(components["dit"], noisy, sigma, batch)
+        return inputs.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
 
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         building.checkpoint_gradients(component, module)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.families.control import CONTROL_LATENTS
 from diffsynth_core.families.patches import numbered, pack, unpack
 
 TRAINING_STEPS = 1000
@@ -35,9 +36,9 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
 def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Encoded samples of one latent shape -> a batch.
 
-    Returns: `latents` `[B, 16, 1, h, w]`, those of pictures to edit likewise, each in its size; `prompt_embeds`
-    `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]` bool, True where
-    there is a token.
+    Returns: `latents` `[B, 16, 1, h, w]`, those of pictures to edit or to follow likewise, each in its size;
+    `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]`
+    bool, True where there is a token.
     """
     texts = [sample["prompt_embeds"] for sample in encoded]
     stacked = [name for name in encoded[0] if name != "prompt_embeds"]
@@ -55,10 +56,13 @@ def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
     return numbered(batch, EDIT_LATENTS)
 
 
-def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def predict_velocity(
+    transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
+) -> Tensor:
     """The transformer called as diffusers' pipelines call it: packed latents, timestep = sigma, text mask if needed.
 
-    The tokens of pictures to edit stand behind those of the picture that is made; what is said of them is cut off.
+    The tokens of pictures to edit stand behind those of the picture that is made; what is said of them is cut off. A
+    ControlNet is called as `QwenImageControlNetPipeline` does it, at scale 1.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
@@ -69,12 +73,24 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
     pictures = [noisy, *edit_latents(batch)]
     tokens = [pack(latents) for latents in pictures]
     shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in pictures]
-    (prediction,) = transformer(
-        hidden_states=torch.cat(tokens, dim=1).to(transformer.dtype),
-        timestep=sigma,
-        encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
-        encoder_hidden_states_mask=batch.get("prompt_mask"),
-        img_shapes=[shapes] * len(noisy),
-        return_dict=False,
-    )
+    given = {
+        "hidden_states": torch.cat(tokens, dim=1),
+        "timestep": sigma,
+        "encoder_hidden_states": batch["prompt_embeds"],
+        "encoder_hidden_states_mask": batch.get("prompt_mask"),
+        "img_shapes": [shapes] * len(noisy),
+        "return_dict": False,
+    }
+    added = None
+    if controlnet is not None:
+        added = controlnet(
+            controlnet_cond=pack(batch[CONTROL_LATENTS]).to(controlnet.dtype), **_states_as(given, controlnet)
+        )
+    (prediction,) = transformer(controlnet_block_samples=added, **_states_as(given, transformer))
     return unpack(prediction[:, : tokens[0].shape[1]], *noisy.shape[-2:])
+
+
+def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
+    """Inputs with the states among them in the number format of the module that is to read them."""
+    states = ("hidden_states", "encoder_hidden_states")
+    return {**given, **{name: given[name].to(module.dtype) for name in states}}

@@ -6,6 +6,8 @@ text encoder carry the names of earlier transformers releases: `model.layers…`
 
 import re
 
+from diffsynth_core.families.control import count_added
+from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.state_dicts.key_maps import PrefixMap
 
 TEXT_ENCODER_FILES = PrefixMap(
@@ -26,7 +28,6 @@ LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", 
 """Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
 
 _TIME_CONVOLUTION = re.compile(r"^encoder\.down_blocks\.\d+\.time_conv")
-_BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.")
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
@@ -43,7 +44,20 @@ def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
 
 def dead_modules(names: frozenset[str]) -> frozenset[str]:
     """Modules of the transformer that cannot influence its output, given the names of its modules or tensors."""
-    blocks = [int(match[1]) for match in map(_BLOCK.match, names) if match]
-    if not blocks:
-        return frozenset()
-    return frozenset(f"transformer_blocks.{max(blocks)}.{module}" for module in LAST_TEXT_MODULES)
+    return _text_half(count_blocks(names, "transformer_blocks.") - 1)
+
+
+def dead_in_controlnet(names: frozenset[str], blocks: int | None) -> frozenset[str]:
+    """Modules of a ControlNet that cannot influence what a transformer of `blocks` blocks (None: many) makes of it.
+
+    Its text ends with its last block in use.
+    """
+    own = count_blocks(names, "transformer_blocks.")
+    used = own if blocks is None else count_added(own, blocks)
+    idle = {f"{part}.{block}" for block in range(used, own) for part in ("transformer_blocks", "controlnet_blocks")}
+    return _text_half(used - 1) | idle
+
+
+def _text_half(last: int) -> frozenset[str]:
+    """What shapes the text behind the last block, if there is any."""
+    return frozenset(f"transformer_blocks.{last}.{module}" for module in LAST_TEXT_MODULES if last >= 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.qwen_image.components import MROPE_PROPORTION, build
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.shapes import ROPE_PROPORTION, split_even
@@ -78,7 +79,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     if component == "text_encoder":
         write_tokenizer(folder.parent / "tokenizer", TEMPLATE_WORDS, SPECIAL_TOKENS)
         write_processor(base.joinpath(*QWEN_IMAGE.tokenizers["processor_path"].default.split(":")))
-    config = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae}[component](sizes)
+    config = CONFIGS[component](sizes)
     if component == "dit" and fnmatch(model_id, ZERO_CONDITION):
         config["zero_cond_t"] = True
     module = build(component, config).eval()
@@ -139,6 +140,9 @@ def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
 def _vae(sizes: TinySizes) -> dict[str, Any]:
     # With the filling below, latents of photographs have mean 0 and a spread of about 0.64 in each channel.
     return {"base_dim": sizes.vae_width, "latents_mean": [0.0] * 16, "latents_std": [0.64] * 16}
+
+
+CONFIGS = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae, CONTROLNET: _transformer}
 
 
 def _file_key(component: str, name: str) -> str:

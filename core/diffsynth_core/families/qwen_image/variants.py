@@ -4,8 +4,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from diffsynth_core.families.control import CONTROLNET_IMAGE, with_controlnet
 from diffsynth_core.families.interface import EncoderFacts, Medium, References, Shapes, Variant
+from diffsynth_core.families.qwen_image.names import dead_in_controlnet
+from diffsynth_core.families.shapes import count_blocks
 
 EDIT_IMAGE = "edit_image"
 """The extra input and metadata column of the pictures to edit, and what the VAE's encoder calls them."""
@@ -23,7 +27,7 @@ TEXT_TO_IMAGE = Variant(
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",)), LATENTS),
     medium=PICTURE,
-    takes=(EDIT_IMAGE,),
+    takes=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 
 VAE_AREA = 1024 * 1024
@@ -88,7 +92,13 @@ def edit_size(ratio: float, area: float) -> tuple[int, int]:
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """Text to image, or editing when pictures to edit are asked for; which model edits shows in no shape."""
+    """Text to image, or editing when pictures to edit are asked for; which model edits shows in no shape.
+
+    With a picture to follow, text to image beside a ControlNet.
+    """
+    if CONTROLNET_IMAGE in inputs:
+        blocks = count_blocks(shapes["dit"], "transformer_blocks.") if "dit" in shapes else None
+        return with_controlnet(TEXT_TO_IMAGE, partial(dead_in_controlnet, blocks=blocks))
     return edit_variant(edit_model(origin)) if EDIT_IMAGE in inputs else TEXT_TO_IMAGE
 
 
