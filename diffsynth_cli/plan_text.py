@@ -9,6 +9,8 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes
 
 SHOWN_SIZES = 6
+VAE = "vae"
+"""The component, in every family, whose latents are trained on."""
 
 
 def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
@@ -34,6 +36,8 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
+    if VAE in plan.training.components:
+        yield f"  the {VAE} trains: what the model is to predict is made of its latents and moves with them"
 
 
 def _sample_lines(plan: Plan) -> Iterator[str]:
@@ -109,6 +113,8 @@ def _part(plan: Plan, component: str) -> str:
         parts.append(f"`{plan.preset.file.path}` merged into {count_of(len(plan.preset.file.modules), 'module')}")
     if component in plan.training.full:
         parts.append("trained in full")
+    if modules := plan.training.parts.get(component):
+        parts.append(f"trained in part: {', '.join(modules)}")
     if component == plan.training.lora_component:
         parts.append(f"LoRA of rank {plan.parameters.lora_rank} on {len(plan.training.lora_modules)} modules")
     return f", {' and '.join(parts)}" if parts else ""

@@ -54,6 +54,11 @@ class Layout:
         """Shapes by documented name, from those of our module; what has no documented name is left out."""
         return {name: self.documented.join_shape(name, shapes) for name in self.documented.theirs_of(shapes)}
 
+    def below(self, modules: Collection[str], names: Collection[str]) -> frozenset[str]:
+        """Of the `names` of our tensors those that are, or stand below, one of `modules`, by documented name."""
+        known = [name for name in self.documented.theirs_of(names) if is_below(name, modules)]
+        return frozenset(own for name in known for own in self.documented.ours(name) or ())
+
     def checkpoint_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by the names in full checkpoints, from those of our module."""
         return {name: self.in_checkpoints.join_shape(name, shapes) for name in self.in_checkpoints.theirs_of(shapes)}

@@ -1,7 +1,7 @@
 """From component files to a module in memory: built without memory, checked by shape, filled tensor by tensor."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,9 @@ def load_component(
     device: torch.device,
     reporter: Reporter,
     change: WeightChange | None = None,
+    float32: Collection[str] = (),
 ) -> nn.Module:
-    """A component with its weights in `dtype` on `device`, frozen and in eval mode.
+    """A component with its weights in `dtype`, those named in `float32` in that, on `device`, frozen and in eval mode.
 
     Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
     keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
@@ -121,7 +122,8 @@ def load_component(
         for path in files.paths:
             for key, tensor in iterate_tensors(path):
                 for name, value in files.layout.names.cut(key, tensor).items():
-                    kept = torch.float32 if _stays_float32(module, name) else dtype
+                    wide = name in float32 or _stays_float32(module, name)
+                    kept = torch.float32 if wide else dtype
                     changed = change(name, value, kept) if change else value
                     if name in narrow and fits(changed):
                         _store(module, name, changed, dtype, device)

@@ -1,14 +1,15 @@
 """What a run trains: components in full, and the modules that receive LoRA."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Layout
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.lora_files import check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
-from diffsynth_core.planning.trained import check_component
+from diffsynth_core.planning.trained import check_component, find_trained
 from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 
@@ -16,6 +17,8 @@ from diffsynth_core.state_dicts.lora_names import DIALECTS
 class Training:
     """The trained parts of a run.
 
+    `full`: components trained as a whole. `parts`: documented names of modules (or single weights) of other components,
+    which alone are trained of them.
     `lora_modules`: by their documented names.
     `left_out`: modules that the LoRA targets address and that no gradient can reach.
     `lora_rule`: how the modules were chosen where the ends of their names were not given, as words.
@@ -26,11 +29,16 @@ class Training:
     lora_modules: tuple[str, ...]
     left_out: tuple[str, ...]
     lora_rule: str | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def components(self) -> frozenset[str]:
         """Components whose weights or LoRA train."""
-        return frozenset((*self.full, *([self.lora_component] if self.lora_component else [])))
+        return frozenset((*self.full, *self.parts, *([self.lora_component] if self.lora_component else [])))
+
+    def weights(self, component: str, layout: Layout, names: Collection[str]) -> frozenset[str]:
+        """Those of a component's tensors, by the names of our module, that are trained and saved without LoRA."""
+        return frozenset(names) if component in self.full else layout.below(self.parts.get(component, ()), names)
 
 
 NOTHING_TRAINS = Training((), None, (), ())
@@ -40,12 +48,9 @@ def find_training(
     parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:
     """What the parameters ask to train, among the components that are there. Adds to `problems`."""
-    full = tuple(
-        name for name in parameters.trainable_models if check_component(name, "trainable_models", found, problems)
-    )
-    problems += [
-        _rounded(found.components[name]) for name in full if name in found.components and found.components[name].float8
-    ]
+    full, parts = find_trained(parameters, found, problems)
+    changing = [found.components[name] for name in (*full, *parts) if name in found.components]
+    problems += [_rounded(files) for files in changing if files.float8]
     lora_component = parameters.lora_base_model
     if lora_component and not check_component(lora_component, "lora_base_model", found, problems):
         lora_component = None
@@ -64,7 +69,7 @@ def find_training(
         if "lora_target_modules" not in invalid:
             targets = find_lora_targets(parameters, lora_component, found, problems)
         check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
-    return Training(full, lora_component, targets.modules, targets.left_out, targets.rule)
+    return Training(full, lora_component, targets.modules, targets.left_out, targets.rule, parts)
 
 
 def _rounded(files: ComponentFiles) -> Problem:

@@ -1,7 +1,37 @@
-"""What parameters name as a component to train, or to change before training."""
+"""What parameters name to train without LoRA, or to change before training: components, or modules of them."""
 
-from diffsynth_core.errors import Problem, suggest
+from itertools import takewhile
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem, shorten, suggest
+from diffsynth_core.families.interface import Layout, Shapes, is_below
 from diffsynth_core.planning.components import FoundComponents
+
+PARAMETER = "trainable_models"
+
+
+def find_trained(
+    parameters: Parameters, found: FoundComponents, problems: list[Problem]
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Components that train as a whole, and the modules of others that do, by documented name. Adds to `problems`.
+
+    A component that is named whole trains whole, whatever is named of it beside that.
+    """
+    full: list[str] = []
+    parts: dict[str, list[str]] = {}
+    for name in dict.fromkeys(parameters.trainable_models):
+        component, _, module = name.partition(".")
+        if not check_component(component, PARAMETER, found, problems):
+            continue
+        if not module:
+            full.append(component)
+        elif component in found.components:
+            problem = _module_problem(component, module, found)
+            if problem:
+                problems.append(problem)
+            else:
+                parts.setdefault(component, []).append(module)
+    return tuple(full), {name: tuple(modules) for name, modules in parts.items() if name not in full}
 
 
 def check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:
@@ -12,12 +42,50 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
     known = found.facts.component_names
     if name not in known:
         near = suggest(name, known)
-        what = f"`{parameter}` names `{name}`, which is no component of {found.facts.title}"
         hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
-    elif found.facts.denoiser in found.components and name not in found.variant.components:
-        what = f"`{parameter}` names `{name}`, which {found.variant.title} does without"
-        hint = "leave it out"
-    else:
+        problems.append(
+            Problem(f"`{parameter}` names `{name}`, which is no component of {found.facts.title}", hint, wrong_use=True)
+        )
+        return False
+    if name in found.variant.components or found.facts.denoiser not in found.components:
         return True
-    problems.append(Problem(what, hint, wrong_use=True))
+    inputs = found.facts.component(name).inputs
+    problems.append(
+        Problem(
+            f"`{parameter}` names `{name}`, which {found.variant.title} does without",
+            f"leave it out, or give `--extra_inputs {inputs[0]}` and its files" if inputs else "leave it out",
+            wrong_use=True,
+        )
+    )
     return False
+
+
+def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
+    """Why a module of a component, typed by its documented name, cannot be trained."""
+    layout, shapes = found.components[component].layout, found.shapes[component]
+    own = layout.below([module], shapes)
+    if not own:
+        hint = _called(component, module, layout, shapes)
+        return Problem(f"`{PARAMETER}`: {component} has no module `{module}` with weights", hint, wrong_use=True)
+    dead = found.variant.untrainable(found.facts.component(component), frozenset(shapes))
+    if all(is_below(name, dead) for name in own):
+        return Problem(
+            f"`{PARAMETER}` names `{component}.{module}`, which no gradient can reach",
+            "leave it out",
+            wrong_use=True,
+        )
+    return None
+
+
+def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
+    """What a module is called in documented names, when it was typed by that of the model in memory; or the nearest."""
+    documented = layout.documented.theirs_of(shapes)
+    typed = [layout.documented.theirs(own) or "" for own in shapes if is_below(own, [module])]
+    levels = zip(*(name.split(".") for name in typed), strict=False)
+    common = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+    if common:
+        return f"in the documented names that is `{component}.{common}`"
+    modules = {".".join(name.split(".")[:depth]) for name in documented for depth in range(1, name.count(".") + 1)}
+    near = suggest(module, modules)
+    outermost = dict.fromkeys(name.partition(".")[0] for name in documented)
+    return f"did you mean `{component}.{near}`?" if near else f"its modules are {shorten(list(outermost))}"

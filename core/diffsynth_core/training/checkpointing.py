@@ -45,20 +45,20 @@ class CheckpointContent:
 def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     """Everything a checkpoint holds.
 
-    Full weights: `pipe.<component>.<parameter>` for every parameter of the component, in the number format of its base
-    file. LoRA: the same with LoRA endings, or the names of another dialect, in float32. `save_dtype` overrides both;
-    `remove_prefix_in_ckpt` is taken off the keys that start with it.
+    Full weights: `pipe.<component>.<parameter>` for every parameter of a component that trains as a whole, and of
+    another for every one of the modules that are named, in the number format of the base file. LoRA: the same with LoRA
+    endings, or the names of another dialect, in float32. `save_dtype` overrides both; `remove_prefix_in_ckpt` is taken
+    off the keys that start with it.
     """
     makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
-        if component in plan.training.full:
-            stored = model.stored_dtypes[component]
-            names, own = plan.components[component].layout.in_checkpoints, _own_tensors(module, stored)
-            for name in names.theirs_of(own):
-                key = _key(plan, component, name)
-                makers[key] = partial(names.join, name, own)
-                dtypes[key] = TORCH_DTYPES[stored[(names.ours(name) or ())[0]]]
+        names, own = plan.components[component].layout.in_checkpoints, _trained_tensors(plan, model, component)
+        stored = model.stored_dtypes[component]
+        for name in names.theirs_of(own):
+            key = _key(plan, component, name)
+            makers[key] = partial(names.join, name, own)
+            dtypes[key] = TORCH_DTYPES[stored[(names.ours(name) or ())[0]]]
         if component == plan.training.lora_component:
             lora = _lora_tensors(plan, component, module)
             makers |= {key: partial(lora.__getitem__, key) for key in lora}
@@ -72,13 +72,16 @@ def _key(plan: Plan, component: str, name: str) -> str:
     return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
 
 
-def _own_tensors(module: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
-    """A component's own tensors by their names here, without peft's layers.
+def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:
+    """A component's own tensors that are trained without LoRA, by their names in the model without peft's layers.
 
     What the base file lacks is left out: it is another name of a tensor that the file has (tied embeddings).
     """
-    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
-    return {name: tensor for name, tensor in tensors.items() if name in stored}
+    state = model.components[component].state_dict()
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    stored = [name for name in tensors if name in model.stored_dtypes[component]]
+    kept = plan.training.weights(component, plan.components[component].layout, stored)
+    return {name: tensors[name] for name in stored if name in kept}
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, RoundingLoss, merge_change, open_changes
 from diffsynth_core.families.family import Family
-from diffsynth_core.families.loading import load_component
+from diffsynth_core.families.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import PresetLora
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
@@ -14,14 +14,23 @@ from diffsynth_core.progress import Reporter
 def load_for_run(
     plan: Plan, family: Family, component: str, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
-    """A component in `dtype` on `device`, frozen and in eval mode, with the preset LoRA merged where it is for it.
+    """A component in `dtype`, or float32 where it trains, on `device`, frozen and in eval mode.
+
+    The preset LoRA is merged where it is for it.
 
     Raises:
         FaultsFound: as `load_component`.
     """
     if plan.preset is None or plan.preset.component != component:
-        return load_component(family, plan.components[component], dtype, device, reporter)
+        masters = _masters(plan, component)
+        return load_component(family, plan.components[component], dtype, device, reporter, float32=masters)
     return _load_merged(plan, plan.preset, family, dtype, device, reporter)
+
+
+def _masters(plan: Plan, component: str) -> frozenset[str]:
+    """The weights that train: in fewer bits most steps would not move them."""
+    files = plan.components[component]
+    return plan.training.weights(component, files.layout, module_shapes(files))
 
 
 def _load_merged(
@@ -40,7 +49,8 @@ def _load_merged(
             loss.count(value.to(kept), change, result)
             return result
 
-        module = load_component(family, files, dtype, device, reporter, merged)
+        masters = _masters(plan, preset.component)
+        module = load_component(family, files, dtype, device, reporter, merged, masters)
     reporter.info(
         f"Preset LoRA `{preset.file.path}` merged into {len(preset.file.modules)} modules of {files.component}"
     )

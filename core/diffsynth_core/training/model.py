@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora
 from diffsynth_core.families.family import Encoded, Family, frozen_dtype
-from diffsynth_core.families.interface import Variant
 from diffsynth_core.families.loading import stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
@@ -88,7 +87,7 @@ def build_training_module(
 ) -> TrainingModule:
     """Load what a step needs: the denoiser, what takes part beside it, and every component that trains.
 
-    Components trained in full are float32; the others keep the run's precision, with LoRA in float32.
+    Weights that train are float32, LoRA too; the others keep the run's precision.
     """
     training, settings = plan.training, plan.parameters
     components: dict[str, nn.Module] = {}
@@ -97,10 +96,8 @@ def build_training_module(
     for name in plan.facts.component_names:
         if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.in_step):
             continue
-        dtype = torch.float32 if name in training.full else frozen_dtype(plan.mixed_precision)
-        module = load_for_run(plan, family, name, dtype, load_device, reporter).to(device)
-        if name in training.full:
-            _train_in_full(family, plan.variant, name, module)
+        module = load_for_run(plan, family, name, frozen_dtype(plan.mixed_precision), load_device, reporter).to(device)
+        _train_weights(plan, family, name, module)
         if name == training.lora_component:
             documented, naming = plan.components[name].layout.documented, plan.facts.component(name).lora_naming
             add_lora(module, training.lora_modules, settings.lora_rank, settings.seed, documented)
@@ -116,7 +113,10 @@ def build_training_module(
     return TrainingModule(plan, encodings, family, components, tokenizers)
 
 
-def _train_in_full(family: Family, variant: Variant, name: str, module: nn.Module) -> None:
-    untrainable = family.untrainable_parameters(name, module, variant)
-    for parameter_name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter_name not in untrainable)
+def _train_weights(plan: Plan, family: Family, name: str, module: nn.Module) -> None:
+    """Let those of a component's weights take gradients that are to train and that a gradient can reach."""
+    parameters = dict(module.named_parameters())
+    asked = plan.training.weights(name, plan.components[name].layout, parameters)
+    alive = asked - family.untrainable_parameters(name, module, plan.variant)
+    for parameter_name, parameter in parameters.items():
+        parameter.requires_grad_(parameter_name in alive)

@@ -316,9 +316,11 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
     tensors = read_headers([path])
     proofs = []
     full: dict[str, tuple[int, ...]] = {}
-    for component in plan.training.full:
+    for component in (*plan.training.full, *plan.training.parts):
         files = plan.components[component]
-        shapes = files.layout.checkpoint_shapes(module_shapes(files))
+        own = module_shapes(files)
+        kept = plan.training.weights(component, files.layout, own)
+        shapes = files.layout.checkpoint_shapes({name: own[name] for name in kept})
         weights = {f"pipe.{component}.{name}": shape for name, shape in shapes.items()}
         full |= {name.removeprefix(plan.parameters.remove_prefix_in_ckpt): shape for name, shape in weights.items()}
         proofs.append(

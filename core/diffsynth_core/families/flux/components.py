@@ -4,6 +4,7 @@ Shapes are given by the names in our modules, whichever layout the files have.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
     if component == CONTROLNET:
         from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 
-        return FluxControlNetModel.from_config(settings)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            # diffusers 0.42 builds it with a class of its own that it calls deprecated.
+            warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
+            return FluxControlNetModel.from_config(settings)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     return FluxTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
