@@ -185,7 +185,7 @@ def test_a_file_that_is_no_component(refuse, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"linear.weight": np.zeros((2, 2), np.float32)}, path)
     message = f"`{path}` is no component of Qwen-Image; it begins with `linear.weight`"
-    hint = "name files of its components: dit, text_encoder, vae"
+    hint = "name files of its components: dit, text_encoder, vae, controlnet"
     assert refuse("--model_paths", f'["{path}"]') == (2, [(message, hint)])
 
 

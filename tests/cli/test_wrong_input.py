@@ -8,7 +8,7 @@ MODELS = (
 )
 HELP_LISTS = "`diffsynth train --help` lists them all"
 RECIPES_LISTED = "`diffsynth recipe list` names them all"
-COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae"
+COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae, controlnet"
 TARGETS = (
     "the documented targets are to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_add_out, "
     "img_mlp.net.2, img_mod.1, txt_mlp.net.2, txt_mod.1"
@@ -222,7 +222,8 @@ def test_not_supported(refuse, arguments, message, hint):
 
 @pytest.mark.parametrize("parameter", ["lora_base_model", "trainable_models"])
 @pytest.mark.parametrize(
-    ("name", "hint"), [("text_encodr", "did you mean `text_encoder`?"), ("controlnet", COMPONENTS)]
+    ("name", "hint"),
+    [("text_encodr", "did you mean `text_encoder`?"), ("dit2", "did you mean `dit`?"), ("unet", COMPONENTS)],
 )
 def test_a_component_that_is_not_there(refuse, parameter, name, hint):
     message = f"`{parameter}` names `{name}`, which is no component of Qwen-Image"

@@ -13,6 +13,7 @@ from diffsynth_core.adapters.lora import add_lora
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
+from diffsynth_core.planning.targets import Training
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.training.checkpointing import checkpoint_content
 
@@ -27,13 +28,18 @@ def module() -> nn.Module:
     return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in NAMES})
 
 
-def content(layout: Layout, lora: bool = False, stored_names: tuple[str, ...] = NAMES, **parameters: object):
+def content(
+    layout: Layout, lora: bool = False, stored_names: tuple[str, ...] = NAMES, part: str = "", **parameters: object
+):
+    training = Training(("dit",), None, (), ())
+    if lora or part:
+        training = Training((), "dit" if lora else None, (), (), {"dit": (part,)} if part else {})
     facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
     model = module()
     if lora:
         add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.documented)
     plan = SimpleNamespace(
-        training=SimpleNamespace(full=() if lora else ("dit",), lora_component="dit" if lora else None),
+        training=training,
         components={"dit": ComponentFiles("dit", "x", (), None, layout)},
         parameters=Parameters.model_validate(parameters),
         facts=SimpleNamespace(component=lambda name: facts),
@@ -88,6 +94,23 @@ def test_matrices_are_joined_one_by_one(monkeypatch, tmp_path):
 def test_what_the_base_file_lacks_is_another_name_of_what_it_has_and_left_out():
     found = content(LAYOUT, stored_names=NAMES[:3], remove_prefix_in_ckpt="")
     assert set(found.tensors) == {"pipe.dit.typed_o.weight", "pipe.dit.typed_qkv.weight"}
+
+
+@pytest.mark.parametrize(("written", "name"), [(None, "typed_qkv"), (FILE, "qkv")])
+def test_of_a_component_that_trains_in_part_that_part_alone_is_held(written, name):
+    """Named as it is typed, written as full checkpoints are."""
+    found = content(replace(LAYOUT, written=written), part="typed_qkv")
+    assert set(found.tensors) == {f"{name}.weight"}
+    assert found.dtypes == {f"{name}.weight": torch.bfloat16}
+
+
+def test_a_part_with_a_lora_holds_its_weights_and_the_lora():
+    found = content(LAYOUT, lora=True, part="typed_o").tensors
+    assert set(found) == {
+        *("typed_o.weight", "typed_o.lora_A.default.weight", "typed_o.lora_B.default.weight"),
+        *("typed_qkv.lora_A.default.weight", "typed_qkv.lora_B.default.weight"),
+    }
+    assert torch.equal(found["typed_o.weight"], module().state_dict()["to_out.weight"])
 
 
 @pytest.mark.parametrize("written", [None, FILE])

@@ -219,8 +219,8 @@ def test_all_transformers_with_guidance_can_be_shown_pictures(origin, title, mod
     for shapes in ({}, published_shapes()):
         variant = FLUX.variant({"dit": shapes}, inputs, origin)
         assert (variant.title, variant.model_id) == (title, model_id)
-        assert variant.components == FLUX.component_names
-        assert (variant.takes, variant.needs) == (("kontext_images",), ())
+        assert variant.components == ("dit", "text_encoder_1", "text_encoder_2", "vae")
+        assert (variant.takes, variant.needs) == (("kontext_images", "controlnet_image"), ())
         assert tuple(reference.column for reference in variant.references) == inputs
         made = [encoder.name for encoder in variant.encoders]
         assert made == ["text_1", "text_2", "latents", *(["kontext_latents"] if inputs else [])]

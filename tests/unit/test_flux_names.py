@@ -235,13 +235,12 @@ def test_umt5_and_the_vae_of_flux_2_are_strangers():
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 def test_other_transformers_are_not_taken_for_it():
-    from diffusers import Flux2Transformer2DModel, FluxControlNetModel, SD3Transformer2DModel
+    from diffusers import Flux2Transformer2DModel, SD3Transformer2DModel
 
     sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
     with torch.device("meta"):
         others = [
             Flux2Transformer2DModel(**sizes, num_single_layers=1),
-            FluxControlNetModel(**sizes, num_single_layers=1),
             SD3Transformer2DModel(**sizes, caption_projection_dim=32),
         ]
     for other in others:

@@ -82,6 +82,9 @@ def test_whatever_changes_the_pixels_changes_the_identity():
 def test_a_reference_is_read_at_the_size_of_its_rule():
     shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, factor=16)
     header = PictureHeader(100, 50, rotated=False, transparent=False)
-    found = choose_reference(Path("a.png"), header, shown)
+    target = Excerpt(Path("b.png"), 32, 48)
+    found = choose_reference(Path("a.png"), header, shown, target)
     assert found == Excerpt(Path("a.png"), 96, 96, scaled=(100, 107))
     assert len({str(replace(found, scaled=scaled).transform) for scaled in (None, (100, 107), (107, 100))}) == 3
+    over = choose_reference(Path("a.png"), header, replace(shown, size=None), target)
+    assert over == Excerpt(Path("a.png"), 32, 48), "that of what is trained on"

@@ -14,7 +14,8 @@ from diffsynth_core.families.table import (
     unknown_family,
 )
 
-DIT = {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.bias"}
+DIT = {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"}
+CONTROLNET = DIT - {"proj_out.weight"} | {"controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
 OLD_TEXT_ENCODER = {"model.embed_tokens.weight", "visual.patch_embed.proj.weight", "lm_head.weight"}
 NEW_TEXT_ENCODER = {"model.language_model.embed_tokens.weight", "model.visual.patch_embed.proj.weight"}
 VAE = {"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"}
@@ -122,6 +123,7 @@ def test_modules_that_can_carry_a_lora_have_a_matrix_or_a_convolution():
         (OLD_TEXT_ENCODER, "text_encoder"),
         (NEW_TEXT_ENCODER, "text_encoder"),
         (VAE, "vae"),
+        (CONTROLNET, "controlnet"),
         (DIT - {"img_in.weight"}, None),
         (set(), None),
     ],
@@ -139,12 +141,26 @@ def test_components_are_recognised_by_their_names(names, component):
         ("transformer/diffusion_pytorch_model*.safetensors", "dit"),
         ("text_encoder/model*.safetensors", "text_encoder"),
         ("vae/diffusion_pytorch_model.safetensors", "vae"),
+        ("controlnet/diffusion_pytorch_model.safetensors", "controlnet"),
+        ("diffusion_pytorch_model*.safetensors", "dit"),
         ("tokenizer/vocab.json", None),
     ],
 )
 def test_components_are_known_by_their_place(place, component):
     found = component_at(place, QWEN_IMAGE)
     assert (found.name if found else None) == component
+
+
+@pytest.mark.parametrize(
+    ("model_id", "component"),
+    [
+        ("InstantX/Qwen-Image-ControlNet-Union", "controlnet"),
+        ("jasperai/Flux.1-dev-Controlnet-Upscaler", "controlnet"),
+        ("DiffSynth-Studio/Qwen-Image-Distill-Full", "dit"),
+    ],
+)
+def test_a_place_that_all_have_is_told_by_its_repository(model_id, component):
+    assert component_at("diffusion_pytorch_model.safetensors", QWEN_IMAGE, model_id).name == component
 
 
 @pytest.mark.parametrize(

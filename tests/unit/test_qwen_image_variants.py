@@ -49,7 +49,12 @@ def test_without_pictures_to_edit_every_model_makes_pictures_from_text():
     variants = {QWEN_IMAGE.variant({}, (), f"Qwen/Qwen-Image{name}:x").model_id for name in ("", "-Edit", "-Edit-2511")}
     assert variants == {"Qwen/Qwen-Image"}
     found = QWEN_IMAGE.variant({}, (), "")
-    assert (found.takes, found.needs, found.references, dict(found.reached)) == (("edit_image",), (), (), {})
+    assert (found.takes, found.needs, found.references, dict(found.reached)) == (
+        ("edit_image", "controlnet_image"),
+        (),
+        (),
+        {},
+    )
 
 
 def test_the_first_model_is_shown_one_picture_at_one_size():

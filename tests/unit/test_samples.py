@@ -280,3 +280,19 @@ def test_the_column_of_references_is_asked_for():
         ("`m.csv` has no column `edit_image`; it has `image`, `prompt`, `edit_images`", "rename `edit_images`"),
         ("`data_file_keys` leaves out `edit_image`, whose files this run reads", "add `edit_image`"),
     ]
+
+
+def test_a_picture_to_follow_has_the_size_of_what_is_trained_on(folder):
+    """One of another shape is cut elsewhere, which is told once; one of nearly the same shape is not worth a word."""
+    Image.new("RGB", (32, 48)).save(folder / "upright.png")
+    Image.new("RGB", (481, 320)).save(folder / "large.png")
+    over = replace(ONE, size=None)
+    rows = [{**row(), "edit_image": name} for name in ("upright.png", "large.png", "a.png")]
+    found, problems = build(folder, *rows, references=(over,))
+    assert problems == []
+    assert [sample.references["shown"][0] for sample in found.samples] == [
+        Excerpt(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
+    ]
+    (note,) = found.notes
+    assert note.startswith("1 of 3 pictures of `edit_image` are wider or higher than what they belong to")
+    assert build(folder, *rows, references=(ONE,))[0].notes == ()

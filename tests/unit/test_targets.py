@@ -144,3 +144,72 @@ def test_a_format_of_the_denoiser_is_refused_for_others():
             wrong_use=True,
         )
     ]
+
+
+# Modules of a component
+
+
+def trained(text: str, found: FoundComponents) -> tuple[Training, list[Problem]]:
+    return training(found, lora_base_model=None, trainable_models=text)
+
+
+def test_modules_of_a_component_are_named_with_dots():
+    result, problems = trained("dit.double_blocks.0.img_attn,dit.single_blocks,dit.double_blocks.0.img_attn", found())
+    assert problems == []
+    assert (result.full, result.parts) == ((), {"dit": ("double_blocks.0.img_attn", "single_blocks")})
+    assert result.components == {"dit"}
+    assert result.weights("dit", DIT.layouts[0], SHAPES) == {
+        name for name in SHAPES if name.startswith(("transformer_blocks.0.", "single_transformer_blocks."))
+    }
+    assert result.weights("vae", DIT.layouts[0], SHAPES) == frozenset()
+
+
+def test_a_single_weight_is_a_module_too():
+    result, problems = trained("dit.double_blocks.1.img_attn.proj.weight", found())
+    assert problems == []
+    assert result.weights("dit", DIT.layouts[0], SHAPES) == {"transformer_blocks.1.attn.to_out.0.weight"}
+
+
+def test_a_component_named_whole_trains_whole():
+    result, problems = trained("dit.single_blocks,dit", found())
+    assert problems == []
+    assert (result.full, result.parts) == (("dit",), {})
+    assert result.weights("dit", DIT.layouts[0], SHAPES) == SHAPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "hint"),
+    [
+        ("double_blocks.0.img_atn", "did you mean `dit.double_blocks.0.img_attn`?"),
+        ("double_blocks.7", "did you mean `dit.double_blocks.1`?"),
+        ("transformer_blocks.0.attn", "in the documented names that is `dit.double_blocks.0.img_attn`"),
+        ("transformer_blocks.1.attn.to_k", "in the documented names that is `dit.double_blocks.1.img_attn.qkv`"),
+        ("single_transformer_blocks", "in the documented names that is `dit.single_blocks.0.linear1`"),
+        ("xyzzy", "its modules are `double_blocks`, `single_blocks`"),
+        ("double", "did you mean `dit.double_blocks`?"),
+        (
+            "transformer_blocks.1.attn.to_out.0.weight",
+            "in the documented names that is `dit.double_blocks.1.img_attn.proj.weight`",
+        ),
+    ],
+)
+def test_a_module_that_is_not_there_is_told_with_what_it_is_called(module, hint):
+    result, problems = trained(f"dit.{module}", found())
+    message = f"`trainable_models`: dit has no module `{module}` with weights"
+    assert problems == [Problem(message, hint, wrong_use=True)]
+    assert result.parts == {}
+
+
+def test_a_module_that_no_gradient_reaches_is_refused():
+    dead = replace(DIT, untrainable=lambda names: frozenset({"transformer_blocks.1.attn.to_out"}))
+    message = "`trainable_models` names `dit.double_blocks.1.img_attn.proj`, which no gradient can reach"
+    problem = Problem(message, "leave it out", wrong_use=True)
+    assert trained("dit.double_blocks.1.img_attn.proj", found(dead))[1] == [problem]
+    assert trained("dit.double_blocks.1.img_attn", found(dead))[1] == [], "some of it is reached"
+
+
+def test_a_component_that_the_model_does_without_is_refused():
+    message = "`trainable_models` names `controlnet`, which Qwen-Image does without"
+    hint = "leave it out, or give `--extra_inputs controlnet_image` and its files"
+    for text in ("controlnet", "controlnet.transformer_blocks.0"):
+        assert trained(text, found())[1] == [Problem(message, hint, wrong_use=True)]

@@ -83,6 +83,8 @@ def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
     typed = [layout.documented.theirs(own) or "" for own in shapes if is_below(own, [module])]
     levels = zip(*(name.split(".") for name in typed), strict=False)
     common = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+    if common in documented and module not in shapes:
+        common = common.rpartition(".")[0]  # one tensor: a module was typed
     if common:
         return f"in the documented names that is `{component}.{common}`"
     modules = {".".join(name.split(".")[:depth]) for name in documented for depth in range(1, name.count(".") + 1)}
