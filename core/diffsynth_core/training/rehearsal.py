@@ -50,7 +50,7 @@ DRAWN_REFERENCES = 2
 """How many pictures a drawn row shows the model at most."""
 REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
 """Parameters that name LoRA files of the real weights -> what is left out with them."""
-WEIGHTS_VERSION = 4
+WEIGHTS_VERSION = 5
 """Goes up when the tiny weights change, so that older ones are not taken for them."""
 
 

@@ -22,6 +22,9 @@ DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "vae", "ima
 IMAGE_TOKENS = 257
 """What CLIP makes of a picture of 224 x 224 pixels in patches of 14, and one token for the whole."""
 
+GREY = 0.05
+"""Largest bias of the random VAE's first convolution."""
+
 
 @dataclass(frozen=True)
 class TinyTransformer:
@@ -77,6 +80,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     fill(module, GAINS[component], seed=zlib.crc32(f"{model_id}/{place.parent}".encode()) if component == "dit" else 0)
     if component == "vae":
         _spread_latents(module)
+        _tell_grey_from_nothing(module)
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)  # tied, and in no file
     if component == "text_encoder":
@@ -158,6 +162,14 @@ def _image_encoder(sizes: TinySizes) -> dict[str, Any]:
         "image_size": 224,
         "hidden_act": "gelu",
     }
+
+
+@torch.no_grad()
+def _tell_grey_from_nothing(module: Any) -> None:
+    """Biases for the first convolution: the grey frames behind a shown one would be all zeros behind it, and the norms
+    divide a gradient by what is all zeros."""
+    bias = module.encoder.conv_in.bias
+    bias.copy_(torch.linspace(-GREY, GREY, len(bias)))
 
 
 @torch.no_grad()
