@@ -229,6 +229,81 @@ def test_a_resumed_run_restores_all_of_it_to_the_bit(train, family, kind):
     assert len(lines[0]) == 3 and lines[0] == lines[1]
 
 
+REFERENCE_PREFIX = "pipe.controlnet.models.0."
+"""How the reference trainer's scripts name its first ControlNet."""
+
+
+@pytest.mark.parametrize("family", LORA_MODULES)
+def test_a_controlnet_alone_is_saved_as_diffusers_reads_it(train, watch, many_models, family):
+    """Frozen beside it, the transformer hands gradients on; the file's names and numbers are the base file's own."""
+    train(family, "--trainable_models", "controlnet", "--remove_prefix_in_ckpt", REFERENCE_PREFIX)
+    assert {name.partition(".")[0] for name in watch.changed} == {"controlnet"} and watch.without_gradient == set()
+    saved = load_file("out/epoch-0.safetensors")
+    assert saved.keys() == stored_names(many_models, family, "controlnet")
+    held = watch.models[-1].components["controlnet"].state_dict()
+    assert all(torch.equal(saved[name], held[name].bfloat16()) for name in saved)
+
+
+@pytest.mark.parametrize("family", LORA_MODULES)
+def test_a_lora_beside_a_frozen_controlnet(train, watch, family):
+    """The ControlNet is held though it does not train, and what it adds changes the loss."""
+    lora = ("--lora_base_model", "dit", "--lora_target_modules", TARGETS[family])
+    train(family, *lora, output="out")
+    assert set(watch.models[-1].components) == {"dit", "controlnet"}
+    assert all(".lora_" in name for name in watch.changed)
+    train(family, *lora, output="plain", controlled=False)
+    losses = [json.loads(Path(folder, "metrics.jsonl").read_text())["loss"] for folder in ("out", "plain")]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("family", LORA_MODULES)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("--batch_size", 4), ("--gradient_accumulation_steps", 4)),
+        ((), ("--use_gradient_checkpointing",)),
+        ((), ("--use_gradient_checkpointing_offload",)),
+    ],
+    ids=str,
+)
+def test_batches_and_recomputed_activations_train_the_same(train, watch, family, one, other):
+    gradients = []
+    for folder, arguments in (("one", one), ("other", other)):
+        train(family, "--trainable_models", "controlnet", *arguments, "--seed", 1, output=folder)
+        (state,) = Path(folder, "state").glob("step-*")
+        gradients.append(load_file(state / "optimizer.safetensors"))
+    assert gradients[0].keys() == gradients[1].keys()
+    moments = [name for name in gradients[0] if name.endswith("/exp_avg")]
+    worst = max(float((gradients[0][name] - gradients[1][name]).abs().max()) for name in moments)
+    largest = max(float(gradients[0][name].abs().max()) for name in moments)
+    assert worst < 1e-6 < largest / 100
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("qwen-image", "qwen-image-lora"), ("flux", "flux.1-dev-lora")])
+def test_the_command_rehearses(cli, family, recipe):
+    """As typed: files of the hub that are not there, a column that is drawn."""
+    components = (*TEXT_ENCODERS[family], "controlnet")
+    outcome = cli(
+        "train", "--recipe", recipe, "--rehearse", "--model_id_with_origin_paths", ",".join(PLACES[family].values()),
+        *CONTROLLED, "--trainable_models", ",".join(components), "--lora_format", "diffsynth",
+        "--dataset_num_workers", 0, "--max_steps", 2,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    for component in components:
+        assert f"tensors of {component} were found again in the checkpoint" in outcome.out
+    assert "shown controlnet_image: 1 of 320 x 240" in outcome.err and "do not lie over it" not in outcome.err
+    assert "controlnet" in outcome.err and "keys finds one of" in outcome.out
+
+
+def test_modules_are_rehearsed_too(cli):
+    outcome = cli(
+        "train", "--recipe", "flux.1-dev-full", "--rehearse", "--trainable_models", "dit.blocks.0.attn,vae.encoder",
+        "--dataset_num_workers", 0, "--max_steps", 2,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "all 12 tensors of dit were found again" in outcome.out
+
+
 # Full and LoRA on the same model
 
 

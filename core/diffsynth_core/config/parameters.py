@@ -363,7 +363,10 @@ class Parameters(BaseModel):
     )
     num_epochs: Integer = _setting(1, "training", "int", "Number of epochs", unit="epochs", ge=1)
     trainable_models: CommaList = _setting(
-        (), "training", "comma list", "Components trained in full, for example dit, text_encoder, vae"
+        (),
+        "training",
+        "comma list",
+        "Components trained in full, for example dit, text_encoder, vae, controlnet, or modules of one, for example dit.transformer_blocks.0.attn",
     )
     find_unused_parameters: bool = _setting(
         False,

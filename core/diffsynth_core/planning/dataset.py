@@ -116,7 +116,7 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     of_objective = TASKS[parameters.task].columns
     for name in parameters.extra_inputs:
         if name not in (*variant.takes, *of_objective):
-            near = suggest(name, variant.takes)
+            near = suggest(name, set(variant.takes) - set(parameters.extra_inputs))
             known = f"it takes {', '.join(variant.takes)}" if variant.takes else "leave it out"
             hint = f"did you mean `{near}`?" if near else known
             problems.append(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.lora import lora_weights, name_lora
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
+from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 from diffsynth_core.training.model import TrainingModule
@@ -69,7 +70,12 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
 
 def _key(plan: Plan, component: str, name: str) -> str:
     """The key of a tensor, given its name in checkpoints."""
-    return f"pipe.{component}.{name}".removeprefix(plan.parameters.remove_prefix_in_ckpt)
+    return f"pipe.{component}.{name}".removeprefix(removed_prefix(plan.parameters))
+
+
+def removed_prefix(parameters: Parameters) -> str:
+    """The text that is taken off keys. The reference trainer counts ControlNets, of which a run here has one."""
+    return parameters.remove_prefix_in_ckpt.replace("pipe.controlnet.models.0.", "pipe.controlnet.")
 
 
 def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:
@@ -94,7 +100,7 @@ def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Te
 
 def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
     """What a checkpoint says of itself, for the tools that take it apart."""
-    metadata = {"family": plan.facts.name, "removed_prefix": plan.parameters.remove_prefix_in_ckpt}
+    metadata = {"family": plan.facts.name, "removed_prefix": removed_prefix(plan.parameters)}
     if plan.training.lora_component:
         metadata |= {"lora_component": plan.training.lora_component, "lora_format": plan.parameters.lora_format}
     return metadata

@@ -37,6 +37,7 @@ from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.model_files import expand_local, split_entry
 from diffsynth_core.state_dicts.headers import read_headers, shapes_of
 from diffsynth_core.state_dicts.lora_files import check_lora_file
+from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
 
@@ -322,7 +323,7 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         kept = plan.training.weights(component, files.layout, own)
         shapes = files.layout.checkpoint_shapes({name: own[name] for name in kept})
         weights = {f"pipe.{component}.{name}": shape for name, shape in shapes.items()}
-        full |= {name.removeprefix(plan.parameters.remove_prefix_in_ckpt): shape for name, shape in weights.items()}
+        full |= {name.removeprefix(removed_prefix(plan.parameters)): shape for name, shape in weights.items()}
         proofs.append(
             f"all {len(weights)} tensors of {component} were found again in the checkpoint, with their shapes"
         )

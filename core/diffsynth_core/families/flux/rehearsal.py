@@ -153,7 +153,7 @@ def _key_map(component: str, diffusers: bool) -> KeyMap:
     originals = {"dit": names.DIT_ORIGINAL, "vae": names.VAE_ORIGINAL}
     if component in originals:
         return SAME_NAMES if diffusers else originals[component]
-    return {"text_encoder_1": names.CLIP, "text_encoder_2": names.T5}[component]
+    return {"text_encoder_1": names.CLIP, "text_encoder_2": names.T5, CONTROLNET: SAME_NAMES}[component]
 
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
