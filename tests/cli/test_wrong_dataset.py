@@ -177,9 +177,9 @@ def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
             "add `image`",
         ),
         (
-            ["--extra_inputs", "kontext_images"],
-            "`extra_inputs` names `kontext_images`, which Qwen-Image does not take",
-            "it takes edit_image",
+            ["--extra_inputs", "template_inputs"],
+            "`extra_inputs` names `template_inputs`, which Qwen-Image does not take",
+            "it takes edit_image, controlnet_image",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from tests.conftest import ENTRIES
 from tests.loras import RANK, TinyFamily, random_lora, save_lora
 
 ALONE = "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`"
-COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae"
+COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae, controlnet"
 ANOTHER = "name a LoRA of this model"
 PRESET = ("--preset_lora_model", "dit", "--preset_lora_path")
 TO_Q = "transformer_blocks.0.attn.to_q"

@@ -33,7 +33,7 @@ def content(
 ):
     training = Training(("dit",), None, (), ())
     if lora or part:
-        training = Training((), "dit" if lora else None, (), (), {"dit": (part,)} if part else {})
+        training = Training((), "dit" if lora else None, (), (), parts={"dit": (part,)} if part else {})
     facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
     model = module()
     if lora:
