@@ -60,26 +60,35 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write tiny models of what recipes name; returns the model base path, one for all."""
-    from diffsynth_core.config.resolve import resolve
-    from diffsynth_core.families.table import FAMILIES, component_at, load_family
+def entry_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write tiny models of what entries `model_id:file` name; returns the model base path, one for all."""
+    from diffsynth_core.families.table import component_at, family_of_model, load_family
     from diffsynth_core.sources.model_files import split_entry
 
-    base = tmp_path_factory.mktemp("recipe_models")
+    base = tmp_path_factory.mktemp("entry_models")
     written: set[str] = set()
 
-    def write(*recipes: str) -> Path:
-        for recipe in recipes:
-            resolved = resolve({"recipe": recipe})
-            assert resolved.family
-            for entry in resolved.parameters.model_id_with_origin_paths:
-                if entry not in written:
-                    model_id, place = split_entry(entry)
-                    component = component_at(place, FAMILIES[resolved.family])
-                    load_family(resolved.family).write_tiny_weights(base, component.name, model_id, place)
-                    written.add(entry)
+    def write(*entries: str) -> Path:
+        for entry in entries:
+            if entry not in written:
+                model_id, place = split_entry(entry)
+                facts = family_of_model(model_id)
+                component = component_at(place, facts)
+                load_family(facts.name).write_tiny_weights(base, component.name, model_id, place)
+                written.add(entry)
         return base
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def recipe_models(entry_models: Callable[..., Path]) -> Callable[..., Path]:
+    """Write tiny models of what recipes name; returns the model base path, one for all."""
+    from diffsynth_core.config.resolve import resolve
+
+    def write(*recipes: str) -> Path:
+        entries = [resolve({"recipe": recipe}).parameters.model_id_with_origin_paths for recipe in recipes]
+        return entry_models(*(entry for named in entries for entry in named))
 
     return write
 
