@@ -61,7 +61,7 @@ def test_help_of_train_shows_the_groups_in_order(cli):
         ("lora_rank", "LoRA rank; alpha equals rank [default: 32]"),
         ("max_steps", "there are stages; blank: train all epochs (a rehearsal: 8) [unit:"),
         ("num_frames", "Frames per clip, 4n + 1; a shorter clip is cut to 4n + 1 of its own"),
-        ("preset_lora_path", "LoRA merged into the base before training [not supported yet]"),
+        ("preset_lora_model", "Component that the LoRA of `preset_lora_path` is merged into"),
         ("data_file_keys", "list of paths [default: image,video]"),
         ("task", "direct_distill:data_process | direct_distill:train"),
     ],

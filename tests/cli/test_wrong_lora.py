@@ -208,3 +208,10 @@ def test_a_preset_is_not_merged_into_8_bit_floats(refuse, lora):
         "`preset_lora_path` cannot be merged into `dit`, whose files `fp8_models` keeps in 8-bit floats"
     )
     assert hint == "take them out of `fp8_models`"
+
+
+def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
+    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", *PRESET, lora)
+    outcome = cli(*arguments, "--fp8_models", ENTRIES["text_encoder"])
+    assert outcome.code == 0, outcome.err
+    assert "merged into 21 modules" in outcome.out

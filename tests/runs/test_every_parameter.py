@@ -229,10 +229,10 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     class Loaded(Exception):
         pass
 
-    def load(family, files, dtype, device, reporter):
+    def load(plan, family, component, dtype, device, reporter):
         raise Loaded(device.type)
 
-    monkeypatch.setattr(model, "load_component", load)
+    monkeypatch.setattr(model, "load_for_run", load)
     real = loop.build_training_module
     monkeypatch.setattr(
         loop,

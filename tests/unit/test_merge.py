@@ -143,6 +143,19 @@ def test_parts_may_have_loras_of_their_own(tmp_path, both):
     assert_close(found["blocks.0.q.weight"], q[1] @ q[0] if both else torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize(("ends", "rows"), [(".default.weight", [2, 3, 0, 1]), (".weight", [0, 1, 2, 3])])
+def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
+    """Of FLUX.1's last modulation: documented files have the shift first, the module and diffusers' files the scale."""
+    swapped = TableMap({}, swapped={"last": "norm_out"})
+    name = "last" if ends == ".default.weight" else "transformer.norm_out"
+    down, up = torch.randn(1, 3), torch.randn(4, 1)
+    save_file({f"{name}.lora_A{ends}": down, f"{name}.lora_B{ends}": up}, tmp_path / "lora.safetensors")
+    shapes = {"last": (4, 3)}
+    file = read_lora_file(tmp_path / "lora.safetensors", shapes, LoraNaming("dit", {"diffusers": swapped}))
+    with open_changes(file, shapes, swapped) as opened:
+        assert torch.equal(opened.of("norm_out.weight"), (up @ down)[rows])
+
+
 def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path):
     down, up = torch.randn(2, 3, 1, 1), torch.randn(4, 2, 1, 1)
     save_file({"a.lora_A.default.weight": down, "a.lora_B.default.weight": up}, tmp_path / "lora.safetensors")

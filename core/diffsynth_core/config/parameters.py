@@ -394,7 +394,10 @@ class Parameters(BaseModel):
     )
     lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", ge=1)
     lora_checkpoint: FilePath | None = _setting(
-        None, "lora", "path", "LoRA file whose weights the trained LoRA starts from"
+        None,
+        "lora",
+        "path",
+        "LoRA file, in any of the `lora_format`s and of the same rank, that the trained LoRA starts from",
     )
     lora_format: Literal["diffsynth", "diffusers", "comfyui", "kohya"] = _setting(
         "diffsynth",

@@ -85,12 +85,13 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
         likely = parameters.lora_base_model or found.facts.denoiser
         what, hint = "`preset_lora_path` is given without `preset_lora_model`", f"give `--preset_lora_model {likely}`"
         problems.append(Problem(what, hint, wrong_use=True))
-    fits = component is not None and check_component(component, "preset_lora_model", found, problems)
-    if path is None or not _is_there(path, "preset_lora_path", problems):
+    there = path is not None and _is_there(path, "preset_lora_path", problems)
+    if component is None or not check_component(component, "preset_lora_model", found, problems):
         return None
-    if component is None or not fits or component not in found.components:
+    files = found.components.get(component)
+    if path is None or not there or files is None:
         return None
-    if found.components[component].float8:
+    if files.float8:
         problems.append(
             Problem(
                 f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "
@@ -100,9 +101,9 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
             )
         )
         return None
-    shapes = _module_shapes(component, found)
+    shapes, naming = _module_shapes(component, found), found.facts.component(component).lora_naming
     try:
-        return PresetLora(component, read_lora_file(path, shapes, found.facts.component(component).lora_naming), shapes)
+        return PresetLora(component, read_lora_file(path, shapes, naming), shapes)
     except DiffSynthError as error:
         problems += error.problems
         return None
