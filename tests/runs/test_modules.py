@@ -160,7 +160,7 @@ def test_one_step_changes_exactly_what_was_asked_for(train, watch, family):
     assert set(model.components) == {"dit", "controlnet", *TEXT_ENCODERS[family]}, "the vae is not held"
     expected = set()
     variant = FAMILIES[family].variant(
-        {name: tuple(tensor.shape) for name, tensor in model.components["dit"].state_dict().items()},
+        {"dit": {name: tuple(tensor.shape) for name, tensor in model.components["dit"].state_dict().items()}},
         ("controlnet_image",),
         "",
     )
@@ -277,6 +277,20 @@ def test_batches_and_recomputed_activations_train_the_same(train, watch, family,
     worst = max(float((gradients[0][name] - gradients[1][name]).abs().max()) for name in moments)
     largest = max(float(gradients[0][name].abs().max()) for name in moments)
     assert worst < 1e-6 < largest / 100
+
+
+@pytest.mark.parametrize("family", LORA_MODULES)
+def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train, family):
+    """The first encodes the pictures to follow and has no use for the ControlNet; the second has no use for a VAE."""
+    arguments = ("--trainable_models", "controlnet")
+    first = train(family, "--task", "sft:data_process", "--cache_path", "own_cache", output="encoded")
+    assert "Loading vae" in first.err and "Loading controlnet" not in first.err
+    train(family, *arguments, steps=4, output="whole")
+    second = train(
+        family, *arguments, "--task", "sft:train", "--dataset_base_path", "encoded", steps=4, output="halves"
+    )
+    assert "Loading controlnet" in second.err and "Loading vae" not in second.err
+    assert same_files("whole/epoch-0.safetensors", "halves/epoch-0.safetensors")
 
 
 @pytest.mark.parametrize(("family", "recipe"), [("qwen-image", "qwen-image-lora"), ("flux", "flux.1-dev-lora")])
@@ -411,7 +425,7 @@ def test_a_vae_s_gradient_comes_through_what_the_model_reads_and_through_its_tar
     latents = ((sampled - vae.config.shift_factor) * vae.config.scaling_factor)[:, :, None]
     noise = draw_noise(0, 0, 0, 0, latents.shape[1:])[None]
     noisy = (1 - sigma) * latents + sigma * noise
-    weight = model.weights[model.sigmas == sigma]
+    weight = model.objective.weights[model.objective.sigmas == sigma]
     prediction = real(Flux(), dict(model.components), noisy, sigma, batch)
     weights = [vae.get_parameter(name.removeprefix("vae.")) for name in sorted(watch.trained)]
 

@@ -139,7 +139,7 @@ def test_exactly_the_parameters_that_are_known_to_be_dead_get_no_gradient(sizes)
     predict(family, transformer, controlnet).pow(2).sum().backward()
     reached = {name for name, tensor in controlnet.named_parameters() if tensor.grad is not None and tensor.grad.any()}
     names = {name for name, _ in controlnet.named_parameters()}
-    variant = FAMILIES[family].variant(shapes_of(transformer), (control.CONTROLNET_IMAGE,), "")
+    variant = FAMILIES[family].variant({"dit": shapes_of(transformer)}, (control.CONTROLNET_IMAGE,), "")
     dead = load_family(family).untrainable_parameters("controlnet", controlnet, variant)
     assert names - reached == dead
     if family == "qwen-image" or sizes[3] == 0:
