@@ -178,7 +178,7 @@ def test_the_configuration_of_another_component_is_not_taken(tmp_path, component
 
 
 def test_flux2_dev_is_told(tmp_path):
-    dev = "black-forest-labs/FLUX.2-dev"
+    dev = "mine/FLUX.2-dev"
     for component in ("dit", "vae"):
         write_tiny_weights(tmp_path, component, dev, PLACES[component])
     (tmp_path / dev / "text_encoder").mkdir()
