@@ -142,12 +142,12 @@ def _damage(encoded: EncodedSamples) -> list[Problem]:
     """How the files of a folder differ from those that belong to it."""
     folder, expected = encoded.folder, dict(encoded.paths())
     faults = {
-        "is not there": [path for path in expected if not path.is_file()],
-        "is not whole": [path for path, size in expected.items() if path.is_file() and path.stat().st_size != size],
+        "are not there": [path for path in expected if not path.is_file()],
+        "are not whole": [path for path, size in expected.items() if path.is_file() and path.stat().st_size != size],
     }
     problems = [
         Problem(
-            f"`{folder}`: of {len(expected)} encodings {len(paths)} {what.replace('is', 'are', 1)}; the first is "
+            f"`{folder}`: of {len(expected)} encodings {len(paths)} {what}; the first is "
             f"`{paths[0].relative_to(folder)}`",
             "give the command of the first half again: it makes what is missing",
         )
