@@ -98,7 +98,5 @@ def option_help(setting: Setting) -> list[str]:
         notes.append(f"unit: {setting.unit}")
     if setting.families:
         notes.append(f"only {', '.join(setting.families)}")
-    if setting.planned:
-        notes.append("not supported yet")
     text = setting.help_text + (f" [{'; '.join(notes)}]" if notes else "")
     return head + textwrap.wrap(text, HELP_WIDTH - 6, initial_indent="      ", subsequent_indent="      ")

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.conftest import ENTRIES
+
 MODELS = (
     "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors,"
     "Qwen/Qwen-Image:text_encoder/model*.safetensors,Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
@@ -206,18 +208,12 @@ def test_no_model(refuse):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message", "hint"),
-    [
-        (
-            ["--num_frames", 5],
-            "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)",
-            "leave it out",
-        ),
-    ],
-)
-def test_not_supported(refuse, arguments, message, hint):
-    assert refuse(*arguments) == (2, [(message, hint)])
+def test_a_parameter_of_another_family(refuse):
+    """Told by the recipe, or by the files where there is none."""
+    refusal = 2, [("`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)", "leave it out")]
+    assert refuse("--num_frames", 5) == refusal
+    files = ("--model_id_with_origin_paths", ",".join(ENTRIES.values()), "--lora_base_model", "dit")
+    assert refuse("--num_frames", 5, *files, recipe=None) == refusal
 
 
 @pytest.mark.parametrize("parameter", ["lora_base_model", "trainable_models"])

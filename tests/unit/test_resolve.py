@@ -223,7 +223,7 @@ def test_an_empty_text_is_no_path(name):
     assert problem.message == f"`{name}` takes a path, got `` (`--{name}`)" and problem.wrong_use
 
 
-@pytest.mark.parametrize("name", [name for name in PATHS if name not in NOT_IN_RECIPES and not SETTINGS[name].planned])
+@pytest.mark.parametrize("name", [name for name in PATHS if name not in NOT_IN_RECIPES])
 def test_an_empty_text_in_a_file_is_no_path_either(config, name):
     (message,) = messages(resolve({"config": config(f"parameters:\n  {name}: ''\n")}))
     assert f"`{name}` takes a path, got ``" in message

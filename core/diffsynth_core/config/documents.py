@@ -102,8 +102,8 @@ def reference_page(proofs: Mapping[str, str]) -> str:
         "override the file, which overrides the recipe, which overrides the default. Every flag that is true or false",
         "has a `--no-…` form.",
         "",
-        "Names marked ¹ are those of DiffSynth-Studio; names marked ² are known and refused in this version. The last",
-        "column names the test that fails when the parameter is ignored.",
+        "Names marked ¹ are those of DiffSynth-Studio. The last column names the test that fails when the parameter is",
+        "ignored.",
     ]
     for group, title in GROUPS.items():
         lines += [
@@ -119,7 +119,7 @@ def reference_page(proofs: Mapping[str, str]) -> str:
 
 
 def _reference_row(setting: Setting, proof: str) -> str:
-    marks = ("¹" if setting.documented else "") + ("²" if setting.planned else "")
+    marks = "¹" if setting.documented else ""
     kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
     default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
     unit = f" ({setting.unit})" if setting.unit else ""

@@ -104,13 +104,11 @@ def _setting(
     unit: str | None = None,
     families: tuple[str, ...] = (),
     documented: bool = True,
-    planned: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare one setting.
 
-    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families; `planned` marks a
-    documented setting that this version knows and refuses, so that nothing is accepted and ignored.
+    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -118,7 +116,6 @@ def _setting(
         "unit": unit,
         "families": families,
         "documented": documented,
-        "planned": planned,
     }
     return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
 
@@ -509,7 +506,6 @@ class Setting:
     unit: str | None
     families: tuple[str, ...]
     documented: bool
-    planned: bool
     choices: tuple[str, ...]
     help_text: str
 
@@ -539,7 +535,6 @@ def _read_settings() -> Iterator[Setting]:
             unit=facts["unit"],
             families=facts["families"],
             documented=facts["documented"],
-            planned=facts["planned"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
         )

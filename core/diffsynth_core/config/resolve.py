@@ -102,7 +102,7 @@ def _resolve_one(
         folder = parameters.output_path if of_stage else parameters.output_path / stage
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
     faults += _cross_problems(parameters, invalid)
-    faults += _unsupported(parameters, family, origins)
+    faults += settings_of_others(parameters, family, origins) if family else []
     return Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
 
 
@@ -314,19 +314,15 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
     return problems
 
 
-def _unsupported(parameters: Parameters, family: str | None, origins: Mapping[str, str]) -> list[Problem]:
-    """Settings that were given and that this version, or this family, does not know what to do with."""
-    problems = []
-    for name, setting in SETTINGS.items():
-        changed = name in origins and getattr(parameters, name) != setting.default
-        if changed and setting.planned:
-            problems.append(Problem(f"`{name}` is not supported yet ({origins[name]})", "leave it out", wrong_use=True))
-        if changed and family and setting.families and family not in setting.families:
-            problems.append(
-                Problem(
-                    f"`{name}` has no meaning for {family}; it belongs to {', '.join(setting.families)} ({origins[name]})",
-                    "leave it out",
-                    wrong_use=True,
-                )
-            )
-    return problems
+def settings_of_others(parameters: Parameters, family: str, origins: Mapping[str, str]) -> list[Problem]:
+    """Settings that were given and that mean nothing to this family."""
+    return [
+        Problem(
+            f"`{name}` has no meaning for {family}; it belongs to {', '.join(setting.families)} ({origins[name]})",
+            "leave it out",
+            wrong_use=True,
+        )
+        for name, setting in SETTINGS.items()
+        if name in origins and getattr(parameters, name) != setting.default
+        if setting.families and family not in setting.families
+    ]

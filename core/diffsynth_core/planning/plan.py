@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.config.resolve import Resolved, settings_of_others
 from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -93,6 +93,8 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         if resolved.incomplete
         else find_components(parameters, resolved.family, base or model_base_path(), problems, encoded)
     )
+    if found and resolved.family is None:  # told by the files; by a recipe it was known before
+        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
     samples = _find_samples(parameters, found, encoded, reporter, problems)
