@@ -256,3 +256,17 @@ def test_a_transformer_that_is_not_there_without_a_recipe(refuse, models):
     entries = klein(dit="black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors")
     ((message, _),) = refuse(*entries, "--lora_base_model", "dit", recipe=None)[1]
     assert "nothing matches `black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors`" in message
+
+
+def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
+    """Nothing in its name tells which component it was meant to be; what is missing follows from it."""
+    save_file({"a.weight": torch.zeros(2)}, models / KLEIN_4B / "mine.safetensors")
+    wrong = f"{KLEIN_4B}:mine.safetensors"
+    ((message, _),) = refuse(*klein(text_encoder=wrong), recipe=KLEIN)[1]
+    assert message == f"`{wrong}` is no component of FLUX.2; it begins with `a.weight`"
+
+
+def test_an_entry_that_is_named_twice_is_one_mistake(refuse, models):
+    encoder = klein()[1].split(",")[0]
+    ((message, _),) = refuse(*klein(dit=encoder), recipe=KLEIN)[1]
+    assert message == f"`{encoder}` and `{encoder}` are both the text_encoder of FLUX.2"

@@ -85,12 +85,11 @@ def find_components(
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
     needed = components_of(task, variant)
-    if complete:
-        problems += [
-            _missing(facts.component(name), variant)
-            for name in variant.components
-            if name in needed and name not in components and name not in assigned.told
-        ]
+    absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.told}]
+    # Files that became no component, of which nothing tells what they were meant to be: they explain as many absences.
+    unplaced = len(headers) - len(components) - len(assigned.told)
+    if complete and len(absent) > unplaced:
+        problems += [_missing(facts.component(name), variant) for name in absent]
     problems += changed_encoders(parameters, task, variant)
     problems += _misfits(facts, variant, {name: files.origin for name, files in components.items()}, shapes)
     problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
