@@ -1,0 +1,49 @@
+"""Recomputed activations, on each family: the same gradients, from less memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from tests.parity.float8_runs import RECIPES, Step, plan_step
+
+KEPT = {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False}
+WAYS = {
+    "recomputed": KEPT | {"use_gradient_checkpointing": True},
+    "recomputed, inputs on the host": KEPT | {"use_gradient_checkpointing_offload": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny weights and encodings are made once for all."""
+    return tmp_path_factory.mktemp("checkpointing")
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that a run has allocated at once on the CPU, beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", [*RECIPES, "qwen-image-edit-2509-lora", "wan2.1-i2v-14b-480p-lora"])
+def test_gradients_are_those_of_kept_activations_and_memory_is_less(family, way, folder):
+    kept, recomputed = (Step(plan_step(family, folder, **settings)) for settings in (KEPT, WAYS[way]))
+    expected, found = kept.gradients(), recomputed.gradients()
+    assert found.keys() == expected.keys() and found
+    worst = max(float((found[name] - expected[name]).abs().max()) for name in found)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for step in (kept, recomputed):
+        step.model.zero_grad()
+    peaks = [peak_bytes(step.gradients) for step in (kept, recomputed)]
+    print(f"{family}, {way}: off by {worst:.1e} of {largest:.1e}; peak {peaks[0]:,} -> {peaks[1]:,} bytes")
+    assert worst < 1e-6 < largest
+    assert peaks[1] < 0.8 * peaks[0]
