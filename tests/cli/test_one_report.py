@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.conftest import ENTRIES
+
 LORA_RNK = ("`lora_rnk` (command line) is not a parameter", "did you mean `lora_rank`?")
 NO_FOLDER = (
     "the dataset folder `nowhere` (`dataset_base_path`) is not there",
@@ -145,3 +147,22 @@ def test_a_rehearsal_tells_an_entry_that_names_nothing_once(refuse):
 
 def test_dry_run_reports_as_the_run_does(refuse):
     assert refuse("--dry_run", "--lora_rnk", 16, "--dataset_base_path", "nowhere") == (2, [LORA_RNK, NO_FOLDER])
+
+
+def test_combinations_that_cannot_work_are_told_together(refuse):
+    code, problems = refuse(
+        "--trainable_models", "text_encoder", "--fp8_models", ENTRIES["text_encoder"], "--task", "direct_distill",
+        "--lora_base_model", "controlnet", "--preset_lora_model", "dit", "--zero_cond_t", "--num_frames", 5,
+    )  # fmt: skip
+    told = "\n".join(message for message, _ in problems)
+    assert code == 2 and all(hint for _, hint in problems)
+    for part in (
+        "`num_frames` has no meaning for qwen-image",
+        "`trainable_models` names `text_encoder`, whose files `fp8_models` keeps in 8-bit floats",
+        "`controlnet`",
+        "`preset_lora_model` is given without `preset_lora_path`",
+        "`zero_cond_t` means nothing without the extra input `edit_image`",
+        "`seed`",
+    ):
+        assert part in told, told
+    print(told)
