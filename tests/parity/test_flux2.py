@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from diffsynth_core.data.media import ReferenceRule, choose_reference, load_excerpt
+from diffsynth_core.data.media import Excerpt, ReferenceRule, choose_reference, load_excerpt
 from diffsynth_core.data.pictures import read_picture_header
 from diffsynth_core.families.flux2.encode import caption_left_out
 from diffsynth_core.families.flux2.facts import FLUX2
@@ -128,7 +128,9 @@ def test_reference_pictures_are_read_as_the_pipeline_reads_them(klein, tmp_path,
     picture_of(name, *size).save(tmp_path / "shown.png")
     (reference,) = FLUX2.variant({}, ("edit_image",), "").references
     rule = ReferenceRule(reference.name, reference.column, reference.size, 1024 * 1024, reference.factor)
-    excerpt = choose_reference(tmp_path / "shown.png", read_picture_header(tmp_path / "shown.png"), rule)
+    excerpt = choose_reference(
+        tmp_path / "shown.png", read_picture_header(tmp_path / "shown.png"), rule, Excerpt(tmp_path, 0, 0)
+    )
     ours = torch.tensor(load_excerpt(excerpt)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     processor = klein.pipeline.image_processor

@@ -232,3 +232,24 @@ def test_two_processes_share_the_encoding_out(models, datasets, tmp_path):
         folder = tmp_path / f"by_{count}"
         folders[count] = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert folders[1] == folders[2]
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "flux", "wan-i2v"])
+def test_each_half_needs_its_own_files_alone(name, train, datasets, models, tmp_path, monkeypatch):
+    """The recipe names all files; the machine that encodes has no transformer, the one that trains nothing else."""
+    kind = KINDS[name]
+    transformer, *others = entries_of(kind.recipe)
+    bases = {"first": Path(shutil.copytree(models, tmp_path / "first")), "second": tmp_path / "second"}
+    model_id, _, place = transformer.partition(":")
+    (bases["second"] / model_id / place).parent.mkdir(parents=True)
+    for path in (bases["first"] / model_id).glob(place):
+        shutil.move(path, (bases["second"] / model_id / place).parent)
+    command = ("--recipe", kind.recipe, *kind.sizes, "--dataset_repeat", 1, "--num_epochs", 1)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(bases["first"]))
+    train(
+        *command, "--task", "sft:data_process", "--dataset_base_path", datasets[kind.data], "--output_path", "encoded"
+    )
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(bases["second"]))
+    train(*command, "--task", "sft:train", "--dataset_base_path", "encoded", "--output_path", "out", "--lora_rank", 2)
+    assert set(manifest_of("encoded")["origin"]["components"]) == set(kind.components)
+    assert Path("out/epoch-0.safetensors").is_file() and others

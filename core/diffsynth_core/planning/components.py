@@ -25,7 +25,7 @@ from diffsynth_core.families.table import (
 )
 from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
 from diffsynth_core.planning.tokenizers import find_tokenizers
-from diffsynth_core.sources.model_files import FileSet, locate, split_entry
+from diffsynth_core.sources.model_files import FileSet, expand_entry, locate, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
 
 
@@ -73,10 +73,11 @@ def find_components(
     problems += refused
     if refused:
         return None
-    file_sets, missing = locate(parameters.model_paths, entries, base, _copies(family))
+    asked = _asked_for(parameters, family, base)
+    file_sets, missing = locate(parameters.model_paths, asked, base, _copies(family))
     problems += missing
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
-    complete = len(headers) == len(entries) + len(parameters.model_paths)
+    complete = len(headers) == len(asked) + len(parameters.model_paths)
     facts = _family(family, headers, complete, problems)
     if facts is None:
         return None
@@ -102,6 +103,24 @@ def find_components(
     tokenizers = find_tokenizers(parameters, facts, used, shapes, base, problems) if task.encodes else {}
     kept = {name: shapes[name] for name in used}
     return FoundComponents(facts, variant, used, kept, tokenizers, idle)
+
+
+def _asked_for(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
+    """The entries whose files must be there: the first half of split training does without the transformer, the second
+    without what has encoded."""
+    entries, task = parameters.model_id_with_origin_paths, TASKS[parameters.task]
+    facts = FAMILIES.get(family or "")
+    if facts is None or (task.encodes and task.trains):
+        return entries
+    needed = components_of(task, facts.variant({}, parameters.extra_inputs, ""))
+    kept = []
+    for entry in entries:
+        model_id, place = split_entry(entry) or ("", entry)
+        component = component_at(place, facts, model_id)
+        idle = component and (component.name not in needed if task.trains else component.name == facts.denoiser)
+        if not idle or expand_entry(entry, base):
+            kept.append(entry)
+    return tuple(kept)
 
 
 def refused_models(entries: Iterable[str]) -> list[Problem]:
