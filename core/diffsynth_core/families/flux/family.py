@@ -12,6 +12,7 @@ from diffsynth_core.families.flux import components as building
 from diffsynth_core.families.flux import encode, inputs, rehearsal
 from diffsynth_core.families.flux.facts import FLUX, KONTEXT_IMAGES
 from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.families.patches import stack_samples
 
 
 class Flux(Family):
@@ -46,7 +47,7 @@ class Flux(Family):
         return encode.caption_left_out(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
-        return inputs.collate(encoded)
+        return stack_samples(encoded)
 
     def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
         return inputs.sigmas(steps)

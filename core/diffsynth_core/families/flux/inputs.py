@@ -1,6 +1,6 @@
 """Batches, sigmas and the prediction of FLUX.1's transformer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,16 +29,6 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 
-def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one shape, those of their reference pictures included -> a batch.
-
-    Returns: `latents` `[B, 16, 1, h, w]`, `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for
-    each reference picture `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the
-    size of `latents`.
-    """
-    return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
-
-
 def token_ids(latents: Tensor, picture: int) -> Tensor:
     """What the rotary embedding is told of each token of a picture: picture, row, column; `[(h/2)(w/2), 3]` float32.
 
@@ -64,6 +54,9 @@ def predict_velocity(
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
         sigma: `[B]` float32; the transformer itself rounds what it is told of it to the number format it computes in.
+        batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference picture
+            `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the size of
+            `noisy`.
 
     Returns: `[B, 16, 1, h, w]`.
     """

@@ -11,6 +11,7 @@ from diffsynth_core.families.flux2 import components as building
 from diffsynth_core.families.flux2 import encode, inputs, rehearsal
 from diffsynth_core.families.flux2.facts import FLUX2
 from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.families.patches import stack_samples
 
 
 class Flux2(Family):
@@ -40,7 +41,7 @@ class Flux2(Family):
         return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
-        return inputs.collate(encoded)
+        return stack_samples(encoded)
 
     def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
         return inputs.sigmas(steps)

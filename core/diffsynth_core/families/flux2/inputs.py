@@ -27,21 +27,14 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
     return (math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)).float()
 
 
-def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one shape -> a batch: texts always have 512 tokens, so that nothing is padded.
-
-    Returns: what the samples hold of `latents` `[B, 128, 1, h, w]`, `prompt_embeds` `[B, 512, 3 x width]` and the
-    latents of reference pictures `[B, 128, 1, h', w']`.
-    """
-    return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
-
-
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """The transformer called as `Flux2KleinPipeline` calls it: reference pictures as further tokens, timestep = sigma.
 
     Args:
         noisy: `[B, 128, 1, h, w]` float32.
         sigma: `[B]` float32.
+        batch: `prompt_embeds` `[B, 512, 3 x width]`: texts always have 512 tokens, so that nothing is padded; and the
+            latents of reference pictures `[B, 128, 1, h', w']`.
 
     Returns: `[B, 128, 1, h, w]`.
     """
