@@ -20,6 +20,16 @@ GAINS = {
 """Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
 than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
 
+FILE_STEMS = {
+    "dit": "diffusion_pytorch_model",
+    "controlnet": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_1": "model",
+    "text_encoder_2": "model",
+    "vae": "diffusion_pytorch_model",
+}
+"""What the names of published files begin with, where a recipe says `*.safetensors`."""
+
 EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "token_embedding.weight")
 """Ends of the names of tables that are looked up, not multiplied."""
 
@@ -46,6 +56,11 @@ def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Gene
     else:
         fan_in = parameter.shape[1] * math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
         parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
+
+
+def published_name(component: str, name: str) -> str:
+    """The file name that a recipe says, with the published beginning where it leaves that open."""
+    return FILE_STEMS[component] + name if name.startswith("*") else name
 
 
 def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> None:

@@ -15,19 +15,18 @@ from diffsynth_core.families.flux.components import CLIP_HEAD_SIZE, SCALING_FACT
 from diffsynth_core.families.flux.encode import CLIP_TOKENS
 from diffsynth_core.families.shapes import ROPE_PROPORTION, split_even
 from diffsynth_core.families.tiny_tokenizers import unigram_vocabulary, write_pairs, write_unigram_tokenizer
-from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
+from diffsynth_core.families.tiny_weights import (
+    GAINS,
+    diffusers_config,
+    fill,
+    published_name,
+    write_json,
+    write_weights,
+)
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 
 DIFFUSERS_FOLDERS = ("transformer", "vae")
 """Transformers and VAEs in folders of these names have the layout of diffusers repositories, others the original."""
-FILE_STEMS = {
-    "dit": "diffusion_pytorch_model",
-    "text_encoder_1": "model",
-    "text_encoder_2": "model",
-    "vae": "diffusion_pytorch_model",
-    CONTROLNET: "diffusion_pytorch_model",
-}
-"""What the names of published files begin with, where a recipe says `*.safetensors`."""
 LATENT_SPREAD = 0.62
 """Spread of the random VAE's raw latents of photographs."""
 CLIP_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
@@ -70,8 +69,8 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         write_json(folder / "config.json", TEXT_ENCODER_CONFIGS[component] | config)
     elif diffusers:
         write_json(folder / "config.json", diffusers_config(module))
-    file_name = place.name if place.name[0] != "*" else FILE_STEMS[component] + place.name
-    write_weights(folder, file_name, _in_layout(_key_map(component, diffusers), tensors))
+    renamed = _in_layout(_key_map(component, diffusers), tensors)
+    write_weights(folder, published_name(component, place.name), renamed)
 
 
 def _transformer(sizes: TinySizes) -> dict[str, Any]:

@@ -11,10 +11,15 @@ from torch import Tensor
 from diffsynth_core.families.flux2.components import ROPE_THETA, build, rope_axes
 from diffsynth_core.families.flux2.names import TEXT_LAYERS
 from diffsynth_core.families.tiny_tokenizers import tiny_vocabulary, write_tokenizer
-from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
+from diffsynth_core.families.tiny_weights import (
+    GAINS,
+    diffusers_config,
+    fill,
+    published_name,
+    write_json,
+    write_weights,
+)
 
-FILE_STEMS = {"dit": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-"""What the names of published files begin with, where a recipe says `*.safetensors`."""
 TEMPLATE_WORDS = ("user", "assistant")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CHAT_TEMPLATE = """\
@@ -81,7 +86,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     if config.get("tie_word_embeddings"):
         del tensors["lm_head.weight"]
     _write_config(folder / "config.json", component, module, config)
-    write_weights(folder, FILE_STEMS[component] + place.name if place.name.startswith("*") else place.name, tensors)
+    write_weights(folder, published_name(component, place.name), tensors)
 
 
 def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
