@@ -1,26 +1,20 @@
 """Tiny FLUX.2 klein models and pictures for them: loaded by us, and by diffusers' pipeline from the same files."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import skimage.data
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.family import Family
-from diffsynth_core.families.interface import ComponentFiles, Variant
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.progress import SilentReporter
+from tests.parity import models
+from tests.parity.models import Ours
+from tests.parity.photographs import photograph, pixels_of
 
 PLACES = {
     "dit": "transformer/*.safetensors",
@@ -31,6 +25,8 @@ MODEL_IDS = {"4B": "black-forest-labs/FLUX.2-klein-4B", "base 9B": "black-forest
 """4B is distilled and ties its text encoder's head to the embedding; base 9B neither."""
 SINGLE_BLOCKS = {"4B": 20, "base 9B": 24}
 PROMPT = "an astronaut before a flag, 漢字"
+find_files = partial(models.find_files, "flux2")
+load_files = partial(models.load_files, "flux2")
 SIZE = (48, 80)
 """Height and width of the target in pixels."""
 REFERENCE_SIZES = ((64, 96), (112, 64))
@@ -73,49 +69,6 @@ def write_models(base: Path) -> None:
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Ours:
-    """A model as the trainer has it, float32."""
-
-    family: Family
-    variant: Variant
-    components: Mapping[str, Any]
-
-    @torch.no_grad()
-    def encode(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What all encoders make of a sample; the one of references only when it has some."""
-        encoded: dict[str, Tensor] = {}
-        for encoder in self.variant.encoders:
-            if sample.keys() >= set(encoder.columns):
-                encoded |= self.family.encode(encoder, self.components, sample)
-        return encoded
-
-
-def find_files(base: Path, component: str, entry: str) -> ComponentFiles:
-    """The files of one component as a run finds them."""
-    problems: list[Any] = []
-    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), "flux2", base, problems)
-    assert found and component in found.components, problems
-    return found.components[component]
-
-
-def load_files(files: ComponentFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A component read by our own loader."""
-    return load_component(load_family("flux2"), files, dtype, torch.device("cpu"), SilentReporter())
-
-
-def load_ours(base: Path, name: str) -> Ours:
-    """All components as a run finds and loads them, and what it is told by the files alone."""
-    family = load_family("flux2")
-    problems: list[Any] = []
-    parameters = Parameters(model_id_with_origin_paths=tuple(entries_of(name).values()), extra_inputs=("edit_image",))
-    found = find_components(parameters, None, base, problems)
-    assert found and not problems, problems
-    components = {component: load_files(files) for component, files in found.components.items()}
-    tokenizers = {parameter: family.load_tokenizer(parameter, folder) for parameter, folder in found.tokenizers.items()}
-    return Ours(family, found.variant, {**components, **tokenizers})
-
-
 def load_pipeline(base: Path, name: str) -> Flux2KleinPipeline:
     """The repository read by diffusers and transformers, float32.
 
@@ -155,15 +108,13 @@ class Flux2Pair:
 
 
 def load_pair(base: Path, name: str) -> Flux2Pair:
-    return Flux2Pair(name, load_ours(base, name), load_pipeline(base, name))
+    return Flux2Pair(
+        name,
+        models.load_ours(base, entries_of(name).values(), extra_inputs=("edit_image",)),
+        load_pipeline(base, name),
+    )
 
 
 def picture_of(name: str, height: int, width: int) -> Image.Image:
     """A photograph at a size."""
-    photograph = Image.fromarray(getattr(skimage.data, name)()[..., :3])
-    return photograph.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def pixels_of(picture: Image.Image) -> Tensor:
-    """`[3, 1, H, W]` in [-1, 1]."""
-    return torch.tensor(np.asarray(picture)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
+    return photograph(name).resize((width, height), Image.Resampling.LANCZOS)

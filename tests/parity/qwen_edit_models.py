@@ -1,13 +1,10 @@
 """Tiny editing models of Qwen-Image, read by us and by diffusers' pipelines from the same files; pictures to edit."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import skimage.data
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -18,28 +15,18 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
-from torch import Tensor
 from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.family import Family
-from diffsynth_core.families.interface import Variant
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.progress import SilentReporter
 from tests.conftest import MODEL_ID, PLACES
-
-PUBLISHED_PIXELS = 1024 * 1024
-FEW_PIXELS = PUBLISHED_PIXELS // 64
-"""`max_pixels` under which pictures have a 64th of the published area."""
-SIZE = (64, 96)
-"""Height and width of the picture that is made."""
+from tests.parity import models
+from tests.parity.models import Ours
+from tests.parity.photographs import photograph
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One use of one model: `pictures` are names of `picture`."""
+    """One use of one model: `pictures` are names of `photograph`."""
 
     model_id: str
     pipeline: type
@@ -59,71 +46,14 @@ KINDS = {
 }
 
 
-def picture(name: str) -> Image.Image:
-    """A photograph; `upright` is higher than wide."""
-    if name == "upright":
-        return picture("chelsea").crop((120, 0, 300, 300))
-    return Image.fromarray(getattr(skimage.data, name)()[..., :3])
-
-
-def pixels_of(image: Image.Image) -> Tensor:
-    """`[3, 1, H, W]` in [-1, 1]."""
-    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
-
-
 def write_models(base: Path) -> None:
     """All models, in the layout of their repositories."""
     for component, entry in {entry: name for kind in KINDS.values() for name, entry in kind.entries.items()}.items():
         load_family("qwen-image").write_tiny_weights(base, entry, *component.split(":"))
 
 
-@dataclass(frozen=True)
-class Ours:
-    """A model as the trainer has it, float32."""
-
-    family: Family
-    variant: Variant
-    components: Mapping[str, Any]
-
-    def sample(self, prompt: str, pictures: Sequence[Image.Image], max_pixels: int = FEW_PIXELS) -> dict[str, Any]:
-        """What a row holds once it is read; the picture that is made is the astronaut."""
-        references = {
-            reference.name: [pixels_of(self._stretched(image, reference, max_pixels)) for image in pictures]
-            for reference in self.variant.references
-        }
-        height, width = SIZE
-        return {"prompt": prompt, "image": pixels_of(picture("astronaut").resize((width, height))), **references}
-
-    @staticmethod
-    def _stretched(image: Image.Image, reference: Any, max_pixels: int) -> Image.Image:
-        assert reference.factor == 1
-        height, width = reference.size(image.width, image.height, max_pixels)
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-
-    @torch.no_grad()
-    def encode(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What all encoders make of a sample."""
-        encoded: dict[str, Tensor] = {}
-        for encoder in self.variant.encoders:
-            read = {name: sample[name] for name in encoder.columns}
-            encoded |= self.family.encode(encoder, self.components, read)
-        return encoded
-
-
 def load_ours(base: Path, kind: Kind, **more: Any) -> Ours:
-    """All components as a run with these and `more` parameters finds and loads them."""
-    family = load_family("qwen-image")
-    problems: list[Any] = []
-    entries = tuple(kind.entries.values())
-    parameters = Parameters(model_id_with_origin_paths=entries, extra_inputs=("edit_image",), **more)
-    found = find_components(parameters, None, base, problems)
-    assert found and not problems, problems
-    components = {
-        name: load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
-        for name, files in found.components.items()
-    }
-    tokenizers = {name: family.load_tokenizer(name, folder) for name, folder in found.tokenizers.items()}
-    return Ours(family, found.variant, {**components, **tokenizers})
+    return models.load_ours(base, kind.entries.values(), extra_inputs=("edit_image",), **more)
 
 
 class Processor:
@@ -191,7 +121,7 @@ class EditPair:
 
     @cached_property
     def pictures(self) -> list[Image.Image]:
-        return [picture(name) for name in self.kind.pictures]
+        return [photograph(name) for name in self.kind.pictures]
 
 
 def load_pair(base: Path, kind: Kind) -> EditPair:

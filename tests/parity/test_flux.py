@@ -5,7 +5,6 @@ Most tests of Kontext work at a 64th of the published area; one at all of it.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,18 +16,12 @@ from torch import Tensor
 from diffsynth_core.families.flux.facts import kontext_size
 from diffsynth_core.families.flux.inputs import token_ids
 from diffsynth_core.families.patches import numbered, pack
-from diffsynth_core.training.objective import add_noise, velocity_loss
-from tests.parity.flux_models import (
-    FEW_PIXELS,
-    PHOTOGRAPHS,
-    PUBLISHED_PIXELS,
-    SIZE,
-    FluxPair,
-    picture,
-    pixels_of,
-)
+from diffsynth_core.training.objective import add_noise
+from tests.parity.flux_models import FluxPair
+from tests.parity.models import FEW_PIXELS, PUBLISHED_PIXELS, SIZE
+from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
+from tests.parity.photographs import PHOTOGRAPHS, photograph, pixels_of
 
-TOLERANCE = 1e-5
 CAPTIONS = {
     "empty": "",
     "plain": "a cat",
@@ -38,11 +31,6 @@ CAPTIONS = {
     "longer than CLIP reads": "bird " * 90,
     "longer than T5 reads": "word " * 600,
 }
-
-
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).detach().abs().max())
 
 
 @pytest.fixture
@@ -110,7 +98,7 @@ def test_captions_that_are_cut_are_told(plain, caption, first, second, complaint
 def test_latents_of_photographs_equal_the_vae_path(plain, name):
     """The pipeline's own preprocessing, and the inverse of what it does before it decodes."""
     ours, pipeline = plain.ours, plain.pipeline
-    image = picture(name).resize(SIZE[::-1])
+    image = photograph(name).resize(SIZE[::-1])
     raw = pipeline.vae.encode(pipeline.image_processor.preprocess(image)).latent_dist.mode()
     expected = (raw - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
     latents = ours.encode(ours.sample("", name))["latents"]
@@ -121,7 +109,7 @@ def test_latents_of_photographs_equal_the_vae_path(plain, name):
 @torch.no_grad()
 def test_reference_pictures_are_encoded_like_those_that_are_made(flux_pairs):
     ours = flux_pairs("Kontext").ours
-    images = [picture("coffee"), picture("upright")]
+    images = [photograph("coffee"), photograph("upright")]
     encoded = ours.encode(ours.sample("", shown=images))
     found = numbered(ours.family.collate([encoded, encoded]), "kontext_latents_{}")
     assert [tuple(latents.shape) for latents in found] == [(2, 16, 1, 12, 18), (2, 16, 1, 20, 12)]
@@ -150,29 +138,10 @@ def test_sigmas_equal_the_scheduler(plain):
 # The prediction
 
 
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The pipelines' scheduler, asked for a single step from a given sigma."""
-
-    sigma: Tensor
-
-    def set_timesteps(self, *_: Any, sigmas: Any = None, **__: Any) -> None:
-        self.timesteps = self.sigma * 1000
-        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
-        self._step_index = self._begin_index = None
-
-
-def recorded(transformer: Any, calls: list[tuple[dict[str, Any], Tensor]]) -> Any:
-    """A hook that keeps inputs and output of each call."""
-    return transformer.register_forward_hook(
-        lambda _, positional, named, output: calls.append((named, output[0])), with_kwargs=True
-    )
-
-
 def run_pipeline(pair: FluxPair, caption: str, noisy: Tensor, sigma: Tensor) -> None:
     """One step of the pipeline from given latents."""
     height, width = SIZE
-    pair.pipeline.scheduler = OneStep()
-    pair.pipeline.scheduler.sigma = sigma
+    pair.pipeline.scheduler = OneStep.at(sigma)
     pair.pipeline(
         **({"image": pair.shown[0], "max_area": height * width} if pair.shown else {}),
         prompt=caption,
@@ -191,16 +160,12 @@ def check_against_pipeline(pair: FluxPair, caption: str, index: int, max_pixels:
     ours = pair.ours
     sigma = ours.family.sigmas()[[index]]
     batch = ours.family.collate([ours.encode(ours.sample(caption, shown=pair.shown, max_pixels=max_pixels))])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(index))
-    noisy = add_noise(batch["latents"], noise, sigma)
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    hooks = [recorded(transformer, calls) for transformer in (pair.pipeline.transformer, ours.components["dit"])]
-    run_pipeline(pair, caption, noisy, sigma)
-    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
-    for hook in hooks:
-        hook.remove()
+    noisy = add_noise(batch["latents"], noise_for(batch["latents"], seed=index), sigma)
+    with recorded(pair.pipeline.transformer, ours.transformer) as calls:
+        run_pipeline(pair, caption, noisy, sigma)
+        prediction = ours.predict(noisy, sigma, batch)
 
-    (theirs, expected), (mine, _) = calls
+    (theirs, (expected,)), (mine, _) = calls
     made = (SIZE[0] // 16) * (SIZE[1] // 16)
     for name in ("txt_ids", "img_ids"):
         assert torch.equal(mine[name], theirs[name])
@@ -247,15 +212,13 @@ def test_one_step_is_that_of_the_pipeline_at_the_published_size(flux):
 def test_several_reference_pictures_follow_each_other_as_picture_1(flux_pairs):
     """Their tokens in their order, behind those that are made; of what the model says, the latter alone are taken."""
     ours = flux_pairs("Kontext").ours
-    images = [picture("coffee"), picture("upright")]
+    images = [photograph("coffee"), photograph("upright")]
     encoded = ours.encode(ours.sample("a cup", shown=images))
     batch = ours.family.collate([encoded])
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    hook = recorded(ours.components["dit"], calls)
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
-    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
-    hook.remove()
-    (told, output), shown = calls[0], shown_latents(batch)
+    with recorded(ours.transformer) as calls:
+        prediction = ours.predict(noisy, sigma, batch)
+    (told, (output,)), shown = calls[0], shown_latents(batch)
     pictures = [noisy, *shown]
     assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in pictures], dim=1))
     assert torch.equal(
@@ -265,44 +228,20 @@ def test_several_reference_pictures_follow_each_other_as_picture_1(flux_pairs):
     assert torch.equal(told["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))
     assert torch.equal(pack(prediction), output[:, : 4 * 6])
     swapped = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[::-1]))])
-    other = ours.family.predict_velocity(ours.components, noisy, sigma, swapped)
+    other = ours.predict(noisy, sigma, swapped)
     assert difference(prediction, other) < TOLERANCE, "tokens of one set are not told apart by their order"
     alone = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[:1]))])
-    assert difference(prediction, ours.family.predict_velocity(ours.components, noisy, sigma, alone)) > 0.01
+    assert difference(prediction, ours.predict(noisy, sigma, alone)) > 0.01
 
 
 # Batches
 
 
-def loss_and_gradients(
-    pair: FluxPair, samples: list[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses of a batch, and the gradients of their sum for all parameters of the transformer."""
-    family, transformer = pair.ours.family, pair.ours.components["dit"]
-    batch = family.collate(samples)
-    noisy = add_noise(batch["latents"], noise, sigma)
-    prediction = family.predict_velocity(pair.ours.components, noisy, sigma, batch)
-    losses = velocity_loss(prediction, batch["latents"], noise, torch.ones(len(samples)))
-    return losses.detach(), list(torch.autograd.grad(losses.sum(), transformer.parameters()))
-
-
 @pytest.mark.parametrize("flux", ["FLUX.1", "Kontext"], indirect=True)
-def test_a_batch_equals_its_singles(flux, request):
+def test_a_batch_equals_its_singles(flux):
     ours = flux.ours
-    ours.components["dit"].requires_grad_(True)
-    request.addfinalizer(lambda: ours.components["dit"].requires_grad_(False))
     samples = []
     for caption, name in zip(("empty", "plain", "Chinese", "longer than T5 reads"), PHOTOGRAPHS, strict=True):
-        shown = [picture(other).resize((600, 400)) for other in (name, "coffee")] if flux.shown else []
+        shown = [photograph(other).resize((600, 400)) for other in (name, "coffee")] if flux.shown else []
         samples.append(ours.encode(ours.sample(CAPTIONS[caption], name, shown)))
-    noise = torch.randn(4, *samples[0]["latents"].shape, generator=torch.Generator().manual_seed(4))
-    sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
-    together, gradients = loss_and_gradients(flux, samples, noise, sigma)
-    singles = [loss_and_gradients(flux, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
-    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
-    means = [torch.stack(parts).mean(0) for parts in zip(*(grads for _, grads in singles), strict=True)]
-    worst = max(difference(one / 4, other) for one, other in zip(gradients, means, strict=True))
-    scale = max(float(gradient.abs().max()) / 4 for gradient in gradients)
-    print(f"gradients differ by {worst:.1e}, the largest is {scale:.1e}")
-    assert worst < TOLERANCE < scale / 100
-    assert all(gradient.any() for gradient in gradients)
+    check_batch_equals_singles(ours, samples)

@@ -1,7 +1,6 @@
 """FLUX.2's numbers against diffusers' `Flux2KleinPipeline`, float32, tiny weights, real pictures."""
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,19 @@ from diffsynth_core.families.flux2.encode import caption_left_out
 from diffsynth_core.families.flux2.facts import FLUX2
 from diffsynth_core.families.flux2.inputs import pack, picture_positions, text_positions, unpack
 from diffsynth_core.families.patches import numbered
-from diffsynth_core.training.objective import add_noise, velocity_loss
+from diffsynth_core.training.objective import add_noise
 from tests.parity.flux2_models import (
     PROMPT,
     REFERENCE_SIZES,
     SIZE,
-    Flux2Pair,
     entries_of,
     find_files,
     load_files,
     picture_of,
-    pixels_of,
 )
+from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
+from tests.parity.photographs import PHOTOGRAPHS, pixels_of
 
-TOLERANCE = 1e-5
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CAPTIONS = {
     "empty": "",
     "plain": "a cat",
@@ -43,11 +40,6 @@ CAPTIONS = {
     "long": "word " * 600,
     "a token too long": "x" * 499,
 }
-
-
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).detach().abs().max())
 
 
 # Text
@@ -183,24 +175,6 @@ def test_tokens_are_the_latents_row_by_row():
     assert torch.equal(unpack(pack(latents), 2, 4), latents)
 
 
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The pipeline's scheduler, asked for a single step from a given sigma."""
-
-    sigma: Tensor
-
-    def set_timesteps(self, _: int | None = None, device: Any = None, sigmas: Any = None, mu: Any = None) -> None:
-        self.timesteps = self.sigma * 1000
-        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
-        self._step_index = self._begin_index = None
-
-
-def recorded(transformer: Any, calls: list[tuple[dict[str, Any], Tensor]]) -> Any:
-    """A hook that keeps inputs and output of each call."""
-    return transformer.register_forward_hook(
-        lambda _, positional, named, output: calls.append((named, output[0])), with_kwargs=True
-    )
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("shown", [0, 1, 2])
 @pytest.mark.parametrize("index", [3, 900])
@@ -209,29 +183,22 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(flux2, index
     height, width = SIZE
     sigma = ours.family.sigmas()[[index]]
     batch = ours.family.collate([flux2.encoded(shown)])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(index))
-    noisy = add_noise(batch["latents"], noise, sigma)
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    hooks = [recorded(transformer, calls) for transformer in (pipeline.transformer, ours.components["dit"])]
+    noisy = add_noise(batch["latents"], noise_for(batch["latents"], seed=index), sigma)
+    monkeypatch.setattr(pipeline, "scheduler", OneStep.at(sigma))
+    with recorded(pipeline.transformer, ours.transformer) as calls:
+        pipeline(
+            image=list(flux2.shown[:shown]) or None,
+            prompt=PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            latents=noisy[:, :, 0],
+            output_type="latent",
+        )
+        prediction = ours.predict(noisy, sigma, batch)
 
-    scheduler = OneStep.from_config(pipeline.scheduler.config)
-    scheduler.sigma = sigma
-    monkeypatch.setattr(pipeline, "scheduler", scheduler)
-    pipeline(
-        image=list(flux2.shown[:shown]) or None,
-        prompt=PROMPT,
-        height=height,
-        width=width,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        latents=noisy[:, :, 0],
-        output_type="latent",
-    )
-    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
-    for hook in hooks:
-        hook.remove()
-
-    (theirs, expected), (mine, output) = calls
+    (theirs, (expected,)), (mine, (output,)) = calls
     for name in ("hidden_states", "encoder_hidden_states", "timestep"):
         assert difference(mine[name], theirs[name]) < TOLERANCE, name
     for name in ("img_ids", "txt_ids"):
@@ -254,8 +221,8 @@ def test_reference_pictures_matter(klein):
     predictions = []
     for shown in range(3):
         batch = klein.ours.family.collate([klein.encoded(shown)])
-        noisy = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
-        predictions.append(klein.ours.family.predict_velocity(klein.ours.components, noisy, torch.tensor([0.5]), batch))
+        noisy = noise_for(batch["latents"], seed=0)
+        predictions.append(klein.ours.predict(noisy, torch.tensor([0.5]), batch))
     assert difference(predictions[0], predictions[1]) > 100 * TOLERANCE
     assert difference(predictions[1], predictions[2]) > 100 * TOLERANCE
 
@@ -271,29 +238,15 @@ def test_sigma_is_rounded_only_where_nothing_else_can_be_computed(klein, flux2_m
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
         prediction = klein.ours.family.predict_velocity({"dit": transformer}, batch["latents"], sigma, batch)
     assert torch.equal(told[0].float(), sigma * 1000) == autocast
-    exact = klein.ours.family.predict_velocity(klein.ours.components, batch["latents"], sigma, batch)
+    exact = klein.ours.predict(batch["latents"], sigma, batch)
     assert difference(prediction, exact) < 0.1 * exact.std()
 
 
 # Batches
 
 
-def loss_and_gradients(
-    klein: Flux2Pair, samples: list[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses of a batch, and the gradients of their sum for all parameters of the transformer."""
-    family, transformer = klein.ours.family, klein.ours.components["dit"]
-    batch = family.collate(samples)
-    noisy = add_noise(batch["latents"], noise, sigma)
-    prediction = family.predict_velocity(klein.ours.components, noisy, sigma, batch)
-    losses = velocity_loss(prediction, batch["latents"], noise, torch.ones(len(samples)))
-    return losses.detach(), list(torch.autograd.grad(losses.sum(), transformer.parameters()))
-
-
 @pytest.mark.parametrize("shown", [0, 2])
-def test_a_batch_equals_its_singles(klein, shown, request):
-    klein.ours.components["dit"].requires_grad_(True)
-    request.addfinalizer(lambda: klein.ours.components["dit"].requires_grad_(False))
+def test_a_batch_equals_its_singles(klein, shown):
     samples = []
     for number, (caption, name) in enumerate(zip(CAPTIONS.values(), PHOTOGRAPHS, strict=False)):
         sample: dict[str, Any] = {"prompt": caption, "image": pixels_of(picture_of(name, *SIZE))}
@@ -303,17 +256,7 @@ def test_a_batch_equals_its_singles(klein, shown, request):
                 pixels_of(picture_of(other, *size)) for other, size in zip(others, REFERENCE_SIZES, strict=True)
             ]
         samples.append(klein.ours.encode(sample))
-    noise = torch.randn(4, *samples[0]["latents"].shape, generator=torch.Generator().manual_seed(4))
-    sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
-    together, gradients = loss_and_gradients(klein, samples, noise, sigma)
-    singles = [loss_and_gradients(klein, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
-    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
-    means = [torch.stack(parts).mean(0) for parts in zip(*(grads for _, grads in singles), strict=True)]
-    worst = max(difference(one / 4, other) for one, other in zip(gradients, means, strict=True))
-    scale = max(float(gradient.abs().max()) / 4 for gradient in gradients)
-    print(f"{shown} shown: gradients differ by {worst:.1e}, the largest is {scale:.1e}")
-    assert worst < TOLERANCE < scale / 100
-    assert all(gradient.any() for gradient in gradients)
+    check_batch_equals_singles(klein.ours, samples)
 
 
 def test_samples_are_not_mixed_up(klein):
@@ -325,7 +268,7 @@ def test_samples_are_not_mixed_up(klein):
         2, -1, -1, -1, -1
     )
     with torch.no_grad():
-        both = klein.ours.family.predict_velocity(klein.ours.components, noisy, torch.tensor([0.5, 0.5]), batch)
+        both = klein.ours.predict(noisy, torch.tensor([0.5, 0.5]), batch)
     assert difference(both[0], both[1]) > 100 * TOLERANCE
 
 

@@ -1,12 +1,8 @@
 """Editing with Qwen-Image against diffusers' `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`, float32, tiny
 weights, real pictures. Most tests work at a 64th of the published areas; one at all of them."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from torch import Tensor
 
@@ -14,19 +10,12 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image.inputs import edit_latents
 from diffsynth_core.families.qwen_image.variants import prompt_size, vae_size
-from diffsynth_core.training.objective import add_noise, velocity_loss
-from tests.parity.qwen_edit_models import (
-    FEW_PIXELS,
-    KINDS,
-    PUBLISHED_PIXELS,
-    SIZE,
-    EditPair,
-    load_ours,
-    picture,
-    shrink_published_areas,
-)
+from diffsynth_core.training.objective import add_noise
+from tests.parity.models import FEW_PIXELS, PUBLISHED_PIXELS, SIZE
+from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
+from tests.parity.photographs import PHOTOGRAPHS, photograph
+from tests.parity.qwen_edit_models import KINDS, EditPair, load_ours, shrink_published_areas
 
-TOLERANCE = 1e-5
 CAPTIONS = {
     "empty": "",
     "plain": "make it red",
@@ -37,35 +26,14 @@ CAPTIONS = {
 TWO = "2509, two pictures"
 
 
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).detach().abs().max())
-
-
 @pytest.fixture
 def _small(monkeypatch) -> None:
     shrink_published_areas(monkeypatch)
 
 
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The pipelines' scheduler, asked for a single step from a given sigma."""
-
-    sigma: Tensor
-
-    def set_timesteps(self, *_: Any, sigmas: Any = None, **__: Any) -> None:
-        self.timesteps = self.sigma * 1000
-        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
-        self._step_index = self._begin_index = None
-
-
-def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """One step of the pipeline from given latents: what its transformer was given, and what it said."""
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    hook = edit.pipeline.transformer.register_forward_hook(
-        lambda _, positional, named, output: calls.append((named, output[0])), with_kwargs=True
-    )
-    edit.pipeline.scheduler = OneStep()
-    edit.pipeline.scheduler.sigma = sigma
+def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> None:
+    """One step of the pipeline from given latents."""
+    edit.pipeline.scheduler = OneStep.at(sigma)
     height, width = SIZE
     edit.pipeline(
         image=edit.pictures[0] if len(edit.pictures) == 1 else edit.pictures,
@@ -77,9 +45,6 @@ def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> 
         latents=pack(noisy),
         output_type="latent",
     )
-    hook.remove()
-    (call,) = calls
-    return call
 
 
 @torch.no_grad()
@@ -87,18 +52,13 @@ def check_against_pipeline(edit: EditPair, caption: str, max_pixels: int) -> Non
     """Text, references, positions and the prediction of one sample are those of the pipeline."""
     ours = edit.ours
     sigma = torch.tensor([0.75])
-    batch = ours.family.collate([ours.encode(ours.sample(caption, edit.pictures, max_pixels))])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(1))
-    noisy = add_noise(batch["latents"], noise, sigma)
-    theirs, expected = run_pipeline(edit, caption, noisy, sigma)
+    batch = ours.family.collate([ours.encode(ours.sample(caption, shown=edit.pictures, max_pixels=max_pixels))])
+    noisy = add_noise(batch["latents"], noise_for(batch["latents"], seed=1), sigma)
+    with recorded(edit.pipeline.transformer, ours.transformer) as calls:
+        run_pipeline(edit, caption, noisy, sigma)
+        prediction = ours.predict(noisy, sigma, batch)
 
-    calls: list[dict[str, Any]] = []
-    hook = ours.components["dit"].register_forward_pre_hook(
-        lambda _, positional, named: calls.append(named), with_kwargs=True
-    )
-    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
-    hook.remove()
-    (mine,) = calls
+    (theirs, (expected,)), (mine, _) = calls
     made = pack(noisy).shape[1]
     assert [list(shapes) for shapes in mine["img_shapes"]] == [list(shapes) for shapes in theirs["img_shapes"]]
     assert len(mine["img_shapes"][0]) == 1 + len(edit.pictures)
@@ -139,7 +99,7 @@ def test_diffusers_itself_leaves_out_which_tokens_are_pictures(edit_pairs, monke
     When this fails, diffusers tells (its issue 14194), and what stands in for that can go.
     """
     pipeline = edit_pairs("2509, one picture").pipeline
-    image = [picture("coffee").resize((96, 64))]
+    image = [photograph("coffee").resize((96, 64))]
     told, _ = pipeline.encode_prompt("a cup", image)
     monkeypatch.setattr(pipeline.text_encoder, "_forward_pre_hooks", {})
     untold, _ = pipeline.encode_prompt("a cup", image)
@@ -173,8 +133,8 @@ def test_tokens_of_a_picture_are_placed_in_height_and_width(edit_pairs):
 @torch.no_grad()
 def test_states_tell_pictures_and_their_order_apart(edit_pairs):
     ours = edit_pairs(TWO).ours
-    images = [picture("astronaut"), picture("coffee").resize((512, 512))]
-    one, other = (ours.encode(ours.sample("a", order))["prompt_embeds"] for order in (images, images[::-1]))
+    images = [photograph("astronaut"), photograph("coffee").resize((512, 512))]
+    one, other = (ours.encode(ours.sample("a", shown=order))["prompt_embeds"] for order in (images, images[::-1]))
     assert difference(one, other) > 0.1
 
 
@@ -182,7 +142,7 @@ def test_captions_are_not_cut_off_but_refused_where_they_have_no_place(edit_pair
     """diffusers' transformer has no positions for them, and fails on shapes."""
     ours = edit_pairs(TWO).ours
     text = ours.variant.encoders[0]
-    sample = ours.sample(CAPTIONS["long"], edit_pairs(TWO).pictures)
+    sample = ours.sample(CAPTIONS["long"], shown=edit_pairs(TWO).pictures)
     assert ours.family.left_out(text, ours.components, sample) is None
     with pytest.raises(DiffSynthError, match="the model takes 3072: `word word"):
         ours.encode({**sample, "prompt": "word " * 900})
@@ -207,10 +167,10 @@ def test_sizes_are_those_of_the_pipelines(ratio):
 @torch.no_grad()
 def test_pictures_keep_their_order_and_sizes(edit_pairs):
     pair = edit_pairs("2511, two pictures")
-    encoded = pair.ours.encode(pair.ours.sample("", pair.pictures))
+    encoded = pair.ours.encode(pair.ours.sample("", shown=pair.pictures))
     found = edit_latents(pair.ours.family.collate([encoded, encoded]))
     assert [tuple(latents.shape) for latents in found] == [(2, 16, 1, 12, 20), (2, 16, 1, 20, 12)]
-    alone = pair.ours.encode(pair.ours.sample("", pair.pictures[1:]))
+    alone = pair.ours.encode(pair.ours.sample("", shown=pair.pictures[1:]))
     assert torch.equal(found[1][0], alone["edit_latents_0"])
     assert "edit_latents_1" not in alone
 
@@ -225,7 +185,7 @@ def test_only_2511_tells_reference_tokens_of_timestep_0(edit_pairs):
     earlier, later = (edit_pairs(name).ours.components["dit"] for name in kinds)
     assert (earlier.zero_cond_t, later.zero_cond_t) == (False, True)
     ours, pictures = edit_pairs(TWO).ours, edit_pairs(TWO).pictures
-    batch = ours.family.collate([ours.encode(ours.sample("", pictures))])
+    batch = ours.family.collate([ours.encode(ours.sample("", shown=pictures))])
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
     first, second = (ours.family.predict_velocity({"dit": dit}, noisy, sigma, batch) for dit in (earlier, later))
     assert difference(first, second) > 0.01
@@ -234,51 +194,24 @@ def test_only_2511_tells_reference_tokens_of_timestep_0(edit_pairs):
 @torch.no_grad()
 def test_the_parameter_alone_makes_another_transformer_a_2511(edit_models, edit_pairs):
     earlier, later = load_ours(edit_models, KINDS[TWO], zero_cond_t=True), edit_pairs("2511, two pictures").ours
-    batch = later.family.collate([later.encode(later.sample("", edit_pairs(TWO).pictures))])
+    batch = later.family.collate([later.encode(later.sample("", shown=edit_pairs(TWO).pictures))])
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
-    first, second = (ours.family.predict_velocity(ours.components, noisy, sigma, batch) for ours in (earlier, later))
+    first, second = (ours.predict(noisy, sigma, batch) for ours in (earlier, later))
     assert torch.equal(first, second)
 
 
 # Batches
 
 
-def loss_and_gradients(
-    edit: EditPair, samples: list[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of a batch, and the gradients of their sum for all parameters of the transformer that can get one."""
-    family, transformer = edit.ours.family, edit.ours.components["dit"]
-    batch = family.collate(samples)
-    noisy = add_noise(batch["latents"], noise, sigma)
-    prediction = family.predict_velocity(edit.ours.components, noisy, sigma, batch)
-    losses = velocity_loss(prediction, batch["latents"], noise, torch.ones(len(samples)))
-    dead = family.untrainable_parameters("dit", transformer, edit.ours.variant)
-    trained = {name: parameter for name, parameter in transformer.named_parameters() if name not in dead}
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
-    return losses.detach(), dict(zip(trained, gradients, strict=True))
-
-
 @pytest.mark.parametrize("edit", ["Edit", TWO, "2511, two pictures"], indirect=True)
-def test_a_batch_equals_its_singles(edit, request):
-    edit.ours.components["dit"].requires_grad_(True)
-    request.addfinalizer(lambda: edit.ours.components["dit"].requires_grad_(False))
+def test_a_batch_equals_its_singles(edit):
     sizes = [image.size for image in edit.pictures]
     samples = []
-    for caption, name in zip(list(CAPTIONS.values())[:4], ("astronaut", "chelsea", "coffee", "rocket"), strict=True):
-        shown = [picture(name).rotate(90 * number).resize(size) for number, size in enumerate(sizes)]
-        samples.append(edit.ours.encode(edit.ours.sample(caption, shown)))
+    for caption, name in zip(list(CAPTIONS.values())[:4], PHOTOGRAPHS, strict=True):
+        shown = [photograph(name).rotate(90 * number).resize(size) for number, size in enumerate(sizes)]
+        samples.append(edit.ours.encode(edit.ours.sample(caption, shown=shown)))
     assert len({len(sample["prompt_embeds"]) for sample in samples}) == 4
-    noise = torch.randn(4, *samples[0]["latents"].shape, generator=torch.Generator().manual_seed(4))
-    sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
-    together, gradients = loss_and_gradients(edit, samples, noise, sigma)
-    singles = [loss_and_gradients(edit, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
-    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
-    means = {name: torch.stack([single[name] for _, single in singles]).mean(0) for name in gradients}
-    worst = max(difference(gradient / 4, means[name]) for name, gradient in gradients.items())
-    scale = max(float(gradient.abs().max()) / 4 for gradient in gradients.values())
-    print(f"{edit.kind.model_id}: gradients differ by {worst:.1e}, the largest is {scale:.1e}")
-    assert worst < TOLERANCE < scale / 100
-    assert all(gradient.any() for gradient in gradients.values())
+    check_batch_equals_singles(edit.ours, samples)
 
 
 # A text encoder that is trained
@@ -289,7 +222,7 @@ def test_training_reaches_the_picture_half_of_the_text_encoder(edit, request):
     text_encoder = edit.ours.components["text_encoder"].requires_grad_(True)
     request.addfinalizer(lambda: text_encoder.requires_grad_(False))
     text, *_ = edit.ours.variant.encoders
-    sample = edit.ours.sample("a cup", edit.pictures)
+    sample = edit.ours.sample("a cup", shown=edit.pictures)
     states = edit.ours.family.encode(text, edit.ours.components, sample)["prompt_embeds"]
     names = [name for name, _ in text_encoder.named_parameters()]
     found = torch.autograd.grad(states.pow(2).sum(), list(text_encoder.parameters()), allow_unused=True)

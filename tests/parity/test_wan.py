@@ -1,7 +1,6 @@
 """Wan's numbers against diffusers' `WanPipeline` and `WanImageToVideoPipeline`, float32, tiny weights, real pixels."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from transformers import AutoTokenizer
 
 from diffsynth_core.families.wan.encode import clean_caption
 from diffsynth_core.training.objective import add_noise, velocity_loss
-from tests.parity.wan_models import KINDS, PROMPT, WanPair, clip_of, pictures_of, pixels_of
+from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
+from tests.parity.photographs import PHOTOGRAPHS, pixels_of
+from tests.parity.wan_models import KINDS, PROMPT, WanPair, clip_of, pictures_of
 
-TOLERANCE = 1e-5
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CAPTIONS = {
     "empty": "",
     "plain": "a cat",
@@ -29,11 +28,6 @@ CAPTIONS = {
     "long": "word " * 600,
     "as long as can be": "a " * 255 + "a",
 }
-
-
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).detach().abs().max())
 
 
 @pytest.fixture
@@ -147,24 +141,6 @@ def test_sigmas_equal_the_scheduler(text_to_video):
 # The prediction
 
 
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The pipelines' scheduler, asked for a single step from a given sigma."""
-
-    sigma: Tensor
-
-    def set_timesteps(self, *_: Any, **__: Any) -> None:
-        self.timesteps = self.sigma * 1000
-        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
-        self._step_index = self._begin_index = None
-
-
-def recorded(transformer: Any, calls: list[tuple[dict[str, Any], Tensor]]) -> Any:
-    """A hook that keeps inputs and output of each call."""
-    return transformer.register_forward_hook(
-        lambda _, positional, named, output: calls.append((named, output[0])), with_kwargs=True
-    )
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("index", [3, 900])
 def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(wan, index, monkeypatch):
@@ -172,31 +148,25 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(wan, index, 
     height, width = wan.kind.size
     sigma = ours.family.sigmas()[[index]]
     batch = ours.family.collate([wan.encoded])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(index))
+    noise = noise_for(batch["latents"], seed=index)
     noisy = add_noise(batch["latents"], noise, sigma, batch.get("given"))
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    hooks = [recorded(transformer, calls) for transformer in (pipeline.transformer, ours.components["dit"])]
-
-    scheduler = OneStep(shift=5.0)
-    scheduler.sigma = sigma
-    monkeypatch.setattr(pipeline, "scheduler", scheduler)
+    monkeypatch.setattr(pipeline, "scheduler", OneStep.at(sigma))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline(
-        **pictures_of(wan.clip, wan.kind.shown),
-        prompt=PROMPT,
-        height=height,
-        width=width,
-        num_frames=len(wan.clip),
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        latents=add_noise(batch["latents"], noise, sigma),
-        output_type="latent",
-    )
-    prediction = ours.family.predict_velocity(ours.components, noisy, sigma, batch)
-    for hook in hooks:
-        hook.remove()
+    with recorded(pipeline.transformer, ours.transformer) as calls:
+        pipeline(
+            **pictures_of(wan.clip, wan.kind.shown),
+            prompt=PROMPT,
+            height=height,
+            width=width,
+            num_frames=len(wan.clip),
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            latents=add_noise(batch["latents"], noise, sigma),
+            output_type="latent",
+        )
+        prediction = ours.predict(noisy, sigma, batch)
 
-    (theirs, expected), (mine, output) = calls
+    (theirs, (expected,)), (mine, (output,)) = calls
     for name in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image"):
         if theirs.get(name) is None:
             assert mine.get(name) is None
@@ -236,37 +206,12 @@ def test_given_latents_are_neither_noised_nor_learned(wan):
 # Batches
 
 
-def loss_and_gradients(
-    wan: WanPair, samples: list[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses of a batch, and the gradients of their sum for all parameters of the transformer."""
-    family, transformer = wan.ours.family, wan.ours.components["dit"]
-    batch = family.collate(samples)
-    given = batch.get("given")
-    noisy = add_noise(batch["latents"], noise, sigma, given)
-    prediction = family.predict_velocity(wan.ours.components, noisy, sigma, batch)
-    losses = velocity_loss(prediction, batch["latents"], noise, torch.ones(len(samples)), given)
-    return losses.detach(), list(torch.autograd.grad(losses.sum(), transformer.parameters()))
-
-
 @pytest.mark.parametrize("wan", ["T2V", "I2V 2.1", "FLF2V", "TI2V, picture"], indirect=True)
-def test_a_batch_equals_its_singles(wan, request):
-    wan.ours.components["dit"].requires_grad_(True)
-    request.addfinalizer(lambda: wan.ours.components["dit"].requires_grad_(False))
+def test_a_batch_equals_its_singles(wan):
     captions = [CAPTIONS[name] for name in ("empty", "plain", "Chinese", "entities")]
     samples = [
         wan.ours.encode({"prompt": caption, "video": pixels_of(clip_of(name, 5, *wan.kind.size))})
         for caption, name in zip(captions, PHOTOGRAPHS, strict=True)
     ]
     assert len({len(sample["prompt_embeds"]) for sample in samples}) == 4
-    noise = torch.randn(4, *samples[0]["latents"].shape, generator=torch.Generator().manual_seed(4))
-    sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
-    together, gradients = loss_and_gradients(wan, samples, noise, sigma)
-    singles = [loss_and_gradients(wan, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
-    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
-    means = [torch.stack(parts).mean(0) for parts in zip(*(grads for _, grads in singles), strict=True)]
-    worst = max(difference(one / 4, other) for one, other in zip(gradients, means, strict=True))
-    scale = max(float(gradient.abs().max()) / 4 for gradient in gradients)
-    print(f"gradients differ by {worst:.1e}, the largest is {scale:.1e}")
-    assert worst < TOLERANCE < scale / 100
-    assert all(gradient.any() for gradient in gradients)
+    check_batch_equals_singles(wan.ours, samples)

@@ -1,13 +1,11 @@
 """Tiny Wan models of every kind, and clips for them: loaded by us, and by diffusers' pipelines from the same files."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skimage.data
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -17,16 +15,12 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image
-from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.family import Family
-from diffsynth_core.families.interface import ComponentFiles, Variant
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
-from diffsynth_core.planning.components import FoundComponents, find_components
-from diffsynth_core.progress import SilentReporter
+from tests.parity import models
+from tests.parity.models import Ours
+from tests.parity.photographs import photograph, pixels_of
 
 DIFFUSERS_PLACES = {
     "dit": "transformer/diffusion_pytorch_model*.safetensors",
@@ -60,6 +54,8 @@ class Kind:
         return {component: f"{self.model_id}-Diffusers:{DIFFUSERS_PLACES[component]}" for component in self.components}
 
 
+find_files = partial(models.find_files, "wan")
+load_files = partial(models.load_files, "wan")
 PROMPT = "an astronaut &amp; a flag"
 FIRST, BOTH = ("input_image",), ("input_image", "end_image")
 KINDS = {
@@ -81,55 +77,6 @@ def write_models(base: Path) -> None:
             if entry not in written:
                 load_family("wan").write_tiny_weights(base, component, *entry.split(":"))
                 written.add(entry)
-
-
-@dataclass(frozen=True)
-class Ours:
-    """A model as the trainer has it, float32."""
-
-    family: Family
-    found: FoundComponents
-    components: Mapping[str, Any]
-
-    @property
-    def variant(self) -> Variant:
-        return self.found.variant
-
-    @torch.no_grad()
-    def encode(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What all encoders make of a sample, which holds `prompt` and `video`."""
-        encoded: dict[str, torch.Tensor] = {}
-        for encoder in self.variant.encoders:
-            read = {name: sample[name] for name in encoder.columns}
-            if encoder.first_frame_only:
-                read["video"] = read["video"][:, :1]
-            encoded |= self.family.encode(encoder, self.components, read)
-        return encoded
-
-
-def find_files(base: Path, component: str, entry: str) -> ComponentFiles:
-    """The files of one component as a run finds them."""
-    problems: list[Any] = []
-    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), "wan", base, problems)
-    assert found and component in found.components, problems
-    return found.components[component]
-
-
-def load_files(files: ComponentFiles) -> nn.Module:
-    """A component, float32, read by our own loader."""
-    return load_component(load_family("wan"), files, torch.float32, torch.device("cpu"), SilentReporter())
-
-
-def load_ours(base: Path, kind: Kind) -> Ours:
-    """All components as a run finds and loads them."""
-    family = load_family("wan")
-    problems: list[Any] = []
-    parameters = Parameters(model_id_with_origin_paths=tuple(kind.entries.values()), extra_inputs=kind.shown)
-    found = find_components(parameters, None, base, problems)
-    assert found and not problems, problems
-    components = {name: load_files(files) for name, files in found.components.items()}
-    tokenizers = {name: family.load_tokenizer(name, folder) for name, folder in found.tokenizers.items()}
-    return Ours(family, found, {**components, **tokenizers})
 
 
 def load_pipeline(base: Path, kind: Kind) -> WanPipeline | WanImageToVideoPipeline:
@@ -175,25 +122,22 @@ class WanPair:
 
 
 def load_pair(base: Path, kind: Kind) -> WanPair:
-    return WanPair(kind, load_ours(base, kind), load_pipeline(base, kind))
+    return WanPair(
+        kind, models.load_ours(base, kind.entries.values(), extra_inputs=kind.shown), load_pipeline(base, kind)
+    )
 
 
 def clip_of(name: str, frames: int, height: int, width: int) -> np.ndarray:
     """A photograph panned over and zoomed into, `[F, H, W, 3]` uint8; frames differ."""
-    photograph = Image.fromarray(getattr(skimage.data, name)()[..., :3])
-    full_width, full_height = photograph.size
+    whole = photograph(name)
+    full_width, full_height = whole.size
     pictures = []
     for frame in range(frames):
         part = 1 - 0.03 * frame  # of each side
         left, top = 0.02 * frame * full_width, 0.01 * frame * full_height
         box = (left, top, left + part * full_width * 0.8, top + part * full_height * 0.8)
-        pictures.append(np.asarray(photograph.resize((width, height), Image.Resampling.BICUBIC, box)))
+        pictures.append(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box)))
     return np.stack(pictures)
-
-
-def pixels_of(clip: np.ndarray) -> torch.Tensor:
-    """`[3, F, H, W]` in [-1, 1]."""
-    return torch.tensor(clip).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def pictures_of(clip: np.ndarray, shown: tuple[str, ...]) -> dict[str, Image.Image]:
