@@ -11,19 +11,15 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth_core.adapters.lora import LoraWeights, add_lora, load_lora, lora_weights, name_lora
-from diffsynth_core.config.resolve import resolve
+from diffsynth_core.adapters.lora import LoraWeights, lora_weights, name_lora
 from diffsynth_core.families.flux import names
 from diffsynth_core.families.flux.components import build
 from diffsynth_core.families.flux.facts import FLUX
-from diffsynth_core.planning.plan import make_plan
-from diffsynth_core.progress import SilentReporter
-from diffsynth_core.training.loop import train
-from diffsynth_core.training.stop import StopRequest
 from tests.conftest import CAPTIONS, write_metadata
+from tests.loras import RANK
 from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files, load_pipeline
+from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 
-RANK = 4
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
 NO_TEXT_ENCODER = "prefix='text_encoder'"
 """In what `FluxPipeline` remarks of every file without a LoRA for CLIP."""
@@ -61,33 +57,18 @@ def train_lora(
 
     @cache
     def train_one(layout: str, dialect: str) -> Path:
-        output = folder / layout / dialect
         flags = {
             "model_id_with_origin_paths": ",".join(f"{MODEL_ID}:{place}" for place in PLACES[layout].values()),
             "dataset_base_path": str(photographs),
             "dataset_metadata_path": str(folder / "metadata.csv"),
             "height": "32",
             "width": "32",
-            "lora_base_model": "dit",
             "lora_target_modules": ",".join(names.LORA_TARGETS),
-            "lora_rank": str(RANK),
-            "lora_format": dialect,
-            "remove_prefix_in_ckpt": "pipe.dit.",
             "learning_rate": "0.02",
-            "num_epochs": "1",
-            "output_path": str(output),
         }
-        train(make_plan(resolve(flags), SilentReporter(), base=flux_models), SilentReporter(), StopRequest())
-        return output / "epoch-0.safetensors"
+        return train_file(flux_models, folder / layout / dialect, dialect, flags)
 
     return train_one
-
-
-def with_lora(transformer: Any, path: Path, modules: Collection[str] = MODULES) -> Any:
-    """A transformer with a LoRA from a file, as we load it."""
-    add_lora(transformer, sorted(modules), RANK, seed=0, documented=names.DIT)
-    assert load_lora(transformer, path, NAMING, names.DIT) == len(modules)
-    return transformer
 
 
 def load_transformer(base: Path, layout: str = "original") -> Any:
@@ -110,14 +91,6 @@ def predict(transformer: Any) -> Tensor:
     )[0]
 
 
-def adapter_modules(transformer: Any) -> set[str]:
-    return {name for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
-
-
-def load_into(pipeline: Any, path: Path) -> None:
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained")
-
-
 @pytest.mark.parametrize("layout", PLACES)
 def test_the_diffusers_dialect_loads_through_the_pipeline_and_computes_the_same(
     train_lora, flux_models, complaints, layout
@@ -127,15 +100,12 @@ def test_the_diffusers_dialect_loads_through_the_pipeline_and_computes_the_same(
     load_into(pipeline, train_lora(layout, "diffusers"))
     assert [remark for remark in complaints() if NO_TEXT_ENCODER not in remark] == []
     carriers = adapter_modules(pipeline.transformer)
-    assert carriers == own_names(MODULES)
+    assert carriers.keys() == own_names(MODULES)
     loaded = predict(pipeline.transformer)
-    ours = predict(with_lora(load_transformer(flux_models, layout), train_lora(layout, "diffsynth")))
-    print(
-        f"{layout}: {len(carriers)} modules, off by {(loaded - ours).abs().max():.1e}, "
-        f"moved by {(loaded - base).abs().max():.1e}"
+    ours = predict(
+        with_lora(load_transformer(flux_models, layout), train_lora(layout, "diffsynth"), MODULES, NAMING, names.DIT)
     )
-    assert (loaded - ours).abs().max() < 1e-5
-    assert (loaded - base).abs().max() > 1e-2, "the LoRA does something"
+    check_outputs(f"{layout}: {len(carriers)} modules", loaded, ours, base)
 
 
 @torch.no_grad()
@@ -166,18 +136,12 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
     load_into(pipeline, path)
     assert [remark for remark in complaints() if NO_TEXT_ENCODER not in remark] == []
     carriers = adapter_modules(transformer)
-    assert carriers == own_names(modules)
+    assert carriers.keys() == own_names(modules)
     loaded = predict(transformer)
     pipeline.unload_lora_weights()
     assert torch.equal(predict(transformer), base)
-    ours = predict(with_lora(transformer, path, modules))
-    scale = loaded.abs().max()
-    print(
-        f"kohya: {len(carriers)} modules, off by {(loaded - ours).abs().max() / scale:.1e} of {scale:.1f}, "
-        f"moved by {(loaded - base).abs().max() / scale:.1e}"
-    )
-    assert (loaded - ours).abs().max() < 1e-5 * scale
-    assert (loaded - base).abs().max() > 1e-2 * scale, "the LoRA does something"
+    ours = predict(with_lora(transformer, path, modules, NAMING, names.DIT))
+    check_outputs(f"kohya: {len(carriers)} modules", loaded, ours, base, scale=float(loaded.abs().max()))
 
 
 def fill_quickly(module: torch.nn.Module) -> None:
@@ -241,14 +205,11 @@ def test_both_layouts_train_the_same(train_lora):
 
 
 def test_all_dialects_read_back_to_the_same_weights(train_lora, flux_models):
-    first, *others = (
-        lora_weights(with_lora(load_transformer(flux_models), train_lora("original", dialect)), names.DIT)
+    loaded = [
+        with_lora(load_transformer(flux_models), train_lora("original", dialect), MODULES, NAMING, names.DIT)
         for dialect in DIALECTS
-    )
-    assert first.keys() == set(MODULES)
-    for other in others:
-        assert all(torch.equal(first[module].down, other[module].down) for module in MODULES)
-        assert all(torch.equal(first[module].up, other[module].up) for module in MODULES)
+    ]
+    check_same_weights([lora_weights(transformer, names.DIT) for transformer in loaded], MODULES)
 
 
 @torch.no_grad()

@@ -12,19 +12,15 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
-from diffsynth_core.config.resolve import resolve
+from diffsynth_core.adapters.lora import lora_weights
 from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.facts import WAN
-from diffsynth_core.planning.plan import make_plan
-from diffsynth_core.progress import SilentReporter
-from diffsynth_core.training.loop import train
-from diffsynth_core.training.stop import StopRequest
 from tests.conftest import CAPTIONS, write_metadata
+from tests.loras import RANK
+from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 from tests.parity.wan_models import KINDS, Kind, find_files, load_files, load_pipeline
 
-RANK = 4
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
 DOCUMENTED = ",".join(names.LORA_TARGETS)
 EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -82,7 +78,6 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
     @cache
     def train_one(name: str, dialect: str) -> Path:
         run = RUNS[name]
-        output = folder / name / dialect
         flags = {
             "model_id_with_origin_paths": ",".join((run.kind.entries | {"dit": run.dit}).values()),
             "extra_inputs": ",".join(run.kind.shown),
@@ -91,27 +86,18 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
             "height": "32",
             "width": "32",
             "num_frames": "1",
-            "lora_base_model": "dit",
             "lora_target_modules": run.targets,
-            "lora_rank": str(RANK),
-            "lora_format": dialect,
-            "remove_prefix_in_ckpt": "pipe.dit.",
             "learning_rate": "0.05",
-            "num_epochs": "1",
-            "output_path": str(output),
         }
-        train(make_plan(resolve(flags), SilentReporter(), base=models), SilentReporter(), StopRequest())
-        return output / "epoch-0.safetensors"
+        return train_file(models, folder / name / dialect, dialect, flags)
 
     return train_one
 
 
-def with_lora(base: Path, run: LoraRun, path: Path) -> Any:
+def load_with_lora(base: Path, run: LoraRun, path: Path) -> Any:
     """The transformer of a run as we load it, with a LoRA from a file."""
     transformer = load_files(find_files(base, "dit", run.dit))
-    add_lora(transformer, sorted(run.modules), RANK, seed=0, documented=names.DIT)
-    assert load_lora(transformer, path, WAN.component("dit").lora_naming, names.DIT) == len(run.modules)
-    return transformer
+    return with_lora(transformer, path, run.modules, WAN.component("dit").lora_naming, names.DIT)
 
 
 @torch.no_grad()
@@ -125,14 +111,6 @@ def predict(transformer: Any) -> Tensor:
         encoder_hidden_states_image=pictures,
         return_dict=False,
     )[0]
-
-
-def adapter_modules(transformer: Any) -> dict[str, Any]:
-    return {name: module for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
-
-
-def load_into(pipeline: Any, path: Path, **settings: Any) -> None:
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained", **settings)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -155,14 +133,9 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lo
     assert all(not carriers[module].lora_B["trained"].weight.any() for module in added)
 
     loaded = predict(transformer)
-    ours = predict(with_lora(models, run, train_lora(name, "diffsynth")))
+    ours = predict(load_with_lora(models, run, train_lora(name, "diffsynth")))
     base = predict(load_files(find_files(models, "dit", run.dit)))
-    print(
-        f"{name}, {dialect}: {len(carriers)} modules, off by {(loaded - ours).abs().max():.1e}, "
-        f"moved by {(loaded - base).abs().max():.1e}"
-    )
-    assert (loaded - ours).abs().max() < 1e-5
-    assert (loaded - base).abs().max() > 1e-2, "the LoRA does something"
+    check_outputs(f"{name}, {dialect}: {len(carriers)} modules", loaded, ours, base)
 
 
 def test_the_pipeline_does_not_know_the_documented_dialect(train_lora, models, complaints):
@@ -184,14 +157,8 @@ def test_documented_keys(train_lora, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_all_dialects_read_back_to_the_same_weights(train_lora, models, name):
     run = RUNS[name]
-    first, *others = (
-        lora_weights(with_lora(models, run, train_lora(name, dialect)), names.DIT) for dialect in DIALECTS
-    )
-    assert first.keys() == run.modules
-    assert all(weights.up.any() for weights in first.values()), "every module has learned"
-    for other in others:
-        assert all(torch.equal(first[module].down, other[module].down) for module in run.modules)
-        assert all(torch.equal(first[module].up, other[module].up) for module in run.modules)
+    loaded = [load_with_lora(models, run, train_lora(name, dialect)) for dialect in DIALECTS]
+    check_same_weights([lora_weights(transformer, names.DIT) for transformer in loaded], run.modules)
 
 
 def test_kohya_stores_its_scale(train_lora):

@@ -1,0 +1,68 @@
+"""LoRA files of real runs: trained, loaded by diffusers' pipelines and by us, and compared."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.adapters.lora import LoraWeights, add_lora, load_lora
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.state_dicts.key_maps import KeyMap
+from diffsynth_core.state_dicts.lora_names import LoraNaming
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.stop import StopRequest
+from tests.loras import RANK
+
+
+def train_file(base: Path, output: Path, dialect: str, flags: Mapping[str, str]) -> Path:
+    """Train a LoRA of the transformer for an epoch with these and further parameters; returns its file."""
+    common = {
+        "lora_base_model": "dit",
+        "lora_rank": str(RANK),
+        "lora_format": dialect,
+        "remove_prefix_in_ckpt": "pipe.dit.",
+        "num_epochs": "1",
+        "output_path": str(output),
+    }
+    train(make_plan(resolve(common | flags), SilentReporter(), base=base), SilentReporter(), StopRequest())
+    return output / "epoch-0.safetensors"
+
+
+def load_into(pipeline: Any, path: Path, **settings: Any) -> None:
+    """Load a file as a pipeline does it."""
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained", **settings)
+
+
+def adapter_modules(transformer: Any) -> dict[str, Any]:
+    """The modules of a transformer of diffusers that carry a LoRA, by name."""
+    return {name: module for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
+
+
+def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: LoraNaming, documented: KeyMap) -> Any:
+    """A transformer with a LoRA from a file on modules of documented names, as we load it."""
+    add_lora(transformer, sorted(modules), RANK, seed=0, documented=documented)
+    assert load_lora(transformer, path, naming, documented) == len(modules)
+    return transformer
+
+
+def check_outputs(what: str, loaded: Tensor, ours: Tensor, base: Tensor, scale: float = 1.0) -> None:
+    """With a LoRA, a transformer that diffusers loaded says what ours does, and not what it says without."""
+    off, moved = (float((loaded - other).abs().max()) for other in (ours, base))
+    print(f"{what}: off by {off:.1e} of {scale:.1f}, moved by {moved:.1e}")
+    assert off < 1e-5 * scale
+    assert moved > 1e-2 * scale, "the LoRA does something"
+
+
+def check_same_weights(found: Sequence[Mapping[str, LoraWeights]], modules: Collection[str]) -> None:
+    """Each has learned the same for all of the modules."""
+    first, *others = found
+    assert first.keys() == set(modules)
+    assert all(weights.up.any() for weights in first.values()), "every module has learned"
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(first[module].down, other[module].down) for module in modules)
+        assert all(torch.equal(first[module].up, other[module].up) for module in modules)
