@@ -64,9 +64,9 @@ def load_ours(base: Path, kind: Kind) -> Ours:
     return models.load_ours(base, entries, extra_inputs=("kontext_images",) if kind.shown else ())
 
 
-def load_pipeline(base: Path, pipeline: type = FluxPipeline, model_id: str = MODEL_ID) -> Any:
-    """Read by diffusers and transformers from the folders of a diffusers repository, float32."""
-    folder = base / model_id
+def load_pipeline(base: Path, pipeline: type = FluxPipeline, **more: Any) -> Any:
+    """A pipeline with `more` parts; read by diffusers and transformers from the folders of a repository, float32."""
+    folder = base / MODEL_ID
     made = pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
@@ -78,6 +78,7 @@ def load_pipeline(base: Path, pipeline: type = FluxPipeline, model_id: str = MOD
             tokenizer_file=str(folder / "tokenizer_2" / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
         ),
         transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
+        **more,
     )
     made.set_progress_bar_config(disable=True)
     return made

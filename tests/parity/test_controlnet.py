@@ -1,23 +1,19 @@
 """ControlNets against diffusers' `QwenImageControlNetPipeline` and `FluxControlNetPipeline`, float32, tiny weights, one
 step each, from a photograph to follow to the prediction."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import skimage.data
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
-    FluxTransformer2DModel,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImageTransformer2DModel,
@@ -26,27 +22,18 @@ from diffusers.pipelines.flux import pipeline_flux_controlnet
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_controlnet
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPTextModel,
-    CLIPTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    T5EncoderModel,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.pictures import load_picture
 from diffsynth_core.families.flux import rehearsal as tiny_flux
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
-from diffsynth_core.families.table import load_family
-from diffsynth_core.planning.components import find_components
-from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.objective import add_noise
+from tests.parity import flux_models
+from tests.parity.models import Ours, load_ours
+from tests.parity.numbers import TOLERANCE, OneStep, difference, noise_for, recorded
+from tests.parity.photographs import photograph, pixels_of
 
-TOLERANCE = 1e-5
 HEIGHT, WIDTH = 64, 96
 PROMPT = "an astronaut before a flag"
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"
@@ -100,62 +87,22 @@ def write_models(base: Path, kind: Kind) -> None:
         untold.save_pretrained(base / kind.model_id / "controlnet")
 
 
-def load_ours(base: Path, kind: Kind) -> tuple[Any, Any, dict[str, Any]]:
-    """The family, the variant, and all components as a run finds and loads them."""
-    family = load_family(kind.family)
-    problems: list[Any] = []
-    entries = tuple(f"{kind.model_id}:{place}" for place in kind.places.values())
-    parameters = Parameters(model_id_with_origin_paths=entries, extra_inputs=("controlnet_image",))
-    found = find_components(parameters, None, base, problems)
-    assert found and not problems, problems
-    components: dict[str, Any] = {
-        name: load_component(family, files, torch.float32, torch.device("cpu"), SilentReporter())
-        for name, files in found.components.items()
-    }
-    components |= {name: family.load_tokenizer(name, folder) for name, folder in found.tokenizers.items()}
-    return family, found.variant, components
-
-
 def load_pipeline(base: Path, kind: Kind) -> Any:
     """Read by diffusers and transformers from the same files."""
     folder = base / kind.model_id
-    if kind.family == "qwen-image":
-        made: Any = QwenImageControlNetPipeline(
-            scheduler=OneStep(),
-            vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-            text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder / "text_encoder", dtype=torch.float32
-            ),
-            tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-            transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-            controlnet=QwenImageControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32),
-        )
-    else:
-        made = FluxControlNetPipeline(
-            scheduler=OneStep(),
-            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
-            tokenizer_2=PreTrainedTokenizerFast(
-                tokenizer_file=str(folder / "tokenizer_2" / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
-            ),
-            transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-            controlnet=FluxControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32),
-        )
+    if kind.family == "flux":
+        controlnet = FluxControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32)
+        return flux_models.load_pipeline(base, FluxControlNetPipeline, controlnet=controlnet)
+    made = QwenImageControlNetPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
+        controlnet=QwenImageControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32),
+    )
     made.set_progress_bar_config(disable=True)
     return made
-
-
-class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The pipelines' scheduler, asked for a single step from a given sigma."""
-
-    sigma: Tensor
-
-    def set_timesteps(self, *_: Any, sigmas: Any = None, mu: Any = None, **__: Any) -> None:
-        self.timesteps = self.sigma * 1000
-        self.sigmas = torch.cat([self.sigma, torch.zeros(1)])
-        self._step_index = self._begin_index = None
 
 
 @dataclass(frozen=True)
@@ -163,9 +110,7 @@ class Pair:
     """One model, read by both."""
 
     kind: Kind
-    family: Any
-    variant: Any
-    ours: dict[str, Any]
+    ours: Ours
     pipeline: Any
 
 
@@ -176,7 +121,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     def load(name: str) -> Pair:
         base = tmp_path_factory.mktemp("controlled")
         write_models(base, KINDS[name])
-        return Pair(KINDS[name], *load_ours(base, KINDS[name]), load_pipeline(base, KINDS[name]))
+        entries = (f"{KINDS[name].model_id}:{place}" for place in KINDS[name].places.values())
+        ours = load_ours(base, entries, extra_inputs=("controlnet_image",))
+        return Pair(KINDS[name], ours, load_pipeline(base, KINDS[name]))
 
     return cache(load)
 
@@ -190,37 +137,17 @@ def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
     """The picture to follow, read by us at the size of what is made: it is larger and of another shape."""
     path = tmp_path_factory.mktemp("pictures") / "coffee.png"
-    Image.fromarray(skimage.data.coffee()).save(path)
+    photograph("coffee").save(path)
     return Image.fromarray(load_picture(path, HEIGHT, WIDTH))
-
-
-def pixels_of(image: Image.Image) -> Tensor:
-    """`[3, 1, H, W]` in [-1, 1], laid out as a run has them: convolutions round otherwise in another order."""
-    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[:, None].float().contiguous() / 127.5 - 1
-
-
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).detach().abs().max())
 
 
 @torch.no_grad()
 def encoded(pair: Pair, followed: Image.Image) -> dict[str, Tensor]:
     """A sample as a run encodes it."""
-    made = Image.fromarray(skimage.data.astronaut()).resize((WIDTH, HEIGHT))
-    sample = {"prompt": PROMPT, "image": pixels_of(made), "controlnet_image": [pixels_of(followed)]}
-    parts: dict[str, Tensor] = {}
-    for encoder in pair.variant.encoders:
-        parts |= pair.family.encode(encoder, pair.ours, {name: sample[name] for name in encoder.columns})
-    return parts
-
-
-def recording(modules: list[Any], calls: list[tuple[dict[str, Any], Any]]) -> Iterator[Any]:
-    """Hooks that keep inputs and outputs of each call."""
-    for module in modules:
-        yield module.register_forward_hook(
-            lambda _, positional, named, output: calls.append((named, output)), with_kwargs=True
-        )
+    made, control = (
+        pixels_of(picture).contiguous() for picture in (photograph("astronaut").resize((WIDTH, HEIGHT)), followed)
+    )
+    return pair.ours.encode({"prompt": PROMPT, "image": made, "controlnet_image": [control]})
 
 
 @pytest.fixture(autouse=True)
@@ -233,24 +160,20 @@ def _posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("index", [3, 900])
 def test_one_step_is_that_of_the_pipeline(pair, followed, index):
-    sigma = pair.family.sigmas()[[index]]
-    batch = pair.family.collate([encoded(pair, followed)])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(index))
-    noisy = add_noise(batch["latents"], noise, sigma)
-    calls: list[tuple[dict[str, Any], Any]] = []
-    pipeline = pair.pipeline
-    modules = [pipeline.controlnet, pipeline.transformer, pair.ours["controlnet"], pair.ours["dit"]]
-    hooks = list(recording(modules, calls))
-    pipeline.scheduler.sigma = sigma
-    pixels = pixels_of(followed)[None, :, 0]
+    ours, pipeline = pair.ours, pair.pipeline
+    sigma = ours.family.sigmas()[[index]]
+    batch = ours.family.collate([encoded(pair, followed)])
+    noisy = add_noise(batch["latents"], noise_for(batch["latents"], seed=index), sigma)
+    pipeline.scheduler = OneStep.at(sigma)
+    pixels = pixels_of(followed).contiguous()[None, :, 0]
     assert difference(pixels, pipeline.image_processor.preprocess(followed, height=HEIGHT, width=WIDTH)) < 1e-6
-    pipeline(
-        prompt=PROMPT, control_image=pixels, height=HEIGHT, width=WIDTH, num_inference_steps=1, latents=pack(noisy),
-        output_type="latent", **({"guidance_scale": 1.0} if pair.kind.family == "flux" else {}),
-    )  # fmt: skip
-    prediction = pair.family.predict_velocity(pair.ours, noisy, sigma, batch)
-    for hook in hooks:
-        hook.remove()
+    with recorded(pipeline.controlnet, pipeline.transformer, ours.components["controlnet"], ours.transformer) as calls:
+        pipeline(
+            prompt=PROMPT, control_image=pixels, height=HEIGHT, width=WIDTH, num_inference_steps=1,
+            latents=pack(noisy), output_type="latent",
+            **({"guidance_scale": 1.0} if pair.kind.family == "flux" else {}),
+        )  # fmt: skip
+        prediction = ours.predict(noisy, sigma, batch)
 
     (their_control, their_added), (theirs, (expected,)), (control, added), (mine, _) = calls
     assert their_control["conditioning_scale"] == 1.0
@@ -270,8 +193,8 @@ def test_one_step_is_that_of_the_pipeline(pair, followed, index):
 
 def predict_without(pair: Pair, noisy: Tensor, sigma: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """What the transformer says by itself."""
-    alone = {name: module for name, module in pair.ours.items() if name != "controlnet"}
-    return pair.family.predict_velocity(alone, noisy, sigma, batch)
+    alone = {name: module for name, module in pair.ours.components.items() if name != "controlnet"}
+    return pair.ours.family.predict_velocity(alone, noisy, sigma, batch)
 
 
 def flat(added: Any) -> Tensor:
@@ -290,26 +213,27 @@ def same(mine: Tensor | None, theirs: Tensor | None) -> float:
 def test_gradients_reach_the_controlnet_through_a_frozen_transformer(pairs, followed, name):
     """They are those of the pipeline's own two calls."""
     pair = pairs(name)
-    batch = pair.family.collate([encoded(pair, followed)])
-    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(1))
+    ours, family = pair.ours.components, pair.ours.family
+    batch = family.collate([encoded(pair, followed)])
+    noise = noise_for(batch["latents"], seed=1)
     sigma = torch.tensor([0.6])
     noisy = add_noise(batch["latents"], noise, sigma)
-    names = [name for name, _ in pair.ours["controlnet"].named_parameters()]
+    names = [name for name, _ in ours["controlnet"].named_parameters()]
     found = {}
-    for whose, components in (("ours", pair.ours), ("theirs", {**pair.ours, "controlnet": pair.pipeline.controlnet, "dit": pair.pipeline.transformer})):  # fmt: skip
+    for whose, components in (("ours", ours), ("theirs", {**ours, "controlnet": pair.pipeline.controlnet, "dit": pair.pipeline.transformer})):  # fmt: skip
         parameters = dict(components["controlnet"].named_parameters())
         for parameter in [*parameters.values(), *components["dit"].parameters()]:
             parameter.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        loss = (pair.family.predict_velocity(components, noisy, sigma, batch) - noise).pow(2).mean()
+        loss = (family.predict_velocity(components, noisy, sigma, batch) - noise).pow(2).mean()
         found[whose] = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
         assert all(parameter.grad is None for parameter in components["dit"].parameters())
         components["controlnet"].requires_grad_(False)
     reached = {
         name for name, gradient in zip(names, found["ours"], strict=True) if gradient is not None and gradient.any()
     }
-    dead = pair.family.untrainable_parameters("controlnet", pair.ours["controlnet"], pair.variant)
+    dead = family.untrainable_parameters("controlnet", ours["controlnet"], pair.ours.variant)
     assert reached == set(names) - dead
     worst = max(
         difference(one, other)

@@ -14,9 +14,6 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from diffsynth_core.families.flux import names
 from diffsynth_core.families.flux.rehearsal import write_tiny_weights
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
-from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.tensors import iterate_tensors
 from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files
@@ -139,9 +136,7 @@ def test_bfloat16_makes_of_each_tensor_what_diffusers_and_transformers_make(writ
         theirs = CLASSES[written.component].from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
     else:
         theirs = CLASSES[written.component].from_pretrained(folder, dtype=torch.bfloat16).state_dict()
-    ours = load_component(
-        load_family("flux"), written.files, torch.bfloat16, torch.device("cpu"), SilentReporter()
-    ).state_dict()
+    ours = load_files(written.files, torch.bfloat16).state_dict()
     assert {name: tensor.dtype for name, tensor in ours.items()} == {
         name: tensor.dtype for name, tensor in theirs.items()
     }

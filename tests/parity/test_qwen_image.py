@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
 from PIL import Image
 
@@ -12,8 +11,9 @@ from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.data.pictures import load_picture
 from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from tests.parity.numbers import TOLERANCE, difference
+from tests.parity.photographs import PHOTOGRAPHS, photograph, pixels_of
 
-TOLERANCE = 1e-5
 TEXT, LATENTS = QWEN_IMAGE.variant({}, (), "").encoders
 CAPTIONS = [
     "",
@@ -22,17 +22,7 @@ CAPTIONS = [
     "Ein Krug, 漢字, émoji 🙂 and\nnewlines",
     "word " * 1500,
 ]
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
-
-
-def difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    assert left.shape == right.shape
-    return float((left.double() - right.double()).abs().max())
-
-
-def pixels_of(array: np.ndarray) -> torch.Tensor:
-    """`[3, 1, H, W]` in [-1, 1]."""
-    return torch.tensor(array).permute(2, 0, 1)[:, None].float() / 127.5 - 1
+PICTURES = (*PHOTOGRAPHS, "hubble_deep_field")
 
 
 @torch.no_grad()
@@ -57,9 +47,9 @@ def test_padded_embeddings_and_mask_equal_the_pipelines(family, ours, pipeline):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("name", PICTURES)
 def test_latents_of_photographs_equal_the_vae_path(family, ours, pipeline, name, tmp_path):
-    Image.fromarray(getattr(skimage.data, name)()[..., :3]).save(tmp_path / "photograph.png")
+    photograph(name).save(tmp_path / "photograph.png")
     picture = load_picture(tmp_path / "photograph.png", 192, 256)
     _check_latents(family, ours, pipeline, picture)
 
@@ -82,9 +72,7 @@ def _check_latents(family, ours, pipeline, picture: np.ndarray) -> None:
 
 @torch.no_grad()
 def test_the_tiny_vae_tells_pictures_apart(family, ours):
-    pictures = [
-        np.asarray(Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((128, 128))) for name in PHOTOGRAPHS
-    ]
+    pictures = [np.asarray(photograph(name).resize((128, 128))) for name in PICTURES]
     latents = torch.stack(
         [family.encode(LATENTS, ours, {"image": pixels_of(picture)})["latents"] for picture in pictures]
     )

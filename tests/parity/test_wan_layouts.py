@@ -11,11 +11,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.facts import CONVERTED
-from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES
 from diffsynth_core.state_dicts.tensors import iterate_tensors
 from tests.parity.wan_models import DIFFUSERS_PLACES, KINDS, find_files, load_files
@@ -182,9 +180,7 @@ def test_bfloat16_leaves_in_float32_what_diffusers_leaves(case, tmp_path):
     own = OwnFile(tmp_path, case)
     folder = tmp_path / own.write_folder(tmp_path).replace(":", "/")
     theirs = WanTransformer3DModel.from_pretrained(folder.parent, torch_dtype=torch.bfloat16).state_dict()
-    ours = load_component(
-        load_family("wan"), own.files, torch.bfloat16, torch.device("cpu"), SilentReporter()
-    ).state_dict()
+    ours = load_files(own.files, torch.bfloat16).state_dict()
     assert {name: tensor.dtype for name, tensor in ours.items()} == {
         name: tensor.dtype for name, tensor in theirs.items()
     }
