@@ -28,7 +28,7 @@ def train_file(base: Path, output: Path, dialect: str, flags: Mapping[str, str])
         "num_epochs": "1",
         "output_path": str(output),
     }
-    train(make_plan(resolve(common | flags), SilentReporter(), base=base), SilentReporter(), StopRequest())
+    train(make_plan(resolve({**common, **flags}), SilentReporter(), base=base), SilentReporter(), StopRequest())
     return output / "epoch-0.safetensors"
 
 
@@ -45,24 +45,27 @@ def adapter_modules(transformer: Any) -> dict[str, Any]:
 def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: LoraNaming, documented: KeyMap) -> Any:
     """A transformer with a LoRA from a file on modules of documented names, as we load it."""
     add_lora(transformer, sorted(modules), RANK, seed=0, documented=documented)
-    assert load_lora(transformer, path, naming, documented) == len(modules)
+    filled = load_lora(transformer, path, naming, documented)
+    assert filled == len(modules), (filled, len(modules))
     return transformer
 
 
 def check_outputs(what: str, loaded: Tensor, ours: Tensor, base: Tensor, scale: float = 1.0) -> None:
     """With a LoRA, a transformer that diffusers loaded says what ours does, and not what it says without."""
     off, moved = (float((loaded - other).abs().max()) for other in (ours, base))
-    print(f"{what}: off by {off:.1e} of {scale:.1f}, moved by {moved:.1e}")
-    assert off < 1e-5 * scale
-    assert moved > 1e-2 * scale, "the LoRA does something"
+    told = f"{what}: off by {off:.1e}, moved by {moved:.1e}, at a scale of {scale:.1f}"
+    print(told)
+    assert off < 1e-5 * scale, told
+    assert moved > 1e-2 * scale, f"the LoRA does something: {told}"
 
 
 def check_same_weights(found: Sequence[Mapping[str, LoraWeights]], modules: Collection[str]) -> None:
     """Each has learned the same for all of the modules."""
     first, *others = found
-    assert first.keys() == set(modules)
+    assert first.keys() == set(modules), sorted(first.keys() ^ set(modules))
     assert all(weights.up.any() for weights in first.values()), "every module has learned"
     for other in others:
-        assert other.keys() == first.keys()
-        assert all(torch.equal(first[module].down, other[module].down) for module in modules)
-        assert all(torch.equal(first[module].up, other[module].up) for module in modules)
+        assert other.keys() == first.keys(), sorted(other.keys() ^ first.keys())
+        for module in modules:
+            assert torch.equal(first[module].down, other[module].down), module
+            assert torch.equal(first[module].up, other[module].up), module

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.family import Family
+from diffsynth_core.families.family import Encoded, Family
 from diffsynth_core.families.interface import ComponentFiles, Variant
 from diffsynth_core.families.loading import load_component
 from diffsynth_core.families.table import load_family
@@ -59,7 +59,7 @@ class Ours:
                 encoded |= self.family.encode(encoder, self.components, read)
         return encoded
 
-    def predict(self, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def predict(self, noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return self.family.predict_velocity(self.components, noisy, sigma, batch)
 
 

@@ -1,6 +1,6 @@
 """Numbers of two sides recorded and compared: one step of a pipeline, and a batch against its singles."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from diffsynth_core.families.family import Encoded
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.models import Ours
 
@@ -16,7 +17,7 @@ TOLERANCE = 1e-5
 
 def difference(left: Tensor, right: Tensor) -> float:
     """The largest difference of two tensors of one shape."""
-    assert left.shape == right.shape
+    assert left.shape == right.shape, (left.shape, right.shape)
     return float((left.double() - right.double()).detach().abs().max())
 
 
@@ -47,9 +48,11 @@ def recorded(*modules: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
         )
         for module in modules
     ]
-    yield calls
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def noise_for(latents: Tensor, seed: int) -> Tensor:
@@ -57,7 +60,7 @@ def noise_for(latents: Tensor, seed: int) -> Tensor:
 
 
 def loss_and_gradients(
-    ours: Ours, samples: Sequence[Mapping[str, Tensor]], noise: Tensor, sigma: Tensor
+    ours: Ours, samples: Sequence[Encoded], noise: Tensor, sigma: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a batch, and the gradients of their sum for all parameters of the transformer, 0 without one."""
     batch = ours.family.collate(samples)
@@ -69,7 +72,7 @@ def loss_and_gradients(
     return losses.detach(), dict(zip(parameters, gradients, strict=True))
 
 
-def check_batch_equals_singles(ours: Ours, samples: Sequence[Mapping[str, Tensor]]) -> None:
+def check_batch_equals_singles(ours: Ours, samples: Sequence[Encoded]) -> None:
     """A batch of four has the losses of its samples and the mean of their gradients, which reach all they can."""
     noise = noise_for(torch.stack([sample["latents"] for sample in samples]), seed=4)
     sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
@@ -79,11 +82,14 @@ def check_batch_equals_singles(ours: Ours, samples: Sequence[Mapping[str, Tensor
         singles = [loss_and_gradients(ours, [samples[n]], noise[[n]], sigma[[n]]) for n in range(4)]
     finally:
         ours.transformer.requires_grad_(False)
-    assert difference(together, torch.cat([losses for losses, _ in singles])) < TOLERANCE
+    apart = difference(together, torch.cat([losses for losses, _ in singles]))
+    assert apart < TOLERANCE, f"losses differ by {apart:.1e}"
     means = {name: torch.stack([single[name] for _, single in singles]).mean(0) for name in gradients}
     worst = max(difference(gradient / 4, means[name]) for name, gradient in gradients.items())
     scale = max(float(gradient.abs().max()) / 4 for gradient in gradients.values())
-    print(f"gradients differ by {worst:.1e}, the largest is {scale:.1e}")
-    assert worst < TOLERANCE < scale / 100
+    told = f"gradients differ by {worst:.1e}, the largest is {scale:.1e}"
+    print(told)
+    assert worst < TOLERANCE < scale / 100, told
     dead = ours.family.untrainable_parameters("dit", ours.transformer, ours.variant)
-    assert {name for name, gradient in gradients.items() if not gradient.any()} == dead
+    silent = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert silent == dead, f"other parameters than expected get no gradient: {sorted(silent ^ dead)}"
