@@ -136,7 +136,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
 
 
 def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
-    """Train, or encode for a training to come; returns what tells of it."""
+    """Train, or encode for a training to come; returns what tells of it, in the process that wrote files."""
     if not plan.task.trains:
         from diffsynth_core.training.process_data import process_data
 
@@ -144,7 +144,7 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
     from diffsynth_core.training.loop import train
 
     result = train(plan, reporter, stop)
-    return partial(_tell_results, stage, result.folder / result.record.checkpoints[-1].file, result.folder)
+    return lambda: _tell_results(stage, result.folder / result.record.checkpoints[-1].file, result.folder)
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
