@@ -44,12 +44,14 @@ def load(base: Path, case: str) -> nn.Module:
     module = build(component, config_of(files, {name: tuple(tensor.shape) for name, tensor in ours.items()}))
     missing, unexpected = module.load_state_dict(ours, strict=False)
     assert (set(missing) - {"encoder.embed_tokens.weight"}, unexpected) == (set(), [])
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in ours.items())
     return module.eval()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_components_load_back_from_shapes_or_their_configuration(tmp_path, case):
-    load(tmp_path, case)
+    weights = [parameter for name, parameter in load(tmp_path, case).named_parameters() if name.endswith("weight")]
+    assert weights and all(weight.isfinite().all() and weight.any() for weight in weights)
 
 
 @pytest.mark.parametrize(("case", "files"), [

@@ -86,6 +86,20 @@ def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> Non
     write_json(folder / f"{stem}{ending}.index.json", index)
 
 
+def tiny_t5(width: int, vocabulary: int) -> dict[str, Any]:
+    """Settings of a tiny T5 or UMT5 encoder with states of `width` channels."""
+    heads = 4
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": width // heads,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
 def diffusers_config(module: Any) -> dict[str, object]:
     """The config.json of a diffusers module, without what differs from process to process (`_use_default_values`)."""
     settings = {name: value for name, value in module.config.items() if not name.startswith("_")}

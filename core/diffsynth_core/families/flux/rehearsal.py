@@ -20,6 +20,7 @@ from diffsynth_core.families.tiny_weights import (
     diffusers_config,
     fill,
     published_name,
+    tiny_t5,
     write_json,
     write_weights,
 )
@@ -104,16 +105,7 @@ def _clip(sizes: TinySizes) -> dict[str, Any]:
 
 
 def _t5(sizes: TinySizes) -> dict[str, Any]:
-    heads = 4
-    return {
-        "vocab_size": len(unigram_vocabulary(byte_fallback=False)),
-        "d_model": sizes.text_width,
-        "d_kv": sizes.text_width // heads,
-        "d_ff": 2 * sizes.text_width,
-        "num_layers": 2,
-        "num_heads": heads,
-        "feed_forward_proj": "gated-gelu",
-    }
+    return tiny_t5(sizes.text_width, len(unigram_vocabulary(byte_fallback=False)))
 
 
 def _vae(sizes: TinySizes) -> dict[str, Any]:

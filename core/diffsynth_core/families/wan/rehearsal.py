@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.families.tiny_tokenizers import unigram_vocabulary, write_unigram_tokenizer
-from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, write_json, write_weights
+from diffsynth_core.families.tiny_weights import GAINS, diffusers_config, fill, tiny_t5, write_json, write_weights
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import IMAGE_ENCODER_HEADS, LATENTS_MEAN_48, LATENTS_STD_48, build
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
@@ -125,16 +125,7 @@ def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
 
 
 def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
-    heads = 4
-    return {
-        "vocab_size": len(unigram_vocabulary(byte_fallback=True)),
-        "d_model": sizes.text_width,
-        "d_kv": sizes.text_width // heads,
-        "d_ff": 2 * sizes.text_width,
-        "num_layers": 2,
-        "num_heads": heads,
-        "feed_forward_proj": "gated-gelu",
-    }
+    return tiny_t5(sizes.text_width, len(unigram_vocabulary(byte_fallback=True)))
 
 
 def _vae_2_2(sizes: TinySizes) -> dict[str, Any]:
