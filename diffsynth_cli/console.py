@@ -11,14 +11,12 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 
-from diffsynth_core.progress import SilentTask, Task
+from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
 
 BAR_COLUMNS = 70
 """A narrower terminal gets plain lines: a bar would push count and time out of it."""
@@ -63,9 +61,7 @@ class ConsoleReporter:
             yield SilentTask()
         elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
             with _progress(self.console) as progress:
-                yield _Bar(
-                    progress, progress.add_task(label, total=total, completed=done, unit=unit, rate="", fields=""), done
-                )
+                yield _Bar(progress, label, total, unit, done)
         else:
             plain = _PlainLines(self, label, total, unit, done)
             yield plain
@@ -83,8 +79,7 @@ def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[fields]}"),
         TextColumn("ETA"),
@@ -105,16 +100,32 @@ class _Rate:
         return self.done / max(time.monotonic() - self._started, 1e-9)
 
 
+def _count(done: int, total: int, unit: str, of: str) -> str:
+    """How much of a task is done, in units, or in kB, MB … where those are bytes."""
+    return f"{format_bytes(done)}{of}{format_bytes(total)}" if unit == BYTES else f"{done}{of}{total} {unit}"
+
+
+def _speed(rate: float, unit: str) -> str:
+    return f"{format_bytes(rate)}/s" if unit == BYTES else f"{rate:.2f}/s"
+
+
 class _Bar:
     """A task as a progress bar."""
 
-    def __init__(self, progress: Progress, task: TaskID, done: int) -> None:
-        self._progress, self._task, self._rate = progress, task, _Rate()
+    def __init__(self, progress: Progress, label: str, total: int, unit: str, done: int) -> None:
+        self._progress, self._total, self._unit, self._done, self._rate = progress, total, unit, done, _Rate()
+        count = _count(done, total, unit, "/")
+        self._task = progress.add_task(label, total=total, completed=done, count=count, rate="", fields="")
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        rate = f"{self._rate.add(amount):.2f}/s"
-        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
-        self._progress.update(self._task, advance=amount, rate=rate, fields=shown)
+        self._done += amount
+        self._progress.update(
+            self._task,
+            advance=amount,
+            count=_count(self._done, self._total, self._unit, "/"),
+            rate=_speed(self._rate.add(amount), self._unit),
+            fields="  ".join(f"{name} {value}" for name, value in fields.items()),
+        )
 
 
 class _PlainLines:
@@ -131,9 +142,8 @@ class _PlainLines:
         rate = self._rate.add(amount)
         left = (self._total - self._done) / rate if rate else 0
         shown = "".join(f", {name} {value}" for name, value in fields.items())
-        self._line = (
-            f"{self._label}: {self._done} of {self._total} {self._unit}{shown}, {rate:.2f}/s, {left:.0f} s left"
-        )
+        count = _count(self._done, self._total, self._unit, " of ")
+        self._line = f"{self._label}: {count}{shown}, {_speed(rate, self._unit)}, {left:.0f} s left"
         if time.monotonic() - self._last >= PLAIN_SECONDS:
             self.finish()
 

@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,28 @@ def model_base_path() -> Path:
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models")
 
 
+TEMPORARY_ENDING = ".tmp"
+_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
+
+
+def stem_of_shard(name: str) -> str | None:
+    """`"model"` for `"model-00001-of-00003.safetensors"`; None for a name that promises no other shards."""
+    match = _SHARD_NAME.match(name)
+    return match["stem"] if match else None
+
+
+def absent_shards(names: Iterable[str]) -> list[str]:
+    """The shards that the names of others promise and that are not among `names`."""
+    present = dict.fromkeys(names)
+    promised = [
+        f"{match['stem']}-{number:05d}-of-{match['count']}{match['ending']}"
+        for match in map(_SHARD_NAME.match, present)
+        if match
+        for number in range(1, int(match["count"]) + 1)
+    ]
+    return [name for name in dict.fromkeys(promised) if name not in present]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well.
@@ -41,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DiffSynthError: when the disk refuses; nothing is left under either name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_ENDING}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -56,6 +80,24 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed while they wrote `path` left beside it."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY_ENDING}"):
+        number = leftover.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if number.isdigit() and not _is_alive(int(number)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+BYTES = "bytes"
+"""The unit of work that is counted in bytes, which are shown as kB, MB …"""
+
 
 class Task(Protocol):
     """One piece of work whose progress can be shown."""

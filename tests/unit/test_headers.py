@@ -165,3 +165,16 @@ def test_shards_are_read_together_and_hold_no_tensor_twice(tmp_path):
     with pytest.raises(DiffSynthError) as caught:
         read_headers([first, second, third])
     assert str(caught.value) == f"`b` is both in `{first}` and in `{third}`"
+
+
+def test_a_header_that_says_two_things_of_one_tensor_is_refused(tmp_path):
+    text = json.dumps(one())[:-1] + ", " + json.dumps(one(dtype="I32"))[1:]
+    (tmp_path / "x.safetensors").write_bytes(raw(text.encode(), bytes(16)))
+    with pytest.raises(DiffSynthError, match="its header cannot be read"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(raw(b"[" * 100_000))
+    with pytest.raises(DiffSynthError, match="its header cannot be read"):
+        read_header(tmp_path / "x.safetensors")

@@ -4,16 +4,15 @@
 path. Nothing is fetched here: what is missing is told, and whoever fetches calls this again afterwards.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.errors import Problem
+from diffsynth_core.files import absent_shards
 
 WEIGHT_ENDINGS = (".safetensors", ".pth")
-_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
 
 
 @dataclass(frozen=True)
@@ -133,22 +132,12 @@ def _nothing_matches(entry: str, copy: str | None, base: Path) -> Problem:
 
 def _shard_problems(file_set: FileSet) -> list[Problem]:
     """Shards that the names of the others promise and that are not among the files."""
-    names = {path.name for path in file_set.paths}
-    missing = []
-    for path in file_set.paths:
-        match = _SHARD_NAME.match(path.name)
-        if match:
-            count = int(match["count"])
-            expected = [
-                f"{match['stem']}-{number:05d}-of-{count:05d}{match['ending']}" for number in range(1, count + 1)
-            ]
-            missing += [name for name in expected if name not in names]
+    missing = absent_shards(path.name for path in file_set.paths)
     if not missing:
         return []
-    unique = list(dict.fromkeys(missing))
     return [
         Problem(
-            f"`{file_set.origin}`: {len(unique)} shards are missing, the first is `{unique[0]}`",
+            f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`",
             "fetch them, or mend the glob",
         )
     ]

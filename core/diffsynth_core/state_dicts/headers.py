@@ -1,4 +1,4 @@
-"""What weight files say of their tensors: safetensors headers, read and checked without torch, and pickled files.
+"""What weight files say of their tensors: safetensors headers, read, checked and made without torch, and pickled files.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensor bytes
 (https://github.com/huggingface/safetensors#format).
@@ -6,7 +6,7 @@ Format: 8 bytes little-endian header length, a JSON header, then the tensor byte
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS, read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
+HEADER_ALIGNMENT = 8
+METADATA = "__metadata__"
 
 BITS_PER_ELEMENT = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -32,6 +34,11 @@ class TensorHeader:
     dtype: str
     shape: tuple[int, ...]
     path: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * BITS_PER_ELEMENT[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,20 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
                 raise _damaged(path, size)
-            content = json.loads(stream.read(length))
+            content = json.loads(stream.read(length), object_pairs_hook=_each_once)
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, size) from error
     return _parse(path, content, 8 + length, size)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that has a key twice says two things of one tensor."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
 
 
 def _damaged(path: Path, size: int) -> DiffSynthError:
@@ -73,7 +88,7 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
     data_bytes = size - data_begin
     if not isinstance(content, dict):
         raise _damaged(path, data_bytes)
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DiffSynthError(f"`{path}`: the metadata in its header are not texts", "fetch the file again")
     tensors: dict[str, TensorHeader] = {}
@@ -112,6 +127,23 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
     return Header(
         tensors, metadata, {name: (data_begin + begin, data_begin + end) for name, (begin, end) in spans.items()}
     )
+
+
+def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The 8 bytes of length and the JSON header, padded with blanks, of a file that holds tensors in this order.
+
+    Args:
+        tensors: (name, number format in safetensors' words, shape).
+    """
+    content: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def shapes_of(tensors: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:

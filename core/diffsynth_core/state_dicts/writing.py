@@ -5,16 +5,14 @@ is converted and written, and the same tensors give the same bytes.
 """
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-HEADER_ALIGNMENT = 8
+from diffsynth_core.state_dicts.headers import make_header
+
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -44,7 +42,7 @@ def write_safetensors(
     wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
     # Wide formats first, so that every tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
-    header = _header(order, {name: shape for name, (shape, _) in kinds.items()}, wanted, metadata)
+    header = make_header(((name, DTYPE_NAMES[wanted[name]], kinds[name][0]) for name in order), metadata)
     digest = hashlib.sha256(header)
     with path.open("wb") as stream:
         stream.write(header)
@@ -64,25 +62,3 @@ def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """The values of a tensor in a number format."""
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     return value.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _header(
-    order: list[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, torch.dtype],
-    metadata: Mapping[str, str],
-) -> bytes:
-    """The 8 bytes of length and the JSON header, padded with blanks."""
-    content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    begin = 0
-    for name in order:
-        end = begin + math.prod(shapes[name]) * wanted[name].itemsize
-        content[name] = {
-            "dtype": DTYPE_NAMES[wanted[name]],
-            "shape": list(shapes[name]),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

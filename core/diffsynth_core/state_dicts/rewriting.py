@@ -1,0 +1,277 @@
+"""Writing weight files that are made of others: a plan from headers first, bytes later. No torch.
+
+A tensor of an output is either a span of an input, copied by the system without passing through this process's memory,
+or made piece by piece when its turn comes. All files are written under temporary names, synced, opened again and held
+against the plan; only then do they take their final names, an index last.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.files import remove_leftovers, replacing
+from diffsynth_core.progress import BYTES, Reporter, Task, format_bytes
+from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT, TensorHeader, make_header, read_header
+from diffsynth_core.state_dicts.weight_sets import Span
+
+COPIED_AT_ONCE = 64 * 1024**2
+"""Bytes between two signs of progress."""
+NOT_COPIED_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+Pieces = Callable[[], Iterable[bytes | bytearray | memoryview]]
+"""Makes the bytes of a tensor, in order, in pieces that need not fit in memory together."""
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of an output; `dtype` in safetensors' words, `source` its bytes or what makes them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Span | Pieces
+
+    @property
+    def nbytes(self) -> int:
+        return TensorHeader(self.dtype, self.shape, Path()).nbytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be written. `metadata`: texts for its header, as they are."""
+
+    path: Path
+    tensors: tuple[OutputTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, without the header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class OutputIndex:
+    """An index file beside its shards, as diffusers and transformers read it."""
+
+    path: Path
+    text: str
+
+
+def aligned(tensors: Iterable[OutputTensor]) -> tuple[OutputTensor, ...]:
+    """In an order in which each begins at a multiple of its element's size: wide elements first, else as given."""
+    return tuple(sorted(tensors, key=lambda tensor: -BITS_PER_ELEMENT[tensor.dtype]))
+
+
+def plan_shards(
+    folder: Path,
+    stem: str,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    most_bytes: int | None,
+) -> tuple[list[OutputFile], list[OutputIndex]]:
+    """`<stem>.safetensors`, or, where that would be more than `most_bytes` of tensors, shards and their index.
+
+    Tensors keep their order; one that is larger than `most_bytes` has a shard of its own.
+    """
+    parts: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if most_bytes is not None and filled and filled + tensor.nbytes > most_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(parts) == 1:
+        return [OutputFile(folder / f"{stem}.safetensors", aligned(tensors), metadata)], []
+    files = [
+        OutputFile(folder / f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors", aligned(part), metadata)
+        for number, part in enumerate(parts, start=1)
+    ]
+    return files, [make_index(folder / f"{stem}.safetensors.index.json", files)]
+
+
+def make_index(path: Path, files: Iterable[OutputFile], metadata: Mapping[str, object] | None = None) -> OutputIndex:
+    """The index of shards: `weight_map`, and `metadata` with the bytes of all tensors as `total_size`."""
+    shards = list(files)
+    content = {
+        "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": dict(sorted((tensor.name, shard.path.name) for shard in shards for tensor in shard.tensors)),
+    }
+    return OutputIndex(path, json.dumps(content, indent=2) + "\n")
+
+
+Output = OutputFile | OutputIndex
+
+
+def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwrite: bool = False) -> list[Problem]:
+    """What keeps outputs from being written: their places, and the space on their disk. Writes nothing."""
+    problems = []
+    for output in outputs:
+        twin = _same_file(output.path, inputs)
+        if twin:
+            problems.append(
+                Problem(f"`{output.path}` would be written over the input `{twin}`", "name another `--output_path`")
+            )
+        elif output.path.is_dir():
+            problems.append(Problem(f"`{output.path}` is a folder", "name another `--output_path`"))
+        elif os.path.lexists(output.path) and not overwrite:
+            problems.append(
+                Problem(f"`{output.path}` is there already", "name another `--output_path`, or give `--overwrite`")
+            )
+    return problems or _space_problems(outputs)
+
+
+def _same_file(path: Path, inputs: Collection[Path]) -> Path | None:
+    """The input that a path is, by its own name or through links."""
+    for known in inputs:
+        if path.absolute() == known.absolute() or (path.exists() and known.exists() and path.samefile(known)):
+            return known
+    return None
+
+
+def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
+    """The problem that the disk has too little room."""
+    folder = outputs[0].path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return [Problem(f"`{folder}` is a file, not a folder", "name another `--output_path`")]
+    needed = sum(output_bytes(output) for output in outputs)
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return []
+    message = f"`{outputs[0].path.parent}` has {format_bytes(free)} free, {format_bytes(needed)} are to be written"
+    return [Problem(message, "free some space or name another `--output_path`")]
+
+
+def output_bytes(output: Output) -> int:
+    """How large a file is going to be."""
+    if isinstance(output, OutputIndex):
+        return len(output.text.encode())
+    return len(_header(output)) + output.nbytes
+
+
+def write_outputs(
+    outputs: Sequence[Output], inputs: Collection[Path], reporter: Reporter, overwrite: bool = False
+) -> None:
+    """Write files, each whole or not at all; an index takes its name after the shards.
+
+    Raises:
+        FaultsFound: as `output_problems` tells, before anything is written.
+        DiffSynthError: when a disk refuses, an input changes meanwhile, or what was written is not what was planned;
+            nothing is left then.
+    """
+    raise_if_any(output_problems(outputs, inputs, overwrite))
+    files = [output for output in outputs if isinstance(output, OutputFile)]
+    stamps = {path: _stamp(path) for path in inputs}
+    total = sum(file.nbytes for file in files)
+    with ExitStack() as renames:  # which come last to first when all is written: an index is entered first
+        places = {}
+        for output in sorted(outputs, key=lambda output: isinstance(output, OutputFile)):
+            remove_leftovers(output.path)
+            places[output.path] = renames.enter_context(replacing(output.path))
+            if isinstance(output, OutputIndex):
+                places[output.path].write_text(output.text, encoding="utf-8")
+        with reporter.task("Writing", total, BYTES) as task:
+            for file in files:
+                _write(file, places[file.path], task)
+                _verify(file, places[file.path])
+        changed = [path for path in inputs if _stamp(path) != stamps[path]]
+        if changed:
+            raise DiffSynthError(
+                f"{shorten([str(path) for path in changed])} changed while it was read",
+                "wait until nothing writes to it, and repeat the command",
+            )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _header(file: OutputFile) -> bytes:
+    return make_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors), file.metadata)
+
+
+def _write(file: OutputFile, place: Path, task: Task) -> None:
+    """The bytes of one file."""
+    with place.open("wb", buffering=0) as stream, ExitStack() as opened:
+        stream.write(_header(file))
+        sources: dict[Path, BinaryIO] = {}
+        for copied, tensors in groupby(file.tensors, key=lambda tensor: isinstance(tensor.source, Span)):
+            if copied:
+                for span in _joined(tensor.source for tensor in tensors if isinstance(tensor.source, Span)):
+                    if span.path not in sources:
+                        sources[span.path] = opened.enter_context(span.path.open("rb", buffering=0))
+                    _copy(sources[span.path], stream, span, task)
+            else:
+                for tensor in tensors:
+                    assert not isinstance(tensor.source, Span)
+                    for piece in tensor.source():
+                        _write_whole(stream, piece)
+                        task.advance(len(memoryview(piece).cast("B")))
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """The same bytes in as few spans as possible."""
+    last: Span | None = None
+    for span in spans:
+        if last and last.path == span.path and last.end == span.begin:
+            last = Span(last.path, last.begin, span.end)
+        else:
+            if last:
+                yield last
+            last = span
+    if last:
+        yield last
+
+
+def _copy(source: BinaryIO, target: BinaryIO, span: Span, task: Task) -> None:
+    """Append a span of a file to another, within the system where it can."""
+    by_system = hasattr(os, "copy_file_range")
+    place = span.begin
+    while place < span.end:
+        wanted = min(COPIED_AT_ONCE, span.end - place)
+        done = 0
+        if by_system:
+            try:
+                done = os.copy_file_range(source.fileno(), target.fileno(), wanted, offset_src=place)
+            except OSError as error:
+                if error.errno not in NOT_COPIED_BY_THE_SYSTEM:
+                    raise
+                by_system = False
+        if not done:
+            source.seek(place)
+            piece = source.read(min(wanted, 1024**2))
+            if not piece:
+                raise DiffSynthError(f"`{span.path}` became shorter while it was read", "fetch the file again")
+            _write_whole(target, piece)
+            done = len(piece)
+        place += done
+        task.advance(done)
+
+
+def _write_whole(target: BinaryIO, piece: bytes | bytearray | memoryview) -> None:
+    """All bytes of a piece: an unbuffered stream may take fewer."""
+    rest = memoryview(piece).cast("B")
+    while rest:
+        rest = rest[target.write(rest) :]
+
+
+def _verify(file: OutputFile, place: Path) -> None:
+    """Open what was written and account for every tensor."""
+    written = read_header(place)
+    planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in file.tensors}
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in written.tensors.items()}
+    if found != planned or dict(written.metadata) != dict(file.metadata):
+        wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+        raise DiffSynthError(f"`{file.path}` was not written as planned: {shorten(wrong)}", "look after the disk")

@@ -1,0 +1,212 @@
+"""The weights that a user names: one safetensors file, shards with or without an index, or a folder. No torch.
+
+Only headers are read. What is not whole is refused: a missing shard, an index that contradicts its shards, a file whose
+header lies. Pickled files are refused too: what takes checkpoints apart copies bytes, which those have nowhere.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.files import absent_shards, stem_of_shard
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.headers import TensorHeader, read_header
+from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS
+
+ENDING = ".safetensors"
+INDEX_ENDING = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file: from `begin` up to `end`."""
+
+    path: Path
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """The tensors of one file, or of the shards of one model.
+
+    `origin`: what the user wrote. `files`: in the order of their names. `tensors`: in the order of files and bytes.
+    `index`: the index file and what it says beside the places of tensors.
+    `metadata`: the text metadata of each file.
+    """
+
+    origin: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorHeader]
+    spans: Mapping[str, Span]
+    metadata: Mapping[Path, Mapping[str, str]]
+    index: Path | None = None
+    index_metadata: Mapping[str, Any] | None = None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files that it is read from, which nothing may be written over."""
+        return (*self.files, *([self.index] if self.index else []))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(span.end - span.begin for span in self.spans.values())
+
+    def said(self, key: str) -> str | None:
+        """What the metadata of the files say under a key; None where they say nothing, or different things."""
+        values = {metadata[key] for metadata in self.metadata.values() if key in metadata}
+        return values.pop() if len(values) == 1 else None
+
+
+def open_weights(paths: Sequence[Path]) -> WeightSet:
+    """The weight set that `paths` name together: a file, all shards, an index, or a folder that holds one set.
+
+    Raises:
+        DiffSynthError: when there is no such file, it is none that can be read, or the set is not whole.
+    """
+    origin = ", ".join(str(path) for path in paths)
+    if len(paths) == 1:
+        path = paths[0]
+        if path.is_dir():
+            return _open_folder(path)
+        if path.name.endswith(".index.json"):
+            return _open_index(path)
+    for path in paths:
+        _check_kind(path)
+    unique = list(dict.fromkeys(paths))
+    if len(unique) < len(paths):
+        raise DiffSynthError(f"`{_first_twice(paths)}` is named twice", "name each file once")
+    _check_shards(unique)
+    return _read(origin, unique)
+
+
+def _first_twice(paths: Sequence[Path]) -> Path:
+    return next(path for place, path in enumerate(paths) if path in paths[:place])
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is no safetensors file by its name alone."""
+    if not path.exists():
+        raise DiffSynthError(f"`{path}` is not there", "correct the path")
+    if path.is_dir():
+        raise DiffSynthError(f"`{path}` is a folder, named beside files", "name its files, or the folder alone")
+    if path.suffix in PICKLED_ENDINGS:
+        raise DiffSynthError(
+            f"`{path}` is a pickled file; safetensors files are read here", "convert it to safetensors first"
+        )
+
+
+def _open_folder(folder: Path) -> WeightSet:
+    """The one set of weights in a folder."""
+    indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
+    files = sorted(path for path in folder.glob(f"*{ENDING}") if not path.name.startswith("."))
+    if len(indexes) == 1:
+        return _open_index(indexes[0], str(folder))
+    if not files:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_ENDINGS)
+        below = sorted({path.parent.name for path in folder.glob(f"*/*{ENDING}")})
+        if below:
+            raise DiffSynthError(
+                f"`{folder}` holds no weights itself; folders in it do: {shorten(below)}", "name one of them"
+            )
+        what = f"only pickled files: {shorten(pickled)}" if pickled else "no safetensors files"
+        raise DiffSynthError(f"`{folder}` holds {what}", "name a folder of safetensors files")
+    stems = {stem_of_shard(path.name) or path.name for path in files}
+    if len(indexes) > 1 or len(stems) > 1:
+        names = [path.name for path in (indexes or files)]
+        raise DiffSynthError(f"`{folder}` holds several models: {shorten(names)}", "name the file of one")
+    _check_shards(files)
+    return _read(str(folder), files)
+
+
+def _open_index(path: Path, origin: str | None = None) -> WeightSet:
+    """The shards that an index file lists."""
+    weight_map, metadata = _read_index(path)
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise DiffSynthError(f"`{path}` lists files of other folders: {shorten(outside)}", "fetch the index again")
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise _missing_shards(path.parent, missing)
+    for name in names:
+        _check_kind(path.parent / name)
+    found = _read(origin or str(path), [path.parent / name for name in names])
+    contradicted = sorted(
+        {
+            name
+            for name, shard in weight_map.items()
+            if name not in found.tensors or found.tensors[name].path.name != shard
+        }
+        | (found.tensors.keys() - weight_map.keys())
+    )
+    if contradicted:
+        raise DiffSynthError(
+            f"`{path}` and its shards disagree on where {count_of(len(contradicted), 'tensor')} stand: "
+            f"{shorten(contradicted)}",
+            "fetch index and shards again, or name the shards themselves",
+        )
+    return WeightSet(found.origin, found.files, found.tensors, found.spans, found.metadata, path, metadata)
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Tensor -> shard, and what the index says beside that."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        weight_map, metadata = content["weight_map"], content.get("metadata") or {}
+        if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError
+    except FileNotFoundError as error:
+        raise DiffSynthError(f"`{path}` is not there", "correct the path") from error
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DiffSynthError(
+            f"`{path}` is no index of shards: it has no `weight_map` of tensors and files", "fetch it again"
+        ) from error
+    return weight_map, metadata
+
+
+def _check_shards(paths: Iterable[Path]) -> None:
+    """Names of the kind `…-00001-of-00003` promise each other."""
+    by_folder: dict[Path, list[str]] = {}
+    for path in paths:
+        by_folder.setdefault(path.parent, []).append(path.name)
+    for folder, names in by_folder.items():
+        if missing := absent_shards(names):
+            raise _missing_shards(folder, missing)
+
+
+def _missing_shards(folder: Path, names: Sequence[str]) -> DiffSynthError:
+    return DiffSynthError(
+        f"{count_of(len(names), 'shard')} of `{folder}` missing: {shorten(names)}", "fetch them, or name all of them"
+    )
+
+
+def _read(origin: str, files: Sequence[Path]) -> WeightSet:
+    """The headers of files, in the order of their bytes."""
+    tensors: dict[str, TensorHeader] = {}
+    spans: dict[str, Span] = {}
+    metadata = {}
+    twice: dict[str, tuple[Path, Path]] = {}
+    for path in files:
+        header = read_header(path)
+        metadata[path] = header.metadata
+        for name in sorted(header.tensors, key=lambda name: header.spans[name]):
+            if name in tensors:
+                twice[name] = (tensors[name].path, path)
+            tensors[name] = header.tensors[name]
+            spans[name] = Span(path, *header.spans[name])
+    if twice:
+        first, second = next(iter(twice.values()))
+        raise DiffSynthError(
+            f"{count_of(len(twice), 'tensor')} are both in `{first}` and in `{second}`: {shorten(list(twice))}",
+            "name the shards of one model once each",
+        )
+    if not tensors:
+        raise DiffSynthError(f"`{origin}` holds no tensors", "name a file that does")
+    return WeightSet(origin, tuple(files), tensors, spans, metadata)

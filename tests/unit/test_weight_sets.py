@@ -1,0 +1,92 @@
+"""What a user names as weights: a file, shards, an index, a folder; and what is not whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.state_dicts.weight_sets import open_weights
+
+
+def write_shards(folder, index=True):
+    """Two shards of one tensor each."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, tensor in zip(names, ("b", "a"), strict=True):
+        save_file({tensor: torch.ones(2)}, folder / name, {"format": "pt", "shard": tensor})
+    if index:
+        content = {"metadata": {"total_size": 16}, "weight_map": {"b": names[0], "a": names[1]}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("named", ["folder", "index", "shards", "folder without index"])
+def test_shards_are_one_set(tmp_path, named):
+    shards = write_shards(tmp_path, index="without" not in named)
+    paths = {"index": [tmp_path / "model.safetensors.index.json"], "shards": shards}.get(named, [tmp_path])
+    found = open_weights(paths)
+    assert list(found.tensors) == ["b", "a"]
+    assert found.files == tuple(shards)
+    assert found.nbytes == 16
+    assert (found.said("format"), found.said("shard"), found.said("none")) == ("pt", None, None)
+    assert (found.index_metadata == {"total_size": 16}) is (named in ("folder", "index"))
+
+
+def contradict(folder):
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["a"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(content))
+
+
+def lead_outside(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+
+
+def add_a_model(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    save_file({"a": torch.ones(2)}, folder / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "1 shard of `{folder}` missing: "),
+        (contradict, "and its shards disagree on where 1 tensor stand: `a`"),
+        (lead_outside, "lists files of other folders: `../x.safetensors`"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index of shards"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "is no index of shards"),
+        (add_a_model, "holds several models: `model-00001-of-00002.safetensors`, "),
+    ],
+)
+def test_what_is_not_whole_is_refused(tmp_path, change, message):
+    write_shards(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DiffSynthError) as caught:
+        open_weights([tmp_path])
+    assert message.format(folder=tmp_path) in str(caught.value)
+
+
+def test_a_shard_alone_lacks_the_others(tmp_path):
+    first, _ = write_shards(tmp_path)
+    with pytest.raises(DiffSynthError, match=r"1 shard of .* missing: `model-00002-of-00002.safetensors`"):
+        open_weights([first])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("x.pth", "is a pickled file"), ("none.safetensors", "is not there"), ("empty", "holds no safetensors files")],
+)
+def test_other_files_are_refused(tmp_path, name, message):
+    (tmp_path / "x.pth").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DiffSynthError, match=message):
+        open_weights([tmp_path / name])
+
+
+def test_the_same_tensor_in_two_files(tmp_path):
+    for name in ("one", "two"):
+        save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(DiffSynthError, match="1 tensor are both in"):
+        open_weights([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
