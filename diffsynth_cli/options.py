@@ -21,8 +21,10 @@ METAVARS = {
 }
 HELP_WIDTH = 80
 
+EITHER_SPELLING: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
+"""`--max-aspect` is `--max_aspect`."""
 BOTH_SPELLINGS: dict[str, Any] = {
-    "token_normalize_func": lambda name: name.replace("-", "_"),
+    **EITHER_SPELLING,
     "allow_extra_args": True,
     "ignore_unknown_options": True,
 }

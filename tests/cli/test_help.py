@@ -26,8 +26,8 @@ def test_help_names_the_commands(cli):
     outcome = cli("--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
-    assert "\n  train   Train from a recipe: LoRA, full, or both\n" in outcome.out
-    assert "\n  recipe  List and show recipes, print their JSON schema\n" in outcome.out
+    assert "\n  train    Train from a recipe: LoRA, full, or both\n" in outcome.out
+    assert "\n  recipe   List and show recipes, print their JSON schema\n" in outcome.out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"]])

@@ -73,7 +73,7 @@ def read_picture_header(path: Path) -> PictureHeader:
         width, height = picture.size
         if orientation in SIDEWAYS and picture.format != "TIFF":  # Pillow tells the upright size of a TIFF
             width, height = height, width
-        return PictureHeader(width, height, orientation in range(2, 9), _is_transparent(picture))
+        return PictureHeader(width, height, orientation in range(2, 9), is_transparent(picture))
 
 
 def load_picture(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -87,7 +87,7 @@ def load_picture(path: Path, height: int, width: int, scaled: tuple[int, int] | 
     """
     with _opening(path) as picture:
         upright = ImageOps.exif_transpose(picture)
-        rgb = _to_rgb(upright)
+        rgb = to_rgb(upright)
     if scaled:
         covering = scaled[::-1]
     else:
@@ -144,17 +144,18 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         )
 
 
-def _is_transparent(picture: Image.Image) -> bool:
+def is_transparent(picture: Image.Image) -> bool:
+    """Whether a picture may have pixels that are not opaque."""
     return "A" in picture.getbands() or "transparency" in picture.info
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB of any mode: transparency composed on white, 16 bits scaled to 8."""
     if picture.mode.startswith("I"):
         picture = _to_eight_bits(picture)
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if _is_transparent(picture):
+    if is_transparent(picture):
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")

@@ -38,8 +38,8 @@ def read_dataset(
     columns = Columns(
         facts.text_column,
         medium.column,
-        _media_rule(parameters, medium),
-        _reference_rules(parameters, variant),
+        media_rule(parameters, medium),
+        reference_rules(parameters, variant),
         sampled=bool(of_objective),
     )
     faults = check_columns(metadata, columns.text, columns.media, parameters.data_file_keys, of_objective)
@@ -63,7 +63,8 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
     return [Problem(what, "name the folder with `--dataset_base_path`")]
 
 
-def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
+def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
+    """How the files that are trained on are read."""
     size = SizeRule(parameters.height, parameters.width, parameters.max_pixels, medium.size_factor)
     if medium.kind == "picture":
         return MediaRule(size)
@@ -75,7 +76,7 @@ def _media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
     )
 
 
-def _reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
+def reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
     """How reference pictures are read, none above what `max_pixels` allows."""
     return tuple(
         ReferenceRule(shown.name, shown.column, shown.size, parameters.max_pixels, shown.factor, shown.most)

@@ -1,0 +1,71 @@
+"""What decoding a file once tells of it: plain records, made in worker processes and sent back. No torch.
+
+`PictureFacts` are made by pictures.py, `VideoFacts` by videos.py; both hold facts only. What is wrong with them is
+for the pure functions in picture_checks.py, pair_checks.py, video_checks.py and set_checks.py to say.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why nothing more is known of a file: a code of findings.CODES, and the reason in words."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """A picture. Sizes in pixels are those of the upright picture; with a `fault` only what is known stands here.
+
+    `format` and `mode`: Pillow's names of the file's format and of its pixels. `orientation`: of the EXIF data, 1 to 8.
+    `transparent`: a pixel is not opaque. `lowest` and `highest`: values (0..255, of all channels) that the picture has
+    when it is scaled down to about 128 pixels; of a picture of one colour they are exact.
+    `difference_hash`: 64 bits, each telling whether of two neighbours in a picture of 9 x 8 the left one is darker.
+    `sketch`: digest of the picture scaled down; pictures with the same pixels have the same sketch, and hardly others.
+    `digest`: sha256 of the file. `thumbnail`: a JPEG, where it was asked for.
+    """
+
+    path: str
+    file_bytes: int
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    mode: str = ""
+    orientation: int = 1
+    frames: int = 1
+    transparent: bool = False
+    blank: bool = False
+    lowest: int = 0
+    highest: int = 255
+    difference_hash: int = 0
+    sketch: bytes = b""
+    digest: str = ""
+    thumbnail: bytes | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFacts:
+    """A video. Sizes in pixels are those of the upright video; with a `fault` only what is known stands here.
+
+    `frames`: those of the file. `resampled`: those after resampling to the frame rate that is trained at; None: it is
+    not resampled. `frame_rate`: mean frames per second. `variable_rate`: the times between frames differ.
+    `still`: no frame differs visibly from the first. `digest`: sha256 of the file. `thumbnail`: a JPEG of the first
+    frame, where it was asked for.
+    """
+
+    path: str
+    file_bytes: int
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    resampled: int | None = None
+    frame_rate: float = 0.0
+    variable_rate: bool = False
+    rotated: bool = False
+    still: bool = False
+    digest: str = ""
+    thumbnail: bytes | None = None
+    fault: Fault | None = None

@@ -1,0 +1,159 @@
+"""Files looked into by worker processes: one bad file never ends the run. No torch.
+
+Each worker has one file at a time. A file that takes too long, or that brings its worker down, becomes facts with a
+fault, and another worker goes on.
+"""
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import Reporter
+from diffsynth_core.validation.facts import Fault, PictureFacts, VideoFacts
+from diffsynth_core.validation.pictures import examine_picture
+from diffsynth_core.validation.videos import examine_video
+
+START_SECONDS = 120.0
+"""A worker that is not there by then does not come."""
+Kind = Literal["picture", "video"]
+Facts = PictureFacts | VideoFacts
+
+
+@dataclass(frozen=True)
+class Job:
+    """How files are looked into; sent to each worker when it starts.
+
+    `frame_rate`: that of training, in frames per second; None: the file's own. `thumbnails`: longer side in pixels.
+    """
+
+    base: Path
+    frame_rate: float | None = None
+    thumbnails: int | None = None
+
+
+EXAMINERS: Mapping[Kind, Callable[[Job, str], Facts]] = {
+    "picture": lambda job, name: examine_picture(job.base, name, job.thumbnails),
+    "video": lambda job, name: examine_video(job.base, name, job.frame_rate, job.thumbnails),
+}
+UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
+    "picture": lambda name, reason: PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
+    "video": lambda name, reason: VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason)),
+}
+"""What is known of a file whose worker did not come back."""
+
+
+def work(job: Job, line: Connection) -> None:
+    """A worker's life: it says that it is there, then takes a file in and gives its facts out."""
+    line.send(None)
+    while True:
+        try:
+            name, kind = line.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        line.send(EXAMINERS[kind](job, name))
+
+
+WORK: Callable[[Job, Connection], None] = work
+"""What a worker runs."""
+
+
+def inspect_files(
+    job: Job, files: Mapping[str, Kind], workers: int, timeout: float, reporter: Reporter
+) -> dict[str, Facts]:
+    """The facts of `files` (path -> kind), in their order.
+
+    `workers`: processes; 0: as many as there are cores for this one. `timeout`: seconds for one file.
+    """
+    found: dict[str, Facts] = {}
+    count = min(workers or usable_cores(), len(files))
+    with reporter.task("Decoding", len(files), "files") as task:
+        for name, facts in _in_workers(job, files, count, timeout):
+            found[name] = facts
+            task.advance()
+    return {name: found[name] for name in files}
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell, as on macOS, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class _Worker:
+    """A process, the file it has in work, and when it is given up (`time.monotonic`); without a file it is starting."""
+
+    process: BaseProcess
+    line: Connection
+    until: float
+    name: str = ""
+
+
+def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float) -> Iterator[tuple[str, Facts]]:
+    """Facts as they come."""
+    context = multiprocessing.get_context("spawn")  # a bar's thread runs here, and forking beside threads is unsafe
+    waiting = deque(files)
+    workers = {worker.line: worker for worker in (_start(context, job) for _ in range(count))}
+    left = len(files)
+    try:
+        while left:
+            for worker, facts, reason in _answers(workers, timeout):
+                if worker.name:
+                    yield worker.name, facts or UNREADABLE[files[worker.name]](worker.name, reason)
+                    left -= 1
+                elif reason:
+                    raise DiffSynthError(f"a worker process did not start: {reason}", "give `--workers 1`")
+                if reason or not waiting:
+                    _end(workers.pop(worker.line))
+                if reason and waiting:
+                    started = _start(context, job)
+                    workers[started.line] = started
+                elif waiting:
+                    _give(worker, waiting, files, timeout)
+    finally:
+        for worker in workers.values():
+            _end(worker)
+
+
+def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tuple[_Worker, Facts | None, str]]:
+    """Workers that have something to say or are given up: their facts, or the reason why there are none."""
+    soonest = min(worker.until for worker in workers.values())
+    arrived = wait(list(workers), max(0.0, soonest - time.monotonic()))
+    answers: list[tuple[_Worker, Facts | None, str]] = []
+    for line, worker in workers.items():
+        if line in arrived:
+            try:
+                answers.append((worker, line.recv(), ""))
+            except (EOFError, OSError):
+                answers.append((worker, None, "decoding it crashed"))
+        elif worker.until <= time.monotonic():
+            answers.append((worker, None, f"it took more than {timeout:g} seconds"))
+    return answers
+
+
+def _start(context: SpawnContext, job: Job) -> _Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=WORK, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours, time.monotonic() + START_SECONDS)
+
+
+def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeout: float) -> None:
+    """Give a worker its next file."""
+    worker.name, worker.until = waiting.popleft(), time.monotonic() + timeout
+    worker.line.send((worker.name, files[worker.name]))
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.line.close()

@@ -1,0 +1,115 @@
+"""Codes of columns, cells and rows: EMPTY to ROW_DUPLICATE, and the reading of cells. No torch.
+
+What cannot even be parsed is found by table.py.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from posixpath import normpath
+from typing import Any
+
+from diffsynth_core.errors import shorten, suggest
+from diffsynth_core.validation.examined import Record
+from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.rules import Columns
+from diffsynth_core.validation.table import Table
+
+
+def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
+    """COLUMN_MISSING and COLUMN_UNKNOWN; a column under a near name is told as missing only."""
+    if not table.columns:
+        return
+    missing = [name for name in columns.needed if name not in table.columns]
+    unknown = [name for name in table.columns if name not in columns.known]
+    for name in missing:
+        near = suggest(name, unknown)
+        if near:
+            unknown.remove(near)
+        what = f"`{table.origin}` has no column `{name}`; it has {shorten(table.columns)}"
+        yield found("COLUMN_MISSING", what, f"rename `{near}`" if near else "add the column")
+    for name in unknown:
+        what = f"`{table.origin}` has the column `{name}`, which nothing reads; known are {shorten(columns.known, 12)}"
+        yield found("COLUMN_UNKNOWN", what, "leave it out, or rename it")
+
+
+def read_records(table: Table, columns: Columns) -> tuple[tuple[Record, ...], list[Finding]]:
+    """The rows with their cells read; CELL_EMPTY, CELL_TYPE and PAIR_MISSING where a cell holds nothing of use."""
+    findings: list[Finding] = []
+    media = [name for name in columns.media if name in table.columns]
+    has_text = columns.text in table.columns
+    records = []
+    for row, cells in table.rows.items():
+        files = {}
+        for column in media:
+            names = _names(cells.get(column), row, column, columns, findings)
+            if names:
+                files[column] = names
+        caption = _caption(cells.get(columns.text), row, columns.text, findings) if has_text else None
+        records.append(Record(row, caption, files))
+    return tuple(records), findings
+
+
+def _names(value: Any, row: int, column: str, columns: Columns, findings: list[Finding]) -> tuple[str, ...]:
+    """The files that a cell names."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value and value[0] != "[":
+            return (normalised(value),)
+        with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
+            value = json.loads(value) if value else ""
+    names = value if isinstance(value, list) else [value]
+    if not names or any(is_empty(name) or (isinstance(name, str) and not name.strip()) for name in names):
+        code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"
+        what = f"row {row}: column `{column}` is empty"
+        findings.append(found(code, what, "name the file, or take the row out", row=row))
+        return ()
+    if not all(isinstance(name, str) for name in names):
+        what = f"row {row}: column `{column}` holds `{json.dumps(value)}`, expected a path"
+        findings.append(found("CELL_TYPE", what, "write the path as a text", row=row))
+        return ()
+    return tuple(normalised(name.strip()) for name in names)
+
+
+def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str | None:
+    """The caption as it stands; None where the cell holds something else."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, float) and value != value:  # the NaN that tables are exported with
+        return str(value)
+    what = f"row {row}: column `{column}` holds `{json.dumps(value)}`, expected a text"
+    findings.append(found("CELL_TYPE", what, "write the caption as a text", row=row))
+    return None
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of JSON holds nothing: null, or the NaN that tables are exported with."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def normalised(name: str) -> str:
+    """A path without `.` and doubled slashes; what leads out of the folder still does. An address stays as it is."""
+    if "://" in name:
+        return name
+    return normpath(name) if "." in name[:2] or "//" in name or "/." in name else name
+
+
+def check_rows(table: Table) -> Iterator[Finding]:
+    """ROW_DUPLICATE."""
+    first: dict[Any, int] = {}
+    for row, cells in table.rows.items():
+        key = _key(cells)
+        other = first.setdefault(key, row)
+        if other != row:
+            yield found("ROW_DUPLICATE", f"row {row} is row {other} again", "take one of them out", row=row)
+
+
+def _key(cells: Mapping[str, Any]) -> Any:
+    try:
+        key = tuple(cells.values())
+        hash(key)
+    except TypeError:
+        return json.dumps(cells, sort_keys=True)
+    return key

@@ -1,0 +1,88 @@
+"""Codes of paths: PATH_MISSING to URL. Paths are looked up in the listing; nothing that leaves the dataset is opened.
+No torch.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffsynth_core.data.metadata import ENDINGS
+from diffsynth_core.errors import suggest
+from diffsynth_core.validation.examined import Examined
+from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.listing import Listing, letters
+from diffsynth_core.validation.table import CAPTION_ENDING
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    code: str
+    what: str
+    hint: str
+
+
+def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
+    """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
+    listing = examined.listing
+    assert listing is not None
+    present: set[str] = set()
+    findings = []
+    for record in examined.records:
+        for column, names in record.files.items():
+            for name in names:
+                if name in present:
+                    continue
+                fault = _fault(name, listing)
+                if fault is None:
+                    present.add(name)
+                else:
+                    what = f"row {record.row}: column `{column}` names `{name}`, {fault.what}"
+                    findings.append(found(fault.code, what, fault.hint, row=record.row, path=name))
+    return frozenset(present), findings
+
+
+def _fault(name: str, listing: Listing) -> _Fault | None:
+    """Why a path is not opened."""
+    if name in listing.files:
+        return None
+    if ADDRESS.match(name):
+        return _Fault("URL", "an address", "download the file and name it")
+    if name.startswith("/") or WINDOWS_ROOT.match(name):
+        return _Fault("PATH_OUTSIDE", "which is absolute", "write it relative to the folder of the dataset")
+    if name == ".." or name.startswith("../"):
+        return _Fault("PATH_OUTSIDE", "which leads out of the dataset", "move the file into the dataset")
+    leaving = next((link for link in listing.leaving if name == link or name.startswith(f"{link}/")), None)
+    if leaving:
+        return _Fault("PATH_OUTSIDE", f"a link that leads out of the dataset (`{leaving}`)", "copy the file itself")
+    return _missing(name, listing)
+
+
+def _missing(name: str, listing: Listing) -> _Fault:
+    other = listing.by_letters.get(letters(name))
+    if other:
+        return _Fault("PATH_CASE", f"where the disk has `{other}`", "write it as the disk does")
+    if name.replace("\\", "/") in listing.files:
+        return _Fault("PATH_MISSING", "which is not there", "write `/` between folders")
+    folder = name.rpartition("/")[0]
+    near = suggest(name, listing.in_folder(folder))
+    return _Fault("PATH_MISSING", "which is not there", f"did you mean `{near}`?" if near else "correct the path")
+
+
+def check_unreferenced(examined: Examined) -> Iterator[Finding]:
+    """FILE_UNREFERENCED: media that no row names, and captions beside no file."""
+    listing = examined.listing
+    if listing is None or not examined.records:
+        return
+    named = {name for record in examined.records for names in record.files.values() for name in names}
+    captions = {f"{os.path.splitext(name)[0]}{CAPTION_ENDING}" for name in named} if examined.table.beside else set()  # noqa: PTH122 - a relative name
+    endings = MEDIA_ENDINGS | ({CAPTION_ENDING} if examined.table.beside else set())
+    for name in sorted(listing.files.keys() - named - captions):
+        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
+        if ending in endings:
+            what = f"`{name}` is a caption without a file" if ending == CAPTION_ENDING else f"no row names `{name}`"
+            yield found("FILE_UNREFERENCED", what, "write a row for it, or move it away", path=name)

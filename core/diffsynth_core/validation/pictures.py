@@ -1,0 +1,145 @@
+"""Picture files looked into: one decoding, and all facts from it. No torch.
+
+The reading is that of training (data/pictures.py): upright, transparency on white. What costs more than a fraction of
+the decoding is done on the picture scaled down.
+"""
+
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from PIL import Image, UnidentifiedImageError
+
+from diffsynth_core.data.pictures import (
+    END_BYTES,
+    END_MARKS,
+    EXIF_ORIENTATION,
+    MAX_PICTURE_PIXELS,
+    SIDEWAYS,
+    is_transparent,
+    to_rgb,
+)
+from diffsynth_core.validation.facts import Fault, PictureFacts
+
+SKETCH_SIDE = 64
+"""The least side, in pixels, of the picture scaled down that is looked at in place of the whole one."""
+HASH_SIZE = (9, 8)
+THUMBNAIL_QUALITY = 80
+OPAQUE = 255
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
+"""Formats whose further frames are moments or pages; those of an MPO are other views of one moment."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
+
+
+def examine_picture(base: Path, name: str, thumbnails: int | None) -> PictureFacts:
+    """Decode the picture `name` below `base` to its end; whatever goes wrong becomes its `fault`."""
+    try:
+        data = (base / name).read_bytes()
+    except OSError as error:
+        return PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", str(error.strerror)))
+    digest = hashlib.sha256(data).hexdigest()
+    if not data:
+        return PictureFacts(name, 0, digest=digest, fault=Fault("IMAGE_UNREADABLE", "the file is empty"))
+    Image.MAX_IMAGE_PIXELS = None  # here is one limit, with one message
+    picture_format = ""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture_format = picture.format or ""
+            if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                reason = f"{picture.width} x {picture.height} are more than {MAX_PICTURE_PIXELS} pixels"
+                return PictureFacts(name, len(data), digest=digest, fault=Fault("IMAGE_BOMB", reason))
+            return _facts(picture, PictureFacts(name, len(data), format=picture_format, digest=digest), thumbnails)
+    except Exception as error:
+        fault = _fault(error, data, picture_format)
+        return PictureFacts(name, len(data), format=picture_format, digest=digest, fault=fault)
+
+
+def _facts(picture: Image.Image, known: PictureFacts, thumbnails: int | None) -> PictureFacts:
+    """Decode a picture that has been opened, and complete what is known of it."""
+    frames = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+    orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+    picture.load()
+    mode, transparent = picture.mode, is_transparent(picture) and _has_clear_pixels(picture)
+    left = picture.getexif().get(EXIF_ORIENTATION, 1)  # Pillow turns a TIFF itself, while it is decoded
+    rgb = to_rgb(picture)
+    size = rgb.size[::-1] if left in SIDEWAYS else rgb.size
+    small = _upright(rgb.reduce(max(1, min(rgb.size) // SKETCH_SIDE)), left)
+    extremes = _extremes(small)
+    blank = _of_one_value(extremes) and _of_one_value(_extremes(rgb))
+    return replace(
+        known,
+        width=size[0],
+        height=size[1],
+        mode=mode,
+        orientation=orientation if orientation in range(1, 9) else 1,
+        frames=frames,
+        transparent=transparent,
+        blank=blank,
+        lowest=min(low for low, _ in extremes),
+        highest=max(high for _, high in extremes),
+        difference_hash=difference_hash(small),
+        sketch=hashlib.blake2b(small.tobytes(), digest_size=16, key=repr(size).encode()).digest(),
+        thumbnail=thumbnail_of(_upright(rgb, left), thumbnails) if thumbnails else None,
+    )
+
+
+def difference_hash(picture: Image.Image) -> int:
+    """64 bits: of a grey picture of 9 x 8, whether each pixel is darker than its right neighbour (dHash)."""
+    values = picture.convert("L").resize(HASH_SIZE, Image.Resampling.BOX).tobytes()
+    bits = 0
+    for row in range(HASH_SIZE[1]):
+        for column in range(HASH_SIZE[0] - 1):
+            place = row * HASH_SIZE[0] + column
+            bits = bits << 1 | (values[place] < values[place + 1])
+    return bits
+
+
+def thumbnail_of(picture: Image.Image, side: int) -> bytes:
+    """A JPEG of a picture, its longer side scaled down to `side` pixels."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
+    return stream.getvalue()
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    turn = TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _extremes(picture: Image.Image) -> tuple[tuple[int, int], ...]:
+    """The lowest and the highest value of each channel."""
+    return cast(tuple[tuple[int, int], ...], picture.getextrema())
+
+
+def _of_one_value(extremes: tuple[tuple[int, int], ...]) -> bool:
+    return all(low == high for low, high in extremes)
+
+
+def _has_clear_pixels(picture: Image.Image) -> bool:
+    low, _ = cast(tuple[int, int], picture.convert("RGBA").getchannel("A").getextrema())
+    return low < OPAQUE
+
+
+def _fault(error: Exception, data: bytes, picture_format: str) -> Fault:
+    """Which code an error of Pillow belongs to: a file that lacks its end is cut off."""
+    end = END_MARKS.get(picture_format)
+    lacks_end = end is not None and end not in data[-END_BYTES:]
+    reason = str(error)
+    if lacks_end or "truncated" in reason.lower():
+        return Fault("IMAGE_TRUNCATED", "it ends before its last pixel")
+    if isinstance(error, UnidentifiedImageError):
+        return Fault("IMAGE_UNREADABLE", "it is no picture of a known format")
+    return Fault("IMAGE_UNREADABLE", reason)

@@ -1,0 +1,164 @@
+"""What a dataset is checked against: thresholds, and what the family asks. No torch.
+
+`Thresholds` is the one declaration of the thresholds; the options of `diffsynth dataset validate` are made from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from diffsynth_core.config.parameters import SETTINGS, Parameters
+from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.data.media import MediaRule, ReferenceRule
+from diffsynth_core.data.pictures import SizeRule
+from diffsynth_core.families.interface import FamilyFacts, Variant
+from diffsynth_core.planning.dataset import media_rule, reference_rules
+
+GENERAL_FACTOR = 16
+"""Sides of what is trained on are multiples of it in every family there is."""
+TEXT_COLUMN = "prompt"
+TARGET_COLUMNS = ("video", "image")
+"""Without a recipe the first of them that the metadata has is what is trained on."""
+REFERENCE_COLUMNS = ("edit_image", "kontext_images", "controlnet_image", "input_image", "end_image")
+"""Columns that, without a recipe, are taken for pictures that a model is shown."""
+MASK_COLUMNS = ("mask", "inpaint_mask", "controlnet_inpaint_mask")
+"""Columns whose pictures say which pixels of the picture trained on count."""
+
+
+def _threshold(default: float, unit: str, help_text: str) -> Any:
+    """Declare one threshold."""
+    return field(default=default, metadata={"unit": unit, "help": help_text})
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a check begins to speak."""
+
+    near_duplicate_distance: int = _threshold(
+        3,
+        "bits of 64",
+        "Pictures whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
+    )
+    max_aspect: float = _threshold(
+        4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT"
+    )
+    max_crop_loss: float = _threshold(
+        0.2, "share", "The share of a picture that may be cut away before it is IMAGE_CROP_LOSS"
+    )
+    min_side: int = _threshold(
+        GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL"
+    )
+    max_tokens: int = _threshold(
+        512, "tokens", "Captions of more are CAPTION_TOO_LONG; a recipe brings the number of its own text encoder"
+    )
+    file_timeout: float = _threshold(120.0, "seconds", "A file that takes longer is given up and told as unreadable")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All that a dataset is checked against.
+
+    `target`: the column of what is trained on; None: the first of `TARGET_COLUMNS` that there is.
+    `masks`: columns of masks. `other`: columns beside these that training reads.
+    `batch_size`, `repeat`: how batches are made of the samples.
+    `recipe`: its name; None: general rules, which hold in every family.
+    """
+
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    text: str = TEXT_COLUMN
+    target: str | None = None
+    media: MediaRule = field(default_factory=lambda: MediaRule(_general_size()))
+    references: tuple[ReferenceRule, ...] = ()
+    masks: tuple[str, ...] = MASK_COLUMNS
+    other: tuple[str, ...] = ()
+    batch_size: int = 1
+    repeat: int = 1
+    recipe: str | None = None
+    family: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What is trained on, as data/metadata.py names it."""
+        return "video" if self.media.frames or self.target == "video" else "picture"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a dataset by what they hold, as `columns_of` settles them.
+
+    `other` are read besides; `required` are those of them that must be there.
+    """
+
+    text: str
+    target: str
+    references: tuple[str, ...]
+    masks: tuple[str, ...]
+    other: tuple[str, ...]
+    required: tuple[str, ...] = ()
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The columns that name files."""
+        return self.target, *self.references, *self.masks
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns that must be there."""
+        return self.target, self.text, *self.references, *self.required
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The columns that mean something."""
+        return self.text, *self.media, *self.other
+
+
+def rules_of(
+    parameters: Parameters, facts: FamilyFacts, variant: Variant, thresholds: Thresholds, recipe: str | None
+) -> Rules:
+    """The rules of a run: what its family, its kind of model and its parameters ask."""
+    return Rules(
+        thresholds=thresholds,
+        text=facts.text_column,
+        target=variant.medium.column,
+        media=media_rule(parameters, variant.medium),
+        references=reference_rules(parameters, variant),
+        masks=(),
+        other=TASKS[parameters.task].columns,
+        batch_size=parameters.batch_size,
+        repeat=parameters.dataset_repeat,
+        recipe=recipe,
+        family=facts.name,
+    )
+
+
+def columns_of(rules: Rules, present: tuple[str, ...]) -> Columns:
+    """Which of the columns `present` hold what; those that the rules ask for are there even when absent."""
+    if rules.recipe:
+        references = tuple(dict.fromkeys(rule.column for rule in rules.references))
+        return Columns(
+            rules.text, rules.target or TARGET_COLUMNS[-1], references, rules.masks, rules.other, rules.other
+        )
+    target = rules.target or next((name for name in TARGET_COLUMNS if name in present), TARGET_COLUMNS[-1])
+    references = tuple(name for name in (*TARGET_COLUMNS, *REFERENCE_COLUMNS) if name in present and name != target)
+    masks = tuple(name for name in rules.masks if name in present)
+    every_task = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.columns))
+    return Columns(rules.text, target, references, masks, (*rules.other, *every_task))
+
+
+def threshold_facts() -> Mapping[str, tuple[Any, str, str]]:
+    """Name -> (default, unit, help) of every threshold, for options and the reference page."""
+    return {one.name: (one.default, one.metadata["unit"], one.metadata["help"]) for one in fields(Thresholds)}
+
+
+def _general_size() -> SizeRule:
+    return SizeRule(None, None, SETTINGS["max_pixels"].default, GENERAL_FACTOR)
+
+
+def variant_without_files(parameters: Parameters, facts: FamilyFacts) -> Variant:
+    """The kind of model, as far as what the user wrote for its files tells; no file is opened.
+
+    Raises:
+        DiffSynthError: for a kind that is not trained.
+    """
+    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
+    return facts.variant({}, parameters.extra_inputs, ", ".join(named))

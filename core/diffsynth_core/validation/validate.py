@@ -1,0 +1,150 @@
+"""The checks of a dataset, from PATH to report. No torch.
+
+The way of the data: PATH -> listing, table -> records -> paths that can be opened -> facts of files (in workers) ->
+checks -> report. Every step is a function of what came before; printing and the HTML page are elsewhere and read what
+`validate` returns: the `Report` (plain values, which JSON shows) and the `Examined` (all the evidence behind it, with
+captions, sizes and thumbnails). `Wish.thumbnails` asks for those; set_checks.py has the training sizes and the crops.
+
+A new check is a function `(Examined) -> Iterator[Finding]` in the module of its subject, named in `CHECKS`.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from diffsynth_core.data.videos import VIDEO_ENDINGS
+from diffsynth_core.progress import Reporter
+from diffsynth_core.validation.caption_checks import check_captions
+from diffsynth_core.validation.examined import Examined
+from diffsynth_core.validation.facts import PictureFacts, VideoFacts
+from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
+from diffsynth_core.validation.inspect import Job, Kind, inspect_files
+from diffsynth_core.validation.listing import Listing, list_files
+from diffsynth_core.validation.metadata_checks import check_columns, check_rows, read_records
+from diffsynth_core.validation.pair_checks import check_counts
+from diffsynth_core.validation.path_checks import check_unreferenced, present_paths
+from diffsynth_core.validation.picture_checks import check_pictures
+from diffsynth_core.validation.rules import Rules, columns_of
+from diffsynth_core.validation.set_checks import check_buckets
+from diffsynth_core.validation.table import Table, locate_metadata, read_table
+from diffsynth_core.validation.video_checks import check_videos
+
+Depth = Literal["metadata", "paths", "files"]
+"""How far a dataset is looked into: rows and captions alone; also whether files are there; also what they hold."""
+
+CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
+    check_unreferenced,
+    check_captions,
+    check_counts,
+    check_pictures,
+    check_videos,
+    check_buckets,
+)
+"""What is said of a dataset once it has been examined; where facts are missing a check says nothing."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a dataset is looked into.
+
+    `workers`: processes; 0: as many as there are cores for this one. `thumbnails`: the longer side in pixels of the
+    small pictures that a report shows; None: none are made.
+    """
+
+    depth: Depth = "files"
+    workers: int = 0
+    thumbnails: int | None = None
+
+
+def validate(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[Report, Examined]:
+    """Check the dataset at PATH, a folder or a metadata file.
+
+    Raises:
+        DiffSynthError: when there is nothing at PATH.
+    """
+    examined, findings = examine(path, rules, wish, reporter)
+    for check in CHECKS:
+        findings += check(examined)
+    return make_report(examined, findings, wish), examined
+
+
+def examine(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[Examined, list[Finding]]:
+    """A dataset looked into, and what was found on the way there."""
+    base, metadata = locate_metadata(path)
+    listing = list_files(base) if wish.depth != "metadata" or metadata is None else Listing(base)
+    table, findings = read_table(base, metadata, rules, listing)
+    columns = columns_of(rules, table.columns)
+    findings += check_columns(table, columns)
+    findings += check_rows(table)
+    records, of_cells = read_records(table, columns)
+    findings += of_cells
+    examined = Examined(table, columns, records, rules)
+    if wish.depth == "metadata":
+        return examined, findings
+    examined = replace(examined, listing=listing)
+    present, of_paths = present_paths(examined)
+    findings += of_paths
+    examined = replace(examined, present=present)
+    return (_decode(examined, wish, reporter) if wish.depth == "files" else examined), findings
+
+
+def _decode(examined: Examined, wish: Wish, reporter: Reporter) -> Examined:
+    """The same with the facts of all files that can be opened."""
+    frames = examined.rules.media.frames
+    job = Job(examined.table.base, frames.frame_rate if frames else None, wish.thumbnails)
+    kinds = _kinds(examined)
+    facts = inspect_files(job, kinds, wish.workers, examined.rules.thresholds.file_timeout, reporter)
+    pictures = {name: one for name, one in facts.items() if isinstance(one, PictureFacts)}
+    videos = {name: one for name, one in facts.items() if isinstance(one, VideoFacts)}
+    return replace(examined, pictures=pictures, videos=videos)
+
+
+def _kinds(examined: Examined) -> dict[str, Kind]:
+    """What each file is read as, in the order of the rows: a video where one is trained on, by its ending."""
+    kinds: dict[str, Kind] = {}
+    moving = examined.rules.media.frames is not None or examined.columns.target == "video"
+    for record in examined.records:
+        for column, names in record.files.items():
+            for name in names:
+                if name in examined.present:
+                    video = moving and column == examined.columns.target and Path(name).suffix.lower() in VIDEO_ENDINGS
+                    kinds.setdefault(name, "video" if video else "picture")
+    return kinds
+
+
+def make_report(examined: Examined, findings: list[Finding], wish: Wish) -> Report:
+    """The report of what was found."""
+    ordered = in_order(findings)
+    levels = count_levels(ordered)
+    counted = Counter(finding.code for finding in ordered)
+    summary = Summary(
+        origin=examined.table.origin,
+        recipe=examined.rules.recipe,
+        rows=len(examined.records),
+        pictures=len(examined.pictures),
+        videos=len(examined.videos),
+        errors=levels["error"],
+        warnings=levels["warning"],
+        infos=levels["info"],
+        codes={code: counted[code] for code in CODES if counted[code]},
+        decoded=wish.depth == "files",
+    )
+    return Report(summary, fingerprint_of(examined), ordered)
+
+
+def fingerprint_of(examined: Examined) -> str:
+    """sha256 over columns and rows and, as far as they are known, the content or else the sizes of files."""
+    table: Table = examined.table
+    digest = hashlib.sha256(json.dumps(table.columns).encode())
+    for cells in table.rows.values():
+        digest.update(repr(list(cells.items())).encode("utf-8", "surrogatepass"))
+    known = {name: picture.digest for name, picture in examined.pictures.items()}
+    known |= {name: video.digest for name, video in examined.videos.items()}
+    sizes = examined.listing.files if examined.listing else {}
+    for name in sorted(examined.present):
+        digest.update(f"{name} {known.get(name) or sizes[name]}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

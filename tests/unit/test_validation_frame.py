@@ -1,0 +1,77 @@
+"""The frame of the dataset checks: codes, levels, order, workers that do not come back."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation import inspect
+from diffsynth_core.validation.findings import CODES, LEVELS, SUBJECTS, found, in_order
+from diffsynth_core.validation.inspect import Job, inspect_files
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.validate import Wish, validate
+
+
+def test_every_code_has_a_subject_a_level_and_an_explanation() -> None:
+    assert {code.subject for code in CODES.values()} == set(SUBJECTS)
+    assert {code.level for code in CODES.values()} == set(LEVELS)
+    assert all(code.explanation and not code.explanation.endswith(".") for code in CODES.values())
+
+
+def test_the_worst_comes_first() -> None:
+    findings = [found("BUCKETS", "c"), found("IMAGE_ALPHA", "b", row=2), found("PATH_MISSING", "a", row=9)]
+    findings.append(found("IMAGE_ALPHA", "b", row=1))
+    assert [(one.code, one.row) for one in in_order(findings)] == [
+        ("PATH_MISSING", 9),
+        ("IMAGE_ALPHA", 1),
+        ("IMAGE_ALPHA", 2),
+        ("BUCKETS", None),
+    ]
+
+
+def _hang_or_crash(job: Job, name: str) -> inspect.Facts:
+    """Stands for a decoder with a fault."""
+    if name == "hangs":
+        time.sleep(60)
+    if name == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return inspect.PictureFacts(name, 1)
+
+
+def _work_badly(job: Job, line) -> None:
+    inspect.EXAMINERS = {"picture": _hang_or_crash}
+    inspect.work(job, line)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, workers: int) -> None:
+    monkeypatch.setattr(inspect, "WORK", _work_badly)
+    names = ["first", "hangs", "second", "crashes", "third"]
+    facts = inspect_files(Job(tmp_path), dict.fromkeys(names, "picture"), workers, 2.0, SilentReporter())
+    assert list(facts) == names
+    faults = {name: one.fault and one.fault.reason for name, one in facts.items()}
+    assert faults == {
+        "first": None,
+        "hangs": "it took more than 2 seconds",
+        "second": None,
+        "crashes": "decoding it crashed",
+        "third": None,
+    }
+
+
+def test_a_folder_with_captions_is_checked_to_the_pixels(tmp_path: Path) -> None:
+    Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a noise")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    (tmp_path / "b.txt").write_text("another")
+    report, examined = validate(tmp_path, Rules(), Wish(), SilentReporter())
+    assert {(one.code, one.row, one.path) for one in report.findings} == {
+        ("IMAGE_TRUNCATED", 2, "b.png"),
+        ("BUCKETS", None, None),
+    }
+    assert (examined.pictures["a.png"].width, examined.pictures["a.png"].height) == (96, 64)
+    assert report.exit_code == 1
