@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests --ignore=tests/bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/bench -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
 	$(BIN)/python -m pytest tests/bench -s

@@ -11,6 +11,8 @@ from tests.clips import detailed, write_clip
 from tests.conftest import CAPTIONS
 
 CLIPS = ("--height", 64, "--width", 96, "--num_frames", 9)
+SMALL = ("--max_pixels", 256 * 256)
+"""Pictures to edit are brought to 1024 x 1024 pixels unless fewer are asked for."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,8 @@ class Kind:
 
 KINDS = {
     "qwen-image": Kind("qwen-image-lora"),
-    "qwen-edit": Kind("qwen-image-edit-lora", "edits", encoders=("edit_text", "latents", "edit_latents")),
-    "qwen-edit-2509": Kind(
-        "qwen-image-edit-2509-lora", "edits", encoders=("edit_plus_text", "latents", "edit_latents")
-    ),
+    "qwen-edit": Kind("qwen-image-edit-lora", "edits", SMALL, ("edit_text", "latents", "edit_latents")),
+    "qwen-edit-2509": Kind("qwen-image-edit-2509-lora", "edits", SMALL, ("edit_plus_text", "latents", "edit_latents")),
     "flux": Kind(
         "flux.1-dev-lora",
         encoders=("text_1", "text_2", "latents"),

@@ -5,7 +5,6 @@ dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and
 mixes up between samples, cannot pass.
 """
 
-import csv
 import shutil
 from pathlib import Path
 
@@ -85,10 +84,10 @@ def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
     """Train on a dataset, load the checkpoint with diffusers, measure on the photographs as they are."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
 
-    def run(recipe: tuple[object, ...], dataset: Path, learning_rate: float) -> float:
+    def run(recipe: tuple[object, ...], dataset: Path, learning_rate: float, steps: int = 300) -> float:
         outcome = cli(
-            "train", *recipe, "--batch_size", 4, "--dataset_num_workers", 0, "--no-use_gradient_checkpointing", "--max_steps", 300, "--num_epochs", 30,
-            "--dataset_base_path", dataset, "--learning_rate", learning_rate, "--save_steps", 300, "--output_path", tmp_path / "out",
+            "train", *recipe, "--batch_size", 4, "--dataset_num_workers", 0, "--no-use_gradient_checkpointing", "--max_steps", steps, "--num_epochs", 30,
+            "--dataset_base_path", dataset, "--learning_rate", learning_rate, "--save_steps", steps, "--output_path", tmp_path / "out",
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         transformer = QwenImageTransformer2DModel.from_pretrained(
@@ -96,11 +95,14 @@ def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
         )
         if recipe is FULL:
             transformer.load_state_dict(
-                {name: tensor.float() for name, tensor in load_file(tmp_path / "out" / "step-300.safetensors").items()}
+                {
+                    name: tensor.float()
+                    for name, tensor in load_file(tmp_path / "out" / f"step-{steps}.safetensors").items()
+                }
             )
         else:
             pipeline.transformer = transformer
-            pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="step-300.safetensors")
+            pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=f"step-{steps}.safetensors")
         return share_of_predicting_zero(pipeline, transformer, photographs)
 
     return run
@@ -114,22 +116,17 @@ def test_it_learns(train_and_measure, photographs, recipe):
 
 
 def test_learning_rate_0_does_not_pass(train_and_measure, photographs):
-    assert train_and_measure(LORA, photographs, 0.0) > 0.5
+    """At that rate the weights are the same after any number of steps."""
+    assert train_and_measure(LORA, photographs, 0.0, steps=2) > 0.5
 
 
-@pytest.mark.parametrize("swapped", ["captions", "pictures"])
-def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path, swapped):
+def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
     """What training on mixed-up pairs would give: each caption with the next picture."""
-    names = list(CAPTIONS)
     dataset = tmp_path / "swapped"
-    dataset.mkdir()
-    for name, other in zip(names, names[1:] + names[:1], strict=True):
-        shutil.copy(photographs / f"{other if swapped == 'pictures' else name}.png", dataset / f"{name}.png")
+    shutil.copytree(photographs, dataset)
     captions = list(CAPTIONS.values())
-    rows = captions[1:] + captions[:1] if swapped == "captions" else captions
-    write_metadata(dataset, [(f"{name}.png", caption) for name, caption in zip(names, rows, strict=True)])
-    with (dataset / "metadata.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == 4
+    pairs = zip(CAPTIONS, captions[1:] + captions[:1], strict=True)
+    write_metadata(dataset, [(f"{name}.png", caption) for name, caption in pairs])
     share = train_and_measure(LORA, dataset, 2e-3)
-    print(f"{swapped} swapped: {share:.3f} of predicting zero")
+    print(f"captions swapped: {share:.3f} of predicting zero")
     assert share > 0.5

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffsynth_cli import launching
+from diffsynth_cli.main import main
 from tests.conftest import ENTRIES
 
 RECIPES = {
@@ -46,9 +48,22 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
     )
 
 
+def train_in_two(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...]) -> None:
+    process = launch(flags, models, folder, accelerate)
+    told, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert told.count("Checkpoint  ") == 1, "one process tells"
+    assert "Warning" not in errors and (accelerate or "default" not in errors), errors
+
+
+def train_here(flags: list[str], models: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(models))
+        assert main(["train", *COMMON, *flags]) == 0
+
+
 TWO = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-
-
+ACCUMULATING = ("--gradient_accumulation_steps", "2")
 OURS, THEIRS = (("--num_processes", "2"), ()), (("--find_unused_parameters",), TWO)
 
 
@@ -66,11 +81,10 @@ def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[st
         dataset = ["--dataset_base_path", str(photographs), "--dataset_repeat", "2", "--num_epochs", "1"]
         dataset += ["--dataset_metadata_path", str(metadata)] if recipe.startswith("wan") else []
         flags = ["--recipe", recipe, *RECIPES[recipe], *dataset, *arguments, "--output_path", str(output)]
-        process = launch(flags, recipe_models(recipe), folder, accelerate)
-        told, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert told.count("Checkpoint  ") == 1, "one process tells"
-        assert "Warning" not in errors and (accelerate or "default" not in errors), errors
+        if arguments[:2] == ACCUMULATING:
+            train_here(flags, recipe_models(recipe))
+        else:
+            train_in_two(flags, recipe_models(recipe), folder, accelerate)
         return load_file(output / "epoch-0.safetensors")
 
     return run
@@ -79,7 +93,7 @@ def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[st
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("arguments", "accelerate"), [OURS, THEIRS], ids=["ours", "accelerate's"])
 def test_two_processes_train_what_one_does_with_accumulation(train, recipe, arguments, accelerate):
-    one = train(recipe, ("--gradient_accumulation_steps", "2"))
+    one = train(recipe, ACCUMULATING)
     two = train(recipe, arguments, accelerate)
     assert one.keys() == two.keys()
     off = max(float((one[name] - two[name]).abs().max()) for name in one)
@@ -89,7 +103,7 @@ def test_two_processes_train_what_one_does_with_accumulation(train, recipe, argu
 
 def test_two_processes_share_weights_in_8_bit_floats(train):
     narrow = ("--fp8_models", f"{ENTRIES['dit']},{ENTRIES['text_encoder']}")
-    one = train("qwen-image-lora", ("--gradient_accumulation_steps", "2", *narrow))
+    one = train("qwen-image-lora", (*ACCUMULATING, *narrow))
     two = train("qwen-image-lora", ("--num_processes", "2", *narrow))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
@@ -124,9 +138,9 @@ def test_a_launcher_that_starts_one_process_of_two_is_found_out(tiny_models, pho
     assert "error: 2 processes are asked for by the launcher, and there are 1\n" in errors
 
 
-def test_what_is_wrong_is_told_before_anything_is_launched(tiny_models, photographs, tmp_path):
-    arguments = ["--dataset_base_path", str(photographs), "--num_processes", "2", "--lora_target_modules", "to_x"]
-    process = launch([*QWEN, *arguments], tiny_models, tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert errors.count("error: ") == 1 and "no module of dit ends with `to_x`" in errors
+def test_what_is_wrong_is_told_before_anything_is_launched(cli, photographs, monkeypatch):
+    monkeypatch.setattr(launching.subprocess, "Popen", None)
+    arguments = ("--dataset_base_path", photographs, "--num_processes", 2, "--lora_target_modules", "to_x")
+    outcome = cli("train", *COMMON, *QWEN, *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("error: ") == 1 and "no module of dit ends with `to_x`" in outcome.err

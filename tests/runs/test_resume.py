@@ -141,7 +141,7 @@ def test_resume_takes_the_last_whole_state(cli, photographs):
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
-def test_a_signal_finishes_the_step_saves_and_exits(tiny_models, photographs, tmp_path, number, code):
+def test_a_signal_finishes_the_step_saves_and_exits(cli, tiny_models, photographs, tmp_path, number, code):
     """A real process, with data workers, stopped in the middle of its run; then resumed."""
     command = [
         sys.executable,
@@ -179,13 +179,6 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny_models, photographs, tm
     assert record["status"] == "interrupted"
     assert len(metrics_of(tmp_path / "out")) == record["step"]
     assert record["checkpoints"][-1]["file"] == f"step-{record['step']}.safetensors"
-    again = subprocess.run(
-        [*command, "--resume", "auto", "--max_steps", str(record["step"] + 2)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr
+    again = cli(*command[3:], "--resume", "auto", "--max_steps", record["step"] + 2)
+    assert again.code == 0, again.err
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, record["step"] + 3))

@@ -211,27 +211,23 @@ def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets)
     assert "the files of vae are not those the run in `run` was started with" in outcome.err
 
 
-def test_two_processes_share_the_encoding_out(models, datasets, tmp_path):
+def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path):
     """Each sample is encoded once, and the folder is the one that a single process writes."""
-    folders = {}
-    for count in (1, 2):
-        command = ["-m", "diffsynth_cli", "train", "--device", "cpu", "--num_processes", count]
-        command += [*first_half(QWEN, datasets["pictures"], f"by_{count}"), "--cache_path", tmp_path / f"cache_{count}"]
-        environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Encoded     ") == 1
-        assert f"Encoding latents: {4 // count} of {4 // count} samples" in done.stderr
-        folder = tmp_path / f"by_{count}"
-        folders[count] = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert folders[1] == folders[2]
+    alone = train(*first_half(QWEN, datasets["pictures"], "by_1"))
+    command = ["-m", "diffsynth_cli", "train", "--device", "cpu", "--num_processes", 2]
+    command += [*first_half(QWEN, datasets["pictures"], "by_2"), "--cache_path", tmp_path / "other_cache"]
+    environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
+    shared = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert shared.returncode == 0, shared.stderr
+    assert (alone.out.count("Encoded     "), shared.stdout.count("Encoded     ")) == (1, 1)
+    assert "Encoding latents: 4 of 4 samples" in alone.err and "Encoding latents: 2 of 2 samples" in shared.stderr
+    folders = [
+        {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+        for folder in ("by_1", "by_2")
+    ]
+    assert folders[0] == folders[1]
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "flux", "wan-i2v"])
