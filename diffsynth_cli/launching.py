@@ -13,7 +13,7 @@ import psutil
 
 from diffsynth_core.config.recipes import recipe_folder
 from diffsynth_core.config.yaml_files import read_yaml
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, FaultsFound, Problem, suggest
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
 from diffsynth_core.planning.device import sharded_launch
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
@@ -23,7 +23,6 @@ SHARDED_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megat
 """Kinds of distribution that share weights, gradients or optimizer out."""
 UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 """What the launcher would take, and complain of, without a configuration; the precision is the plan's business."""
-STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def world_size() -> int:

@@ -5,11 +5,14 @@ error boundary in the command line, so that all problems of a command come in on
 """
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_FAILED = 1
 EXIT_WRONG_USE = 2
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, the end of a job, and a terminal that goes away."""
 SIGNAL_EXIT_BASE = 128
 """A shell's exit code for a program ended by a signal is this plus the signal's number."""
 

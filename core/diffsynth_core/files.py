@@ -5,13 +5,15 @@ import json
 import os
 import re
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError
 
 
 def default_cache_path() -> Path:
@@ -65,14 +67,24 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DiffSynthError: when the disk refuses; nothing is left under either name.
     """
+    with temporary_beside(path) as temporary:
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what still stands under it when the block ends is deleted.
+
+    Raises:
+        DiffSynthError: when the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_ENDING}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise DiffSynthError(
             f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder"
@@ -112,6 +124,52 @@ def locked(path: Path) -> Iterator[None]:
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Within it `folder` is there; one that was made for the block goes again, with its parents, if the block fails."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    try:
+        for place in reversed(missing):
+            place.mkdir(exist_ok=True)
+        yield
+    except OSError as error:
+        _remove_empty(missing)
+        raise DiffSynthError(f"cannot write to `{folder}`: {error.strerror or error}", "name another folder") from error
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for place in folders:
+        with suppress(OSError):
+            place.rmdir()
+
+
+@contextmanager
+def not_stopping() -> Iterator[None]:
+    """Within it signals that ask to stop have no effect: for moments alone, such as several renames that belong
+    together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

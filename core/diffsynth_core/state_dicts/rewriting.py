@@ -2,7 +2,7 @@
 
 A tensor of an output is either a span of an input, copied by the system without passing through this process's memory,
 or made piece by piece when its turn comes. All files are written under temporary names, synced, opened again and held
-against the plan; only then do they take their final names, an index last.
+against the plan; only then do they take their final names, one right after the other, an index last.
 """
 
 import errno
@@ -17,13 +17,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
-from diffsynth_core.files import remove_leftovers, replacing
+from diffsynth_core.files import (
+    new_folder,
+    not_stopping,
+    remove_leftovers,
+    sync_file,
+    sync_folder,
+    temporary_beside,
+)
 from diffsynth_core.progress import BYTES, Reporter, Task, format_bytes
 from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT, TensorHeader, make_header, read_header
 from diffsynth_core.state_dicts.weight_sets import Span
 
 COPIED_AT_ONCE = 64 * 1024**2
-"""Bytes between two signs of progress."""
+"""Bytes between two signs of progress, and between two hints to the system that it may begin to write."""
 NOT_COPIED_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Pieces = Callable[[], Iterable[bytes | bytearray | memoryview]]
@@ -163,7 +170,10 @@ def output_bytes(output: Output) -> int:
 def write_outputs(
     outputs: Sequence[Output], inputs: Collection[Path], reporter: Reporter, overwrite: bool = False
 ) -> None:
-    """Write files, each whole or not at all; an index takes its name after the shards.
+    """Write files, all of them or none; an index takes its name after the shards.
+
+    A signal that stops the program (as an exception, `diffsynth_cli/stopping.py`) leaves nothing; once all is written
+    it no longer does, as the names are given within a moment.
 
     Raises:
         FaultsFound: as `output_problems` tells, before anything is written.
@@ -171,31 +181,56 @@ def write_outputs(
             nothing is left then.
     """
     raise_if_any(output_problems(outputs, inputs, overwrite))
-    files = [output for output in outputs if isinstance(output, OutputFile)]
     stamps = {path: _stamp(path) for path in inputs}
-    total = sum(file.nbytes for file in files)
-    with ExitStack() as renames:  # which come last to first when all is written: an index is entered first
+    ordered = sorted(outputs, key=lambda output: isinstance(output, OutputIndex))
+    with ExitStack() as cleaning:
+        for folder in dict.fromkeys(output.path.parent for output in ordered):
+            cleaning.enter_context(new_folder(folder))
         places = {}
-        for output in sorted(outputs, key=lambda output: isinstance(output, OutputFile)):
-            remove_leftovers(output.path)
-            places[output.path] = renames.enter_context(replacing(output.path))
-            if isinstance(output, OutputIndex):
-                places[output.path].write_text(output.text, encoding="utf-8")
-        with reporter.task("Writing", total, BYTES) as task:
-            for file in files:
-                _write(file, places[file.path], task)
-                _verify(file, places[file.path])
+        with reporter.task("Writing", sum(output_bytes(output) for output in ordered), BYTES) as task:
+            for output in ordered:
+                remove_leftovers(output.path)
+                places[output.path] = cleaning.enter_context(temporary_beside(output.path))
+                _put(output, places[output.path], task)
         changed = [path for path in inputs if _stamp(path) != stamps[path]]
         if changed:
             raise DiffSynthError(
                 f"{shorten([str(path) for path in changed])} changed while it was read",
                 "wait until nothing writes to it, and repeat the command",
             )
+        with not_stopping():
+            _give_names(ordered, places)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
     return status.st_size, status.st_mtime_ns
+
+
+def _put(output: Output, place: Path, task: Task) -> None:
+    """Write one file under its temporary name, for good, and check it."""
+    if isinstance(output, OutputIndex):
+        place.write_text(output.text, encoding="utf-8")
+        task.advance(output_bytes(output))
+    else:
+        _write(output, place, task)
+    sync_file(place)
+    if isinstance(output, OutputFile):
+        _verify(output, place)
+
+
+def _give_names(outputs: Sequence[Output], places: Mapping[Path, Path]) -> None:
+    """Give files their final names. An older index goes first: it would speak of shards old and new."""
+    for output in outputs:
+        if isinstance(output, OutputIndex):
+            output.path.unlink(missing_ok=True)
+    for output in outputs:
+        places[output.path].replace(output.path)
+    for folder in dict.fromkeys(output.path.parent for output in outputs):
+        sync_folder(folder)
 
 
 def _header(file: OutputFile) -> bytes:
@@ -205,7 +240,9 @@ def _header(file: OutputFile) -> bytes:
 def _write(file: OutputFile, place: Path, task: Task) -> None:
     """The bytes of one file."""
     with place.open("wb", buffering=0) as stream, ExitStack() as opened:
-        stream.write(_header(file))
+        header = _header(file)
+        _write_whole(stream, header)
+        task.advance(len(header))
         sources: dict[Path, BinaryIO] = {}
         for copied, tensors in groupby(file.tensors, key=lambda tensor: isinstance(tensor.source, Span)):
             if copied:
@@ -219,6 +256,7 @@ def _write(file: OutputFile, place: Path, task: Task) -> None:
                     for piece in tensor.source():
                         _write_whole(stream, piece)
                         task.advance(len(memoryview(piece).cast("B")))
+                    _begin_writeback(stream)
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
@@ -258,6 +296,17 @@ def _copy(source: BinaryIO, target: BinaryIO, span: Span, task: Task) -> None:
             done = len(piece)
         place += done
         task.advance(done)
+        if done == wanted:
+            _begin_writeback(target)
+
+
+def _begin_writeback(stream: BinaryIO) -> None:
+    """Let the system begin to write what it holds of a file, so that the disk does not wait for the sync at the end.
+
+    On Linux this advice starts the write of pages that are not on the disk yet (mm/fadvise.c).
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_whole(target: BinaryIO, piece: bytes | bytearray | memoryview) -> None:

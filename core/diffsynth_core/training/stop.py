@@ -5,10 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from diffsynth_core.errors import Interrupted
-
-STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, the end of a job, and a terminal that goes away."""
+from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
 
 
 class StopRequest:

@@ -9,8 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
-from diffsynth_core.training.stop import STOPPING_SIGNALS
+from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem
 
 Item = TypeVar("Item")
 

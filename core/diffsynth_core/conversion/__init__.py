@@ -1,0 +1,1 @@
+"""Weight files made of others: checkpoints taken apart, LoRAs merged, names translated; no model is built."""

@@ -1,0 +1,92 @@
+"""A signal in the midst of writing: temporary files go, nothing has a final name, the exit code tells the signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from diffsynth_cli.errors import exit_code_of
+from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, write_outputs
+
+def slowly():
+    yield bytes(2)
+    print("writing", flush=True)
+    time.sleep({seconds})
+    yield bytes(2)
+
+outputs = [
+    OutputFile(Path("out/deep") / name, (OutputTensor("x", "F32", (1,), source),))
+    for name, source in (("a.safetensors", lambda: [bytes(4)]), ("b.safetensors", slowly))
+]
+try:
+    with stopping_cleanly():
+        write_outputs(outputs, [], SilentReporter())
+except Exception as error:
+    sys.exit(exit_code_of(error))
+"""
+
+
+def start(folder, seconds, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(seconds=seconds)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path, number):
+    with start(tmp_path, 60) as process:
+        assert process.stdout.readline() == "writing\n"
+        assert len(list((tmp_path / "out" / "deep").iterdir())) == 2
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert told == f"error: stopped by {number.name}; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with start(tmp_path, 0.5, preexec_fn=ignore) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGHUP)
+        _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_names_are_given_all_together(tmp_path, monkeypatch):
+    """A signal that comes between two renames is too late: all files are there."""
+    from diffsynth_cli.stopping import stopping_cleanly
+    from diffsynth_core.progress import SilentReporter
+    from diffsynth_core.state_dicts import rewriting
+    from diffsynth_core.state_dicts.rewriting import OutputFile, write_outputs
+
+    real = rewriting._give_names
+
+    def give(outputs, places):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        real(outputs, places)
+
+    monkeypatch.setattr(rewriting, "_give_names", give)
+    with stopping_cleanly():
+        write_outputs(
+            [OutputFile(tmp_path / name, ()) for name in ("a.safetensors", "b.safetensors")], [], SilentReporter()
+        )
+    assert len(list(tmp_path.iterdir())) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
