@@ -21,14 +21,10 @@ METAVARS = {
 }
 HELP_WIDTH = 80
 
-EITHER_SPELLING: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
-"""`--max-aspect` is `--max_aspect`."""
-BOTH_SPELLINGS: dict[str, Any] = {
-    **EITHER_SPELLING,
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-}
-"""`--lora-rank` is `--lora_rank`; what no option takes is left for our own report, beside all other problems."""
+SPELLINGS: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
+"""`--lora-rank` is `--lora_rank`."""
+BOTH_SPELLINGS = SPELLINGS | {"allow_extra_args": True, "ignore_unknown_options": True}
+"""And what no option takes is left for our own report, beside all other problems."""
 
 
 def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int]) -> Callable[..., int]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffsynth_cli.options import EITHER_SPELLING
+from diffsynth_cli.options import SPELLINGS
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
 
 
@@ -42,7 +42,7 @@ Examples:
 def add_to(app: typer.Typer) -> None:
     datasets = typer.Typer(help="Check datasets.", no_args_is_help=True, rich_markup_mode=None)
     datasets.callback()(_group)
-    datasets.command("validate", help=HELP, context_settings=EITHER_SPELLING)(_with_thresholds())
+    datasets.command("validate", help=HELP, context_settings=SPELLINGS)(_with_thresholds())
     app.add_typer(datasets, name="dataset")
 
 

@@ -64,6 +64,11 @@ class Layout:
         return {name: self.in_checkpoints.join_shape(name, shapes) for name in self.in_checkpoints.theirs_of(shapes)}
 
 
+LAYOUT_NAMES = ("documented", "diffusers", "original")
+"""What the names of full weights can be: those that users type, those of diffusers' and transformers' modules, and
+those of the files that the makers of a model publish."""
+
+
 @dataclass(frozen=True)
 class ComponentFacts:
     """One network of a family.
@@ -75,6 +80,8 @@ class ComponentFacts:
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
     `dialects`: for LoRA dialects that name modules otherwise: documented names -> those there, which may be of several
     modules; None: the dialect has no names for this component.
+    `published`: for the `original` layout, where its names are not the documented ones: names there -> those of our
+    module; None: there is no table of them.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
     `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says -> the
@@ -89,9 +96,16 @@ class ComponentFacts:
     config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
+    published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
+
+    def names_in(self, layout_name: str, layout: Layout) -> KeyMap | None:
+        """Names in files of a layout (`LAYOUT_NAMES`) -> names in our module; None: there is no table of them."""
+        if layout_name == "diffusers":
+            return SAME_NAMES
+        return layout.documented if layout_name == "documented" else self.published.get(layout_name, layout.documented)
 
     @property
     def lora_naming(self) -> LoraNaming:

@@ -71,8 +71,15 @@ def read_header(path: Path) -> Header:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a key twice says two things of one tensor."""
+    """A JSON object; one that has a key twice says two things of one tensor, and one whose key is half a character of
+    UTF-16 has a name that no other program can write.
+
+    Raises:
+        ValueError: for both.
+    """
     content = dict(pairs)
+    for key in content:
+        key.encode()
     if len(content) < len(pairs):
         raise ValueError("a key stands there twice")
     return content

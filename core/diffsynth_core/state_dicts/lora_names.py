@@ -77,13 +77,24 @@ class LoraNaming:
 DIT = LoraNaming()
 
 
-def is_lora_key(key: str) -> bool:
-    """Whether a key ends as those of LoRA files do, in any dialect."""
-    return any(
-        key.endswith(ending)
+LORA_ENDINGS = tuple(
+    dict.fromkeys(
+        ending
         for dialect in DIALECTS.values()
         for ending in (dialect.down, dialect.up, *dialect.also, *([dialect.alpha] if dialect.alpha else []))
     )
+)
+"""How the keys of LoRA files end, in any dialect."""
+
+
+def is_lora_key(key: str) -> bool:
+    """Whether a key ends as those of LoRA files do, in any dialect."""
+    return key.endswith(LORA_ENDINGS)
+
+
+def module_of_lora_key(key: str) -> str:
+    """A key of a LoRA file without its ending."""
+    return next((key.removesuffix(ending) for ending in LORA_ENDINGS if key.endswith(ending)), key)
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,17 @@ Pieces = Callable[[], Iterable[bytes | bytearray | memoryview]]
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output; `dtype` in safetensors' words, `source` its bytes or what makes them."""
+    """One tensor of an output; `dtype` in safetensors' words, `source` its bytes, in one or more places, or what makes
+    them."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: Span | Pieces
+    source: Span | tuple[Span, ...] | Pieces
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its values."""
         return TensorHeader(self.dtype, self.shape, Path()).nbytes
 
 
@@ -244,19 +246,30 @@ def _write(file: OutputFile, place: Path, task: Task) -> None:
         _write_whole(stream, header)
         task.advance(len(header))
         sources: dict[Path, BinaryIO] = {}
-        for copied, tensors in groupby(file.tensors, key=lambda tensor: isinstance(tensor.source, Span)):
-            if copied:
-                for span in _joined(tensor.source for tensor in tensors if isinstance(tensor.source, Span)):
-                    if span.path not in sources:
-                        sources[span.path] = opened.enter_context(span.path.open("rb", buffering=0))
-                    _copy(sources[span.path], stream, span, task)
-            else:
+        for made, tensors in groupby(file.tensors, key=lambda tensor: callable(tensor.source)):
+            if made:
                 for tensor in tensors:
-                    assert not isinstance(tensor.source, Span)
-                    for piece in tensor.source():
-                        _write_whole(stream, piece)
-                        task.advance(len(memoryview(piece).cast("B")))
-                    _begin_writeback(stream)
+                    _make(tensor, stream, task)
+                continue
+            for span in _joined(span for tensor in tensors for span in _spans(tensor)):
+                if span.path not in sources:
+                    sources[span.path] = opened.enter_context(span.path.open("rb", buffering=0))
+                _copy(sources[span.path], stream, span, task)
+
+
+def _make(tensor: OutputTensor, stream: BinaryIO, task: Task) -> None:
+    """The bytes of a tensor that is made piece by piece."""
+    assert callable(tensor.source)
+    for piece in tensor.source():
+        _write_whole(stream, piece)
+        task.advance(len(memoryview(piece).cast("B")))
+    _begin_writeback(stream)
+
+
+def _spans(tensor: OutputTensor) -> tuple[Span, ...]:
+    """The places of a tensor that is copied."""
+    assert not callable(tensor.source)
+    return (tensor.source,) if isinstance(tensor.source, Span) else tensor.source
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:

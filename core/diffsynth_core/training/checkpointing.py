@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import lora_weights, name_lora
+from diffsynth_core.checkpoints.keys import uncounted
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
@@ -74,8 +75,8 @@ def _key(plan: Plan, component: str, name: str) -> str:
 
 
 def removed_prefix(parameters: Parameters) -> str:
-    """The text that is taken off keys. The reference trainer counts ControlNets, of which a run here has one."""
-    return parameters.remove_prefix_in_ckpt.replace("pipe.controlnet.models.0.", "pipe.controlnet.")
+    """The text that is taken off keys."""
+    return uncounted(parameters.remove_prefix_in_ckpt)
 
 
 def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:

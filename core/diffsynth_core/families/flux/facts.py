@@ -128,6 +128,7 @@ FLUX = FamilyFacts(
             config_classes=("FluxTransformer2DModel",),
             lora_targets=names.LORA_TARGETS,
             dialects={"diffusers": names.DIT, "comfyui": names.DIT_DOCUMENTED, "kohya": names.DIT_DOCUMENTED},
+            published={"original": names.DIT_ORIGINAL},
         ),
         ComponentFacts(
             name="text_encoder_1",

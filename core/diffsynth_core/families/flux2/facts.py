@@ -93,6 +93,7 @@ FLUX2 = FamilyFacts(
             lora_targets=names.LORA_TARGETS,
             # Both call modules by Black Forest Labs' own names, of which one holds several of ours.
             dialects={"comfyui": None, "kohya": None},
+            published={"original": None},
         ),
         ComponentFacts(
             name="text_encoder",
@@ -107,6 +108,7 @@ FLUX2 = FamilyFacts(
             layouts=(Layout(names.VAE_SIGNATURE),),
             places=("vae/*",),
             config_classes=("AutoencoderKLFlux2",),
+            published={"original": None},
             untrainable=names.unused_in_vae,
         ),
     ),

@@ -5,6 +5,7 @@ from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, 
 from diffsynth_core.families.qwen_image.names import (
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
+    TEXT_ENCODER_PUBLISHED,
     dead_modules,
     unused_in_text_encoder,
     unused_in_vae,
@@ -43,6 +44,7 @@ QWEN_IMAGE = FamilyFacts(
                 ),
             ),
             places=("text_encoder/*",),
+            published={"original": TEXT_ENCODER_PUBLISHED},
             untrainable=unused_in_text_encoder,
         ),
         ComponentFacts(

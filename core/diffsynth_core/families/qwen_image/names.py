@@ -18,6 +18,9 @@ TEXT_ENCODER_FILES = PrefixMap(
 )
 """Names in files of the text encoder, old or new style -> names in the module."""
 
+TEXT_ENCODER_PUBLISHED = PrefixMap(("visual.", "model.visual."), ("model.", "model.language_model."))
+"""Names in the published files of the text encoder -> names in the module."""
+
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
     "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",

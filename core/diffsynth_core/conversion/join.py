@@ -1,0 +1,107 @@
+"""Putting together what was taken apart: shards of one model, or the parts of a checkpoint. A plan; no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.conversion.plans import FilePlan
+from diffsynth_core.conversion.row_spans import row_spans
+from diffsynth_core.conversion.split import TAKEN_FROM, common_metadata, stem_of
+from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.files import stem_of_shard
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
+from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, aligned
+from diffsynth_core.state_dicts.weight_sets import ENDING, INDEX_ENDING, WeightSet, open_weights
+
+
+@dataclass(frozen=True)
+class TakenFrom:
+    """What a part was in the checkpoint that it was taken from."""
+
+    file: str
+    prefix: str
+    metadata: Mapping[str, str]
+
+
+def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
+    """One file of the shards of a model, or of the parts of a checkpoint, which get the beginnings of their keys back.
+
+    Raises:
+        DiffSynthError: when the files do not belong together, or hold a tensor twice.
+    """
+    sets = _open(paths)
+    parts = [_taken_from(weights) for weights in sets]
+    known = [part for part in parts if part]
+    if len(known) == len(sets):
+        return _join_parts(sets, known, folder)
+    if len(sets) > 1:
+        raise DiffSynthError(
+            f"{shorten([weights.origin for weights in sets])} are no shards of one model, and not all of them are "
+            "parts of a checkpoint that say so",
+            "name the shards of one model, or its index",
+        )
+    (weights,) = sets
+    metadata, notes = common_metadata(sets), []
+    lost = sorted({key for texts in weights.metadata.values() for key in texts} - metadata.keys())
+    if lost:
+        notes.append(f"left out, as the shards say different things of it: metadata {shorten(lost)}")
+    tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
+    output = OutputFile(folder / f"{stem_of(weights)}{ENDING}", aligned(tensors), metadata)
+    return FilePlan((output,), weights.inputs, tuple(notes))
+
+
+def _open(paths: Sequence[Path]) -> list[WeightSet]:
+    """The weight sets that paths name: shards by their stem, all sets of a folder, any other file for itself."""
+    listed = [item for path in paths for item in (_sets_in(path) if path.is_dir() else [path])]
+    groups: dict[object, list[Path]] = {}
+    for path in listed:
+        stem = stem_of_shard(path.name)
+        groups.setdefault((path.parent, stem) if stem else path, []).append(path)
+    if len(groups) > 1 and not all(_taken_from(open_weights(group)) for group in groups.values()):
+        return [open_weights(listed)]
+    return [open_weights(group) for group in groups.values()]
+
+
+def _sets_in(folder: Path) -> list[Path]:
+    """The indexes of a folder, and the safetensors files that are no shards of one with an index."""
+    indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
+    stems = {path.name.removesuffix(INDEX_ENDING) for path in indexes}
+    files = sorted(path for path in folder.glob(f"*{ENDING}") if not path.name.startswith("."))
+    found = [*indexes, *(path for path in files if stem_of_shard(path.name) not in stems)]
+    return found or [folder]
+
+
+def _taken_from(weights: WeightSet) -> TakenFrom | None:
+    """What a part says of the checkpoint it was taken from; None: it says nothing, or nothing that can be read."""
+    try:
+        content = json.loads(weights.said(TAKEN_FROM) or "")
+        found = TakenFrom(content["file"], content["prefix"], content["metadata"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    texts = [found.file, found.prefix, *found.metadata.values()] if isinstance(found.metadata, dict) else [None]
+    return found if all(isinstance(text, str) for text in texts) and Path(found.file).name == found.file else None
+
+
+def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: Path) -> FilePlan:
+    """The checkpoint that parts were taken from, its tensors in the order in which checkpoints are written."""
+    if len({(part.file, json.dumps(dict(part.metadata), sort_keys=True)) for part in parts}) > 1:
+        raise DiffSynthError(
+            f"{shorten([weights.origin for weights in sets])} were taken from different checkpoints",
+            "name the parts of one",
+        )
+    tensors: dict[str, OutputTensor] = {}
+    twice = []
+    for weights, part in zip(sets, parts, strict=True):
+        for name in weights.tensors:
+            key = part.prefix + name
+            twice += [key] if key in tensors else []
+            tensors[key] = row_spans(weights, name).output(key)
+    if twice:
+        raise DiffSynthError(
+            f"{count_of(len(twice), 'tensor')} would stand there twice: {shorten(twice)}", "name each part once"
+        )
+    order = sorted(tensors.values(), key=lambda tensor: (-BITS_PER_ELEMENT[tensor.dtype], tensor.name))
+    output = OutputFile(folder / f"{parts[0].file}{ENDING}", tuple(order), parts[0].metadata)
+    return FilePlan((output,), tuple(path for weights in sets for path in weights.inputs))

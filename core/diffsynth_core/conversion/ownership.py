@@ -1,0 +1,251 @@
+"""Which component each key of a checkpoint belongs to: told by its prefix, by what the run wrote down, or by names.
+
+No torch.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+from diffsynth_core.checkpoints.keys import split_key, uncounted
+from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout
+from diffsynth_core.families.table import FAMILIES, find_stranger, unknown_family
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.key_maps import KeyMap
+from diffsynth_core.state_dicts.lora_names import DIALECTS, is_lora_key, module_of_lora_key
+from diffsynth_core.state_dicts.weight_sets import WeightSet
+
+SECOND_NAMES = {"dit2": "dit"}
+"""Components that are another of the same kind."""
+HALVES = ("vae_encoder", "vae_decoder")
+"""Documented names of FLUX.1's VAE, whose halves are components of the reference trainer."""
+COMPONENTS = frozenset(
+    chain(SECOND_NAMES, HALVES, (name for facts in FAMILIES.values() for name in facts.component_names))
+)
+TRANSFORMER_PREFIXES = tuple(
+    prefix for dialect in DIALECTS.values() for prefix in dialect.prefixes if prefix and "{" not in prefix
+)
+"""Beginnings of LoRA keys that say of themselves that they are the transformer's."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a checkpoint beside its keys.
+
+    `removed_prefix`: what was taken off its keys; None: not told. `lora_component`: the component with the LoRA.
+    `unprefixed`: whose keys without a prefix are, as the user says.
+    """
+
+    family: FamilyFacts | None = None
+    removed_prefix: str | None = None
+    lora_component: str | None = None
+    unprefixed: str | None = None
+
+
+def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str | None = None) -> Origin:
+    """What the metadata of a checkpoint say of it, else the run.json beside it, and the user.
+
+    Raises:
+        FaultsFound: when they contradict each other, or there is no such family or component.
+    """
+    if family is not None and family not in FAMILIES:
+        raise FaultsFound([unknown_family(family)])
+    if unprefixed is not None and unprefixed not in COMPONENTS:
+        known = ", ".join(sorted(COMPONENTS))
+        raise FaultsFound([Problem(f"there is no component `{unprefixed}`", f"known: {known}", wrong_use=True)])
+    record = None if weights.said("removed_prefix") is not None else _record_of(weights)
+    parameters = record.parameters if record else {}
+    told = weights.said("family") or (record.family if record else None)
+    if told in FAMILIES and family not in (None, told):
+        raise DiffSynthError(
+            f"`{weights.origin}` says that it is of `{told}`, and `--family` says `{family}`", "leave `--family` out"
+        )
+    removed = weights.said("removed_prefix")
+    if removed is None and record:
+        removed = uncounted(str(parameters.get("remove_prefix_in_ckpt") or ""))
+    known_family = family if family is not None else told
+    return Origin(
+        FAMILIES.get(known_family) if known_family else None,
+        removed,
+        weights.said("lora_component") or parameters.get("lora_base_model"),
+        unprefixed,
+    )
+
+
+def _record_of(weights: WeightSet) -> RunRecord | None:
+    """The record of the run that wrote a checkpoint, if it lies beside it and says so."""
+    folder = weights.files[0].parent
+    try:
+        record = read_record(folder)
+    except DiffSynthError as error:
+        raise DiffSynthError(str(error), "move it away, and give `--unprefixed` if it is asked for") from error
+    written = {entry.file for entry in record.checkpoints} if record else set()
+    return record if written & {path.name for path in weights.files} else None
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """The keys of a checkpoint by component: `components` has, for each, its names -> keys; full weights and LoRA
+    apart. `unmatched`: keys that belong to none, `fits` the components that they could be of."""
+
+    full: Mapping[str, Mapping[str, str]]
+    lora: Mapping[str, Mapping[str, str]]
+    unmatched: tuple[str, ...] = ()
+    fits: tuple[str, ...] = ()
+
+
+def find_owners(keys: Iterable[str], origin: Origin) -> Ownership:
+    """Group the keys of a checkpoint by component.
+
+    Raises:
+        DiffSynthError: when two keys say the same tensor, or `--unprefixed` contradicts what the checkpoint says.
+    """
+    owned: dict[tuple[str, str], list[str]] = {}
+    bare: list[str] = []
+    for key in keys:
+        owner = _told(key, origin)
+        if owner is None:
+            bare.append(key)
+        else:
+            owned.setdefault(owner, []).append(key)
+    fits: tuple[str, ...] = ()
+    if bare:
+        prefixed = {component for component, _ in owned}
+        fits = (origin.unprefixed,) if origin.unprefixed else components_that_fit(bare, origin.family, prefixed)
+        if len(fits) == 1:
+            for key in bare:
+                owned.setdefault((fits[0], key), []).append(key)
+            bare = []
+    twice = [keys for keys in owned.values() if len(keys) > 1]
+    if twice:
+        raise DiffSynthError(
+            f"{count_of(len(twice), 'tensor')} stand there twice: {shorten(list(chain(*twice)))}",
+            "name a file that has each once",
+        )
+    full: dict[str, dict[str, str]] = {}
+    lora: dict[str, dict[str, str]] = {}
+    for (component, name), (key,) in owned.items():
+        (lora if is_lora_key(name) else full).setdefault(component, {})[name] = key
+    return Ownership(full, lora, tuple(bare), fits)
+
+
+def _told(key: str, origin: Origin) -> tuple[str, str] | None:
+    """(component, name in it) of a key, as its prefix or the run says; None where neither does."""
+    whole = split_key(key)
+    if whole:
+        return whole
+    head, _, rest = key.partition(".")
+    if head in COMPONENTS and rest:
+        return head, rest
+    if key.startswith(TRANSFORMER_PREFIXES) and is_lora_key(key):
+        return origin.lora_component or "dit", key
+    whole = split_key(origin.removed_prefix + key) if origin.removed_prefix else None
+    if whole and origin.unprefixed not in (None, whole[0]):
+        raise DiffSynthError(
+            f"the checkpoint says that keys without a prefix are those of `{whole[0]}`, and `--unprefixed` says "
+            f"`{origin.unprefixed}`",
+            "leave `--unprefixed` out",
+        )
+    return whole
+
+
+def components_that_fit(
+    keys: Collection[str], family: FamilyFacts | None = None, taken: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The components, of one family or of all, that have tensors of all these names; those in `taken` left out.
+
+    A component's signature decides where it is there; else the names alone do, as far as tables know them.
+    """
+    full = [key for key in keys if not is_lora_key(key)]
+    modules = {f"{module_of_lora_key(key)}.weight" for key in keys if is_lora_key(key)}
+    found: dict[str, None] = {}
+    for facts in [family] if family else FAMILIES.values():
+        if find_stranger(full, facts):
+            continue
+        candidates = [component for component in facts.components if component.name not in taken]
+        signed = [component for component in candidates if layout_of(component, full)]
+        for component in signed or candidates:
+            if all(_knows(component, name) for name in (*(() if signed else full), *modules)):
+                found[component.name] = None
+    return tuple(found)
+
+
+def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | None:
+    """The layout of a component's files whose signature is among tensor names."""
+    present = frozenset(names)
+    return next((layout for layout in component.layouts if layout.signature <= present), None)
+
+
+def _knows(component: ComponentFacts, name: str) -> bool:
+    """Whether a component has a tensor of a name in one of its layouts, as far as can be told."""
+    return any(
+        knows(names, name) if is_strict(names) else _top(name) in {_top(signed) for signed in layout.signature}
+        for layout in component.layouts
+        for names in (layout.names, layout.documented, layout.in_checkpoints)
+    )
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_strict(names: KeyMap) -> bool:
+    """Whether a map knows which tensors there are."""
+    return names.ours("no such tensor") is None
+
+
+def knows(names: KeyMap, name: str) -> bool:
+    """Whether a map has a place for a tensor, or knows that none is needed."""
+    return names.ours(name) is not None
+
+
+def kind_of(component: str) -> str:
+    """The component that a family states facts about, given one that is another of its kind."""
+    return SECOND_NAMES.get(component, component)
+
+
+def facts_of(component: str, family: FamilyFacts | None) -> ComponentFacts | None:
+    """What a family states about a component, if it has it."""
+    named = family.components if family else ()
+    return next((facts for facts in named if facts.name == kind_of(component)), None)
+
+
+def find_family(full: Mapping[str, Collection[str]]) -> FamilyFacts | None:
+    """The one family all of whose components, as far as they are there, have these names; None: none, or several."""
+    fitting = [
+        facts
+        for facts in FAMILIES.values()
+        if full and all(_is_named(facts_of(component, facts), names, facts) for component, names in full.items())
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _is_named(component: ComponentFacts | None, names: Collection[str], facts: FamilyFacts) -> bool:
+    return component is not None and not find_stranger(names, facts) and layout_of(component, names) is not None
+
+
+def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) -> list[Problem]:
+    """Components whose tensors have the names of another component of their family."""
+    problems = []
+    for component, names in full.items():
+        own = facts_of(component, family)
+        if family is None or own is None or layout_of(own, names):
+            continue
+        other = next((known.name for known in family.components if layout_of(known, names)), None)
+        if other:
+            problems.append(
+                Problem(f"the tensors that should be of `{component}` are those of `{other}`: {shorten(list(names))}")
+            )
+    return problems
+
+
+def unmatched_problem(origin: str, ownership: Ownership, total: int) -> Problem:
+    """The problem that keys belong to no component."""
+    fits = f"; their names fit {shorten(ownership.fits)}" if ownership.fits else "; they fit no component that is known"
+    return Problem(
+        f"`{origin}`: {len(ownership.unmatched)} of {total} keys have no prefix that names their component: "
+        f"{shorten(ownership.unmatched)}{fits}",
+        "say whose they are with `--unprefixed`, or leave them out with `--allow_unmatched`",
+    )

@@ -1,0 +1,40 @@
+"""What a command that writes weight files is going to do, as a value: printed by a dry run, carried out otherwise."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.errors import FaultsFound, Problem
+from diffsynth_core.state_dicts.rewriting import Output, OutputFile
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+"""Most bytes of a shard where nothing else is asked for, as transformers has it."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)")
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """Files to be written from inputs. `notes`: what a user should know of them, a line each."""
+
+    outputs: tuple[Output, ...]
+    inputs: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[OutputFile, ...]:
+        """The outputs that hold tensors."""
+        return tuple(output for output in self.outputs if isinstance(output, OutputFile))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size as users and other programs write it: `5GB`, `500 MB`, `2GiB`, `1000000`.
+
+    Raises:
+        FaultsFound: when it is none.
+    """
+    match = _SIZE.fullmatch(text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size <= 0:
+        raise FaultsFound([Problem(f"`{text}` is no size (`{option}`)", "write one such as `5GB`", wrong_use=True)])
+    return size

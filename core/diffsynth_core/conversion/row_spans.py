@@ -1,0 +1,75 @@
+"""Tensors as places in files: renamed, cut by rows, stacked and reshaped without reading a byte. No torch.
+
+A tensor's rows stand one after the other in its file, so what layouts do to tensors (state_dicts/key_maps.py) is a
+choice of byte ranges. `RowSpans` has the few verbs of a tensor that key maps use.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
+from diffsynth_core.state_dicts.rewriting import OutputTensor
+from diffsynth_core.state_dicts.weight_sets import Span, WeightSet
+
+
+@dataclass
+class RowSpans:
+    """A tensor of which only shape, number format (in safetensors' words) and the places of its bytes are known."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    spans: list[Span] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * BITS_PER_ELEMENT[self.dtype] // 8
+
+    def _rows(self, begin: int, end: int) -> "RowSpans":
+        """Rows from `begin` up to `end`."""
+        wanted_begin, wanted_end = begin * self._row_bytes, end * self._row_bytes
+        found, place = [], 0
+        for span in self.spans:
+            length = span.end - span.begin
+            first, last = max(wanted_begin - place, 0), min(wanted_end - place, length)
+            if first < last:
+                found.append(Span(span.path, span.begin + first, span.begin + last))
+            place += length
+        return RowSpans((end - begin, *self.shape[1:]), self.dtype, found)
+
+    def split(self, rows: Sequence[int]) -> list["RowSpans"]:
+        """Parts of so many rows each, one under the other."""
+        ends = [sum(rows[: place + 1]) for place in range(len(rows))]
+        return [self._rows(end - count, end) for end, count in zip(ends, rows, strict=True)]
+
+    def roll(self, rows: int, axis: int) -> "RowSpans":
+        """The last `rows` rows above the others; `axis` is 0."""
+        assert axis == 0
+        upper, lower = self.split([len(self) - rows, rows])
+        return RowSpans(self.shape, self.dtype, [*lower.spans, *upper.spans])
+
+    def reshape(self, shape: tuple[int, ...]) -> "RowSpans":
+        return RowSpans(tuple(shape), self.dtype, self.spans)
+
+    def new_empty(self, shape: tuple[int, ...]) -> "RowSpans":
+        """A tensor of the same number format, to be filled from the top."""
+        return RowSpans(tuple(shape), self.dtype)
+
+    def __setitem__(self, rows: slice, part: "RowSpans") -> None:
+        """Fill the next rows. Parts of another number format do not fit: they leave the tensor short, which is told
+        when it is written."""
+        if part.dtype == self.dtype:
+            self.spans += part.spans
+
+    def output(self, name: str) -> OutputTensor:
+        """The tensor of an output that holds these bytes."""
+        return OutputTensor(name, self.dtype, self.shape, tuple(self.spans))
+
+
+def row_spans(weights: WeightSet, name: str) -> RowSpans:
+    """A tensor of a weight set."""
+    tensor = weights.tensors[name]
+    return RowSpans(tensor.shape, tensor.dtype, [weights.spans[name]])

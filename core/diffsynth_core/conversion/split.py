@@ -1,0 +1,204 @@
+"""Taking a checkpoint apart: by component, or by size alone. A plan from headers; no torch."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.conversion.ownership import (
+    Origin,
+    Ownership,
+    facts_of,
+    find_family,
+    find_owners,
+    misnamed,
+    read_origin,
+    unmatched_problem,
+)
+from diffsynth_core.conversion.plans import FilePlan
+from diffsynth_core.conversion.row_spans import RowSpans, row_spans
+from diffsynth_core.conversion.translation import Translated, find_reading, translate
+from diffsynth_core.errors import Problem, raise_if_any, shorten
+from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.files import stem_of_shard
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.rewriting import Output, plan_shards
+from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet
+
+LORA_ENDING = ".lora"
+TAKEN_FROM = "taken_from"
+"""Under it the metadata of a part say what it was in the checkpoint, so that parts can be joined again."""
+
+
+@dataclass(frozen=True)
+class SplitChoices:
+    """What a user chose. `layout`: names of full weights, one of `LAYOUT_NAMES`; None: as they are.
+    `most_bytes`: of the tensors of one file; None: any number."""
+
+    unprefixed: str | None = None
+    family: str | None = None
+    layout: str | None = None
+    most_bytes: int | None = None
+    allow_unmatched: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes a file: the full weights or the LoRA of a component, by name."""
+
+    component: str
+    stem: str
+    tensors: Mapping[str, RowSpans]
+    prefix: str | None
+    """What its names had before them in the checkpoint; None: they were others."""
+
+
+def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FilePlan:
+    """`<component>.safetensors` and `<component>.lora.safetensors` of each component in a checkpoint.
+
+    Raises:
+        FaultsFound: when keys belong to no component or to no layout, or nothing is known of any.
+    """
+    origin = read_origin(weights, choices.family, choices.unprefixed)
+    ownership = find_owners(weights.tensors, origin)
+    if ownership.unmatched and not (choices.allow_unmatched and (ownership.full or ownership.lora)):
+        raise_if_any([unmatched_problem(weights.origin, ownership, len(weights.tensors))])
+    family = origin.family or find_family(ownership.full)
+    raise_if_any(misnamed(ownership.full, family))
+    parts, problems, notes = _full_parts(weights, ownership, family, choices)
+    raise_if_any(problems)
+    parts += [
+        Part(component, component + LORA_ENDING, _tensors(weights, names), _prefix(names))
+        for component, names in ownership.lora.items()
+    ]
+    if ownership.unmatched:
+        notes.append(f"left out, of no component: {_counted(ownership.unmatched)}")
+    outputs: list[Output] = []
+    for part in sorted(parts, key=lambda part: part.stem):
+        files, indexes = plan_shards(
+            folder,
+            part.stem,
+            [tensor.output(name) for name, tensor in part.tensors.items()],
+            _metadata(weights, part, family, origin),
+            choices.most_bytes,
+        )
+        outputs += [*files, *indexes]
+    return FilePlan(tuple(outputs), weights.inputs, tuple(notes))
+
+
+def plan_split_by_size(weights: WeightSet, folder: Path, most_bytes: int) -> FilePlan:
+    """Shards of at most `most_bytes` of tensors, with the names and the metadata that there are."""
+    tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
+    files, indexes = plan_shards(folder, stem_of(weights), tensors, common_metadata([weights]), most_bytes)
+    return FilePlan((*files, *indexes), weights.inputs)
+
+
+def stem_of(weights: WeightSet) -> str:
+    """What a file of all tensors of a weight set is called, without ending."""
+    if weights.index:
+        return weights.index.name.removesuffix(INDEX_ENDING)
+    name = weights.files[0].name
+    return stem_of_shard(name) or name.removesuffix(".safetensors")
+
+
+def common_metadata(sets: Sequence[WeightSet]) -> dict[str, str]:
+    """What all files say alike, of those that say it."""
+    every = [metadata for weights in sets for metadata in weights.metadata.values()]
+    keys = dict.fromkeys(key for metadata in every for key in metadata)
+    said = {key: {metadata[key] for metadata in every if key in metadata} for key in keys}
+    return {key: values.pop() for key, values in said.items() if len(values) == 1}
+
+
+def _tensors(weights: WeightSet, names: Mapping[str, str]) -> dict[str, RowSpans]:
+    """Tensors by their names in the component."""
+    return {name: row_spans(weights, key) for name, key in names.items()}
+
+
+def _prefix(names: Mapping[str, str]) -> str | None:
+    """What all keys have before their names in the component; None: not the same."""
+    prefixes = {key.removesuffix(name) if key.endswith(name) else None for name, key in names.items()}
+    return prefixes.pop() if len(prefixes) == 1 else None
+
+
+def _full_parts(
+    weights: WeightSet, ownership: Ownership, family: FamilyFacts | None, choices: SplitChoices
+) -> tuple[list[Part], list[Problem], list[str]]:
+    """The full weights of each component, under the names asked for."""
+    parts, problems, notes = [], [], []
+    for component, names in ownership.full.items():
+        tensors, prefix = _tensors(weights, names), _prefix(names)
+        if choices.layout:
+            translated = _translate(component, tensors, family, choices.layout)
+            if isinstance(translated, Problem):
+                problems.append(translated)
+                continue
+            prefix = prefix if list(translated.tensors) == list(tensors) else None
+            tensors = dict(translated.tensors)
+            problems += _translation_problems(component, translated, choices)
+            notes += _translation_notes(component, translated)
+        if tensors:
+            parts.append(Part(component, component, tensors, prefix))
+    return parts, problems, notes
+
+
+def _translate(
+    component: str, tensors: Mapping[str, RowSpans], family: FamilyFacts | None, layout_name: str
+) -> Translated | Problem:
+    facts = facts_of(component, family)
+    if facts is None:
+        of = f"of {family.title}" if family else "as long as the family is not told"
+        return Problem(
+            f"there are no other names of the component `{component}` {of} (`--layout {layout_name}`)",
+            "leave `--layout` out" if family else "give `--family`",
+        )
+    reading, layout = find_reading(facts, tensors)
+    writing = facts.names_in(layout_name, layout)
+    if family and writing is None:
+        return Problem(
+            f"there is no table of the original names of the component `{component}` of {family.title}",
+            "leave `--layout` out, or give another",
+        )
+    assert writing is not None
+    return translate(tensors, reading, writing)
+
+
+def _translation_problems(component: str, translated: Translated, choices: SplitChoices) -> Iterator[Problem]:
+    faults = {
+        f"have no name in the layout `{choices.layout}`": () if choices.allow_unmatched else translated.unknown,
+        f"have shapes or number formats that the layout `{choices.layout}` has no place for": translated.misshapen,
+    }
+    for what, names in faults.items():
+        if names:
+            yield Problem(
+                f"{count_of(len(names), 'tensor')} of `{component}` {what}: {shorten(names)}", "leave `--layout` out"
+            )
+    if not translated.tensors:
+        yield Problem(f"no tensor of `{component}` has a name in the layout `{choices.layout}`", "leave `--layout` out")
+
+
+def _translation_notes(component: str, translated: Translated) -> list[str]:
+    left = {"without a name in the layout": translated.unknown, "second names of others": translated.unneeded}
+    return [f"left out of {component}, {what}: {_counted(names)}" for what, names in left.items() if names]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{count_of(len(names), 'tensor')}, {shorten(names)}"
+
+
+def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, origin: Origin) -> dict[str, str]:
+    """What a part says of itself. `format` is what transformers wants to read."""
+    metadata = {"format": "pt", "component": part.component}
+    if family:
+        metadata["family"] = family.name
+    if part.prefix is not None:
+        taken: dict[str, Any] = {
+            "file": stem_of(weights),
+            "prefix": part.prefix,
+            "metadata": common_metadata([weights]),
+        }
+        metadata[TAKEN_FROM] = json.dumps(taken, sort_keys=True)
+    lora_format = weights.said("lora_format")
+    if part.stem.endswith(LORA_ENDING) and lora_format:
+        metadata |= {"lora_component": part.component, "lora_format": lora_format}
+    return metadata

@@ -1,0 +1,92 @@
+"""Full weights of a component from the names of one layout to those of another, as places in files. No torch."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from diffsynth_core.conversion.ownership import is_strict, knows, layout_of
+from diffsynth_core.conversion.row_spans import RowSpans
+from diffsynth_core.families.interface import ComponentFacts, Layout
+from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
+from diffsynth_core.state_dicts.key_maps import KeyMap
+
+
+@dataclass(frozen=True)
+class Translated:
+    """Tensors under their new names.
+
+    `unknown`: names that the layout does not know, or of which not all is there that a tensor of the new layout needs.
+    `misshapen`: names of tensors that cannot be cut or put together as the layouts do it.
+    `unneeded`: names of tensors that are another name of one that is there, and have no place in the new layout.
+    """
+
+    tensors: Mapping[str, RowSpans]
+    unknown: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+    unneeded: tuple[str, ...] = ()
+
+
+def find_reading(component: ComponentFacts, names: Collection[str]) -> tuple[KeyMap, Layout]:
+    """The names in which a checkpoint holds a component -> those in our module, and the layout that tells the others.
+
+    Where the whole component is there, its signature tells. Of parts the map that knows all names is taken; else one of
+    a layout whose names are those of our module.
+    """
+    layout = layout_of(component, names)
+    if layout:
+        return layout.names, layout
+    maps = [
+        (known, layout)
+        for layout in component.layouts
+        for known in (layout.in_checkpoints, layout.documented, layout.names)
+    ]
+    strict = [(known, layout) for known, layout in maps if is_strict(known)]
+    lenient = [(layout.names, layout) for layout in component.layouts if not is_strict(layout.names)]
+    whole = [pair for pair in strict if all(knows(pair[0], name) for name in names)]
+    return (whole or lenient or strict)[0]
+
+
+def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap) -> Translated:
+    """Tensors by the names of `writing`, given those by the names of `reading`; both lead to names in our module."""
+    own: dict[str, RowSpans] = {}
+    source: dict[str, str] = {}
+    unknown, misshapen, unneeded = [], [], []
+    for name, tensor in tensors.items():
+        parts = reading.ours(name)
+        if parts is None:
+            unknown.append(name)
+        elif not parts:
+            unneeded.append(name)
+        elif not _can_cut(reading, name, tensor) or any(part in own for part in parts):
+            misshapen.append(name)
+        else:
+            own |= reading.cut(name, tensor)
+            source |= dict.fromkeys(parts, name)
+    written = {}
+    for name in writing.theirs_of(own):
+        parts = writing.ours(name) or ()
+        if all(own[part].shape for part in parts) or len(parts) == 1:
+            written[name] = writing.join(name, own)
+        if name not in written or not _is_whole(written[name]):
+            misshapen += [source[part] for part in parts]
+    placed = {part for name in written for part in writing.ours(name) or ()}
+    unknown += [source[part] for part in own if part not in placed and source[part] not in misshapen]
+    return Translated(written, _once(unknown), _once(misshapen), _once(unneeded))
+
+
+def _can_cut(reading: KeyMap, name: str, tensor: RowSpans) -> bool:
+    """Whether a tensor has rows where it is cut, and as many as its parts have together."""
+    shapes = reading.cut_shape(name, tensor.shape)
+    return bool(tensor.shape or len(shapes) == 1) and (
+        sum(math.prod(shape) for shape in shapes.values()) == math.prod(tensor.shape)
+    )
+
+
+def _is_whole(tensor: RowSpans) -> bool:
+    """Whether a tensor has all the bytes that its shape and number format ask for."""
+    there = sum(span.end - span.begin for span in tensor.spans)
+    return there == math.prod(tensor.shape) * BITS_PER_ELEMENT[tensor.dtype] // 8
+
+
+def _once(names: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,127 @@
+"""`diffsynth split-ckpt`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffsynth_cli.file_plans import PlanFormat, carry_out
+from diffsynth_cli.options import SPELLINGS
+from diffsynth_core.errors import FaultsFound, Problem
+
+if TYPE_CHECKING:
+    from diffsynth_core.conversion.plans import FilePlan
+
+HELP = """Take a checkpoint apart by component or by size, or join what was taken apart.
+
+By component, each gets a file of its full weights, `text_encoder.safetensors`, and one of its LoRA,
+`dit.lora.safetensors`. Names stay as they are, without the beginning that names the component, unless --layout asks for
+others. No config.json is written: that of the base model goes on to be the right one.
+
+CKPT is a safetensors file, the shards of one model, their index, or a folder that holds one of these.
+
+Examples:
+
+  diffsynth split-ckpt epoch-0.safetensors --output_path parts --dry_run
+
+  diffsynth split-ckpt step-9.safetensors --output_path parts --layout diffusers
+
+  diffsynth split-ckpt old.safetensors --output_path parts --unprefixed dit
+
+  diffsynth split-ckpt transformer --output_path shards --by size
+
+  diffsynth split-ckpt parts --output_path whole --join
+"""
+
+
+class By(StrEnum):
+    COMPONENT = "component"
+    SIZE = "size"
+
+
+class LayoutName(StrEnum):
+    DOCUMENTED = "documented"
+    DIFFUSERS = "diffusers"
+    ORIGINAL = "original"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("split-ckpt", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(split_checkpoint)
+
+
+def split_checkpoint(
+    checkpoint: Annotated[list[Path], typer.Argument(metavar="CKPT", help="What to take apart, or to join")],
+    output_path: Annotated[Path, typer.Option("--output_path", metavar="DIR", help="Folder of the files that are written")],
+    by: Annotated[By, typer.Option("--by", help="A file for each component, or shards of some size")] = By.COMPONENT,
+    join: Annotated[
+        bool, typer.Option("--join", help="Write one file of shards, or of the parts of a checkpoint")
+    ] = False,
+    unprefixed: Annotated[
+        str | None, typer.Option("--unprefixed", metavar="NAME", help="Component of keys whose prefix was taken off")
+    ] = None,
+    layout: Annotated[
+        LayoutName | None,
+        typer.Option("--layout", help="Names of full weights; without it they stay as they are", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max_shard_size", metavar="SIZE", help="Most bytes of a file; with --by size 5GB unless given"),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
+    ] = None,
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow_unmatched", help="Leave tensors out that belong to no component or layout")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
+    output_format: Annotated[
+        PlanFormat, typer.Option("--format", help="table for people, json for programs")
+    ] = PlanFormat.TABLE,
+) -> None:
+    """Plan from headers, then copy bytes."""
+    from diffsynth_core.conversion.join import plan_join
+    from diffsynth_core.conversion.plans import DEFAULT_SHARD_SIZE, parse_size
+    from diffsynth_core.conversion.split import SplitChoices, plan_split, plan_split_by_size
+    from diffsynth_core.state_dicts.weight_sets import open_weights
+
+    given = {
+        "by size": by is By.SIZE,
+        "join": join,
+        "unprefixed": unprefixed is not None,
+        "layout": layout is not None,
+        "max_shard_size": max_shard_size is not None,
+        "family": family is not None,
+        "allow_unmatched": allow_unmatched,
+    }
+    _check_together(given)
+    most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
+
+    def plan() -> "FilePlan":
+        if join:
+            return plan_join(checkpoint, output_path)
+        weights = open_weights(checkpoint)
+        if by is By.SIZE:
+            return plan_split_by_size(weights, output_path, most_bytes or DEFAULT_SHARD_SIZE)
+        chosen = layout.value if layout else None
+        return plan_split(weights, output_path, SplitChoices(unprefixed, family, chosen, most_bytes, allow_unmatched))
+
+    carry_out(plan(), overwrite, dry_run, output_format)
+
+
+ONLY_BY_COMPONENT = ("unprefixed", "layout", "family", "allow_unmatched")
+EXCLUDED = {"join": ("by size", "max_shard_size", *ONLY_BY_COMPONENT), "by size": ONLY_BY_COMPONENT}
+"""Options that mean nothing beside another."""
+
+
+def _check_together(given: dict[str, bool]) -> None:
+    """Raises: FaultsFound: for options that mean nothing beside each other."""
+    problems = [
+        Problem(f"`--{other}` means nothing with `--{option}`", f"leave `--{other}` out", wrong_use=True)
+        for option, others in EXCLUDED.items()
+        for other in others
+        if given[option] and given[other]
+    ]
+    if problems:
+        raise FaultsFound(problems)

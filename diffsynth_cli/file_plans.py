@@ -1,0 +1,70 @@
+"""Carrying out plans of weight files, and telling of them: for people as a table, for programs as JSON."""
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import typer
+
+from diffsynth_core.progress import count_of, format_bytes
+
+if TYPE_CHECKING:
+    from diffsynth_core.conversion.plans import FilePlan
+
+
+class PlanFormat(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: PlanFormat) -> None:
+    """Write what a plan says, and say it on stdout; a dry run looks after places and space alone.
+
+    Raises:
+        DiffSynthError: when something cannot be written; nothing is left then.
+    """
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_cli.stopping import stopping_cleanly
+    from diffsynth_core.errors import raise_if_any
+    from diffsynth_core.state_dicts.rewriting import output_problems, write_outputs
+
+    reporter = ConsoleReporter()
+    if dry_run:
+        raise_if_any(output_problems(plan.outputs, plan.inputs, overwrite))
+    else:
+        with stopping_cleanly():
+            write_outputs(plan.outputs, plan.inputs, reporter, overwrite)
+    for note in plan.notes:
+        reporter.info(note)
+    typer.echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else _as_table(plan))
+    if output_format is PlanFormat.TABLE:
+        total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(file.nbytes for file in plan.files))}"
+        reporter.info(f"{total} would be written; nothing is, for this is a dry run" if dry_run else f"{total} written")
+
+
+def _as_table(plan: "FilePlan") -> str:
+    """A line for each file: its place, how many tensors it holds, and their bytes."""
+    tensors = {file.path: file for file in plan.files}
+    rows = []
+    for output in plan.outputs:
+        file = tensors.get(output.path)
+        what = (count_of(len(file.tensors), "tensor"), format_bytes(file.nbytes)) if file else ("index", "")
+        rows.append((str(output.path), *what))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)
+
+
+def _as_json(plan: "FilePlan", written: bool) -> str:
+    tensors = {file.path: file for file in plan.files}
+    files = []
+    for output in plan.outputs:
+        file = tensors.get(output.path)
+        facts = {"tensors": len(file.tensors), "bytes": file.nbytes, "metadata": dict(file.metadata)} if file else {}
+        files.append({"path": str(output.path), "kind": "weights" if file else "index", **facts})
+    content = {
+        "written": written,
+        "inputs": [str(path) for path in plan.inputs],
+        "outputs": files,
+        "notes": list(plan.notes),
+    }
+    return json.dumps(content, indent=2)
