@@ -52,7 +52,9 @@ def add_to(app: typer.Typer) -> None:
 
 def split_checkpoint(
     checkpoint: Annotated[list[Path], typer.Argument(metavar="CKPT", help="What to take apart, or to join")],
-    output_path: Annotated[Path, typer.Option("--output_path", metavar="DIR", help="Folder of the files that are written")],
+    output_path: Annotated[
+        Path, typer.Option("--output_path", metavar="DIR", help="Folder of the files that are written")
+    ],
     by: Annotated[By, typer.Option("--by", help="A file for each component, or shards of some size")] = By.COMPONENT,
     join: Annotated[
         bool, typer.Option("--join", help="Write one file of shards, or of the parts of a checkpoint")
