@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from diffsynth_core.errors import shorten
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.plan import Plan
@@ -36,6 +37,8 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
+    if plan.training.passed_over:
+        yield f"  without LoRA are {len(plan.training.passed_over)} modules of the same kinds: {shorten(plan.training.passed_over)}"
     if VAE in plan.training.components:
         yield f"  the {VAE} trains: what the model is to predict is made of its latents and moves with them"
 
@@ -46,7 +49,8 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
     yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {_counted(sizes)}"
     if plan.encoded:
         origin = plan.encoded.origin
-        yield f"  encoded beforehand for {origin.kind}, precision {origin.precision}: neither metadata nor media are read"
+        asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
+        yield f"  encoded beforehand for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
     if plan.variant.references and parameters.batch_size > 1:
         yield f"  {len(plan.batches.buckets)} kinds of batches, for the pictures shown have sizes too"
     if not plan.encoded:
@@ -76,6 +80,8 @@ def _step_lines(plan: Plan) -> Iterator[str]:
     low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
     if (low, high) != (0, 1):
         yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
+    if parameters.find_unused_parameters:
+        yield "  there are no unused parameters to find: what no gradient can reach is left out of training"
     for note in plan.start.notes:
         yield f"  {note}"
 

@@ -215,3 +215,81 @@ def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
     outcome = cli(*arguments, "--fp8_models", ENTRIES["text_encoder"])
     assert outcome.code == 0, outcome.err
     assert "merged into 21 modules" in outcome.out
+
+
+def test_modules_that_carry_no_lora(refuse):
+    """Told by their kind, not by their shape: an embedding, and a convolution that pads by itself."""
+    what, hint = "which carry no LoRA: {}", "name linear layers or plain convolutions"
+    embedding = "`lora_target_modules` addresses modules of text_encoder of the kind `Embedding`, "
+    assert refuse("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj,embed_tokens") == (
+        2, [(embedding + what.format("`model.language_model.embed_tokens`"), hint)]
+    )  # fmt: skip
+    code, [(message, _)] = refuse("--lora_base_model", "vae", "--lora_target_modules", "encoder.conv_in")
+    assert code == 2
+    assert message == (
+        "`lora_target_modules` addresses modules of vae of the kind `QwenImageCausalConv3d`, "
+        + what.format("`encoder.conv_in`")
+    )
+
+
+@pytest.fixture
+def flux(models, tiny_families, monkeypatch) -> None:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_families("flux").base))
+
+
+@pytest.mark.usefixtures("flux")
+def test_modules_that_are_of_another_kind_in_files(refuse):
+    arguments = (
+        "--lora_base_model",
+        "vae",
+        "--lora_target_modules",
+        "encoder.mid.attn_1.q",
+        "--lora_format",
+        "diffsynth",
+    )
+    code, problems = refuse(*arguments, "--height", 64, "--width", 64, recipe="flux.1-dev-lora")
+    assert (code, problems) == (
+        2,
+        [
+            (
+                "`lora_target_modules` addresses modules of vae convolutions in files and linear layers here, which "
+                "carry no LoRA: `encoder.mid.attn_1.q`",
+                "name linear layers or plain convolutions",
+            )
+        ],
+    )
+
+
+@pytest.mark.usefixtures("flux")
+def test_the_format_of_a_lora_where_none_trains(refuse):
+    message = "`align_to_opensource_format` is given without `lora_base_model`: it names the keys of a LoRA"
+    sizes = ("--height", 64, "--width", 64)
+    assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "leave it out")])
+
+
+@pytest.mark.usefixtures("flux")
+def test_parts_of_a_vae_by_their_documented_names(refuse):
+    def told(*arguments: str):
+        code, problems = refuse("--lora_format", "diffsynth", *arguments, recipe="flux.1-dev-lora")
+        assert code == 2
+        return problems
+
+    message = "`{}` names `vae_decoder`, which is no component of FLUX.1"
+    assert told("--trainable_models", "vae_decoder") == [
+        (message.format("trainable_models"), "here that is `vae.decoder`")
+    ]
+    assert told("--lora_base_model", "vae_decoder") == [(message.format("lora_base_model"), "here that is `vae`")]
+    assert told("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
+        (
+            "`remove_prefix_in_ckpt` `pipe.vae_encoder.` names `vae_encoder`, which is no component of FLUX.1",
+            "give `--remove_prefix_in_ckpt pipe.vae.encoder.`",
+        )
+    ]
+
+
+def test_modules_passed_over_are_told(cli, dataset):
+    """Names of one block, given to a transformer of two, as the list of klein 4B is to the 9B."""
+    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
+    outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
+    assert "  without LoRA are 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
+    assert "without LoRA" not in cli(*arguments).out

@@ -268,6 +268,18 @@ def test_samples_of_another_objective(second, encoded):
     )
 
 
+def test_a_file_that_asks_for_other_samples(second, encoded, config):
+    path = config("parameters:\n  max_pixels: 4096\n")
+    _, [(message, _)] = second("--config", path)
+    assert message == f"`max_pixels` is `4096`, but the samples in `{encoded}` were encoded with `1048576`"
+
+
+def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
+    """Those of a recipe are for both halves, and go under them."""
+    start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run")
+    assert "encoded beforehand for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "asked", "made"),
     [

@@ -7,6 +7,7 @@ A parameter that were ignored would leave both alike. Those whose effect is prov
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffsynth_cli import launching
+from diffsynth_core.config.resolve import resolve
 from tests.conftest import ENTRIES, Outcome
 
 RECIPE = ("--recipe", "qwen-image-lora", "--dataset_num_workers", 0, "--lora_rank", 2)
@@ -113,6 +116,9 @@ EFFECTS: dict[str, Effect] = {
         ("--trainable_models", "vae"), lambda run: "pipe.vae.encoder.conv_in.weight" in run.tensors, True
     ),
     "task": Effect(("--task", "direct_distill"), lambda run: run.refusal is not None, True),
+    "find_unused_parameters": Effect(
+        ("--no_find_unused_parameters",), says("there are no unused parameters to find: what no gradient"), False
+    ),
     "lora_base_model": Effect(
         ("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj"), modules, {"q_proj"}
     ),
@@ -243,6 +249,28 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
     assert f"internal error: Loaded: {expected}" in outcome.err
 
 
+def test_a_configuration_goes_to_the_launcher(run, monkeypatch):
+    """Of one process, which without it trains here."""
+    started: list[list[str]] = []
+
+    class Launcher(AbstractContextManager):
+        def __init__(self, command, **_):
+            started.append(command)
+
+        def __exit__(self, *_):
+            return None
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(launching.subprocess, "Popen", Launcher)
+    assert run(*SHORT).outcome.code == 0
+    assert started == []
+    assert run(*SHORT, "--device", "cpu", "--num_processes", 1, "--accelerate_config", "ddp").outcome.code == 0
+    ((*_, config),) = [command[: command.index("--config_file") + 2] for command in started]
+    assert config.endswith("/accelerate/ddp.yaml")
+
+
 def test_data_is_loaded_by_so_many_workers(run, monkeypatch, tmp_path):
     from diffsynth_core.training import encode, loader
 
@@ -275,6 +303,26 @@ def test_zero_cond_t_changes_what_is_predicted(cli, recipe_models, photographs, 
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     losses = []
     for flags in ((), ("--zero_cond_t",), ()):
+        folder = Path(f"out-{len(losses)}")
+        dataset = ("--dataset_base_path", photographs, "--dataset_metadata_path", tmp_path / "pairs.json")
+        small = (*SHORT, "--dataset_num_workers", 0, "--max_pixels", 4096, "--output_path", folder)
+        losses.append(Ended(cli("train", "--recipe", recipe, *dataset, *small, *flags), folder).metrics("loss"))
+    assert losses[0] == losses[2] and losses[0][0] != losses[1][0]
+
+
+def test_zero_cond_t_is_taken_from_a_model_that_says_it(cli, recipe_models, photographs, tmp_path, monkeypatch):
+    """`--no-zero_cond_t` goes over config.json."""
+    recipe = "qwen-image-edit-2509-lora"
+    base = Path(shutil.copytree(recipe_models(recipe), tmp_path / "base"))
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
+    (entry, *_) = resolve({"recipe": recipe}).parameters.model_id_with_origin_paths
+    model_id, place = entry.split(":")
+    config = (base / model_id / place).parent / "config.json"
+    rows = [{"image": "chelsea.png", "edit_image": "coffee.png", "prompt": "a cat"}]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    losses = []
+    for said, flags in ((False, ()), (True, ()), (True, ("--no-zero_cond_t",))):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"zero_cond_t": said}))
         folder = Path(f"out-{len(losses)}")
         dataset = ("--dataset_base_path", photographs, "--dataset_metadata_path", tmp_path / "pairs.json")
         small = (*SHORT, "--dataset_num_workers", 0, "--max_pixels", 4096, "--output_path", folder)

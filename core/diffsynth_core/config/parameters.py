@@ -494,6 +494,10 @@ class Parameters(BaseModel):
         families=("qwen-image",),
     )
 
+    def given(self, name: str) -> bool:
+        """Whether a flag, a file or a recipe set the parameter, be it to its default."""
+        return name in self.model_fields_set
+
 
 @dataclass(frozen=True)
 class Setting:

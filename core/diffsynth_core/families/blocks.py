@@ -1,6 +1,6 @@
-"""The linear layers that make up most of a component: those of its repeated blocks."""
+"""The layers of a component by their kind: the linear ones of its repeated blocks, and those that can carry a LoRA."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -8,12 +8,32 @@ from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.loading import build_empty, shape_problems
 
+PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def find_linear_layers_of_blocks(family: Family, files: ComponentFiles) -> frozenset[str] | None:
     """Names, in our module, of the linear layers of a component's repeated blocks; None when its files are faulty."""
     if shape_problems(family, files):
         return None
     return linear_layers_of_blocks(build_empty(family, files))
+
+
+def kinds_without_lora(family: Family, files: ComponentFiles, names: Collection[str]) -> dict[str, str]:
+    """Those of the modules, by their names in ours, that cannot carry a LoRA, and the class of each.
+
+    Empty where the files are faulty, which is told elsewhere. A convolution of a class of its own pads or remembers
+    what the plain ones, of which a LoRA is made, do not.
+    """
+    if shape_problems(family, files):
+        return {}
+    modules = dict(build_empty(family, files).named_modules())
+    return {
+        name: type(modules[name]).__name__
+        for name in names
+        if name in modules
+        and not isinstance(modules[name], nn.Linear)
+        and type(modules[name]) not in PLAIN_CONVOLUTIONS
+    }
 
 
 def linear_layers_of_blocks(module: nn.Module) -> frozenset[str]:

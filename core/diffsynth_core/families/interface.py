@@ -84,8 +84,9 @@ class ComponentFacts:
     module; None: there is no table of them.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
-    `settings`: constructor settings that a parameter of the same name switches on, whatever config.json says -> the
-    extra inputs without which it means nothing.
+    `settings`: constructor settings that a parameter of the same name switches on or off, whatever config.json says ->
+    the extra inputs without which it means nothing.
+    `parts`: documented names of what is a component there and one part of this one here -> its name here.
     `inputs`: its files mean nothing without one of these extra inputs; blank: they always mean something.
     """
 
@@ -99,6 +100,7 @@ class ComponentFacts:
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
 
     def names_in(self, layout_name: str, layout: Layout) -> KeyMap | None:

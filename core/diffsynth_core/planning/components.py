@@ -189,7 +189,7 @@ def _assign(
         taken[component.name] = file_set
         config = _config_beside(file_set.paths[0], component, facts)
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
-        settings = {name: True for name in component.settings if getattr(parameters, name)}
+        settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
         float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
             component.name, file_set.source, file_set.paths, config, layout, folders, settings, float8

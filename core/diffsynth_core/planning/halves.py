@@ -164,7 +164,7 @@ def _damage(encoded: EncodedSamples) -> list[Problem]:
 
 
 def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
-    """Flags that ask for something else than what was encoded."""
+    """Flags, and keys of a file, that ask for something else than what was encoded; a recipe is for both halves."""
     origin, parameters = encoded.origin, resolved.parameters
     made: dict[str, Any] = {**origin.sizes, "extra_inputs": tuple(origin.extra_inputs)}
     return [
@@ -175,7 +175,8 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
             wrong_use=True,
         )
         for name, value in made.items()
-        if resolved.origins.get(name) == f"`--{name}`" and getattr(parameters, name) != value
+        if resolved.given(name) and not resolved.origins[name].startswith("recipe ")
+        if getattr(parameters, name) != value
     ]
 
 

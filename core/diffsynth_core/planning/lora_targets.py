@@ -28,11 +28,13 @@ class LoraTargets:
     """The modules that receive LoRA, by their documented names.
 
     `left_out`: modules that are asked for and that no gradient can reach.
+    `passed_over`: modules of the same kinds in other blocks, which are not asked for.
     `rule`: how they were chosen where their ends were not named, as words.
     """
 
     modules: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
     rule: str | None = None
 
 
@@ -62,7 +64,35 @@ def find_lora_targets(
             return LoraTargets()
         matches, rule = {pattern: fitting}, f"what fits `{pattern}`"
     problems += [_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names]
-    return _reachable(found, component, {name for names in matches.values() for name in names}, rule, problems)
+    names = {name for names in matches.values() for name in names}
+    problems += _unfit(found, component, names) if asked else []
+    return _reachable(found, component, names, rule, problems)
+
+
+def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> list[Problem]:
+    """The problem that modules by their documented names are of a kind that carries no LoRA; one for each kind."""
+    from diffsynth_core.families.blocks import kinds_without_lora
+
+    files, shapes = found.components[component], found.shapes[component]
+    documented = files.layout.documented
+    own = {part: name for name in names for part in documented.ours(name) or ()}
+    kinds = kinds_without_lora(load_family(found.facts.name), files, own)
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    for part, kind in kinds.items():
+        of_kind[f"of the kind `{kind}`"].append(own[part])
+    for part, name in own.items():
+        weight = f"{name}.weight"
+        if len(shapes[f"{part}.weight"]) != len(documented.join_shape(weight, shapes)):
+            of_kind["convolutions in files and linear layers here"].append(name)
+    return [
+        Problem(
+            f"`lora_target_modules` addresses modules of {component} {kind}, which carry no LoRA: "
+            f"{shorten(sorted(set(unfit)))}",
+            "name linear layers or plain convolutions",
+            wrong_use=True,
+        )
+        for kind, unfit in of_kind.items()
+    ]
 
 
 def _automatic(found: FoundComponents, component: str, problems: list[Problem]) -> LoraTargets:
@@ -105,7 +135,24 @@ def _reachable(
     if names and not alive:
         what = f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(names))}"
         problems.append(Problem(what, "name other modules", wrong_use=True))
-    return LoraTargets(tuple(sorted(alive)), tuple(sorted(set(names) - alive)), rule)
+    modules = modules_with_weights(found.components[component].layout.documented_shapes(found.shapes[component]))
+    kinds = {kind for name in alive if (kind := _kind_in_blocks(name))}
+    alike = {name for name in modules - set(names) if _kind_in_blocks(name) in kinds}
+    passed_over = {name for name in alike if not all(is_below(part, dead) for part in documented.ours(name) or ())}
+    return LoraTargets(
+        tuple(sorted(alive)), tuple(sorted(set(names) - alive)), tuple(sorted(passed_over, key=_by_number)), rule
+    )
+
+
+def _kind_in_blocks(module: str) -> tuple[str, str] | None:
+    """The blocks that a module stands in, and its name in its block; None outside of blocks."""
+    found = _BLOCK.match(module)
+    return (found[1], found[2]) if found else None
+
+
+def _by_number(module: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in module.split(".")]
 
 
 def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:

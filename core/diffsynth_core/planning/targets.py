@@ -9,7 +9,7 @@ from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Layou
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.lora_files import check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
-from diffsynth_core.planning.trained import check_component, find_trained
+from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
 from diffsynth_core.state_dicts.lora_names import DIALECTS
 
 
@@ -21,6 +21,7 @@ class Training:
     which alone are trained of them.
     `lora_modules`: by their documented names.
     `left_out`: modules that the LoRA targets address and that no gradient can reach.
+    `passed_over`: modules of the kinds that receive LoRA, in blocks that the targets leave out.
     `lora_rule`: how the modules were chosen where the ends of their names were not given, as words.
     """
 
@@ -29,6 +30,7 @@ class Training:
     lora_modules: tuple[str, ...]
     left_out: tuple[str, ...]
     lora_rule: str | None = None
+    passed_over: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -64,12 +66,13 @@ def find_training(
             )
         )
     _check_lora_options(parameters, found.facts, problems)
+    problems += prefix_problems(parameters, found.facts)
     targets = LoraTargets()
     if lora_component and lora_component in found.shapes:
         if "lora_target_modules" not in invalid:
             targets = find_lora_targets(parameters, lora_component, found, problems)
         check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
-    return Training(full, lora_component, targets.modules, targets.left_out, targets.rule, parts)
+    return Training(full, lora_component, targets.modules, targets.left_out, targets.rule, targets.passed_over, parts)
 
 
 def _rounded(files: ComponentFiles) -> Problem:
@@ -82,6 +85,14 @@ def _rounded(files: ComponentFiles) -> Problem:
 
 
 def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: list[Problem]) -> None:
+    if parameters.align_to_opensource_format and not parameters.lora_base_model:
+        problems.append(
+            Problem(
+                "`align_to_opensource_format` is given without `lora_base_model`: it names the keys of a LoRA",
+                "leave it out",
+                wrong_use=True,
+            )
+        )
     if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, facts.denoiser):
         problems.append(
             Problem(

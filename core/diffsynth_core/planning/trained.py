@@ -4,7 +4,7 @@ from itertools import takewhile
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, shorten, suggest
-from diffsynth_core.families.interface import Layout, Shapes, is_below
+from diffsynth_core.families.interface import FamilyFacts, Layout, Shapes, is_below
 from diffsynth_core.planning.components import FoundComponents
 
 PARAMETER = "trainable_models"
@@ -41,8 +41,12 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
     """
     known = found.facts.component_names
     if name not in known:
+        part = next((component for component in found.facts.components if name in component.parts), None)
         near = suggest(name, known)
-        hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
+        if part:
+            hint = f"here that is `{part.parts[name] if parameter == PARAMETER else part.name}`"
+        else:
+            hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
         problems.append(
             Problem(f"`{parameter}` names `{name}`, which is no component of {found.facts.title}", hint, wrong_use=True)
         )
@@ -58,6 +62,21 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
         )
     )
     return False
+
+
+def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
+    """The problem that the prefix to take off keys names a component as it is called elsewhere: it would fit no key."""
+    prefix = parameters.remove_prefix_in_ckpt
+    return [
+        Problem(
+            f"`remove_prefix_in_ckpt` `{prefix}` names `{name}`, which is no component of {facts.title}",
+            f"give `--remove_prefix_in_ckpt {prefix.replace(name, part, 1)}`",
+            wrong_use=True,
+        )
+        for component in facts.components
+        for name, part in component.parts.items()
+        if f"{prefix}.".startswith(f"pipe.{name}.")
+    ]
 
 
 def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:

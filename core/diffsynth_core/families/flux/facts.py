@@ -155,6 +155,7 @@ FLUX = FamilyFacts(
             places=("vae/*", "ae.*"),
             config_classes=("AutoencoderKL",),
             untrainable=names.unused_in_vae,
+            parts={"vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"},
         ),
         ComponentFacts(
             name=CONTROLNET,
