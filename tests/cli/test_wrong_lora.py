@@ -280,11 +280,20 @@ def test_parts_of_a_vae_by_their_documented_names(refuse):
     ]
     assert told("--lora_base_model", "vae_decoder") == [(message.format("lora_base_model"), "here that is `vae`")]
     assert told("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
-        (
-            "`remove_prefix_in_ckpt` `pipe.vae_encoder.` names `vae_encoder`, which is no component of FLUX.1",
-            "give `--remove_prefix_in_ckpt pipe.vae.encoder.`",
-        )
+        ("`remove_prefix_in_ckpt` `pipe.vae_encoder.` begins no key of FLUX.1", "did you mean `pipe.vae.encoder.`?")
     ]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "hint"),
+    [
+        ("pipe.dti.", "did you mean `pipe.dit.`?"),
+        ("model", "keys begin with `pipe.dit.`, `pipe.text_encoder.`, `pipe.vae.`, `pipe.controlnet.`"),
+    ],
+)
+def test_a_prefix_that_no_key_has(refuse, prefix, hint):
+    message = f"`remove_prefix_in_ckpt` `{prefix}` begins no key of Qwen-Image"
+    assert refuse("--remove_prefix_in_ckpt", prefix) == (2, [(message, hint)])
 
 
 def test_modules_passed_over_are_told(cli, dataset):

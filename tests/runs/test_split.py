@@ -105,7 +105,8 @@ def test_the_halves_train_what_the_whole_does(name, objective, train, datasets, 
     shutil.rmtree(dataset)
     shutil.rmtree(tmp_path / "own_cache" / "encodings")
     second = train(*second_half(kind, "encoded", "halves", *HOW, objective=objective))
-    assert second.err.count("Loading ") == 1 and "Loading dit (" in second.err
+    # A slow machine tells more than once how far a component is.
+    assert {line.split()[1] for line in second.err.splitlines() if line.startswith("Loading ")} == {"dit"}
     expected, found = losses_of("whole"), losses_of("halves")
     difference = max(abs(one - other) for one, other in zip(expected, found, strict=True))
     files = set(Path("encoded/encodings").rglob("*.safetensors"))
@@ -143,7 +144,7 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
         "--recipe", QWEN.recipe, "--dataset_base_path", datasets["pictures"], "--max_steps", 2, "--output_path", "run"
     )
     partly = train(*first_half(QWEN, datasets["pictures"], "partly"))
-    encoded = int(partly.err.partition("Encoding latents: ")[2].partition(" of")[0])
+    encoded = int(partly.err.rpartition("Encoding latents: ")[2].partition(" of")[0])
     assert encoded == 2, "a run of two steps encodes two samples"
     train(
         "--recipe",

@@ -65,18 +65,17 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
 
 
 def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
-    """The problem that the prefix to take off keys names a component as it is called elsewhere: it would fit no key."""
-    prefix = parameters.remove_prefix_in_ckpt
-    return [
-        Problem(
-            f"`remove_prefix_in_ckpt` `{prefix}` names `{name}`, which is no component of {facts.title}",
-            f"give `--remove_prefix_in_ckpt {prefix.replace(name, part, 1)}`",
-            wrong_use=True,
-        )
-        for component in facts.components
-        for name, part in component.parts.items()
-        if f"{prefix}.".startswith(f"pipe.{name}.")
-    ]
+    """The problem that the text to take off keys begins none of them: a component misspelt, or called as elsewhere."""
+    asked = parameters.remove_prefix_in_ckpt
+    begins = [f"pipe.{name}." for name in facts.component_names]
+    if any(begin.startswith(asked) or asked.startswith(begin) for begin in begins):
+        return []
+    parts = {
+        f"pipe.{name}.": f"pipe.{part}." for component in facts.components for name, part in component.parts.items()
+    }
+    near = parts.get(f"{asked.removesuffix('.')}.") or suggest(asked, begins)
+    hint = f"did you mean `{near}`?" if near else f"keys begin with {shorten(begins)}"
+    return [Problem(f"`remove_prefix_in_ckpt` `{asked}` begins no key of {facts.title}", hint, wrong_use=True)]
 
 
 def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
