@@ -1,6 +1,7 @@
 """The terminal: messages, progress bars, and plain lines where there is no terminal."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
 
@@ -33,14 +35,17 @@ class ConsoleReporter:
         self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._log: TextIO | None = None
         self._early: list[str] = []
+        self._bars: Progress | None = None
+        self._tasks = 0
+        self._changing = threading.Lock()
 
     def info(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)
         self._keep(message)
 
     def warn(self, message: str) -> None:
-        self.console.print("[yellow]warning:[/yellow] ", end="")
-        self.console.print(message, markup=False, soft_wrap=True)
+        # In one piece: bars that are shown would be drawn over a line that has not ended.
+        self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
         self._keep(f"warning: {message}")
 
     def log_to(self, path: Path) -> None:
@@ -60,12 +65,33 @@ class ConsoleReporter:
         if total == 0:
             yield SilentTask()
         elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
-            with _progress(self.console) as progress:
-                yield _Bar(progress, label, total, unit, done)
+            with self._shared_bars() as bars:
+                bar = _Bar(bars, label, total, unit, done)
+                yield bar
+                if len(bars.task_ids) > 1:
+                    bar.leave()
         else:
             plain = _PlainLines(self, label, total, unit, done)
             yield plain
             plain.finish()
+
+    @contextmanager
+    def _shared_bars(self) -> Iterator[Progress]:
+        """The bars of all tasks that run at the same time, in several threads too: a terminal shows one set of them."""
+        with self._changing:
+            if self._bars is None:
+                self._bars = _progress(self.console)
+                self._bars.start()
+            bars = self._bars
+            self._tasks += 1
+        try:
+            yield bars
+        finally:
+            with self._changing:
+                self._tasks -= 1
+                if not self._tasks:
+                    bars.stop()
+                    self._bars = None
 
     def _keep(self, message: str) -> None:
         line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n"
@@ -110,7 +136,7 @@ def _speed(rate: float, unit: str) -> str:
 
 
 class _Bar:
-    """A task as a progress bar."""
+    """A task as a progress bar, which goes when the task is done and others are not."""
 
     def __init__(self, progress: Progress, label: str, total: int, unit: str, done: int) -> None:
         self._progress, self._total, self._unit, self._done, self._rate = progress, total, unit, done, _Rate()
@@ -126,6 +152,10 @@ class _Bar:
             rate=_speed(self._rate.add(amount), self._unit),
             fields="  ".join(f"{name} {value}" for name, value in fields.items()),
         )
+
+    def leave(self) -> None:
+        """Take the bar away."""
+        self._progress.remove_task(self._task)
 
 
 class _PlainLines:

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
     "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Take a checkpoint apart by component or size, or join one"),
+    "download": ("diffsynth_cli.commands.download", "Bring the files of recipes, models and datasets from the hubs"),
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""

@@ -11,6 +11,7 @@ import typer
 
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
+from diffsynth_cli.downloading import bring_files
 from diffsynth_cli.plan_text import plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
@@ -110,6 +111,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
     from diffsynth_core.training.stop import listen_for_stop
 
+    bring_files(stages, reporter, lambda quiet: _make_plans(stages, quiet, world_size))
     plans = _make_plans(stages, reporter, world_size)
     first = next(iter(plans))
     accelerate_config = plans[first].parameters.accelerate_config

@@ -42,6 +42,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
     patch.setenv("ACCELERATE_USE_CPU", "true")
     patch.setenv("COLUMNS", "80")
     yield

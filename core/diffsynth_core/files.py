@@ -69,9 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with temporary_beside(path) as temporary:
         yield temporary
-        sync_file(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
+        put_in_place(temporary, path)
 
 
 @contextmanager
@@ -94,6 +92,13 @@ def temporary_beside(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished file its final name, durably."""
+    sync_file(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def remove_leftovers(path: Path) -> None:
     """Delete what processes that were killed while they wrote `path` left beside it."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY_ENDING}"):
@@ -113,8 +118,11 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Within it no other process holds the lock file `path`; without effect where it cannot be made."""
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within it no other process holds the lock file `path`; without effect where it cannot be made.
+
+    `waiting` is called once when another process holds it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("w")
@@ -122,7 +130,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 

@@ -26,8 +26,9 @@ def test_help_names_the_commands(cli):
     outcome = cli("--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
-    assert "\n  train    Train from a recipe: LoRA, full, or both\n" in outcome.out
-    assert "\n  recipe   List and show recipes, print their JSON schema\n" in outcome.out
+    assert "\n  train       Train from a recipe: LoRA, full, or both\n" in outcome.out
+    assert "\n  download    Bring the files of recipes, models and datasets from the hubs\n" in outcome.out
+    assert "\n  recipe      List and show recipes, print their JSON schema\n" in outcome.out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"]])
@@ -168,6 +169,7 @@ def test_the_dry_run_shows_what_flags_changed_and_writes_nothing(cli, dataset):
         (["--help"], ["torch", "pydantic", "rich", "yaml", "numpy"]),
         (["--version"], ["torch", "rich", "yaml", "numpy"]),
         (["train", "--help"], ["torch", "rich", "numpy"]),
+        (["download", "--help"], ["torch", "rich", "numpy", "modelscope_hub", "huggingface_hub"]),
         (["recipe", "list"], ["torch", "rich", "numpy"]),
         (["recipe", "show", "qwen-image-lora"], ["torch", "rich", "numpy"]),
         (["recipe", "schema"], ["torch", "rich", "numpy"]),

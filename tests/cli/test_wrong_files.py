@@ -49,7 +49,7 @@ def test_a_glob_that_matches_nothing(refuse, models):
         [
             (
                 f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
-                f"put the files at `{models}/Qwen/Qwen-Image`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, "
+                f"fetch it with `diffsynth download '{entry}'`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
                 "or rehearse with `--rehearse`",
             )
         ],
@@ -65,7 +65,7 @@ def test_a_missing_shard_is_the_only_problem(refuse, repository):
     name = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (repository / "transformer" / name).unlink()
     message = f"`{PLACES['dit']}`: 1 shards are missing, the first is `{name}`"
-    assert refuse() == (1, [(message, "fetch them, or mend the glob")])
+    assert refuse() == (1, [(message, "fetch them with `diffsynth download qwen-image-lora`, or mend the glob")])
 
 
 def test_files_cut_short(refuse, vae):
@@ -192,7 +192,8 @@ def test_a_file_that_is_no_component(refuse, tmp_path):
 def test_no_tokenizer_beside_the_text_encoder(refuse, repository):
     shutil.rmtree(repository / "tokenizer")
     message = f"there is no tokenizer at `{repository}/tokenizer`"
-    assert refuse() == (1, [(message, "name its folder with `--tokenizer_path`")])
+    command = "diffsynth download 'Qwen/Qwen-Image:tokenizer/*'"
+    assert refuse() == (1, [(message, f"fetch it with `{command}`, or name its folder with `--tokenizer_path`")])
 
 
 def test_a_tokenizer_folder_that_is_not_there(refuse):

@@ -2,7 +2,14 @@
 
 import pytest
 
-from diffsynth_core.sources.model_files import expand_entry, expand_local, locate, locate_folder, split_entry
+from diffsynth_core.sources.model_files import (
+    MissingFiles,
+    expand_entry,
+    expand_local,
+    locate,
+    locate_folder,
+    split_entry,
+)
 
 ID = "Qwen/Qwen-Image"
 FILES = (
@@ -129,7 +136,8 @@ def test_every_missing_file_is_told(base, monkeypatch):
         f"`model_id_with_origin_paths`: nothing matches `{ID}:text_encoder/*` below `{base}`",
         "`model_id_with_origin_paths`: nothing matches `gone-3.safetensors`",
     ]
-    assert str(base / ID) in (problems[2].hint or "")
+    assert f"`diffsynth download '{ID}:text_encoder/*'`" in (problems[2].hint or "")
+    assert [isinstance(problem, MissingFiles) for problem in problems] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Hub files as `model_id:glob`, found below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`); a local path is taken too",
+        "Hub files as `model_id:glob`, below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`), downloaded when they are missing; a local path is taken too",
     )
     extra_inputs: CommaList = _setting(
         (),

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
@@ -25,6 +26,7 @@ from diffsynth_core.families.table import (
 )
 from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
 from diffsynth_core.planning.tokenizers import find_tokenizers
+from diffsynth_core.planning.wanted_files import command_that_brings, needed_entries
 from diffsynth_core.sources.model_files import FileSet, expand_entry, locate, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
 
@@ -74,7 +76,8 @@ def find_components(
     if refused:
         return None
     asked = _asked_for(parameters, family, base)
-    file_sets, missing = locate(parameters.model_paths, asked, base, _copies(family))
+    brings = partial(command_that_brings, recipe=parameters.recipe)
+    file_sets, missing = locate(parameters.model_paths, asked, base, _copies(family), brings)
     problems += missing
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
     complete = len(headers) == len(asked) + len(parameters.model_paths)
@@ -106,21 +109,11 @@ def find_components(
 
 
 def _asked_for(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
-    """The entries whose files must be there: the first half of split training does without the transformer, the second
-    without what has encoded."""
-    entries, task = parameters.model_id_with_origin_paths, TASKS[parameters.task]
-    facts = FAMILIES.get(family or "")
-    if facts is None or (task.encodes and task.trains):
-        return entries
-    needed = components_of(task, facts.variant({}, parameters.extra_inputs, ""))
-    kept = []
-    for entry in entries:
-        model_id, place = split_entry(entry) or ("", entry)
-        component = component_at(place, facts, model_id)
-        idle = component and (component.name not in needed if task.trains else component.name == facts.denoiser)
-        if not idle or expand_entry(entry, base):
-            kept.append(entry)
-    return tuple(kept)
+    """The entries whose files must be there, and those that are there without need."""
+    needed = needed_entries(parameters, family)
+    return tuple(
+        entry for entry in parameters.model_id_with_origin_paths if entry in needed or expand_entry(entry, base)
+    )
 
 
 def refused_models(entries: Iterable[str]) -> list[Problem]:

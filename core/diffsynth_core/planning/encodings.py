@@ -11,7 +11,7 @@ from diffsynth_core.data.samples import Sample
 from diffsynth_core.families.interface import EncoderFacts, Variant
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
-from diffsynth_core.sources.identity import FileIdentities
+from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EncodingsPlan:
 
 def identity_memory(plan: Plan) -> FileIdentities:
     """The remembered hashes of files, beside the cache."""
-    return FileIdentities(plan.cache / "identities.jsonl")
+    return FileIdentities(plan.cache / IDENTITIES)
 
 
 def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:

@@ -9,7 +9,7 @@ from typing import Any
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
-from diffsynth_core.sources.model_files import locate_folder
+from diffsynth_core.sources.model_files import MissingFiles, download_command, locate_folder, split_entry
 
 
 def find_tokenizers(
@@ -39,10 +39,17 @@ def find_tokenizers(
         else:
             shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
             there = " nor at ".join(f"`{place}`" for place in shown)
-            problems.append(
-                Problem(f"there is no {tokenizer.what} at {there}", f"name its folder with `--{parameter}`")
-            )
+            problems.append(_not_there(f"there is no {tokenizer.what} at {there}", parameter, places[-1]))
     return found
+
+
+def _not_there(message: str, parameter: str, place: str) -> Problem:
+    """The problem that there is no tokenizer; one that a repository has can be fetched."""
+    hint = f"name its folder with `--{parameter}`"
+    if split_entry(place) is None:
+        return Problem(message, hint)
+    command = download_command(place.rstrip("/") + "/*")
+    return MissingFiles(message, f"fetch it with `{command}`, or {hint}")
 
 
 def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:

@@ -11,6 +11,8 @@ from diffsynth_core.sources.file_memory import FileMemory, file_stamp
 HASHING_THREADS = 8
 """hashlib lets other threads run while it hashes, and a fast disk feeds several."""
 SHA256 = "sha256"
+IDENTITIES = "identities.jsonl"
+"""The file below the cache folder in which hashes are remembered."""
 
 
 class FileIdentities:
@@ -34,6 +36,10 @@ class FileIdentities:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         self._memory.remember(path, SHA256, stamp, digest)
         return digest
+
+    def tell(self, path: Path, digest: str) -> None:
+        """Keep the sha256 of a file that was computed while it was written."""
+        self._memory.remember(path, SHA256, file_stamp(path), digest)
 
     def read_all(self, paths: Iterable[Path], reporter: Reporter, label: str) -> None:
         """Make all of `paths` known, showing progress in files when any must be read."""

@@ -4,7 +4,8 @@
 path. Nothing is fetched here: what is missing is told, and whoever fetches calls this again afterwards.
 """
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from diffsynth_core.errors import Problem
 from diffsynth_core.files import absent_shards
 
 WEIGHT_ENDINGS = (".safetensors", ".pth")
+
+
+class MissingFiles(Problem):
+    """The problem that files of a hub's repository are not on disk."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,22 @@ class FileSet:
         return f"{self.origin}, read from its copy {self.copy}" if self.copy else self.origin
 
 
+def download_command(entry: str) -> str:
+    """The command that brings the files of an entry."""
+    return f"diffsynth download {shlex.quote(entry)}"
+
+
 def locate(
-    path_groups: Sequence[Sequence[str]], entries: Sequence[str], base: Path, copies: Mapping[str, str] | None = None
+    path_groups: Sequence[Sequence[str]],
+    entries: Sequence[str],
+    base: Path,
+    copies: Mapping[str, str] | None = None,
+    brings: Callable[[str], str] = download_command,
 ) -> tuple[list[FileSet], list[Problem]]:
     """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there.
 
     `copies`: file name -> entry that holds the same weights; read when nothing but the copy is there.
+    `brings`: entry -> the command that brings its files, for hints.
     """
     file_sets, problems = [], []
     for group in path_groups:
@@ -61,8 +76,8 @@ def locate(
             home = (base / parts[0] / parts[1]).parent if parts and copied else None
             file_sets.append(FileSet(entry, paths or copied, (entry,), copy if copied else None, home))
         else:
-            problems.append(_nothing_matches(entry, copy, base))
-    faults = {file_set.origin: _shard_problems(file_set) for file_set in file_sets}
+            problems.append(_nothing_matches(entry, copy, base, brings))
+    faults = {file_set.origin: _shard_problems(file_set, brings) for file_set in file_sets}
     problems += [problem for found in faults.values() for problem in found]
     return [file_set for file_set in file_sets if not faults[file_set.origin]], problems
 
@@ -117,27 +132,25 @@ def locate_folder(text: str, base: Path) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _nothing_matches(entry: str, copy: str | None, base: Path) -> Problem:
+def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[[str], str]) -> Problem:
     parts = split_entry(entry)
     if parts is None:
         return Problem(
             f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or write `model_id:file`"
         )
     nor = f", nor its copy `{copy}`" if copy else ""
-    return Problem(
+    return MissingFiles(
         f"`model_id_with_origin_paths`: nothing matches `{entry}`{nor} below `{base}`",
-        f"put the files at `{base / parts[0]}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
+        f"fetch it with `{brings(entry)}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
     )
 
 
-def _shard_problems(file_set: FileSet) -> list[Problem]:
+def _shard_problems(file_set: FileSet, brings: Callable[[str], str]) -> list[Problem]:
     """Shards that the names of the others promise and that are not among the files."""
     missing = absent_shards(path.name for path in file_set.paths)
     if not missing:
         return []
-    return [
-        Problem(
-            f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`",
-            "fetch them, or mend the glob",
-        )
-    ]
+    what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
+    if file_set.copy or file_set.origin not in file_set.entries or split_entry(file_set.origin) is None:
+        return [Problem(what, "fetch them, or mend the glob")]
+    return [MissingFiles(what, f"fetch them with `{brings(file_set.origin)}`, or mend the glob")]

@@ -1,0 +1,115 @@
+"""What a download command asks for: files of recipes and models, or a dataset. No torch."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.errors import FaultsFound, Problem, raise_if_any, suggest
+from diffsynth_core.families.table import family_of_model
+from diffsynth_core.files import model_base_path
+from diffsynth_core.planning.wanted_files import wanted_of_entry, wanted_of_recipe
+from diffsynth_core.sources.hub import Repository
+from diffsynth_core.sources.model_files import split_entry
+from diffsynth_core.sources.wanted import Place, Wanted, absent
+
+DATA_FOLDER = Path("data")
+EVERYTHING = "*"
+
+
+@dataclass(frozen=True)
+class DownloadRequest:
+    """What is wanted, the folder it belongs below, and the command that asks for it."""
+
+    wanted: tuple[Wanted, ...]
+    base: Path
+    command: str
+
+    def missing(self) -> list[Wanted]:
+        """What is not here, as far as names tell."""
+        return absent(self.wanted, self.base)
+
+
+def request_download(
+    names: Sequence[str],
+    dataset: str | None,
+    include: Sequence[str],
+    local_dir: Path | None,
+    local_model_path: Path | None,
+) -> DownloadRequest:
+    """What the arguments of the command ask for.
+
+    `names`: recipes, and entries `model_id:glob`. `include`: globs of the dataset's paths, in which `*` goes over `/`.
+
+    Raises:
+        FaultsFound: names that are nothing, and options that do not go together.
+    """
+    problems = _misuses(names, dataset, include, local_dir, local_model_path)
+    if dataset and not problems:
+        place = Place(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
+        folder = local_dir or DATA_FOLDER / dataset.rpartition("/")[2]
+        words = ["--dataset", dataset, *(word for glob in include for word in ("--include", glob))]
+        words += ["--local_dir", str(local_dir)] if local_dir else []
+        return DownloadRequest((Wanted((place,)),), folder, _command(words))
+    wanted: list[Wanted] = []
+    for name in names:
+        try:
+            wanted += _wanted(name)
+        except FaultsFound as error:
+            problems += error.problems
+    raise_if_any(problems)
+    words = [*names, *(["--local_model_path", str(local_model_path)] if local_model_path else [])]
+    return DownloadRequest(tuple(dict.fromkeys(wanted)), local_model_path or model_base_path(), _command(words))
+
+
+def offline_problems(request: DownloadRequest) -> list[Problem]:
+    """The problems that files are not here, where no hub is to be asked for them."""
+    hint = f"`{request.command}` brings it where a hub may be asked"
+    return [Problem(f"nothing whole matches `{item}` below `{request.base}`", hint) for item in request.missing()]
+
+
+def _wanted(name: str) -> list[Wanted]:
+    """The files of a recipe, or of an entry."""
+    if name in recipe_names():
+        return wanted_of_recipe(name)
+    parts = split_entry(name)
+    if parts:
+        return wanted_of_entry(name, family_of_model(parts[0]))
+    near = suggest(name, recipe_names())
+    if near:
+        hint = f"did you mean `{near}`?"
+    elif "/" in name:
+        hint = f"write `{name.rstrip(':')}:GLOB`, or `--dataset {name.rstrip(':')}`"
+    else:
+        hint = "`diffsynth recipe list` names the recipes"
+    raise FaultsFound([Problem(f"`{name}` is neither a recipe nor MODEL_ID:GLOB", hint, wrong_use=True)])
+
+
+def _misuses(
+    names: Sequence[str],
+    dataset: str | None,
+    include: Sequence[str],
+    local_dir: Path | None,
+    local_model_path: Path | None,
+) -> list[Problem]:
+    """The problems that arguments do not go together."""
+    problems = []
+    if not names and not dataset:
+        problems.append(("nothing is named to download", "name a recipe, MODEL_ID:GLOB, or `--dataset ID`"))
+    if names and dataset:
+        problems.append(("models and a dataset are named", "download them by two commands"))
+    if not dataset:
+        given = {"include": include, "local_dir": local_dir}
+        problems += [
+            (f"`--{option}` is for datasets", "give `--local_model_path` for models, MODEL_ID:GLOB for some files")
+            for option, value in given.items()
+            if value
+        ]
+    elif local_model_path:
+        problems.append(("`--local_model_path` is for models", "give `--local_dir`"))
+    return [Problem(message, hint, wrong_use=True) for message, hint in problems]
+
+
+def _command(words: Sequence[str]) -> str:
+    return f"diffsynth download {shlex.join(words)}"

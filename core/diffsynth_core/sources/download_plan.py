@@ -1,0 +1,203 @@
+"""What a download will do: the files, their sizes, what of them is here, and whether the rest fits on the disk."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.progress import format_bytes
+from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption, Refusal, RemoteFile, Repository
+from diffsynth_core.sources.identity import FileIdentities
+from diffsynth_core.sources.wanted import Place, Wanted, paths_below
+
+State = Literal["here", "incomplete", "damaged", "missing"]
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file to have, where it belongs, and how much of it is here, in bytes.
+
+    `damaged`: a file of that name is here, and it is longer or has other bytes; nothing of it is used.
+    """
+
+    repository: Repository
+    file: RemoteFile
+    target: Path
+    state: State
+    bytes_here: int
+
+    @property
+    def missing_bytes(self) -> int:
+        return self.file.size - self.bytes_here
+
+    @property
+    def part(self) -> Path:
+        """Where its bytes are kept until all are here; a file that the hub has changed since has another."""
+        tag = self.file.checksum.hexdigest[:12] if self.file.checksum else self.file.size
+        return self.target.with_name(f".{self.target.name}.{tag}.part")
+
+
+@dataclass(frozen=True)
+class DownloadPlan:
+    """All files of a download below `base`, the hub's title, and the free bytes of the disk."""
+
+    hub: str
+    base: Path
+    files: tuple[ListedFile, ...]
+    free_bytes: int
+
+    @property
+    def to_fetch(self) -> tuple[ListedFile, ...]:
+        return tuple(listed for listed in self.files if listed.state != "here")
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(listed.missing_bytes for listed in self.to_fetch)
+
+    def check_disk(self) -> None:
+        """Raises: DiffSynthError: when what is missing does not fit on the disk."""
+        if self.missing_bytes > self.free_bytes:
+            raise DiffSynthError(
+                f"{format_bytes(self.missing_bytes)} are to be fetched, and {format_bytes(self.free_bytes)} are free at "
+                f"`{self.base}`",
+                "free some space, or name a folder on another disk",
+            )
+
+
+def plan_download(wanted: Iterable[Wanted], hub: Hub, base: Path, identities: FileIdentities) -> DownloadPlan:
+    """Ask the hub for the files of what is wanted, and compare sizes with what is here, and hashes as far as known.
+
+    Raises:
+        FaultsFound: all that the hub does not have, or does not give.
+        DiffSynthError: when the hub cannot be reached.
+    """
+    lists = _Lists(hub)
+    files: dict[Path, ListedFile] = {}
+    problems: list[Problem] = []
+    for item in wanted:
+        try:
+            repository, found = _find(item, lists, base)
+        except Refusal as error:
+            problems += [] if item.optional else error.problems
+            continue
+        for file in found:
+            target = _target(repository, file, base)
+            files[target] = _listed(repository, file, target, identities)
+    raise_if_any(problems)
+    ordered = sorted(files.values(), key=lambda listed: (listed.repository.name, listed.file.path))
+    return DownloadPlan(hub.title, base, tuple(ordered), free_bytes(base))
+
+
+def compared(plan: DownloadPlan, identities: FileIdentities) -> DownloadPlan:
+    """A plan again, with hashes that have become known since."""
+    files = (_listed(listed.repository, listed.file, listed.target, identities) for listed in plan.files)
+    return replace(plan, files=tuple(files))
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+class _Lists:
+    """The files of repositories, each asked for once."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self._known: dict[Repository, list[RemoteFile] | Refusal] = {}
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        if repository not in self._known:
+            try:
+                self._known[repository] = self.hub.files(repository)
+            except Refusal as error:
+                self._known[repository] = error
+            except Interruption as error:
+                raise DiffSynthError(
+                    f"cannot ask {self.hub.title} for the files of `{repository.name}`: {error}",
+                    f"check the connection, or {ANOTHER_HUB}",
+                ) from error
+        known = self._known[repository]
+        if isinstance(known, Refusal):
+            raise known
+        return known
+
+
+def _find(item: Wanted, lists: _Lists, base: Path) -> tuple[Repository, list[RemoteFile]]:
+    """The repository that what is wanted comes from, and the files: the place that is on disk, else the first on the
+    hub. What is on disk and not on the hub is taken as it is."""
+    here = item.place_here(base)
+    if here:
+        try:
+            return here.repository, _chosen(here, lists)
+        except Refusal:
+            return here.repository, _on_disk(here, base)
+    refusals = []
+    for place in item.places:
+        try:
+            return place.repository, _chosen(place, lists)
+        except Refusal as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _chosen(place: Place, lists: _Lists) -> list[RemoteFile]:
+    """The files of a place on the hub.
+
+    Raises:
+        Refusal: when there are none, or not all.
+    """
+    files = lists.files(place.repository)
+    paths = [file.path for file in files]
+    if not place.is_whole(paths):
+        raise _nothing_matches(place, paths, lists.hub)
+    chosen = set(place.choose(paths))
+    return [file for file in files if file.path in chosen]
+
+
+def _nothing_matches(place: Place, paths: Sequence[str], hub: Hub) -> Refusal:
+    folders = sorted({f"{path.split('/')[0]}/" if "/" in path else path for path in paths})
+    return Refusal(
+        f"{hub.title} has nothing that matches `{place}`; it has {shorten(folders) or 'no files'}",
+        f"compare with {hub.page(place.repository)}",
+    )
+
+
+def _on_disk(place: Place, base: Path) -> list[RemoteFile]:
+    folder = place.repository.folder(base)
+    return [RemoteFile(path, (folder / path).stat().st_size, None) for path in place.choose(paths_below(folder))]
+
+
+def _target(repository: Repository, file: RemoteFile, base: Path) -> Path:
+    """Where a file belongs; a hub does not choose a place outside the folder of the repository."""
+    path = PurePosixPath(file.path)
+    if path.is_absolute() or ".." in path.parts:
+        raise DiffSynthError(f"`{repository.name}` has a file `{file.path}`, which leaves its folder", "do not use it")
+    return repository.folder(base) / path
+
+
+def _listed(repository: Repository, file: RemoteFile, target: Path, identities: FileIdentities) -> ListedFile:
+    """A file with how much of it is here: whole, cut short, in its part, or not at all."""
+    missing = ListedFile(repository, file, target, "missing", 0)
+    size = target.stat().st_size if target.is_file() else None
+    part = missing.part.stat().st_size if missing.part.is_file() else 0
+    if size == file.size and not _has_other_bytes(target, file, identities):
+        return ListedFile(repository, file, target, "here", file.size)
+    kept = max(part if part <= file.size else 0, size if size is not None and size < file.size else 0)
+    state: State = "incomplete" if kept else "missing" if size is None else "damaged"
+    return ListedFile(repository, file, target, state, kept)
+
+
+def _has_other_bytes(target: Path, file: RemoteFile, identities: FileIdentities) -> bool:
+    """Whether a file that was read once has other bytes than the hub says; of one never read it is not known."""
+    known = identities.known(target)
+    if file.checksum is None or known is None:
+        return False
+    if file.checksum.kind == "git":  # of small files only: those outside of Git LFS
+        digest = file.checksum.start(file.size)
+        digest.update(target.read_bytes())
+        known = digest.hexdigest()
+    return known != file.checksum.hexdigest

@@ -1,0 +1,143 @@
+"""What is asked of a hub, whichever it is: the files of a repository, and the bytes of one from a place on.
+
+Both SDKs could fetch files themselves. They are asked for lists, addresses, credentials and open streams only, because
+`huggingface_hub` (2.4) throws away what it has of a file when it is stopped and compares no hash, and `modelscope_hub`
+(0.5) draws bars of its own, tells nobody else how far it is, and gives up on a file after an hour. What is done with
+the bytes stands in `fetching`, once for both.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+SOURCE_VARIABLE = "DIFFSYNTH_DOWNLOAD_SOURCE"
+SKIP_VARIABLE = "DIFFSYNTH_SKIP_DOWNLOAD"
+HUBS = {
+    "modelscope": ("diffsynth_core.sources.modelscope", "ModelScope"),
+    "huggingface": ("diffsynth_core.sources.huggingface", "HuggingFace"),
+}
+"""Name of a hub -> module and class; the first is asked where none is named."""
+ANOTHER_HUB = f"ask another hub with `--source` or {SOURCE_VARIABLE}"
+UNSET = ("", "0", "false", "no", "off")
+"""Values of a switch in the environment that leave it off."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model or a dataset on a hub; `name` is `owner/name`."""
+
+    kind: Literal["model", "dataset"]
+    name: str
+
+    def folder(self, base: Path) -> Path:
+        """Where its files lie: models below the folder of all models, a dataset in the folder named for it."""
+        return base / self.name if self.kind == "model" else base
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What a hub says that the bytes of a file sum up to.
+
+    `kind`: `sha256` of the bytes, or `git`: the id of the blob in git, sha1 of a header with the size and the bytes.
+    """
+
+    kind: Literal["sha256", "git"]
+    hexdigest: str
+
+    def start(self, size: int) -> "_Hash":
+        """A hash to put the bytes of a file of `size` bytes into."""
+        if self.kind == "sha256":
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its path there, its size in bytes, and what its bytes sum up to where that is known."""
+
+    path: str
+    size: int
+    checksum: Checksum | None
+
+
+class Interruption(Exception):
+    """A transfer broke in a way that another attempt may mend; the text says how."""
+
+
+class Refusal(DiffSynthError):
+    """A hub does not have what is asked for, or does not give it to this user."""
+
+
+class Hub(Protocol):
+    """A hub; all errors are `Refusal`, which is final, or `Interruption`."""
+
+    title: str
+
+    def page(self, repository: Repository) -> str:
+        """The address of a repository for people."""
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        """All files of a repository."""
+
+    def read(
+        self, repository: Repository, path: str, start: int
+    ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
+        """The bytes of a file from `start` on, or from the beginning: gives where they begin, and the bytes."""
+
+
+def download_source(given: str | None) -> str:
+    """The hub to ask: the one given, else `$DIFFSYNTH_DOWNLOAD_SOURCE`, else ModelScope.
+
+    Raises:
+        DiffSynthError: when there is no hub of that name.
+    """
+    source = (given or os.environ.get(SOURCE_VARIABLE) or next(iter(HUBS))).lower()
+    if source not in HUBS:
+        where = "`source`" if given else f"`{SOURCE_VARIABLE}`"
+        wrong = Problem(f"{where} is `{source}`, and names no hub", f"name one of {', '.join(HUBS)}", wrong_use=True)
+        raise FaultsFound([wrong])
+    return source
+
+
+def open_hub(source: str) -> Hub:
+    """The hub of a name; imports its SDK, and opens no connection."""
+    module, name = HUBS[source]
+    hub: Hub = getattr(import_module(module), name)()
+    return hub
+
+
+def downloads_are_off() -> bool:
+    """Whether `$DIFFSYNTH_SKIP_DOWNLOAD` forbids to ask a hub."""
+    return os.environ.get(SKIP_VARIABLE, "").strip().lower() not in UNSET
+
+
+def unknown(hub: Hub, repository: Repository, path: str | None = None) -> Refusal:
+    """The error that a hub has no such repository, as far as this user sees, or no such file in it."""
+    if path:
+        what = f"{hub.title} has no file `{path}` in `{repository.name}`"
+    else:
+        what = f"{hub.title} has no {repository.kind} `{repository.name}` that you may see"
+    return Refusal(what, f"compare with {hub.page(repository)}, or {ANOTHER_HUB}")
+
+
+def refused(hub: Hub, repository: Repository, login: str) -> Refusal:
+    """The error that a hub does not let this user read a repository; `login`: the command that keeps a token."""
+    return Refusal(
+        f"{hub.title} does not give `{repository.name}` to you: its terms are not accepted, or it is private",
+        f"accept the terms at {hub.page(repository)}, and log in with `{login}`",
+    )
+
+
+def status_interruption(status: int) -> Interruption:
+    """The interruption that a hub answered with an HTTP status."""
+    return Interruption(f"the hub answered {status}")

@@ -1,0 +1,97 @@
+"""Hugging Face, through its SDK."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from diffsynth_core.sources.hub import (
+    Checksum,
+    Interruption,
+    Refusal,
+    RemoteFile,
+    Repository,
+    refused,
+    status_interruption,
+    unknown,
+)
+from diffsynth_core.sources.ranges import CHUNK_BYTES, first_byte, range_headers
+
+LOGIN = "hf auth login"
+NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+
+class HuggingFace:
+    """The hub at `$HF_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
+
+    title = "Hugging Face"
+
+    def __init__(self) -> None:
+        self._api = HfApi()
+
+    def page(self, repository: Repository) -> str:
+        folder = "datasets/" if repository.kind == "dataset" else ""
+        return f"{self._api.endpoint}/{folder}{repository.name}"
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        with self._translated(repository):
+            entries = list(self._api.list_repo_tree(repository.name, recursive=True, repo_type=repository.kind))
+        return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
+
+    @contextmanager
+    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        url = hf_hub_url(repository.name, path, repo_type=repository.kind, endpoint=self._api.endpoint)
+        headers = {**build_hf_headers(), **range_headers(start)}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with ExitStack() as stack:
+            with self._translated(repository, path):
+                response = stack.enter_context(get_session().stream("GET", url, headers=headers, timeout=timeout))
+                hf_raise_for_status(response)
+            yield (
+                first_byte(response.status_code, response.headers.get("Content-Range")),
+                self._chunks(repository, path, response.iter_bytes(CHUNK_BYTES)),
+            )
+
+    def _chunks(self, repository: Repository, path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        with self._translated(repository, path):
+            yield from chunks
+
+    @contextmanager
+    def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
+        """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
+        try:
+            yield
+        except GatedRepoError as error:
+            raise refused(self, repository, LOGIN) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise unknown(self, repository) from error
+        except EntryNotFoundError as error:
+            raise unknown(self, repository, path) from error
+        except OfflineModeIsEnabled as error:
+            raise Refusal("HF_HUB_OFFLINE forbids to ask Hugging Face", "unset it, or give `--offline`") from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status == HTTPStatus.NOT_FOUND:
+                raise unknown(self, repository, path) from error
+            if status in NOT_ALLOWED:
+                raise refused(self, repository, LOGIN) from error
+            raise status_interruption(status) from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise Interruption(f"the connection broke ({type(error).__name__})") from error
+
+
+def _remote_file(entry: RepoFile) -> RemoteFile:
+    checksum = Checksum("sha256", entry.lfs.sha256) if entry.lfs else Checksum("git", entry.blob_id)
+    return RemoteFile(entry.path, entry.size, checksum)

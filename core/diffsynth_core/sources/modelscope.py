@@ -1,0 +1,79 @@
+"""ModelScope, through its SDK: `modelscope_hub`, which unlike `modelscope.hub` imports no torch."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+
+from modelscope_hub import HubApi
+from modelscope_hub.errors import APIError, AuthenticationError, HubError, NotExistError, PermissionDeniedError
+
+from diffsynth_core.sources.hub import (
+    Checksum,
+    Interruption,
+    RemoteFile,
+    Repository,
+    refused,
+    status_interruption,
+    unknown,
+)
+from diffsynth_core.sources.ranges import CHUNK_BYTES, first_byte, range_headers
+
+REVISION = "master"
+LOGIN = "modelscope login"
+
+
+class ModelScope:
+    """The hub at `$MODELSCOPE_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
+
+    title = "ModelScope"
+
+    def __init__(self) -> None:
+        if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # the SDK tells each page of a list on stderr otherwise
+            logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
+        self._api = HubApi().legacy
+
+    def page(self, repository: Repository) -> str:
+        return f"{self._api.endpoint}/{repository.kind}s/{repository.name}"
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        with self._translated(repository):
+            entries = self._api.list_repo_files(repository.name, repository.kind, REVISION)
+        return [_remote_file(entry) for entry in entries if entry.get("Type") != "tree"]
+
+    @contextmanager
+    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        with self._translated(repository, path):
+            response = self._api.download_stream(
+                repository.name, repository.kind, path, REVISION, headers=range_headers(start)
+            )
+        with response:
+            yield (
+                first_byte(response.status_code, response.headers.get("Content-Range")),
+                self._chunks(repository, path, response.iter_content(CHUNK_BYTES)),
+            )
+
+    def _chunks(self, repository: Repository, path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        with self._translated(repository, path):
+            yield from chunks
+
+    @contextmanager
+    def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
+        """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
+        try:
+            yield
+        except NotExistError as error:
+            raise unknown(self, repository, path) from error
+        except (PermissionDeniedError, AuthenticationError) as error:
+            raise refused(self, repository, LOGIN) from error
+        except APIError as error:
+            raise status_interruption(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
+        except (HubError, OSError) as error:  # what `requests` raises are errors of the system
+            raise Interruption(f"the connection broke ({type(error).__name__})") from error
+
+
+def _remote_file(entry: dict[str, object]) -> RemoteFile:
+    sha256 = entry.get("Sha256")
+    checksum = Checksum("sha256", str(sha256).lower()) if sha256 else None
+    return RemoteFile(str(entry["Path"]), int(str(entry["Size"])), checksum)

@@ -1,0 +1,140 @@
+"""`diffsynth download`."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffsynth_cli.options import SPELLINGS
+
+if TYPE_CHECKING:
+    from diffsynth_core.planning.download_request import DownloadRequest
+    from diffsynth_core.sources.download_plan import DownloadPlan
+
+HELP = """Bring the files of recipes, models and datasets from the hubs.
+
+NAME is a recipe, or MODEL_ID:GLOB as recipes name files. Models go below --local_model_path, else
+DIFFSYNTH_MODEL_BASE_PATH, else ./models; config.json, tokenizer and processor come along. What is here already is not
+fetched again, and what was broken off goes on where it stopped.
+
+Examples:
+
+  diffsynth download qwen-image-lora
+
+  diffsynth download wan2.1-t2v-1.3b-lora --dry_run
+
+  diffsynth download 'Qwen/Qwen-Image:vae/*' --source huggingface
+
+  diffsynth download --dataset DiffSynth-Studio/diffsynth_example_dataset --include 'qwen_image/Qwen-Image/*'
+"""
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("download", help=HELP, context_settings=SPELLINGS)(download)
+
+
+def download(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Recipes, or MODEL_ID:GLOB")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", metavar="ID", help="A dataset instead of models")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files of the dataset; repeatable")
+    ] = None,
+    local_dir: Annotated[
+        Path | None, typer.Option("--local_dir", help="Folder of the dataset; default: data/<its name>")
+    ] = None,
+    local_model_path: Annotated[
+        Path | None, typer.Option("--local_model_path", help="Folder of all models, before DIFFSYNTH_MODEL_BASE_PATH")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source", metavar="HUB", help="modelscope or huggingface; default: DIFFSYNTH_DOWNLOAD_SOURCE, modelscope"
+        ),
+    ] = None,
+    offline: Annotated[
+        bool | None,
+        typer.Option(
+            "--offline/--no_offline",
+            help="Ask no hub, say what is not here; default: DIFFSYNTH_SKIP_DOWNLOAD",
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is here, and compare its hashes; else sizes, and hashes known")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the list and stop")] = False,
+    output_format: Annotated[
+        Format, typer.Option("--format", help="table for people, json for programs, on stdout")
+    ] = Format.TABLE,
+) -> int:
+    """List what is wanted and what of it is here, then bring the rest."""
+    from diffsynth_core.planning.download_request import request_download
+    from diffsynth_core.sources.hub import downloads_are_off
+
+    request = request_download(names or [], dataset, include or [], local_dir, local_model_path)
+    as_json = output_format is Format.JSON
+    if downloads_are_off() if offline is None else offline:
+        return _check_offline(request, as_json)
+    from diffsynth_cli.downloading import stopped_in_order
+
+    with stopped_in_order():
+        return (_list if dry_run else _bring)(request, source, verify, as_json)
+
+
+def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
+    """The list alone, on stdout."""
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_cli.download_text import plan_as_data, plan_lines
+    from diffsynth_core.sources.download import list_download
+
+    plan = list_download(request.wanted, request.base, source, ConsoleReporter(), verify)
+    typer.echo(json.dumps(plan_as_data(plan), indent=2) if as_json else "\n".join(plan_lines(plan)))
+    plan.check_disk()
+    return 0
+
+
+def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
+    """The list, then the files."""
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_cli.download_text import plan_as_data, plan_lines, result_line
+    from diffsynth_core.sources.download import download
+
+    reporter = ConsoleReporter()
+
+    def tell(plan: "DownloadPlan") -> None:
+        if as_json:
+            typer.echo(json.dumps(plan_as_data(plan), indent=2))
+        else:
+            for line in plan_lines(plan):
+                reporter.info(line)
+
+    plan = download(request.wanted, request.base, source, reporter, tell, verify)
+    if not as_json:
+        typer.echo(result_line(plan))
+    return 0
+
+
+def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
+    """Without a hub: what is not here, as far as names tell, and the command that brings it."""
+    from diffsynth_core.errors import raise_if_any
+    from diffsynth_core.planning.download_request import offline_problems
+
+    missing = request.missing()
+    if as_json:
+        shown = [
+            {"wanted": str(item), "state": "missing" if item in missing else "here"}
+            for item in request.wanted
+            if not item.optional
+        ]
+        typer.echo(json.dumps({"base": str(request.base), "wanted": shown}, indent=2))
+    raise_if_any(offline_problems(request))
+    if not as_json:
+        typer.echo(f"All is here, as far as names tell, below `{request.base}`")
+    return 0

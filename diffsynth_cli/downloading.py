@@ -1,0 +1,69 @@
+"""Downloads in the terminal: how a stop is told, and what `train` fetches before it plans."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffsynth_cli.console import ConsoleReporter
+from diffsynth_cli.download_text import plan_lines
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.errors import DiffSynthError, Interrupted
+from diffsynth_core.files import model_base_path
+from diffsynth_core.planning.wanted_files import wanted_of_stages
+from diffsynth_core.progress import Reporter, SilentReporter, Task
+from diffsynth_core.sources.download import download_absent
+from diffsynth_core.sources.download_plan import DownloadPlan
+from diffsynth_core.sources.hub import downloads_are_off
+from diffsynth_core.sources.model_files import MissingFiles
+from diffsynth_core.sources.wanted import absent
+
+
+@contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """Within it Ctrl-C ends with the message that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "give the same command again: it goes on where it stopped"
+        raise Interrupted(signal.SIGINT, "the download was stopped", how) from None
+
+
+def bring_files(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Callable[[Reporter], Any]) -> None:
+    """Fetch what stages name and what is not on disk, once nothing else is wrong with them.
+
+    `plan` makes their plans, and raises all that is wrong. Nothing is fetched for a command that would then be refused.
+
+    Raises:
+        FaultsFound: all problems, missing files among them, when there are others; what the hub does not give.
+    """
+    base = model_base_path()
+    wanted = wanted_of_stages(stages)
+    if downloads_are_off() or any(resolved.incomplete for resolved in stages) or not absent(wanted, base):
+        return
+    try:
+        plan(_WithoutWords(reporter))
+    except DiffSynthError as error:
+        if not all(isinstance(problem, MissingFiles) for problem in error.problems):
+            raise
+        # The process that fetches tells of it, whichever of a run it is.
+        teller = ConsoleReporter() if reporter.quiet else reporter
+
+        def tell(download: DownloadPlan) -> None:
+            for line in plan_lines(download):
+                teller.info(line)
+
+        with stopped_in_order():
+            download_absent(wanted, base, reporter, teller, tell)
+
+
+class _WithoutWords(SilentReporter):
+    """Shows the progress of what is done twice, whose messages are for the second time."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        with self._reporter.task(label, total, unit, done) as task:
+            yield task

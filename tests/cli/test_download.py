@@ -1,0 +1,156 @@
+"""What `diffsynth download` says without a hub: wrong use, and what is not here."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import read_problems
+
+MODEL = "Qwen/Qwen-Image"
+MISSING = (
+    f"{MODEL}:transformer/diffusion_pytorch_model*.safetensors",
+    f"{MODEL}:text_encoder/model*.safetensors",
+    f"{MODEL}:vae/diffusion_pytorch_model.safetensors",
+    f"{MODEL}:tokenizer/*",
+)
+
+
+@pytest.fixture
+def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens a socket fails."""
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], ("nothing is named to download", "name a recipe, MODEL_ID:GLOB, or `--dataset ID`")),
+        (
+            ["qwen-image-lra"],
+            ("`qwen-image-lra` is neither a recipe nor MODEL_ID:GLOB", "did you mean `qwen-image-lora`?"),
+        ),
+        (
+            ["someone/model"],
+            (
+                "`someone/model` is neither a recipe nor MODEL_ID:GLOB",
+                "write `someone/model:GLOB`, or `--dataset someone/model`",
+            ),
+        ),
+        (["??"], ("`??` is neither a recipe nor MODEL_ID:GLOB", "`diffsynth recipe list` names the recipes")),
+        (
+            ["qwen-image-lora", "--dataset", "a/b"],
+            ("models and a dataset are named", "download them by two commands"),
+        ),
+        (
+            ["qwen-image-lora", "--local-dir", "x"],
+            ("`--local_dir` is for datasets", "give `--local_model_path` for models, MODEL_ID:GLOB for some files"),
+        ),
+        (
+            ["--dataset", "a/b", "--local_model_path", "x"],
+            ("`--local_model_path` is for models", "give `--local_dir`"),
+        ),
+        (
+            ["qwen-image-lora", "--source", "civitai", "--no_offline"],
+            ("`source` is `civitai`, and names no hub", "name one of modelscope, huggingface"),
+        ),
+    ],
+)
+def test_wrong_use(cli, no_socket, arguments, problem):
+    outcome = cli("download", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert read_problems(outcome.err) == [problem]
+
+
+def test_all_that_is_wrong_is_told_at_once(cli, no_socket):
+    outcome = cli("download", "qwen-image-lra", "nothing", "--include", "*")
+    assert outcome.code == 2 and len(read_problems(outcome.err)) == 3
+
+
+def test_a_hub_in_the_environment_that_is_none(cli, no_socket, monkeypatch):
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "civitai")
+    monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
+    message = "`DIFFSYNTH_DOWNLOAD_SOURCE` is `civitai`, and names no hub"
+    assert read_problems(cli("download", "qwen-image-lora").err)[0][0] == message
+
+
+@pytest.mark.parametrize("arguments", [(), ("--offline",)])
+def test_offline_says_what_is_missing_and_how_to_get_it(cli, no_socket, arguments, monkeypatch, tmp_path):
+    """By the option, and by `DIFFSYNTH_SKIP_DOWNLOAD`, which all tests run under."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "none"))
+    if arguments:
+        monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
+    outcome = cli("download", "qwen-image-lora", *arguments)
+    hint = "`diffsynth download qwen-image-lora` brings it where a hub may be asked"
+    assert (outcome.code, outcome.out) == (1, "")
+    assert read_problems(outcome.err) == [
+        (f"nothing whole matches `{item}` below `{tmp_path}/none`", hint) for item in MISSING
+    ]
+
+
+def test_offline_names_the_command_that_was_given(cli, no_socket):
+    entry = f"{MODEL}:gone/*.safetensors"
+    [(_, hint)] = read_problems(cli("download", entry, "--local-model-path", "some where").err)
+    command = f"diffsynth download '{entry}' --local_model_path 'some where'"
+    assert hint == f"`{command}` brings it where a hub may be asked"
+    [(_, hint)] = read_problems(cli("download", "--dataset", "a/b", "--include", "x/*").err)
+    assert hint == "`diffsynth download --dataset a/b --include 'x/*'` brings it where a hub may be asked"
+
+
+def test_offline_with_all_here(cli, no_socket, tiny_models):
+    outcome = cli("download", "qwen-image-lora")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == f"All is here, as far as names tell, below `{tiny_models}`\n"
+
+
+def test_offline_a_missing_shard_and_a_copy(cli, no_socket, models, tiny_wan, monkeypatch):
+    """A shard that the names of the others promise is missed; a copy stands for what it is a copy of."""
+    repository = models / MODEL
+    (repository / "transformer/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    outcome = cli("download", "qwen-image-lora", "--format", "json")
+    assert outcome.code == 1
+    states = {item["wanted"]: item["state"] for item in json.loads(outcome.out)["wanted"]}
+    assert states == dict.fromkeys(MISSING, "here") | {MISSING[0]: "missing"}
+    entry = "Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth"
+    copy = models / "DiffSynth-Studio/Wan-Series-Converted-Safetensors/Wan2.1_VAE.safetensors"
+    assert cli("download", entry).code == 1
+    copy.parent.mkdir(parents=True)
+    shutil.copy(next(Path(tiny_wan).rglob("Wan2.1_VAE.*")), copy)
+    assert cli("download", entry).code == 0
+
+
+def test_train_opens_no_socket_when_downloads_are_off(refuse, models, no_socket):
+    shutil.rmtree(models / MODEL / "vae")
+    entry = f"{MODEL}:vae/diffusion_pytorch_model.safetensors"
+    assert refuse() == (
+        1,
+        [
+            (
+                f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
+                "fetch it with `diffsynth download qwen-image-lora`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
+                "or rehearse with `--rehearse`",
+            )
+        ],
+    )
+
+
+def test_no_torch_and_no_terminal_library_for_offline_and_for_both_hubs():
+    """The SDKs are imported for a download alone, and bring no torch."""
+    offline = "from diffsynth_cli.main import main; main(['download', 'wan2.2-i2v-a14b-lora'])"
+    hubs = "from diffsynth_core.sources.hub import HUBS, open_hub; [open_hub(source) for source in HUBS]"
+    for code, banned in (
+        (offline, {"torch", "modelscope_hub", "huggingface_hub", "rich"}),
+        (hubs, {"torch", "modelscope"}),
+    ):
+        listing = f"import sys; {code}; print('MODULES', *(name for name in sys.modules if '.' not in name))"
+        ended = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+        imported = set(ended.stdout.partition("MODULES")[2].split())
+        assert "diffsynth_core" in imported and imported & banned == set()

@@ -1,0 +1,206 @@
+"""A hub on the loopback interface: it speaks what the SDKs of ModelScope and Hugging Face ask for, and can fail."""
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
+
+ERRORS = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
+"""What Hugging Face says beside a status."""
+SLICE = 16 * 1024
+LFS_BYTES = 1024
+"""Files of this size and more are in Git LFS on Hugging Face, which tells their sha256."""
+
+
+@dataclass
+class Trouble:
+    """How the transfer of a file fails: `times` transfers send `after` bytes of what they should, then end.
+
+    `stall` and `pause`: seconds of silence before that end, and between slices.
+    """
+
+    after: int = 1 << 60
+    times: int = 0
+    stall: float = 0
+    pause: float = 0
+
+
+@dataclass
+class LoopbackHub:
+    """Repositories as `models/owner/name` or `datasets/owner/name` -> path -> bytes, and what is wrong with them.
+
+    `sent`: other bytes that are sent for a path than those that the lists are made of.
+    `refusals`: repository -> HTTP status. `transfers`: path and first byte of every transfer asked for.
+    `tokens`: credentials that came. `requests`: how often each route was asked for.
+    """
+
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    troubles: dict[str, Trouble] = field(default_factory=dict)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
+    transfers: list[tuple[str, int]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    requests: Counter[str] = field(default_factory=Counter)
+    url: str = ""
+
+    @contextmanager
+    def serving(self) -> Iterator["LoopbackHub"]:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            self.url = f"http://127.0.0.1:{server.server_address[1]}"
+            server.daemon_threads = True
+            Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            yield self
+            server.shutdown()
+
+    def starts(self, path: str) -> list[int]:
+        """Where the transfers of a file began."""
+        return [start for asked, start in self.transfers if asked == path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(address.query).items()}
+        path = unquote(address.path)
+        self.hub.tokens |= {value for name in ("Authorization", "Cookie") if (value := self.headers.get(name))}
+        for pattern, answer in _ROUTES.items():
+            match = re.fullmatch(pattern, path)
+            if match:
+                self.hub.requests[pattern] += 1
+                answer(self, *match.groups(), query)
+                return
+        self._answer(404, {"Message": "no such route"})
+
+    def _modelscope_list(self, kind: str, name: str, query: dict[str, str]) -> None:
+        entries = [
+            {
+                "Path": path,
+                "Name": path.rpartition("/")[2],
+                "Size": len(content),
+                "Type": "blob",
+                "Sha256": sha256(content),
+            }
+            for path, content in self._files(f"{kind}/{name}").items()
+        ]
+        entries += [{"Path": folder, "Size": 0, "Type": "tree"} for folder in folders(self._files(f"{kind}/{name}"))]
+        if kind == "datasets":
+            size, page = int(query["PageSize"]), int(query["PageNumber"])
+            entries = entries[size * (page - 1) : size * page]
+        if not self._refuse(f"{kind}/{name}"):
+            self._answer(200, {"Code": 200, "Success": True, "Data": {"Files": entries}})
+
+    def _modelscope_file(self, kind: str, name: str, query: dict[str, str]) -> None:
+        self._transfer(f"{kind}/{name}", query["FilePath"])
+
+    def _acceleration(self, query: dict[str, str]) -> None:
+        self._answer(200, {"Data": {"InternalRegionQueryAddress": ""}})
+
+    def _huggingface_list(self, kind: str, name: str, query: dict[str, str]) -> None:
+        if self._refuse(f"{kind}/{name}", listed=True):
+            return
+        entries: list[dict[str, object]] = []
+        for path, content in self._files(f"{kind}/{name}").items():
+            entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+            if len(content) >= LFS_BYTES:
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        entries += [
+            {"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders(self._files(f"{kind}/{name}"))
+        ]
+        self._answer(200, entries)
+
+    def _huggingface_file(self, kind: str | None, name: str, path: str, query: dict[str, str]) -> None:
+        self._transfer(f"{'datasets' if kind else 'models'}/{name}", path)
+
+    def _files(self, repository: str) -> dict[str, bytes]:
+        return self.hub.repositories.get(repository, {})
+
+    def _refuse(self, repository: str, listed: bool = False) -> bool:
+        """Answer with what is wrong with a repository; Hugging Face lists the files of gated ones."""
+        status = self.hub.refusals.get(repository) or (200 if repository in self.hub.repositories else 404)
+        if status == 200 or (listed and status == 403):
+            return False
+        self._answer(status, {"Code": status, "Message": "refused", "Success": False}, ERRORS.get(status))
+        return True
+
+    def _transfer(self, repository: str, path: str) -> None:
+        if self._refuse(repository):
+            return
+        content = self.hub.sent.get(path, self._files(repository).get(path))
+        if content is None:
+            self._answer(404, {"Code": 404, "Message": "no file"}, "EntryNotFound")
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = int(asked[1]) if asked else 0
+        self.hub.transfers.append((path, start))
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self._send(content[start:], self.hub.troubles.get(path, Trouble()))
+
+    def _send(self, content: bytes, trouble: Trouble) -> None:
+        fails = trouble.times > 0
+        trouble.times -= 1 if fails else 0
+        for begin in range(0, min(len(content), trouble.after if fails else len(content)), SLICE):
+            self.wfile.write(content[begin : min(begin + SLICE, trouble.after if fails else len(content))])
+            self.wfile.flush()
+            time.sleep(trouble.pause)
+        if fails:
+            time.sleep(trouble.stall)
+            self.close_connection = True
+
+    def _answer(self, status: int, content: object, error: str | None = None) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+    def handle(self) -> None:
+        """A client that went away is no fault."""
+        try:
+            super().handle()
+        except ConnectionError:
+            self.close_connection = True
+
+
+_NAME = r"([^/]+/[^/]+)"
+_ROUTES = {
+    rf"/api/v1/(models|datasets)/{_NAME}/repo/(?:files|tree)": _Handler._modelscope_list,
+    rf"/api/v1/(models|datasets)/{_NAME}/repo": _Handler._modelscope_file,
+    r"/api/v1/repos/internalAccelerationInfo": _Handler._acceleration,
+    rf"/api/(models|datasets)/{_NAME}/tree/main": _Handler._huggingface_list,
+    rf"/(datasets/)?{_NAME}/resolve/main/(.+)": _Handler._huggingface_file,
+}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_id(content: bytes) -> str:
+    """The id of a blob in git."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def folders(files: dict[str, bytes]) -> set[str]:
+    return {path.rpartition("/")[0] for path in files if "/" in path}

@@ -1,0 +1,53 @@
+"""Progress in the terminal: bars of several tasks at once, bytes, and plain lines."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import pyte
+import pytest
+from rich.console import Console
+
+from diffsynth_cli.console import ConsoleReporter
+
+
+def reporter(terminal: bool) -> tuple[ConsoleReporter, io.StringIO]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, height=20, color_system=None, highlight=False)
+    return ConsoleReporter(console), stream
+
+
+def screen(stream: io.StringIO) -> list[str]:
+    """What a terminal shows of it."""
+    terminal = pyte.Screen(100, 20)
+    pyte.Stream(terminal).feed(stream.getvalue().replace("\n", "\r\n"))
+    return [line.rstrip() for line in terminal.display if line.strip()]
+
+
+def test_bars_of_tasks_at_the_same_time_and_warnings_above_them():
+    """Each bar but the last goes with its task, whichever thread it is in."""
+    told, stream = reporter(terminal=True)
+
+    def work(number: int) -> None:
+        with told.task(f"file {number}", 2000, "bytes", done=500) as task:
+            task.advance(1500)
+
+    with told.task("all", 8000, "bytes") as whole:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        whole.advance(8000)
+        told.warn("something broke")
+    shown = screen(stream)
+    assert shown[0] == "warning: something broke"
+    assert [line.split()[0] for line in shown[1:]] == ["all"]
+    assert " 8.0 kB/8.0 kB " in shown[1]
+    with told.task("next", 10, "files") as task:
+        task.advance(3)
+    assert "  3/10 files " in screen(stream)[-1]
+
+
+@pytest.mark.parametrize(("unit", "line"), [("bytes", "x: 1.5 kB of 2.0 kB, "), ("files", "x: 1500 of 2000 files, ")])
+def test_plain_lines_count_bytes_as_people_read_them(unit, line):
+    told, stream = reporter(terminal=False)
+    with told.task("x", 2000, unit, done=500) as task:
+        task.advance(1000)
+    assert stream.getvalue().startswith(line)

@@ -1,0 +1,245 @@
+"""Bringing files from a hub that is played here: what the loopback server cannot be made to do."""
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.errors import DiffSynthError, FaultsFound
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.sources import fetching
+from diffsynth_core.sources.download_plan import DownloadPlan, plan_download
+from diffsynth_core.sources.fetching import fetch
+from diffsynth_core.sources.hub import (
+    Checksum,
+    Interruption,
+    RemoteFile,
+    Repository,
+    download_source,
+    downloads_are_off,
+    unknown,
+)
+from diffsynth_core.sources.identity import FileIdentities
+from diffsynth_core.sources.ranges import first_byte, range_headers
+from diffsynth_core.sources.wanted import Place, Wanted
+
+MODEL, OTHER = Repository("model", "a/b"), Repository("model", "a/other")
+CONTENT = b"0123456789"
+SHA256 = Checksum("sha256", hashlib.sha256(CONTENT).hexdigest())
+Answer = Callable[[int], tuple[int, Iterator[bytes]]]
+
+
+def from_start(start: int) -> tuple[int, Iterator[bytes]]:
+    return start, iter([CONTENT[start:]])
+
+
+class PlayedHub:
+    """Lists files, and answers transfers with the given functions in their order, the last of them again and again."""
+
+    title = "Played"
+
+    def __init__(self, files: dict[str, Checksum | None], *answers: Answer) -> None:
+        self._files, self._answers, self.starts = files, list(answers) or [from_start], []
+
+    def page(self, repository: Repository) -> str:
+        return f"played/{repository.name}"
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        if repository == OTHER:
+            raise unknown(self, repository)
+        return [RemoteFile(path, len(CONTENT), checksum) for path, checksum in self._files.items()]
+
+    @contextmanager
+    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        self.starts.append(start)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        yield answer(start)
+
+
+class Listener(SilentReporter):
+    """Keeps warnings, and how far tasks are."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.done: dict[str, int] = {}
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    @contextmanager
+    def task(self, label, total, unit, done=0):
+        self.done[label] = done
+        yield _Counter(self.done, label)
+
+
+class _Counter:
+    def __init__(self, done: dict[str, int], label: str) -> None:
+        self._done, self._label = done, label
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        self._done[self._label] += amount
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "BACK_OFF_SECONDS", (0,) * 5)
+
+
+@pytest.fixture
+def identities(tmp_path: Path) -> FileIdentities:
+    return FileIdentities(tmp_path / "identities.jsonl")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def plan(hub: PlayedHub, base: Path, identities: FileIdentities, *places: Place) -> DownloadPlan:
+    return plan_download([Wanted(places or (Place(MODEL, ("*",)),))], hub, base, identities)
+
+
+def test_a_hub_without_ranges_sends_all_again_and_progress_goes_back(base, identities):
+    def broken(start: int) -> tuple[int, Iterator[bytes]]:
+        return 0, iter([CONTENT[:4]])
+
+    hub, listener = PlayedHub({"x": SHA256}, broken, lambda start: (0, iter([CONTENT]))), Listener()
+    fetch(plan(hub, base, identities), hub, identities, listener)
+    assert (base / "a/b/x").read_bytes() == CONTENT
+    assert hub.starts == [0, 4]
+    assert listener.warnings == ["`x`: the hub ended the file early; going on in 0 s (1 of 5)"]
+    assert listener.done == {"1 file in all": 10, "x": 10}
+
+
+def test_more_bytes_than_listed_are_not_kept(base, identities):
+    hub = PlayedHub({"x": SHA256}, lambda start: (start, iter([CONTENT[start:] + b"more"])))
+    with pytest.raises(FaultsFound) as failed:
+        fetch(plan(hub, base, identities), hub, identities, SilentReporter())
+    assert failed.value.problems[0].message == (
+        "cannot fetch `x` of `a/b` from Played: the hub sent more bytes than its list says"
+    )
+    assert len(hub.starts) == 6 and list((base / "a/b").iterdir()) == []
+
+
+def test_another_part_than_was_asked_for(base, identities):
+    hub = PlayedHub({"x": SHA256}, lambda start: (7, iter([CONTENT[7:]])), from_start)
+    fetch(plan(hub, base, identities), hub, identities, SilentReporter())
+    assert (base / "a/b/x").read_bytes() == CONTENT
+
+
+def test_attempts_that_bring_something_are_not_counted_together(base, identities):
+    """Ten bytes, one with each connection: more breaks than attempts there are for one that brings nothing."""
+    hub = PlayedHub({"x": SHA256}, lambda start: (start, iter([CONTENT[start : start + 1]])))
+    fetch(plan(hub, base, identities), hub, identities, SilentReporter())
+    assert hub.starts == list(range(10))
+
+
+@pytest.mark.parametrize("checksum", [None, SHA256, Checksum("git", "ad471007bd7f5983d273b9584e5629230150fd54")])
+def test_wrong_bytes_once_are_fetched_again(base, identities, checksum):
+    """The git id is that of `git hash-object`; without any checksum the size decides."""
+    hub, listener = PlayedHub({"x": checksum}, lambda start: (start, iter([b"x" * 10])), from_start), Listener()
+    fetch(plan(hub, base, identities), hub, identities, listener)
+    assert (base / "a/b/x").read_bytes() == (CONTENT if checksum else b"x" * 10)
+    assert len(listener.warnings) == (1 if checksum else 0)
+
+
+def test_the_disk_refuses(base, identities, monkeypatch):
+    def refuse(part: object, chunk: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub = PlayedHub({"x": SHA256, "y": SHA256})
+    monkeypatch.setattr(fetching._Part, "append", refuse)
+    with pytest.raises(DiffSynthError, match=r"cannot write `.*`: No space left on device"):
+        fetch(plan(hub, base, identities), hub, identities, SilentReporter())
+
+
+def test_a_fault_of_ours_is_not_hidden_in_a_thread(base, identities):
+    def fault(start: int) -> tuple[int, Iterator[bytes]]:
+        raise ZeroDivisionError
+
+    hub = PlayedHub({"x": SHA256}, fault)
+    with pytest.raises(ZeroDivisionError):
+        fetch(plan(hub, base, identities), hub, identities, SilentReporter())
+
+
+def test_a_part_of_what_the_hub_had_before_is_not_continued(base, identities):
+    (base / "a/b").mkdir(parents=True)
+    (base / "a/b/.x.000000000000.part").write_bytes(b"old")
+    hub = PlayedHub({"x": SHA256})
+    listed = plan(hub, base, identities)
+    assert (listed.files[0].state, listed.missing_bytes) == ("missing", 10)
+    fetch(listed, hub, identities, SilentReporter())
+    assert [path.name for path in (base / "a/b").iterdir()] == ["x"]
+    assert hub.starts == [0]
+
+
+def test_a_file_known_to_have_other_bytes_is_damaged(base, identities):
+    """Its size is right; that its hash is not is known from a run that read it."""
+    target = base / "a/b/x"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"x" * 10)
+    hub = PlayedHub({"x": SHA256})
+    assert plan(hub, base, identities).files[0].state == "here"
+    identities.sha256(target)
+    listed = plan(hub, base, identities)
+    assert listed.files[0].state == "damaged"
+    fetch(listed, hub, identities, SilentReporter())
+    assert target.read_bytes() == CONTENT
+
+
+def test_the_next_place_is_asked_where_the_first_has_nothing(base, identities):
+    hub = PlayedHub({"x": None, "y": None})
+    listed = plan(hub, base, identities, Place(OTHER, ("x",)), Place(MODEL, ("z",)), Place(MODEL, ("y",)))
+    assert [file.target for file in listed.files] == [base / "a/b/y"]
+    with pytest.raises(FaultsFound) as failed:
+        plan(hub, base, identities, Place(OTHER, ("x",)), Place(MODEL, ("z",)))
+    assert [problem.message for problem in failed.value.problems] == ["Played has no model `a/other` that you may see"]
+
+
+def test_what_is_here_and_not_on_the_hub_stays(base, identities):
+    (base / "a/other").mkdir(parents=True)
+    (base / "a/other/x").write_bytes(b"mine")
+    listed = plan(PlayedHub({"x": None}), base, identities, Place(OTHER, ("x",)), Place(MODEL, ("x",)))
+    assert [(file.target, file.state) for file in listed.files] == [(base / "a/other/x", "here")]
+
+
+@pytest.mark.parametrize("path", ["../outside", "deep/../../outside", "/outside"])
+def test_a_hub_chooses_no_place_outside(base, identities, path):
+    hub = PlayedHub({path: SHA256})
+    with pytest.raises(DiffSynthError, match="which leaves its folder"):
+        plan(hub, base, identities, Place(MODEL, ("*",), anywhere=True))
+
+
+def test_a_hub_that_cannot_be_reached(base, identities):
+    class Unreachable(PlayedHub):
+        def files(self, repository: Repository) -> list[RemoteFile]:
+            raise Interruption("the connection broke (ConnectError)")
+
+    with pytest.raises(DiffSynthError, match=r"cannot ask Played for the files of `a/b`: the connection broke"):
+        plan(Unreachable({}), base, identities)
+
+
+def test_ranges():
+    assert range_headers(0) == {"Accept-Encoding": "identity"}
+    assert range_headers(5) == {"Accept-Encoding": "identity", "Range": "bytes=5-"}
+    assert first_byte(200, None) == 0
+    assert first_byte(206, "bytes 5-9/10") == first_byte(206, "bytes 5-9/*") == 5
+    with pytest.raises(Interruption):
+        first_byte(206, None)
+
+
+def test_where_is_downloaded_from(monkeypatch):
+    monkeypatch.delenv("DIFFSYNTH_DOWNLOAD_SOURCE", raising=False)
+    assert download_source(None) == "modelscope"
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "HuggingFace")
+    assert download_source(None) == "huggingface"
+    assert download_source("modelscope") == "modelscope"
+
+
+@pytest.mark.parametrize(("value", "off"), [("", False), ("0", False), ("False", False), ("1", True), ("true", True)])
+def test_the_switch_in_the_environment(monkeypatch, value, off):
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", value)
+    assert downloads_are_off() is off
