@@ -14,9 +14,8 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import count_blocks, infer_t5_encoder
+from diffsynth_core.families.wan.sizes import head_size
 
-LARGEST_HEAD_SIZE = 128
-"""Size of an attention head of every published transformer: shapes give only heads times size."""
 IMAGE_ENCODER_HEADS = 16
 """Attention heads of CLIP ViT-H (16 x 80) and ViT-L (16 x 64)."""
 ORIGINAL_CLASS = "WanModel"
@@ -116,15 +115,15 @@ def infer_transformer(shapes: Shapes) -> dict[str, Any]:
     All show in shapes but the size of a head: 128 where it divides the width, else the largest power of two that does.
     """
     width, in_channels, *patch = shapes["patch_embedding.weight"]
-    head_size = math.gcd(width, LARGEST_HEAD_SIZE)
+    size = head_size(width)
     embedder = "condition_embedder"
     image = shapes.get(f"{embedder}.image_embedder.norm1.weight")
     added = shapes.get("blocks.0.attn2.add_k_proj.weight")
     positions = shapes.get(f"{embedder}.image_embedder.pos_embed")
     return {
         "patch_size": patch,
-        "num_attention_heads": width // head_size,
-        "attention_head_dim": head_size,
+        "num_attention_heads": width // size,
+        "attention_head_dim": size,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
