@@ -1,13 +1,29 @@
 """A plan as lines of text."""
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+from diffsynth_core.config.parameters import memory_bytes
 from diffsynth_core.errors import shorten
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
+from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.lora_targets import kinds_of
+from diffsynth_core.planning.memory import (
+    Choice,
+    TrainingMemory,
+    choice_of,
+    count_parameters,
+    device_memory,
+    disk_use,
+    file_bytes,
+    host_memory,
+    unknown_parts,
+)
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter, count_of, format_bytes
+from diffsynth_core.planning.sizes import largest_micro_batch
+from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
 SHOWN_SIZES = 6
 VAE = "vae"
@@ -25,10 +41,92 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     yield f"Output to `{plan.parameters.output_path}`"
 
 
+def estimate_lines(plan: Plan) -> Iterator[str]:
+    """What a run takes of memory and disk, a part a line, with what is not counted."""
+    sizes = largest_micro_batch(plan)
+    choice = choice_of(plan, sizes)
+    memory = device_memory(plan, choice)
+    shown = " and ".join(_size(picture) for picture in sizes.pictures)
+    basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
+    yield f"Memory of the GPU, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    if memory.training:
+        yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
+    for part in memory.encoding:
+        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
+    yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
+    yield "Host memory, beside Python and its libraries"
+    yield from _table(host_memory(plan, choice, memory))
+    yield from _disk_lines(plan, choice)
+    if plan.parameters.gpu_memory:
+        yield from _fit_lines(find_fit(plan, choice, memory_bytes(plan.parameters.gpu_memory)))
+
+
+def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
+    kept = "recomputed in blocks" if plan.parameters.use_gradient_checkpointing else "all kept"
+    waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
+    return {
+        **{f"weights of {name}": size for name, size in training.weights.items()},
+        **({"LoRA": training.adapters} if training.adapters else {}),
+        "gradients": training.gradients,
+        "state of the optimizer (AdamW)": training.optimizer,
+        f"activations ({kept}{waiting})": training.activations,
+    }
+
+
+def _disk_lines(plan: Plan, choice: Choice) -> Iterator[str]:
+    disk = disk_use(plan, choice)
+    samples = len(plan.samples.samples)
+    yield "Disk"
+    if not plan.encoded:
+        where = plan.cache if plan.task.trains else plan.parameters.output_path
+        what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
+        yield f"  {_amount(disk.cache)}  {what} in `{where}`{_free(where)}"
+    if plan.task.trains:
+        many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
+        what = many if disk.checkpoints else "each checkpoint"
+        written = disk.checkpoint * max(1, disk.checkpoints) + 2 * disk.state
+        yield f"  {_amount(written)}  {what} and the state to resume from ({format_bytes(disk.state)}, twice while it is written) in `{plan.parameters.output_path}`{_free(plan.parameters.output_path)}"
+    yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
+
+
+def _free(folder: Path) -> str:
+    """How much the disk below a folder has free."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return f", {format_bytes(shutil.disk_usage(there).free)} free"
+
+
+def _fit_lines(fit: Fit) -> Iterator[str]:
+    limit = format_bytes(fit.limit)
+    if fit.as_it_is:
+        yield f"Fits in {limit}: {format_bytes(fit.limit - fit.peak)} are left for what is not counted"
+        return
+    yield f"Does not fit in {limit}: {format_bytes(fit.peak)} are needed"
+    for change in fit.tried:
+        verdict = "fits" if change.peak <= fit.limit else "does not"
+        yield f"  {_amount(change.peak)}  with {' '.join(change.flags)}: {verdict}"
+    if not fit.fits:
+        yield f"  nothing that can be chosen here makes it fit in {limit}"
+
+
+def _table(parts: Mapping[str, int]) -> Iterator[str]:
+    for name, size in parts.items():
+        yield f"  {_amount(size)}  {name}"
+
+
+def _amount(size: int) -> str:
+    """Bytes as a column."""
+    return f"{format_bytes(size):>9}"
+
+
 def _component_lines(plan: Plan) -> Iterator[str]:
     for name, files in plan.components.items():
-        size = sum(path.stat().st_size for path in files.paths)
-        yield f"  {name:<14} {files.origin} ({count_of(len(files.paths), 'file')}, {format_bytes(size)}){_part(plan, name)}"
+        size = format_bytes(file_bytes(plan, name))
+        there = (
+            f"not here, {size} as published"
+            if name in plan.published
+            else f"{count_of(len(files.paths), 'file')}, {size}"
+        )
+        yield f"  {name:<14} {files.origin} ({there}, {_parameters(plan, name)}){_part(plan, name)}"
     for name, files in plan.idle.items():
         yield f"  {name:<14} {files.origin}, not loaded by `{plan.task.name}`"
     if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
@@ -45,6 +143,9 @@ def _component_lines(plan: Plan) -> Iterator[str]:
 
 def _sample_lines(plan: Plan) -> Iterator[str]:
     parameters, samples = plan.parameters, plan.samples.samples
+    if not samples:
+        yield f"No dataset: `{parameters.dataset_base_path}` is not there, so neither buckets nor steps are known"
+        return
     sizes = Counter(sample.target.shape for sample in samples)
     yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {_counted(sizes)}"
     if plan.encoded:
@@ -73,6 +174,8 @@ def _transform_lines(plan: Plan) -> Iterator[str]:
 
 def _step_lines(plan: Plan) -> Iterator[str]:
     parameters, steps = plan.parameters, plan.steps
+    if not steps.total_steps:
+        return
     yield (
         f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
@@ -87,7 +190,7 @@ def _step_lines(plan: Plan) -> Iterator[str]:
 
 
 def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
-    if plan.encoded:
+    if plan.encoded or plan.missing:
         return
     if not encodings_are_known(plan):
         where = "the cache" if plan.task.trains else "the output"
@@ -101,6 +204,12 @@ def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
             if part.live
             else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
         )
+
+
+def _parameters(plan: Plan, component: str) -> str:
+    """How many numbers the weights of a component are."""
+    count = count_parameters(plan, component)
+    return f"{format_count(count)} parameters" if count else "parameters unknown"
 
 
 def _kinds(modules: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import typer
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
-from diffsynth_cli.plan_text import plan_lines
+from diffsynth_cli.plan_text import estimate_lines, plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffsynth_core.training.rehearsal import Rehearsal
     from diffsynth_core.training.stop import StopRequest
 
-NOT_IN_REAL_RUN = ("rehearse", "dry_run", "output_path", "device")
+NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device")
 Plans = dict[str | None, "Plan"]
 """Name of a stage, None where there are none -> what it will do, in the order of the runs."""
 
@@ -55,8 +55,10 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
         reporter.close()
 
 
-def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int) -> Plans:
+def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int, without_files: bool = False) -> Plans:
     """The plans of the stages to run; of several, those with nothing left to do are passed over.
+
+    `without_files`: what is not there is told in the plans.
 
     Raises:
         FaultsFound: all that is wrong with any stage, or that none has anything left to do.
@@ -68,7 +70,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int)
     done: dict[str | None, Problem] = {}
     for resolved in stages:
         try:
-            plans[resolved.stage] = _make_plan(resolved, reporter, world_size)
+            plans[resolved.stage] = _make_plan(resolved, reporter, world_size, without_files)
         except DiffSynthError as error:
             if all(isinstance(problem, NothingLeft) for problem in error.problems):
                 done[resolved.stage] = error.problems[0]
@@ -90,7 +92,7 @@ def _of_stage(problem: Problem, stage: str | None) -> Problem:
     return replace(problem, message=f"stage {stage}: {problem.message}")
 
 
-def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int) -> "Plan":
+def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_files: bool) -> "Plan":
     from diffsynth_core.planning.plan import make_plan
 
     base = model_base_path()
@@ -98,13 +100,20 @@ def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int) -> "Plan
         from diffsynth_core.training.rehearsal import prepare
 
         resolved, base = prepare(resolved, reporter)
-    return make_plan(resolved, reporter, world_size, base)
+    return make_plan(resolved, reporter, world_size, base, without_files)
 
 
 def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
-    for stage, plan in _make_plans(stages, reporter, world_size).items():
-        for line in _announcement(stage, plan, reporter):
+    """Print what each stage will do and take; what is not there for it is told afterwards.
+
+    Raises:
+        FaultsFound: when files or the dataset are not there.
+    """
+    plans = _make_plans(stages, reporter, world_size, without_files=True)
+    for stage, plan in plans.items():
+        for line in (*_announcement(stage, plan, reporter), *estimate_lines(plan)):
             typer.echo(line)
+    raise_if_any([problem for plan in plans.values() for problem in plan.missing])
     return 0
 
 

@@ -6,6 +6,7 @@ are made from it. Documented parameters are those of the public trainer DiffSynt
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ GROUPS = {
     "output": "Output",
     "family": "Only some families",
 }
+
+
+_MEMORY_UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
+_MEMORY = re.compile(rf"(?P<number>\d+(\.\d+)?) ?(?P<unit>{'|'.join(_MEMORY_UNITS)})", re.IGNORECASE)
 
 
 def _reject_bool(value: object) -> object:
@@ -67,6 +72,20 @@ def _read_path_groups(value: object) -> object:
     return groups
 
 
+def _check_memory(value: object) -> object:
+    """A text that `memory_bytes` can read; a number alone has no unit."""
+    if not isinstance(value, str) or not _MEMORY.fullmatch(value.strip()):
+        raise ValueError("is not an amount of memory such as 24GB")
+    return value.strip()
+
+
+def memory_bytes(text: str) -> int:
+    """`24GB` as bytes: 24 x 10^9; what a card has beyond that, since makers mean 2^30, is left for its driver."""
+    found = _MEMORY.fullmatch(text)
+    assert found
+    return int(float(found["number"]) * _MEMORY_UNITS[found["unit"].lower()])
+
+
 def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
     """The inverse of `_read_path_groups`."""
     return [group[0] if len(group) == 1 else list(group) for group in groups]
@@ -78,6 +97,8 @@ FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
 FolderName = Annotated[str, BeforeValidator(_reject_empty)]
 """A folder's path or `model_id:folder`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
+MemorySize = Annotated[str, BeforeValidator(_check_memory)]
+"""A number of GB (10^9 bytes), MB, GiB or MiB, such as `24GB`."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
@@ -181,6 +202,13 @@ class Parameters(BaseModel):
         unit="optimizer steps",
         documented=False,
         ge=1,
+    )
+    gpu_memory: MemorySize | None = _setting(
+        None,
+        "run",
+        "str",
+        "With `dry_run`: memory of the GPU to be trained on, such as 24GB; the plan says whether the run fits, and the smallest change with which it does",
+        documented=False,
     )
     device: str | None = _setting(
         None, "run", "str", "cpu, cuda, cuda:1, mps …; blank: the best there is", documented=False

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from diffsynth_core.families.tape import StepSizes, Tape
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.lora_names import LoraNaming
 
@@ -226,6 +228,49 @@ class Stranger:
 
 
 @dataclass(frozen=True)
+class Published:
+    """The size of a published component, for when its files are not there.
+
+    `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once.
+    `dtype`: the format they are published in. `shapes`: those of its tensors, by the names of our module, where more
+    than their number is needed.
+    """
+
+    component: str
+    files: str
+    parameters: int
+    dtype: Literal["bfloat16", "float32"]
+    shapes: Callable[[], Shapes] = dict
+
+
+@dataclass(frozen=True)
+class EncodedSize:
+    """How many numbers the encoders make of a sample: in float32, and in the format that text encoders compute in."""
+
+    wide: int
+    narrow: int
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """What the memory of a step depends on.
+
+    `play`: the forward pass of the denoiser on a tape.
+    `wide`: parts of the names of weights that stay float32 in a frozen denoiser.
+    `encoded`: what is kept of one sample, given the shapes of the denoiser.
+    `text_tokens`: the caption, as many as its characters tell at most, and the pictures that the text encoder sees
+    -> tokens that the denoiser sees.
+    `map_numbers`: (frames, height, width) in pixels -> numbers in the largest map that the VAE's encoder makes at once.
+    """
+
+    play: Callable[[Tape, StepSizes], None]
+    encoded: Callable[[Shapes, StepSizes], EncodedSize]
+    text_tokens: Callable[[int, tuple[tuple[int, int, int], ...]], int]
+    map_numbers: Callable[[int, int, int], int]
+    wide: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """What is known of a family before any weight or library is loaded.
 
@@ -236,6 +281,7 @@ class FamilyFacts:
     `strangers`: files of related models that are easily taken for a component.
     `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
     here -> what they are.
+    `published`: sizes of published components; the first that fits counts.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -249,6 +295,8 @@ class FamilyFacts:
     variant: Callable[[Mapping[str, Shapes], tuple[str, ...], str], Variant]
     text_column: str
     tokenizers: Mapping[str, "TokenizerFacts"]
+    memory: MemoryFacts
+    published: tuple[Published, ...]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     strangers: tuple["Stranger", ...] = ()
@@ -256,6 +304,13 @@ class FamilyFacts:
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
+
+    def published_sizes(self, component: str, model_id: str, place: str) -> Published | None:
+        """The published component that an entry `model_id:place` means, if its size is known."""
+        named = f"{model_id}:{place}"
+        return next(
+            (known for known in self.published if known.component == component and fnmatch(named, known.files)), None
+        )
 
     @property
     def component_names(self) -> tuple[str, ...]:

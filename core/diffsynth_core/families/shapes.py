@@ -1,6 +1,6 @@
 """What names and shapes of tensors tell of an architecture, and rules for what they do not tell. No torch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from diffsynth_core.families.interface import Shapes
 
@@ -13,6 +13,12 @@ def count_blocks(shapes: Collection[str], prefix: str) -> int:
     """How many numbered blocks stand below `prefix`."""
     numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
     return 1 + max(numbers, default=-1)
+
+
+def layers_of_blocks(shapes: Shapes) -> list[str]:
+    """Names of the linear layers of numbered blocks."""
+    matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    return [name.removesuffix(".weight") for name in matrices if any(map(str.isdecimal, name.split(".")[:-2]))]
 
 
 def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -39,3 +45,14 @@ def infer_t5_encoder(shapes: Shapes) -> dict[str, object]:
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
     }
+
+
+def layer_shapes(layers: Mapping[str, tuple[int, int]], bias: bool = True) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of linear layers, given by (channels out, channels in)."""
+    weights: dict[str, tuple[int, ...]] = {f"{name}.weight": sizes for name, sizes in layers.items()}
+    return weights | ({f"{name}.bias": sizes[:1] for name, sizes in layers.items()} if bias else {})
+
+
+def repeat_block(prefix: str, count: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of numbered blocks that are all alike."""
+    return {f"{prefix}.{number}.{name}": shape for number in range(count) for name, shape in shapes.items()}

@@ -17,6 +17,9 @@ WIDE_UNDER_AUTOCAST = {"cpu": frozenset[str](), "cuda": frozenset({"layer_norm",
 """Of the operations here those that autocast does in float32, by kind of device. Source: aten/src/ATen/autocast_mode.h
 (`AT_FORALL_FP32`) for accelerators, autocast_mode.cpp (`KERNEL_CPU`) for the CPU."""
 
+Picture = tuple[int, int, int]
+"""(frames, height, width) in pixels."""
+
 
 @dataclass(eq=False)
 class Memory:
@@ -66,17 +69,22 @@ class Network:
 class StepSizes:
     """What one micro-batch brings to the transformer.
 
-    `pictures`: (frames, height, width), in pixels, of what is trained on, then of each picture shown.
+    `pictures`: what is trained on, then each picture shown.
     `text_tokens`: of the longest caption, where the family's texts are not all of one length.
     `settings`: constructor settings that are switched on.
     `given`: some latents stand clean among the others, so that each token has a timestep of its own.
     """
 
     batch: int
-    pictures: tuple[tuple[int, int, int], ...]
+    pictures: tuple[Picture, ...]
     text_tokens: int
     settings: frozenset[str] = frozenset()
     given: bool = False
+
+    @property
+    def area(self) -> int:
+        """Pixels of a frame of what is trained on."""
+        return self.pictures[0][1] * self.pictures[0][2]
 
     def tokens(self, side: int) -> list[int]:
         """Tokens of each picture, given the side of one in pixels."""
@@ -102,8 +110,8 @@ class Tape:
         self._casts: dict[str, Memory] = {}
         self._block: set[Memory] | None = None
         self._block_casts: dict[str, Memory] = {}
+        self._cast_bytes = 0
         self.largest_block = 0
-        self.block_inputs = 0
 
     @property
     def kept(self) -> int:
@@ -112,8 +120,9 @@ class Tape:
 
     @property
     def peak(self) -> int:
-        """Most bytes kept at once: with recomputed blocks, those from the forward pass on and those of one block."""
-        return self.kept + self.largest_block
+        """Most bytes kept at once: those of the whole forward pass and, where blocks are recomputed, beside them either
+        the casts of weights, of which autocast lets go behind the forward pass, or what one block keeps."""
+        return self.kept + max(self.largest_block, self._cast_bytes)
 
     # values
 
@@ -188,7 +197,7 @@ class Tape:
         return self._new(states.shape, states.dtype, grad)
 
     def rms_norm(self, states: Value, scale: str) -> Value:
-        """Over the last axis, as `torch.nn.RMSNorm` does it: on GPUs in one operation, on the CPU in steps, in float32."""
+        """Over the last axis, as `torch.nn.RMSNorm` does it: on the CPU in steps and in float32, elsewhere in one."""
         name = f"{scale}.weight"
         states = self._widened(states, "rms_norm")
         trained = name in self.network.trained
@@ -263,9 +272,9 @@ class Tape:
         return self._new(states.shape, states.dtype, states.grad)
 
     def attention(self, query: Value, key: Value, value: Value) -> Value:
-        """Fused attention over `[B, L, heads, size]`: keeps its inputs, its output, and a number for each query and head.
+        """Fused attention over `[B, L, heads, size]`: keeps inputs, output, and a number for each query and head.
 
-        That is what the flash kernels of CPUs and GPUs keep and what the memory-efficient ones do.
+        So do the flash kernels of CPUs and GPUs, and the memory-efficient ones.
         """
         inputs = [self.cast(part, self.autocast or part.dtype) for part in (query, key, value)]
         grad = any(part.grad for part in inputs)
@@ -290,8 +299,8 @@ class Tape:
         self._block, self._block_casts = set(), {}
         yield
         inner = sum(memory.bytes for memory in self._block - self._kept)
-        if inner > self.largest_block:
-            self.largest_block, self.block_inputs = inner, sum({value.memory: value.memory.bytes for value in inputs}.values())
+        self.largest_block = max(self.largest_block, inner)
+        self._cast_bytes += sum(memory.bytes for memory in self._block_casts.values())
         self._block = None
 
     def _new(self, shape: tuple[int, ...], dtype: str, grad: bool) -> Value:

@@ -1,6 +1,7 @@
 """Which files are which component, and where the tokenizers lie."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,16 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger, Variant
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    ComponentFiles,
+    FamilyFacts,
+    Published,
+    Shapes,
+    Stranger,
+    Variant,
+)
+from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
@@ -37,6 +47,8 @@ class FoundComponents:
 
     `variant`: what the denoiser is trained for; when it is missing, what the other components tell.
     `idle`: components that are named and that the task does not load.
+    `published`: components whose files are not there, and of which the published size stands in.
+    `missing`: what is not there, where the run is to be looked at without it.
     """
 
     facts: FamilyFacts
@@ -45,6 +57,8 @@ class FoundComponents:
     shapes: Mapping[str, Shapes]
     tokenizers: Mapping[str, Path]
     idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
+    published: Mapping[str, Published] = field(default_factory=dict)
+    missing: tuple[Problem, ...] = ()
 
 
 def find_components(
@@ -53,6 +67,7 @@ def find_components(
     base: Path,
     problems: list[Problem],
     encoded: EncodedSamples | None = None,
+    without_files: bool = False,
 ) -> FoundComponents | None:
     """Recognise the components in the files that the model parameters name.
 
@@ -60,6 +75,7 @@ def find_components(
 
     Args:
         encoded: the samples that a second half trains on; what made them must fit the denoiser.
+        without_files: files that are not there are no problem, but told apart; published sizes stand in for them.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
@@ -77,14 +93,18 @@ def find_components(
         return None
     asked = _asked_for(parameters, family, base)
     brings = partial(command_that_brings, recipe=parameters.recipe)
-    file_sets, missing = locate(parameters.model_paths, asked, base, _copies(family), brings)
-    problems += missing
+    file_sets, not_there = locate(parameters.model_paths, asked, base, _copies(family), brings)
+    missing: list[Problem] = not_there if without_files else []
+    problems += [] if without_files else not_there
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
     complete = len(headers) == len(asked) + len(parameters.model_paths)
-    facts = _family(family, headers, complete, problems)
+    facts = _family(family, headers, complete, problems) or (_family_named(entries) if without_files else None)
     if facts is None:
+        problems += missing
         return None
     assigned = _assign(headers, facts, parameters, problems)
+    there = {file_set.origin for file_set in file_sets}
+    published = _stand_in([entry for entry in asked if entry not in there], facts, parameters, assigned, without_files)
     components, shapes = assigned.components, assigned.shapes
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
@@ -103,9 +123,42 @@ def find_components(
     whole = task.encodes and task.trains
     used = {name: files for name, files in components.items() if whole or name in needed}
     idle = {name: files for name, files in components.items() if name not in used}
-    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, problems) if task.encodes else {}
+    told = missing if without_files else problems
+    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, told) if task.encodes else {}
     kept = {name: shapes[name] for name in used}
-    return FoundComponents(facts, variant, used, kept, tokenizers, idle)
+    return FoundComponents(facts, variant, used, kept, tokenizers, idle, published, tuple(missing))
+
+
+def _stand_in(
+    entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: "_Assigned", allowed: bool
+) -> dict[str, Published]:
+    """The published components that stand in for entries whose files are not there; added to `assigned`."""
+    found: dict[str, Published] = {}
+    for entry in entries if allowed else ():
+        parts = split_entry(entry)
+        component = component_at(parts[1], facts, parts[0]) if parts else None
+        published = facts.published_sizes(component.name, *parts) if parts and component else None
+        if not component or not published or component.name in assigned.components:
+            continue
+        settings = {name: True for name in component.settings if getattr(parameters, name)}
+        assigned.components[component.name] = ComponentFiles(
+            component.name,
+            entry,
+            (),
+            None,
+            component.layouts[0],
+            settings=settings,
+            float8=entry in parameters.fp8_models,
+        )
+        assigned.shapes[component.name] = dict(published.shapes())
+        found[component.name] = published
+    return found
+
+
+def _family_named(entries: Iterable[str]) -> FamilyFacts | None:
+    """The family of the first repository that is known by its name."""
+    names = (parts[0] for parts in map(split_entry, entries) if parts)
+    return next(filter(None, map(family_of_model, names)), None)
 
 
 def _asked_for(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
@@ -302,7 +355,8 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
     from diffsynth_core.families.loading import shape_problems
 
     family = load_family(found.facts.name)
-    return [problem for files in found.components.values() for problem in shape_problems(family, files)]
+    there = [files for name, files in found.components.items() if name not in found.published]
+    return [problem for files in there for problem in shape_problems(family, files)]
 
 
 def float8_shares(found: FoundComponents) -> dict[str, float]:
@@ -312,11 +366,19 @@ def float8_shares(found: FoundComponents) -> dict[str, float]:
     family = load_family(found.facts.name)
     shares = {}
     for name, files in found.components.items():
-        if files.float8:
+        if files.float8 and name in found.published:
+            shares[name] = float8_share(found.shapes[name])
+        elif files.float8:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
             shares[name] = sum(sizes[weight] for weight in float8_weights(files, module)) / sum(sizes.values())
     return shares
+
+
+def float8_share(shapes: Shapes) -> float:
+    """The share of a component's weights kept in 8-bit floats, told by its shapes; 0 where they are unknown."""
+    narrow = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
+    return narrow / (sum(map(math.prod, shapes.values())) or 1)
 
 
 def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader] | None:

@@ -9,12 +9,14 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, shorten, suggest
 from diffsynth_core.families.interface import (
     ComponentFacts,
+    ComponentFiles,
     Layout,
     Shapes,
     is_below,
     match_targets,
     modules_with_weights,
 )
+from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.components import FoundComponents
 
@@ -101,10 +103,8 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
     The reference trainer takes the same ones but those with a side below 512, of which the transformers it trains have
     none.
     """
-    from diffsynth_core.families.blocks import find_linear_layers_of_blocks
-
     files = found.components[component]
-    layers = find_linear_layers_of_blocks(load_family(found.facts.name), files)
+    layers = _layers_of_blocks(found, files)
     if layers is None:
         return LoraTargets()  # what is wrong with the files is told elsewhere
     names = set(files.layout.documented.theirs_of(layers))
@@ -112,6 +112,15 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
         what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose"
         problems.append(Problem(what, "name its modules", wrong_use=True))
     return _reachable(found, component, names, "the linear layers of repeated blocks", problems)
+
+
+def _layers_of_blocks(found: FoundComponents, files: ComponentFiles) -> Collection[str] | None:
+    """Linear layers of repeated blocks, as the module has them, or as published shapes tell them."""
+    if files.component in found.published:
+        return layers_of_blocks(found.shapes[files.component])
+    from diffsynth_core.families.blocks import find_linear_layers_of_blocks
+
+    return find_linear_layers_of_blocks(load_family(found.facts.name), files)
 
 
 def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> list[str] | None:

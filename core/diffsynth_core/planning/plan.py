@@ -11,7 +11,7 @@ from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Variant
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Published, Shapes, Variant
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
@@ -32,6 +32,10 @@ class Plan:
     `preset`: what is merged into a component before training.
     `idle`: components that are named and that the task does not load.
     `encoded`: what the second half of split training trains on.
+    `shapes`: of the tensors of each component, by the names of our modules; blank where nothing tells them.
+    `published`: components whose files are not there, and of which the published size stands in.
+    `missing`: what is not there. Such a plan is to be looked at, and cannot be carried out; without a dataset it has no
+    samples.
     """
 
     parameters: Parameters
@@ -50,6 +54,9 @@ class Plan:
     preset: PresetLora | None = None
     idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
     encoded: EncodedSamples | None = None
+    shapes: Mapping[str, Shapes] = field(default_factory=dict)
+    published: Mapping[str, Published] = field(default_factory=dict)
+    missing: tuple[Problem, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -74,12 +81,19 @@ class Plan:
         return fingerprint_of(self.parameters, self.samples, self.encoded)
 
 
-def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base: Path | None = None) -> Plan:
+def make_plan(
+    resolved: Resolved,
+    reporter: Reporter,
+    world_size: int = 1,
+    base: Path | None = None,
+    without_files: bool = False,
+) -> Plan:
     """The plan of a run; reads headers of weight files and pictures, and decodes videos as far as they are used,
     once; no weight.
 
     Args:
         base: folder of downloaded models; None for the usual one.
+        without_files: model files and a dataset that are not there are told in the plan, and keep it from nothing.
 
     Raises:
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder.
@@ -91,13 +105,16 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     found = (
         None
         if resolved.incomplete
-        else find_components(parameters, resolved.family, base or model_base_path(), problems, encoded)
+        else find_components(parameters, resolved.family, base or model_base_path(), problems, encoded, without_files)
     )
     if found and resolved.family is None:  # told by the files; by a recipe it was known before
         problems += settings_of_others(parameters, found.facts.name, resolved.origins)
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
-    samples = _find_samples(parameters, found, encoded, reporter, problems)
+    no_dataset = missing_dataset(parameters) if task.encodes and without_files else []
+    samples = (
+        SampleSet((), ()) if no_dataset and found else _find_samples(parameters, found, encoded, reporter, problems)
+    )
     if task.encodes and not found and "dataset_base_path" in resolved.origins:
         problems += missing_dataset(parameters)
     check_launch(problems)
@@ -108,11 +125,11 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
     steps = _step_plan(parameters, samples, world_size) if samples else None
     problems += noise_problems(samples) if samples and task.trains else []
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
-    fingerprint = fingerprint_of(parameters, samples, encoded) if samples else None
+    fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
     start = Start()
     if task.trains:
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
-        start = check_output(parameters, fingerprint, steps, mixed_precision, kept, problems)
+        start = check_output(parameters, fingerprint, None if no_dataset else steps, mixed_precision, kept, problems)
     elif found and fingerprint:
         check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
     if problems or not (found and training and samples and steps):
@@ -134,6 +151,9 @@ def make_plan(resolved: Resolved, reporter: Reporter, world_size: int = 1, base:
         preset,
         found.idle,
         encoded,
+        found.shapes,
+        found.published,
+        (*found.missing, *no_dataset),
     )
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
 from diffsynth_core.families.flux import names
+from diffsynth_core.families.flux.memory import MEMORY
+from diffsynth_core.families.flux.sizes import PUBLISHED
 from diffsynth_core.families.interface import (
     ComponentFacts,
     EncoderFacts,
@@ -169,6 +171,8 @@ FLUX = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    memory=MEMORY,
+    published=PUBLISHED,
     tokenizers={
         "tokenizer_1_path": TokenizerFacts(
             "text_encoder_1",

@@ -3,6 +3,7 @@
 Source: `FluxTransformer2DModel` of diffusers.
 """
 
+from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 
@@ -70,9 +71,7 @@ def _fed_forward(tape: Tape, name: str, states: Value, changes: Value) -> Value:
     return tape.add(states, tape.multiply(gate(tape, changes), tape.linear(hidden, f"{name}.net.2")))
 
 
-def _single_block(
-    tape: Tape, name: str, states: Value, text: Value, time: Value, rotary: tuple[Value, Value]
-) -> Value:
+def _single_block(tape: Tape, name: str, states: Value, text: Value, time: Value, rotary: tuple[Value, Value]) -> Value:
     """Text and states together behind a block of one stream."""
     joint = tape.concatenate(text, states, axis=1)
     changes = tape.linear(tape.activation(time), f"{name}.norm.linear")
@@ -111,3 +110,23 @@ def modulate_last(tape: Tape, states: Value, time: Value) -> Value:
     """The norm before the last layer (`AdaLayerNormContinuous`)."""
     changes = tape.linear(tape.cast(tape.activation(time), states.dtype), "norm_out.linear")
     return modulate(tape, states, changes)
+
+
+def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
+    """Latents of 16 channels, 8 pixels apart; the pooled states of CLIP and those of T5."""
+    latents = sum(16 * (height // 8) * (width // 8) for _, height, width in sizes.pictures)
+    pooled = shapes["time_text_embed.text_embedder.linear_1.weight"][1]
+    return EncodedSize(latents, pooled + TEXT_TOKENS * shapes["context_embedder.weight"][1])
+
+
+def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
+    """Always as many."""
+    return TEXT_TOKENS
+
+
+def map_numbers(frames: int, height: int, width: int) -> int:
+    """128 channels at the size of the picture."""
+    return 128 * height * width
+
+
+MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.flux2 import names
+from diffsynth_core.families.flux2.memory import MEMORY
+from diffsynth_core.families.flux2.sizes import PUBLISHED
 from diffsynth_core.families.interface import (
     ComponentFacts,
     EncoderFacts,
@@ -115,6 +117,8 @@ FLUX2 = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    memory=MEMORY,
+    published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(
             "text_encoder",

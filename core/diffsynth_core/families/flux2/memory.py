@@ -3,6 +3,7 @@
 Source: `Flux2Transformer2DModel` of diffusers.
 """
 
+from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 
@@ -105,3 +106,21 @@ def _gate(tape: Tape, states: Value, changes: Value) -> Value:
     """A number for each channel, a part of the modulation."""
     return tape.view(changes, changes.shape[0], 1, states.shape[-1])
 
+
+def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
+    """Latents in patches, 16 pixels apart; states of the text encoder as wide as the transformer takes them."""
+    channels = shapes["x_embedder.weight"][1]
+    return EncodedSize(channels * sum(sizes.tokens(TOKEN_SIDE)), TEXT_TOKENS * shapes["context_embedder.weight"][1])
+
+
+def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
+    """Always as many."""
+    return TEXT_TOKENS
+
+
+def map_numbers(frames: int, height: int, width: int) -> int:
+    """128 channels at the size of the picture."""
+    return 128 * height * width
+
+
+MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers)

@@ -2,6 +2,7 @@
 
 from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, Stranger, TokenizerFacts
+from diffsynth_core.families.qwen_image.memory import MEMORY
 from diffsynth_core.families.qwen_image.names import (
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
@@ -10,6 +11,7 @@ from diffsynth_core.families.qwen_image.names import (
     unused_in_text_encoder,
     unused_in_vae,
 )
+from diffsynth_core.families.qwen_image.sizes import PUBLISHED
 from diffsynth_core.families.qwen_image.variants import EDIT_IMAGE, variant
 
 QWEN_IMAGE = FamilyFacts(
@@ -78,6 +80,8 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    memory=MEMORY,
+    published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(
             "text_encoder",

@@ -15,6 +15,8 @@ from diffsynth_core.families.interface import (
     Variant,
 )
 from diffsynth_core.families.wan import names
+from diffsynth_core.families.wan.memory import MEMORY
+from diffsynth_core.families.wan.sizes import PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
 """Repository with safetensors copies of the files that Wan's own repositories hold pickled."""
@@ -179,6 +181,8 @@ WAN = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    memory=MEMORY,
+    published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(
             "text_encoder",

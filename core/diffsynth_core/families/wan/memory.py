@@ -3,6 +3,9 @@
 Source: `WanTransformer3DModel` of diffusers.
 """
 
+import math
+
+from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 from diffsynth_core.families.wan.sizes import head_size
@@ -19,11 +22,8 @@ EMBEDDER = "condition_embedder"
 def play(tape: Tape, sizes: StepSizes) -> None:
     """One prediction."""
     shapes, dtype, batch = tape.network.shapes, tape.network.dtype, sizes.batch
-    width, channels, *patch = shapes["patch_embedding.weight"]
-    frames, height, across = sizes.pictures[0]
-    # Of TI2V a latent is 16 pixels wide, of the others 8.
-    pixels = 16 if channels == 48 else 8
-    latents = batch, channels, (frames - 1) // FRAMES_PER_LATENT + 1, height // pixels, across // pixels
+    width, _, *patch = shapes["patch_embedding.weight"]
+    latents = latent_shape(shapes, batch, sizes.pictures[0])
     tokens = latents[2] * (latents[3] // patch[1]) * (latents[4] // patch[2])
     states = tape.copy(tape.convolution(tape.given(*latents, dtype=dtype), "patch_embedding", batch, tokens, width))
     times = tokens if sizes.given else 1
@@ -42,6 +42,14 @@ def play(tape: Tape, sizes: StepSizes) -> None:
     table = tape.added(tape.weight("scale_shift_table"), time, batch, times, 2, width)
     prediction = tape.linear(_modulate(tape, states, table), "proj_out")
     tape.error(prediction, prediction.count)
+
+
+def latent_shape(shapes: Shapes, batch: int, clip: tuple[int, int, int]) -> tuple[int, int, int, int, int]:
+    """What the transformer takes of a clip, `[B, C, F, h, w]`; of TI2V a latent is 16 pixels wide, of others 8."""
+    channels = shapes["patch_embedding.weight"][1]
+    pixels = 16 if channels == 48 else 8
+    frames, height, width = clip
+    return batch, channels, (frames - 1) // FRAMES_PER_LATENT + 1, height // pixels, width // pixels
 
 
 def _times(tape: Tape, batch: int, times: int) -> tuple[Value, Value]:
@@ -128,3 +136,24 @@ def _modulate(tape: Tape, states: Value, table: Value) -> Value:
 def _normed(tape: Tape, states: Value, scale: str) -> Value:
     """In float32, with a scale."""
     return tape.cast(tape.layer_norm(tape.cast(states, "float32"), scale), states.dtype)
+
+
+def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
+    """Latents, what I2V is shown beside them, and states of the text encoder and of pictures shown."""
+    latents = latent_shape(shapes, 1, sizes.pictures[0])
+    text = TEXT_TOKENS * shapes[f"{EMBEDDER}.text_embedder.linear_1.weight"][1]
+    shown = shapes.get(f"{EMBEDDER}.image_embedder.norm1.weight", (0,))[0] * PICTURE_TOKENS
+    return EncodedSize(math.prod(latents), text + shown)
+
+
+def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
+    """Always as many."""
+    return TEXT_TOKENS
+
+
+def map_numbers(frames: int, height: int, width: int) -> int:
+    """96 channels at the size of the clip, of four frames at once."""
+    return 96 * min(frames, FRAMES_PER_LATENT) * height * width
+
+
+MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers, WIDE)

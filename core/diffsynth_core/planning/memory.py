@@ -1,0 +1,283 @@
+"""How much memory and disk a run takes, from sizes alone. No torch.
+
+Counted are weights, adapters, gradients, the optimizer's state and what autograd keeps of the largest micro-batch; not
+counted is what operations need while they work, nor the driver.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diffsynth_core.families.interface import Shapes, is_below
+from diffsynth_core.families.shapes import layers_of_blocks
+from diffsynth_core.families.tape import BYTES, Network, StepSizes, Tape
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.sizes import encoded_size
+
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The number format of frozen weights and of the computation, by `mixed_precision`."""
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = 8
+"""Of AdamW for each trained number: two moments in float32."""
+MAPS_AT_ONCE = 4
+"""Largest maps of a VAE's encoder in memory at once: the input of a block, normed, activated, convolved."""
+VAE = "vae"
+"""The component, in every family, whose maps are as large as the pictures."""
+PREFETCHED = 2
+"""Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a run its memory depends on, and what may be chosen otherwise.
+
+    `float8`: components whose weights are kept in 8-bit floats.
+    """
+
+    precision: str
+    recompute: bool
+    offload: bool
+    float8: frozenset[str]
+    sizes: StepSizes
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on the device while training, by part; `on_host`: what waits in host memory for the backward pass."""
+
+    weights: Mapping[str, int]
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    on_host: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class EncodingMemory:
+    """Bytes on the device while one frozen encoder works."""
+
+    component: str
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes that a run writes: encodings, each checkpoint and how many there are, and the state that resume needs.
+
+    `state` is that of one step; the next one is whole before it is removed.
+    """
+
+    cache: int
+    checkpoint: int
+    checkpoints: int
+    state: int
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the device: each encoder comes and goes before training begins."""
+
+    training: TrainingMemory | None
+    encoding: tuple[EncodingMemory, ...]
+
+    @property
+    def peak(self) -> int:
+        return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
+
+
+def choice_of(plan: Plan, sizes: StepSizes) -> Choice:
+    """What a plan says, on an accelerator: there `mixed_precision` is bf16 unless it is given."""
+    parameters = plan.parameters
+    precision = plan.mixed_precision if parameters.device else parameters.mixed_precision or "bf16"
+    offload = parameters.use_gradient_checkpointing_offload
+    kept = frozenset(name for name, files in plan.components.items() if files.float8)
+    return Choice(precision, parameters.use_gradient_checkpointing or offload, offload, kept, sizes)
+
+
+def device_memory(plan: Plan, choice: Choice, device: str = "cuda") -> DeviceMemory:
+    """Memory of the device at its fullest, by stage and part."""
+    training = training_memory(plan, choice, device) if plan.task.trains and _sizes_known(plan) else None
+    return DeviceMemory(training, encoding_memory(plan, choice))
+
+
+def unknown_parts(plan: Plan) -> list[str]:
+    """What takes memory and is not in the estimate, as words."""
+    unknown = [f"the size of {name}" for name in plan.components if not count_parameters(plan, name)]
+    live = sorted(plan.training.components - {plan.facts.denoiser})
+    unknown += [f"what autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
+    return sorted(unknown)
+
+
+def count_parameters(plan: Plan, component: str) -> int:
+    """Numbers in the weights of a component; 0 where nothing tells them."""
+    shapes = plan.shapes.get(component)
+    if shapes:
+        return sum(map(math.prod, shapes.values()))
+    return plan.published[component].parameters if component in plan.published else 0
+
+
+def trained_weights(plan: Plan, component: str) -> frozenset[str]:
+    """Names of a component's tensors that take gradients, without LoRA."""
+    shapes = plan.shapes.get(component, {})
+    asked = plan.training.weights(component, plan.components[component].layout, shapes)
+    dead = plan.variant.untrainable(plan.facts.component(component), frozenset(shapes))
+    return frozenset(name for name in asked if not is_below(name, dead))
+
+
+def lora_numbers(plan: Plan) -> int:
+    """Numbers in the LoRA: A of each documented module once, B of each of its parts."""
+    component = plan.training.lora_component
+    if not component:
+        return 0
+    documented, shapes = plan.components[component].layout.documented, plan.shapes.get(component, {})
+    total = 0
+    for module in plan.training.lora_modules:
+        parts = [shapes[f"{name}.weight"] for name in documented.ours(module) or ()]
+        total += plan.parameters.lora_rank * (math.prod(parts[0][1:]) + sum(part[0] for part in parts))
+    return total
+
+
+def count_trained(plan: Plan) -> int:
+    """Numbers that take gradients."""
+    full = (math.prod(plan.shapes[name][weight]) for name in plan.shapes for weight in trained_weights(plan, name))
+    return lora_numbers(plan) + sum(full)
+
+
+def training_memory(plan: Plan, choice: Choice, device: str = "cuda") -> TrainingMemory:
+    """Memory of the largest micro-batch's step."""
+    names = {plan.facts.denoiser, *plan.variant.in_step, *plan.training.components} & plan.components.keys()
+    networks = {name: _network(plan, name, choice) for name in sorted(names)}
+    trained, adapters = count_trained(plan), lora_numbers(plan)
+    denoiser = networks[plan.facts.denoiser]
+    autocast = None if choice.precision == "no" else DTYPES[choice.precision]
+    tape = Tape(denoiser, autocast, device, choice.recompute)
+    plan.facts.memory.play(tape, choice.sizes)
+    rounds = max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
+    kept, beside = rounds * tape.kept, tape.peak - tape.kept
+    on_host = kept if choice.offload and device != "cpu" else 0
+    return TrainingMemory(
+        {name: network_bytes(network) for name, network in networks.items()},
+        adapters * BYTES["float32"],
+        trained * GRADIENT_BYTES,
+        trained * OPTIMIZER_BYTES,
+        kept - on_host + beside,
+        on_host,
+    )
+
+
+def network_bytes(network: Network) -> int:
+    """Of the weights of a network."""
+    narrow = {f"{module}.weight" for module in network.float8}
+    return sum(
+        math.prod(shape) * BYTES["float8" if name in narrow else network.dtype_of(name)]
+        for name, shape in network.shapes.items()
+    )
+
+
+def _network(plan: Plan, component: str, choice: Choice) -> Network:
+    shapes: Shapes = plan.shapes.get(component, {})
+    if not shapes:
+        shapes = {"all": (count_parameters(plan, component),)}
+    denoiser = component == plan.facts.denoiser
+    wide = plan.facts.memory.wide if denoiser else frozenset[str]()
+    documented = plan.components[component].layout.documented
+    modules = plan.training.lora_modules if component == plan.training.lora_component else ()
+    lora = {own: plan.parameters.lora_rank for module in modules for own in documented.ours(module) or ()}
+    trained = trained_weights(plan, component)
+    float8 = {name for name in layers_of_blocks(shapes) if wide.isdisjoint(name.split("."))}
+    narrow = frozenset(float8) if component in choice.float8 else frozenset[str]()
+    return Network(shapes, DTYPES[choice.precision], trained, lora, narrow, wide)
+
+
+def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
+    """Memory of each frozen encoder while it encodes the largest sample."""
+    if plan.encoded:
+        return ()
+    encoders = {encoder.component for encoder in plan.variant.encoders}
+    frozen = sorted((encoders & plan.components.keys()) - plan.training.components)
+    pictures = choice.sizes.pictures
+    largest = max(plan.facts.memory.map_numbers(*picture) for picture in pictures)
+    found = []
+    for name in frozen:
+        precision = "no" if choice.precision == "fp16" else choice.precision
+        weights = network_bytes(_network(plan, name, Choice(precision, False, False, choice.float8, choice.sizes)))
+        maps = MAPS_AT_ONCE * largest * BYTES[DTYPES[precision]] if name == VAE else 0
+        found.append(EncodingMemory(name, weights, maps))
+    return tuple(found)
+
+
+def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory) -> dict[str, int]:
+    """Bytes of host memory by what they are for, beside Python and its libraries."""
+    parameters = plan.parameters
+    largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
+    parts = {"the largest tensor while it is read": 2 * largest * BYTES["float32"]}
+    if memory.training and parameters.initialize_model_on_cpu:
+        parts["weights on their way to the device"] = max(memory.training.weights.values())
+    if memory.training and memory.training.on_host:
+        parts["activations that wait"] = memory.training.on_host
+    if parameters.dataset_num_workers and plan.samples.samples:
+        sample = sum(encoded_bytes(plan, choice)) // len(plan.samples.samples)
+        ready = parameters.dataset_num_workers * PREFETCHED * choice.sizes.batch * sample
+        parts[f"samples that {parameters.dataset_num_workers} workers have ready"] = ready
+    return parts
+
+
+def encoded_bytes(plan: Plan, choice: Choice) -> tuple[int, int]:
+    """Bytes of all encodings: those in float32, and those in the format of the text encoder."""
+    size = encoded_size(plan)
+    narrow = "float32" if choice.precision == "fp16" else DTYPES[choice.precision]
+    return size.wide * BYTES["float32"], size.narrow * BYTES[narrow]
+
+
+def disk_use(plan: Plan, choice: Choice) -> DiskUse:
+    """Bytes that a run writes."""
+    trained = count_trained(plan) if plan.task.trains else 0
+    state = trained * (BYTES["float32"] + OPTIMIZER_BYTES)
+    cache = 0 if plan.encoded else sum(encoded_bytes(plan, choice))
+    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state)
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
+    save = plan.parameters.save_dtype
+    total = lora_numbers(plan) * BYTES[save or "float32"]
+    for name in plan.training.components & plan.shapes.keys():
+        written = plan.training.weights(name, plan.components[name].layout, plan.shapes[name])
+        numbers = sum(math.prod(plan.shapes[name][weight]) for weight in written)
+        total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name)))
+    return total
+
+
+def stored_bytes(plan: Plan, component: str) -> float:
+    """Bytes of a number in the files of a component, on average."""
+    if component in plan.published:
+        return BYTES[plan.published[component].dtype]
+    return file_bytes(plan, component) / count_parameters(plan, component)
+
+
+def file_bytes(plan: Plan, component: str) -> int:
+    """Of a component's files, those that are there or those that are published."""
+    if component in plan.published:
+        published = plan.published[component]
+        return published.parameters * BYTES[published.dtype]
+    return sum(path.stat().st_size for path in plan.components[component].paths)
+
+
+def count_checkpoints(plan: Plan) -> int:
+    """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
+    total, every = plan.steps.total_steps, plan.parameters.save_steps or plan.steps.steps_per_epoch
+    return -(-total // every) if total else 0
+
+
+def _sizes_known(plan: Plan) -> bool:
+    return bool(plan.shapes.get(plan.facts.denoiser))
