@@ -48,7 +48,8 @@ def estimate_lines(plan: Plan) -> Iterator[str]:
     memory = device_memory(plan, choice)
     shown = " and ".join(_size(picture) for picture in sizes.pictures)
     basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
-    yield f"Memory of the GPU, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    device = "CPU" if choice.device == "cpu" else "GPU"
+    yield f"Memory of the {device}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
     if memory.training:
         yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
     for part in memory.encoding:
@@ -62,7 +63,7 @@ def estimate_lines(plan: Plan) -> Iterator[str]:
 
 
 def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
-    kept = "recomputed in blocks" if plan.parameters.use_gradient_checkpointing else "all kept"
+    kept = "recomputed block by block" if _recomputes(plan) else "all kept"
     waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
@@ -70,7 +71,12 @@ def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
         "gradients": training.gradients,
         "state of the optimizer (AdamW)": training.optimizer,
         f"activations ({kept}{waiting})": training.activations,
+        **({"weights as autocast casts them for a forward pass": training.casts} if training.casts else {}),
     }
+
+
+def _recomputes(plan: Plan) -> bool:
+    return plan.parameters.use_gradient_checkpointing or plan.parameters.use_gradient_checkpointing_offload
 
 
 def _disk_lines(plan: Plan, choice: Choice) -> Iterator[str]:
@@ -100,12 +106,14 @@ def _fit_lines(fit: Fit) -> Iterator[str]:
     if fit.as_it_is:
         yield f"Fits in {limit}: {format_bytes(fit.limit - fit.peak)} are left for what is not counted"
         return
-    yield f"Does not fit in {limit}: {format_bytes(fit.peak)} are needed"
-    for change in fit.tried:
-        verdict = "fits" if change.peak <= fit.limit else "does not"
-        yield f"  {_amount(change.peak)}  with {' '.join(change.flags)}: {verdict}"
-    if not fit.fits:
-        yield f"  nothing that can be chosen here makes it fit in {limit}"
+    yield f"Does not fit in {limit}: {format_bytes(fit.peak)} are needed. Tried, that first which costs the least:"
+    for trial in fit.tried:
+        verdict = "fits" if trial.peak <= fit.limit else "does not fit"
+        yield f"  {_amount(trial.peak)}  {' and '.join(change.words for change in trial.changes)}: {verdict}"
+    if fit.fits:
+        yield f"To make it fit: `{' '.join(change.flag for change in fit.tried[-1].changes)}`"
+    else:
+        yield f"Nothing that was tried makes it fit in {limit}"
 
 
 def _table(parts: Mapping[str, int]) -> Iterator[str]:

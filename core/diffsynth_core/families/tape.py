@@ -48,20 +48,21 @@ class Network:
     """The weights of a network in training.
 
     `dtype`: the format of frozen weights. `wide`: parts of names whose weights are float32 whatever the others are.
-    `trained`: names of weights that take gradients, which are float32 all.
+    `trained`: names of weights that take gradients. `masters`: those that are float32 for training, which may be more.
     `lora`: rank by module. `float8`: modules whose weights are kept in 8-bit floats.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str
     trained: frozenset[str] = frozenset()
+    masters: frozenset[str] = frozenset()
     lora: Mapping[str, int] = field(default_factory=dict)
     float8: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
 
     def dtype_of(self, name: str) -> str:
         """The number format of a weight."""
-        wide = name in self.trained or not self.wide.isdisjoint(name.split("."))
+        wide = name in self.masters or not self.wide.isdisjoint(name.split("."))
         return "float32" if wide else self.dtype
 
 
@@ -97,7 +98,9 @@ class Tape:
     Args:
         autocast: the number format that linear layers compute in; None: that of their weights.
         device: cpu or cuda: autocast differs between them.
-        recompute: blocks keep their inputs alone, and are played again in the backward pass, one at a time.
+        recompute: blocks keep their inputs alone, and are played again in the backward pass, one at a time. Beside what
+            is `kept`, either the `casts` of weights are there, of which autocast lets go behind the forward pass, or
+            later what one block keeps (`largest_block`) and has got (`block_inputs`), in bytes.
     """
 
     def __init__(
@@ -110,19 +113,13 @@ class Tape:
         self._casts: dict[str, Memory] = {}
         self._block: set[Memory] | None = None
         self._block_casts: dict[str, Memory] = {}
-        self._cast_bytes = 0
-        self.largest_block = 0
+        self.casts = 0
+        self.largest_block = self.block_inputs = 0
 
     @property
     def kept(self) -> int:
         """Bytes kept from the forward pass on."""
         return sum(memory.bytes for memory in self._kept)
-
-    @property
-    def peak(self) -> int:
-        """Most bytes kept at once: those of the whole forward pass and, where blocks are recomputed, beside them either
-        the casts of weights, of which autocast lets go behind the forward pass, or what one block keeps."""
-        return self.kept + max(self.largest_block, self._cast_bytes)
 
     # values
 
@@ -300,7 +297,8 @@ class Tape:
         yield
         inner = sum(memory.bytes for memory in self._block - self._kept)
         self.largest_block = max(self.largest_block, inner)
-        self._cast_bytes += sum(memory.bytes for memory in self._block_casts.values())
+        self.block_inputs = max(self.block_inputs, sum(memory.bytes for memory in {value.memory for value in inputs}))
+        self.casts += sum(memory.bytes for memory in self._block_casts.values())
         self._block = None
 
     def _new(self, shape: tuple[int, ...], dtype: str, grad: bool) -> Value:

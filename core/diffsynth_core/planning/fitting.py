@@ -13,9 +13,18 @@ SHARES = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Change:
-    """Parameters to give otherwise, as flags, and the memory of the device at its fullest with them, in bytes."""
+    """Something to do otherwise: in words, by the flags that do it, and as the choice that they make."""
 
-    flags: tuple[str, ...]
+    words: str
+    flag: str
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Changes together, and the memory of the device at its fullest with them, in bytes."""
+
+    changes: tuple[Change, ...]
     peak: int
 
 
@@ -25,7 +34,7 @@ class Fit:
 
     limit: int
     peak: int
-    tried: tuple[Change, ...]
+    tried: tuple[Trial, ...]
 
     @property
     def as_it_is(self) -> bool:
@@ -44,42 +53,49 @@ def find_fit(plan: Plan, choice: Choice, limit: int) -> Fit:
         limit: memory of the GPU in bytes.
     """
     peak = device_memory(plan, choice).peak
-    tried: list[Change] = []
+    tried: list[Trial] = []
     if peak <= limit:
         return Fit(limit, peak, ())
-    steps = list(_changes(plan, choice))
-    for flag, changed in steps:
-        tried.append(Change((flag,), device_memory(plan, changed).peak))
+    changes = list(_changes(plan, choice))
+    for change in changes:
+        tried.append(Trial((change,), device_memory(plan, change.choice).peak))
         if tried[-1].peak <= limit:
             return Fit(limit, peak, tuple(tried))
     together, lowest = choice, peak
-    flags: tuple[str, ...] = ()
-    for flag, changed in steps:
-        combined = _combine(together, choice, changed)
+    made: tuple[Change, ...] = ()
+    for change in changes:
+        combined = _combine(together, choice, change.choice)
         reached = device_memory(plan, combined).peak
         if reached >= lowest:
             continue
-        together, flags, lowest = combined, _with_flag(flags, flag), reached
-        if len(flags) > 1:
-            tried.append(Change(flags, reached))
+        together, made, lowest = combined, _with_change(made, change), reached
+        if len(made) > 1:
+            tried.append(Trial(made, reached))
         if reached <= limit:
             break
     return Fit(limit, peak, tuple(tried))
 
 
-def _changes(plan: Plan, choice: Choice) -> Iterator[tuple[str, Choice]]:
-    """(flag, what it makes of the choice), those first that cost the least."""
-    sizes = choice.sizes
+def _changes(plan: Plan, choice: Choice) -> Iterator[Change]:
+    """What may be done otherwise, that first which costs the least."""
+    sizes, rank = choice.sizes, choice.rank
     if not choice.recompute:
-        yield "--use_gradient_checkpointing", replace(choice, recompute=True)
+        recomputed = replace(choice, recompute=True)
+        yield Change("activations recomputed", "--use_gradient_checkpointing", recomputed)
     if not choice.offload:
-        yield "--use_gradient_checkpointing_offload", replace(choice, recompute=True, offload=True)
+        waiting = replace(choice, recompute=True, offload=True)
+        words = "activations recomputed, inputs of blocks in host memory"
+        yield Change(words, "--use_gradient_checkpointing_offload", waiting)
     if sizes.batch > 1:
-        yield "--batch_size 1", replace(choice, sizes=replace(sizes, batch=1))
+        yield Change("batches of 1", "--batch_size 1", replace(choice, sizes=replace(sizes, batch=1)))
     for name in _rounded(plan):
         if name not in choice.float8:
-            entries = _fp8_entries(plan, name)
-            yield f"--fp8_models {entries}", replace(choice, float8=choice.float8 | {name})
+            kept = replace(choice, float8=choice.float8 | {name})
+            entries = ",".join((*plan.parameters.fp8_models, _entry(plan, name)))
+            yield Change(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
+    for lower in (rank // 2, rank // 4) if plan.training.lora_component else ():
+        if lower:
+            yield Change(f"rank {lower}", f"--lora_rank {lower}", replace(choice, rank=lower))
     yield from _smaller(plan, choice)
 
 
@@ -89,32 +105,40 @@ def _rounded(plan: Plan) -> list[str]:
     return [name for name in plan.components if name not in changing and plan.shapes.get(name)]
 
 
-def _fp8_entries(plan: Plan, component: str) -> str:
-    """What `fp8_models` is to name."""
-    named = plan.components[component].origin.partition(", read from")[0]
-    return ",".join((*plan.parameters.fp8_models, named))
+def _entry(plan: Plan, component: str) -> str:
+    """What the model parameters call the files of a component."""
+    return plan.components[component].origin.partition(", ")[0]
 
 
-def _smaller(plan: Plan, choice: Choice) -> Iterator[tuple[str, Choice]]:
+def _smaller(plan: Plan, choice: Choice) -> Iterator[Change]:
     """Shorter clips, then smaller pictures."""
     parameters, medium, sizes = plan.parameters, plan.variant.medium, choice.sizes
     longest = sizes.pictures[0][0]
     for share in SHARES if longest > 1 else ():
         frames = int(longest * share) // medium.frame_step * medium.frame_step + 1
         shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.pictures)
-        yield f"--num_frames {frames}", replace(choice, sizes=replace(sizes, pictures=shorter))
+        fewer = replace(choice, sizes=replace(sizes, pictures=shorter))
+        yield Change(f"{frames} frames", f"--num_frames {frames}", fewer)
     for share in SHARES:
         smaller = shrink(sizes, share, medium.size_factor)
         _, height, width = smaller.pictures[0]
         fixed = parameters.height and parameters.width
         flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"
-        yield flag, replace(choice, sizes=smaller)
+        yield Change(f"{width} x {height} at most", flag, replace(choice, sizes=smaller))
 
 
-def _with_flag(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:
-    """Flags and one more, which takes the place of an earlier one of its name."""
-    name = flag.split()[0]
-    return (*(earlier for earlier in flags if not name.startswith(earlier.split()[0])), flag)
+def _with_change(made: tuple[Change, ...], change: Change) -> tuple[Change, ...]:
+    """Changes and one more, which takes the place of an earlier one of the same parameter.
+
+    Several components are named in one `fp8_models`.
+    """
+    parameter = change.flag.split()[0]
+    same = [earlier for earlier in made if parameter.startswith(earlier.flag.split()[0])]
+    others = tuple(earlier for earlier in made if earlier not in same)
+    if parameter == "--fp8_models" and same:
+        words = f"{same[0].words}, {change.words}"
+        change = replace(change, words=words, flag=f"{same[0].flag},{change.flag.split()[1]}")
+    return (*others, change)
 
 
 def _combine(together: Choice, before: Choice, changed: Choice) -> Choice:
@@ -123,6 +147,7 @@ def _combine(together: Choice, before: Choice, changed: Choice) -> Choice:
         together,
         recompute=together.recompute or changed.recompute,
         offload=together.offload or changed.offload,
+        rank=min(together.rank, changed.rank),
         float8=together.float8 | changed.float8,
         sizes=together.sizes
         if changed.sizes == before.sizes

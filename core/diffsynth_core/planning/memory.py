@@ -6,7 +6,7 @@ counted is what operations need while they work, nor the driver.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
@@ -31,10 +31,13 @@ PREFETCHED = 2
 class Choice:
     """What of a run its memory depends on, and what may be chosen otherwise.
 
-    `float8`: components whose weights are kept in 8-bit floats.
+    `device`: cuda, which stands for all accelerators, or cpu.
+    `rank`: that of the LoRA. `float8`: components whose weights are kept in 8-bit floats.
     """
 
+    device: str
     precision: str
+    rank: int
     recompute: bool
     offload: bool
     float8: frozenset[str]
@@ -43,18 +46,25 @@ class Choice:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on the device while training, by part; `on_host`: what waits in host memory for the backward pass."""
+    """Bytes on the device while training, by part.
+
+    `casts`: weights in the format of the computation, which autocast keeps to the end of a forward pass, where that is
+    more than what a recomputed block needs later.
+    `on_host`: what waits in host memory for the backward pass.
+    """
 
     weights: Mapping[str, int]
     adapters: int
     gradients: int
     optimizer: int
     activations: int
+    casts: int
     on_host: int
 
     @property
     def total(self) -> int:
-        return sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer + self.activations
+        parts = (self.adapters, self.gradients, self.optimizer, self.activations, self.casts)
+        return sum(self.weights.values()) + sum(parts)
 
 
 @dataclass(frozen=True)
@@ -96,17 +106,20 @@ class DeviceMemory:
 
 
 def choice_of(plan: Plan, sizes: StepSizes) -> Choice:
-    """What a plan says, on an accelerator: there `mixed_precision` is bf16 unless it is given."""
+    """What a plan says. Unless the CPU is asked for, the device is an accelerator, whatever the machine that plans has,
+    and `mixed_precision` bf16 when it is not given."""
     parameters = plan.parameters
-    precision = plan.mixed_precision if parameters.device else parameters.mixed_precision or "bf16"
+    device = "cpu" if parameters.device == "cpu" else "cuda"
+    precision = plan.mixed_precision if device == "cpu" else parameters.mixed_precision or "bf16"
     offload = parameters.use_gradient_checkpointing_offload
     kept = frozenset(name for name, files in plan.components.items() if files.float8)
-    return Choice(precision, parameters.use_gradient_checkpointing or offload, offload, kept, sizes)
+    recompute = parameters.use_gradient_checkpointing or offload
+    return Choice(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
 
 
-def device_memory(plan: Plan, choice: Choice, device: str = "cuda") -> DeviceMemory:
+def device_memory(plan: Plan, choice: Choice) -> DeviceMemory:
     """Memory of the device at its fullest, by stage and part."""
-    training = training_memory(plan, choice, device) if plan.task.trains and _sizes_known(plan) else None
+    training = training_memory(plan, choice) if plan.task.trains and _sizes_known(plan) else None
     return DeviceMemory(training, encoding_memory(plan, choice))
 
 
@@ -129,12 +142,17 @@ def count_parameters(plan: Plan, component: str) -> int:
 def trained_weights(plan: Plan, component: str) -> frozenset[str]:
     """Names of a component's tensors that take gradients, without LoRA."""
     shapes = plan.shapes.get(component, {})
-    asked = plan.training.weights(component, plan.components[component].layout, shapes)
+    asked = _masters(plan, component)
     dead = plan.variant.untrainable(plan.facts.component(component), frozenset(shapes))
     return frozenset(name for name in asked if not is_below(name, dead))
 
 
-def lora_numbers(plan: Plan) -> int:
+def _masters(plan: Plan, component: str) -> frozenset[str]:
+    """Names of a component's tensors that are named to train, and float32 for that, whether a gradient reaches them."""
+    return plan.training.weights(component, plan.components[component].layout, plan.shapes.get(component, {}))
+
+
+def lora_numbers(plan: Plan, rank: int) -> int:
     """Numbers in the LoRA: A of each documented module once, B of each of its parts."""
     component = plan.training.lora_component
     if not component:
@@ -143,34 +161,42 @@ def lora_numbers(plan: Plan) -> int:
     total = 0
     for module in plan.training.lora_modules:
         parts = [shapes[f"{name}.weight"] for name in documented.ours(module) or ()]
-        total += plan.parameters.lora_rank * (math.prod(parts[0][1:]) + sum(part[0] for part in parts))
+        total += rank * (math.prod(parts[0][1:]) + sum(part[0] for part in parts))
     return total
+
+
+def full_numbers(plan: Plan) -> int:
+    """Numbers that take gradients without LoRA."""
+    return sum(math.prod(plan.shapes[name][weight]) for name in plan.shapes for weight in trained_weights(plan, name))
 
 
 def count_trained(plan: Plan) -> int:
     """Numbers that take gradients."""
-    full = (math.prod(plan.shapes[name][weight]) for name in plan.shapes for weight in trained_weights(plan, name))
-    return lora_numbers(plan) + sum(full)
+    return lora_numbers(plan, plan.parameters.lora_rank) + full_numbers(plan)
 
 
-def training_memory(plan: Plan, choice: Choice, device: str = "cuda") -> TrainingMemory:
+def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
     """Memory of the largest micro-batch's step."""
     names = {plan.facts.denoiser, *plan.variant.in_step, *plan.training.components} & plan.components.keys()
     networks = {name: _network(plan, name, choice) for name in sorted(names)}
-    trained, adapters = count_trained(plan), lora_numbers(plan)
+    adapters = lora_numbers(plan, choice.rank)
+    trained = adapters + full_numbers(plan)
     denoiser = networks[plan.facts.denoiser]
     autocast = None if choice.precision == "no" else DTYPES[choice.precision]
-    tape = Tape(denoiser, autocast, device, choice.recompute)
+    tape = Tape(denoiser, autocast, choice.device, choice.recompute)
     plan.facts.memory.play(tape, choice.sizes)
     rounds = max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
-    kept, beside = rounds * tape.kept, tape.peak - tape.kept
-    on_host = kept if choice.offload and device != "cpu" else 0
+    kept = rounds * tape.kept
+    on_host = kept if choice.offload and choice.device != "cpu" else 0
+    block = tape.largest_block + (tape.block_inputs if on_host else 0)
+    casts = tape.casts if tape.casts > block else 0
     return TrainingMemory(
         {name: network_bytes(network) for name, network in networks.items()},
         adapters * BYTES["float32"],
         trained * GRADIENT_BYTES,
         trained * OPTIMIZER_BYTES,
-        kept - on_host + beside,
+        kept - on_host + (0 if casts else block),
+        casts,
         on_host,
     )
 
@@ -192,11 +218,11 @@ def _network(plan: Plan, component: str, choice: Choice) -> Network:
     wide = plan.facts.memory.wide if denoiser else frozenset[str]()
     documented = plan.components[component].layout.documented
     modules = plan.training.lora_modules if component == plan.training.lora_component else ()
-    lora = {own: plan.parameters.lora_rank for module in modules for own in documented.ours(module) or ()}
-    trained = trained_weights(plan, component)
+    lora = {own: choice.rank for module in modules for own in documented.ours(module) or ()}
+    trained, masters = trained_weights(plan, component), _masters(plan, component)
     float8 = {name for name in layers_of_blocks(shapes) if wide.isdisjoint(name.split("."))}
     narrow = frozenset(float8) if component in choice.float8 else frozenset[str]()
-    return Network(shapes, DTYPES[choice.precision], trained, lora, narrow, wide)
+    return Network(shapes, DTYPES[choice.precision], trained, masters, lora, narrow, wide)
 
 
 def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
@@ -210,7 +236,7 @@ def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
     found = []
     for name in frozen:
         precision = "no" if choice.precision == "fp16" else choice.precision
-        weights = network_bytes(_network(plan, name, Choice(precision, False, False, choice.float8, choice.sizes)))
+        weights = network_bytes(_network(plan, name, replace(choice, precision=precision)))
         maps = MAPS_AT_ONCE * largest * BYTES[DTYPES[precision]] if name == VAE else 0
         found.append(EncodingMemory(name, weights, maps))
     return tuple(found)
@@ -250,11 +276,11 @@ def disk_use(plan: Plan, choice: Choice) -> DiskUse:
 def checkpoint_bytes(plan: Plan) -> int:
     """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
     save = plan.parameters.save_dtype
-    total = lora_numbers(plan) * BYTES[save or "float32"]
+    total = lora_numbers(plan, plan.parameters.lora_rank) * BYTES[save or "float32"]
     for name in plan.training.components & plan.shapes.keys():
         written = plan.training.weights(name, plan.components[name].layout, plan.shapes[name])
         numbers = sum(math.prod(plan.shapes[name][weight]) for weight in written)
-        total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name)))
+        total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
     return total
 
 

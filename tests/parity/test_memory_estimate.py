@@ -1,0 +1,214 @@
+"""The estimate of memory against what tiny models really take on the CPU, for each family; it ends in a table."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import WeakSet
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffsynth_core.families.loading import build_empty
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.memory import choice_of, count_parameters, training_memory
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.sizes import sizes_of_sample
+from tests.parity.float8_runs import Step, plan_step
+
+WITHIN = 0.1
+RECIPES = {
+    "qwen-image": "qwen-image-{}",
+    "qwen-image edit": "qwen-image-edit-2509-{}",
+    "wan": "wan2.1-t2v-1.3b-{}",
+    "wan i2v": "wan2.1-i2v-14b-480p-{}",
+    "wan ti2v": "wan2.2-ti2v-5b-{}",
+    "flux": "flux.1-dev-{}",
+    "flux2": "flux.2-klein-4b-{}",
+}
+SIZES = {
+    "160 x 128": {"width": 160, "height": 128, "max_pixels": 160 * 128},
+    "256 x 192": {"width": 256, "height": 192, "max_pixels": 256 * 192},
+}
+FURTHER_KINDS = ("wan i2v", "wan ti2v")
+CASES = [
+    (name, kind, size, precision)
+    for name in RECIPES
+    for kind in ("lora", "full")
+    for size, precision in (("160 x 128", "no"), ("256 x 192", "no"), ("160 x 128", "bf16"))
+    if name not in FURTHER_KINDS or (kind, size, precision) == ("lora", "160 x 128", "no")
+]
+TABLE = Path(__file__).parents[2] / "docs" / "memory.md"
+BLOCK = re.compile(r"(.*\.)?(single_)?(transformer_)?blocks\.\d+")
+
+
+class Saved:
+    """A tensor that autograd keeps, and the block in whose forward pass it was kept."""
+
+    def __init__(self, tensor: Tensor, block: str | None) -> None:
+        self.tensor, self.block = tensor, block
+
+    @property
+    def memory(self) -> int:
+        return self.tensor.untyped_storage().data_ptr()
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass keeps, each memory once, without weights; and those of the block that keeps most."""
+
+    everything: int
+    largest_block: int
+
+
+def measure_kept(step: Step) -> tuple[Kept, Tensor]:
+    """What autograd keeps at the end of a forward pass, and the losses."""
+    alive: WeakSet[Saved] = WeakSet()
+    weights = {weight.untyped_storage().data_ptr() for weight in step.model.parameters()}
+    inputs: dict[str, set[int]] = {}
+    place: list[str | None] = [None]
+
+    def keep(tensor: Tensor) -> Saved:
+        saved = Saved(tensor, place[0])
+        alive.add(saved)
+        return saved
+
+    handles = []
+    for name, module in step.model.named_modules():
+        if BLOCK.fullmatch(name):
+            handles.append(module.register_forward_pre_hook(_enter(name, place, inputs), with_kwargs=True))
+            handles.append(module.register_forward_hook(_leave(place)))
+    with saved_tensors_hooks(keep, lambda saved: saved.tensor), step.accelerator.autocast():
+        losses = step.model(step.micro_batch)
+    for handle in handles:
+        handle.remove()
+    found = {saved.memory: saved.bytes for saved in alive if saved.memory not in weights}
+    blocks: dict[str, dict[int, int]] = defaultdict(dict)
+    for saved in alive:
+        if saved.block and saved.memory not in weights | inputs[saved.block]:
+            blocks[saved.block][saved.memory] = saved.bytes
+    return Kept(sum(found.values()), max((sum(block.values()) for block in blocks.values()), default=0)), losses
+
+
+def _enter(name, place, inputs):
+    def hook(module, arguments, keywords):
+        place[0] = name
+        given = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
+        inputs[name] = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    return hook
+
+
+def _leave(place):
+    def hook(module, arguments, result):
+        place[0] = None
+
+    return hook
+
+
+def measure(step: Step, plan: Plan) -> dict[str, int]:
+    """Bytes by part, of one step carried out."""
+    kept, losses = measure_kept(step)
+    losses.sum().backward()
+    trained = step.model.trained()
+    gradients = sum(weight.grad.nbytes for weight in trained.values() if weight.grad is not None)
+    optimizer = torch.optim.AdamW(trained.values())
+    optimizer.step()
+    state = (value for values in optimizer.state.values() for name, value in values.items() if name != "step")
+    named = dict(step.model.components.named_parameters())
+    adapters = sum(weight.nbytes for name, weight in named.items() if ".lora_" in name)
+    optimizer_bytes = sum(value.nbytes for value in state)
+    step.model.zero_grad(set_to_none=True)
+    load_family(plan.facts.name).checkpoint_gradients(plan.facts.denoiser, step.model.components[plan.facts.denoiser])
+    recomputed, losses = measure_kept(step)
+    losses.sum().backward()
+    return {
+        "weights": sum(weight.nbytes for weight in named.values()) - adapters,
+        "adapters": adapters,
+        "gradients": gradients,
+        "optimizer": optimizer_bytes,
+        "activations": kept.everything,
+        "activations recomputed": recomputed.everything + kept.largest_block,
+    }
+
+
+def estimate(plan: Plan, step: Step) -> dict[str, int]:
+    """The same parts from sizes alone; of the texts only how many tokens they are."""
+    micro_batch = step.micro_batch
+    sample = plan.samples.samples[micro_batch.occurrences[0].sample]
+    tokens = max(len(encoded["prompt_embeds"]) for encoded in micro_batch.encoded)
+    sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
+    choice = choice_of(plan, sizes)
+    kept, recomputed = (training_memory(plan, replace(choice, recompute=way)) for way in (False, True))
+    return {
+        "weights": sum(kept.weights.values()),
+        "adapters": kept.adapters,
+        "gradients": kept.gradients,
+        "optimizer": kept.optimizer,
+        "activations": kept.activations,
+        "activations recomputed": recomputed.activations,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny weights and encodings are made once for all."""
+    return tmp_path_factory.mktemp("memory")
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[str]]:
+    """The lines of the table, printed behind the last test, and written where that is asked for."""
+    lines: list[str] = []
+    yield lines
+    table = "\n".join([*HEAD, *lines, ""])
+    print(f"\n{table}")
+    if os.environ.get("WRITE_MEMORY_TABLE"):
+        TABLE.write_text(table, encoding="utf-8")
+
+
+HEAD = [
+    "# Memory, estimated and measured",
+    "",
+    "One step of the tiny models of a rehearsal, carried out on the CPU, against the estimate of `train --dry-run`, which",
+    "knows nothing but sizes; bytes. Written by `tests/parity/test_memory_estimate.py`.",
+    "",
+    "| model | trained | size | precision | part | measured | estimated | off |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(("name", "kind", "size", "precision"), CASES)
+def test_estimate_is_what_a_step_takes(name, kind, size, precision, folder, rows):
+    given = {**SIZES[size], "mixed_precision": precision, "use_gradient_checkpointing": False}
+    plan = plan_step(RECIPES[name].format(kind), folder, **given)
+    step = Step(plan)
+    estimated, measured = estimate(plan, step), measure(step, plan)
+    wrong = {}
+    for part, found in measured.items():
+        off = estimated[part] / found - 1 if found else float(estimated[part])
+        rows.append(
+            f"| {name} | {kind} | {size} | {precision} | {part} | {found:,} | {estimated[part]:,} | {off:+.1%} |"
+        )
+        if abs(off) > WITHIN:
+            wrong[part] = (found, estimated[part])
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_are_counted_as_the_modules_have_them(name, folder):
+    plan = plan_step(RECIPES[name].format("lora"), folder)
+    family = load_family(plan.facts.name)
+    for component, files in plan.components.items():
+        module: nn.Module = build_empty(family, files)
+        expected = sum(weight.numel() for weight in module.parameters())
+        assert count_parameters(plan, component) == pytest.approx(expected, rel=0.001), component
