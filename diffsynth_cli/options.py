@@ -15,6 +15,7 @@ METAVARS = {
     "int": "INTEGER",
     "float": "NUMBER",
     "path": "PATH",
+    "memory": "AMOUNT",
     "str": "TEXT",
     "comma list": "A,B,…",
     "json list": "JSON",

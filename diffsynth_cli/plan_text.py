@@ -58,7 +58,13 @@ def estimate_lines(plan: Plan) -> Iterator[str]:
     yield "Host memory, beside Python and its libraries"
     yield from _table(host_memory(plan, choice, memory))
     yield from _disk_lines(plan, choice)
+    yield from fit_lines(plan)
+
+
+def fit_lines(plan: Plan) -> Iterator[str]:
+    """Whether a run fits in `gpu_memory`, and what makes it fit; nothing where that is not given."""
     if plan.parameters.gpu_memory:
+        choice = choice_of(plan, largest_micro_batch(plan))
         yield from _fit_lines(find_fit(plan, choice, memory_bytes(plan.parameters.gpu_memory)))
 
 
@@ -86,7 +92,8 @@ def _disk_lines(plan: Plan, choice: Choice) -> Iterator[str]:
     if not plan.encoded:
         where = plan.cache if plan.task.trains else plan.parameters.output_path
         what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
-        yield f"  {_amount(disk.cache)}  {what} in `{where}`{_free(where)}"
+        known = _amount(disk.cache) if disk.cache else f"{'unknown':>9}"
+        yield f"  {known}  {what} in `{where}`{_free(where)}"
     if plan.task.trains:
         many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"

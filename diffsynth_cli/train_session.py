@@ -12,12 +12,12 @@ import typer
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
-from diffsynth_cli.plan_text import estimate_lines, plan_lines
+from diffsynth_cli.plan_text import estimate_lines, fit_lines, plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, Interrupted, Problem, raise_if_any
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, FaultsFound, Interrupted, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.progress import Reporter, SilentReporter, count_of, format_bytes
 
@@ -40,6 +40,9 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     first = stages[0].parameters
+    if first.rehearse and first.gpu_memory:
+        what = "`gpu_memory` means nothing to a rehearsal, whose weights are tiny"
+        raise FaultsFound([Problem(what, "give it to `--dry_run` without `--rehearse`", wrong_use=True)])
     try:
         if launching.is_launched():
             launching.check_world_size(first.num_processes)
@@ -111,7 +114,8 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     """
     plans = _make_plans(stages, reporter, world_size, without_files=True)
     for stage, plan in plans.items():
-        for line in (*_announcement(stage, plan, reporter), *estimate_lines(plan)):
+        estimated = () if plan.parameters.rehearse else estimate_lines(plan)
+        for line in (*_announcement(stage, plan, reporter), *estimated):
             typer.echo(line)
     raise_if_any([problem for plan in plans.values() for problem in plan.missing])
     return 0
@@ -133,6 +137,8 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                     stop.raise_if_set()
                     _let_go(plan, reporter)
                 _announce(stage, plan, reporter)
+                for line in fit_lines(plan):
+                    reporter.info(line)
                 tell = _carry_out(stage, plan, reporter, stop)
             except Interrupted as error:
                 if stage == first:

@@ -16,6 +16,7 @@ VALUES = {
     "int": 256,
     "float": 0.5,
     "path": "some/path",
+    "memory": "24GB",
     "str": "text",
     "comma list": "a,b",
     "json list": '["a", ["b"]]',

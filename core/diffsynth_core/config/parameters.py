@@ -110,6 +110,7 @@ TYPE_WORDS = {
     "float": "a number",
     "bool": "true or false",
     "path": "a path",
+    "memory": "an amount of memory such as 24GB",
     "str": "a text",
     "comma list": "a list of texts with commas between them",
     "json list": "a JSON list of paths, or of lists of shard paths",
@@ -206,8 +207,8 @@ class Parameters(BaseModel):
     gpu_memory: MemorySize | None = _setting(
         None,
         "run",
-        "str",
-        "With `dry_run`: memory of the GPU to be trained on, such as 24GB; the plan says whether the run fits, and the smallest change with which it does",
+        "memory",
+        "Memory of the GPU to be trained on, such as 24GB; the plan says whether the run fits, and if not, which change makes it fit",
         documented=False,
     )
     device: str | None = _setting(

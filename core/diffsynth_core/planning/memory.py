@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.tape import BYTES, Network, StepSizes, Tape
+from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import encoded_size
 
@@ -125,7 +126,8 @@ def device_memory(plan: Plan, choice: Choice) -> DeviceMemory:
 
 def unknown_parts(plan: Plan) -> list[str]:
     """What takes memory and is not in the estimate, as words."""
-    unknown = [f"the size of {name}" for name in plan.components if not count_parameters(plan, name)]
+    needed = components_of(plan.task, plan.variant) | plan.components.keys()
+    unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
     live = sorted(plan.training.components - {plan.facts.denoiser})
     unknown += [f"what autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
     return sorted(unknown)
@@ -246,7 +248,7 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory) -> dict[str, i
     """Bytes of host memory by what they are for, beside Python and its libraries."""
     parameters = plan.parameters
     largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
-    parts = {"the largest tensor while it is read": 2 * largest * BYTES["float32"]}
+    parts = {"the largest tensor while it is read": 2 * largest * BYTES["float32"]} if largest else {}
     if memory.training and parameters.initialize_model_on_cpu:
         parts["weights on their way to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.on_host:

@@ -96,7 +96,8 @@ def make_plan(
         without_files: model files and a dataset that are not there are told in the plan, and keep it from nothing.
 
     Raises:
-        FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder.
+        FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
+            it what is missing, where that alone would be no reason.
     """
     problems = list(resolved.problems)
     task = TASKS[resolved.parameters.task]
@@ -111,10 +112,8 @@ def make_plan(
         problems += settings_of_others(parameters, found.facts.name, resolved.origins)
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
-    no_dataset = missing_dataset(parameters) if task.encodes and without_files else []
-    samples = (
-        SampleSet((), ()) if no_dataset and found else _find_samples(parameters, found, encoded, reporter, problems)
-    )
+    no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
+    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems)
     if task.encodes and not found and "dataset_base_path" in resolved.origins:
         problems += missing_dataset(parameters)
     check_launch(problems)
@@ -132,8 +131,9 @@ def make_plan(
         start = check_output(parameters, fingerprint, None if no_dataset else steps, mixed_precision, kept, problems)
     elif found and fingerprint:
         check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
+    missing = (*(found.missing if found else ()), *no_dataset)
     if problems or not (found and training and samples and steps):
-        raise FaultsFound(problems or [Problem("the run cannot be planned")])
+        raise FaultsFound([*problems, *missing] or [Problem("the run cannot be planned")])
     return Plan(
         parameters,
         found.facts,
@@ -153,7 +153,7 @@ def make_plan(
         encoded,
         found.shapes,
         found.published,
-        (*found.missing, *no_dataset),
+        missing,
     )
 
 

@@ -1,0 +1,124 @@
+"""What the dry run tells on a machine that holds nothing yet: the plan, what it takes, and what is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.recipes import recipe_names
+
+QWEN = "Qwen/Qwen-Image:"
+NOT_HERE = (
+    f"  dit            {QWEN}transformer/diffusion_pytorch_model*.safetensors (not here, 40.9 GB as published, "
+    "20.4 billion parameters), LoRA of rank 32 on 717 modules"
+)
+PARTS = """\
+    40.9 GB  weights of dit
+   940.2 MB  LoRA
+   940.2 MB  gradients
+     1.9 GB  state of the optimizer (AdamW)
+     2.4 GB  activations (recomputed block by block)
+    47.0 GB  training in all
+    16.6 GB  text_encoder while it encodes, before training: weights and its largest maps
+     1.1 GB  vae while it encodes, before training: weights and its largest maps
+"""
+
+
+@pytest.fixture
+def plan(cli, tmp_path, monkeypatch):
+    """The dry run of a recipe where there are neither models nor a dataset."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+
+    def run(recipe: str, *arguments: object):
+        outcome = cli("train", "--recipe", recipe, "--dry_run", *arguments)
+        assert list(Path().iterdir()) == []
+        return outcome
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_has_a_plan_without_files(plan, recipe):
+    outcome = plan(recipe)
+    assert outcome.code == 1
+    assert outcome.out.count("training in all") == outcome.out.count("weights of dit") >= 1
+    assert "unknown" not in outcome.out and "the size of" not in outcome.out
+    assert "nothing matches" in outcome.err and "the dataset folder" in outcome.err
+
+
+def test_the_plan_names_what_is_not_here_and_what_the_run_takes(plan):
+    outcome = plan("qwen-image-lora")
+    lines = outcome.out.splitlines()
+    assert NOT_HERE in lines
+    assert "No dataset: `data/example_image_dataset` is not there, so neither buckets nor steps are known" in lines
+    assert PARTS in outcome.out
+    assert outcome.err.splitlines()[-1] == "5 problems"
+
+
+def test_with_a_dataset_its_largest_picture_counts(plan, dataset):
+    outcome = plan("qwen-image-lora", "--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
+    assert outcome.code == 1 and "the dataset folder" not in outcome.err
+    (told,) = (line for line in outcome.out.splitlines() if line.startswith("Memory of the GPU"))
+    assert told.startswith("Memory of the GPU, estimated for the largest micro-batch of the dataset: 2 of ")
+    assert "encodings of 4 samples" in outcome.out
+
+
+def test_wrong_use_is_told_with_what_is_missing_and_without_a_plan(plan):
+    outcome = plan("qwen-image-lora", "--lora_rnk", 4)
+    assert outcome.code == 2 and outcome.out == ""
+    assert "did you mean `lora_rank`?" in outcome.err and "nothing matches" in outcome.err
+
+
+def fit(outcome) -> list[str]:
+    lines = outcome.out.splitlines()
+    (start,) = (number for number, line in enumerate(lines) if line.startswith(("Fits in", "Does not fit in")))
+    return lines[start:]
+
+
+def test_a_gpu_that_is_large_enough(plan):
+    assert fit(plan("qwen-image-lora", "--gpu_memory", "48GB")) == [
+        "Fits in 48.0 GB: 952.2 MB are left for what is not counted"
+    ]
+
+
+def test_the_smallest_change_that_fits_is_found(plan):
+    assert fit(plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing")) == [
+        "Does not fit in 48.9 GB: 94.5 GB are needed. Tried, that first which costs the least:",
+        "    47.0 GB  activations recomputed: fits",
+        "To make it fit: `--use_gradient_checkpointing`",
+    ]
+
+
+def test_changes_are_put_together_where_none_is_enough(plan):
+    told = fit(plan("qwen-image-lora", "--gpu_memory", "24GB"))
+    assert told[1] == "    45.5 GB  activations recomputed, inputs of blocks in host memory: does not fit"
+    assert told[-2].endswith(
+        "activations recomputed, inputs of blocks in host memory and dit in 8-bit floats and rank 16: fits"
+    )
+    entry = f"{QWEN}transformer/diffusion_pytorch_model*.safetensors"
+    assert told[-1] == (f"To make it fit: `--use_gradient_checkpointing_offload --fp8_models {entry} --lora_rank 16`")
+    flags = told[-1].partition("`")[2].rstrip("`").split()
+    assert fit(plan("qwen-image-lora", "--gpu_memory", "24GB", *flags))[0].startswith("Fits in 24.0 GB")
+
+
+def test_it_is_said_when_nothing_makes_it_fit(plan):
+    assert (
+        fit(plan("flux.2-klein-9b-full", "--gpu_memory", "24GB"))[-1]
+        == "Nothing that was tried makes it fit in 24.0 GB"
+    )
+
+
+@pytest.mark.parametrize("amount", ["24", "much", "-3GB"])
+def test_an_amount_needs_a_unit(plan, amount):
+    outcome = plan("qwen-image-lora", f"--gpu_memory={amount}")
+    assert outcome.code == 2
+    told = f"error: `gpu_memory` takes an amount of memory such as 24GB, got `{amount}` (`--gpu_memory`)"
+    assert told in outcome.err.splitlines()
+
+
+def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--gpu_memory", "24GB")
+    assert outcome.code == 2
+    assert outcome.err.splitlines() == [
+        "error: `gpu_memory` means nothing to a rehearsal, whose weights are tiny",
+        "  hint: give it to `--dry_run` without `--rehearse`",
+    ]
