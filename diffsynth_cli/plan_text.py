@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from diffsynth_core.config.parameters import memory_bytes
+from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.parameters import SETTINGS, as_plain, memory_bytes
 from diffsynth_core.errors import shorten
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.fitting import Fit, find_fit
@@ -41,6 +42,16 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     yield f"Output to `{plan.parameters.output_path}`"
 
 
+def parameter_lines(plan: Plan) -> Iterator[str]:
+    """The parameters that are not at their defaults, one a line, as flags."""
+    yield "Parameters that are not at their defaults"
+    plain = as_plain(plan.parameters)
+    for name, setting in SETTINGS.items():
+        value = getattr(plan.parameters, name)
+        if value != setting.default and name not in ("recipe", "config", "dry_run"):
+            yield f"  {name:<28} {format_value(plain[name])}"
+
+
 def estimate_lines(plan: Plan) -> Iterator[str]:
     """What a run takes of memory and disk, a part a line, with what is not counted."""
     sizes = largest_micro_batch(plan)
@@ -54,6 +65,7 @@ def estimate_lines(plan: Plan) -> Iterator[str]:
         yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
     for part in memory.encoding:
         yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
+    yield f"  {_amount(memory.peak)}  at most at once"
     yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
     yield "Host memory, beside Python and its libraries"
     yield from _table(host_memory(plan, choice, memory))
@@ -93,19 +105,20 @@ def _disk_lines(plan: Plan, choice: Choice) -> Iterator[str]:
         where = plan.cache if plan.task.trains else plan.parameters.output_path
         what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
         known = _amount(disk.cache) if disk.cache else f"{'unknown':>9}"
-        yield f"  {known}  {what} in `{where}`{_free(where)}"
+        yield f"  {known}  {what} in `{where}`{_free(where, disk.cache)}"
     if plan.task.trains:
         many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
         written = disk.checkpoint * max(1, disk.checkpoints) + 2 * disk.state
-        yield f"  {_amount(written)}  {what} and the state to resume from ({format_bytes(disk.state)}, twice while it is written) in `{plan.parameters.output_path}`{_free(plan.parameters.output_path)}"
+        yield f"  {_amount(written)}  {what} and the state to resume from ({format_bytes(disk.state)}, twice while it is written) in `{plan.parameters.output_path}`{_free(plan.parameters.output_path, written)}"
     yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
 
 
-def _free(folder: Path) -> str:
-    """How much the disk below a folder has free."""
+def _free(folder: Path, needed: int) -> str:
+    """How much the disk below a folder has free, and whether that is enough."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return f", {format_bytes(shutil.disk_usage(there).free)} free"
+    free = shutil.disk_usage(there).free
+    return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
 
 
 def _fit_lines(fit: Fit) -> Iterator[str]:

@@ -12,7 +12,7 @@ import typer
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
-from diffsynth_cli.plan_text import estimate_lines, fit_lines, plan_lines
+from diffsynth_cli.plan_text import estimate_lines, fit_lines, parameter_lines, plan_lines
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
@@ -115,7 +115,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     plans = _make_plans(stages, reporter, world_size, without_files=True)
     for stage, plan in plans.items():
         estimated = () if plan.parameters.rehearse else estimate_lines(plan)
-        for line in (*_announcement(stage, plan, reporter), *estimated):
+        for line in (*_announcement(stage, plan, reporter), *parameter_lines(plan), *estimated):
             typer.echo(line)
     raise_if_any([problem for plan in plans.values() for problem in plan.missing])
     return 0

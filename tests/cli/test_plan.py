@@ -20,6 +20,7 @@ PARTS = """\
     47.0 GB  training in all
     16.6 GB  text_encoder while it encodes, before training: weights and its largest maps
      1.1 GB  vae while it encodes, before training: weights and its largest maps
+    47.0 GB  at most at once
 """
 
 

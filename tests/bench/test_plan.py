@@ -1,0 +1,28 @@
+"""How long the plan of a recipe takes."""
+
+import time
+
+import pytest
+import torch
+
+from diffsynth_cli.plan_text import estimate_lines, parameter_lines, plan_lines
+from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+
+
+def test_every_plan_takes_less_than_two_seconds_without_imports(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """On a machine that holds neither models nor a dataset, for a GPU that everything is tried for."""
+    assert torch.__version__  # what planning asks for the devices there are is imported by now
+    monkeypatch.chdir(tmp_path)
+    seconds = {}
+    for recipe in recipe_names():
+        started = time.perf_counter()
+        for resolved in resolve_stages({"recipe": recipe, "dry_run": True, "gpu_memory": "8GB"}, ()):
+            plan = make_plan(resolved, SilentReporter(), without_files=True)
+            assert [*plan_lines(plan, SilentReporter()), *parameter_lines(plan), *estimate_lines(plan)]
+        seconds[recipe] = time.perf_counter() - started
+    slowest = max(seconds, key=seconds.__getitem__)
+    print(f"\nslowest of {len(seconds)} plans: {slowest}, {seconds[slowest]:.2f} s")
+    assert seconds[slowest] < 2
