@@ -1,10 +1,13 @@
 """Samples: rows of the metadata checked, with their files found and their training size known. No torch."""
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
 """Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
+MOST_AT_ONCE = 64
+"""Rows of pictures that a thread is handed at once: handing over costs more than a header."""
 
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
@@ -131,6 +136,28 @@ class Columns:
         return tuple(dict.fromkeys((self.target, *(rule.column for rule in self.references))))
 
 
+class Folders:
+    """Which files there are, folder by folder: one listing in place of a question to the disk for each of its files."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, frozenset[str]] = {}
+
+    def hold(self, path: Path) -> bool:
+        """Whether a file is there."""
+        folder, _, name = str(path).rpartition(os.sep)
+        if folder not in self._files:
+            self._files[folder] = _list_files(folder)
+        return name in self._files[folder] or path.is_file()  # a disk may know it by another spelling
+
+
+def _list_files(folder: str) -> frozenset[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError:
+        return frozenset()
+
+
 def build_samples(
     metadata: Metadata, base: Path, columns: Columns, videos: VideoMemory, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
@@ -138,12 +165,13 @@ def build_samples(
     problems: list[Problem] = []
     rows: list[_Row] = []
     most = {rule.column: rule.most for rule in columns.references}  # a column read at two sizes has two rules
+    folders = Folders()
     for number, row in enumerate(metadata.rows, start=1):
         where = f"`{metadata.origin}` row {number}"
         try:
             caption = _caption(row.get(columns.text), columns.text, where)
-            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, most=1)
-            shown = {name: _media_paths(row.get(name), name, base, where, most[name]) for name in most}
+            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, folders, most=1)
+            shown = {name: _media_paths(row.get(name), name, base, where, folders, most[name]) for name in most}
             sampling = read_sampling(row, where) if columns.sampled else None
             rows.append(_Row(number, where, caption, target, shown, sampling))
         except DiffSynthError as error:
@@ -179,9 +207,13 @@ def _measure(
     headers: list[_Headers] = []
     label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading picture headers", "samples")
     alone = videos.alone() if columns.rule.frames else nullcontext()
+    shown = cache(read_picture_header)  # many rows may show one picture
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
-        found = pool.map(lambda row: _headers_or_problem(row, columns.rule, videos), rows)
-        for row, read in zip(rows, found, strict=True):
+        found = pool.map(
+            lambda some: [_headers_or_problem(row, columns.rule, videos, shown) for row in some],
+            _portions(rows, 1 if columns.rule.frames else MOST_AT_ONCE),
+        )
+        for row, read in zip(rows, chain.from_iterable(found), strict=True):
             task.advance()
             sample = read if isinstance(read, Problem) else _choose(row, read, columns)
             if isinstance(sample, Problem):
@@ -191,6 +223,12 @@ def _measure(
                 headers.append(read)
     notes = (*_notes(samples, headers, columns.rule), *_other_shapes(headers, columns))
     return SampleSet(tuple(samples), notes), problems
+
+
+def _portions(rows: list[_Row], most: int) -> list[list[_Row]]:
+    """What threads are handed at once: few enough rows that all threads have some to the end."""
+    size = max(1, min(most, len(rows) // (4 * HEADER_THREADS)))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
@@ -257,10 +295,12 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
             )
 
 
-def _headers_or_problem(row: _Row, rule: MediaRule, videos: VideoMemory) -> _Headers | Problem:
+def _headers_or_problem(
+    row: _Row, rule: MediaRule, videos: VideoMemory, read_shown: Callable[[Path], PictureHeader]
+) -> _Headers | Problem:
     """What the files of a row hold, or why the first of those that cannot be read cannot."""
     try:
-        shown = {column: tuple(read_picture_header(path) for path in paths) for column, paths in row.shown.items()}
+        shown = {column: tuple(map(read_shown, paths)) for column, paths in row.shown.items()}
         return _Headers(read_media_header(row.target, rule, videos), shown)
     except DiffSynthError as error:
         (problem,) = error.problems
@@ -299,7 +339,9 @@ def _caption(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _media_paths(value: Any, column: str, base: Path, where: str, most: int | None) -> tuple[Path, ...]:
+def _media_paths(
+    value: Any, column: str, base: Path, where: str, folders: Folders, most: int | None
+) -> tuple[Path, ...]:
     """The files a cell names, below `base`: at least one, and at most `most`."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
@@ -318,7 +360,7 @@ def _media_paths(value: Any, column: str, base: Path, where: str, most: int | No
                 f"{where}: column `{column}` holds `{json.dumps(name)}`, expected a path", "write the path as a text"
             )
         paths.append(base / name.strip())
-        if not paths[-1].is_file():
+        if not folders.hold(paths[-1]):
             raise DiffSynthError(
                 f"{where}: column `{column}` names `{paths[-1]}`, which is not there",
                 "correct the path (relative to `dataset_base_path`), or take the row out",
