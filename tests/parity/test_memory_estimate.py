@@ -175,15 +175,20 @@ def rows() -> Iterator[list[str]]:
         TABLE.write_text(table, encoding="utf-8")
 
 
-HEAD = [
-    "# Memory, estimated and measured",
-    "",
-    "One step of the tiny models of a rehearsal, carried out on the CPU, against the estimate of `train --dry-run`, which",
-    "knows nothing but sizes; bytes. Written by `tests/parity/test_memory_estimate.py`.",
-    "",
-    "| model | trained | size | precision | part | measured | estimated | off |",
-    "|---|---|---|---|---|---|---|---|",
-]
+HEAD = """\
+# Memory, estimated and measured
+
+One step of the tiny models of a rehearsal, carried out on the CPU, against the estimate of `train --dry_run`, which knows
+nothing but sizes. Bytes; `activations` is what autograd keeps at the end of the forward pass, each memory once, without
+weights; `activations recomputed` the same with `--use_gradient_checkpointing`, and what the largest block keeps while it is
+recomputed. Written by `WRITE_MEMORY_TABLE=1 pytest tests/parity/test_memory_estimate.py`.
+
+On GPUs autocast computes norms in float32 and attention is that of their own kernels. That part of the estimate comes from
+PyTorch's lists of operations and has not been measured; nor has what operations and the driver need to work, which is not
+counted.
+
+| model | trained | size | precision | part | measured | estimated | off |
+|---|---|---|---|---|---|---|---|""".splitlines()
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
