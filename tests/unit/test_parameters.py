@@ -49,6 +49,8 @@ TAKEN = [
     ("task", "sft:data_process", "sft:data_process"),
     ("resume", "auto", "auto"),
     ("mixed_precision", None, None),
+    ("gpu_memory", " 24GB ", "24GB"),
+    ("gpu_memory", "79.6 gib", "79.6 gib"),
 ]
 
 REFUSED = [
@@ -70,6 +72,7 @@ REFUSED = [
     *(("task", value) for value in ("SFT", "", None, "train")),
     *(("resume", value) for value in ("never", True, "")),
     *(("mixed_precision", value) for value in ("fp32", False)),
+    *(("gpu_memory", value) for value in ("24", 24, "", "GB", "-1GB", "24 TB", "1.GB")),
 ]
 
 
