@@ -7,7 +7,7 @@ of them is added behind the transformer's blocks.
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffsynth_core.families.interface import EncoderFacts, References, Variant
+from diffsynth_core.families.interface import EncoderFacts, LatentFacts, References, Variant
 
 CONTROLNET = "controlnet"
 """Name of the component."""
@@ -19,7 +19,9 @@ PLACES = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 """Where repositories keep a ControlNet: in a folder, or in one of its own that says so in its name."""
 
 PICTURE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
-LATENTS = EncoderFacts(name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,))
+LATENTS = EncoderFacts(
+    name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,), latents=LatentFacts(channels=16, factor=8)
+)
 
 
 def with_controlnet(variant: Variant, unreached: Callable[[frozenset[str]], frozenset[str]]) -> Variant:

@@ -117,6 +117,38 @@ class ComponentFacts:
         return LoraNaming(self.name, self.dialects)
 
 
+def as_written(caption: str) -> str:
+    """For encoders that read a caption as it is."""
+    return caption
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """How an encoder reads a caption, and how large what it makes of it is.
+
+    `tokenizer`: the parameter that names its tokenizer.
+    `most`: tokens of which it keeps a state; what is behind them is cut off. `width`: values of a state.
+    `template`: the text that the caption stands in, at `{}`. `dropped`: tokens at its start whose states are not kept.
+    `padded`: there are always `most` states. `clean`: what is done to the caption first.
+    """
+
+    tokenizer: str
+    most: int
+    width: int
+    template: str = "{}"
+    dropped: int = 0
+    padded: bool = False
+    clean: Callable[[str], str] = as_written
+
+
+@dataclass(frozen=True)
+class LatentFacts:
+    """How large the latents of a picture or clip are: float32 `channels` for each square of `factor` pixels a side."""
+
+    channels: int
+    factor: int
+
+
 @dataclass(frozen=True)
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
@@ -125,6 +157,8 @@ class EncoderFacts:
     `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
     `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
+    `caption`, `latents`: what is known of its size where it reads a caption, or makes latents of all of its columns.
+    `states`: values of further states, of the encoder's dtype.
     """
 
     name: str
@@ -133,6 +167,9 @@ class EncoderFacts:
     inputs: tuple[str, ...] = ()
     first_frame_only: bool = False
     version: int = 1
+    caption: CaptionFacts | None = None
+    latents: LatentFacts | None = None
+    states: int = 0
 
 
 @dataclass(frozen=True)

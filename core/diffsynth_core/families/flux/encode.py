@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from diffsynth_core.families.control import CONTROL_LATENTS
+from diffsynth_core.families.flux.captions import CLIP_TOKENS, T5_TOKENS
 
-CLIP_TOKENS = 77
-T5_TOKENS = 512
-"""Text tokens that the encoders read, always as many: shorter captions are padded, and the padding is not masked."""
 KONTEXT_LATENTS = "kontext_latents_{}"
 """Name of the latents of a reference picture, with its number in the row, from 0."""
 

@@ -8,6 +8,7 @@ from functools import partial
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
 from diffsynth_core.families.flux import names
+from diffsynth_core.families.flux.captions import CLIP_WIDTH, TEXT
 from diffsynth_core.families.flux.memory import MEMORY
 from diffsynth_core.families.flux.sizes import PUBLISHED
 from diffsynth_core.families.interface import (
@@ -15,6 +16,7 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
+    LatentFacts,
     Layout,
     Medium,
     References,
@@ -46,12 +48,13 @@ KONTEXT_SIZES = (
 `FluxKontextPipeline`."""
 KONTEXT_AREA = 1024 * 1024
 
+OF_VAE = LatentFacts(channels=16, factor=8)
 ENCODERS = (
-    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",)),
-    EncoderFacts(name="text_2", component="text_encoder_2", columns=("prompt",)),
-    EncoderFacts(name="latents", component="vae", columns=("image",)),
+    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",), states=CLIP_WIDTH),
+    EncoderFacts(name="text_2", component="text_encoder_2", columns=("prompt",), caption=TEXT),
+    EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE),
 )
-KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=(KONTEXT_IMAGES,))
+KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=(KONTEXT_IMAGES,), latents=OF_VAE)
 
 
 def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.flux import names
+from diffsynth_core.families.flux.captions import CLIP_TOKENS
 from diffsynth_core.families.flux.components import CLIP_HEAD_SIZE, SCALING_FACTOR, SHIFT_FACTOR, build
-from diffsynth_core.families.flux.encode import CLIP_TOKENS
 from diffsynth_core.families.shapes import ROPE_PROPORTION, split_even
 from diffsynth_core.families.tiny_tokenizers import unigram_vocabulary, write_pairs, write_unigram_tokenizer
 from diffsynth_core.families.tiny_weights import (

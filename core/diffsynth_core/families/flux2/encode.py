@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.families.flux2.captions import MAX_TOKENS
 from diffsynth_core.families.flux2.names import TEXT_LAYERS
 
-MAX_TOKENS = 512
-"""Text tokens that the transformer sees, always as many: it attends to the padding too."""
 REFERENCE_LATENTS = "edit_latents_{}"
 """What the latents of reference pictures are called, counted from 0."""
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux2 import names
+from diffsynth_core.families.flux2 import captions, names
 from diffsynth_core.families.flux2.memory import MEMORY
 from diffsynth_core.families.flux2.sizes import PUBLISHED
 from diffsynth_core.families.interface import (
@@ -12,6 +13,7 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
+    LatentFacts,
     Layout,
     Medium,
     References,
@@ -50,8 +52,9 @@ def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
 
 
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
-LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",))
-EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",))
+OF_VAE = LatentFacts(channels=128, factor=16)
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
+EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",), latents=OF_VAE)
 EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
 
 
@@ -68,13 +71,14 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
             f"`{origin}` is the transformer of FLUX.2-dev, which is not supported yet",
             "name that of a FLUX.2 klein, such as `black-forest-labs/FLUX.2-klein-4B:transformer/*.safetensors`",
         )
-    large = bool(transformer) and count_blocks(transformer, "single_transformer_blocks.") >= LARGE_SINGLE_BLOCKS
+    blocks = count_blocks(transformer, "single_transformer_blocks.") if transformer else None
+    size = "9B" if (blocks >= LARGE_SINGLE_BLOCKS if blocks is not None else "9b" in origin.lower()) else "4B"
     shown = EDIT_PICTURES.column in inputs
     return Variant(
         title="FLUX.2 klein",
-        model_id=f"black-forest-labs/FLUX.2-klein-{'9B' if large else '4B'}",
+        model_id=f"black-forest-labs/FLUX.2-klein-{size}",
         components=("dit", "text_encoder", "vae"),
-        encoders=(TEXT, LATENTS, *((EDIT,) if shown else ())),
+        encoders=(replace(TEXT, caption=captions.TEXT[size]), LATENTS, *((EDIT,) if shown else ())),
         medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
         references=(EDIT_PICTURES,) if shown else (),
         takes=(EDIT_PICTURES.column,),

@@ -11,30 +11,16 @@ from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.control import CONTROL_LATENTS
+from diffsynth_core.families.qwen_image.captions import (
+    DROPPED_EDIT_TOKENS,
+    DROPPED_TOKENS,
+    EDIT_TEMPLATE,
+    MAX_EDIT_TOKENS,
+    MAX_TOKENS,
+    PROMPT_TEMPLATE,
+)
 from diffsynth_core.families.qwen_image.inputs import EDIT_LATENTS
 
-PROMPT_TEMPLATE = (
-    "<|im_start|>system\n"
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:<|im_end|>\n"
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-DROPPED_TOKENS = 34
-"""Tokens of the system message, whose states the model never sees."""
-MAX_TOKENS = 1024
-"""Text tokens kept behind the dropped ones."""
-
-EDIT_TEMPLATE = (
-    "<|im_start|>system\n"
-    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
-    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
-    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-DROPPED_EDIT_TOKENS = 64
-MAX_EDIT_TOKENS = 3072
-"""Tokens of a caption and its pictures behind the dropped ones. The pipelines cut nothing off; but the transformer has
-4096 positions, of which text begins at a 32nd of the longest side of a picture in pixels."""
 PICTURE_TOKEN = "<|image_pad|>"
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffsynth_core.families.control import CONTROLNET_IMAGE, with_controlnet
-from diffsynth_core.families.interface import EncoderFacts, Medium, References, Shapes, Variant
+from diffsynth_core.families.interface import EncoderFacts, LatentFacts, Medium, References, Shapes, Variant
+from diffsynth_core.families.qwen_image.captions import EDIT_TEXT, TEXT
 from diffsynth_core.families.qwen_image.names import dead_in_controlnet
 from diffsynth_core.families.shapes import count_blocks
 
@@ -18,14 +19,15 @@ EDIT_IMAGE_SMALL = "edit_image_small"
 
 COMPONENTS = ("dit", "text_encoder", "vae")
 PICTURE = Medium("image", "picture", size_factor=16)
-LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",))
-EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,))
+OF_VAE = LatentFacts(channels=16, factor=8)
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
+EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,), latents=OF_VAE)
 
 TEXT_TO_IMAGE = Variant(
     title="Qwen-Image",
     model_id="Qwen/Qwen-Image",
     components=COMPONENTS,
-    encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",)), LATENTS),
+    encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
     medium=PICTURE,
     takes=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
@@ -107,7 +109,7 @@ def edit_variant(model: EditModel) -> Variant:
     shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_picture else None)
     small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     text_name, text_shown = ("edit_text", EDIT_IMAGE) if model.one_picture else ("edit_plus_text", EDIT_IMAGE_SMALL)
-    text = EncoderFacts(name=text_name, component="text_encoder", columns=("prompt", text_shown))
+    text = EncoderFacts(name=text_name, component="text_encoder", columns=("prompt", text_shown), caption=EDIT_TEXT)
     return Variant(
         title=model.title,
         model_id=model.model_id,

@@ -1,26 +1,16 @@
 """What Wan's frozen encoders make of a caption and of a clip, as diffusers' `WanPipeline` and
 `WanImageToVideoPipeline` do it."""
 
-import html
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 512
-"""Text tokens that the transformer sees, always as many; behind the caption they are zero."""
+from diffsynth_core.families.wan.captions import MAX_TOKENS, clean_caption
+
 FRAMES_PER_LATENT = 4
 """Frames of a clip in one latent frame; the first latent frame holds one."""
-
-
-def clean_caption(caption: str) -> str:
-    """The caption with broken encodings mended, HTML entities resolved and runs of white space made one blank."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What Wan's models are made of. No torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.interface import (
@@ -8,13 +9,14 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
+    LatentFacts,
     Layout,
     Medium,
     Shapes,
     TokenizerFacts,
     Variant,
 )
-from diffsynth_core.families.wan import names
+from diffsynth_core.families.wan import captions, names
 from diffsynth_core.families.wan.memory import MEMORY
 from diffsynth_core.families.wan.sizes import PUBLISHED
 
@@ -28,8 +30,13 @@ PICKLED_FILES = (
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
 )
 
-TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
-LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",))
+TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=captions.TEXT)
+OF_VAE = LatentFacts(channels=16, factor=8)
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
+MASK_CHANNELS = 4
+"""Beside the latents of the frames shown: a bit for each of the four frames in a latent one."""
+CLIP_STATES = 257 * 1280
+"""Values that CLIP makes of one frame."""
 CLIPS = Medium("video", "video", size_factor=16, frame_step=4)
 EMBEDDER = "condition_embedder"
 PATCH = 4
@@ -90,13 +97,21 @@ def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...]) 
 def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bool) -> Variant:
     """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
     shown = tuple(name for name in FRAMES if name in inputs)
-    latents = EncoderFacts(name="latents_with_condition", component="vae", columns=("video",), inputs=shown)
+    channels = 2 * OF_VAE.channels + MASK_CHANNELS
+    latents = EncoderFacts(
+        name="latents_with_condition",
+        component="vae",
+        columns=("video",),
+        inputs=shown,
+        latents=LatentFacts(channels, OF_VAE.factor),
+    )
     image = EncoderFacts(
         name="image",
         component="image_encoder",
         columns=("video",),
         inputs=shown if two_images else (),
         first_frame_only=not two_images,
+        states=CLIP_STATES * (max(1, len(shown)) if two_images else 1),
     )
     return Variant(
         title="Wan (image to video)",
@@ -112,12 +127,15 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
 def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
     """TI2V: the first latent frame, when it is shown, stands clean among the others."""
     shown = "input_image" in inputs
-    given = EncoderFacts(name="latents_with_first_given", component="vae", columns=("video",), inputs=FRAMES[:1])
+    latents = LatentFacts(channels=48, factor=16)
+    given = EncoderFacts(
+        name="latents_with_first_given", component="vae", columns=("video",), inputs=FRAMES[:1], latents=latents
+    )
     return Variant(
         title="Wan 2.2 TI2V",
         model_id="Wan-AI/Wan2.2-TI2V-5B",
         components=("dit", "text_encoder", "vae"),
-        encoders=(TEXT, given if shown else LATENTS),
+        encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
         medium=Medium("video", "video", size_factor=32, frame_step=4),
         takes=FRAMES[:1],
         given_frames=1 if shown else 0,

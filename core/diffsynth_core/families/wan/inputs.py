@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffsynth_core.families.wan.encode import MAX_TOKENS
+from diffsynth_core.families.wan.captions import MAX_TOKENS
 
 TRAINING_STEPS = 1000
 SHIFT = 5.0

@@ -1,0 +1,31 @@
+"""How Qwen2.5-VL reads the captions of Qwen-Image, as diffusers' pipelines give them to it. No torch."""
+
+from diffsynth_core.families.interface import CaptionFacts
+
+PROMPT_TEMPLATE = (
+    "<|im_start|>system\n"
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED_TOKENS = 34
+"""Tokens of the system message, whose states the model never sees."""
+MAX_TOKENS = 1024
+"""Text tokens kept behind the dropped ones."""
+
+EDIT_TEMPLATE = (
+    "<|im_start|>system\n"
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED_EDIT_TOKENS = 64
+MAX_EDIT_TOKENS = 3072
+"""Tokens of a caption and its pictures behind the dropped ones. The pipelines cut nothing off; but the transformer has
+4096 positions, of which text begins at a 32nd of the longest side of a picture in pixels."""
+WIDTH = 3584
+"""Values in a state of Qwen2.5-VL 7B."""
+
+TEXT = CaptionFacts("tokenizer_path", MAX_TOKENS, WIDTH, PROMPT_TEMPLATE, DROPPED_TOKENS)
+EDIT_TEXT = CaptionFacts("tokenizer_path", MAX_EDIT_TOKENS, WIDTH, EDIT_TEMPLATE, DROPPED_EDIT_TOKENS)

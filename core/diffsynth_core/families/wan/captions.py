@@ -1,0 +1,20 @@
+"""How UMT5 reads the captions of Wan, as diffusers' `WanPipeline` gives them to it. No torch."""
+
+import html
+import re
+
+from diffsynth_core.families.interface import CaptionFacts
+
+MAX_TOKENS = 512
+"""Text tokens that the transformer sees, always as many; behind the caption they are zero."""
+
+
+def clean_caption(caption: str) -> str:
+    """The caption with broken encodings mended, HTML entities resolved and runs of white space made one blank."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+TEXT = CaptionFacts("tokenizer_path", MAX_TOKENS, width=4096, clean=clean_caption)
