@@ -1,27 +1,79 @@
-"""The report of a dataset as text for people."""
+"""The report of a dataset as tables for people: the worst first, grouped by code, a few findings of each."""
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
 from diffsynth_core.progress import count_of
-from diffsynth_core.validation.findings import CODES, Report
+from diffsynth_core.validation.findings import CODES, Finding, Level, Report, Summary
 
 SHOWN_OF_A_CODE = 5
+STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+ROW_WIDTH = 7
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would steer the terminal, or could not be written to it."""
 
 
-def report_lines(report: Report) -> Iterator[str]:
-    """The worst first, grouped by code, a few of each; then the sum."""
-    for code, group in groupby(report.findings, key=lambda finding: finding.code):
+def report_tables(report: Report) -> Iterator[Group | Padding | Text]:
+    """A table for each level and code, then the sum and the reason of the exit code."""
+    for (level, code), group in groupby(report.findings, key=lambda finding: (finding.level, finding.code)):
         findings = list(group)
-        yield f"{CODES[code].level} {code}: {CODES[code].explanation} ({len(findings)})"
-        yield from (f"  {finding.message}" for finding in findings[:SHOWN_OF_A_CODE])
-        if len(findings) > SHOWN_OF_A_CODE:
-            yield f"  and {len(findings) - SHOWN_OF_A_CODE} more"
-        hints = dict.fromkeys(finding.hint for finding in findings[:SHOWN_OF_A_CODE] if finding.hint)
-        yield from (f"  hint: {hint}" for hint in list(hints)[:1])
-    summary = report.summary
-    rows, errors, warnings = (
-        count_of(number, noun)
-        for number, noun in ((summary.rows, "row"), (summary.errors, "error"), (summary.warnings, "warning"))
+        yield Group(_heading(level, code, len(findings)), _table(findings), Text())
+    yield from (Text(line) for line in _sum(report.summary))
+
+
+def _heading(level: Level, code: str, count: int) -> Text:
+    heading = Text.assemble((level, STYLES[level]), " ", (code, "bold"), f" ({count})\n")
+    return heading.append(f"  {CODES[code].explanation}", "dim")
+
+
+def _table(findings: list[Finding]) -> Table:
+    """The first findings of one code, by row, and the first hint."""
+    table = Table.grid(padding=(0, 1), expand=False)
+    table.add_column(width=ROW_WIDTH, justify="right", overflow="fold")
+    table.add_column(overflow="fold")
+    shown = findings[:SHOWN_OF_A_CODE]
+    for finding in shown:
+        table.add_row("" if finding.row is None else str(finding.row), Text(printable(_without_row(finding))))
+    if len(findings) > len(shown):
+        table.add_row("", f"and {len(findings) - len(shown)} more")
+    hint = next((finding.hint for finding in shown if finding.hint), None)
+    if hint:
+        table.add_row("", Text.assemble(("hint: ", "cyan"), printable(hint)))
+    return table
+
+
+def _without_row(finding: Finding) -> str:
+    """The message, whose row stands beside it."""
+    return finding.message.removeprefix(f"row {finding.row}: ")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters and half characters are spelled out."""
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _sum(summary: Summary) -> Iterator[str]:
+    """What was looked at, what was found, and why the exit code is what it is."""
+    looked_at = [count_of(summary.rows, "row")]
+    if summary.decoded:
+        looked_at += [
+            f"{count_of(number, noun)} decoded"
+            for number, noun in ((summary.pictures, "picture"), (summary.videos, "video"))
+            if number
+        ]
+    rules = (
+        f"the rules of `{summary.recipe}`" if summary.recipe else "rules that hold for every family (name a --recipe)"
     )
-    yield f"`{summary.origin}`: {rows}, {errors}, {warnings}"
+    yield f"{printable(summary.origin)}: {', '.join(looked_at)}; {rules}"
+    counts = ((summary.errors, "error"), (summary.warnings, "warning"), (summary.infos, "info"))
+    yield ", ".join(count_of(number, noun) for number, noun in counts)
+    if summary.errors:
+        yield "exit code 1: training would stop at the errors, or learn from them"
+    else:
+        yield "exit code 0: there are no errors"

@@ -97,13 +97,14 @@ def _of_stage(problem: Problem, stage: str | None) -> Problem:
 
 def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_files: bool) -> "Plan":
     from diffsynth_core.planning.plan import make_plan
+    from diffsynth_core.validation.quick import quick_check
 
     base = model_base_path()
     if resolved.parameters.rehearse:
         from diffsynth_core.training.rehearsal import prepare
 
         resolved, base = prepare(resolved, reporter)
-    return make_plan(resolved, reporter, world_size, base, without_files)
+    return make_plan(resolved, reporter, world_size, base, without_files, quick_check)
 
 
 def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
@@ -203,11 +204,12 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
 def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
     """Rehearse one stage and tell what that proved."""
     from diffsynth_core.training.rehearsal import rehearse
+    from diffsynth_core.validation.quick import quick_check
 
     stage = resolved.stage
     try:
         stop.raise_if_set()
-        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(stage, plan, reporter))
+        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(stage, plan, reporter), quick_check)
     except Interrupted as error:
         # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
         stopped_by = error.exit_code - SIGNAL_EXIT_BASE

@@ -2,15 +2,21 @@
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffsynth_cli.options import SPELLINGS
+from diffsynth_core.progress import count_of
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
+
+if TYPE_CHECKING:
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_core.validation.findings import Report
+    from diffsynth_core.validation.fix import Fixed
 
 
 class ReportFormat(StrEnum):
@@ -36,6 +42,8 @@ Examples:
   diffsynth dataset validate data/mine --recipe qwen-image-lora
 
   diffsynth dataset validate data/mine/metadata.csv --format json
+
+  diffsynth dataset validate data/mine --fix data/mine/whole.csv
 """
 
 
@@ -59,6 +67,8 @@ class Options:
     output_format: ReportFormat
     depth: Depth
     workers: int
+    batch_size: int | None
+    fix: Path | None
 
 
 def validate_dataset(
@@ -74,10 +84,22 @@ def validate_dataset(
         typer.Option("--depth", help="metadata: rows and captions; paths: also whether files are there; files: all"),
     ] = Depth.FILES,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode; 0: one for each core")] = 0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch_size", min=1, help="Samples of a batch, for counts of batches and steps [recipe's, or 1]"
+        ),
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            "--fix", metavar="OUT.csv", help="Write a new metadata file without the rows that have errors; data stay"
+        ),
+    ] = None,
     **thresholds: Any,
 ) -> int:
     """Check a dataset and print the report."""
-    return _run(Options(path, recipe, output_format, depth, workers), Thresholds(**thresholds))
+    return _run(Options(path, recipe, output_format, depth, workers, batch_size, fix), Thresholds(**thresholds))
 
 
 def _with_thresholds() -> Any:
@@ -104,16 +126,46 @@ def _with_thresholds() -> Any:
 
 def _run(options: Options, thresholds: Thresholds) -> int:
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_cli.dataset_text import report_lines
+    from diffsynth_core.validation.fix import check_target, write_fixed
     from diffsynth_core.validation.recipe_rules import rules_of_recipe
     from diffsynth_core.validation.validate import Wish, validate
 
+    if options.fix:
+        check_target(options.fix)
     rules = rules_of_recipe(options.recipe, thresholds) if options.recipe else Rules(thresholds=thresholds)
-    wish = Wish(options.depth.value, options.workers)
-    report, _ = validate(options.path, rules, wish, ConsoleReporter())
-    if options.output_format is ReportFormat.JSON:
-        typer.echo(json.dumps(report.as_plain(), indent=2, ensure_ascii=False))
-    else:
-        for line in report_lines(report):
-            typer.echo(line)
+    if options.batch_size:
+        rules = replace(rules, batch_size=options.batch_size)
+    reporter = ConsoleReporter()
+    report, examined = validate(options.path, rules, Wish(options.depth.value, options.workers), reporter)
+    _print(report, options.output_format)
+    if options.fix:
+        _tell_fixed(write_fixed(options.fix, examined, report), reporter)
     return report.exit_code
+
+
+def _print(report: "Report", output_format: ReportFormat) -> None:
+    """The report on stdout."""
+    if output_format is ReportFormat.JSON:
+        text = json.dumps(report.as_plain(), indent=2, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can only hold spelled out
+            text = json.dumps(report.as_plain(), indent=2)
+        typer.echo(text)
+        return
+    from rich.console import Console
+
+    from diffsynth_cli.dataset_text import report_tables
+
+    console = Console(highlight=False)
+    for table in report_tables(report):
+        console.print(table)
+
+
+def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:
+    """What was written, and how to train on it."""
+    reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} left out")
+    where = (
+        "" if fixed.beside_files else f"; its paths are relative to `{fixed.base}`, where it would be checked as well"
+    )
+    reporter.info(f"train on it with `--dataset_base_path {fixed.base} --dataset_metadata_path {fixed.path}`{where}")

@@ -215,7 +215,7 @@ def test_a_video_that_cannot_be_read(refuse, dataset, spoil, reason):
 
 def test_a_video_without_frames(refuse, dataset):
     write_video(dataset / "b.mkv", 13, "-frames:v", "0", "-c:v", "ffv1")
-    (dataset / "metadata.csv").write_text("video,prompt\nb.mkv,none\n")
+    (dataset / "metadata.csv").write_text("video,prompt\nb.mkv,a black film\n")
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert "cannot be read as a video" in message

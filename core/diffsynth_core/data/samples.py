@@ -159,14 +159,21 @@ def _list_files(folder: str) -> frozenset[str]:
 
 
 def build_samples(
-    metadata: Metadata, base: Path, columns: Columns, videos: VideoMemory, reporter: Reporter
+    metadata: Metadata,
+    base: Path,
+    columns: Columns,
+    videos: VideoMemory,
+    reporter: Reporter,
+    refused: frozenset[int] = frozenset(),
 ) -> tuple[SampleSet, list[Problem]]:
-    """The samples of a dataset, and the rows that cannot be trained on."""
+    """The samples of a dataset, and the rows that cannot be trained on; those `refused` are not looked into."""
     problems: list[Problem] = []
     rows: list[_Row] = []
     most = {rule.column: rule.most for rule in columns.references}  # a column read at two sizes has two rules
     folders = Folders()
     for number, row in enumerate(metadata.rows, start=1):
+        if number in refused:
+            continue
         where = f"`{metadata.origin}` row {number}"
         try:
             caption = _caption(row.get(columns.text), columns.text, where)

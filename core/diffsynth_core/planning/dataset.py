@@ -1,6 +1,7 @@
 """The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
@@ -16,8 +17,30 @@ from diffsynth_core.planning.halves import encoded_in_place_of_dataset
 from diffsynth_core.progress import Reporter, count_of
 
 
+@dataclass(frozen=True)
+class RowFault:
+    """A fault of the dataset; `row`: the one whose files are not to be opened for it."""
+
+    problem: Problem
+    row: int | None = None
+
+
+DatasetCheck = Callable[[Parameters, FamilyFacts, Variant], list[RowFault]]
+"""What looks for faults before the samples are made, such as validation's `quick_check`."""
+
+
+def no_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> list[RowFault]:
+    """For plans of datasets that have been checked."""
+    return []
+
+
 def read_dataset(
-    parameters: Parameters, facts: FamilyFacts, variant: Variant, reporter: Reporter, problems: list[Problem]
+    parameters: Parameters,
+    facts: FamilyFacts,
+    variant: Variant,
+    reporter: Reporter,
+    problems: list[Problem],
+    check: DatasetCheck = no_check,
 ) -> SampleSet | None:
     """The samples of the dataset; None when there is no telling them. Adds to `problems`."""
     medium = variant.medium
@@ -46,8 +69,11 @@ def read_dataset(
     problems += faults
     if faults:
         return None
+    row_faults = check(parameters, facts, variant)
+    problems += [fault.problem for fault in row_faults]
+    refused = frozenset(fault.row for fault in row_faults if fault.row is not None)
     videos = VideoMemory((parameters.cache_path or default_cache_path()) / "videos.jsonl")
-    samples, row_problems = build_samples(metadata, base, columns, videos, reporter)
+    samples, row_problems = build_samples(metadata, base, columns, videos, reporter, refused)
     problems += row_problems
     problems += _nothing_to_learn(samples, variant)
     notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))

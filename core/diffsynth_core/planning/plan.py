@@ -14,7 +14,7 @@ from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Published, Shapes, Variant
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
-from diffsynth_core.planning.dataset import missing_dataset, read_dataset
+from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
@@ -87,6 +87,7 @@ def make_plan(
     world_size: int = 1,
     base: Path | None = None,
     without_files: bool = False,
+    check: DatasetCheck = no_check,
 ) -> Plan:
     """The plan of a run; reads headers of weight files and pictures, and decodes videos as far as they are used,
     once; no weight.
@@ -94,6 +95,7 @@ def make_plan(
     Args:
         base: folder of downloaded models; None for the usual one.
         without_files: model files and a dataset that are not there are told in the plan, and keep it from nothing.
+        check: what looks for faults of the dataset before it is read.
 
     Raises:
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
@@ -113,7 +115,7 @@ def make_plan(
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
     no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
-    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems)
+    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems, check)
     if task.encodes and not found and "dataset_base_path" in resolved.origins:
         problems += missing_dataset(parameters)
     check_launch(problems)
@@ -179,13 +181,14 @@ def _find_samples(
     encoded: EncodedSamples | None,
     reporter: Reporter,
     problems: list[Problem],
+    check: DatasetCheck,
 ) -> SampleSet | None:
     """The samples of the dataset, or those that are encoded already."""
     if encoded:
         return SampleSet(encoded.samples, ())
     if found is None or not TASKS[parameters.task].encodes:
         return None
-    return read_dataset(parameters, found.facts, found.variant, reporter, problems)
+    return read_dataset(parameters, found.facts, found.variant, reporter, problems, check)
 
 
 def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedSamples | None) -> str:

@@ -31,6 +31,7 @@ from diffsynth_core.families.table import (
 )
 from diffsynth_core.files import default_cache_path, fresh_folder
 from diffsynth_core.planning.components import refused_models
+from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import Reporter
@@ -73,11 +74,13 @@ def rehearse(
     reporter: Reporter,
     stop: StopRequest,
     announce: Callable[[Plan], None],
+    check: DatasetCheck = no_check,
 ) -> Rehearsal:
     """Carry out a run on tiny weights: half of its steps, a stop, a resume, the other half; then check what it wrote.
 
     Args:
         announce: is given the plan before it is carried out.
+        check: what looks for faults of the dataset before it is read.
 
     Raises:
         FaultsFound: as planning.
@@ -85,7 +88,7 @@ def rehearse(
     """
     prepared, base = prepare(resolved, reporter)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
-    plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
+    plan = _settle_output(make_plan(prepared, reporter, base=base, check=check), resolved)
     announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [

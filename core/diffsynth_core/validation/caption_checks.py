@@ -1,12 +1,25 @@
 """Codes CAPTION_…: functions from captions to findings. No torch."""
 
+import re
 from collections.abc import Iterator
 
+from diffsynth_core.families.interface import CaptionFacts
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.rules import CaptionRule
+from diffsynth_core.validation.token_counts import count_tokens, may_be_longer
 
 MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
 """What programs write where a value is missing, in small letters."""
+CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
+)
+"""Characters that nobody sees: of ASCII and Latin-1 all but tab and line ends; blanks without width, marks of direction
+and of byte order. Joiners stay, which scripts and emoji need."""
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character outside the basic plane, which no text encoder takes."""
+SHOWN_CHARACTERS = 60
+SHOWN_ROWS = 5
 
 
 def check_captions(examined: Examined) -> Iterator[Finding]:
@@ -19,3 +32,57 @@ def check_captions(examined: Examined) -> Iterator[Finding]:
         elif len(caption) < 10 and caption.strip().lower() in MISSING_VALUES:
             what = f"row {row}: the caption is `{caption.strip()}`, which programs write for a missing value"
             yield found("CAPTION_NAN", what, "write the caption", row=row)
+
+
+def check_characters(examined: Examined) -> Iterator[Finding]:
+    """CAPTION_CONTROL_CHARS."""
+    for row, caption, _ in examined.records:
+        if not caption or (caption.isascii() and caption.isprintable()):
+            continue
+        half = HALF.search(caption)
+        if half:
+            what = f"row {row}: the caption holds half a character (U+{ord(half[0]):04X})"
+            yield found("CAPTION_CONTROL_CHARS", what, "mend the caption", row=row, level="error")
+            continue
+        codes = dict.fromkeys(f"U+{ord(character):04X}" for character in CONTROL.findall(caption))
+        if codes:
+            what = f"row {row}: the caption holds characters that nobody sees ({', '.join(codes)})"
+            yield found("CAPTION_CONTROL_CHARS", what, "take them out", row=row)
+
+
+def check_repeated(examined: Examined) -> Iterator[Finding]:
+    """CAPTION_DUPLICATE and CAPTION_ALL_SAME; where pictures are edited, one instruction for all is no fault."""
+    rows: dict[str, list[int]] = {}
+    for row, caption, _ in examined.records:
+        if caption and not caption.isspace():
+            rows.setdefault(caption.strip(), []).append(row)
+    if len(rows) == 1 and not examined.columns.references:
+        ((caption, sharing),) = rows.items()
+        if len(sharing) == len(examined.records) > 1:
+            what = f"all {len(sharing)} captions are `{_beginning(caption)}`"
+            yield found("CAPTION_ALL_SAME", what, "tell what is in each picture or video")
+            return
+    for caption, sharing in rows.items():
+        if len(sharing) > 1:
+            listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
+            more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
+            what = f"rows {listed}{more} share the caption `{_beginning(caption)}`"
+            yield found("CAPTION_DUPLICATE", what, row=sharing[0])
+
+
+def check_lengths(examined: Examined) -> Iterator[Finding]:
+    """CAPTION_TOO_LONG, by the tokenizer of the recipe where it is on disk."""
+    rules = examined.rules
+    rule = rules.captions or CaptionRule(CaptionFacts("", rules.thresholds.max_tokens, 0))
+    long = [(row, text) for row, text, _ in examined.records if text and may_be_longer(text, rule.facts)]
+    whole = [(row, text) for row, text in long if not HALF.search(text)]
+    counts, counted = count_tokens([text for _, text in whole], rule) if whole else ([], True)
+    for (row, _), tokens in zip(whole, counts, strict=True):
+        if tokens > rule.facts.most:
+            how = "has" if counted else "has, by an estimate without its tokenizer,"
+            what = f"row {row}: the caption {how} {tokens} tokens, of which {rule.facts.most} are read"
+            yield found("CAPTION_TOO_LONG", what, "shorten the caption", row=row)
+
+
+def _beginning(caption: str) -> str:
+    return caption if len(caption) <= SHOWN_CHARACTERS else f"{caption[:SHOWN_CHARACTERS]}…"

@@ -23,6 +23,7 @@ class PictureFacts:
     `transparent`: a pixel is not opaque. `lowest` and `highest`: values (0..255, of all channels) that the picture has
     when it is scaled down to about 128 pixels; of a picture of one colour they are exact.
     `difference_hash`: 64 bits, each telling whether of two neighbours in a picture of 9 x 8 the left one is darker.
+    `colours`: mean red, green and blue of each field of a grid of 8 x 8, 0..255.
     `sketch`: digest of the picture scaled down; pictures with the same pixels have the same sketch, and hardly others.
     `digest`: sha256 of the file. `thumbnail`: a JPEG, where it was asked for.
     """
@@ -40,6 +41,7 @@ class PictureFacts:
     lowest: int = 0
     highest: int = 255
     difference_hash: int = 0
+    colours: bytes = b""
     sketch: bytes = b""
     digest: str = ""
     thumbnail: bytes | None = None

@@ -67,7 +67,9 @@ CODES: Mapping[str, Code] = {
     "CAPTION_DUPLICATE": Code("caption", "info", "Samples share a caption"),
     "CAPTION_ALL_SAME": Code("caption", "warning", "All samples have one caption"),
     "CAPTION_TOO_LONG": Code("caption", "warning", "A caption has more tokens than the text encoder reads"),
-    "CAPTION_CONTROL_CHARS": Code("caption", "warning", "A caption has control characters"),
+    "CAPTION_CONTROL_CHARS": Code(
+        "caption", "warning", "A caption has control characters (half a character is an error)"
+    ),
     "PAIR_MISSING": Code("pair", "error", "A row lacks the picture that the model is to be shown"),
     "PAIR_COUNT": Code("pair", "error", "A row names more pictures to show than the model takes"),
     "PAIR_ASPECT": Code("pair", "warning", "A picture that is to lie over another has another shape"),
@@ -83,7 +85,7 @@ CODES: Mapping[str, Code] = {
     "VIDEO_STILL": Code("video", "warning", "Nothing moves in a video"),
     "VIDEO_ROTATED": Code("video", "info", "A video is turned upright as its metadata says"),
     "BUCKETS": Code("set", "info", "How many samples there are of each training size"),
-    "CACHE_SIZE": Code("set", "info", "How much disk the encodings take"),
+    "CACHE_SIZE": Code("set", "info", "How much disk the encodings take, estimated (a warning where it is not free)"),
 }
 
 
@@ -104,10 +106,16 @@ class Finding:
 
 
 def found(
-    code: str, message: str, hint: str | None = None, *, row: int | None = None, path: str | None = None
+    code: str,
+    message: str,
+    hint: str | None = None,
+    *,
+    row: int | None = None,
+    path: str | None = None,
+    level: Level | None = None,
 ) -> Finding:
-    """A finding of a code, with the level of that code."""
-    return Finding(code, CODES[code].level, row, path, message, hint)
+    """A finding of a code, with the level of that code unless this one is of another."""
+    return Finding(code, level or CODES[code].level, row, path, message, hint)
 
 
 def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -2,6 +2,8 @@
 
 import os
 import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +60,29 @@ def list_files(base: Path) -> Listing:
                     _take_link(root, name, entry.path, files, links, leaving)
                 elif entry.is_dir():
                     folders.append(name)
+                elif entry.is_file():
+                    files[name] = entry.stat().st_size
+    return Listing(base, files, frozenset(links), frozenset(leaving))
+
+
+def list_named(base: Path, names: Iterable[str]) -> Listing:
+    """The files in the folders of `names` (paths relative to `base`), and nothing of the other folders."""
+    files: dict[str, int] = {}
+    links: set[str] = set()
+    leaving: set[str] = set()
+    root = os.path.realpath(base)
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith(("/", "../"))):
+        parts = folder.split("/")
+        above = ["/".join(parts[: depth + 1]) for depth in range(len(parts))] if folder else []
+        link = next((part for part in above if (base / part).is_symlink()), None)
+        if link:
+            leaving.add(link)
+            continue
+        with suppress(OSError), os.scandir(base / folder) as entries:  # told where its files are missed
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_symlink():
+                    _take_link(root, name, entry.path, files, links, leaving)
                 elif entry.is_file():
                     files[name] = entry.stat().st_size
     return Listing(base, files, frozenset(links), frozenset(leaving))

@@ -5,11 +5,15 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
+from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.likeness import near_pictures, same_pictures
 from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.set_checks import Crop, crop_of, header_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_UNREADABLE": ("cannot be read as a picture", "replace the file or take its row out"),
@@ -17,6 +21,18 @@ FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_BOMB": ("is not decoded", "replace the file or take its row out"),
 }
 """Code of a fault -> what is said of the file, and the hint."""
+ENDING_FORMATS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),
+    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
+    **{ending: (ending[1:].upper(),) for ending in (".png", ".webp", ".gif", ".avif")},
+    ".bmp": ("BMP", "DIB"),
+}
+"""Ending of a file -> Pillow's names of the formats that it stands for."""
+LOSING_MODES: Mapping[tuple[str, ...], str] = {
+    ("I", "I;16", "I;16B", "I;16L", "I;16N"): "of its 16 bits 8 are read",
+    ("CMYK", "LAB", "HSV"): "its colours become RGB without its profile",
+}
+"""Pillow's modes of pixels -> what is lost of them."""
 
 
 def check_pictures(examined: Examined) -> Iterator[Finding]:
@@ -30,6 +46,64 @@ def check_pictures(examined: Examined) -> Iterator[Finding]:
             continue
         for check in (*PICTURE_CHECKS, *(TARGET_CHECKS if path in targets else ())):
             yield from check(facts, rows[path], examined.rules)
+
+
+def check_same(examined: Examined) -> Iterator[Finding]:
+    """IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE among the pictures that are trained on; a pair is told at its later row.
+
+    Pictures that are shown may repeat: one is shown beside many.
+    """
+    rows = examined.first_rows()
+    targets = examined.of_columns((examined.columns.target,))
+    pictures = [facts for path, facts in examined.pictures.items() if path in targets and not facts.fault]
+    same = same_pictures(examined.table.base, pictures)
+    for path, other in same.items():
+        what = f"`{path}` has the same pixels as `{other}` (row {rows[other]})"
+        yield found("IMAGE_DUPLICATE", what, "take one of the rows out", row=rows[path], path=path)
+    thresholds = examined.rules.thresholds
+    single = [facts for facts in pictures if facts.path not in same and not facts.blank]
+    near = near_pictures(single, thresholds.near_duplicate_distance, thresholds.near_duplicate_colour)
+    for path, (other, bits) in near.items():
+        what = f"`{path}` looks nearly as `{other}` (row {rows[other]}): {bits} of 64 bits differ"
+        hint = "keep the better one, or lower `--near_duplicate_distance`"
+        yield found("IMAGE_NEAR_DUPLICATE", what, hint, row=rows[path], path=path)
+
+
+def check_sizes(examined: Examined) -> Iterator[Finding]:
+    """IMAGE_TOO_SMALL, of videos too, and IMAGE_CROP_LOSS: what becomes of files at the size they are trained at."""
+    rows = examined.first_rows()
+    for path in dict.fromkeys(
+        name for record in examined.records for name in record.files.get(examined.columns.target, ())
+    ):
+        header = header_of(examined, path)
+        if header is None:
+            continue
+        excerpt = choose_excerpt(Path(path), header, examined.rules.media, rows[path])
+        small = _too_small(header, excerpt, examined.rules)
+        if small:
+            what = f"`{path}` is {header.width} x {header.height} pixels{small}"
+            yield found("IMAGE_TOO_SMALL", what, "replace the file or take its row out", row=rows[path], path=path)
+        elif not header.video:
+            yield from _crop_loss(path, rows[path], header, crop_of(header, excerpt), examined.rules)
+
+
+def _too_small(header: MediaHeader, excerpt: Excerpt, rules: Rules) -> str:
+    """Why a picture or video cannot be trained on for its size; blank when it can."""
+    factor = rules.media.size.factor
+    least = max(factor, rules.thresholds.min_side)
+    if min(header.width, header.height) < least:
+        return f"; a side is below the least of {least}"
+    if min(excerpt.width, excerpt.height) < factor:
+        return f"; with `max_pixels` {rules.media.size.max_pixels} a side falls below the least of {factor}"
+    return ""
+
+
+def _crop_loss(path: str, row: int, header: MediaHeader, crop: Crop, rules: Rules) -> Iterator[Finding]:
+    lost = 1 - (crop.right - crop.left) * (crop.bottom - crop.top) / (header.width * header.height)
+    if lost > rules.thresholds.max_crop_loss:
+        what = f"`{path}` is {header.width} x {header.height} pixels, {lost:.0%} of which are cut away for {crop.width} x {crop.height}"
+        hint = f"cut it as it should be, or raise `--max_crop_loss` (now {rules.thresholds.max_crop_loss:g})"
+        yield found("IMAGE_CROP_LOSS", what, hint, row=row, path=path)
 
 
 def _rotated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -64,9 +138,24 @@ def _blank(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
         yield found("IMAGE_BLANK", what, "replace the file or take its row out", row=row, path=facts.path)
 
 
+def _type_mismatch(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    ending = PurePosixPath(facts.path).suffix.lower()
+    formats = ENDING_FORMATS.get(ending, ())
+    if formats and facts.format not in formats:
+        what = f"`{facts.path}` is a {facts.format}, not what `{ending}` stands for"
+        yield found("IMAGE_TYPE_MISMATCH", what, "rename the file", row=row, path=facts.path)
+
+
+def _mode(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    lost = next((lost for modes, lost in LOSING_MODES.items() if facts.mode in modes), None)
+    if lost:
+        what = f"`{facts.path}` has the colour mode {facts.mode}: {lost}"
+        yield found("IMAGE_MODE", what, "convert it to RGB with 8 bits as it should look", row=row, path=facts.path)
+
+
 Check = Callable[[PictureFacts, int, Rules], Iterator[Finding]]
 """(facts, the first row that names the file, rules) -> findings"""
-PICTURE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent)
+PICTURE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode)
 """For every picture."""
 TARGET_CHECKS: tuple[Check, ...] = (_aspect, _blank)
 """For pictures that are trained on."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffsynth_core.data.pictures import (
     END_BYTES,
@@ -26,6 +26,7 @@ from diffsynth_core.validation.facts import Fault, PictureFacts
 SKETCH_SIDE = 64
 """The least side, in pixels, of the picture scaled down that is looked at in place of the whole one."""
 HASH_SIZE = (9, 8)
+COLOUR_GRID = (8, 8)
 THUMBNAIL_QUALITY = 80
 OPAQUE = 255
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
@@ -89,9 +90,26 @@ def _facts(picture: Image.Image, known: PictureFacts, thumbnails: int | None) ->
         lowest=min(low for low, _ in extremes),
         highest=max(high for _, high in extremes),
         difference_hash=difference_hash(small),
+        colours=small.resize(COLOUR_GRID, Image.Resampling.BOX).tobytes(),
         sketch=hashlib.blake2b(small.tobytes(), digest_size=16, key=repr(size).encode()).digest(),
         thumbnail=thumbnail_of(_upright(rgb, left), thumbnails) if thumbnails else None,
     )
+
+
+def same_pixels(base: Path, name: str, other: str) -> bool:
+    """Whether two pictures below `base` are the same, pixel by pixel, when they are upright and RGB."""
+    return _pixels(base / name) == _pixels(base / other)
+
+
+def _pixels(path: Path) -> tuple[tuple[int, int], bytes] | None:
+    """Size and sha256 of the pixels of an upright picture; None when it cannot be decoded any more."""
+    Image.MAX_IMAGE_PIXELS = None  # it has been decoded before
+    try:
+        with Image.open(path) as picture:
+            rgb = to_rgb(ImageOps.exif_transpose(picture))
+    except Exception:
+        return None
+    return rgb.size, hashlib.sha256(rgb.tobytes()).digest()
 
 
 def difference_hash(picture: Image.Image) -> int:

@@ -5,13 +5,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import MediaRule, ReferenceRule
 from diffsynth_core.data.pictures import SizeRule
-from diffsynth_core.families.interface import FamilyFacts, Variant
+from diffsynth_core.families.interface import CaptionFacts, EncoderFacts, FamilyFacts, Variant
+from diffsynth_core.files import default_cache_path
 from diffsynth_core.planning.dataset import media_rule, reference_rules
 
 GENERAL_FACTOR = 16
@@ -39,6 +41,11 @@ class Thresholds:
         "bits of 64",
         "Pictures whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
     )
+    near_duplicate_colour: float = _threshold(
+        12.0,
+        "levels of 255",
+        "Pictures whose colours, field by field of a grid of 8 x 8, differ by more on average are not near duplicates",
+    )
     max_aspect: float = _threshold(
         4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT"
     )
@@ -55,12 +62,22 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
+class CaptionRule:
+    """How a text encoder reads captions, and the folder of its tokenizer; None where that is not on disk."""
+
+    facts: CaptionFacts
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
 class Rules:
     """All that a dataset is checked against.
 
     `target`: the column of what is trained on; None: the first of `TARGET_COLUMNS` that there is.
     `masks`: columns of masks. `other`: columns beside these that training reads.
-    `batch_size`, `repeat`: how batches are made of the samples.
+    `batch_size`, `repeat`, `accumulation`: how batches, epochs and steps are made of the samples.
+    `captions`: how they are read; None: by `Thresholds.max_tokens` alone. `encoders`: what is kept in the cache below
+    `cache`; empty: unknown.
     `recipe`: its name; None: general rules, which hold in every family.
     """
 
@@ -73,6 +90,10 @@ class Rules:
     other: tuple[str, ...] = ()
     batch_size: int = 1
     repeat: int = 1
+    accumulation: int = 1
+    captions: CaptionRule | None = None
+    encoders: tuple[EncoderFacts, ...] = ()
+    cache: Path | None = None
     recipe: str | None = None
     family: str | None = None
 
@@ -126,6 +147,9 @@ def rules_of(
         other=TASKS[parameters.task].columns,
         batch_size=parameters.batch_size,
         repeat=parameters.dataset_repeat,
+        accumulation=parameters.gradient_accumulation_steps,
+        encoders=variant.encoders,
+        cache=parameters.cache_path or default_cache_path(),
         recipe=recipe,
         family=facts.name,
     )

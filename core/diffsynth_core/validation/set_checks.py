@@ -4,16 +4,28 @@
 buckets, their batches and the crops of the page are made from it.
 """
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt
+from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference
+from diffsynth_core.data.pictures import PictureHeader
+from diffsynth_core.families.interface import LatentFacts
+from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.token_counts import estimate_tokens
 
 SHOWN_SIZES = 8
+LATENT_BYTES = 4
+STATE_BYTES = 2
+"""Latents are kept in float32, states in the dtype of their encoder, bfloat16 as a rule."""
+Size = tuple[int, int, int]
+"""(frames, height in pixels, width in pixels)"""
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,111 @@ def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
     return Crop(left, top, left + width, top + height, excerpt.width, excerpt.height)
 
 
+def shapes_of(examined: Examined) -> dict[int, Mapping[str, tuple[Size, ...]]]:
+    """Row -> the size of what is trained on, by its column, and of the pictures shown, by the name of their rule.
+
+    A row with a file that is missing, faulty or too small is left out.
+    """
+    shapes: dict[int, Mapping[str, tuple[Size, ...]]] = {}
+    records = {record.row: record for record in examined.records}
+    for row, target in sizes_of(examined).items():
+        sizes: dict[str, tuple[Size, ...]] = {examined.columns.target: (target.shape,)}
+        for rule in examined.rules.references:
+            shown = [_shown(examined, name, rule, target) for name in records[row].files.get(rule.column, ())]
+            sizes[rule.name] = tuple(excerpt.shape for excerpt in shown if excerpt)
+            if not shown or not all(shown):
+                break
+        else:
+            shapes[row] = sizes
+    return shapes
+
+
+def _shown(examined: Examined, name: str, rule: ReferenceRule, target: Excerpt) -> Excerpt | None:
+    """How a picture is shown to the model beside `target`; None where it cannot be."""
+    picture = examined.pictures.get(name)
+    if picture is None or picture.fault:
+        return None
+    header = PictureHeader(picture.width, picture.height, picture.orientation != 1, picture.transparent)
+    excerpt = choose_reference(Path(name), header, rule, target)
+    return excerpt if min(excerpt.height, excerpt.width) > 0 else None
+
+
 def check_buckets(examined: Examined) -> Iterator[Finding]:
-    """BUCKETS: how many samples there are of each size, the most frequent first."""
-    counted = Counter(excerpt.shape for excerpt in sizes_of(examined).values())
-    if not counted:
+    """BUCKETS: how many samples there are of each size, the most frequent first; batches that are not full; steps."""
+    sizes = list(shapes_of(examined).values())
+    if not sizes:
         return
-    listed = ", ".join(
-        f"{count} of {width} x {height}" + (f" x {frames} frames" if frames > 1 else "")
-        for (frames, height, width), count in counted.most_common(SHOWN_SIZES)
-    )
+    rules = examined.rules
+    plan = BatchPlan([tuple(shape.items()) for shape in sizes], rules.repeat, rules.batch_size, seed=0)
+    steps = StepPlan(plan, rules.accumulation, num_epochs=1, max_steps=None)
+    counted = Counter(shape[examined.columns.target][0] for shape in sizes)
+    listed = ", ".join(f"{count} of {_size(shape)}" for shape, count in counted.most_common(SHOWN_SIZES))
     more = f" and {len(counted) - SHOWN_SIZES} more sizes" if len(counted) > SHOWN_SIZES else ""
-    yield found("BUCKETS", f"{len(counted)} training sizes: {listed}{more}")
+    what = f"{count_of(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
+    short = [bucket for bucket in plan.buckets if len(bucket.members) * rules.repeat % rules.batch_size]
+    if short:
+        what += f", the last batch of {len(short)} of {count_of(len(plan.buckets), 'bucket')} is short"
+    yield found("BUCKETS", what)
+
+
+def _size(shape: Size) -> str:
+    frames, height, width = shape
+    return f"{width} x {height}" + (f" x {frames} frames" if frames > 1 else "")
+
+
+def _steps(rules: Rules, steps: int) -> str:
+    """Steps of an epoch, and what they are counted for."""
+    given = [f"batch size {rules.batch_size}"]
+    given += [f"{rules.accumulation} batches a step"] if rules.accumulation > 1 else []
+    given += [f"the data repeated {rules.repeat} times"] if rules.repeat > 1 else []
+    return f"{count_of(steps, 'step')} per epoch ({', '.join(given)})"
+
+
+def check_cache(examined: Examined) -> Iterator[Finding]:
+    """CACHE_SIZE: what the encodings of all samples take on disk, and whether so much is free."""
+    encoders, cache = examined.rules.encoders, examined.rules.cache
+    shapes = shapes_of(examined)
+    if not encoders or cache is None or not shapes:
+        return
+    captions = {record.row: record.caption or "" for record in examined.records}
+    each = [encoded_bytes(examined.rules, captions[row], shape) for row, shape in shapes.items()]
+    needed, free = sum(each), _free_bytes(cache)
+    what = (
+        f"the encodings take about {format_bytes(needed)} in `{cache}` (estimated, {format_bytes(needed / len(each))} a "
+        f"sample), {format_bytes(free)} are free"
+    )
+    if needed > free:
+        hint = "free some space, or name another folder with `--cache_path`"
+        yield found("CACHE_SIZE", what, hint, level="warning")
+    else:
+        yield found("CACHE_SIZE", what)
+
+
+def encoded_bytes(rules: Rules, caption: str, sizes: Mapping[str, tuple[Size, ...]]) -> int:
+    """About how many bytes the cache holds of a sample: latents of its pictures or clip, states of its caption.
+
+    `sizes`: as `shapes_of` has them.
+    """
+    total = 0
+    for encoder in rules.encoders:
+        total += encoder.states * STATE_BYTES
+        if encoder.caption:
+            tokens = encoder.caption.most if encoder.caption.padded else estimate_tokens(caption)
+            total += min(tokens, encoder.caption.most) * encoder.caption.width * STATE_BYTES
+        if encoder.latents:
+            pictures = [size for column in encoder.columns for size in sizes.get(column, ())]
+            total += sum(_latent_bytes(encoder.latents, size, rules) for size in pictures)
+    return total
+
+
+def _latent_bytes(latents: LatentFacts, size: Size, rules: Rules) -> int:
+    frames, height, width = size
+    step = rules.media.frames.step if rules.media.frames else 1
+    latent_frames = (frames - 1) // step + 1
+    return latents.channels * latent_frames * (height // latents.factor) * (width // latents.factor) * LATENT_BYTES
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space on the disk where `folder` is, or would be."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(there).free

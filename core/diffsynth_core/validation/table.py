@@ -97,7 +97,7 @@ def _read_csv(path: Path, text: str) -> _Read:
                 rows[number] = dict(zip(header, cells, strict=False))
     except csv.Error as error:
         what = f"`{path}` line {reader.line_num}: {error}; nothing behind it was read"
-        findings.append(found("PARSE_ERROR", what, "mend that line", row=number + 1, path=path.name))
+        findings.append(found("PARSE_ERROR", what, "mend that line", path=path.name))
     return header, rows, findings
 
 
@@ -155,14 +155,17 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
     if not names:
         what = f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s"
         hint = f"write a metadata.csv with the columns `{media}` and `{rules.text}`"
-        return table, [found("EMPTY", what, hint)]
-    findings = list(_shared_captions(names))
+        return table, list(_links_out(listing, kind)) or [found("EMPTY", what, hint)]
+    findings = [*_links_out(listing, kind), *_shared_captions(names)]
     rows: dict[int, Mapping[str, Any]] = {}
     for number, name in enumerate(names, start=1):
         caption = _stem(name) + CAPTION_ENDING
         if caption not in listing.files:
-            what = f"`{name}` has no caption beside it"
-            findings.append(found("PATH_MISSING", what, f"write it into `{caption}`", row=number, path=caption))
+            if caption in listing.leaving:
+                findings.append(_leads_out(caption, number))
+            else:
+                what = f"`{name}` has no caption beside it"
+                findings.append(found("PATH_MISSING", what, f"write it into `{caption}`", row=number, path=caption))
             rows[number] = {media: name}
             continue
         try:
@@ -172,6 +175,16 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
             findings.append(found("NOT_UTF8", what, "save it as UTF-8", row=number, path=caption))
             rows[number] = {media: name}
     return Table(table.origin, base, table.columns, rows, beside=True), findings
+
+
+def _links_out(listing: Listing, kind: str) -> Iterator[Finding]:
+    """PATH_OUTSIDE for links that would be rows."""
+    yield from (_leads_out(name, None) for name in sorted(listing.leaving) if _ending(name) in ENDINGS[kind])
+
+
+def _leads_out(name: str, row: int | None) -> Finding:
+    what = f"`{name}` is a link that leads out of the dataset"
+    return found("PATH_OUTSIDE", what, "copy the file itself", row=row, path=name)
 
 
 def _shared_captions(names: list[str]) -> Iterator[Finding]:

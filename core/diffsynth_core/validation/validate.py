@@ -18,31 +18,41 @@ from typing import Literal
 
 from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.progress import Reporter
-from diffsynth_core.validation.caption_checks import check_captions
+from diffsynth_core.validation.caption_checks import check_captions, check_characters, check_lengths, check_repeated
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
-from diffsynth_core.validation.listing import Listing, list_files
+from diffsynth_core.validation.listing import Listing, list_files, list_named
 from diffsynth_core.validation.metadata_checks import check_columns, check_rows, read_records
-from diffsynth_core.validation.pair_checks import check_counts
+from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_unreferenced, present_paths
-from diffsynth_core.validation.picture_checks import check_pictures
+from diffsynth_core.validation.picture_checks import check_pictures, check_same, check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
-from diffsynth_core.validation.set_checks import check_buckets
+from diffsynth_core.validation.set_checks import check_buckets, check_cache
 from diffsynth_core.validation.table import Table, locate_metadata, read_table
 from diffsynth_core.validation.video_checks import check_videos
 
-Depth = Literal["metadata", "paths", "files"]
-"""How far a dataset is looked into: rows and captions alone; also whether files are there; also what they hold."""
+Depth = Literal["metadata", "named", "paths", "files"]
+"""How far a dataset is looked into: rows and captions alone; also whether the files that rows name are there; also what
+else is there; also what the files hold."""
 
 CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
     check_unreferenced,
     check_captions,
+    check_characters,
+    check_repeated,
+    check_lengths,
     check_counts,
     check_pictures,
+    check_sizes,
+    check_same,
+    check_shapes,
+    check_identical,
+    check_masks,
     check_videos,
     check_buckets,
+    check_cache,
 )
 """What is said of a dataset once it has been examined; where facts are missing a check says nothing."""
 
@@ -66,16 +76,20 @@ def validate(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[
     Raises:
         DiffSynthError: when there is nothing at PATH.
     """
-    examined, findings = examine(path, rules, wish, reporter)
+    examined, findings = examine(*locate_metadata(path), rules, wish, reporter)
     for check in CHECKS:
         findings += check(examined)
     return make_report(examined, findings, wish), examined
 
 
-def examine(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[Examined, list[Finding]]:
-    """A dataset looked into, and what was found on the way there."""
-    base, metadata = locate_metadata(path)
-    listing = list_files(base) if wish.depth != "metadata" or metadata is None else Listing(base)
+def examine(
+    base: Path, metadata: Path | None, rules: Rules, wish: Wish, reporter: Reporter
+) -> tuple[Examined, list[Finding]]:
+    """A dataset looked into, and what was found on the way there.
+
+    `metadata`: its file, whose paths are relative to `base`; None: captions stand beside the files.
+    """
+    listing = list_files(base) if wish.depth in ("paths", "files") or metadata is None else Listing(base)
     table, findings = read_table(base, metadata, rules, listing)
     columns = columns_of(rules, table.columns)
     findings += check_columns(table, columns)
@@ -85,6 +99,8 @@ def examine(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[E
     examined = Examined(table, columns, records, rules)
     if wish.depth == "metadata":
         return examined, findings
+    if wish.depth == "named" and metadata:
+        listing = list_named(base, (name for record in records for names in record.files.values() for name in names))
     examined = replace(examined, listing=listing)
     present, of_paths = present_paths(examined)
     findings += of_paths

@@ -1,0 +1,36 @@
+"""The quick part of the checks, which training runs before it plans a dataset: rows, and paths they name. No torch."""
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.data.metadata import find_metadata
+from diffsynth_core.errors import Problem
+from diffsynth_core.families.interface import FamilyFacts, Variant
+from diffsynth_core.planning.dataset import RowFault
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation.caption_checks import check_captions
+from diffsynth_core.validation.rules import Thresholds, rules_of
+from diffsynth_core.validation.table import READERS
+from diffsynth_core.validation.validate import Wish, examine
+
+ADDED = ("PATH_OUTSIDE", "PATH_CASE", "URL", "CAPTION_NAN")
+"""Codes of errors that planning does not know; the others it tells itself."""
+OF_PATHS = ("PATH_OUTSIDE", "PATH_CASE", "URL")
+"""Those of rows whose files are not to be opened."""
+
+
+def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> list[RowFault]:
+    """Errors of the dataset of a run that planning does not find; none where planning cannot read the rows either."""
+    base = parameters.dataset_base_path
+    metadata = find_metadata(base, parameters.dataset_metadata_path)
+    if not base.is_dir() or (metadata and not (metadata.is_file() and metadata.suffix.lower() in READERS)):
+        return []
+    rules = rules_of(parameters, facts, variant, Thresholds(), variant.title)
+    examined, findings = examine(base, metadata, rules, Wish("named"), SilentReporter())
+    findings += check_captions(examined)
+    return [
+        RowFault(
+            Problem(f"`{examined.table.origin}` {finding.message}", finding.hint),
+            finding.row if finding.code in OF_PATHS else None,
+        )
+        for finding in findings
+        if finding.code in ADDED and finding.level == "error"
+    ]
