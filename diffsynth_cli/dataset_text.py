@@ -33,19 +33,26 @@ def _heading(level: Level, code: str, count: int) -> Text:
 
 
 def _table(findings: list[Finding]) -> Table:
-    """The first findings of one code, by row, and the first hint."""
+    """The first findings of one code, by row, with their hints, or below them the hint that all share."""
     table = Table.grid(padding=(0, 1), expand=False)
     table.add_column(width=ROW_WIDTH, justify="right", overflow="fold")
     table.add_column(overflow="fold")
     shown = findings[:SHOWN_OF_A_CODE]
+    hints = {finding.hint for finding in shown}
     for finding in shown:
         table.add_row("" if finding.row is None else str(finding.row), Text(printable(_without_row(finding))))
+        if len(hints) > 1 and finding.hint:
+            table.add_row("", _hint(finding.hint))
     if len(findings) > len(shown):
         table.add_row("", f"and {len(findings) - len(shown)} more")
-    hint = next((finding.hint for finding in shown if finding.hint), None)
-    if hint:
-        table.add_row("", Text.assemble(("hint: ", "cyan"), printable(hint)))
+    (same,) = hints if len(hints) == 1 else (None,)
+    if same:
+        table.add_row("", _hint(same))
     return table
+
+
+def _hint(text: str) -> Text:
+    return Text.assemble(("hint: ", "cyan"), printable(text))
 
 
 def _without_row(finding: Finding) -> str:

@@ -165,7 +165,5 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:
     """What was written, and how to train on it."""
     reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} left out")
-    where = (
-        "" if fixed.beside_files else f"; its paths are relative to `{fixed.base}`, where it would be checked as well"
-    )
+    where = "" if fixed.beside_files else f"; its paths are relative to `{fixed.base}`: put it there to check it alone"
     reporter.info(f"train on it with `--dataset_base_path {fixed.base} --dataset_metadata_path {fixed.path}`{where}")

@@ -1,6 +1,7 @@
 """Codes CAPTION_…: functions from captions to findings. No torch."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from diffsynth_core.families.interface import CaptionFacts
@@ -18,6 +19,8 @@ CONTROL = re.compile(
 and of byte order. Joiners stay, which scripts and emoji need."""
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a character outside the basic plane, which no text encoder takes."""
+MOST_BYTES = 4
+"""Of a character in UTF-8."""
 SHOWN_CHARACTERS = 60
 SHOWN_ROWS = 5
 
@@ -52,10 +55,15 @@ def check_characters(examined: Examined) -> Iterator[Finding]:
 
 def check_repeated(examined: Examined) -> Iterator[Finding]:
     """CAPTION_DUPLICATE and CAPTION_ALL_SAME; where pictures are edited, one instruction for all is no fault."""
+    captions = {row: caption.strip() for row, caption, _ in examined.records if caption}
+    counted = Counter(captions.values())
+    counted.pop("", None)
+    if len(counted) == len(captions):
+        return
     rows: dict[str, list[int]] = {}
-    for row, caption, _ in examined.records:
-        if caption and not caption.isspace():
-            rows.setdefault(caption.strip(), []).append(row)
+    for row, caption in captions.items():
+        if counted[caption] > 1:
+            rows.setdefault(caption, []).append(row)
     if len(rows) == 1 and not examined.columns.references:
         ((caption, sharing),) = rows.items()
         if len(sharing) == len(examined.records) > 1:
@@ -63,18 +71,22 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
             yield found("CAPTION_ALL_SAME", what, "tell what is in each picture or video")
             return
     for caption, sharing in rows.items():
-        if len(sharing) > 1:
-            listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
-            more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
-            what = f"rows {listed}{more} share the caption `{_beginning(caption)}`"
-            yield found("CAPTION_DUPLICATE", what, row=sharing[0])
+        listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
+        more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
+        what = f"rows {listed}{more} share the caption `{_beginning(caption)}`"
+        yield found("CAPTION_DUPLICATE", what, row=sharing[0])
 
 
 def check_lengths(examined: Examined) -> Iterator[Finding]:
     """CAPTION_TOO_LONG, by the tokenizer of the recipe where it is on disk."""
     rules = examined.rules
     rule = rules.captions or CaptionRule(CaptionFacts("", rules.thresholds.max_tokens, 0))
-    long = [(row, text) for row, text, _ in examined.records if text and may_be_longer(text, rule.facts)]
+    surely_short = rule.facts.most // MOST_BYTES - len(rule.facts.template)
+    long = [
+        (row, text)
+        for row, text, _ in examined.records
+        if text and len(text) > surely_short and may_be_longer(text, rule.facts)
+    ]
     whole = [(row, text) for row, text in long if not HALF.search(text)]
     counts, counted = count_tokens([text for _, text in whole], rule) if whole else ([], True)
     for (row, _), tokens in zip(whole, counts, strict=True):

@@ -26,11 +26,15 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Code:
-    """What a code stands for: a key of `SUBJECTS`, the level of its findings, and a line of explanation."""
+    """What a code stands for: a key of `SUBJECTS`, the level of its findings, and a line of explanation.
+
+    `exception`: which of its findings have another level, and which one.
+    """
 
     subject: str
     level: Level
     explanation: str
+    exception: str = ""
 
 
 CODES: Mapping[str, Code] = {
@@ -68,7 +72,7 @@ CODES: Mapping[str, Code] = {
     "CAPTION_ALL_SAME": Code("caption", "warning", "All samples have one caption"),
     "CAPTION_TOO_LONG": Code("caption", "warning", "A caption has more tokens than the text encoder reads"),
     "CAPTION_CONTROL_CHARS": Code(
-        "caption", "warning", "A caption has control characters (half a character is an error)"
+        "caption", "warning", "A caption has control characters", "half a character is an error"
     ),
     "PAIR_MISSING": Code("pair", "error", "A row lacks the picture that the model is to be shown"),
     "PAIR_COUNT": Code("pair", "error", "A row names more pictures to show than the model takes"),
@@ -85,7 +89,7 @@ CODES: Mapping[str, Code] = {
     "VIDEO_STILL": Code("video", "warning", "Nothing moves in a video"),
     "VIDEO_ROTATED": Code("video", "info", "A video is turned upright as its metadata says"),
     "BUCKETS": Code("set", "info", "How many samples there are of each training size"),
-    "CACHE_SIZE": Code("set", "info", "How much disk the encodings take, estimated (a warning where it is not free)"),
+    "CACHE_SIZE": Code("set", "info", "How much disk the encodings take, estimated", "a warning where less is free"),
 }
 
 

@@ -98,9 +98,11 @@ def normalised(name: str) -> str:
 
 def check_rows(table: Table) -> Iterator[Finding]:
     """ROW_DUPLICATE."""
+    keys = {row: _key(cells) for row, cells in table.rows.items()}
+    if len(set(keys.values())) == len(keys):
+        return
     first: dict[Any, int] = {}
-    for row, cells in table.rows.items():
-        key = _key(cells)
+    for row, key in keys.items():
         other = first.setdefault(key, row)
         if other != row:
             yield found("ROW_DUPLICATE", f"row {row} is row {other} again", "take one of them out", row=row)

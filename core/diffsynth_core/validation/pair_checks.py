@@ -23,7 +23,7 @@ def check_counts(examined: Examined) -> Iterator[Finding]:
     most = {rule.column: rule.most for rule in examined.rules.references} | {examined.columns.target: 1}
     for row, _, files in examined.records:
         for column, names in files.items():
-            limit = most.get(column)
+            limit = most.get(column) if len(names) > 1 else None
             if limit is not None and len(names) > limit:
                 what = f"row {row}: column `{column}` names {len(names)} files, expected {limit}"
                 yield found("PAIR_COUNT", what, "write one row per file", row=row)

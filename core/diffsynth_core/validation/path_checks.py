@@ -16,6 +16,9 @@ from diffsynth_core.validation.table import CAPTION_ENDING
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+SUGGESTED = 20
+SUGGESTED_FROM = 2000
+"""Near names are looked for so many times, and among so many files: comparing names is slow."""
 MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
 
 
@@ -31,13 +34,13 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
     listing = examined.listing
     assert listing is not None
     present: set[str] = set()
-    findings = []
+    findings: list[Finding] = []
     for record in examined.records:
         for column, names in record.files.items():
             for name in names:
                 if name in present:
                     continue
-                fault = _fault(name, listing)
+                fault = _fault(name, listing, near=len(findings) < SUGGESTED)
                 if fault is None:
                     present.add(name)
                 else:
@@ -46,8 +49,8 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
     return frozenset(present), findings
 
 
-def _fault(name: str, listing: Listing) -> _Fault | None:
-    """Why a path is not opened."""
+def _fault(name: str, listing: Listing, near: bool) -> _Fault | None:
+    """Why a path is not opened; `near`: whether to look for a name that may have been meant."""
     if name in listing.files:
         return None
     if ADDRESS.match(name):
@@ -59,18 +62,18 @@ def _fault(name: str, listing: Listing) -> _Fault | None:
     leaving = next((link for link in listing.leaving if name == link or name.startswith(f"{link}/")), None)
     if leaving:
         return _Fault("PATH_OUTSIDE", f"a link that leads out of the dataset (`{leaving}`)", "copy the file itself")
-    return _missing(name, listing)
+    return _missing(name, listing, near)
 
 
-def _missing(name: str, listing: Listing) -> _Fault:
+def _missing(name: str, listing: Listing, near: bool) -> _Fault:
     other = listing.by_letters.get(letters(name))
     if other:
         return _Fault("PATH_CASE", f"where the disk has `{other}`", "write it as the disk does")
     if name.replace("\\", "/") in listing.files:
         return _Fault("PATH_MISSING", "which is not there", "write `/` between folders")
-    folder = name.rpartition("/")[0]
-    near = suggest(name, listing.in_folder(folder))
-    return _Fault("PATH_MISSING", "which is not there", f"did you mean `{near}`?" if near else "correct the path")
+    there = listing.in_folder(name.rpartition("/")[0]) if near else []
+    meant = suggest(name, there) if len(there) <= SUGGESTED_FROM else None
+    return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?" if meant else "correct the path")
 
 
 def check_unreferenced(examined: Examined) -> Iterator[Finding]:
