@@ -18,8 +18,9 @@ test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
 	$(BIN)/python -m pytest tests/bench -s
 
-docs: $(VENV)/.installed-test  ## regenerate the reference page, the JSON schema and the pictures of the README
+docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the pictures of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs
+	$(BIN)/python -m diffsynth_core.validation.documents docs
 	$(BIN)/python docs/make_pictures.py docs
 
 $(VENV)/bin/python:

@@ -12,9 +12,11 @@ from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import MediaRule, ReferenceRule
 from diffsynth_core.data.pictures import SizeRule
-from diffsynth_core.families.interface import CaptionFacts, EncoderFacts, FamilyFacts, Variant
+from diffsynth_core.families.interface import CaptionFacts, EncoderFacts, FamilyFacts, Shapes, Variant
+from diffsynth_core.families.table import component_at
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.planning.dataset import media_rule, reference_rules
+from diffsynth_core.sources.model_files import split_entry
 
 GENERAL_FACTOR = 16
 """Sides of what is trained on are multiples of it in every family there is."""
@@ -185,4 +187,7 @@ def variant_without_files(parameters: Parameters, facts: FamilyFacts) -> Variant
         DiffSynthError: for a kind that is not trained.
     """
     named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
-    return facts.variant({}, parameters.extra_inputs, ", ".join(named))
+    places = [split_entry(entry) or ("", entry) for entry in named]
+    components = [component_at(place, facts, model_id) for model_id, place in places]
+    without_shapes: dict[str, Shapes] = {one.name: {} for one in components if one and one.name != facts.denoiser}
+    return facts.variant(without_shapes, parameters.extra_inputs, ", ".join(named))

@@ -1,6 +1,7 @@
 """How many tokens captions have, by the tokenizer of a recipe where it is on disk. No torch, no transformers."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,29 +67,57 @@ def may_be_longer(caption: str, facts: CaptionFacts) -> bool:
 
 def _load(folder: Path) -> Any:
     """The tokenizer in a folder; None where its files cannot be read."""
+    load = next((load for name, load in LOADERS.items() if (folder / name).is_file()), None)
+    if load is None:
+        return None
+    try:
+        tokenizer = load(folder)
+    except Exception:  # the library raises nothing narrower
+        return None
+    _settle(tokenizer, folder)
+    return tokenizer
+
+
+def _whole(folder: Path) -> Any:
+    """The tokenizer in `tokenizer.json`; of T5's kind without bytes for unknown characters, as transformers makes it."""
     from tokenizers import Tokenizer
 
-    loaders: tuple[tuple[str, Callable[[Path], Any]], ...] = (
-        ("tokenizer.json", lambda path: Tokenizer.from_file(str(path))),
-        ("vocab.json", lambda path: _byte_pairs(path.parent)),
-    )
-    for name, load in loaders:
-        if (folder / name).is_file():
-            try:
-                tokenizer = load(folder / name)
-            except Exception:  # the library raises nothing narrower
-                return None
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return tokenizer
-    return None
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if content["model"]["type"] == "Unigram":
+        content["model"]["byte_fallback"] = False
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _settle(tokenizer: Any, folder: Path) -> None:
+    """Have captions read to their end, and special tokens whole, as transformers has them."""
+    from tokenizers import AddedToken
+
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in _special_tokens(folder)])
+
+
+def _special_tokens(folder: Path) -> list[str]:
+    """The special tokens that the files beside a tokenizer name."""
+    settings, added = (_read_object(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    listed = [*settings.get("added_tokens_decoder", {}).values(), *settings.get("additional_special_tokens", ())]
+    listed += [settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(name)]
+    names = [token["content"] if isinstance(token, dict) else token for token in listed]
+    return list(dict.fromkeys([*sorted(added, key=added.__getitem__), *names]))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """An object of JSON; empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _byte_pairs(folder: Path) -> Any:
-    """Qwen2's tokenizer from `vocab.json`, `merges.txt` and, where there is one, `added_tokens.json`."""
-    import json
-
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    """Qwen2's tokenizer from `vocab.json` and `merges.txt`."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()
@@ -96,7 +125,8 @@ def _byte_pairs(folder: Path) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    added = folder / "added_tokens.json"
-    names = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in sorted(names, key=names.__getitem__)])
     return tokenizer
+
+
+LOADERS: Mapping[str, Callable[[Path], Any]] = {"tokenizer.json": _whole, "vocab.json": _byte_pairs}
+"""The file that a folder has -> what makes its tokenizer; the first that is there counts."""

@@ -39,6 +39,8 @@ CLIP_STATES = 257 * 1280
 """Values that CLIP makes of one frame."""
 CLIPS = Medium("video", "video", size_factor=16, frame_step=4)
 EMBEDDER = "condition_embedder"
+TI2V_NAME = "-TI2V-"
+"""In the names of repositories of TI2V."""
 PATCH = 4
 """Latent values in a token: patches of 1 x 2 x 2."""
 FRAMES = ("input_image", "end_image")
@@ -62,7 +64,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         DiffSynthError: for a kind that is not trained here, such as those led by a control video.
     """
     if "dit" not in shapes:
-        return _without_transformer(shapes, inputs)
+        return _without_transformer(shapes, inputs, origin)
     transformer = shapes["dit"]
     taken = transformer.get("patch_embedding.weight", (0, 16))[1]
     made = transformer.get("proj_out.weight", (16 * PATCH,))[0] // PATCH
@@ -82,12 +84,13 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
     return TEXT_TO_VIDEO
 
 
-def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...]) -> Variant:
+def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """The kind of model that has these other components and is shown these frames: Wan 2.1 is the one with an image
-    encoder, and of Wan 2.2 only TI2V has a VAE of 48 channels."""
+    encoder, and of Wan 2.2 only TI2V has a VAE of 48 channels, which its name tells where no file does."""
     if "image_encoder" in shapes:
         return _image_to_video(inputs, image_encoder=True, two_images="end_image" in inputs)
-    if shapes.get("vae", {}).get("post_quant_conv.weight", (0,))[0] == 48:
+    vae = shapes.get("vae", {})
+    if vae.get("post_quant_conv.weight", (0,))[0] == 48 or (not vae and TI2V_NAME in origin):
         return _text_and_image_to_video(inputs)
     if "input_image" in inputs:
         return _image_to_video(inputs, image_encoder=False, two_images=False)

@@ -1,0 +1,304 @@
+"""The checks of pictures, captions, pairs and of the whole set: each finds its fault and is silent beside it."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation import documents
+from diffsynth_core.validation import validate as module
+from diffsynth_core.validation.facts import PictureFacts
+from diffsynth_core.validation.findings import CODES
+from diffsynth_core.validation.likeness import near_pictures
+from diffsynth_core.validation.recipe_rules import rules_of_recipe
+from diffsynth_core.validation.rules import Rules, Thresholds
+from diffsynth_core.validation.token_counts import count_tokens
+from diffsynth_core.validation.validate import Wish, validate
+
+ROOT = Path(__file__).parents[2]
+VALIDATION = Path(module.__file__).parent
+COFFEE = Image.fromarray(skimage.data.coffee())
+CHELSEA = Image.fromarray(skimage.data.chelsea())
+ROCKET = Image.fromarray(skimage.data.rocket())
+CLEAN = {"coffee.png": COFFEE, "chelsea.png": CHELSEA, "rocket.png": ROCKET}
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Check pictures and rows; returns (code, row) of all findings but BUCKETS and CACHE_SIZE, and the report."""
+
+    def check(pictures, rows, columns=("image", "prompt"), rules=None, depth="files"):
+        for name, picture in pictures.items():
+            (picture if callable(picture) else picture.save)(tmp_path / name)
+        with (tmp_path / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([columns, *rows])
+        report, _ = validate(tmp_path, rules or Rules(), Wish(depth, workers=1), SilentReporter())
+        facts = ("BUCKETS", "CACHE_SIZE")
+        return [(one.code, one.row) for one in report.findings if one.code not in facts], report
+
+    return check
+
+
+CLEAN_ROWS = [[name, f"a photograph of {name}"] for name in CLEAN]
+
+
+def test_clean_pictures_have_no_finding(found):
+    assert found(CLEAN, CLEAN_ROWS)[0] == []
+    assert found(CLEAN, CLEAN_ROWS, rules=rules_of_recipe("qwen-image-lora", Thresholds()))[0] == []
+
+
+def _as_png(path: Path) -> None:
+    COFFEE.rotate(90, expand=True).save(path, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "code"),
+    [
+        ("x.jpg", _as_png, "IMAGE_TYPE_MISMATCH"),
+        ("x.png", COFFEE.resize((15, 40)), "IMAGE_TOO_SMALL"),
+        ("x.png", COFFEE.crop((0, 0, 128, 31)), "IMAGE_CROP_LOSS"),
+        ("x.jpg", COFFEE.rotate(180).convert("CMYK"), "IMAGE_MODE"),
+        ("x.png", Image.fromarray(np.asarray(CHELSEA.convert("L").rotate(90)).astype(np.uint16) * 256), "IMAGE_MODE"),
+        ("x.webp", lambda path: COFFEE.save(path, lossless=True), "IMAGE_DUPLICATE"),
+        ("x.jpg", lambda path: COFFEE.resize((300, 200)).save(path, quality=70), "IMAGE_NEAR_DUPLICATE"),
+        ("x.png", lambda path: path.write_bytes(_png_of(COFFEE)), "IMAGE_DUPLICATE"),
+    ],
+)
+def test_a_faulty_picture(found, name, picture, code):
+    codes, report = found({**CLEAN, name: picture}, [*CLEAN_ROWS, [name, "another"]])
+    if code == "IMAGE_CROP_LOSS":  # four to one is also next to the limit of the aspect
+        codes = [one for one in codes if one[0] != "IMAGE_ASPECT"]
+    assert codes == [(code, 4)], report.findings
+    assert CODES[code].level == report.findings[0].level
+
+
+def _png_of(picture: Image.Image) -> bytes:
+    import io
+
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def test_pictures_that_are_shown_may_repeat(found):
+    rows = [["coffee.png", "chelsea.png", "a"], ["rocket.png", "same.png", "b"]]
+    assert found({**CLEAN, "same.png": CHELSEA}, rows, ("image", "edit_image", "prompt"))[0] == []
+
+
+def test_near_pictures_are_all_found_and_no_others():
+    """Against comparing each with each."""
+    generator = np.random.default_rng(0)
+    hashes = [int(value) for value in generator.integers(0, 2**63, 300)]
+    hashes += [
+        value ^ (1 << int(bit)) ^ (1 << int(other))
+        for value in hashes[:60]
+        for bit, other in [generator.integers(0, 64, 2)]
+    ]
+    colours = [bytes(generator.integers(0, 256, 192, dtype=np.uint8)) for _ in range(300)]
+    colours += [
+        bytes(min(255, value + 5) for value in colours[index]) if index % 2 else colours[-1 - index]
+        for index in range(60)
+    ]
+    pictures = [
+        PictureFacts(str(index), 1, difference_hash=value, colours=colour)
+        for index, (value, colour) in enumerate(zip(hashes, colours, strict=True))
+    ]
+    expected: dict[str, tuple[str, int]] = {}
+    for one, other in combinations(pictures, 2):
+        bits = (one.difference_hash ^ other.difference_hash).bit_count()
+        apart = np.abs(np.frombuffer(one.colours, np.uint8).astype(int) - np.frombuffer(other.colours, np.uint8)).mean()
+        if bits <= 3 and apart <= 12:
+            expected.setdefault(other.path, (one.path, bits))
+    assert near_pictures(pictures, 3, 12.0) == expected
+    assert len(expected) == 30
+    assert near_pictures(pictures, -1, 12.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["a", "a", "b"], [("CAPTION_DUPLICATE", 1)]),
+        (["a", "a ", "a"], [("CAPTION_ALL_SAME", None)]),
+        (
+            ["a\x07b", "b\u200b", "fine\ttoo \U0001f468\u200d\U0001f469"],
+            [("CAPTION_CONTROL_CHARS", 1), ("CAPTION_CONTROL_CHARS", 2)],
+        ),
+        (["x" * 2048, "word " * 409, "\u732b" * 512], []),
+        (["x" * 2049, "y", "\u732b" * 513], [("CAPTION_TOO_LONG", 1), ("CAPTION_TOO_LONG", 3)]),
+        (["nan", "", "b"], [("CAPTION_NAN", 1), ("CAPTION_EMPTY", 2)]),
+    ],
+)
+def test_captions(found, captions, expected):
+    rows = [[name, caption] for name, caption in zip(CLEAN, captions, strict=True)]
+    assert found(CLEAN, rows, depth="metadata")[0] == expected
+
+
+def test_one_instruction_for_all_edits_is_no_fault(found):
+    rows = [["coffee.png", "chelsea.png", "make it night"], ["rocket.png", "chelsea.png", "make it night"]]
+    assert found(CLEAN, rows, ("image", "edit_image", "prompt"))[0] == [("CAPTION_DUPLICATE", 1)]
+
+
+def test_half_a_character_is_an_error(tmp_path):
+    (tmp_path / "metadata.json").write_text(json.dumps([{"image": "a.png", "prompt": "a \ud83d"}]))
+    report, _ = validate(tmp_path, Rules(), Wish("metadata"), SilentReporter())
+    (finding,) = report.findings
+    assert (finding.code, finding.level, report.exit_code) == ("CAPTION_CONTROL_CHARS", "error", 1)
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "flux", "flux2", "wan"])
+def test_tokens_are_counted_as_transformers_counts_them(tiny_families, monkeypatch, family):
+    from transformers import AutoTokenizer
+
+    from tests.loras import RECIPES
+
+    tiny = tiny_families(family)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny.base))
+    rule = rules_of_recipe(RECIPES[family], Thresholds()).captions
+    assert rule is not None and rule.tokenizer is not None
+    captions = [
+        "a cat",
+        "Don't  count\n\nthe   blanks: 12345 caf\u00e9 \u732b\u304c\u3044\u308b \U0001f600!",
+        "a" * 3000,
+        "",
+    ]
+    reference = AutoTokenizer.from_pretrained(rule.tokenizer)
+    if family == "flux2":
+        texts = [
+            reference.apply_chat_template(
+                [{"role": "user", "content": caption}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for caption in captions
+        ]
+    else:
+        texts = [rule.facts.template.format(rule.facts.clean(caption)) for caption in captions]
+    expected = [len(reference(text, verbose=False)["input_ids"]) - rule.facts.dropped for text in texts]
+    assert count_tokens(captions, rule) == (expected, True)
+
+
+def test_tokens_are_counted_from_pairs_as_well(tmp_path):
+    """The published Qwen-Image has no tokenizer.json."""
+    from transformers import Qwen2Tokenizer
+
+    from diffsynth_core.families.qwen_image.captions import TEXT
+    from diffsynth_core.validation.rules import CaptionRule
+    from tests.qwen_pairs import write_qwen_pairs
+
+    write_qwen_pairs(tmp_path)
+    captions = ["Don't  count\n\nthe   blanks: 12345 caf\u00e9 \u732b \U0001f600!", "the theme then"]
+    reference = Qwen2Tokenizer.from_pretrained(tmp_path)
+    expected = [len(reference(TEXT.template.format(text))["input_ids"]) - TEXT.dropped for text in captions]
+    assert count_tokens(captions, CaptionRule(TEXT, tmp_path)) == (expected, True)
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_an_estimate(tmp_path):
+    rule = rules_of_recipe("wan2.1-t2v-1.3b-lora", Thresholds()).captions
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert count_tokens(["four letters a token"], replace(rule, tokenizer=tmp_path)) == ([5], False)
+
+
+PAIRS = ("image", "controlnet_image", "mask", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"shown.png": CHELSEA.resize((300, 300))}, [("PAIR_ASPECT", 1)]),
+        ({"shown.png": COFFEE}, [("PAIR_IDENTICAL", 1)]),
+        ({"mask.png": Image.new("L", COFFEE.size)}, [("MASK_EMPTY", 1)]),
+        ({"mask.png": Image.new("L", COFFEE.size, 255)}, [("MASK_EMPTY", 1)]),
+        (
+            {"mask.png": COFFEE.convert("L").resize((300, 200)).point(lambda value: 255 * (value > 128))},
+            [("MASK_SIZE", 1)],
+        ),
+    ],
+)
+def test_pictures_that_belong_together(found, changes, expected):
+    mask = COFFEE.convert("L").point(lambda value: 255 * (value > 128))
+    pictures = {"coffee.png": COFFEE, "shown.png": COFFEE.convert("L").convert("RGB"), "mask.png": mask, **changes}
+    assert found(pictures, [["coffee.png", "shown.png", "mask.png", "a cup"]], PAIRS)[0] == expected
+
+
+def test_short_buckets_and_steps(found):
+    rules = replace(rules_of_recipe("qwen-image-lora", Thresholds()), batch_size=2, repeat=3, accumulation=2)
+    _, report = found(CLEAN, CLEAN_ROWS, rules=rules)
+    message = next(one.message for one in report.findings if one.code == "BUCKETS")
+    assert message == (
+        "3 training sizes: 1 of 592 x 400, 1 of 448 x 288, 1 of 640 x 416; 3 steps per epoch (batch size 2, 2 batches a "
+        "step, the data repeated 3 times), the last batch of 3 of 3 buckets is short"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "latents", "states"),
+    [
+        ("qwen-image-lora", 16 * 64 * 64, 10 * 3584),
+        ("flux.1-dev-lora", 16 * 64 * 64, 512 * 4096 + 768),
+        ("flux.2-klein-base-4b-lora", 128 * 32 * 32, 512 * 3 * 2560),
+        ("flux.2-klein-base-9b-lora", 128 * 32 * 32, 512 * 3 * 4096),
+        ("wan2.1-t2v-1.3b-lora", 16 * 60 * 104, 10 * 4096),
+        ("wan2.1-i2v-14b-480p-lora", 36 * 60 * 104, 10 * 4096 + 257 * 1280),
+    ],
+)
+def test_the_size_of_the_cache(tmp_path, found, recipe, latents, states):
+    """One picture of 512 x 512 (Wan: of 832 x 480) with a caption of ten tokens, as far as an estimate tells."""
+    rules = replace(rules_of_recipe(recipe, Thresholds(max_crop_loss=1.0)), cache=tmp_path / "not" / "there")
+    _, report = found({"a.png": CHELSEA.resize((512, 512))}, [["a.png", "x" * 40]], (rules.target, "prompt"), rules)
+    (finding,) = [one for one in report.findings if one.code == "CACHE_SIZE"]
+    from diffsynth_core.progress import format_bytes
+
+    assert f"about {format_bytes(latents * 4 + states * 2)} in" in finding.message
+
+
+def test_a_cache_without_room_is_a_warning(found, monkeypatch):
+    monkeypatch.setattr("diffsynth_core.validation.set_checks._free_bytes", lambda folder: 1000)
+    _, report = found(CLEAN, CLEAN_ROWS, rules=rules_of_recipe("qwen-image-lora", Thresholds()))
+    assert [one.level for one in report.findings if one.code == "CACHE_SIZE"] == ["warning"]
+
+
+def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    (inside / "real").mkdir(parents=True)
+    outside.mkdir()
+    COFFEE.save(outside / "coffee.png")
+    (inside / "linked").symlink_to(outside)
+    (inside / "coffee.png").symlink_to(outside / "coffee.png")
+    (inside / "metadata.csv").write_text("image,prompt\nlinked/coffee.png,a\ncoffee.png,b\n")
+    for depth in ("named", "paths", "files"):
+        report, examined = validate(inside, Rules(), Wish(depth, workers=1), SilentReporter())
+        assert [(one.code, one.row) for one in report.findings] == [("PATH_OUTSIDE", 1), ("PATH_OUTSIDE", 2)], depth
+        assert examined.pictures == {}
+    (inside / "metadata.csv").unlink()
+    (inside / "coffee.txt").write_text("a cup")
+    report, _ = validate(inside, Rules(), Wish(workers=1), SilentReporter())
+    assert [(one.code, one.path) for one in report.findings] == [("PATH_OUTSIDE", "coffee.png")]
+
+
+def test_every_code_is_found_by_something():
+    """What tells of videos is proved by the corpus of faults."""
+    sources = [path.read_text(encoding="utf-8") for path in VALIDATION.glob("*.py") if path.name != "findings.py"]
+    named = {code for text in sources for code in re.findall(r'"([A-Z][A-Z0-9_]+)"', text)}
+    assert {name for name, code in CODES.items() if code.subject != "video"} <= named
+
+
+def test_the_codes_are_those_of_the_documentation():
+    page = documents.checks_page()
+    assert re.findall(r"^\| `([A-Z0-9_]+)` ", page, re.MULTILINE) == sorted(CODES, key=_place)
+    assert (ROOT / "docs" / documents.PAGE).read_text(encoding="utf-8") == page
+
+
+def _place(code: str) -> tuple[int, int]:
+    from diffsynth_core.validation.findings import SUBJECTS
+
+    return list(SUBJECTS).index(CODES[code].subject), list(CODES).index(code)
