@@ -23,6 +23,8 @@ from diffsynth_core.errors import DiffSynthError
 
 FORMATS = "mov,matroska,avi,gif"
 """ffmpeg's names of the containers that are read; playlists, which open other files, and pictures are not."""
+FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
+"""What an output is made of: the first video stream that is no cover picture, no frame doubled or left out."""
 FRAME_DAMAGE = (
     b"concealing ",
     b"corrupt decoded frame",
@@ -38,31 +40,42 @@ CUT_OFF = (b"File ended prematurely", b"partial file", b"corrupt input packet")
 """What is said where a file ends within a packet."""
 DECODED, READ = b"decoder -> pts:", b"demuxer -> ist_index:"
 """What `-debug_ts` says once for each frame, and for each packet."""
-CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"encoder -> ", b"muxer <- ")
+ENCODED = b"encoder -> "
+"""What it says once for each frame of each output."""
+CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"muxer <- ")
 REORDERING = 16
 """So many frames at most are read before one that is shown before them (H.264, max_num_reorder_frames)."""
 KEPT_LINES = 500
 DISCARDED_BYTES = 1 << 20
 REASONS = (
-    ("matches no streams", "it has no video stream"),
-    ("Format not on whitelist", "it is no MP4, MOV, MKV, WebM, AVI or GIF"),
-    ("Error opening input: Invalid data", "it is no MP4, MOV, MKV, WebM, AVI or GIF, or its header is damaged"),
-    ("Error opening input: End of file", "it ends before its first frame"),
+    ("matches no streams", "it has no video stream", False),
+    ("Format not on whitelist", "it is no MP4, MOV, MKV, WebM, AVI or GIF", False),
+    ("misdetection possible", "it is no MP4, MOV, MKV, WebM, AVI or GIF", False),
+    ("moov atom not found", "it ends before the index that stands at its end", True),
+    ("Error opening input: Invalid data", "it is no MP4, MOV, MKV, WebM, AVI or GIF, or its header is damaged", False),
+    ("Error opening input: End of file", "it ends before its first frame", True),
 )
-"""(what ffmpeg says, what it means), the first that is found"""
+"""(what ffmpeg says of a file that it does not open, what it means, whether the file is cut off): the first that is
+found"""
+NOT_OPENED = "Error opening "
 
 
-def unreadable(path: Path, reason: str) -> DiffSynthError:
-    """The error for a video that cannot be used."""
-    if path.is_file() and path.stat().st_size == 0:
-        reason = "the file is empty"
-    return DiffSynthError(f"`{path}` cannot be read as a video: {reason}", "replace the file or take its row out")
+class UnreadableVideo(DiffSynthError):
+    """A video cannot be used: the `reason` in words, and whether it is `cut_off`."""
+
+    def __init__(self, path: Path, reason: str, cut_off: bool = False) -> None:
+        if path.is_file() and path.stat().st_size == 0:
+            reason, cut_off = "the file is empty", False
+        super().__init__(f"`{path}` cannot be read as a video: {reason}", "replace the file or take its row out")
+        self.reason = reason
+        self.cut_off = cut_off
 
 
 class Decoding:
     """An ffmpeg process that decodes the first video stream of `path` into a pipe; it is gone after the block.
 
-    `output` are ffmpeg's arguments behind the input: filters and format. With `threads`, the decoder has so many.
+    `output` are ffmpeg's arguments behind the input: filters and format, and those of further outputs. With `threads`,
+    the decoder has so many.
 
     Raises:
         DiffSynthError: when ffmpeg cannot be started.
@@ -78,7 +91,7 @@ class Decoding:
         reading = ["-format_whitelist", FORMATS, "-reinit_filter", "0"]
         if threads is not None:
             reading += ["-threads", str(threads)]
-        source = ["-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+        source = ["-i", f"file:{path}", *FRAMES_AS_THEY_ARE]
         self._arguments = [*before, *reading, *source, *output, "-"]
 
     def __enter__(self) -> Self:
@@ -125,6 +138,14 @@ class Decoding:
         found = mapped and re.search(rf"Stream #0:{mapped[1]}\b.*?(?=Stream #|Stream mapping:)", text, re.DOTALL)
         return found[0] if found else ""
 
+    def frame_times(self) -> tuple[float, ...]:
+        """Seconds at which the frames are shown, in the order of decoding; call `check` first."""
+        return tuple(self._log.frame_times)
+
+    def frames_beside(self, arrived: int) -> int:
+        """How many frames went into a second output, when `arrived` came through the pipe; call `check` first."""
+        return self._log.encoded - arrived
+
     def check(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
         """End the process and judge what came: `arrived` frames from `start` on, of `asked` or, with None, of all.
 
@@ -133,20 +154,20 @@ class Decoding:
                 the last frame asked for.
         """
         self._stop()
-        reason = self._log.refusal()
-        if reason:
-            raise unreadable(self._path, reason)
+        refusal = self._log.refusal()
+        if refusal:
+            raise UnreadableVideo(self._path, *refusal)
         complete = asked is not None and arrived >= asked
         needed = self._log.frames_needed(start + arrived if complete else None, frame_rate)
         if self._log.cut_off and needed > self._log.whole_frames():
-            raise unreadable(self._path, f"it is cut off after {self._log.whole_frames()} frames")
+            raise UnreadableVideo(self._path, f"it is cut off after {self._log.whole_frames()} frames", cut_off=True)
         damaged = self._log.first_damage(needed)
         if damaged is not None and self._threads == 1:
-            raise unreadable(self._path, f"it is damaged at frame {damaged}")
+            raise UnreadableVideo(self._path, f"it is damaged at frame {damaged}", self._log.cut_off)
         if damaged is not None:
             self._check_in_order(start, arrived, asked, frame_rate)
         if not self._log.frame_times:
-            raise unreadable(self._path, "it has no frames")
+            raise UnreadableVideo(self._path, "it has no frames")
 
     def _check_in_order(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
         """Judge once more with one thread: several tell of damage while they are frames ahead of what comes out."""
@@ -172,6 +193,8 @@ class _Log:
         self.frame_times: list[float] = []
         """Seconds at which the decoded frames are shown, in the order of decoding."""
         self.cut_off = False
+        self.encoded = 0
+        """Frames that went into all outputs together: a line that begins amid another does not tell of which it is."""
         self._packet_times: list[float] = []
         self._damaged_frame: int | None = None
         self._damaged_packet: int | None = None
@@ -183,6 +206,8 @@ class _Log:
                 self.frame_times.append(_seconds(line.partition(DECODED)[2]))
             elif READ in line:
                 self._packet_times.append(_seconds(line.partition(READ)[2]))
+            elif ENCODED in line:
+                self.encoded += 1
             elif not any(word in line for word in CHATTER):
                 self._take(line)
 
@@ -196,14 +221,16 @@ class _Log:
         if len(self.lines) < KEPT_LINES:
             self.lines.append(line.decode("utf-8", "replace").rstrip())
 
-    def refusal(self) -> str | None:
-        """Why ffmpeg did not open the file; None when it did."""
+    def refusal(self) -> tuple[str, bool] | None:
+        """Why ffmpeg did not open the file, and whether that is because it is cut off; None when it did."""
         text = "\n".join(self.lines)
-        for said, meant in REASONS:
+        if NOT_OPENED not in text:
+            return None
+        for said, meant, cut_off in REASONS:
             if said in text:
-                return meant
-        other = re.search(r"Error opening input: (.*)", text)
-        return other[1] if other else None
+                return meant, cut_off
+        other = re.search(rf"{NOT_OPENED}input: (.*)", text)
+        return (other[1], False) if other else None
 
     def frames_needed(self, end: int | None, frame_rate: float | None) -> float:
         """How many frames of the file it takes to make `end` of the rate asked for, as the filter `fps` rounds."""

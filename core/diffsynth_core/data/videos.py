@@ -7,6 +7,7 @@ colours stored under them.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsynth_core.data.decoding import Decoding, unreadable
+from diffsynth_core.data.decoding import FRAMES_AS_THEY_ARE, Decoding, UnreadableVideo
 
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 VIDEO_TRANSFORM = 1
@@ -24,6 +25,9 @@ SCALER = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
 """Without the flags behind the first, a video that keeps its size comes out darker by 1 to 2 of 255."""
 PLANES = (1, 2, 0)
 """Where ffmpeg's planes green, blue and red stand in RGB; it writes planes in 60 % of the time of pixels."""
+
+ONE_PIXEL = ("crop=1:1:0:0:exact=1", "format=gray")
+"""Filters for frames that are only counted."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class VideoHeader:
     frame_rate: float
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What decoding a video to its end tells.
+
+    `frames`: those of the file. `resampled`: those at the frame rate asked for; None: none was. `times`: seconds at
+    which the frames are shown, in the order of decoding.
+    """
+
+    frames: int
+    resampled: int | None
+    times: tuple[float, ...]
+
+
 def read_video_header(path: Path) -> VideoHeader:
     """Size, rotation and frame rate of a video; decodes its first frame.
 
@@ -51,7 +68,7 @@ def read_video_header(path: Path) -> VideoHeader:
         stream = decoding.description()
     size = re.search(r"^#dimensions 0: (\d+)x(\d+)$", table, re.MULTILINE)
     if size is None:
-        raise unreadable(path, "it tells no size")
+        raise UnreadableVideo(path, "it tells no size")
     aspect = re.search(r"^#sar 0: ([1-9]\d*)/([1-9]\d*)$", table, re.MULTILINE)
     width = round(int(size[1]) * (int(aspect[1]) / int(aspect[2]) if aspect else 1.0))
     angle = re.search(r"Display ?Matrix: rotation of (-?[\d.]+)", stream, re.IGNORECASE)
@@ -67,11 +84,35 @@ def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int
     Raises:
         DiffSynthError: when the file is no video, has no frames, or is cut off or damaged before the limit.
     """
-    filters = [*_timing(frame_rate, 0, limit), "crop=1:1:0:0:exact=1", "format=gray"]
-    with Decoding(path, ["-vf", ",".join(filters), "-f", "rawvideo"]) as decoding:
+    filters = ["-vf", ",".join([*_timing(frame_rate, 0, limit), *ONE_PIXEL])]
+    with Decoding(path, [*filters, "-f", "rawvideo"]) as decoding:
         frames = len(decoding.read_all())
         decoding.check(0, frames, limit, frame_rate)
     return frames
+
+
+def watch_video(path: Path, frame_rate: float | None, side: int, take: Callable[[NDArray[np.uint8]], None]) -> Watched:
+    """Decode a video once, to its end, and give each frame to `take`: `[side, side, 3]`, RGB, 0..255.
+
+    The frames are upright and squeezed into a square. `take` is given the same memory each time. With a `frame_rate`
+    it is counted besides how many frames come out at that rate.
+
+    Raises:
+        DiffSynthError: when the file is no video, has no frames, or is cut off or damaged.
+    """
+    output = ["-vf", f"scale={side}:{side}:flags=area,format=rgb24", "-f", "rawvideo"]
+    if frame_rate is not None:
+        counted = ",".join([*_timing(frame_rate, 0, None), *ONE_PIXEL])
+        output += ["-", *FRAMES_AS_THEY_ARE, "-vf", counted, "-f", "null"]
+    frame = np.empty((side, side, 3), np.uint8)
+    frames = 0
+    with Decoding(path, output) as decoding:
+        while decoding.read_into(frame):
+            frames += 1
+            take(frame)
+        decoding.check(0, frames, None, frame_rate)
+        resampled = None if frame_rate is None else decoding.frames_beside(frames)
+        return Watched(frames, resampled, decoding.frame_times())
 
 
 def load_clip(
@@ -95,7 +136,7 @@ def load_clip(
         decoding.check(start, arrived, frames, frame_rate)
     if arrived < frames:
         behind = f" from frame {start} on" if start else ""
-        raise unreadable(path, f"it ends early: {arrived} of {frames} frames{behind}")
+        raise UnreadableVideo(path, f"it ends early: {arrived} of {frames} frames{behind}")
     return planes.transpose(0, 2, 3, 1)
 
 

@@ -53,9 +53,9 @@ class VideoFacts:
     """A video. Sizes in pixels are those of the upright video; with a `fault` only what is known stands here.
 
     `frames`: those of the file. `resampled`: those after resampling to the frame rate that is trained at; None: it is
-    not resampled. `frame_rate`: mean frames per second. `variable_rate`: the times between frames differ.
-    `still`: no frame differs visibly from the first. `digest`: sha256 of the file. `thumbnail`: a JPEG of the first
-    frame, where it was asked for.
+    not resampled. `frame_rate`: mean frames per second. `spacing`: the shortest and the longest time from frame to
+    frame, in seconds; `variable_rate`: they differ by more than rounding. `still`: no frame differs visibly from the
+    first. `digest`: sha256 of the file. `thumbnail`: a JPEG of a frame from the middle, where it was asked for.
     """
 
     path: str
@@ -66,6 +66,7 @@ class VideoFacts:
     resampled: int | None = None
     frame_rate: float = 0.0
     variable_rate: bool = False
+    spacing: tuple[float, float] = (0.0, 0.0)
     rotated: bool = False
     still: bool = False
     digest: str = ""

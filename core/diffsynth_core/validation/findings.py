@@ -84,7 +84,11 @@ CODES: Mapping[str, Code] = {
     "VIDEO_TRUNCATED": Code("video", "error", "A video ends before its last frame"),
     "VIDEO_TOO_SHORT": Code("video", "warning", "A video has fewer frames than are asked for"),
     "VIDEO_FRAMES": Code("video", "info", "How many frames of a video are used, and how many are lost"),
-    "VIDEO_FPS": Code("video", "warning", "A video has another frame rate than the others, or than is trained at"),
+    "VIDEO_FPS": Code(
+        "video",
+        "warning",
+        "A video has another frame rate than the others, an odd one, or a lower one than is trained at",
+    ),
     "VIDEO_VARIABLE_RATE": Code("video", "warning", "The frames of a video do not follow one another evenly"),
     "VIDEO_STILL": Code("video", "warning", "Nothing moves in a video"),
     "VIDEO_ROTATED": Code("video", "info", "A video is turned upright as its metadata says"),

@@ -9,12 +9,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import Reporter
@@ -154,6 +157,15 @@ def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeo
 
 
 def _end(worker: _Worker) -> None:
+    """End a worker, and the decoder that it waits for: that one would go on alone."""
+    decoders = []
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(worker.process.pid)
+        process.suspend()  # it must not start another one now
+        decoders = process.children(recursive=True)
     worker.process.kill()
+    for decoder in decoders:
+        with suppress(psutil.NoSuchProcess):
+            decoder.kill()
     worker.process.join()
     worker.line.close()

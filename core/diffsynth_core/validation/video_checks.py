@@ -1,28 +1,64 @@
 """Codes VIDEO_…: pure functions from the facts of videos to findings. No torch.
 
-Every check of a set has one form: what has been examined -> findings. `check_videos` is in CHECKS of validate.py and
-goes through the checks of one video, in `VIDEO_CHECKS`; what needs all videos (VIDEO_FPS) takes them from
-`examined.videos`.
+`check_videos` goes through the checks of one video, in `VIDEO_CHECKS`; `check_rates`, which needs all videos, stands
+beside it in CHECKS of validate.py.
 """
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 
+from diffsynth_core.data.samples import RATE_SPREAD
+from diffsynth_core.progress import count_of
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import VideoFacts
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Rules
 
+FAULTS: Mapping[str, tuple[str, str]] = {
+    "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or take its row out"),
+    "VIDEO_TRUNCATED": ("is cut off", "fetch the file again or take its row out"),
+}
+"""Code of a fault -> what is said of the file, and the hint."""
+USUAL_RATES = (5.0, 61.0)
+"""Frames per second between which videos are filmed and shown; others are slow motion, slides, or a wrong header."""
+
 
 def check_videos(examined: Examined) -> Iterator[Finding]:
-    """All that is to be said of videos, told at the first row that names them."""
+    """All that is to be said of single videos, told at the first row that names them."""
     rows = examined.first_rows()
     for path, facts in examined.videos.items():
         if facts.fault:
-            what = f"`{path}` cannot be used: {facts.fault.reason}"
-            yield found(facts.fault.code, what, "replace the file or take its row out", row=rows[path], path=path)
+            what, hint = FAULTS[facts.fault.code]
+            yield found(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
             continue
         for check in VIDEO_CHECKS:
             yield from check(facts, rows[path], examined.rules)
+
+
+def check_rates(examined: Examined) -> Iterator[Finding]:
+    """VIDEO_FPS: rates unlike the others' where each frame counts as the next step in time, and odd ones anywhere."""
+    rows = examined.first_rows()
+    videos = [facts for facts in examined.videos.values() if facts.frame_rate]
+    frames = examined.rules.media.frames
+    trained_at = frames.frame_rate if frames else None
+    others = statistics.median_low([facts.frame_rate for facts in videos]) if videos else 0.0
+    for facts in videos:
+        told = _odd_rate(facts.frame_rate, trained_at, others)
+        if told:
+            what, hint = told
+            message = f"`{facts.path}` has {facts.frame_rate:g} frames per second{what}"
+            yield found("VIDEO_FPS", message, hint, row=rows[facts.path], path=facts.path)
+
+
+def _odd_rate(rate: float, trained_at: float | None, others: float) -> tuple[str, str] | None:
+    """What to say of a frame rate, and what to do; None: nothing."""
+    if trained_at and trained_at > RATE_SPREAD * rate:
+        return f", fewer than the {trained_at:g} that are trained at: frames are doubled", "give a lower `--frame_rate`"
+    if not trained_at and max(rate, others) > RATE_SPREAD * min(rate, others):
+        return f", most others have {others:g}", "train all at one speed with `--frame_rate`"
+    if not USUAL_RATES[0] <= rate <= USUAL_RATES[1]:
+        return ", which is unusual", "see whether it moves at its natural speed"
+    return None
 
 
 def _rotated(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -30,5 +66,58 @@ def _rotated(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
         yield found("VIDEO_ROTATED", f"`{facts.path}` is turned upright as its metadata says", row=row, path=facts.path)
 
 
-VIDEO_CHECKS: tuple[Callable[[VideoFacts, int, Rules], Iterator[Finding]], ...] = (_rotated,)
+def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    """Without a recipe no number is asked for, but one frame is no video."""
+    asked = rules.media.frames.num_frames if rules.media.frames else 2
+    available = _available(facts)
+    if available < asked:
+        what = f"`{facts.path}` has {count_of(available, 'frame')}, {asked} are asked for"
+        hint = f"replace it, or give `--num_frames {_used(available, rules)}`" if rules.media.frames else "replace it"
+        yield found("VIDEO_TOO_SHORT", what, hint, row=row, path=facts.path)
+
+
+def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    """VIDEO_FRAMES, where frames are lost."""
+    if rules.media.frames is None:
+        return
+    available = _available(facts)
+    used = _used(available, rules)
+    if used < available:
+        rate = "" if facts.resampled is None else f" at {rules.media.frames.frame_rate:g} per second"
+        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} are lost"
+        yield found("VIDEO_FRAMES", what, row=row, path=facts.path)
+
+
+def _variable(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    if facts.variable_rate:
+        shortest, longest = (f"{1000 * seconds:.0f}" for seconds in facts.spacing)
+        what = f"`{facts.path}`: from frame to frame it takes {shortest} to {longest} ms"
+        hint = "train at an even rate with `--frame_rate`"
+        if rules.media.frames is None or rules.media.frames.frame_rate is None:
+            yield found("VIDEO_VARIABLE_RATE", what, hint, row=row, path=facts.path)
+
+
+def _still(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    if facts.still:
+        what = f"in `{facts.path}` nothing moves"
+        yield found("VIDEO_STILL", what, "train on it as a picture, or take its row out", row=row, path=facts.path)
+
+
+def _available(facts: VideoFacts) -> int:
+    """How many frames training can take from a video."""
+    return facts.frames if facts.resampled is None else facts.resampled
+
+
+def _used(available: int, rules: Rules) -> int:
+    """How many of these frames are trained on."""
+    return rules.media.frames.length(available) if rules.media.frames else available
+
+
+VIDEO_CHECKS: tuple[Callable[[VideoFacts, int, Rules], Iterator[Finding]], ...] = (
+    _rotated,
+    _too_short,
+    _frames,
+    _variable,
+    _still,
+)
 """(facts, the first row that names the file, rules) -> findings"""

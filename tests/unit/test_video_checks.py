@@ -1,0 +1,246 @@
+"""What is found of videos: facts from real files, and the findings made of them."""
+
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from diffsynth_core.data.media import FrameRule, MediaRule
+from diffsynth_core.data.pictures import SizeRule
+from diffsynth_core.data.videos import count_frames
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation.examined import Examined, Record
+from diffsynth_core.validation.facts import Fault, VideoFacts
+from diffsynth_core.validation.inspect import Job, inspect_files
+from diffsynth_core.validation.rules import Rules, columns_of
+from diffsynth_core.validation.table import Table
+from diffsynth_core.validation.video_checks import check_rates, check_videos
+from diffsynth_core.validation.videos import examine_video, spacing
+from tests.clips import detailed, numbered, write_clip
+
+H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
+CODINGS = {
+    "clip.mp4": H264,
+    "index_first.mp4": (*H264, "-movflags", "+faststart"),
+    "clip.mkv": H264,
+    "clip.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"),
+    "clip.avi": ("-c:v", "mpeg4", "-q:v", "4"),
+    "clip.gif": (),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The folder of one sound file of every coding: 40 frames at 25 a second, 192 x 144."""
+    folder = tmp_path_factory.mktemp("sound")
+    for name, coding in CODINGS.items():
+        write_clip(folder / name, detailed(40, 144, 192), *coding)
+    return folder
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_a_sound_video_has_its_facts_and_no_fault(sound, name):
+    facts = examine_video(sound, name, None, None)
+    assert facts == VideoFacts(
+        name,
+        (sound / name).stat().st_size,
+        width=192,
+        height=144,
+        frames=40,
+        frame_rate=25,
+        spacing=facts.spacing,
+        digest=hashlib.sha256((sound / name).read_bytes()).hexdigest(),
+    )
+    assert facts.spacing == pytest.approx((0.04, 0.04), abs=0.0011)
+
+
+@pytest.mark.parametrize("rate", [8, 12.5, 24, 30, 60])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.mkv"])
+def test_frames_at_another_rate_are_counted_as_training_counts_them(sound, name, rate):
+    facts = examine_video(sound, name, rate, None)
+    assert (facts.frames, facts.resampled) == (40, count_frames(sound / name, rate, None))
+
+
+@pytest.mark.parametrize("name", CODINGS)
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_file_that_lacks_its_end_is_truncated(tmp_path, sound, name, share):
+    content = (sound / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+    fault = examine_video(tmp_path, name, None, None).fault
+    if name == "clip.gif":  # the last frame is half there, which the decoder takes for damage
+        assert (fault.code, fault.reason[:23]) == ("VIDEO_UNREADABLE", "it is damaged at frame ")
+    else:
+        assert fault.code == "VIDEO_TRUNCATED"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"once upon a time\n" * 50, "it is no MP4, MOV, MKV, WebM, AVI or GIF"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_what_is_no_video_is_unreadable(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "clip.mp4").write_bytes(content)
+    assert examine_video(tmp_path, "clip.mp4", None, None).fault == Fault("VIDEO_UNREADABLE", reason)
+
+
+def test_broken_bytes_in_the_middle_are_unreadable(tmp_path, sound):
+    content = bytearray((sound / "clip.mkv").read_bytes())
+    place = len(content) // 2
+    content[place : place + 400] = np.random.default_rng(0).bytes(400)
+    (tmp_path / "clip.mkv").write_bytes(content)
+    fault = examine_video(tmp_path, "clip.mkv", None, None).fault
+    assert fault.code == "VIDEO_UNREADABLE" and fault.reason.startswith("it is damaged at frame ")
+
+
+@pytest.mark.parametrize(
+    ("times", "variable"),
+    [
+        ([n / 30 for n in range(60)], False),
+        ([round(n / 30, 3) for n in range(60)], False),
+        ([round(n / 16, 2) for n in range(60)], False),
+        ([round(n / 120, 3) for n in range(60)], False),
+        ([n / 30 for n in range(60) if n != 40], True),
+        ([n / 24 + (n % 2) / 60 for n in range(60)], True),
+        ([n / 30 if n < 30 else 1 + (n - 30) / 15 for n in range(60)], True),
+        ([0.0], False),
+        ([], False),
+    ],
+    ids=["even", "milliseconds", "hundredths", "fast", "one lost", "uneven", "slower", "one", "none"],
+)
+def test_rounded_times_are_even_and_lost_frames_are_not(times, variable):
+    assert spacing(tuple(times))[2] is variable
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_variable_rate_is_seen(tmp_path, ending):
+    uneven = ("-vf", "setpts='N+floor(N/2)'", "-fps_mode", "passthrough")
+    write_clip(tmp_path / f"clip.{ending}", detailed(20, 96, 128), *uneven, *H264)
+    facts = examine_video(tmp_path, f"clip.{ending}", None, None)
+    assert (facts.variable_rate, facts.frames) == (True, 20)
+    assert facts.spacing == pytest.approx((0.04, 0.08), abs=0.001)
+
+
+@pytest.mark.parametrize("quality", [18, 40])
+@pytest.mark.parametrize("noise", [0, 6])
+def test_nothing_moves_whatever_noise_and_coding_do(tmp_path, noise, quality):
+    still = np.repeat(detailed(1, 288, 384), 30, axis=0).astype(np.int16)
+    noisy = still + np.random.default_rng(0).normal(0, noise, still.shape) if noise else still
+    write_clip(tmp_path / "clip.mp4", noisy.clip(0, 255).astype(np.uint8), *H264, "-crf", str(quality), "-g", "10")
+    assert examine_video(tmp_path, "clip.mp4", None, None).still
+
+
+def test_a_small_thing_that_moves_is_seen(tmp_path):
+    frames = np.repeat(detailed(1, 288, 384), 30, axis=0)
+    for number, frame in enumerate(frames):
+        frame[200:216, 20 + 4 * number : 36 + 4 * number] = (230, 40, 40)
+    write_clip(tmp_path / "clip.mp4", frames, *H264, "-crf", "32")
+    assert not examine_video(tmp_path, "clip.mp4", None, None).still
+
+
+def test_one_frame_is_not_called_still(tmp_path):
+    write_clip(tmp_path / "clip.mp4", detailed(1, 96, 128), *H264)
+    facts = examine_video(tmp_path, "clip.mp4", None, None)
+    assert (facts.frames, facts.still) == (1, False)
+
+
+def test_a_rotated_video_is_upright_with_its_thumbnail(tmp_path):
+    frames = np.rot90(detailed(6, 96, 128), 1, (1, 2))
+    write_clip(tmp_path / "clip.mov", frames, *H264, before=("-noautorotate", "-display_rotation:v", "-90"))
+    facts = examine_video(tmp_path, "clip.mov", None, 100)
+    assert (facts.rotated, facts.width, facts.height) == (True, 128, 96)
+    assert Image.open(io.BytesIO(facts.thumbnail)).size == (100, 75)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 31, 32, 33, 62])
+def test_the_thumbnail_shows_the_middle(tmp_path, frames):
+    write_clip(tmp_path / "clip.mkv", numbered(frames))
+    facts = examine_video(tmp_path, "clip.mkv", None, 64)
+    picture = Image.open(io.BytesIO(facts.thumbnail))
+    assert picture.size == (64, 48)
+    shown = picture.convert("L").getpixel((32, 24)) / 4
+    assert abs(shown - frames // 2) < 3
+
+
+RECIPE = MediaRule(SizeRule(None, None, 10**6, 16), FrameRule(81, 4, None, "first", 0))
+AT_16 = replace(RECIPE, frames=replace(RECIPE.frames, frame_rate=16.0))
+
+
+def findings(media: MediaRule | None, *videos: VideoFacts) -> list[tuple[str, int | None, str, str | None]]:
+    """Code, row, message and hint of all that is said of these videos."""
+    rules = Rules(target="video", media=media) if media else Rules(target="video")
+    columns = columns_of(rules, ("video", "prompt"))
+    records = tuple(Record(row, "x", {"video": (facts.path,)}) for row, facts in enumerate(videos, start=1))
+    table = Table("metadata.csv", Path(), ("video", "prompt"), {})
+    examined = Examined(table, columns, records, rules, videos={facts.path: facts for facts in videos})
+    return [
+        (one.code, one.row, one.message, one.hint) for check in (check_videos, check_rates) for one in check(examined)
+    ]
+
+
+def video(name: str = "a.mp4", **facts) -> VideoFacts:
+    return VideoFacts(name, 9, **{"width": 64, "height": 64, "frames": 81, "frame_rate": 16.0, **facts})
+
+
+@pytest.mark.parametrize("media", [None, RECIPE, AT_16])
+def test_nothing_is_said_of_a_sound_video(media):
+    assert findings(media, video(resampled=81 if media is AT_16 else None)) == []
+
+
+@pytest.mark.parametrize(
+    ("media", "facts", "code", "message", "hint"),
+    [
+        (None, {"fault": Fault("VIDEO_TRUNCATED", "it ends")}, "VIDEO_TRUNCATED", "`a.mp4` is cut off: it ends",
+         "fetch the file again or take its row out"),
+        (RECIPE, {"frames": 18}, "VIDEO_TOO_SHORT", "`a.mp4` has 18 frames, 81 are asked for",
+         "replace it, or give `--num_frames 17`"),
+        (None, {"frames": 1}, "VIDEO_TOO_SHORT", "`a.mp4` has 1 frame, 2 are asked for", "replace it"),
+        (RECIPE, {"frames": 200}, "VIDEO_FRAMES", "`a.mp4`: 81 of 200 frames are used, 119 are lost", None),
+        (AT_16, {"frames": 160, "resampled": 85, "frame_rate": 30.0}, "VIDEO_FRAMES",
+         "`a.mp4`: 81 of 85 frames at 16 per second are used, 4 are lost", None),
+        (AT_16, {"resampled": 90, "frame_rate": 12.0}, "VIDEO_FPS",
+         "`a.mp4` has 12 frames per second, fewer than the 16 that are trained at: frames are doubled",
+         "give a lower `--frame_rate`"),
+        (None, {"frame_rate": 240.0}, "VIDEO_FPS", "`a.mp4` has 240 frames per second, which is unusual",
+         "see whether it moves at its natural speed"),
+        (RECIPE, {"variable_rate": True, "spacing": (0.0167, 0.1)}, "VIDEO_VARIABLE_RATE",
+         "`a.mp4`: from frame to frame it takes 17 to 100 ms", "train at an even rate with `--frame_rate`"),
+        (None, {"still": True}, "VIDEO_STILL", "in `a.mp4` nothing moves",
+         "train on it as a picture, or take its row out"),
+        (None, {"rotated": True}, "VIDEO_ROTATED", "`a.mp4` is turned upright as its metadata says", None),
+    ],
+)  # fmt: skip
+def test_each_fact_is_told(media, facts, code, message, hint):
+    assert (code, 1, message, hint) in findings(media, video(**facts))
+
+
+def test_a_rate_unlike_the_others_is_told_where_the_frames_count_as_they_are():
+    clips = [video("a.mp4"), video("b.mp4", frame_rate=16.7), video("c.mp4", frame_rate=30.0, resampled=81)]
+    said = [("VIDEO_FPS", 3, "`c.mp4` has 30 frames per second, most others have 16.7",
+             "train all at one speed with `--frame_rate`")]  # fmt: skip
+    assert findings(RECIPE, *clips) == said
+    assert findings(AT_16, *(replace(clip, resampled=81) for clip in clips)) == []
+
+
+def test_an_even_rate_is_trained_at_whatever_the_times_in_the_file_are():
+    assert findings(AT_16, video(variable_rate=True, spacing=(0.01, 0.1), resampled=81)) == []
+
+
+def test_no_decoder_is_left_when_a_worker_is_given_up(tmp_path, monkeypatch):
+    marker = "3600.25"
+    decoder = tmp_path / "decoder"
+    decoder.write_text(f"#!/bin/sh\nexec sleep {marker}\n")
+    decoder.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(decoder))
+    (tmp_path / "clip.mp4").write_text("x")
+    facts = inspect_files(Job(tmp_path), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
+    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "it took more than 1.5 seconds")
+    assert not [process for process in psutil.process_iter(["cmdline"]) if marker in (process.info["cmdline"] or [])]
