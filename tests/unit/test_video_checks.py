@@ -20,7 +20,7 @@ from diffsynth_core.validation.inspect import Job, inspect_files
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.table import Table
 from diffsynth_core.validation.video_checks import check_rates, check_videos
-from diffsynth_core.validation.videos import examine_video, spacing
+from diffsynth_core.validation.videos import examine_video, mean_rate, spacing
 from tests.clips import detailed, numbered, write_clip
 
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
@@ -118,6 +118,20 @@ def test_broken_bytes_in_the_middle_are_unreadable(tmp_path, sound):
 )
 def test_rounded_times_are_even_and_lost_frames_are_not(times, variable):
     assert spacing(tuple(times))[2] is variable
+
+
+@pytest.mark.parametrize(
+    ("claimed", "times", "rate"),
+    [
+        (29.97, [round(n / 29.97, 3) for n in range(9)], 29.97),
+        (16.0, [round(n / 16, 2) for n in range(9)], 16.0),
+        (64.0, [n / 16 for n in range(9)], 16.0),
+        (1000.0, [n / 29.97 for n in range(9)], 29.97),
+        (25.0, [0.0], 25.0),
+    ],
+)
+def test_a_header_that_lies_about_the_rate_is_not_believed(claimed, times, rate):
+    assert mean_rate(claimed, tuple(times)) == rate
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])

@@ -6,7 +6,9 @@ fault, and another worker goes on.
 
 import multiprocessing
 import os
+import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -56,11 +58,13 @@ UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
 
 def work(job: Job, line: Connection) -> None:
     """A worker's life: it says that it is there, then takes a file in and gives its facts out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    warnings.simplefilter("ignore")  # what decoders think of a file is not for the terminal
     line.send(None)
     while True:
         try:
             name, kind = line.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         line.send(EXAMINERS[kind](job, name))
 

@@ -45,7 +45,8 @@ def read_records(table: Table, columns: Columns) -> tuple[tuple[Record, ...], li
             names = _names(cells.get(column), row, column, columns, findings)
             if names:
                 files[column] = names
-        caption = _caption(cells.get(columns.text), row, columns.text, findings) if has_text else None
+        unread = table.beside and columns.text not in cells  # the text file has been found missing or unreadable
+        caption = _caption(cells.get(columns.text), row, columns.text, findings) if has_text and not unread else None
         records.append(Record(row, caption, files))
     return tuple(records), findings
 

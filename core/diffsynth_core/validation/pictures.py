@@ -156,8 +156,17 @@ def _fault(error: Exception, data: bytes, picture_format: str) -> Fault:
     end = END_MARKS.get(picture_format)
     lacks_end = end is not None and end not in data[-END_BYTES:]
     reason = str(error)
-    if lacks_end or "truncated" in reason.lower():
+    if lacks_end or len(data) < _claimed_bytes(data) or "truncated" in reason.lower():
         return Fault("IMAGE_TRUNCATED", "it ends before its last pixel")
     if isinstance(error, UnidentifiedImageError):
         return Fault("IMAGE_UNREADABLE", "it is no picture of a known format")
     return Fault("IMAGE_UNREADABLE", reason)
+
+
+def _claimed_bytes(data: bytes) -> int:
+    """How long a file is at least by its own header, where Pillow does not even open it for want of its end."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return 8 + int.from_bytes(data[4:8], "little")
+    if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF often has the list of what it holds at its end
+        return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 1
+    return 0

@@ -30,6 +30,8 @@ UNEVEN = 0.3
 """By what share of the median the time between two frames differs in a video of variable rate."""
 TICK_SECONDS = 0.0101
 """Times are rounded: the clock of a GIF ticks in hundredths of a second, those of other formats faster."""
+RATE_SLACK = 0.02
+"""By what share a mean frame rate may be off for the rounding of times."""
 KEPT_FRAMES = 32
 
 
@@ -61,7 +63,7 @@ def _facts(path: Path, known: VideoFacts, frame_rate: float | None, thumbnails: 
         height=header.height,
         frames=watched.frames,
         resampled=watched.resampled,
-        frame_rate=header.frame_rate,
+        frame_rate=mean_rate(header.frame_rate, watched.times),
         variable_rate=variable,
         spacing=(shortest, longest),
         rotated=header.rotated,
@@ -78,6 +80,15 @@ def spacing(times: tuple[float, ...]) -> tuple[float, float, bool]:
     usual = statistics.median(between)
     allowed = max(UNEVEN * usual, TICK_SECONDS)
     return min(between), max(between), max(usual - min(between), max(between) - usual) > allowed
+
+
+def mean_rate(claimed: float, times: tuple[float, ...]) -> float:
+    """Frames per second: what the header says, unless the times of the frames say otherwise."""
+    between = max(times) - min(times)
+    if not between:
+        return claimed
+    measured = (len(times) - 1) / between
+    return claimed if abs(claimed - measured) < RATE_SLACK * measured else round(measured, 2)
 
 
 class _Watch:

@@ -1,0 +1,216 @@
+"""Precision and recall of the dataset checks: nothing on a clean set, exactly what was planted on a faulty one."""
+
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation import validate as validation
+from diffsynth_core.validation.findings import CODES
+from diffsynth_core.validation.inspect import EXAMINERS, Job
+from diffsynth_core.validation.recipe_rules import rules_of_recipe
+from diffsynth_core.validation.rules import Rules, Thresholds
+from diffsynth_core.validation.validate import Wish, validate
+from tests import faults_of_files, faults_of_rows
+from tests.faults_of_files import Expected, Plant
+from tests.validation_corpus import CLIPS, PICTURES, Draft, add_clips, add_pictures
+
+ALWAYS = {"BUCKETS", "CACHE_SIZE"}
+"""What is told of every set."""
+GENERAL = {**faults_of_files.PICTURES, **faults_of_rows.CAPTIONS, **faults_of_rows.PATHS, **faults_of_rows.ROWS}
+ONLY_ALONE = {"an animated GIF": faults_of_files.picture("IMAGE_ANIMATED", "moves.gif", faults_of_files.animated)}
+"""Where videos are trained on, a GIF is one."""
+WAN, EDIT = "wan2.1-t2v-1.3b-lora", "qwen-image-edit-lora"
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Look into files here: starting workers takes longer than a small set."""
+
+    def inspect_files(job: Job, files, workers, timeout, reporter):
+        return {name: EXAMINERS[kind](job, name) for name, kind in files.items()}
+
+    monkeypatch.setattr(validation, "inspect_files", inspect_files)
+
+
+def found_in(folder: Path, recipe: str | None = None) -> Expected:
+    """What is found in a dataset, but for what is told of every set."""
+    rules = rules_of_recipe(recipe, Thresholds()) if recipe else Rules()
+    report, _ = validate(folder, rules, Wish(), SilentReporter())
+    findings = [one for one in report.findings if one.code not in ALWAYS or one.level != "info"]
+    places = [(one.code, one.row, one.path) for one in findings]
+    assert len(set(places)) == len(places), "something is told twice"
+    assert report.exit_code == any(one.level == "error" for one in findings)
+    return set(places)
+
+
+def three_pictures(folder: Path) -> Draft:
+    """A draft of three sound rows."""
+    folder.mkdir()
+    draft = Draft(folder)
+    for _ in range(3):
+        draft.sound_row()
+    return draft
+
+
+def with_column(folder: Path, column: str) -> Draft:
+    """A draft of three sound rows with a further picture of the same size in `column`; a mask has a dark half."""
+    draft = three_pictures(folder)
+    for number, row in enumerate(draft.rows, start=1):
+        assert isinstance(row, dict)
+        row[column] = f"{column}_{number}.png"
+        with Image.open(folder / row["image"]) as one:
+            other = Image.linear_gradient("L").resize(one.size) if column == "mask" else ImageOps.invert(one)
+            other.save(folder / row[column])
+    return draft
+
+
+@pytest.fixture(scope="module")
+def two_clips(tmp_path_factory) -> Path:
+    """The folder of two sound clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    add_clips(Draft(folder, "video"), 2)
+    return folder
+
+
+def copied(clips: Path, folder: Path) -> Draft:
+    """A draft of two sound clips."""
+    shutil.copytree(clips, folder)
+    draft = Draft(folder, "video", numbers=count(2))
+    for path in sorted(folder.iterdir()):
+        draft.row(path.name)
+    return draft
+
+
+def cases(plants: Mapping[str, Plant]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("plant", plants.values(), ids=list(plants))
+
+
+@cases({**GENERAL, **ONLY_ALONE, **faults_of_rows.HARMLESS})
+def test_a_fault_among_pictures_is_found_and_nothing_else(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_pictures(tmp_path / "set")
+    expected = plant(draft)
+    draft.write()
+    assert found_in(draft.folder) == expected
+
+
+@cases(faults_of_rows.OBJECTS)
+def test_a_fault_of_a_metadata_jsonl(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_pictures(tmp_path / "set")
+    expected = plant(draft)
+    draft.sound_row()
+    draft.write("jsonl")
+    assert found_in(draft.folder) == expected
+
+
+def test_all_faults_of_a_metadata_jsonl(tmp_path, in_this_process) -> None:
+    draft = three_pictures(tmp_path / "set")
+    expected = [plant(draft) for plant in faults_of_rows.OBJECTS.values()]
+    draft.write("jsonl")
+    assert found_in(draft.folder) == set().union(*expected)
+
+
+@cases(faults_of_rows.BESIDE)
+def test_a_fault_of_captions_beside_pictures(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_pictures(tmp_path / "set")
+    expected = plant(draft)
+    assert found_in(draft.folder) == expected
+
+
+@cases(faults_of_rows.WHOLE)
+def test_a_fault_of_the_whole_metadata(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_pictures(tmp_path / "set")
+    expected = plant(draft)
+    unused = {("FILE_UNREFERENCED", None, row["image"]) for row in draft.rows if isinstance(row, dict)}
+    assert found_in(draft.folder) - unused == expected
+
+
+def test_nothing_is_said_of_what_a_spreadsheet_writes(tmp_path, in_this_process) -> None:
+    draft = three_pictures(tmp_path / "set")
+    draft.write().write_text(draft.text().replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert found_in(draft.folder) == set()
+
+
+OF_COLUMNS = [
+    ("edit_image", None, faults_of_files.EDITS),
+    ("edit_image", EDIT, faults_of_files.EDITS | faults_of_files.EDITS_OF_A_RECIPE),
+    ("controlnet_image", None, faults_of_files.OVERLAYS),
+    ("mask", None, faults_of_files.MASKS),
+]
+
+
+@pytest.mark.parametrize(
+    ("column", "recipe", "plant"),
+    [
+        pytest.param(column, recipe, plant, id=f"{name}, {recipe}")
+        for column, recipe, plants in OF_COLUMNS
+        for name, plant in plants.items()
+    ],
+)
+def test_a_fault_of_pictures_that_belong_together(tmp_path, in_this_process, column, recipe, plant: Plant) -> None:
+    draft = with_column(tmp_path / "set", column)
+    expected = plant(draft)
+    draft.write()
+    assert found_in(draft.folder, recipe) == expected
+
+
+@pytest.mark.parametrize(("column", "recipe", "plants"), OF_COLUMNS)
+def test_all_faults_of_pictures_that_belong_together(tmp_path, in_this_process, column, recipe, plants) -> None:
+    draft = with_column(tmp_path / "set", column)
+    draft.write()
+    assert found_in(draft.folder, recipe) == set()
+    expected = set().union(*(plant(draft) for plant in plants.values()))
+    draft.write()
+    assert found_in(draft.folder, recipe) == expected
+
+
+@cases(faults_of_files.VIDEOS)
+def test_a_fault_among_clips(tmp_path, in_this_process, two_clips, plant: Plant) -> None:
+    draft = copied(two_clips, tmp_path / "set")
+    expected = plant(draft)
+    draft.write()
+    assert found_in(draft.folder) == expected
+
+
+def test_of_clean_clips_for_a_recipe_the_sizes_are_told(tmp_path, in_this_process, two_clips) -> None:
+    draft = copied(two_clips, tmp_path / "set")
+    draft.write()
+    report, _ = validate(draft.folder, rules_of_recipe(WAN, Thresholds()), Wish(), SilentReporter())
+    assert report.summary.codes == dict.fromkeys(sorted(ALWAYS), 1)
+
+
+@cases(faults_of_files.CLIPS_OF_A_RECIPE)
+def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, plant: Plant) -> None:
+    draft = copied(two_clips, tmp_path / "set")
+    expected = plant(draft)
+    draft.write()
+    assert found_in(draft.folder, WAN) == expected
+
+
+def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path) -> None:
+    """Told apart by row and path, the faults of one row do not hide one another. What they do to others: the median of
+    the frame rates stays that of the clean clips."""
+    draft = Draft(tmp_path / "set", "video")
+    draft.folder.mkdir()
+    add_pictures(draft, PICTURES)
+    add_clips(draft, CLIPS)
+    draft.write()
+    assert found_in(draft.folder) == set()
+    mixed = GENERAL | faults_of_files.VIDEOS | faults_of_rows.HARMLESS
+    expected = [plant(draft) for plant in mixed.values()]
+    draft.write()
+    assert found_in(draft.folder) == set().union(*expected)
+
+
+def test_every_code_has_a_fault_and_there_are_enough() -> None:
+    modules = (faults_of_files, faults_of_rows)
+    every = {name: one for module in modules for name, one in vars(module).items() if name.isupper()}
+    tables = [one for name, one in every.items() if isinstance(one, dict) and name != "HARMLESS"]
+    names = [name for table in tables for name in table]
+    assert len(names) == len(set(names)) >= 60
+    text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
+    assert [code for code in CODES if f'"{code}"' not in text and code not in ALWAYS] == []

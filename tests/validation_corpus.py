@@ -1,0 +1,160 @@
+"""Datasets without a fault, into which tests plant faults: photographs and moving clips with captions, no download."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.clips import write_clip
+
+PICTURES, CLIPS = 200, 20
+SOURCES = ("astronaut", "coffee", "chelsea", "rocket", "stereo_motorcycle", "retina", "immunohistochemistry", "camera")
+SIZES = ((192, 128), (128, 192), (160, 160), (224, 128), (144, 192), (256, 160))
+"""(width, height) in pixels, multiples of 16 as the training sizes of all families are."""
+ENDINGS = (".jpg", ".png", ".webp", ".jpg", ".jpeg", ".bmp", ".png", ".tif")
+FRAMES, FRAME_RATE = 81, 16
+"""What Wan is trained on."""
+H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
+VP9 = ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8")
+CONTAINERS = ((".mp4", H264), (".mkv", H264), (".mov", H264), (".mp4", H264), (".webm", VP9))
+
+
+@cache
+def sources() -> tuple[Image.Image, ...]:
+    """The photographs that the pictures of the corpus are cut from."""
+    import skimage.data
+
+    arrays = [getattr(skimage.data, name)() for name in SOURCES]
+    return tuple(Image.fromarray(array[0] if isinstance(array, tuple) else array).convert("RGB") for array in arrays)
+
+
+def photograph(number: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """The picture of a number: each is another part of another photograph, turned another way."""
+    chance = np.random.default_rng(number)
+    source = sources()[number % len(SOURCES)]
+    width, height = size or SIZES[number % len(SIZES)]
+    scale = chance.uniform(0.3, 0.6) * min(source.width / width, source.height / height)
+    part = (width * scale, height * scale)
+    left, top = chance.uniform(0, source.width - part[0]), chance.uniform(0, source.height - part[1])
+    cut = source.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + part[0], top + part[1]))
+    turned = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else cut
+    return turned.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if chance.random() < 0.5 else turned
+
+
+def frames_of(number: int, frames: int = FRAMES, size: tuple[int, int] = (160, 96)) -> np.ndarray:
+    """Frames `[F, H, W, 3]`: the camera goes over a photograph."""
+    width, height = size
+    steps = np.arange(frames)
+    picture = np.asarray(photograph(1000 + number, (width + frames, height + frames // 2)))
+    return np.stack([picture[step // 2 : step // 2 + height, step : step + width] for step in steps])
+
+
+def caption(number: int) -> str:
+    """A caption that no other number has."""
+    place = ("on the left", "in the middle", "on the right", "far away")[number % 4]
+    return f"a detail of the {SOURCES[number % len(SOURCES)].replace('_', ' ')} photograph, {place}, part {number}"
+
+
+@dataclass
+class Draft:
+    """A dataset in the making: files are written at once, the rows by `write`.
+
+    `rows`: cells by column, or a line as it is to stand in the metadata. `target`: the column of what is trained on.
+    """
+
+    folder: Path
+    target: str = "image"
+    rows: list[dict[str, Any] | str] = field(default_factory=list)
+    more_columns: list[str] = field(default_factory=list)
+    numbers: Any = field(default_factory=count)
+
+    def photograph(self, size: tuple[int, int] | None = None) -> Image.Image:
+        """A picture that is nowhere else in the set."""
+        return photograph(next(self.numbers), size)
+
+    def frames(self, frames: int = FRAMES) -> np.ndarray:
+        """Frames `[F, H, W, 3]` of a clip that is nowhere else in the set."""
+        return frames_of(next(self.numbers), frames)
+
+    def row(self, cell: Any, text: Any = None, **others: Any) -> int:
+        """Add a row that names `cell` as what is trained on; without a text it has a caption of its own."""
+        number = len(self.rows) + 1
+        self.rows.append({self.target: cell, "prompt": caption(number) if text is None else text, **others})
+        return number
+
+    def line(self, text: str) -> int:
+        """Add a line as it is."""
+        self.rows.append(text)
+        return len(self.rows)
+
+    def sound_row(self, text: Any = None, **others: Any) -> tuple[int, str]:
+        """Add a row with a sound picture of its own; its number, and the path of the picture."""
+        name = f"sound_{len(self.rows) + 1}.png"
+        self.photograph().save(self.folder / name)
+        return self.row(name, text, **others), name
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the metadata."""
+        of_rows = [name for row in self.rows if isinstance(row, dict) for name in row]
+        return list(dict.fromkeys([self.target, "prompt", *of_rows, *self.more_columns]))
+
+    def write(self, form: str = "csv") -> Path:
+        """Write the metadata; its path."""
+        path = self.folder / f"metadata.{form}"
+        path.write_text(self.text(form), encoding="utf-8", newline="")
+        return path
+
+    def text(self, form: str = "csv") -> str:
+        """The metadata as it is written."""
+        if form == "json":
+            return json.dumps(self.rows)
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, self.columns)
+        if form == "csv":
+            writer.writeheader()
+        for row in self.rows:
+            if isinstance(row, str):
+                stream.write(f"{row}\n")
+            elif form == "csv":
+                writer.writerow(row)
+            else:
+                stream.write(json.dumps(row) + "\n")
+        return stream.getvalue()
+
+    def write_beside(self) -> None:
+        """Write the captions into text files beside the pictures instead."""
+        for row in self.rows:
+            assert isinstance(row, dict)
+            (self.folder / row[self.target]).with_suffix(".txt").write_text(row["prompt"], encoding="utf-8")
+
+
+def add_pictures(draft: Draft, number: int) -> None:
+    """Rows with sound pictures of many sizes, endings and harmless oddities, in folders."""
+    for place in range(number):
+        folder = f"part {place // 50 + 1}"
+        (draft.folder / folder).mkdir(exist_ok=True)
+        name = f"{folder}/{'photo' if place % 7 else 'Löwe'} {place:03}{ENDINGS[place % len(ENDINGS)]}"
+        picture = draft.photograph()
+        if place % 16 == 9:
+            picture = picture.convert("L")
+        elif place % 16 == 6:
+            picture.putalpha(255)
+        picture.save(draft.folder / name)
+        draft.row(name)
+
+
+def add_clips(draft: Draft, number: int, containers: int = len(CONTAINERS)) -> None:
+    """Rows with sound clips."""
+    for place in range(number):
+        ending, coding = CONTAINERS[place % containers]
+        name = f"clip_{place:02}{ending}"
+        write_clip(draft.folder / name, draft.frames(), *coding, rate=FRAME_RATE)
+        draft.row(name)
