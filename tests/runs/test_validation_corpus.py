@@ -191,7 +191,7 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
     assert found_in(draft.folder, WAN) == expected
 
 
-def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path) -> None:
+def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path, capfd) -> None:
     """Told apart by row and path, the faults of one row do not hide one another. What they do to others: the median of
     the frame rates stays that of the clean clips."""
     draft = Draft(tmp_path / "set", "video")
@@ -204,6 +204,7 @@ def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path)
     expected = [plant(draft) for plant in mixed.values()]
     draft.write()
     assert found_in(draft.folder) == set().union(*expected)
+    assert capfd.readouterr() == ("", ""), "what decoders think of faulty files is not for the terminal"
 
 
 def test_every_code_has_a_fault_and_there_are_enough() -> None:

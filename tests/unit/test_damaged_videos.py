@@ -72,6 +72,12 @@ def test_a_playlist_opens_no_other_file(tmp_path, sound):
     assert reasons(tmp_path / "clip.mp4") == {NO_VIDEO}
 
 
+def test_an_mp4_without_the_index_at_its_end_is_told(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", detailed(20, 96, 128), "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert reasons(path) == {"it ends before the index that stands at its end"}
+
+
 def test_an_empty_file_is_told(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     assert reasons(tmp_path / "clip.mp4") == {"the file is empty"}

@@ -2,6 +2,11 @@
 
 import hashlib
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,13 +253,40 @@ def test_an_even_rate_is_trained_at_whatever_the_times_in_the_file_are():
     assert findings(AT_16, video(variable_rate=True, spacing=(0.01, 0.1), resampled=81)) == []
 
 
-def test_no_decoder_is_left_when_a_worker_is_given_up(tmp_path, monkeypatch):
-    marker = "3600.25"
+MARK = f"3600.{os.getpid()}"
+
+
+@pytest.fixture
+def hanging(tmp_path, monkeypatch) -> Path:
+    """The folder of a video, and a decoder that never comes to its end."""
     decoder = tmp_path / "decoder"
-    decoder.write_text(f"#!/bin/sh\nexec sleep {marker}\n")
+    decoder.write_text(f"#!/bin/sh\nexec sleep {MARK}\n")
     decoder.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(decoder))
-    (tmp_path / "clip.mp4").write_text("x")
-    facts = inspect_files(Job(tmp_path), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
-    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "it took more than 1.5 seconds")
-    assert not [process for process in psutil.process_iter(["cmdline"]) if marker in (process.info["cmdline"] or [])]
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "clip.mp4").write_text("x")
+    return tmp_path / "clips"
+
+
+def decoders() -> list[psutil.Process]:
+    """The hanging decoders that run."""
+    return [process for process in psutil.process_iter(["cmdline"]) if MARK in (process.info["cmdline"] or [])]
+
+
+def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
+    facts = inspect_files(Job(hanging), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
+    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "it took more than 1.5 seconds (`--file_timeout`)")
+    assert decoders() == []
+
+
+def test_ctrl_c_leaves_no_decoder_and_no_traceback(hanging):
+    (hanging / "metadata.csv").write_text("video,prompt\nclip.mp4,a clip\n")
+    command = [sys.executable, "-m", "diffsynth_cli", "dataset", "validate", str(hanging)]
+    validating = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0, text=True)
+    until = time.monotonic() + 60
+    while not decoders() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(validating.pid, signal.SIGINT)
+    said = validating.communicate(timeout=60)
+    assert "Traceback" not in said[1]
+    assert (validating.returncode, said[0], decoders()) == (130, "", [])

@@ -142,7 +142,7 @@ def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tupl
             except (EOFError, OSError):
                 answers.append((worker, None, "decoding it crashed"))
         elif worker.until <= time.monotonic():
-            answers.append((worker, None, f"it took more than {timeout:g} seconds"))
+            answers.append((worker, None, f"it took more than {timeout:g} seconds (`--file_timeout`)"))
     return answers
 
 
