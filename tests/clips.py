@@ -26,7 +26,9 @@ def ffmpeg(*arguments: object, pixels: bytes | None = None) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def write_clip(path: Path, frames: np.ndarray, *coding: str, before: tuple[str, ...] = (), rate: int = 25) -> Path:
+def write_clip(
+    path: Path, frames: np.ndarray, *coding: str, before: tuple[str, ...] = (), rate: int | str = 25
+) -> Path:
     """Code frames `[F, H, W, 3]`; `before` are arguments about the input."""
     height, width = frames.shape[1:3]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "-"]

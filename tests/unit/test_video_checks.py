@@ -148,6 +148,23 @@ def test_a_variable_rate_is_seen(tmp_path, ending):
     assert facts.spacing == pytest.approx((0.04, 0.08), abs=0.001)
 
 
+@pytest.mark.parametrize(
+    ("name", "coding"),
+    [
+        ("groups.mp4", (*H264, "-x264-params", "open-gop=1:keyint=8:bframes=3")),
+        ("clip.mkv", H264),
+        ("clip.webm", ("-c:v", "libvpx", "-deadline", "realtime")),
+        ("clip.avi", (*H264, "-bf", "0")),
+        ("clip.gif", ()),
+    ],
+)
+def test_an_even_rate_that_no_clock_divides_is_even(tmp_path, name, coding):
+    write_clip(tmp_path / name, detailed(24, 96, 128), *coding, rate="30000/1001")
+    facts = examine_video(tmp_path, name, None, None)
+    assert (facts.variable_rate, facts.fault) == (False, None)
+    assert facts.frame_rate == pytest.approx(29.97, abs=0.15)
+
+
 @pytest.mark.parametrize("quality", [18, 40])
 @pytest.mark.parametrize("noise", [0, 6])
 def test_nothing_moves_whatever_noise_and_coding_do(tmp_path, noise, quality):
