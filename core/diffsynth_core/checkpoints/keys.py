@@ -2,7 +2,7 @@
 
 import re
 
-_KEY = re.compile(r"pipe\.(?P<component>\w+)\.(?P<name>.+)", re.DOTALL)
+_KEY = re.compile(r"pipe\.(?P<component>\w{1,64})\.(?P<name>.+)", re.DOTALL | re.ASCII)
 
 
 def uncounted(text: str) -> str:

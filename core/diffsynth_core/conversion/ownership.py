@@ -181,10 +181,17 @@ def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | Non
 def _knows(component: ComponentFacts, name: str) -> bool:
     """Whether a component has a tensor of a name in one of its layouts, as far as can be told."""
     return any(
-        knows(names, name) if is_strict(names) else _top(name) in {_top(signed) for signed in layout.signature}
+        knows(names, name) if is_strict(names) else _may_hold(layout, name)
         for layout in component.layouts
         for names in (layout.names, layout.documented, layout.in_checkpoints)
     )
+
+
+def _may_hold(layout: Layout, name: str) -> bool:
+    """The same of a layout whose names need no table: by the table of the documented ones, else by their beginning."""
+    if is_strict(layout.documented):
+        return any(layout.documented.theirs(own) is not None for own in layout.names.ours(name) or ())
+    return _top(name) in {_top(signed) for signed in layout.signature}
 
 
 def _top(name: str) -> str:

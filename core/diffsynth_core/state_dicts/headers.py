@@ -71,15 +71,16 @@ def read_header(path: Path) -> Header:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a key twice says two things of one tensor, and one whose key is half a character of
-    UTF-16 has a name that no other program can write.
+    """A JSON object; one that has a key twice says two things of one tensor, and half a character of UTF-16 is a name,
+    or a text, that no other program can read or write.
 
     Raises:
         ValueError: for both.
     """
     content = dict(pairs)
-    for key in content:
-        key.encode()
+    for text in (*content, *content.values()):
+        if isinstance(text, str):
+            text.encode()
     if len(content) < len(pairs):
         raise ValueError("a key stands there twice")
     return content

@@ -1,0 +1,239 @@
+"""What must never happen to the commands that write weight files: a traceback, a damaged input, half a file.
+
+The table of command lines is all that a further command needs.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffsynth_core.state_dicts import rewriting
+from tests.conftest import MODEL_ID
+from tests.corruption import corrupt
+from tests.loras import RANK
+
+CORRUPTED = int(os.environ.get("DIFFSYNTH_TEST_CORRUPTED", "50"))
+"""Damaged headers that each command is given, others for each: 200 in all."""
+KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "4"))
+"""Moments at which each command is killed."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line. `{checkpoint}`, `{out}` … are filled in; `inputs` are those that faults are put into."""
+
+    words: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+
+COMMANDS = {
+    "split": Command(("split-ckpt", "{checkpoint}", "--output_path", "{out}"), ("checkpoint",)),
+    "split, renamed": Command(
+        ("split-ckpt", "{checkpoint}", "--output_path", "{out}", "--layout", "original"), ("checkpoint",)
+    ),
+    "split by size": Command(
+        ("split-ckpt", "{checkpoint}", "--output_path", "{out}", "--by", "size", "--max_shard_size", "{size}"),
+        ("checkpoint",),
+    ),
+    "join": Command(("split-ckpt", "{checkpoint}", "--output_path", "{out}", "--join"), ("checkpoint",)),
+}
+
+
+def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
+    """A text encoder in full and a LoRA, as a run of Qwen-Image writes them; `copies` make it larger."""
+    tensors = {}
+    for file in sorted((base / MODEL_ID / "text_encoder").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            key = name.replace("visual.", "model.visual.") if name.startswith("visual.") else name
+            key = key.replace("model.", "model.language_model.", 1) if key.startswith("model.l") else key
+            tensors[f"pipe.text_encoder.{key}"] = tensor.repeat(copies, *[1] * (tensor.dim() - 1)).contiguous()
+    lora = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
+    tensors |= {lora.format("A"): torch.ones(RANK, 8), lora.format("B"): torch.zeros(8 * copies, RANK)}
+    told = {"family": "qwen-image", "removed_prefix": "pipe.dit.", "lora_component": "dit", "lora_format": "diffsynth"}
+    save_file(tensors, place, told)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, tiny_models) -> dict[str, Path]:
+    """Sound inputs by name."""
+    folder = tmp_path_factory.mktemp("originals")
+    write_checkpoint(folder / "checkpoint.safetensors", tiny_models)
+    return {"checkpoint": folder / "checkpoint.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, tiny_models) -> dict[str, Path]:
+    """Inputs that take long enough to be killed over."""
+    folder = tmp_path_factory.mktemp("large")
+    write_checkpoint(folder / "checkpoint.safetensors", tiny_models, copies=100)
+    return {"checkpoint": folder / "checkpoint.safetensors"}
+
+
+def words(command: Command, out: Path | str, inputs: dict[str, Path], *more: str) -> list[str]:
+    size = max(path.stat().st_size for path in inputs.values()) // 3 + 1000
+    return [*(word.format(out=out, size=size, **inputs) for word in command.words), *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What stands under final names."""
+    files = sorted(folder.rglob("*")) if folder.exists() else []
+    return {path.name: path.read_bytes() for path in files if path.is_file() and not path.name.endswith(".tmp")}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.tmp"))
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file under a final name is whole."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_corrupted_headers(cli, originals, name, tmp_path):
+    """Each is refused in words, or taken where it still says something that can be meant."""
+    command, refused = COMMANDS[name], 0
+    first = list(COMMANDS).index(name) * CORRUPTED
+    for seed in range(first, first + CORRUPTED):
+        folder = tmp_path / "seed"
+        folder.mkdir()
+        inputs = {key: Path(shutil.copy(path, folder)) for key, path in originals.items()}
+        damaged = inputs[command.inputs[seed % len(command.inputs)]]
+        damaged.write_bytes(corrupt(damaged.read_bytes(), seed))
+        before = {path: path.read_bytes() for path in inputs.values()}
+        outcome = cli(*words(command, folder / "out", inputs))
+        assert outcome.code in (0, 1), (seed, outcome.err)
+        assert "internal error" not in outcome.err and "Traceback" not in outcome.err, (seed, outcome.err)
+        assert {path: path.read_bytes() for path in inputs.values()} == before, seed
+        assert leftovers(folder) == [], seed
+        if outcome.code:
+            refused += 1
+            assert outcome.err.startswith("error: ") and not (folder / "out").exists(), (seed, outcome.err)
+        else:
+            assert contents(folder / "out"), seed
+            assert_whole(folder / "out")
+        shutil.rmtree(folder)
+    assert refused > CORRUPTED / 2
+
+
+WAYS = ("path", "hard link", "symlink", "linked folder")
+NEVER_AT_THEIR_INPUT = ("split by size",)
+"""Commands whose outputs are called otherwise than their input, so that only a link makes one of them the input."""
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in COMMANDS for way in WAYS if name not in NEVER_AT_THEIR_INPUT or way.endswith("link")],
+)
+def test_no_input_is_written_over(cli, originals, name, way, tmp_path):
+    """Where an output would be an input, by whatever name, nothing is written, `--overwrite` or not."""
+    command = COMMANDS[name]
+    assert cli(*words(command, tmp_path / "sound", originals)).code == 0
+    inputs = {key: Path(shutil.copy(path, tmp_path)) for key, path in originals.items()}
+    victim, out = inputs[command.inputs[0]], tmp_path / "out"
+    names = sorted(contents(tmp_path / "sound"))
+    place = out / (victim.name if victim.name in names else names[0])
+    if way == "linked folder":
+        (tmp_path / "real").mkdir()
+        out.symlink_to(tmp_path / "real")
+    else:
+        out.mkdir()
+    if way in ("path", "linked folder"):
+        inputs[command.inputs[0]] = victim = victim.rename(out.resolve() / place.name)
+    elif way == "hard link":
+        place.hardlink_to(victim)
+    else:
+        place.symlink_to(victim)
+    before = victim.read_bytes()
+    outcome = cli(*words(command, out, inputs, "--overwrite"))
+    assert outcome.code == 1
+    assert f"error: `{place}` would be written over the input `{victim}`" in outcome.err
+    assert victim.read_bytes() == before
+    assert [path.name for path in out.iterdir()] == [place.name]
+
+
+def start(arguments: list[str], **options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "diffsynth_cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_any_moment(large, name, tmp_path):
+    """What has a final name is whole, inputs are as they were, and the next run takes away what was left."""
+    command, drawn = COMMANDS[name], random.Random(0)
+    begun = time.monotonic()
+    with start(words(command, tmp_path / "whole", large)) as process:
+        process.wait()
+    assert process.returncode == 0
+    seconds = time.monotonic() - begun
+    expected = contents(tmp_path / "whole")
+    before = {path: path.read_bytes() for path in large.values()}
+    killed = 0
+    for _ in range(KILLS):
+        with start(words(command, tmp_path / "out", large, "--overwrite")) as process:
+            time.sleep(drawn.uniform(0.3, 1) * seconds)
+            process.send_signal(signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+        found = contents(tmp_path / "out")
+        assert all(found[file] == expected[file] for file in found)
+    assert killed
+    with start(words(command, tmp_path / "out", large, "--overwrite")) as process:
+        process.wait()
+    assert contents(tmp_path / "out") == expected
+    assert leftovers(tmp_path / "out") == []
+    assert {path: path.read_bytes() for path in large.values()} == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_that_may_not_grow(large, name, tmp_path):
+    """The system refuses in the midst of a file, as a full disk does: RLIMIT_FSIZE."""
+    limit = 200_000
+
+    def forbid() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    assert all(path.stat().st_size > limit for path in large.values())
+    with start(words(COMMANDS[name], tmp_path / "out", large), preexec_fn=forbid) as process:
+        _, told = process.communicate()
+    assert process.returncode == 1
+    assert "error: cannot write `" in told and "File too large" in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path, large):
+    """A file system with room for less than the inputs."""
+    folder, room = tmp_path / "disk", min(path.stat().st_size for path in large.values()) // 2
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "filled by others"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk(cli, large, small_disk, name, checked, monkeypatch):
+    if not checked:
+        monkeypatch.setattr(rewriting, "_space_problems", lambda outputs: [])
+    outcome = cli(*words(COMMANDS[name], small_disk / "out", large))
+    assert outcome.code == 1
+    assert (" free, " if checked else "No space left on device") in outcome.err
+    assert list(small_disk.iterdir()) == []

@@ -1,0 +1,91 @@
+"""Whose the keys of a checkpoint are, with and without prefixes, metadata and records."""
+
+import pytest
+
+from diffsynth_core.conversion.ownership import Origin, components_that_fit, find_family, find_owners, misnamed
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.flux import names as flux
+from diffsynth_core.families.table import FAMILIES
+
+LORA = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
+
+
+def signature(family, component, layout=0):
+    return sorted(FAMILIES[family].component(component).layouts[layout].signature)
+
+
+@pytest.mark.parametrize(
+    ("key", "origin", "component", "name"),
+    [
+        ("pipe.vae.conv1.weight", Origin(), "vae", "conv1.weight"),
+        ("vae.conv1.weight", Origin(), "vae", "conv1.weight"),
+        ("pipe.controlnet.models.0.x.weight", Origin(), "controlnet", "x.weight"),
+        ("pipe.dit2.blocks.0.weight", Origin(), "dit2", "blocks.0.weight"),
+        ("pipe.motion_controller.x", Origin(), "motion_controller", "x"),
+        ("x.weight", Origin(removed_prefix="pipe.vae."), "vae", "x.weight"),
+        ("blocks.0.weight", Origin(removed_prefix="pipe.dit.transformer_"), "dit", "transformer_blocks.0.weight"),
+        ("x.weight", Origin(unprefixed="controlnet"), "controlnet", "x.weight"),
+        ("transformer.a.lora_A.weight", Origin(), "dit", "transformer.a.lora_A.weight"),
+        ("lora_unet_a_b.alpha", Origin(lora_component="dit2"), "dit2", "lora_unet_a_b.alpha"),
+    ],
+)
+def test_one_key(key, origin, component, name):
+    found = find_owners([key], origin)
+    assert {**found.full, **found.lora} == {component: {name: key}}
+    assert not found.unmatched
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signatures_tell_components(family):
+    """Every layout of every component is told by names alone, without knowing the family."""
+    for component in FAMILIES[family].components:
+        for layout in component.layouts:
+            assert component.name in components_that_fit(layout.signature)
+            assert components_that_fit(layout.signature, FAMILIES[family]) == (component.name,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "taken", "fits"),
+    [
+        ([LORA], (), ("dit", "controlnet")),
+        ([LORA], ("controlnet",), ("dit",)),
+        (["blocks.0.self_attn.q.lora_A.default.weight"], (), ("dit",)),
+        (["blocks.3.attn.a_to_qkv.lora_A.default.weight"], (), ("dit",)),
+        (["double_blocks.0.img_mlp.0.weight"], (), ("dit",)),
+        (["blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"], (), ("text_encoder",)),
+        (["nobody.knows.weight"], (), ()),
+    ],
+)
+def test_parts_fit_what_they_can_be_of(keys, taken, fits):
+    assert components_that_fit(keys, taken=taken) == fits
+
+
+def test_what_fits_several_stays_unmatched():
+    found = find_owners([LORA], Origin())
+    assert (found.unmatched, found.fits) == ((LORA,), ("dit", "controlnet"))
+    found = find_owners([LORA, "pipe.controlnet.x.weight"], Origin())
+    assert list(found.lora) == ["dit"] and not found.unmatched
+
+
+def test_a_tensor_that_stands_there_twice():
+    with pytest.raises(DiffSynthError, match=r"1 tensor stand there twice: `pipe\.vae\.x\.weight`, `vae\.x\.weight`"):
+        find_owners(["pipe.vae.x.weight", "vae.x.weight"], Origin())
+
+
+def test_the_user_may_not_contradict_the_checkpoint():
+    with pytest.raises(DiffSynthError, match="are those of `dit`, and `--unprefixed` says `vae`"):
+        find_owners(["x.weight"], Origin(removed_prefix="pipe.dit.", unprefixed="vae"))
+
+
+def test_families_are_told_by_whole_components():
+    assert find_family({"dit": signature("flux", "dit")}) is FAMILIES["flux"]
+    assert find_family({"dit": signature("wan", "dit"), "vae": signature("wan", "vae", 1)}) is FAMILIES["wan"]
+    assert find_family({"dit": signature("wan", "dit"), "vae": signature("flux", "vae")}) is None
+    assert find_family({"dit": ["x"]}) is None
+    assert find_family({}) is None
+
+
+def test_names_of_another_component_are_told():
+    (problem,) = misnamed({"vae": sorted(flux.T5_SIGNATURE)}, FAMILIES["flux"])
+    assert problem.message.startswith("the tensors that should be of `vae` are those of `text_encoder_2`: ")
+    assert misnamed({"dit2": signature("wan", "dit")}, FAMILIES["wan"]) == []
