@@ -180,15 +180,27 @@ def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | Non
 
 def _knows(component: ComponentFacts, name: str) -> bool:
     """Whether a component has a tensor of a name in one of its layouts, as far as can be told."""
-    return any(
-        knows(names, name) if is_strict(names) else _may_hold(layout, name)
+    return any(has_place(names, layout, name) for names, layout in readings(component))
+
+
+def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
+    """The names that checkpoints may hold a component in -> those in our module, with the layout that they are of; maps
+    that know which tensors there are come first."""
+    found = [
+        (names, layout)
         for layout in component.layouts
-        for names in (layout.names, layout.documented, layout.in_checkpoints)
-    )
+        for names in (layout.in_checkpoints, layout.documented, layout.names)
+    ]
+    return sorted(found, key=lambda pair: not is_strict(pair[0]))
 
 
-def _may_hold(layout: Layout, name: str) -> bool:
-    """The same of a layout whose names need no table: by the table of the documented ones, else by their beginning."""
+def has_place(names: KeyMap, layout: Layout, name: str) -> bool:
+    """Whether a map has a place for a tensor, or knows that none is needed.
+
+    Of one that takes any name the table of the documented ones tells, and where that takes any too, how it begins.
+    """
+    if is_strict(names):
+        return names.ours(name) is not None
     if is_strict(layout.documented):
         return any(layout.documented.theirs(own) is not None for own in layout.names.ours(name) or ())
     return _top(name) in {_top(signed) for signed in layout.signature}
@@ -201,11 +213,6 @@ def _top(name: str) -> str:
 def is_strict(names: KeyMap) -> bool:
     """Whether a map knows which tensors there are."""
     return names.ours("no such tensor") is None
-
-
-def knows(names: KeyMap, name: str) -> bool:
-    """Whether a map has a place for a tensor, or knows that none is needed."""
-    return names.ours(name) is not None
 
 
 def kind_of(component: str) -> str:

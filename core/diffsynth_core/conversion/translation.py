@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from diffsynth_core.conversion.ownership import is_strict, knows, layout_of
+from diffsynth_core.conversion.ownership import has_place, layout_of, readings
 from diffsynth_core.conversion.row_spans import RowSpans
 from diffsynth_core.families.interface import ComponentFacts, Layout
 from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
@@ -29,21 +29,16 @@ class Translated:
 def find_reading(component: ComponentFacts, names: Collection[str]) -> tuple[KeyMap, Layout]:
     """The names in which a checkpoint holds a component -> those in our module, and the layout that tells the others.
 
-    Where the whole component is there, its signature tells. Of parts the map that knows all names is taken; else one of
-    a layout whose names are those of our module.
+    Where the whole component is there, its signature tells. Of parts the map that has a place for most names is taken.
     """
     layout = layout_of(component, names)
     if layout:
         return layout.names, layout
-    maps = [
-        (known, layout)
-        for layout in component.layouts
-        for known in (layout.in_checkpoints, layout.documented, layout.names)
-    ]
-    strict = [(known, layout) for known, layout in maps if is_strict(known)]
-    lenient = [(layout.names, layout) for layout in component.layouts if not is_strict(layout.names)]
-    whole = [pair for pair in strict if all(knows(pair[0], name) for name in names)]
-    return (whole or lenient or strict)[0]
+
+    def count(reading: tuple[KeyMap, Layout]) -> int:
+        return sum(has_place(reading[0], reading[1], name) for name in names)
+
+    return max(readings(component), key=count)
 
 
 def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap) -> Translated:

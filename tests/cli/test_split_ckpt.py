@@ -1,0 +1,281 @@
+"""`diffsynth split-ckpt`: what it prints, and what it refuses in which words."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import read_problems, stamps
+
+LORA = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
+RUN = {"family": "qwen-image", "removed_prefix": "pipe.dit.", "lora_component": "dit", "lora_format": "diffsynth"}
+
+
+def ones(*shape):
+    return torch.ones(*shape)
+
+
+@pytest.fixture
+def checkpoint(cli):
+    """A checkpoint as a run writes it, in the working folder."""
+    save_file(
+        {
+            "pipe.vae.conv_in.weight": ones(3, 2).bfloat16(),
+            "pipe.vae.conv_in.bias": ones(3).bfloat16(),
+            LORA.format("A"): ones(2, 4),
+            LORA.format("B"): ones(4, 2),
+        },
+        "epoch-0.safetensors",
+        RUN,
+    )
+    return Path("epoch-0.safetensors")
+
+
+@pytest.fixture
+def refuse(cli):
+    """Give a command that must be refused with nothing written; returns exit code and problems."""
+
+    def run(*arguments):
+        before = stamps(Path())
+        outcome = cli("split-ckpt", *arguments)
+        assert outcome.code in (1, 2) and outcome.out == "" and stamps(Path()) == before, outcome.err
+        return outcome.code, read_problems(outcome.err)
+
+    return run
+
+
+def test_what_is_written_is_told(cli, checkpoint):
+    outcome = cli("split-ckpt", checkpoint, "--output-path", "parts")
+    assert outcome.code == 0
+    assert outcome.out == ("parts/dit.lora.safetensors  2 tensors  64 B\nparts/vae.safetensors       2 tensors  18 B\n")
+    assert outcome.err.endswith("2 files, 82 B written\n")
+    assert load_file("parts/vae.safetensors").keys() == {"conv_in.weight", "conv_in.bias"}
+    assert load_file("parts/dit.lora.safetensors").keys() == {LORA.format("A"), LORA.format("B")}
+
+
+def test_a_dry_run_writes_nothing(cli, checkpoint):
+    outcome = cli("split-ckpt", checkpoint, "--output_path", "parts", "--dry-run", "--max-shard-size", "15")
+    assert outcome.code == 0 and [path.name for path in Path().iterdir()] == [checkpoint.name]
+    assert outcome.out.splitlines() == [
+        "parts/dit.lora-00001-of-00002.safetensors  1 tensor  32 B",
+        "parts/dit.lora-00002-of-00002.safetensors  1 tensor  32 B",
+        "parts/dit.lora.safetensors.index.json         index",
+        "parts/vae-00001-of-00002.safetensors       1 tensor   6 B",
+        "parts/vae-00002-of-00002.safetensors       1 tensor  12 B",
+        "parts/vae.safetensors.index.json              index",
+    ]
+    assert outcome.err == "6 files, 82 B would be written; nothing is, for this is a dry run\n"
+
+
+def test_programs_get_json(cli, checkpoint):
+    content = json.loads(cli("split-ckpt", checkpoint, "--output_path", "parts", "--format", "json").out)
+    assert (content["written"], content["inputs"], content["notes"]) == (True, ["epoch-0.safetensors"], [])
+    assert [(file["path"], file["kind"], file["tensors"], file["bytes"]) for file in content["outputs"]] == [
+        ("parts/dit.lora.safetensors", "weights", 2, 64),
+        ("parts/vae.safetensors", "weights", 2, 18),
+    ]
+    assert content["outputs"][0]["metadata"]["lora_format"] == "diffsynth"
+    taken = json.loads(content["outputs"][1]["metadata"]["taken_from"])
+    assert taken == {"file": "epoch-0", "metadata": RUN, "prefix": "pipe.vae."}
+
+
+def test_no_torch_is_imported(checkpoint):
+    import subprocess
+    import sys
+
+    script = "import sys; from diffsynth_cli.main import main; code = main(sys.argv[1:]); "
+    script += "sys.exit(code or bool({'torch', 'diffusers', 'numpy'} & sys.modules.keys()))"
+    for words in (["epoch-0.safetensors", "--output_path", "parts"], ["parts", "--output_path", "whole", "--join"]):
+        assert subprocess.run([sys.executable, "-c", script, "split-ckpt", *words]).returncode == 0
+
+
+UNKNOWN = {"pipe.vae.x.weight": ones(1), **{f"nobody.{number}.weight": ones(1) for number in range(7)}}
+
+
+def test_keys_without_a_component(refuse, cli):
+    save_file(UNKNOWN, "x.safetensors")
+    assert refuse("x.safetensors", "--output_path", "parts") == (
+        1,
+        [
+            (
+                "`x.safetensors`: 7 of 8 keys have no prefix that names their component: `nobody.0.weight`, "
+                "`nobody.1.weight`, `nobody.2.weight`, `nobody.3.weight`, `nobody.4.weight` and 2 more; they fit no "
+                "component that is known",
+                "say whose they are with `--unprefixed`, or leave them out with `--allow_unmatched`",
+            )
+        ],
+    )
+    outcome = cli("split-ckpt", "x.safetensors", "--output_path", "parts", "--allow_unmatched")
+    assert outcome.code == 0 and outcome.out == "parts/vae.safetensors  1 tensor  4 B\n"
+    assert "left out, of no component: 7 tensors, `nobody.0.weight`, " in outcome.err
+    assert cli("split-ckpt", "x.safetensors", "--output_path", "all", "--unprefixed", "dit").code == 0
+    assert len(load_file("all/dit.safetensors")) == 7
+
+
+def test_keys_that_fit_several_components(refuse):
+    save_file({LORA.format("A"): ones(1, 1)}, "x.safetensors")
+    code, [(message, _)] = refuse("x.safetensors", "--output_path", "parts")
+    assert (code, message.partition("; ")[2]) == (1, "their names fit `dit`, `controlnet`")
+
+
+def test_nothing_matched_is_an_error_whatever_is_allowed(refuse):
+    save_file({"nobody": ones(1)}, "x.safetensors")
+    assert refuse("x.safetensors", "--output_path", "parts", "--allow_unmatched")[0] == 1
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overlap(path):
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"[32,64]", b"[31,63]"))
+
+
+def twice(path):
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"conv_in.bias", b"conv_in.weight"[:12]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut_short, "`epoch-0.safetensors` is cut short: its header promises 82 bytes of tensors, 81 are there"),
+        (overlap, "`epoch-0.safetensors`: the tensors in its header overlap or leave gaps"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"')),
+            f"`epoch-0.safetensors`: the header of `{LORA.format('A')}` contradicts itself",
+        ),
+        (
+            lambda path: path.write_bytes(b"not at all"),
+            "`epoch-0.safetensors` (10 bytes) is not a whole safetensors file: its header cannot be read",
+        ),
+    ],
+)
+def test_damaged_files(refuse, checkpoint, change, message):
+    change(checkpoint)
+    assert refuse(checkpoint, "--output_path", "parts") == (1, [(message, "fetch the file again")])
+
+
+def test_a_key_that_stands_there_twice(refuse):
+    save_file({"pipe.vae.x.weight": ones(1), "vae.x.weight": ones(1)}, "x.safetensors")
+    assert refuse("x.safetensors", "--output_path", "parts") == (
+        1,
+        [("1 tensor stand there twice: `pipe.vae.x.weight`, `vae.x.weight`", "name a file that has each once")],
+    )
+
+
+def test_a_pickle(refuse):
+    torch.save({"x": ones(1)}, "x.pth")
+    assert refuse("x.pth", "--output_path", "parts") == (
+        1,
+        [("`x.pth` is a pickled file; safetensors files are read here", "convert it to safetensors first")],
+    )
+
+
+def test_a_missing_shard(refuse, cli, checkpoint):
+    assert cli("split-ckpt", checkpoint, "--output_path", "shards", "--by", "size", "--max_shard_size", "40").code == 0
+    Path("shards/epoch-0-00002-of-00003.safetensors").unlink()
+    for way in ((), ("--by", "size"), ("--join",)):
+        assert refuse("shards", "--output_path", "parts", *way) == (
+            1,
+            [
+                (
+                    "1 shard of `shards` missing: `epoch-0-00002-of-00003.safetensors`",
+                    "fetch them, or name all of them",
+                )
+            ],
+        )
+
+
+def test_files_that_do_not_belong_together(refuse, cli, checkpoint):
+    save_file({"pipe.vae.a": ones(1)}, "a.safetensors")
+    save_file({"pipe.vae.b": ones(1)}, "b.safetensors")
+    for name in ("a", "b"):
+        assert cli("split-ckpt", f"{name}.safetensors", "--output_path", name).code == 0
+    assert refuse("a", "b", "--output_path", "whole", "--join") == (
+        1,
+        [
+            (
+                "`a/vae.safetensors`, `b/vae.safetensors` were taken from different checkpoints",
+                "name the parts of one",
+            )
+        ],
+    )
+
+
+def test_names_that_a_layout_does_not_have(refuse, cli):
+    save_file({"pipe.dit.blocks.0.self_attn.q.weight": ones(2, 2), "pipe.dit.nobody": ones(1)}, "x.safetensors")
+    assert refuse("x.safetensors", "--output_path", "parts", "--layout", "diffusers") == (
+        1,
+        [
+            (
+                "there are no other names of the component `dit` as long as the family is not told "
+                "(`--layout diffusers`)",
+                "give `--family`",
+            )
+        ],
+    )
+    command = ("x.safetensors", "--output_path", "parts", "--layout", "original", "--family", "wan")
+    message = "1 tensor of `dit` have no name in the layout `original`: `nobody`"
+    assert refuse(*command) == (1, [(message, "leave `--layout` out")])
+    outcome = cli("split-ckpt", *command, "--allow_unmatched")
+    assert outcome.code == 0
+    assert load_file("parts/dit.safetensors").keys() == {"blocks.0.self_attn.q.weight"}
+
+
+@pytest.mark.parametrize(
+    ("words", "problems"),
+    [
+        (
+            ("--join", "--layout", "diffusers", "--max_shard_size", "5GB"),
+            [
+                ("`--max_shard_size` means nothing with `--join`", "leave `--max_shard_size` out"),
+                ("`--layout` means nothing with `--join`", "leave `--layout` out"),
+            ],
+        ),
+        (
+            ("--by", "size", "--unprefixed", "dit"),
+            [("`--unprefixed` means nothing with `--by size`", "leave `--unprefixed` out")],
+        ),
+        (("--max_shard_size", "big"), [("`big` is no size (`--max_shard_size`)", "write one such as `5GB`")]),
+        (("--family", "flx"), [("there is no family `flx`", "did you mean `flux`?")]),
+        (("--unprefixed", "unet"), None),
+    ],
+)
+def test_wrong_use(refuse, checkpoint, words, problems):
+    code, found = refuse(checkpoint, "--output_path", "parts", *words)
+    assert code == 2
+    assert found == problems or problems is None
+
+
+def test_what_the_checkpoint_says_counts(refuse, checkpoint):
+    assert refuse(checkpoint, "--output_path", "parts", "--family", "wan") == (
+        1,
+        [
+            (
+                "`epoch-0.safetensors` says that it is of `qwen-image`, and `--family` says `wan`",
+                "leave `--family` out",
+            )
+        ],
+    )
+    assert refuse(checkpoint, "--output_path", "parts", "--unprefixed", "vae") == (
+        1,
+        [
+            (
+                "the checkpoint says that keys without a prefix are those of `dit`, and `--unprefixed` says `vae`",
+                "leave `--unprefixed` out",
+            )
+        ],
+    )
+
+
+def test_what_is_there_is_kept_unless_asked(refuse, cli, checkpoint):
+    Path("parts").mkdir()
+    Path("parts/vae.safetensors").write_text("mine")
+    hint = "name another `--output_path`, or give `--overwrite`"
+    assert refuse(checkpoint, "--output_path", "parts") == (1, [("`parts/vae.safetensors` is there already", hint)])
+    assert cli("split-ckpt", checkpoint, "--output_path", "parts", "--overwrite").code == 0
+    assert len(load_file("parts/vae.safetensors")) == 2
