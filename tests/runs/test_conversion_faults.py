@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffsynth_core.families.qwen_image.names import TEXT_ENCODER_FILES
 from diffsynth_core.state_dicts import rewriting
 from tests.conftest import MODEL_ID
 from tests.corruption import corrupt
@@ -56,8 +57,7 @@ def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
     tensors = {}
     for file in sorted((base / MODEL_ID / "text_encoder").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            key = name.replace("visual.", "model.visual.") if name.startswith("visual.") else name
-            key = key.replace("model.", "model.language_model.", 1) if key.startswith("model.l") else key
+            (key,) = TEXT_ENCODER_FILES.ours(name)
             tensors[f"pipe.text_encoder.{key}"] = tensor.repeat(copies, *[1] * (tensor.dim() - 1)).contiguous()
     lora = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
     tensors |= {lora.format("A"): torch.ones(RANK, 8), lora.format("B"): torch.zeros(8 * copies, RANK)}

@@ -3,6 +3,7 @@
 import pytest
 
 from diffsynth_core.conversion.ownership import Origin, components_that_fit, find_family, find_owners, misnamed
+from diffsynth_core.conversion.translation import find_reading
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.flux import names as flux
 from diffsynth_core.families.table import FAMILIES
@@ -89,3 +90,32 @@ def test_names_of_another_component_are_told():
     (problem,) = misnamed({"vae": sorted(flux.T5_SIGNATURE)}, FAMILIES["flux"])
     assert problem.message.startswith("the tensors that should be of `vae` are those of `text_encoder_2`: ")
     assert misnamed({"dit2": signature("wan", "dit")}, FAMILIES["wan"]) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "component", "name", "ours"),
+    [
+        (
+            "qwen-image",
+            "text_encoder",
+            "model.layers.0.mlp.up_proj.weight",
+            "model.language_model.layers.0.mlp.up_proj",
+        ),
+        ("qwen-image", "text_encoder", "model.language_model.norm.weight", "model.language_model.norm"),
+        ("flux", "dit", "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj"),
+        ("flux", "dit", "blocks.0.ff_a.0.weight", "transformer_blocks.0.ff.net.0.proj"),
+        ("flux", "dit", "transformer_blocks.0.ff.net.2.weight", "transformer_blocks.0.ff.net.2"),
+        ("flux", "text_encoder_1", "text_model.final_layer_norm.weight", "final_layer_norm"),
+        ("wan", "dit", "blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj"),
+        ("wan", "dit", "blocks.0.ffn.net.2.weight", "blocks.0.ffn.net.2"),
+        (
+            "wan",
+            "vae",
+            "encoder.downsamples.0.downsamples.1.residual.2.weight",
+            "encoder.down_blocks.0.resnets.1.conv1",
+        ),
+    ],
+)
+def test_parts_of_components_are_read_by_the_map_that_knows_them(family, component, name, ours):
+    reading, _ = find_reading(FAMILIES[family].component(component), [name])
+    assert reading.ours(name) == (f"{ours}.weight",)

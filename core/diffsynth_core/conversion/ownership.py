@@ -184,12 +184,14 @@ def _knows(component: ComponentFacts, name: str) -> bool:
 
 
 def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
-    """The names that checkpoints may hold a component in -> those in our module, with the layout that they are of; maps
-    that know which tensors there are come first."""
+    """The names that checkpoints may hold a component in -> those in our module, with the layout that they are of.
+
+    Maps that know which tensors there are come first; of others those of files, which may read names old and new.
+    """
     found = [
         (names, layout)
         for layout in component.layouts
-        for names in (layout.in_checkpoints, layout.documented, layout.names)
+        for names in (layout.names, layout.documented, layout.in_checkpoints)
     ]
     return sorted(found, key=lambda pair: not is_strict(pair[0]))
 
