@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.headers import read_header, read_headers
+from diffsynth_core.state_dicts.headers import make_header, read_header, read_headers
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,
@@ -178,3 +178,18 @@ def test_a_header_nested_without_end_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(raw(b"[" * 100_000))
     with pytest.raises(DiffSynthError, match="its header cannot be read"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_a_side_too_long_to_be_counted(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(make_header([("x", "F32", (0, 2**64))], {}))
+    with pytest.raises(DiffSynthError, match="the header of `x` contradicts itself"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("content", [{"\ud800": {}}, {"__metadata__": {"said": "\ud800"}}])
+def test_half_a_character(tmp_path, content):
+    path, text = tmp_path / "x.safetensors", json.dumps(content).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(DiffSynthError, match="its header cannot be read"):
+        read_header(path)

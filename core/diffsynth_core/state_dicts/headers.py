@@ -17,6 +17,8 @@ from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS, read_pickled
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
 HEADER_ALIGNMENT = 8
+LARGEST_SIDE = 2**63
+"""No side of a tensor can be as long; beside a side of 0 a header could say so."""
 METADATA = "__metadata__"
 
 BITS_PER_ELEMENT = {
@@ -110,7 +112,7 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
             )
             expected = math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
             sound = (
-                all(type(side) is int and side >= 0 for side in (*shape, begin, end))
+                all(type(side) is int and 0 <= side < LARGEST_SIDE for side in (*shape, begin, end))
                 and 0 <= begin <= end
                 and end - begin == expected
             )
