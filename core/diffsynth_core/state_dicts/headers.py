@@ -110,11 +110,9 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
                 tuple(entry["shape"]),
                 entry["data_offsets"],
             )
-            expected = math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
             sound = (
                 all(type(side) is int and 0 <= side < LARGEST_SIDE for side in (*shape, begin, end))
-                and 0 <= begin <= end
-                and end - begin == expected
+                and end - begin == math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
             )
         except (KeyError, TypeError, ValueError):
             sound = False
