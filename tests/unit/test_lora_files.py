@@ -48,7 +48,10 @@ def test_a_file_that_fits_tells_its_ranks(save):
     [
         (halves("gone"), "2 of 2 keys fit no module: `gone.lora_A.default.weight`, `gone.lora_B.default.weight`"),
         ({"q.weight": torch.ones(6, 4)}, "1 of 1 keys fit no module: `q.weight`"),
-        (halves("q") | {"q.dora_scale": torch.ones(1)}, "1 of 3 keys fit no module"),
+        (
+            halves("q") | {"q.dora_scale": torch.ones(1)},
+            "it is a DoRA, told by `q.dora_scale`; only a LoRA is read here",
+        ),
         ({"q.lora_A.default.weight": torch.ones(2, 4)}, "the LoRA of `q` lacks a half"),
         ({"q.lora_B.default.weight": torch.ones(6, 2)}, "the LoRA of `q` lacks a half"),
         (halves("q", (2, 5)), "the LoRA of `q` is [6, 2] x [2, 5], which does not fit its weight [6, 4]"),

@@ -165,7 +165,7 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
 
 def read_scaled_up(stream: Any, part: LoraPart) -> Tensor:
     """B of one LoRA in float32, with the scale alpha / rank in it: ours is 1."""
-    scale = float(stream.get_tensor(part.keys.alpha)) / part.rank if part.keys.alpha else 1.0
+    scale = float(stream.get_tensor(part.keys.alpha)) / part.rank if part.keys.alpha else part.stated
     up: Tensor = stream.get_tensor(part.keys.up)
     return up.float() * scale
 

@@ -1,9 +1,9 @@
-"""A LoRA merged into its base: W' = W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA merged into its base: W' = W + sum of (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685).
 
 Computed in float32 and rounded once, into the number format of the merged weight.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,36 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.adapters.lora import read_scaled_up
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.lora_files import LoraFile
+from diffsynth_core.state_dicts.lora_files import LoraFile, LoraPart
 
 LOSS_WORTH_A_WARNING = 0.1
 """Share of a change that rounding may lose in silence."""
+SUMMED_AT_ONCE = 2**20
+"""Squares added up in float32; their sums are added in float64."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of a weight as a product, up @ down, both float32, with every scale in `up`.
+
+    `down`: A, `[rank, in]`, of a convolution `[rank, in * kernel]`. `up`: B, `[out, rank]`.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+def add_factors(changes: Sequence[Factors]) -> Factors:
+    """The sum of changes of one weight, as a product again: ranks add."""
+    if len(changes) == 1:
+        return changes[0]
+    return Factors(torch.cat([change.down for change in changes]), torch.cat([change.up for change in changes], dim=1))
 
 
 def lora_change(down: Tensor, up: Tensor) -> Tensor:
@@ -46,14 +71,65 @@ class RoundingLoss:
 
     def count(self, weight: Tensor, change: Tensor, merged: Tensor) -> None:
         """Take in one weight: before, the change asked for, and after, rounded."""
-        lost = merged.float() - weight.float() - change
-        self.lost_squared += float(lost.square().sum(dtype=torch.float64))
-        self.asked_squared += float(change.square().sum(dtype=torch.float64))
+        lost = merged.float() - weight.float()
+        self.lost_squared += _sum_of_squares(lost.sub_(change))
+        self.asked_squared += _sum_of_squares(change)
+
+    def add(self, other: "RoundingLoss") -> None:
+        """Take in the weights of another."""
+        self.lost_squared += other.lost_squared
+        self.asked_squared += other.asked_squared
 
     @property
     def share(self) -> float:
         """0 where nothing is lost, and where nothing was asked for."""
         return (self.lost_squared / self.asked_squared) ** 0.5 if self.asked_squared else 0.0
+
+
+def _sum_of_squares(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    pieces = (flat[begin : begin + SUMMED_AT_ONCE] for begin in range(0, len(flat), SUMMED_AT_ONCE))
+    return sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
+
+
+def read_factors(file: LoraFile, stream: Any, module: str, shape: Sequence[int]) -> Factors:
+    """The change of a documented module's weight of this shape, put together from what the file has of it.
+
+    Parts that share their A keep it once; others stand below each other, in rows and columns of their own.
+
+    Raises:
+        DiffSynthError: when a value is not finite.
+    """
+    weight, parts = f"{module}.weight", file.modules[module]
+    downs: list[Tensor] = []
+    columns: dict[str, slice] = {}
+    for name, part in parts.items():
+        down = _finite(stream.get_tensor(part.keys.down).float().flatten(1), file, part.keys.down)
+        begin = 0
+        for known in downs:
+            if known.equal(down):
+                break
+            begin += len(known)
+        else:
+            downs.append(down)
+        columns[name] = slice(begin, begin + len(down))
+    rank = sum(map(len, downs))
+    ups = {}
+    for name, part_shape in file.names.cut_shape(weight, tuple(shape)).items():
+        ups[name] = torch.zeros(part_shape[0], rank)
+        if name in parts:
+            ups[name][:, columns[name]] = _read_up(file, stream, parts[name])
+    return Factors(torch.cat(downs), file.names.join(weight, ups).flatten(1))
+
+
+def _read_up(file: LoraFile, stream: Any, part: LoraPart) -> Tensor:
+    return _finite(read_scaled_up(stream, part).flatten(1), file, part.keys.up)
+
+
+def _finite(tensor: Tensor, file: LoraFile, key: str | None) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise DiffSynthError(f"`{file.path}`: `{key}` holds values that are no finite numbers", "name an earlier one")
+    return tensor
 
 
 class LoraChanges:
@@ -68,35 +144,24 @@ class LoraChanges:
 
     def __init__(self, file: LoraFile, stream: Any, shapes: Mapping[str, tuple[int, ...]], documented: KeyMap) -> None:
         self._file, self._stream, self._shapes, self._documented = file, stream, shapes, documented
-        self._ready: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor | None:
-        """D of a weight, by its name in the module, float32; None where the file has none.
+        """D of a weight, by its name in the module, float32; None where the file has none."""
+        factors = self.factors_of(name)
+        if factors is None:
+            return None
+        weight = self._documented.theirs(name) or ""
+        shape = self._documented.cut_shape(weight, self._shapes[weight.removesuffix(".weight")])[name]
+        return lora_change(factors.down, factors.up).reshape(shape)
 
-        What is computed with it, the other parts of a documented module, waits until it is asked for or another one is.
-        """
-        if name in self._ready:
-            return self._ready.pop(name)
+    def factors_of(self, name: str) -> Factors | None:
+        """D of a weight, by its name in the module, as a product; None where the file has none."""
         weight = self._documented.theirs(name)
         module = (weight or "").removesuffix(".weight")
         if weight is None or weight == module or module not in self._file.modules:
             return None
-        whole = self._whole(module, weight)
-        self._ready = dict(self._documented.cut(weight, whole))
-        return self._ready.pop(name)
-
-    def _whole(self, module: str, weight: str) -> Tensor:
-        """D of a documented module's weight, put together from the parts that the file's dialect has of it."""
-        parts = self._file.modules[module]
-        changes = {}
-        for name, shape in self._file.names.cut_shape(weight, self._shapes[module]).items():
-            if name in parts:
-                down = self._stream.get_tensor(parts[name].keys.down)
-                changes[name] = lora_change(down, read_scaled_up(self._stream, parts[name]))
-            else:
-                changes[name] = torch.zeros(shape)
-        whole: Tensor = self._file.names.join(weight, changes)
-        return whole
+        whole = read_factors(self._file, self._stream, module, self._shapes[module])
+        return Factors(whole.down, self._documented.cut(weight, whole.up)[name].flatten(1))
 
 
 @contextmanager

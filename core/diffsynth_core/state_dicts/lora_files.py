@@ -1,9 +1,12 @@
 """LoRA files against the base they are for, by headers and, where halves must be the same, by bytes. No torch."""
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.progress import count_of
@@ -11,45 +14,76 @@ from diffsynth_core.state_dicts.headers import Header, read_header
 from diffsynth_core.state_dicts.key_maps import KeyMap
 from diffsynth_core.state_dicts.lora_names import DIT, LoraKeys, LoraNaming, find_lora_keys, is_lora_key
 
+OTHER_ADAPTERS = {
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "LoRA with a core tensor (Tucker decomposition)",
+    "oft_": "OFT",
+}
+"""How a part of a key begins in files of other adapters -> their name."""
+ADAPTER_SETTINGS = "lora_adapter_metadata"
+"""Where in the metadata of a header diffusers keeps the settings of peft, as JSON: `<prefix>.lora_alpha` and others."""
+
 
 @dataclass(frozen=True)
 class LoraPart:
-    """Where a file keeps one LoRA, and its rank."""
+    """Where a file keeps one LoRA, and its rank.
+
+    `stated`: the scale that the file's metadata say; it counts where no alpha is stored.
+    """
 
     keys: LoraKeys
     rank: int
+    stated: float = 1.0
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file each of whose keys fits the base.
+    """A LoRA file whose keys fit the base.
 
     `names`: documented names -> those of the file's dialect.
     `modules`: documented module -> name of a weight in the dialect, of the module or a part of it -> its LoRA.
+    `unmatched`: keys that fit no module, where that is allowed.
     """
 
     path: Path
     names: KeyMap
     modules: Mapping[str, Mapping[str, LoraPart]]
+    unmatched: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> list[LoraPart]:
+        """Every LoRA of the file."""
+        return [part for parts in self.modules.values() for part in parts.values()]
 
 
 def read_lora_file(
-    path: Path, module_shapes: Mapping[str, tuple[int, ...]], naming: LoraNaming = DIT, besides: Collection[str] = ()
+    path: Path,
+    module_shapes: Mapping[str, tuple[int, ...]],
+    naming: LoraNaming = DIT,
+    besides: Collection[str] = (),
+    allow_unmatched: bool = False,
 ) -> LoraFile:
     """Prove that every key of a LoRA file finds a module of a fitting shape, without reading weights into memory.
 
     Args:
         module_shapes: weight shape of each module of the base component, by its documented name.
         besides: keys of the file that are no LoRA.
+        allow_unmatched: keys that find no module are told in the result, as long as others do.
 
     Raises:
-        DiffSynthError: when there is no key, one finds no module, a half is missing, or a shape does not fit.
+        DiffSynthError: when there is no key, one finds no module, a half is missing, a shape does not fit, or the file
+            holds an adapter of another kind.
     """
     header = read_header(path)
     keys = [name for name in header.tensors if name not in besides]
+    refuse_other_adapters(path, keys)
     dialect, found, unmatched = find_lora_keys(keys, module_shapes, naming)
-    if unmatched or not found:
+    if not found or (unmatched and not allow_unmatched):
         raise _unmatched(path, keys, unmatched, module_shapes, naming)
+    stated = _stated_scales(path, header)
     names = naming.names(dialect)
     modules: dict[str, dict[str, LoraPart]] = {}
     for module, parts in found.items():
@@ -58,8 +92,45 @@ def read_lora_file(
             if keys_of_part == LoraKeys():
                 continue
             rank = _check_halves(path, header, _told(module, part, len(parts)), keys_of_part, shapes[part])
-            modules.setdefault(module, {})[part] = LoraPart(keys_of_part, rank)
-    return LoraFile(path, names, modules)
+            scale = stated(keys_of_part.down or "", rank)
+            modules.setdefault(module, {})[part] = LoraPart(keys_of_part, rank, scale)
+    return LoraFile(path, names, modules, tuple(unmatched))
+
+
+def refuse_other_adapters(path: Path, keys: Collection[str]) -> None:
+    """Raises: DiffSynthError: when keys are those of another kind of adapter, whose halves mean something else."""
+    for begin, title in OTHER_ADAPTERS.items():
+        found = sorted(key for key in keys if any(part.startswith(begin) for part in key.split(".")))
+        if found:
+            raise DiffSynthError(
+                f"`{path}`: it is a {title}, told by {shorten(found)}; only a LoRA is read here",
+                "make a LoRA of it with the program that it comes from",
+            )
+
+
+def _stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
+    """Key of a lora_A and its rank -> its scale by the settings of peft in the metadata of the file; 1 without them."""
+    try:
+        settings = json.loads(header.metadata.get(ADAPTER_SETTINGS, "{}"))
+        prefixes = [name.removesuffix("lora_alpha") for name in settings if name.endswith("lora_alpha")]
+        return lambda down, rank: next(
+            (_stated_scale(settings, prefix, down, rank) for prefix in prefixes if down.startswith(prefix)), 1.0
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DiffSynthError(f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read", WRITE_ANEW) from error
+
+
+def _stated_scale(settings: Mapping[str, Any], prefix: str, down: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+    An alpha of its own is found as peft does it: by the end of the module's name, which may be a pattern.
+    """
+    module = down.removeprefix(prefix).partition(".lora_")[0]
+    own = settings.get(f"{prefix}alpha_pattern") or {}
+    alpha = next(
+        (own[pattern] for pattern in own if re.match(rf"(.*\.)?({pattern})$", module)), settings[f"{prefix}lora_alpha"]
+    )
+    return float(alpha) / (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank)
 
 
 def check_lora_file(
@@ -134,10 +205,14 @@ def _check_halves(path: Path, header: Header, text: str, keys: LoraKeys, base: t
         raise DiffSynthError(f"`{path}`: {text} lacks a half", WRITE_ANEW)
     down, up = header.tensors[keys.down].shape, header.tensors[keys.up].shape
     rank = down[0] if down else 0
+    if keys.alpha and header.tensors[keys.alpha].shape not in ((), (1,)):
+        raise DiffSynthError(f"`{path}`: `{keys.alpha}` is not one number", WRITE_ANEW)
     if down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
         raise DiffSynthError(
             f"`{path}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
         )
+    if not rank:
+        raise DiffSynthError(f"`{path}`: {text} has the rank 0", WRITE_ANEW)
     return rank
 
 
