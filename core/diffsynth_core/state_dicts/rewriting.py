@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -55,11 +55,17 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file to be written. `metadata`: texts for its header, as they are."""
+    """A safetensors file to be written.
+
+    `metadata`: texts for its header, as they are.
+    `late`: asked when all tensors of all files are written; metadata known only then, whose places texts of the same
+    length hold in `metadata`.
+    """
 
     path: Path
     tensors: tuple[OutputTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    late: Callable[[], Mapping[str, str]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -194,6 +200,9 @@ def write_outputs(
                 remove_leftovers(output.path)
                 places[output.path] = cleaning.enter_context(temporary_beside(output.path))
                 _put(output, places[output.path], task)
+        for output in ordered:
+            if isinstance(output, OutputFile) and output.late:
+                _complete(output, output.late(), places[output.path])
         changed = [path for path in inputs if _stamp(path) != stamps[path]]
         if changed:
             raise DiffSynthError(
@@ -222,6 +231,17 @@ def _put(output: Output, place: Path, task: Task) -> None:
     sync_file(place)
     if isinstance(output, OutputFile):
         _verify(output, place)
+
+
+def _complete(file: OutputFile, late: Mapping[str, str], place: Path) -> None:
+    """Put what is known by now in the header of a file that is written, and check it again."""
+    final = replace(file, metadata={**file.metadata, **late})
+    header = _header(final)
+    assert len(header) == len(_header(file)), "late metadata must be as long as what holds their places"
+    with place.open("r+b", buffering=0) as stream:
+        _write_whole(stream, header)
+    sync_file(place)
+    _verify(final, place)
 
 
 def _give_names(outputs: Sequence[Output], places: Mapping[Path, Path]) -> None:
