@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, lora_weights
-from diffsynth_core.adapters.merge import RoundingLoss, lora_change, merge_change, open_changes
+from diffsynth_core.adapters.merge import Loss, lora_change, merge_change, open_changes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.state_dicts.lora_files import read_lora_file
@@ -74,7 +74,7 @@ def test_halves_of_a_bfloat16_file_are_multiplied_in_float32():
 
 def test_what_rounding_loses_by_hand():
     """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
-    loss = RoundingLoss()
+    loss = Loss()
     weight, change = torch.ones(2).bfloat16(), torch.tensor([0.75 * STEP, STEP])
     loss.count(weight, change, merge_change(weight, change, torch.bfloat16))
     assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
@@ -85,7 +85,7 @@ def test_what_rounding_loses_by_hand():
 
 
 def test_nothing_asked_for_loses_nothing():
-    assert RoundingLoss().share == 0
+    assert Loss().share == 0
 
 
 @pytest.mark.parametrize(("spread", "dtype", "share"), [(1e-4, torch.bfloat16, 0.32), (1e-4, torch.float32, 0.0)])
@@ -94,7 +94,7 @@ def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
     change = torch.randn(512, 512, generator=generator) * spread
-    loss = RoundingLoss()
+    loss = Loss()
     loss.count(weight, change, merge_change(weight, change, dtype))
     assert loss.share == pytest.approx(share, abs=0.01)
 

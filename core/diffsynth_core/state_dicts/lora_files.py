@@ -83,7 +83,7 @@ def read_lora_file(
     dialect, found, unmatched = find_lora_keys(keys, module_shapes, naming)
     if not found or (unmatched and not allow_unmatched):
         raise _unmatched(path, keys, unmatched, module_shapes, naming)
-    stated = _stated_scales(path, header)
+    stated = stated_scales(path, header)
     names = naming.names(dialect)
     modules: dict[str, dict[str, LoraPart]] = {}
     for module, parts in found.items():
@@ -108,7 +108,7 @@ def refuse_other_adapters(path: Path, keys: Collection[str]) -> None:
             )
 
 
-def _stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
+def stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
     """Key of a lora_A and its rank -> its scale by the settings of peft in the metadata of the file; 1 without them."""
     try:
         settings = json.loads(header.metadata.get(ADAPTER_SETTINGS, "{}"))

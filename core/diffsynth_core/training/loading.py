@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, RoundingLoss, merge_change, open_changes
+from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, merge_change, open_changes
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import PresetLora
@@ -37,7 +37,7 @@ def _load_merged(
     plan: Plan, preset: PresetLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
     files = plan.components[preset.component]
-    loss = RoundingLoss()
+    loss = Loss()
     with open_changes(preset.file, preset.shapes, files.layout.documented) as changes:
 
         def merged(name: str, value: Tensor, kept: torch.dtype) -> Tensor:

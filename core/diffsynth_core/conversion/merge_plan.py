@@ -1,0 +1,183 @@
+"""What merging LoRAs into a base is going to do, from headers alone. No torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.conversion.bases import Base
+from diffsynth_core.conversion.lora_inputs import MatchedLora, WeightedFile, match_lora
+from diffsynth_core.conversion.provenance import merge_entry, with_entry
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.files import stem_of_shard
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.headers import TensorHeader
+from diffsynth_core.state_dicts.rewriting import (
+    Output,
+    OutputFile,
+    OutputIndex,
+    OutputTensor,
+    Pieces,
+    aligned,
+    make_index,
+    plan_shards,
+)
+from diffsynth_core.state_dicts.weight_sets import ENDING
+
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What `--dtype` takes -> the format in safetensors' words."""
+MERGED_IN_PLACE = frozenset(FORMATS.values())
+"""Formats that a merged weight may keep."""
+FLOATS = MERGED_IN_PLACE | {"F64", "F8_E4M3", "F8_E5M2"}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A base, the LoRAs that fit it, and where the result goes.
+
+    `dtype`: the format of all floating-point tensors, in safetensors' words; None: each as in the base.
+    `changed`: names in the base's files of what the LoRAs change.
+    """
+
+    base: Base
+    loras: tuple[MatchedLora, ...]
+    changed: frozenset[str]
+    output: Path
+    dtype: str | None = None
+    max_shard_bytes: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files that are read."""
+        return (*self.base.weights.inputs, *(lora.file.path for lora in self.loras))
+
+    @property
+    def hashed(self) -> tuple[Path, ...]:
+        """The files that the result tells of."""
+        return tuple(dict.fromkeys((*self.base.weights.files, *(lora.file.path for lora in self.loras))))
+
+    def format_of(self, name: str) -> str:
+        """The format in which a tensor is written."""
+        stored = self.base.weights.tensors[name].dtype
+        return self.dtype if self.dtype and stored in FLOATS else stored
+
+    def entry(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
+        """What the result tells of the merge."""
+        loras = [(lora.file.path, lora.weight) for lora in self.loras]
+        return merge_entry(self.base.weights.files, loras, hashes)
+
+
+def plan_merge(
+    base: Base,
+    given: Sequence[WeightedFile],
+    output: Path,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    allow_unmatched: bool = False,
+) -> MergePlan:
+    """The plan of a merge. `dtype` as in `FORMATS`.
+
+    Raises:
+        FaultsFound: what of the LoRAs does not fit the base, and what of the base cannot be merged into.
+        DiffSynthError: when the output's name is not of the kind that is written.
+    """
+    loras: list[MatchedLora] = []
+    problems: list[Problem] = []
+    for one in given:
+        try:
+            loras.append(match_lora(one, base, allow_unmatched))
+        except DiffSynthError as error:
+            problems += error.problems
+    modules = dict.fromkeys(module for lora in loras for module in lora.file.modules)
+    changed = frozenset(name for module in modules for name in base.tensors_of(module))
+    written = FORMATS[dtype] if dtype else None
+    problems += _format_problems({name: base.weights.tensors[name] for name in sorted(changed)}, written)
+    problems += _output_problems(base, output, max_shard_bytes)
+    raise_if_any(problems)
+    return MergePlan(base, tuple(loras), changed, output, written, max_shard_bytes)
+
+
+def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> list[Problem]:
+    """Weights that cannot be merged into as they are stored."""
+    problems = []
+    integers = [name for name, tensor in changed.items() if tensor.dtype not in FLOATS]
+    if integers:
+        problems.append(
+            Problem(
+                f"{count_of(len(integers), 'weight')} to merge into stored as {changed[integers[0]].dtype}, "
+                f"which is no floating-point format: {shorten(integers)}",
+                "name the original weights",
+            )
+        )
+    narrow = [name for name, tensor in changed.items() if tensor.dtype in FLOATS - MERGED_IN_PLACE]
+    if narrow and dtype is None:
+        stored = changed[narrow[0]].dtype
+        why = "most of the change would be lost in rounding" if stored != "F64" else "merging computes in float32"
+        problems.append(
+            Problem(
+                f"{count_of(len(narrow), 'weight')} to merge into stored as {stored}: {why}: {shorten(narrow)}",
+                "say what to write, such as `--dtype bfloat16`",
+            )
+        )
+    return problems
+
+
+def _output_problems(base: Base, output: Path, max_shard_bytes: int | None) -> list[Problem]:
+    """The problem that a file is named for what may be several."""
+    if output.suffix != ENDING or (len(base.weights.files) == 1 and max_shard_bytes is None):
+        return []
+    what = "`--max_shard_size` may make several files" if max_shard_bytes else f"`{base.weights.origin}` has shards"
+    return [Problem(f"`--output_path` `{output}` is one file, {what}", "name a folder", wrong_use=True)]
+
+
+def outputs_of(
+    plan: MergePlan,
+    pieces: Callable[[str], Pieces],
+    late: Callable[[], Mapping[Path, str]] | None = None,
+) -> list[Output]:
+    """The files to write: the base's own shards, or those of the size asked for.
+
+    Args:
+        pieces: name in the base's files -> what makes its bytes, for all but those that are copied.
+        late: asked for hashes of the inputs when all else is written.
+    """
+    weights = plan.base.weights
+    tensors = {name: _output_tensor(plan, name, pieces) for name in weights.tensors}
+    if plan.max_shard_bytes is not None:
+        stem = stem_of_shard(weights.files[0].name) or weights.files[0].stem
+        common = {key: value for key in weights.metadata[weights.files[0]] if (value := weights.said(key)) is not None}
+        files, indexes = plan_shards(plan.output, stem, list(tensors.values()), common, plan.max_shard_bytes)
+        return [*(_with_provenance(plan, file, late) for file in files), *indexes]
+    files = []
+    for path in weights.files:
+        place = plan.output if plan.output.suffix == ENDING else plan.output / path.name
+        of_file = tuple(tensor for name, tensor in tensors.items() if weights.tensors[name].path == path)
+        ordered = of_file if plan.dtype is None else aligned(of_file)
+        files.append(_with_provenance(plan, OutputFile(place, ordered, weights.metadata[path]), late))
+    return [*files, *([_index(plan, files)] if weights.index else [])]
+
+
+def _output_tensor(plan: MergePlan, name: str, pieces: Callable[[str], Pieces]) -> OutputTensor:
+    tensor, written = plan.base.weights.tensors[name], plan.format_of(name)
+    copied = name not in plan.changed and written == tensor.dtype
+    return OutputTensor(name, written, tensor.shape, plan.base.weights.spans[name] if copied else pieces(name))
+
+
+def _with_provenance(plan: MergePlan, file: OutputFile, late: Callable[[], Mapping[Path, str]] | None) -> OutputFile:
+    """A file that tells what it was made from, with the hashes of its inputs when they are known."""
+    metadata = file.metadata
+    return replace(
+        file,
+        metadata=with_entry(metadata, plan.entry({})),
+        late=(lambda: with_entry(metadata, plan.entry(late()))) if late else None,
+    )
+
+
+def _index(plan: MergePlan, files: Sequence[OutputFile]) -> OutputIndex:
+    """The index of the base, as it is where formats and with them sizes stay."""
+    weights = plan.base.weights
+    assert weights.index
+    place = plan.output / weights.index.name
+    if plan.dtype is None:
+        return OutputIndex(place, weights.index.read_text(encoding="utf-8"))
+    return make_index(place, files, weights.index_metadata)

@@ -1,0 +1,232 @@
+"""LoRAs merged into a base, in pieces of a few rows: no tensor is ever in memory as a whole.
+
+Several threads read and compute pieces while one writes them, in order. Each computes on its own: threads of torch
+within one product wait for each other.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from diffsynth_core.adapters.merge import (
+    LOSS_WORTH_A_WARNING,
+    Factors,
+    Loss,
+    add_factors,
+    merge_change,
+    read_factors,
+)
+from diffsynth_core.conversion.lora_inputs import MatchedLora
+from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
+from diffsynth_core.conversion.provenance import InputHashes
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import Reporter
+from diffsynth_core.state_dicts.rewriting import write_outputs
+from diffsynth_core.state_dicts.weight_sets import Span
+from diffsynth_core.state_dicts.writing import DTYPE_NAMES
+
+ELEMENTS_AT_ONCE = 2**20
+"""Of a weight: 4 MB in float32, of which a thread holds a handful."""
+MOST_THREADS = 8
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What rounding lost of what LoRAs asked for: of all together, and over the weights that each of them changes."""
+
+    loss: Loss
+    losses: tuple[Loss, ...]
+
+
+def merge(plan: MergePlan, reporter: Reporter, overwrite: bool = False) -> MergeResult:
+    """Carry out a plan.
+
+    Raises:
+        FaultsFound: as `output_problems` tells, before anything is written.
+        DiffSynthError: as `write_outputs`; when a value of a LoRA or of a result is no finite number.
+    """
+    hashes = InputHashes(plan.hashed)
+    with ExitStack() as opened, _own_threads() as pool:
+        merging = _Merging(plan, pool, opened)
+        hashes.start()
+        write_outputs(outputs_of(plan, merging.pieces, hashes.wait), plan.inputs, reporter, overwrite)
+    result = merging.result()
+    if result.loss.share > LOSS_WORTH_A_WARNING:
+        formats = sorted({plan.format_of(name) for name in plan.changed})
+        reporter.warn(
+            f"rounding to {', '.join(formats)} loses {result.loss.share:.0%} of the change; `--dtype float32` keeps it"
+        )
+    return result
+
+
+@contextmanager
+def _own_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute alone."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_processors(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _processors() -> int:
+    """How many threads this process may keep busy."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, allowed)
+
+
+class _Merging:
+    """The bytes of what a merge changes, and what their rounding loses."""
+
+    def __init__(self, plan: MergePlan, pool: ThreadPoolExecutor, opened: ExitStack) -> None:
+        self._plan, self._pool = plan, pool
+        self._losses: dict[str, Loss] = {}
+        self._streams = [
+            (lora, opened.enter_context(safe_open(lora.file.path, framework="pt", device="cpu"))) for lora in plan.loras
+        ]
+        self._sources = {
+            path: opened.enter_context(path.open("rb", buffering=0)).fileno() for path in plan.base.weights.files
+        }
+
+    def pieces(self, name: str) -> Callable[[], Iterator[memoryview]]:
+        """What makes the bytes of a tensor in the files."""
+        return lambda: self._make(name)
+
+    def result(self) -> MergeResult:
+        total = Loss()
+        for loss in self._losses.values():
+            total.add(loss)
+        each = []
+        for lora in self._plan.loras:
+            own = Loss()
+            for name in sorted({name for module in lora.file.modules for name in self._plan.base.tensors_of(module)}):
+                own.add(self._losses[name])
+            each.append(own)
+        return MergeResult(total, tuple(each))
+
+    def _make(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor."""
+        header, span = self._plan.base.weights.tensors[name], self._plan.base.weights.spans[name]
+        factors = self._factors(name) if name in self._plan.changed else None
+        columns = math.prod(header.shape[1:]) if factors else 1
+        rows = math.prod(header.shape) // max(columns, 1)
+        height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
+        loss = self._losses[name] = Loss()
+        piece = _Piece(
+            name,
+            self._sources[span.path],
+            span,
+            columns,
+            DTYPES[header.dtype],
+            DTYPES[self._plan.format_of(name)],
+            factors,
+        )
+        jobs = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+        for data, lost in _in_order(self._pool, piece.make, jobs):
+            loss.add(lost)
+            yield data
+
+    def _factors(self, name: str) -> Factors:
+        """The change of a tensor in the files, of all LoRAs together."""
+        return add_factors([change for lora, stream in self._streams for change in self._of_one(lora, stream, name)])
+
+    def _of_one(self, lora: MatchedLora, stream: Any, name: str) -> Iterator[Factors]:
+        """What one LoRA adds to a tensor in the files: a product for each documented module that it is a part of."""
+        base = self._plan.base
+        names, documented = base.layout.names, base.layout.documented
+        own = names.ours(name) or ()
+        weights = dict.fromkeys(weight for part in own if (weight := documented.theirs(part)) is not None)
+        shapes = names.cut_shape(name, base.weights.tensors[name].shape)
+        for weight in weights:
+            module = weight.removesuffix(".weight")
+            if module not in lora.file.modules:
+                continue
+            whole = read_factors(lora.file, stream, module, base.shapes[module])
+            cut = documented.cut(weight, whole.up)
+            ups = {
+                part: cut[part].flatten(1) if part in cut else torch.zeros(shapes[part][0], whole.rank) for part in own
+            }
+            yield Factors(whole.down, names.join(name, ups).flatten(1) * lora.weight)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one tensor: read, changed, rounded. `source`: the number of the open file that has it."""
+
+    name: str
+    source: int
+    span: Span
+    columns: int
+    stored: torch.dtype
+    written: torch.dtype
+    factors: Factors | None
+
+    def make(self, begin: int, end: int) -> tuple[memoryview, Loss]:
+        """The bytes of rows, and what their rounding loses."""
+        loss = Loss()
+        raw, weight = self._read(begin, end)
+        if self.factors is None or not bool((up := self.factors.up[begin:end]).any()):
+            data = as_bytes(raw) if self.stored == self.written else as_bytes(self._checked(weight.to(self.written)))
+            return data, loss
+        wide = weight.float()
+        change = up @ self.factors.down
+        merged = merge_change(wide, change, self.written)
+        before = wide if self.stored.itemsize <= self.written.itemsize else wide.to(self.written)
+        loss.count(before, change, merged)
+        if not math.isfinite(loss.lost_squared):
+            self._checked(merged)
+        return as_bytes(merged), loss
+
+    def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Rows as bytes and as numbers."""
+        size = self.columns * self.stored.itemsize
+        raw = torch.empty((end - begin) * size, dtype=torch.uint8)
+        target = as_bytes(raw)
+        place = self.span.begin + begin * size
+        while target:
+            done = os.preadv(self.source, [target], place)
+            if not done:
+                raise DiffSynthError(f"`{self.span.path}` became shorter while it was read", "fetch the file again")
+            target, place = target[done:], place + done
+        return raw, raw.view(self.stored).view(end - begin, self.columns)
+
+    def _checked(self, result: Tensor) -> Tensor:
+        if not bool(torch.isfinite(result.float()).all()):
+            raise DiffSynthError(
+                f"`{self.name}` would hold values that are no finite numbers in {DTYPE_NAMES[self.written]}",
+                "give a wider `--dtype`, such as `float32`, or look for them in the base",
+            )
+        return result
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, which may be written to."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    make: Callable[[int, int], tuple[memoryview, Loss]],
+    jobs: Sequence[tuple[int, int]],
+) -> Iterator[tuple[memoryview, Loss]]:
+    """Results in the order of their jobs, a few of which are always under way."""
+    under_way: deque[Future[tuple[memoryview, Loss]]] = deque()
+    for job in jobs:
+        under_way.append(pool.submit(make, *job))
+        if len(under_way) > _processors():
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

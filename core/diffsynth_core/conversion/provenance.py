@@ -1,0 +1,72 @@
+"""What a written file says of the files it was made from: their sha256, found while they are read anyway. No torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import default_cache_path
+from diffsynth_core.sources.identity import FileIdentities
+
+MERGED = "diffsynth.merged"
+"""Key in the metadata of a header: a JSON list, an entry for each merge that made the file, the last one last."""
+UNKNOWN = "0" * 64
+"""Holds the place of a sha256."""
+
+
+class InputHashes:
+    """sha256 of files, each read at most once ever, beside whatever else is going on."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._found: dict[Path, str] = {}
+        self._failed: OSError | None = None
+        # Ends with the process, which need not wait for it when something else fails.
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait(self) -> Mapping[Path, str]:
+        """All of them.
+
+        Raises:
+            DiffSynthError: when a file cannot be read.
+        """
+        self._thread.join()
+        if self._failed:
+            raise DiffSynthError(f"cannot read `{self._failed.filename}`: {self._failed.strerror}") from self._failed
+        return self._found
+
+    def _run(self) -> None:
+        identities = FileIdentities(default_cache_path() / "identities.jsonl")
+        try:
+            for path in self._paths:
+                self._found[path] = identities.sha256(path)
+        except OSError as error:
+            self._failed = error
+
+
+def merge_entry(
+    base: Sequence[Path], loras: Sequence[tuple[Path, float]], hashes: Mapping[Path, str], **settings: Any
+) -> dict[str, Any]:
+    """What is told of one merge: version, files by name and sha256, the weights of LoRAs. Nothing of when or where."""
+    return {
+        "diffsynth": version("diffsynth-cli"),
+        **({"base": {path.name: hashes.get(path, UNKNOWN) for path in base}} if base else {}),
+        "loras": [{"file": path.name, "sha256": hashes.get(path, UNKNOWN), "weight": weight} for path, weight in loras],
+        **settings,
+    }
+
+
+def with_entry(metadata: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a file with one more merge told in them."""
+    try:
+        before = json.loads(metadata.get(MERGED, "[]"))
+    except ValueError:
+        before = []
+    entries = [*before, entry] if isinstance(before, list) else [entry]
+    return {**metadata, MERGED: json.dumps(entries, separators=(",", ":"))}
