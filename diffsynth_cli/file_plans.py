@@ -2,7 +2,7 @@
 
 import json
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -36,13 +36,13 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
             write_outputs(plan.outputs, plan.inputs, reporter, overwrite)
     for note in plan.notes:
         reporter.info(note)
-    typer.echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else _as_table(plan))
+    typer.echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else files_table(plan))
     if output_format is PlanFormat.TABLE:
         total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(file.nbytes for file in plan.files))}"
         reporter.info(f"{total} would be written; nothing is, for this is a dry run" if dry_run else f"{total} written")
 
 
-def _as_table(plan: "FilePlan") -> str:
+def files_table(plan: "FilePlan") -> str:
     """A line for each file: its place, how many tensors it holds, and their bytes."""
     tensors = {file.path: file for file in plan.files}
     rows = []
@@ -54,17 +54,22 @@ def _as_table(plan: "FilePlan") -> str:
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)
 
 
-def _as_json(plan: "FilePlan", written: bool) -> str:
+def describe_files(plan: "FilePlan") -> list[dict[str, Any]]:
+    """The files of a plan, for programs."""
     tensors = {file.path: file for file in plan.files}
     files = []
     for output in plan.outputs:
         file = tensors.get(output.path)
         facts = {"tensors": len(file.tensors), "bytes": file.nbytes, "metadata": dict(file.metadata)} if file else {}
         files.append({"path": str(output.path), "kind": "weights" if file else "index", **facts})
+    return files
+
+
+def _as_json(plan: "FilePlan", written: bool) -> str:
     content = {
         "written": written,
         "inputs": [str(path) for path in plan.inputs],
-        "outputs": files,
+        "outputs": describe_files(plan),
         "notes": list(plan.notes),
     }
     return json.dumps(content, indent=2)

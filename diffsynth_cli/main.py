@@ -13,6 +13,7 @@ COMMANDS = {
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
     "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Take a checkpoint apart by component or size, or join one"),
     "download": ("diffsynth_cli.commands.download", "Bring the files of recipes, models and datasets from the hubs"),
+    "merge-lora": ("diffsynth_cli.commands.merge_lora", "Merge LoRAs into a base, or into one LoRA"),
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""

@@ -1,0 +1,102 @@
+"""`diffsynth merge-lora`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffsynth_cli.file_plans import PlanFormat
+from diffsynth_cli.options import SPELLINGS
+from diffsynth_core.errors import Problem, raise_if_any
+
+HELP = """Merge LoRAs into a base, or into one LoRA.
+
+With --base, W' = W + sum of weight x (alpha / rank) B A is computed in float32 and rounded once; what the LoRAs do not
+change stays as it is, byte for byte, in the same files. Without --base, the LoRAs become one, exactly: their ranks add.
+--rank takes the nearest LoRA of that rank instead, and says how much is lost.
+
+A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. A file whose name is the whole text
+is meant before all else, so names may have colons.
+
+Examples:
+
+  diffsynth merge-lora --base Qwen/Qwen-Image:transformer/*.safetensors --lora style.safetensors --output_path merged
+
+  diffsynth merge-lora --base flux1-dev.safetensors --lora a.safetensors:0.7 --lora b.safetensors --output_path merged
+
+  diffsynth merge-lora --lora a.safetensors --lora b.safetensors:-0.5 --output_path both.safetensors --rank 32
+"""
+
+
+class NumberFormat(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("merge-lora", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(merge_lora)
+
+
+def merge_lora(
+    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="A LoRA; give it once for each")],
+    output_path: Annotated[
+        Path, typer.Option("--output_path", metavar="PATH", help="A folder, or a file that ends in .safetensors")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="WEIGHTS", help="A file, a folder, an index of shards, or model_id:glob"),
+    ] = None,
+    dtype: Annotated[
+        NumberFormat | None,
+        typer.Option(
+            "--dtype",
+            help="Format of all floating-point tensors; without it each stays as in the base, and a LoRA made of "
+            "others is float32",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", min=1, help="Most rank of a LoRA made of others")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max_shard_size", metavar="SIZE", help="Most bytes of a file; without it shards stay as they are"
+        ),
+    ] = None,
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
+    output_format: Annotated[
+        PlanFormat, typer.Option("--format", help="table for people, json for programs")
+    ] = PlanFormat.TABLE,
+) -> None:
+    """Plan from headers, then merge piece by piece."""
+    from diffsynth_cli import merges
+    from diffsynth_core.conversion.lora_inputs import parse_lora
+    from diffsynth_core.conversion.plans import parse_size
+
+    raise_if_any(_use_problems(base, rank, max_shard_size))
+    most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
+    files = [parse_lora(text) for text in lora]
+    how = merges.Manner(dtype.value if dtype else None, allow_unmatched, overwrite, dry_run, output_format)
+    if base is None:
+        merges.into_one(files, output_path, rank, how)
+    else:
+        merges.into_base(base, files, output_path, most_bytes, how)
+
+
+def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None) -> list[Problem]:
+    """Options that mean nothing beside each other."""
+    problems = []
+    if base is not None and rank is not None:
+        problems.append(
+            Problem("`--rank` is of a LoRA made of others; with `--base` there is none", "leave one out", True)
+        )
+    if base is None and max_shard_size is not None:
+        problems.append(Problem("`--max_shard_size` means nothing without `--base`", "leave it out", True))
+    return problems

@@ -1,0 +1,172 @@
+"""Carrying out `merge-lora`, and telling of it: for people as tables, for programs as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from diffsynth_cli.console import ConsoleReporter
+from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table
+from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_core.conversion.bases import open_base
+from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
+from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of, plan_merge
+from diffsynth_core.conversion.plans import FilePlan
+from diffsynth_core.conversion.sum_plan import SumPlan, output_of, plan_sum
+from diffsynth_core.errors import raise_if_any, shorten
+from diffsynth_core.files import model_base_path
+from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.state_dicts.rewriting import output_problems
+
+if TYPE_CHECKING:
+    from diffsynth_core.adapters.merge import Loss
+
+HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "left out")
+WORST_SHOWN = 3
+"""Modules named of those that lose most."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a merge is to be carried out and told."""
+
+    dtype: str | None
+    allow_unmatched: bool
+    overwrite: bool
+    dry_run: bool
+    output_format: PlanFormat
+
+
+def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_bytes: int | None, how: Manner) -> None:
+    """Merge LoRAs into a base, or tell what that would do.
+
+    Raises:
+        DiffSynthError: when something does not fit or cannot be written; nothing is left then.
+    """
+    base = open_base(base_text, model_base_path())
+    plan = plan_merge(base, files, output, how.dtype, most_bytes, how.allow_unmatched)
+    losses: tuple[Loss, ...] = ()
+    facts: dict[str, Any] = {
+        "base": {"path": base.weights.origin, "family": base.facts.name, "component": base.component.name},
+        "changed": len(plan.changed),
+    }
+    written = FilePlan(tuple(outputs_of(plan, lambda name: tuple)), plan.inputs)
+    if how.dry_run:
+        raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
+    else:
+        from diffsynth_core.conversion.merging import merge
+
+        with stopping_cleanly():
+            result = merge(plan, ConsoleReporter(), how.overwrite)
+        losses = result.losses
+        facts["lost"] = result.loss.share
+    changed = f"{count_of(len(plan.changed), 'tensor')} of {len(base.weights.tensors)} changed"
+    lines = [f"{base.weights.origin}: {base.title}, {changed}"]
+    _tell(lines, _summaries(plan), losses, written, facts, how)
+
+
+def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, how: Manner) -> None:
+    """Make one LoRA of several, or tell what that would do.
+
+    Raises:
+        DiffSynthError: when something does not fit or cannot be written; nothing is left then.
+    """
+    plan = plan_sum(files, output, rank, how.dtype, how.allow_unmatched)
+    ranks = sorted({module.rank for module in plan.modules})
+    facts: dict[str, Any] = {"modules": len(plan.modules), "ranks": ranks}
+    written = FilePlan((output_of(plan),), plan.inputs)
+    lines = [f"{count_of(len(plan.modules), 'module')} of rank {_span(ranks)}"]
+    if how.dry_run:
+        raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
+    else:
+        from diffsynth_core.conversion.summing import add_loras
+
+        with stopping_cleanly():
+            result = add_loras(plan, ConsoleReporter(), how.overwrite)
+        if rank is not None:
+            shares = {name: loss.share for name, loss in result.losses.items()}
+            facts |= {"lost": result.loss.share, "lost_by_module": shares}
+            lines += _lost_to_rank(rank, result.loss.share, shares)
+    _tell(lines, plan.summaries, (), written, facts, how)
+
+
+def _lost_to_rank(rank: int, share: float, shares: Mapping[str, float]) -> list[str]:
+    """What a lower rank loses, in all and at worst."""
+    worst = sorted(shares, key=lambda name: -shares[name])[:WORST_SHOWN]
+    told = ", ".join(f"`{name}` {shares[name]:.3%}" for name in worst)
+    return [f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||); most: {told}"]
+
+
+def _summaries(plan: "MergePlan | SumPlan") -> tuple[LoraSummary, ...]:
+    return plan.summaries if isinstance(plan, SumPlan) else tuple(lora.summary for lora in plan.loras)
+
+
+def _tell(
+    lines: Sequence[str],
+    summaries: Sequence[LoraSummary],
+    losses: Sequence["Loss"],
+    written: FilePlan,
+    facts: Mapping[str, Any],
+    how: Manner,
+) -> None:
+    """All of it on stdout; what was left out also as a note."""
+    reporter = ConsoleReporter()
+    for summary in summaries:
+        if summary.unmatched:
+            left_out = f"{count_of(len(summary.unmatched), 'key')} left out: {shorten(sorted(summary.unmatched))}"
+            reporter.warn(f"`{summary.path}`: {left_out}")
+    if how.output_format is PlanFormat.JSON:
+        loras = [_described(summary, loss) for summary, loss in _with_losses(summaries, losses)]
+        content = {"written": not how.dry_run, **facts, "loras": loras, "outputs": _outputs(written)}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    typer.echo("\n".join([*lines, "", *_lora_table(summaries, losses), "", files_table(written)]))
+    total = f"{count_of(len(written.outputs), 'file')}, {format_bytes(sum(file.nbytes for file in written.files))}"
+    reporter.info(f"{total} would be written; nothing is, for this is a dry run" if how.dry_run else f"{total} written")
+
+
+def _outputs(written: FilePlan) -> list[dict[str, Any]]:
+    """The files, without the metadata, in which a plan has no hashes yet."""
+    return [{name: fact for name, fact in file.items() if name != "metadata"} for file in describe_files(written)]
+
+
+def _with_losses(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[tuple[LoraSummary, "Loss | None"]]:
+    return [(summary, losses[place] if losses else None) for place, summary in enumerate(summaries)]
+
+
+def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
+    return {
+        "path": str(summary.path),
+        "weight": summary.weight,
+        "matched": summary.matched,
+        "unmatched": list(summary.unmatched),
+        "ranks": list(summary.ranks),
+        "scales": list(summary.scales),
+        "alpha": summary.alpha,
+        **({"lost": loss.share} if loss else {}),
+    }
+
+
+def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[str]:
+    """A line for each LoRA, below their headings."""
+    rows = [(*HEADINGS, *(["lost in rounding"] if losses else []))]
+    for summary, loss in _with_losses(summaries, losses):
+        facts = (
+            f"{summary.weight:g}",
+            str(summary.matched),
+            _span(summary.ranks),
+            _span(summary.scales),
+            summary.alpha,
+        )
+        left_out = count_of(len(summary.unmatched), "key")
+        rows.append((str(summary.path), *facts, left_out, *([f"{loss.share:.1%}"] if loss else [])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _span(numbers: Sequence[float]) -> str:
+    """One number, or the least and the greatest."""
+    return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
