@@ -2,8 +2,16 @@
 
 import pytest
 
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import TableMap
-from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, LoraNaming, find_lora_keys, lora_keys
+from diffsynth_core.state_dicts.lora_names import (
+    DIALECTS,
+    LoraKeys,
+    LoraNaming,
+    find_lora_keys,
+    lora_keys,
+    refuse_other_adapters,
+)
 
 MODULES = (
     "transformer_blocks.0.attn.to_q",
@@ -201,3 +209,31 @@ def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_mode
     modules = modules_with_weights({name: tensor.shape for name, tensor in read_headers(paths).items()})
     assert len(modules) > 30
     assert len({module.replace(".", "_") for module in modules}) == len(modules)
+
+
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [
+        ("lora_unet_blocks_0_q.lokr_w1", "LoKr"),
+        ("diffusion_model.blocks.0.q.lokr_w2_a", "LoKr"),
+        ("lora_unet_blocks_0_q.hada_w1_a", "LoHa"),
+        ("lora_unet_blocks_0_q.dora_scale", "DoRA"),
+        ("transformer.blocks.0.q.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_blocks_0_q.lora_mid.weight", "LoCon with a core tensor"),
+        ("lora_unet_blocks_0_q.oft_blocks", "OFT"),
+        ("transformer.blocks.0.q.lora_B.bias", "a LoRA with changed biases"),
+        ("diffusion_model.blocks.0.q.diff_b", "a LoRA with changed biases"),
+        ("diffusion_model.blocks.0.norm_q.diff", "a LoRA with full differences"),
+    ],
+)
+def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
+    with pytest.raises(DiffSynthError) as raised:
+        refuse_other_adapters("mine.safetensors", [*written("kohya"), key])
+    assert raised.value.problems[0].message == (
+        f"`mine.safetensors` is no plain LoRA but {title}, which is not supported: 1 key such as `{key}`"
+    )
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_a_plain_lora_is_not_refused(dialect):
+    refuse_other_adapters("mine.safetensors", written(dialect))

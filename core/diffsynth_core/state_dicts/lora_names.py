@@ -6,6 +6,8 @@ The module name inside a dialect is the family's business (`families/*/names.py`
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 
 
@@ -75,6 +77,35 @@ class LoraNaming:
 
 
 DIT = LoraNaming()
+
+
+OTHER_ADAPTERS: Mapping[str, tuple[str, ...]] = {
+    "LoKr": (".lokr_",),
+    "LoHa": (".hada_",),
+    "DoRA": (".dora_scale", ".lora_magnitude_vector"),
+    "LoCon with a core tensor": (".lora_mid.",),
+    "OFT": (".oft_",),
+    "a LoRA with changed biases": (".lora_B.bias", ".lora_B.default.bias", ".lora_up.bias", ".diff_b"),
+    "a LoRA with full differences": (".diff",),
+}
+"""Adapters that are more than W + (alpha / rank) B A, by what their keys contain; the first that fits names a key."""
+
+
+def refuse_other_adapters(origin: object, keys: Iterable[str]) -> None:
+    """Refuse adapters whose change of weights is not that of a plain LoRA.
+
+    Raises:
+        DiffSynthError: when `keys`, those of the file `origin`, are of such an adapter.
+    """
+    present = list(keys)
+    for title, marks in OTHER_ADAPTERS.items():
+        found = sorted(key for key in present if any(mark in key for mark in marks))
+        if found:
+            raise DiffSynthError(
+                f"`{origin}` is no plain LoRA but {title}, which is not supported: {count_of(len(found), 'key')} such "
+                f"as {shorten(found)}",
+                "name a plain LoRA, or have the program that made it merge it into the base",
+            )
 
 
 LORA_ENDINGS = tuple(
