@@ -28,7 +28,7 @@ DIALECTS = [
     (family, dialect)
     for family, facts in FAMILIES.items()
     for dialect in ("diffsynth", "diffusers", "comfyui", "kohya")
-    if facts.component(facts.denoiser).lora_naming.known(dialect)
+    if facts.component(facts.denoiser).lora_naming.written(dialect)
 ]
 """Every family with every dialect that has names for its transformer."""
 

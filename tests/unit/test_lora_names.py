@@ -219,18 +219,16 @@ def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_mode
         ("lora_unet_blocks_0_q.hada_w1_a", "LoHa"),
         ("lora_unet_blocks_0_q.dora_scale", "DoRA"),
         ("transformer.blocks.0.q.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_blocks_0_q.lora_mid.weight", "LoCon with a core tensor"),
+        ("lora_unet_blocks_0_q.lora_mid.weight", "LoRA with a core tensor (Tucker decomposition)"),
         ("lora_unet_blocks_0_q.oft_blocks", "OFT"),
-        ("transformer.blocks.0.q.lora_B.bias", "a LoRA with changed biases"),
-        ("diffusion_model.blocks.0.q.diff_b", "a LoRA with changed biases"),
-        ("diffusion_model.blocks.0.norm_q.diff", "a LoRA with full differences"),
+        ("diffusion_model.blocks.0.q.diff_b", "LoRA with changes of biases"),
     ],
 )
 def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
     with pytest.raises(DiffSynthError) as raised:
         refuse_other_adapters("mine.safetensors", [*written("kohya"), key])
     assert raised.value.problems[0].message == (
-        f"`mine.safetensors` is no plain LoRA but {title}, which is not supported: 1 key such as `{key}`"
+        f"`mine.safetensors`: it is a {title}, told by `{key}`; only a LoRA is read here"
     )
 
 

@@ -167,7 +167,8 @@ def read_scaled_up(stream: Any, part: LoraPart) -> Tensor:
     """B of one LoRA in float32, with the scale alpha / rank in it: ours is 1."""
     scale = float(stream.get_tensor(part.keys.alpha)) / part.rank if part.keys.alpha else part.stated
     up: Tensor = stream.get_tensor(part.keys.up)
-    return up.float() * scale
+    rows = up if part.rows is None else torch.cat([up[begin:end] for begin, end in part.rows])
+    return rows.float() * scale
 
 
 def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int, ...]]:

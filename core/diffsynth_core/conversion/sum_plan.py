@@ -16,10 +16,9 @@ from diffsynth_core.state_dicts.headers import Header, read_header
 from diffsynth_core.state_dicts.lora_files import (
     ADAPTER_SETTINGS,
     LoraPart,
-    refuse_other_adapters,
     stated_scales,
 )
-from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys
+from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, refuse_other_adapters
 from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, Pieces, aligned
 from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
 

@@ -80,8 +80,11 @@ class ComponentFacts:
     `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
     its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
+    `modules`: documented names of all modules that can carry a LoRA, with `{}` for numbers; empty where files without
+    the base are not read.
     `dialects`: for LoRA dialects that name modules otherwise: documented names -> those there, which may be of several
     modules; None: the dialect has no names for this component.
+    `fused`: for LoRA dialects of whose modules one may be several documented ones: names there -> documented names.
     `published`: for the `original` layout, where its names are not the documented ones: names there -> those of our
     module; None: there is no table of them.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
@@ -98,7 +101,9 @@ class ComponentFacts:
     places: tuple[str, ...]
     config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
+    fused: Mapping[str, KeyMap] = field(default_factory=dict)
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -114,7 +119,7 @@ class ComponentFacts:
     @property
     def lora_naming(self) -> LoraNaming:
         """How LoRA files name its modules."""
-        return LoraNaming(self.name, self.dialects)
+        return LoraNaming(self.name, self.dialects, self.fused, self.modules)
 
 
 def as_written(caption: str) -> str:

@@ -103,15 +103,8 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
             )
         )
     naming = facts.component(facts.denoiser).lora_naming
-    if parameters.lora_base_model == facts.denoiser and not naming.known(parameters.lora_format):
-        known = " or ".join(f"`--lora_format {name}`" for name in filter(naming.known, DIALECTS))
-        problems.append(
-            Problem(
-                f"`lora_format` `{parameters.lora_format}` has no names for the {facts.denoiser} of {facts.title}",
-                f"give {known}",
-                wrong_use=True,
-            )
-        )
+    if parameters.lora_base_model == facts.denoiser and not naming.written(parameters.lora_format):
+        problems.append(_not_written(parameters.lora_format, facts))
     if parameters.lora_checkpoint and not parameters.lora_base_model:
         problems.append(
             Problem(
@@ -120,3 +113,21 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
                 wrong_use=True,
             )
         )
+
+
+def _not_written(dialect: str, facts: FamilyFacts) -> Problem:
+    """The problem that LoRA of the denoiser's modules cannot be written in a dialect."""
+    naming = facts.component(facts.denoiser).lora_naming
+    if naming.known(dialect):
+        return Problem(
+            f"`lora_format` `{dialect}` has several modules of the {facts.denoiser} of {facts.title} as one, which would "
+            "raise the rank of its LoRA",
+            f"give `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to {dialect}`",
+            wrong_use=True,
+        )
+    written = " or ".join(f"`--lora_format {name}`" for name in filter(naming.written, DIALECTS))
+    return Problem(
+        f"`lora_format` `{dialect}` has no names for the {facts.denoiser} of {facts.title}",
+        f"give {written}",
+        wrong_use=True,
+    )

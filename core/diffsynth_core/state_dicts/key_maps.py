@@ -7,12 +7,15 @@ the leaves differ (`scale` of theirs, `weight` of ours) a row names the tensors.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 Tensor = Any
 """A `torch.Tensor`; a table of names does not import torch."""
 Shape = tuple[int, ...]
+Rows = tuple[tuple[int, int], ...]
+"""Rows of a matrix in an order: from each first number up to the second."""
 
 LEAVES = ("weight", "bias", "gamma")
 ONE_PIXEL = (1, 1)
@@ -56,6 +59,14 @@ class KeyMap:
         """What `theirs` calls our `names`; what is not there whole, or has no name there, is left out."""
         found = dict.fromkeys(name for own in names if (name := self.theirs(own)) is not None)
         return [name for name in found if all(own in names for own in self.ours(name) or ())]
+
+    def shares(self, name: str) -> dict[str, Fraction]:
+        """How much of the rows of `theirs` each of our tensors has."""
+        return dict.fromkeys(self.ours(name) or (), Fraction(1))
+
+    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
+        """Which of the rows of `theirs`, `rows` in all, are those of each of our tensors, in the order of ours."""
+        return dict.fromkeys(self.ours(name) or (), ((0, rows),))
 
     def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
         """Shapes of our tensors, given that of `theirs`; of one that cannot be cut, shapes that fit no module."""
@@ -161,6 +172,22 @@ class TableMap(KeyMap):
         rule, numbers, leaf = found
         return rule.format(*numbers) + leaf
 
+    def shares(self, name: str) -> dict[str, Fraction]:
+        names = self.ours(name) or ()
+        shares = self._shares.get(self.rule(name) or "", (1,) * len(names))
+        return {own: Fraction(share, sum(shares)) for own, share in zip(names, shares, strict=True)}
+
+    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
+        names, rule = self.ours(name) or (), self.rule(name) or ""
+        if rule in self._swapped:
+            return dict.fromkeys(names, ((rows - rows // 2, rows), (0, rows - rows // 2)))
+        found: dict[str, Rows] = {}
+        begin = 0
+        for own, count in zip(names, _rows(self._shares.get(rule, (1,) * len(names)), rows), strict=True):
+            found[own] = ((begin, begin + count),)
+            begin += count
+        return found
+
     def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
         names, rule = self.ours(name) or (), self.rule(name) or ""
         if rule in self._shares and shape:
@@ -222,6 +249,20 @@ class Chain(KeyMap):
         between = self._second.theirs(name)
         return None if between is None else self._first.theirs(between)
 
+    def shares(self, name: str) -> dict[str, Fraction]:
+        return {
+            own: share * part
+            for between, share in self._first.shares(name).items()
+            for own, part in self._second.shares(between).items()
+        }
+
+    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
+        found: dict[str, Rows] = {}
+        for between, outer in self._first.cut_rows(name, rows).items():
+            for own, inner in self._second.cut_rows(between, count_rows(outer)).items():
+                found[own] = tuple(span for begin, end in inner for span in take_rows(outer, begin, end))
+        return found
+
     def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
         between = self._first.cut_shape(name, shape)
         return {own: cut for part in between for own, cut in self._second.cut_shape(part, between[part]).items()}
@@ -237,6 +278,22 @@ class Chain(KeyMap):
     def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = self._first.ours(name) or ()
         return self._first.join(name, {part: self._second.join(part, tensors) for part in parts})
+
+
+def count_rows(rows: Rows) -> int:
+    """How many rows there are."""
+    return sum(end - begin for begin, end in rows)
+
+
+def take_rows(rows: Rows, begin: int, end: int) -> Rows:
+    """Of these rows those from the place `begin` up to `end`, counted in their order."""
+    taken, place = [], 0
+    for first, last in rows:
+        low, high = max(begin, place), min(end, place + last - first)
+        if low < high:
+            taken.append((first + low - place, first + high - place))
+        place += last - first
+    return tuple(taken)
 
 
 def _rows(shares: Sequence[int], rows: int) -> list[int]:

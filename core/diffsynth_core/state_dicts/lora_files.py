@@ -4,25 +4,25 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import Header, read_header
-from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.lora_names import DIT, LoraKeys, LoraNaming, find_lora_keys, is_lora_key
+from diffsynth_core.state_dicts.headers import Header, TensorHeader, read_header
+from diffsynth_core.state_dicts.key_maps import KeyMap, Rows
+from diffsynth_core.state_dicts.lora_names import (
+    DIT,
+    LoraKeys,
+    LoraNaming,
+    find_lora_keys,
+    is_lora_key,
+    refuse_other_adapters,
+)
+from diffsynth_core.state_dicts.values import read_bytes
+from diffsynth_core.state_dicts.weight_sets import Span
 
-OTHER_ADAPTERS = {
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoRA with a core tensor (Tucker decomposition)",
-    "oft_": "OFT",
-}
-"""How a part of a key begins in files of other adapters -> their name."""
 ADAPTER_SETTINGS = "lora_adapter_metadata"
 """Where in the metadata of a header diffusers keeps the settings of peft, as JSON: `<prefix>.lora_alpha` and others."""
 
@@ -32,11 +32,13 @@ class LoraPart:
     """Where a file keeps one LoRA, and its rank.
 
     `stated`: the scale that the file's metadata say; it counts where no alpha is stored.
+    `rows`: those of B that are this module's, where the file has it and others as one; None: all.
     """
 
     keys: LoraKeys
     rank: int
     stated: float = 1.0
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,33 @@ def read_lora_file(
             holds an adapter of another kind.
     """
     header = read_header(path)
-    keys = [name for name in header.tensors if name not in besides]
-    refuse_other_adapters(path, keys)
+    dialect, modules, unmatched = fit_lora(path, header.tensors, module_shapes, naming, besides, allow_unmatched)
+    stated = stated_scales(path, header)
+    scaled = {
+        module: {name: replace(part, stated=stated(part.keys.down or "", part.rank)) for name, part in parts.items()}
+        for module, parts in modules.items()
+    }
+    return LoraFile(path, naming.names(dialect), scaled, tuple(unmatched))
+
+
+def fit_lora(
+    origin: Path,
+    tensors: Mapping[str, TensorHeader],
+    module_shapes: Mapping[str, tuple[int, ...]],
+    naming: LoraNaming = DIT,
+    besides: Collection[str] = (),
+    allow_unmatched: bool = False,
+) -> tuple[str, dict[str, dict[str, LoraPart]], list[str]]:
+    """The dialect of LoRA tensors, the modules they are for, and unmatched keys, as of `LoraFile`, by names and shapes.
+
+    Raises:
+        DiffSynthError: as `read_lora_file`.
+    """
+    keys = [name for name in tensors if name not in besides]
+    refuse_other_adapters(origin, keys)
     dialect, found, unmatched = find_lora_keys(keys, module_shapes, naming)
     if not found or (unmatched and not allow_unmatched):
-        raise _unmatched(path, keys, unmatched, module_shapes, naming)
-    stated = stated_scales(path, header)
+        raise _unmatched(origin, keys, unmatched, module_shapes, naming)
     names = naming.names(dialect)
     modules: dict[str, dict[str, LoraPart]] = {}
     for module, parts in found.items():
@@ -91,21 +114,21 @@ def read_lora_file(
         for part, keys_of_part in zip(shapes, parts, strict=True):
             if keys_of_part == LoraKeys():
                 continue
-            rank = _check_halves(path, header, _told(module, part, len(parts)), keys_of_part, shapes[part])
-            scale = stated(keys_of_part.down or "", rank)
-            modules.setdefault(module, {})[part] = LoraPart(keys_of_part, rank, scale)
-    return LoraFile(path, names, modules, tuple(unmatched))
+            whole, rows = shapes[part], None
+            if keys_of_part.fused:
+                whole, rows = _fused(module, keys_of_part.fused, naming.fused[dialect], module_shapes)
+            rank = _check_halves(origin, tensors, _told(module, part, len(parts)), keys_of_part, whole)
+            modules.setdefault(module, {})[part] = LoraPart(keys_of_part, rank, rows=rows)
+    return dialect, modules, unmatched
 
 
-def refuse_other_adapters(path: Path, keys: Collection[str]) -> None:
-    """Raises: DiffSynthError: when keys are those of another kind of adapter, whose halves mean something else."""
-    for begin, title in OTHER_ADAPTERS.items():
-        found = sorted(key for key in keys if any(part.startswith(begin) for part in key.split(".")))
-        if found:
-            raise DiffSynthError(
-                f"`{path}`: it is a {title}, told by {shorten(found)}; only a LoRA is read here",
-                "make a LoRA of it with the program that it comes from",
-            )
+def _fused(
+    module: str, fused: str, names: KeyMap, module_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, ...], Rows]:
+    """The shape of what a dialect has as one, and which of its rows are those of `module`."""
+    shapes = {part: module_shapes.get(part, ()) for part in names.ours(fused) or ()}
+    whole = names.join_shape(fused, shapes) if all(shapes.values()) else ()
+    return whole, names.cut_rows(fused, whole[0])[module] if whole else ()
 
 
 def stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
@@ -162,8 +185,8 @@ def check_whole(file: LoraFile) -> dict[str, int]:
             raise DiffSynthError(
                 f"`{file.path}`: {shorten(names)} have LoRAs of their own, with another lora_A each; `{module}`, "
                 f"which they are together, takes one LoRA of their rank",
-                "merge it into the base with `--preset_lora_path`, or name a LoRA that was trained on the whole of "
-                "these modules",
+                "merge it into the base with `--preset_lora_path`, or make each one LoRA, of a higher rank, with "
+                "`diffsynth convert-lora --to diffsynth`",
             )
         ranks[module] = next(iter(parts.values())).rank
     return ranks
@@ -199,15 +222,17 @@ def _told(module: str, part: str, parts: int) -> str:
     return name if parts == 1 else f"{name} (its part `{part.removesuffix('.weight')}`)"
 
 
-def _check_halves(path: Path, header: Header, text: str, keys: LoraKeys, base: tuple[int, ...]) -> int:
+def _check_halves(
+    path: Path, tensors: Mapping[str, TensorHeader], text: str, keys: LoraKeys, base: tuple[int, ...]
+) -> int:
     """The rank of one LoRA, whose halves must be there and fit the weight of shape `base`."""
     if not keys.down or not keys.up:
         raise DiffSynthError(f"`{path}`: {text} lacks a half", WRITE_ANEW)
-    down, up = header.tensors[keys.down].shape, header.tensors[keys.up].shape
+    down, up = tensors[keys.down].shape, tensors[keys.up].shape
     rank = down[0] if down else 0
-    if keys.alpha and header.tensors[keys.alpha].shape not in ((), (1,)):
+    if keys.alpha and tensors[keys.alpha].shape not in ((), (1,)):
         raise DiffSynthError(f"`{path}`: `{keys.alpha}` is not one number", WRITE_ANEW)
-    if down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
+    if not base or down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
         raise DiffSynthError(
             f"`{path}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
         )
@@ -223,10 +248,4 @@ def _one_down(path: Path, header: Header, parts: Sequence[LoraKeys]) -> bool:
         return True
     if len({header.tensors[down] for down in downs}) > 1:
         return False
-    with path.open("rb") as stream:
-        return len({_read(stream, *header.spans[down]) for down in downs}) == 1
-
-
-def _read(stream: BinaryIO, begin: int, end: int) -> bytes:
-    stream.seek(begin)
-    return stream.read(end - begin)
+    return len({read_bytes(Span(path, *header.spans[down])) for down in downs}) == 1

@@ -132,6 +132,7 @@ FLUX = FamilyFacts(
             places=("transformer/*", "flux1-*"),
             config_classes=("FluxTransformer2DModel",),
             lora_targets=names.LORA_TARGETS,
+            modules=names.DIT_MODULES,
             dialects={"diffusers": names.DIT, "comfyui": names.DIT_DOCUMENTED, "kohya": names.DIT_DOCUMENTED},
             published={"original": names.DIT_ORIGINAL},
         ),

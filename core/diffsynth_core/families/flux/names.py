@@ -108,6 +108,9 @@ their names do not tell.
 DIT = Chain(DIT_DOCUMENTED, DIT_ORIGINAL)
 """Documented names -> those of the module."""
 
+DIT_MODULES = tuple(name for name in DIT_DOCUMENTED.rules if not name.endswith(".weight"))
+"""Documented names of all modules of the transformer that are matrices."""
+
 _RESIDUAL_BLOCK = ("norm1", "conv1", "norm2", "conv2")
 _UP_LEVELS = {3: 0, 2: 1, 1: 2, 0: 3}
 """The original numbers the decoder's levels from fine to coarse, diffusers from coarse to fine."""

@@ -97,8 +97,8 @@ FLUX2 = FamilyFacts(
             places=("transformer/*",),
             config_classes=("Flux2Transformer2DModel",),
             lora_targets=names.LORA_TARGETS,
-            # Both call modules by Black Forest Labs' own names, of which one holds several of ours.
-            dialects={"comfyui": None, "kohya": None},
+            modules=names.DIT_MODULES,
+            fused={"comfyui": names.DIT_ORIGINAL, "kohya": names.DIT_ORIGINAL},
             published={"original": None},
         ),
         ComponentFacts(

@@ -1,9 +1,12 @@
 """Names of FLUX.2's tensors and modules. No torch.
 
 Files, documented names and modules agree: they are those of diffusers (transformer, VAE) and transformers (Qwen3).
+LoRA files for ComfyUI and those of kohya's trainers hold the names of black-forest-labs/flux2, src/flux2/model.py.
 """
 
 import re
+
+from diffsynth_core.state_dicts.key_maps import TableMap
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -14,6 +17,45 @@ LORA_TARGETS = (
 Recipes name the last one block by block, `single_transformer_blocks.N.attn.to_out`. As an ending it addresses the same
 modules: what the double blocks call `to_out` is a list, whose first is `to_out.0`.
 """
+
+DIT_ORIGINAL = TableMap(
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
+        "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.linear_in",
+        "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.linear_out",
+        "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
+        "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.linear_in",
+        "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.linear_out",
+        "single_blocks.{}.linear1": "single_transformer_blocks.{}.attn.to_qkv_mlp_proj",
+        "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
+        "final_layer.linear": "proj_out",
+    },
+    stacked={
+        "double_blocks.{}.img_attn.qkv": (
+            "transformer_blocks.{}.attn.to_q",
+            "transformer_blocks.{}.attn.to_k",
+            "transformer_blocks.{}.attn.to_v",
+        ),
+        "double_blocks.{}.txt_attn.qkv": (
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
+"""Original names of the transformer's modules -> documented ones. Of the last modulation the original has the shift
+first, diffusers the scale."""
+
+DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names)
+"""Documented names of all modules of the transformer that are matrices."""
 
 TEXT_LAYERS = (9, 18, 27)
 """The transformer reads what has passed through as many layers of Qwen3."""

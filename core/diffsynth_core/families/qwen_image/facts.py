@@ -4,6 +4,7 @@ from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, Stranger, TokenizerFacts
 from diffsynth_core.families.qwen_image.memory import MEMORY
 from diffsynth_core.families.qwen_image.names import (
+    DIT_MODULES,
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
     TEXT_ENCODER_PUBLISHED,
@@ -32,6 +33,7 @@ QWEN_IMAGE = FamilyFacts(
             places=("transformer/*", "diffusion_pytorch_model*"),
             config_classes=("QwenImageTransformer2DModel",),
             lora_targets=LORA_TARGETS,
+            modules=DIT_MODULES,
             untrainable=dead_modules,
             settings={"zero_cond_t": (EDIT_IMAGE,)},
         ),

@@ -27,6 +27,30 @@ LORA_TARGETS = (
 )  # fmt: skip
 """The documented `lora_target_modules` of the transformer."""
 
+DIT_MODULES = (
+    "img_in",
+    "txt_in",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+    "transformer_blocks.{}.img_mod.1",
+    "transformer_blocks.{}.txt_mod.1",
+    "transformer_blocks.{}.attn.to_q",
+    "transformer_blocks.{}.attn.to_k",
+    "transformer_blocks.{}.attn.to_v",
+    "transformer_blocks.{}.attn.to_out.0",
+    "transformer_blocks.{}.attn.add_q_proj",
+    "transformer_blocks.{}.attn.add_k_proj",
+    "transformer_blocks.{}.attn.add_v_proj",
+    "transformer_blocks.{}.attn.to_add_out",
+    "transformer_blocks.{}.img_mlp.net.0.proj",
+    "transformer_blocks.{}.img_mlp.net.2",
+    "transformer_blocks.{}.txt_mlp.net.0.proj",
+    "transformer_blocks.{}.txt_mlp.net.2",
+    "norm_out.linear",
+    "proj_out",
+)
+"""Documented names of all modules of the transformer that are matrices."""
+
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 """Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
 

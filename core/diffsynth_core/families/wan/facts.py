@@ -163,6 +163,7 @@ WAN = FamilyFacts(
             ),
             config_classes=("*WanModel", "WanTransformer3DModel"),
             lora_targets=names.LORA_TARGETS,
+            modules=names.DIT_MODULES,
             dialects={"diffusers": names.DIT},
         ),
         ComponentFacts(

@@ -50,6 +50,20 @@ DIT = TableMap(
 )
 """`norm3` of Wan, before cross-attention, is `norm2` of diffusers; the other norms of a block have no weights."""
 
+_WITHOUT_MATRIX = (
+    "norm3",
+    "norm_q",
+    "norm_k",
+    "norm_k_img",
+    "modulation",
+    "emb_pos",
+    "img_emb.proj.0",
+    "img_emb.proj.4",
+)
+
+DIT_MODULES = tuple(name for name in DIT.rules if not name.endswith(_WITHOUT_MATRIX))
+"""Documented names of all modules of the transformer that are matrices or convolutions."""
+
 TEXT_ENCODER = TableMap(
     {
         "token_embedding": "shared",
