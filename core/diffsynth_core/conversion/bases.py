@@ -42,14 +42,17 @@ class Base:
         return frozenset(name for part in own if (name := self.layout.names.theirs(part)) is not None)
 
 
-def open_base(text: str, models: Path) -> Base:
+def open_base(text: str, models: Path, option: str = "--base") -> Base:
     """The component that `text` names: a file, a folder, an index, or `model_id:glob` below the folder `models`.
+
+    Args:
+        option: where the user wrote it, for messages.
 
     Raises:
         DiffSynthError: as `open_weights`, when nothing is there, the weights are in fewer bits than can be computed
             with, or they are of no component that is known.
     """
-    weights = open_weights(_paths(text, models))
+    weights = open_weights(_paths(text, models, option))
     _refuse_what_has_scales(weights)
     found = recognise_component(weights.tensors)
     if found is None:
@@ -67,7 +70,7 @@ def recognise_component(names: Collection[str]) -> tuple[FamilyFacts, ComponentF
     return next(iter(denoisers or found), None)
 
 
-def _paths(text: str, models: Path) -> list[Path]:
+def _paths(text: str, models: Path, option: str) -> list[Path]:
     """What `text` names; the shards that a glob finds are read through the index beside them, if there is one."""
     if Path(text).exists():
         return [Path(text)]
@@ -77,7 +80,7 @@ def _paths(text: str, models: Path) -> list[Path]:
     paths = expand_entry(text, models)
     if not paths:
         below = f", nor below `{models}`" if ":" in text else ""
-        raise DiffSynthError(f"`--base` `{text}` is not there{below}", "correct the path, or write `model_id:file`")
+        raise DiffSynthError(f"`{option}` `{text}` is not there{below}", "correct the path, or write `model_id:file`")
     stems = {path.with_name(stem_of_shard(path.name) or "") for path in paths if stem_of_shard(path.name)}
     if len(stems) == 1:
         (stem,) = stems

@@ -326,6 +326,7 @@ class FamilyFacts:
     `published`: sizes of published components; the first that fits counts.
     `fits`: what of the components must fit the denoiser.
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
+    `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
     """
 
@@ -341,6 +342,7 @@ class FamilyFacts:
     published: tuple[Published, ...]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    second_denoiser: str = ""
     strangers: tuple["Stranger", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)
 

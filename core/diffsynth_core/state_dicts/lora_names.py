@@ -5,7 +5,7 @@ The module name inside a dialect is the family's business (`families/*/names.py`
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -171,10 +171,11 @@ class LoraKeys:
 
 
 def stem_keys(module: str, dialect_name: str) -> LoraKeys:
-    """The keys under which a dialect writes the LoRA of a module, given by its name there."""
+    """The keys that a dialect has for the LoRA of a module, given by its name there; that of an alpha even where it is
+    not always written."""
     dialect = DIALECTS[dialect_name]
     stem = dialect.prefixes[0] + spell(module, dialect_name)
-    return LoraKeys(stem + dialect.down, stem + dialect.up, stem + ALPHA if dialect.alpha == "always" else None)
+    return LoraKeys(stem + dialect.down, stem + dialect.up, None if dialect.alpha == "never" else stem + ALPHA)
 
 
 def lora_keys(module: str, dialect_name: str, naming: LoraNaming = DIT) -> tuple[LoraKeys, ...]:
@@ -182,7 +183,8 @@ def lora_keys(module: str, dialect_name: str, naming: LoraNaming = DIT) -> tuple
 
     `alpha` is given where the dialect's readers expect one; the others take alpha = rank where none is stored.
     """
-    return tuple(stem_keys(part, dialect_name) for part in naming.names(dialect_name).ours(module) or ())
+    found = tuple(stem_keys(part, dialect_name) for part in naming.names(dialect_name).ours(module) or ())
+    return found if DIALECTS[dialect_name].alpha == "always" else tuple(replace(keys, alpha=None) for keys in found)
 
 
 def find_lora_keys(

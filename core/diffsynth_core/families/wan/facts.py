@@ -201,6 +201,7 @@ WAN = FamilyFacts(
         ),
     ),
     denoiser="dit",
+    second_denoiser="dit2",
     variant=variant,
     text_column="prompt",
     memory=MEMORY,

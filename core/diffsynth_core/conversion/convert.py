@@ -1,0 +1,141 @@
+"""`convert-lora`: a LoRA file in the names of another program, with the same change of weights. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.conversion.bases import open_base
+from diffsynth_core.conversion.lora_rows import translate
+from diffsynth_core.conversion.lora_source import LoraSource, open_lora
+from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
+from diffsynth_core.conversion.plans import FilePlan
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.headers import TensorHeader
+from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, fit_lora
+from diffsynth_core.state_dicts.rewriting import OutputFile, aligned
+from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
+
+NO_LONGER_TRUE = (ADAPTER_SETTINGS, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Metadata that speak of the file they came with: of its keys, or of its bytes."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A LoRA file to be written from another. `base`: what both were held against, if anything."""
+
+    source: LoraSource
+    target: str
+    written: tuple[WrittenLora, ...]
+    plan: FilePlan
+    base: str | None = None
+
+    @property
+    def raised(self) -> list[WrittenLora]:
+        """Modules whose rank is higher than that of the LoRAs it is made of."""
+        return [lora for lora in self.written if lora.rank > max(lora.ranks)]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is told of it to programs."""
+        return {
+            "family": self.source.facts.name,
+            "component": self.source.naming.component,
+            "from": self.source.dialect,
+            "to": self.target,
+            "modules": {"read": len(self.source.loras), "written": len(self.written)},
+            "ranks": {
+                "read": sorted({lora.rank for lora in self.source.loras.values()}),
+                "written": sorted({lora.rank for lora in self.written}),
+            },
+            "raised": {lora.module: {"from": list(lora.ranks), "to": lora.rank} for lora in self.raised},
+            "scaled": {lora.module: list(lora.scales) for lora in self.written if lora.scales},
+            "rounded": [lora.module for lora in self.written if not lora.exact],
+            "left_out": list(self.source.unmatched),
+            "checked_against": self.base,
+        }
+
+
+def plan_conversion(
+    path: Path,
+    target: str,
+    output: Path,
+    models: Path,
+    family: str | None = None,
+    component: str | None = None,
+    base: str | None = None,
+    allow_unmatched: bool = False,
+) -> Conversion:
+    """What `path` is in the dialect `target`.
+
+    Args:
+        models: the folder below which `base` may be named as `model_id:glob`.
+        base: weights that every key must find a module of, before and after; none are needed to convert.
+
+    Raises:
+        DiffSynthError: as `open_weights`, `open_lora` and `open_base`; when a key finds no module of the base.
+    """
+    if output.suffix != ENDING:
+        problem = Problem(f"`{output}` does not end in `{ENDING}`", "name a file that does", wrong_use=True)
+        raise FaultsFound([problem])
+    source = open_lora(open_weights([path]), family, component, allow_unmatched)
+    modules = translate(source.loras, source.naming, source.dialect, target)
+    written = tuple(write_lora(module, lora, target) for module, lora in modules.items())
+    tensors = aligned(tensor for lora in written for tensor in lora.tensors)
+    if base is not None:
+        results = {tensor.name: TensorHeader(tensor.dtype, tensor.shape, output) for tensor in tensors}
+        _check(source, base, models, {path: source.weights.tensors, output: results})
+    file = OutputFile(output, tensors, _metadata(source, target))
+    plan = FilePlan((file,), source.weights.inputs, tuple(_notes(source, written, target, base)))
+    return Conversion(source, target, written, plan, base)
+
+
+def _check(source: LoraSource, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
+    """Hold a LoRA against its base, as it is and as it is going to be."""
+    base = open_base(text, models, "--check")
+    expected = source.facts.component(source.facts.denoiser)
+    if base.facts is not source.facts or base.component is not expected:
+        raise DiffSynthError(f"`{text}` is {base.title}, the LoRA is of {source.title}", "name its own base")
+    for path, tensors in files.items():
+        fit_lora(path, tensors, base.shapes, source.naming, besides=source.unmatched)
+
+
+def _metadata(source: LoraSource, target: str) -> dict[str, str]:
+    """What the new file says of itself: what the old one did, as far as it is still true, and what it is now."""
+    (kept,) = source.weights.metadata.values()
+    return {
+        **{key: text for key, text in kept.items() if key not in NO_LONGER_TRUE},
+        "family": source.facts.name,
+        "lora_component": source.naming.component,
+        "lora_format": target,
+        "removed_prefix": f"pipe.{source.naming.component}.",
+    }
+
+
+def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> list[str]:
+    """What a user should know."""
+    notes = [
+        f"{source.weights.origin}: {source.title}, {source.dialect} -> {target}, "
+        f"{count_of(len(source.loras), 'module')} read, {len(written)} written"
+    ]
+    raised = [lora for lora in written if lora.rank > max(lora.ranks)]
+    if raised:
+        sums = sorted({f"{' + '.join(map(str, lora.ranks))} -> {lora.rank}" for lora in raised})
+        notes.append(
+            f"rank raised at {count_of(len(raised), 'module')} that {target} has as one, where the file has LoRAs of "
+            f"their own ({shorten([lora.module for lora in raised])}): {', '.join(sums)}"
+        )
+    for exact, how in ((True, "exactly"), (False, "in float32, rounded once")):
+        scaled = [lora for lora in written if lora.scales and lora.exact is exact]
+        if scaled:
+            scales = sorted({scale for lora in scaled for scale in lora.scales})
+            notes.append(
+                f"{target} stores no alpha: lora_B of {count_of(len(scaled), 'module')} is multiplied with "
+                f"{', '.join(f'{scale:g}' for scale in scales[:5])}{' …' if len(scales) > 5 else ''}, {how}"
+            )
+    if source.unmatched:
+        notes.append(f"{count_of(len(source.unmatched), 'key')} left out: {shorten(sorted(source.unmatched))}")
+    if base is not None:
+        notes.append(f"every key finds a module of the right shape in {base}, before and after")
+    return notes
