@@ -70,6 +70,7 @@ def _as_json(plan: "FilePlan", written: bool) -> str:
         "written": written,
         "inputs": [str(path) for path in plan.inputs],
         "outputs": describe_files(plan),
+        **plan.facts,
         "notes": list(plan.notes),
     }
     return json.dumps(content, indent=2)

@@ -15,6 +15,7 @@ COMMANDS = {
     "download": ("diffsynth_cli.commands.download", "Bring the files of recipes, models and datasets from the hubs"),
     "merge-lora": ("diffsynth_cli.commands.merge_lora", "Merge LoRAs into a base, or into one LoRA"),
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
+    "convert-lora": ("diffsynth_cli.commands.convert_lora", "Write a LoRA in the names of another program"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""
 

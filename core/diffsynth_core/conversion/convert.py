@@ -1,7 +1,6 @@
 """`convert-lora`: a LoRA file in the names of another program, with the same change of weights. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,6 @@ NO_LONGER_TRUE = (ADAPTER_SETTINGS, "sshs_model_hash", "sshs_legacy_hash", "mode
 """Metadata that speak of the file they came with: of its keys, or of its bytes."""
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A LoRA file to be written from another. `base`: what both were held against, if anything."""
-
-    source: LoraSource
-    target: str
-    written: tuple[WrittenLora, ...]
-    plan: FilePlan
-    base: str | None = None
-
-    @property
-    def raised(self) -> list[WrittenLora]:
-        """Modules whose rank is higher than that of the LoRAs it is made of."""
-        return [lora for lora in self.written if lora.rank > max(lora.ranks)]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What is told of it to programs."""
-        return {
-            "family": self.source.facts.name,
-            "component": self.source.naming.component,
-            "from": self.source.dialect,
-            "to": self.target,
-            "modules": {"read": len(self.source.loras), "written": len(self.written)},
-            "ranks": {
-                "read": sorted({lora.rank for lora in self.source.loras.values()}),
-                "written": sorted({lora.rank for lora in self.written}),
-            },
-            "raised": {lora.module: {"from": list(lora.ranks), "to": lora.rank} for lora in self.raised},
-            "scaled": {lora.module: list(lora.scales) for lora in self.written if lora.scales},
-            "rounded": [lora.module for lora in self.written if not lora.exact],
-            "left_out": list(self.source.unmatched),
-            "checked_against": self.base,
-        }
-
-
 def plan_conversion(
     path: Path,
     target: str,
@@ -66,7 +29,7 @@ def plan_conversion(
     component: str | None = None,
     base: str | None = None,
     allow_unmatched: bool = False,
-) -> Conversion:
+) -> FilePlan:
     """What `path` is in the dialect `target`.
 
     Args:
@@ -87,8 +50,8 @@ def plan_conversion(
         results = {tensor.name: TensorHeader(tensor.dtype, tensor.shape, output) for tensor in tensors}
         _check(source, base, models, {path: source.weights.tensors, output: results})
     file = OutputFile(output, tensors, _metadata(source, target))
-    plan = FilePlan((file,), source.weights.inputs, tuple(_notes(source, written, target, base)))
-    return Conversion(source, target, written, plan, base)
+    facts = _facts(source, written, target, base)
+    return FilePlan((file,), source.weights.inputs, tuple(_notes(source, written, target, base)), facts)
 
 
 def _check(source: LoraSource, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
@@ -113,14 +76,38 @@ def _metadata(source: LoraSource, target: str) -> dict[str, str]:
     }
 
 
+def _facts(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> Mapping[str, Any]:
+    """What is told of a conversion to programs."""
+    return {
+        "family": source.facts.name,
+        "component": source.naming.component,
+        "from": source.dialect,
+        "to": target,
+        "modules": {"read": len(source.loras), "written": len(written)},
+        "ranks": {
+            "read": sorted({lora.rank for lora in source.loras.values()}),
+            "written": sorted({lora.rank for lora in written}),
+        },
+        "raised": {lora.module: {"from": list(lora.ranks), "to": lora.rank} for lora in _raised(written)},
+        "scaled": {lora.module: list(lora.scales) for lora in written if lora.scales},
+        "rounded": [lora.module for lora in written if not lora.exact],
+        "left_out": sorted(source.unmatched),
+        "checked_against": base,
+    }
+
+
+def _raised(written: Sequence[WrittenLora]) -> list[WrittenLora]:
+    """Modules whose rank is higher than that of the LoRAs they are made of."""
+    return [lora for lora in written if lora.rank > max(lora.ranks)]
+
+
 def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> list[str]:
     """What a user should know."""
     notes = [
         f"{source.weights.origin}: {source.title}, {source.dialect} -> {target}, "
         f"{count_of(len(source.loras), 'module')} read, {len(written)} written"
     ]
-    raised = [lora for lora in written if lora.rank > max(lora.ranks)]
-    if raised:
+    if raised := _raised(written):
         sums = sorted({f"{' + '.join(map(str, lora.ranks))} -> {lora.rank}" for lora in raised})
         notes.append(
             f"rank raised at {count_of(len(raised), 'module')} that {target} has as one, where the file has LoRAs of "

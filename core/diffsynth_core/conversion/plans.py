@@ -1,8 +1,10 @@
 """What a command that writes weight files is going to do, as a value: printed by a dry run, carried out otherwise."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.state_dicts.rewriting import Output, OutputFile
@@ -15,11 +17,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)")
 
 @dataclass(frozen=True)
 class FilePlan:
-    """Files to be written from inputs. `notes`: what a user should know of them, a line each."""
+    """Files to be written from inputs.
+
+    `notes`: what a user should know of them, a line each. `facts`: the same for programs, by name.
+    """
 
     outputs: tuple[Output, ...]
     inputs: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[OutputFile, ...]:

@@ -1,0 +1,72 @@
+"""`diffsynth convert-lora`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffsynth_cli.file_plans import PlanFormat, carry_out
+from diffsynth_cli.options import SPELLINGS
+
+HELP = """Write a LoRA in the names that another program reads, with the same change of weights.
+
+No base model is needed: family and names are told by the file. A LoRA on q, k and v alone becomes one of a higher rank
+where a program has them as one module; everything else keeps its rank. Scales are kept as alphas, or multiplied into
+lora_B where a program reads none.
+
+Examples:
+
+  diffsynth convert-lora epoch-4.safetensors --to diffusers -o style.safetensors
+
+  diffsynth convert-lora style.safetensors --to kohya -o style-kohya.safetensors --family flux2
+
+  diffsynth convert-lora style.safetensors --to comfyui -o comfy.safetensors --check flux1-dev.safetensors
+"""
+
+
+class DialectName(StrEnum):
+    DIFFSYNTH = "diffsynth"
+    DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
+    KOHYA = "kohya"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("convert-lora", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(convert_lora)
+
+
+def convert_lora(
+    lora: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, in the names of any of these programs")],
+    to: Annotated[DialectName, typer.Option("--to", help="Whose names to write")],
+    output_path: Annotated[Path, typer.Option("--output_path", "-o", metavar="OUT", help="The file that is written")],
+    family: Annotated[
+        str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="NAME", help="dit, or dit2: the second of two transformers")
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="BASE",
+            help="Prove that every key finds a module of the right shape in these weights: a file, a folder, an index "
+            "of shards, or model_id:glob",
+        ),
+    ] = None,
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there already")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
+    output_format: Annotated[
+        PlanFormat, typer.Option("--format", help="table for people, json for programs")
+    ] = PlanFormat.TABLE,
+) -> None:
+    """Plan from names and shapes, then copy bytes."""
+    from diffsynth_core.conversion.convert import plan_conversion
+    from diffsynth_core.files import model_base_path
+
+    plan = plan_conversion(lora, to.value, output_path, model_base_path(), family, component, check, allow_unmatched)
+    carry_out(plan, overwrite, dry_run, output_format)
