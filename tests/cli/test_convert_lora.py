@@ -1,6 +1,8 @@
 """`diffsynth convert-lora`: what it says, what it refuses, and that it writes nothing then."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,57 +12,315 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth_core.config.recipes import load_recipe
 from tests.cli.conftest import Refusal, read_problems, stamps
-from tests.conftest import MODEL_ID
+from tests.conftest import MODEL_ID, PLACES
 
 Q, K, V = (f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
 OUT = "transformer_blocks.0.attn.to_out.0"
+KOHYA = ("--to", "kohya")
+FLUX2 = (*KOHYA, "--family", "flux2")
+Save = Callable[..., Path]
 
 
-def halves(stem: str, rank: int = 2, sides: tuple[int, int] = (6, 6), dtype=torch.float32) -> dict[str, Tensor]:
+def halves(module: str, rank: int = 2, rows: int = 6, value: float = 1.0) -> dict[str, Tensor]:
+    """A LoRA in diffusers' names."""
+    stem = f"transformer.{module}"
+    return {f"{stem}.lora_A.weight": torch.full((rank, 6), value), f"{stem}.lora_B.weight": torch.ones(rows, rank)}
+
+
+def down_up(stem: str, alpha: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A LoRA in kohya's names."""
     return {
-        f"{stem}.lora_A.weight": torch.ones(rank, sides[1], dtype=dtype),
-        f"{stem}.lora_B.weight": torch.ones(sides[0], rank, dtype=dtype),
+        f"{stem}.lora_down.weight": torch.ones(2, 6, dtype=dtype),
+        f"{stem}.lora_up.weight": torch.ones(6, 2, dtype=dtype),
+        f"{stem}.alpha": torch.tensor(alpha),
     }
 
 
-def down_up(stem: str, alpha: float | None = None) -> dict[str, Tensor]:
-    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 6), f"{stem}.lora_up.weight": torch.ones(6, 2)}
-    return tensors if alpha is None else tensors | {f"{stem}.alpha": torch.tensor(alpha)}
+MODULATION = "lora_unet_transformer_blocks_0_img_mod_1"
+ENCODER = down_up("lora_te_text_model_encoder_layers_0_mlp_fc1", 1.0)
+SEPARATE = {key: tensor for n, part in enumerate((Q, K, V, OUT)) for key, tensor in halves(part, value=n + 1.0).items()}
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Callable[..., Path]:
-    def write(tensors: dict[str, Tensor], name: str = "mine.safetensors", **metadata: str) -> Path:
-        save_file(tensors, tmp_path / "work" / name, metadata or None)
-        return Path(name)
+def save(tmp_path: Path) -> Save:
+    """Write `mine.safetensors` where the commands run."""
+
+    def write(tensors: dict[str, Tensor], **metadata: str) -> Path:
+        path = tmp_path / "work" / "mine.safetensors"
+        save_file(tensors, path, metadata or None)
+        return path
 
     return write
 
 
 @pytest.fixture
-def refuse_conversion(cli, tmp_path: Path) -> Callable[..., Refusal]:
-    """Run `convert-lora` as it must be refused, with nothing written."""
+def convert(cli) -> Callable[..., tuple[str, list[str]]]:
+    """Convert `mine.safetensors` into `out.safetensors`; returns stdout, and the lines of stderr without progress."""
+
+    def run(*arguments: object) -> tuple[str, list[str]]:
+        outcome = cli("convert-lora", "mine.safetensors", "-o", "out.safetensors", *arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.out, [line for line in outcome.err.splitlines() if not line.startswith("Writing")]
+
+    return run
+
+
+@pytest.fixture
+def refuse(cli, tmp_path: Path) -> Callable[..., Refusal]:
+    """As `convert`, where it must be refused and nothing be written."""
 
     def run(*arguments: object) -> Refusal:
         before = stamps(tmp_path)
-        outcome = cli("convert-lora", *arguments)
-        assert outcome.code != 0 and outcome.out == "" and "Traceback" not in outcome.err
+        outcome = cli("convert-lora", "mine.safetensors", "-o", "out.safetensors", *arguments)
+        assert outcome.code != 0 and outcome.out == "" and "Traceback" not in outcome.err, outcome
         assert stamps(tmp_path) == before
         return outcome.code, read_problems(outcome.err)
 
     return run
 
 
-KOHYA = ("--to", "kohya", "-o", "out.safetensors")
+def test_modules_that_become_one_raise_the_rank_and_it_is_said(save, convert):
+    save(SEPARATE)
+    assert convert(*FLUX2) == (
+        "out.safetensors  6 tensors  680 B\n",
+        [
+            "mine.safetensors: the dit of FLUX.2, diffusers -> kohya, 4 modules read, 2 written",
+            "rank raised at 1 module that kohya has as one, where the file has LoRAs of their own "
+            "(`double_blocks.0.img_attn.qkv`): 2 + 2 + 2 -> 6",
+            "1 file, 680 B written",
+        ],
+    )
+    tensors = load_file("out.safetensors")
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert torch.equal(tensors[f"{stem}.lora_down.weight"], torch.tensor([1.0, 1, 2, 2, 3, 3])[:, None].expand(6, 6))
+    assert torch.equal(tensors[f"{stem}.lora_up.weight"], torch.block_diag(*[torch.ones(6, 2)] * 3))
+    assert tensors[f"{stem}.alpha"] == 6 and tensors["lora_unet_double_blocks_0_img_attn_proj.alpha"] == 2
 
 
-def test_modules_that_become_one_raise_the_rank_and_it_says_so(cli, save):
-    path = save({key: tensor for stem in (Q, K, V, OUT) for key, tensor in halves(f"transformer.{stem}").items()})
-    outcome = cli("convert-lora", path, *KOHYA, "--family", "flux2")
-    assert (outcome.code, outcome.out) == (0, "out.safetensors  6 tensors  584 B\n")
-    assert outcome.err.splitlines()[-3:] == [
-        "mine.safetensors: the dit of FLUX.2, diffusers -> kohya, 4 modules read, 2 written",
-        "lora_A is the same in 3 modules",
-    ][:0] + outcome.err.splitlines()[-3:]
+def test_modules_with_one_lora_a_become_one_of_the_same_rank(save, convert):
+    save({key: tensor for part in (Q, K, V) for key, tensor in halves(part).items()})
+    assert convert(*FLUX2)[1][1:] == ["1 file, 196 B written"]
+    assert load_file("out.safetensors")["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (18, 2)
+
+
+def test_where_a_part_has_no_lora_its_rows_are_zero(save, convert):
+    save(halves(Q) | halves(V))
+    convert(*FLUX2)
+    up = load_file("out.safetensors")["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
+    assert torch.equal(up, torch.cat([torch.ones(6, 2), torch.zeros(6, 2), torch.ones(6, 2)]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "told", "written"),
+    [
+        (torch.float32, 1.0, "0.5, exactly", torch.float32),
+        (torch.bfloat16, 1.0, "0.5, exactly", torch.bfloat16),
+        (torch.float16, 1.0, "0.5, exactly", torch.float32),
+        (torch.float32, 0.3, "0.15, in float32, rounded once", torch.float32),
+        (torch.bfloat16, 0.3, "0.15, in float32, rounded once", torch.float32),
+    ],
+)
+def test_a_scale_is_multiplied_in_where_no_alpha_is_read(save, convert, dtype, alpha, told, written):
+    """float16 has too few exponents to be sure."""
+    save(down_up(MODULATION, alpha, dtype))
+    _, lines = convert("--to", "diffusers")
+    assert lines[1] == f"diffusers stores no alpha: lora_B of 1 module is multiplied with {told}"
+    tensors = load_file("out.safetensors")
+    assert tensors.keys() == {f"transformer.transformer_blocks.0.img_mod.1.lora_{half}.weight" for half in "AB"}
+    up = tensors["transformer.transformer_blocks.0.img_mod.1.lora_B.weight"]
+    assert up.dtype == written and torch.equal(
+        up, torch.full((6, 2), torch.tensor(alpha).double().item() / 2).to(written)
+    )
+
+
+def test_the_settings_of_peft_are_a_scale_too(save, convert):
+    settings = {"transformer.r": 2, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_out.0": 1}}
+    save(halves(Q) | halves(OUT), lora_adapter_metadata=json.dumps(settings), family="qwen-image", author="me")
+    convert(*KOHYA)
+    tensors = load_file("out.safetensors")
+    assert tensors["lora_unet_transformer_blocks_0_attn_to_q.alpha"] == 8
+    assert tensors["lora_unet_transformer_blocks_0_attn_to_out_0.alpha"] == 1
+    with safe_open("out.safetensors", "pt") as file:
+        assert file.metadata() == {
+            "author": "me", "family": "qwen-image", "lora_component": "dit", "lora_format": "kohya",
+            "removed_prefix": "pipe.dit.",
+        }  # fmt: skip
+
+
+def test_programs_are_told_the_same(save, convert):
+    save(down_up(MODULATION, 0.3) | ENCODER)
+    told = json.loads(convert("--to", "diffsynth", "--allow-unmatched", "--format", "json", "--dry-run")[0])
+    assert not told["written"] and not Path("out.safetensors").exists()
+    assert {key: told[key] for key in ("family", "component", "from", "to", "modules", "ranks")} == {
+        "family": "qwen-image", "component": "dit", "from": "kohya", "to": "diffsynth",
+        "modules": {"read": 1, "written": 1}, "ranks": {"read": [2], "written": [2]},
+    }  # fmt: skip
+    assert told["left_out"] == sorted(ENCODER) and told["rounded"] == ["transformer_blocks.0.img_mod.1"]
+
+
+def test_a_file_of_the_second_expert_is_read_by_its_prefix(save, convert):
+    save({f"pipe.dit2.blocks.0.self_attn.q.lora_{half}.default.weight": torch.ones(2, 2) for half in "AB"})
+    assert convert("--to", "diffusers")[1][0] == (
+        "mine.safetensors: the dit2 of Wan, diffsynth -> diffusers, 1 module read, 1 written"
+    )
+    assert set(load_file("out.safetensors")) == {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"}
+
+
+LOKR = {"lora_unet_transformer_blocks_0_img_mod_1.lokr_w1": torch.ones(1)}
+FULL = {"pipe.text_encoder.norm.weight": torch.ones(1)}
+MISFIT = {key: tensor[:1] if "lora_A" in key else tensor for key, tensor in halves(Q).items()}
+REFUSED = [
+    (
+        halves(Q), KOHYA, 1,
+        "`mine.safetensors` may be a LoRA of qwen-image or flux or flux2: all its modules have the same names in each",
+        "give `--family`, one of qwen-image, flux, flux2",
+    ),
+    (
+        down_up(MODULATION, 1.0) | ENCODER, KOHYA, 1,
+        "`mine.safetensors`: 3 of 6 keys fit no module of the dit of Qwen-Image: "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.alpha`, "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`, "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight` (3 are of a text encoder)",
+        "leave them out with `--allow_unmatched`, or name another file",
+    ),
+    (
+        {"a.weight": torch.ones(1)}, KOHYA, 1,
+        "`mine.safetensors`: none of its 1 keys fits a module of Qwen-Image, Wan, FLUX.1, FLUX.2: `a.weight`",
+        "name a LoRA file",
+    ),
+    (
+        ENCODER, (*KOHYA, "--allow_unmatched", "--family", "wan"), 1,
+        "`mine.safetensors`: none of its 3 keys fits a module of Wan: "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.alpha`, "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`, "
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight`",
+        "name a LoRA of one of them",
+    ),
+    (
+        LOKR, KOHYA, 1,
+        "`mine.safetensors`: it is a LoKr, told by `lora_unet_transformer_blocks_0_img_mod_1.lokr_w1`; only a LoRA is "
+        "read here",
+        "make a LoRA of it with the program that it comes from",
+    ),
+    (
+        halves(Q) | FULL, FLUX2, 1,
+        "`mine.safetensors`: 1 of 3 keys fit no module of the dit of FLUX.2: `pipe.text_encoder.norm.weight`",
+        "take the file apart with `diffsynth split-ckpt`, and convert its LoRA",
+    ),
+    (
+        dict([*halves(Q).items()][:1]), FLUX2, 1,
+        "`mine.safetensors`: the LoRA of `transformer_blocks.0.attn.to_q` lacks a half", "write the file anew",
+    ),
+    (
+        MISFIT, FLUX2, 1,
+        "`mine.safetensors`: the halves of the LoRA of `transformer_blocks.0.attn.to_q` do not fit each other: [6, 2] "
+        "and [1, 6]",
+        "write the file anew",
+    ),
+    (
+        halves(Q, value=float("nan")), FLUX2, 1,
+        "`mine.safetensors`: 1 tensor with NaN or infinity: "
+        "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`",
+        "name an earlier checkpoint",
+    ),
+    (
+        halves(Q) | halves(K, rows=4), FLUX2, 1,
+        "`mine.safetensors`: the LoRAs of `transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, which "
+        "`double_blocks.0.img_attn.qkv` is together, do not fit each other: lora_B has 6, 4 rows, lora_A 6 columns",
+        "give the right `--family`, or write the file anew",
+    ),
+    (
+        halves(Q), (*KOHYA, "--family", "sdxl"), 2,
+        "there is no family `sdxl`", "known: qwen-image, wan, flux, flux2",
+    ),
+    (
+        halves(Q), (*FLUX2, "--component", "vae"), 2,
+        "a LoRA of `vae` has the same names in all dialects of FLUX.2, if any", "name a LoRA of dit",
+    ),
+    (
+        halves(Q), (*FLUX2, "--component", "dit2"), 2,
+        "a LoRA of `dit2` has the same names in all dialects of FLUX.2, if any", "name a LoRA of dit",
+    ),
+    (
+        halves(Q), (*FLUX2, "-o", "out.bin"), 2,
+        "`out.bin` does not end in `.safetensors`", "name a file that does",
+    ),
+    (
+        halves(Q), (*FLUX2, "-o", "mine.safetensors", "--overwrite"), 1,
+        "`mine.safetensors` would be written over the input `mine.safetensors`", "name another `--output_path`",
+    ),
+    (
+        halves(Q), (*FLUX2, "--check", "base.safetensors"), 1,
+        "`--check` `base.safetensors` is not there", "correct the path, or write `model_id:file`",
+    ),
+]  # fmt: skip
+"""(tensors, arguments, exit code, message, hint)."""
+
+
+@pytest.mark.parametrize(("tensors", "arguments", "code", "message", "hint"), REFUSED, ids=range(len(REFUSED)))
+def test_refused(save, refuse, tensors, arguments, code, message, hint):
+    save(tensors)
+    assert refuse(*arguments) == (code, [(message, hint)])
+
+
+def test_a_file_that_contradicts_the_command_is_refused(save, refuse):
+    save(halves(Q), family="flux2")
+    assert refuse(*KOHYA, "--family", "wan")[1] == [
+        (
+            "`mine.safetensors` says of itself that it is of `flux2`, `--family` says `wan`",
+            "leave `--family` out, or name another file",
+        )
+    ]
+
+
+# Against a base
+
+BASE = f"{MODEL_ID}:{PLACES['dit']}"
+
+
+def sides_of(module: str, models: Path) -> tuple[int, int]:
+    (path,) = sorted((models / MODEL_ID / "transformer").glob("*.safetensors"))[:1]
+    with safe_open(path, "pt") as file:
+        return tuple(file.get_slice(f"{module}.weight").get_shape())
+
+
+def test_a_base_proves_both_files(save, convert, tiny_models):
+    rows, columns = sides_of(Q, tiny_models)
+    stem = f"transformer.{Q}"
+    save(
+        {f"{stem}.lora_A.weight": torch.ones(2, columns), f"{stem}.lora_B.weight": torch.ones(rows, 2)},
+        family="qwen-image",
+    )
+    assert convert(*KOHYA, "--check", BASE)[1][1] == (
+        f"every key finds a module of the right shape in {BASE}, before and after"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "expected"),
+    [
+        (
+            Q,
+            "qwen-image",
+            "the LoRA of `transformer_blocks.0.attn.to_q` is [6, 2] x [2, 6], which does not fit its weight",
+        ),
+        (Q.replace("0", "77"), "qwen-image", "2 of 2 keys fit no module: `transformer.transformer_blocks.77.attn.to_q"),
+        (Q, "flux2", "is the diffusion transformer of Qwen-Image, the LoRA is of the dit of FLUX.2"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_told(save, refuse, module, family, expected):
+    save(halves(module), family=family)
+    code, ((message, _),) = refuse(*KOHYA, "--check", BASE)
+    assert code == 1 and expected in message
+
+
+def test_no_torch_is_needed(cli, save):
+    """Not even to multiply a scale in."""
+    path = save(down_up(MODULATION, 0.3))
+    code = (
+        "import sys; from diffsynth_cli.main import main\n"
+        f"code = main(['convert-lora', {str(path)!r}, '--to', 'diffusers', '-o', {str(path.with_name('o.safetensors'))!r}])\n"
+        "assert code == 0 and 'torch' not in sys.modules, code"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

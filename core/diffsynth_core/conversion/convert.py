@@ -16,8 +16,11 @@ from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, fit_lora
 from diffsynth_core.state_dicts.rewriting import OutputFile, aligned
 from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
 
-NO_LONGER_TRUE = (ADAPTER_SETTINGS, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Metadata that speak of the file they came with: of its keys, or of its bytes."""
+NO_LONGER_TRUE = (
+    *(ADAPTER_SETTINGS, "ss_network_dim", "ss_network_alpha"),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+)
+"""Metadata that speak of the file they came with: of its keys, its ranks and scales, or its bytes."""
 
 
 def plan_conversion(
@@ -42,7 +45,10 @@ def plan_conversion(
     if output.suffix != ENDING:
         problem = Problem(f"`{output}` does not end in `{ENDING}`", "name a file that does", wrong_use=True)
         raise FaultsFound([problem])
-    source = open_lora(open_weights([path]), family, component, allow_unmatched)
+    weights = open_weights([path])
+    if len(weights.files) > 1:
+        raise DiffSynthError(f"`{path}` holds {len(weights.files)} files, a LoRA is one", "name the file")
+    source = open_lora(weights, family, component, allow_unmatched)
     modules = translate(source.loras, source.naming, source.dialect, target)
     written = tuple(write_lora(module, lora, target) for module, lora in modules.items())
     tensors = aligned(tensor for lora in written for tensor in lora.tensors)

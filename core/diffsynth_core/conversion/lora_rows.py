@@ -108,10 +108,12 @@ def _join(name: str, parts: Mapping[str, ModuleLora], names: KeyMap) -> ModuleLo
     rows = names.cut_rows(name, int(total))
     sizes = {span.lora.down.shape[1:] for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
+        paths = {span.lora.up.span.path for part in parts.values() for span in part if span.lora}
         raise DiffSynthError(
-            f"the LoRAs of {shorten(list(parts))} do not fit together as `{name}`: "
-            f"their sides are {', '.join(f'{_count(part)}' for part in parts.values())}",
-            "name a LoRA of this family",
+            f"{shorten(sorted(map(str, paths)))}: the LoRAs of {shorten(list(parts))}, which `{name}` is together, do "
+            f"not fit each other: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
+            f"{', '.join(str(size[0]) for size in sorted(sizes))} columns",
+            "give the right `--family`, or write the file anew",
         )
     placed: list[tuple[int, RowSpan]] = []
     for own, spans in rows.items():

@@ -73,8 +73,7 @@ def open_lora(
     named = _component(weights, component)
     readings = [
         _Reading(facts, naming, dialect, *match_lora_keys(weights.tensors, modules, dialect, naming))
-        for facts in families
-        for naming in [_naming(facts, named)]
+        for facts, naming in _namings(families, named)
         for modules in [naming.modules_met(weights.tensors)]
         for dialect in filter(naming.known, DIALECTS)
     ]
@@ -106,29 +105,33 @@ def _component(weights: WeightSet, component: str | None) -> str | None:
     return component or weights.said("lora_component") or (in_keys.pop() if len(in_keys) == 1 else None)
 
 
-def _naming(facts: FamilyFacts, component: str | None) -> LoraNaming:
-    """How files name the modules of a component; a second transformer has the names of the first.
+def _namings(families: list[FamilyFacts], component: str | None) -> list[tuple[FamilyFacts, LoraNaming]]:
+    """How files name the modules of a component in each family that has it; a second transformer has the names of the
+    first.
 
     Raises:
         FaultsFound: for components that the dialects have no names for.
     """
-    naming = facts.component(facts.denoiser).lora_naming
-    if component in (None, facts.denoiser):
-        return naming
-    if component == facts.second_denoiser:
-        return replace(naming, component=component)
-    what = f"has names of its own for {component}: there is nothing to convert"
-    if component not in facts.component_names:
-        what = f"has a component `{component}`"
-    raise FaultsFound(
-        [
-            Problem(
-                f"no dialect of {facts.title} {what}",
-                f"name a LoRA of {' or '.join(filter(None, (facts.denoiser, facts.second_denoiser)))}",
-                wrong_use=True,
-            )
-        ]
-    )
+    found = []
+    for facts in families:
+        naming = facts.component(facts.denoiser).lora_naming
+        if component in (None, facts.denoiser):
+            found.append((facts, naming))
+        elif component == facts.second_denoiser:
+            found.append((facts, replace(naming, component=component)))
+    if not found:
+        known = {name: None for facts in families for name in (facts.denoiser, facts.second_denoiser) if name}
+        raise FaultsFound(
+            [
+                Problem(
+                    f"a LoRA of `{component}` has the same names in all dialects of "
+                    f"{', '.join(facts.title for facts in families)}, if any",
+                    f"name a LoRA of {' or '.join(known)}",
+                    wrong_use=True,
+                )
+            ]
+        )
+    return found
 
 
 def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFacts]) -> _Reading:
