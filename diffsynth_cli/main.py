@@ -14,8 +14,8 @@ COMMANDS = {
     "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Take a checkpoint apart by component or size, or join one"),
     "download": ("diffsynth_cli.commands.download", "Bring the files of recipes, models and datasets from the hubs"),
     "merge-lora": ("diffsynth_cli.commands.merge_lora", "Merge LoRAs into a base, or into one LoRA"),
-    "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
     "convert-lora": ("diffsynth_cli.commands.convert_lora", "Write a LoRA in the names of another program"),
+    "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""
 

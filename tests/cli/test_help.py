@@ -30,9 +30,16 @@ def test_help_names_the_commands(cli):
     assert "\n  train       Train from a recipe: LoRA, full, or both\n" in outcome.out
     assert "\n  download    Bring the files of recipes, models and datasets from the hubs\n" in outcome.out
     assert "\n  recipe      List and show recipes, print their JSON schema\n" in outcome.out
+    told = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    assert "train Train from a recipe: LoRA, full, or both" in told
+    assert "convert-lora Write a LoRA in the names of another program" in told
+    assert "recipe List and show recipes, print their JSON schema" in told
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["-h"], ["train", "-h"], ["recipe", "-h"], ["recipe", "show", "-h"], ["convert-lora", "-h"]],
+)
 def test_help_is_data_and_no_wider_than_80(cli, arguments):
     outcome = cli(*arguments)
     assert (outcome.code, outcome.err) == (0, "")

@@ -235,3 +235,24 @@ def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_a_plain_lora_is_not_refused(dialect):
     refuse_other_adapters("mine.safetensors", written(dialect))
+
+
+FUSED = LoraNaming(
+    "dit",
+    fused={"kohya": TableMap({"img_in": "x"}, stacked={"a.{}.qkv": ("b.{}.q", "b.{}.k")})},
+    modules=("b.{}.q", "b.{}.k", "x"),
+)
+
+
+def test_a_dialect_can_have_several_modules_as_one():
+    keys = [f"lora_unet_a_7_qkv.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")]
+    both = (LoraKeys(*keys, fused="a.7.qkv"),)
+    assert find_lora_keys(keys, FUSED.modules_met(keys), FUSED) == ("kohya", {"b.7.q": both, "b.7.k": both}, [])
+    assert FUSED.known("kohya") and not FUSED.written("kohya") and FUSED.written("comfyui")
+
+
+def test_the_modules_that_a_file_may_mean_have_the_numbers_of_its_keys():
+    assert FUSED.modules_met(["lora_unet_a_7_qkv.alpha", "b.12.q.lora_A.weight"]) == [
+        "b.7.q", "b.12.q", "b.7.k", "b.12.k", "x",
+    ]  # fmt: skip
+    assert FUSED.modules_met(["x.lora_A.weight"]) == ["x"]

@@ -120,6 +120,18 @@ def test_a_format_without_names_for_the_component_is_refused(name):
     assert training(found(), lora_format="diffusers")[1] == []
 
 
+def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora():
+    fused = replace(DIT, dialects={}, fused={"kohya": TableMap({})})
+    assert training(found(fused), lora_format="kohya")[1] == [
+        Problem(
+            "`lora_format` `kohya` has several modules of the dit of Invented as one, which would raise the rank of its "
+            "LoRA",
+            "give `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to kohya`",
+            wrong_use=True,
+        )
+    ]
+
+
 @pytest.mark.parametrize(
     ("family", "formats"),
     [

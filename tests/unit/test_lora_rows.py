@@ -1,0 +1,133 @@
+"""LoRA between modules and their parts, by rows of B; rows that key maps cut are those that they cut of tensors."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffsynth_core.conversion.lora_rows import RowSpan, StoredLora, StoredTensor, translate
+from diffsynth_core.conversion.lora_tensors import write_lora
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.flux import names as flux
+from diffsynth_core.families.flux2 import names as flux2
+from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
+from diffsynth_core.state_dicts.lora_names import LoraNaming
+from diffsynth_core.state_dicts.weight_sets import Span
+
+FUSED = TableMap({"out": "o"}, stacked={"qkv": ("q", "k", "v")}, swapped={"mod": "m"})
+NAMING = LoraNaming("dit", {"diffusers": FUSED}, {"kohya": TableMap({}, stacked={"all": ("qkv", "out")})})
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (flux.DIT, "blocks.0.attn.a_to_qkv"),
+        (flux.DIT, "single_blocks.3.to_qkv_mlp"),
+        (flux.DIT, "final_norm_out.linear"),
+        (flux.DIT, "blocks.0.ff_a.0"),
+        (flux2.DIT_ORIGINAL, "double_blocks.7.txt_attn.qkv"),
+        (flux2.DIT_ORIGINAL, "final_layer.adaLN_modulation.1"),
+        (SAME_NAMES, "anything"),
+    ],
+)
+def test_rows_are_those_that_a_tensor_is_cut_into(names, name):
+    tensor = torch.arange(42)[:, None]
+    cut = names.cut(name, tensor)
+    rows = names.cut_rows(name, 42)
+    assert rows.keys() == cut.keys() == names.shares(name).keys()
+    for own, spans in rows.items():
+        assert [row for begin, end in spans for row in range(begin, end)] == cut[own][:, 0].tolist()
+        assert names.shares(name)[own] == Fraction(len(cut[own]), 42) == Fraction(count_rows(spans), 42)
+    assert sum(names.shares(name).values()) == 1
+
+
+def test_rows_are_taken_in_their_order():
+    assert take_rows(((4, 8), (0, 4)), 2, 6) == ((6, 8), (0, 2))
+    assert take_rows(((4, 8), (0, 4)), 0, 4) == ((4, 8),)
+    assert take_rows(((0, 4),), 4, 4) == ()
+
+
+def lora(module: str, rows: int, path: Path = Path("a"), begin: int = 0, alpha: float | None = None) -> StoredLora:
+    """A LoRA of rank 2 in float32 with 4 columns."""
+    down = StoredTensor("F32", (2, 4), Span(path, begin, begin + 32))
+    return StoredLora(
+        module, down, StoredTensor("F32", (rows, 2), Span(path, begin + 32, begin + 32 + rows * 8)), alpha
+    )
+
+
+def test_a_part_takes_its_rows_and_a_whole_those_of_its_parts():
+    one = lora("qkv", 6)
+    assert translate({"qkv": one}, NAMING, "diffsynth", "diffusers") == {
+        "q": (RowSpan(one, 0, 2),), "k": (RowSpan(one, 2, 4),), "v": (RowSpan(one, 4, 6),),
+    }  # fmt: skip
+    parts = {name: lora(name, 2) for name in "qkv"}
+    assert translate(parts, NAMING, "diffusers", "diffsynth") == {
+        "qkv": tuple(RowSpan(parts[name], 0, 2) for name in "qkv")
+    }
+
+
+def test_what_nothing_changes_is_rows_without_a_lora():
+    only = lora("k", 2)
+    assert translate({"k": only}, NAMING, "diffusers", "diffsynth") == {
+        "qkv": (RowSpan(None, 0, 2), RowSpan(only, 0, 2), RowSpan(None, 0, 2))
+    }
+    assert translate({"k": only}, NAMING, "diffusers", "diffusers") == {"k": (RowSpan(only, 0, 2),)}
+
+
+def test_halves_that_stand_in_another_order_come_back():
+    one = lora("mod", 6)
+    assert translate({"mod": one}, NAMING, "diffsynth", "diffusers") == {"m": (RowSpan(one, 3, 6), RowSpan(one, 0, 3))}
+    back = lora("m", 6)
+    assert translate({"m": back}, NAMING, "diffusers", "diffsynth") == {
+        "mod": (RowSpan(back, 3, 6), RowSpan(back, 0, 3))
+    }
+
+
+def test_wholes_of_wholes_are_cut_to_the_parts():
+    one = lora("all", 12)
+    assert translate({"all": one}, NAMING, "kohya", "diffusers") == {
+        "q": (RowSpan(one, 0, 2),), "k": (RowSpan(one, 2, 4),), "v": (RowSpan(one, 4, 6),), "o": (RowSpan(one, 6, 12),),
+    }  # fmt: skip
+
+
+def test_parts_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(DiffSynthError, match="do not fit each other: lora_B has 2, 3 rows, lora_A 4 columns"):
+        translate({"q": lora("q", 2), "k": lora("k", 3)}, NAMING, "diffusers", "diffsynth")
+
+
+@pytest.mark.parametrize(
+    ("scales", "dialect", "alpha", "applied"),
+    [
+        ((None, None), "kohya", 4.0, ()),
+        ((1.0, 1.0), "kohya", 2.0, ()),
+        ((1.0, 4.0), "kohya", 4.0, (0.5, 2.0)),
+        ((1.0, None), "comfyui", 4.0, (0.5,)),
+        ((None, None), "comfyui", None, ()),
+        ((1.0, 1.0), "diffusers", None, (0.5,)),
+    ],
+)
+def test_alphas_of_two_that_become_one(tmp_path, scales, dialect, alpha, applied):
+    """Rank 2 each, with an A of their own: equal scales stay an alpha, others are multiplied into B."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(200)))
+    first, second = lora("q", 2, path, 0, scales[0]), lora("k", 2, path, 48, scales[1])
+    written = write_lora("qk", (RowSpan(first, 0, 2), RowSpan(second, 0, 2)), dialect)
+    assert (written.ranks, written.rank, written.scales, written.exact) == ((2, 2), 4, applied, True)
+    stored = {tensor.name: tensor for tensor in written.tensors if tensor.name.endswith(".alpha")}
+    if alpha is None:
+        assert not stored
+    else:
+        ((tensor,),) = (list(stored.values()),)
+        (data,) = tensor.source()
+        assert torch.frombuffer(bytearray(data), dtype=torch.float32).item() == alpha
+
+
+def test_numbers_that_are_only_copied_are_not_computed_with(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(100))
+    small = StoredTensor("F8_E4M3", (2, 4), Span(path, 0, 8))
+    up = StoredTensor("F8_E4M3", (4, 2), Span(path, 8, 16))
+    assert write_lora("q", (RowSpan(StoredLora("q", small, up), 0, 4),), "diffusers").exact
+    with pytest.raises(DiffSynthError, match="would be computed from F8_E4M3, which is only copied here"):
+        write_lora("q", (RowSpan(StoredLora("q", small, up, alpha=1.0), 0, 4),), "diffusers")
