@@ -123,6 +123,14 @@ def test_alphas_of_two_that_become_one(tmp_path, scales, dialect, alpha, applied
         assert torch.frombuffer(bytearray(data), dtype=torch.float32).item() == alpha
 
 
+@pytest.mark.parametrize(("alphas", "rank"), [((1.0, 1.0), 2), ((None, 2.0), 2), ((1.0, 4.0), 4)])
+def test_one_a_is_kept_once_where_the_scales_are_the_same(tmp_path, alphas, rank):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(200)))
+    first, second = (lora(name, 2, path, 0, alpha) for name, alpha in zip("qk", alphas, strict=True))
+    assert write_lora("qk", (RowSpan(first, 0, 2), RowSpan(second, 0, 2)), "kohya").rank == rank
+
+
 def test_numbers_that_are_only_copied_are_not_computed_with(tmp_path):
     path = tmp_path / "bytes"
     path.write_bytes(bytes(100))
