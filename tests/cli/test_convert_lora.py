@@ -170,6 +170,11 @@ def test_a_file_of_the_second_expert_is_read_by_its_prefix(save, convert):
 LOKR = {"lora_unet_transformer_blocks_0_img_mod_1.lokr_w1": torch.ones(1)}
 FULL = {"pipe.text_encoder.norm.weight": torch.ones(1)}
 MISFIT = {key: tensor[:1] if "lora_A" in key else tensor for key, tensor in halves(Q).items()}
+THIRDS = {
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 6),
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(4, 2),
+}
+"""Four rows for three parts."""
 REFUSED = [
     (
         halves(Q), KOHYA, 1,
@@ -228,6 +233,14 @@ REFUSED = [
         halves(Q) | halves(K, rows=4), FLUX2, 1,
         "`mine.safetensors`: the LoRAs of `transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, which "
         "`double_blocks.0.img_attn.qkv` is together, do not fit each other: lora_B has 6, 4 rows, lora_A 6 columns",
+        "give the right `--family`, or write the file anew",
+    ),
+    (
+        down_up("lora_unet_double_blocks_0_img_attn_proj", 1.0)
+        | THIRDS,
+        ("--to", "diffusers", "--family", "flux2"), 1,
+        "`mine.safetensors`: lora_B of `double_blocks.0.img_attn.qkv` has 4 rows, which "
+        "`transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, `transformer_blocks.0.attn.to_v` cannot share",
         "give the right `--family`, or write the file anew",
     ),
     (

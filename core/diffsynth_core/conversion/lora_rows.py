@@ -56,6 +56,8 @@ class RowSpan:
     end: int
 
 
+ANOTHER_FAMILY = "give the right `--family`, or write the file anew"
+
 ModuleLora = tuple[RowSpan, ...]
 """What changes a module's weight, row by row from the first to the last."""
 
@@ -85,6 +87,13 @@ def _cut_all(loras: Mapping[str, ModuleLora], names: KeyMap) -> dict[str, Module
     """Of modules of theirs -> of ours, apart from parts that nothing changes."""
     found = {}
     for module, lora in loras.items():
+        shares = names.shares(module)
+        if any((_count(lora) * share).denominator > 1 for share in shares.values()):
+            raise DiffSynthError(
+                f"{_origin([lora])}: lora_B of `{module}` has {_count(lora)} rows, which {shorten(list(shares))} cannot "
+                "share",
+                ANOTHER_FAMILY,
+            )
         for own, rows in names.cut_rows(module, _count(lora)).items():
             part = _merge(span for begin, end in rows for span in _take(lora, begin, end))
             if any(span.lora for span in part):
@@ -108,12 +117,11 @@ def _join(name: str, parts: Mapping[str, ModuleLora], names: KeyMap) -> ModuleLo
     rows = names.cut_rows(name, int(total))
     sizes = {span.lora.down.shape[1:] for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
-        paths = {span.lora.up.span.path for part in parts.values() for span in part if span.lora}
         raise DiffSynthError(
-            f"{shorten(sorted(map(str, paths)))}: the LoRAs of {shorten(list(parts))}, which `{name}` is together, do "
+            f"{_origin(parts.values())}: the LoRAs of {shorten(list(parts))}, which `{name}` is together, do "
             f"not fit each other: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
             f"{', '.join(str(size[0]) for size in sorted(sizes))} columns",
-            "give the right `--family`, or write the file anew",
+            ANOTHER_FAMILY,
         )
     placed: list[tuple[int, RowSpan]] = []
     for own, spans in rows.items():
@@ -125,6 +133,11 @@ def _join(name: str, parts: Mapping[str, ModuleLora], names: KeyMap) -> ModuleLo
                 row += span.end - span.begin
             place += end - begin
     return _merge(span for _, span in sorted(placed, key=lambda item: item[0]))
+
+
+def _origin(loras: Iterable[ModuleLora]) -> str:
+    """The files that LoRAs come from."""
+    return shorten(sorted({str(span.lora.up.span.path) for lora in loras for span in lora if span.lora}))
 
 
 def _count(lora: ModuleLora) -> int:

@@ -206,7 +206,7 @@ def _stored(
         for key in (keys.down, keys.up)
     )
     sides, rank = len(down.shape), down.shape[0] if down.shape else 0
-    if sides < 2 or not rank or not up.shape or up.shape[1:] != (rank, *[1] * (sides - 2)):
+    if sides < 2 or not rank or not up.shape or not up.shape[0] or up.shape[1:] != (rank, *[1] * (sides - 2)):
         raise DiffSynthError(
             f"`{weights.origin}`: the halves of the LoRA of `{module}` do not fit each other: {list(up.shape)} and "
             f"{list(down.shape)}",
