@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
     "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Take a checkpoint apart by component or size, or join one"),
-    "download": ("diffsynth_cli.commands.download", "Bring the files of recipes, models and datasets from the hubs"),
+    "download": ("diffsynth_cli.commands.download", "Bring files of recipes, models, datasets from the hubs"),
     "merge-lora": ("diffsynth_cli.commands.merge_lora", "Merge LoRAs into a base, or into one LoRA"),
     "convert-lora": ("diffsynth_cli.commands.convert_lora", "Write a LoRA in the names of another program"),
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),

@@ -27,11 +27,9 @@ def test_help_names_the_commands(cli):
     outcome = cli("--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
-    assert "\n  train       Train from a recipe: LoRA, full, or both\n" in outcome.out
-    assert "\n  download    Bring the files of recipes, models and datasets from the hubs\n" in outcome.out
-    assert "\n  recipe      List and show recipes, print their JSON schema\n" in outcome.out
-    told = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    told = " ".join(outcome.out.split())
     assert "train Train from a recipe: LoRA, full, or both" in told
+    assert "download Bring files of recipes, models, datasets from the hubs" in told
     assert "convert-lora Write a LoRA in the names of another program" in told
     assert "recipe List and show recipes, print their JSON schema" in told
 
