@@ -15,6 +15,7 @@ from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of, plan_merge
 from diffsynth_core.conversion.plans import FilePlan
+from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.conversion.sum_plan import SumPlan, output_of, plan_sum
 from diffsynth_core.errors import raise_if_any, shorten
 from diffsynth_core.files import model_base_path
@@ -54,13 +55,13 @@ def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_
         "changed": len(plan.changed),
     }
     written = FilePlan(tuple(outputs_of(plan, lambda name: tuple)), plan.inputs)
-    if how.dry_run:
-        raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
-    else:
+    raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
+    if not how.dry_run:
+        hashes = InputHashes(plan.hashed)  # which takes its time beside that of importing torch
         from diffsynth_core.conversion.merging import merge
 
         with stopping_cleanly():
-            result = merge(plan, ConsoleReporter(), how.overwrite)
+            result = merge(plan, hashes, ConsoleReporter(), how.overwrite)
         losses = result.losses
         facts["lost"] = result.loss.share
     changed = f"{count_of(len(plan.changed), 'tensor')} of {len(base.weights.tensors)} changed"
@@ -79,13 +80,13 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, how:
     facts: dict[str, Any] = {"modules": len(plan.modules), "ranks": ranks}
     written = FilePlan((output_of(plan),), plan.inputs)
     lines = [f"{count_of(len(plan.modules), 'module')} of rank {_span(ranks)}"]
-    if how.dry_run:
-        raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
-    else:
+    raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
+    if not how.dry_run:
+        hashes = InputHashes(plan.inputs)
         from diffsynth_core.conversion.summing import add_loras
 
         with stopping_cleanly():
-            result = add_loras(plan, ConsoleReporter(), how.overwrite)
+            result = add_loras(plan, hashes, ConsoleReporter(), how.overwrite)
         if rank is not None:
             shares = {name: loss.share for name, loss in result.losses.items()}
             facts |= {"lost": result.loss.share, "lost_by_module": shares}

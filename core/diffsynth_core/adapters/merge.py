@@ -3,6 +3,7 @@
 Computed in float32 and rounded once, into the number format of the merged weight.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,6 @@ class Loss:
     lost_squared: float = 0.0
     asked_squared: float = 0.0
 
-    def count(self, weight: Tensor, change: Tensor, merged: Tensor) -> None:
-        """Take in one weight: before, the change asked for, and after, rounded."""
-        lost = merged.float() - weight.float()
-        self.lost_squared += _sum_of_squares(lost.sub_(change))
-        self.asked_squared += _sum_of_squares(change)
-
     def add(self, other: "Loss") -> None:
         """Take in the weights of another."""
         self.lost_squared += other.lost_squared
@@ -48,12 +43,6 @@ class Loss:
     def share(self) -> float:
         """0 where nothing is lost, and where nothing was asked for."""
         return (self.lost_squared / self.asked_squared) ** 0.5 if self.asked_squared else 0.0
-
-
-def _sum_of_squares(tensor: Tensor) -> float:
-    flat = tensor.reshape(-1)
-    pieces = (flat[begin : begin + SUMMED_AT_ONCE] for begin in range(0, len(flat), SUMMED_AT_ONCE))
-    return sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,12 @@ class Factors:
     @property
     def rank(self) -> int:
         return len(self.down)
+
+    @property
+    def squared_norm(self) -> float:
+        """||up @ down||^2, without the product: the sum of the entries of (up^T up) * (down down^T), in float64."""
+        up, down = self.up.double(), self.down.double()
+        return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 
 
 def add_factors(changes: Sequence[Factors]) -> Factors:
@@ -94,19 +89,42 @@ def truncate(change: Factors, rank: int) -> tuple[Factors, Loss]:
     return factors, Loss(float(squares[rank:].sum()), float(squares.sum()))
 
 
-def lora_change(down: Tensor, up: Tensor) -> Tensor:
-    """B A in float32, in the shape of the weight that it changes.
+class Workspace:
+    """Float32 memory for the sums of one piece of a weight, used again for the next: fresh memory takes as long."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Memory for a tensor, with whatever was there."""
+        count = math.prod(shape)
+        if name not in self._held or len(self._held[name]) < count:
+            self._held[name] = torch.empty(count)
+        return self._held[name][:count].view(*shape)
+
+
+def merge_rows(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype, space: Workspace) -> tuple[Tensor, float]:
+    """W + up @ down in float32, rounded once to `dtype`, and the square of what the rounding loses of the change.
+
+    Where W itself does not fit in `dtype`, what that loses is not the change's loss: it would be lost without it.
 
     Args:
-        down: A, `[rank, in]`, of a convolution `[rank, in, …kernel]`.
-        up: B with its scale in it, `[out, rank]`, of a convolution `[out, rank, 1, …]`.
+        weight: `[rows, columns]`, all rows of W or some, in any floating-point format.
+        up: the same rows of B, `[rows, rank]`.
     """
-    return (up.float().flatten(1) @ down.float().flatten(1)).reshape(len(up), *down.shape[1:])
+    exact = space.take("exact", weight.shape).copy_(weight).addmm_(up, down)
+    merged = exact.to(dtype, copy=True)
+    lost = space.take("lost", weight.shape).copy_(merged).sub_(exact)
+    if weight.itemsize > merged.itemsize:
+        lost.sub_(weight.to(dtype).float() - weight.float())
+    return merged, sum_of_squares(lost)
 
 
-def merge_change(weight: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + D in float32, rounded once to `dtype`."""
-    return (weight.float() + change).to(dtype)
+def sum_of_squares(tensor: Tensor) -> float:
+    """Of a float32 tensor: in float32 for a number of elements, in float64 beyond."""
+    flat = tensor.reshape(-1)
+    pieces = (flat[begin : begin + SUMMED_AT_ONCE] for begin in range(0, len(flat), SUMMED_AT_ONCE))
+    return sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
 
 
 def read_factors(file: LoraFile, stream: Any, module: str, shape: Sequence[int]) -> Factors:
@@ -169,16 +187,7 @@ class LoraChanges:
     def __init__(self, file: LoraFile, stream: Any, shapes: Mapping[str, tuple[int, ...]], documented: KeyMap) -> None:
         self._file, self._stream, self._shapes, self._documented = file, stream, shapes, documented
 
-    def of(self, name: str) -> Tensor | None:
-        """D of a weight, by its name in the module, float32; None where the file has none."""
-        factors = self.factors_of(name)
-        if factors is None:
-            return None
-        weight = self._documented.theirs(name) or ""
-        shape = self._documented.cut_shape(weight, self._shapes[weight.removesuffix(".weight")])[name]
-        return lora_change(factors.down, factors.up).reshape(shape)
-
-    def factors_of(self, name: str) -> Factors | None:
+    def of(self, name: str) -> Factors | None:
         """D of a weight, by its name in the module, as a product; None where the file has none."""
         weight = self._documented.theirs(name)
         module = (weight or "").removesuffix(".weight")

@@ -6,12 +6,13 @@ within one product wait for each other.
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,8 +22,9 @@ from diffsynth_core.adapters.merge import (
     LOSS_WORTH_A_WARNING,
     Factors,
     Loss,
+    Workspace,
     add_factors,
-    merge_change,
+    merge_rows,
     read_factors,
 )
 from diffsynth_core.conversion.lora_inputs import MatchedLora
@@ -48,17 +50,15 @@ class MergeResult:
     losses: tuple[Loss, ...]
 
 
-def merge(plan: MergePlan, reporter: Reporter, overwrite: bool = False) -> MergeResult:
-    """Carry out a plan.
+def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> MergeResult:
+    """Carry out a plan. `hashes`: of `plan.hashed`, started already.
 
     Raises:
         FaultsFound: as `output_problems` tells, before anything is written.
         DiffSynthError: as `write_outputs`; when a value of a LoRA or of a result is no finite number.
     """
-    hashes = InputHashes(plan.hashed)
     with ExitStack() as opened, _own_threads() as pool:
         merging = _Merging(plan, pool, opened)
-        hashes.start()
         write_outputs(outputs_of(plan, merging.pieces, hashes.wait), plan.inputs, reporter, overwrite)
     result = merging.result()
     if result.loss.share > LOSS_WORTH_A_WARNING:
@@ -85,6 +85,16 @@ def _processors() -> int:
     """How many threads this process may keep busy."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_THREADS, allowed)
+
+
+_OWN = threading.local()
+
+
+def _workspace() -> Workspace:
+    """That of the thread."""
+    if not hasattr(_OWN, "workspace"):
+        _OWN.workspace = Workspace()
+    return cast(Workspace, _OWN.workspace)
 
 
 class _Merging:
@@ -123,7 +133,7 @@ class _Merging:
         columns = math.prod(header.shape[1:]) if factors else 1
         rows = math.prod(header.shape) // max(columns, 1)
         height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
-        loss = self._losses[name] = Loss()
+        loss = self._losses[name] = Loss(asked_squared=factors.squared_norm if factors else 0.0)
         piece = _Piece(
             name,
             self._sources[span.path],
@@ -135,7 +145,7 @@ class _Merging:
         )
         jobs = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
         for data, lost in _in_order(self._pool, piece.make, jobs):
-            loss.add(lost)
+            loss.lost_squared += lost
             yield data
 
     def _factors(self, name: str) -> Factors:
@@ -173,21 +183,16 @@ class _Piece:
     written: torch.dtype
     factors: Factors | None
 
-    def make(self, begin: int, end: int) -> tuple[memoryview, Loss]:
+    def make(self, begin: int, end: int) -> tuple[memoryview, float]:
         """The bytes of rows, and what their rounding loses."""
-        loss = Loss()
         raw, weight = self._read(begin, end)
         if self.factors is None or not bool((up := self.factors.up[begin:end]).any()):
             data = as_bytes(raw) if self.stored == self.written else as_bytes(self._checked(weight.to(self.written)))
-            return data, loss
-        wide = weight.float()
-        change = up @ self.factors.down
-        merged = merge_change(wide, change, self.written)
-        before = wide if self.stored.itemsize <= self.written.itemsize else wide.to(self.written)
-        loss.count(before, change, merged)
-        if not math.isfinite(loss.lost_squared):
+            return data, 0.0
+        merged, lost = merge_rows(weight, up, self.factors.down, self.written, _workspace())
+        if not math.isfinite(lost):
             self._checked(merged)
-        return as_bytes(merged), loss
+        return as_bytes(merged), lost
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Rows as bytes and as numbers."""
@@ -219,11 +224,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    make: Callable[[int, int], tuple[memoryview, Loss]],
+    make: Callable[[int, int], tuple[memoryview, float]],
     jobs: Sequence[tuple[int, int]],
-) -> Iterator[tuple[memoryview, Loss]]:
+) -> Iterator[tuple[memoryview, float]]:
     """Results in the order of their jobs, a few of which are always under way."""
-    under_way: deque[Future[tuple[memoryview, Loss]]] = deque()
+    under_way: deque[Future[tuple[memoryview, float]]] = deque()
     for job in jobs:
         under_way.append(pool.submit(make, *job))
         if len(under_way) > _processors():

@@ -18,7 +18,7 @@ UNKNOWN = "0" * 64
 
 
 class InputHashes:
-    """sha256 of files, each read at most once ever, beside whatever else is going on."""
+    """sha256 of files, each read at most once ever, beside whatever else is going on from here on."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -26,8 +26,6 @@ class InputHashes:
         self._failed: OSError | None = None
         # Ends with the process, which need not wait for it when something else fails.
         self._thread = Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def wait(self) -> Mapping[Path, str]:

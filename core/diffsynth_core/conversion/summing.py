@@ -28,15 +28,13 @@ class SumResult:
     losses: dict[str, Loss] = field(default_factory=dict)
 
 
-def add_loras(plan: SumPlan, reporter: Reporter, overwrite: bool = False) -> SumResult:
-    """Carry out a plan.
+def add_loras(plan: SumPlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> SumResult:
+    """Carry out a plan. `hashes`: of its inputs, started already.
 
     Raises:
         FaultsFound: as `output_problems` tells, before anything is written.
         DiffSynthError: as `write_outputs`; when a value is no finite number.
     """
-    hashes = InputHashes(plan.inputs)
-    hashes.start()
     with ExitStack() as opened:
         summing = _Summing(plan, opened)
         write_outputs([output_of(plan, summing.sources(), hashes)], plan.inputs, reporter, overwrite)

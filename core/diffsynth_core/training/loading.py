@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, merge_change, open_changes
+from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows, open_changes
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import PresetLora
@@ -44,10 +44,9 @@ def _load_merged(
             change = changes.of(name)
             if change is None:
                 return value
-            result = merge_change(value, change, kept)
-            # Against what would be there without the LoRA: a float32 file is rounded anyway.
-            loss.count(value.to(kept), change, result)
-            return result
+            result, lost = merge_rows(value.flatten(1), change.up, change.down, kept, Workspace())
+            loss.add(Loss(lost, change.squared_norm))
+            return result.reshape(value.shape)
 
         masters = _masters(plan, preset.component)
         module = load_component(family, files, dtype, device, reporter, merged, masters)
