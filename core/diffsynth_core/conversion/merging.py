@@ -71,8 +71,9 @@ def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: b
 
 @contextmanager
 def _own_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute alone."""
+    """Threads that each compute alone, as this one does meanwhile: threads that wait for each other keep cores busy."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(_processors(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
