@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, lora_weights
-from diffsynth_core.adapters.merge import Loss, lora_change, merge_change, open_changes
+from diffsynth_core.adapters.merge import Factors, Loss, Workspace, merge_rows, open_changes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.state_dicts.lora_files import read_lora_file
@@ -21,15 +21,27 @@ def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.
     return tensor
 
 
+def merge(
+    weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Loss]:
+    """A whole weight merged, in its own shape, and what the rounding loses."""
+    factors = Factors(down.float().flatten(1), up.float().flatten(1))
+    merged, lost = merge_rows(weight.flatten(1), factors.up, factors.down, dtype, Workspace())
+    return merged.view(weight.shape), Loss(lost, factors.squared_norm)
+
+
 def test_one_element_of_each_half_goes_where_the_formula_says():
-    change = lora_change(only((2, 4), (1, 3), 2.0), only((3, 2), (0, 1), 5.0))
-    assert torch.equal(change, only((3, 4), (0, 3), 10.0))
-    assert torch.equal(lora_change(only((2, 4), (1, 3), 2.0), only((3, 2), (0, 0), 5.0)), torch.zeros(3, 4))
+    merged, _ = merge(torch.zeros(3, 4), only((2, 4), (1, 3), 2.0), only((3, 2), (0, 1), 5.0))
+    assert torch.equal(merged, only((3, 4), (0, 3), 10.0))
+    merged, _ = merge(torch.zeros(3, 4), only((2, 4), (1, 3), 2.0), only((3, 2), (0, 0), 5.0))
+    assert torch.equal(merged, torch.zeros(3, 4))
 
 
 def test_one_element_of_a_convolution():
-    change = lora_change(only((2, 4, 3, 3), (1, 3, 0, 2), 2.0), only((5, 2, 1, 1), (4, 1, 0, 0), 5.0))
-    assert torch.equal(change, only((5, 4, 3, 3), (4, 3, 0, 2), 10.0))
+    merged, _ = merge(
+        torch.zeros(5, 4, 3, 3), only((2, 4, 3, 3), (1, 3, 0, 2), 2.0), only((5, 2, 1, 1), (4, 1, 0, 0), 5.0)
+    )
+    assert torch.equal(merged, only((5, 4, 3, 3), (4, 3, 0, 2), 10.0))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +60,7 @@ def test_as_peft_merges(layer):
     down, up = halves.down.detach(), halves.up.detach()
     assert isinstance(module.layer, BaseTunerLayer)
     module.layer.merge()
-    merged = merge_change(before, lora_change(down, up), torch.float32)
+    merged, _ = merge(before, down, up)
     assert_close(merged, module.layer.base_layer.weight.detach(), rtol=1e-6, atol=1e-6)
 
 
@@ -63,25 +75,35 @@ STEP = 2.0**-7
 )
 def test_it_is_rounded_once(weight, change, steps):
     """In steps above 1, to the nearest, a half to the even one."""
-    merged = merge_change(torch.tensor([1 + weight * STEP]), torch.tensor([change * STEP]), torch.bfloat16)
+    one = torch.ones(1, 1)
+    merged, _ = merge(torch.tensor([[1 + weight * STEP]]), one, one * change * STEP, torch.bfloat16)
     assert merged.dtype == torch.bfloat16 and merged.item() == 1 + steps * STEP
 
 
 def test_halves_of_a_bfloat16_file_are_multiplied_in_float32():
-    down, up = torch.tensor([[1 + STEP]]).bfloat16(), torch.tensor([[1 + STEP]]).bfloat16()
-    assert lora_change(down, up).item() == (1 + STEP) ** 2
+    half = torch.tensor([[1 + STEP]]).bfloat16()
+    assert merge(torch.zeros(1, 1), half, half)[0].item() == (1 + STEP) ** 2
 
 
 def test_what_rounding_loses_by_hand():
     """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
-    loss = Loss()
-    weight, change = torch.ones(2).bfloat16(), torch.tensor([0.75 * STEP, STEP])
-    loss.count(weight, change, merge_change(weight, change, torch.bfloat16))
+    change = torch.tensor([[0.75 * STEP], [STEP]])
+    _, loss = merge(torch.ones(2, 1).bfloat16(), torch.ones(1, 1), change, torch.bfloat16)
     assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
-    loss.count(weight, torch.zeros(2), weight)
-    assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5), "what is not changed counts for nothing"
-    loss.count(weight, change, merge_change(weight, torch.zeros(2), torch.bfloat16))
-    assert loss.share == pytest.approx(((0.25**2 + 0.75**2 + 1) / (2 * (0.75**2 + 1))) ** 0.5)
+    loss.add(Loss(0.0, 0.75**2 * STEP**2))
+    assert loss.share == pytest.approx(0.25 / (2 * 0.75**2 + 1) ** 0.5)
+
+
+def test_what_a_narrower_format_loses_of_the_weight_itself_is_not_the_changes_loss():
+    """A weight of 1 + 3/8 steps would be 1 without a LoRA; a change of one step makes 1 + 11/8, rounded to 1 step."""
+    _, loss = merge(torch.tensor([[1 + 0.375 * STEP]]), torch.ones(1, 1), torch.tensor([[STEP]]), torch.bfloat16)
+    assert loss.share == 0
+
+
+def test_the_norm_of_a_change_without_the_change():
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(torch.randn(3, 7, generator=generator), torch.randn(5, 3, generator=generator))
+    assert factors.squared_norm == pytest.approx(float((factors.up @ factors.down).norm()) ** 2, rel=1e-5)
 
 
 def test_nothing_asked_for_loses_nothing():
@@ -93,9 +115,8 @@ def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
     """A change of spread 1e-4 on weights of spread 0.02."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
-    change = torch.randn(512, 512, generator=generator) * spread
-    loss = Loss()
-    loss.count(weight, change, merge_change(weight, change, dtype))
+    down, up = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator) * spread / 8
+    _, loss = merge(weight, down, up, dtype)
     assert loss.share == pytest.approx(share, abs=0.01)
 
 
@@ -115,7 +136,7 @@ def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming
         "table",
     ]
     with open_changes(file, SHAPES, documented) as opened:
-        return {name: change for name in names if (change := opened.of(name)) is not None}
+        return {name: factors.up @ factors.down for name in names if (factors := opened.of(name)) is not None}
 
 
 def test_a_lora_of_a_fused_module_reaches_its_parts(tmp_path):
@@ -153,7 +174,8 @@ def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
     shapes = {"last": (4, 3)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes, LoraNaming("dit", {"diffusers": swapped}))
     with open_changes(file, shapes, swapped) as opened:
-        assert torch.equal(opened.of("norm_out.weight"), (up @ down)[rows])
+        change = opened.of("norm_out.weight")
+        assert torch.equal(change.up @ change.down, (up @ down)[rows])
 
 
 def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path):
@@ -162,7 +184,8 @@ def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path
     shapes = {"a": (4, 3, 1, 1)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes)
     with open_changes(file, shapes, TableMap({}, pointwise={"a": "b"})) as opened:
-        assert_close(opened.of("b.weight"), up.flatten(1) @ down.flatten(1))
+        change = opened.of("b.weight")
+        assert_close(change.up @ change.down, up.flatten(1) @ down.flatten(1))
 
 
 def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):

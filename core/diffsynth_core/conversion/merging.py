@@ -187,12 +187,17 @@ class _Piece:
     def make(self, begin: int, end: int) -> tuple[memoryview, float]:
         """The bytes of rows, and what their rounding loses."""
         raw, weight = self._read(begin, end)
-        if self.factors is None or not bool((up := self.factors.up[begin:end]).any()):
-            data = as_bytes(raw) if self.stored == self.written else as_bytes(self._checked(weight.to(self.written)))
-            return data, 0.0
+        if self.factors is None:
+            return as_bytes(self._checked(weight.to(self.written))), 0.0
+        up = self.factors.up[begin:end]
+        changed = up.any(dim=1)
+        if self.stored == self.written and not bool(changed.any()):
+            return as_bytes(raw), 0.0
         merged, lost = merge_rows(weight, up, self.factors.down, self.written, _workspace())
         if not math.isfinite(lost):
             self._checked(merged)
+        if self.stored == self.written and not bool(changed.all()):
+            merged[~changed] = weight[~changed]  # minus zero, which a sum with zero makes plus zero
         return as_bytes(merged), lost
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
