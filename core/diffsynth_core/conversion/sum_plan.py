@@ -18,7 +18,7 @@ from diffsynth_core.state_dicts.lora_files import (
     LoraPart,
     stated_scales,
 )
-from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraKeys, refuse_other_adapters
+from diffsynth_core.state_dicts.lora_names import ALPHA, DIALECTS, LoraKeys, refuse_other_adapters
 from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, Pieces, aligned
 from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
 
@@ -150,12 +150,10 @@ def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
 
 def _group(keys: Iterable[str]) -> tuple[dict[str, LoraKeys], list[str]]:
     """Keys by the name of their module, and those that are no LoRA's."""
-    endings: dict[str, str] = {}
+    endings = {ALPHA: "alpha"}
     for dialect in DIALECTS.values():
         for down, up in [(dialect.down, dialect.up), *([dialect.also] if dialect.also else [])]:
             endings |= {down: "down", up: "up"}
-        if dialect.alpha:
-            endings[dialect.alpha] = "alpha"
     found: dict[str, dict[str, str]] = {}
     unmatched = []
     for key in keys:
