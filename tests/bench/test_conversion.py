@@ -11,12 +11,14 @@ import statistics
 
 import pytest
 
-from tests.bench.weight_files import GIGABYTE, copy_seconds, run, write_two_shards
+from diffsynth_core.families.table import FAMILIES
+from tests.bench.weight_files import GIGABYTE, copy_seconds, run, write_two_shards, write_weights
 
 ROUNDS = 3
 SIZE = float(os.environ.get("DIFFSYNTH_BENCH_GIGABYTES", "4"))
 MOST_ANONYMOUS = 600 * 10**6
 WIDTH, INNER = 3072, 12288
+MLP = {"0.proj": (INNER, WIDTH), "2": (WIDTH, INNER)}
 
 
 def checkpoint_shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -32,6 +34,32 @@ def checkpoint_shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
         shapes[f"pipe.dit.transformer_blocks.{block}.img_mlp.net.2.weight"] = (WIDTH, INNER)
         shapes[f"pipe.text_encoder.model.language_model.layers.{block}.mlp.down_proj.weight"] = (WIDTH, INNER)
     return shapes
+
+
+QWEN_BLOCK = {
+    **{
+        f"attn.{name}": (WIDTH, WIDTH)
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    },
+    **{f"{stream}_mlp.net.{part}": shape for stream in ("img", "txt") for part, shape in MLP.items()},
+    **{f"{stream}_mod.1": (6 * WIDTH, WIDTH) for stream in ("img", "txt")},
+}
+"""The linear layers of a block of Qwen-Image: 340 million weights."""
+
+
+def qwen_shapes(gigabytes: float) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """As many blocks of Qwen-Image's transformer as fit, and a LoRA of rank 32 on every documented target."""
+    targets = FAMILIES["qwen-image"].component("dit").lora_targets
+    base = {"txt_norm.weight": (WIDTH,), "img_in.weight": (WIDTH, 64), "proj_out.weight": (64, WIDTH)}
+    lora: dict[str, tuple[int, ...]] = {}
+    for block in range(round(gigabytes * GIGABYTE / 2 / sum(rows * columns for rows, columns in QWEN_BLOCK.values()))):
+        for name, shape in QWEN_BLOCK.items():
+            module = f"transformer_blocks.{block}.{name}"
+            base |= {f"{module}.weight": shape, f"{module}.bias": shape[:1]}
+            if name.endswith(targets):
+                lora[f"{module}.lora_A.default.weight"] = (32, shape[1])
+                lora[f"{module}.lora_B.default.weight"] = (shape[0], 32)
+    return base, lora
 
 
 @pytest.fixture
@@ -73,3 +101,50 @@ def test_a_split_of_twice_the_size_takes_no_more_memory(checkpoint, tmp_path):
         f"\nsplit-ckpt of {2 * SIZE:g} GB: {split.seconds:.1f} s, anonymous memory {split.anonymous_bytes / 1e6:.0f} MB"
     )
     assert split.anonymous_bytes < MOST_ANONYMOUS
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Write a transformer in two shards and a LoRA; they go again at the end."""
+
+    def write(gigabytes: float) -> tuple[list, list]:
+        shapes, lora = qwen_shapes(gigabytes)
+        shards = write_two_shards(tmp_path / "base", "diffusion_pytorch_model", shapes, {"format": "pt"})
+        write_weights(tmp_path / "lora.safetensors", lora, {})
+        command = ["merge-lora", "--base", tmp_path / "base", "--lora", tmp_path / "lora.safetensors"]
+        return shards, [*command, "--output_path", tmp_path / "merged"]
+
+    yield write
+    shutil.rmtree(tmp_path)
+
+
+def test_a_merge_takes_less_than_2_5_times_a_copy(base, tmp_path, monkeypatch):
+    """Two cores read, multiply, add and round 2 billion weights, and take the sha256 of what they read, while one copies
+    for `cp`. The files are hashed each time, as if they had never been seen; a second merge of the same is faster."""
+    shards, command = base(SIZE)
+    copies, synced, merges, again = [], [], [], []
+    for number in range(ROUNDS):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{number}"))
+        copies.append(copy_seconds(shards, tmp_path / "copies", synced=False))
+        synced.append(copy_seconds(shards, tmp_path / "copies", synced=True))
+        for costs in (merges, again):
+            costs.append(run(command))
+            shutil.rmtree(tmp_path / "merged")
+    seconds, later = (statistics.median(cost.seconds for cost in costs) for costs in (merges, again))
+    fair, alone = seconds / statistics.median(synced), seconds / statistics.median(copies)
+    memory = max(cost.anonymous_bytes for cost in (*merges, *again))
+    print(
+        f"\nmerge-lora into {SIZE:g} GB: {seconds:.1f} s ({later:.1f} s once the hashes are known), {fair:.2f} x cp and "
+        f"sync, {alone:.2f} x cp alone; anonymous memory {memory / 1e6:.0f} MB"
+    )
+    assert fair <= 2.5
+    assert memory < MOST_ANONYMOUS
+
+
+def test_a_merge_of_twice_the_size_takes_no_more_memory(base):
+    _, command = base(2 * SIZE)
+    merge = run(command)
+    print(
+        f"\nmerge-lora into {2 * SIZE:g} GB: {merge.seconds:.1f} s, anonymous memory {merge.anonymous_bytes / 1e6:.0f} MB"
+    )
+    assert merge.anonymous_bytes < MOST_ANONYMOUS

@@ -11,7 +11,7 @@ from diffusers import Flux2KleinPipeline, FluxPipeline, FluxTransformer2DModel, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth_core.adapters.merge import lora_change, read_factors
+from diffsynth_core.adapters.merge import Factors, read_factors
 from diffsynth_core.conversion.convert import plan_conversion
 from diffsynth_core.families.interface import modules_with_weights
 from diffsynth_core.families.loading import module_shapes
@@ -88,7 +88,11 @@ def changes(path: Path, shapes: Shapes, naming: LoraNaming) -> dict[str, Tensor]
     file = read_lora_file(path, shapes, naming)
     with safe_open(path, framework="pt") as stream:
         factors = {module: read_factors(file, stream, module, shapes[module]) for module in file.modules}
-    return {module: lora_change(found.down, found.up) for module, found in factors.items()}
+    return {module: _product(found, shapes[module]) for module, found in factors.items()}
+
+
+def _product(factors: Factors, shape: tuple[int, ...]) -> Tensor:
+    return (factors.up @ factors.down).reshape(shape)
 
 
 def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], off: float) -> None:

@@ -1,0 +1,181 @@
+"""`merge-lora`: what it says, and what it refuses, word by word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import read_problems, stamps
+
+TRANSFORMER = "Qwen/Qwen-Image/transformer"
+Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture
+def lora(models: Path, tmp_path) -> Path:
+    """A LoRA of one module of the tiny Qwen-Image, with an alpha of twice its rank."""
+    weights = {}
+    for file in (models / TRANSFORMER).glob("*.safetensors"):
+        weights |= load_file(file)
+    rows, columns = weights[f"{Q}.weight"].shape
+    stem = f"lora_unet_{Q.replace('.', '_')}"
+    tensors = {
+        f"{stem}.lora_down.weight": torch.full((2, columns), 0.125),
+        f"{stem}.lora_up.weight": torch.full((rows, 2), 0.25),
+        f"{stem}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, tmp_path / "work" / "lora.safetensors")
+    return Path("lora.safetensors")
+
+
+def shard_of_q(models: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The shard that has the module, and what it holds."""
+    found = ((path, load_file(path)) for path in (models / TRANSFORMER).glob("*.safetensors"))
+    return next((path, tensors) for path, tensors in found if f"{Q}.weight" in tensors)
+
+
+def refused(cli, tmp_path, *arguments: object) -> tuple[int, list[tuple[str, str | None]]]:
+    before = stamps(tmp_path / "work")
+    outcome = cli("merge-lora", *arguments)
+    assert outcome.code != 0 and "Traceback" not in outcome.err and outcome.out == ""
+    assert stamps(tmp_path / "work") == before
+    return outcome.code, read_problems(outcome.err)
+
+
+@pytest.mark.parametrize("base", ["path", "entry"])
+def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
+    """The base's own file names; the change is 2 x (0.25 x 0.125 + 0.25 x 0.125) x 0.5 everywhere."""
+    text = models / TRANSFORMER if base == "path" else "Qwen/Qwen-Image:transformer/*.safetensors"
+    outcome = cli("merge-lora", "--base", text, "--lora", f"{lora}:0.5", "--output_path", "out", "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    written = sorted(Path("out").iterdir())
+    assert [path.name for path in written] == [path.name for path in sorted((models / TRANSFORMER).glob("*model*"))]
+    before, after = ({}, {})
+    for path in written:
+        if path.suffix == ".safetensors":
+            before |= load_file(models / TRANSFORMER / path.name)
+            after |= load_file(path)
+    moved = after[f"{Q}.weight"] - before[f"{Q}.weight"].float()
+    assert torch.allclose(moved, torch.full_like(moved, 0.0625), atol=1e-6)
+    lines = outcome.out.splitlines()
+    assert lines[0].endswith(f": the diffusion transformer of Qwen-Image, 1 tensor of {len(before)} changed")
+    assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha left out lost in rounding"
+    assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
+
+
+def test_a_dry_run_as_json_writes_nothing(cli, models, lora, tmp_path):
+    before = stamps(tmp_path / "work")
+    outcome = cli(
+        "merge-lora", "--base", models / TRANSFORMER, "--lora", lora, "--output-path", "out", "--dry-run", "--format", "json"
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    content = json.loads(outcome.out)
+    assert content["written"] is False and content["changed"] == 1
+    assert content["loras"] == [
+        {
+            "path": "lora.safetensors", "weight": 1.0, "matched": 1, "unmatched": [], "ranks": [2], "scales": [2.0],
+            "alpha": "stored",
+        }
+    ]  # fmt: skip
+    assert stamps(tmp_path / "work") == before
+
+
+def test_what_rounding_loses_is_warned_of(cli, models, lora):
+    """Weights at 0.0625 in bfloat16 have steps of 2^-11 (2^-12 below); the change asks for a fifth of one."""
+    path, tensors = shard_of_q(models)
+    tensors[f"{Q}.weight"] = torch.full_like(tensors[f"{Q}.weight"], 0.0625).bfloat16()
+    save_file(tensors, path)
+    weight = 2**-11 / 5 / 0.125
+    outcome = cli("merge-lora", "--base", models / TRANSFORMER, "--lora", f"{lora}:{weight}", "--output_path", "out")
+    assert outcome.code == 0, outcome.err
+    assert "warning: rounding to BF16 loses 100% of the change; `--dtype float32` keeps it" in outcome.err
+    assert outcome.out.splitlines()[3].endswith("100.0%")
+
+
+def test_into_one_of_a_lower_rank(cli, lora):
+    outcome = cli(
+        "merge-lora", "--lora", lora, "--lora", f"{lora}:-0.5", "--rank", 1, "--output_path", "one.safetensors"
+    )
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0] == "1 module of rank 1"
+    assert lines[1].startswith("rank 1 loses 0.000% of the change (||D - D'|| / ||D||); most: `lora_unet_")
+    found = load_file("one.safetensors")
+    stem = f"lora_unet_{Q.replace('.', '_')}"
+    change = found[f"{stem}.lora_up.weight"] @ found[f"{stem}.lora_down.weight"]
+    assert torch.allclose(change, torch.full_like(change, 0.5 * 0.125), atol=1e-6)
+    assert found[f"{stem}.alpha"] == 1
+
+
+def test_wrong_use(cli, models, lora, tmp_path):
+    base = ("--base", models / TRANSFORMER)
+    out = ("--lora", lora, "--output_path", "out")
+    assert refused(cli, tmp_path, *base, *out, "--rank", 4) == (
+        2,
+        [("`--rank` is of a LoRA made of others; with `--base` there is none", "leave one out")],
+    )
+    assert refused(cli, tmp_path, *out, "--max_shard_size", "5GB") == (
+        2,
+        [("`--max_shard_size` means nothing without `--base`", "leave it out")],
+    )
+    assert refused(cli, tmp_path, *out) == (
+        2,
+        [("`--output_path` `out` is to be one file", "end it in `.safetensors`")],
+    )
+    assert refused(cli, tmp_path, "--base", "gone", *out) == (
+        1,
+        [("`--base` `gone` is not there", "correct the path, or write `model_id:file`")],
+    )
+    assert refused(cli, tmp_path, "--base", "Qwen/Gone:x*", *out) == (
+        1,
+        [(f"`--base` `Qwen/Gone:x*` is not there, nor below `{models}`", "correct the path, or write `model_id:file`")],
+    )
+
+
+def test_unmatched_keys(cli, models, lora, tmp_path):
+    tensors = load_file(lora)
+    tensors |= {f"lora_te_text_model_{number}.alpha": torch.tensor(1.0) for number in range(7)}
+    save_file(tensors, lora)
+    arguments = ("--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out")
+    listed = ", ".join(f"`lora_te_text_model_{number}.alpha`" for number in range(5))
+    assert refused(cli, tmp_path, *arguments) == (
+        1,
+        [
+            (
+                "`lora.safetensors`: 7 of 10 keys fit no module of the diffusion transformer of Qwen-Image, "
+                f"7 of them of a text encoder: {listed} and 2 more",
+                "name a LoRA of this model, or leave these keys out with `--allow_unmatched`",
+            )
+        ],
+    )
+    outcome = cli("merge-lora", *arguments, "--allow-unmatched")
+    assert outcome.code == 0, outcome.err
+    assert f"warning: `lora.safetensors`: 7 keys left out: {listed} and 2 more" in outcome.err
+
+
+def test_8_bit_floats_need_a_format(cli, models, lora, tmp_path):
+    path, tensors = shard_of_q(models)
+    tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+    assert refused(cli, tmp_path, "--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out") == (
+        1,
+        [
+            (
+                f"1 weight to merge into stored as F8_E4M3: most of the change would be lost in rounding: `{Q}.weight`",
+                "say what to write, such as `--dtype bfloat16`",
+            )
+        ],
+    )
+
+
+def test_nothing_is_written_over_the_base_or_unasked(cli, models, lora, tmp_path):
+    base = ("--base", models / TRANSFORMER, "--lora", lora)
+    first = min((models / TRANSFORMER).glob("*.safetensors"))
+    code, problems = refused(cli, tmp_path, *base, "--output_path", models / TRANSFORMER, "--overwrite")
+    assert code == 1
+    assert problems[0] == (f"`{first}` would be written over the input `{first}`", "name another `--output_path`")
+    assert cli("merge-lora", *base, "--output_path", "out").code == 0
+    code, problems = refused(cli, tmp_path, *base, "--output_path", "out")
+    assert code == 1 and problems[0][0] == f"`out/{first.name}` is there already"
