@@ -36,8 +36,8 @@ from diffsynth_core.state_dicts.rewriting import write_outputs
 from diffsynth_core.state_dicts.weight_sets import Span
 from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 
-ELEMENTS_AT_ONCE = 2**20
-"""Of a weight: 4 MB in float32, of which a thread holds a handful."""
+ELEMENTS_AT_ONCE = 2**18
+"""Of a weight: 1 MB in float32, which stays in the cache of a core; measured the fastest of 2^17 to 2^20."""
 MOST_THREADS = 8
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -188,11 +188,11 @@ class _Piece:
         """The bytes of rows, and what their rounding loses."""
         raw, weight = self._read(begin, end)
         if self.factors is None:
-            return as_bytes(self._checked(weight.to(self.written))), 0.0
+            return as_bytes(self._checked(weight.to(self.written, copy=True))), 0.0
         up = self.factors.up[begin:end]
         changed = up.any(dim=1)
         if self.stored == self.written and not bool(changed.any()):
-            return as_bytes(raw), 0.0
+            return as_bytes(raw.clone()), 0.0
         merged, lost = merge_rows(weight, up, self.factors.down, self.written, _workspace())
         if not math.isfinite(lost):
             self._checked(merged)
@@ -201,9 +201,9 @@ class _Piece:
         return as_bytes(merged), lost
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Rows as bytes and as numbers."""
+        """Rows as bytes and as numbers, in memory that is used again for the next."""
         size = self.columns * self.stored.itemsize
-        raw = torch.empty((end - begin) * size, dtype=torch.uint8)
+        raw = _workspace().take("raw", [-(-(end - begin) * size // 4)]).view(torch.uint8)[: (end - begin) * size]
         target = as_bytes(raw)
         place = self.span.begin + begin * size
         while target:
