@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,16 @@ METAVARS = {
     "json list": "JSON",
 }
 HELP_WIDTH = 80
+
+
+class DialectName(StrEnum):
+    """The programs whose names LoRA files can have (`state_dicts/lora_names.py`)."""
+
+    DIFFSYNTH = "diffsynth"
+    DIFFUSERS = "diffusers"
+    COMFYUI = "comfyui"
+    KOHYA = "kohya"
+
 
 SPELLINGS: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
 """`--lora-rank` is `--lora_rank`."""

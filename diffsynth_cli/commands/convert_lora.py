@@ -1,13 +1,12 @@
 """`diffsynth convert-lora`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffsynth_cli.file_plans import PlanFormat, carry_out
-from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.options import SPELLINGS, DialectName
 
 HELP = """Write a LoRA in the names that another program reads, with the same change of weights.
 
@@ -23,13 +22,6 @@ Examples:
 
   diffsynth convert-lora style.safetensors --to comfyui -o comfy.safetensors --check flux1-dev.safetensors
 """
-
-
-class DialectName(StrEnum):
-    DIFFSYNTH = "diffsynth"
-    DIFFUSERS = "diffusers"
-    COMFYUI = "comfyui"
-    KOHYA = "kohya"
 
 
 def add_to(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffsynth_cli.file_plans import PlanFormat, carry_out
-from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.options import SPELLINGS, DialectName
 from diffsynth_core.errors import FaultsFound, Problem
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ def split_checkpoint(
         LayoutName | None,
         typer.Option("--layout", help="Names of full weights; without it they stay as they are", show_default=False),
     ] = None,
+    lora_format: Annotated[
+        DialectName | None,
+        typer.Option("--lora_format", help="Names of LoRAs; without it they stay as they are", show_default=False),
+    ] = None,
     max_shard_size: Annotated[
         str | None,
         typer.Option("--max_shard_size", metavar="SIZE", help="Most bytes of a file; with --by size 5GB unless given"),
@@ -93,6 +97,7 @@ def split_checkpoint(
         "join": join,
         "unprefixed": unprefixed is not None,
         "layout": layout is not None,
+        "lora_format": lora_format is not None,
         "max_shard_size": max_shard_size is not None,
         "family": family is not None,
         "allow_unmatched": allow_unmatched,
@@ -106,13 +111,20 @@ def split_checkpoint(
         weights = open_weights(checkpoint)
         if by is By.SIZE:
             return plan_split_by_size(weights, output_path, most_bytes or DEFAULT_SHARD_SIZE)
-        chosen = layout.value if layout else None
-        return plan_split(weights, output_path, SplitChoices(unprefixed, family, chosen, most_bytes, allow_unmatched))
+        choices = SplitChoices(
+            unprefixed=unprefixed,
+            family=family,
+            layout=layout.value if layout else None,
+            lora_format=lora_format.value if lora_format else None,
+            most_bytes=most_bytes,
+            allow_unmatched=allow_unmatched,
+        )
+        return plan_split(weights, output_path, choices)
 
     carry_out(plan(), overwrite, dry_run, output_format)
 
 
-ONLY_BY_COMPONENT = ("unprefixed", "layout", "family", "allow_unmatched")
+ONLY_BY_COMPONENT = ("unprefixed", "layout", "lora_format", "family", "allow_unmatched")
 EXCLUDED = {"join": ("by size", "max_shard_size", *ONLY_BY_COMPONENT), "by size": ONLY_BY_COMPONENT}
 """Options that mean nothing beside another."""
 

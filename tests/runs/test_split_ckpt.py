@@ -106,6 +106,18 @@ def test_joined_parts_are_the_checkpoint_byte_for_byte(cli, checkpoint, name, wa
     assert Path("whole", path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("dialect", ["diffsynth", "diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("name", ["qwen-image", "flux", "wan, nothing removed", "flux2"])
+def test_loras_in_the_names_of_other_programs(cli, checkpoint, name, dialect):
+    """As `convert-lora` writes them of the part alone."""
+    assert cli("split-ckpt", checkpoint(name), "--output_path", "parts", "--lora_format", dialect).code == 0
+    assert cli("split-ckpt", checkpoint(name), "--output_path", "plain").code == 0
+    converted = cli("convert-lora", "plain/dit.lora.safetensors", "--to", dialect, "-o", "converted.safetensors")
+    assert converted.code == 0, converted.err
+    assert same_tensors("parts/dit.lora.safetensors", "converted.safetensors")
+    assert metadata_of("parts/dit.lora.safetensors")["lora_format"] == dialect
+
+
 def test_shards_of_parts_are_joined_too(cli, checkpoint):
     path = checkpoint("qwen-image")
     assert cli("split-ckpt", path, "--output_path", "parts", "--max_shard_size", "100kB").code == 0

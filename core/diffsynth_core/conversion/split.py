@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.conversion.lora_rows import translate as translate_lora
+from diffsynth_core.conversion.lora_source import open_lora
+from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.conversion.ownership import (
-    Origin,
     Ownership,
     facts_of,
     find_family,
@@ -19,11 +22,11 @@ from diffsynth_core.conversion.ownership import (
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import Translated, find_reading, translate
-from diffsynth_core.errors import Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.rewriting import Output, plan_shards
+from diffsynth_core.state_dicts.rewriting import Output, OutputTensor, plan_shards
 from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet
 
 LORA_ENDING = ".lora"
@@ -34,11 +37,13 @@ TAKEN_FROM = "taken_from"
 @dataclass(frozen=True)
 class SplitChoices:
     """What a user chose. `layout`: names of full weights, one of `LAYOUT_NAMES`; None: as they are.
+    `lora_format`: names of LoRAs, one of `DIALECTS`; None: as they are.
     `most_bytes`: of the tensors of one file; None: any number."""
 
     unprefixed: str | None = None
     family: str | None = None
     layout: str | None = None
+    lora_format: str | None = None
     most_bytes: int | None = None
     allow_unmatched: bool = False
 
@@ -49,7 +54,7 @@ class Part:
 
     component: str
     stem: str
-    tensors: Mapping[str, RowSpans]
+    tensors: tuple[OutputTensor, ...]
     prefix: str | None
     """What its names had before them in the checkpoint; None: they were others."""
 
@@ -69,7 +74,7 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
     parts, problems, notes = _full_parts(weights, ownership, family, choices)
     raise_if_any(problems)
     parts += [
-        Part(component, component + LORA_ENDING, _tensors(weights, names), _prefix(names))
+        _lora_part(weights, component, names, family, choices.lora_format)
         for component, names in ownership.lora.items()
     ]
     if ownership.unmatched:
@@ -79,8 +84,8 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
         files, indexes = plan_shards(
             folder,
             part.stem,
-            [tensor.output(name) for name, tensor in part.tensors.items()],
-            _metadata(weights, part, family, origin),
+            part.tensors,
+            _metadata(weights, part, family, choices),
             choices.most_bytes,
         )
         outputs += [*files, *indexes]
@@ -138,8 +143,44 @@ def _full_parts(
             problems += _translation_problems(component, translated, choices)
             notes += _translation_notes(component, translated)
         if tensors:
-            parts.append(Part(component, component, tensors, prefix))
+            outputs = tuple(tensor.output(name) for name, tensor in tensors.items())
+            parts.append(Part(component, component, outputs, prefix))
     return parts, problems, notes
+
+
+def _lora_part(
+    weights: WeightSet, component: str, names: Mapping[str, str], family: FamilyFacts | None, dialect: str | None
+) -> Part:
+    """The LoRA of a component, in the names of a dialect if one is asked for.
+
+    Raises:
+        DiffSynthError: as `open_lora`; when a LoRA to be renamed is spread over shards.
+    """
+    stem = component + LORA_ENDING
+    if dialect is None:
+        return Part(
+            component,
+            stem,
+            tuple(row_spans(weights, key).output(name) for name, key in names.items()),
+            _prefix(names),
+        )
+    path, *others = {weights.tensors[key].path for key in names.values()}
+    if others:
+        raise DiffSynthError(
+            f"the LoRA of `{component}` is spread over {len(others) + 1} files of `{weights.origin}`",
+            "join them first, with `--join`",
+        )
+    alone = replace(
+        weights,
+        files=(path,),
+        tensors={key: weights.tensors[key] for key in names.values()},
+        spans={key: weights.spans[key] for key in names.values()},
+        metadata={path: weights.metadata[path]},
+    )
+    source = open_lora(alone, family.name if family else None, component)
+    modules = translate_lora(source.loras, source.naming, source.dialect, dialect)
+    tensors = (write_lora(module, lora, dialect).tensors for module, lora in modules.items())
+    return Part(component, stem, tuple(chain.from_iterable(tensors)), None)
 
 
 def _translate(
@@ -186,7 +227,7 @@ def _counted(names: Sequence[str]) -> str:
     return f"{count_of(len(names), 'tensor')}, {shorten(names)}"
 
 
-def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, origin: Origin) -> dict[str, str]:
+def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, choices: SplitChoices) -> dict[str, str]:
     """What a part says of itself. `format` is what transformers wants to read."""
     metadata = {"format": "pt", "component": part.component}
     if family:
@@ -198,7 +239,7 @@ def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, origin
             "metadata": common_metadata([weights]),
         }
         metadata[TAKEN_FROM] = json.dumps(taken, sort_keys=True)
-    lora_format = weights.said("lora_format")
+    lora_format = choices.lora_format or weights.said("lora_format")
     if part.stem.endswith(LORA_ENDING) and lora_format:
         metadata |= {"lora_component": part.component, "lora_format": lora_format}
     return metadata
