@@ -79,7 +79,7 @@ def _load(folder: Path) -> Any:
 
 
 def _whole(folder: Path) -> Any:
-    """The tokenizer in `tokenizer.json`; of T5's kind without bytes for unknown characters, as transformers makes it."""
+    """The tokenizer in `tokenizer.json`; of T5's kind without bytes for unknown characters, as transformers has it."""
     from tokenizers import Tokenizer
 
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
