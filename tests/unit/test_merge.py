@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, lora_weights
-from diffsynth_core.adapters.merge import Factors, Loss, Workspace, merge_rows, open_changes
+from diffsynth_core.adapters.merge import Factors, Loss, Workspace, merge_rows, open_changes, read_factors
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.state_dicts.lora_files import read_lora_file
@@ -194,3 +195,21 @@ def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):
     with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
         changes(tmp_path, halves, SAME_NAMES)
     assert changes(tmp_path, halves, naming=LoraNaming("vae")).keys() == {"blocks.0.to_out.weight"}
+
+
+@pytest.mark.parametrize(("shared", "rank"), [(True, 2), (False, 4)])
+def test_parts_with_one_a_keep_its_rank(tmp_path, shared, rank):
+    """Else the ranks of parts add."""
+    naming = LoraNaming("dit", {"kohya": FUSED})
+    downs = [torch.randn(2, 3)] * 2 if shared else [torch.randn(2, 3) for _ in range(2)]
+    ups = [torch.randn(2, 2) for _ in range(2)]
+    tensors = {}
+    for part, down, up in zip("qk", downs, ups, strict=True):
+        tensors[f"lora_unet_blocks_0_{part}.lora_down.weight"] = down.clone()
+        tensors[f"lora_unet_blocks_0_{part}.lora_up.weight"] = up
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
+    with safe_open(file.path, framework="pt") as stream:
+        factors = read_factors(file, stream, "blocks.0.qkv", SHAPES["blocks.0.qkv"])
+    assert factors.rank == rank
+    assert_close(factors.up @ factors.down, torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]))
