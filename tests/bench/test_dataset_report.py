@@ -1,0 +1,142 @@
+"""The time of the dataset checks over that of bare loops: decoding with Pillow, reading rows and asking for files."""
+
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.validate import Wish, validate
+
+PICTURES, ROWS = 2000, 200_000
+ROUNDS = 5
+SIDE = 1024
+GRAIN = 6
+"""Standard deviation of a sensor's noise, of 255: enlarged photographs without it decode much faster than real ones."""
+QUALITY = 91
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "cat")
+WORDS = [
+    "photograph",
+    "of",
+    "two",
+    "people",
+    "under",
+    "an",
+    "umbrella",
+    "near",
+    "the",
+    "window",
+    "in",
+    "evening",
+    "light",
+]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 JPEGs of a megapixel: parts of photographs, turned and enlarged, with noise; about 280 kB each."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    originals = [Image.fromarray(getattr(skimage.data, name)()[..., :3]) for name in PHOTOGRAPHS]
+    noise = generator.normal(0, GRAIN, (SIDE * 2, SIDE * 2, 3)).astype(np.int16)
+    with (folder / "metadata.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "prompt"])
+        for number in range(PICTURES):
+            _photograph(originals[number % len(originals)], noise, generator).save(
+                folder / f"{number:04}.jpg", quality=QUALITY
+            )
+            writer.writerow([f"{number:04}.jpg", f"photograph {number}"])
+    return folder
+
+
+def _photograph(original: Image.Image, noise: np.ndarray, generator: np.random.Generator) -> Image.Image:
+    side = int(min(original.size) * generator.uniform(0.6, 1.0))
+    left, top = (int(generator.integers(0, length - side + 1)) for length in original.size)
+    part = original.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if generator.integers(0, 2):
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    x, y = generator.integers(0, SIDE, 2)
+    values = np.asarray(part, np.int16) + noise[y : y + SIDE, x : x + SIDE]
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A metadata.csv of 200,000 rows, and the (empty) files they name."""
+    folder = tmp_path_factory.mktemp("rows")
+    generator = np.random.default_rng(0)
+    with (folder / "metadata.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "prompt"])
+        for number in range(ROWS):
+            if number % 1000 == 0:
+                (folder / f"{number // 1000:03}").mkdir()
+            name = f"{number // 1000:03}/{number % 1000:03}.jpg"
+            (folder / name).touch()
+            writer.writerow([name, f"{' '.join(generator.choice(WORDS, 18))}, {number}"])
+    return folder
+
+
+def test_checking_pictures_takes_at_most_1_3_of_decoding_them(photographs):
+    sizes = [path.stat().st_size for path in photographs.glob("*.jpg")]
+    print(f"\n{len(sizes)} JPEGs of {SIDE} x {SIDE}, {statistics.mean(sizes) / 1000:.0f} kB each")
+    assert 250e3 < statistics.mean(sizes) < 310e3
+    ratio = _ratio(
+        lambda: validate(photographs, Rules(), Wish("files", workers=2), SilentReporter()),
+        lambda: _decode_all(photographs),
+        "all checks of pictures over decoding in two processes",
+    )
+    assert ratio <= 1.3
+
+
+def test_checking_rows_takes_less_than_twice_reading_them(rows):
+    ratio = _ratio(
+        lambda: validate(rows, Rules(), Wish("metadata"), SilentReporter()),
+        lambda: _read_rows(rows),
+        "all checks of rows over csv.reader and os.stat",
+    )
+    assert ratio < 2.0
+
+
+def _ratio(ours: Callable[[], object], bare: Callable[[], object], what: str) -> float:
+    """The median time of one by the other's, taken in turn."""
+    times = [(_seconds(ours), _seconds(bare)) for _ in range(ROUNDS)]
+    ratio = statistics.median(one for one, _ in times) / statistics.median(other for _, other in times)
+    shown = ", ".join(f"{one:.2f} s by {other:.2f} s" for one, other in times)
+    print(f"{what}: {ratio:.2f} ({shown})")
+    return ratio
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _decode_all(folder: Path) -> None:
+    with ProcessPoolExecutor(2) as pool:
+        assert sum(pool.map(_decode, sorted(folder.glob("*.jpg")), chunksize=16)) == PICTURES * SIDE * SIDE
+
+
+def _decode(path: Path) -> int:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.width * picture.height
+
+
+def _read_rows(folder: Path) -> None:
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as stream:
+        reader = csv.reader(stream)
+        next(reader)
+        for row in reader:
+            os.stat(os.path.join(folder, row[0]))  # noqa: PTH116, PTH118 - the barest loop

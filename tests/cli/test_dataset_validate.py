@@ -1,0 +1,172 @@
+"""`diffsynth dataset validate` as people meet it: the table, `--fix`, JSON, and the quick part before training."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+PATHS = "write it relative to the folder of the dataset"
+FAULTY = "image,prompt,note\nchelsea.png,a cat,x\nno.png,none there,x\n/etc/a.png,outside,x\n"
+
+
+def test_the_table(cli, dataset):
+    (dataset / "metadata.csv").write_text(FAULTY + "".join(f"missing{number}.png,m{number},\n" for number in range(6)))
+    outcome = cli("dataset", "validate", dataset, "--depth", "metadata")
+    assert outcome.code == 0
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths")
+    lines = [line.rstrip() for line in outcome.out.splitlines()]
+    assert outcome.code == 1
+    assert all(len(line) <= 80 for line in lines) and "\x1b" not in outcome.out
+    assert lines[:3] == [
+        "error PATH_MISSING (7)",
+        "  A file that is named is not there",
+        "      2 column `image` names `no.png`, which is not there",
+    ]
+    assert "        and 2 more" in lines
+    assert lines.index("error PATH_OUTSIDE (1)") < lines.index("warning COLUMN_UNKNOWN (1)")
+    assert lines[-2:] == [
+        "8 errors, 4 warnings, 0 infos",
+        "exit code 1: training would stop at the errors, or learn from them",
+    ]
+
+
+def test_what_could_steer_the_terminal_is_spelled_out(cli, dataset):
+    (dataset / "metadata.csv").write_text("image,prompt\n\x1b[31mred.png,[bold]a[/bold]\n")
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths")
+    assert "\\u001b[31mred.png" in outcome.out and "\x1b" not in outcome.out
+
+
+def test_a_set_without_errors(cli, dataset):
+    outcome = cli("dataset", "validate", dataset, "--workers", 1, "--recipe", "qwen-image-lora", "--batch-size", 3)
+    assert outcome.code == 0
+    assert "batch size 3" in outcome.out and "error " not in outcome.out and "warning " not in outcome.out
+    assert outcome.out.splitlines()[-1] == "exit code 0: there are no errors"
+
+
+def test_half_a_character_in_json(cli, dataset):
+    (dataset / "metadata.csv").unlink()
+    (dataset / "metadata.json").write_text(json.dumps([{"image": "\ud83d.png", "prompt": "a"}]))
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
+    report = json.loads(outcome.out)
+    assert (outcome.code, report["findings"][0]["code"], report["summary"]["errors"]) == (1, "PATH_MISSING", 1)
+    assert "\\ud83d.png" in cli("dataset", "validate", dataset, "--depth", "paths").out
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def test_fix_keeps_rows_without_errors(cli, dataset):
+    (dataset / "metadata.csv").write_text(FAULTY)
+    before = (dataset / "metadata.csv").read_bytes()
+    out = dataset / "whole.csv"
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--fix", out)
+    assert (outcome.code, read_csv(out)) == (1, [["image", "prompt", "note"], ["chelsea.png", "a cat", "x"]])
+    assert f"wrote `{out}`: 1 row, 2 rows left out" in outcome.err
+    assert f"`--dataset_base_path {dataset} --dataset_metadata_path {out}`" in outcome.err
+    assert (dataset / "metadata.csv").read_bytes() == before
+    assert cli("dataset", "validate", out, "--depth", "paths").code == 0
+
+
+def test_fix_of_json_lines_and_of_captions_beside(cli, dataset, tmp_path):
+    (dataset / "metadata.csv").unlink()
+    rows = [
+        {"image": "chelsea.png", "prompt": 'a "cat",\nand more', "seed": 3, "edit_image": ["coffee.png", "rocket.png"]},
+        {"image": "no.png", "prompt": "b", "other": None},
+        {"image": "coffee.png", "prompt": None, "seed": 4, "edit_image": "rocket.png"},
+    ]
+    (dataset / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--fix", tmp_path / "out.csv")
+    assert f"its paths are relative to `{dataset}`: put it there" in outcome.err
+    assert read_csv(tmp_path / "out.csv") == [
+        ["image", "prompt", "seed", "edit_image", "other"],
+        ["chelsea.png", 'a "cat",\nand more', "3", '["coffee.png", "rocket.png"]', ""],
+        ["coffee.png", "", "4", "rocket.png", ""],
+    ]
+    (dataset / "metadata.jsonl").unlink()
+    (dataset / "chelsea.txt").write_text("a cat")
+    cli("dataset", "validate", dataset, "--depth", "paths", "--fix", dataset / "out.csv")
+    assert read_csv(dataset / "out.csv") == [["image", "prompt"], ["chelsea.png", "a cat"]]
+
+
+def test_fix_never_writes_over_anything(refuse_validate, dataset):
+    code, message = refuse_validate("--fix", dataset / "metadata.csv")
+    assert (code, message) == (
+        2,
+        f"`{dataset}/metadata.csv` (`--fix`) is there already, and nothing is ever written over",
+    )
+    assert refuse_validate("--fix", dataset / "out.json") == (2, f"`--fix` writes a .csv, got `{dataset}/out.json`")
+
+
+def test_fix_writes_nothing_that_would_still_be_faulty(refuse_validate, dataset):
+    out = dataset / "out.csv"
+    (dataset / "metadata.csv").write_text("imge,prompt\nchelsea.png,a\n")
+    assert refuse_validate("--fix", out)[0] == 1
+    (dataset / "metadata.csv").write_text('image,prompt\nchelsea.png,a\ncoffee.png,"b" c\nrocket.png,d\n')
+    code, message = refuse_validate("--fix", out)
+    assert code == 1 and message.startswith(f"`{out}` was not written, for leaving rows out does not mend this: ")
+    (dataset / "metadata.csv").write_text("image,prompt\nno.png,a\n")
+    assert refuse_validate("--fix", out) == (1, f"`{out}` was not written, for every row has an error")
+    assert not out.exists()
+
+
+@pytest.fixture
+def refuse_validate(cli, dataset):
+    def run(*arguments):
+        outcome = cli("dataset", "validate", dataset, "--depth", "paths", *arguments)
+        (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+        return outcome.code, line.removeprefix("error: ")
+
+    return run
+
+
+def test_training_stops_at_what_the_quick_part_finds(refuse, dataset, tmp_path):
+    (tmp_path / "elsewhere.png").write_bytes((dataset / "coffee.png").read_bytes())
+    (dataset / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    rows = [str(dataset / "coffee.png"), "../elsewhere.png", "link.png", "https://a.b/c.png", "coffee.png", "no.png"]
+    captions = ["a", "b", "c", "d", "NaN", "f"]
+    lines = [f"{name},{caption}" for name, caption in zip(rows, captions, strict=True)]
+    (dataset / "metadata.csv").write_text("\n".join(["image,prompt", *lines, ""]))
+    where = f"`{dataset}/metadata.csv` row"
+    column = "column `image` names"
+    assert refuse() == (
+        1,
+        [
+            (f"{where} 1: {column} `{dataset}/coffee.png`, which is absolute", PATHS),
+            (
+                f"{where} 2: {column} `../elsewhere.png`, which leads out of the dataset",
+                "move the file into the dataset",
+            ),
+            (
+                f"{where} 3: {column} `link.png`, a link that leads out of the dataset (`link.png`)",
+                "copy the file itself",
+            ),
+            (f"{where} 4: {column} `https://a.b/c.png`, an address", "download the file and name it"),
+            (f"{where} 5: the caption is `NaN`, which programs write for a missing value", "write the caption"),
+            (
+                f"{where} 6: {column} `{dataset}/no.png`, which is not there",
+                "correct the path (relative to `dataset_base_path`), or take the row out",
+            ),
+        ],
+    )
+
+
+def test_a_rehearsal_stops_there_too(refuse, dataset):
+    (dataset / "metadata.csv").write_text("image,prompt\ncoffee.png,null\n")
+    message = f"`{dataset}/metadata.csv` row 1: the caption is `null`, which programs write for a missing value"
+    assert refuse("--rehearse") == (1, [(message, "write the caption")])
+
+
+@pytest.mark.parametrize("recipe", [(), ("--recipe", "qwen-image-edit-2511-lora")])
+def test_no_torch_is_imported(dataset, recipe):
+    """Workers are processes of their own, which import less than their parent."""
+    command = [sys.executable, "-X", "importtime", "-m", "diffsynth_cli", "dataset", "validate", str(dataset), *recipe]
+    ended = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "diffsynth_core.validation.validate" in imported, ended.stderr[-500:]
+    assert "exit code" in ended.stdout
+    assert imported & {"torch", "transformers", "diffusers", "peft", "accelerate"} == set()
