@@ -73,7 +73,7 @@ def _facts(picture: Image.Image, known: PictureFacts, thumbnails: int | None) ->
     picture.load()
     mode, transparent = picture.mode, is_transparent(picture) and _has_clear_pixels(picture)
     left = picture.getexif().get(EXIF_ORIENTATION, 1)  # Pillow turns a TIFF itself, while it is decoded
-    rgb = to_rgb(picture)
+    rgb = picture if mode == "RGB" and not is_transparent(picture) else to_rgb(picture)  # a copy costs half a decoding
     size = rgb.size[::-1] if left in SIDEWAYS else rgb.size
     small = _upright(rgb.reduce(max(1, min(rgb.size) // SKETCH_SIDE)), left)
     extremes = _extremes(small)
