@@ -1,7 +1,7 @@
 """Files looked into by worker processes: one bad file never ends the run. No torch.
 
-Each worker has one file at a time. A file that takes too long, or that brings its worker down, becomes facts with a
-fault, and another worker goes on.
+Each worker has one file in work and one in its line. A file that takes too long, or that brings its worker down,
+becomes facts with a fault, and another worker goes on.
 """
 
 import multiprocessing
@@ -96,12 +96,16 @@ def usable_cores() -> int:
 
 @dataclass
 class _Worker:
-    """A process, the file it has in work, and when it is given up (`time.monotonic`); without a file it is starting."""
+    """A process, the file it has in work, and when it is given up (`time.monotonic`); without a file it is starting.
+
+    `following`: the file that waits in its line, so that it need not wait for this process between two files.
+    """
 
     process: BaseProcess
     line: Connection
     until: float
     name: str = ""
+    following: str = ""
 
 
 def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float) -> Iterator[tuple[str, Facts]]:
@@ -118,13 +122,16 @@ def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float)
                     left -= 1
                 elif reason:
                     raise DiffSynthError(f"a worker process did not start: {reason}", "give `--workers 1`")
-                if reason or not waiting:
+                if reason:
                     _end(workers.pop(worker.line))
-                if reason and waiting:
-                    started = _start(context, job)
-                    workers[started.line] = started
-                elif waiting:
-                    _give(worker, waiting, files, timeout)
+                    waiting.extendleft(name for name in (worker.following,) if name)
+                    if waiting:
+                        started = _start(context, job)
+                        workers[started.line] = started
+                    continue
+                _give(worker, waiting, files, timeout, ahead=len(waiting) > len(workers))
+                if not worker.name:
+                    _end(workers.pop(worker.line))
     finally:
         for worker in workers.values():
             _end(worker)
@@ -154,10 +161,20 @@ def _start(context: SpawnContext, job: Job) -> _Worker:
     return _Worker(process, ours, time.monotonic() + START_SECONDS)
 
 
-def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeout: float) -> None:
-    """Give a worker its next file."""
-    worker.name, worker.until = waiting.popleft(), time.monotonic() + timeout
-    worker.line.send((worker.name, files[worker.name]))
+def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeout: float, ahead: bool) -> None:
+    """Have a worker go on with the file in its line, and send it what it lacks: a file, and with `ahead` another."""
+    worker.name, worker.following = worker.following, ""
+    worker.until = time.monotonic() + timeout
+    if waiting and not worker.name:
+        worker.name = _send(worker, waiting, files)
+    if waiting and ahead:
+        worker.following = _send(worker, waiting, files)
+
+
+def _send(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind]) -> str:
+    name = waiting.popleft()
+    worker.line.send((name, files[name]))
+    return name
 
 
 def _end(worker: _Worker) -> None:
