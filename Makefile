@@ -22,6 +22,7 @@ docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schem
 	$(BIN)/python -m diffsynth_core.config.documents docs
 	$(BIN)/python -m diffsynth_core.validation.documents docs
 	$(BIN)/python docs/make_pictures.py docs
+	$(BIN)/python -m docs.make_report_pictures docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffsynth_cli.options import SPELLINGS
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ Examples:
 
   diffsynth dataset validate data/mine/metadata.csv --format json
 
+  diffsynth dataset validate data/mine --report report.html
+
   diffsynth dataset validate data/mine --fix data/mine/whole.csv
 """
 
@@ -69,6 +71,7 @@ class Options:
     workers: int
     batch_size: int | None
     fix: Path | None
+    page: Path | None
 
 
 def validate_dataset(
@@ -96,10 +99,17 @@ def validate_dataset(
             "--fix", metavar="OUT.csv", help="Write a new metadata file without the rows that have errors; data stay"
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", help="Write a page with thumbnails, crops and histograms, for a browser"
+        ),
+    ] = None,
     **thresholds: Any,
 ) -> int:
     """Check a dataset and print the report."""
-    return _run(Options(path, recipe, output_format, depth, workers, batch_size, fix), Thresholds(**thresholds))
+    options = Options(path, recipe, output_format, depth, workers, batch_size, fix, page)
+    return _run(options, Thresholds(**thresholds))
 
 
 def _with_thresholds() -> Any:
@@ -128,16 +138,23 @@ def _run(options: Options, thresholds: Thresholds) -> int:
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.validation.fix import check_target, write_fixed
     from diffsynth_core.validation.recipe_rules import rules_of_recipe
+    from diffsynth_core.validation.report_page import THUMBNAIL_SIDE, check_page_path, write_page
     from diffsynth_core.validation.validate import Wish, validate
 
     if options.fix:
         check_target(options.fix)
+    if options.page:
+        check_page_path(options.page)
     rules = rules_of_recipe(options.recipe, thresholds) if options.recipe else Rules(thresholds=thresholds)
     if options.batch_size:
         rules = replace(rules, batch_size=options.batch_size)
     reporter = ConsoleReporter()
-    report, examined = validate(options.path, rules, Wish(options.depth.value, options.workers), reporter)
+    wish = Wish(options.depth.value, options.workers, THUMBNAIL_SIDE if options.page else None)
+    report, examined = validate(options.path, rules, wish, reporter)
     _print(report, options.output_format)
+    if options.page:
+        write_page(options.page, report, examined)
+        reporter.info(f"wrote `{options.page}` ({format_bytes(options.page.stat().st_size)})")
     if options.fix:
         _tell_fixed(write_fixed(options.fix, examined, report), reporter)
     return report.exit_code
