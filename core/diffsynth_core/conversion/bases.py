@@ -19,17 +19,21 @@ QUANTISED = (
 """Last parts of the names of tensors that stand beside weights in fewer bits: bitsandbytes, GPTQ, AWQ, SVDQuant."""
 SCALES = ("scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 """Last parts of the names of tensors that stand beside 8-bit floats, which mean nothing without them."""
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+"""How the names of a transformer begin in files: in those that ComfyUI writes, other components may stand beside it."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A component's weights. `shapes`: weight shapes of the modules that can carry a LoRA, by documented name."""
+    """A component's weights. `shapes`: weight shapes of the modules that can carry a LoRA, by documented name.
+    `prefix`: what all its names in the files begin with; what has other beginnings is not of this component."""
 
     weights: WeightSet
     facts: FamilyFacts
     component: ComponentFacts
     layout: Layout
     shapes: Mapping[str, tuple[int, ...]]
+    prefix: str = ""
 
     @property
     def title(self) -> str:
@@ -39,7 +43,7 @@ class Base:
     def tensors_of(self, module: str) -> frozenset[str]:
         """Names in the files of what holds the weight of a documented module."""
         own = self.layout.documented.ours(f"{module}.weight") or ()
-        return frozenset(name for part in own if (name := self.layout.names.theirs(part)) is not None)
+        return frozenset(self.prefix + name for part in own if (name := self.layout.names.theirs(part)) is not None)
 
 
 def open_base(text: str, models: Path, option: str = "--base") -> Base:
@@ -54,13 +58,15 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
     """
     weights = open_weights(_paths(text, models, option))
     _refuse_what_has_scales(weights)
-    found = recognise_component(weights.tensors)
-    if found is None:
-        raise _unknown(weights)
-    facts, component, layout = found
-    documented = layout.documented_shapes(layout.module_shapes(shapes_of(weights.tensors)))
-    shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
-    return Base(weights, facts, component, layout, shapes)
+    for prefix in PREFIXES:
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.tensors.items() if name.startswith(prefix)}
+        found = recognise_component(own)
+        if found:
+            facts, component, layout = found
+            documented = layout.documented_shapes(layout.module_shapes(shapes_of(own)))
+            shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
+            return Base(weights, facts, component, layout, shapes, prefix)
+    raise _unknown(weights)
 
 
 def recognise_component(names: Collection[str]) -> tuple[FamilyFacts, ComponentFacts, Layout] | None:

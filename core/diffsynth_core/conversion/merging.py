@@ -157,9 +157,10 @@ class _Merging:
         """What one LoRA adds to a tensor in the files: a product for each documented module that it is a part of."""
         base = self._plan.base
         names, documented = base.layout.names, base.layout.documented
-        own = names.ours(name) or ()
+        of_component = name.removeprefix(base.prefix)
+        own = names.ours(of_component) or ()
         weights = dict.fromkeys(weight for part in own if (weight := documented.theirs(part)) is not None)
-        shapes = names.cut_shape(name, base.weights.tensors[name].shape)
+        shapes = names.cut_shape(of_component, base.weights.tensors[name].shape)
         for weight in weights:
             module = weight.removesuffix(".weight")
             if module not in lora.file.modules:
@@ -169,7 +170,7 @@ class _Merging:
             ups = {
                 part: cut[part].flatten(1) if part in cut else torch.zeros(shapes[part][0], whole.rank) for part in own
             }
-            yield Factors(whole.down, names.join(name, ups).flatten(1) * lora.weight)
+            yield Factors(whole.down, names.join(of_component, ups).flatten(1) * lora.weight)
 
 
 @dataclass(frozen=True)
