@@ -121,10 +121,14 @@ def merge_rows(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype, spa
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """Of a float32 tensor: in float32 for a number of elements, in float64 beyond."""
+    """Of a float32 tensor: in float32 for a number of elements, in float64 beyond, and where squares are too large."""
     flat = tensor.reshape(-1)
-    pieces = (flat[begin : begin + SUMMED_AT_ONCE] for begin in range(0, len(flat), SUMMED_AT_ONCE))
-    return sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
+    total = 0.0
+    for begin in range(0, len(flat), SUMMED_AT_ONCE):
+        piece = flat[begin : begin + SUMMED_AT_ONCE]
+        squares = float(torch.dot(piece, piece))
+        total += squares if math.isfinite(squares) else float(piece.double().square().sum())
+    return total
 
 
 def read_factors(file: LoraFile, stream: Any, module: str, shape: Sequence[int]) -> Factors:

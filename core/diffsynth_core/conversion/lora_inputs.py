@@ -8,10 +8,9 @@ from pathlib import Path
 
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.errors import DiffSynthError, shorten
-from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import Header, read_header
 from diffsynth_core.state_dicts.lora_files import LoraFile, LoraPart, read_lora_file
-from diffsynth_core.state_dicts.weight_sets import open_weights
+from diffsynth_core.state_dicts.weight_sets import WeightSet, open_weights
 
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Formats in which a single number is stored, as `struct` knows them; bfloat16 is the upper half of float32."""
@@ -39,10 +38,24 @@ def parse_lora(text: str) -> WeightedFile:
     try:
         weight = float(number)
     except ValueError:
-        return WeightedFile(Path(text))  # a colon in a name, which is then told to be not there
+        if not Path(path).is_file():
+            return WeightedFile(Path(text))  # a colon in a name, which is then told to be not there
+        weight = math.nan
     if not math.isfinite(weight):
         raise DiffSynthError(f"`--lora` `{text}`: the weight is no finite number", "give a number such as 0.8")
     return WeightedFile(Path(path), weight)
+
+
+def open_lora_file(path: Path) -> WeightSet:
+    """The tensors of a LoRA, by headers.
+
+    Raises:
+        DiffSynthError: as `open_weights`, and for what may hold more than one file.
+    """
+    weights = open_weights([path])
+    if weights.files != (path,):
+        raise DiffSynthError(f"`{path}` is no safetensors file, as a LoRA is", "name the file itself")
+    return weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Matche
     Raises:
         DiffSynthError: as `open_weights` and `read_lora_file`; when keys find no module and that is not allowed.
     """
-    keys = open_weights([given.path]).tensors
+    keys = open_lora_file(given.path).tensors
     file = read_lora_file(given.path, base.shapes, base.component.lora_naming, allow_unmatched=True)
     if file.unmatched and not allow_unmatched:
         encoder = sum(key.startswith(TEXT_ENCODERS) for key in file.unmatched)
@@ -143,8 +156,3 @@ def read_number(path: Path, header: Header, key: str) -> float:
     if dtype not in NUMBERS:
         raise DiffSynthError(f"`{path}`: `{key}` is stored as {dtype}, expected a float", "write the file anew")
     return float(struct.unpack(NUMBERS[dtype], data)[0])
-
-
-def told_unmatched(summary: LoraSummary) -> str:
-    """What `--allow_unmatched` leaves out of a file."""
-    return f"`{summary.path}`: {count_of(len(summary.unmatched), 'key')} left out: {shorten(summary.unmatched)}"

@@ -11,7 +11,7 @@ from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.families.table import FAMILIES, unknown_family
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import Header, read_header
-from diffsynth_core.state_dicts.lora_files import WRITE_ANEW, stated_scales
+from diffsynth_core.state_dicts.lora_files import WRITE_ANEW, check_values, stated_scales
 from diffsynth_core.state_dicts.lora_names import (
     DIALECTS,
     LoraKeys,
@@ -201,6 +201,7 @@ def _stored(
     """One LoRA, whose halves must be there and fit each other."""
     if not keys.down or not keys.up:
         raise DiffSynthError(f"`{weights.origin}`: the LoRA of `{module}` lacks a half", WRITE_ANEW)
+    check_values(weights.origin, weights.tensors, keys)
     down, up = (
         StoredTensor(weights.tensors[key].dtype, weights.tensors[key].shape, weights.spans[key])
         for key in (keys.down, keys.up)

@@ -11,7 +11,7 @@ from diffsynth_core.conversion.provenance import merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import TensorHeader
+from diffsynth_core.state_dicts.headers import FLOATING_POINT, TensorHeader
 from diffsynth_core.state_dicts.rewriting import (
     Output,
     OutputFile,
@@ -28,7 +28,6 @@ FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `--dtype` takes -> the format in safetensors' words."""
 MERGED_IN_PLACE = frozenset(FORMATS.values())
 """Formats that a merged weight may keep."""
-FLOATS = MERGED_IN_PLACE | {"F64", "F8_E4M3", "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class MergePlan:
     def format_of(self, name: str) -> str:
         """The format in which a tensor is written."""
         stored = self.base.weights.tensors[name].dtype
-        return self.dtype if self.dtype and stored in FLOATS else stored
+        return self.dtype if self.dtype and stored in FLOATING_POINT else stored
 
     def entry(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         """What the result tells of the merge."""
@@ -100,7 +99,7 @@ def plan_merge(
 def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> list[Problem]:
     """Weights that cannot be merged into as they are stored."""
     problems = []
-    integers = [name for name, tensor in changed.items() if tensor.dtype not in FLOATS]
+    integers = [name for name, tensor in changed.items() if tensor.dtype not in FLOATING_POINT]
     if integers:
         problems.append(
             Problem(
@@ -109,7 +108,7 @@ def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> 
                 "name the original weights",
             )
         )
-    narrow = [name for name, tensor in changed.items() if tensor.dtype in FLOATS - MERGED_IN_PLACE]
+    narrow = [name for name, tensor in changed.items() if tensor.dtype in FLOATING_POINT - MERGED_IN_PLACE]
     if narrow and dtype is None:
         stored = changed[narrow[0]].dtype
         why = "most of the change would be lost in rounding" if stored != "F64" else "merging computes in float32"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile, summarise
+from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile, open_lora_file, summarise
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
@@ -16,11 +16,12 @@ from diffsynth_core.state_dicts.headers import Header, read_header
 from diffsynth_core.state_dicts.lora_files import (
     ADAPTER_SETTINGS,
     LoraPart,
+    check_values,
     stated_scales,
 )
 from diffsynth_core.state_dicts.lora_names import ALPHA, DIALECTS, LoraKeys, refuse_other_adapters
 from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, Pieces, aligned
-from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
+from diffsynth_core.state_dicts.weight_sets import ENDING
 
 PREFIXES = ("lora_unet_", "diffusion_model.", "transformer.", "pipe.", "lora_te", "text_encoder")
 """How the names of modules begin in files of the dialects; where none does, there is no prefix."""
@@ -135,7 +136,7 @@ def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
     Raises:
         DiffSynthError: when it holds other things, unless they may be left out, or a half is missing or does not fit.
     """
-    open_weights([one.path])
+    open_lora_file(one.path)
     header = read_header(one.path)
     refuse_other_adapters(one.path, header.tensors)
     keys, unmatched = _group(header.tensors)
@@ -171,6 +172,7 @@ def _part(
 ) -> tuple[SumPart, LoraKeys]:
     if not keys.down or not keys.up:
         raise DiffSynthError(f"`{path}`: the LoRA of `{name}` lacks a half", "write the file anew")
+    check_values(path, header.tensors, keys)
     down, up = header.tensors[keys.down].shape, header.tensors[keys.up].shape
     if len(down) < 2 or len(up) != len(down) or not down[0] or up[1] != down[0] or math.prod(up[2:]) != 1:
         raise DiffSynthError(

@@ -27,6 +27,8 @@ BITS_PER_ELEMENT = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+FLOATING_POINT = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""Formats of weights as they were trained or rounded; `F8_E8M0` holds powers of two alone, which are scales."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import Header, TensorHeader, read_header
+from diffsynth_core.state_dicts.headers import FLOATING_POINT, Header, TensorHeader, read_header
 from diffsynth_core.state_dicts.key_maps import KeyMap, Rows
 from diffsynth_core.state_dicts.lora_names import (
     DIT,
@@ -230,8 +230,7 @@ def _check_halves(
         raise DiffSynthError(f"`{path}`: {text} lacks a half", WRITE_ANEW)
     down, up = tensors[keys.down].shape, tensors[keys.up].shape
     rank = down[0] if down else 0
-    if keys.alpha and tensors[keys.alpha].shape not in ((), (1,)):
-        raise DiffSynthError(f"`{path}`: `{keys.alpha}` is not one number", WRITE_ANEW)
+    check_values(path, tensors, keys)
     if not base or down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
         raise DiffSynthError(
             f"`{path}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
@@ -239,6 +238,15 @@ def _check_halves(
     if not rank:
         raise DiffSynthError(f"`{path}`: {text} has the rank 0", WRITE_ANEW)
     return rank
+
+
+def check_values(origin: object, tensors: Mapping[str, TensorHeader], keys: LoraKeys) -> None:
+    """Raises: DiffSynthError: when a half is in no floating-point format, or the alpha is not one number."""
+    for key in filter(None, (keys.down, keys.up)):
+        if tensors[key].dtype not in FLOATING_POINT:
+            raise DiffSynthError(f"`{origin}`: `{key}` is stored as {tensors[key].dtype}, expected a float", WRITE_ANEW)
+    if keys.alpha and tensors[keys.alpha].shape not in ((), (1,)):
+        raise DiffSynthError(f"`{origin}`: `{keys.alpha}` is not one number", WRITE_ANEW)
 
 
 def _one_down(path: Path, header: Header, parts: Sequence[LoraKeys]) -> bool:

@@ -116,27 +116,38 @@ DIT = LoraNaming()
 
 
 OTHER_ADAPTERS = {
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
+    "lokr_.*": "LoKr",
+    "hada_.*": "LoHa",
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lora_mid": "LoRA with a core tensor (Tucker decomposition)",
-    "oft_": "OFT",
+    "oft_.*": "OFT",
     "diff_b": "LoRA with changes of biases",
+    "diff": "LoRA with changes of whole weights",
 }
-"""How a part of a key begins in files of other adapters -> their name."""
+"""What a part of a key is in files of other adapters -> their name."""
+PEFT_PREFIX = "base_model.model."
+"""How keys begin in files that peft itself writes, whose alphas stand in another file, `adapter_config.json`."""
 
 
 def refuse_other_adapters(path: object, keys: Iterable[str]) -> None:
-    """Raises: DiffSynthError: when keys are those of another kind of adapter, whose halves mean something else."""
+    """Raises: DiffSynthError: when keys are those of another kind of adapter, whose halves mean something else, or of a
+    LoRA whose alphas are not in its file."""
     present = list(keys)
-    for begin, title in OTHER_ADAPTERS.items():
-        found = sorted(key for key in present if any(part.startswith(begin) for part in key.split(".")))
+    for pattern, title in OTHER_ADAPTERS.items():
+        found = sorted(key for key in present if any(re.fullmatch(pattern, part) for part in key.split(".")))
         if found:
             raise DiffSynthError(
                 f"`{path}`: it is a {title}, told by {shorten(found)}; only a LoRA is read here",
                 "make a LoRA of it with the program that it comes from",
             )
+    unscaled = sorted(key for key in present if key.startswith(PEFT_PREFIX))
+    if unscaled:
+        raise DiffSynthError(
+            f"`{path}`: its keys begin with `{PEFT_PREFIX}`, as peft writes them, whose alphas are not in the file but "
+            f"in the `adapter_config.json` beside it: {shorten(unscaled)}",
+            "write it with the `save_lora_weights` of the diffusers pipeline",
+        )
 
 
 LORA_ENDINGS = tuple(

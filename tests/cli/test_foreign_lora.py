@@ -1,0 +1,143 @@
+"""LoRAs and bases as other programs write them, and LoRAs that are no LoRAs: what the commands say, word by word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.cli.conftest import read_problems, stamps
+
+TRANSFORMER = "Qwen/Qwen-Image/transformer"
+Q = "transformer_blocks.0.attn.to_q"
+STEM = f"lora_unet_{Q.replace('.', '_')}"
+DOWN, UP, ALPHA = (f"{STEM}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+COMMANDS = {
+    "merge": ("merge-lora", "--base", "{base}", "--lora", "{lora}", "--output_path", "out"),
+    "sum": ("merge-lora", "--lora", "{lora}", "--output_path", "out.safetensors"),
+    "convert": ("convert-lora", "{lora}", "--to", "diffusers", "--family", "qwen-image", "-o", "out.safetensors"),
+}
+
+
+@pytest.fixture
+def weights(models: Path) -> dict[str, Tensor]:
+    """The tensors of the tiny Qwen-Image."""
+    return {
+        name: t for file in sorted((models / TRANSFORMER).glob("*.safetensors")) for name, t in load_file(file).items()
+    }
+
+
+@pytest.fixture
+def lora(weights) -> dict[str, Tensor]:
+    """A LoRA of one module in kohya's names."""
+    rows, columns = weights[f"{Q}.weight"].shape
+    return {DOWN: torch.full((2, columns), 0.125), UP: torch.full((rows, 2), 0.25), ALPHA: torch.tensor(2.0)}
+
+
+@pytest.fixture
+def refused(cli, models, tmp_path):
+    """A command line that must be refused in one message, with nothing written."""
+
+    def run(name: str, lora: object) -> tuple[str, str | None]:
+        before = stamps(tmp_path / "work")
+        outcome = cli(*(word.format(base=models / TRANSFORMER, lora=lora) for word in COMMANDS[name]))
+        assert outcome.code == 1 and outcome.out == "" and "Traceback" not in outcome.err
+        assert stamps(tmp_path / "work") == before
+        (problem,) = read_problems(outcome.err)
+        return problem
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("alpha", [torch.zeros(0), torch.ones(2), torch.ones(1, 1)], ids=["none", "two", "a matrix"])
+def test_an_alpha_that_is_not_one_number(refused, lora, name, alpha):
+    save_file(lora | {ALPHA: alpha}, "mine.safetensors")
+    assert refused(name, "mine.safetensors") == (
+        f"`mine.safetensors`: `{ALPHA}` is not one number",
+        "write the file anew",
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64")], ids=str
+)
+def test_halves_that_are_no_floats(refused, lora, name, dtype, stored):
+    save_file(lora | {DOWN: lora[DOWN].to(dtype)}, "mine.safetensors")
+    assert refused(name, "mine.safetensors") == (
+        f"`mine.safetensors`: `{DOWN}` is stored as {stored}, expected a float", "write the file anew"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_peft_writes_has_its_alphas_elsewhere(refused, lora, name):
+    keys = [f"base_model.model.{Q}.lora_{half}.weight" for half in "AB"]
+    save_file({keys[0]: lora[DOWN], keys[1]: lora[UP]}, "mine.safetensors")
+    assert refused(name, "mine.safetensors") == (
+        "`mine.safetensors`: its keys begin with `base_model.model.`, as peft writes them, whose alphas are not in the "
+        f"file but in the `adapter_config.json` beside it: `{keys[0]}`, `{keys[1]}`",
+        "write it with the `save_lora_weights` of the diffusers pipeline",
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("part", "title"), [("diff", "whole weights"), ("diff_b", "biases")])
+def test_changes_of_weights_beside_a_lora(refused, lora, name, part, title):
+    key = f"diffusion_model.blocks.0.norm3.{part}"
+    save_file(lora | {key: torch.ones(4)}, "mine.safetensors")
+    assert refused(name, "mine.safetensors") == (
+        f"`mine.safetensors`: it is a LoRA with changes of {title}, told by `{key}`; only a LoRA is read here",
+        "make a LoRA of it with the program that it comes from",
+    )
+
+
+@pytest.mark.parametrize("name", ["merge", "sum"])
+def test_a_folder_is_no_lora(refused, lora, name):
+    Path("folder").mkdir()
+    save_file(lora, "folder/mine.safetensors")
+    assert refused(name, "folder") == ("`folder` is no safetensors file, as a LoRA is", "name the file itself")
+
+
+@pytest.mark.parametrize("text", ["abc", "", "0,5", "nan", "inf"])
+def test_a_weight_that_is_no_number(refused, lora, text):
+    save_file(lora, "mine.safetensors")
+    assert refused("merge", f"mine.safetensors:{text}") == (
+        f"`--lora` `mine.safetensors:{text}`: the weight is no finite number", "give a number such as 0.8"
+    )  # fmt: skip
+
+
+def test_a_change_too_large_to_square_is_told_in_json(cli, models, lora):
+    """1e30 squared is beyond float32, and infinity beyond JSON."""
+    save_file(lora, "mine.safetensors")
+    outcome = cli(
+        "merge-lora", "--base", models / TRANSFORMER, "--lora", "mine.safetensors:1e30", "--output_path", "out",
+        "--format", "json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out, parse_constant=pytest.fail)["lost"] < 0.01
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_a_base_of_comfyui(cli, weights, lora, prefix):
+    """Names stay to the letter, what stands beside the transformer to the bit; the change is that of the bare base."""
+    beside = {"vae.encoder.conv_in.weight": torch.ones(2, 2), "text_encoders.a.weight": torch.ones(3)}
+    save_file(weights, "bare.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()} | beside, "comfy.safetensors")
+    save_file(lora, "mine.safetensors")
+    for base in ("bare", "comfy"):
+        outcome = cli(
+            "merge-lora", "--base", f"{base}.safetensors", "--lora", "mine.safetensors", "--output_path", "out"
+        )
+        assert outcome.code == 0, outcome.err
+    expected, found = load_file("out/bare.safetensors"), load_file("out/comfy.safetensors")
+    assert not torch.equal(expected[f"{Q}.weight"], weights[f"{Q}.weight"])
+    assert found.keys() == {prefix + name for name in weights} | beside.keys()
+    assert all(torch.equal(found[prefix + name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in beside.items())
+    outcome = cli(
+        *(word.format(lora="mine.safetensors") for word in COMMANDS["convert"]), "--check", "comfy.safetensors"
+    )
+    assert outcome.code == 0, outcome.err
