@@ -103,6 +103,38 @@ def test_what_is_there_is_replaced_when_asked_alone(tmp_path, base):
     assert load_file(place).keys() == base.tensors.keys()
 
 
+@pytest.mark.parametrize("count", [2, 1])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_other_files_of_the_same_model_are_not_left_beside(tmp_path, base, overwrite, count):
+    """Shards of another count and their index, and a whole file beside shards; what has other names may stay."""
+    strangers = ["out-00001-of-00003.safetensors", "out-00003-of-00003.safetensors"]
+    strangers += ["out.safetensors.index.json" if count == 1 else "out.safetensors"]
+    folder = tmp_path / "there"
+    folder.mkdir()
+    for name in [*strangers, "out.lora.safetensors", "out-2.safetensors", "out.json", "output.safetensors"]:
+        (folder / name).write_text("mine")
+    before = sorted(folder.iterdir())
+    files, indexes = plan_shards(folder, "out", copied(base), {}, 20 if count == 2 else None)
+    with pytest.raises(DiffSynthError) as raised:
+        write_outputs([*files, *indexes], base.inputs, SilentReporter(), overwrite)
+    (problem,) = raised.value.problems
+    assert problem.message == (
+        f"`{folder}` holds other files of a model `out`, which would be taken for parts of this one: "
+        + ", ".join(f"`{name}`" for name in strangers)
+    )
+    assert problem.hint == "delete them, or name another `--output_path`"
+    assert sorted(folder.iterdir()) == before
+    for name in strangers:
+        (folder / name).unlink()
+    write_outputs([*files, *indexes], base.inputs, SilentReporter(), overwrite)
+
+
+def test_an_input_may_stand_beside_its_shards(tmp_path, base):
+    files, indexes = plan_shards(tmp_path, base.files[0].stem, copied(base), {}, 20)
+    write_outputs([*files, *indexes], base.inputs, SilentReporter())
+    assert base.files[0].exists() and len(files) == 2
+
+
 def test_too_little_space_is_told_first(tmp_path, base, monkeypatch):
     usage = rewriting.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda path: usage._replace(free=10))

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -21,13 +22,14 @@ from diffsynth_core.files import (
     new_folder,
     not_stopping,
     remove_leftovers,
+    stem_of_shard,
     sync_file,
     sync_folder,
     temporary_beside,
 )
 from diffsynth_core.progress import BYTES, Reporter, Task, format_bytes
 from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT, TensorHeader, make_header, read_header
-from diffsynth_core.state_dicts.weight_sets import Span
+from diffsynth_core.state_dicts.weight_sets import ENDING, INDEX_ENDING, Span
 
 COPIED_AT_ONCE = 64 * 1024**2
 """Bytes between two signs of progress, and between two hints to the system that it may begin to write."""
@@ -142,6 +144,7 @@ def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwri
             problems.append(
                 Problem(f"`{output.path}` is there already", "name another `--output_path`, or give `--overwrite`")
             )
+    problems += _strangers(outputs, inputs)
     return problems or _space_problems(outputs)
 
 
@@ -151,6 +154,32 @@ def _same_file(path: Path, inputs: Collection[Path]) -> Path | None:
         if path.absolute() == known.absolute() or (path.exists() and known.exists() and path.samefile(known)):
             return known
     return None
+
+
+def _strangers(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Problem]:
+    """Files that are called as parts of what is written and are none, such as shards of another count: who reads the
+    folder would take them for it. Inputs may stay: they hold the same model."""
+    problems = []
+    written = [output.path for output in outputs]
+    places = dict.fromkeys((path.parent, stem) for path in written if (stem := _stem(path)) is not None)
+    for folder, stem in places:
+        beside = sorted(path for path in folder.glob(f"{escape(stem)}*") if _stem(path) == stem)
+        strangers = [path.name for path in beside if path not in written and not _same_file(path, inputs)]
+        if strangers:
+            problems.append(
+                Problem(
+                    f"`{folder}` holds other files of a model `{stem}`, which would be taken for parts of this one: "
+                    f"{shorten(strangers)}",
+                    "delete them, or name another `--output_path`",
+                )
+            )
+    return problems
+
+
+def _stem(path: Path) -> str | None:
+    """What the files of one model, shards and index, are called alike; None for files of other kinds."""
+    ending = next((ending for ending in (INDEX_ENDING, ENDING) if path.name.endswith(ending)), None)
+    return None if ending is None else stem_of_shard(path.name) or path.name.removesuffix(ending)
 
 
 def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
