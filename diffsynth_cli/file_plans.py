@@ -2,7 +2,7 @@
 
 import json
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 class PlanFormat(StrEnum):
     TABLE = "table"
     JSON = "json"
+
+
+OutputFormat = Annotated[PlanFormat, typer.Option("--format", help="table for people, json for programs")]
+DryRun = Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
+]
+LeaveKeysOut = Annotated[
+    bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
+]
 
 
 def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: PlanFormat) -> None:

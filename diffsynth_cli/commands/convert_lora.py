@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffsynth_cli.file_plans import PlanFormat, carry_out
+from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat, carry_out
 from diffsynth_cli.options import SPELLINGS, DialectName
 
 HELP = """Write a LoRA in the names that another program reads, with the same change of weights.
@@ -32,9 +32,7 @@ def convert_lora(
     lora: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, in the names of any of these programs")],
     to: Annotated[DialectName, typer.Option("--to", help="Whose names to write")],
     output_path: Annotated[Path, typer.Option("--output_path", "-o", metavar="OUT", help="The file that is written")],
-    family: Annotated[
-        str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
-    ] = None,
+    family: FamilyName = None,
     component: Annotated[
         str | None, typer.Option("--component", metavar="NAME", help="dit, or dit2: the second of two transformers")
     ] = None,
@@ -47,14 +45,10 @@ def convert_lora(
             "of shards, or model_id:glob",
         ),
     ] = None,
-    allow_unmatched: Annotated[
-        bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there already")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
-    output_format: Annotated[
-        PlanFormat, typer.Option("--format", help="table for people, json for programs")
-    ] = PlanFormat.TABLE,
+    allow_unmatched: LeaveKeysOut = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    output_format: OutputFormat = PlanFormat.TABLE,
 ) -> None:
     """Plan from names and shapes, then copy bytes."""
     from diffsynth_core.conversion.convert import plan_conversion

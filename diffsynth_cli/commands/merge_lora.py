@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffsynth_cli.file_plans import PlanFormat
+from diffsynth_cli.file_plans import DryRun, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
 from diffsynth_cli.options import SPELLINGS
 from diffsynth_core.errors import Problem, raise_if_any
 
@@ -66,14 +66,10 @@ def merge_lora(
             "--max_shard_size", metavar="SIZE", help="Most bytes of a file; without it shards stay as they are"
         ),
     ] = None,
-    allow_unmatched: Annotated[
-        bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
-    output_format: Annotated[
-        PlanFormat, typer.Option("--format", help="table for people, json for programs")
-    ] = PlanFormat.TABLE,
+    allow_unmatched: LeaveKeysOut = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    output_format: OutputFormat = PlanFormat.TABLE,
 ) -> None:
     """Plan from headers, then merge piece by piece."""
     from diffsynth_cli import merges

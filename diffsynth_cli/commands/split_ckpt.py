@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffsynth_cli.file_plans import PlanFormat, carry_out
+from diffsynth_cli.file_plans import DryRun, FamilyName, OutputFormat, Overwrite, PlanFormat, carry_out
 from diffsynth_cli.options import SPELLINGS, DialectName
 from diffsynth_core.errors import FaultsFound, Problem
 
@@ -74,17 +74,13 @@ def split_checkpoint(
         str | None,
         typer.Option("--max_shard_size", metavar="SIZE", help="Most bytes of a file; with --by size 5GB unless given"),
     ] = None,
-    family: Annotated[
-        str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
-    ] = None,
+    family: FamilyName = None,
     allow_unmatched: Annotated[
         bool, typer.Option("--allow_unmatched", help="Leave tensors out that belong to no component or layout")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")] = False,
-    output_format: Annotated[
-        PlanFormat, typer.Option("--format", help="table for people, json for programs")
-    ] = PlanFormat.TABLE,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    output_format: OutputFormat = PlanFormat.TABLE,
 ) -> None:
     """Plan from headers, then copy bytes."""
     from diffsynth_core.conversion.join import plan_join

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from diffsynth_core.conversion.lora_inputs import read_number
+from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS, read_number
 from diffsynth_core.conversion.lora_rows import StoredLora, StoredTensor
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
 from diffsynth_core.families.interface import FamilyFacts
@@ -23,8 +23,6 @@ from diffsynth_core.state_dicts.lora_names import (
 from diffsynth_core.state_dicts.values import all_finite
 from diffsynth_core.state_dicts.weight_sets import WeightSet
 
-TEXT_ENCODERS = ("lora_te", "text_encoder", "pipe.text_encoder")
-"""How keys of LoRAs of text encoders begin in the dialects."""
 _COMPONENT = re.compile(r"^pipe\.(\w+)\.")
 
 
