@@ -99,7 +99,7 @@ FLUX2 = FamilyFacts(
             lora_targets=names.LORA_TARGETS,
             modules=names.DIT_MODULES,
             fused={"comfyui": names.DIT_ORIGINAL, "kohya": names.DIT_ORIGINAL},
-            published={"original": None},
+            published={"original": names.DIT_ORIGINAL},
         ),
         ComponentFacts(
             name="text_encoder",

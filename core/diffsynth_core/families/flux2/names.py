@@ -27,12 +27,18 @@ DIT_ORIGINAL = TableMap(
         "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
         "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
         "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+        "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
         "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
         "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.linear_in",
         "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.linear_out",
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
         "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
         "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.linear_in",
         "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.linear_out",
+        "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+        "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
         "single_blocks.{}.linear1": "single_transformer_blocks.{}.attn.to_qkv_mlp_proj",
         "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
         "final_layer.linear": "proj_out",
@@ -51,10 +57,10 @@ DIT_ORIGINAL = TableMap(
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
-"""Original names of the transformer's modules -> documented ones. Of the last modulation the original has the shift
-first, diffusers the scale."""
+"""Original names of the transformer's modules, and of norms, whose leaves differ -> documented ones. Of the last
+modulation the original has the shift first, diffusers the scale."""
 
-DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names)
+DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names if not name.endswith(".weight"))
 """Documented names of all modules of the transformer that are matrices."""
 
 TEXT_LAYERS = (9, 18, 27)
