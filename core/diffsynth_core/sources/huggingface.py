@@ -27,7 +27,7 @@ from diffsynth_core.sources.hub import (
     status_interruption,
     unknown,
 )
-from diffsynth_core.sources.ranges import CHUNK_BYTES, first_byte, range_headers
+from diffsynth_core.sources.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
 LOGIN = "hf auth login"
 NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -61,12 +61,8 @@ class HuggingFace:
                 hf_raise_for_status(response)
             yield (
                 first_byte(response.status_code, response.headers.get("Content-Range")),
-                self._chunks(repository, path, response.iter_bytes(CHUNK_BYTES)),
+                chunks_within(self._translated(repository, path), response.iter_bytes(CHUNK_BYTES)),
             )
-
-    def _chunks(self, repository: Repository, path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        with self._translated(repository, path):
-            yield from chunks
 
     @contextmanager
     def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:

@@ -18,7 +18,7 @@ from diffsynth_core.sources.hub import (
     status_interruption,
     unknown,
 )
-from diffsynth_core.sources.ranges import CHUNK_BYTES, first_byte, range_headers
+from diffsynth_core.sources.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
 REVISION = "master"
 LOGIN = "modelscope login"
@@ -51,12 +51,8 @@ class ModelScope:
         with response:
             yield (
                 first_byte(response.status_code, response.headers.get("Content-Range")),
-                self._chunks(repository, path, response.iter_content(CHUNK_BYTES)),
+                chunks_within(self._translated(repository, path), response.iter_content(CHUNK_BYTES)),
             )
-
-    def _chunks(self, repository: Repository, path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        with self._translated(repository, path):
-            yield from chunks
 
     @contextmanager
     def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:

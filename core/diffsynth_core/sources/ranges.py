@@ -1,6 +1,8 @@
 """The part of HTTP that resuming needs: what is asked for, and what came."""
 
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 
 from diffsynth_core.sources.hub import Interruption
@@ -27,3 +29,9 @@ def first_byte(status: int, content_range: str | None) -> int:
     if match is None:
         raise Interruption("the hub sent a part of the file and did not say which")
     return int(match[1])
+
+
+def chunks_within(context: AbstractContextManager[None], chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Bytes as they come, in a context that is entered with the first of them."""
+    with context:
+        yield from chunks
