@@ -13,6 +13,7 @@ from diffsynth_core.state_dicts import rewriting
 from diffsynth_core.state_dicts.rewriting import (
     OutputFile,
     OutputTensor,
+    output_problems,
     plan_shards,
     write_outputs,
 )
@@ -141,6 +142,15 @@ def test_too_little_space_is_told_first(tmp_path, base, monkeypatch):
     with pytest.raises(DiffSynthError, match=r"has 10 B free, .* are to be written"):
         write_outputs([OutputFile(tmp_path / "out" / "x.safetensors", copied(base))], base.inputs, SilentReporter())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_first(tmp_path, base, monkeypatch):
+    """Root may write anywhere, so that the system is asked for nothing here."""
+    asked = []
+    monkeypatch.setattr(rewriting.os, "access", lambda *arguments: asked.append(arguments))
+    (problem,) = output_problems([OutputFile(tmp_path / "a" / "b" / "x.safetensors", copied(base))], base.inputs)
+    assert problem.message == f"`{tmp_path}` may not be written to"
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
 def test_an_input_that_shrinks_leaves_nothing(tmp_path, base):

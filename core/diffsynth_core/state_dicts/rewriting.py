@@ -183,12 +183,14 @@ def _stem(path: Path) -> str | None:
 
 
 def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
-    """The problem that the disk has too little room."""
+    """The problem that a folder takes no files, or its disk too few."""
     folder = outputs[0].path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         return [Problem(f"`{folder}` is a file, not a folder", "name another `--output_path`")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [Problem(f"`{folder}` may not be written to", "name another `--output_path`")]
     needed = sum(output_bytes(output) for output in outputs)
     free = shutil.disk_usage(folder).free
     if needed <= free:
