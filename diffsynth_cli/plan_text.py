@@ -23,7 +23,7 @@ from diffsynth_core.planning.memory import (
     unknown_parts,
 )
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import largest_micro_batch
+from diffsynth_core.planning.sizes import RunSizes, run_sizes
 from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
 SHOWN_SIZES = 6
@@ -54,7 +54,8 @@ def parameter_lines(plan: Plan) -> Iterator[str]:
 
 def estimate_lines(plan: Plan) -> Iterator[str]:
     """What a run takes of memory and disk, a part a line, with what is not counted."""
-    sizes = largest_micro_batch(plan)
+    run = run_sizes(plan)
+    sizes = run.largest
     choice = choice_of(plan, sizes)
     memory = device_memory(plan, choice)
     shown = " and ".join(_size(picture) for picture in sizes.pictures)
@@ -68,15 +69,15 @@ def estimate_lines(plan: Plan) -> Iterator[str]:
     yield f"  {_amount(memory.peak)}  at most at once"
     yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
     yield "Host memory, beside Python and its libraries"
-    yield from _table(host_memory(plan, choice, memory))
-    yield from _disk_lines(plan, choice)
+    yield from _table(host_memory(plan, choice, memory, run.encoded))
+    yield from _disk_lines(plan, choice, run)
     yield from fit_lines(plan)
 
 
 def fit_lines(plan: Plan) -> Iterator[str]:
     """Whether a run fits in `gpu_memory`, and what makes it fit; nothing where that is not given."""
     if plan.parameters.gpu_memory:
-        choice = choice_of(plan, largest_micro_batch(plan))
+        choice = choice_of(plan, run_sizes(plan).largest)
         yield from _fit_lines(find_fit(plan, choice, memory_bytes(plan.parameters.gpu_memory)))
 
 
@@ -97,8 +98,8 @@ def _recomputes(plan: Plan) -> bool:
     return plan.parameters.use_gradient_checkpointing or plan.parameters.use_gradient_checkpointing_offload
 
 
-def _disk_lines(plan: Plan, choice: Choice) -> Iterator[str]:
-    disk = disk_use(plan, choice)
+def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
+    disk = disk_use(plan, choice, run.encoded)
     samples = len(plan.samples.samples)
     yield "Disk"
     if not plan.encoded:

@@ -5,7 +5,7 @@ import math
 import pytest
 from accelerate import init_empty_weights
 
-from diffsynth_core.families.interface import Published
+from diffsynth_core.families.size_facts import Published
 from diffsynth_core.families.table import FAMILIES, load_family
 
 SHAPED = [(name, known) for name, facts in FAMILIES.items() for known in facts.published if known.shapes()]

@@ -5,6 +5,7 @@ import pytest
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.families.loading import read_json
+from diffsynth_core.families.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.families.qwen_image.components import build, load_processor, load_tokenizer
 from diffsynth_core.families.qwen_image.encode import (
     DROPPED_EDIT_TOKENS,
@@ -38,14 +39,14 @@ def test_system_messages_have_the_tokens_that_are_dropped(written, template, dro
 
 
 def test_pictures_are_announced_with_a_token_for_each_of_their_patches(written):
-    assert announce_pictures([2], numbered=False) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert announce_pictures([1, 2], numbered=True) == (
+    assert announce_pictures([2], EDIT_TEXT.announced) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    assert announce_pictures([1, 2], EDIT_PLUS_TEXT.announced) == (
         "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
         "Picture 2: <|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     )
     tokenizer = load_tokenizer(written / "Qwen/Qwen-Image/tokenizer")
     token = read_json(written / "Qwen/Qwen-Image/text_encoder/config.json")["image_token_id"]
-    assert tokenizer(announce_pictures([3, 4], numbered=True))["input_ids"].count(token) == 7
+    assert tokenizer(announce_pictures([3, 4], EDIT_PLUS_TEXT.announced))["input_ids"].count(token) == 7
 
 
 def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written):

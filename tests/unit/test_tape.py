@@ -3,7 +3,8 @@
 import pytest
 
 from diffsynth_core.families.tape import Network, StepSizes, Tape
-from diffsynth_core.planning.sizes import caption_tokens, shrink
+from diffsynth_core.families.token_counts import estimate_tokens
+from diffsynth_core.planning.sizes import shrink
 
 SHAPES = {"first.weight": (8, 4), "first.bias": (8,), "second.weight": (4, 8), "norm.weight": (4,)}
 TOKENS = 10
@@ -96,4 +97,4 @@ def test_pictures_shrink_to_a_share_of_their_area():
 
 @pytest.mark.parametrize(("caption", "tokens"), [("", 0), ("a cat", 2), ("一只猫", 3), ("a 猫", 2)])
 def test_tokens_of_a_caption_are_told_by_its_letters(caption, tokens):
-    assert caption_tokens(caption) == tokens
+    assert estimate_tokens(caption) == tokens

@@ -7,7 +7,8 @@ of them is added behind the transformer's blocks.
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffsynth_core.families.interface import EncoderFacts, LatentFacts, References, Variant
+from diffsynth_core.families.interface import EncoderFacts, References, Variant
+from diffsynth_core.families.size_facts import LatentFacts
 
 CONTROLNET = "controlnet"
 """Name of the component."""

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from diffsynth_core.families.tape import StepSizes, Tape
+from diffsynth_core.families.size_facts import CaptionFacts, LatentFacts, MemoryFacts, Published, StateFacts
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.state_dicts.lora_names import LoraNaming
 
@@ -122,38 +122,6 @@ class ComponentFacts:
         return LoraNaming(self.name, self.dialects, self.fused, self.modules)
 
 
-def as_written(caption: str) -> str:
-    """For encoders that read a caption as it is."""
-    return caption
-
-
-@dataclass(frozen=True)
-class CaptionFacts:
-    """How an encoder reads a caption, and how large what it makes of it is.
-
-    `tokenizer`: the parameter that names its tokenizer.
-    `most`: tokens of which it keeps a state; what is behind them is cut off. `width`: values of a state.
-    `template`: the text that the caption stands in, at `{}`. `dropped`: tokens at its start whose states are not kept.
-    `padded`: there are always `most` states. `clean`: what is done to the caption first.
-    """
-
-    tokenizer: str
-    most: int
-    width: int
-    template: str = "{}"
-    dropped: int = 0
-    padded: bool = False
-    clean: Callable[[str], str] = as_written
-
-
-@dataclass(frozen=True)
-class LatentFacts:
-    """How large the latents of a picture or clip are: float32 `channels` for each square of `factor` pixels a side."""
-
-    channels: int
-    factor: int
-
-
 @dataclass(frozen=True)
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
@@ -162,8 +130,8 @@ class EncoderFacts:
     `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
     `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
-    `caption`, `latents`: what is known of its size where it reads a caption, or makes latents of all of its columns.
-    `states`: values of further states, of the encoder's dtype.
+    `caption`, `latents`, `states`: what is known of the size of what it makes, where it reads a caption, makes latents
+    of all of its columns, or a number of states.
     """
 
     name: str
@@ -174,7 +142,7 @@ class EncoderFacts:
     version: int = 1
     caption: CaptionFacts | None = None
     latents: LatentFacts | None = None
-    states: int = 0
+    states: StateFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -267,49 +235,6 @@ class Stranger:
     title: str
     component: str
     signature: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Published:
-    """The size of a published component, for when its files are not there.
-
-    `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once.
-    `dtype`: the format they are published in. `shapes`: those of its tensors, by the names of our module, where more
-    than their number is needed.
-    """
-
-    component: str
-    files: str
-    parameters: int
-    dtype: Literal["bfloat16", "float32"]
-    shapes: Callable[[], Shapes] = dict
-
-
-@dataclass(frozen=True)
-class EncodedSize:
-    """How many numbers the encoders make of a sample: in float32, and in the format that text encoders compute in."""
-
-    wide: int
-    narrow: int
-
-
-@dataclass(frozen=True)
-class MemoryFacts:
-    """What the memory of a step depends on.
-
-    `play`: the forward pass of the denoiser on a tape.
-    `wide`: parts of the names of weights that stay float32 in a frozen denoiser.
-    `encoded`: what is kept of one sample, given the shapes of the denoiser.
-    `text_tokens`: the caption, as many as its characters tell at most, and the pictures that the text encoder sees
-    -> tokens that the denoiser sees.
-    `map_numbers`: (frames, height, width) in pixels -> numbers in the largest map that the VAE's encoder makes at once.
-    """
-
-    play: Callable[[Tape, StepSizes], None]
-    encoded: Callable[[Shapes, StepSizes], EncodedSize]
-    text_tokens: Callable[[int, tuple[tuple[int, int, int], ...]], int]
-    map_numbers: Callable[[int, int, int], int]
-    wide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

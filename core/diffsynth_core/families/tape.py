@@ -71,7 +71,7 @@ class StepSizes:
     """What one micro-batch brings to the transformer.
 
     `pictures`: what is trained on, then each picture shown.
-    `text_tokens`: of the longest caption, where the family's texts are not all of one length.
+    `text_tokens`: of the longest text, with pictures read with it, where the family's are not all of one length.
     `settings`: constructor settings that are switched on.
     `given`: some latents stand clean among the others, so that each token has a timestep of its own.
     """

@@ -1,11 +1,8 @@
 """Which files are which component, and where the tokenizers lie."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -17,28 +14,22 @@ from diffsynth_core.families.interface import (
     ComponentFacts,
     ComponentFiles,
     FamilyFacts,
-    Published,
     Shapes,
-    Stranger,
     Variant,
 )
 from diffsynth_core.families.shapes import layers_of_blocks
+from diffsynth_core.families.size_facts import Published
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
-    family_of_model,
-    find_stranger,
     load_family,
-    not_trained,
-    recognise,
-    recognise_family,
-    unknown_family,
 )
 from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
+from diffsynth_core.planning.recognition import AssignedFiles, assign_files, family_named, find_family, refused_models
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.wanted_files import command_that_brings, needed_entries
 from diffsynth_core.sources.model_files import FileSet, expand_entry, locate, split_entry
-from diffsynth_core.state_dicts.headers import TensorHeader, read_headers, shapes_of
+from diffsynth_core.state_dicts.headers import TensorHeader, read_headers
 
 
 @dataclass(frozen=True)
@@ -98,11 +89,11 @@ def find_components(
     problems += [] if without_files else not_there
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
     complete = len(headers) == len(asked) + len(parameters.model_paths)
-    facts = _family(family, headers, complete, problems) or (_family_named(entries) if without_files else None)
+    facts = find_family(family, headers, complete, problems) or (family_named(entries) if without_files else None)
     if facts is None:
         problems += missing
         return None
-    assigned = _assign(headers, facts, parameters, problems)
+    assigned = assign_files(headers, facts, parameters, problems)
     there = {file_set.origin for file_set in file_sets}
     published = _stand_in([entry for entry in asked if entry not in there], facts, parameters, assigned, without_files)
     components, shapes = assigned.components, assigned.shapes
@@ -130,7 +121,7 @@ def find_components(
 
 
 def _stand_in(
-    entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: "_Assigned", allowed: bool
+    entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles, allowed: bool
 ) -> dict[str, Published]:
     """The published components that stand in for entries whose files are not there; added to `assigned`."""
     found: dict[str, Published] = {}
@@ -155,31 +146,12 @@ def _stand_in(
     return found
 
 
-def _family_named(entries: Iterable[str]) -> FamilyFacts | None:
-    """The family of the first repository that is known by its name."""
-    names = (parts[0] for parts in map(split_entry, entries) if parts)
-    return next(filter(None, map(family_of_model, names)), None)
-
-
 def _asked_for(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
     """The entries whose files must be there, and those that are there without need."""
     needed = needed_entries(parameters, family)
     return tuple(
         entry for entry in parameters.model_id_with_origin_paths if entry in needed or expand_entry(entry, base)
     )
-
-
-def refused_models(entries: Iterable[str]) -> list[Problem]:
-    """The problem that files belong to a model that is known and not trained here; one for each such model."""
-    found: dict[str, str] = {}
-    for entry in entries:
-        if what := not_trained(entry):
-            found.setdefault(what, entry)
-    hint = "`diffsynth recipe list` names what is"
-    return [
-        Problem(f"`{entry}` belongs to {what}, which is not supported yet", hint, wrong_use=True)
-        for what, entry in found.items()
-    ]
 
 
 def _variant(
@@ -201,92 +173,10 @@ def _variant(
         return facts.variant({}, parameters.extra_inputs, origin)
 
 
-@dataclass(frozen=True)
-class _Assigned:
-    """Files by component; `told`: components whose absence a problem has explained already."""
-
-    components: dict[str, ComponentFiles]
-    shapes: dict[str, Shapes]
-    told: set[str]
-
-
-def _assign(
-    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
-    facts: FamilyFacts,
-    parameters: Parameters,
-    problems: list[Problem],
-) -> _Assigned:
-    """Which files are which component, told by their tensors; the name only says what the user took them for."""
-    assigned = _Assigned({}, {}, set())
-    components = assigned.components
-    taken: dict[str, FileSet] = {}
-    for file_set, tensors in headers:
-        found = recognise(tensors, facts)
-        if found is None:
-            stranger, other = find_stranger(tensors, facts), recognise_family(tensors)
-            problems.append(_unrecognised(file_set, tensors, facts, stranger, other))
-            expected = _expected(file_set, facts) or (facts.denoiser if other else None)
-            assigned.told.update(name for name in (stranger.component if stranger else expected,) if name)
-            continue
-        component, layout = found
-        if component.name in taken:
-            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.told))
-            continue
-        taken[component.name] = file_set
-        config = _config_beside(file_set.paths[0], component, facts)
-        folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
-        settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
-        float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
-        components[component.name] = ComponentFiles(
-            component.name, file_set.source, file_set.paths, config, layout, folders, settings, float8
-        )
-        assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
-    return assigned
-
-
-def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, told: set[str]) -> Problem:
-    """Two file sets are one component; if one of them is named like another component, that is the mistake."""
-    for file_set in both:
-        expected = _expected(file_set, facts)
-        if expected and expected != component.name:
-            told.add(expected)
-            return Problem(
-                f"`{file_set.origin}` holds the {component.name} of {facts.title}, not its {expected}",
-                f"put the {expected} ({facts.component(expected).title}) there, or name its files",
-                wrong_use=True,
-            )
-    first, second = both
-    return Problem(
-        f"`{second.origin}` and `{first.origin}` are both the {component.name} of {facts.title}",
-        "name one of them",
-        wrong_use=True,
-    )
-
-
 def _copies(family: str | None) -> dict[str, str]:
     """Copies of files that the family knows; those of all families while it is not known."""
     known: Iterable[FamilyFacts] = [FAMILIES[family]] if family in FAMILIES else FAMILIES.values()
     return {name: copy for facts in known for name, copy in facts.copies.items()}
-
-
-def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
-    """The component that a place in a repository is usually that of."""
-    parts = split_entry(file_set.origin)
-    component = component_at(parts[1], facts, parts[0]) if parts else None
-    return component.name if component else None
-
-
-def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
-    """The config.json in the folder of the weights, unless it says that it belongs to another component."""
-    config = path.parent / "config.json"
-    if not config.is_file():
-        return None
-    others = [name for other in facts.components if other is not component for name in other.config_classes]
-    with suppress(OSError, ValueError, AttributeError):  # whoever reads it tells what is wrong with it
-        class_name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
-        if any(fnmatch(class_name, pattern) for pattern in others):
-            return None
-    return config
 
 
 def _misfits(
@@ -387,60 +277,6 @@ def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader]
     except DiffSynthError as error:
         problems += error.problems
         return None
-
-
-def _family(
-    family: str | None,
-    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
-    complete: bool,
-    problems: list[Problem],
-) -> FamilyFacts | None:
-    """The family asked for, else that of the transformer; a file set that is missing (not `complete`) may be it."""
-    if family:
-        if family not in FAMILIES:
-            problems.append(unknown_family(family))
-        return FAMILIES.get(family)
-    facts = _family_of_files(headers)
-    if headers and complete and facts is None:
-        problems.append(
-            Problem(
-                "none of the model files is a diffusion transformer of a known family",
-                f"known: {', '.join(FAMILIES)}",
-                wrong_use=True,
-            )
-        )
-    return facts
-
-
-def _family_of_files(headers: list[tuple[FileSet, dict[str, TensorHeader]]]) -> FamilyFacts | None:
-    """The family of the transformer; without one, that of the repositories, or the only one that knows all files."""
-    for _, tensors in headers:
-        if facts := recognise_family(tensors):
-            return facts
-    for file_set, _ in headers:
-        parts = split_entry(file_set.origin)
-        if parts and (facts := family_of_model(parts[0])):
-            return facts
-    fitting = [facts for facts in FAMILIES.values() if all(recognise(tensors, facts) for _, tensors in headers)]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _unrecognised(
-    file_set: FileSet,
-    tensors: Mapping[str, TensorHeader],
-    facts: FamilyFacts,
-    stranger: Stranger | None,
-    other: FamilyFacts | None,
-) -> Problem:
-    """The problem that files are no component; of a stranger and of another family's transformer it is known what."""
-    if stranger:
-        what = f"is {stranger.title}, not a component of {facts.title}"
-    elif other:
-        what = f"is the transformer of {other.title}, not a component of {facts.title}"
-    else:
-        what = f"is no component of {facts.title}; it begins with `{next(iter(tensors), '')}`"
-    known = ", ".join(component.name for component in facts.components)
-    return Problem(f"`{file_set.origin}` {what}", f"name files of its components: {known}", wrong_use=True)
 
 
 def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:

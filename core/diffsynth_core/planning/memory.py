@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffsynth_core.families.encoded_sizes import EncodedSize
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.tape import BYTES, Network, StepSizes, Tape
 from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import encoded_size
+from diffsynth_core.planning.sizes import NARROW
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The number format of frozen weights and of the computation, by `mixed_precision`."""
@@ -244,8 +245,11 @@ def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
     return tuple(found)
 
 
-def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory) -> dict[str, int]:
-    """Bytes of host memory by what they are for, beside Python and its libraries."""
+def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:
+    """Bytes of host memory by what they are for, beside Python and its libraries.
+
+    `encoded`: of all samples.
+    """
     parameters = plan.parameters
     largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
     parts = {"the largest tensor while it is read": 2 * largest * BYTES["float32"]} if largest else {}
@@ -254,24 +258,22 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory) -> dict[str, i
     if memory.training and memory.training.on_host:
         parts["activations that wait"] = memory.training.on_host
     if parameters.dataset_num_workers and plan.samples.samples:
-        sample = sum(encoded_bytes(plan, choice)) // len(plan.samples.samples)
+        sample = encoded_bytes(encoded, choice.precision) // len(plan.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * choice.sizes.batch * sample
         parts[f"samples that {parameters.dataset_num_workers} workers have ready"] = ready
     return parts
 
 
-def encoded_bytes(plan: Plan, choice: Choice) -> tuple[int, int]:
-    """Bytes of all encodings: those in float32, and those in the format of the text encoder."""
-    size = encoded_size(plan)
-    narrow = "float32" if choice.precision == "fp16" else DTYPES[choice.precision]
-    return size.wide * BYTES["float32"], size.narrow * BYTES[narrow]
+def encoded_bytes(size: EncodedSize, precision: str) -> int:
+    """Bytes of encodings, with what text encoders make in their own format."""
+    return size.wide * BYTES["float32"] + size.narrow * BYTES[NARROW[precision]]
 
 
-def disk_use(plan: Plan, choice: Choice) -> DiskUse:
-    """Bytes that a run writes."""
+def disk_use(plan: Plan, choice: Choice, encoded: EncodedSize) -> DiskUse:
+    """Bytes that a run writes, of all samples what is `encoded`."""
     trained = count_trained(plan) if plan.task.trains else 0
     state = trained * (BYTES["float32"] + OPTIMIZER_BYTES)
-    cache = 0 if plan.encoded else sum(encoded_bytes(plan, choice))
+    cache = 0 if plan.encoded else encoded_bytes(encoded, choice.precision)
     return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state)
 
 

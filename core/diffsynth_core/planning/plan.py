@@ -11,7 +11,8 @@ from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Published, Shapes, Variant
+from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, Variant
+from diffsynth_core.families.size_facts import Published
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset

@@ -2,61 +2,97 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.families.interface import EncodedSize, References
-from diffsynth_core.families.tape import Picture, StepSizes
+from diffsynth_core.families.encoded_sizes import (
+    EncodedSize,
+    Shown,
+    caption_encoder,
+    count_text_states,
+    encoded_size,
+    state_width,
+)
+from diffsynth_core.families.interface import EncoderFacts, References
+from diffsynth_core.families.tape import BYTES, Picture, StepSizes
 from diffsynth_core.planning.plan import Plan
 
 ASSUMED_CAPTION = 300
 """Characters of a caption, where there is no dataset."""
-CHARACTERS_PER_TOKEN = 4
-"""Of text in ASCII; other letters are counted as a token each."""
+NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
+"""The number format that text encoders compute in, by `mixed_precision`."""
 
 
-def largest_micro_batch(plan: Plan) -> StepSizes:
-    """The micro-batch of most pixels that the dataset gives; without one, the largest that the parameters allow."""
+@dataclass(frozen=True)
+class RunSizes:
+    """What a run is made of.
+
+    `largest`: the micro-batch of most pixels that the dataset gives; without one, the largest that the parameters
+    allow. Its text is the longest of all.
+    `encoded`: numbers that the cache keeps of all samples; of one of the largest size where there is no dataset.
+    `counted`: the tokens of captions were counted, not estimated by letters.
+    """
+
+    largest: StepSizes
+    encoded: EncodedSize
+    counted: bool
+
+
+def run_sizes(plan: Plan) -> RunSizes:
+    """How large what a run works with is."""
     samples = plan.samples.samples
     if not samples:
         return _assumed(plan)
+    shown = [_shown(plan, sample) for sample in samples]
+    states, counted = _text_states(plan, samples, shown)
+    kinds = Counter(zip(states, (tuple(sizes.items()) for sizes in shown), strict=True))
+    each = (_encoded(plan, text, dict(sizes)) * count for (text, sizes), count in kinds.items())
     members = Counter(sample.bucket for sample in samples)
 
     def batch(sample: Sample) -> int:
         return min(plan.parameters.batch_size, members[sample.bucket] * plan.parameters.dataset_repeat)
 
     largest = max(samples, key=lambda sample: batch(sample) * sum(map(math.prod, sample.shape)))
-    caption = max(caption_tokens(sample.caption) for sample in samples)
-    return replace(sizes_of_sample(plan, largest, caption), batch=batch(largest))
+    sizes = replace(sizes_of_sample(plan, largest, max(states)), batch=batch(largest))
+    return RunSizes(sizes, sum(each, EncodedSize()), counted)
 
 
-def sizes_of_sample(plan: Plan, sample: Sample, caption: int) -> StepSizes:
-    """What one sample brings to the transformer, with a caption of so many tokens."""
+def sizes_of_sample(plan: Plan, sample: Sample, text_states: int) -> StepSizes:
+    """What one sample brings to the transformer, with a text of so many states."""
+    return _sizes(plan, _shown(plan, sample), text_states)
+
+
+def cached_encoders(plan: Plan) -> list[EncoderFacts]:
+    """Encoders that are frozen, so that what they make is kept."""
+    return [encoder for encoder in plan.variant.encoders if encoder.component not in plan.training.components]
+
+
+def _shown(plan: Plan, sample: Sample) -> Shown:
     shown = {name: tuple(excerpt.shape for excerpt in found) for name, found in sample.references.items()}
-    return _sizes(plan, sample.target.shape, shown, caption)
+    return {plan.variant.medium.column: (sample.target.shape,), **shown}
 
 
-def encoded_size(plan: Plan) -> EncodedSize:
-    """Numbers kept of all samples together; of one of the largest size where there is no dataset."""
-    shapes = plan.shapes.get(plan.facts.denoiser)
-    if not shapes:
-        return EncodedSize(0, 0)
-    if not plan.samples.samples:
-        return plan.facts.memory.encoded(shapes, replace(_assumed(plan), batch=1))
-    kinds: Counter[StepSizes] = Counter(
-        sizes_of_sample(plan, sample, caption_tokens(sample.caption)) for sample in plan.samples.samples
-    )
-    sizes = [(plan.facts.memory.encoded(shapes, kind), count) for kind, count in kinds.items()]
-    return EncodedSize(
-        sum(size.wide * count for size, count in sizes), sum(size.narrow * count for size, count in sizes)
-    )
+def _text_states(plan: Plan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[int], bool]:
+    """States of each sample's text, and whether they were counted: with the tokenizer, or when they were encoded."""
+    encoder = caption_encoder(plan.variant.encoders)
+    if plan.encoded and encoder and encoder.caption and encoder.name in plan.encoded.origin.encoders:
+        width = state_width(encoder.caption, plan.shapes.get(plan.facts.denoiser, {}))
+        return _states_in_files(plan.encoded, encoder.name, width), True
+    tokenizer = plan.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
+    return count_text_states(plan.variant.encoders, tokenizer, [sample.caption for sample in samples], shown)
 
 
-def caption_tokens(caption: str) -> int:
-    """About how many tokens a caption is, told by its letters alone."""
-    latin = sum(letter.isascii() for letter in caption)
-    return -(-latin // CHARACTERS_PER_TOKEN) + len(caption) - latin
+def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:
+    """States that files of an encoder hold, whose heads are smaller than a state."""
+    each = width * BYTES[NARROW[encoded.origin.precision.partition(",")[0]]]
+    return [files[encoder].bytes // each for files in encoded.files]
+
+
+def _encoded(plan: Plan, text_states: int, shown: Shown) -> EncodedSize:
+    denoiser = plan.shapes.get(plan.facts.denoiser, {})
+    return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.variant.medium.frame_step)
 
 
 def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
@@ -70,18 +106,20 @@ def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
     return replace(sizes, pictures=pictures)
 
 
-def _assumed(plan: Plan) -> StepSizes:
-    """The largest sample that the parameters allow, with a picture of each kind that the model is shown."""
+def _assumed(plan: Plan) -> RunSizes:
+    """Of the largest sample that the parameters allow, with a picture of each kind that the model is shown."""
     parameters, medium = plan.parameters, plan.variant.medium
     side = math.isqrt(parameters.max_pixels) // medium.size_factor * medium.size_factor
     height, width = parameters.height or side, parameters.width or side
     frames = parameters.num_frames if medium.kind == "video" else 1
-    shown = {
+    pictures = {
         reference.name: (_assumed_reference(reference, height, width, parameters.max_pixels),)
         for reference in plan.variant.references
     }
-    sizes = _sizes(plan, (frames, height, width), shown, -(-ASSUMED_CAPTION // CHARACTERS_PER_TOKEN))
-    return replace(sizes, batch=parameters.batch_size)
+    shown = {medium.column: ((frames, height, width),), **pictures}
+    (states,), _ = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
+    largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
+    return RunSizes(largest, _encoded(plan, states, shown), counted=False)
 
 
 def _assumed_reference(reference: References, height: int, width: int, max_pixels: int) -> Picture:
@@ -90,17 +128,11 @@ def _assumed_reference(reference: References, height: int, width: int, max_pixel
     return 1, *reference.size(width, height, max_pixels)
 
 
-def _sizes(plan: Plan, target: Picture, shown: Mapping[str, tuple[Picture, ...]], caption: int) -> StepSizes:
+def _sizes(plan: Plan, shown: Mapping[str, tuple[Picture, ...]], text_states: int) -> StepSizes:
     variant, text_column = plan.variant, plan.facts.text_column
-    seen_with_text = {name for part in variant.encoders if text_column in part.columns for name in part.columns}
     encoded = {name for part in variant.encoders if text_column not in part.columns for name in part.columns}
-    beside = () if variant.in_step else tuple(p for name, found in shown.items() if name in encoded for p in found)
-    with_text = tuple(picture for name, found in shown.items() if name in seen_with_text for picture in found)
+    target = shown[variant.medium.column]
+    others = {name: found for name, found in shown.items() if name in encoded and name != variant.medium.column}
+    beside = () if variant.in_step else tuple(picture for found in others.values() for picture in found)
     settings = plan.components[plan.facts.denoiser].settings if plan.facts.denoiser in plan.components else {}
-    return StepSizes(
-        1,
-        (target, *beside),
-        plan.facts.memory.text_tokens(caption, with_text),
-        frozenset(settings),
-        bool(variant.given_frames),
-    )
+    return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.given_frames))

@@ -30,10 +30,10 @@ from diffsynth_core.families.table import (
     unknown_family,
 )
 from diffsynth_core.files import default_cache_path, fresh_folder
-from diffsynth_core.planning.components import refused_models
 from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.recognition import refused_models
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.model_files import expand_local, split_entry
 from diffsynth_core.state_dicts.headers import read_headers, shapes_of

@@ -4,11 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from diffsynth_core.families.interface import CaptionFacts
+from diffsynth_core.families.size_facts import CaptionFacts
+from diffsynth_core.families.token_counts import CaptionRule, count_tokens, may_be_longer
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, found
-from diffsynth_core.validation.rules import CaptionRule
-from diffsynth_core.validation.token_counts import count_tokens, may_be_longer
 
 MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
 """What programs write where a value is missing, in small letters."""

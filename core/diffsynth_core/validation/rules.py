@@ -12,8 +12,9 @@ from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import MediaRule, ReferenceRule
 from diffsynth_core.data.pictures import SizeRule
-from diffsynth_core.families.interface import CaptionFacts, EncoderFacts, FamilyFacts, Shapes, Variant
+from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Shapes, Variant
 from diffsynth_core.families.table import component_at
+from diffsynth_core.families.token_counts import CaptionRule
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.planning.dataset import media_rule, reference_rules
 from diffsynth_core.sources.model_files import split_entry
@@ -61,14 +62,6 @@ class Thresholds:
         512, "tokens", "Captions of more are CAPTION_TOO_LONG; a recipe brings the number of its own text encoder"
     )
     file_timeout: float = _threshold(120.0, "seconds", "A file that takes longer is given up and told as unreadable")
-
-
-@dataclass(frozen=True)
-class CaptionRule:
-    """How a text encoder reads captions, and the folder of its tokenizer; None where that is not on disk."""
-
-    facts: CaptionFacts
-    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference
 from diffsynth_core.data.pictures import PictureHeader
-from diffsynth_core.families.interface import LatentFacts
+from diffsynth_core.families.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
 from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.token_counts import estimate_tokens
 
 SHOWN_SIZES = 8
 LATENT_BYTES = 4
@@ -74,12 +73,12 @@ def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
     return Crop(left, top, left + width, top + height, excerpt.width, excerpt.height)
 
 
-def shapes_of(examined: Examined) -> dict[int, Mapping[str, tuple[Size, ...]]]:
+def shapes_of(examined: Examined) -> dict[int, Shown]:
     """Row -> the size of what is trained on, by its column, and of the pictures shown, by the name of their rule.
 
     A row with a file that is missing, faulty or too small is left out.
     """
-    shapes: dict[int, Mapping[str, tuple[Size, ...]]] = {}
+    shapes: dict[int, Shown] = {}
     records = {record.row: record for record in examined.records}
     for row, target in sizes_of(examined).items():
         sizes: dict[str, tuple[Size, ...]] = {examined.columns.target: (target.shape,)}
@@ -140,12 +139,12 @@ def check_cache(examined: Examined) -> Iterator[Finding]:
     shapes = shapes_of(examined)
     if not encoders or cache is None or not shapes:
         return
-    captions = {record.row: record.caption or "" for record in examined.records}
-    each = [encoded_bytes(examined.rules, captions[row], shape) for row, shape in shapes.items()]
-    needed, free = sum(each), _free_bytes(cache)
+    needed, counted = encoded_bytes(examined, shapes)
+    free = _free_bytes(cache)
+    how = "" if counted else ", captions by their letters"
     what = (
-        f"the encodings take about {format_bytes(needed)} in `{cache}` (estimated, {format_bytes(needed / len(each))} a "
-        f"sample), {format_bytes(free)} are free"
+        f"the encodings take about {format_bytes(needed)} in `{cache}` ({format_bytes(needed / len(shapes))} a "
+        f"sample{how}), {format_bytes(free)} are free"
     )
     if needed > free:
         hint = "free some space, or name another folder with `--cache_path`"
@@ -154,28 +153,22 @@ def check_cache(examined: Examined) -> Iterator[Finding]:
         yield found("CACHE_SIZE", what)
 
 
-def encoded_bytes(rules: Rules, caption: str, sizes: Mapping[str, tuple[Size, ...]]) -> int:
-    """About how many bytes the cache holds of a sample: latents of its pictures or clip, states of its caption.
+def encoded_bytes(examined: Examined, shapes: Mapping[int, Shown]) -> tuple[int, bool]:
+    """About how many bytes the cache holds of these rows, and whether the tokens of their captions were counted.
 
-    `sizes`: as `shapes_of` has them.
+    `shapes`: as `shapes_of` has them.
     """
-    total = 0
-    for encoder in rules.encoders:
-        total += encoder.states * STATE_BYTES
-        if encoder.caption:
-            tokens = encoder.caption.most if encoder.caption.padded else estimate_tokens(caption)
-            total += min(tokens, encoder.caption.most) * encoder.caption.width * STATE_BYTES
-        if encoder.latents:
-            pictures = [size for column in encoder.columns for size in sizes.get(column, ())]
-            total += sum(_latent_bytes(encoder.latents, size, rules) for size in pictures)
-    return total
-
-
-def _latent_bytes(latents: LatentFacts, size: Size, rules: Rules) -> int:
-    frames, height, width = size
+    rules = examined.rules
+    texts = {record.row: record.caption or "" for record in examined.records}
+    tokenizer = rules.captions.tokenizer if rules.captions else None
+    captions = [texts[row] for row in shapes]
+    states, counted = count_text_states(rules.encoders, tokenizer, captions, list(shapes.values()))
     step = rules.media.frames.step if rules.media.frames else 1
-    latent_frames = (frames - 1) // step + 1
-    return latents.channels * latent_frames * (height // latents.factor) * (width // latents.factor) * LATENT_BYTES
+    each = (
+        encoded_size(rules.encoders, {}, text, shown, step) for text, shown in zip(states, shapes.values(), strict=True)
+    )
+    total = sum(each, EncodedSize())
+    return total.wide * LATENT_BYTES + total.narrow * STATE_BYTES, counted
 
 
 def _free_bytes(folder: Path) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
 from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.captions import CLIP_WIDTH, TEXT
+from diffsynth_core.families.flux.captions import POOLED, TEXT
 from diffsynth_core.families.flux.memory import MEMORY
 from diffsynth_core.families.flux.sizes import PUBLISHED
 from diffsynth_core.families.interface import (
@@ -16,7 +16,6 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
-    LatentFacts,
     Layout,
     Medium,
     References,
@@ -26,6 +25,7 @@ from diffsynth_core.families.interface import (
     Variant,
 )
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import LatentFacts
 
 KINDS = (
     ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
@@ -50,7 +50,7 @@ KONTEXT_AREA = 1024 * 1024
 
 OF_VAE = LatentFacts(channels=16, factor=8)
 ENCODERS = (
-    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",), states=CLIP_WIDTH),
+    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",), states=POOLED),
     EncoderFacts(name="text_2", component="text_encoder_2", columns=("prompt",), caption=TEXT),
     EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE),
 )

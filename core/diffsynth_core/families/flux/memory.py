@@ -3,13 +3,13 @@
 Source: `FluxTransformer2DModel` of diffusers.
 """
 
-from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
+from diffsynth_core.families.flux.captions import T5_TOKENS
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import MemoryFacts
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
-TEXT_TOKENS = 512
 
 
 def play(tape: Tape, sizes: StepSizes) -> None:
@@ -19,9 +19,9 @@ def play(tape: Tape, sizes: StepSizes) -> None:
     size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     states = tape.linear(tape.given(batch, tokens, shapes["x_embedder.weight"][1], dtype=dtype), "x_embedder")
     time = _condition(tape, batch)
-    text = tape.given(batch, TEXT_TOKENS, shapes["context_embedder.weight"][1], dtype=dtype)
+    text = tape.given(batch, T5_TOKENS, shapes["context_embedder.weight"][1], dtype=dtype)
     text = tape.linear(text, "context_embedder")
-    rotary = tape.given(TEXT_TOKENS + tokens, size), tape.given(TEXT_TOKENS + tokens, size)
+    rotary = tape.given(T5_TOKENS + tokens, size), tape.given(T5_TOKENS + tokens, size)
     for number in range(count_blocks(shapes, "transformer_blocks.")):
         with tape.block(states, text, time):
             states, text = _block(tape, f"transformer_blocks.{number}", states, text, time, rotary)
@@ -112,21 +112,9 @@ def modulate_last(tape: Tape, states: Value, time: Value) -> Value:
     return modulate(tape, states, changes)
 
 
-def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
-    """Latents of 16 channels, 8 pixels apart; the pooled states of CLIP and those of T5."""
-    latents = sum(16 * (height // 8) * (width // 8) for _, height, width in sizes.pictures)
-    pooled = shapes["time_text_embed.text_embedder.linear_1.weight"][1]
-    return EncodedSize(latents, pooled + TEXT_TOKENS * shapes["context_embedder.weight"][1])
-
-
-def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
-    """Always as many."""
-    return TEXT_TOKENS
-
-
 def map_numbers(frames: int, height: int, width: int) -> int:
     """128 channels at the size of the picture."""
     return 128 * height * width
 
 
-MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers)
+MEMORY = MemoryFacts(play, map_numbers)

@@ -13,7 +13,6 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
-    LatentFacts,
     Layout,
     Medium,
     References,
@@ -23,6 +22,7 @@ from diffsynth_core.families.interface import (
     Variant,
 )
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import LatentFacts
 
 SIZE_FACTOR = 16
 """Pixels along each side of a token: 8 of the VAE, then patches of 2 x 2 of its latents."""

@@ -3,13 +3,13 @@
 Source: `Flux2Transformer2DModel` of diffusers.
 """
 
-from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
+from diffsynth_core.families.flux2.captions import MAX_TOKENS
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import MemoryFacts
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
-TEXT_TOKENS = 512
 
 
 def play(tape: Tape, sizes: StepSizes) -> None:
@@ -26,9 +26,9 @@ def play(tape: Tape, sizes: StepSizes) -> None:
         for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
     ]
     states = tape.linear(tape.given(batch, tokens, shapes["x_embedder.weight"][1], dtype=given), "x_embedder")
-    text = tape.given(batch, TEXT_TOKENS, shapes["context_embedder.weight"][1], dtype=dtype)
+    text = tape.given(batch, MAX_TOKENS, shapes["context_embedder.weight"][1], dtype=dtype)
     text = tape.linear(text, "context_embedder")
-    rotary = tape.given(TEXT_TOKENS + tokens, size), tape.given(TEXT_TOKENS + tokens, size)
+    rotary = tape.given(MAX_TOKENS + tokens, size), tape.given(MAX_TOKENS + tokens, size)
     for number in range(count_blocks(shapes, "transformer_blocks.")):
         with tape.block(states, text, *modulations[:2]):
             states, text = _block(tape, f"transformer_blocks.{number}", states, text, modulations, rotary)
@@ -107,20 +107,9 @@ def _gate(tape: Tape, states: Value, changes: Value) -> Value:
     return tape.view(changes, changes.shape[0], 1, states.shape[-1])
 
 
-def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
-    """Latents in patches, 16 pixels apart; states of the text encoder as wide as the transformer takes them."""
-    channels = shapes["x_embedder.weight"][1]
-    return EncodedSize(channels * sum(sizes.tokens(TOKEN_SIDE)), TEXT_TOKENS * shapes["context_embedder.weight"][1])
-
-
-def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
-    """Always as many."""
-    return TEXT_TOKENS
-
-
 def map_numbers(frames: int, height: int, width: int) -> int:
     """128 channels at the size of the picture."""
     return 128 * height * width
 
 
-MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers)
+MEMORY = MemoryFacts(play, map_numbers)

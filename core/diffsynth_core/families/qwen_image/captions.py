@@ -1,6 +1,8 @@
 """How Qwen2.5-VL reads the captions of Qwen-Image, as diffusers' pipelines give them to it. No torch."""
 
-from diffsynth_core.families.interface import CaptionFacts
+from dataclasses import replace
+
+from diffsynth_core.families.size_facts import CaptionFacts
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\n"
@@ -27,5 +29,23 @@ MAX_EDIT_TOKENS = 3072
 WIDTH = 3584
 """Values in a state of Qwen2.5-VL 7B."""
 
-TEXT = CaptionFacts("tokenizer_path", MAX_TOKENS, WIDTH, PROMPT_TEMPLATE, DROPPED_TOKENS)
-EDIT_TEXT = CaptionFacts("tokenizer_path", MAX_EDIT_TOKENS, WIDTH, EDIT_TEMPLATE, DROPPED_EDIT_TOKENS)
+PICTURE_SIDE = 28
+"""Pixels of a token of a picture that Qwen2.5-VL sees: patches of 14, joined two by two."""
+PICTURE_TOKENS = 4
+"""The fewest of a picture, the `min_pixels` (56 x 56) of its processor."""
+PICTURE = "<|vision_start|>{picture}<|vision_end|>"
+
+TEXT = CaptionFacts(
+    "tokenizer_path", MAX_TOKENS, WIDTH, ("txt_in.weight", 1), PROMPT_TEMPLATE, DROPPED_TOKENS, around=5
+)
+EDIT_TEXT = replace(
+    TEXT,
+    most=MAX_EDIT_TOKENS,
+    template=EDIT_TEMPLATE,
+    dropped=DROPPED_EDIT_TOKENS,
+    announced=PICTURE,
+    picture_side=PICTURE_SIDE,
+    picture_tokens=PICTURE_TOKENS,
+)
+EDIT_PLUS_TEXT = replace(EDIT_TEXT, announced=f"Picture {{number}}: {PICTURE}")
+"""Of the models after the first, to which pictures are numbered."""

@@ -41,7 +41,7 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 
 
 def encode_edit_text(
-    components: Mapping[str, Any], caption: str, pictures: Sequence[Tensor], numbered: bool
+    components: Mapping[str, Any], caption: str, pictures: Sequence[Tensor], announced: str
 ) -> dict[str, Tensor]:
     """Last hidden states of Qwen2.5-VL over the caption behind the pictures to edit, which stand where text does.
 
@@ -51,7 +51,7 @@ def encode_edit_text(
 
     Args:
         pictures: each `[3, 1, H, W]` in [-1, 1].
-        numbered: whether each is announced by its number, as in the models after the first.
+        announced: what stands for each in the prompt (`CaptionFacts.announced`).
 
     Returns: `prompt_embeds`, `[L, 3584]` in the text encoder's dtype.
 
@@ -61,7 +61,7 @@ def encode_edit_text(
     text_encoder, processor = components["text_encoder"], components["processor_path"]
     shown = processor(images=[_to_bytes(picture) for picture in pictures], return_tensors="pt").to(text_encoder.device)
     counts = (shown.image_grid_thw.prod(dim=1) // processor.merge_size**2).tolist()
-    text = EDIT_TEMPLATE.format(announce_pictures(counts, numbered) + caption)
+    text = EDIT_TEMPLATE.format(announce_pictures(counts, announced) + caption)
     tokens = components["tokenizer_path"]([text], return_tensors="pt").to(text_encoder.device)
     length = tokens.input_ids.shape[1] - DROPPED_EDIT_TOKENS
     if length > MAX_EDIT_TOKENS:
@@ -81,11 +81,10 @@ def encode_edit_text(
     return {"prompt_embeds": states.last_hidden_state[0, DROPPED_EDIT_TOKENS:]}
 
 
-def announce_pictures(counts: Sequence[int], numbered: bool) -> str:
+def announce_pictures(counts: Sequence[int], announced: str) -> str:
     """What stands for pictures of so many tokens each in the prompt."""
     return "".join(
-        f"{f'Picture {number}: ' if numbered else ''}<|vision_start|>{PICTURE_TOKEN * count}<|vision_end|>"
-        for number, count in enumerate(counts, start=1)
+        announced.format(number=number, picture=PICTURE_TOKEN * count) for number, count in enumerate(counts, start=1)
     )
 
 

@@ -11,6 +11,7 @@ from diffsynth_core.families.family import TRAINING_STEPS, Encoded, Family
 from diffsynth_core.families.interface import ComponentFiles, EncoderFacts, Shapes
 from diffsynth_core.families.qwen_image import components as building
 from diffsynth_core.families.qwen_image import encode, inputs, rehearsal
+from diffsynth_core.families.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.variants import EDIT_IMAGE
 
@@ -34,8 +35,8 @@ class QwenImage(Family):
             case "text":
                 return encode.encode_text(components, sample["prompt"])
             case "edit_text" | "edit_plus_text":
-                pictures, numbered = sample[encoder.columns[1]], encoder.name == "edit_plus_text"
-                return encode.encode_edit_text(components, sample["prompt"], pictures, numbered)
+                announced = (EDIT_TEXT if encoder.name == "edit_text" else EDIT_PLUS_TEXT).announced
+                return encode.encode_edit_text(components, sample["prompt"], sample[encoder.columns[1]], announced)
             case "edit_latents":
                 return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
             case control.CONTROL_LATENTS:

@@ -3,18 +3,12 @@
 Source: `QwenImageTransformer2DModel` of diffusers.
 """
 
-from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import MemoryFacts
 from diffsynth_core.families.tape import StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
-TEXT_TOKEN_SIDE = 28
-"""Pixels of a token of a picture that the text encoder sees."""
-TEMPLATE_TOKENS = 5
-"""Of the template behind the caption; those before it are dropped."""
-MAX_TOKENS = 1024
-"""Text tokens that are kept of a caption."""
 TEXT_POSITIONS = 4096
 """Rows of the table of rotary positions of which texts see a part."""
 
@@ -104,21 +98,9 @@ def _feed_forward(tape: Tape, name: str, states: Value) -> Value:
     return tape.linear(tape.activation(tape.linear(states, f"{name}.net.0.proj")), f"{name}.net.2")
 
 
-def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
-    """Latents of 16 channels, 8 pixels apart; states of the text encoder as wide as the transformer takes them."""
-    latents = sum(16 * (height // 8) * (width // 8) for _, height, width in sizes.pictures)
-    return EncodedSize(latents, sizes.text_tokens * shapes["txt_in.weight"][1])
-
-
-def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
-    """Tokens of a caption and the end of its template, and of pictures as the text encoder sees them."""
-    seen = sum((height // TEXT_TOKEN_SIDE) * (width // TEXT_TOKEN_SIDE) for _, height, width in pictures)
-    return min(caption + TEMPLATE_TOKENS, MAX_TOKENS) + seen
-
-
 def map_numbers(frames: int, height: int, width: int) -> int:
     """96 channels at the size of the picture, of one frame."""
     return 96 * height * width
 
 
-MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers)
+MEMORY = MemoryFacts(play, map_numbers)

@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from diffsynth_core.families.interface import Published, Shapes
+from diffsynth_core.families.interface import Shapes
 from diffsynth_core.families.shapes import layer_shapes, repeat_block
+from diffsynth_core.families.size_facts import Published
 
 TEXT_WIDTH = 3584
 HEAD_SIZE = 128

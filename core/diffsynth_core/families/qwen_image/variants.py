@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffsynth_core.families.control import CONTROLNET_IMAGE, with_controlnet
-from diffsynth_core.families.interface import EncoderFacts, LatentFacts, Medium, References, Shapes, Variant
-from diffsynth_core.families.qwen_image.captions import EDIT_TEXT, TEXT
+from diffsynth_core.families.interface import EncoderFacts, Medium, References, Shapes, Variant
+from diffsynth_core.families.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT, TEXT
 from diffsynth_core.families.qwen_image.names import dead_in_controlnet
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import LatentFacts
 
 EDIT_IMAGE = "edit_image"
 """The extra input and metadata column of the pictures to edit, and what the VAE's encoder calls them."""
@@ -108,8 +109,12 @@ def edit_variant(model: EditModel) -> Variant:
     """What an editing model needs: the picture half of its text encoder is in use."""
     shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_picture else None)
     small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
-    text_name, text_shown = ("edit_text", EDIT_IMAGE) if model.one_picture else ("edit_plus_text", EDIT_IMAGE_SMALL)
-    text = EncoderFacts(name=text_name, component="text_encoder", columns=("prompt", text_shown), caption=EDIT_TEXT)
+    name, read, facts = (
+        ("edit_text", EDIT_IMAGE, EDIT_TEXT)
+        if model.one_picture
+        else ("edit_plus_text", EDIT_IMAGE_SMALL, EDIT_PLUS_TEXT)
+    )
+    text = EncoderFacts(name=name, component="text_encoder", columns=("prompt", read), caption=facts)
     return Variant(
         title=model.title,
         model_id=model.model_id,

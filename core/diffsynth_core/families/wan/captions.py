@@ -3,7 +3,7 @@
 import html
 import re
 
-from diffsynth_core.families.interface import CaptionFacts
+from diffsynth_core.families.size_facts import CaptionFacts
 
 MAX_TOKENS = 512
 """Text tokens that the transformer sees, always as many; behind the caption they are zero."""
@@ -17,4 +17,11 @@ def clean_caption(caption: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-TEXT = CaptionFacts("tokenizer_path", MAX_TOKENS, width=4096, clean=clean_caption)
+TEXT = CaptionFacts(
+    "tokenizer_path",
+    MAX_TOKENS,
+    4096,
+    ("condition_embedder.text_embedder.linear_1.weight", 1),
+    around=1,
+    clean=clean_caption,
+)

@@ -9,15 +9,15 @@ from diffsynth_core.families.interface import (
     EncoderFacts,
     FamilyFacts,
     Fit,
-    LatentFacts,
     Layout,
     Medium,
     Shapes,
     TokenizerFacts,
     Variant,
 )
+from diffsynth_core.families.size_facts import LatentFacts, StateFacts
 from diffsynth_core.families.wan import captions, names
-from diffsynth_core.families.wan.memory import MEMORY
+from diffsynth_core.families.wan.memory import EMBEDDER, MEMORY, PICTURE_TOKENS
 from diffsynth_core.families.wan.sizes import PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -35,10 +35,7 @@ OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
 MASK_CHANNELS = 4
 """Beside the latents of the frames shown: a bit for each of the four frames in a latent one."""
-CLIP_STATES = 257 * 1280
-"""Values that CLIP makes of one frame."""
 CLIPS = Medium("video", "video", size_factor=16, frame_step=4)
-EMBEDDER = "condition_embedder"
 TI2V_NAME = "-TI2V-"
 """In the names of repositories of TI2V."""
 PATCH = 4
@@ -114,7 +111,11 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         columns=("video",),
         inputs=shown if two_images else (),
         first_frame_only=not two_images,
-        states=CLIP_STATES * (max(1, len(shown)) if two_images else 1),
+        states=StateFacts(
+            PICTURE_TOKENS * (max(1, len(shown)) if two_images else 1),
+            1280,
+            (f"{EMBEDDER}.image_embedder.norm1.weight", 0),
+        ),
     )
     return Variant(
         title="Wan (image to video)",

@@ -3,15 +3,14 @@
 Source: `WanTransformer3DModel` of diffusers.
 """
 
-import math
-
-from diffsynth_core.families.interface import EncodedSize, MemoryFacts, Shapes
+from diffsynth_core.families.interface import Shapes
 from diffsynth_core.families.shapes import count_blocks
+from diffsynth_core.families.size_facts import MemoryFacts
 from diffsynth_core.families.tape import StepSizes, Tape, Value
+from diffsynth_core.families.wan.captions import MAX_TOKENS
 from diffsynth_core.families.wan.sizes import head_size
 
 FRAMES_PER_LATENT = 4
-TEXT_TOKENS = 512
 PICTURE_TOKENS = 257
 """Of one picture shown to the image encoder."""
 WIDE = frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
@@ -28,7 +27,7 @@ def play(tape: Tape, sizes: StepSizes) -> None:
     states = tape.copy(tape.convolution(tape.given(*latents, dtype=dtype), "patch_embedding", batch, tokens, width))
     times = tokens if sizes.given else 1
     time, changes = _times(tape, batch, times)
-    text = tape.given(batch, TEXT_TOKENS, shapes[f"{EMBEDDER}.text_embedder.linear_1.weight"][1], dtype=dtype)
+    text = tape.given(batch, MAX_TOKENS, shapes[f"{EMBEDDER}.text_embedder.linear_1.weight"][1], dtype=dtype)
     hidden = tape.activation(tape.linear(text, f"{EMBEDDER}.text_embedder.linear_1"))
     text = tape.linear(hidden, f"{EMBEDDER}.text_embedder.linear_2")
     shown = _shown(tape, batch)
@@ -100,7 +99,7 @@ def _attention(
     pictures = f"{name}.add_k_proj.weight" in shapes
     texts = context or states
     if context and pictures:
-        texts = tape.cut(context, context.shape[0], TEXT_TOKENS, context.shape[-1])
+        texts = tape.cut(context, context.shape[0], MAX_TOKENS, context.shape[-1])
     query = tape.rms_norm(tape.linear(states, f"{name}.to_q"), f"{name}.norm_q")
     key = tape.rms_norm(tape.linear(texts, f"{name}.to_k"), f"{name}.norm_k")
     value = tape.linear(texts, f"{name}.to_v")
@@ -109,7 +108,7 @@ def _attention(
         query, key = tape.turn_in_parts(query, *rotary), tape.turn_in_parts(key, *rotary)
     seen = None
     if context and pictures:
-        shown = tape.cut(context, context.shape[0], context.shape[1] - TEXT_TOKENS, context.shape[-1])
+        shown = tape.cut(context, context.shape[0], context.shape[1] - MAX_TOKENS, context.shape[-1])
         picture_key = tape.rms_norm(tape.linear(shown, f"{name}.add_k_proj"), f"{name}.norm_added_k")
         picture_value = tape.linear(shown, f"{name}.add_v_proj")
         seen = tape.attention(query, _heads(tape, picture_key), _heads(tape, picture_value))
@@ -138,22 +137,9 @@ def _normed(tape: Tape, states: Value, scale: str) -> Value:
     return tape.cast(tape.layer_norm(tape.cast(states, "float32"), scale), states.dtype)
 
 
-def encoded(shapes: Shapes, sizes: StepSizes) -> EncodedSize:
-    """Latents, what I2V is shown beside them, and states of the text encoder and of pictures shown."""
-    latents = latent_shape(shapes, 1, sizes.pictures[0])
-    text = TEXT_TOKENS * shapes[f"{EMBEDDER}.text_embedder.linear_1.weight"][1]
-    shown = shapes.get(f"{EMBEDDER}.image_embedder.norm1.weight", (0,))[0] * PICTURE_TOKENS
-    return EncodedSize(math.prod(latents), text + shown)
-
-
-def count_text_tokens(caption: int, pictures: tuple[tuple[int, int, int], ...]) -> int:
-    """Always as many."""
-    return TEXT_TOKENS
-
-
 def map_numbers(frames: int, height: int, width: int) -> int:
     """96 channels at the size of the clip, of four frames at once."""
     return 96 * min(frames, FRAMES_PER_LATENT) * height * width
 
 
-MEMORY = MemoryFacts(play, encoded, count_text_tokens, map_numbers, WIDE)
+MEMORY = MemoryFacts(play, map_numbers, WIDE)

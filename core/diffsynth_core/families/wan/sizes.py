@@ -3,8 +3,9 @@
 import math
 from functools import partial
 
-from diffsynth_core.families.interface import Published, Shapes
+from diffsynth_core.families.interface import Shapes
 from diffsynth_core.families.shapes import layer_shapes, repeat_block
+from diffsynth_core.families.size_facts import Published
 
 LARGEST_HEAD_SIZE = 128
 """Size of an attention head of every published transformer: shapes give only heads times size."""

@@ -1,16 +1,12 @@
-"""How many tokens captions have, by the tokenizer of a recipe where it is on disk. No torch, no transformers."""
+"""How many tokens captions have, by their tokenizer where it is on disk. No torch, no transformers."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.interface import CaptionFacts, FamilyFacts, TokenizerFacts, Variant
-from diffsynth_core.families.table import component_at
-from diffsynth_core.files import model_base_path
-from diffsynth_core.sources.model_files import locate_folder, split_entry
-from diffsynth_core.validation.rules import CaptionRule
+from diffsynth_core.families.size_facts import CaptionFacts
 
 CHARACTERS_PER_TOKEN = 4
 """Of plain English, as a rule of thumb; characters outside ASCII count as a token each."""
@@ -20,37 +16,26 @@ QWEN_WORDS = (
 """Where Qwen2's tokenizer cuts a text before it looks for pairs. Source: `Qwen2Tokenizer` of transformers."""
 
 
-def caption_rule(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> CaptionRule | None:
-    """How the text encoder of a run reads captions, and where its tokenizer lies; None when the family does not say."""
-    caption = next((encoder.caption for encoder in variant.encoders if encoder.caption), None)
-    if caption is None:
-        return None
-    tokenizer = facts.tokenizers[caption.tokenizer]
-    given: str | None = getattr(parameters, caption.tokenizer)
-    places = [given] if given else [*_beside(parameters, facts, tokenizer), tokenizer.default]
-    base = model_base_path()
-    return CaptionRule(caption, next((folder for place in places if (folder := locate_folder(place, base))), None))
+@dataclass(frozen=True)
+class CaptionRule:
+    """How a text encoder reads captions, and the folder of its tokenizer; None where that is not on disk."""
 
-
-def _beside(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
-    """Where the tokenizer lies beside the files that a recipe names for its text encoder."""
-    folders = []
-    for entry in parameters.model_id_with_origin_paths:
-        model_id, pattern = split_entry(entry) or ("", "")
-        component = component_at(pattern, facts, model_id)
-        if component and component.name == tokenizer.component:
-            here = Path(pattern).parent
-            folders += [f"{model_id}:{(here / folder).as_posix()}" for folder in tokenizer.folders]
-    return folders
+    facts: CaptionFacts
+    tokenizer: Path | None = None
 
 
 def count_tokens(captions: Sequence[str], rule: CaptionRule) -> tuple[list[int], bool]:
     """Tokens of each caption, were nothing cut off, and whether they are counted; else they are estimated."""
-    texts = [rule.facts.template.format(rule.facts.clean(caption)) for caption in captions]
+    texts = [rule.facts.template.format(rule.facts.clean(_whole_characters(caption))) for caption in captions]
     tokenizer = _load(rule.tokenizer) if rule.tokenizer else None
     if tokenizer is None:
-        return [estimate_tokens(rule.facts.clean(caption)) for caption in captions], False
+        return [rule.facts.around + estimate_tokens(rule.facts.clean(caption)) for caption in captions], False
     return [len(encoded.ids) - rule.facts.dropped for encoded in tokenizer.encode_batch(texts)], True
+
+
+def _whole_characters(caption: str) -> str:
+    """A caption without halves of characters, which tokenizers do not take."""
+    return caption if caption.isascii() else caption.encode("utf-8", "replace").decode("utf-8")
 
 
 def estimate_tokens(caption: str) -> int:

@@ -1,0 +1,179 @@
+"""Which family the files of a run are of, and which of its components each is. No torch."""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import Problem
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger
+from diffsynth_core.families.table import (
+    FAMILIES,
+    component_at,
+    family_of_model,
+    find_stranger,
+    not_trained,
+    recognise,
+    recognise_family,
+    unknown_family,
+)
+from diffsynth_core.sources.model_files import FileSet, split_entry
+from diffsynth_core.state_dicts.headers import TensorHeader, shapes_of
+
+
+@dataclass(frozen=True)
+class AssignedFiles:
+    """Files by component; `told`: components whose absence a problem has explained already."""
+
+    components: dict[str, ComponentFiles]
+    shapes: dict[str, Shapes]
+    told: set[str]
+
+
+def find_family(
+    family: str | None,
+    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    complete: bool,
+    problems: list[Problem],
+) -> FamilyFacts | None:
+    """The family asked for, else that of the transformer; a file set that is missing (not `complete`) may be it."""
+    if family:
+        if family not in FAMILIES:
+            problems.append(unknown_family(family))
+        return FAMILIES.get(family)
+    facts = _family_of_files(headers)
+    if headers and complete and facts is None:
+        problems.append(
+            Problem(
+                "none of the model files is a diffusion transformer of a known family",
+                f"known: {', '.join(FAMILIES)}",
+                wrong_use=True,
+            )
+        )
+    return facts
+
+
+def _family_of_files(headers: list[tuple[FileSet, dict[str, TensorHeader]]]) -> FamilyFacts | None:
+    """The family of the transformer; without one, that of the repositories, or the only one that knows all files."""
+    for _, tensors in headers:
+        if facts := recognise_family(tensors):
+            return facts
+    for file_set, _ in headers:
+        parts = split_entry(file_set.origin)
+        if parts and (facts := family_of_model(parts[0])):
+            return facts
+    fitting = [facts for facts in FAMILIES.values() if all(recognise(tensors, facts) for _, tensors in headers)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def family_named(entries: Iterable[str]) -> FamilyFacts | None:
+    """The family of the first repository that is known by its name."""
+    names = (parts[0] for parts in map(split_entry, entries) if parts)
+    return next(filter(None, map(family_of_model, names)), None)
+
+
+def refused_models(entries: Iterable[str]) -> list[Problem]:
+    """The problem that files belong to a model that is known and not trained here; one for each such model."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        if what := not_trained(entry):
+            found.setdefault(what, entry)
+    hint = "`diffsynth recipe list` names what is"
+    return [
+        Problem(f"`{entry}` belongs to {what}, which is not supported yet", hint, wrong_use=True)
+        for what, entry in found.items()
+    ]
+
+
+def assign_files(
+    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    facts: FamilyFacts,
+    parameters: Parameters,
+    problems: list[Problem],
+) -> AssignedFiles:
+    """Which files are which component, told by their tensors; the name only says what the user took them for."""
+    assigned = AssignedFiles({}, {}, set())
+    components = assigned.components
+    taken: dict[str, FileSet] = {}
+    for file_set, tensors in headers:
+        found = recognise(tensors, facts)
+        if found is None:
+            stranger, other = find_stranger(tensors, facts), recognise_family(tensors)
+            problems.append(_unrecognised(file_set, tensors, facts, stranger, other))
+            expected = _expected(file_set, facts) or (facts.denoiser if other else None)
+            assigned.told.update(name for name in (stranger.component if stranger else expected,) if name)
+            continue
+        component, layout = found
+        if component.name in taken:
+            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.told))
+            continue
+        taken[component.name] = file_set
+        config = _config_beside(file_set.paths[0], component, facts)
+        folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
+        settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
+        float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
+        components[component.name] = ComponentFiles(
+            component.name, file_set.source, file_set.paths, config, layout, folders, settings, float8
+        )
+        assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
+    return assigned
+
+
+def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, told: set[str]) -> Problem:
+    """Two file sets are one component; if one of them is named like another component, that is the mistake."""
+    for file_set in both:
+        expected = _expected(file_set, facts)
+        if expected and expected != component.name:
+            told.add(expected)
+            return Problem(
+                f"`{file_set.origin}` holds the {component.name} of {facts.title}, not its {expected}",
+                f"put the {expected} ({facts.component(expected).title}) there, or name its files",
+                wrong_use=True,
+            )
+    first, second = both
+    return Problem(
+        f"`{second.origin}` and `{first.origin}` are both the {component.name} of {facts.title}",
+        "name one of them",
+        wrong_use=True,
+    )
+
+
+def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
+    """The component that a place in a repository is usually that of."""
+    parts = split_entry(file_set.origin)
+    component = component_at(parts[1], facts, parts[0]) if parts else None
+    return component.name if component else None
+
+
+def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
+    """The config.json in the folder of the weights, unless it says that it belongs to another component."""
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return None
+    others = [name for other in facts.components if other is not component for name in other.config_classes]
+    with suppress(OSError, ValueError, AttributeError):  # whoever reads it tells what is wrong with it
+        class_name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
+        if any(fnmatch(class_name, pattern) for pattern in others):
+            return None
+    return config
+
+
+def _unrecognised(
+    file_set: FileSet,
+    tensors: Mapping[str, TensorHeader],
+    facts: FamilyFacts,
+    stranger: Stranger | None,
+    other: FamilyFacts | None,
+) -> Problem:
+    """The problem that files are no component; of a stranger and of another family's transformer it is known what."""
+    if stranger:
+        what = f"is {stranger.title}, not a component of {facts.title}"
+    elif other:
+        what = f"is the transformer of {other.title}, not a component of {facts.title}"
+    else:
+        what = f"is no component of {facts.title}; it begins with `{next(iter(tensors), '')}`"
+    known = ", ".join(component.name for component in facts.components)
+    return Problem(f"`{file_set.origin}` {what}", f"name files of its components: {known}", wrong_use=True)

@@ -1,0 +1,85 @@
+"""What the sizes of encodings are foretold to be, against the tensors that encoders of every family make."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.families.encoded_sizes import EncodedSize
+from diffsynth_core.families.table import load_family
+from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.sizes import run_sizes
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.loop import make_accelerator
+from diffsynth_core.training.rehearsal import prepare
+from diffsynth_core.training.stop import StopRequest
+from diffsynth_core.validation.rules import CaptionRule, Thresholds, rules_of
+from diffsynth_core.validation.set_checks import encoded_bytes, shapes_of
+from diffsynth_core.validation.validate import Wish, validate
+
+RECIPES = (
+    "qwen-image-lora",
+    "qwen-image-edit-lora",
+    "qwen-image-edit-2509-lora",
+    "wan2.1-t2v-1.3b-lora",
+    "wan2.1-i2v-14b-480p-lora",
+    "wan2.2-i2v-a14b-lora",
+    "wan2.2-ti2v-5b-lora",
+    "flux.1-dev-lora",
+    "flux.1-kontext-dev-lora",
+    "flux.2-klein-4b-lora",
+    "flux.2-klein-9b-lora",
+)
+TI2V_MARKS = 1e-3
+"""Share of the numbers that mark the latent frames which are given, and that are not counted."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("encoded_sizes")
+
+
+@pytest.fixture(params=RECIPES)
+def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[Plan, EncodingsPlan]:
+    """The plan of a rehearsal, whose samples are encoded."""
+    reporter = SilentReporter()
+    given = {"recipe": request.param, "device": "cpu", "cache_path": str(folder / "cache"), "dataset_num_workers": 0}
+    given |= {"output_path": str(folder / "out"), "max_steps": 64, "mixed_precision": "no"}
+    first = resolve(given) if "wan2.2-i2v" not in request.param else resolve(given | {"only": "high"})
+    plain, base = prepare(first, reporter)
+    plan = make_plan(plain, reporter, base=base)
+    encodings = plan_encodings(plan, reporter)
+    fill_cache(plan, encodings, load_family(plan.facts.name), make_accelerator(plan), reporter, StopRequest())
+    return plan, encodings
+
+
+def made(plan: Plan, encodings: EncodingsPlan) -> EncodedSize:
+    """Numbers in the tensors of the cache."""
+    total = EncodedSize()
+    for part in encodings.encoders:
+        for index in range(len(plan.samples.samples)):
+            numbers = sum(tensor.numel() for tensor in part.cache.read(part.keys[index]).values())
+            total += EncodedSize(wide=numbers) if part.encoder.latents else EncodedSize(narrow=numbers)
+    return total
+
+
+def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
+    plan, encodings = encoded
+    foretold, measured = run_sizes(plan), made(plan, encodings)
+    assert foretold.counted
+    assert foretold.encoded.narrow == measured.narrow
+    assert foretold.encoded.wide == pytest.approx(measured.wide, rel=TI2V_MARKS if plan.variant.given_frames else 0)
+
+
+def test_the_report_of_the_dataset_foretells_the_same(encoded):
+    plan, _ = encoded
+    parameters = plan.parameters
+    rules = rules_of(parameters, plan.facts, plan.variant, Thresholds(), "a recipe")
+    (caption,) = (encoder.caption for encoder in plan.variant.encoders if encoder.caption)
+    rules = replace(rules, captions=CaptionRule(caption, plan.tokenizers.get(caption.tokenizer)))
+    _, examined = validate(parameters.dataset_base_path, rules, Wish("files", workers=1), SilentReporter())
+    published = run_sizes(replace(plan, shapes={})).encoded
+    assert encoded_bytes(examined, shapes_of(examined)) == (published.wide * 4 + published.narrow * 2, True)
