@@ -1,29 +1,15 @@
 """A plan as lines of text."""
 
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from diffsynth_core.config.documents import format_value
-from diffsynth_core.config.parameters import SETTINGS, as_plain, memory_bytes
+from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
-from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.lora_targets import kinds_of
-from diffsynth_core.planning.memory import (
-    Choice,
-    TrainingMemory,
-    choice_of,
-    count_parameters,
-    device_memory,
-    disk_use,
-    file_bytes,
-    host_memory,
-    unknown_parts,
-)
+from diffsynth_core.planning.memory import count_parameters, file_bytes
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import RunSizes, run_sizes
 from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
 SHOWN_SIZES = 6
@@ -43,108 +29,15 @@ def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
 
 
 def parameter_lines(plan: Plan) -> Iterator[str]:
-    """The parameters that are not at their defaults, one a line, as flags."""
+    """The parameters that are not at their defaults, one a line, and where all are shown."""
     yield "Parameters that are not at their defaults"
     plain = as_plain(plan.parameters)
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
         if value != setting.default and name not in ("recipe", "config", "dry_run"):
-            yield f"  {name:<28} {format_value(plain[name])}"
-
-
-def estimate_lines(plan: Plan) -> Iterator[str]:
-    """What a run takes of memory and disk, a part a line, with what is not counted."""
-    run = run_sizes(plan)
-    sizes = run.largest
-    choice = choice_of(plan, sizes)
-    memory = device_memory(plan, choice)
-    shown = " and ".join(_size(picture) for picture in sizes.pictures)
-    basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
-    device = "CPU" if choice.device == "cpu" else "GPU"
-    yield f"Memory of the {device}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
-    if memory.training:
-        yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
-    for part in memory.encoding:
-        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
-    yield f"  {_amount(memory.peak)}  at most at once"
-    yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
-    yield "Host memory, beside Python and its libraries"
-    yield from _table(host_memory(plan, choice, memory, run.encoded))
-    yield from _disk_lines(plan, choice, run)
-    yield from fit_lines(plan)
-
-
-def fit_lines(plan: Plan) -> Iterator[str]:
-    """Whether a run fits in `gpu_memory`, and what makes it fit; nothing where that is not given."""
-    if plan.parameters.gpu_memory:
-        choice = choice_of(plan, run_sizes(plan).largest)
-        yield from _fit_lines(find_fit(plan, choice, memory_bytes(plan.parameters.gpu_memory)))
-
-
-def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
-    kept = "recomputed block by block" if _recomputes(plan) else "all kept"
-    waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
-    return {
-        **{f"weights of {name}": size for name, size in training.weights.items()},
-        **({"LoRA": training.adapters} if training.adapters else {}),
-        "gradients": training.gradients,
-        "state of the optimizer (AdamW)": training.optimizer,
-        f"activations ({kept}{waiting})": training.activations,
-        **({"weights as autocast casts them for a forward pass": training.casts} if training.casts else {}),
-    }
-
-
-def _recomputes(plan: Plan) -> bool:
-    return plan.parameters.use_gradient_checkpointing or plan.parameters.use_gradient_checkpointing_offload
-
-
-def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
-    disk = disk_use(plan, choice, run.encoded)
-    samples = len(plan.samples.samples)
-    yield "Disk"
-    if not plan.encoded:
-        where = plan.cache if plan.task.trains else plan.parameters.output_path
-        what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
-        known = _amount(disk.cache) if disk.cache else f"{'unknown':>9}"
-        yield f"  {known}  {what} in `{where}`{_free(where, disk.cache)}"
-    if plan.task.trains:
-        many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
-        what = many if disk.checkpoints else "each checkpoint"
-        written = disk.checkpoint * max(1, disk.checkpoints) + 2 * disk.state
-        yield f"  {_amount(written)}  {what} and the state to resume from ({format_bytes(disk.state)}, twice while it is written) in `{plan.parameters.output_path}`{_free(plan.parameters.output_path, written)}"
-    yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
-
-
-def _free(folder: Path, needed: int) -> str:
-    """How much the disk below a folder has free, and whether that is enough."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
-    return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
-
-
-def _fit_lines(fit: Fit) -> Iterator[str]:
-    limit = format_bytes(fit.limit)
-    if fit.as_it_is:
-        yield f"Fits in {limit}: {format_bytes(fit.limit - fit.peak)} are left for what is not counted"
-        return
-    yield f"Does not fit in {limit}: {format_bytes(fit.peak)} are needed. Tried, that first which costs the least:"
-    for trial in fit.tried:
-        verdict = "fits" if trial.peak <= fit.limit else "does not fit"
-        yield f"  {_amount(trial.peak)}  {' and '.join(change.words for change in trial.changes)}: {verdict}"
-    if fit.fits:
-        yield f"To make it fit: `{' '.join(change.flag for change in fit.tried[-1].changes)}`"
-    else:
-        yield f"Nothing that was tried makes it fit in {limit}"
-
-
-def _table(parts: Mapping[str, int]) -> Iterator[str]:
-    for name, size in parts.items():
-        yield f"  {_amount(size)}  {name}"
-
-
-def _amount(size: int) -> str:
-    """Bytes as a column."""
-    return f"{format_bytes(size):>9}"
+            yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}"
+    if plan.parameters.recipe:
+        yield f"  all parameters of the recipe: `diffsynth recipe show {plan.parameters.recipe}`"
 
 
 def _component_lines(plan: Plan) -> Iterator[str]:
@@ -155,9 +48,9 @@ def _component_lines(plan: Plan) -> Iterator[str]:
             if name in plan.published
             else f"{count_of(len(files.paths), 'file')}, {size}"
         )
-        yield f"  {name:<14} {files.origin} ({there}, {_parameters(plan, name)}){_part(plan, name)}"
+        yield f"  {name:<15} {files.origin} ({there}, {_parameters(plan, name)}){_part(plan, name)}"
     for name, files in plan.idle.items():
-        yield f"  {name:<14} {files.origin}, not loaded by `{plan.task.name}`"
+        yield f"  {name:<15} {files.origin}, not loaded by `{plan.task.name}`"
     if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
         yield f"  without a {plan.facts.denoiser} the files named and `extra_inputs` tell the kind of model: {plan.variant.title}"
     if plan.training.lora_rule:
@@ -266,11 +159,11 @@ def _part(plan: Plan, component: str) -> str:
 
 def _counted(sizes: Counter[tuple[int, int, int]]) -> str:
     """How many there are of each size, the first few of them."""
-    listed = ", ".join(f"{number} of {_size(size)}" for size, number in list(sizes.items())[:SHOWN_SIZES])
+    listed = ", ".join(f"{number} of {format_size(size)}" for size, number in list(sizes.items())[:SHOWN_SIZES])
     more = len(sizes) - SHOWN_SIZES
     return f"{listed} and {more} more sizes" if more > 0 else listed
 
 
-def _size(shape: tuple[int, int, int]) -> str:
+def format_size(shape: tuple[int, int, int]) -> str:
     frames, height, width = shape
     return f"{width} x {height}" + (f" x {count_of(frames, 'frame')}" if frames > 1 else "")

@@ -12,7 +12,10 @@ import typer
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
-from diffsynth_cli.plan_text import estimate_lines, fit_lines, parameter_lines, plan_lines
+from diffsynth_cli.errors import exit_code_of
+from diffsynth_cli.estimate_text import Estimate, estimate_lines, make_estimate, trial_lines, verdict_lines
+from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
@@ -108,18 +111,34 @@ def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_
 
 
 def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
-    """Print what each stage will do and take; what is not there for it is told afterwards.
+    """Print what each stage will do and take; before that what is not there for it, and last whether it fits.
 
-    Raises:
-        FaultsFound: when files or the dataset are not there.
+    Returns the exit code, which is that of a failure when files or the dataset are not there.
     """
     plans = _make_plans(stages, reporter, world_size, without_files=True)
+    missing = [problem for plan in plans.values() for problem in plan.missing]
+    code = exit_code_of(FaultsFound(missing)) if missing else 0
+    width = terminal_width()
+    estimates = {stage: make_estimate(plan) for stage, plan in plans.items() if not plan.parameters.rehearse}
     for stage, plan in plans.items():
-        estimated = () if plan.parameters.rehearse else estimate_lines(plan)
+        estimated = estimate_lines(plan, estimates[stage]) if stage in estimates else ()
         for line in (*_announcement(stage, plan, reporter), *parameter_lines(plan), *estimated):
-            typer.echo(line)
-    raise_if_any([problem for plan in plans.values() for problem in plan.missing])
-    return 0
+            typer.echo(wrap_line(line, width))
+    for stage, estimate in estimates.items():
+        _tell_verdict(stage, estimate, width)
+    return code
+
+
+def _tell_verdict(stage: str | None, estimate: Estimate, width: int | None) -> None:
+    """Print whether a run fits, in the colour of the answer."""
+    if estimate.fit is None:
+        return
+    verdict, *flags = verdict_lines(estimate.fit, stage)
+    typer.echo()
+    colour = None if "NO_COLOR" in os.environ else typer.colors.GREEN if estimate.fit.as_it_is else typer.colors.RED
+    typer.secho(wrap_line(verdict, width), fg=colour, bold=True if colour else None)
+    for line in flags:
+        typer.echo(line)
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
@@ -138,8 +157,9 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                     stop.raise_if_set()
                     _let_go(plan, reporter)
                 _announce(stage, plan, reporter)
-                for line in fit_lines(plan):
-                    reporter.info(line)
+                if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
+                    for line in (*trial_lines(fit), *verdict_lines(fit)):
+                        reporter.info(line)
                 tell = _carry_out(stage, plan, reporter, stop)
             except Interrupted as error:
                 if stage == first:

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from diffsynth_cli.plan_text import estimate_lines, parameter_lines, plan_lines
+from diffsynth_cli.estimate_text import estimate_lines, make_estimate
+from diffsynth_cli.plan_text import parameter_lines, plan_lines
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.planning.plan import make_plan
@@ -21,7 +22,8 @@ def test_every_plan_takes_less_than_two_seconds_without_imports(tmp_path, monkey
         started = time.perf_counter()
         for resolved in resolve_stages({"recipe": recipe, "dry_run": True, "gpu_memory": "8GB"}, ()):
             plan = make_plan(resolved, SilentReporter(), without_files=True)
-            assert [*plan_lines(plan, SilentReporter()), *parameter_lines(plan), *estimate_lines(plan)]
+            estimated = estimate_lines(plan, make_estimate(plan))
+            assert [*plan_lines(plan, SilentReporter()), *parameter_lines(plan), *estimated]
         seconds[recipe] = time.perf_counter() - started
     slowest = max(seconds, key=seconds.__getitem__)
     print(f"\nslowest of {len(seconds)} plans: {slowest}, {seconds[slowest]:.2f} s")

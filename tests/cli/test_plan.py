@@ -1,14 +1,16 @@
 """What the dry run tells on a machine that holds nothing yet: the plan, what it takes, and what is missing."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from diffsynth_cli.wrapping import wrap_line
 from diffsynth_core.config.recipes import recipe_names
 
 QWEN = "Qwen/Qwen-Image:"
 NOT_HERE = (
-    f"  dit            {QWEN}transformer/diffusion_pytorch_model*.safetensors (not here, 40.9 GB as published, "
+    f"  dit             {QWEN}transformer/diffusion_pytorch_model*.safetensors (not here, 40.9 GB as published, "
     "20.4 billion parameters), LoRA of rank 32 on 717 modules"
 )
 PARTS = """\
@@ -70,42 +72,80 @@ def test_wrong_use_is_told_with_what_is_missing_and_without_a_plan(plan):
 
 
 def fit(outcome) -> list[str]:
+    """The verdict, which is the last thing that is told, and the flags below it."""
     lines = outcome.out.splitlines()
     (start,) = (number for number, line in enumerate(lines) if line.startswith(("Fits in", "Does not fit in")))
     return lines[start:]
 
 
+def tried(outcome) -> list[str]:
+    lines = outcome.out.splitlines()
+    return lines[next(number for number, line in enumerate(lines) if line.startswith("Tried")) : lines.index("", 1)]
+
+
 def test_a_gpu_that_is_large_enough(plan):
     assert fit(plan("qwen-image-lora", "--gpu_memory", "48GB")) == [
-        "Fits in 48.0 GB: 952.2 MB are left for what is not counted"
+        "Fits in 48.0 GB: 47.0 GB are needed, 952.2 MB are left for what is not counted"
     ]
 
 
 def test_the_smallest_change_that_fits_is_found(plan):
-    assert fit(plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing")) == [
-        "Does not fit in 48.9 GB: 94.5 GB are needed. Tried, that first which costs the least:",
+    outcome = plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing")
+    assert tried(outcome) == [
+        "Tried to make it fit in 48.9 GB, that first which costs the least",
         "    47.0 GB  activations recomputed: fits",
-        "To make it fit: `--use_gradient_checkpointing`",
+    ]
+    assert fit(outcome) == [
+        "Does not fit in 48.9 GB: 94.5 GB are needed",
+        "To make it fit, with 47.0 GB, give",
+        "  --use_gradient_checkpointing",
     ]
 
 
 def test_changes_are_put_together_where_none_is_enough(plan):
-    told = fit(plan("qwen-image-lora", "--gpu_memory", "24GB"))
-    assert told[1] == "    45.5 GB  activations recomputed, inputs of blocks in host memory: does not fit"
-    assert told[-2].endswith(
+    outcome = plan("qwen-image-lora", "--gpu_memory", "24GB")
+    changes, told = tried(outcome), fit(outcome)
+    assert changes[1] == "    45.5 GB  activations recomputed, inputs of blocks in host memory"
+    assert changes[-1].endswith(
         "activations recomputed, inputs of blocks in host memory and dit in 8-bit floats and rank 16: fits"
     )
     entry = f"{QWEN}transformer/diffusion_pytorch_model*.safetensors"
-    assert told[-1] == (f"To make it fit: `--use_gradient_checkpointing_offload --fp8_models {entry} --lora_rank 16`")
-    flags = told[-1].partition("`")[2].rstrip("`").split()
+    assert told == [
+        "Does not fit in 24.0 GB: 47.0 GB are needed",
+        "To make it fit, with 23.2 GB, give",
+        "  --use_gradient_checkpointing_offload \\",
+        f"  --fp8_models '{entry}' \\",
+        "  --lora_rank 16",
+    ]
+    flags = shlex.split(" ".join(line.removesuffix("\\") for line in told[2:]))
     assert fit(plan("qwen-image-lora", "--gpu_memory", "24GB", *flags))[0].startswith("Fits in 24.0 GB")
 
 
 def test_it_is_said_when_nothing_makes_it_fit(plan):
-    assert (
-        fit(plan("flux.2-klein-9b-full", "--gpu_memory", "24GB"))[-1]
-        == "Nothing that was tried makes it fit in 24.0 GB"
+    assert fit(plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")) == [
+        "Does not fit in 24.0 GB: 164.7 GB are needed; nothing that was tried makes it fit"
+    ]
+
+
+def test_each_stage_has_a_verdict_behind_all_plans(plan):
+    outcome = plan("wan2.2-t2v-a14b-lora", "--gpu_memory", "24GB")
+    verdicts = [line for line in outcome.out.splitlines() if "Does not fit" in line]
+    assert [line.partition(":")[0] for line in verdicts] == ["Stage high", "Stage low"]
+    assert outcome.out.index("Stage high: Does") > outcome.out.rindex("Tried to make it fit")
+
+
+def test_lines_are_set_in_where_the_terminal_ends():
+    assert wrap_line("    16.6 GB  text_encoder while it encodes, before", 36) == (
+        "    16.6 GB  text_encoder while it\n             encodes, before"
     )
+    assert wrap_line("  vae             Qwen/Qwen-Image:vae/model.safetensors (not here)", 40) == (
+        "  vae\n      Qwen/Qwen-Image:vae/model.safetensors\n      (not here)"
+    )
+    assert wrap_line("of any width, for programs", None) == "of any width, for programs"
+
+
+def test_all_parameters_are_shown_elsewhere(plan):
+    assert "  all parameters of the recipe: `diffsynth recipe show qwen-image-lora`" in plan("qwen-image-lora").out
 
 
 @pytest.mark.parametrize("amount", ["24", "much", "-3GB"])

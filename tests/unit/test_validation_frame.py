@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation import inspect
 from diffsynth_core.validation.findings import CODES, LEVELS, SUBJECTS, found, in_order
@@ -61,6 +62,19 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
         "crashes": "decoding it crashed",
         "third": None,
     }
+
+
+def _never_work(job: Job, line) -> None:
+    raise SystemExit(1)
+
+
+def test_workers_that_do_not_start_are_no_fault_of_a_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inspect, "WORK", _never_work)
+    with pytest.raises(DiffSynthError) as raised:
+        inspect_files(Job(tmp_path), {"first": "picture"}, 1, 2.0, SilentReporter())
+    (problem,) = raised.value.problems
+    assert problem.message == "no process can be started that decodes files: it ended at once"
+    assert problem.hint == "see whether memory is left, or leave files closed with `--depth paths`"
 
 
 def test_a_folder_with_captions_is_checked_to_the_pixels(tmp_path: Path) -> None:

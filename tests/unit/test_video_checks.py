@@ -22,6 +22,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.examined import Examined, Record
 from diffsynth_core.validation.facts import Fault, VideoFacts
 from diffsynth_core.validation.inspect import Job, inspect_files
+from diffsynth_core.validation.picture_checks import check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.table import Table
 from diffsynth_core.validation.video_checks import check_rates, check_videos
@@ -218,7 +219,9 @@ def findings(media: MediaRule | None, *videos: VideoFacts) -> list[tuple[str, in
     table = Table("metadata.csv", Path(), ("video", "prompt"), {})
     examined = Examined(table, columns, records, rules, videos={facts.path: facts for facts in videos})
     return [
-        (one.code, one.row, one.message, one.hint) for check in (check_videos, check_rates) for one in check(examined)
+        (one.code, one.row, one.message, one.hint)
+        for check in (check_videos, check_rates, check_sizes)
+        for one in check(examined)
     ]
 
 
@@ -307,3 +310,12 @@ def test_ctrl_c_leaves_no_decoder_and_no_traceback(hanging):
     said = validating.communicate(timeout=60)
     assert "Traceback" not in said[1]
     assert (validating.returncode, said[0], decoders()) == (130, "", [])
+
+
+def test_a_portrait_clip_loses_much_in_a_landscape_recipe():
+    """Of 576 x 1024 pixels 480 by 832 ones cut out 576 x 332."""
+    media = replace(RECIPE, size=SizeRule(480, 832, 10**6, 16))
+    portrait, landscape = video("tall.mp4", width=576, height=1024), video("wide.mp4", width=1920, height=1080)
+    hint = "cut it as it should be, or raise `--max_crop_loss` (now 0.2)"
+    what = "`tall.mp4` is 576 x 1024 pixels, 68% of which are cut away for 832 x 480"
+    assert findings(media, portrait, landscape) == [("IMAGE_CROP_LOSS", 1, what, hint)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from shlex import quote
 
 from diffsynth_core.planning.memory import Choice, device_memory
 from diffsynth_core.planning.plan import Plan
@@ -13,7 +14,7 @@ SHARES = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Change:
-    """Something to do otherwise: in words, by the flags that do it, and as the choice that they make."""
+    """Something to do otherwise: in words, by the flags that do it, quoted for a shell, and as the choice they make."""
 
     words: str
     flag: str
@@ -91,7 +92,7 @@ def _changes(plan: Plan, choice: Choice) -> Iterator[Change]:
     for name in _rounded(plan):
         if name not in choice.float8:
             kept = replace(choice, float8=choice.float8 | {name})
-            entries = ",".join((*plan.parameters.fp8_models, _entry(plan, name)))
+            entries = quote(",".join((*plan.parameters.fp8_models, _entry(plan, name))))
             yield Change(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
     for lower in (rank // 2, rank // 4) if plan.training.lora_component else ():
         if lower:
@@ -137,7 +138,7 @@ def _with_change(made: tuple[Change, ...], change: Change) -> tuple[Change, ...]
     others = tuple(earlier for earlier in made if earlier not in same)
     if parameter == "--fp8_models" and same:
         words = f"{same[0].words}, {change.words}"
-        change = replace(change, words=words, flag=f"{same[0].flag},{change.flag.split()[1]}")
+        change = replace(change, words=words, flag=f"{same[0].flag},{change.flag.partition(' ')[2]}")
     return (*others, change)
 
 

@@ -58,7 +58,7 @@ CODES: Mapping[str, Code] = {
     "IMAGE_BOMB": Code("picture", "error", "A picture claims more pixels than are ever decoded"),
     "IMAGE_TOO_SMALL": Code("picture", "error", "A side of a picture is shorter than the least"),
     "IMAGE_ASPECT": Code("picture", "warning", "A picture is very wide or very high"),
-    "IMAGE_CROP_LOSS": Code("picture", "warning", "Cutting a picture to its training size loses much of it"),
+    "IMAGE_CROP_LOSS": Code("picture", "warning", "Cutting a picture or video to its training size loses much of it"),
     "IMAGE_EXIF_ROTATED": Code("picture", "info", "A picture is turned upright as its EXIF orientation says"),
     "IMAGE_ALPHA": Code("picture", "warning", "A picture has transparent pixels, which are composed on white"),
     "IMAGE_MODE": Code("picture", "warning", "A picture has a colour mode that loses something on its way to RGB"),

@@ -121,7 +121,8 @@ def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float)
                     yield worker.name, facts or UNREADABLE[files[worker.name]](worker.name, reason)
                     left -= 1
                 elif reason:
-                    raise DiffSynthError(f"a worker process did not start: {reason}", "give `--workers 1`")
+                    what = f"no process can be started that decodes files: {reason}"
+                    raise DiffSynthError(what, "see whether memory is left, or leave files closed with `--depth paths`")
                 if reason:
                     _end(workers.pop(worker.line))
                     waiting.extendleft(name for name in (worker.following,) if name)
@@ -147,9 +148,10 @@ def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tupl
             try:
                 answers.append((worker, line.recv(), ""))
             except (EOFError, OSError):
-                answers.append((worker, None, "decoding it crashed"))
+                answers.append((worker, None, "decoding it crashed" if worker.name else "it ended at once"))
         elif worker.until <= time.monotonic():
-            answers.append((worker, None, f"it took more than {timeout:g} seconds (`--file_timeout`)"))
+            limit = f"{timeout:g} seconds (`--file_timeout`)" if worker.name else f"{START_SECONDS:g} seconds"
+            answers.append((worker, None, f"it took more than {limit}"))
     return answers
 
 

@@ -70,7 +70,7 @@ def check_same(examined: Examined) -> Iterator[Finding]:
 
 
 def check_sizes(examined: Examined) -> Iterator[Finding]:
-    """IMAGE_TOO_SMALL, of videos too, and IMAGE_CROP_LOSS: what becomes of files at the size they are trained at."""
+    """IMAGE_TOO_SMALL and IMAGE_CROP_LOSS, of videos too: what becomes of files at the size they are trained at."""
     rows = examined.first_rows()
     for path in dict.fromkeys(
         name for record in examined.records for name in record.files.get(examined.columns.target, ())
@@ -83,7 +83,7 @@ def check_sizes(examined: Examined) -> Iterator[Finding]:
         if small:
             what = f"`{path}` is {header.width} x {header.height} pixels{small}"
             yield found("IMAGE_TOO_SMALL", what, "replace the file or take its row out", row=rows[path], path=path)
-        elif not header.video:
+        else:
             yield from _crop_loss(path, rows[path], header, crop_of(header, excerpt), examined.rules)
 
 

@@ -53,7 +53,7 @@ class Thresholds:
         4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT"
     )
     max_crop_loss: float = _threshold(
-        0.2, "share", "The share of a picture that may be cut away before it is IMAGE_CROP_LOSS"
+        0.2, "share", "The share of a picture or video that may be cut away before it is IMAGE_CROP_LOSS"
     )
     min_side: int = _threshold(
         GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL"

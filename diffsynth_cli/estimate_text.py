@@ -1,0 +1,145 @@
+"""The estimate of a plan as lines of text: memory, disk, and whether it fits."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_cli.plan_text import format_size
+from diffsynth_core.config.parameters import memory_bytes
+from diffsynth_core.planning.fitting import Fit, find_fit
+from diffsynth_core.planning.memory import (
+    Choice,
+    TrainingMemory,
+    choice_of,
+    device_memory,
+    disk_use,
+    host_memory,
+    unknown_parts,
+)
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.sizes import ASSUMED_CAPTION, RunSizes, run_sizes
+from diffsynth_core.progress import count_of, format_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is made of, what its memory depends on, and whether it fits where `gpu_memory` is given."""
+
+    run: RunSizes
+    choice: Choice
+    fit: Fit | None
+
+
+def make_estimate(plan: Plan) -> Estimate:
+    """Estimate a run, and try what makes it fit."""
+    run = run_sizes(plan)
+    choice = choice_of(plan, run.largest)
+    limit = plan.parameters.gpu_memory
+    return Estimate(run, choice, find_fit(plan, choice, memory_bytes(limit)) if limit else None)
+
+
+def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
+    """What a run takes of memory and disk, a part a line, with what is not counted, and what was tried."""
+    run, choice = estimate.run, estimate.choice
+    sizes, memory = run.largest, device_memory(plan, choice)
+    shown = " and ".join(format_size(picture) for picture in sizes.pictures)
+    basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
+    device = "CPU" if choice.device == "cpu" else "GPU"
+    yield f"Memory of the {device}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    if memory.training:
+        yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
+    for part in memory.encoding:
+        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
+    yield f"  {_amount(memory.peak)}  at most at once"
+    yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
+    yield "Host memory, beside Python and its libraries"
+    yield from _table(host_memory(plan, choice, memory, run.encoded))
+    yield from _disk_lines(plan, choice, run)
+    if estimate.fit:
+        yield from trial_lines(estimate.fit)
+
+
+def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
+    kept = "recomputed block by block" if _recomputes(plan) else "all kept"
+    waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
+    return {
+        **{f"weights of {name}": size for name, size in training.weights.items()},
+        **({"LoRA": training.adapters} if training.adapters else {}),
+        "gradients": training.gradients,
+        "state of the optimizer (AdamW)": training.optimizer,
+        f"activations ({kept}{waiting})": training.activations,
+        **({"weights as autocast casts them for a forward pass": training.casts} if training.casts else {}),
+    }
+
+
+def _recomputes(plan: Plan) -> bool:
+    return plan.parameters.use_gradient_checkpointing or plan.parameters.use_gradient_checkpointing_offload
+
+
+def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
+    disk = disk_use(plan, choice, run.encoded)
+    samples = len(plan.samples.samples)
+    yield "Disk"
+    if not plan.encoded:
+        where = plan.cache if plan.task.trains else plan.parameters.output_path
+        what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
+        how = "" if run.counted else f", {_letters(plan)}"
+        yield f"  {_amount(disk.cache)}  {what}{how}, in `{where}`{_free(where, disk.cache)}"
+    if plan.task.trains:
+        many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
+        what = many if disk.checkpoints else "each checkpoint"
+        written = disk.checkpoint * max(1, disk.checkpoints) + 2 * disk.state
+        state = f"the state to resume from ({format_bytes(disk.state)}, twice while it is written)"
+        where = plan.parameters.output_path
+        yield f"  {_amount(written)}  {what} and {state}, in `{where}`{_free(where, written)}"
+    yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
+
+
+def _letters(plan: Plan) -> str:
+    """How the tokens of captions were told without a tokenizer."""
+    if plan.samples.samples:
+        return "its captions' tokens told by letters, as their tokenizer is not here"
+    return f"with a caption of {ASSUMED_CAPTION} letters"
+
+
+def _free(folder: Path, needed: int) -> str:
+    """How much the disk below a folder has free, and whether that is enough."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
+
+
+def trial_lines(fit: Fit) -> Iterator[str]:
+    """What was tried to make a run fit."""
+    if fit.as_it_is:
+        return
+    yield f"Tried to make it fit in {format_bytes(fit.limit)}, that first which costs the least"
+    for trial in fit.tried:
+        words = " and ".join(change.words for change in trial.changes)
+        yield f"  {_amount(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
+
+
+def verdict_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
+    """Whether a run fits, and the flags that make it fit, as they are typed; the first line says it all."""
+    limit, lead = format_bytes(fit.limit), f"Stage {stage}: " if stage else ""
+    if fit.as_it_is:
+        left = format_bytes(fit.limit - fit.peak)
+        yield f"{lead}Fits in {limit}: {format_bytes(fit.peak)} are needed, {left} are left for what is not counted"
+        return
+    way = "" if fit.fits else "; nothing that was tried makes it fit"
+    yield f"{lead}Does not fit in {limit}: {format_bytes(fit.peak)} are needed{way}"
+    if fit.fits:
+        last = fit.tried[-1]
+        yield f"To make it fit, with {format_bytes(last.peak)}, give"
+        yield " \\\n".join(f"  {change.flag}" for change in last.changes)
+
+
+def _table(parts: Mapping[str, int]) -> Iterator[str]:
+    for name, size in parts.items():
+        yield f"  {_amount(size)}  {name}"
+
+
+def _amount(size: int) -> str:
+    """Bytes as a column."""
+    return f"{format_bytes(size):>9}"
