@@ -132,7 +132,8 @@ def verdict_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
     if fit.fits:
         last = fit.tried[-1]
         yield f"To make it fit, with {format_bytes(last.peak)}, give"
-        yield " \\\n".join(f"  {change.flag}" for change in last.changes)
+        flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in last.changes)]
+        yield " \\\n".join(f"  {flag}" for flag in flags)
 
 
 def _table(parts: Mapping[str, int]) -> Iterator[str]:

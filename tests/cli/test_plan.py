@@ -131,6 +131,8 @@ def test_each_stage_has_a_verdict_behind_all_plans(plan):
     outcome = plan("wan2.2-t2v-a14b-lora", "--gpu_memory", "24GB")
     verdicts = [line for line in outcome.out.splitlines() if "Does not fit" in line]
     assert [line.partition(":")[0] for line in verdicts] == ["Stage high", "Stage low"]
+    given = [line for line in outcome.out.splitlines() if line.startswith("  --only")]
+    assert given == ["  --only high \\", "  --only low \\"]
     assert outcome.out.index("Stage high: Does") > outcome.out.rindex("Tried to make it fit")
 
 

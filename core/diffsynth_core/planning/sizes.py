@@ -32,7 +32,7 @@ class RunSizes:
     `largest`: the micro-batch of most pixels that the dataset gives; without one, the largest that the parameters
     allow. Its text is the longest of all.
     `encoded`: numbers that the cache keeps of all samples; of one of the largest size where there is no dataset.
-    `counted`: the tokens of captions were counted, not estimated by letters.
+    `counted`: the tokens of captions are known, not estimated by letters.
     """
 
     largest: StepSizes
@@ -117,9 +117,9 @@ def _assumed(plan: Plan) -> RunSizes:
         for reference in plan.variant.references
     }
     shown = {medium.column: ((frames, height, width),), **pictures}
-    (states,), _ = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
+    (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
     largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
-    return RunSizes(largest, _encoded(plan, states, shown), counted=False)
+    return RunSizes(largest, _encoded(plan, states, shown), counted)
 
 
 def _assumed_reference(reference: References, height: int, width: int, max_pixels: int) -> Picture:
