@@ -107,11 +107,35 @@ def _read_csv(path: Path) -> Metadata:
     return Metadata(str(path), header, tuple(rows))
 
 
+class UnreadableJson(Exception):
+    """A text that is no JSON, or none that is read; `line` counts from 1."""
+
+    def __init__(self, message: str, line: int = 1) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds.
+
+    Raises:
+        UnreadableJson: when it is none, is nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnreadableJson(error.msg, error.lineno) from error
+    except RecursionError as error:
+        raise UnreadableJson("it is nested too deep") from error
+    except ValueError as error:  # what `int` says of too many digits
+        raise UnreadableJson("a number has too many digits") from error
+
+
 def _read_json(path: Path) -> Metadata:
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise DiffSynthError(f"`{path}` line {error.lineno}: {error.msg}", "mend that line") from error
+        content = parse_json(_read_text(path))
+    except UnreadableJson as error:
+        raise DiffSynthError(f"`{path}` line {error.line}: {error}", "mend that line") from error
     if not isinstance(content, list):
         raise DiffSynthError(
             f"`{path}` holds a {type(content).__name__}, expected a list of objects", "write one object per sample"
@@ -125,9 +149,9 @@ def _read_jsonl(path: Path) -> Metadata:
         if not line.strip():
             continue
         try:
-            objects.append((len(objects) + 1, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DiffSynthError(f"`{path}` line {line_number}: {error.msg}", "mend that line") from error
+            objects.append((len(objects) + 1, parse_json(line)))
+        except UnreadableJson as error:
+            raise DiffSynthError(f"`{path}` line {line_number}: {error}", "mend that line") from error
     return _from_objects(path, objects)
 
 

@@ -78,7 +78,7 @@ def list_named(base: Path, names: Iterable[str]) -> Listing:
         if link:
             leaving.add(link)
             continue
-        with suppress(OSError), os.scandir(base / folder) as entries:  # told where its files are missed
+        with suppress(OSError, ValueError), os.scandir(base / folder) as entries:  # told where its files are missed
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_symlink():

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.data.metadata import ENDINGS, METADATA_NAMES, find_metadata
+from diffsynth_core.data.metadata import ENDINGS, METADATA_NAMES, UnreadableJson, find_metadata, parse_json
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.listing import Listing
@@ -103,9 +102,9 @@ def _read_csv(path: Path, text: str) -> _Read:
 
 def _read_json(path: Path, text: str) -> _Read:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        what = f"`{path}` line {error.lineno}: {error.msg}"
+        content = parse_json(text)
+    except UnreadableJson as error:
+        what = f"`{path}` line {error.line}: {error}"
         return (), {}, [found("PARSE_ERROR", what, "mend that line", path=path.name)]
     if not isinstance(content, list):
         what = f"`{path}` holds a {type(content).__name__}, expected a list of objects"
@@ -122,9 +121,9 @@ def _read_jsonl(path: Path, text: str) -> _Read:
             continue
         number += 1
         try:
-            objects[number] = json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"`{path}` line {line_number}: {error.msg}"
+            objects[number] = parse_json(line)
+        except UnreadableJson as error:
+            what = f"`{path}` line {line_number}: {error}"
             findings.append(found("PARSE_ERROR", what, "mend that line", row=number, path=path.name))
     return _from_objects(path, objects, findings)
 
@@ -173,6 +172,10 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
         except UnicodeDecodeError as error:
             what = f"`{caption}` is not UTF-8 (byte {error.start})"
             findings.append(found("NOT_UTF8", what, "save it as UTF-8", row=number, path=caption))
+            rows[number] = {media: name}
+        except OSError as error:
+            what = f"`{caption}` cannot be read: {error.strerror}"
+            findings.append(found("PATH_MISSING", what, "let it be read", row=number, path=caption))
             rows[number] = {media: name}
     return Table(table.origin, base, table.columns, rows, beside=True), findings
 
