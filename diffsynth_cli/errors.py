@@ -29,6 +29,10 @@ def exit_code_of(error: Exception) -> int:
         # Typer's own errors of use: an unknown command, an option without its value.
         print_problem(Problem(str(usage()).rstrip("."), "`diffsynth --help` tells what there is"))
         return EXIT_WRONG_USE
+    if isinstance(error, PermissionError) and error.filename:
+        what = f"the system forbids to open `{error.filename}`: {error.strerror}"
+        print_problem(Problem(what, "change its permissions, or leave it out"))
+        return EXIT_FAILED
     path = _write_traceback(error)
     print_problem(
         Problem(

@@ -170,3 +170,49 @@ def test_no_torch_is_imported(dataset, recipe):
     assert "diffsynth_core.validation.validate" in imported, ended.stderr[-500:]
     assert "exit code" in ended.stdout
     assert imported & {"torch", "transformers", "diffusers", "peft", "accelerate"} == set()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("file_timeout", "nan", "`--file_timeout` is nan, expected 0.001 or more (seconds)"),
+        ("min_side", -4, "`--min_side` is -4, expected 1 or more (pixels)"),
+        ("max_crop_loss", 7, "`--max_crop_loss` is 7, expected 0 to 1 (share)"),
+        ("near_duplicate_distance", 65, "`--near_duplicate_distance` is 65, expected -1 to 64 (bits of 64)"),
+    ],
+)
+def test_a_threshold_that_makes_no_sense(cli, dataset, option, value, expected):
+    outcome = cli("dataset", "validate", dataset, f"--{option}", value)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: {expected}\n  hint: name a number of that range\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("[" * 200_000, "it is nested too deep"), ('[{"image": ' + "9" * 5000 + "}]", "a number has too many digits")],
+)
+def test_json_that_python_does_not_read(cli, dataset, text, fault):
+    (dataset / "metadata.csv").unlink()
+    path = dataset / "metadata.json"
+    path.write_text(text)
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
+    (finding,) = [one for one in json.loads(outcome.out)["findings"] if one["level"] == "error"]
+    assert (outcome.code, finding["code"], finding["message"]) == (1, "PARSE_ERROR", f"`{path}` line 1: {fault}")
+
+
+def test_a_caption_and_a_folder_that_may_not_be_read(cli, dataset, monkeypatch):
+    (dataset / "metadata.csv").unlink()
+    for path in dataset.glob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.read_text", refuse)
+        outcome = cli("dataset", "validate", dataset, "--depth", "paths")
+    assert outcome.code == 1 and "`chelsea.txt` cannot be read: Permission denied" in outcome.out
+    monkeypatch.setattr("os.scandir", refuse)
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths")
+    assert outcome.code == 1 and "internal error" not in outcome.err
+    assert outcome.err.startswith(f"error: the system forbids to open `{dataset}")

@@ -64,7 +64,7 @@ def work(job: Job, line: Connection) -> None:
     while True:
         try:
             name, kind = line.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the process that started this one is gone
             return
         line.send(EXAMINERS[kind](job, name))
 

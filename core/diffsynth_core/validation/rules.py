@@ -3,8 +3,9 @@
 `Thresholds` is the one declaration of the thresholds; the options of `diffsynth dataset validate` are made from it.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import MediaRule, ReferenceRule
 from diffsynth_core.data.pictures import SizeRule
+from diffsynth_core.errors import Problem, raise_if_any
 from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Shapes, Variant
 from diffsynth_core.families.table import component_at
 from diffsynth_core.families.token_counts import CaptionRule
@@ -30,9 +32,18 @@ MASK_COLUMNS = ("mask", "inpaint_mask", "controlnet_inpaint_mask")
 """Columns whose pictures say which pixels of the picture trained on count."""
 
 
-def _threshold(default: float, unit: str, help_text: str) -> Any:
-    """Declare one threshold."""
-    return field(default=default, metadata={"unit": unit, "help": help_text})
+def _threshold(default: float, unit: str, help_text: str, least: float, most: float = math.inf) -> Any:
+    """Declare one threshold, and the range of what makes sense."""
+    return field(default=default, metadata={"unit": unit, "help": help_text, "least": least, "most": most})
+
+
+def _out_of_range(threshold: Field[Any], value: float) -> Problem | None:
+    least, most = threshold.metadata["least"], threshold.metadata["most"]
+    if least <= value <= most:
+        return None
+    expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+    what = f"`--{threshold.name}` is {value:g}, expected {expected} ({threshold.metadata['unit']})"
+    return Problem(what, "name a number of that range", wrong_use=True)
 
 
 @dataclass(frozen=True)
@@ -43,25 +54,41 @@ class Thresholds:
         3,
         "bits of 64",
         "Pictures whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
+        least=-1,
+        most=64,
     )
     near_duplicate_colour: float = _threshold(
         12.0,
         "levels of 255",
         "Pictures whose colours, field by field of a grid of 8 x 8, differ by more on average are not near duplicates",
+        least=0,
     )
     max_aspect: float = _threshold(
-        4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT"
+        4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT", least=1
     )
     max_crop_loss: float = _threshold(
-        0.2, "share", "The share of a picture or video that may be cut away before it is IMAGE_CROP_LOSS"
+        0.2,
+        "share",
+        "The share of a picture or video that may be cut away before it is IMAGE_CROP_LOSS",
+        least=0,
+        most=1,
     )
     min_side: int = _threshold(
-        GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL"
+        GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL", least=1
     )
     max_tokens: int = _threshold(
-        512, "tokens", "Captions of more are CAPTION_TOO_LONG; a recipe brings the number of its own text encoder"
+        512,
+        "tokens",
+        "Captions of more are CAPTION_TOO_LONG; a recipe brings the number of its own text encoder",
+        least=1,
     )
-    file_timeout: float = _threshold(120.0, "seconds", "A file that takes longer is given up and told as unreadable")
+    file_timeout: float = _threshold(
+        120.0, "seconds", "A file that takes longer is given up and told as unreadable", least=0.001
+    )
+
+    def __post_init__(self) -> None:
+        """Raises: FaultsFound: for values out of their range; NaN is in none."""
+        raise_if_any([problem for one in fields(self) if (problem := _out_of_range(one, getattr(self, one.name)))])
 
 
 @dataclass(frozen=True)
