@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
 
@@ -150,7 +151,8 @@ def _run(options: Options, thresholds: Thresholds) -> int:
         rules = replace(rules, batch_size=options.batch_size)
     reporter = ConsoleReporter()
     wish = Wish(options.depth.value, options.workers, THUMBNAIL_SIDE if options.page else None)
-    report, examined = validate(options.path, rules, wish, reporter)
+    with stopping_cleanly():  # so that no worker is left behind
+        report, examined = validate(options.path, rules, wish, reporter)
     _print(report, options.output_format)
     if options.page:
         write_page(options.page, report, examined)

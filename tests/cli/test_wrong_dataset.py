@@ -1,5 +1,6 @@
 """Faulty datasets: `diffsynth train` names the file, the row and the column before anything is done."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_rows_that_name_missing_files(refuse, dataset):
             (f"{where} 3: column `image` names `{dataset}/nor/this.png`, which is not there", NO_SUCH_FILE),
         ],
     )
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "nor\0/b.png", "n" * 300 + ".png"])
+def test_names_that_no_file_can_have(refuse, dataset, name):
+    (dataset / "metadata.json").write_text(json.dumps([{"image": name, "prompt": "a"}]))
+    (dataset / "metadata.csv").unlink()
+    code, [(message, hint)] = refuse()
+    assert (code, hint) == (1, NO_SUCH_FILE)
+    assert message.endswith("which is not there")
 
 
 @pytest.mark.parametrize(

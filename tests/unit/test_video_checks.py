@@ -299,17 +299,20 @@ def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
     assert decoders() == []
 
 
-def test_ctrl_c_leaves_no_decoder_and_no_traceback(hanging):
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_signal_leaves_no_decoder_and_no_traceback(hanging, send, number):
     (hanging / "metadata.csv").write_text("video,prompt\nclip.mp4,a clip\n")
     command = [sys.executable, "-m", "diffsynth_cli", "dataset", "validate", str(hanging)]
     validating = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0, text=True)
     until = time.monotonic() + 60
     while not decoders() and time.monotonic() < until:
         time.sleep(0.05)
-    os.killpg(validating.pid, signal.SIGINT)
+    send(validating.pid, number)
     said = validating.communicate(timeout=60)
     assert "Traceback" not in said[1]
-    assert (validating.returncode, said[0], decoders()) == (130, "", [])
+    assert (validating.returncode, said[0], decoders()) == (128 + number, "", [])
 
 
 def test_a_portrait_clip_loses_much_in_a_landscape_recipe():

@@ -147,14 +147,22 @@ class Folders:
         folder, _, name = str(path).rpartition(os.sep)
         if folder not in self._files:
             self._files[folder] = _list_files(folder)
-        return name in self._files[folder] or path.is_file()  # a disk may know it by another spelling
+        return name in self._files[folder] or _is_file(path)  # a disk may know it by another spelling
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; none has a name that the system cannot have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _list_files(folder: str) -> frozenset[str]:
     try:
         with os.scandir(folder or ".") as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
-    except OSError:
+    except (OSError, ValueError):
         return frozenset()
 
 
