@@ -334,6 +334,7 @@ def test_no_torch_is_needed(cli, save):
     code = (
         "import sys; from diffsynth_cli.main import main\n"
         f"code = main(['convert-lora', {str(path)!r}, '--to', 'diffusers', '-o', {str(path.with_name('o.safetensors'))!r}])\n"
-        "assert code == 0 and 'torch' not in sys.modules, code"
+        "print(code, 'torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1:] == ["0 False"]

@@ -233,8 +233,10 @@ def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
-def test_a_plain_lora_is_not_refused(dialect):
+def test_a_plain_lora_is_not_refused_but_for_one_key_more(dialect):
     refuse_other_adapters("mine.safetensors", written(dialect))
+    with pytest.raises(DiffSynthError):
+        refuse_other_adapters("mine.safetensors", [*written(dialect), "blocks.0.q.lokr_w1"])
 
 
 FUSED = LoraNaming(

@@ -128,12 +128,7 @@ def make_plan(
     problems += noise_problems(samples) if samples and task.trains else []
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
     fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
-    start = Start()
-    if task.trains:
-        kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
-        start = check_output(parameters, fingerprint, None if no_dataset else steps, mixed_precision, kept, problems)
-    elif found and fingerprint:
-        check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
+    start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, problems)
     missing = (*(found.missing if found else ()), *no_dataset)
     if problems or not (found and training and samples and steps):
         raise FaultsFound([*problems, *missing] or [Problem("the run cannot be planned")])
@@ -158,6 +153,23 @@ def make_plan(
         found.published,
         missing,
     )
+
+
+def _find_start(
+    parameters: Parameters,
+    found: FoundComponents | None,
+    fingerprint: str | None,
+    steps: StepPlan | None,
+    mixed_precision: str,
+    problems: list[Problem],
+) -> Start:
+    """Where in its output folder a run begins; a first half writes encoded samples there, from their beginning."""
+    if TASKS[parameters.task].trains:
+        kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
+        return check_output(parameters, fingerprint, steps, mixed_precision, kept, problems)
+    if found and fingerprint:
+        check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
+    return Start()
 
 
 def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Parameters:
