@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 DRIVER = "chromedriver"
@@ -47,6 +48,10 @@ class Browser:
         """Click as a user does: an element that is hidden or covered cannot be."""
         self._ask("POST", f"element/{self._find(selector)}/click", {})
 
+    def wait(self, selector: str) -> None:
+        """Wait until there is such an element: a change of the address behind `#` comes some time after the click."""
+        self._find(selector)
+
     def type(self, selector: str, text: str) -> None:
         self._ask("POST", f"element/{self._find(selector)}/value", {"text": text})
 
@@ -75,8 +80,11 @@ class Browser:
 def _ask(method: str, address: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = Request(address, data, {"Content-Type": "application/json"}, method=method)
-    with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
-        return json.load(answer)["value"]
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
+            return json.load(answer)["value"]
+    except HTTPError as error:
+        raise RuntimeError(json.load(error)["value"]["message"]) from error
 
 
 def missing() -> bool:
@@ -91,7 +99,12 @@ def browser(options: Sequence[str] = (), width: int = 1440, height: int = 1200) 
     if os.geteuid() == 0:
         arguments.append("--no-sandbox")
     chrome = {"args": arguments}
-    wanted = {"browserName": "chrome", "goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
+    wanted = {
+        "browserName": "chrome",
+        "timeouts": {"implicit": 1000 * SECONDS // 2},  # how long an element is waited for, in milliseconds
+        "goog:chromeOptions": chrome,
+        "goog:loggingPrefs": {"browser": "ALL"},
+    }
     with subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
         try:
             root = f"http://127.0.0.1:{_port(driver)}/session"

@@ -146,9 +146,14 @@ def opened(window: Browser, page: Path) -> Browser:
     return window
 
 
+def _turn_to(opened: Browser, view: str) -> None:
+    opened.click(f"[data-view={view}]")
+    opened.wait(f"[data-view={view}][aria-current]")
+
+
 def test_a_browser_asks_for_nothing_and_runs_nothing_else(opened: Browser) -> None:
     for view in ("findings", "samples"):
-        opened.click(f"[data-view={view}]")
+        _turn_to(opened, view)
     assert opened.run("return performance.getEntriesByType('resource').length") == 0
     assert opened.run("return document.title") == "photos <i>&amp; - dataset report"
     assert opened.log() == []
@@ -175,7 +180,7 @@ def test_filters_count(opened: Browser) -> None:
     assert opened.text("#count") == f"2 of {every} findings"
     opened.type("#search", "HIGH.p")
     assert opened.text("#count") == f"1 of {every} findings"
-    opened.click("[data-view=samples]")
+    _turn_to(opened, "samples")
     assert opened.text("#count") == "1 of 5 samples"
     opened.click("#reset")
     assert opened.text("#count") == "5 of 5 samples"
@@ -184,7 +189,7 @@ def test_filters_count(opened: Browser) -> None:
 
 
 def test_thumbnails_are_drawn_with_their_crops(opened: Browser) -> None:
-    opened.click("[data-view=samples]")
+    _turn_to(opened, "samples")
     drawn = opened.run(
         """
         const frame = document.querySelector('#samples-view img[alt="wide.png"]').parentElement;
