@@ -19,6 +19,7 @@ from diffsynth_core.validation import validate as module
 from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.likeness import near_pictures
+from diffsynth_core.validation.pictures import difference_hash, examine_picture, scaled_down
 from diffsynth_core.validation.recipe_rules import rules_of_recipe
 from diffsynth_core.validation.rules import Rules, Thresholds
 from diffsynth_core.validation.validate import Wish, validate
@@ -217,6 +218,7 @@ PAIRS = ("image", "controlnet_image", "mask", "prompt")
         ({"shown.png": COFFEE}, [("PAIR_IDENTICAL", 1)]),
         ({"mask.png": Image.new("L", COFFEE.size)}, [("MASK_EMPTY", 1)]),
         ({"mask.png": Image.new("L", COFFEE.size, 255)}, [("MASK_EMPTY", 1)]),
+        ({"mask.png": Image.new("RGB", COFFEE.size, "red")}, [("MASK_EMPTY", 1)]),
         (
             {"mask.png": COFFEE.convert("L").resize((300, 200)).point(lambda value: 255 * (value > 128))},
             [("MASK_SIZE", 1)],
@@ -227,6 +229,31 @@ def test_pictures_that_belong_together(found, changes, expected):
     mask = COFFEE.convert("L").point(lambda value: 255 * (value > 128))
     pictures = {"coffee.png": COFFEE, "shown.png": COFFEE.convert("L").convert("RGB"), "mask.png": mask, **changes}
     assert found(pictures, [["coffee.png", "shown.png", "mask.png", "a cup"]], PAIRS)[0] == expected
+
+
+def test_a_mask_that_marks_one_pixel_is_not_empty(tmp_path):
+    mask = Image.new("L", (1500, 1000))
+    mask.save(tmp_path / "empty.png")
+    mask.putpixel((700, 500), 255)
+    mask.save(tmp_path / "dot.png")
+    assert [examine_picture(tmp_path, name, None).spread for name in ("empty.png", "dot.png")] == [0, 255]
+
+
+def test_a_picture_scaled_down_shows_the_mean_of_a_fine_pattern():
+    values = np.zeros((1024, 1024, 3), np.uint8)
+    values[::2, ::2] = 255
+    fields = scaled_down(Image.fromarray(values)).resize((8, 8), Image.Resampling.BOX)
+    assert np.abs(np.asarray(fields) - 255 / 4).max() < 20
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "astronaut"])
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.3])
+def test_a_picture_keeps_its_hash_at_other_sizes(name, scale):
+    picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.BICUBIC)
+    other = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    bits = difference_hash(scaled_down(picture)) ^ difference_hash(scaled_down(other))
+    assert bits.bit_count() <= Thresholds().near_duplicate_distance
 
 
 def test_short_buckets_and_steps(found):

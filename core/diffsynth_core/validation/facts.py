@@ -6,6 +6,9 @@ for the pure functions in picture_checks.py, pair_checks.py, video_checks.py and
 
 from dataclasses import dataclass
 
+FLAT_SPREAD = 4
+"""Values of a channel, 0..255, that lie no further apart show nothing: the noise of a JPEG does as much."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -20,8 +23,8 @@ class PictureFacts:
     """A picture. Sizes in pixels are those of the upright picture; with a `fault` only what is known stands here.
 
     `format` and `mode`: Pillow's names of the file's format and of its pixels. `orientation`: of the EXIF data, 1 to 8.
-    `transparent`: a pixel is not opaque. `lowest` and `highest`: values (0..255, of all channels) that the picture has
-    when it is scaled down to about 128 pixels; of a picture of one colour they are exact.
+    `transparent`: a pixel is not opaque. `spread`: how far the values of a channel, 0..255, lie apart at most; above
+    `FLAT_SPREAD` that of the picture scaled down will do.
     `difference_hash`: 64 bits, each telling whether of two neighbours in a picture of 9 x 8 the left one is darker.
     `colours`: mean red, green and blue of each field of a grid of 8 x 8, 0..255.
     `sketch`: digest of the picture scaled down; pictures with the same pixels have the same sketch, and hardly others.
@@ -37,9 +40,7 @@ class PictureFacts:
     orientation: int = 1
     frames: int = 1
     transparent: bool = False
-    blank: bool = False
-    lowest: int = 0
-    highest: int = 255
+    spread: int = 255
     difference_hash: int = 0
     colours: bytes = b""
     sketch: bytes = b""

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from diffsynth_core.data.media import MediaHeader
 from diffsynth_core.data.samples import SHAPE_SPREAD
 from diffsynth_core.validation.examined import Examined, Record
+from diffsynth_core.validation.facts import FLAT_SPREAD
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.likeness import are_same
 from diffsynth_core.validation.set_checks import header_of
 
 OVERLAID_COLUMNS = ("controlnet_image",)
 """Columns whose pictures, without a recipe, are taken to lie over what is trained on."""
-MASK_SPREAD = 4
-"""A mask whose values, 0..255, lie no further apart marks nothing: the noise of a JPEG does as much."""
 
 
 def check_counts(examined: Examined) -> Iterator[Finding]:
@@ -70,7 +69,7 @@ def check_masks(examined: Examined) -> Iterator[Finding]:
     rows = examined.first_rows()
     for name in sorted(examined.of_columns(examined.columns.masks), key=lambda name: rows[name]):
         mask = examined.pictures.get(name)
-        if mask and not mask.fault and mask.highest - mask.lowest <= MASK_SPREAD:
+        if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
             what = f"the mask `{name}` is of one colour: it marks nothing, or everything"
             yield found("MASK_EMPTY", what, "draw what it should mark", row=rows[name], path=name)
     for record in examined.records:

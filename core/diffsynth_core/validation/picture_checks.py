@@ -61,7 +61,7 @@ def check_same(examined: Examined) -> Iterator[Finding]:
         what = f"`{path}` has the same pixels as `{other}` (row {rows[other]})"
         yield found("IMAGE_DUPLICATE", what, "take one of the rows out", row=rows[path], path=path)
     thresholds = examined.rules.thresholds
-    single = [facts for facts in pictures if facts.path not in same and not facts.blank]
+    single = [facts for facts in pictures if facts.path not in same and facts.spread]
     near = near_pictures(single, thresholds.near_duplicate_distance, thresholds.near_duplicate_colour)
     for path, (other, bits) in near.items():
         what = f"`{path}` looks nearly as `{other}` (row {rows[other]}): {bits} of 64 bits differ"
@@ -133,7 +133,7 @@ def _aspect(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
 
 
 def _blank(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
-    if facts.blank:
+    if not facts.spread:
         what = f"`{facts.path}` is of one colour"
         yield found("IMAGE_BLANK", what, "replace the file or take its row out", row=row, path=facts.path)
 
