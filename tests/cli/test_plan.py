@@ -21,7 +21,7 @@ PARTS = """\
      2.4 GB  activations (recomputed block by block)
     47.0 GB  training in all
     16.6 GB  text_encoder while it encodes, before training: weights and its largest maps
-     1.1 GB  vae while it encodes, before training: weights and its largest maps
+     2.3 GB  vae while it encodes, before training: weights and its largest maps
     47.0 GB  at most at once
 """
 

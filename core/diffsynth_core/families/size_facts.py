@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from diffsynth_core.families.tape import StepSizes, Tape
+from diffsynth_core.families.tape import Picture, StepSizes, Tape
 
 Side = tuple[str, int]
 """A side of a tensor of the denoiser: (name in our module, axis)."""
@@ -82,10 +82,11 @@ class MemoryFacts:
     """What the memory of a step depends on.
 
     `play`: the forward pass of the denoiser on a tape.
-    `map_numbers`: (frames, height, width) in pixels -> numbers in the largest map that the VAE's encoder makes at once.
+    `encoding_numbers`: the latents, and what they are made of -> numbers in memory at once, weights apart, while the
+    published VAE's encoder works, at the fullest moment.
     `wide`: parts of the names of weights that stay float32 in a frozen denoiser.
     """
 
     play: Callable[[Tape, StepSizes], None]
-    map_numbers: Callable[[int, int, int], int]
+    encoding_numbers: Callable[[LatentFacts, Picture], int]
     wide: frozenset[str] = frozenset()

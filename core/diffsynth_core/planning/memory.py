@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from diffsynth_core.families.encoded_sizes import EncodedSize
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.tape import BYTES, Network, StepSizes, Tape
+from diffsynth_core.families.tape import BYTES, Network, Picture, StepSizes, Tape
 from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import NARROW
@@ -21,10 +21,6 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = 8
 """Of AdamW for each trained number: two moments in float32."""
-MAPS_AT_ONCE = 4
-"""Largest maps of a VAE's encoder in memory at once: the input of a block, normed, activated, convolved."""
-VAE = "vae"
-"""The component, in every family, whose maps are as large as the pictures."""
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
 
@@ -234,15 +230,21 @@ def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
         return ()
     encoders = {encoder.component for encoder in plan.variant.encoders}
     frozen = sorted((encoders & plan.components.keys()) - plan.training.components)
-    pictures = choice.sizes.pictures
-    largest = max(plan.facts.memory.map_numbers(*picture) for picture in pictures)
     found = []
     for name in frozen:
         precision = "no" if choice.precision == "fp16" else choice.precision
         weights = network_bytes(_network(plan, name, replace(choice, precision=precision)))
-        maps = MAPS_AT_ONCE * largest * BYTES[DTYPES[precision]] if name == VAE else 0
+        maps = _maps(plan, name, choice.sizes.pictures) * BYTES[DTYPES[precision]]
         found.append(EncodingMemory(name, weights, maps))
     return tuple(found)
+
+
+def _maps(plan: Plan, component: str, pictures: tuple[Picture, ...]) -> int:
+    """Numbers that a component works with at its fullest while it makes latents of the largest picture; 0 when it makes
+    none."""
+    made = {encoder.latents for encoder in plan.variant.encoders if encoder.component == component and encoder.latents}
+    numbers = (plan.facts.memory.encoding_numbers(latents, picture) for latents in made for picture in pictures)
+    return max(numbers, default=0)
 
 
 def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:

@@ -5,8 +5,8 @@ Source: `Flux2Transformer2DModel` of diffusers.
 
 from diffsynth_core.families.flux2.captions import MAX_TOKENS
 from diffsynth_core.families.shapes import count_blocks
-from diffsynth_core.families.size_facts import MemoryFacts
-from diffsynth_core.families.tape import StepSizes, Tape, Value
+from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
+from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
@@ -107,9 +107,13 @@ def _gate(tape: Tape, states: Value, changes: Value) -> Value:
     return tape.view(changes, changes.shape[0], 1, states.shape[-1])
 
 
-def map_numbers(frames: int, height: int, width: int) -> int:
-    """128 channels at the size of the picture."""
-    return 128 * height * width
+def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
+    """Five maps of 128 channels at the size of the picture: what goes round a block, and its norm at work.
+
+    Counted on diffusers' `AutoencoderKLFlux2`; a test counts again.
+    """
+    _, height, width = picture
+    return 5 * 128 * height * width
 
 
-MEMORY = MemoryFacts(play, map_numbers)
+MEMORY = MemoryFacts(play, encoding_numbers)

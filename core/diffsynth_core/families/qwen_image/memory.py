@@ -4,8 +4,8 @@ Source: `QwenImageTransformer2DModel` of diffusers.
 """
 
 from diffsynth_core.families.shapes import count_blocks
-from diffsynth_core.families.size_facts import MemoryFacts
-from diffsynth_core.families.tape import StepSizes, Tape, Value
+from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
+from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
@@ -98,9 +98,13 @@ def _feed_forward(tape: Tape, name: str, states: Value) -> Value:
     return tape.linear(tape.activation(tape.linear(states, f"{name}.net.0.proj")), f"{name}.net.2")
 
 
-def map_numbers(frames: int, height: int, width: int) -> int:
-    """96 channels at the size of the picture, of one frame."""
-    return 96 * height * width
+def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
+    """Ten maps of 96 channels at the size of the picture: a convolution over time pads one frame to three.
+
+    Counted on diffusers' `AutoencoderKLQwenImage`; a test counts again.
+    """
+    _, height, width = picture
+    return 10 * 96 * height * width
 
 
-MEMORY = MemoryFacts(play, map_numbers)
+MEMORY = MemoryFacts(play, encoding_numbers)

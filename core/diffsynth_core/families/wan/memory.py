@@ -3,10 +3,12 @@
 Source: `WanTransformer3DModel` of diffusers.
 """
 
+from typing import NamedTuple
+
 from diffsynth_core.families.interface import Shapes
 from diffsynth_core.families.shapes import count_blocks
-from diffsynth_core.families.size_facts import MemoryFacts
-from diffsynth_core.families.tape import StepSizes, Tape, Value
+from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
+from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
 from diffsynth_core.families.wan.captions import MAX_TOKENS
 from diffsynth_core.families.wan.sizes import head_size
 
@@ -137,9 +139,31 @@ def _normed(tape: Tape, states: Value, scale: str) -> Value:
     return tape.cast(tape.layer_norm(tape.cast(states, "float32"), scale), states.dtype)
 
 
-def map_numbers(frames: int, height: int, width: int) -> int:
-    """96 channels at the size of the clip, of four frames at once."""
-    return 96 * min(frames, FRAMES_PER_LATENT) * height * width
+class EncoderWork(NamedTuple):
+    """What a VAE's encoder holds for each pixel of a frame at its fullest.
+
+    `channels`: of a map at the size of the frames, for each of their pixels. `one_frame`, `four_frames`: such maps,
+    while it works on the first frame and on four later ones, with what a convolution over time pads them with and keeps
+    for the next four. `pixels`: for each frame of the clip, the values of its pixels as often as they are there.
+    """
+
+    channels: int
+    one_frame: int
+    four_frames: int
+    pixels: int
 
 
-MEMORY = MemoryFacts(play, map_numbers, WIDE)
+ENCODERS = {8: EncoderWork(96, 10, 39, 3), 16: EncoderWork(160 // 4, 12, 47, 6)}
+"""By the side of a latent in pixels. The VAE of Wan 2.2 (16) has 160 channels for each square of 2 x 2 pixels. Counted
+on diffusers' `AutoencoderKLWan`; a test counts again."""
+
+
+def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
+    """The first frame alone, the others four at a time."""
+    frames, height, width = picture
+    work = ENCODERS[latents.factor]
+    maps = work.one_frame if frames == 1 else work.four_frames
+    return (work.channels * maps + work.pixels * frames) * height * width
+
+
+MEMORY = MemoryFacts(play, encoding_numbers, WIDE)
