@@ -1,0 +1,180 @@
+"""What the estimate of a run adds up, and which changes it finds, on plans made without model files."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.data.sampling import Sampling
+from diffsynth_core.planning.fitting import find_fit
+from diffsynth_core.planning.memory import (
+    OPTIMIZER_BYTES,
+    PREFETCHED,
+    Choice,
+    DeviceMemory,
+    EncodingMemory,
+    checkpoint_bytes,
+    choice_of,
+    count_checkpoints,
+    count_trained,
+    device_memory,
+    disk_use,
+    encoded_bytes,
+    encoding_memory,
+    host_memory,
+    training_memory,
+)
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.sizes import RunSizes, run_sizes, shrink
+from diffsynth_core.progress import SilentReporter
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
+    """The plan of a recipe where no model files are."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> Plan:
+        given = {"recipe": recipe, "output_path": "out", "cache_path": "cache", **parameters}
+        return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models", without_files=True)
+
+    return make
+
+
+def chosen(plan: Plan, **changes: object) -> tuple[Choice, RunSizes]:
+    sizes = run_sizes(plan)
+    return replace(choice_of(plan, sizes.largest), **changes), sizes
+
+
+def test_a_component_that_trains_does_not_come_and_go_as_an_encoder(plan):
+    frozen, live = plan(), plan(trainable_models=["dit", "text_encoder_1"])
+    names = [part.component for part in encoding_memory(frozen, chosen(frozen)[0])]
+    assert names == ["text_encoder_1", "text_encoder_2", "vae"]
+    assert [part.component for part in encoding_memory(live, chosen(live)[0])] == names[1:]
+
+
+def test_the_peak_is_that_of_the_fullest_stage():
+    small, large = EncodingMemory("vae", 1, 2), EncodingMemory("text_encoder", 5, 0)
+    assert DeviceMemory(None, (small, large)).peak == 5
+    assert DeviceMemory(None, ()).peak == 0
+
+
+def test_offloaded_inputs_of_a_block_are_on_the_device_while_it_is_recomputed(plan):
+    made = plan()
+    choice, _ = chosen(made, recompute=True)
+    here, away = (training_memory(made, replace(choice, offload=offload)) for offload in (False, True))
+    # Of the many kept inputs those of one block come back, so that a few large tensors are the difference.
+    assert here.activations == away.on_host + away.activations - _inputs_of_a_block(made, choice)
+    assert here.on_host == 0
+
+
+def _inputs_of_a_block(plan: Plan, choice: Choice) -> int:
+    """Text and picture states in bfloat16, and the vector of the time."""
+    width = plan.shapes["dit"]["x_embedder.weight"][0]
+    _, height, wide = choice.sizes.pictures[0]
+    return 2 * width * (height // 16 * (wide // 16) + 512 + 1)
+
+
+@pytest.mark.parametrize(("save_steps", "expected"), [(None, 2), (3, 3), (4, 2), (100, 1)])
+def test_the_last_checkpoint_counts(plan, dataset, save_steps, expected):
+    made = plan(dataset_base_path=str(dataset), save_steps=save_steps, num_epochs=2, dataset_repeat=1)
+    assert made.steps.total_steps == 8
+    assert count_checkpoints(made) == expected
+
+
+def test_checkpoints_and_state_on_disk(plan):
+    made, half = plan(), plan(save_dtype="bfloat16")
+    numbers = count_trained(made)
+    assert (checkpoint_bytes(made), checkpoint_bytes(half)) == (4 * numbers, 2 * numbers)
+    choice, sizes = chosen(made)
+    # Resuming needs the weights in float32 and both moments of AdamW.
+    assert disk_use(made, choice, sizes.encoded).state == numbers * (4 + OPTIMIZER_BYTES)
+
+
+def test_each_worker_has_micro_batches_ready(plan, dataset):
+    made = plan(dataset_base_path=str(dataset), dataset_num_workers=3, batch_size=2, dataset_repeat=2)
+    choice, sizes = chosen(made)
+    sample = encoded_bytes(sizes.encoded, "bf16") // len(made.samples.samples)
+    ready = host_memory(made, choice, DeviceMemory(None, ()), sizes.encoded)["samples that 3 workers have ready"]
+    assert ready == 3 * PREFETCHED * choice.sizes.batch * sample
+    assert PREFETCHED == 2  # the default of PyTorch's DataLoader, which the loader leaves
+
+
+def test_batches_are_filled_from_repeated_samples(plan, dataset):
+    once, often = (plan(dataset_base_path=str(dataset), batch_size=8, dataset_repeat=count) for count in (1, 8))
+    largest = max(sum(one.bucket == other.bucket for other in once.samples.samples) for one in once.samples.samples)
+    assert run_sizes(once).largest.batch == largest < 8
+    assert run_sizes(often).largest.batch == 8
+
+
+def test_the_largest_micro_batch_has_the_longest_text_of_all(plan, dataset):
+    made = plan("qwen-image-lora", dataset_base_path=str(dataset))
+    samples = [replace(sample, caption="x" * 40 * number) for number, sample in enumerate(made.samples.samples, 1)]
+    spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
+    assert run_sizes(spread).largest.text_tokens == 10 * len(samples) + 5
+
+
+def test_many_small_pictures_may_be_more_than_one_large_one(plan, dataset):
+    made = plan(dataset_base_path=str(dataset), batch_size=3, dataset_repeat=1)
+    sample, *_ = made.samples.samples
+    frames, height, width = sample.target.shape
+
+    tall = replace(sample, target=replace(sample.target, height=2 * height))
+    samples = (tall, sample, sample, sample)
+    many = replace(made, samples=replace(made.samples, samples=samples))
+    largest = run_sizes(many).largest
+    assert (largest.batch, largest.pictures) == (3, ((frames, height, width),))
+
+
+@pytest.mark.parametrize("recipe", ["flux.1-dev-lora", "wan2.1-t2v-1.3b-lora"])
+def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
+    """Of the small Wan the text encoder is the fullest stage, once the activations are away."""
+    made = plan(recipe)
+    fit = find_fit(made, chosen(made)[0], 0)
+    assert not fit.fits
+    together = [trial for trial in fit.tried if len(trial.changes) > 1]
+    peaks = [trial.peak for trial in together]
+    assert peaks == sorted(set(peaks), reverse=True)
+    flags = [change.flag.split()[0] for change in fit.tried[-1].changes]
+    assert len(flags) == len(set(flags))
+
+
+def test_changes_keep_what_was_changed_before(plan):
+    made = plan(batch_size=4, use_gradient_checkpointing=False)
+    choice, _ = chosen(made)
+    last = find_fit(made, choice, 0).tried[-1]
+    quarter = shrink(choice.sizes, 0.25, made.variant.medium.size_factor)
+    everything = replace(
+        choice,
+        recompute=True,
+        offload=True,
+        rank=choice.rank // 4,
+        sizes=replace(quarter, batch=1),
+        float8=frozenset({"dit"}),
+    )
+    assert last.peak == device_memory(made, everything).peak
+
+
+def test_weights_that_train_are_not_kept_in_8_bit_floats(plan):
+    made = plan("flux.1-dev-full")
+    choice, _ = chosen(made)
+    assert not [trial for trial in find_fit(made, choice, 0).tried if "--fp8_models" in trial.changes[0].flag]
+
+
+def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):
+    made = plan(dataset_base_path=str(dataset))
+    choice, _ = chosen(made)
+
+    def kept(*steps: int) -> int:
+        samples = [
+            replace(sample, sampling=Sampling(0, "cpu", count))
+            for sample, count in zip(made.samples.samples, steps, strict=False)
+        ]
+        spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
+        return training_memory(spread, replace(choice, recompute=False)).activations
+
+    assert kept(2, 4, 3) == 4 * kept(1)
