@@ -256,6 +256,32 @@ def test_a_picture_keeps_its_hash_at_other_sizes(name, scale):
     assert bits.bit_count() <= Thresholds().near_duplicate_distance
 
 
+def test_repeated_samples_fill_batches(found):
+    rules = replace(rules_of_recipe("qwen-image-lora", Thresholds()), batch_size=2, repeat=2)
+    _, report = found(CLEAN, CLEAN_ROWS, rules=rules)
+    assert "short" not in next(one.message for one in report.findings if one.code == "BUCKETS")
+
+
+def test_the_fingerprint_tells_other_pixels_of_the_same_size(tmp_path, found):
+    pictures = [Image.fromarray(np.full((64, 64, 3), level, np.uint8)) for level in (10, 20)]
+    prints = []
+    for picture in pictures:
+        prints.append(found({"x.bmp": picture}, [["x.bmp", "a"]])[1].fingerprint)
+        assert (tmp_path / "x.bmp").stat().st_size == 64 * 64 * 3 + 54
+    assert prints[0] != prints[1]
+
+
+def test_a_turned_tiff_is_upright_once(tmp_path):
+    """Pillow turns it while it is decoded; turned again it would lie on its other side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    COFFEE.rotate(90, expand=True).save(tmp_path / "turned.tif", exif=exif)
+    COFFEE.save(tmp_path / "upright.png")
+    turned, upright = (examine_picture(tmp_path, name, None) for name in ("turned.tif", "upright.png"))
+    assert (turned.orientation, turned.width, turned.height) == (6, *COFFEE.size)
+    assert turned.sketch == upright.sketch
+
+
 def test_short_buckets_and_steps(found):
     rules = replace(rules_of_recipe("qwen-image-lora", Thresholds()), batch_size=2, repeat=3, accumulation=2)
     _, report = found(CLEAN, CLEAN_ROWS, rules=rules)

@@ -89,6 +89,18 @@ def test_norms_are_wide_under_autocast_on_gpus_alone():
     assert kept("cuda") == TOKENS * (4 * 8 + 2 * 4)
 
 
+@pytest.mark.parametrize(("made", "again"), [("bfloat16", 0), ("float32", 2 * TOKENS * 8)])
+def test_what_attention_makes_is_cast_to_the_format_of_the_queries(made, again):
+    """A layer behind it keeps a cast of its own where norms made the queries float32."""
+    tape = Tape(Network(SHAPES, "bfloat16", BOTH, BOTH), "bfloat16")
+    query, key, value = (tape.linear(tape.given(1, TOKENS, 4, dtype="bfloat16"), "first") for _ in range(3))
+    joint = tape.attention(*(tape.cast(tape.view(part, 1, TOKENS, 2, 4), made) for part in (query, key)), value)
+    assert joint.dtype == made
+    before = tape.kept
+    tape.linear(tape.view(joint, 1, TOKENS, 8), "second")
+    assert tape.kept - before == again + 2 * 4 * 8
+
+
 def test_pictures_shrink_to_a_share_of_their_area():
     sizes = StepSizes(2, ((1, 1024, 768), (1, 512, 512)), 77)
     assert shrink(sizes, 0.25, 16).pictures == ((1, 512, 384), (1, 256, 256))

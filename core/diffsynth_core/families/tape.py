@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 BYTES = {"float8": 1, "bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "complex64": 8, "float64": 8}
 RANK_OF_DTYPES = ("bool", "bfloat16", "float16", "float32", "float64", "complex64")
 """What two numbers are computed in together is the later of theirs."""
-WIDE_UNDER_AUTOCAST = {"cpu": frozenset[str](), "cuda": frozenset({"layer_norm", "rms_norm", "pow", "rsqrt"})}
+WIDE_UNDER_AUTOCAST = {"cpu": frozenset[str](), "cuda": frozenset({"layer_norm", "rms_norm"})}
 """Of the operations here those that autocast does in float32, by kind of device. Source: aten/src/ATen/autocast_mode.h
 (`AT_FORALL_FP32`) for accelerators, autocast_mode.cpp (`KERNEL_CPU`) for the CPU."""
 
@@ -271,7 +271,8 @@ class Tape:
     def attention(self, query: Value, key: Value, value: Value) -> Value:
         """Fused attention over `[B, L, heads, size]`: keeps inputs, output, and a number for each query and head.
 
-        So do the flash kernels of CPUs and GPUs, and the memory-efficient ones.
+        So do the flash kernels of CPUs and GPUs, and the memory-efficient ones. The models of diffusers cast the result
+        to the format of the queries, which a norm may have made wider than what autocast attends in.
         """
         inputs = [self.cast(part, self.autocast or part.dtype) for part in (query, key, value)]
         grad = any(part.grad for part in inputs)
@@ -279,7 +280,7 @@ class Tape:
         if grad:
             self._save(*inputs, result)
             self._save_numbers(query.count // query.shape[-1])
-        return result
+        return self.cast(result, query.dtype)
 
     def error(self, prediction: Value, count: int) -> None:
         """The squared error of what is predicted for `count` latent values, in float32."""

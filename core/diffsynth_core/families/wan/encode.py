@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.families.wan.captions import MAX_TOKENS, clean_caption
-
-FRAMES_PER_LATENT = 4
-"""Frames of a clip in one latent frame; the first latent frame holds one."""
+from diffsynth_core.families.wan.memory import FRAMES_PER_LATENT
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:

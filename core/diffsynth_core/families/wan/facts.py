@@ -17,7 +17,7 @@ from diffsynth_core.families.interface import (
 )
 from diffsynth_core.families.size_facts import LatentFacts, StateFacts
 from diffsynth_core.families.wan import captions, names
-from diffsynth_core.families.wan.memory import EMBEDDER, MEMORY, PICTURE_TOKENS
+from diffsynth_core.families.wan.memory import EMBEDDER, FRAMES_PER_LATENT, MEMORY, PICTURE_TOKENS
 from diffsynth_core.families.wan.sizes import PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -33,9 +33,9 @@ PICKLED_FILES = (
 TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=captions.TEXT)
 OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
-MASK_CHANNELS = 4
-"""Beside the latents of the frames shown: a bit for each of the four frames in a latent one."""
-CLIPS = Medium("video", "video", size_factor=16, frame_step=4)
+MASK_CHANNELS = FRAMES_PER_LATENT
+"""Beside the latents of the frames shown: a bit for each of the frames in a latent one."""
+CLIPS = Medium("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT)
 TI2V_NAME = "-TI2V-"
 """In the names of repositories of TI2V."""
 PATCH = 4
@@ -140,7 +140,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         model_id="Wan-AI/Wan2.2-TI2V-5B",
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
-        medium=Medium("video", "video", size_factor=32, frame_step=4),
+        medium=Medium("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
         takes=FRAMES[:1],
         given_frames=1 if shown else 0,
     )

@@ -13,6 +13,7 @@ from diffsynth_core.families.wan.captions import MAX_TOKENS
 from diffsynth_core.families.wan.sizes import head_size
 
 FRAMES_PER_LATENT = 4
+"""Frames of a clip in one latent frame; the first latent frame holds one."""
 PICTURE_TOKENS = 257
 """Of one picture shown to the image encoder."""
 WIDE = frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
