@@ -12,9 +12,10 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from diffsynth_core.families.size_facts import CaptionFacts
 from diffsynth_core.families.token_counts import CaptionRule, count_tokens
 from diffsynth_core.progress import SilentReporter, format_bytes
-from diffsynth_core.validation import documents
+from diffsynth_core.validation import caption_checks, documents
 from diffsynth_core.validation import validate as module
 from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import CODES
@@ -254,6 +255,25 @@ def test_a_picture_keeps_its_hash_at_other_sizes(name, scale):
     other = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
     bits = difference_hash(scaled_down(picture)) ^ difference_hash(scaled_down(other))
     assert bits.bit_count() <= Thresholds().near_duplicate_distance
+
+
+def test_a_caption_may_have_more_tokens_than_characters(found, monkeypatch):
+    """Tokenizers of bytes make several of a character; which captions are counted at all must allow for that."""
+    monkeypatch.setattr(
+        caption_checks, "count_tokens", lambda texts, rule: ([len(text.encode()) for text in texts], True)
+    )
+    rules = replace(Rules(), captions=CaptionRule(CaptionFacts("", 100, 0)))
+    captions = ["🙂" * 26, "🙂" * 25, "x" * 101, "x" * 100]
+    rows = [[f"{number}.png", caption] for number, caption in enumerate(captions)]
+    assert found({}, rows, rules=rules, depth="metadata")[0] == [("CAPTION_TOO_LONG", 1), ("CAPTION_TOO_LONG", 3)]
+
+
+@pytest.mark.parametrize(("levels", "codes"), [((128, 132), [("MASK_EMPTY", 1)]), ((128, 133), [])])
+def test_a_mask_of_one_colour_but_for_noise_is_empty(found, levels, codes):
+    mask = Image.new("L", COFFEE.size, levels[0])
+    mask.paste(levels[1], (0, 0, COFFEE.width // 2, COFFEE.height))
+    rows = [["coffee.png", "mask.png", "a"]]
+    assert found({"coffee.png": COFFEE, "mask.png": mask}, rows, ("image", "mask", "prompt"))[0] == codes
 
 
 def test_repeated_samples_fill_batches(found):

@@ -146,6 +146,30 @@ def test_wrong_bytes_once_are_fetched_again(base, identities, checksum):
     assert len(listener.warnings) == (1 if checksum else 0)
 
 
+def test_of_two_beginnings_the_longer_is_gone_on_from(base, identities):
+    """One in the part of an earlier download, one cut short under the file's own name by another program."""
+    hub = PlayedHub({"x": SHA256})
+    (listed,) = plan(hub, base, identities).files
+    listed.target.parent.mkdir(parents=True)
+    listed.part.write_bytes(CONTENT[:6])
+    listed.target.write_bytes(CONTENT[:3])
+    made = plan(hub, base, identities)
+    assert [(one.state, one.bytes_here) for one in made.files] == [("incomplete", 6)]
+    fetch(made, hub, identities, SilentReporter())
+    assert hub.starts == [6] and listed.target.read_bytes() == CONTENT
+
+
+def test_a_part_that_is_longer_than_the_file_counts_as_nothing(base, identities):
+    hub = PlayedHub({"x": SHA256})
+    (listed,) = plan(hub, base, identities).files
+    listed.target.parent.mkdir(parents=True)
+    listed.part.write_bytes(CONTENT + b"more")
+    made = plan(hub, base, identities)
+    assert [(one.state, one.bytes_here) for one in made.files] == [("missing", 0)]
+    fetch(made, hub, identities, SilentReporter())
+    assert hub.starts == [0] and listed.target.read_bytes() == CONTENT
+
+
 def test_the_disk_refuses(base, identities, monkeypatch):
     def refuse(part: object, chunk: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
