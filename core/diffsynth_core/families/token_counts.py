@@ -26,10 +26,11 @@ class CaptionRule:
 
 def count_tokens(captions: Sequence[str], rule: CaptionRule) -> tuple[list[int], bool]:
     """Tokens of each caption, were nothing cut off, and whether they are counted; else they are estimated."""
-    texts = [rule.facts.template.format(rule.facts.clean(_whole_characters(caption))) for caption in captions]
+    cleaned = [rule.facts.clean(_whole_characters(caption)) for caption in captions]
     tokenizer = _load(rule.tokenizer) if rule.tokenizer else None
     if tokenizer is None:
-        return [rule.facts.around + estimate_tokens(rule.facts.clean(caption)) for caption in captions], False
+        return [rule.facts.around + estimate_tokens(caption) for caption in cleaned], False
+    texts = [rule.facts.template.format(caption) for caption in cleaned]
     return [len(encoded.ids) - rule.facts.dropped for encoded in tokenizer.encode_batch(texts)], True
 
 
