@@ -21,6 +21,7 @@ bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one r
 docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the pictures of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs
 	$(BIN)/python -m diffsynth_core.validation.documents docs
+	$(BIN)/python -m diffsynth_core.planning.documents docs
 	$(BIN)/python docs/make_pictures.py docs
 	$(BIN)/python -m docs.make_report_pictures docs
 

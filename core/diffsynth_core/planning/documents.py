@@ -1,0 +1,74 @@
+"""What is written from the recipes: the page that says which GPU each takes."""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+from diffsynth_core.config.parameters import memory_bytes
+from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.files import write_text
+from diffsynth_core.planning.fitting import Fit, find_fit
+from diffsynth_core.planning.memory import choice_of
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.planning.sizes import run_sizes
+from diffsynth_core.progress import SilentReporter, format_bytes
+
+PAGE = "gpu_memory.md"
+GPUS = ("24GB", "48GB", "80GB")
+"""Memory of the GPUs that are rented most."""
+
+
+def memory_page() -> str:
+    """`docs/gpu_memory.md`: the estimate of every recipe as it stands, without model files and without a dataset."""
+    lines = [
+        "# GPU memory of the recipes",
+        "",
+        "Generated from the plans of the recipes by `make docs`; a test fails when this page is stale.",
+        "",
+        "What `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB` estimates: in bf16, at the largest pictures or",
+        "clips that the recipe allows, in batches of one. Your own dataset and parameters change it, and the plan prints",
+        "the flags of what is named here. What operations and the driver need to work is not counted: leave some room.",
+        "[memory.md](memory.md) says how far such estimates were from what was measured, on tiny models and on a CPU;",
+        "on GPUs they have not been measured.",
+        "",
+        "The third and later columns say what has to change for a GPU of that size. A full training keeps its weights,",
+        "gradients and the two states of AdamW in float32: 16 bytes for each parameter.",
+        "",
+        f"| recipe | needs | {' | '.join(GPUS)} |",
+        f"|---|---|{'---|' * len(GPUS)}",
+        *_rows(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows() -> Iterator[str]:
+    for recipe in recipe_names():
+        for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
+            plan = make_plan(resolved, SilentReporter(), without_files=True)
+            choice = choice_of(plan, run_sizes(plan).largest)
+            fits = [find_fit(plan, choice, memory_bytes(size)) for size in GPUS]
+            stage = f", stage `{resolved.stage}`" if resolved.stage else ""
+            yield f"| `{recipe}`{stage} | {format_bytes(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
+
+
+def _in_words(fit: Fit) -> str:
+    if fit.as_it_is:
+        return "as it is"
+    if not fit.fits:
+        return "does not fit"
+    return "; ".join(change.words for change in fit.tried[-1].changes)
+
+
+def write_documents(folder: Path) -> None:
+    """Write the page into the documentation folder of a checkout."""
+    target = folder.resolve()
+    with tempfile.TemporaryDirectory() as nowhere, chdir(nowhere):  # a dataset at hand would be planned for
+        page = memory_page()
+    write_text(target / PAGE, page)
+
+
+if __name__ == "__main__":
+    write_documents(Path(sys.argv[1]))
