@@ -75,6 +75,18 @@ def misspelt(draft: Draft) -> Expected:
     return {("PATH_MISSING", row, "the brid.png"), ("FILE_UNREFERENCED", None, "the bird.png")}
 
 
+def locked_folder(draft: Draft) -> Expected:
+    folder = draft.folder / "locked"
+    folder.mkdir()
+    draft.photograph().save(folder / "bird.png")
+    folder.chmod(0)
+    return {("FOLDER_UNREADABLE", None, "locked")}
+
+
+def row_in_a_locked_folder(draft: Draft) -> Expected:
+    return locked_folder(draft) | {("PATH_MISSING", draft.row("locked/bird.png"), "locked/bird.png")}
+
+
 PATHS: Mapping[str, Plant] = {
     "a file that is not there": cell("PATH_MISSING", "nowhere/picture.png"),
     "a misspelt file": misspelt,
@@ -88,6 +100,7 @@ PATHS: Mapping[str, Plant] = {
     "an address": cell("URL", "https://example.com/bird.png"),
     "an address of a bucket": cell("URL", "s3://pictures/bird.png"),
     "an unused picture": unused,
+    "a picture in a folder that may not be read": row_in_a_locked_folder,
 }
 
 
@@ -146,7 +159,7 @@ def shown_by_a_link(draft: Draft) -> Expected:
     draft.photograph().save(draft.folder / "linked to.png")
     (draft.folder / "a link.png").symlink_to("linked to.png")
     draft.row("a link.png")
-    return {("FILE_UNREFERENCED", None, "linked to.png")}
+    return set()
 
 
 HARMLESS: Mapping[str, Plant] = {
@@ -162,7 +175,7 @@ HARMLESS: Mapping[str, Plant] = {
     "a caption about nothing": told("nan bread on a table, none left"),
     "a link within": shown_by_a_link,
 }
-"""What looks odd and is none of a fault's; a picture beside a link to it counts as unused."""
+"""What looks odd and is none of a fault's."""
 
 
 OBJECTS: Mapping[str, Plant] = {
@@ -206,6 +219,7 @@ def after_writing(change: Callable[[Path], object], expected: Expected) -> Plant
 BESIDE: Mapping[str, Plant] = {
     "two pictures with one caption": lambda draft: (draft.write_beside(), shared_caption(draft))[1],
     "a caption without a picture": lambda draft: (draft.write_beside(), lone_caption(draft))[1],
+    "a folder that may not be read": lambda draft: (draft.write_beside(), locked_folder(draft))[1],
     "no caption beside": after_writing(
         lambda folder: (folder / "sound_2.txt").unlink(), {("PATH_MISSING", 2, "sound_2.txt")}
     ),

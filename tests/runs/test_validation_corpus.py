@@ -1,6 +1,9 @@
 """Precision and recall of the dataset checks: nothing on a clean set, exactly what was planted on a faulty one."""
 
+import errno
+import os
 import shutil
+import stat
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -35,6 +38,19 @@ def in_this_process(monkeypatch):
         return {name: EXAMINERS[kind](job, name) for name, kind in files.items()}
 
     monkeypatch.setattr(validation, "inspect_files", inspect_files)
+
+
+@pytest.fixture(autouse=True)
+def root_may_open_no_more_than_others(monkeypatch):
+    """Refuse root a folder without rights as the system refuses it to others."""
+    opens = os.scandir
+
+    def scandir(path):
+        if not Path(path).stat().st_mode & stat.S_IRUSR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opens(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
 
 
 def found_in(folder: Path, recipe: str | None = None) -> Expected:

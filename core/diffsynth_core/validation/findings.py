@@ -49,6 +49,12 @@ CODES: Mapping[str, Code] = {
     "PATH_MISSING": Code("path", "error", "A file that is named is not there"),
     "PATH_CASE": Code("path", "error", "A file is there under a name in other letters, which most disks tell apart"),
     "PATH_OUTSIDE": Code("path", "error", "A path is absolute, or leads out of the dataset by `..` or by a link"),
+    "FOLDER_UNREADABLE": Code(
+        "path",
+        "warning",
+        "A folder in the dataset cannot be opened, so what is in it is not known",
+        "an error where captions stand beside the files, for each file is a row",
+    ),
     "FILE_UNREFERENCED": Code("path", "warning", "A picture, video or caption lies in the dataset and is not used"),
     "STEM_COLLISION": Code("path", "error", "Two files would share the caption of one text file"),
     "URL": Code("path", "error", "An address stands where a file must be named; nothing is downloaded"),

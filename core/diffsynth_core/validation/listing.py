@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +13,16 @@ from pathlib import Path
 class Listing:
     """The files below a folder by their paths relative to it, with `/` between folders, and their sizes in bytes.
 
-    `links`: those that are links, or lie behind one, to files within the folder. `leaving`: links to somewhere else,
-    and links to nothing; what they lead to has not been opened.
+    `links`: those that are links to files within the folder, with the path of that file. `leaving`: links to somewhere
+    else, and links to nothing; what they lead to has not been opened. `unread`: folders that the system does not open,
+    with its reason.
     """
 
     base: Path
     files: dict[str, int] = field(default_factory=dict)
-    links: frozenset[str] = frozenset()
+    links: Mapping[str, str] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_letters(self) -> dict[str, str]:
@@ -45,54 +47,82 @@ def letters(name: str) -> str:
 
 
 def list_files(base: Path) -> Listing:
-    """Every file below a folder."""
-    files: dict[str, int] = {}
-    links: set[str] = set()
-    leaving: set[str] = set()
-    root = os.path.realpath(base)
+    """Every file below a folder.
+
+    Raises:
+        OSError: when the folder itself cannot be opened; of those in it this is kept in `unread`.
+    """
+    lister = _Lister(base)
     folders = [""]
     while folders:
         folder = folders.pop()
-        with os.scandir(base / folder) as entries:
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_symlink():
-                    _take_link(root, name, entry.path, files, links, leaving)
-                elif entry.is_dir():
-                    folders.append(name)
-                elif entry.is_file():
-                    files[name] = entry.stat().st_size
-    return Listing(base, files, frozenset(links), frozenset(leaving))
+        try:
+            folders += lister.take_folder(folder)
+        except OSError as error:
+            if not folder:
+                raise
+            lister.unread[folder] = str(error.strerror)
+    return lister.listing()
 
 
 def list_named(base: Path, names: Iterable[str]) -> Listing:
     """The files in the folders of `names` (paths relative to `base`), and nothing of the other folders."""
-    files: dict[str, int] = {}
-    links: set[str] = set()
-    leaving: set[str] = set()
-    root = os.path.realpath(base)
+    lister = _Lister(base)
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith(("/", "../"))):
         parts = folder.split("/")
         above = ["/".join(parts[: depth + 1]) for depth in range(len(parts))] if folder else []
         link = next((part for part in above if (base / part).is_symlink()), None)
         if link:
-            leaving.add(link)
+            lister.leaving.add(link)
             continue
-        with suppress(OSError, ValueError), os.scandir(base / folder) as entries:  # told where its files are missed
+        try:
+            lister.take_folder(folder)
+        except PermissionError as error:
+            lister.unread[folder] = str(error.strerror)
+        except (OSError, ValueError):  # told where its files are missed
+            continue
+    return lister.listing()
+
+
+class _Lister:
+    """A listing in the making."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._root = os.path.realpath(base)
+        self._files: dict[str, int] = {}
+        self._links: dict[str, str] = {}
+        self.leaving: set[str] = set()
+        self.unread: dict[str, str] = {}
+
+    def take_folder(self, folder: str) -> list[str]:
+        """Take in the files of a folder; the folders in it.
+
+        Raises:
+            OSError: when it cannot be opened.
+        """
+        folders = []
+        with os.scandir(self._base / folder) as entries:
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_symlink():
-                    _take_link(root, name, entry.path, files, links, leaving)
-                elif entry.is_file():
-                    files[name] = entry.stat().st_size
-    return Listing(base, files, frozenset(links), frozenset(leaving))
+                with suppress(FileNotFoundError):  # gone since
+                    if entry.is_symlink():
+                        self._take_link(name, entry.path)
+                    elif entry.is_dir():
+                        folders.append(name)
+                    elif entry.is_file():
+                        self._files[name] = entry.stat().st_size
+        return folders
 
+    def _take_link(self, name: str, path: str) -> None:
+        """Sort a link in; one to a folder counts as leaving, for following it could go round for ever."""
+        target = os.path.realpath(path)
+        if os.path.commonpath([self._root, target]) == self._root and os.path.isfile(target):  # noqa: PTH113 - a path of os.scandir
+            self._files[name] = os.stat(target).st_size  # noqa: PTH116
+            self._links[name] = os.path.relpath(target, self._root).replace(os.sep, "/")
+        else:
+            self.leaving.add(name)
 
-def _take_link(root: str, name: str, path: str, files: dict[str, int], links: set[str], leaving: set[str]) -> None:
-    """Sort a link in; one to a folder counts as leaving, for following it could go round for ever."""
-    target = os.path.realpath(path)
-    if os.path.commonpath([root, target]) == root and os.path.isfile(target):  # noqa: PTH113 - a path of os.scandir
-        files[name] = os.stat(target).st_size  # noqa: PTH116
-        links.add(name)
-    else:
-        leaving.add(name)
+    def listing(self) -> Listing:
+        """What has been taken in."""
+        return Listing(self._base, self._files, self._links, frozenset(self.leaving), self.unread)

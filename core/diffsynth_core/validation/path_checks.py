@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from diffsynth_core.data.metadata import ENDINGS
 from diffsynth_core.errors import suggest
 from diffsynth_core.validation.examined import Examined
-from diffsynth_core.validation.findings import Finding, found
+from diffsynth_core.validation.findings import Finding, Level, found
 from diffsynth_core.validation.listing import Listing, letters
 from diffsynth_core.validation.table import CAPTION_ENDING
 
@@ -62,6 +62,9 @@ def _fault(name: str, listing: Listing, near: bool) -> _Fault | None:
     leaving = next((link for link in listing.leaving if name == link or name.startswith(f"{link}/")), None)
     if leaving:
         return _Fault("PATH_OUTSIDE", f"a link that leads out of the dataset (`{leaving}`)", "copy the file itself")
+    unread = next((folder for folder in listing.unread if name.startswith(f"{folder}/")), None)
+    if unread:
+        return _Fault("PATH_MISSING", f"in the folder `{unread}`, which cannot be opened", "let the folder be read")
     return _missing(name, listing, near)
 
 
@@ -76,15 +79,25 @@ def _missing(name: str, listing: Listing, near: bool) -> _Fault:
     return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?" if meant else "correct the path")
 
 
+def check_folders(examined: Examined) -> Iterator[Finding]:
+    """FOLDER_UNREADABLE."""
+    for folder, reason in sorted(examined.listing.unread.items() if examined.listing else ()):
+        what = f"the folder `{folder}` cannot be opened: {reason}"
+        hint = "let it be read, or move it out of the dataset"
+        level: Level = "error" if examined.table.beside else "warning"
+        yield found("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
+
+
 def check_unreferenced(examined: Examined) -> Iterator[Finding]:
     """FILE_UNREFERENCED: media that no row names, and captions beside no file."""
     listing = examined.listing
     if listing is None or not examined.records:
         return
     named = {name for record in examined.records for names in record.files.values() for name in names}
+    used = named | {listing.links[name] for name in named if name in listing.links}
     captions = {f"{os.path.splitext(name)[0]}{CAPTION_ENDING}" for name in named} if examined.table.beside else set()  # noqa: PTH122 - a relative name
     endings = MEDIA_ENDINGS | ({CAPTION_ENDING} if examined.table.beside else set())
-    for name in sorted(listing.files.keys() - named - captions):
+    for name in sorted(listing.files.keys() - used - captions):
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if ending in endings:
             what = f"`{name}` is a caption without a file" if ending == CAPTION_ENDING else f"no row names `{name}`"

@@ -7,11 +7,12 @@ from diffsynth_core.families.interface import FamilyFacts, Variant
 from diffsynth_core.planning.dataset import RowFault
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.caption_checks import check_captions
+from diffsynth_core.validation.path_checks import check_folders
 from diffsynth_core.validation.rules import Thresholds, rules_of
 from diffsynth_core.validation.table import READERS
 from diffsynth_core.validation.validate import Wish, examine
 
-ADDED = ("PATH_OUTSIDE", "PATH_CASE", "URL", "CAPTION_NAN")
+ADDED = ("PATH_OUTSIDE", "PATH_CASE", "URL", "CAPTION_NAN", "FOLDER_UNREADABLE")
 """Codes of errors that planning does not know; the others it tells itself."""
 OF_PATHS = ("PATH_OUTSIDE", "PATH_CASE", "URL")
 """Those of rows whose files are not to be opened."""
@@ -25,7 +26,7 @@ def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) ->
         return []
     rules = rules_of(parameters, facts, variant, Thresholds(), variant.title)
     examined, findings = examine(base, metadata, rules, Wish("named"), SilentReporter())
-    findings += check_captions(examined)
+    findings += [*check_captions(examined), *check_folders(examined)]
     return [
         RowFault(
             Problem(f"`{examined.table.origin}` {finding.message}", finding.hint),

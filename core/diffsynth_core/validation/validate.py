@@ -28,7 +28,7 @@ from diffsynth_core.validation.inspect import Job, Kind, inspect_files
 from diffsynth_core.validation.listing import Listing, list_files, list_named
 from diffsynth_core.validation.metadata_checks import check_columns, check_rows, read_records
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
-from diffsynth_core.validation.path_checks import check_unreferenced, present_paths
+from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths
 from diffsynth_core.validation.picture_checks import check_pictures, check_same, check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.set_checks import check_buckets, check_cache
@@ -41,6 +41,7 @@ else is there; also what the files hold."""
 
 Check = Callable[[Examined], Iterator[Finding]]
 ROW_CHECKS: tuple[Check, ...] = (check_captions, check_characters, check_repeated, check_lengths, check_counts)
+PATH_CHECKS: tuple[Check, ...] = (check_folders, check_unreferenced)
 FILE_CHECKS: tuple[Check, ...] = (
     check_pictures,
     check_sizes,
@@ -56,8 +57,8 @@ FILE_CHECKS: tuple[Check, ...] = (
 CHECKS: Mapping[Depth, tuple[Check, ...]] = {
     "metadata": ROW_CHECKS,
     "named": ROW_CHECKS,
-    "paths": (*ROW_CHECKS, check_unreferenced),
-    "files": (*ROW_CHECKS, check_unreferenced, *FILE_CHECKS),
+    "paths": (*ROW_CHECKS, *PATH_CHECKS),
+    "files": (*ROW_CHECKS, *PATH_CHECKS, *FILE_CHECKS),
 }
 """What is said of a dataset once it has been examined so far."""
 
