@@ -69,6 +69,11 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
+def beginning(text: str, limit: int = 60) -> str:
+    """A text, or its first `limit` characters where it is longer: a message must not fill the terminal."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def shorten(names: Sequence[str], limit: int = 5) -> str:
     """The first names in backticks, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])

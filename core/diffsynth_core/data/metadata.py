@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsynth_core.data.pictures import PICTURE_ENDINGS
 from diffsynth_core.data.videos import VIDEO_ENDINGS
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.files import replacing
 from diffsynth_core.progress import count_of
 
@@ -21,18 +21,24 @@ ENDINGS = {
 }
 """Endings of the files that count where there is no metadata, by the kind of what is trained on."""
 
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What spreadsheets write between columns in place of commas, and its name."""
+SHOWN_OF_A_PATH = 200
+"""How many characters of a path a message shows: a cell may hold a whole caption instead."""
+
 
 @dataclass(frozen=True)
 class Metadata:
     """Rows of a dataset; `origin` says where they were read. Row numbers count samples from 1.
 
-    `notes`: what is worth saying of what was not read.
+    `notes`: what is worth saying of what was not read. `beside`: captions stand in text files beside the media.
     """
 
     origin: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...] = ()
+    beside: bool = False
 
 
 def find_metadata(base: Path, given: Path | None) -> Path | None:
@@ -84,8 +90,45 @@ def _read_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
 
 
+def other_separator(path: Path, text: str) -> Problem | None:
+    """What to say of a CSV whose first line has other marks than commas between its columns."""
+    header = text.partition("\n")[0]
+    name = next((name for mark, name in SEPARATORS.items() if mark in header), None)
+    if name is None or "," in header:
+        return None
+    return Problem(f"`{path}` has {name} between its columns, expected commas", "export it again, with commas")
+
+
+def missing_column(
+    origin: str, present: Sequence[str], name: str, needed: Sequence[str], near: str | None, beside: bool
+) -> Problem:
+    """The problem that one of the columns `needed` is not there.
+
+    `near`: a column that may be meant. `beside`: captions stand in text files beside the media.
+    """
+    if beside:
+        listed = ", ".join(f"`{one}`" for one in dict.fromkeys(needed))
+        what = f"`{origin}` has no column `{name}`, which only a metadata file can have"
+        return Problem(what, f"write a metadata.csv with the columns {listed}")
+    what = f"`{origin}` has no column `{name}`; it has {shorten([beginning(one) for one in present])}"
+    if near:
+        return Problem(what, f"rename `{near}`")
+    if lacks_header(present):
+        return Problem(what, f"name the columns in the first line, `{','.join(dict.fromkeys(needed))}`")
+    return Problem(what, "add the column")
+
+
+def lacks_header(columns: Sequence[str]) -> bool:
+    """Whether what should name the columns is a row: it names a file."""
+    return any(Path(name).suffix.lower() in ENDINGS["video"] for name in columns)
+
+
 def _read_csv(path: Path) -> Metadata:
-    with io.StringIO(_read_text(path), newline="") as stream:
+    text = _read_text(path)
+    separated = other_separator(path, text)
+    if separated:
+        raise DiffSynthError(separated.message, separated.hint)
+    with io.StringIO(text, newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = tuple(name.strip() for name in next(reader, []))
@@ -201,7 +244,7 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
         [f"{count_of(len(alone), 'text file')} without a file to caption, the first is `{alone[0]}`"] if alone else []
     )
     origin = f"{base} (captions beside the files)"
-    return Metadata(origin, (media_column, text_column), tuple(rows), tuple(notes))
+    return Metadata(origin, (media_column, text_column), tuple(rows), tuple(notes), beside=True)
 
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

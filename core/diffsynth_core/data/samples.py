@@ -20,11 +20,11 @@ from diffsynth_core.data.media import (
     choose_reference,
     read_media_header,
 )
-from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, beginning, suggest
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
@@ -101,10 +101,7 @@ def check_columns(
     for column in needed:
         if column not in metadata.columns:
             near = suggest(column, set(metadata.columns) - {*needed})
-            hint = f"rename `{near}`" if near else "add the column"
-            problems.append(
-                Problem(f"`{metadata.origin}` has no column `{column}`; it has {shorten(metadata.columns)}", hint)
-            )
+            problems.append(missing_column(metadata.origin, metadata.columns, column, needed, near, metadata.beside))
     problems += [
         Problem(
             f"`data_file_keys` leaves out `{column}`, whose files this run reads",
@@ -347,7 +344,8 @@ def _caption(value: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DiffSynthError(
-            f"{where}: column `{column}` holds `{json.dumps(value)}`, expected a text", "write the caption as a text"
+            f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text",
+            "write the caption as a text",
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DiffSynthError(f"{where}: column `{column}` holds half a character", "mend the caption")
@@ -372,12 +370,13 @@ def _media_paths(
             raise DiffSynthError(f"{where}: column `{column}` is empty", "name the file, or take the row out")
         if not isinstance(name, str):
             raise DiffSynthError(
-                f"{where}: column `{column}` holds `{json.dumps(name)}`, expected a path", "write the path as a text"
+                f"{where}: column `{column}` holds `{beginning(json.dumps(name))}`, expected a path",
+                "write the path as a text",
             )
         paths.append(base / name.strip())
         if not folders.hold(paths[-1]):
             raise DiffSynthError(
-                f"{where}: column `{column}` names `{paths[-1]}`, which is not there",
+                f"{where}: column `{column}` names `{beginning(str(paths[-1]), SHOWN_OF_A_PATH)}`, which is not there",
                 "correct the path (relative to `dataset_base_path`), or take the row out",
             )
     return tuple(paths)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from diffsynth_core.errors import beginning
 from diffsynth_core.families.size_facts import CaptionFacts
 from diffsynth_core.families.token_counts import CaptionRule, count_tokens, may_be_longer
 from diffsynth_core.validation.examined import Examined
@@ -20,7 +21,6 @@ HALF = re.compile("[\ud800-\udfff]")
 """Half of a character outside the basic plane, which no text encoder takes."""
 MOST_BYTES = 4
 """Of a character in UTF-8."""
-SHOWN_CHARACTERS = 60
 SHOWN_ROWS = 5
 
 
@@ -66,13 +66,13 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
     if len(rows) == 1 and not examined.columns.references:
         ((caption, sharing),) = rows.items()
         if len(sharing) == len(examined.records) > 1:
-            what = f"all {len(sharing)} captions are `{_beginning(caption)}`"
+            what = f"all {len(sharing)} captions are `{beginning(caption)}`"
             yield found("CAPTION_ALL_SAME", what, "tell what is in each picture or video")
             return
     for caption, sharing in rows.items():
         listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
         more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
-        what = f"rows {listed}{more} share the caption `{_beginning(caption)}`"
+        what = f"rows {listed}{more} share the caption `{beginning(caption)}`"
         yield found("CAPTION_DUPLICATE", what, row=sharing[0])
 
 
@@ -93,7 +93,3 @@ def check_lengths(examined: Examined) -> Iterator[Finding]:
             how = "has" if counted else "has, by an estimate without its tokenizer,"
             what = f"row {row}: the caption {how} {tokens} tokens, of which {rule.facts.most} are read"
             yield found("CAPTION_TOO_LONG", what, "shorten the caption", row=row)
-
-
-def _beginning(caption: str) -> str:
-    return caption if len(caption) <= SHOWN_CHARACTERS else f"{caption[:SHOWN_CHARACTERS]}…"

@@ -9,7 +9,8 @@ from contextlib import suppress
 from posixpath import normpath
 from typing import Any
 
-from diffsynth_core.errors import shorten, suggest
+from diffsynth_core.data.metadata import lacks_header, missing_column
+from diffsynth_core.errors import beginning, shorten, suggest
 from diffsynth_core.validation.examined import Record
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Columns
@@ -26,10 +27,10 @@ def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
         near = suggest(name, unknown)
         if near:
             unknown.remove(near)
-        what = f"`{table.origin}` has no column `{name}`; it has {shorten(table.columns)}"
-        yield found("COLUMN_MISSING", what, f"rename `{near}`" if near else "add the column")
-    for name in unknown:
-        what = f"`{table.origin}` has the column `{name}`, which nothing reads; known are {shorten(columns.known, 12)}"
+        problem = missing_column(table.origin, table.columns, name, columns.needed, near, table.beside)
+        yield found("COLUMN_MISSING", problem.message, problem.hint)
+    for name in unknown if not lacks_header(table.columns) else ():
+        what = f"`{table.origin}` has the column `{beginning(name)}`, which nothing reads; known are {shorten(columns.known, 12)}"
         yield found("COLUMN_UNKNOWN", what, "leave it out, or rename it")
 
 
@@ -66,7 +67,7 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
         findings.append(found(code, what, "name the file, or take the row out", row=row))
         return ()
     if not all(isinstance(name, str) for name in names):
-        what = f"row {row}: column `{column}` holds `{json.dumps(value)}`, expected a path"
+        what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a path"
         findings.append(found("CELL_TYPE", what, "write the path as a text", row=row))
         return ()
     return tuple(normalised(name.strip()) for name in names)
@@ -80,7 +81,7 @@ def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str 
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
         return str(value)
-    what = f"row {row}: column `{column}` holds `{json.dumps(value)}`, expected a text"
+    what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text"
     findings.append(found("CELL_TYPE", what, "write the caption as a text", row=row))
     return None
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffsynth_core.data.metadata import ENDINGS
-from diffsynth_core.errors import suggest
+from diffsynth_core.data.metadata import ENDINGS, SHOWN_OF_A_PATH
+from diffsynth_core.errors import beginning, suggest
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, Level, found
 from diffsynth_core.validation.listing import Listing, letters
@@ -44,7 +44,9 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
                 if fault is None:
                     present.add(name)
                 else:
-                    what = f"row {record.row}: column `{column}` names `{name}`, {fault.what}"
+                    what = (
+                        f"row {record.row}: column `{column}` names `{beginning(name, SHOWN_OF_A_PATH)}`, {fault.what}"
+                    )
                     findings.append(found(fault.code, what, fault.hint, row=record.row, path=name))
     return frozenset(present), findings
 
@@ -76,7 +78,11 @@ def _missing(name: str, listing: Listing, near: bool) -> _Fault:
         return _Fault("PATH_MISSING", "which is not there", "write `/` between folders")
     there = listing.in_folder(name.rpartition("/")[0]) if near else []
     meant = suggest(name, there) if len(there) <= SUGGESTED_FROM else None
-    return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?" if meant else "correct the path")
+    if meant:
+        return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?")
+    reads_as_caption = " " in name and os.path.splitext(name)[1].lower() not in MEDIA_ENDINGS  # noqa: PTH122 - a relative name
+    hint = "name a file here: this reads as a caption" if reads_as_caption else "correct the path"
+    return _Fault("PATH_MISSING", "which is not there", hint)
 
 
 def check_folders(examined: Examined) -> Iterator[Finding]:

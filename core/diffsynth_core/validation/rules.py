@@ -147,7 +147,7 @@ class Columns:
     @property
     def needed(self) -> tuple[str, ...]:
         """The columns that must be there."""
-        return self.target, self.text, *self.references, *self.required
+        return self.target, *self.references, self.text, *self.required
 
     @property
     def known(self) -> tuple[str, ...]:

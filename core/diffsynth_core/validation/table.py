@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.data.metadata import ENDINGS, METADATA_NAMES, UnreadableJson, find_metadata, parse_json
+from diffsynth_core.data.metadata import (
+    ENDINGS,
+    METADATA_NAMES,
+    UnreadableJson,
+    find_metadata,
+    other_separator,
+    parse_json,
+)
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.listing import Listing
@@ -73,6 +80,9 @@ _Read = tuple[tuple[str, ...], dict[int, Mapping[str, Any]], list[Finding]]
 
 
 def _read_csv(path: Path, text: str) -> _Read:
+    separated = other_separator(path, text)
+    if separated:
+        return (), {}, [found("PARSE_ERROR", separated.message, separated.hint, path=path.name)]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: dict[int, Mapping[str, Any]] = {}
     findings: list[Finding] = []
