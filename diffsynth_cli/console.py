@@ -1,5 +1,6 @@
 """The terminal: messages, progress bars, and plain lines where there is no terminal."""
 
+import os
 import sys
 import threading
 import time
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -26,13 +27,18 @@ PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one task."""
 
 
+def color_system() -> Literal["auto"] | None:
+    """None where NO_COLOR is set: rich then leaves out bold and dim too, as the lines of errors.py do."""
+    return None if os.environ.get("NO_COLOR") else "auto"
+
+
 class ConsoleReporter:
     """Tells the engine's progress on stderr, and keeps every message in the log of the run."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         """`quiet` is for every process of a run but the first."""
         self.quiet = quiet
-        self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet)
+        self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet, color_system=color_system())
         self._log: TextIO | None = None
         self._early: list[str] = []
         self._bars: Progress | None = None

@@ -174,9 +174,10 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
         return
     from rich.console import Console
 
+    from diffsynth_cli.console import color_system
     from diffsynth_cli.dataset_text import report_tables
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, color_system=color_system())
     for table in report_tables(report):
         console.print(table)
 

@@ -53,6 +53,28 @@ def test_captions_beside_pictures_that_are_to_be_edited(validate, refuse, datase
     assert code == 1 and (message, hint) in problems
 
 
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("no.png", "correct the path"),  # its ending alone makes it look like others
+        ("cofee.jpg", "did you mean `coffee.png`?"),
+        ("chelsae.png", "correct the path"),  # another row has chelsea.png
+    ],
+)
+def test_a_file_that_may_be_meant(validate, dataset, named, hint):
+    (dataset / "metadata.csv").write_text(f"image,prompt\nchelsea.png,a\n{named},b\n")
+    assert validate() == [("PATH_MISSING", f"row 2: column `image` names `{named}`, which is not there", hint)]
+
+
+def test_no_colour_leaves_no_codes(cli, dataset, monkeypatch):
+    (dataset / "metadata.csv").write_text("image,prompt\nno.png,a\n")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b" in cli("dataset", "validate", dataset, "--depth", "paths").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in cli("dataset", "validate", dataset, "--depth", "paths").out
+
+
 def test_captions_where_paths_belong_do_not_fill_the_terminal(cli, validate, refuse, dataset):
     (dataset / "metadata.csv").write_text(f'image,prompt\n"{LONG}",coffee.png\n')
     shown = f"row 1: column `image` names `{LONG[:200]}…`, which is not there"

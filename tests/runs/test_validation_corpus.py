@@ -207,6 +207,50 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
     assert found_in(draft.folder, WAN) == expected
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (WAN, ("VIDEO_FRAMES", "info", None, "of 1 of 3 files one frame is trained on")),
+        (
+            "wan2.1-i2v-14b-480p-lora",
+            (
+                "VIDEO_STILL",
+                "warning",
+                None,
+                "of 1 of 3 files one frame is trained on, which the model is shown (input_image) and learns to copy",
+            ),
+        ),
+        (
+            "wan2.2-ti2v-5b-lora",
+            (
+                "VIDEO_TOO_SHORT",
+                "error",
+                3,
+                "`a picture.png` is one frame, which the model is given: nothing is left to learn",
+            ),
+        ),
+    ],
+)
+def test_a_picture_among_clips_by_what_training_makes_of_it(
+    tmp_path, in_this_process, two_clips, recipe, expected
+) -> None:
+    draft = copied(two_clips, tmp_path / "set")
+    draft.photograph((160, 96)).save(draft.folder / "a picture.png")
+    draft.row("a picture.png")
+    draft.write()
+    report, _ = validate(draft.folder, rules_of_recipe(recipe, Thresholds()), Wish(), SilentReporter())
+    told = [(one.code, one.level, one.row, one.message) for one in report.findings if one.code.startswith("VIDEO_")]
+    of_clips = [one for one in told if "`clip_" in one[3]]  # TI2V uses fewer of their frames
+    assert [one for one in told if one not in of_clips] == [expected]
+
+
+def test_pictures_alone_teach_a_model_of_videos_no_motion(tmp_path, in_this_process) -> None:
+    draft = three_pictures(tmp_path / "set")
+    draft.write().write_text(draft.text().replace("image,", "video,", 1))
+    assert ("VIDEO_STILL", None, None) in found_in(draft.folder, WAN)
+    assert "VIDEO_STILL" not in {code for code, _, _ in found_in(draft.folder)}
+
+
 def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path, capfd) -> None:
     """Told apart by row and path, the faults of one row do not hide one another. What they do to others: the median of
     the frame rates stays that of the clean clips."""

@@ -110,6 +110,13 @@ def reference_rules(parameters: Parameters, variant: Variant) -> tuple[Reference
     )
 
 
+def shown_frames(parameters: Parameters, variant: Variant) -> tuple[str, ...]:
+    """The extra inputs that show a model of videos frames which it must bring forth all the same."""
+    if variant.medium.kind != "video" or variant.given_frames:
+        return ()
+    return tuple(parameters.extra_inputs)
+
+
 def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     """Sides and numbers of frames that the model cannot take."""
     problems = []
@@ -179,10 +186,9 @@ def _idle_parameters(parameters: Parameters, facts: FamilyFacts) -> list[Problem
 def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -> list[str]:
     """What to say of single frames that the model is shown, and need only copy."""
     single = sum(sample.frames == 1 for sample in samples.samples)
-    shown_frames = variant.medium.kind == "video" and parameters.extra_inputs and not variant.given_frames
-    if not single or not shown_frames:
+    shown = ", ".join(shown_frames(parameters, variant))
+    if not single or not shown:
         return []
-    shown = ", ".join(parameters.extra_inputs)
     return [f"{count_of(single, 'sample')} of one frame: the model is shown it whole ({shown}) and learns to copy it"]
 
 

@@ -33,6 +33,7 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
     """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
     listing = examined.listing
     assert listing is not None
+    named = _named(examined)
     present: set[str] = set()
     findings: list[Finding] = []
     for record in examined.records:
@@ -40,7 +41,7 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
             for name in names:
                 if name in present:
                     continue
-                fault = _fault(name, listing, near=len(findings) < SUGGESTED)
+                fault = _fault(name, listing, len(findings) < SUGGESTED, named)
                 if fault is None:
                     present.add(name)
                 else:
@@ -51,8 +52,8 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
     return frozenset(present), findings
 
 
-def _fault(name: str, listing: Listing, near: bool) -> _Fault | None:
-    """Why a path is not opened; `near`: whether to look for a name that may have been meant."""
+def _fault(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault | None:
+    """Why a path is not opened; `near`: whether to look for one that may have been meant, and is not `named` itself."""
     if name in listing.files:
         return None
     if ADDRESS.match(name):
@@ -67,22 +68,33 @@ def _fault(name: str, listing: Listing, near: bool) -> _Fault | None:
     unread = next((folder for folder in listing.unread if name.startswith(f"{folder}/")), None)
     if unread:
         return _Fault("PATH_MISSING", f"in the folder `{unread}`, which cannot be opened", "let the folder be read")
-    return _missing(name, listing, near)
+    return _missing(name, listing, near, named)
 
 
-def _missing(name: str, listing: Listing, near: bool) -> _Fault:
+def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault:
     other = listing.by_letters.get(letters(name))
     if other:
         return _Fault("PATH_CASE", f"where the disk has `{other}`", "write it as the disk does")
     if name.replace("\\", "/") in listing.files:
         return _Fault("PATH_MISSING", "which is not there", "write `/` between folders")
-    there = listing.in_folder(name.rpartition("/")[0]) if near else []
-    meant = suggest(name, there) if len(there) <= SUGGESTED_FROM else None
+    meant = _meant(name, listing.in_folder(name.rpartition("/")[0]), named) if near else None
     if meant:
         return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?")
     reads_as_caption = " " in name and os.path.splitext(name)[1].lower() not in MEDIA_ENDINGS  # noqa: PTH122 - a relative name
     hint = "name a file here: this reads as a caption" if reads_as_caption else "correct the path"
     return _Fault("PATH_MISSING", "which is not there", hint)
+
+
+def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
+    """The file of its folder that a path may mean: names are compared without their endings, which many files share."""
+    stems = {os.path.splitext(one)[0]: one for one in there if one not in named}  # noqa: PTH122 - relative names
+    meant = suggest(os.path.splitext(name)[0], stems) if len(stems) <= SUGGESTED_FROM else None  # noqa: PTH122
+    return stems[meant] if meant else None
+
+
+def _named(examined: Examined) -> frozenset[str]:
+    """The paths that rows name."""
+    return frozenset(name for record in examined.records for names in record.files.values() for name in names)
 
 
 def check_folders(examined: Examined) -> Iterator[Finding]:
@@ -99,7 +111,7 @@ def check_unreferenced(examined: Examined) -> Iterator[Finding]:
     listing = examined.listing
     if listing is None or not examined.records:
         return
-    named = {name for record in examined.records for names in record.files.values() for name in names}
+    named = _named(examined)
     used = named | {listing.links[name] for name in named if name in listing.links}
     captions = {f"{os.path.splitext(name)[0]}{CAPTION_ENDING}" for name in named} if examined.table.beside else set()  # noqa: PTH122 - a relative name
     endings = MEDIA_ENDINGS | ({CAPTION_ENDING} if examined.table.beside else set())

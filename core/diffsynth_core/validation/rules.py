@@ -18,7 +18,7 @@ from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Shapes,
 from diffsynth_core.families.table import component_at
 from diffsynth_core.families.token_counts import CaptionRule
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.planning.dataset import media_rule, reference_rules
+from diffsynth_core.planning.dataset import media_rule, reference_rules, shown_frames
 from diffsynth_core.sources.model_files import split_entry
 
 GENERAL_FACTOR = 16
@@ -98,6 +98,8 @@ class Rules:
     `target`: the column of what is trained on; None: the first of `TARGET_COLUMNS` that there is.
     `masks`: columns of masks. `other`: columns beside these that training reads.
     `batch_size`, `repeat`, `accumulation`: how batches, epochs and steps are made of the samples.
+    `given_frames`: latent frames that the model is given, as families/interface.py has them. `shown_frames`: extra
+    inputs that show it frames of what is trained on, which it must learn to bring forth.
     `captions`: how they are read; None: by `Thresholds.max_tokens` alone. `encoders`: what is kept in the cache below
     `cache`; empty: unknown.
     `recipe`: its name; None: general rules, which hold in every family.
@@ -113,6 +115,8 @@ class Rules:
     batch_size: int = 1
     repeat: int = 1
     accumulation: int = 1
+    given_frames: int = 0
+    shown_frames: tuple[str, ...] = ()
     captions: CaptionRule | None = None
     encoders: tuple[EncoderFacts, ...] = ()
     cache: Path | None = None
@@ -170,6 +174,8 @@ def rules_of(
         batch_size=parameters.batch_size,
         repeat=parameters.dataset_repeat,
         accumulation=parameters.gradient_accumulation_steps,
+        given_frames=variant.given_frames,
+        shown_frames=shown_frames(parameters, variant),
         encoders=variant.encoders,
         cache=parameters.cache_path or default_cache_path(),
         recipe=recipe,

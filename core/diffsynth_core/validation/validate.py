@@ -33,7 +33,7 @@ from diffsynth_core.validation.picture_checks import check_pictures, check_same,
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.set_checks import check_buckets, check_cache
 from diffsynth_core.validation.table import Table, locate_metadata, read_table
-from diffsynth_core.validation.video_checks import check_rates, check_videos
+from diffsynth_core.validation.video_checks import check_rates, check_single_frames, check_videos
 
 Depth = Literal["metadata", "named", "paths", "files"]
 """How far a dataset is looked into: rows and captions alone; also whether the files that rows name are there; also what
@@ -51,6 +51,7 @@ FILE_CHECKS: tuple[Check, ...] = (
     check_masks,
     check_videos,
     check_rates,
+    check_single_frames,
     check_buckets,
     check_cache,
 )

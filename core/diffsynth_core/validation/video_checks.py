@@ -13,6 +13,7 @@ from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import VideoFacts
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.set_checks import header_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or take its row out"),
@@ -33,6 +34,45 @@ def check_videos(examined: Examined) -> Iterator[Finding]:
             continue
         for check in VIDEO_CHECKS:
             yield from check(facts, rows[path], examined.rules)
+
+
+def check_single_frames(examined: Examined) -> Iterator[Finding]:
+    """What a model of videos has of files of which one frame is used: VIDEO_TOO_SHORT where it is given that frame,
+    else VIDEO_STILL where it learns to copy or learns no motion, else VIDEO_FRAMES."""
+    rules, rows, lengths = examined.rules, examined.first_rows(), _lengths(examined)
+    for path, frames in lengths.items():
+        if _all_given(frames, rules):
+            what = f"`{path}` is one frame, which the model is given: nothing is left to learn"
+            hint = "take its row out"
+            yield found("VIDEO_TOO_SHORT", what, hint, row=rows[path], path=path, level="error")
+    single = [path for path, frames in lengths.items() if frames == 1 and not _all_given(frames, rules)]
+    if not single:
+        return
+    of_all = f"of {len(single)} of {count_of(len(lengths), 'file')} one frame is trained on"
+    if rules.shown_frames:
+        what = f"{of_all}, which the model is shown ({', '.join(rules.shown_frames)}) and learns to copy"
+        yield found("VIDEO_STILL", what, "replace them by videos, or take their rows out")
+    elif len(single) == len(lengths):
+        yield found("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos where motion is to be learned")
+    elif any(path in examined.pictures for path in single):
+        yield found("VIDEO_FRAMES", of_all)
+
+
+def _all_given(frames: int, rules: Rules) -> bool:
+    """Whether the model is given, and so need not learn, all of so many frames."""
+    return rules.media.frames is not None and (frames - 1) // rules.media.frames.step < rules.given_frames
+
+
+def _lengths(examined: Examined) -> dict[str, int]:
+    """How many frames are trained on of each file that can be; empty where pictures are trained on."""
+    if examined.rules.media.frames is None:
+        return {}
+    lengths = {}
+    for path in sorted(examined.of_columns((examined.columns.target,))):
+        header = header_of(examined, path)
+        if header:
+            lengths[path] = _used(header.frames, examined.rules)
+    return lengths
 
 
 def check_rates(examined: Examined) -> Iterator[Finding]:
@@ -70,7 +110,7 @@ def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     """Without a recipe no number is asked for, but one frame is no video."""
     asked = rules.media.frames.num_frames if rules.media.frames else 2
     available = _available(facts)
-    if available < asked:
+    if available < asked and not _all_given(_used(available, rules), rules):
         what = f"`{facts.path}` has {count_of(available, 'frame')}, {asked} are asked for"
         hint = f"replace it, or give `--num_frames {_used(available, rules)}`" if rules.media.frames else "replace it"
         yield found("VIDEO_TOO_SHORT", what, hint, row=row, path=facts.path)
