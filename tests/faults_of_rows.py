@@ -264,13 +264,21 @@ WHOLE: Mapping[str, Plant] = {
         "metadata.json", lambda draft: b'{"rows": []}', {("PARSE_ERROR", None, "metadata.json")}
     ),
     "a header alone": metadata("metadata.csv", lambda draft: b"image,prompt\n", {("EMPTY", None, "metadata.csv")}),
+    "metadata twice": lambda draft: (
+        draft.write(),
+        metadata("metadata.jsonl", lambda draft: b"", {("METADATA_UNUSED", None, None)})(draft),
+    )[1],
+    "a table that is not read": lambda draft: (
+        draft.write_beside(),
+        metadata("metadata.parquet", lambda draft: b"PAR1", {("METADATA_UNUSED", None, None)})(draft),
+    )[1],
     "an empty list": metadata("metadata.json", lambda draft: b"[]", {("EMPTY", None, "metadata.json")}),
     "nothing": lambda draft: ([path.unlink() for path in draft.folder.iterdir()], {("EMPTY", None, None)})[1],
     "a misspelt column": metadata(
         "metadata.csv", column_renamed("prompt", "promt"), {("COLUMN_MISSING", None, None)}
     ),
     "a column of another tool": metadata(
-        "metadata.csv", column_renamed("prompt", "text"), {("COLUMN_MISSING", None, None), ("COLUMN_UNKNOWN", None, None)}
+        "metadata.csv", column_renamed("prompt", "text"), {("COLUMN_MISSING", None, None)}
     ),
     "one caption for all": metadata(
         "metadata.csv", lambda draft: b"image,prompt\n" + b"".join(b"sound_%d.png,a dog\n" % row for row in (1, 2, 3)),

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from diffsynth_core.data.metadata import read_metadata
+
 LONG = "a cat on a chair, " * 60
 
 
@@ -41,6 +43,38 @@ def test_no_line_with_the_names_of_the_columns(validate, refuse, dataset):
     assert refuse() == (1, found)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault", "hint"),
+    [
+        ('image,prompt\ncoffee.png,"a cup\nrocket.png,b\n', "line 2: a cell does not end (unexpected end of data)",
+         "close the quote that is open there"),
+        ('image,prompt\na.png,b\ncoffee.png,"a" cup\n', "line 3: ',' expected after '\"'",
+         "write quotes within a cell twice, and close those around it"),
+    ],
+)  # fmt: skip
+def test_quotes_that_do_not_fit(validate, refuse, dataset, text, fault, hint):
+    path = dataset / "metadata.csv"
+    path.write_text(text)
+    assert ("PARSE_ERROR", f"`{path}` {fault}; nothing behind it was read", hint) in validate()
+    assert refuse() == (1, [(f"`{path}` {fault}", hint)])
+
+
+def test_utf_16_without_a_mark(validate, refuse, dataset):
+    path = dataset / "metadata.csv"
+    path.write_bytes("image,prompt\ncoffee.png,a\n".encode("utf-16-le"))
+    assert validate() == [("NOT_UTF8", f"`{path}` line 1 is not UTF-8 (byte 1)", "save it as UTF-8")]
+    assert refuse() == (1, [(f"`{path}` is not UTF-8 (byte 1)", "save it as UTF-8")])
+
+
+def test_columns_of_other_programs(validate, refuse, dataset):
+    (dataset / "metadata.csv").write_text("file_name,text\ncoffee.png,a\n")
+    has = f"`{dataset}/metadata.csv` has no column"
+    there = "it has `file_name`, `text`"
+    found = [(f"{has} `image`; {there}", "rename `file_name`"), (f"{has} `prompt`; {there}", "rename `text`")]
+    assert validate() == [("COLUMN_MISSING", *one) for one in found]
+    assert refuse() == (1, found)
+
+
 def test_captions_beside_pictures_that_are_to_be_edited(validate, refuse, dataset):
     (dataset / "metadata.csv").unlink()
     for path in dataset.glob("*.png"):
@@ -56,14 +90,20 @@ def test_captions_beside_pictures_that_are_to_be_edited(validate, refuse, datase
 @pytest.mark.parametrize(
     ("named", "hint"),
     [
-        ("no.png", "correct the path"),  # its ending alone makes it look like others
+        ("no.png", None),  # its ending alone makes it look like others
         ("cofee.jpg", "did you mean `coffee.png`?"),
-        ("chelsae.png", "correct the path"),  # another row has chelsea.png
+        ("chelsae.png", None),  # another row has chelsea.png
     ],
 )
 def test_a_file_that_may_be_meant(validate, dataset, named, hint):
     (dataset / "metadata.csv").write_text(f"image,prompt\nchelsea.png,a\n{named},b\n")
-    assert validate() == [("PATH_MISSING", f"row 2: column `image` names `{named}`, which is not there", hint)]
+    assert validate() == [
+        (
+            "PATH_MISSING",
+            f"row 2: column `image` names `{named}`, which is not there",
+            hint or f"correct the path (relative to `{dataset}`)",
+        )
+    ]
 
 
 def test_no_colour_leaves_no_codes(cli, dataset, monkeypatch):
@@ -83,3 +123,22 @@ def test_captions_where_paths_belong_do_not_fill_the_terminal(cli, validate, ref
     (dataset / "metadata.csv").write_text(f'"{LONG}","{LONG} too",seed\n')
     assert all(len(message) < 400 for _, message, _ in validate())
     assert len(cli("dataset", "validate", dataset, "--depth", "paths").out) < 3000
+
+
+def test_metadata_that_is_not_read(cli, dataset):
+    (dataset / "metadata.jsonl").write_text("")
+    told = f"`{dataset}` holds `metadata.jsonl`, which is not read, for `metadata.csv` is there"
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
+    (finding,) = json.loads(outcome.out)["findings"]
+    assert (outcome.code, finding["code"], finding["message"]) == (0, "METADATA_UNUSED", told)
+    assert told in read_metadata(dataset, None, "prompt", "image").notes
+    (dataset / "metadata.csv").unlink()
+    (dataset / "metadata.jsonl").unlink()
+    (dataset / "metadata.parquet").write_bytes(b"PAR1")
+    outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
+    messages = {one["code"]: (one["message"], one["hint"]) for one in json.loads(outcome.out)["findings"]}
+    expected = "expected metadata.csv, metadata.json, metadata.jsonl"
+    assert messages["METADATA_UNUSED"] == (
+        f"`{dataset}` holds `metadata.parquet`, which is not read: {expected}",
+        "export it as metadata.csv",
+    )

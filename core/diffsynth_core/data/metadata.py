@@ -4,17 +4,19 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffsynth_core.data.pictures import PICTURE_ENDINGS
 from diffsynth_core.data.videos import VIDEO_ENDINGS
-from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten, suggest
 from diffsynth_core.files import replacing
 from diffsynth_core.progress import count_of
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
+"""Files that are taken for metadata, and are not."""
 ENDINGS = {
     "picture": PICTURE_ENDINGS,
     "video": (*VIDEO_ENDINGS, *(ending for ending in PICTURE_ENDINGS if ending not in VIDEO_ENDINGS)),
@@ -46,6 +48,20 @@ def find_metadata(base: Path, given: Path | None) -> Path | None:
     if given:
         return given
     return next((base / name for name in METADATA_NAMES if (base / name).is_file()), None)
+
+
+def unused_metadata(base: Path, path: Path | None) -> Problem | None:
+    """What to say of files called metadata in `base` besides `path`, the one that is read; None: none is."""
+    if path and path.name not in METADATA_NAMES:
+        return None
+    names = (*METADATA_NAMES, *UNREAD_NAMES)
+    others = [name for name in names if (path is None or name != path.name) and (base / name).is_file()]
+    if not others:
+        return None
+    what = f"`{base}` holds {shorten(others)}, which is not read"
+    if path:
+        return Problem(f"{what}, for `{path.name}` is there", "move away what is not meant")
+    return Problem(f"{what}: expected {', '.join(METADATA_NAMES)}", "export it as metadata.csv")
 
 
 def read_metadata(
@@ -83,11 +99,34 @@ def read_metadata(
         raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     if not metadata.rows:
         raise DiffSynthError(f"`{path}` holds no row", "write one row per sample")
-    return metadata
+    unused = None if given else unused_metadata(base, path)
+    return replace(metadata, notes=(unused.message,)) if unused else metadata
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a metadata file.
+
+    Raises:
+        UnicodeDecodeError: when it is not UTF-8; one of UTF-16 can look as if it were, with a NUL in each character.
+    """
+    nul = content.find(b"\0")
+    if nul >= 0:
+        raise UnicodeDecodeError("utf-8", content, nul, nul + 1, "a NUL")
+    return content.decode("utf-8").removeprefix("\ufeff")
 
 
 def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    return decode_text(path.read_bytes())
+
+
+def csv_problem(path: Path, error: csv.Error, first: int, last: int) -> Problem:
+    """Why a row of a CSV, from line `first` to line `last`, cannot be read: as a rule for a quote."""
+    if "expected after" in str(error):
+        where = f"line {last}" if first == last else f"lines {first} to {last}"
+        return Problem(f"`{path}` {where}: {error}", "write quotes within a cell twice, and close those around it")
+    if "limit" in str(error):
+        return Problem(f"`{path}` line {first}: {error}", "shorten that cell, or close the quote that is open there")
+    return Problem(f"`{path}` line {first}: a cell does not end ({error})", "close the quote that is open there")
 
 
 def other_separator(path: Path, text: str) -> Problem | None:
@@ -118,6 +157,20 @@ def missing_column(
     return Problem(what, "add the column")
 
 
+OTHER_NAMES = {
+    "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
+    "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
+    "prompt": ("text", "caption", "captions", "description"),
+}
+"""Columns by the names that other programs give them."""
+
+
+def near_column(name: str, others: Iterable[str]) -> str | None:
+    """Which of the columns `others` may be meant by one that is not there."""
+    others = list(others)
+    return suggest(name, others) or next((one for one in others if one.lower() in OTHER_NAMES.get(name, ())), None)
+
+
 def lacks_header(columns: Sequence[str]) -> bool:
     """Whether what should name the columns is a row: it names a file."""
     return any(Path(name).suffix.lower() in ENDINGS["video"] for name in columns)
@@ -130,13 +183,16 @@ def _read_csv(path: Path) -> Metadata:
         raise DiffSynthError(separated.message, separated.hint)
     with io.StringIO(text, newline="") as stream:
         reader = csv.reader(stream, strict=True)
+        line = 1
         try:
             header = tuple(name.strip() for name in next(reader, []))
             twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
             if twice:
                 raise DiffSynthError(f"`{path}` has the column `{twice[0]}` twice", "rename one of them")
             rows: list[dict[str, str]] = []
+            line = reader.line_num + 1
             for cells in reader:
+                line = reader.line_num + 1
                 if not cells:
                     continue
                 if len(cells) > len(header):
@@ -146,7 +202,8 @@ def _read_csv(path: Path) -> Metadata:
                     )
                 rows.append(dict(zip(header, cells, strict=False)))
         except csv.Error as error:
-            raise DiffSynthError(f"`{path}` line {reader.line_num}: {error}", "mend that line") from error
+            problem = csv_problem(path, error, line, reader.line_num)
+            raise DiffSynthError(problem.message, problem.hint) from error
     return Metadata(str(path), header, tuple(rows))
 
 

@@ -20,11 +20,11 @@ from diffsynth_core.data.media import (
     choose_reference,
     read_media_header,
 )
-from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column
+from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, beginning, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, beginning
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
@@ -100,7 +100,7 @@ def check_columns(
     needed = (*media_columns, text_column, *other_columns)
     for column in needed:
         if column not in metadata.columns:
-            near = suggest(column, set(metadata.columns) - {*needed})
+            near = near_column(column, [one for one in metadata.columns if one not in needed])
             problems.append(missing_column(metadata.origin, metadata.columns, column, needed, near, metadata.beside))
     problems += [
         Problem(

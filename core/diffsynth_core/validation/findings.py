@@ -40,6 +40,7 @@ class Code:
 CODES: Mapping[str, Code] = {
     "NOT_UTF8": Code("metadata", "error", "The metadata, or a text file with a caption, is not UTF-8"),
     "PARSE_ERROR": Code("metadata", "error", "The metadata cannot be parsed at this line"),
+    "METADATA_UNUSED": Code("metadata", "warning", "A further file is called metadata, and is not read"),
     "EMPTY": Code("metadata", "error", "There is no row, or no file to make one of"),
     "COLUMN_MISSING": Code("metadata", "error", "A column that training reads is not there"),
     "COLUMN_UNKNOWN": Code("metadata", "warning", "A column that training does not read"),

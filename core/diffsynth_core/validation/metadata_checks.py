@@ -6,15 +6,23 @@ What cannot even be parsed is found by table.py.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
-from diffsynth_core.data.metadata import lacks_header, missing_column
-from diffsynth_core.errors import beginning, shorten, suggest
+from diffsynth_core.data.metadata import lacks_header, missing_column, near_column, unused_metadata
+from diffsynth_core.errors import beginning, shorten
 from diffsynth_core.validation.examined import Record
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Columns
 from diffsynth_core.validation.table import Table
+
+
+def check_unused(base: Path, metadata: Path | None) -> Iterator[Finding]:
+    """METADATA_UNUSED."""
+    unused = unused_metadata(base, metadata)
+    if unused:
+        yield found("METADATA_UNUSED", unused.message, unused.hint)
 
 
 def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
@@ -24,7 +32,7 @@ def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
     missing = [name for name in columns.needed if name not in table.columns]
     unknown = [name for name in table.columns if name not in columns.known]
     for name in missing:
-        near = suggest(name, unknown)
+        near = near_column(name, unknown)
         if near:
             unknown.remove(near)
         problem = missing_column(table.origin, table.columns, name, columns.needed, near, table.beside)

@@ -81,7 +81,11 @@ def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> 
     if meant:
         return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?")
     reads_as_caption = " " in name and os.path.splitext(name)[1].lower() not in MEDIA_ENDINGS  # noqa: PTH122 - a relative name
-    hint = "name a file here: this reads as a caption" if reads_as_caption else "correct the path"
+    hint = (
+        "name a file here: this reads as a caption"
+        if reads_as_caption
+        else f"correct the path (relative to `{listing.base}`)"
+    )
     return _Fault("PATH_MISSING", "which is not there", hint)
 
 
@@ -117,6 +121,11 @@ def check_unreferenced(examined: Examined) -> Iterator[Finding]:
     endings = MEDIA_ENDINGS | ({CAPTION_ENDING} if examined.table.beside else set())
     for name in sorted(listing.files.keys() - used - captions):
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
-        if ending in endings:
-            what = f"`{name}` is a caption without a file" if ending == CAPTION_ENDING else f"no row names `{name}`"
-            yield found("FILE_UNREFERENCED", what, "write a row for it, or move it away", path=name)
+        if ending == CAPTION_ENDING in endings:
+            hint = "put its file beside it, in a format that is read, or move it away"
+            yield found("FILE_UNREFERENCED", f"`{name}` is a caption without a file", hint, path=name)
+        elif ending in endings and examined.table.beside:
+            what = f"`{name}` is not used: {examined.rules.kind}s are trained on"
+            yield found("FILE_UNREFERENCED", what, "move it away, or name the recipe that it is for", path=name)
+        elif ending in endings:
+            yield found("FILE_UNREFERENCED", f"no row names `{name}`", "write a row for it, or move it away", path=name)

@@ -11,6 +11,8 @@ from diffsynth_core.data.metadata import (
     ENDINGS,
     METADATA_NAMES,
     UnreadableJson,
+    csv_problem,
+    decode_text,
     find_metadata,
     other_separator,
     parse_json,
@@ -64,7 +66,7 @@ def read_table(base: Path, metadata: Path | None, rules: Rules, listing: Listing
         return _read_beside(base, rules, listing)
     empty = Table(str(metadata), base, (), {})
     try:
-        text = metadata.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        text = decode_text(metadata.read_bytes())
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         what = f"`{metadata}` line {line} is not UTF-8 (byte {error.start})"
@@ -87,14 +89,16 @@ def _read_csv(path: Path, text: str) -> _Read:
     rows: dict[int, Mapping[str, Any]] = {}
     findings: list[Finding] = []
     header: tuple[str, ...] = ()
-    number = 0
+    number, line = 0, 1
     try:
         header = tuple(name.strip() for name in next(reader, []))
         for name in dict.fromkeys(name for name in header if header.count(name) > 1):
             what = f"`{path}` has the column `{name}` twice"
             findings.append(found("PARSE_ERROR", what, "rename one of them", path=path.name))
         width = len(header)
+        line = reader.line_num + 1
         for cells in reader:
+            line = reader.line_num + 1
             if not cells:
                 continue
             number += 1
@@ -105,8 +109,9 @@ def _read_csv(path: Path, text: str) -> _Read:
             else:
                 rows[number] = dict(zip(header, cells, strict=False))
     except csv.Error as error:
-        what = f"`{path}` line {reader.line_num}: {error}; nothing behind it was read"
-        findings.append(found("PARSE_ERROR", what, "mend that line", path=path.name))
+        problem = csv_problem(path, error, line, reader.line_num)
+        what = f"{problem.message}; nothing behind it was read"
+        findings.append(found("PARSE_ERROR", what, problem.hint, path=path.name))
     return header, rows, findings
 
 

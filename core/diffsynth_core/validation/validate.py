@@ -26,7 +26,7 @@ from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
 from diffsynth_core.validation.listing import Listing, list_files, list_named
-from diffsynth_core.validation.metadata_checks import check_columns, check_rows, read_records
+from diffsynth_core.validation.metadata_checks import check_columns, check_rows, check_unused, read_records
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths
 from diffsynth_core.validation.picture_checks import check_pictures, check_same, check_sizes
@@ -101,6 +101,7 @@ def examine(
     with _without_collecting():
         table, findings = read_table(base, metadata, rules, listing)
         columns = columns_of(rules, table.columns)
+        findings += check_unused(base, metadata)
         findings += check_columns(table, columns)
         findings += check_rows(table)
         records, of_cells = read_records(table, columns)
