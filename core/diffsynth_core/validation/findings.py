@@ -82,7 +82,7 @@ CODES: Mapping[str, Code] = {
         "caption", "warning", "A caption has control characters", "half a character is an error"
     ),
     "PAIR_MISSING": Code("pair", "error", "A row lacks the picture that the model is to be shown"),
-    "PAIR_COUNT": Code("pair", "error", "A row names more pictures to show than the model takes"),
+    "PAIR_COUNT": Code("pair", "error", "A row names more files in a column than are taken"),
     "PAIR_ASPECT": Code("pair", "warning", "A picture that is to lie over another has another shape"),
     "PAIR_IDENTICAL": Code("pair", "warning", "What is shown has the same pixels as what is to be made of it"),
     "MASK_EMPTY": Code("pair", "error", "A mask marks nothing, or everything"),
