@@ -125,6 +125,13 @@ def test_captions_where_paths_belong_do_not_fill_the_terminal(cli, validate, ref
     assert len(cli("dataset", "validate", dataset, "--depth", "paths").out) < 3000
 
 
+def test_a_caption_for_a_path_does_not_fill_the_page(cli, dataset, tmp_path):
+    (dataset / "metadata.csv").write_text(f'image,prompt\n"{LONG}",coffee.png\n')
+    page = tmp_path / "page.html"
+    assert cli("dataset", "validate", dataset, "--depth", "paths", "--report", page).code == 1
+    assert LONG[:200] in page.read_text() and LONG[:400] not in page.read_text()
+
+
 def test_metadata_that_is_not_read(cli, dataset):
     (dataset / "metadata.jsonl").write_text("")
     told = f"`{dataset}` holds `metadata.jsonl`, which is not read, for `metadata.csv` is there"

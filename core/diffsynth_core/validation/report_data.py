@@ -7,10 +7,11 @@ first, so that a budget cuts off what matters least; how much was left out is to
 import json
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diffsynth_core.data.media import Excerpt
+from diffsynth_core.errors import beginning
 from diffsynth_core.validation.examined import Examined, Record
 from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import LEVELS, Finding, Report
@@ -20,8 +21,8 @@ FINDINGS_BYTES = 8_000_000
 SAMPLES_BYTES = 8_000_000
 THUMBNAILS_BYTES = 16_000_000
 """The most that each part takes of the page, as JSON."""
-CAPTION_CHARACTERS = 300
-"""What is shown of a caption."""
+SHOWN_CHARACTERS = 300
+"""What is shown of a caption, or of the path of a file that is not there: a cell may hold a whole caption instead."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PageData:
 
 def page_data(report: Report, examined: Examined) -> PageData:
     """What the page shows one by one: the worst findings, samples with findings before those without."""
-    findings = _within(FINDINGS_BYTES, map(_as_json, map(asdict, report.findings)))
+    findings = _within(FINDINGS_BYTES, (_as_json(_finding(one, examined)) for one in report.findings))
     records = _worst_first(examined, report.findings)
     sizes = sizes_of(examined)
     samples = _within(SAMPLES_BYTES, (_as_json(_sample(record, examined, sizes)) for record in records))
@@ -65,6 +66,12 @@ def page_data(report: Report, examined: Examined) -> PageData:
         Held(len(samples), len(records)),
         Held(len(thumbnails), len(pictures)),
     )
+
+
+def _finding(finding: Finding, examined: Examined) -> dict[str, Any]:
+    """A finding as the page shows it."""
+    path = None if finding.path is None else _shown_path(finding.path, examined)
+    return asdict(replace(finding, path=path))
 
 
 def thumbnails_of(examined: Examined) -> Mapping[str, bytes]:
@@ -119,8 +126,8 @@ def _sample(record: Record, examined: Examined, sizes: Mapping[int, Excerpt]) ->
     columns = sorted(record.files, key=lambda column: column != target)
     sample: dict[str, Any] = {
         "row": record.row,
-        "caption": _shortened(record.caption),
-        "files": [[column, name] for column in columns for name in record.files[column]],
+        "caption": None if record.caption is None else beginning(record.caption, SHOWN_CHARACTERS),
+        "files": [[column, _shown_path(name, examined)] for column in columns for name in record.files[column]],
     }
     names = record.files.get(target, ())
     header = header_of(examined, names[0]) if names else None
@@ -140,7 +147,6 @@ def _sample(record: Record, examined: Examined, sizes: Mapping[int, Excerpt]) ->
     }
 
 
-def _shortened(caption: str | None) -> str | None:
-    if caption is None or len(caption) <= CAPTION_CHARACTERS:
-        return caption
-    return caption[:CAPTION_CHARACTERS] + "…"
+def _shown_path(name: str, examined: Examined) -> str:
+    """A path as the page shows it; that of a file stays whole, for its thumbnail is found by it."""
+    return name if name in examined.present else beginning(name, SHOWN_CHARACTERS)
