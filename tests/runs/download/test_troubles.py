@@ -1,0 +1,195 @@
+"""`diffsynth download` through the real SDKs, against a hub on the loopback interface that fails, and refuses."""
+
+import signal
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from diffsynth_core.sources.hub import ANOTHER_HUB
+from tests.hub_server import Trouble, sha256
+from tests.runs.download.conftest import BYTES, FILES, MODEL, RECIPE, REFUSED, SHARDS, TOTAL, files_below, start
+
+
+def test_a_connection_that_breaks_is_told_and_resumed(download, hub, folder):
+    hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1)
+    outcome = download(RECIPE)
+    assert outcome.code == 0, outcome.err
+    assert f"warning: `{SHARDS[0]}`: the connection broke" in outcome.err and "(1 of 5)" in outcome.err
+    first, second = hub.starts(SHARDS[0])
+    assert first == 0 and 100_000 < second <= 200_000
+    assert files_below(folder) == FILES
+
+
+def test_a_hub_that_answers_no_more(download, hub, folder):
+    """What came is kept, the other files are there, and the next download goes on."""
+    hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1)
+    hub.troubles[SHARDS[1]] = Trouble(after=0, times=100)
+    outcome = download(RECIPE)
+    message = f"error: cannot fetch `{SHARDS[1]}` of `{MODEL}` from "
+    assert outcome.code == 1 and message in outcome.err
+    assert "  hint: give the same command again: it goes on where it stopped" in outcome.err
+    assert len(hub.starts(SHARDS[1])) == 6
+    assert {path for path in files_below(folder) if not path.endswith(".part")} == FILES.keys() - {SHARDS[1]}
+    hub.troubles.clear()
+    assert download(RECIPE).code == 0
+    assert files_below(folder) == FILES
+
+
+def test_a_stop_leaves_what_came(environment, hub, source, tmp_path, folder):
+    hub.troubles[SHARDS[0]] = Trouble(pause=0.1)
+    command = ("download", f"{MODEL}:transformer/*", "--source", source)
+    running = start(environment, tmp_path, *command)
+    part = folder / "transformer" / f".{Path(SHARDS[0]).name}.{sha256(FILES[SHARDS[0]])[:12]}.part"
+    deadline = time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert (running.returncode, out) == (130, ""), err
+    assert err.endswith(
+        "error: the download was stopped\n  hint: give the same command again: it goes on where it stopped\n"
+    )
+    kept = part.stat().st_size
+    assert 0 < kept < 400_000 and not (folder / SHARDS[0]).exists()
+    hub.troubles.clear()
+    again = start(environment, tmp_path, *command)
+    out, err = again.communicate(timeout=60)
+    assert (again.returncode, out.split()[0]) == (0, "Fetched"), err
+    assert hub.starts(SHARDS[0]) == [0, kept]
+    assert (folder / SHARDS[0]).read_bytes() == FILES[SHARDS[0]] and not part.exists()
+
+
+def test_a_file_cut_short_counts_as_missing_and_is_continued(download, hub, folder):
+    (folder / "transformer").mkdir(parents=True)
+    (folder / SHARDS[0]).write_bytes(FILES[SHARDS[0]][:300_000])
+    (folder / SHARDS[1]).write_bytes(BYTES[:1000])  # not even a beginning of the right one
+    outcome = download(RECIPE)
+    assert outcome.code == 0, outcome.err
+    assert hub.starts(SHARDS[0]) == [300_000]
+    assert hub.starts(SHARDS[1]) == [1000, 0]
+    assert f"warning: `{folder / SHARDS[1]}` has other bytes than " in outcome.err
+    assert files_below(folder) == FILES
+
+
+def test_a_file_that_is_longer_is_replaced(download, folder):
+    (folder / "transformer").mkdir(parents=True)
+    (folder / SHARDS[1]).write_bytes(FILES[SHARDS[1]] + b"more")
+    assert "  damaged     300.0 kB" in download(RECIPE, "--dry_run").out
+    assert download(RECIPE).code == 0
+    assert files_below(folder) == FILES
+
+
+@pytest.mark.parametrize("path", [SHARDS[0], "transformer/config.json"])
+def test_wrong_bytes_never_get_the_name(download, hub, source, folder, path):
+    """In files whose sha256 the hub tells, and in those of which Hugging Face tells the id in git."""
+    hub.sent[path] = bytes(len(FILES[path]))
+    outcome = download(RECIPE)
+    title = REFUSED[source][0]
+    message = f"error: {title} sends other bytes for `{path}` of `{MODEL}` than its hash says\n"
+    assert outcome.code == 1 and message in outcome.err
+    assert hub.starts(path) == [0, 0]
+    assert files_below(folder) == {name: content for name, content in FILES.items() if name != path}
+
+
+def test_a_model_that_the_hub_does_not_have(download, hub, source):
+    title, pages, login = REFUSED[source]
+    outcome = download("someone/nothing:*.safetensors", f"{MODEL}:gone/*")
+    page = f"{hub.url}/{pages}"
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == (
+        f"error: {title} has no model `someone/nothing` that you may see\n"
+        f"  hint: compare with {page}someone/nothing, or {ANOTHER_HUB}\n"
+        f"error: {title} has nothing that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
+        "`text_encoder/`, `tokenizer/`, `transformer/` and 1 more\n"
+        f"  hint: compare with {page}{MODEL}\n"
+        "2 problems\n"
+    )
+
+
+def test_a_gated_model(download, hub, source, folder):
+    """ModelScope gives no list of it, Hugging Face no file."""
+    hub.refusals[f"models/{MODEL}"] = 403
+    title, pages, login = REFUSED[source]
+    outcome = download(f"{MODEL}:vae/diffusion_pytorch_model.safetensors")
+    assert outcome.code == 1
+    assert outcome.err.endswith(
+        f"error: {title} does not give `{MODEL}` to you: its terms are not accepted, or it is private\n"
+        f"  hint: accept the terms at {hub.url}/{pages}{MODEL}, and log in with `{login}`\n"
+    )
+    assert len(hub.tokens) > 0 and files_below(folder) == {}
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "that you may see"), (429, "the hub answered 429")])
+def test_other_answers(download, hub, source, status, words, monkeypatch):
+    """Without a token, Hugging Face says 401 of a repository that it does not show; and too many may ask."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the SDKs ask for the list again, after longer and longer
+    hub.refusals[f"models/{MODEL}"] = status
+    outcome = download(RECIPE)
+    assert outcome.code == 1
+    expected = "does not give" if (source, status) == ("modelscope", 401) else words
+    assert expected in outcome.err.splitlines()[-2]
+
+
+def test_the_switch_of_the_sdk(download, hub, source, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    outcome = download(f"{MODEL}:vae/diffusion*")
+    if source == "modelscope":
+        assert outcome.code == 0
+    else:
+        assert outcome.err == (
+            "error: HF_HUB_OFFLINE forbids to ask Hugging Face\n  hint: unset it, or give `--offline`\n"
+        )
+
+
+def test_a_hub_that_falls_silent(download, hub, source, folder, monkeypatch):
+    """A connection without a byte for too long is given up, and another one goes on."""
+    import modelscope_hub._legacy_api
+
+    monkeypatch.setattr(modelscope_hub._legacy_api, "DOWNLOAD_TIMEOUT", 1)
+    hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1, stall=3)
+    started = time.monotonic()
+    outcome = download(RECIPE)
+    assert outcome.code == 0, outcome.err
+    assert time.monotonic() - started < 2.9
+    assert "the connection broke" in outcome.err
+    assert 100_000 < hub.starts(SHARDS[0])[1] <= 200_000
+    assert files_below(folder) == FILES
+
+
+def test_two_processes_at_once(environment, hub, source, tmp_path, folder):
+    """One downloads, the other waits, says so, and finds all here."""
+    hub.troubles[SHARDS[0]] = Trouble(pause=0.05)
+    command = ("download", RECIPE, "--source", source)
+    both = [start(environment, tmp_path, *command) for _ in range(2)]
+    ended = sorted(process.communicate(timeout=60) for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert [out.split()[0] for out, _ in ended] == ["All", "Fetched"]
+    assert f"Another process downloads into `{tmp_path}/models`; waiting for it" in ended[0][1]
+    assert sorted(path for path, _ in hub.transfers) == sorted(FILES)
+    assert files_below(folder) == FILES
+
+
+def test_bytes_of_what_is_here_are_compared_when_asked_for(download, hub, source, folder):
+    """A file of the right size and other bytes; a small one that Hugging Face tells the id in git of, too."""
+    assert download(RECIPE).code == 0
+    for path in (SHARDS[1], "tokenizer/merges.txt"):
+        (folder / path).write_bytes(bytes(len(FILES[path])))
+    assert f"8 files, {TOTAL}: 8 here" in download(RECIPE, "--dry_run").out
+    hub.transfers.clear()
+    outcome = download(RECIPE, "--verify")
+    assert outcome.code == 0 and "6 here, 2 damaged" in outcome.err
+    assert sorted(hub.transfers) == [("tokenizer/merges.txt", 0), (SHARDS[1], 0)]
+    assert files_below(folder) == FILES
+
+
+def test_a_disk_that_is_too_small(download, hub, models, monkeypatch):
+    monkeypatch.setattr("diffsynth_core.sources.download_plan.free_bytes", lambda folder: 1000)
+    outcome = download(RECIPE)
+    assert outcome.code == 1
+    assert outcome.err.endswith(
+        f"error: {TOTAL} are to be fetched, and 1.0 kB are free at `{models}`\n"
+        "  hint: free some space, or name a folder on another disk\n"
+    )
+    assert hub.transfers == []
