@@ -58,6 +58,10 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--dataset", "a/b", "--local_model_path", "x"],
             ("`--local_model_path` is for models", "give `--local_dir`"),
         ),
+        (["../x:*"], ("`../x` is no name of a model on a hub", "write it as `owner/name`")),
+        (["/:*"], ("`/` is no name of a model on a hub", "write it as `owner/name`")),
+        (["--dataset", "a/.."], ("`a/..` is no name of a dataset on a hub", "write it as `owner/name`")),
+        (["--dataset", "a/b/"], ("`a/b/` is no name of a dataset on a hub", "write it as `owner/name`")),
         (
             ["qwen-image-lora", "--source", "civitai", "--no_offline"],
             ("`source` is `civitai`, and names no hub", "name one of modelscope, huggingface"),

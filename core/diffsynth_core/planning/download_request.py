@@ -1,5 +1,6 @@
 """What a download command asks for: files of recipes and models, or a dataset. No torch."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from diffsynth_core.sources.wanted import Place, Wanted, absent
 
 DATA_FOLDER = Path("data")
 EVERYTHING = "*"
+_ID = re.compile(r"(?!\.+(/|$))[\w.-]+(/(?!\.+$)[\w.-]+)?")
+"""`owner/name`; some old models have no owner. Not dots alone, which are folders."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def request_download(
         FaultsFound: names that are nothing, and options that do not go together.
     """
     problems = _misuses(names, dataset, include, local_dir, local_model_path)
+    problems += _id_problems(dataset, "dataset") if dataset else []
     if dataset and not problems:
         place = Place(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
         folder = local_dir or DATA_FOLDER / dataset.rpartition("/")[2]
@@ -75,6 +79,7 @@ def _wanted(name: str) -> list[Wanted]:
         return wanted_of_recipe(name)
     parts = split_entry(name)
     if parts:
+        raise_if_any(_id_problems(parts[0], "model"))
         return wanted_of_entry(name, family_of_model(parts[0]))
     near = suggest(name, recipe_names())
     if near:
@@ -109,6 +114,13 @@ def _misuses(
     elif local_model_path:
         problems.append(("`--local_model_path` is for models", "give `--local_dir`"))
     return [Problem(message, hint, wrong_use=True) for message, hint in problems]
+
+
+def _id_problems(name: str, kind: str) -> list[Problem]:
+    """The problem that a name can be none of a repository."""
+    if _ID.fullmatch(name):
+        return []
+    return [Problem(f"`{name}` is no name of a {kind} on a hub", "write it as `owner/name`", wrong_use=True)]
 
 
 def _command(words: Sequence[str]) -> str:
