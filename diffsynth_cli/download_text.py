@@ -26,13 +26,16 @@ def plan_lines(plan: DownloadPlan) -> Iterator[str]:
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
     total = sum(listed.file.size for listed in plan.files)
     yield f"{count_of(len(plan.files), 'file')}, {format_bytes(total)}: {states}"
+    for refusal in plan.refusals:
+        yield f"Not compared with the hub: {refusal}"
     yield f"To fetch: {format_bytes(plan.missing_bytes)}; free at `{plan.base}`: {format_bytes(plan.free_bytes)}"
 
 
 def result_line(plan: DownloadPlan) -> str:
     """How a download ended."""
     if not plan.to_fetch:
-        return f"All {count_of(len(plan.files), 'file')} were here, below `{plan.base}`"
+        were = "1 file was" if len(plan.files) == 1 else f"All {len(plan.files)} files were"
+        return f"{were} here, below `{plan.base}`"
     return f"Fetched {count_of(len(plan.to_fetch), 'file')}, {format_bytes(plan.missing_bytes)}, below `{plan.base}`"
 
 

@@ -6,13 +6,11 @@ from pathlib import Path
 
 from diffsynth_core.files import default_cache_path, locked
 from diffsynth_core.progress import Reporter
-from diffsynth_core.sources.download_plan import DownloadPlan, compared, plan_download
+from diffsynth_core.sources.download_plan import LOCK, DownloadPlan, compared, plan_download
 from diffsynth_core.sources.fetching import fetch
 from diffsynth_core.sources.hub import Hub, download_source, open_hub
 from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 from diffsynth_core.sources.wanted import Wanted, absent
-
-LOCK = ".download.lock"
 
 
 def list_download(

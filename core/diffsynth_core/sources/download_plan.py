@@ -1,10 +1,12 @@
 """What a download will do: the files, their sizes, what of them is here, and whether the rest fits on the disk."""
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
+from unicodedata import category
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.progress import format_bytes
@@ -12,14 +14,19 @@ from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption, Refusal, 
 from diffsynth_core.sources.identity import FileIdentities
 from diffsynth_core.sources.wanted import Place, Wanted, paths_below
 
-State = Literal["here", "incomplete", "damaged", "missing"]
+LOCK = ".download.lock"
+"""The file below a base that the process which downloads there holds."""
+_PART_NAME = re.compile(r"\..+\.[0-9a-f]+\.part")
+State = Literal["here", "unchecked", "incomplete", "damaged", "missing"]
 
 
 @dataclass(frozen=True)
 class ListedFile:
     """A file to have, where it belongs, and how much of it is here, in bytes.
 
-    `damaged`: a file of that name is here, and it is longer or has other bytes; nothing of it is used.
+    `damaged`: a file of that name is here, and it is longer, has other bytes, or is a link to a beginning; nothing of
+    it is used.
+    `unchecked`: a file is here, and the hub tells nothing to compare it with.
     """
 
     repository: Repository
@@ -34,23 +41,30 @@ class ListedFile:
 
     @property
     def part(self) -> Path:
-        """Where its bytes are kept until all are here; a file that the hub has changed since has another."""
+        """Where its bytes are kept until all are here; a file that the hub has changed since has another.
+
+        Its name is one that `_PART_NAME` matches.
+        """
         tag = self.file.checksum.hexdigest[:12] if self.file.checksum else self.file.size
         return self.target.with_name(f".{self.target.name}.{tag}.part")
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """All files of a download below `base`, the hub's title, and the free bytes of the disk."""
+    """All files of a download below `base`, the hub's title, and the free bytes of the disk.
+
+    `refusals`: why the hub tells nothing of the files that are unchecked.
+    """
 
     hub: str
     base: Path
     files: tuple[ListedFile, ...]
     free_bytes: int
+    refusals: tuple[str, ...] = ()
 
     @property
     def to_fetch(self) -> tuple[ListedFile, ...]:
-        return tuple(listed for listed in self.files if listed.state != "here")
+        return tuple(listed for listed in self.files if listed.state not in ("here", "unchecked"))
 
     @property
     def missing_bytes(self) -> int:
@@ -76,23 +90,34 @@ def plan_download(wanted: Iterable[Wanted], hub: Hub, base: Path, identities: Fi
     lists = _Lists(hub)
     files: dict[Path, ListedFile] = {}
     problems: list[Problem] = []
+    refusals: list[str] = []
     for item in wanted:
         try:
-            repository, found = _find(item, lists, base)
+            found = _find(item, lists, base)
         except Refusal as error:
             problems += [] if item.optional else error.problems
             continue
-        for file in found:
-            target = _target(repository, file, base)
-            files[target] = _listed(repository, file, target, identities)
+        if found.refusal and not item.optional:
+            refusals.append(found.refusal)
+        for file in found.files:
+            target = found.repository.folder(base) / file.path
+            if problem := _name_problem(found.repository, file) or _blocked(target, base):
+                problems.append(problem)
+            elif found.refusal:
+                files[target] = ListedFile(found.repository, file, target, "unchecked", file.size)
+            else:
+                files[target] = _listed(found.repository, file, target, identities)
     raise_if_any(problems)
     ordered = sorted(files.values(), key=lambda listed: (listed.repository.name, listed.file.path))
-    return DownloadPlan(hub.title, base, tuple(ordered), free_bytes(base))
+    return DownloadPlan(hub.title, base, tuple(ordered), free_bytes(base), tuple(dict.fromkeys(refusals)))
 
 
 def compared(plan: DownloadPlan, identities: FileIdentities) -> DownloadPlan:
     """A plan again, with hashes that have become known since."""
-    files = (_listed(listed.repository, listed.file, listed.target, identities) for listed in plan.files)
+    files = (
+        listed if listed.state == "unchecked" else _listed(listed.repository, listed.file, listed.target, identities)
+        for listed in plan.files
+    )
     return replace(plan, files=tuple(files))
 
 
@@ -118,7 +143,7 @@ class _Lists:
             except Interruption as error:
                 raise DiffSynthError(
                     f"cannot ask {self.hub.title} for the files of `{repository.name}`: {error}",
-                    f"check the connection, or {ANOTHER_HUB}",
+                    f"check the connection to {self.hub.page(repository)}, or {ANOTHER_HUB}",
                 ) from error
         known = self._known[repository]
         if isinstance(known, Refusal):
@@ -126,19 +151,33 @@ class _Lists:
         return known
 
 
-def _find(item: Wanted, lists: _Lists, base: Path) -> tuple[Repository, list[RemoteFile]]:
-    """The repository that what is wanted comes from, and the files: the place that is on disk, else the first on the
-    hub. What is on disk and not on the hub is taken as it is."""
+@dataclass(frozen=True)
+class _Found:
+    """The repository that what is wanted comes from, and the files.
+
+    `refusal`: why the files are those on disk: the hub has no list of them.
+    """
+
+    repository: Repository
+    files: list[RemoteFile]
+    refusal: str | None = None
+
+
+def _find(item: Wanted, lists: _Lists, base: Path) -> _Found:
+    """The place that is on disk, else the first on the hub.
+
+    A model that is on disk and not on the hub is taken as it is; of a dataset the hub alone knows the files.
+    """
     here = item.place_here(base)
-    if here:
+    if here and here.repository.kind == "model":
         try:
-            return here.repository, _chosen(here, lists)
-        except Refusal:
-            return here.repository, _on_disk(here, base)
+            return _Found(here.repository, _chosen(here, lists))
+        except Refusal as error:
+            return _Found(here.repository, _on_disk(here, base), error.problems[0].message)
     refusals = []
     for place in item.places:
         try:
-            return place.repository, _chosen(place, lists)
+            return _Found(place.repository, _chosen(place, lists))
         except Refusal as error:
             refusals.append(error)
     raise refusals[0]
@@ -160,8 +199,10 @@ def _chosen(place: Place, lists: _Lists) -> list[RemoteFile]:
 
 def _nothing_matches(place: Place, paths: Sequence[str], hub: Hub) -> Refusal:
     folders = sorted({f"{path.split('/')[0]}/" if "/" in path else path for path in paths})
+    without = [f"{place.repository.name}:{pattern}" for pattern in place.unmatched(paths)]
+    nothing = f"nothing that matches {shorten(without)}" if without else f"nothing whole that matches `{place}`"
     return Refusal(
-        f"{hub.title} has nothing that matches `{place}`; it has {shorten(folders) or 'no files'}",
+        f"{hub.title} has {nothing}; it has {shorten(folders) or 'no files'}",
         f"compare with {hub.page(place.repository)}",
     )
 
@@ -171,12 +212,27 @@ def _on_disk(place: Place, base: Path) -> list[RemoteFile]:
     return [RemoteFile(path, (folder / path).stat().st_size, None) for path in place.choose(paths_below(folder))]
 
 
-def _target(repository: Repository, file: RemoteFile, base: Path) -> Path:
-    """Where a file belongs; a hub does not choose a place outside the folder of the repository."""
-    path = PurePosixPath(file.path)
-    if path.is_absolute() or ".." in path.parts:
-        raise DiffSynthError(f"`{repository.name}` has a file `{file.path}`, which leaves its folder", "do not use it")
-    return repository.folder(base) / path
+def _name_problem(repository: Repository, file: RemoteFile) -> Problem | None:
+    """A hub does not choose a place outside the folder of the repository, nor a name that a terminal obeys or that
+    downloads need for themselves."""
+    parts = file.path.split("/")
+    hint = "choose other files, or tell its owner"
+    if ".." in parts or file.path.startswith("/"):
+        return Problem(f"`{repository.name}` has a file {file.path!r}, which leaves its folder", hint)
+    unfit = not {"", "."}.isdisjoint(parts) or any(category(character) in ("Cc", "Cs") for character in file.path)
+    if unfit or parts[-1] == LOCK or _PART_NAME.fullmatch(parts[-1]):
+        return Problem(f"`{repository.name}` has a file {file.path!r}, a name that no file gets here", hint)
+    return None
+
+
+def _blocked(target: Path, base: Path) -> Problem | None:
+    """A folder where a file belongs, or a file where one of its folders does."""
+    if target.is_dir():
+        return Problem(f"`{target}` is a folder, and a file belongs there", "move it away, or name another folder")
+    above = (folder for folder in target.parents if folder.is_relative_to(base))
+    if file := next((folder for folder in above if folder.exists() and not folder.is_dir()), None):
+        return Problem(f"`{file}` is a file, and a folder belongs there", "move it away, or name another folder")
+    return None
 
 
 def _listed(repository: Repository, file: RemoteFile, target: Path, identities: FileIdentities) -> ListedFile:
@@ -186,9 +242,19 @@ def _listed(repository: Repository, file: RemoteFile, target: Path, identities: 
     part = missing.part.stat().st_size if missing.part.is_file() else 0
     if size == file.size and not _has_other_bytes(target, file, identities):
         return ListedFile(repository, file, target, "here", file.size)
-    kept = max(part if part <= file.size else 0, size if size is not None and size < file.size else 0)
+    begun = bytes_begun(target)
+    kept = max(part if part <= file.size else 0, begun if begun < file.size else 0)
     state: State = "incomplete" if kept else "missing" if size is None else "damaged"
     return ListedFile(repository, file, target, state, kept)
+
+
+def bytes_begun(target: Path) -> int:
+    """Bytes of a file under its final name that a download may go on from: none of a link, nor of a file with a second
+    name, which others read."""
+    if not target.is_file() or target.is_symlink():
+        return 0
+    status = target.stat()
+    return status.st_size if status.st_nlink == 1 else 0
 
 
 def _has_other_bytes(target: Path, file: RemoteFile, identities: FileIdentities) -> bool:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import put_in_place
 from diffsynth_core.progress import BYTES, Reporter, Task, count_of
-from diffsynth_core.sources.download_plan import DownloadPlan, ListedFile
+from diffsynth_core.sources.download_plan import DownloadPlan, ListedFile, bytes_begun
 from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption
 from diffsynth_core.sources.identity import FileIdentities
 
@@ -231,7 +231,7 @@ def _keep_beginning(listed: ListedFile) -> None:
     for other in listed.target.parent.glob(f".{listed.target.name}.*.part"):
         if other != listed.part or other.stat().st_size > listed.file.size:
             other.unlink()
-    size = listed.target.stat().st_size if listed.target.is_file() else 0
+    size = bytes_begun(listed.target)
     if 0 < size < listed.file.size and size >= listed.bytes_here:
         listed.target.replace(listed.part)
 

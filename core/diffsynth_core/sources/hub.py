@@ -9,7 +9,7 @@ the bytes stands in `fetching`, once for both.
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -69,6 +69,10 @@ class RemoteFile:
     size: int
     checksum: Checksum | None
 
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"a size of {self.size} bytes")
+
 
 class Interruption(Exception):
     """A transfer broke in a way that another attempt may mend; the text says how."""
@@ -82,6 +86,8 @@ class Hub(Protocol):
     """A hub; all errors are `Refusal`, which is final, or `Interruption`."""
 
     title: str
+    login: str
+    """The command that keeps a token."""
 
     def page(self, repository: Repository) -> str:
         """The address of a repository for people."""
@@ -127,15 +133,28 @@ def unknown(hub: Hub, repository: Repository, path: str | None = None) -> Refusa
         what = f"{hub.title} has no file `{path}` in `{repository.name}`"
     else:
         what = f"{hub.title} has no {repository.kind} `{repository.name}` that you may see"
-    return Refusal(what, f"compare with {hub.page(repository)}, or {ANOTHER_HUB}")
+    private = "" if path else f" log in with `{hub.login}` if it is private,"
+    return Refusal(what, f"compare with {hub.page(repository)},{private} or {ANOTHER_HUB}")
 
 
-def refused(hub: Hub, repository: Repository, login: str) -> Refusal:
-    """The error that a hub does not let this user read a repository; `login`: the command that keeps a token."""
+def refused(hub: Hub, repository: Repository) -> Refusal:
+    """The error that a hub does not let this user read a repository."""
     return Refusal(
         f"{hub.title} does not give `{repository.name}` to you: its terms are not accepted, or it is private",
-        f"accept the terms at {hub.page(repository)}, and log in with `{login}`",
+        f"accept the terms at {hub.page(repository)}, and log in with `{hub.login}`",
     )
+
+
+@contextmanager
+def reading_list() -> Iterator[None]:
+    """Around the reading of a list by an SDK, which trusts its form: an answer that is none becomes an interruption.
+
+    A proxy, or a page to log in at, may answer in the place of the hub.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Interruption("its answer is no list of files") from error
 
 
 def status_interruption(status: int) -> Interruption:

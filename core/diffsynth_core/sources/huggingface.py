@@ -23,13 +23,13 @@ from diffsynth_core.sources.hub import (
     Refusal,
     RemoteFile,
     Repository,
+    reading_list,
     refused,
     status_interruption,
     unknown,
 )
 from diffsynth_core.sources.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
-LOGIN = "hf auth login"
 NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
@@ -37,6 +37,7 @@ class HuggingFace:
     """The hub at `$HF_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
 
     title = "Hugging Face"
+    login = "hf auth login"
 
     def __init__(self) -> None:
         self._api = HfApi()
@@ -46,9 +47,9 @@ class HuggingFace:
         return f"{self._api.endpoint}/{folder}{repository.name}"
 
     def files(self, repository: Repository) -> list[RemoteFile]:
-        with self._translated(repository):
-            entries = list(self._api.list_repo_tree(repository.name, recursive=True, repo_type=repository.kind))
-        return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
+        with reading_list(), self._translated(repository):
+            entries = self._api.list_repo_tree(repository.name, recursive=True, repo_type=repository.kind)
+            return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
 
     @contextmanager
     def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -70,7 +71,7 @@ class HuggingFace:
         try:
             yield
         except GatedRepoError as error:
-            raise refused(self, repository, LOGIN) from error
+            raise refused(self, repository) from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise unknown(self, repository) from error
         except EntryNotFoundError as error:
@@ -82,7 +83,7 @@ class HuggingFace:
             if status == HTTPStatus.NOT_FOUND:
                 raise unknown(self, repository, path) from error
             if status in NOT_ALLOWED:
-                raise refused(self, repository, LOGIN) from error
+                raise refused(self, repository) from error
             raise status_interruption(status) from error
         except (httpx2.HTTPError, OSError) as error:
             raise Interruption(f"the connection broke ({type(error).__name__})") from error

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from json import JSONDecodeError
 
 from modelscope_hub import HubApi
 from modelscope_hub.errors import APIError, AuthenticationError, HubError, NotExistError, PermissionDeniedError
@@ -14,6 +15,7 @@ from diffsynth_core.sources.hub import (
     Interruption,
     RemoteFile,
     Repository,
+    reading_list,
     refused,
     status_interruption,
     unknown,
@@ -21,13 +23,13 @@ from diffsynth_core.sources.hub import (
 from diffsynth_core.sources.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
 REVISION = "master"
-LOGIN = "modelscope login"
 
 
 class ModelScope:
     """The hub at `$MODELSCOPE_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
 
     title = "ModelScope"
+    login = "modelscope login"
 
     def __init__(self) -> None:
         if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # the SDK tells each page of a list on stderr otherwise
@@ -38,9 +40,9 @@ class ModelScope:
         return f"{self._api.endpoint}/{repository.kind}s/{repository.name}"
 
     def files(self, repository: Repository) -> list[RemoteFile]:
-        with self._translated(repository):
+        with reading_list(), self._translated(repository):
             entries = self._api.list_repo_files(repository.name, repository.kind, REVISION)
-        return [_remote_file(entry) for entry in entries if entry.get("Type") != "tree"]
+            return [_remote_file(entry) for entry in entries if entry.get("Type") != "tree"]
 
     @contextmanager
     def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -59,10 +61,12 @@ class ModelScope:
         """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
         try:
             yield
+        except JSONDecodeError:  # one of `requests` is an error of the system too; `reading_list` knows it
+            raise
         except NotExistError as error:
             raise unknown(self, repository, path) from error
         except (PermissionDeniedError, AuthenticationError) as error:
-            raise refused(self, repository, LOGIN) from error
+            raise refused(self, repository) from error
         except APIError as error:
             raise status_interruption(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
         except (HubError, OSError) as error:  # what `requests` raises are errors of the system

@@ -33,6 +33,10 @@ class Place:
         found = [self._chosen_by(pattern, paths) for pattern in self.patterns]
         return all(found) and not any(absent_shards(chosen) for chosen in found)
 
+    def unmatched(self, paths: Collection[str]) -> list[str]:
+        """The patterns that none of the paths match."""
+        return [pattern for pattern in self.patterns if not self._chosen_by(pattern, paths)]
+
     def _chosen_by(self, pattern: str, paths: Iterable[str]) -> list[str]:
         return [path for path in paths if self._matches(path, pattern)]
 

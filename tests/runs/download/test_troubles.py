@@ -100,7 +100,7 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
         f"error: {title} has no model `someone/nothing` that you may see\n"
-        f"  hint: compare with {page}someone/nothing, or {ANOTHER_HUB}\n"
+        f"  hint: compare with {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER_HUB}\n"
         f"error: {title} has nothing that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
         "`text_encoder/`, `tokenizer/`, `transformer/` and 1 more\n"
         f"  hint: compare with {page}{MODEL}\n"
