@@ -37,8 +37,9 @@ class LoopbackHub:
     """Repositories as `models/owner/name` or `datasets/owner/name` -> path -> bytes, and what is wrong with them.
 
     `sent`: other bytes that are sent for a path than those that the lists are made of.
-    `refusals`: repository -> HTTP status. `transfers`: path and first byte of every transfer asked for.
-    `tokens`: credentials that came. `requests`: how often each route was asked for.
+    `refusals`: repository -> HTTP status. `lists`: what is answered to every request for a list.
+    `transfers`: path and first byte of every transfer asked for. `tokens`: credentials that came.
+    `requests`: how often each route was asked for.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class LoopbackHub:
     sent: dict[str, bytes] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)
     transfers: list[tuple[str, int]] = field(default_factory=list)
+    lists: bytes | None = None
     tokens: set[str] = field(default_factory=set)
     requests: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -98,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             size, page = int(query["PageSize"]), int(query["PageNumber"])
             entries = entries[size * (page - 1) : size * page]
         if not self._refuse(f"{kind}/{name}"):
-            self._answer(200, {"Code": 200, "Success": True, "Data": {"Files": entries}})
+            self._answer(200, self.hub.lists or {"Code": 200, "Success": True, "Data": {"Files": entries}})
 
     def _modelscope_file(self, kind: str, name: str, query: dict[str, str]) -> None:
         self._transfer(f"{kind}/{name}", query["FilePath"])
@@ -118,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries += [
             {"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders(self._files(f"{kind}/{name}"))
         ]
-        self._answer(200, entries)
+        self._answer(200, self.hub.lists or entries)
 
     def _huggingface_file(self, kind: str | None, name: str, path: str, query: dict[str, str]) -> None:
         self._transfer(f"{'datasets' if kind else 'models'}/{name}", path)
@@ -163,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _answer(self, status: int, content: object, error: str | None = None) -> None:
-        body = json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

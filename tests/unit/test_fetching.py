@@ -53,7 +53,7 @@ class PlayedHub:
         return [RemoteFile(path, len(CONTENT), checksum) for path, checksum in self._files.items()]
 
     @contextmanager
-    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+    def read(self, repository: Repository, file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         self.starts.append(start)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         yield answer(start)
@@ -243,10 +243,20 @@ def test_a_hub_that_cannot_be_reached(base, identities):
 def test_ranges():
     assert range_headers(0) == {"Accept-Encoding": "identity"}
     assert range_headers(5) == {"Accept-Encoding": "identity", "Range": "bytes=5-"}
-    assert first_byte(200, None) == 0
-    assert first_byte(206, "bytes 5-9/10") == first_byte(206, "bytes 5-9/*") == 5
-    with pytest.raises(Interruption):
-        first_byte(206, None)
+    assert first_byte(200, {}, 10) == first_byte(200, {"Content-Length": "10"}, 10) == 0
+    assert first_byte(200, {"Content-Length": "7", "Content-Encoding": "gzip"}, 10) == 0
+    for total in ("10", "*"):
+        assert first_byte(206, {"Content-Range": f"bytes 5-9/{total}", "Content-Length": "5"}, 10) == 5
+    with pytest.raises(Interruption, match="did not say which"):
+        first_byte(206, {}, 10)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [(200, {"Content-Length": "18"}), (206, {"Content-Range": "bytes 5-17/18"})]
+)
+def test_an_answer_of_another_size_is_no_beginning(status, headers):
+    with pytest.raises(Interruption, match="a file of 18 bytes, and its list says 10"):
+        first_byte(status, headers, 10)
 
 
 def test_where_is_downloaded_from(monkeypatch):

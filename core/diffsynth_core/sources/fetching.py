@@ -144,7 +144,7 @@ class _Crew:
 
     def _transfer(self, listed: ListedFile, part: "_Part", task: Task) -> None:
         """One answer of the hub, appended to the part."""
-        with self._hub.read(listed.repository, listed.file.path, part.size) as (start, chunks):
+        with self._hub.read(listed.repository, listed.file, part.size) as (start, chunks):
             if start != part.size:
                 if start:
                     raise Interruption("the hub sent another part of the file than was asked for")

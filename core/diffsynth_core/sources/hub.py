@@ -96,7 +96,7 @@ class Hub(Protocol):
         """All files of a repository."""
 
     def read(
-        self, repository: Repository, path: str, start: int
+        self, repository: Repository, file: RemoteFile, start: int
     ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
         """The bytes of a file from `start` on, or from the beginning: gives where they begin, and the bytes."""
 

@@ -52,17 +52,17 @@ class HuggingFace:
             return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
 
     @contextmanager
-    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        url = hf_hub_url(repository.name, path, repo_type=repository.kind, endpoint=self._api.endpoint)
+    def read(self, repository: Repository, file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        url = hf_hub_url(repository.name, file.path, repo_type=repository.kind, endpoint=self._api.endpoint)
         headers = {**build_hf_headers(), **range_headers(start)}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with ExitStack() as stack:
-            with self._translated(repository, path):
+            with self._translated(repository, file.path):
                 response = stack.enter_context(get_session().stream("GET", url, headers=headers, timeout=timeout))
                 hf_raise_for_status(response)
             yield (
-                first_byte(response.status_code, response.headers.get("Content-Range")),
-                chunks_within(self._translated(repository, path), response.iter_bytes(CHUNK_BYTES)),
+                first_byte(response.status_code, response.headers, file.size),
+                chunks_within(self._translated(repository, file.path), response.iter_bytes(CHUNK_BYTES)),
             )
 
     @contextmanager

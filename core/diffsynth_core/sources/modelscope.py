@@ -45,15 +45,15 @@ class ModelScope:
             return [_remote_file(entry) for entry in entries if entry.get("Type") != "tree"]
 
     @contextmanager
-    def read(self, repository: Repository, path: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        with self._translated(repository, path):
+    def read(self, repository: Repository, file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        with self._translated(repository, file.path):
             response = self._api.download_stream(
-                repository.name, repository.kind, path, REVISION, headers=range_headers(start)
+                repository.name, repository.kind, file.path, REVISION, headers=range_headers(start)
             )
         with response:
             yield (
-                first_byte(response.status_code, response.headers.get("Content-Range")),
-                chunks_within(self._translated(repository, path), response.iter_content(CHUNK_BYTES)),
+                first_byte(response.status_code, response.headers, file.size),
+                chunks_within(self._translated(repository, file.path), response.iter_content(CHUNK_BYTES)),
             )
 
     @contextmanager

@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from diffsynth_core.sources.hub import ANOTHER_HUB
+from tests.cli.conftest import read_problems
 from tests.hub_server import Trouble, sha256
 from tests.runs.download.conftest import BYTES, FILES, MODEL, RECIPE, REFUSED, SHARDS, TOTAL, files_below, start
 
@@ -193,3 +194,38 @@ def test_a_disk_that_is_too_small(download, hub, models, monkeypatch):
         "  hint: free some space, or name a folder on another disk\n"
     )
     assert hub.transfers == []
+
+
+def test_a_page_in_the_place_of_a_file_does_not_become_its_beginning(download, hub, folder):
+    """A proxy or a network that asks to log in answers 200 with a page of its own."""
+    hub.sent[SHARDS[0]] = b"<html>log in</html>"
+    outcome = download(RECIPE)
+    message = "the hub answered with a file of 19 bytes, and its list says 400000"
+    assert outcome.code == 1 and message in outcome.err.splitlines()[-2]
+    assert len(hub.starts(SHARDS[0])) == 6
+    assert files_below(folder).keys() == FILES.keys() - {SHARDS[0]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>log in</html>",
+        b"null",
+        b'"text"',
+        b'{"Data": {"Files": [{"Path": "vae/x"}]}}',
+        b'{"Data": {"Files": [{"Path": "vae/x", "Size": -5}]}}',
+        b'[{"type": "file", "path": "vae/x"}]',
+        b'[{"type": "file", "path": "vae/x", "size": -5, "oid": "1"}]',
+    ],
+)
+def test_an_answer_that_is_no_list(download, hub, source, answer):
+    """It ends in one message that names the address, and in no traceback."""
+    hub.lists = answer
+    outcome = download(RECIPE)
+    title, pages, _ = REFUSED[source]
+    assert read_problems(outcome.err) == [
+        (
+            f"cannot ask {title} for the files of `{MODEL}`: its answer is no list of files",
+            f"check the connection to {hub.url}/{pages}{MODEL}, or {ANOTHER_HUB}",
+        )
+    ]
