@@ -86,6 +86,7 @@ class _Counter:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "BACK_OFF_SECONDS", (0,) * 5)
+    monkeypatch.setattr(fetching, "SHOWN_BYTES", len(CONTENT))
 
 
 @pytest.fixture
@@ -112,6 +113,13 @@ def test_a_hub_without_ranges_sends_all_again_and_progress_goes_back(base, ident
     assert hub.starts == [0, 4]
     assert listener.warnings == ["`x`: the hub ended the file early; going on in 0 s (1 of 5)"]
     assert listener.done == {"1 file in all": 10, "x": 10}
+
+
+def test_small_files_have_no_progress_of_their_own(base, identities, monkeypatch):
+    monkeypatch.setattr(fetching, "SHOWN_BYTES", len(CONTENT) + 1)
+    hub, listener = PlayedHub({"x": SHA256, "y": SHA256}), Listener()
+    fetch(plan(hub, base, identities), hub, identities, listener)
+    assert listener.done == {"2 files in all": 20}
 
 
 def test_more_bytes_than_listed_are_not_kept(base, identities):

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import put_in_place
-from diffsynth_core.progress import BYTES, Reporter, Task, count_of
+from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, count_of
 from diffsynth_core.sources.download_plan import DownloadPlan, ListedFile, bytes_begun
 from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption
 from diffsynth_core.sources.identity import FileIdentities
@@ -20,6 +20,8 @@ RETRIES = 5
 BACK_OFF_SECONDS = (1, 2, 4, 8, 15)
 WRONG_HASHES = 2
 """Times that a whole file may have other bytes than the hub says before it is given up."""
+SHOWN_BYTES = 1_000_000
+"""Size from which a file's own progress is shown: smaller ones end before it is read, and a dataset has thousands."""
 LABEL_WIDTH = 32
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes read at a time of what is here already."""
@@ -101,7 +103,8 @@ class _Crew:
     def _fetch(self, listed: ListedFile) -> None:
         listed.target.parent.mkdir(parents=True, exist_ok=True)
         _keep_beginning(listed)
-        with self._reporter.task(_label(listed), listed.file.size, BYTES, done=listed.bytes_here) as task:
+        reporter = self._reporter if listed.file.size >= SHOWN_BYTES else SilentReporter()
+        with reporter.task(_label(listed), listed.file.size, BYTES, done=listed.bytes_here) as task:
             with _Part(listed) as part:
                 for _ in range(WRONG_HASHES):
                     self._fill(listed, part, task)
