@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +207,21 @@ def test_a_part_of_what_the_hub_had_before_is_not_continued(base, identities):
     fetch(listed, hub, identities, SilentReporter())
     assert [path.name for path in (base / "a/b").iterdir()] == ["x"]
     assert hub.starts == [0]
+
+
+def test_a_folder_is_read_once_however_many_files_come(base, identities, monkeypatch):
+    """Reading it for each of them would take hours where it holds a hundred thousand."""
+    reads: list[Path] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: reads.append(Path(path)) or scan(path))
+    names = [f"{number}" for number in range(20)]
+    (base / "a/b").mkdir(parents=True)
+    hub = PlayedHub(dict.fromkeys(names, SHA256))
+    listed = plan(hub, base, identities)
+    reads.clear()
+    fetch(listed, hub, identities, SilentReporter())
+    assert len(list((base / "a/b").iterdir())) == 20
+    assert reads.count(base / "a/b") <= 1
 
 
 def test_a_file_known_to_have_other_bytes_is_damaged(base, identities):

@@ -16,7 +16,8 @@ from diffsynth_core.sources.wanted import Place, Wanted, paths_below
 
 LOCK = ".download.lock"
 """The file below a base that the process which downloads there holds."""
-_PART_NAME = re.compile(r"\..+\.[0-9a-f]+\.part")
+PART_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.part")
+"""What the bytes of a file `name` are kept in until all are here."""
 State = Literal["here", "unchecked", "incomplete", "damaged", "missing"]
 
 
@@ -43,7 +44,7 @@ class ListedFile:
     def part(self) -> Path:
         """Where its bytes are kept until all are here; a file that the hub has changed since has another.
 
-        Its name is one that `_PART_NAME` matches.
+        Its name is one that `PART_NAME` matches.
         """
         tag = self.file.checksum.hexdigest[:12] if self.file.checksum else self.file.size
         return self.target.with_name(f".{self.target.name}.{tag}.part")
@@ -220,7 +221,7 @@ def _name_problem(repository: Repository, file: RemoteFile) -> Problem | None:
     if ".." in parts or file.path.startswith("/"):
         return Problem(f"`{repository.name}` has a file {file.path!r}, which leaves its folder", hint)
     unfit = not {"", "."}.isdisjoint(parts) or any(category(character) in ("Cc", "Cs") for character in file.path)
-    if unfit or parts[-1] == LOCK or _PART_NAME.fullmatch(parts[-1]):
+    if unfit or parts[-1] == LOCK or PART_NAME.fullmatch(parts[-1]):
         return Problem(f"`{repository.name}` has a file {file.path!r}, a name that no file gets here", hint)
     return None
 

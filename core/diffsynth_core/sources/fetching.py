@@ -1,7 +1,7 @@
 """Carrying a download out: several files at once, each resumed, compared with the hub's hash, and named at the end."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import put_in_place
 from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, count_of
-from diffsynth_core.sources.download_plan import DownloadPlan, ListedFile, bytes_begun
+from diffsynth_core.sources.download_plan import PART_NAME, DownloadPlan, ListedFile, bytes_begun
 from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption
 from diffsynth_core.sources.identity import FileIdentities
 
@@ -36,6 +36,7 @@ def fetch(plan: DownloadPlan, hub: Hub, identities: FileIdentities, reporter: Re
         FaultsFound: every file that could not be brought; the others are there.
         DiffSynthError: when the disk refuses.
     """
+    _remove_old_parts(plan.to_fetch)
     queue: SimpleQueue[ListedFile] = SimpleQueue()
     for listed in plan.to_fetch:
         queue.put(listed)
@@ -90,8 +91,7 @@ class _Crew:
             except _NotBrought as error:
                 self.problems += error.problems
             except OSError as error:
-                what = f"cannot write `{listed.target}`: {error.strerror or error}"
-                self._stop(DiffSynthError(what, "free some space or name another folder"))
+                self._stop(_unwritable(listed.target, error))
             except BaseException as error:
                 self._stop(error)
 
@@ -228,12 +228,27 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
+def _remove_old_parts(files: Iterable[ListedFile]) -> None:
+    """Remove the parts of what the hub had before; each folder is read once, since it may hold a whole dataset."""
+    by_target = {listed.target: listed for listed in files}
+    for folder in {target.parent for target in by_target}:
+        for part in folder.glob(".*.part"):
+            match = PART_NAME.fullmatch(part.name)
+            listed = by_target.get(folder / match["name"]) if match else None
+            if listed and part.is_file() and (part != listed.part or part.stat().st_size > listed.file.size):
+                try:
+                    part.unlink()
+                except OSError as error:
+                    raise _unwritable(part, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DiffSynthError:
+    return DiffSynthError(f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder")
+
+
 def _keep_beginning(listed: ListedFile) -> None:
     """Before a file is fetched: one that was cut short under its final name becomes its part, if it is the longer
-    beginning; other parts, of what the hub had before, go."""
-    for other in listed.target.parent.glob(f".{listed.target.name}.*.part"):
-        if other != listed.part or other.stat().st_size > listed.file.size:
-            other.unlink()
+    beginning."""
     size = bytes_begun(listed.target)
     if 0 < size < listed.file.size and size >= listed.bytes_here:
         listed.target.replace(listed.part)
