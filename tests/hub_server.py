@@ -69,6 +69,7 @@ class LoopbackHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body after its headers would wait 40 ms for their receipt
     hub: LoopbackHub
 
     def do_GET(self) -> None:
