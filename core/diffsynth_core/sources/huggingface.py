@@ -78,6 +78,15 @@ class HuggingFace:
             raise unknown(self, repository, path) from error
         except OfflineModeIsEnabled as error:
             raise Refusal("HF_HUB_OFFLINE forbids to ask Hugging Face", "unset it, or give `--offline`") from error
+        except UnicodeEncodeError as error:
+            raise Refusal(
+                "the token for Hugging Face has characters that none has", f"keep another with `{self.login}`"
+            ) from error
+        except ImportError as error:  # its client finds out when it is made
+            raise Refusal(
+                "a SOCKS proxy is set, and the package that reaches Hugging Face through one is not installed",
+                "install `socksio`, or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY",
+            ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status == HTTPStatus.NOT_FOUND:

@@ -229,3 +229,24 @@ def test_an_answer_that_is_no_list(download, hub, source, answer):
             f"check the connection to {hub.url}/{pages}{MODEL}, or {ANOTHER_HUB}",
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HF_TOKEN", "hf_s\u00e9cret", "the token for Hugging Face has characters that none has"),
+        (
+            "http_proxy",
+            "socks5://127.0.0.1:1",
+            "a SOCKS proxy is set, and the package that reaches Hugging Face through one is not installed",
+        ),
+    ],
+)
+def test_what_the_client_of_hugging_face_trips_over(environment, tmp_path, name, value, message):
+    """In a process of its own: a client is made once."""
+    settings = environment | {"no_proxy": "", "NO_PROXY": "", name: value}
+    running = start(settings, tmp_path, "download", RECIPE, "--source", "huggingface")
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (1, "")
+    assert [problem for problem, _ in read_problems(err)] == [message]
+    assert "cret" not in err
