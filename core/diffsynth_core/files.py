@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,12 @@ def default_cache_path() -> Path:
 def model_base_path() -> Path:
     """Folder of downloaded models: `$DIFFSYNTH_MODEL_BASE_PATH`, else `./models`."""
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models")
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 TEMPORARY_ENDING = ".tmp"

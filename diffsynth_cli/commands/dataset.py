@@ -185,5 +185,7 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:
     """What was written, and how to train on it."""
     reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} left out")
-    where = "" if fixed.beside_files else f"; its paths are relative to `{fixed.base}`: put it there to check it alone"
+    where = (
+        "" if fixed.beside_files else f"; to check it too, write it to `{fixed.base}`, which its paths are relative to"
+    )
     reporter.info(f"train on it with `--dataset_base_path {fixed.base} --dataset_metadata_path {fixed.path}`{where}")

@@ -80,7 +80,7 @@ def test_fix_of_json_lines_and_of_captions_beside(cli, dataset, tmp_path):
     ]
     (dataset / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--fix", tmp_path / "out.csv")
-    assert f"its paths are relative to `{dataset}`: put it there" in outcome.err
+    assert f"to check it too, write it to `{dataset}`, which its paths are relative to" in outcome.err
     assert read_csv(tmp_path / "out.csv") == [
         ["image", "prompt", "seed", "edit_image", "other"],
         ["chelsea.png", 'a "cat",\nand more', "3", '["coffee.png", "rocket.png"]', ""],

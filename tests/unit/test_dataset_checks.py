@@ -135,7 +135,7 @@ def test_near_pictures_are_all_found_and_no_others():
         ),
         (["x" * 2048, "word " * 409, "\u732b" * 512], []),
         (["x" * 2049, "y", "\u732b" * 513], [("CAPTION_TOO_LONG", 1), ("CAPTION_TOO_LONG", 3)]),
-        (["nan", "", "b"], [("CAPTION_NAN", 1), ("CAPTION_EMPTY", 2)]),
+        (["  nan          ", "", "b"], [("CAPTION_NAN", 1), ("CAPTION_EMPTY", 2)]),
     ],
 )
 def test_captions(found, captions, expected):
@@ -332,7 +332,7 @@ def test_the_size_of_the_cache(tmp_path, found, recipe, latents, states):
 
 
 def test_a_cache_without_room_is_a_warning(found, monkeypatch):
-    monkeypatch.setattr("diffsynth_core.validation.set_checks._free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("diffsynth_core.validation.set_checks.free_bytes", lambda folder: 1000)
     _, report = found(CLEAN, CLEAN_ROWS, rules=rules_of_recipe("qwen-image-lora", Thresholds()))
     assert [one.level for one in report.findings if one.code == "CACHE_SIZE"] == ["warning"]
 

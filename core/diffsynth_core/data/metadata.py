@@ -17,6 +17,8 @@ from diffsynth_core.progress import count_of
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
 """Files that are taken for metadata, and are not."""
+CAPTION_ENDING = ".txt"
+"""Of the text beside a picture or video that is its caption."""
 ENDINGS = {
     "picture": PICTURE_ENDINGS,
     "video": (*VIDEO_ENDINGS, *(ending for ending in PICTURE_ENDINGS if ending not in VIDEO_ENDINGS)),
@@ -273,7 +275,7 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
             f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s",
             f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
-    without = [path for path in files if not path.with_suffix(".txt").is_file()]
+    without = [path for path in files if not path.with_suffix(CAPTION_ENDING).is_file()]
     if without:
         raise DiffSynthError(
             f"`{base}` has no metadata file, and {len(without)} of its {len(files)} {kind}s no caption beside them; the first is `{without[0]}`",
@@ -281,7 +283,7 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
         )
     by_caption: dict[Path, Path] = {}
     for path in files:
-        first = by_caption.setdefault(path.with_suffix(".txt"), path)
+        first = by_caption.setdefault(path.with_suffix(CAPTION_ENDING), path)
         if first != path:
             raise DiffSynthError(
                 f"`{first}` and `{path}` share the caption `{path.with_suffix('.txt')}`",
@@ -290,13 +292,13 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
     rows = []
     for path in files:
         try:
-            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+            caption = path.with_suffix(CAPTION_ENDING).read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DiffSynthError(
                 f"`{path.with_suffix('.txt')}` is not UTF-8 (byte {error.start})", "save it as UTF-8"
             ) from error
         rows.append({media_column: str(path.relative_to(base)), text_column: caption})
-    alone = sorted(path for path in base.rglob("*.txt") if path not in by_caption)
+    alone = sorted(path for path in base.rglob(f"*{CAPTION_ENDING}") if path not in by_caption)
     notes = (
         [f"{count_of(len(alone), 'text file')} without a file to caption, the first is `{alone[0]}`"] if alone else []
     )

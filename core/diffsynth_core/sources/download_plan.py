@@ -1,7 +1,6 @@
 """What a download will do: the files, their sizes, what of them is here, and whether the rest fits on the disk."""
 
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Literal
 from unicodedata import category
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.files import free_bytes
 from diffsynth_core.progress import format_bytes
 from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption, Refusal, RemoteFile, Repository
 from diffsynth_core.sources.identity import FileIdentities
@@ -120,12 +120,6 @@ def compared(plan: DownloadPlan, identities: FileIdentities) -> DownloadPlan:
         for listed in plan.files
     )
     return replace(plan, files=tuple(files))
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that a folder is on, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 class _Lists:

@@ -15,9 +15,8 @@ from diffsynth_core.sources.identity import FileIdentities
 
 THREADS = 4
 """Files fetched at once: one connection seldom gets all that a line carries."""
-RETRIES = 5
-"""Attempts after one that brought nothing; one that brought bytes counts anew."""
 BACK_OFF_SECONDS = (1, 2, 4, 8, 15)
+"""Waits before the attempts after one that brought nothing; one that brought bytes counts anew."""
 WRONG_HASHES = 2
 """Times that a whole file may have other bytes than the hub says before it is given up."""
 SHOWN_BYTES = 1_000_000
@@ -133,14 +132,14 @@ class _Crew:
             try:
                 self._transfer(listed, part, task)
             except Interruption as error:
-                failures = 1 if part.size > before else failures + 1
-                if failures > RETRIES:
+                failures, most = 1 if part.size > before else failures + 1, len(BACK_OFF_SECONDS)
+                if failures > most:
                     raise _NotBrought(
                         f"cannot fetch `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}: {error}",
                         "give the same command again: it goes on where it stopped",
                     ) from error
                 delay = BACK_OFF_SECONDS[failures - 1]
-                self._reporter.warn(f"`{listed.file.path}`: {error}; going on in {delay} s ({failures} of {RETRIES})")
+                self._reporter.warn(f"`{listed.file.path}`: {error}; going on in {delay} s ({failures} of {most})")
                 self._pause(delay)
             except DiffSynthError as error:
                 raise _NotBrought(error.problems[0].message, error.problems[0].hint) from error

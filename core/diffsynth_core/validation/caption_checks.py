@@ -12,6 +12,7 @@ from diffsynth_core.validation.findings import Finding, found
 
 MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
 """What programs write where a value is missing, in small letters."""
+LONGEST_MISSING = max(map(len, MISSING_VALUES))
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
 )
@@ -29,10 +30,11 @@ def check_captions(examined: Examined) -> Iterator[Finding]:
     for row, caption, _ in examined.records:
         if caption is None:
             continue
-        if not caption or caption.isspace():
+        stripped = caption.strip()
+        if not stripped:
             yield found("CAPTION_EMPTY", f"row {row} has no caption", "write one", row=row)
-        elif len(caption) < 10 and caption.strip().lower() in MISSING_VALUES:
-            what = f"row {row}: the caption is `{caption.strip()}`, which programs write for a missing value"
+        elif len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
+            what = f"row {row}: the caption is `{stripped}`, which programs write for a missing value"
             yield found("CAPTION_NAN", what, "write the caption", row=row)
 
 
@@ -53,7 +55,7 @@ def check_characters(examined: Examined) -> Iterator[Finding]:
 
 
 def check_repeated(examined: Examined) -> Iterator[Finding]:
-    """CAPTION_DUPLICATE and CAPTION_ALL_SAME; where pictures are edited, one instruction for all is no fault."""
+    """CAPTION_DUPLICATE and CAPTION_ALL_SAME; one instruction for all edits is the first, an info."""
     captions = {row: caption.strip() for row, caption, _ in examined.records if caption}
     counted = Counter(captions.values())
     counted.pop("", None)

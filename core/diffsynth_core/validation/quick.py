@@ -12,10 +12,10 @@ from diffsynth_core.validation.rules import Thresholds, rules_of
 from diffsynth_core.validation.table import READERS
 from diffsynth_core.validation.validate import Wish, examine
 
-ADDED = ("PATH_OUTSIDE", "PATH_CASE", "URL", "CAPTION_NAN", "FOLDER_UNREADABLE")
-"""Codes of errors that planning does not know; the others it tells itself."""
 OF_PATHS = ("PATH_OUTSIDE", "PATH_CASE", "URL")
-"""Those of rows whose files are not to be opened."""
+"""Codes of rows whose files are not to be opened."""
+ADDED = (*OF_PATHS, "CAPTION_NAN", "FOLDER_UNREADABLE")
+"""Codes of errors that planning does not know; the others it tells itself."""
 
 
 def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> list[RowFault]:

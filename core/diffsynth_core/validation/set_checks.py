@@ -4,7 +4,6 @@
 buckets, their batches and the crops of the page are made from it.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference
 from diffsynth_core.data.pictures import PictureHeader
 from diffsynth_core.families.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
+from diffsynth_core.files import free_bytes
 from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, found
@@ -140,7 +140,7 @@ def check_cache(examined: Examined) -> Iterator[Finding]:
     if not encoders or cache is None or not shapes:
         return
     needed, counted = encoded_bytes(examined, shapes)
-    free = _free_bytes(cache)
+    free = free_bytes(cache)
     how = "" if counted else ", captions by their letters"
     what = (
         f"the encodings take about {format_bytes(needed)} in `{cache}` ({format_bytes(needed / len(shapes))} a "
@@ -169,9 +169,3 @@ def encoded_bytes(examined: Examined, shapes: Mapping[int, Shown]) -> tuple[int,
     )
     total = sum(each, EncodedSize())
     return total.wide * LATENT_BYTES + total.narrow * STATE_BYTES, counted
-
-
-def _free_bytes(folder: Path) -> int:
-    """Free space on the disk where `folder` is, or would be."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return shutil.disk_usage(there).free

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.data.metadata import (
+    CAPTION_ENDING,
     ENDINGS,
     METADATA_NAMES,
     UnreadableJson,
@@ -21,8 +22,6 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.listing import Listing
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
-
-CAPTION_ENDING = ".txt"
 
 
 @dataclass(frozen=True)

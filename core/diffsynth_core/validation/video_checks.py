@@ -93,7 +93,10 @@ def check_rates(examined: Examined) -> Iterator[Finding]:
 def _odd_rate(rate: float, trained_at: float | None, others: float) -> tuple[str, str] | None:
     """What to say of a frame rate, and what to do; None: nothing."""
     if trained_at and trained_at > RATE_SPREAD * rate:
-        return f", fewer than the {trained_at:g} that are trained at: frames are doubled", "give a lower `--frame_rate`"
+        return (
+            f", fewer than the {trained_at:g} that are trained at: frames are doubled",
+            "train at a lower `--frame_rate`",
+        )
     if not trained_at and max(rate, others) > RATE_SPREAD * min(rate, others):
         return f", most others have {others:g}", "train all at one speed with `--frame_rate`"
     if not USUAL_RATES[0] <= rate <= USUAL_RATES[1]:
@@ -112,7 +115,11 @@ def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     available = _available(facts)
     if available < asked and not _all_given(_used(available, rules), rules):
         what = f"`{facts.path}` has {count_of(available, 'frame')}, {asked} are asked for"
-        hint = f"replace it, or give `--num_frames {_used(available, rules)}`" if rules.media.frames else "replace it"
+        hint = (
+            f"replace it, or train with `--num_frames {_used(available, rules)}`"
+            if rules.media.frames
+            else "replace it"
+        )
         yield found("VIDEO_TOO_SHORT", what, hint, row=row, path=facts.path)
 
 
