@@ -73,8 +73,8 @@ def _read_path_groups(value: object) -> object:
 
 
 def _check_memory(value: object) -> object:
-    """A text that `memory_bytes` can read; a number alone has no unit."""
-    if not isinstance(value, str) or not _MEMORY.fullmatch(value.strip()):
+    """A text that `memory_bytes` can read, of more than nothing; a number alone has no unit."""
+    if not isinstance(value, str) or not _MEMORY.fullmatch(value.strip()) or not memory_bytes(value.strip()):
         raise ValueError("is not an amount of memory such as 24GB")
     return value.strip()
 
