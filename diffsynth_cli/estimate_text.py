@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_cli.plan_text import format_size
+from diffsynth_cli.plan_text import DEVICES, format_size
 from diffsynth_core.config.parameters import memory_bytes
 from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.memory import (
@@ -45,10 +45,9 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     sizes, memory = run.largest, device_memory(plan, choice)
     shown = " and ".join(format_size(picture) for picture in sizes.pictures)
     basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
-    device = "CPU" if choice.device == "cpu" else "GPU"
-    yield f"Memory of the {device}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    yield f"Memory of the {DEVICES[choice.device]}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
     if memory.training:
-        yield from _table({**_training_parts(plan, memory.training), "training in all": memory.training.total})
+        yield from _table(_training_parts(plan, memory.training))
     for part in memory.encoding:
         yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
     yield f"  {_amount(memory.peak)}  at most at once"
@@ -61,15 +60,25 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
 
 
 def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
+    """What is on the device while training, and their sum; of what comes one after the other the larger counts."""
     kept = "recomputed block by block" if _recomputes(plan) else "all kept"
     waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
+    moved = ", when all activations wait in host memory" if training.on_host else ""
+    optional = {
+        f"activations ({kept}{waiting})": training.activations,
+        f"weights as autocast casts them, at the end of a forward pass{moved}": training.casts,
+        "what AdamW works with in its step, when activations are gone": training.update
+        if training.update_is_fullest
+        else 0,
+    }
+    behind = ", with the step of AdamW in place of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradients": training.gradients,
         "state of the optimizer (AdamW)": training.optimizer,
-        f"activations ({kept}{waiting})": training.activations,
-        **({"weights as autocast casts them for a forward pass": training.casts} if training.casts else {}),
+        **{name: size for name, size in optional.items() if size},
+        f"training in all{behind}": training.total,
     }
 
 

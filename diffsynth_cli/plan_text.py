@@ -8,7 +8,7 @@ from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
-from diffsynth_core.planning.memory import count_parameters, file_bytes
+from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
@@ -17,9 +17,16 @@ VAE = "vae"
 """The component, in every family, whose latents are trained on."""
 
 
-def plan_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
-    """What a run will do, a fact a line."""
-    yield f"{plan.variant.title} on {plan.device}, precision {plan.mixed_precision}, seed {plan.parameters.seed}"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+"""What an estimate is for, in words; `cuda` stands for all accelerators."""
+
+
+def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Iterator[str]:
+    """What a run will do, a fact a line.
+
+    `estimated`: an estimate follows, which is for a GPU even where this machine has none.
+    """
+    yield from _machine_lines(plan, estimated)
     yield from _component_lines(plan)
     yield from _sample_lines(plan)
     if plan.task.trains:
@@ -38,6 +45,18 @@ def parameter_lines(plan: Plan) -> Iterator[str]:
             yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}"
     if plan.parameters.recipe:
         yield f"  all parameters of the recipe: `diffsynth recipe show {plan.parameters.recipe}`"
+
+
+def _machine_lines(plan: Plan, estimated: bool) -> Iterator[str]:
+    """The kind of model, and where it runs: apart what is planned for, and what this machine would do."""
+    title, seed, here = plan.variant.title, plan.parameters.seed, plan.device.partition(":")[0]
+    device, precision = device_and_precision(plan)
+    if not estimated or ((here == "cpu") == (device == "cpu") and precision == plan.mixed_precision):
+        yield f"{title} on {plan.device}, precision {plan.mixed_precision}, seed {seed}"
+        return
+    yield f"{title} on a {DEVICES[device]}, precision {precision}, seed {seed}"
+    other = "" if precision == plan.mixed_precision else f", precision {plan.mixed_precision}"
+    yield f"  planned for a {DEVICES[device]}; this machine has none and would train on {plan.device}{other}"
 
 
 def _component_lines(plan: Plan) -> Iterator[str]:

@@ -122,7 +122,8 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     estimates = {stage: make_estimate(plan) for stage, plan in plans.items() if not plan.parameters.rehearse}
     for stage, plan in plans.items():
         estimated = estimate_lines(plan, estimates[stage]) if stage in estimates else ()
-        for line in (*_announcement(stage, plan, reporter), *parameter_lines(plan), *estimated):
+        announced = _announcement(stage, plan, reporter, stage in estimates)
+        for line in (*announced, *parameter_lines(plan), *estimated):
             typer.echo(wrap_line(line, width))
     for stage, estimate in estimates.items():
         _tell_verdict(stage, estimate, width)
@@ -246,11 +247,11 @@ def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Non
         reporter.info(line)
 
 
-def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Iterator[str]:
-    """The plan of a run below the name of its stage."""
+def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter, estimated: bool = False) -> Iterator[str]:
+    """The plan of a run below the name of its stage; `estimated`: an estimate follows."""
     if stage:
         yield f"Stage {stage}"
-    yield from plan_lines(plan, reporter)
+    yield from plan_lines(plan, reporter, estimated)
 
 
 def _tell_results(stage: str | None, checkpoint: Path, folder: Path) -> None:

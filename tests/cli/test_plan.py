@@ -105,7 +105,7 @@ def test_the_smallest_change_that_fits_is_found(plan):
 def test_changes_are_put_together_where_none_is_enough(plan):
     outcome = plan("qwen-image-lora", "--gpu_memory", "24GB")
     changes, told = tried(outcome), fit(outcome)
-    assert changes[1] == "    45.5 GB  activations recomputed, inputs of blocks in host memory"
+    assert changes[1] == "    45.6 GB  activations recomputed, inputs of blocks in host memory"
     assert changes[-1].endswith(
         "activations recomputed, inputs of blocks in host memory and dit in 8-bit floats and rank 16: fits"
     )
@@ -123,7 +123,7 @@ def test_changes_are_put_together_where_none_is_enough(plan):
 
 def test_it_is_said_when_nothing_makes_it_fit(plan):
     assert fit(plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")) == [
-        "Does not fit in 24.0 GB: 164.7 GB are needed; nothing that was tried makes it fit"
+        "Does not fit in 24.0 GB: 181.6 GB are needed; nothing that was tried makes it fit"
     ]
 
 
@@ -134,6 +134,50 @@ def test_each_stage_has_a_verdict_behind_all_plans(plan):
     given = [line for line in outcome.out.splitlines() if line.startswith("  --only")]
     assert given == ["  --only high \\", "  --only low \\"]
     assert outcome.out.index("Stage high: Does") > outcome.out.rindex("Tried to make it fit")
+
+
+def test_what_is_planned_for_stands_apart_from_what_this_machine_has(plan):
+    assert plan("qwen-image-lora").out.splitlines()[:2] == [
+        "Qwen-Image on a GPU, precision bf16, seed 0",
+        "  planned for a GPU; this machine has none and would train on cpu, precision no",
+    ]
+    outcome = plan("qwen-image-lora", "--device", "cpu")
+    assert outcome.out.startswith("Qwen-Image on cpu, precision no, seed 0\n  dit")
+    assert "Memory of the CPU, estimated for the largest the parameters allow: " in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "first", "told"),
+    [
+        ("--mixed_precision", "fp16", "on a GPU, precision fp16", "`mixed_precision` `fp16` needs a GPU"),
+        ("--device", "cuda", "on cuda, precision bf16", "`device` `cuda` is not there; accelerators found: none"),
+    ],
+)
+def test_what_only_a_gpu_does_can_be_planned_without_one(plan, flag, value, first, told):
+    outcome = plan("qwen-image-lora", flag, value)
+    assert outcome.code == 1 and told in outcome.err and "bf16`" not in outcome.err.partition(told)[0]
+    assert outcome.out.startswith(f"Qwen-Image {first}, seed 0\n")
+    assert "training in all" in outcome.out
+
+
+OFFLOADED = "wan2.1-i2v-14b-720p-full"
+CASTS = "    32.3 GB  weights as autocast casts them, at the end of a forward pass, when all activations wait in host memory"
+
+
+def test_each_part_is_there_at_the_fullest_moment(plan):
+    outcome = plan(OFFLOADED)
+    lines = outcome.out.splitlines()
+    assert "    18.8 GB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
+    assert "    65.6 GB  what AdamW works with in its step, when activations are gone" in lines
+    assert "   327.9 GB  training in all, with the step of AdamW in place of activations" in lines
+    assert "autocast" not in outcome.out
+
+
+def test_no_part_is_of_nothing(plan):
+    """With gradients of an earlier micro-batch a forward pass ends at the fullest, when all activations have left."""
+    outcome = plan(OFFLOADED, "--gradient_accumulation_steps", 2)
+    assert CASTS in outcome.out.splitlines()
+    assert "  0 B" not in outcome.out and "recomputed block by block" not in outcome.out
 
 
 def test_lines_are_set_in_where_the_terminal_ends():

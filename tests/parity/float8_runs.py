@@ -45,6 +45,7 @@ class Step:
     """A model on its first micro-batch."""
 
     def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         reporter, family = SilentReporter(), load_family(plan.facts.name)
         encodings = plan_encodings(plan, reporter)
         self.accelerator = make_accelerator(plan)

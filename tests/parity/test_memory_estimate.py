@@ -3,21 +3,35 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffsynth_core.families.loading import build_empty
 from diffsynth_core.families.table import load_family
-from diffsynth_core.planning.memory import choice_of, count_parameters, training_memory
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.memory import (
+    UPDATE_BYTES,
+    choice_of,
+    count_parameters,
+    device_memory,
+    disk_use,
+    training_memory,
+)
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import sizes_of_sample
+from diffsynth_core.planning.sizes import run_sizes, sizes_of_sample
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.loader import iterate_micro_batches
+from diffsynth_core.training.process_data import process_data
+from diffsynth_core.training.stop import StopRequest
 from tests.parity.float8_runs import Step, plan_step
 
 WITHIN = 0.1
@@ -207,6 +221,71 @@ def test_estimate_is_what_a_step_takes(name, kind, size, precision, folder, rows
         if abs(off) > WITHIN:
             wrong[part] = (found, estimated[part])
     assert not wrong
+
+
+def split_step(recipe: str, folder: Path) -> Step:
+    """A second half on the longest text of what a first half has encoded, in micro-batches of 2."""
+    split = {"use_gradient_checkpointing": False, "batch_size": 2, **SIZES["160 x 128"]}
+    first = plan_step(recipe, folder, task="sft:data_process", output_path=folder / "encoded" / recipe, **split)
+    encoded = process_data(first, SilentReporter(), StopRequest())
+    second = {"task": "sft:train", "dataset_base_path": encoded.folder, "max_steps": len(encoded.samples)}
+    plan = plan_step(recipe, folder, **second, **split)
+    step = Step(plan)
+    micro_batches = iterate_micro_batches(plan, plan_encodings(plan, SilentReporter()), 0)
+    step.micro_batch = max(micro_batches, key=lambda batch: max(map(_text_states, batch.encoded)))
+    return step
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "wan", "flux", "flux2"])
+def test_the_estimate_of_a_second_half_is_what_a_step_on_encoded_samples_takes(name, folder):
+    step = split_step(RECIPES[name].format("lora"), folder)
+    plan = step.plan
+    run = run_sizes(plan)
+    choice = choice_of(plan, run.largest)
+    told, measured = device_memory(plan, choice), measure(step, plan)
+    assert told.encoding == () and run.counted
+    assert disk_use(plan, choice, run.encoded).cache == 0
+    assert (run.largest.batch, run.largest.text_tokens) == (2, max(map(_text_states, step.micro_batch.encoded)))
+    parts = ("adapters", "gradients", "optimizer", "activations")
+    assert sum(told.training.weights.values()) == pytest.approx(measured["weights"], rel=WITHIN)
+    for part in parts:
+        assert getattr(told.training, part) == pytest.approx(measured[part], rel=WITHIN), part
+
+
+def _text_states(encoded: Mapping[str, Tensor]) -> int:
+    return len(encoded["prompt_embeds"])
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes at once of memory that operations make, and that was not there before."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.before = {tensor.untyped_storage().data_ptr() for tensor in before}
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.before | self.live.keys():
+                self.live[storage.data_ptr()] = storage.nbytes()
+                finalize(storage, self.live.pop, storage.data_ptr())
+                self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+def test_the_optimizer_of_accelerators_works_with_as_much_as_the_estimate_says():
+    weights = [nn.Parameter(torch.randn(100, 10)) for _ in range(10)]
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    there = [tensor for weight in weights for tensor in (weight, weight.grad, *optimizer.state[weight].values())]
+    with LiveBytes(there) as made:
+        optimizer.step()
+    assert made.most == pytest.approx(UPDATE_BYTES["cuda"] * sum(weight.numel() for weight in weights), rel=0.01)
 
 
 @pytest.mark.parametrize("name", RECIPES)

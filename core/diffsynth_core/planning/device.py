@@ -40,8 +40,11 @@ def sharded_launch(engine: str, how: str) -> Problem:
     )
 
 
-def choose_device(parameters: Parameters, problems: list[Problem]) -> str:
-    """The device asked for, else the best there is. Adds to `problems`; imports torch to ask for accelerators."""
+def choose_device(parameters: Parameters, problems: list[Problem], absent: list[Problem]) -> str:
+    """The device asked for, else the best there is. Adds to `problems`; imports torch to ask for accelerators.
+
+    `absent`: takes the problem that this machine has no such device.
+    """
     import torch
 
     best = torch.accelerator.current_accelerator(check_available=True)
@@ -57,7 +60,7 @@ def choose_device(parameters: Parameters, problems: list[Problem]) -> str:
         )
     elif kind != "cpu" and (best is None or best.type != kind or int(number or 0) >= torch.accelerator.device_count()):
         there = f"{torch.accelerator.device_count()} of kind {best.type}" if best else "none"
-        problems.append(
+        absent.append(
             Problem(
                 f"`device` `{parameters.device}` is not there; accelerators found: {there}",
                 "leave `--device` out, or give `--device cpu`",
@@ -66,21 +69,21 @@ def choose_device(parameters: Parameters, problems: list[Problem]) -> str:
     return parameters.device
 
 
-def choose_precision(parameters: Parameters, device: str, problems: list[Problem]) -> str:
-    """The number format asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`."""
+def choose_precision(parameters: Parameters, device: str, problems: list[Problem], absent: list[Problem]) -> str:
+    """The number format asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
+
+    `absent`: takes the problem that this machine has no GPU for the format.
+    """
     kind = device.partition(":")[0]
     if parameters.mixed_precision is None:
         if kind != "cpu" and not _has_bfloat16(kind):
             problems.append(Problem("this GPU does not compute bf16", "give `--mixed_precision fp16` or `no`"))
         return "no" if kind == "cpu" else "bf16"
     if parameters.mixed_precision not in PRECISIONS_BY_DEVICE.get(kind, ("no", "bf16", "fp16")):
-        problems.append(
-            Problem(
-                f"`mixed_precision` `{parameters.mixed_precision}` needs a GPU; the device is {device}",
-                "give `--mixed_precision bf16` or `no`",
-                wrong_use=True,
-            )
-        )
+        what = f"`mixed_precision` `{parameters.mixed_precision}` needs a GPU; the device is {device}"
+        asked = parameters.device is not None
+        problem = Problem(what, "give `--mixed_precision bf16` or `no`", wrong_use=asked)
+        (problems if asked else absent).append(problem)
     return parameters.mixed_precision
 
 
@@ -101,7 +104,10 @@ def noise_problems(samples: SampleSet) -> list[Problem]:
 
 
 def _has_bfloat16(kind: str) -> bool:
-    """Whether an accelerator computes bfloat16 in hardware; only CUDA tells, and cards before Ampere do not."""
+    """Whether an accelerator computes bfloat16 in hardware; only CUDA tells, and cards before Ampere do not.
+
+    One that is not there is taken to do so.
+    """
     import torch
 
-    return kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind != "cuda" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -21,6 +21,9 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = 8
 """Of AdamW for each trained number: two moments in float32."""
+UPDATE_BYTES = {"cpu": 0, "cuda": 4}
+"""Of AdamW in its step for each trained number: on accelerators it takes the roots of all second moments at once, in
+float32; on the CPU those of one tensor. Source: torch/optim/adam.py, `_multi_tensor_adam`, the default of theirs."""
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
 
@@ -46,8 +49,11 @@ class Choice:
 class TrainingMemory:
     """Bytes on the device while training, by part.
 
-    `casts`: weights in the format of the computation, which autocast keeps to the end of a forward pass, where that is
-    more than what a recomputed block needs later.
+    `casts`: weights in the format of the computation, which autocast keeps to the end of a forward pass. They count
+    where the device is at its fullest then: when there are gradients during a forward pass already, of an earlier
+    micro-batch or where several processes exchange them, and the casts are more than what a recomputed block needs
+    later. Otherwise the backward pass takes more, since the gradients it makes are larger than the casts.
+    `update`: what the optimizer works with in its step, when activations and casts are gone.
     `on_host`: what waits in host memory for the backward pass.
     """
 
@@ -58,11 +64,17 @@ class TrainingMemory:
     activations: int
     casts: int
     on_host: int
+    update: int
+
+    @property
+    def update_is_fullest(self) -> bool:
+        """Whether the step of the optimizer takes more than the passes before it."""
+        return self.update > self.activations + self.casts
 
     @property
     def total(self) -> int:
-        parts = (self.adapters, self.gradients, self.optimizer, self.activations, self.casts)
-        return sum(self.weights.values()) + sum(parts)
+        lasting = sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
+        return lasting + max(self.activations + self.casts, self.update)
 
 
 @dataclass(frozen=True)
@@ -103,12 +115,19 @@ class DeviceMemory:
         return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
 
 
-def choice_of(plan: Plan, sizes: StepSizes) -> Choice:
-    """What a plan says. Unless the CPU is asked for, the device is an accelerator, whatever the machine that plans has,
-    and `mixed_precision` bf16 when it is not given."""
+def device_and_precision(plan: Plan) -> tuple[str, str]:
+    """What a run is estimated for: unless the CPU is asked for an accelerator, whatever the machine that plans has, and
+    there `mixed_precision` bf16 when it is not given."""
     parameters = plan.parameters
-    device = "cpu" if parameters.device == "cpu" else "cuda"
-    precision = plan.mixed_precision if device == "cpu" else parameters.mixed_precision or "bf16"
+    if parameters.device and parameters.device.partition(":")[0] == "cpu":
+        return "cpu", plan.mixed_precision
+    return "cuda", parameters.mixed_precision or "bf16"
+
+
+def choice_of(plan: Plan, sizes: StepSizes) -> Choice:
+    """What a plan says."""
+    parameters = plan.parameters
+    device, precision = device_and_precision(plan)
     offload = parameters.use_gradient_checkpointing_offload
     kept = frozenset(name for name, files in plan.components.items() if files.float8)
     recompute = parameters.use_gradient_checkpointing or offload
@@ -127,6 +146,8 @@ def unknown_parts(plan: Plan) -> list[str]:
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
     live = sorted(plan.training.components - {plan.facts.denoiser})
     unknown += [f"what autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
+    if plan.world_size > 1 and plan.task.trains:
+        unknown.append("what processes exchange gradients in, as large as these")
     return sorted(unknown)
 
 
@@ -188,7 +209,8 @@ def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
     kept = rounds * tape.kept
     on_host = kept if choice.offload and choice.device != "cpu" else 0
     block = tape.largest_block + (tape.block_inputs if on_host else 0)
-    casts = tape.casts if tape.casts > block else 0
+    early = plan.parameters.gradient_accumulation_steps > 1 or plan.world_size > 1
+    casts = tape.casts if early and tape.casts > block else 0
     return TrainingMemory(
         {name: network_bytes(network) for name, network in networks.items()},
         adapters * BYTES["float32"],
@@ -197,6 +219,7 @@ def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
         kept - on_host + (0 if casts else block),
         casts,
         on_host,
+        trained * UPDATE_BYTES[choice.device],
     )
 
 

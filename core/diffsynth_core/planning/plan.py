@@ -95,41 +95,34 @@ def make_plan(
 
     Args:
         base: folder of downloaded models; None for the usual one.
-        without_files: model files and a dataset that are not there are told in the plan, and keep it from nothing.
+        without_files: model files, a dataset and a device that are not there are told in the plan, and keep it from
+            nothing.
         check: what looks for faults of the dataset before it is read.
 
     Raises:
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
             it what is missing, where that alone would be no reason.
     """
-    problems = list(resolved.problems)
+    problems, missing = list(resolved.problems), list[Problem]()
+    absent = missing if without_files else problems
     task = TASKS[resolved.parameters.task]
     encoded = None if task.encodes else find_encoded(resolved, problems)
     parameters = _with_inputs(resolved.parameters, encoded)
-    found = (
-        None
-        if resolved.incomplete
-        else find_components(parameters, resolved.family, base or model_base_path(), problems, encoded, without_files)
-    )
-    if found and resolved.family is None:  # told by the files; by a recipe it was known before
-        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
+    found = _find_components(resolved, parameters, base or model_base_path(), encoded, without_files, problems)
+    missing += found.missing if found else ()
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
     no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
+    missing += no_dataset
     samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems, check)
     if task.encodes and not found and "dataset_base_path" in resolved.origins:
         problems += missing_dataset(parameters)
-    check_launch(problems)
-    device = choose_device(parameters, problems)
-    mixed_precision = choose_precision(parameters, device, problems)
-    if found:
-        problems += shape_faults(found)
+    device, mixed_precision = _choose_machine(parameters, samples, problems, absent)
+    problems += shape_faults(found) if found else []
     steps = _step_plan(parameters, samples, world_size) if samples else None
-    problems += noise_problems(samples) if samples and task.trains else []
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
     fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
     start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, problems)
-    missing = (*(found.missing if found else ()), *no_dataset)
     if problems or not (found and training and samples and steps):
         raise FaultsFound([*problems, *missing] or [Problem("the run cannot be planned")])
     return Plan(
@@ -151,8 +144,38 @@ def make_plan(
         encoded,
         found.shapes,
         found.published,
-        missing,
+        tuple(missing),
     )
+
+
+def _find_components(
+    resolved: Resolved,
+    parameters: Parameters,
+    base: Path,
+    encoded: EncodedSamples | None,
+    without_files: bool,
+    problems: list[Problem],
+) -> FoundComponents | None:
+    """The components in the files that are named; parameters of another family, where only the files tell which it is,
+    are a problem."""
+    if resolved.incomplete:
+        return None
+    found = find_components(parameters, resolved.family, base, problems, encoded, without_files)
+    if found and resolved.family is None:  # by a recipe it was known before
+        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
+    return found
+
+
+def _choose_machine(
+    parameters: Parameters, samples: SampleSet | None, problems: list[Problem], absent: list[Problem]
+) -> tuple[str, str]:
+    """The device and the number format; adds what the machine has not to `absent`."""
+    check_launch(problems)
+    device = choose_device(parameters, problems, absent)
+    mixed_precision = choose_precision(parameters, device, problems, absent)
+    if samples and TASKS[parameters.task].trains:
+        absent += noise_problems(samples)
+    return device, mixed_precision
 
 
 def _find_start(
