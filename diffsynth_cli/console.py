@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from diffsynth_cli.wrapping import wrap_line
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
 
 BAR_COLUMNS = 70
@@ -46,7 +47,8 @@ class ConsoleReporter:
         self._changing = threading.Lock()
 
     def info(self, message: str) -> None:
-        self.console.print(message, markup=False, soft_wrap=True)
+        shown = wrap_line(message, self.console.width if self.console.is_terminal else None)
+        self.console.print(shown, markup=False, soft_wrap=True)
         self._keep(message)
 
     def warn(self, message: str) -> None:

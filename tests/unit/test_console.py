@@ -45,6 +45,19 @@ def test_bars_of_tasks_at_the_same_time_and_warnings_above_them():
     assert "  3/10 files " in screen(stream)[-1]
 
 
+def test_a_line_of_the_plan_is_wrapped_between_words_in_a_terminal_and_whole_in_the_log(tmp_path):
+    line = "  vae             Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors (1 file, 1.9 MB, 924.5 thousand parameters)"
+    told, stream = reporter(terminal=True)
+    told.log_to(tmp_path / "log")
+    told.info(line)
+    assert screen(stream) == [line[: line.index(" thousand")], " " * 18 + "thousand parameters)"]
+    assert line in (tmp_path / "log").read_text()
+    told.close()
+    told, stream = reporter(terminal=False)
+    told.info(line)
+    assert stream.getvalue() == f"{line}\n"
+
+
 @pytest.mark.parametrize(("unit", "line"), [("bytes", "x: 1.5 kB of 2.0 kB, "), ("files", "x: 1500 of 2000 files, ")])
 def test_plain_lines_count_bytes_as_people_read_them(unit, line):
     told, stream = reporter(terminal=False)
