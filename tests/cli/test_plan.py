@@ -167,7 +167,7 @@ CASTS = "    32.3 GB  weights as autocast casts them, at the end of a forward pa
 def test_each_part_is_there_at_the_fullest_moment(plan):
     outcome = plan(OFFLOADED)
     lines = outcome.out.splitlines()
-    assert "    18.8 GB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
+    assert "    19.3 GB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
     assert "    65.6 GB  what AdamW works with in its step, when activations are gone" in lines
     assert "   327.9 GB  training in all, with the step of AdamW in place of activations" in lines
     assert "autocast" not in outcome.out

@@ -35,7 +35,7 @@ def memory_page() -> str:
         "on GPUs they have not been measured.",
         "",
         "The third and later columns say what has to change for a GPU of that size. A full training keeps its weights,",
-        "gradients and the two states of AdamW in float32: 16 bytes for each parameter.",
+        "gradients and the two states of AdamW in float32, 16 bytes for each parameter, and 4 more while AdamW steps.",
         "",
         f"| recipe | needs | {' | '.join(GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
