@@ -1,12 +1,12 @@
 """The estimate of a plan as lines of text: memory, disk, and whether it fits."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_cli.plan_text import DEVICES, format_size
 from diffsynth_core.config.parameters import memory_bytes
+from diffsynth_core.files import free_bytes
 from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.memory import (
     Choice,
@@ -47,9 +47,10 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
     yield f"Memory of the {DEVICES[choice.device]}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
     if memory.training:
-        yield from _table(_training_parts(plan, memory.training))
+        yield from _table(_training_parts(choice, memory.training))
     for part in memory.encoding:
-        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: weights and its largest maps"
+        parts = "weights and its largest maps" if part.activations else "weights"
+        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: {parts}"
     yield f"  {_amount(memory.peak)}  at most at once"
     yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
     yield "Host memory, beside Python and its libraries"
@@ -59,9 +60,9 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
         yield from trial_lines(estimate.fit)
 
 
-def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
+def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
     """What is on the device while training, and their sum; of what comes one after the other the larger counts."""
-    kept = "recomputed block by block" if _recomputes(plan) else "all kept"
+    kept = "recomputed block by block" if choice.recompute else "all kept"
     waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
     moved = ", when all activations wait in host memory" if training.on_host else ""
     optional = {
@@ -80,10 +81,6 @@ def _training_parts(plan: Plan, training: TrainingMemory) -> dict[str, int]:
         **{name: size for name, size in optional.items() if size},
         f"training in all{behind}": training.total,
     }
-
-
-def _recomputes(plan: Plan) -> bool:
-    return plan.parameters.use_gradient_checkpointing or plan.parameters.use_gradient_checkpointing_offload
 
 
 def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
@@ -114,8 +111,7 @@ def _letters(plan: Plan) -> str:
 
 def _free(folder: Path, needed: int) -> str:
     """How much the disk below a folder has free, and whether that is enough."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
 
 

@@ -163,8 +163,7 @@ def _kinds(modules: Sequence[str]) -> str:
 def _part(plan: Plan, component: str) -> str:
     parts = []
     if component in plan.float8:
-        share = plan.float8[component]
-        parts.append(f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8")
+        parts.append(_kept_in_float8(plan.float8[component]))
     if plan.preset and component == plan.preset.component:
         parts.append(f"`{plan.preset.file.path}` merged into {count_of(len(plan.preset.file.modules), 'module')}")
     if component in plan.training.full:
@@ -174,6 +173,12 @@ def _part(plan: Plan, component: str) -> str:
     if component == plan.training.lora_component:
         parts.append(f"LoRA of rank {plan.parameters.lora_rank} on {len(plan.training.lora_modules)} modules")
     return f", {' and '.join(parts)}" if parts else ""
+
+
+def _kept_in_float8(share: float | None) -> str:
+    if share is None:
+        return "weights kept in float8, how many is not known without its files"
+    return f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8"
 
 
 def _counted(sizes: Counter[tuple[int, int, int]]) -> str:

@@ -20,7 +20,7 @@ PARTS = """\
      1.9 GB  state of the optimizer (AdamW)
      2.4 GB  activations (recomputed block by block)
     47.0 GB  training in all
-    16.6 GB  text_encoder while it encodes, before training: weights and its largest maps
+    16.6 GB  text_encoder while it encodes, before training: weights
      2.3 GB  vae while it encodes, before training: weights and its largest maps
     47.0 GB  at most at once
 """
@@ -209,3 +209,9 @@ def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
         "error: `gpu_memory` means nothing to a rehearsal, whose weights are tiny",
         "  hint: give it to `--dry_run` without `--rehearse`",
     ]
+
+
+def test_the_plan_does_not_guess_at_tensors_it_has_no_shapes_of(plan):
+    outcome = plan("qwen-image-lora", "--fp8_models", "Qwen/Qwen-Image:text_encoder/model*.safetensors")
+    assert "8.3 billion parameters), weights kept in float8, how many is not known without its files" in outcome.out
+    assert "the largest tensor while it is read (text_encoder, vae: not known without files)" in outcome.out

@@ -18,6 +18,7 @@ from diffsynth_core.config.documents import (
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_names
 from diffsynth_core.config.yaml_files import read_yaml
+from diffsynth_core.planning.documents import PAGE, write_documents
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,3 +256,8 @@ def test_the_committed_documents_are_fresh():
     folder = ROOT / "docs"
     assert (folder / "parameters.md").read_text(encoding="utf-8") == reference_page(read_yaml(ROOT / PROOFS))
     assert json.loads((folder / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()
+
+
+def test_the_page_of_gpu_memory_is_that_of_the_recipes(tmp_path):
+    write_documents(tmp_path)
+    assert (tmp_path / PAGE).read_text(encoding="utf-8") == (ROOT / "docs" / PAGE).read_text(encoding="utf-8")

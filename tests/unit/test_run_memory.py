@@ -21,7 +21,6 @@ from diffsynth_core.planning.memory import (
     count_trained,
     device_memory,
     disk_use,
-    encoded_bytes,
     encoding_memory,
     host_memory,
     training_memory,
@@ -98,7 +97,7 @@ def test_checkpoints_and_state_on_disk(plan):
 def test_each_worker_has_micro_batches_ready(plan, dataset):
     made = plan(dataset_base_path=str(dataset), dataset_num_workers=3, batch_size=2, dataset_repeat=2)
     choice, sizes = chosen(made)
-    sample = encoded_bytes(sizes.encoded, "bf16") // len(made.samples.samples)
+    sample = sizes.encoded.bytes_in("bf16") // len(made.samples.samples)
     ready = host_memory(made, choice, DeviceMemory(None, ()), sizes.encoded)["samples that 3 workers have ready"]
     assert ready == 3 * PREFETCHED * choice.sizes.batch * sample
     assert PREFETCHED == 2  # the default of PyTorch's DataLoader, which the loader leaves

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from diffsynth_core.families.interface import EncoderFacts, Shapes
 from diffsynth_core.families.size_facts import CaptionFacts, LatentFacts, StateFacts
-from diffsynth_core.families.tape import Picture
+from diffsynth_core.families.tape import BYTES, Picture
 from diffsynth_core.families.token_counts import CaptionRule, count_tokens
 
+NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
+"""The number format that text encoders compute in, by `mixed_precision`."""
 Shown = Mapping[str, tuple[Picture, ...]]
 """Sizes of what is trained on, by its column, and of pictures shown, by the name of their `References`."""
 
@@ -27,6 +29,10 @@ class EncodedSize:
 
     def __mul__(self, count: int) -> "EncodedSize":
         return EncodedSize(self.wide * count, self.narrow * count)
+
+    def bytes_in(self, precision: str) -> int:
+        """Bytes, with what text encoders make in their own format at this `mixed_precision`."""
+        return self.wide * BYTES["float32"] + self.narrow * BYTES[NARROW[precision]]
 
 
 def encoded_size(

@@ -249,15 +249,16 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
     return [problem for files in there for problem in shape_problems(family, files)]
 
 
-def float8_shares(found: FoundComponents) -> dict[str, float]:
-    """The share of the weights of each component kept in 8-bit floats that are really stored so."""
+def float8_shares(found: FoundComponents) -> dict[str, float | None]:
+    """The share of the weights of each component kept in 8-bit floats that are really stored so; None: unknown."""
     from diffsynth_core.families.loading import build_empty, float8_weights
 
     family = load_family(found.facts.name)
-    shares = {}
+    shares: dict[str, float | None] = {}
     for name, files in found.components.items():
         if files.float8 and name in found.published:
-            shares[name] = float8_share(found.shapes[name])
+            shapes = found.shapes[name]
+            shares[name] = float8_share(shapes) if shapes else None
         elif files.float8:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
@@ -266,9 +267,9 @@ def float8_shares(found: FoundComponents) -> dict[str, float]:
 
 
 def float8_share(shapes: Shapes) -> float:
-    """The share of a component's weights kept in 8-bit floats, told by its shapes; 0 where they are unknown."""
+    """The share of a component's weights kept in 8-bit floats, told by its shapes."""
     narrow = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
-    return narrow / (sum(map(math.prod, shapes.values())) or 1)
+    return narrow / sum(map(math.prod, shapes.values()))
 
 
 def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader] | None:

@@ -14,7 +14,6 @@ from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.tape import BYTES, Network, Picture, StepSizes, Tape
 from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import NARROW
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The number format of frozen weights and of the computation, by `mixed_precision`."""
@@ -277,28 +276,26 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: Encod
     """
     parameters = plan.parameters
     largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
-    parts = {"the largest tensor while it is read": 2 * largest * BYTES["float32"]} if largest else {}
+    unknown = [name for name in plan.components if not plan.shapes.get(name)]
+    of_others = f" ({', '.join(unknown)}: not known without files)" if unknown else ""
+    read_and_converted = 2 * largest * BYTES["float32"]
+    parts = {f"the largest tensor while it is read{of_others}": read_and_converted} if largest else {}
     if memory.training and parameters.initialize_model_on_cpu:
         parts["weights on their way to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.on_host:
         parts["activations that wait"] = memory.training.on_host
     if parameters.dataset_num_workers and plan.samples.samples:
-        sample = encoded_bytes(encoded, choice.precision) // len(plan.samples.samples)
+        sample = encoded.bytes_in(choice.precision) // len(plan.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * choice.sizes.batch * sample
         parts[f"samples that {parameters.dataset_num_workers} workers have ready"] = ready
     return parts
-
-
-def encoded_bytes(size: EncodedSize, precision: str) -> int:
-    """Bytes of encodings, with what text encoders make in their own format."""
-    return size.wide * BYTES["float32"] + size.narrow * BYTES[NARROW[precision]]
 
 
 def disk_use(plan: Plan, choice: Choice, encoded: EncodedSize) -> DiskUse:
     """Bytes that a run writes, of all samples what is `encoded`."""
     trained = count_trained(plan) if plan.task.trains else 0
     state = trained * (BYTES["float32"] + OPTIMIZER_BYTES)
-    cache = 0 if plan.encoded else encoded_bytes(encoded, choice.precision)
+    cache = 0 if plan.encoded else encoded.bytes_in(choice.precision)
     return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state)
 
 

@@ -29,7 +29,8 @@ class Plan:
     """What a run will do.
 
     `world_size` counts processes.
-    `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names.
+    `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names;
+    None: not known without its files.
     `preset`: what is merged into a component before training.
     `idle`: components that are named and that the task does not load.
     `encoded`: what the second half of split training trains on.
@@ -51,7 +52,7 @@ class Plan:
     device: str
     mixed_precision: str
     world_size: int
-    float8: Mapping[str, float] = field(default_factory=dict)
+    float8: Mapping[str, float | None] = field(default_factory=dict)
     preset: PresetLora | None = None
     idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
     encoded: EncodedSamples | None = None

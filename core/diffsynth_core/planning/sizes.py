@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.families.encoded_sizes import (
+    NARROW,
     EncodedSize,
     Shown,
     caption_encoder,
@@ -21,8 +22,6 @@ from diffsynth_core.planning.plan import Plan
 
 ASSUMED_CAPTION = 300
 """Characters of a caption, where there is no dataset."""
-NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
-"""The number format that text encoders compute in, by `mixed_precision`."""
 
 
 @dataclass(frozen=True)

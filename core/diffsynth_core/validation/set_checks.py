@@ -20,9 +20,8 @@ from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Rules
 
 SHOWN_SIZES = 8
-LATENT_BYTES = 4
-STATE_BYTES = 2
-"""Latents are kept in float32, states in the dtype of their encoder, bfloat16 as a rule."""
+ASSUMED_PRECISION = "bf16"
+"""The `mixed_precision` of training, where it is not known: that of GPUs."""
 Size = tuple[int, int, int]
 """(frames, height in pixels, width in pixels)"""
 
@@ -168,4 +167,4 @@ def encoded_bytes(examined: Examined, shapes: Mapping[int, Shown]) -> tuple[int,
         encoded_size(rules.encoders, {}, text, shown, step) for text, shown in zip(states, shapes.values(), strict=True)
     )
     total = sum(each, EncodedSize())
-    return total.wide * LATENT_BYTES + total.narrow * STATE_BYTES, counted
+    return total.bytes_in(ASSUMED_PRECISION), counted
