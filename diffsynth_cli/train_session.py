@@ -224,7 +224,7 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
 
 def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
     """Rehearse one stage and tell what that proved."""
-    from diffsynth_core.training.rehearsal import rehearse
+    from diffsynth_core.training.rehearsal import how_to_repeat, rehearse
     from diffsynth_core.validation.quick import quick_check
 
     stage = resolved.stage
@@ -234,7 +234,7 @@ def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRe
     except Interrupted as error:
         # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
         stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-        raise Interrupted(stopped_by, "the rehearsal was stopped", "give the same command again") from error
+        raise Interrupted(stopped_by, "the rehearsal was stopped", how_to_repeat(resolved)) from error
     typer.echo(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
     for proof in rehearsal.proofs:
         typer.echo(f"  - {proof}")

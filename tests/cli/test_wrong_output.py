@@ -12,6 +12,7 @@ def test_a_folder_that_holds_a_run(cli, refuse, dataset):
     message = "`output_path` `out` already holds a run (completed, 1 of 1 steps)"
     hint = "go on with it: `--resume auto`; or name another `--output_path`"
     assert refuse("--output_path", "out") == (2, [(message, hint)])
+    assert refuse("--output_path", "out", "--rehearse") == (2, [(message, NEW_FOLDER)])
     assert refuse("--output_path", "out", "--resume", "auto", "--learning_rate", 1, "--num_epochs", 9) == (
         2,
         [

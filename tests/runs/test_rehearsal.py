@@ -161,8 +161,9 @@ def test_a_rehearsal_starts_no_processes(cli):
     assert not list(Path().iterdir())
 
 
-def test_a_stopped_rehearsal_does_not_speak_of_resuming(cli, monkeypatch):
-    """SIGTERM in the third step of this very process."""
+@pytest.mark.parametrize("named", [False, True], ids=["a-folder-of-its-own", "a-folder-named"])
+def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named):
+    """SIGTERM in the third step of this very process; where the folder is named, the same command finds it taken."""
     import signal
 
     from diffsynth_core.training.loop import Run
@@ -176,6 +177,16 @@ def test_a_stopped_rehearsal_does_not_speak_of_resuming(cli, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(Run, "_gradient_norm", stopping)
-    outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0)
+    command = ("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0)
+    command += ("--output_path", "out") if named else ()
+    outcome = cli(*command)
+    again = "delete `out`, or name another `--output_path`"
+    hint = again if named else "give the same command again"
     assert outcome.code == 143
-    assert "error: the rehearsal was stopped" in outcome.err and "--resume" not in outcome.err
+    assert outcome.err.endswith(f"error: the rehearsal was stopped\n  hint: {hint}\n")
+    if not named:
+        return
+    taken = "error: `output_path` `out` already holds a rehearsal (interrupted, 4 of 8 steps)\n"
+    for other in (command, [word for word in command if word != "--rehearse"]):
+        refused = cli(*other)
+        assert (refused.code, f"{taken}  hint: {again}\n" in refused.err) == (2, True), refused.err

@@ -29,6 +29,16 @@ FREE_ON_RESUME = frozenset(
 is compared instead: the effective precision, components in 8-bit floats, micro-batches per step, hashes of model files
 and of a merged LoRA, names, sizes and captions of the dataset."""
 
+REPEAT_REHEARSAL = "delete `{folder}`, or name another `--output_path`"
+OUT_OF_THE_WAY = {
+    (False, False): "go on with it: `--resume auto`; or name another `--output_path`",
+    (False, True): "name another `--output_path`",
+    (True, False): REPEAT_REHEARSAL,
+    (True, True): REPEAT_REHEARSAL,
+}
+"""Whether the run in a folder was a rehearsal, and whether the one to begin is -> what to do, given the folder. No run
+goes on with a rehearsal, nor a rehearsal with a run."""
+
 
 @dataclass(frozen=True)
 class NothingLeft(Problem):
@@ -63,7 +73,7 @@ def check_output(
     try:
         record = read_record(folder)
         if parameters.resume is None or record is None:
-            _check_free(folder, record, problems)
+            _check_free(parameters, record, problems)
             return Start()
         _check_same_run(parameters, record, fingerprint, problems)
         _check_same_steps(folder, record, steps, mixed_precision, problems)
@@ -131,16 +141,13 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     return digest.hexdigest()
 
 
-def _check_free(folder: Path, record: RunRecord | None, problems: list[Problem]) -> None:
+def _check_free(parameters: Parameters, record: RunRecord | None, problems: list[Problem]) -> None:
+    folder = parameters.output_path
     if record:
-        done = f"{record.status}, {record.step} of {record.total_steps} steps"
-        problems.append(
-            Problem(
-                f"`output_path` `{folder}` already holds a run ({done})",
-                "go on with it: `--resume auto`; or name another `--output_path`",
-                wrong_use=True,
-            )
-        )
+        rehearsed = bool(record.parameters.get("rehearse"))
+        what = f"{'rehearsal' if rehearsed else 'run'} ({record.status}, {record.step} of {record.total_steps} steps)"
+        hint = OUT_OF_THE_WAY[rehearsed, parameters.rehearse].format(folder=folder)
+        problems.append(Problem(f"`output_path` `{folder}` already holds a {what}", hint, wrong_use=True))
         return
     strangers = holds_checkpoints(folder) if folder.is_dir() else []
     if strangers:

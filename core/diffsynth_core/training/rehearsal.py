@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffsynth_core.checkpoints.run_folder import read_record
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
@@ -32,6 +33,7 @@ from diffsynth_core.families.table import (
 from diffsynth_core.files import default_cache_path, fresh_folder
 from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.recognition import refused_models
 from diffsynth_core.progress import Reporter
@@ -111,6 +113,14 @@ def rehearse(
     proofs += _prove_checkpoint(resumed, result)
     drew = None if resolved.given("dataset_base_path") else f"{plan.variant.medium.kind}s"
     return Rehearsal(result, tuple(proofs), drew)
+
+
+def how_to_repeat(resolved: Resolved) -> str:
+    """What to do after a rehearsal that was stopped: a folder that was named for it may hold its beginning by then."""
+    folder = resolved.parameters.output_path
+    if _is_flag(resolved, "output_path") and read_record(folder):
+        return REPEAT_REHEARSAL.format(folder=folder)
+    return "give the same command again"
 
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
