@@ -1,7 +1,7 @@
 """One training command in the terminal: plan, rehearse or train stage after stage, and tell how each ended."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,20 +82,22 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
                 done[resolved.stage] = error.problems[0]
             else:
                 faults[resolved.stage] = error.problems
-    problems = [
-        _of_stage(problem, stage) if any(problem not in faults.get(other.stage, ()) for other in stages) else problem
-        for stage, found in faults.items()
-        for problem in found
-    ]
+    problems = _of_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in stages})
     raise_if_any(problems if problems or plans else list(done.values()))
     for stage, problem in done.items():
         reporter.info(f"Stage {stage} is passed over: {problem.message}")
     return plans
 
 
-def _of_stage(problem: Problem, stage: str | None) -> Problem:
-    """A problem that not all stages have."""
-    return replace(problem, message=f"stage {stage}: {problem.message}")
+def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:
+    """What is wrong with the stages; a problem that not all of them have names its own."""
+    return [
+        problem
+        if all(problem in others for others in found.values())
+        else replace(problem, message=f"stage {stage}: {problem.message}")
+        for stage, problems in found.items()
+        for problem in problems
+    ]
 
 
 def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_files: bool) -> "Plan":
@@ -116,7 +118,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     Returns the exit code, which is that of a failure when files or the dataset are not there.
     """
     plans = _make_plans(stages, reporter, world_size, without_files=True)
-    missing = [problem for plan in plans.values() for problem in plan.missing]
+    missing = _of_stages({stage: plan.missing for stage, plan in plans.items()})
     code = exit_code_of(FaultsFound(missing)) if missing else 0
     width = terminal_width()
     estimates = {stage: make_estimate(plan) for stage, plan in plans.items() if not plan.parameters.rehearse}

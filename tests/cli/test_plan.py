@@ -71,6 +71,13 @@ def test_wrong_use_is_told_with_what_is_missing_and_without_a_plan(plan):
     assert "did you mean `lora_rank`?" in outcome.err and "nothing matches" in outcome.err
 
 
+@pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora"])
+def test_the_run_itself_tells_the_same_as_missing(cli, plan, recipe):
+    planned, refused = plan(recipe), cli("train", "--recipe", recipe)
+    assert (refused.code, refused.out, refused.err) == (1, "", planned.err)
+    assert "error: there is no tokenizer at `" in refused.err
+
+
 def fit(outcome) -> list[str]:
     """The verdict, which is the last thing that is told, and the flags below it."""
     lines = outcome.out.splitlines()

@@ -62,11 +62,12 @@ def find_components(
 ) -> FoundComponents | None:
     """Recognise the components in the files that the model parameters name.
 
-    Adds to `problems`; None when not even the family can be told.
+    Adds to `problems`; None when not even the family can be told. Published sizes stand in for files that are not
+    there, so that what else is wrong or missing comes in the same report.
 
     Args:
         encoded: the samples that a second half trains on; what made them must fit the denoiser.
-        without_files: files that are not there are no problem, but told apart; published sizes stand in for them.
+        without_files: files that are not there are no problem, but told apart.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
@@ -89,13 +90,13 @@ def find_components(
     problems += [] if without_files else not_there
     headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
     complete = len(headers) == len(asked) + len(parameters.model_paths)
-    facts = find_family(family, headers, complete, problems) or (family_named(entries) if without_files else None)
+    facts = find_family(family, headers, complete, problems) or (None if complete else family_named(entries))
     if facts is None:
         problems += missing
         return None
     assigned = assign_files(headers, facts, parameters, problems)
     there = {file_set.origin for file_set in file_sets}
-    published = _stand_in([entry for entry in asked if entry not in there], facts, parameters, assigned, without_files)
+    published = _stand_in([entry for entry in asked if entry not in there], facts, parameters, assigned)
     components, shapes = assigned.components, assigned.shapes
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
@@ -106,7 +107,8 @@ def find_components(
     if complete and len(absent) > unplaced:
         problems += [_missing(facts.component(name), variant) for name in absent]
     problems += changed_encoders(parameters, task, variant)
-    problems += _misfits(facts, variant, {name: files.origin for name, files in components.items()}, shapes)
+    here = {name: files.origin for name, files in components.items() if name not in published}
+    problems += _misfits(facts, variant, here, {name: shapes[name] for name in here})
     problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
     problems += _without_meaning(facts, parameters.extra_inputs, components)
     for parameter in ("fp8_models", "offload_models"):
@@ -121,11 +123,11 @@ def find_components(
 
 
 def _stand_in(
-    entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles, allowed: bool
+    entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles
 ) -> dict[str, Published]:
     """The published components that stand in for entries whose files are not there; added to `assigned`."""
     found: dict[str, Published] = {}
-    for entry in entries if allowed else ():
+    for entry in entries:
         parts = split_entry(entry)
         component = component_at(parts[1], facts, parts[0]) if parts else None
         published = facts.published_sizes(component.name, *parts) if parts and component else None
