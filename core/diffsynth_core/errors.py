@@ -74,6 +74,23 @@ def beginning(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
+KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    type(None): "nothing",
+}
+"""What YAML and JSON files hold, in words."""
+
+
+def kind_of(value: object) -> str:
+    """What a value from a YAML or JSON file is, for a message that something else was expected."""
+    return KINDS.get(type(value), "something else")
+
+
 def shorten(names: Sequence[str], limit: int = 5) -> str:
     """The first names in backticks, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])

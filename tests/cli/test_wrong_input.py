@@ -112,6 +112,18 @@ def test_unknown_recipe(refuse, name, hint):
     assert refuse(recipe=name) == (2, [(f"there is no recipe `{name}`", hint)])
 
 
+def test_a_file_given_as_a_recipe(refuse, config):
+    path = config("extends: qwen-image-lora\n")
+    hint = f"give your own file as `--config {path}`"
+    assert refuse(recipe=str(path)) == (2, [(f"there is no recipe `{path}`", hint)])
+
+
+def test_a_recipe_given_as_a_file(refuse):
+    message = "`--config` takes a file, and `qwen-image-lora` is a recipe"
+    expected = (2, [(message, "give `--recipe qwen-image-lora`")])
+    assert refuse("--config", "qwen-image-lora", recipe=None) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
@@ -123,10 +135,15 @@ def test_unknown_recipe(refuse, name, hint):
         ("lora_rank: 3", "`{path}`: `lora_rank` is not a key of a recipe", "put it below `parameters:`"),
         (
             "extends: qwen-image-lorra",
-            "`{path}` extends `qwen-image-lorra`, which is not a recipe",
+            "`{path}` extends `qwen-image-lorra`, which is not a recipe; nothing else can be extended",
             "did you mean `qwen-image-lora`?",
         ),
-        ("extends: zzz", "`{path}` extends `zzz`, which is not a recipe", RECIPES_LISTED),
+        (
+            "extends: ./zzz.yaml",
+            "`{path}` extends `./zzz.yaml`, which is not a recipe; nothing else can be extended",
+            RECIPES_LISTED,
+        ),
+        ("# nothing yet", "`{path}` is empty", "write `parameters:` and the values below it"),
         ("family: qwen-imag", "there is no family `qwen-imag`", "did you mean `qwen-image`?"),
         (
             "parameters:\n  resume: auto",

@@ -127,7 +127,7 @@ def test_what_one_command_does_has_no_place_in_a_file(write, name):
     ("text", "expected"),
     [
         ("parameters: [1]\n", "`parameters` holds a list, expected names and values"),
-        ("parameters: lora_rank\n", "`parameters` holds a str"),
+        ("parameters: lora_rank\n", "`parameters` holds a text"),
         ("description: [a]\n", "`description` takes a text"),
         ("family: [a]\n", "`family` takes a text"),
         ("extends: 3\n", "`extends` takes a text, got `3`"),

@@ -161,10 +161,11 @@ def test_no_file_ends_in_a_traceback(read, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"), [("- a\n- b\n", "list"), ("just text\n", "str"), ("3\n", "int"), ("false\n", "bool")]
+    ("content", "kind"),
+    [("- a\n- b\n", "a list"), ("just text\n", "a text"), ("3\n", "an integer"), ("false\n", "a boolean")],
 )
 def test_something_else_than_a_mapping_is_told(read, content, kind):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` holds a {kind}, expected keys and values"):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` holds {kind}, expected keys and values"):
         read(content)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.yaml_files import read_yaml
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, raise_if_any, suggest
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, kind_of, raise_if_any, suggest
 
 RECIPE_KEYS = {
     "extends": "Recipe whose values this one starts from",
@@ -83,12 +83,29 @@ def load_recipe(name: str) -> Recipe:
         FaultsFound: when there is none (the nearest name is offered) or its file is faulty.
     """
     if name not in recipe_names():
-        near = suggest(name, recipe_names())
-        hint = f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
+        hint = f"give your own file as `--config {name}`" if Path(name).is_file() else _nearest_recipe(name)
         raise FaultsFound([Problem(f"there is no recipe `{name}`", hint, wrong_use=True)])
     recipe = load_recipe_file(recipe_folder() / f"{name}.yaml")
     raise_if_any(recipe.problems)
     return recipe
+
+
+def _nearest_recipe(name: str) -> str:
+    """The hint for a name that no recipe has."""
+    near = suggest(name, recipe_names())
+    return f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
+
+
+def load_config(name: str) -> Recipe:
+    """The values in a file of the user's own, given as `--config`.
+
+    Raises:
+        DiffSynthError: when the file cannot be read, or only a recipe has that name.
+    """
+    if name in recipe_names() and not Path(name).exists():
+        what = f"`--config` takes a file, and `{name}` is a recipe"
+        raise FaultsFound([Problem(what, f"give `--recipe {name}`", wrong_use=True)])
+    return load_recipe_file(Path(name))
 
 
 def load_recipe_file(path: Path) -> Recipe:
@@ -148,14 +165,15 @@ def _is_stage_name(name: object) -> bool:
 
 def _parent_path(path: Path, name: str) -> Path:
     if name not in recipe_names():
-        near = suggest(name, recipe_names())
-        hint = f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
-        raise FaultsFound([Problem(f"`{path}` extends `{name}`, which is not a recipe", hint, wrong_use=True)])
+        what = f"`{path}` extends `{name}`, which is not a recipe; nothing else can be extended"
+        raise FaultsFound([Problem(what, _nearest_recipe(name), wrong_use=True)])
     return recipe_folder() / f"{name}.yaml"
 
 
 def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
     """What in a recipe file is no part of the closed schema."""
+    if not content:
+        return [Problem(f"`{path}` is empty", "write `parameters:` and the values below it", wrong_use=True)]
     problems = []
     for key, value in content.items():
         if key not in RECIPE_KEYS:
@@ -172,7 +190,7 @@ def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
 def _stages_problems(stages: Any, where: str) -> list[Problem]:
     """What below `stages:` is no part of the closed schema."""
     if stages is not None and not isinstance(stages, dict):
-        what = f"`stages` holds a {type(stages).__name__}, expected names of stages and their keys"
+        what = f"`stages` holds {kind_of(stages)}, expected names of stages and their keys"
         return [Problem(f"{where}: {what}", wrong_use=True)]
     problems = []
     for name, stage in (stages or {}).items():
@@ -186,7 +204,7 @@ def _stages_problems(stages: Any, where: str) -> list[Problem]:
 def _stage_problems(stage: Any, where: str) -> list[Problem]:
     """What in one stage is no part of the closed schema."""
     if stage is not None and not isinstance(stage, dict):
-        what = f"holds a {type(stage).__name__}, expected the keys {' and '.join(STAGE_KEYS)}"
+        what = f"holds {kind_of(stage)}, expected the keys {' and '.join(STAGE_KEYS)}"
         return [Problem(f"{where} {what}", wrong_use=True)]
     problems = []
     for key, value in (stage or {}).items():
@@ -207,7 +225,7 @@ def _unknown_key(key: str, kind: str, keys: Mapping[str, str], where: str) -> Pr
 def _parameter_problems(given: Any, where: str) -> list[Problem]:
     """What below `parameters:` is no parameter, or none for a file."""
     if given is not None and not isinstance(given, dict):
-        what = f"`parameters` holds a {type(given).__name__}, expected names and values"
+        what = f"`parameters` holds {kind_of(given)}, expected names and values"
         return [Problem(f"{where}: {what}", wrong_use=True)]
     unknown = [unknown_parameter(str(name), f" in {where}") for name in given or {} if name not in SETTINGS]
     misplaced = [

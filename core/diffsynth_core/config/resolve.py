@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import Layer, Recipe, load_recipe, load_recipe_file, unknown_parameter
+from diffsynth_core.config.recipes import Layer, Recipe, load_config, load_recipe, unknown_parameter
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
@@ -61,7 +60,7 @@ def resolve_stages(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()
     """
     problems = [unknown_parameter(flag.removeprefix("--"), " (command line)") for flag in unknown_flags]
     flags = {name: value for name, value in flags.items() if not _slipped(name, value, problems)}
-    config = _load_quietly(lambda path: load_recipe_file(Path(path)), flags.get("config"), problems)
+    config = _load_quietly(load_config, flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
     incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
     sources: list[Source] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, kind_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise DiffSynthError(
-            f"`{path}` holds a {type(value).__name__}, expected keys and values",
+            f"`{path}` holds {kind_of(value)}, expected keys and values",
             "write `parameters:` and the values below it",
         )
     return value

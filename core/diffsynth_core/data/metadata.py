@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsynth_core.data.pictures import PICTURE_ENDINGS
 from diffsynth_core.data.videos import VIDEO_ENDINGS
-from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, beginning, kind_of, shorten, suggest
 from diffsynth_core.files import replacing
 from diffsynth_core.progress import count_of
 
@@ -239,9 +239,8 @@ def _read_json(path: Path) -> Metadata:
     except UnreadableJson as error:
         raise DiffSynthError(f"`{path}` line {error.line}: {error}", "mend that line") from error
     if not isinstance(content, list):
-        raise DiffSynthError(
-            f"`{path}` holds a {type(content).__name__}, expected a list of objects", "write one object per sample"
-        )
+        what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
+        raise DiffSynthError(what, "write one object per sample")
     return _from_objects(path, list(enumerate(content, start=1)))
 
 
@@ -261,9 +260,8 @@ def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
     columns: dict[str, None] = {}
     for number, value in objects:
         if not isinstance(value, dict):
-            raise DiffSynthError(
-                f"`{path}` row {number} is a {type(value).__name__}, expected an object", "write one object per sample"
-            )
+            what = f"`{path}` row {number} is {kind_of(value)}, expected an object"
+            raise DiffSynthError(what, "write one object per sample")
         columns.update(dict.fromkeys(value))
     return Metadata(str(path), tuple(columns), tuple(value for _, value in objects))
 

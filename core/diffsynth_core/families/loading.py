@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.float8 import LARGEST, Float8Linear, fits, float8_layers
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, kind_of, raise_if_any, shorten
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, count_of, format_bytes
@@ -203,5 +203,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DiffSynthError(f"cannot read `{path}`: {error}", "fetch the file again") from error
     if not isinstance(content, dict):
-        raise DiffSynthError(f"`{path}` holds a {type(content).__name__}, expected an object", "fetch the file again")
+        raise DiffSynthError(f"`{path}` holds {kind_of(content)}, expected an object", "fetch the file again")
     return content

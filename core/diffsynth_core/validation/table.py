@@ -18,7 +18,7 @@ from diffsynth_core.data.metadata import (
     other_separator,
     parse_json,
 )
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, kind_of
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.listing import Listing
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
@@ -121,7 +121,7 @@ def _read_json(path: Path, text: str) -> _Read:
         what = f"`{path}` line {error.line}: {error}"
         return (), {}, [found("PARSE_ERROR", what, "mend that line", path=path.name)]
     if not isinstance(content, list):
-        what = f"`{path}` holds a {type(content).__name__}, expected a list of objects"
+        what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
         return (), {}, [found("PARSE_ERROR", what, "write one object per sample", path=path.name)]
     return _from_objects(path, dict(enumerate(content, start=1)), [])
 
@@ -150,7 +150,7 @@ def _from_objects(path: Path, objects: dict[int, Any], findings: list[Finding]) 
             columns.update(dict.fromkeys(value))
             rows[number] = value
         else:
-            what = f"`{path}` row {number} is a {type(value).__name__}, expected an object"
+            what = f"`{path}` row {number} is {kind_of(value)}, expected an object"
             findings.append(found("PARSE_ERROR", what, "write one object per sample", row=number, path=path.name))
     return tuple(columns), rows, findings
 
