@@ -16,7 +16,9 @@ def test_an_entry_that_is_none(refuse, parameter):
 
 def test_an_entry_unlike_any(refuse):
     message = "`fp8_models` names `dit`, which is no entry of the model parameters"
-    assert refuse("--fp8_models", "dit") == (2, [(message, "write it as it stands there")])
+    text_encoder, vae = "text_encoder/model*.safetensors", "vae/diffusion_pytorch_model.safetensors"
+    hint = f"the entries are `{DIT}`, `Qwen/Qwen-Image:{text_encoder}`, `Qwen/Qwen-Image:{vae}`"
+    assert refuse("--fp8_models", "dit") == (2, [(message, hint)])
 
 
 def test_a_component_whose_weights_train(refuse):

@@ -69,6 +69,15 @@ def test_wrong_value_on_the_command_line(refuse, flag, value, expected):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "near"), [("lr_scheduler", "cosin", "cosine"), ("task", "stf", "sft"), ("resume", "Auto", "auto")]
+)
+def test_a_misspelt_choice(refuse, flag, value, near):
+    code, [(message, hint)] = refuse(f"--{flag}", value)
+    assert (code, hint) == (2, f"did you mean `{near}`?")
+    assert message.startswith(f"`{flag}` takes one of ") and message.endswith(f", got `{value}` (`--{flag}`)")
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("lora_rank: true", "`lora_rank` takes an integer, got `true`"),

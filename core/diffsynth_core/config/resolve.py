@@ -262,7 +262,9 @@ def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
         words, key = _BOUNDS[detail["type"]]
         expected = f"{expected} of {words} {detail['ctx'][key]}"
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", wrong_use=True)
+    near = suggest(shown, SETTINGS[name].choices)
+    hint = f"did you mean `{near}`?" if near else None
+    return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", hint, wrong_use=True)
 
 
 def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:

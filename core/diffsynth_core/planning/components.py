@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
-from diffsynth_core.errors import DiffSynthError, Problem, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import (
     ComponentFacts,
     ComponentFiles,
@@ -284,11 +284,11 @@ def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader]
 
 def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:
     """A parameter that names entries of the model parameters must name such, so that no slip of the pen passes."""
-    named = {*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)}
+    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
     for entry in getattr(parameters, parameter):
         if entry not in named:
             near = suggest(entry, named)
-            hint = f"did you mean `{near}`?" if near else "write it as it stands there"
+            hint = f"did you mean `{near}`?" if near else f"the entries are {shorten(named)}"
             problems.append(
                 Problem(
                     f"`{parameter}` names `{entry}`, which is no entry of the model parameters", hint, wrong_use=True
