@@ -49,18 +49,23 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
         reporter.info(note)
     typer.echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else files_table(plan))
     if output_format is PlanFormat.TABLE:
-        total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(file.nbytes for file in plan.files))}"
-        reporter.info(f"{total} would be written; nothing is, for this is a dry run" if dry_run else f"{total} written")
+        reporter.info(total_line(plan, dry_run))
+
+
+def total_line(plan: "FilePlan", dry_run: bool) -> str:
+    """How many files, and their bytes in all."""
+    total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(plan.sizes.values()))}"
+    return f"{total} would be written; nothing is, for this is a dry run" if dry_run else f"{total} written"
 
 
 def files_table(plan: "FilePlan") -> str:
-    """A line for each file: its place, how many tensors it holds, and their bytes."""
+    """A line for each file: its place, how many tensors it holds, and its bytes."""
     tensors = {file.path: file for file in plan.files}
     rows = []
     for output in plan.outputs:
         file = tensors.get(output.path)
-        what = (count_of(len(file.tensors), "tensor"), format_bytes(file.nbytes)) if file else ("index", "")
-        rows.append((str(output.path), *what))
+        what = count_of(len(file.tensors), "tensor") if file else "index"
+        rows.append((str(output.path), what, format_bytes(plan.sizes[output.path])))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)
 
@@ -71,8 +76,9 @@ def describe_files(plan: "FilePlan") -> list[dict[str, Any]]:
     files = []
     for output in plan.outputs:
         file = tensors.get(output.path)
-        facts = {"tensors": len(file.tensors), "bytes": file.nbytes, "metadata": dict(file.metadata)} if file else {}
-        files.append({"path": str(output.path), "kind": "weights" if file else "index", **facts})
+        facts = {"tensors": len(file.tensors), "metadata": dict(file.metadata)} if file else {}
+        kind = "weights" if file else "index"
+        files.append({"path": str(output.path), "kind": kind, "bytes": plan.sizes[output.path], **facts})
     return files
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table
+from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table, total_line
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
@@ -19,7 +19,7 @@ from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.conversion.sum_plan import SumPlan, output_of, plan_sum
 from diffsynth_core.errors import raise_if_any, shorten
 from diffsynth_core.files import model_base_path
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.rewriting import output_problems
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def _tell(
         typer.echo(json.dumps(content, indent=2))
         return
     typer.echo("\n".join([*lines, "", *_lora_table(summaries, losses), "", files_table(written)]))
-    total = f"{count_of(len(written.outputs), 'file')}, {format_bytes(sum(file.nbytes for file in written.files))}"
-    reporter.info(f"{total} would be written; nothing is, for this is a dry run" if how.dry_run else f"{total} written")
+    reporter.info(total_line(written, how.dry_run))
 
 
 def _outputs(written: FilePlan) -> list[dict[str, Any]]:

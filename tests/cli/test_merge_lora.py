@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffsynth_core.progress import format_bytes
 from tests.cli.conftest import read_problems, stamps
 
 TRANSFORMER = "Qwen/Qwen-Image/transformer"
@@ -63,6 +64,8 @@ def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
     assert lines[0].endswith(f": the diffusion transformer of Qwen-Image, 1 tensor of {len(before)} changed")
     assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha left out lost in rounding"
     assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
+    size = format_bytes(sum(path.stat().st_size for path in written))
+    assert outcome.err.splitlines()[-1] == f"{len(written)} files, {size} written"
 
 
 def test_a_dry_run_as_json_writes_nothing(cli, models, lora, tmp_path):

