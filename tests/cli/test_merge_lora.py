@@ -137,6 +137,17 @@ def test_wrong_use(cli, models, lora, tmp_path):
     )
 
 
+def test_a_shard_is_no_lora(cli, models, tmp_path):
+    path, _ = shard_of_q(models)
+    message = f"`{path}` is one shard of a model, and a LoRA is a file of its own"
+    expected = (1, [(message, "name a LoRA, or join its shards with `diffsynth split-ckpt --join`")])
+    base = ("--base", models / TRANSFORMER, "--output_path", "out")
+    assert refused(cli, tmp_path, *base, "--lora", path) == expected
+    assert refused(cli, tmp_path, "--lora", path, "--output_path", "one.safetensors") == expected
+    outcome = cli("convert-lora", path, "--to", "kohya", "-o", "one.safetensors")
+    assert (outcome.code, read_problems(outcome.err)) == expected
+
+
 def test_unmatched_keys(cli, models, lora, tmp_path):
     tensors = load_file(lora)
     tensors |= {f"lora_te_text_model_{number}.alpha": torch.tensor(1.0) for number in range(7)}

@@ -200,6 +200,14 @@ def test_a_missing_shard(refuse, cli, checkpoint):
         )
 
 
+def test_a_shard_that_is_there_and_not_named(refuse, cli, checkpoint):
+    assert cli("split-ckpt", checkpoint, "--output_path", "shards", "--by", "size", "--max_shard_size", "40").code == 0
+    first, second, third = (f"epoch-0-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
+    message = f"2 shards of the same model in `shards` not named: `{second}`, `{third}`"
+    expected = (1, [(message, "name all of them, or their index")])
+    assert refuse(f"shards/{first}", "--output_path", "parts") == expected
+
+
 def test_files_that_do_not_belong_together(refuse, cli, checkpoint):
     save_file({"pipe.vae.a": ones(1)}, "a.safetensors")
     save_file({"pipe.vae.b": ones(1)}, "b.safetensors")

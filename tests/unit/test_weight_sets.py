@@ -68,9 +68,9 @@ def test_what_is_not_whole_is_refused(tmp_path, change, message):
     assert message.format(folder=tmp_path) in str(caught.value)
 
 
-def test_a_shard_alone_lacks_the_others(tmp_path):
+def test_a_shard_alone_is_not_all_of_them(tmp_path):
     first, _ = write_shards(tmp_path)
-    with pytest.raises(DiffSynthError, match=r"1 shard of .* missing: `model-00002-of-00002.safetensors`"):
+    with pytest.raises(DiffSynthError, match=r"1 shard of .* not named: `model-00002-of-00002.safetensors`"):
         open_weights([first])
 
 

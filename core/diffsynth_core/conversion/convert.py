@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.conversion.bases import open_base
+from diffsynth_core.conversion.lora_inputs import open_lora_file
 from diffsynth_core.conversion.lora_rows import translate
 from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
@@ -14,7 +15,7 @@ from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import TensorHeader
 from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, fit_lora
 from diffsynth_core.state_dicts.rewriting import OutputFile, aligned
-from diffsynth_core.state_dicts.weight_sets import ENDING, open_weights
+from diffsynth_core.state_dicts.weight_sets import ENDING
 
 NO_LONGER_TRUE = (
     *(ADAPTER_SETTINGS, "ss_network_dim", "ss_network_alpha"),
@@ -40,14 +41,12 @@ def plan_conversion(
         base: weights that every key must find a module of, before and after; none are needed to convert.
 
     Raises:
-        DiffSynthError: as `open_weights`, `open_lora` and `open_base`; when a key finds no module of the base.
+        DiffSynthError: as `open_lora_file`, `open_lora` and `open_base`; when a key finds no module of the base.
     """
     if output.suffix != ENDING:
         problem = Problem(f"`{output}` does not end in `{ENDING}`", "name a file that does", wrong_use=True)
         raise FaultsFound([problem])
-    weights = open_weights([path])
-    if len(weights.files) > 1:
-        raise DiffSynthError(f"`{path}` holds {len(weights.files)} files, a LoRA is one", "name the file")
+    weights = open_lora_file(path)
     source = open_lora(weights, family, component, allow_unmatched)
     modules = translate(source.loras, source.naming, source.dialect, target)
     written = tuple(write_lora(module, lora, target) for module, lora in modules.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.files import stem_of_shard
 from diffsynth_core.state_dicts.headers import Header, read_header
 from diffsynth_core.state_dicts.lora_files import LoraFile, LoraPart, read_lora_file
 from diffsynth_core.state_dicts.weight_sets import WeightSet, open_weights
@@ -50,8 +51,13 @@ def open_lora_file(path: Path) -> WeightSet:
     """The tensors of a LoRA, by headers.
 
     Raises:
-        DiffSynthError: as `open_weights`, and for what may hold more than one file.
+        DiffSynthError: as `open_weights`, and for a shard, or what may hold more than one file.
     """
+    if path.is_file() and stem_of_shard(path.name):
+        raise DiffSynthError(
+            f"`{path}` is one shard of a model, and a LoRA is a file of its own",
+            "name a LoRA, or join its shards with `diffsynth split-ckpt --join`",
+        )
     weights = open_weights([path])
     if weights.files != (path,):
         raise DiffSynthError(f"`{path}` is no safetensors file, as a LoRA is", "name the file itself")

@@ -177,8 +177,12 @@ def _check_shards(paths: Iterable[Path]) -> None:
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path.name)
     for folder, names in by_folder.items():
-        if missing := absent_shards(names):
+        unnamed = absent_shards(names)
+        if missing := [name for name in unnamed if not (folder / name).is_file()]:
             raise _missing_shards(folder, missing)
+        if unnamed:
+            what = f"{count_of(len(unnamed), 'shard')} of the same model in `{folder}` not named: {shorten(unnamed)}"
+            raise DiffSynthError(what, "name all of them, or their index")
 
 
 def _missing_shards(folder: Path, names: Sequence[str]) -> DiffSynthError:
