@@ -208,6 +208,17 @@ def test_a_shard_that_is_there_and_not_named(refuse, cli, checkpoint):
     assert refuse(f"shards/{first}", "--output_path", "parts") == expected
 
 
+def test_names_for_what_is_not_there(refuse):
+    save_file({LORA.format("A"): ones(2, 4), LORA.format("B"): ones(4, 2)}, "lora.safetensors", RUN)
+    message = "`--layout` names full weights, of which `lora.safetensors` holds none"
+    expected = (2, [(message, "a LoRA gets other names with `--lora_format`")])
+    assert refuse("lora.safetensors", "--output_path", "parts", "--layout", "diffusers") == expected
+    save_file({"pipe.vae.conv_in.weight": ones(3, 2)}, "full.safetensors", {"family": "qwen-image"})
+    message = "`--lora_format` names a LoRA, of which `full.safetensors` holds none"
+    expected = (2, [(message, "full weights get other names with `--layout`")])
+    assert refuse("full.safetensors", "--output_path", "parts", "--lora_format", "kohya") == expected
+
+
 def test_files_that_do_not_belong_together(refuse, cli, checkpoint):
     save_file({"pipe.vae.a": ones(1)}, "a.safetensors")
     save_file({"pipe.vae.b": ones(1)}, "b.safetensors")

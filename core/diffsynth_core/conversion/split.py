@@ -63,12 +63,14 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
     """`<component>.safetensors` and `<component>.lora.safetensors` of each component in a checkpoint.
 
     Raises:
-        FaultsFound: when keys belong to no component or to no layout, or nothing is known of any.
+        FaultsFound: when keys belong to no component or to no layout, nothing is known of any, or names are asked for
+            of what there is none of.
     """
     origin = read_origin(weights, choices.family, choices.unprefixed)
     ownership = find_owners(weights.tensors, origin)
     if ownership.unmatched and not (choices.allow_unmatched and (ownership.full or ownership.lora)):
         raise_if_any([unmatched_problem(weights.origin, ownership, len(weights.tensors))])
+    raise_if_any(_without_effect(weights, ownership, choices))
     family = origin.family or find_family(ownership.full)
     raise_if_any(misnamed(ownership.full, family))
     parts, problems, notes = _full_parts(weights, ownership, family, choices)
@@ -90,6 +92,19 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
         )
         outputs += [*files, *indexes]
     return FilePlan(tuple(outputs), weights.inputs, tuple(notes))
+
+
+def _without_effect(weights: WeightSet, ownership: Ownership, choices: SplitChoices) -> list[Problem]:
+    """Names that are asked for of full weights, or of LoRAs, where a checkpoint holds none."""
+    asked = (
+        ("layout", choices.layout, "full weights", ownership.full, "a LoRA gets other names with `--lora_format`"),
+        ("lora_format", choices.lora_format, "a LoRA", ownership.lora, "full weights get other names with `--layout`"),
+    )
+    return [
+        Problem(f"`--{option}` names {what}, of which `{weights.origin}` holds none", hint, wrong_use=True)
+        for option, name, what, found, hint in asked
+        if name and not found
+    ]
 
 
 def plan_split_by_size(weights: WeightSet, folder: Path, most_bytes: int) -> FilePlan:
