@@ -40,7 +40,7 @@ def from_start(start: int) -> tuple[int, Iterator[bytes]]:
 class PlayedHub:
     """Lists files, and answers transfers with the given functions in their order, the last of them again and again."""
 
-    title, login = "Played", "played login"
+    title, login, another = "Played", "played login", "play another"
 
     def __init__(self, files: dict[str, Checksum | None], *answers: Answer) -> None:
         self._files, self._answers, self.starts = files, list(answers) or [from_start], []

@@ -8,7 +8,7 @@ from diffsynth_core.files import default_cache_path, locked
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.download_plan import LOCK, DownloadPlan, compared, plan_download
 from diffsynth_core.sources.fetching import fetch
-from diffsynth_core.sources.hub import Hub, download_source, open_hub
+from diffsynth_core.sources.hub import Hub, open_hub
 from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 from diffsynth_core.sources.wanted import Wanted, absent
 
@@ -20,7 +20,7 @@ def list_download(
 
     `verify`: read what is here, and compare its hashes too; else only those that are known are compared.
     """
-    return _plan(wanted, open_hub(download_source(source)), base, _identities(), reporter, verify)
+    return _plan(wanted, open_hub(source), base, _identities(), reporter, verify)
 
 
 def download(
@@ -70,7 +70,7 @@ def _download(
     tell: Callable[[DownloadPlan], None],
     verify: bool,
 ) -> DownloadPlan:
-    hub, identities = open_hub(download_source(source)), _identities()
+    hub, identities = open_hub(source), _identities()
     plan = _plan(wanted, hub, base, identities, reporter, verify)
     tell(plan)
     plan.check_disk()

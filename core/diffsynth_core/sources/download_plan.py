@@ -10,7 +10,7 @@ from unicodedata import category
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.files import free_bytes
 from diffsynth_core.progress import format_bytes
-from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption, Refusal, RemoteFile, Repository
+from diffsynth_core.sources.hub import Hub, Interruption, Refusal, RemoteFile, Repository
 from diffsynth_core.sources.identity import FileIdentities
 from diffsynth_core.sources.wanted import Place, Wanted, paths_below
 
@@ -138,7 +138,7 @@ class _Lists:
             except Interruption as error:
                 raise DiffSynthError(
                     f"cannot ask {self.hub.title} for the files of `{repository.name}`: {error}",
-                    f"check the connection to {self.hub.page(repository)}, or {ANOTHER_HUB}",
+                    f"check the connection to {self.hub.page(repository)}, or {self.hub.another}",
                 ) from error
         known = self._known[repository]
         if isinstance(known, Refusal):

@@ -10,7 +10,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import put_in_place
 from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, count_of
 from diffsynth_core.sources.download_plan import PART_NAME, DownloadPlan, ListedFile, bytes_begun
-from diffsynth_core.sources.hub import ANOTHER_HUB, Hub, Interruption
+from diffsynth_core.sources.hub import Hub, Interruption
 from diffsynth_core.sources.identity import FileIdentities
 
 THREADS = 4
@@ -118,7 +118,7 @@ class _Crew:
                     raise _NotBrought(
                         f"{self._hub.title} sends other bytes for `{listed.file.path}` of `{listed.repository.name}` than "
                         "its hash says",
-                        f"try again later, or {ANOTHER_HUB}",
+                        f"try again later, or {self._hub.another}",
                     )
             put_in_place(listed.part, listed.target)
         if listed.file.checksum and listed.file.checksum.kind == "sha256":

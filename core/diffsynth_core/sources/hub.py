@@ -27,7 +27,6 @@ HUBS = {
     "huggingface": ("diffsynth_core.sources.huggingface", "HuggingFace"),
 }
 """Name of a hub -> module and class; the first is asked where none is named."""
-ANOTHER_HUB = f"ask another hub with `--source` or {SOURCE_VARIABLE}"
 UNSET = ("", "0", "false", "no", "off")
 """Values of a switch in the environment that leave it off."""
 
@@ -88,6 +87,8 @@ class Hub(Protocol):
     title: str
     login: str
     """The command that keeps a token."""
+    another: str
+    """How a user asks another hub instead, for hints."""
 
     def page(self, repository: Repository) -> str:
         """The address of a repository for people."""
@@ -115,10 +116,16 @@ def download_source(given: str | None) -> str:
     return source
 
 
-def open_hub(source: str) -> Hub:
-    """The hub of a name; imports its SDK, and opens no connection."""
+def open_hub(given: str | None) -> Hub:
+    """The hub to ask, as of `download_source`; imports its SDK, and opens no connection.
+
+    Another one is offered in the way in which this one was chosen.
+    """
+    source = download_source(given)
     module, name = HUBS[source]
-    hub: Hub = getattr(import_module(module), name)()
+    other = next(known for known in HUBS if known != source)
+    way = f"--source {other}" if given else f"{SOURCE_VARIABLE}={other}"
+    hub: Hub = getattr(import_module(module), name)(f"ask another hub with `{way}`")
     return hub
 
 
@@ -134,7 +141,7 @@ def unknown(hub: Hub, repository: Repository, path: str | None = None) -> Refusa
     else:
         what = f"{hub.title} has no {repository.kind} `{repository.name}` that you may see"
     private = "" if path else f" log in with `{hub.login}` if it is private,"
-    return Refusal(what, f"compare with {hub.page(repository)},{private} or {ANOTHER_HUB}")
+    return Refusal(what, f"compare with {hub.page(repository)},{private} or {hub.another}")
 
 
 def refused(hub: Hub, repository: Repository) -> Refusal:

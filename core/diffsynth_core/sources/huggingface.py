@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from diffsynth_core.sources.hub import (
+    SKIP_VARIABLE,
     Checksum,
     Interruption,
     Refusal,
@@ -39,7 +40,8 @@ class HuggingFace:
     title = "Hugging Face"
     login = "hf auth login"
 
-    def __init__(self) -> None:
+    def __init__(self, another: str) -> None:
+        self.another = another
         self._api = HfApi()
 
     def page(self, repository: Repository) -> str:
@@ -77,7 +79,9 @@ class HuggingFace:
         except EntryNotFoundError as error:
             raise unknown(self, repository, path) from error
         except OfflineModeIsEnabled as error:
-            raise Refusal("HF_HUB_OFFLINE forbids to ask Hugging Face", "unset it, or give `--offline`") from error
+            raise Refusal(
+                "HF_HUB_OFFLINE forbids to ask Hugging Face", f"unset it, or set {SKIP_VARIABLE}=1"
+            ) from error
         except UnicodeEncodeError as error:
             raise Refusal(
                 "the token for Hugging Face has characters that none has", f"keep another with `{self.login}`"

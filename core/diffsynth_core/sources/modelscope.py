@@ -31,7 +31,8 @@ class ModelScope:
     title = "ModelScope"
     login = "modelscope login"
 
-    def __init__(self) -> None:
+    def __init__(self, another: str) -> None:
+        self.another = another
         if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # the SDK tells each page of a list on stderr otherwise
             logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
         self._api = HubApi().legacy

@@ -32,6 +32,11 @@ FILES = {
 OTHERS = {"README.md": b"#", "vae/other.safetensors": b"other", "model_index.json": b"{}"}
 RECIPE = "qwen-image-lora"
 TOTAL = f"{sum(map(len, FILES.values())) / 1000:.1f} kB"
+ANOTHER = {
+    "modelscope": "ask another hub with `--source huggingface`",
+    "huggingface": "ask another hub with `--source modelscope`",
+}
+"""What to do instead of asking a hub that was named in the command."""
 REFUSED = {
     "modelscope": ("ModelScope", "models/", "modelscope login"),
     "huggingface": ("Hugging Face", "", "hf auth login"),

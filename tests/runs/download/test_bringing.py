@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.hub_server import sha256
 from tests.runs.download.conftest import DATASET, FILES, MODEL, RECIPE, REFUSED, SHARDS, TOTAL, files_below, start
 
@@ -110,3 +112,12 @@ def test_a_dry_run_of_train_brings_nothing(here, hub, photographs, models):
     assert "(not here, 40.9 GB as published" in outcome.out
     assert outcome.err.count("fetch it with `diffsynth download qwen-image-lora`") == 3
     assert hub.requests.total() == 0 and not models.exists()
+
+
+@pytest.mark.parametrize(("source", "other"), [("modelscope", "huggingface"), ("huggingface", "modelscope")])
+def test_train_offers_another_hub_by_the_variable_it_reads(here, hub, photographs, monkeypatch, source, other):
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", source)
+    hub.lists = b"<html>log in</html>"
+    outcome = here("train", *SETTINGS, "--dataset_base_path", photographs)
+    assert outcome.code == 1
+    assert outcome.err.endswith(f", or ask another hub with `DIFFSYNTH_DOWNLOAD_SOURCE={other}`\n")

@@ -7,10 +7,20 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from diffsynth_core.sources.hub import ANOTHER_HUB
 from tests.cli.conftest import read_problems
 from tests.hub_server import Trouble, sha256
-from tests.runs.download.conftest import BYTES, FILES, MODEL, RECIPE, REFUSED, SHARDS, TOTAL, files_below, start
+from tests.runs.download.conftest import (
+    ANOTHER,
+    BYTES,
+    FILES,
+    MODEL,
+    RECIPE,
+    REFUSED,
+    SHARDS,
+    TOTAL,
+    files_below,
+    start,
+)
 
 
 def test_a_connection_that_breaks_is_told_and_resumed(download, hub, folder):
@@ -101,7 +111,7 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
         f"error: {title} has no model `someone/nothing` that you may see\n"
-        f"  hint: compare with {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER_HUB}\n"
+        f"  hint: compare with {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER[source]}\n"
         f"error: {title} has nothing that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
         "`text_encoder/`, `tokenizer/`, `transformer/` and 1 more\n"
         f"  hint: compare with {page}{MODEL}\n"
@@ -140,7 +150,7 @@ def test_the_switch_of_the_sdk(download, hub, source, monkeypatch):
         assert outcome.code == 0
     else:
         assert outcome.err == (
-            "error: HF_HUB_OFFLINE forbids to ask Hugging Face\n  hint: unset it, or give `--offline`\n"
+            "error: HF_HUB_OFFLINE forbids to ask Hugging Face\n  hint: unset it, or set DIFFSYNTH_SKIP_DOWNLOAD=1\n"
         )
 
 
@@ -226,7 +236,7 @@ def test_an_answer_that_is_no_list(download, hub, source, answer):
     assert read_problems(outcome.err) == [
         (
             f"cannot ask {title} for the files of `{MODEL}`: its answer is no list of files",
-            f"check the connection to {hub.url}/{pages}{MODEL}, or {ANOTHER_HUB}",
+            f"check the connection to {hub.url}/{pages}{MODEL}, or {ANOTHER[source]}",
         )
     ]
 
