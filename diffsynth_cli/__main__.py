@@ -1,8 +1,18 @@
-"""`python -m diffsynth_cli`."""
+"""`diffsynth`, and `python -m diffsynth_cli`: Ctrl-C while modules are imported is told as it is later."""
 
 import sys
 
-from diffsynth_cli.main import main
+
+def run() -> int:
+    """As `diffsynth_cli.main.main`, whose import is part of what can be stopped."""
+    try:
+        from diffsynth_cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")  # typer may not be there yet
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

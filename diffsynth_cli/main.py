@@ -19,6 +19,9 @@ COMMANDS = {
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""
 
+STOPPED = 130
+"""The exit code after Ctrl-C."""
+
 
 def build_app(named: str | None) -> typer.Typer:
     """The application; only the named command is imported, so that `diffsynth --help` costs nothing."""
@@ -68,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(error)
     except KeyboardInterrupt:
+        outcome = STOPPED
+    if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
         typer.echo("stopped", err=True)
-        return 130
     return outcome if isinstance(outcome, int) else 0
 
 

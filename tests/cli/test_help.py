@@ -190,3 +190,20 @@ def test_heavy_modules_are_not_imported(arguments, light):
     assert ended.returncode == 0, ended.stderr[-500:]
     assert {"diffsynth_cli.main", "typer"} <= imported
     assert imported & set(light) == set()
+
+
+@pytest.mark.parametrize("module", ["typer", "diffsynth_core.planning.plan"])
+def test_ctrl_c_while_modules_are_imported(module, tmp_path):
+    """The signal comes when `module` is looked for, in the real entry point."""
+    script = (
+        "import signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from diffsynth_cli.__main__ import run\n"
+        "sys.argv[1:] = ['train', '--recipe', 'qwen-image-lora']\n"
+        "sys.exit(run())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped\n")
