@@ -86,7 +86,10 @@ def test_all_that_is_wrong_in_one_config(refuse, config):
                 f"`{path}`: `bogus` is not a key of a recipe",
                 "a recipe has the keys extends, description, family, parameters, stages",
             ),
-            (f"`{path}` extends `zzz`, which is not a recipe", "`diffsynth recipe list` names them all"),
+            (
+                f"`{path}` extends `zzz`, which is not a recipe; nothing else can be extended",
+                "`diffsynth recipe list` names them all",
+            ),
             (f"`lora_rnk` in `{path}` is not a parameter", "did you mean `lora_rank`?"),
         ]
     )

@@ -131,7 +131,7 @@ def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     used = _used(available, rules)
     if used < available:
         rate = "" if facts.resampled is None else f" at {rules.media.frames.frame_rate:g} per second"
-        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} are lost"
+        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} lost"
         yield found("VIDEO_FRAMES", what, row=row, path=facts.path)
 
 
