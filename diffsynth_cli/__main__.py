@@ -2,6 +2,8 @@
 
 import sys
 
+from diffsynth_cli import STOPPED
+
 
 def run() -> int:
     """As `diffsynth_cli.main.main`, whose import is part of what can be stopped."""
@@ -11,7 +13,7 @@ def run() -> int:
         return main()
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")  # typer may not be there yet
-        return 130
+        return STOPPED
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from diffsynth_cli import STOPPED
+
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
@@ -18,9 +20,6 @@ COMMANDS = {
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""
-
-STOPPED = 130
-"""The exit code after Ctrl-C."""
 
 
 def build_app(named: str | None) -> typer.Typer:

@@ -24,7 +24,12 @@ ENDINGS = {
     "video": (*VIDEO_ENDINGS, *(ending for ending in PICTURE_ENDINGS if ending not in VIDEO_ENDINGS)),
 }
 """Endings of the files that count where there is no metadata, by the kind of what is trained on."""
-
+OTHER_NAMES = {
+    "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
+    "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
+    "prompt": ("text", "caption", "captions", "description"),
+}
+"""Columns by the names that other programs give them."""
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 """What spreadsheets write between columns in place of commas, and its name."""
 SHOWN_OF_A_PATH = 200
@@ -159,14 +164,6 @@ def missing_column(
     return Problem(what, "add the column")
 
 
-OTHER_NAMES = {
-    "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
-    "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
-    "prompt": ("text", "caption", "captions", "description"),
-}
-"""Columns by the names that other programs give them."""
-
-
 def near_column(name: str, others: Iterable[str]) -> str | None:
     """Which of the columns `others` may be meant by one that is not there."""
     others = list(others)
@@ -273,29 +270,28 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
             f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s",
             f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
-    without = [path for path in files if not path.with_suffix(CAPTION_ENDING).is_file()]
+    captions = {path: path.with_suffix(CAPTION_ENDING) for path in files}
+    without = [path for path, caption in captions.items() if not caption.is_file()]
     if without:
         raise DiffSynthError(
             f"`{base}` has no metadata file, and {len(without)} of its {len(files)} {kind}s no caption beside them; the first is `{without[0]}`",
-            f"write the caption into `{without[0].with_suffix('.txt')}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
+            f"write the caption into `{captions[without[0]]}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
         )
     by_caption: dict[Path, Path] = {}
-    for path in files:
-        first = by_caption.setdefault(path.with_suffix(CAPTION_ENDING), path)
+    for path, caption in captions.items():
+        first = by_caption.setdefault(caption, path)
         if first != path:
             raise DiffSynthError(
-                f"`{first}` and `{path}` share the caption `{path.with_suffix('.txt')}`",
+                f"`{first}` and `{path}` share the caption `{caption}`",
                 "move one of them away, or write a metadata.csv",
             )
     rows = []
-    for path in files:
+    for path, caption in captions.items():
         try:
-            caption = path.with_suffix(CAPTION_ENDING).read_text(encoding="utf-8-sig").strip()
+            text = caption.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise DiffSynthError(
-                f"`{path.with_suffix('.txt')}` is not UTF-8 (byte {error.start})", "save it as UTF-8"
-            ) from error
-        rows.append({media_column: str(path.relative_to(base)), text_column: caption})
+            raise DiffSynthError(f"`{caption}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+        rows.append({media_column: str(path.relative_to(base)), text_column: text})
     alone = sorted(path for path in base.rglob(f"*{CAPTION_ENDING}") if path not in by_caption)
     notes = (
         [f"{count_of(len(alone), 'text file')} without a file to caption, the first is `{alone[0]}`"] if alone else []

@@ -115,8 +115,8 @@ class DeviceMemory:
 
 
 def device_and_precision(plan: Plan) -> tuple[str, str]:
-    """What a run is estimated for: unless the CPU is asked for an accelerator, whatever the machine that plans has, and
-    there `mixed_precision` bf16 when it is not given."""
+    """What a run is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has, in
+    bf16 unless `mixed_precision` is given."""
     parameters = plan.parameters
     if parameters.device and parameters.device.partition(":")[0] == "cpu":
         return "cpu", plan.mixed_precision
@@ -278,7 +278,7 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: Encod
     largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
     unknown = [name for name in plan.components if not plan.shapes.get(name)]
     of_others = f" ({', '.join(unknown)}: not known without files)" if unknown else ""
-    read_and_converted = 2 * largest * BYTES["float32"]
+    read_and_converted = 2 * largest * BYTES["float32"]  # float32 at most, either
     parts = {f"the largest tensor while it is read{of_others}": read_and_converted} if largest else {}
     if memory.training and parameters.initialize_model_on_cpu:
         parts["weights on their way to the device"] = max(memory.training.weights.values())

@@ -30,14 +30,7 @@ is compared instead: the effective precision, components in 8-bit floats, micro-
 and of a merged LoRA, names, sizes and captions of the dataset."""
 
 REPEAT_REHEARSAL = "delete `{folder}`, or name another `--output_path`"
-OUT_OF_THE_WAY = {
-    (False, False): "go on with it: `--resume auto`; or name another `--output_path`",
-    (False, True): "name another `--output_path`",
-    (True, False): REPEAT_REHEARSAL,
-    (True, True): REPEAT_REHEARSAL,
-}
-"""Whether the run in a folder was a rehearsal, and whether the one to begin is -> what to do, given the folder. No run
-goes on with a rehearsal, nor a rehearsal with a run."""
+"""What to do with the `folder` of a rehearsal, with which nothing goes on."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +137,13 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
 def _check_free(parameters: Parameters, record: RunRecord | None, problems: list[Problem]) -> None:
     folder = parameters.output_path
     if record:
-        rehearsed = bool(record.parameters.get("rehearse"))
-        what = f"{'rehearsal' if rehearsed else 'run'} ({record.status}, {record.step} of {record.total_steps} steps)"
-        hint = OUT_OF_THE_WAY[rehearsed, parameters.rehearse].format(folder=folder)
-        problems.append(Problem(f"`output_path` `{folder}` already holds a {what}", hint, wrong_use=True))
+        kind, hint = "run", "go on with it: `--resume auto`; or name another `--output_path`"
+        if record.parameters.get("rehearse"):
+            kind, hint = "rehearsal", REPEAT_REHEARSAL.format(folder=folder)
+        elif parameters.rehearse:
+            hint = "name another `--output_path`"
+        what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
+        problems.append(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
     strangers = holds_checkpoints(folder) if folder.is_dir() else []
     if strangers:
