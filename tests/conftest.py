@@ -3,13 +3,14 @@
 import csv
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.loras import RECIPES, TinyFamily, write_pictures, write_tiny_family
+from tests.outcome import Outcome
+from tests.snapshots import says  # noqa: F401 - a fixture
 from tests.wan import PLACES as PLACES_OF_WAN
 
 MODEL_ID = "Qwen/Qwen-Image"
@@ -25,15 +26,6 @@ CAPTIONS = {
     "coffee": "a cup of coffee with a spoon on a wooden table, seen from above",
     "rocket": "a rocket on its launch pad at night",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one command ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session", autouse=True)

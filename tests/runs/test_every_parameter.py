@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from diffsynth_cli import launching
 from diffsynth_core.config.resolve import resolve
-from tests.conftest import ENTRIES, Outcome
+from tests.conftest import ENTRIES
+from tests.outcome import Outcome
 
 RECIPE = ("--recipe", "qwen-image-lora", "--dataset_num_workers", 0, "--lora_rank", 2)
 SHORT = ("--dataset_repeat", 1, "--num_epochs", 1, "--max_steps", 2)

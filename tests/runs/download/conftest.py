@@ -11,8 +11,8 @@ import huggingface_hub.constants
 import modelscope_hub.config
 import pytest
 
-from tests.conftest import Outcome
 from tests.hub_server import LoopbackHub
+from tests.outcome import Outcome
 
 MODEL = "Qwen/Qwen-Image"
 DATASET = "someone/pictures"

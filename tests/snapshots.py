@@ -1,0 +1,51 @@
+"""Snapshots of what commands say: one page per test module, one entry per case, reviewed as prose.
+
+`pytest --snapshot-update tests/cli/test_x.py` writes the pages anew; the change is reviewed like code.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from syrupy.assertion import SnapshotAssertion
+from syrupy.extensions.amber import AmberSnapshotExtension
+from syrupy.extensions.amber.serializer import AmberDataSerializer
+
+from tests.outcome import Outcome
+
+Say = Callable[..., None]
+
+
+class _PlainSerializer(AmberDataSerializer):
+    """Text as it is printed, without quotes and escapes."""
+
+    @classmethod
+    def serialize(cls, data: object, **_: object) -> str:
+        return str(data)
+
+
+class PageExtension(AmberSnapshotExtension):
+    """Pages in `__snapshots__/<module>.ambr` beside the tests."""
+
+    serializer_class = _PlainSerializer
+
+
+@pytest.fixture
+def says(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Say:
+    """Compare what a command said, or any text, with the page of this test.
+
+    Folders of the test session are shown as `<tmp>`. `hide` holds regular expressions of what differs from run to run
+    (seconds, sizes of a disk); each match is shown as `…`.
+    """
+    pages = snapshot.use_extension(PageExtension)
+    session = str(tmp_path_factory.getbasetemp())
+
+    def compare(said: Outcome | str, *hide: str) -> None:
+        text = said if isinstance(said, str) else f"exit code {said.code}\n--- stdout\n{said.out}--- stderr\n{said.err}"
+        text = text.replace(str(tmp_path), "<tmp>").replace(session, "<session>")
+        for pattern in hide:
+            text = re.sub(pattern, "…", text)
+        assert "\n".join(line.rstrip() for line in text.splitlines()) == pages
+
+    return compare
