@@ -102,16 +102,18 @@ def reference_page(proofs: Mapping[str, str]) -> str:
         "override the file, which overrides the recipe, which overrides the default. Every flag that is true or false",
         "has a `--no-…` form.",
         "",
-        "Names marked ¹ are those of DiffSynth-Studio. The last column names the test that fails when the parameter is",
-        "ignored.",
+        "Names marked ¹ are those of DiffSynth-Studio. The column *changes* says what another value changes in a run:",
+        "the numbers that a step computes, the files that are written, its speed and memory, or nothing. A resumed run may",
+        "change all but numbers, and of these too what is compared by what comes of it (in brackets). The last column",
+        "names the test that fails when the parameter is ignored.",
     ]
     for group, title in GROUPS.items():
         lines += [
             "",
             f"## {title}",
             "",
-            "| parameter | type | default | what it does | proved by |",
-            "|---|---|---|---|---|",
+            "| parameter | type | default | what it does | changes | proved by |",
+            "|---|---|---|---|---|---|",
         ]
         rows = [setting for setting in SETTINGS.values() if setting.group == group]
         lines += [_reference_row(setting, proofs.get(setting.name, "")) for setting in rows]
@@ -124,7 +126,8 @@ def _reference_row(setting: Setting, proof: str) -> str:
     default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
-    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {f'`{proof}`' if proof else ''} |"
+    changes = setting.changes + (f" ({setting.compared.replace('_', '-')})" if setting.compared != "value" else "")
+    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {changes} | {f'`{proof}`' if proof else ''} |"
 
 
 def write_documents(folder: Path) -> None:

@@ -117,12 +117,30 @@ TYPE_WORDS = {
 }
 
 
+Changes = Literal["numbers", "files", "speed", "nothing"]
+"""What another value of a parameter changes in a run.
+
+numbers: what a step computes; files: which files are written, when, in which form, and where the run ends; speed: time
+and memory; nothing: neither.
+"""
+
+Compared = Literal["value", "dataset", "weights", "precision", "storage", "micro_batches", "state"]
+"""What a resumed run must have in common with the run it goes on with, for a parameter that changes numbers.
+
+value: the value itself; otherwise what comes of it: the fingerprint of the dataset, the sha256 of the files of all
+components, the effective precision, the components stored in 8-bit floats, the micro-batches per step (accumulation x
+processes), or nothing but the state, which holds what the parameter started from.
+"""
+
+
 def _setting(
     default: Any,
     group: str,
     type_name: str,
     help_text: str,
     *,
+    changes: Changes,
+    compared: Compared = "value",
     unit: str | None = None,
     families: tuple[str, ...] = (),
     documented: bool = True,
@@ -130,7 +148,9 @@ def _setting(
 ) -> Any:
     """Declare one setting.
 
-    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families.
+    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families. `compared` says
+    what resuming compares of a parameter that changes numbers. A run from before a parameter was declared counts as
+    one with its default: give a new parameter the default that keeps to what was done without it.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -138,6 +158,8 @@ def _setting(
         "unit": unit,
         "families": families,
         "documented": documented,
+        "changes": changes,
+        "compared": compared,
     }
     return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
 
@@ -153,6 +175,7 @@ class Parameters(BaseModel):
         "run",
         "str",
         "Recipe that supplies the values not given here; `diffsynth recipe list` names them",
+        changes="nothing",
         documented=False,
     )
     config: FilePath | None = _setting(
@@ -160,6 +183,7 @@ class Parameters(BaseModel):
         "run",
         "path",
         "YAML file in the format of a recipe; its values override those of the recipe",
+        changes="nothing",
         documented=False,
     )
     only: str | None = _setting(
@@ -167,6 +191,7 @@ class Parameters(BaseModel):
         "run",
         "str",
         "The one stage to run, of a recipe or config file with stages; blank: all stages in their order",
+        changes="nothing",
         documented=False,
     )
     rehearse: bool = _setting(
@@ -174,16 +199,23 @@ class Parameters(BaseModel):
         "run",
         "bool",
         "Run everything on tiny random weights of the same architecture, in the real file layout, before a GPU is rented",
+        changes="nothing",
         documented=False,
     )
     dry_run: bool = _setting(
-        False, "run", "bool", "Check everything, print the plan, and stop before any weight is read", documented=False
+        False,
+        "run",
+        "bool",
+        "Check everything, print the plan, and stop before any weight is read",
+        changes="nothing",
+        documented=False,
     )
     resume: Literal["auto"] | None = _setting(
         None,
         "run",
         "choice",
         "auto: go on with the run in `output_path` from its last whole state, from the start when there is none; blank: refuse a folder that holds a run",
+        changes="nothing",
         documented=False,
     )
     seed: Integer = _setting(
@@ -191,6 +223,7 @@ class Parameters(BaseModel):
         "run",
         "int",
         "Seed of noise, timesteps, order and initial LoRA weights",
+        changes="numbers",
         documented=False,
         ge=0,
         le=2**63 - 1,
@@ -200,6 +233,7 @@ class Parameters(BaseModel):
         "run",
         "int",
         "Stop after this many optimizer steps in all, in each stage where there are stages; blank: train all epochs (a rehearsal: 8)",
+        changes="files",
         unit="optimizer steps",
         documented=False,
         ge=1,
@@ -209,16 +243,19 @@ class Parameters(BaseModel):
         "run",
         "memory",
         "Memory of the GPU to be trained on, such as 24GB; the plan says whether the run fits, and if not, which change makes it fit",
+        changes="nothing",
         documented=False,
     )
     device: str | None = _setting(
-        None, "run", "str", "cpu, cuda, cuda:1, mps …; blank: the best there is", documented=False
+        None, "run", "str", "cpu, cuda, cuda:1, mps …; blank: the best there is", changes="speed", documented=False
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
         None,
         "run",
         "choice",
         "Number format of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay float32; blank: bf16 on a GPU, no on a CPU",
+        changes="numbers",
+        compared="precision",
         documented=False,
     )
     num_processes: Integer | None = _setting(
@@ -226,6 +263,8 @@ class Parameters(BaseModel):
         "run",
         "int",
         "Train in so many processes, one per GPU, started by accelerate's launcher; under a launcher: how many it must have started; blank: this process alone, or what launched it",
+        changes="numbers",
+        compared="micro_batches",
         unit="processes",
         documented=False,
         ge=1,
@@ -235,6 +274,7 @@ class Parameters(BaseModel):
         "run",
         "str",
         "Configuration for accelerate's launcher: a preset (ddp, zero2, zero2offload, zero3) or a file; blank: the one that `accelerate config` wrote, if any",
+        changes="speed",
         documented=False,
     )
 
@@ -244,34 +284,47 @@ class Parameters(BaseModel):
         "dataset",
         "path",
         "Root folder of the dataset; media paths in the metadata are relative to it",
+        changes="numbers",
+        compared="dataset",
     )
     dataset_metadata_path: FilePath | None = _setting(
         None,
         "dataset",
         "path",
         "Metadata file (.csv, .json, .jsonl); blank: `metadata.csv`, `.json` or `.jsonl` in the root folder, else captions in .txt files beside the pictures",
+        changes="numbers",
+        compared="dataset",
     )
     dataset_repeat: Integer = _setting(
         1,
         "dataset",
         "int",
         "How many times one epoch goes over the dataset; large numbers cost neither start-up time nor memory",
+        changes="numbers",
         ge=1,
     )
     dataset_num_workers: Integer = _setting(
-        0, "dataset", "int", "Processes that load data beside the training process; 0: none", unit="processes", ge=0
+        0,
+        "dataset",
+        "int",
+        "Processes that load data beside the training process; 0: none",
+        changes="speed",
+        unit="processes",
+        ge=0,
     )
     data_file_keys: CommaList = _setting(
         ("image", "video"),
         "dataset",
         "comma list",
         "Metadata columns that hold file paths; a cell is one path or a JSON list of paths",
+        changes="numbers",
     )
     batch_size: Integer = _setting(
         1,
         "dataset",
         "int",
         "Samples per micro-batch on each process; samples of one shape are grouped",
+        changes="numbers",
         unit="samples",
         documented=False,
         ge=1,
@@ -281,21 +334,35 @@ class Parameters(BaseModel):
         "dataset",
         "path",
         "Folder of the encoding cache and of rehearsal weights; blank: `$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`",
+        changes="speed",
         documented=False,
     )
 
     # size
     height: Integer | None = _setting(
-        None, "size", "int", "Fixed height, together with `width`; blank: dynamic resolution", unit="pixels", ge=16
+        None,
+        "size",
+        "int",
+        "Fixed height, together with `width`; blank: dynamic resolution",
+        changes="numbers",
+        unit="pixels",
+        ge=16,
     )
     width: Integer | None = _setting(
-        None, "size", "int", "Fixed width, together with `height`; blank: dynamic resolution", unit="pixels", ge=16
+        None,
+        "size",
+        "int",
+        "Fixed width, together with `height`; blank: dynamic resolution",
+        changes="numbers",
+        unit="pixels",
+        ge=16,
     )
     max_pixels: Integer = _setting(
         1048576,
         "size",
         "int",
         "Dynamic resolution: larger pictures are scaled down to this area, smaller ones are never scaled up",
+        changes="numbers",
         unit="pixels",
         ge=256,
     )
@@ -304,6 +371,7 @@ class Parameters(BaseModel):
         "size",
         "int",
         "Frames per clip, 4n + 1; a shorter clip is cut to 4n + 1 of its own",
+        changes="numbers",
         unit="frames",
         families=("wan",),
         ge=1,
@@ -313,6 +381,7 @@ class Parameters(BaseModel):
         "size",
         "float",
         "Resample videos in time to this rate, so that motion keeps its speed; blank: the frames as they are in the file",
+        changes="numbers",
         unit="frames per second",
         families=("wan",),
         documented=False,
@@ -323,6 +392,7 @@ class Parameters(BaseModel):
         "size",
         "choice",
         "Which part of a longer video is taken: its beginning, its middle, or one at a place drawn once per video from the seed",
+        changes="numbers",
         families=("wan",),
         documented=False,
     )
@@ -333,41 +403,55 @@ class Parameters(BaseModel):
         "model",
         "json list",
         "Local weight files as a JSON list; an element is a path or a list of shard paths; may be mixed with `model_id_with_origin_paths`",
+        changes="numbers",
+        compared="weights",
     )
     model_id_with_origin_paths: CommaList = _setting(
         (),
         "model",
         "comma list",
         "Hub files as `model_id:glob`, below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`), downloaded when they are missing; a local path is taken too",
+        changes="numbers",
+        compared="weights",
     )
     extra_inputs: CommaList = _setting(
         (),
         "model",
         "comma list",
         "Further inputs of the model: metadata columns, or for Wan `input_image` and `end_image`, the first and the last frame of the clip",
+        changes="numbers",
     )
     fp8_models: CommaList = _setting(
         (),
         "model",
         "comma list",
         "Entries of the model parameters whose frozen weights are kept in 8-bit floats (e4m3), half the memory of bf16, and widened for each computation: those of linear layers in blocks, nearly all; a list of shards is named by any of them; not for what trains in full",
+        changes="numbers",
+        compared="storage",
     )
     offload_models: CommaList = _setting(
         (),
         "model",
         "comma list",
         "Entries of the model parameters not to be held in memory; each component is loaded for its own stage and let go after it, so this is satisfied without asking",
+        changes="speed",
     )
 
     # training
     learning_rate: Number = _setting(
-        1e-4, "training", "float", "AdamW learning rate; usual: 1e-4 for LoRA, 1e-5 for full training", ge=0
+        1e-4,
+        "training",
+        "float",
+        "AdamW learning rate; usual: 1e-4 for LoRA, 1e-5 for full training",
+        changes="numbers",
+        ge=0,
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _setting(
         "constant",
         "training",
         "choice",
         "Course of the learning rate after warm-up: constant, or falling to 0 at the last step along a line or a cosine",
+        changes="numbers",
         documented=False,
     )
     lr_warmup_steps: Integer = _setting(
@@ -375,6 +459,7 @@ class Parameters(BaseModel):
         "training",
         "int",
         "Steps over which the learning rate rises from 0 to its full value",
+        changes="numbers",
         unit="optimizer steps",
         documented=False,
         ge=0,
@@ -384,23 +469,26 @@ class Parameters(BaseModel):
         "training",
         "float",
         "Scale gradients down to this global norm; blank: no clipping",
+        changes="numbers",
         documented=False,
         gt=0,
     )
-    num_epochs: Integer = _setting(1, "training", "int", "Number of epochs", unit="epochs", ge=1)
+    num_epochs: Integer = _setting(1, "training", "int", "Number of epochs", changes="files", unit="epochs", ge=1)
     trainable_models: CommaList = _setting(
         (),
         "training",
         "comma list",
         "Components trained in full, for example dit, text_encoder, vae, controlnet, or modules of one, for example dit.transformer_blocks.0.attn",
+        changes="numbers",
     )
     find_unused_parameters: bool = _setting(
         False,
         "training",
         "bool",
         "Asks distributed training to look for parameters without a gradient; satisfied without looking, since those that cannot get one are left out",
+        changes="nothing",
     )
-    weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", ge=0)
+    weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", changes="numbers", ge=0)
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
     ] = _setting(
@@ -408,28 +496,33 @@ class Parameters(BaseModel):
         "training",
         "choice",
         "sft: supervised training; direct_distill: the few steps of a sampler, told by the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
+        changes="numbers",
     )
 
     # lora
-    lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA")
+    lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA", changes="numbers")
     lora_target_modules: CommaList | None = _setting(
         None,
         "lora",
         "comma list",
         "Ends of module names that receive LoRA; a single value with which no name ends is a regular expression for whole names; not given: the family's documented list; given empty: all linear layers of the repeated blocks",
+        changes="numbers",
     )
-    lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", ge=1)
+    lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", changes="numbers", ge=1)
     lora_checkpoint: FilePath | None = _setting(
         None,
         "lora",
         "path",
         "LoRA file, in any of the `lora_format`s and of the same rank, that the trained LoRA starts from",
+        changes="numbers",
+        compared="state",
     )
     lora_format: Literal["diffsynth", "diffusers", "comfyui", "kohya"] = _setting(
         "diffsynth",
         "lora",
         "choice",
         "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya; goes over an `align_to_opensource_format` of the recipe",
+        changes="files",
         documented=False,
     )
     preset_lora_path: FilePath | None = _setting(
@@ -437,23 +530,33 @@ class Parameters(BaseModel):
         "lora",
         "path",
         "LoRA file, in any of the `lora_format`s, that is merged into `preset_lora_model` before training",
+        changes="numbers",
+        compared="weights",
     )
     preset_lora_model: str | None = _setting(
-        None, "lora", "str", "Component that the LoRA of `preset_lora_path` is merged into"
+        None, "lora", "str", "Component that the LoRA of `preset_lora_path` is merged into", changes="numbers"
     )
 
     # gradient
     use_gradient_checkpointing: bool = _setting(
-        False, "gradient", "bool", "Recompute activations in the backward pass: less memory, more time"
+        False, "gradient", "bool", "Recompute activations in the backward pass: less memory, more time", changes="speed"
     )
     use_gradient_checkpointing_offload: bool = _setting(
         False,
         "gradient",
         "bool",
         "Recompute activations, and let the inputs of the recomputed blocks wait in host memory: less GPU memory still",
+        changes="speed",
     )
     gradient_accumulation_steps: Integer = _setting(
-        1, "gradient", "int", "Micro-batches per optimizer step on each process", unit="micro-batches", ge=1
+        1,
+        "gradient",
+        "int",
+        "Micro-batches per optimizer step on each process",
+        changes="numbers",
+        compared="micro_batches",
+        unit="micro-batches",
+        ge=1,
     )
 
     # output
@@ -462,18 +565,30 @@ class Parameters(BaseModel):
         "output",
         "path",
         "Folder of the run; with a recipe or config file: `models/train/<its name>`; a rehearsal makes a fresh folder below `rehearsals/` when none is named",
+        changes="files",
     )
     remove_prefix_in_ckpt: str = _setting(
-        "pipe.dit.", "output", "str", "Text taken off the keys that start with it when a checkpoint is saved"
+        "pipe.dit.",
+        "output",
+        "str",
+        "Text taken off the keys that start with it when a checkpoint is saved",
+        changes="files",
     )
     save_steps: Integer | None = _setting(
-        None, "output", "int", "Save every so many steps; blank: once per epoch", unit="optimizer steps", ge=1
+        None,
+        "output",
+        "int",
+        "Save every so many steps; blank: once per epoch",
+        changes="files",
+        unit="optimizer steps",
+        ge=1,
     )
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None,
         "output",
         "choice",
         "Number format of saved weights; blank: LoRA in float32, full weights as in the base file",
+        changes="files",
         documented=False,
     )
 
@@ -483,17 +598,20 @@ class Parameters(BaseModel):
         "family",
         "float",
         "Upper end of the sampled share of the timestep table; 0 is the most noisy end",
+        changes="numbers",
         ge=0,
         le=1,
     )
     min_timestep_boundary: Number = _setting(
-        0.0, "family", "float", "Lower end of the sampled share of the timestep table", ge=0, le=1
+        0.0, "family", "float", "Lower end of the sampled share of the timestep table", changes="numbers", ge=0, le=1
     )
     tokenizer_path: str | None = _setting(
         None,
         "family",
         "str",
         "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        changes="numbers",
+        compared="weights",
         families=("qwen-image", "wan", "flux2"),
     )
     processor_path: FolderName | None = _setting(
@@ -501,25 +619,33 @@ class Parameters(BaseModel):
         "family",
         "str",
         "Processor folder of Qwen-Image-Edit, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        changes="numbers",
+        compared="weights",
         families=("qwen-image",),
     )
-    tokenizer_1_path: str | None = _setting(None, "family", "str", "CLIP tokenizer of FLUX.1", families=("flux",))
-    tokenizer_2_path: str | None = _setting(None, "family", "str", "T5 tokenizer of FLUX.1", families=("flux",))
+    tokenizer_1_path: str | None = _setting(
+        None, "family", "str", "CLIP tokenizer of FLUX.1", changes="numbers", compared="weights", families=("flux",)
+    )
+    tokenizer_2_path: str | None = _setting(
+        None, "family", "str", "T5 tokenizer of FLUX.1", changes="numbers", compared="weights", families=("flux",)
+    )
     align_to_opensource_format: bool = _setting(
         False,
         "family",
         "bool",
         "Write the LoRA of FLUX.1 in the widely read key names: another spelling of `lora_format` kohya",
+        changes="files",
         families=("flux",),
     )
     initialize_model_on_cpu: bool = _setting(
-        False, "family", "bool", "Load weights into host memory first, then move them to the device"
+        False, "family", "bool", "Load weights into host memory first, then move them to the device", changes="speed"
     )
     zero_cond_t: bool = _setting(
         False,
         "family",
         "bool",
         "Qwen-Image-Edit-2511: tokens of reference pictures are modulated with timestep 0",
+        changes="numbers",
         families=("qwen-image",),
     )
 
@@ -539,8 +665,15 @@ class Setting:
     unit: str | None
     families: tuple[str, ...]
     documented: bool
+    changes: Changes
+    compared: Compared
     choices: tuple[str, ...]
     help_text: str
+
+    @property
+    def fixed_on_resume(self) -> bool:
+        """Whether a resumed run must have the same value as before."""
+        return self.changes == "numbers" and self.compared == "value"
 
     @property
     def type_words(self) -> str:
@@ -568,6 +701,8 @@ def _read_settings() -> Iterator[Setting]:
             unit=facts["unit"],
             families=facts["families"],
             documented=facts["documented"],
+            changes=facts["changes"],
+            compared=facts["compared"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
         )
@@ -579,3 +714,7 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _read_setti
 def as_plain(parameters: Parameters) -> dict[str, Any]:
     """Values as JSON and YAML hold them: lists for tuples, texts for paths."""
     return parameters.model_dump(mode="json")
+
+
+DEFAULTS: dict[str, Any] = as_plain(Parameters())
+"""The default of every setting, plain."""

@@ -10,24 +10,11 @@ from pathlib import Path
 
 from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, read_record
 from diffsynth_core.config.documents import format_value
-from diffsynth_core.config.parameters import Parameters, as_plain
+from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.data.batches import StepPlan
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
-
-FREE_ON_RESUME = frozenset(
-    {
-        "recipe", "config", "only", "rehearse", "dry_run", "resume", "device", "max_steps", "num_epochs", "save_steps",
-        "dataset_base_path", "dataset_metadata_path", "dataset_num_workers", "cache_path", "output_path",
-        "find_unused_parameters", "initialize_model_on_cpu", "fp8_models", "offload_models", "mixed_precision", "gradient_accumulation_steps", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
-        "lora_format", "save_dtype", "model_paths", "model_id_with_origin_paths", "tokenizer_path", "processor_path",
-        "lora_checkpoint", "preset_lora_path",
-    }
-)  # fmt: skip
-"""Parameters that a resumed run may change, since they do not change what a step computes, or since what comes of them
-is compared instead: the effective precision, components in 8-bit floats, micro-batches per step, hashes of model files
-and of a merged LoRA, names, sizes and captions of the dataset."""
 
 REPEAT_REHEARSAL = "delete `{folder}`, or name another `--output_path`"
 """What to do with the `folder` of a rehearsal, with which nothing goes on."""
@@ -199,8 +186,8 @@ def _check_same_run(
 ) -> None:
     now = as_plain(parameters)
     for name, value in now.items():
-        before = record.parameters.get(name)
-        if name not in FREE_ON_RESUME and value != before:
+        before = record.parameters.get(name, DEFAULTS[name])
+        if SETTINGS[name].fixed_on_resume and value != before:
             shown = "blank" if before is None else f"`{format_value(before)}`"
             problems.append(
                 Problem(

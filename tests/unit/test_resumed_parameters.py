@@ -1,0 +1,75 @@
+"""Which parameters a resumed run may change: what each declares of itself, against a record of the run before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsynth_core.checkpoints.run_folder import RunRecord
+from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
+from diffsynth_core.errors import Problem
+from diffsynth_core.planning.output import check_output
+
+OTHER_VALUES: dict[str, Any] = {
+    "int": 512, "float": 0.25, "path": "other", "str": "other", "comma list": "other", "memory": "12GB",
+    "json list": '["other"]',
+}  # fmt: skip
+NUMBERS = ("learning_rate", "seed", "lora_rank", "zero_cond_t", "lr_scheduler", "height", "task", "extra_inputs")
+FREE = (
+    "gpu_memory", "accelerate_config", "num_processes", "gradient_accumulation_steps", "dataset_num_workers", "device",
+    "use_gradient_checkpointing", "remove_prefix_in_ckpt", "align_to_opensource_format", "save_steps", "lora_format",
+    "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "max_steps", "num_epochs", "output_path", "cache_path",
+)  # fmt: skip
+
+
+def other_value(name: str) -> Any:
+    """A value that a parameter takes and that is not its default."""
+    setting = SETTINGS[name]
+    if setting.type_name == "bool":
+        return not setting.default
+    if setting.choices:
+        return next(choice for choice in setting.choices if choice != setting.default)
+    return OTHER_VALUES[setting.type_name]
+
+
+def problems_of_resuming(folder: Path, before: dict[str, Any], **now: Any) -> list[Problem]:
+    """What is wrong with going on, with the parameters `now`, with a run that was recorded with `before`."""
+    folder.mkdir(exist_ok=True)
+    RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1).save(folder)
+    parameters = Parameters.model_validate({"resume": "auto", **now, "output_path": folder})
+    problems: list[Problem] = []
+    check_output(parameters, "fingerprint", None, "no", (), problems)
+    return problems
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_changes_numbers_must_stay_and_the_rest_is_free(tmp_path, name):
+    if name in ("resume", "output_path"):
+        return
+    problems = problems_of_resuming(tmp_path / "run", dict(DEFAULTS), **{name: other_value(name)})
+    assert bool(problems) == SETTINGS[name].fixed_on_resume
+    assert all(problem.message.startswith(f"`{name}` was ") for problem in problems)
+
+
+def test_what_users_change_on_resume_is_declared_free():
+    assert all(SETTINGS[name].fixed_on_resume for name in NUMBERS)
+    assert not any(SETTINGS[name].fixed_on_resume for name in FREE)
+
+
+def test_only_what_changes_numbers_is_compared_by_what_comes_of_it():
+    assert {setting.changes for setting in SETTINGS.values() if setting.compared != "value"} == {"numbers"}
+
+
+def test_a_parameter_that_an_older_run_did_not_know_had_its_default(tmp_path):
+    older = {name: value for name, value in DEFAULTS.items() if name not in ("zero_cond_t", "lr_scheduler")}
+    assert problems_of_resuming(tmp_path / "run", older) == []
+    (problem,) = problems_of_resuming(tmp_path / "run", older, lr_scheduler="cosine")
+    assert problem.message.startswith("`lr_scheduler` was `constant` in the run in")
+
+
+def test_a_parameter_that_is_no_more_keeps_no_run_from_going_on(tmp_path):
+    assert problems_of_resuming(tmp_path / "run", {**DEFAULTS, "given_up": 3}) == []
+
+
+def test_defaults_are_plain():
+    assert as_plain(Parameters.model_validate(DEFAULTS)) == DEFAULTS
