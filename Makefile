@@ -13,10 +13,10 @@ test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/bench -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
-	$(BIN)/python -m pytest tests/bench -s
+	$(BIN)/python -m pytest tests/bench --measure -s
 
 docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the pictures of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs

@@ -28,6 +28,15 @@ CAPTIONS = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options must be declared here: pytest reads no other conftest early enough."""
+    parser.addoption(
+        "--measure",
+        action="store_true",
+        help="run tests/bench at full size and judge its ratios; otherwise it only runs",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """No test reads or writes the user's cache, and none reaches for a hub."""

@@ -17,7 +17,6 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.validate import Wish, validate
 
-PICTURES, ROWS = 2000, 200_000
 ROUNDS = 5
 SIDE = 1024
 GRAIN = 6
@@ -42,8 +41,9 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,000 JPEGs of a megapixel: parts of photographs, turned and enlarged, with noise; about 280 kB each."""
+def photographs(tmp_path_factory: pytest.TempPathFactory, bench) -> Path:
+    """2,000 JPEGs of a megapixel (20 if nothing is measured): parts of photographs, turned and enlarged, with noise;
+    about 280 kB each."""
     folder = tmp_path_factory.mktemp("photographs")
     generator = np.random.default_rng(0)
     originals = [Image.fromarray(getattr(skimage.data, name)()[..., :3]) for name in PHOTOGRAPHS]
@@ -51,7 +51,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "metadata.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "prompt"])
-        for number in range(PICTURES):
+        for number in range(bench.size(2000, 20)):
             _photograph(originals[number % len(originals)], noise, generator).save(
                 folder / f"{number:04}.jpg", quality=QUALITY
             )
@@ -71,14 +71,14 @@ def _photograph(original: Image.Image, noise: np.ndarray, generator: np.random.G
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A metadata.csv of 200,000 rows, and the (empty) files they name."""
+def rows(tmp_path_factory: pytest.TempPathFactory, bench) -> Path:
+    """A metadata.csv of 200,000 rows (2,000 if nothing is measured), and the (empty) files they name."""
     folder = tmp_path_factory.mktemp("rows")
     generator = np.random.default_rng(0)
     with (folder / "metadata.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "prompt"])
-        for number in range(ROWS):
+        for number in range(bench.size(200_000, 2_000)):
             if number % 1000 == 0:
                 (folder / f"{number // 1000:03}").mkdir()
             name = f"{number // 1000:03}/{number % 1000:03}.jpg"
@@ -87,34 +87,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_checking_pictures_takes_at_most_1_3_of_decoding_them(photographs):
+def test_checking_pictures_takes_at_most_1_3_of_decoding_them(photographs, bench):
     sizes = [path.stat().st_size for path in photographs.glob("*.jpg")]
     print(f"\n{len(sizes)} JPEGs of {SIDE} x {SIDE}, {statistics.mean(sizes) / 1000:.0f} kB each")
     assert 250e3 < statistics.mean(sizes) < 310e3
-    ratio = _ratio(
+    ratio, detail = _ratio(
         lambda: validate(photographs, Rules(), Wish("files", workers=2), SilentReporter()),
         lambda: _decode_all(photographs),
-        "all checks of pictures over decoding in two processes",
+        bench.rounds(ROUNDS),
     )
-    assert ratio <= 1.3
+    bench.at_most("all checks of images / decoding them in two processes", ratio, 1.3, detail)
 
 
-def test_checking_rows_takes_less_than_twice_reading_them(rows):
-    ratio = _ratio(
+def test_checking_rows_takes_less_than_twice_reading_them(rows, bench):
+    ratio, detail = _ratio(
         lambda: validate(rows, Rules(), Wish("metadata"), SilentReporter()),
         lambda: _read_rows(rows),
-        "all checks of rows over csv.reader and os.stat",
+        bench.rounds(ROUNDS),
     )
-    assert ratio < 2.0
+    bench.at_most("all checks of rows / csv.reader and os.stat", ratio, 2, detail)
 
 
-def _ratio(ours: Callable[[], object], bare: Callable[[], object], what: str) -> float:
-    """The median time of one by the other's, taken in turn."""
-    times = [(_seconds(ours), _seconds(bare)) for _ in range(ROUNDS)]
+def _ratio(ours: Callable[[], object], bare: Callable[[], object], rounds: int) -> tuple[float, str]:
+    """The median time of one by the other's, taken in turn, and all the times."""
+    times = [(_seconds(ours), _seconds(bare)) for _ in range(rounds)]
     ratio = statistics.median(one for one, _ in times) / statistics.median(other for _, other in times)
-    shown = ", ".join(f"{one:.2f} s by {other:.2f} s" for one, other in times)
-    print(f"{what}: {ratio:.2f} ({shown})")
-    return ratio
+    return ratio, ", ".join(f"{one:.2f} s by {other:.2f} s" for one, other in times)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -124,8 +122,9 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _decode_all(folder: Path) -> None:
+    paths = sorted(folder.glob("*.jpg"))
     with ProcessPoolExecutor(2) as pool:
-        assert sum(pool.map(_decode, sorted(folder.glob("*.jpg")), chunksize=16)) == PICTURES * SIDE * SIDE
+        assert sum(pool.map(_decode, paths, chunksize=16)) == len(paths) * SIDE * SIDE
 
 
 def _decode(path: Path) -> int:

@@ -15,33 +15,30 @@ IMPORTS = (
 """What planning and a step of Qwen-Image use: shapes of all three components are checked on their own classes."""
 
 
-def test_help_takes_less_than_4_times_the_import_of_typer_and_rich():
+def test_help_takes_less_than_4_times_the_import_of_typer_and_rich(bench):
     helps, imports = [], []
-    for _ in range(2 * ROUNDS):
+    for _ in range(bench.rounds(2 * ROUNDS)):
         helps.append(timed_process([sys.executable, "-m", "diffsynth_cli", "--help"])[0])
         imports.append(timed_process([sys.executable, "-c", "import typer, rich"])[0])
     ratio = statistics.median(helps) / statistics.median(imports)
-    print(f"\ndiffsynth --help over `import typer, rich`: {ratio:.2f}")
-    assert ratio < 4
+    bench.at_most("`diffsynth --help` / `import typer, rich`", ratio, 4)
 
 
-def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step):
+def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, bench):
     runs, imports = [], []
-    for _ in range(ROUNDS):
+    for _ in range(bench.rounds(ROUNDS)):
         runs.append(start_to_first_step()[0])
         imports.append(timed_process([sys.executable, "-c", IMPORTS])[0])
     ratio = statistics.median(runs) / statistics.median(imports)
-    print(f"\na whole run of one cached step over its imports: {ratio:.2f}")
-    assert ratio <= 1.5
+    bench.at_most("a whole run of one cached step / its imports", ratio, 1.5)
 
 
-def test_a_huge_repeat_costs_neither_time_nor_memory(start_to_first_step):
+def test_a_huge_repeat_costs_neither_time_nor_memory(start_to_first_step, bench):
     once, often = [], []
-    for _ in range(ROUNDS):
+    for _ in range(bench.rounds(ROUNDS)):
         once.append(start_to_first_step("--dataset_repeat", "1"))
         often.append(start_to_first_step("--dataset_repeat", str(10**12)))
     seconds = statistics.median(run[0] for run in often) / statistics.median(run[0] for run in once)
     memory = statistics.median(run[1] for run in often) / statistics.median(run[1] for run in once)
-    print(f"\ndataset_repeat 10^12 over 1: time {seconds:.2f}, peak memory {memory:.3f}")
-    assert seconds <= 1.2
-    assert memory <= 1.05
+    bench.at_most("dataset_repeat 10^12 / 1: time", seconds, 1.2)
+    bench.at_most("dataset_repeat 10^12 / 1: peak memory", memory, 1.05)
