@@ -1,6 +1,5 @@
 """Folders of the tool, and writing files so that a stop at any moment leaves no half file under a final name."""
 
-import fcntl
 import json
 import os
 import re
@@ -122,27 +121,6 @@ def _is_alive(process: int) -> bool:
     except OSError:  # somebody else's
         return True
     return True
-
-
-@contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within it no other process holds the lock file `path`; without effect where it cannot be made.
-
-    `waiting` is called once when another process holds it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w")
-    except OSError:
-        yield
-        return
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

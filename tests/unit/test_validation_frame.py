@@ -43,9 +43,9 @@ def _hang_or_crash(job: Job, name: str) -> inspect.Facts:
     return inspect.PictureFacts(name, 1)
 
 
-def _work_badly(job: Job, line) -> None:
+def _work_badly(job: Job, line, parent: int) -> None:
     inspect.EXAMINERS = {"picture": _hang_or_crash}
-    inspect.work(job, line)
+    inspect.work(job, line, parent)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -64,7 +64,7 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
     }
 
 
-def _never_work(job: Job, line) -> None:
+def _never_work(job: Job, line, parent: int) -> None:
     raise SystemExit(1)
 
 

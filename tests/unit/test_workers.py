@@ -1,12 +1,19 @@
 """Items from worker processes: the same as without, through pipes, faults as values."""
 
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.locks import locked
 from diffsynth_core.training.workers import iterate
 
 
@@ -42,3 +49,57 @@ def test_no_tensor_goes_through_shared_memory(tmp_path, monkeypatch):
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, spy)
     assert len(list(iterate(Squares(), [1, 2], 1))) == 2
     assert not (tmp_path / "shared").exists()
+
+
+class Endless(Dataset):
+    """Items that take for ever, but for the first of each worker."""
+
+    def __getitem__(self, place):
+        if place >= 2:
+            print(os.getpid(), flush=True)
+            time.sleep(3600)
+        return place
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from diffsynth_core.locks import locked
+from diffsynth_core.training.workers import iterate
+from tests.unit.test_workers import Endless
+
+with locked(Path(sys.argv[1])):
+    items = iterate(Endless(), range(4), 2)
+    print(next(items), flush=True)
+    {then}
+"""
+
+
+@contextmanager
+def at_work(folder, then):
+    """A process with a lock, and its two workers, each in the midst of an item."""
+    command = [sys.executable, "-c", SCRIPT.format(then=then), folder / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            lines = sorted(int(process.stdout.readline()) for _ in range(3))  # the first item is 0
+            yield process, [psutil.Process(number) for number in lines[1:]]
+        finally:
+            process.kill()
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    with at_work(tmp_path, "next(items)") as (process, workers):
+        process.kill()
+        process.wait()
+        with locked(tmp_path / "lock", lambda: pytest.fail("a worker holds the lock")):
+            pass
+        gone, alive = psutil.wait_procs(workers, timeout=10)
+        assert (len(gone), alive) == (2, [])
+
+
+def test_workers_in_the_midst_of_an_item_are_ended_when_no_more_are_wanted(tmp_path):
+    """They leave SIGTERM, with which torch would end them, to the training process."""
+    with at_work(tmp_path, "sys.stdin.readline(); items.close()") as (process, workers):
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert psutil.wait_procs(workers, timeout=10)[1] == []

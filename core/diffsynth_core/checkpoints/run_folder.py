@@ -1,6 +1,5 @@
 """The folder of one run: its record `run.json`, its metrics, its log. No torch."""
 
-import fcntl
 import json
 import math
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import write_json, write_text
+from diffsynth_core.locks import holding, open_lock
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
@@ -100,18 +100,16 @@ def claim_folder(folder: Path) -> Iterator[None]:
     Raises:
         DiffSynthError: when another run is at work there.
     """
+
+    def busy() -> None:
+        raise DiffSynthError(f"another run is at work in `{folder}`", "wait for it, or name another `--output_path`")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / LOCK).open("w")
+        descriptor = open_lock(folder / LOCK)
     except OSError as error:
         raise DiffSynthError(f"cannot write to `{folder}`: {error.strerror}", "name another `--output_path`") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DiffSynthError(
-                f"another run is at work in `{folder}`", "wait for it, or name another `--output_path`"
-            ) from error
+    with holding(descriptor, busy):
         for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         try:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffsynth_core.files import default_cache_path, locked
+from diffsynth_core.files import default_cache_path
+from diffsynth_core.locks import locked
 from diffsynth_core.progress import Reporter
 from diffsynth_core.sources.download_plan import LOCK, DownloadPlan, compared, plan_download
 from diffsynth_core.sources.fetching import fetch

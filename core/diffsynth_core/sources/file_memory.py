@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from diffsynth_core.files import locked
+from diffsynth_core.locks import locked
 
 Stamp = list[int]
 """Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""

@@ -1,15 +1,19 @@
 """Loading data in worker processes."""
 
+import os
 import pickle
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import context, get_start_method
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem
+from diffsynth_core.processes import end_with_parent
 
 Item = TypeVar("Item")
 
@@ -55,7 +59,8 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
             batch_size=None,
             sampler=places,
             num_workers=workers,
-            worker_init_fn=_leave_signals,
+            multiprocessing_context=_Forking() if workers and get_start_method() == "fork" else None,
+            worker_init_fn=partial(_begin, parent=os.getpid()),
         )
         items = iter(loader)
     for item in items:
@@ -64,7 +69,22 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
         yield pickle.loads(item) if isinstance(item, bytes) else item
 
 
-def _leave_signals(worker: int) -> None:
-    """Let a signal to the whole group reach the training process alone, which saves first and then ends its workers."""
+class _Forked(context.ForkProcess):
+    """A worker. torch asks one that is slow to end with SIGTERM, which workers leave to the training process."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Forking(context.ForkContext):
+    """Starts such workers."""
+
+    Process = _Forked
+
+
+def _begin(worker: int, parent: int) -> None:
+    """Let a signal to the whole group reach the training process alone, which saves first and then ends its workers;
+    where that process is killed, end with it."""
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)

@@ -22,6 +22,7 @@ from typing import Literal
 import psutil
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.processes import end_with_parent
 from diffsynth_core.progress import Reporter
 from diffsynth_core.validation.facts import Fault, PictureFacts, VideoFacts
 from diffsynth_core.validation.pictures import examine_picture
@@ -56,8 +57,9 @@ UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
 """What is known of a file whose worker did not come back."""
 
 
-def work(job: Job, line: Connection) -> None:
-    """A worker's life: it says that it is there, then takes a file in and gives its facts out."""
+def work(job: Job, line: Connection, parent: int) -> None:
+    """A worker's life: it says that it is there, then takes a file in and gives its facts out, until `parent` ends."""
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
     warnings.simplefilter("ignore")  # what decoders think of a file is not for the terminal
     line.send(None)
@@ -69,7 +71,7 @@ def work(job: Job, line: Connection) -> None:
         line.send(EXAMINERS[kind](job, name))
 
 
-WORK: Callable[[Job, Connection], None] = work
+WORK: Callable[[Job, Connection, int], None] = work
 """What a worker runs."""
 
 
@@ -157,7 +159,7 @@ def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tupl
 
 def _start(context: SpawnContext, job: Job) -> _Worker:
     ours, theirs = context.Pipe()
-    process = context.Process(target=WORK, args=(job, theirs), daemon=True)
+    process = context.Process(target=WORK, args=(job, theirs, os.getpid()), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours, time.monotonic() + START_SECONDS)
