@@ -88,6 +88,11 @@ class GroupedHelp(TyperCommand):
         formatter.write("  --help, -h\n      Show this text\n")
 
 
+def _switched(value: Any) -> str:
+    """A default as the help shows it; flags are on or off."""
+    return ("on" if value else "off") if isinstance(value, bool) else format_value(value)
+
+
 def option_help(setting: Setting) -> list[str]:
     """The lines of one setting in the help."""
     if setting.type_name == "bool":
@@ -104,6 +109,7 @@ def option_help(setting: Setting) -> list[str]:
     notes = []
     if setting.type_name != "bool" and setting.default not in (None, ()):
         notes.append(f"default: {format_value(setting.default)}")
+    notes += [f"default for {family}: {_switched(value)}" for family, value in setting.family_defaults.items()]
     if setting.unit:
         notes.append(f"unit: {setting.unit}")
     if setting.families:

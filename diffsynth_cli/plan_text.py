@@ -30,6 +30,7 @@ def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Itera
     yield from _component_lines(plan)
     yield from _sample_lines(plan)
     if plan.task.trains:
+        yield from _family_default_lines(plan)
         yield from _step_lines(plan)
     yield from _encoding_lines(plan, reporter)
     yield f"Output to `{plan.parameters.output_path}`"
@@ -41,8 +42,10 @@ def parameter_lines(plan: Plan) -> Iterator[str]:
     plain = as_plain(plan.parameters)
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
-        if value != setting.default and name not in ("recipe", "config", "dry_run"):
-            yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}"
+        of_family = name in plan.family_defaults
+        if (value != setting.default_of(plan.facts.name) or of_family) and name not in ("recipe", "config", "dry_run"):
+            origin = f" (default of {plan.facts.title})" if of_family else ""
+            yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}{origin}"
     if plan.parameters.recipe:
         yield f"  all parameters of the recipe: `diffsynth recipe show {plan.parameters.recipe}`"
 
@@ -111,6 +114,13 @@ def _transform_lines(plan: Plan) -> Iterator[str]:
     if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
         rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
         yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
+
+
+def _family_default_lines(plan: Plan) -> Iterator[str]:
+    """Switches that nobody turned on."""
+    for name in plan.family_defaults:
+        if getattr(plan.parameters, name) is True:
+            yield f"`{name}` is on, the default of {plan.facts.title}; `--no-{name}` turns it off"
 
 
 def _step_lines(plan: Plan) -> Iterator[str]:

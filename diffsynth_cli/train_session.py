@@ -220,7 +220,7 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
     if drew:
         real["dataset_base_path"] = f"YOUR_{drew.upper()}"
     typer.echo("The real run:")
-    typer.echo(f"  {command_line(real)}".replace("\n", "\n  "))
+    typer.echo(f"  {command_line(real, overriding=True)}".replace("\n", "\n  "))
     return 0
 
 

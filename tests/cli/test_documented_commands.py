@@ -27,6 +27,7 @@ UNKNOWN_HERE = (
 )
 DISTILLING = {"seed": 1, "rand_device": "cpu", "num_inference_steps": 4, "cfg_scale": 1}
 """Columns of direct distillation."""
+WAN_DEFAULT = "`use_gradient_checkpointing` is on, the default of Wan; `--no-use_gradient_checkpointing` turns it off"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,31 @@ def test_each_gives_the_values_it_says(command):
 def test_each_is_planned_on_tiny_weights(cli, command):
     outcome = cli("train", *command.words, "--rehearse", "--dry_run", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
+    assert (WAN_DEFAULT in outcome.out) == needs_default_of_wan(command)
+
+
+def needs_default_of_wan(command: Command) -> bool:
+    """Whether it leaves out what the reference's Wan trainer forces on."""
+    models = str(command.values["model_id_with_origin_paths"])
+    return "Wan" in models and "use_gradient_checkpointing" not in command.values
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_checkpointing_of_wan_is_counted_unless_it_is_turned_off(cli, monkeypatch, tmp_path, off):
+    """At real size, without any file: which family it is, is told by the entries alone."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    (command,) = [c for c in ALONE if (c.model, c.kind) == ("Wan2.1-T2V-1.3B", "lora")]
+    assert needs_default_of_wan(command)
+    outcome = cli("train", *command.words, "--dry_run", *(["--no-use_gradient_checkpointing"] if off else []))
+    assert (WAN_DEFAULT in outcome.out) != off
+    assert ("activations (all kept)" if off else "activations (recomputed block by block)") in outcome.out
+
+
+def test_the_command_of_the_real_run_turns_off_what_was_turned_off(cli):
+    off = ("--no-use_gradient_checkpointing", "--dataset_num_workers", 0, "--max_steps", 2)
+    outcome = cli("train", "--recipe", "wan2.1-t2v-1.3b-lora", "--rehearse", *off)
+    assert outcome.code == 0, outcome.err
+    assert "  --no-use_gradient_checkpointing" in outcome.out.partition("The real run:")[2]
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.refused_for], ids=named)

@@ -303,3 +303,26 @@ def test_two_spellings_in_one_place_must_agree(config, by_flags):
 def test_a_wrong_value_of_either_spelling_is_told_once(flags, expected):
     (message,) = messages(resolve(flags))
     assert message.startswith(expected)
+
+
+CHECKPOINTING = "use_gradient_checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "value", "of_family"),
+    [
+        ("wan", "", True, (CHECKPOINTING,)),
+        ("wan", f"  {CHECKPOINTING}: false", False, ()),
+        ("wan", f"  {CHECKPOINTING}: true", True, ()),
+        ("qwen-image", "", False, ()),
+    ],
+)
+def test_a_family_may_have_a_default_of_its_own(config, family, given, value, of_family):
+    resolved = resolve({"config": config(f"family: {family}\nparameters:\n  lora_rank: 4\n{given}\n")})
+    assert (resolved.parameters.use_gradient_checkpointing, resolved.family_defaults) == (value, of_family)
+    assert resolved.given(CHECKPOINTING) == bool(given) and not resolved.problems
+
+
+def test_a_flag_goes_over_the_default_of_a_family(config):
+    resolved = resolve({"config": config("family: wan\nparameters:\n  lora_rank: 4\n"), CHECKPOINTING: False})
+    assert not resolved.parameters.use_gradient_checkpointing and not resolved.family_defaults

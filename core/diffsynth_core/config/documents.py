@@ -65,10 +65,11 @@ def format_value(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def command_line(values: Mapping[str, Any], lead: str = "diffsynth train") -> str:
+def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overriding: bool = False) -> str:
     """A command line over several lines that gives `values` (in the plain form of `as_plain`).
 
-    Values of None are left out; a flag that is off is written `--no-…` only when its default is on.
+    Values of None are left out. A flag that is off is written `--no-…` when its default is on, be it that of a family
+    alone, and always in a command line that is `overriding` the values of a recipe.
     """
     lines = [lead]
     for name, value in values.items():
@@ -76,7 +77,7 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train") -> st
         if value is None:
             continue
         if setting.type_name == "bool":
-            if value != setting.default:
+            if value != setting.default or setting.family_defaults or overriding:
                 lines.append(f"--{name}" if value else f"--no-{name}")
         elif setting.type_name == "json list":
             text = value if isinstance(value, str) else json.dumps(value)  # as it was typed, or as a list
@@ -124,6 +125,7 @@ def _reference_row(setting: Setting, proof: str) -> str:
     marks = "¹" if setting.documented else ""
     kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
     default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
+    default += "".join(f"; {family}: `{format_value(value)}`" for family, value in setting.family_defaults.items())
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
     changes = setting.changes + (f" ({setting.compared.replace('_', '-')})" if setting.compared != "value" else "")

@@ -7,7 +7,7 @@ are made from it. Documented parameters are those of the public trainer DiffSynt
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -144,13 +144,15 @@ def _setting(
     unit: str | None = None,
     families: tuple[str, ...] = (),
     documented: bool = True,
+    family_defaults: Mapping[str, Any] | None = None,
     **constraints: Any,
 ) -> Any:
     """Declare one setting.
 
-    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families. `compared` says
-    what resuming compares of a parameter that changes numbers. A run from before a parameter was declared counts as
-    one with its default: give a new parameter the default that keeps to what was done without it.
+    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families;
+    `family_defaults` are defaults of single families, by name, that replace `default` there. `compared` says what
+    resuming compares of a parameter that changes numbers. A run from before a parameter was declared counts as one with
+    its default: give a new parameter the default that keeps to what was done without it.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -160,6 +162,7 @@ def _setting(
         "documented": documented,
         "changes": changes,
         "compared": compared,
+        "family_defaults": dict(family_defaults or {}),
     }
     return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
 
@@ -539,7 +542,12 @@ class Parameters(BaseModel):
 
     # gradient
     use_gradient_checkpointing: bool = _setting(
-        False, "gradient", "bool", "Recompute activations in the backward pass: less memory, more time", changes="speed"
+        False,
+        "gradient",
+        "bool",
+        "Recompute activations in the backward pass: less memory, more time",
+        family_defaults={"wan": True},  # the Wan trainer of DiffSynth-Studio turns it on, whatever the flag says
+        changes="speed",
     )
     use_gradient_checkpointing_offload: bool = _setting(
         False,
@@ -667,8 +675,13 @@ class Setting:
     documented: bool
     changes: Changes
     compared: Compared
+    family_defaults: Mapping[str, Any]
     choices: tuple[str, ...]
     help_text: str
+
+    def default_of(self, family: str | None) -> Any:
+        """The default, which single families may have otherwise."""
+        return self.family_defaults.get(family or "", self.default)
 
     @property
     def fixed_on_resume(self) -> bool:
@@ -703,6 +716,7 @@ def _read_settings() -> Iterator[Setting]:
             documented=facts["documented"],
             changes=facts["changes"],
             compared=facts["compared"],
+            family_defaults=facts["family_defaults"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
         )

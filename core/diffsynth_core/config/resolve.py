@@ -24,7 +24,7 @@ class Resolved:
     """Parameters of one run, what was wrong with them, and where each value came from.
 
     `stage` is None where there are no stages. Values that were wrong are left at the default and named in `invalid`,
-    so that the checks behind can go on.
+    so that the checks behind can go on. `family_defaults` names the values that are a default of the family alone.
     """
 
     parameters: Parameters
@@ -34,10 +34,21 @@ class Resolved:
     incomplete: bool
     origins: Mapping[str, str] = field(default_factory=dict)
     stage: str | None = None
+    family_defaults: tuple[str, ...] = ()
 
     def given(self, name: str) -> bool:
         """Whether a flag, a file or a recipe set the parameter."""
         return name in self.origins
+
+    def with_defaults_of(self, family: str) -> "Resolved":
+        """The same with the defaults of a family where nothing else is given."""
+        changed = {
+            name: setting.default_of(family)
+            for name, setting in SETTINGS.items()
+            if family in setting.family_defaults and name not in self.origins
+        }
+        parameters = self.parameters.model_copy(update=changed)
+        return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
 
 def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Resolved:
@@ -102,7 +113,8 @@ def _resolve_one(
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
     faults += _cross_problems(parameters, invalid)
     faults += settings_of_others(parameters, family, origins) if family else []
-    return Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
+    resolved = Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
+    return resolved.with_defaults_of(family) if family else resolved
 
 
 def _levels(sources: Sequence[Source], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

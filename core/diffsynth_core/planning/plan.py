@@ -1,7 +1,7 @@
 """From resolved parameters to the plan of a run, with all problems at once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
@@ -38,6 +38,7 @@ class Plan:
     `published`: components whose files are not there, and of which the published size stands in.
     `missing`: what is not there. Such a plan is to be looked at, and cannot be carried out; without a dataset it has no
     samples.
+    `family_defaults`: parameters that are at a default which the family alone has.
     """
 
     parameters: Parameters
@@ -59,6 +60,7 @@ class Plan:
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
     published: Mapping[str, Published] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
+    family_defaults: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -111,6 +113,10 @@ def make_plan(
     parameters = _with_inputs(resolved.parameters, encoded)
     found = _find_components(resolved, parameters, base or model_base_path(), encoded, without_files, problems)
     missing += found.missing if found else ()
+    if found and resolved.family is None:  # by a recipe it was known before
+        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
+        resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
+        parameters = resolved.parameters
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
     preset = find_preset(parameters, found, problems) if found else None
     no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
@@ -146,6 +152,7 @@ def make_plan(
         found.shapes,
         found.published,
         tuple(missing),
+        resolved.family_defaults,
     )
 
 
@@ -157,14 +164,10 @@ def _find_components(
     without_files: bool,
     problems: list[Problem],
 ) -> FoundComponents | None:
-    """The components in the files that are named; parameters of another family, where only the files tell which it is,
-    are a problem."""
+    """The components in the files that are named; None where a recipe or config file that names them is missing."""
     if resolved.incomplete:
         return None
-    found = find_components(parameters, resolved.family, base, problems, encoded, without_files)
-    if found and resolved.family is None:  # by a recipe it was known before
-        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
-    return found
+    return find_components(parameters, resolved.family, base, problems, encoded, without_files)
 
 
 def _choose_machine(
