@@ -32,13 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def train(context: typer.Context, flags: dict[str, Any]) -> int:
     """Resolve, plan, and carry out what the flags ask for."""
-    stages = resolve_stages(flags, _unknown_flags(context.args))
+    stages = resolve_stages(flags, context.args)
     from diffsynth_cli.train_session import run_session
 
     return run_session(stages, flags)
-
-
-def _unknown_flags(arguments: list[str]) -> tuple[str, ...]:
-    """Of the arguments that no option took, those that look like options; else all of them."""
-    named = tuple(argument.partition("=")[0] for argument in arguments if argument.startswith("-"))
-    return named or tuple(arguments)

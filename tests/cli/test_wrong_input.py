@@ -24,7 +24,6 @@ TARGETS = (
         (["--lora-rnk=16"], "lora-rnk", "did you mean `lora_rank`?"),
         (["--no-dataset_repeet"], "no-dataset_repeet", "did you mean `dataset_repeat`?"),
         (["--xyzzy"], "xyzzy", HELP_LISTS),
-        (["stray"], "stray", HELP_LISTS),
     ],
 )
 def test_unknown_flag(refuse, arguments, name, hint):

@@ -216,15 +216,6 @@ def test_models_that_are_known_and_not_trained_are_told_without_their_files(refu
     )
 
 
-@pytest.mark.parametrize("name", ["quant_options", "audio-processor-path", "template_model_id_or_path"])
-def test_flags_of_the_reference_trainer_that_are_not_known_here(refuse, name):
-    code, problems = refuse("--extra_inputs", "", f"--{name}", "x", recipe=EDIT)
-    assert (code, problems) == (
-        2,
-        [(f"`{name}` (command line) is not supported yet", "leave it out")],
-    )
-
-
 def test_tokenizers_of_other_models(refuse, pairs, models):
     pairs("coffee.png", column="kontext_images")
     dev = models / "black-forest-labs/FLUX.1-dev"

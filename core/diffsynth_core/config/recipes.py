@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.unknown_names import unknown_parameter
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, kind_of, raise_if_any, suggest
 
@@ -25,11 +26,6 @@ STAGE_KEYS = {
 }
 STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
 """A stage names a folder; capitals are left out, since some file systems do not tell them apart."""
-UNSUPPORTED = (
-    *("quant_options", "template_model_id_or_path", "enable_lora_hot_loading", "audio_processor_path"),
-    "framewise_decoding",
-)
-"""Flags of the reference trainer's command lines that are none of the documented parameters, and unknown here."""
 NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "resume"})
 """Settings that say what one command does; a recipe describes every run made from it."""
 
@@ -238,12 +234,3 @@ def _parameter_problems(given: Any, where: str) -> list[Problem]:
         if name in NOT_IN_RECIPES
     ]
     return unknown + misplaced
-
-
-def unknown_parameter(name: str, where: str) -> Problem:
-    """The problem that `name` is no parameter, with the nearest name."""
-    if name.replace("-", "_") in UNSUPPORTED:
-        return Problem(f"`{name}`{where} is not supported yet", "leave it out", wrong_use=True)
-    near = suggest(name, SETTINGS)
-    hint = f"did you mean `{near}`?" if near else "`diffsynth train --help` lists them all"
-    return Problem(f"`{name}`{where} is not a parameter", hint, wrong_use=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from diffsynth_core.config.arguments import StrayWord, unknown_arguments
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import Layer, Recipe, load_config, load_recipe, unknown_parameter
+from diffsynth_core.config.recipes import Layer, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
@@ -51,29 +52,31 @@ class Resolved:
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
 
-def resolve(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> Resolved:
+def resolve(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> Resolved:
     """Put the parameters of a single run together, as `resolve_stages` does.
 
     Raises:
         ValueError: when there are several stages to run.
     """
-    (resolved,) = resolve_stages(flags, unknown_flags)
+    (resolved,) = resolve_stages(flags, unknown)
     return resolved
 
 
-def resolve_stages(flags: Mapping[str, Any], unknown_flags: tuple[str, ...] = ()) -> tuple[Resolved, ...]:
+def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tuple[Resolved, ...]:
     """Put the parameters of each stage together: flags > `--config` file > recipe > default.
 
     Within a file the values of the stage go over those for all stages, and both over those of the recipe it extends.
     Without stages there is one entry. Problems that concern all stages stand in every entry.
 
-    `flags` holds the values given on the command line by name, `unknown_flags` the arguments that no option took.
+    `flags` holds the values given on the command line by name, `unknown` the words that no option took, in their order.
     """
-    problems = [unknown_parameter(flag.removeprefix("--"), " (command line)") for flag in unknown_flags]
+    problems = unknown_arguments(unknown)
     flags = {name: value for name, value in flags.items() if not _slipped(name, value, problems)}
     config = _load_quietly(load_config, flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
     incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
+    if not (config or recipe):  # with a stray word that was to be one, what else is missing is no fault of its own
+        incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
     sources: list[Source] = []
     stages: list[str] = []
     for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):

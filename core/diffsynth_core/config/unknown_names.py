@@ -1,0 +1,82 @@
+"""What to say of a name that is no parameter: one of another trainer, or a misspelt one."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.errors import Problem, suggest
+
+METRICS = "leave it out; `metrics.jsonl` in the output folder holds loss, learning rate and gradient norm of each step"
+MEMORY = (
+    "leave it out; `--fp8_models` and `--use_gradient_checkpointing_offload` save GPU memory, "
+    "and `--dry_run --gpu_memory 24GB` finds what fits"
+)
+ADAMW = "leave it out; the optimizer is AdamW"
+DISTILLATION = "leave it out; `--task direct_distill` is the distillation that is supported"
+CONTINUE = "`--resume auto` continues the run in `--output_path` at its last step, with the state of its optimizer"
+START_FROM = "`--lora_checkpoint FILE` starts a new run from the weights of a LoRA"
+FULL_CHECKPOINT = "a full checkpoint is named in `--model_paths` in place of the base"
+RESUME = f"{CONTINUE}; {START_FROM}; {FULL_CHECKPOINT}"
+LORA = f"{START_FROM}; `--preset_lora_path FILE` merges one into the base before training; {CONTINUE}"
+
+
+@dataclass(frozen=True)
+class UnsupportedName:
+    """A name that users of other trainers know, and what to use instead.
+
+    `is_switch`: as a flag it takes no value. `documented`: DiffSynth-Studio documents it.
+    """
+
+    instead: str
+    is_switch: bool = False
+    documented: bool = True
+
+
+UNSUPPORTED: dict[str, UnsupportedName] = {
+    "audio_processor_path": UnsupportedName("leave it out; models with audio are not supported"),
+    "cpu_offload_split_threshold": UnsupportedName(MEMORY),
+    "customized_optimizer": UnsupportedName(ADAMW),
+    "dmd2_*": UnsupportedName(DISTILLATION),
+    "embedded_guidance": UnsupportedName(DISTILLATION),
+    "enable_csv_log": UnsupportedName(METRICS, is_switch=True),
+    "enable_lora_hot_loading": UnsupportedName("leave it out; template models are not supported", is_switch=True),
+    "enable_model_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
+    "enable_optimizer_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
+    "enable_swanlab_log": UnsupportedName(METRICS, is_switch=True),
+    "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
+    "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),
+    "framewise_decoding": UnsupportedName("leave it out; Wan Dancer is not supported", is_switch=True),
+    "quant_options": UnsupportedName("leave it out; `--fp8_models` keeps frozen weights in 8-bit floats"),
+    "resume_from_checkpoint": UnsupportedName(RESUME),
+    "swanlab_*": UnsupportedName(METRICS),
+    "template_model_id_or_path": UnsupportedName("leave it out; template models are not supported"),
+    "wandb_*": UnsupportedName(METRICS),
+} | {
+    **dict.fromkeys(
+        ("resume_from", "resume_path", "resume_checkpoint", "resume_training", "load_checkpoint", "checkpoint_path"),
+        UnsupportedName(RESUME, documented=False),
+    ),
+    **dict.fromkeys(
+        ("load_lora", "lora_path", "lora_weights", "network_weights", "pretrained_lora_path", "resume_lora"),
+        UnsupportedName(LORA, documented=False),
+    ),
+}
+"""Name, or pattern of names -> the answer to it. Documented ones are those of DiffSynth-Studio's
+`diffsynth/diffusion/parsers.py` and `examples/*/model_training/train.py` that are no parameters here; the others are
+what kohya's scripts, musubi-tuner and the examples of diffusers call the same."""
+
+
+def find_unsupported(name: str) -> UnsupportedName | None:
+    """The entry for a flag or key in either spelling, `--no-` before it or not."""
+    plain = name.lower().replace("-", "_").removeprefix("no_")
+    return next((known for pattern, known in UNSUPPORTED.items() if fnmatchcase(plain, pattern)), None)
+
+
+def unknown_parameter(name: str, where: str) -> Problem:
+    """The problem that `name` is no parameter, with what to use instead, else with the nearest name."""
+    if known := find_unsupported(name):
+        why = "is documented by DiffSynth-Studio and not supported yet" if known.documented else "is not a parameter"
+        return Problem(f"`{name}`{where} {why}", known.instead, wrong_use=True)
+    near = suggest(name, SETTINGS)
+    hint = f"did you mean `{near}`?" if near else "`diffsynth train --help` lists them all"
+    return Problem(f"`{name}`{where} is not a parameter", hint, wrong_use=True)
