@@ -9,10 +9,12 @@ def run() -> int:
     """As `diffsynth_cli.main.main`, whose import is part of what can be stopped."""
     try:
         from diffsynth_cli.main import main
+        from diffsynth_cli.streams import open_closed_descriptors
 
+        open_closed_descriptors()
         return main()
     except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")  # typer may not be there yet
+        sys.stderr.write("Interrupted\n")  # typer may not be there yet
         return STOPPED
 
 

@@ -4,12 +4,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from diffsynth_cli.wrapping import wrap_line
+from diffsynth_core.files import LineFile
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
 
 BAR_COLUMNS = 70
@@ -40,7 +42,8 @@ class ConsoleReporter:
         """`quiet` is for every process of a run but the first."""
         self.quiet = quiet
         self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet, color_system=color_system())
-        self._log: TextIO | None = None
+        self._log: LineFile | None = None
+        self._log_path = Path()
         self._early: list[str] = []
         self._bars: Progress | None = None
         self._tasks = 0
@@ -49,39 +52,57 @@ class ConsoleReporter:
     def info(self, message: str) -> None:
         shown = wrap_line(message, self.console.width if self.console.is_terminal else None)
         self.console.print(shown, markup=False, soft_wrap=True)
-        self._keep(message)
+        self.keep(message)
 
     def warn(self, message: str) -> None:
+        self._show_warning(message)
+        self.keep(f"warning: {message}")
+
+    def _show_warning(self, message: str) -> None:
         # In one piece: bars that are shown would be drawn over a line that has not ended.
         self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
-        self._keep(f"warning: {message}")
 
     def log_to(self, path: Path) -> None:
-        if self._log:
-            self._log.close()
-        self._log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        self._log.writelines(self._early)
-        self._early.clear()
+        self.close()
+        try:
+            self._log = LineFile(path)
+        except OSError as error:
+            self._lost_log(path, error)
+        self._log_path = path
+        early, self._early = self._early, []
+        for line in early:
+            self._write(line)
 
     def close(self) -> None:
         if self._log:
             self._log.close()
             self._log = None
 
+    def result(self, line: str) -> None:
+        """Print a line of the results on stdout."""
+        typer.echo(line)
+        self.keep(line)
+
+    def keep(self, message: str) -> None:
+        """Put a message into the log alone."""
+        self._write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}")
+
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         if total == 0:
             yield SilentTask()
         elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
+            lines = _Lines(self.keep, label, total, unit, done)
             with self._shared_bars() as bars:
-                bar = _Bar(bars, label, total, unit, done)
+                bar = _Bar(bars, lines, label, total, unit, done)
                 yield bar
                 if len(bars.task_ids) > 1:
                     bar.leave()
+            lines.finish()
         else:
-            plain = _PlainLines(self, label, total, unit, done)
-            yield plain
-            plain.finish()
+            lines = _Lines(self.info, label, total, unit, done)
+            yield lines
+            lines.finish()
 
     @contextmanager
     def _shared_bars(self) -> Iterator[Progress]:
@@ -101,12 +122,20 @@ class ConsoleReporter:
                     bars.stop()
                     self._bars = None
 
-    def _keep(self, message: str) -> None:
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}\n"
-        if self._log:
-            self._log.write(line)
-        else:
+    def _write(self, line: str) -> None:
+        if not self._log:
             self._early.append(line)
+            return
+        try:
+            self._log.write(line)
+        except OSError as error:
+            self._log.close()
+            self._log = None
+            self._lost_log(self._log_path, error)
+
+    def _lost_log(self, path: Path, error: OSError) -> None:
+        """A log that cannot be written is no reason to lose the run."""
+        self._show_warning(f"`{path}` cannot be written: {error.strerror}; the run goes on without it")
 
 
 def _progress(console: Console) -> Progress:
@@ -144,15 +173,17 @@ def _speed(rate: float, unit: str) -> str:
 
 
 class _Bar:
-    """A task as a progress bar, which goes when the task is done and others are not."""
+    """A task as a progress bar, which goes when the task is done and others are not, and as lines of the log."""
 
-    def __init__(self, progress: Progress, label: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, progress: Progress, lines: "_Lines", label: str, total: int, unit: str, done: int) -> None:
+        self._lines = lines
         self._progress, self._total, self._unit, self._done, self._rate = progress, total, unit, done, _Rate()
         count = _count(done, total, unit, "/")
         self._task = progress.add_task(label, total=total, completed=done, count=count, rate="", fields="")
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         self._done += amount
+        self._lines.advance(amount, **fields)
         self._progress.update(
             self._task,
             advance=amount,
@@ -166,11 +197,11 @@ class _Bar:
         self._progress.remove_task(self._task)
 
 
-class _PlainLines:
+class _Lines:
     """A task as lines of text, one every few seconds and one at its end."""
 
-    def __init__(self, reporter: ConsoleReporter, label: str, total: int, unit: str, done: int) -> None:
-        self._reporter, self._label, self._total, self._unit, self._done = reporter, label, total, unit, done
+    def __init__(self, say: Callable[[str], None], label: str, total: int, unit: str, done: int) -> None:
+        self._say, self._label, self._total, self._unit, self._done = say, label, total, unit, done
         self._rate = _Rate()
         self._last = time.monotonic()
         self._line = ""
@@ -188,5 +219,5 @@ class _PlainLines:
     def finish(self) -> None:
         """Print the line of the last advance, once."""
         if self._line:
-            self._reporter.info(self._line)
+            self._say(self._line)
             self._last, self._line = time.monotonic(), ""

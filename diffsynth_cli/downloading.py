@@ -25,8 +25,8 @@ def stopped_in_order() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        how = "give the same command again: it goes on where it stopped"
-        raise Interrupted(signal.SIGINT, "the download was stopped", how) from None
+        how = "repeat the command: it continues where it stopped"
+        raise Interrupted(signal.SIGINT, "the download was interrupted", how) from None
 
 
 def bring_files(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Callable[[Reporter], Any]) -> None:

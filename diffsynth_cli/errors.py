@@ -3,17 +3,21 @@
 import os
 import tempfile
 import traceback
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 
-from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Problem
+from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem
 from diffsynth_core.files import default_cache_path
 
 
 def exit_code_of(error: Exception) -> int:
     """Print what went wrong on stderr; returns the exit code."""
+    if isinstance(error, Interrupted):
+        typer.echo(interruption(error), err=True)
+        return error.exit_code
     if isinstance(error, DiffSynthError):
         for problem in error.problems:
             print_problem(problem)
@@ -41,6 +45,26 @@ def exit_code_of(error: Exception) -> int:
         )
     )
     return EXIT_FAILED
+
+
+def interruption(error: Interrupted) -> str:
+    """What a signal led to, as one sentence: nothing went wrong, so it is not told as an error."""
+    (problem,) = error.problems
+    sentence = "; ".join(part for part in (problem.message, problem.hint) if part)
+    return sentence[0].upper() + sentence[1:]
+
+
+def lines_for_log(error: BaseException) -> Iterator[str]:
+    """How a run ended, for its log: what the terminal is told, and the traceback of a fault of ours."""
+    if isinstance(error, Interrupted):
+        yield interruption(error)
+    elif isinstance(error, DiffSynthError):
+        for problem in error.problems:
+            yield f"error: {problem.message}"
+            if problem.hint:
+                yield f"  hint: {problem.hint}"
+    else:
+        yield f"error: {''.join(traceback.format_exception(error))}".rstrip()
 
 
 def print_problem(problem: Problem) -> None:

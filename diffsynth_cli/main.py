@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from diffsynth_cli import STOPPED
+from diffsynth_cli.streams import guarded_streams
 
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
@@ -61,7 +62,12 @@ def _not_named() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong use, 130 / 143 stopped by a signal."""
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong use, 128 + N stopped by signal N."""
+    with guarded_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     named = next((word for word in words if not word.startswith("-")), None)
     try:
@@ -72,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         outcome = STOPPED
     if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
-        typer.echo("stopped", err=True)
+        typer.echo("Interrupted", err=True)
     return outcome if isinstance(outcome, int) else 0
 
 

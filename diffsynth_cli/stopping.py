@@ -22,7 +22,7 @@ def stopping_cleanly() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for listened in before:
             signal.signal(listened, signal.SIG_IGN)
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}; nothing was written")
+        raise Interrupted(number, f"interrupted by {signal.Signals(number).name}; nothing was written")
 
     handlers = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}

@@ -12,9 +12,10 @@ import typer
 from diffsynth_cli import launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
-from diffsynth_cli.errors import exit_code_of
+from diffsynth_cli.errors import exit_code_of, lines_for_log
 from diffsynth_cli.estimate_text import Estimate, estimate_lines, make_estimate, trial_lines, verdict_lines
 from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
@@ -54,9 +55,12 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
             world_size = launching.processes_asked(first.num_processes, first.accelerate_config)
         if stages[0].parameters.dry_run:
             return _show_plans(stages, reporter, world_size)
-        if stages[0].parameters.rehearse:
-            return _rehearse(stages, flags, reporter, world_size)
-        return _train(stages, flags, reporter, world_size)
+        with stdout_as_messages():
+            return (_rehearse if first.rehearse else _train)(stages, flags, reporter, world_size)
+    except BaseException as error:
+        for line in lines_for_log(error):
+            reporter.keep(line)
+        raise
     finally:
         reporter.close()
 
@@ -169,8 +173,8 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                     raise
                 # Before its first step a run says to give the same command again; the stages before hold runs by now.
                 stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-                what = f"stage {stage} {error.problems[0].message}"
-                raise Interrupted(stopped_by, what, "go on with `--resume auto`") from error
+                what = f"stage {stage}: {error.problems[0].message}"
+                raise Interrupted(stopped_by, what, "continue with `--resume auto`") from error
             if not reporter.quiet:
                 tell()
     return 0
@@ -181,11 +185,12 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
     if not plan.task.trains:
         from diffsynth_core.training.process_data import process_data
 
-        return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan)
+        return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan, reporter)
     from diffsynth_core.training.loop import train
 
     result = train(plan, reporter, stop)
-    return lambda: _tell_results(stage, result.folder / result.record.checkpoints[-1].file, result.folder)
+    checkpoint = result.folder / result.record.checkpoints[-1].file
+    return partial(_tell_results, stage, checkpoint, result.folder, reporter)
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
@@ -236,11 +241,11 @@ def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRe
     except Interrupted as error:
         # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
         stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-        raise Interrupted(stopped_by, "the rehearsal was stopped", how_to_repeat(resolved)) from error
-    typer.echo(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
+        raise Interrupted(stopped_by, "the rehearsal was interrupted", how_to_repeat(resolved)) from error
+    reporter.result(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
     for proof in rehearsal.proofs:
-        typer.echo(f"  - {proof}")
-    _tell_results(stage, rehearsal.checkpoint, rehearsal.result.folder)
+        reporter.result(f"  - {proof}")
+    _tell_results(stage, rehearsal.checkpoint, rehearsal.result.folder, reporter)
     return rehearsal
 
 
@@ -256,17 +261,17 @@ def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter, es
     yield from plan_lines(plan, reporter, estimated)
 
 
-def _tell_results(stage: str | None, checkpoint: Path, folder: Path) -> None:
+def _tell_results(stage: str | None, checkpoint: Path, folder: Path, reporter: ConsoleReporter) -> None:
     if stage:
-        typer.echo(f"Stage       {stage}")
-    typer.echo(f"Checkpoint  {checkpoint}")
-    typer.echo(f"Metrics     {folder / METRICS}")
-    typer.echo(f"Log         {folder / LOG}")
+        reporter.result(f"Stage       {stage}")
+    reporter.result(f"Checkpoint  {checkpoint}")
+    reporter.result(f"Metrics     {folder / METRICS}")
+    reporter.result(f"Log         {folder / LOG}")
 
 
-def _tell_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan") -> None:
+def _tell_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan", reporter: ConsoleReporter) -> None:
     if stage:
-        typer.echo(f"Stage       {stage}")
+        reporter.result(f"Stage       {stage}")
     size = sum(dict(encoded.paths()).values())
-    typer.echo(f"Encoded     {encoded.folder} ({count_of(len(encoded.samples), 'sample')}, {format_bytes(size)})")
-    typer.echo(f"Train with  --task {plan.task.second_half} --dataset_base_path {encoded.folder}")
+    reporter.result(f"Encoded     {encoded.folder} ({count_of(len(encoded.samples), 'sample')}, {format_bytes(size)})")
+    reporter.result(f"Train with  --task {plan.task.second_half} --dataset_base_path {encoded.folder}")

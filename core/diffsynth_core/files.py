@@ -178,6 +178,34 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class LineFile:
+    """A text file that lines are appended to, each whole and on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: OSError: when it cannot be opened or made."""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def write(self, line: str) -> None:
+        """Append a line; where the disk refuses, nothing of it stays.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        size = os.fstat(self._descriptor).st_size
+        data = f"{line}\n".encode("utf-8", "backslashreplace")
+        try:
+            while data:  # a disk that is nearly full takes a part before it refuses
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, size)
+            raise
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Put `text` (UTF-8) at `path`, whole or not at all."""
     with replacing(path) as temporary:

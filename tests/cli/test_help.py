@@ -206,4 +206,4 @@ def test_ctrl_c_while_modules_are_imported(module, tmp_path):
         "sys.exit(run())\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "Interrupted\n")

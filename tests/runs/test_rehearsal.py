@@ -183,7 +183,7 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
     again = "delete `out`, or name another `--output_path`"
     hint = again if named else "give the same command again"
     assert outcome.code == 143
-    assert outcome.err.endswith(f"error: the rehearsal was stopped\n  hint: {hint}\n")
+    assert outcome.err.endswith(f"The rehearsal was interrupted; {hint}\n")
     if not named:
         return
     taken = "error: `output_path` `out` already holds a rehearsal (interrupted, 4 of 8 steps)\n"

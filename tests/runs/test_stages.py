@@ -207,8 +207,8 @@ def test_a_stop_in_the_first_stage_ends_the_session_and_resume_does_the_rest(tra
         signal_in_step(patch, 1)
         outcome = train()
     assert outcome.code == 143
-    assert "error: stopped after step 2 of 4; the run is saved in `out/high`" in outcome.err
-    assert "hint: go on with `--resume auto`" in outcome.err
+    assert "Interrupted after step 2 of 4; the run is saved in `out/high`" in outcome.err
+    assert "; continue with `--resume auto`" in outcome.err
     assert record_of("high")["status"] == "interrupted"
     assert not Path("out/low").exists() and "Stage low" not in outcome.err and outcome.out == ""
     resumed = train("--resume", "auto")
@@ -227,7 +227,7 @@ def test_a_stop_in_the_second_stage(train, monkeypatch):
         signal_in_step(patch, 5)
         outcome = train()
     assert outcome.code == 143
-    assert "error: stage low stopped after step 2 of 4; the run is saved in `out/low`" in outcome.err
+    assert "Stage low: interrupted after step 2 of 4; the run is saved in `out/low`" in outcome.err
     assert [record_of(stage)["status"] for stage in ("high", "low")] == ["completed", "interrupted"]
     resumed = train("--resume", "auto")
     assert resumed.code == 0, resumed.err
@@ -241,10 +241,10 @@ def test_a_stop_in_the_last_step_of_a_stage_begins_no_other(train, monkeypatch):
         signal_in_step(patch, 4)
         outcome = train()
     assert outcome.code == 143
-    assert "error: stage low stopped before the first step" in outcome.err
-    assert "hint: go on with `--resume auto`" in outcome.err
+    assert "Stage low: interrupted before the first step" in outcome.err
+    assert "; continue with `--resume auto`" in outcome.err
     assert record_of("high")["status"] == "completed"
-    assert "Stage low" not in outcome.err and not Path("out/low").exists()
+    assert "Stage low\n" not in outcome.err and not Path("out/low").exists()
     assert train("--resume", "auto").code == 0
 
 
@@ -283,5 +283,5 @@ def test_a_stopped_rehearsal_begins_no_other_stage(train, monkeypatch):
     signal_in_step(monkeypatch, 4)
     outcome = train("--rehearse", "--max_steps", 4)
     assert outcome.code == 143
-    assert "error: the rehearsal was stopped" in outcome.err and "--resume" not in outcome.err
-    assert "Stage low" not in outcome.err and not Path("out/low").exists()
+    assert "The rehearsal was interrupted" in outcome.err and "--resume" not in outcome.err
+    assert "Stage low\n" not in outcome.err and not Path("out/low").exists()

@@ -53,7 +53,7 @@ def test_a_signal_leaves_nothing(tmp_path, number):
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert told == f"error: stopped by {number.name}; nothing was written\n"
+    assert told == f"Interrupted by {number.name}; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import write_json, write_text
+from diffsynth_core.files import LineFile, write_json, write_text
 from diffsynth_core.locks import holding, open_lock
 
 RECORD = "run.json"
@@ -129,15 +129,18 @@ def holds_checkpoints(folder: Path) -> list[str]:
 class MetricsFile:
     """`metrics.jsonl`: one line per step, whole as soon as the step is done."""
 
-    def __init__(self, folder: Path, done_steps: int) -> None:
-        """Go on behind step `done_steps`: lines of later steps, from before an interruption, are taken out."""
-        self._path = folder / METRICS
+    def __init__(self, folder: Path, done_steps: int, warn: Callable[[str], None]) -> None:
+        """Go on behind step `done_steps`: lines of later steps, from before an interruption, are taken out.
+
+        `warn` is given one message when a line cannot be written, which is no reason to lose the run.
+        """
+        self._path, self._warn, self._warned = folder / METRICS, warn, False
         if self._path.exists():
             lines = [
                 line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps
             ]
             write_text(self._path, "".join(f"{line}\n" for line in lines))
-        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+        self._lines = LineFile(self._path)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
         finite = {
@@ -145,12 +148,14 @@ class MetricsFile:
             for name, value in values.items()
         }
         try:
-            self._stream.write(json.dumps(finite) + "\n")
+            self._lines.write(json.dumps(finite))
         except OSError as error:
-            raise DiffSynthError(f"cannot write `{self._path}`: {error.strerror}", "free some space") from error
+            if not self._warned:
+                self._warned = True
+                self._warn(f"`{self._path}` lacks steps from {values['step']} on: {error.strerror}; the run goes on")
 
     def close(self) -> None:
-        self._stream.close()
+        self._lines.close()
 
 
 def _step_of(line: str) -> float:

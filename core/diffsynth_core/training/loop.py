@@ -156,7 +156,11 @@ class Run:
 
     def carry_out(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to its last; every way out leaves the record telling how it ended."""
-        metrics = MetricsFile(self.folder, self.plan.first_step) if self.accelerator.is_main_process else None
+        metrics = (
+            MetricsFile(self.folder, self.plan.first_step, self.reporter.warn)
+            if self.accelerator.is_main_process
+            else None
+        )
         try:
             self._loop(metrics, stop, stop_after)
         except (Interrupted, KeyboardInterrupt):
@@ -220,8 +224,8 @@ class Run:
                     if asked_to_stop:
                         raise Interrupted(
                             stop.signal_number or signal.SIGTERM,
-                            f"stopped after step {done} of {total}; the run is saved in `{self.folder}`",
-                            "go on with `--resume auto`",
+                            f"interrupted after step {done} of {total}; the run is saved in `{self.folder}`",
+                            "continue with `--resume auto`",
                         )
                     return
 

@@ -22,8 +22,8 @@ class StopRequest:
         if self.signal_number is not None:
             raise Interrupted(
                 self.signal_number,
-                "stopped before the first step; what was encoded is kept",
-                "give the same command again to go on",
+                "interrupted before the first step; what was encoded is kept",
+                "repeat the command to continue",
             )
 
 
@@ -40,7 +40,7 @@ def listen_for_stop(tell: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal_number = number
-        tell("Finishing the step in work and saving; the same signal again stops at once")
+        tell("Finishing the current step and saving; repeat the signal to stop at once")
         signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
 
     before = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}

@@ -1,0 +1,125 @@
+"""stdout and stderr where their reader is gone or their disk is full.
+
+Messages must never end what they tell of: on stderr what cannot be written is left out. Data on stdout that cannot be
+written is the failure of a command whose purpose is that data.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+
+class ReaderGone(DiffSynthError):
+    """The program that read stdout, such as `head`, has what it wanted. Nothing is to be said, as with other tools."""
+
+    exit_code = SIGNAL_EXIT_BASE + signal.SIGPIPE
+
+    def __init__(self) -> None:
+        super().__init__("the reader of stdout is gone")
+        self.problems = ()
+
+
+class MessageStream:
+    """A text stream that never fails: once the system refuses to write, what follows is left out."""
+
+    def __init__(self, stream: "TextIO") -> None:
+        self._stream = stream
+        self._off = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._off:
+            return
+        try:
+            act()
+        except BlockingIOError:
+            pass  # somebody made the terminal non-blocking, and it is slow
+        except OSError:
+            self._turn_off()
+        except RuntimeError:
+            pass  # a signal came in the midst of a write, and its handler writes too
+
+    def _turn_off(self) -> None:
+        self._off = True
+        # What is still in the buffer would fail again when Python ends, and turn the exit code into 120.
+        with suppress(OSError, ValueError):
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, self._stream.fileno())
+            os.close(sink)
+
+
+class DataStream(MessageStream):
+    """A text stream whose failure is an error of ours: `ReaderGone` when a pipe was closed, else a DiffSynthError."""
+
+    _failure: DiffSynthError | None = None
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._failure:  # typer tries a stream out before it prints, and passes over what is raised then
+            raise self._failure
+        try:
+            act()
+        except OSError as error:
+            self._failure = ReaderGone() if error.errno == errno.EPIPE else _cannot_write(error)
+            self._turn_off()
+            raise self._failure from error
+
+
+def _cannot_write(error: OSError) -> DiffSynthError:
+    what = f"cannot write to stdout: {error.strerror or error}"
+    return DiffSynthError(what, "free some space, or send the output elsewhere")
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """While the block runs, stdout and stderr fail as this module says."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = DataStream(before[0]) if before[0] else before[0]
+    sys.stderr = MessageStream(before[1]) if before[1] else before[1]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def stdout_as_messages() -> Iterator[None]:
+    """While the block runs, stdout fails as quietly as stderr: for runs, which are worth more than what they tell."""
+    before = sys.stdout
+    stream = before._stream if isinstance(before, DataStream) else before
+    sys.stdout = MessageStream(stream) if stream else stream
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def open_closed_descriptors() -> None:
+    """Open the null device as stdin, stdout and stderr where those were closed (`2>&-`): else the next files that are
+    opened, weights among them, take their numbers, and what libraries tell is written into them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
