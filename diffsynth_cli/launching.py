@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from diffsynth_core.config.recipes import recipe_folder
+from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
 from diffsynth_core.planning.device import sharded_launch
@@ -60,7 +60,7 @@ def find_config(name: str | None) -> Path | None:
     if name is None:
         default = default_config()
         return default if default.is_file() else None
-    presets = {path.stem: path for path in sorted((recipe_folder() / "accelerate").glob("*.yaml"))}
+    presets = launcher_presets()
     path = presets.get(name, Path(name))
     if not path.is_file():
         near = suggest(name, presets)

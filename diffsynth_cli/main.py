@@ -1,5 +1,6 @@
 """Entry point: the commands, and the one boundary where errors become messages and exit codes."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,7 +32,6 @@ def build_app(named: str | None) -> typer.Typer:
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        add_completion=False,
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback()(_root)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    named = next((word for word in words if not word.startswith("-")), None)
+    named = next((word for word in words or _typed_words() if not word.startswith("-")), None)
     try:
         app = build_app(named)
         outcome = app(words, standalone_mode=False, prog_name="diffsynth")
@@ -80,6 +80,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
         typer.echo("Interrupted", err=True)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _typed_words() -> list[str]:
+    """The words behind `diffsynth` of a line that a shell asks completions for: bash names them in one variable, other
+    shells in another."""
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return line.split()[1:]
 
 
 def _report(error: Exception) -> int:

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Setting
+from diffsynth_core.config.recipes import launcher_presets, recipe_names
 
 METAVARS = {
     "int": "INTEGER",
@@ -65,8 +66,31 @@ def _annotation(setting: Setting) -> Any:
         ]
     return Annotated[
         str | None,
-        typer.Option(f"--{setting.name}", metavar=metavar(setting), help=setting.help_text, show_default=False),
+        typer.Option(
+            f"--{setting.name}",
+            metavar=metavar(setting),
+            help=setting.help_text,
+            show_default=False,
+            autocompletion=_completions(setting),
+        ),
     ]
+
+
+def _completions(setting: Setting) -> Callable[[str], list[str]]:
+    """What offers a shell the values of an option that begin as typed; none where the shell may offer files."""
+    if setting.name == "recipe":
+        return complete_recipe
+
+    def complete(incomplete: str) -> list[str]:
+        values = launcher_presets() if setting.name == "accelerate_config" else setting.choices
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The recipes that a shell offers."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def metavar(setting: Setting) -> str:

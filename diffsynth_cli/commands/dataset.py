@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.options import SPELLINGS, complete_recipe
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
@@ -78,7 +78,10 @@ class Options:
 def validate_dataset(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the dataset, or its metadata file")],
     recipe: Annotated[
-        str | None, typer.Option("--recipe", metavar="NAME", help="Recipe whose family's rules apply")
+        str | None,
+        typer.Option(
+            "--recipe", metavar="NAME", help="Recipe whose family's rules apply", autocompletion=complete_recipe
+        ),
     ] = None,
     output_format: Annotated[
         ReportFormat, typer.Option("--format", help="table for people, json for programs")

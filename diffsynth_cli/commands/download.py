@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.options import SPELLINGS, complete_recipe
 
 if TYPE_CHECKING:
     from diffsynth_core.planning.download_request import DownloadRequest
@@ -41,7 +41,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def download(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Recipes, or MODEL_ID:GLOB")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Recipes, or MODEL_ID:GLOB", autocompletion=complete_recipe),
+    ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", metavar="ID", help="A dataset instead of models")] = None,
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files of the dataset; repeatable")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diffsynth_cli.options import complete_recipe
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
@@ -60,7 +61,7 @@ def list_recipes(
 
 
 def show_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe", autocompletion=complete_recipe)],
     output_format: Annotated[
         ShowFormat, typer.Option("--format", help="yaml, json, or flags: a complete command line")
     ] = ShowFormat.YAML,

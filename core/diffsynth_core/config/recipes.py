@@ -59,6 +59,11 @@ class Recipe:
         return {name: value for layer in self.layers for name, value in layer.parameters.items()}
 
 
+def launcher_presets() -> dict[str, Path]:
+    """The configurations for accelerate's launcher that come with the recipes, by name."""
+    return {path.stem: path for path in sorted((recipe_folder() / "accelerate").glob("*.yaml"))}
+
+
 def recipe_folder() -> Path:
     """Where the recipes lie: in the installed package, else in the checkout of an editable install."""
     package = Path(str(files("diffsynth_core")))
