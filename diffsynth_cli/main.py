@@ -1,6 +1,7 @@
 """Entry point: the commands, and the one boundary where errors become messages and exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +13,7 @@ import typer
 from diffsynth_cli import STOPPED
 from diffsynth_cli.streams import guarded_streams
 
+OPTION = re.compile(r"(?<= --)[\w-]+")
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
@@ -83,10 +85,16 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _typed_words() -> list[str]:
-    """The words behind `diffsynth` of a line that a shell asks completions for: bash names them in one variable, other
-    shells in another."""
-    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
-    return line.split()[1:]
+    """The words behind `diffsynth` of a line that a shell asks completions for.
+
+    Typer reads them from the environment and knows options by their names alone, so `--lora-rank` becomes `--lora_rank`
+    there.
+    """
+    for variable in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # bash's, and that of other shells
+        if line := os.environ.get(variable):
+            os.environ[variable] = line = OPTION.sub(lambda option: option[0].replace("-", "_"), line)
+            return line.split()[1:]
+    return []
 
 
 def _report(error: Exception) -> int:

@@ -7,25 +7,24 @@ import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat, carry_out
 from diffsynth_cli.options import SPELLINGS, DialectName
+from diffsynth_cli.wrapping import help_with_examples
 
 HELP = """Write a LoRA in the names that another program reads, with the same change of weights.
 
 No base model is needed: family and names are told by the file. A LoRA on q, k and v alone becomes one of a higher rank
 where a program has them as one module; everything else keeps its rank. Scales are kept as alphas, or multiplied into
-lora_B where a program reads none.
-
-Examples:
-
-  diffsynth convert-lora epoch-4.safetensors --to diffusers -o style.safetensors
-
-  diffsynth convert-lora style.safetensors --to kohya -o style-kohya.safetensors --family flux2
-
-  diffsynth convert-lora style.safetensors --to comfyui -o comfy.safetensors --check flux1-dev.safetensors
-"""
+lora_B where a program reads none."""
+EXAMPLES = (
+    "diffsynth convert-lora epoch-4.safetensors --to diffusers -o style.safetensors",
+    "diffsynth convert-lora style.safetensors --to kohya -o style-kohya.safetensors --family flux2",
+    "diffsynth convert-lora style.safetensors --to comfyui -o comfy.safetensors --check flux1-dev.safetensors",
+)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("convert-lora", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(convert_lora)
+    app.command(
+        "convert-lora", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
+    )(convert_lora)
 
 
 def convert_lora(

@@ -11,6 +11,7 @@ import typer
 
 from diffsynth_cli.options import SPELLINGS, complete_recipe
 from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.progress import count_of, format_bytes
 from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
 
@@ -34,26 +35,22 @@ class Depth(StrEnum):
 HELP = """Check a dataset before training trips over it: metadata, paths, captions, and every file decoded to its end.
 
 PATH is a folder (its metadata is found, or captions beside the files) or a metadata file. With --recipe the rules of its
-family apply. Exit code 0 without errors, 1 with.
-
-Examples:
-
-  diffsynth dataset validate data/mine
-
-  diffsynth dataset validate data/mine --recipe qwen-image-lora
-
-  diffsynth dataset validate data/mine/metadata.csv --format json
-
-  diffsynth dataset validate data/mine --report report.html
-
-  diffsynth dataset validate data/mine --fix data/mine/whole.csv
-"""
+family apply. Exit code 0 without errors, 1 with."""
+EXAMPLES = (
+    "diffsynth dataset validate data/mine",
+    "diffsynth dataset validate data/mine --recipe qwen-image-lora",
+    "diffsynth dataset validate data/mine/metadata.csv --format json",
+    "diffsynth dataset validate data/mine --report report.html",
+    "diffsynth dataset validate data/mine --fix data/mine/whole.csv",
+)
 
 
 def add_to(app: typer.Typer) -> None:
     datasets = typer.Typer(help="Check datasets.", no_args_is_help=True, rich_markup_mode=None)
     datasets.callback()(_group)
-    datasets.command("validate", help=HELP, context_settings=SPELLINGS)(_with_thresholds())
+    datasets.command("validate", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS)(
+        _with_thresholds()
+    )
     app.add_typer(datasets, name="dataset")
 
 

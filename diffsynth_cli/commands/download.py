@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffsynth_cli.options import SPELLINGS, complete_recipe
+from diffsynth_cli.wrapping import help_with_examples
 
 if TYPE_CHECKING:
     from diffsynth_core.planning.download_request import DownloadRequest
@@ -17,18 +18,13 @@ HELP = """Bring the files of recipes, models and datasets from the hubs.
 
 NAME is a recipe, or MODEL_ID:GLOB as recipes name files. Models go below --local_model_path, else
 DIFFSYNTH_MODEL_BASE_PATH, else ./models; config.json, tokenizer and processor come along. What is here already is not
-fetched again, and what was broken off goes on where it stopped.
-
-Examples:
-
-  diffsynth download qwen-image-lora
-
-  diffsynth download wan2.1-t2v-1.3b-lora --dry_run
-
-  diffsynth download 'Qwen/Qwen-Image:vae/*' --source huggingface
-
-  diffsynth download --dataset DiffSynth-Studio/diffsynth_example_dataset --include 'qwen_image/Qwen-Image/*'
-"""
+fetched again, and what was broken off goes on where it stopped."""
+EXAMPLES = (
+    "diffsynth download qwen-image-lora",
+    "diffsynth download wan2.1-t2v-1.3b-lora --dry_run",
+    "diffsynth download 'Qwen/Qwen-Image:vae/*' --source huggingface",
+    "diffsynth download --dataset DiffSynth-Studio/diffsynth_example_dataset --include 'qwen_image/Qwen-Image/*'",
+)
 
 
 class Format(StrEnum):
@@ -37,7 +33,7 @@ class Format(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("download", help=HELP, context_settings=SPELLINGS)(download)
+    app.command("download", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS)(download)
 
 
 def download(

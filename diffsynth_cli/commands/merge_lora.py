@@ -8,6 +8,7 @@ import typer
 
 from diffsynth_cli.file_plans import DryRun, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
 from diffsynth_cli.options import SPELLINGS
+from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.errors import Problem, raise_if_any
 
 HELP = """Merge LoRAs into a base, or into one LoRA.
@@ -17,16 +18,12 @@ change stays as it is, byte for byte, in the same files. Without --base, the LoR
 --rank takes the nearest LoRA of that rank instead, and says how much is lost.
 
 A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. A file whose name is the whole text
-is meant before all else, so names may have colons.
-
-Examples:
-
-  diffsynth merge-lora --base Qwen/Qwen-Image:transformer/*.safetensors --lora style.safetensors --output_path merged
-
-  diffsynth merge-lora --base flux1-dev.safetensors --lora a.safetensors:0.7 --lora b.safetensors --output_path merged
-
-  diffsynth merge-lora --lora a.safetensors --lora b.safetensors:-0.5 --output_path both.safetensors --rank 32
-"""
+is meant before all else, so names may have colons."""
+EXAMPLES = (
+    "diffsynth merge-lora --base 'Qwen/Qwen-Image:transformer/*.safetensors' --lora style.safetensors --output_path merged",
+    "diffsynth merge-lora --base flux1-dev.safetensors --lora a.safetensors:0.7 --lora b.safetensors --output_path merged",
+    "diffsynth merge-lora --lora a.safetensors --lora b.safetensors:-0.5 --output_path both.safetensors --rank 32",
+)
 
 
 class NumberFormat(StrEnum):
@@ -36,7 +33,9 @@ class NumberFormat(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("merge-lora", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(merge_lora)
+    app.command(
+        "merge-lora", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
+    )(merge_lora)
 
 
 def merge_lora(

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from diffsynth_cli.options import complete_recipe
+from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.errors import raise_if_any
+
+SHOW_HELP = "Show a recipe with all documented parameters expanded, for each stage where it has stages."
 
 
 class ListFormat(StrEnum):
@@ -28,8 +31,12 @@ def add_to(app: typer.Typer) -> None:
     recipes = typer.Typer(
         help="List and show recipes, print their JSON schema.", no_args_is_help=True, rich_markup_mode=None
     )
-    recipes.command("list")(list_recipes)
-    recipes.command("show")(show_recipe)
+    recipes.command("list", help=help_with_examples("List all recipes.", "diffsynth recipe list --format json"))(
+        list_recipes
+    )
+    recipes.command("show", help=help_with_examples(SHOW_HELP, "diffsynth recipe show qwen-image-lora --format flags"))(
+        show_recipe
+    )
     recipes.command("schema")(print_schema)
     app.add_typer(recipes, name="recipe")
 
@@ -39,10 +46,7 @@ def list_recipes(
         ListFormat, typer.Option("--format", help="table for people, json for programs")
     ] = ListFormat.TABLE,
 ) -> None:
-    """List all recipes.
-
-    Example: diffsynth recipe list --format json
-    """
+    """Print a line for each recipe."""
     recipes = [load_recipe(name) for name in recipe_names()]
     if output_format is ListFormat.JSON:
         typer.echo(
@@ -66,10 +70,7 @@ def show_recipe(
         ShowFormat, typer.Option("--format", help="yaml, json, or flags: a complete command line")
     ] = ShowFormat.YAML,
 ) -> None:
-    """Show a recipe with all documented parameters expanded, for each stage where it has stages.
-
-    Example: diffsynth recipe show qwen-image-lora --format flags
-    """
+    """Print what a recipe expands into."""
     recipe = load_recipe(name)
     stages = resolve_stages({"recipe": name})
     raise_if_any([problem for resolved in stages for problem in resolved.problems])

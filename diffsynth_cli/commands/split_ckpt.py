@@ -8,6 +8,7 @@ import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, OutputFormat, Overwrite, PlanFormat, carry_out
 from diffsynth_cli.options import SPELLINGS, DialectName
+from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.errors import FaultsFound, Problem
 
 if TYPE_CHECKING:
@@ -19,20 +20,14 @@ By component, each gets a file of its full weights, `text_encoder.safetensors`, 
 `dit.lora.safetensors`. Names stay as they are, without the beginning that names the component, unless --layout asks for
 others. No config.json is written: that of the base model goes on to be the right one.
 
-CKPT is a safetensors file, the shards of one model, their index, or a folder that holds one of these.
-
-Examples:
-
-  diffsynth split-ckpt epoch-0.safetensors --output_path parts --dry_run
-
-  diffsynth split-ckpt step-9.safetensors --output_path parts --layout diffusers
-
-  diffsynth split-ckpt old.safetensors --output_path parts --unprefixed dit
-
-  diffsynth split-ckpt transformer --output_path shards --by size
-
-  diffsynth split-ckpt parts --output_path whole --join
-"""
+CKPT is a safetensors file, the shards of one model, their index, or a folder that holds one of these."""
+EXAMPLES = (
+    "diffsynth split-ckpt epoch-0.safetensors --output_path parts --dry_run",
+    "diffsynth split-ckpt step-9.safetensors --output_path parts --layout diffusers",
+    "diffsynth split-ckpt old.safetensors --output_path parts --unprefixed dit",
+    "diffsynth split-ckpt transformer --output_path shards --by size",
+    "diffsynth split-ckpt parts --output_path whole --join",
+)
 
 
 class By(StrEnum):
@@ -47,7 +42,9 @@ class LayoutName(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("split-ckpt", help=HELP, context_settings=SPELLINGS, no_args_is_help=True)(split_checkpoint)
+    app.command(
+        "split-ckpt", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
+    )(split_checkpoint)
 
 
 def split_checkpoint(

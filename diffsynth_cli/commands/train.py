@@ -5,29 +5,26 @@ from typing import Any
 import typer
 
 from diffsynth_cli.options import BOTH_SPELLINGS, GroupedHelp, with_setting_options
+from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.resolve import resolve_stages
 
 HELP = """Train from a recipe: LoRA, full, or both.
 
 Every flag can be written with underscores or dashes; flags override --config, which overrides the recipe,
-which overrides the defaults.
-
-Examples:
-
-  diffsynth train --recipe qwen-image-lora --rehearse
-
-  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine
-
-  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --resume auto
-
-  diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --num_processes 4
-
-  diffsynth train --recipe wan2.2-t2v-a14b-lora --dataset_base_path data/clips --only high --dry_run
-"""
+which overrides the defaults."""
+EXAMPLES = (
+    "diffsynth train --recipe qwen-image-lora --rehearse",
+    "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine",
+    "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --resume auto",
+    "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --num_processes 4",
+    "diffsynth train --recipe wan2.2-t2v-a14b-lora --dataset_base_path data/clips --only high --dry_run",
+)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("train", cls=GroupedHelp, help=HELP, context_settings=BOTH_SPELLINGS)(with_setting_options(train))
+    app.command("train", cls=GroupedHelp, help=help_with_examples(HELP, *EXAMPLES), context_settings=BOTH_SPELLINGS)(
+        with_setting_options(train)
+    )
 
 
 def train(context: typer.Context, flags: dict[str, Any]) -> int:
