@@ -11,7 +11,7 @@ from diffsynth_core.data.metadata import CAPTION_ENDING, ENDINGS, SHOWN_OF_A_PAT
 from diffsynth_core.errors import beginning, suggest
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, Level, found
-from diffsynth_core.validation.listing import Listing, letters
+from diffsynth_core.data.listing import Listing, letters
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")

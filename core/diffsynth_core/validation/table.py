@@ -20,7 +20,7 @@ from diffsynth_core.data.metadata import (
 )
 from diffsynth_core.errors import DiffSynthError, kind_of
 from diffsynth_core.validation.findings import Finding, found
-from diffsynth_core.validation.listing import Listing
+from diffsynth_core.data.listing import Listing
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
 
 

@@ -25,7 +25,7 @@ from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
-from diffsynth_core.validation.listing import Listing, list_files, list_named
+from diffsynth_core.data.listing import Listing, list_files, list_named
 from diffsynth_core.validation.metadata_checks import check_columns, check_rows, check_unused, read_records
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths

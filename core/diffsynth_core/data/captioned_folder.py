@@ -1,0 +1,178 @@
+"""A folder whose captions stand in text files beside the media: what each of its files is, and what is said of those
+that are not read. No torch.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffsynth_core.data.formats import CONVERSIONS, Kind, ending_of, kind_of_file, leftover_of
+from diffsynth_core.data.listing import Listing
+from diffsynth_core.errors import Problem, shorten
+from diffsynth_core.progress import count_of
+
+NOT_SAMPLES: Mapping[str, frozenset[str]] = {"picture": frozenset({"clip"}), "video": frozenset()}
+"""What is trained on -> kinds of media that are no samples of it."""
+SHOWN_FILES = 3
+
+
+@dataclass(frozen=True)
+class CaptionedFolder:
+    """Every file of a folder, in exactly one place; paths are relative to it, with `/`, in order.
+
+    `rows`: image or clip -> the captions beside it, of which one is right. `captions`: those of `rows` and of
+    `other_media` and `unsupported`. `other_media`: clips, where images are trained on. `unsupported`: images and clips
+    that nothing installed decodes. `leftovers`: what systems and programs leave behind, by whose it is; of folders that
+    are not looked into their name. `metadata`: files that are called metadata.
+    """
+
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    lone_captions: tuple[str, ...] = ()
+    other_media: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    captioned_unsupported: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    leftovers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    metadata: tuple[str, ...] = ()
+
+    def shared_captions(self) -> Iterator[tuple[str, str, str]]:
+        """(first, second, caption): pairs of samples that one caption stands beside."""
+        first: dict[str, str] = {}
+        for name, captions in self.rows.items():
+            for caption in captions:
+                other = first.setdefault(caption, name)
+                if other != name:
+                    yield other, name, caption
+
+    def rival_captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Samples that several captions stand beside, and these."""
+        yield from ((name, captions) for name, captions in self.rows.items() if len(captions) > 1)
+
+
+def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = ()) -> CaptionedFolder:
+    """What each file of a listing is, where `kind` (`picture` or `video`) is trained on.
+
+    `metadata_names`: names of files that are no samples, because they are taken for metadata or stand in its place.
+    """
+    kinds = {name: kind_of_file(listing.base / name) for name in listing.files if name not in metadata_names}
+    media = _of(kinds, "image", "clip")
+    rows = [name for name in media if kinds[name] not in NOT_SAMPLES[kind]]
+    other = [name for name in media if kinds[name] in NOT_SAMPLES[kind]]
+    captions = _of(kinds, "caption")
+    beside: dict[str, list[str]] = {}
+    for caption in captions:
+        beside.setdefault(stem_key(caption), []).append(caption)
+    of_rows = {name: tuple(beside.get(stem_key(name), ())) for name in rows}
+    taken = {caption for some in of_rows.values() for caption in some}
+    unsupported = _of(kinds, "unsupported")
+    captioned = [name for name in unsupported if set(beside.get(stem_key(name), ())) - taken]
+    taken |= {caption for name in (*other, *unsupported) for caption in beside.get(stem_key(name), ())}
+    leftovers: dict[str, list[str]] = {}
+    for name in _of(kinds, "leftover"):
+        leftovers.setdefault(leftover_of(name.rpartition("/")[2]) or "ComfyUI", []).append(name)
+    for folder, what in sorted(listing.leftover_folders.items()):
+        leftovers.setdefault(what, []).append(f"{folder}/")
+    return CaptionedFolder(
+        rows=of_rows,
+        captions=tuple(name for name in captions if name in taken),
+        lone_captions=tuple(name for name in captions if name not in taken),
+        other_media=tuple(other),
+        unsupported=tuple(name for name in unsupported if name not in captioned),
+        captioned_unsupported=tuple(captioned),
+        unknown=_of(kinds, "unknown"),
+        leftovers={what: tuple(names) for what, names in leftovers.items()},
+        metadata=tuple(name for name in metadata_names if name in listing.files),
+    )
+
+
+def _of(kinds: Mapping[str, Kind], *wanted: Kind) -> tuple[str, ...]:
+    """The names of some kinds, sorted folder by folder."""
+    return tuple(sorted((name for name, kind in kinds.items() if kind in wanted), key=lambda name: name.split("/")))
+
+
+def stem_key(name: str) -> str:
+    """What an image and its caption have in common: the path without its ending, however its accents are composed."""
+    ending = ending_of(name)
+    return unicodedata.normalize("NFC", name[: len(name) - len(ending)])
+
+
+def expected_caption(name: str) -> str:
+    """Where the caption of an image or clip is looked for first."""
+    return f"{name[: len(name) - len(ending_of(name))]}.txt"
+
+
+def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem | None:
+    """What to say of images and clips that nothing installed decodes; None: there are none."""
+    if not names:
+        return None
+    verb = "cannot be read here, though a caption stands beside" if captioned else "cannot be read here"
+    of = (" it" if len(names) == 1 else " each") if captioned else ""
+    hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
+    return Problem(f"{_listed(names, 'file')} {verb}{of}", "; ".join(hints))
+
+
+def unknown_problem(names: tuple[str, ...]) -> Problem | None:
+    """What to say of files that are no media, captions or metadata; None: there are none."""
+    if not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    return Problem(f"{_listed(names, 'file')} {verb} not read: no image, clip or caption", "move what is not meant away")
+
+
+def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str | None:
+    """One line that says what was passed over; None: nothing was."""
+    count = sum(map(len, leftovers.values()))
+    if not count:
+        return None
+    listed = ", ".join(f"{len(names)} of {what} (`{names[0]}`)" for what, names in leftovers.items())
+    return f"{count_of(count, 'file or folder', 'files and folders')} passed over: {listed}"
+
+
+def other_media_problem(names: tuple[str, ...]) -> Problem | None:
+    """What to say of clips in a folder whose images are trained on; None: there are none."""
+    if not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    return Problem(
+        f"{_listed(names, 'video')} {verb} not used: images are trained on",
+        "move them away, or name the recipe that they are for",
+    )
+
+
+def lone_captions_problem(names: tuple[str, ...]) -> Problem | None:
+    """What to say of captions that stand beside nothing; None: there are none."""
+    if not names:
+        return None
+    verb = "stands" if len(names) == 1 else "stand"
+    return Problem(f"{_listed(names, 'caption')} {verb} beside no image or clip", "put the file beside it, or move it away")
+
+
+def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
+    """What is worth saying of the files that are not read, each kind once."""
+    problems = (
+        unsupported_problem(folder.unsupported, captioned=False),
+        other_media_problem(folder.other_media),
+        lone_captions_problem(folder.lone_captions),
+        unknown_problem(folder.unknown),
+    )
+    said = [f"{one.message} ({one.hint})" if one.hint else one.message for one in problems if one]
+    passed_over = leftovers_note(folder.leftovers)
+    return (*said, *([passed_over] if passed_over else []))
+
+
+def _listed(names: tuple[str, ...], noun: str) -> str:
+    return f"{count_of(len(names), noun)} ({shorten(names, SHOWN_FILES)})"
+
+
+def read_caption(path: Path) -> str:
+    """The caption in a text file, without blanks at its ends.
+
+    Raises:
+        UnicodeDecodeError: when it is not UTF-8.
+        OSError: when it cannot be read.
+    """
+    from diffsynth_core.data.metadata import decode_text
+
+    return decode_text(path.read_bytes()).strip()
