@@ -13,8 +13,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from diffsynth_core.data import decoding
+from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.pictures import load_picture
-from diffsynth_core.data.videos import VIDEO_ENDINGS, count_frames, load_clip, read_video_header
+from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 from diffsynth_core.errors import DiffSynthError
 from tests.clips import LOSSLESS, LOSSY, detailed, ffmpeg, numbered, numbers, write_clip
 
@@ -37,7 +38,7 @@ def test_every_container_is_read(tmp_path, ending):
     assert (header.width, header.height, header.rotated, header.frame_rate) == (64, 48, False, 25)
     assert (count_frames(path, None, None), count_frames(path, None, 7)) == (30, 7)
     assert numbers(load_clip(path, 5, 10, 48, 64, None)) == list(range(5, 15))
-    assert f".{ending}" in VIDEO_ENDINGS
+    assert f".{ending}" in CLIP_ENDINGS
 
 
 @pytest.mark.parametrize("ending", LOSSLESS)

@@ -5,7 +5,6 @@ that are not read. No torch.
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from diffsynth_core.data.formats import CONVERSIONS, Kind, ending_of, kind_of_file, leftover_of
 from diffsynth_core.data.listing import Listing
@@ -103,76 +102,50 @@ def expected_caption(name: str) -> str:
     return f"{name[: len(name) - len(ending_of(name))]}.txt"
 
 
-def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem | None:
-    """What to say of images and clips that nothing installed decodes; None: there are none."""
-    if not names:
-        return None
-    verb = "cannot be read here, though a caption stands beside" if captioned else "cannot be read here"
-    of = (" it" if len(names) == 1 else " each") if captioned else ""
+def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
+    """What to say of images and clips that nothing installed decodes; `captioned`: captions stand beside them."""
+    beside = (", though a caption stands beside " + ("it" if len(names) == 1 else "each")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
-    return Problem(f"{_listed(names, 'file')} {verb}{of}", "; ".join(hints))
+    return Problem(f"{_listed(names, 'file')} cannot be read here{beside}", "; ".join(hints))
 
 
-def unknown_problem(names: tuple[str, ...]) -> Problem | None:
-    """What to say of files that are no media, captions or metadata; None: there are none."""
-    if not names:
-        return None
-    verb = "is" if len(names) == 1 else "are"
-    return Problem(f"{_listed(names, 'file')} {verb} not read: no image, clip or caption", "move what is not meant away")
+def unknown_problem(names: tuple[str, ...]) -> Problem:
+    """What to say of files that are no media, captions or metadata."""
+    return Problem(
+        f"{_listed(names, 'file')} {_are(names)} not read: no image, clip or caption", "move away what is not meant"
+    )
 
 
-def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str | None:
-    """One line that says what was passed over; None: nothing was."""
+def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
+    """One line that says what was passed over."""
     count = sum(map(len, leftovers.values()))
-    if not count:
-        return None
     listed = ", ".join(f"{len(names)} of {what} (`{names[0]}`)" for what, names in leftovers.items())
     return f"{count_of(count, 'file or folder', 'files and folders')} passed over: {listed}"
 
 
-def other_media_problem(names: tuple[str, ...]) -> Problem | None:
-    """What to say of clips in a folder whose images are trained on; None: there are none."""
-    if not names:
-        return None
-    verb = "is" if len(names) == 1 else "are"
-    return Problem(
-        f"{_listed(names, 'video')} {verb} not used: images are trained on",
-        "move them away, or name the recipe that they are for",
-    )
-
-
-def lone_captions_problem(names: tuple[str, ...]) -> Problem | None:
-    """What to say of captions that stand beside nothing; None: there are none."""
-    if not names:
-        return None
-    verb = "stands" if len(names) == 1 else "stand"
-    return Problem(f"{_listed(names, 'caption')} {verb} beside no image or clip", "put the file beside it, or move it away")
-
-
 def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
     """What is worth saying of the files that are not read, each kind once."""
-    problems = (
-        unsupported_problem(folder.unsupported, captioned=False),
-        other_media_problem(folder.other_media),
-        lone_captions_problem(folder.lone_captions),
-        unknown_problem(folder.unknown),
-    )
-    said = [f"{one.message} ({one.hint})" if one.hint else one.message for one in problems if one]
-    passed_over = leftovers_note(folder.leftovers)
-    return (*said, *([passed_over] if passed_over else []))
+    notes = []
+    if folder.unsupported:
+        problem = unsupported_problem(folder.unsupported, captioned=False)
+        notes.append(f"{problem.message} ({problem.hint})")
+    if folder.other_media:
+        notes.append(
+            f"{_listed(folder.other_media, 'video')} {_are(folder.other_media)} not used: images are trained on"
+        )
+    if folder.lone_captions:
+        verb = "stands" if len(folder.lone_captions) == 1 else "stand"
+        notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} beside no image or clip")
+    if folder.unknown:
+        notes.append(unknown_problem(folder.unknown).message)
+    if folder.leftovers:
+        notes.append(leftovers_note(folder.leftovers))
+    return tuple(notes)
+
+
+def _are(names: tuple[str, ...]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _listed(names: tuple[str, ...], noun: str) -> str:
     return f"{count_of(len(names), noun)} ({shorten(names, SHOWN_FILES)})"
-
-
-def read_caption(path: Path) -> str:
-    """The caption in a text file, without blanks at its ends.
-
-    Raises:
-        UnicodeDecodeError: when it is not UTF-8.
-        OSError: when it cannot be read.
-    """
-    from diffsynth_core.data.metadata import decode_text
-
-    return decode_text(path.read_bytes()).strip()

@@ -19,10 +19,9 @@ import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 from numpy.typing import NDArray
 
+from diffsynth_core.data.formats import demuxers_of
 from diffsynth_core.errors import DiffSynthError
 
-FORMATS = "mov,matroska,avi,gif"
-"""ffmpeg's names of the containers that are read; playlists, which open other files, and pictures are not."""
 FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
 """What an output is made of: the first video stream that is no cover picture, no frame doubled or left out."""
 FRAME_DAMAGE = (
@@ -49,10 +48,10 @@ KEPT_LINES = 500
 DISCARDED_BYTES = 1 << 20
 REASONS = (
     ("matches no streams", "it has no video stream", False),
-    ("Format not on whitelist", "it is no MP4, MOV, MKV, WebM, AVI or GIF", False),
-    ("misdetection possible", "it is no MP4, MOV, MKV, WebM, AVI or GIF", False),
+    ("Format not on whitelist", "it is no video of a known format", False),
+    ("misdetection possible", "it is no video of a known format", False),
     ("moov atom not found", "it ends before the index that stands at its end", True),
-    ("Error opening input: Invalid data", "it is no MP4, MOV, MKV, WebM, AVI or GIF, or its header is damaged", False),
+    ("Error opening input: Invalid data", "it is no video of a known format, or its header is damaged", False),
     ("Error opening input: End of file", "it ends before its first frame", True),
 )
 """(what ffmpeg says of a file that it does not open, what it means, whether the file is cut off): the first that is
@@ -88,7 +87,7 @@ class Decoding:
         self._log = _Log()
         before = ["-nostdin", "-nostats", "-hide_banner", "-loglevel", "repeat+level+info", "-debug_ts"]
         # Without -reinit_filter 0, filters count frames anew after a change of size or colours.
-        reading = ["-format_whitelist", FORMATS, "-reinit_filter", "0"]
+        reading = ["-format_whitelist", ",".join(demuxers_of(path)), "-reinit_filter", "0"]
         if threads is not None:
             reading += ["-threads", str(threads)]
         source = ["-i", f"file:{path}", *FRAMES_AS_THEY_ARE]

@@ -52,7 +52,7 @@ RAW_STREAMS: Mapping[str, tuple[str, ...]] = {
     "m4v": (".m4v",),
     "mjpeg": (".mjpg", ".mjpeg"),
 }
-"""The same of streams without a container: they have no header to be known by, so only the ending lets them be tried."""
+"""The same of streams without a container: having no header to be known by, they are tried by their ending alone."""
 CLIP_ENDINGS = frozenset(
     ending for table in (CONTAINERS, RAW_STREAMS) for endings in table.values() for ending in endings
 )
@@ -69,20 +69,20 @@ STILL_CAMERAS = (
     ".rwl", ".sr2", ".srw", ".x3f",
 )  # fmt: skip
 """Raw data of cameras: Pillow takes some for a TIFF and gives the thumbnail in it."""
+OTHER_IMAGES = (
+    ".ai", ".dpx", ".emf", ".eps", ".exr", ".hdr", ".jls", ".jxr", ".jxs", ".kra", ".pam", ".ps", ".psb", ".svg",
+    ".wbmp", ".wdp", ".wmf", ".xcf", ".xwd",
+)  # fmt: skip
+OTHER_CLIPS = (
+    ".amv", ".apv", ".avs2", ".avs3", ".bik", ".braw", ".cavs", ".cpk", ".drc", ".evc", ".h261", ".h263", ".m3u8",
+    ".mpd", ".r3d", ".roq", ".swf", ".vc1", ".vc2", ".yuv",
+)  # fmt: skip
 CONVERSIONS: Mapping[str, str] = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "convert to PNG or JPEG, or install `pillow-heif`"),
     ".jxl": "convert to PNG or JPEG, or install `pillow-jxl-plugin`",
     **dict.fromkeys(STILL_CAMERAS, "develop to PNG or JPEG"),
-    **dict.fromkeys(
-        (".ai", ".dpx", ".emf", ".eps", ".exr", ".hdr", ".jls", ".jxr", ".jxs", ".kra", ".ps", ".psb", ".svg", ".wdp")
-        + (".wmf", ".xcf", ".pam", ".xwd", ".wbmp"),
-        "convert to PNG or JPEG",
-    ),
-    **dict.fromkeys(
-        (".apv", ".avs2", ".avs3", ".bik", ".braw", ".cavs", ".cpk", ".drc", ".evc", ".h261", ".h263", ".m3u8", ".mpd")
-        + (".r3d", ".roq", ".swf", ".vc1", ".vc2", ".yuv", ".amv"),
-        "convert to MP4",
-    ),
+    **dict.fromkeys(OTHER_IMAGES, "convert to PNG or JPEG"),
+    **dict.fromkeys(OTHER_CLIPS, "convert to MP4"),
 }
 """Endings of images and clips that are not decoded here unless a plugin does -> what to do."""
 AMBIGUOUS = frozenset({".ts", ".mts"})
@@ -175,23 +175,33 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in decoded)
 
 
+def demuxers_of(path: Path) -> tuple[str, ...]:
+    """ffmpeg's names of the containers that a file may be of, whatever its ending, and of the streams by its ending."""
+    ending = ending_of(path.name)
+    return (*CONTAINERS, *(name for name, endings in RAW_STREAMS.items() if ending in endings))
+
+
+@cache
+def decoded_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that it decodes here, in the order in which it tries them."""
+    load_plugins()
+    return tuple(name for name in Image.ID if name not in NOT_DECODED)
+
+
 def kind_of_name(name: str) -> Kind | None:
     """What a file is by its name; None where only its bytes tell. A GIF counts as an image, though it may be a clip."""
-    if leftover_of(name.rpartition("/")[2]):
-        return "leftover"
-    ending = ending_of(name)
+    return "leftover" if leftover_of(name.rpartition("/")[2]) else kind_of_ending(ending_of(name))
+
+
+def kind_of_ending(ending: str) -> Kind | None:
+    """The same by the ending alone, for files that a row names."""
     if ending in CAPTION_ENDINGS:
         return "caption"
-    if ending in image_endings() and (ending == ".gif" or not is_clip_ending(ending)):
+    if ending in image_endings() and (ending == ".gif" or ending not in CLIP_ENDINGS):
         return "image"
     if ending in CONVERSIONS:
         return "unsupported"
-    return "clip" if is_clip_ending(ending) and ending not in AMBIGUOUS else None
-
-
-def is_clip_ending(ending: str) -> bool:
-    """Whether ffmpeg decodes files of this ending."""
-    return ending in CLIP_ENDINGS
+    return "clip" if ending in CLIP_ENDINGS and ending not in AMBIGUOUS else None
 
 
 def kind_of_file(path: Path) -> Kind:
@@ -199,25 +209,46 @@ def kind_of_file(path: Path) -> Kind:
     by_name = kind_of_name(path.name)
     if by_name:
         return by_name
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(SNIFFED_BYTES)
-    except OSError:
-        return "unknown"
-    if path.suffix.lower() == ".json":
+    head = _head(path)
+    if ending_of(path.name) == ".json":
         return "leftover" if is_workflow(head) else "unknown"
     return kind_of_bytes(head, path)
 
 
+def media_kind(path: Path) -> Kind:
+    """What a file that a row names is, by its ending and otherwise by its first bytes."""
+    return kind_of_ending(ending_of(path.name)) or kind_of_bytes(_head(path), path)
+
+
+def kind_by_content(path: Path) -> tuple[Kind, str | None]:
+    """What a file is by its first bytes alone, and what to do with it where nothing installed decodes it."""
+    head = _head(path)
+    kind = kind_of_bytes(head, path)
+    return kind, CONVERSIONS[".jxl" if head.startswith(JXL_SIGNATURES) else ".heic"] if kind == "unsupported" else None
+
+
 def kind_of_bytes(head: bytes, path: Path) -> Kind:
     """What the file at `path` is by its first bytes `head`, whatever its ending."""
-    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS or head.startswith(JXL_SIGNATURES):
+    if is_heif(head) or head.startswith(JXL_SIGNATURES):
         return "image" if _opens(path) else "unsupported"
-    if head[4:8] == b"ftyp" and head[8:11] != b"avi" or any(head[at:].startswith(mark) for at, mark in CLIP_SIGNATURES):
-        return "clip"
-    if is_transport_stream(head):
+    boxed = head[4:8] == b"ftyp" and head[8:11] != b"avi"  # of AVIF, avif and avis
+    if boxed or any(head.startswith(mark, at) for at, mark in CLIP_SIGNATURES) or is_transport_stream(head):
         return "clip"
     return "image" if _opens(path) else "unknown"
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether a file begins as HEIC images do."""
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none of one that cannot be opened."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(SNIFFED_BYTES)
+    except OSError:
+        return b""
 
 
 def is_transport_stream(head: bytes) -> bool:
@@ -233,20 +264,10 @@ def is_workflow(head: bytes) -> bool:
     return any(mark in head for mark in WORKFLOW_MARKS)
 
 
-def conversion_of(path: Path) -> str | None:
-    """What to do with an image or clip that is not decoded here, by its ending or its first bytes; None: nothing is
-    known of it."""
-    known = CONVERSIONS.get(path.suffix.lower())
-    if known:
-        return known
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(64)
-    except OSError:
-        return None
-    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
-        return CONVERSIONS[".heic"]
-    return CONVERSIONS[".jxl"] if head.startswith(JXL_SIGNATURES) else None
+def refused_format(path: Path) -> str | None:
+    """What to do with a file whose ending stands for a format that is not decoded here; None: it may be."""
+    ending = ending_of(path.name)
+    return CONVERSIONS[ending] if kind_of_ending(ending) == "unsupported" else None
 
 
 @cache

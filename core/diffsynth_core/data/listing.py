@@ -2,11 +2,13 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+from diffsynth_core.data.formats import leftover_folder
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Listing:
 
     `links`: those that are links to files within the folder, with the path of that file. `leaving`: links to somewhere
     else, and links to nothing; what they lead to has not been opened. `unread`: folders that the system does not open,
-    with its reason.
+    with its reason. `leftover_folders`: those that systems and programs leave behind, which are not looked into, and
+    whose they are.
     """
 
     base: Path
@@ -23,11 +26,28 @@ class Listing:
     links: Mapping[str, str] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
     unread: Mapping[str, str] = field(default_factory=dict)
+    leftover_folders: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_letters(self) -> dict[str, str]:
         """Paths by what is left of them when case and the composition of accents are passed over."""
         return {letters(name): name for name in self.files}
+
+    @cached_property
+    def _by_composition(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.files:
+            found.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+        return found
+
+    def find(self, name: str) -> str | None:
+        """The file that a row means by `name`: that of this very name, that without blanks at the ends, or the only one
+        whose accents are composed in another way. None: there is none."""
+        stripped = name.strip()
+        if name in self.files or stripped in self.files:
+            return name if name in self.files else stripped
+        alike = self._by_composition.get(unicodedata.normalize("NFC", stripped), [])
+        return alike[0] if len(alike) == 1 else None
 
     @cached_property
     def _by_folder(self) -> dict[str, list[str]]:
@@ -42,20 +62,27 @@ class Listing:
 
 
 def letters(name: str) -> str:
-    """What two paths share that differ only in case or in how accents are composed."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """What two paths share that differ only in case, in how accents are composed, or in blanks at the ends."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
-def list_files(base: Path) -> Listing:
-    """Every file below a folder.
+def list_files(base: Path, needed: Iterable[str] = ()) -> Listing:
+    """Every file below a folder, but for folders that systems and programs leave behind.
+
+    `needed`: paths relative to it whose folders are looked into all the same.
 
     Raises:
         OSError: when the folder itself cannot be opened; of those in it this is kept in `unread`.
     """
     lister = _Lister(base)
+    named = {folder for name in needed for folder in _folders_above(name)}
     folders = [""]
     while folders:
         folder = folders.pop()
+        whose = leftover_folder(folder.rpartition("/")[2])
+        if whose and folder not in named:
+            lister.leftover_folders[folder] = whose
+            continue
         try:
             folders += lister.take_folder(folder)
         except OSError as error:
@@ -63,6 +90,11 @@ def list_files(base: Path) -> Listing:
                 raise
             lister.unread[folder] = str(error.strerror)
     return lister.listing()
+
+
+def _folders_above(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def list_named(base: Path, names: Iterable[str]) -> Listing:
@@ -94,6 +126,7 @@ class _Lister:
         self._links: dict[str, str] = {}
         self.leaving: set[str] = set()
         self.unread: dict[str, str] = {}
+        self.leftover_folders: dict[str, str] = {}
 
     def take_folder(self, folder: str) -> list[str]:
         """Take in the files of a folder; the folders in it.
@@ -125,4 +158,6 @@ class _Lister:
 
     def listing(self) -> Listing:
         """What has been taken in."""
-        return Listing(self._base, self._files, self._links, frozenset(self.leaving), self.unread)
+        return Listing(
+            self._base, self._files, self._links, frozenset(self.leaving), self.unread, self.leftover_folders
+        )

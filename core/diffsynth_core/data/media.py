@@ -1,15 +1,17 @@
 """Pictures and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsynth_core.data.animations import is_animation
+from diffsynth_core.data.colour import COLOUR_TRANSFORM, Colours
+from diffsynth_core.data.formats import ending_of, media_kind
 from diffsynth_core.data.pictures import (
-    PICTURE_ENDINGS,
     PICTURE_TRANSFORM,
     PictureHeader,
     SizeRule,
@@ -17,7 +19,7 @@ from diffsynth_core.data.pictures import (
     read_picture_header,
 )
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.data.videos import VIDEO_ENDINGS, VIDEO_TRANSFORM, load_clip
+from diffsynth_core.data.videos import VIDEO_TRANSFORM, load_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.randomness import key_of
 
@@ -91,6 +93,8 @@ class MediaHeader:
     rotated: bool
     transparent: bool
     frame_rate: float | None = None
+    pages: int = 1
+    colours: Colours = field(default_factory=Colours)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Excerpt:
     """The part of a media file that is trained on or shown, and the size it is read at, in pixels.
 
     `scaled`: (height, width) that a picture is scaled to before its centre is cut out; None: until it covers the size.
+    `converted`: its colours are converted to sRGB from a profile in the file.
     """
 
     path: Path
@@ -108,6 +113,7 @@ class Excerpt:
     frames: int = 1
     frame_rate: float | None = None
     scaled: tuple[int, int] | None = None
+    converted: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -123,7 +129,8 @@ class Excerpt:
     def transform(self) -> list[object]:
         """All that its pixels depend on, besides the bytes of the file."""
         if not self.video:
-            return [self.height, self.width, PICTURE_TRANSFORM, *(self.scaled or ())]
+            colours = ["sRGB", COLOUR_TRANSFORM] if self.converted else []
+            return [self.height, self.width, PICTURE_TRANSFORM, *(self.scaled or ()), *colours]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -133,24 +140,41 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoMemory) -> Media
     Raises:
         DiffSynthError: when the file is neither picture nor video, or is damaged.
     """
-    if rule.frames and path.suffix.lower() in VIDEO_ENDINGS:
+    if rule.frames and is_clip(path):
         video = videos.header(path)
         frames = videos.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
         return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
-    if rule.frames and path.suffix.lower() not in PICTURE_ENDINGS:
-        raise DiffSynthError(
-            f"`{path}` is neither a video ({', '.join(VIDEO_ENDINGS)}) nor a picture by its ending",
-            "convert it to MP4, or take its row out",
-        )
     picture = read_picture_header(path)
-    return MediaHeader(picture.width, picture.height, 1, False, picture.rotated, picture.transparent)
+    return MediaHeader(
+        picture.width,
+        picture.height,
+        1,
+        False,
+        picture.rotated,
+        picture.transparent,
+        None,
+        picture.pages,
+        picture.colours,
+    )
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file is read as a clip where clips are trained on: a video, a GIF, or an animated image.
+
+    Raises:
+        DiffSynthError: when it is neither clip nor image.
+    """
+    kind = media_kind(path)
+    if kind not in ("clip", "image", "unsupported") and path.is_file() and path.stat().st_size:
+        raise DiffSynthError(f"`{path}` is neither a video nor an image", "convert it to MP4, or take its row out")
+    return kind == "clip" or ending_of(path.name) == ".gif" or is_animation(path)
 
 
 def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -> Excerpt:
     """What of a file is trained on; a side of 0 means that it is too small."""
     height, width = rule.size.target(header.width, header.height)
     if not header.video or rule.frames is None:
-        return Excerpt(path, height, width)
+        return Excerpt(path, height, width, converted=bool(header.colours.profile))
     frames = rule.frames.length(header.frames)
     start = rule.frames.first(header.frames, row)
     return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
@@ -159,10 +183,10 @@ def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -
 def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule, target: Excerpt) -> Excerpt:
     """How a picture is shown to the model beside `target`; a side of 0 means that it is too small."""
     if rule.size is None:
-        return Excerpt(path, target.height, target.width)
+        return Excerpt(path, target.height, target.width, converted=bool(header.colours.profile))
     scaled = rule.size(header.width, header.height, rule.max_pixels)
     height, width = (side // rule.factor * rule.factor for side in scaled)
-    return Excerpt(path, height, width, scaled=scaled)
+    return Excerpt(path, height, width, scaled=scaled, converted=bool(header.colours.profile))
 
 
 def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:

@@ -8,22 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.data.pictures import PICTURE_ENDINGS
-from diffsynth_core.data.videos import VIDEO_ENDINGS
-from diffsynth_core.errors import DiffSynthError, Problem, beginning, kind_of, shorten, suggest
+from diffsynth_core.data.captioned_folder import (
+    CaptionedFolder,
+    expected_caption,
+    folder_notes,
+    sort_folder,
+    unsupported_problem,
+)
+from diffsynth_core.data.formats import kind_of_name
+from diffsynth_core.data.listing import list_files
+from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
+from diffsynth_core.errors import (
+    DiffSynthError,
+    Problem,
+    beginning,
+    kind_of,
+    raise_if_any,
+    shorten,
+    suggest,
+)
 from diffsynth_core.files import replacing
-from diffsynth_core.progress import count_of
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
 """Files that are taken for metadata, and are not."""
-CAPTION_ENDING = ".txt"
-"""Of the text beside a picture or video that is its caption."""
-ENDINGS = {
-    "picture": PICTURE_ENDINGS,
-    "video": (*VIDEO_ENDINGS, *(ending for ending in PICTURE_ENDINGS if ending not in VIDEO_ENDINGS)),
-}
-"""Endings of the files that count where there is no metadata, by the kind of what is trained on."""
 OTHER_NAMES = {
     "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
     "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
@@ -32,6 +40,7 @@ OTHER_NAMES = {
 """Columns by the names that other programs give them."""
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 """What spreadsheets write between columns in place of commas, and its name."""
+SAVE_AS_UTF8 = "save it as UTF-8"
 SHOWN_OF_A_PATH = 200
 """How many characters of a path a message shows: a cell may hold a whole caption instead."""
 
@@ -103,23 +112,16 @@ def read_metadata(
     try:
         metadata = reader(path)
     except UnicodeDecodeError as error:
-        raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+        raise not_utf8(path, error) from error
     if not metadata.rows:
         raise DiffSynthError(f"`{path}` holds no row", "write one row per sample")
     unused = None if given else unused_metadata(base, path)
-    return replace(metadata, notes=(unused.message,)) if unused else metadata
+    return replace(metadata, notes=(*metadata.notes, unused.message)) if unused else metadata
 
 
-def decode_text(content: bytes) -> str:
-    """The text of a metadata file.
-
-    Raises:
-        UnicodeDecodeError: when it is not UTF-8; one of UTF-16 can look as if it were, with a NUL in each character.
-    """
-    nul = content.find(b"\0")
-    if nul >= 0:
-        raise UnicodeDecodeError("utf-8", content, nul, nul + 1, "a NUL")
-    return content.decode("utf-8").removeprefix("\ufeff")
+def not_utf8(path: Path, error: UnicodeDecodeError) -> DiffSynthError:
+    """The error that a text file is not UTF-8, and what it probably is."""
+    return DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start}){likely_encoding(error)}", SAVE_AS_UTF8)
 
 
 def _read_text(path: Path) -> str:
@@ -172,7 +174,39 @@ def near_column(name: str, others: Iterable[str]) -> str | None:
 
 def lacks_header(columns: Sequence[str]) -> bool:
     """Whether what should name the columns is a row: it names a file."""
-    return any(Path(name).suffix.lower() in ENDINGS["video"] for name in columns)
+    return any(kind_of_name(name) in ("image", "clip") for name in columns)
+
+
+def split_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict[str, str], int | None] | None:
+    """A row of a CSV by column, and the place (from 1) of a value whose column has no name (None: there is none).
+
+    Columns without a name may stand anywhere when they are empty, as spreadsheets write them. None: the row has more
+    values than the header.
+    """
+    if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+        return None
+    row = dict(zip(header, cells, strict=False))
+    if "" not in row:
+        return row, None
+    unnamed = (
+        place for place, (name, cell) in enumerate(zip(header, cells, strict=False), 1) if not name and cell.strip()
+    )
+    del row[""]
+    return row, next(unnamed, None)
+
+
+def unnamed_column(origin: str, place: int, value: str) -> Problem:
+    """What to say of a column without a name that holds values."""
+    return Problem(
+        f"`{origin}` has values in column {place}, which has no name (`{beginning(value)}`): it is not read",
+        "name it in the first line, or leave it out (pandas: `to_csv(…, index=False)`)",
+    )
+
+
+def repeated_column(header: Sequence[str]) -> str | None:
+    """The first name that two columns share."""
+    named = [name for name in header if name]
+    return next((name for name in dict.fromkeys(named) if named.count(name) > 1), None)
 
 
 def _read_csv(path: Path) -> Metadata:
@@ -185,25 +219,31 @@ def _read_csv(path: Path) -> Metadata:
         line = 1
         try:
             header = tuple(name.strip() for name in next(reader, []))
-            twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+            twice = repeated_column(header)
             if twice:
-                raise DiffSynthError(f"`{path}` has the column `{twice[0]}` twice", "rename one of them")
+                raise DiffSynthError(f"`{path}` has the column `{twice}` twice", "rename one of them")
             rows: list[dict[str, str]] = []
+            unnamed: dict[int, Problem] = {}
             line = reader.line_num + 1
             for cells in reader:
                 line = reader.line_num + 1
                 if not cells:
                     continue
-                if len(cells) > len(header):
+                split = split_row(header, cells)
+                if split is None:
                     raise DiffSynthError(
                         f"`{path}` row {len(rows) + 1}: {len(cells)} cells, the header has {len(header)}",
                         "put texts with commas in quotes",
                     )
-                rows.append(dict(zip(header, cells, strict=False)))
+                row, place = split
+                rows.append(row)
+                if place and place not in unnamed:
+                    unnamed[place] = unnamed_column(str(path), place, cells[place - 1])
         except csv.Error as error:
             problem = csv_problem(path, error, line, reader.line_num)
             raise DiffSynthError(problem.message, problem.hint) from error
-    return Metadata(str(path), header, tuple(rows))
+    notes = tuple(f"{problem.message} ({problem.hint})" for problem in unnamed.values())
+    return Metadata(str(path), tuple(filter(None, header)), tuple(rows), notes)
 
 
 class UnreadableJson(Exception):
@@ -264,40 +304,63 @@ def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
 
 
 def _read_captions_beside(base: Path, text_column: str, media_column: str, kind: str) -> Metadata:
-    files = sorted(path for path in base.rglob("*") if path.suffix.lower() in ENDINGS[kind] and path.is_file())
-    if not files:
-        raise DiffSynthError(
-            f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s",
-            f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
-        )
-    captions = {path: path.with_suffix(CAPTION_ENDING) for path in files}
-    without = [path for path, caption in captions.items() if not caption.is_file()]
-    if without:
-        raise DiffSynthError(
-            f"`{base}` has no metadata file, and {len(without)} of its {len(files)} {kind}s no caption beside them; the first is `{without[0]}`",
-            f"write the caption into `{captions[without[0]]}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
-        )
-    by_caption: dict[Path, Path] = {}
-    for path, caption in captions.items():
-        first = by_caption.setdefault(caption, path)
-        if first != path:
-            raise DiffSynthError(
-                f"`{first}` and `{path}` share the caption `{caption}`",
-                "move one of them away, or write a metadata.csv",
-            )
+    folder = sort_folder(list_files(base), kind, (*METADATA_NAMES, *UNREAD_NAMES))
+    problems = _folder_problems(base, folder, text_column, media_column, kind)
     rows = []
-    for path, caption in captions.items():
+    for name, captions in folder.rows.items():
+        if len(captions) != 1:
+            continue
         try:
-            text = caption.read_text(encoding="utf-8-sig").strip()
+            rows.append({media_column: name, text_column: read_caption(base / captions[0])})
         except UnicodeDecodeError as error:
-            raise DiffSynthError(f"`{caption}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-        rows.append({media_column: str(path.relative_to(base)), text_column: text})
-    alone = sorted(path for path in base.rglob(f"*{CAPTION_ENDING}") if path not in by_caption)
-    notes = (
-        [f"{count_of(len(alone), 'text file')} without a file to caption, the first is `{alone[0]}`"] if alone else []
-    )
+            problems += not_utf8(base / captions[0], error).problems
+        except OSError as error:
+            problems.append(Problem(f"`{base / captions[0]}` cannot be read: {error.strerror}", "let it be read"))
+    raise_if_any(problems)
     origin = f"{base} (captions beside the files)"
-    return Metadata(origin, (media_column, text_column), tuple(rows), tuple(notes), beside=True)
+    return Metadata(origin, (media_column, text_column), tuple(rows), folder_notes(folder), beside=True)
+
+
+def _folder_problems(
+    base: Path, folder: CaptionedFolder, text_column: str, media_column: str, kind: str
+) -> list[Problem]:
+    """Why the files of a folder cannot all be samples, each kind of fault once."""
+    problems = []
+    if folder.captioned_unsupported:
+        problems.append(unsupported_problem(folder.captioned_unsupported, captioned=True))
+    elif not folder.rows:
+        what = f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s"
+        said = folder_notes(folder)
+        problems.append(
+            Problem(
+                "; ".join((what, *said)), f"write a metadata.csv with the columns `{media_column}` and `{text_column}`"
+            )
+        )
+    without = [name for name, captions in folder.rows.items() if not captions]
+    if without:
+        problems.append(
+            Problem(
+                f"`{base}` has no metadata file, and {len(without)} of its {len(folder.rows)} {kind}s no caption beside them; the first is `{base / without[0]}`",
+                f"write the caption into `{base / expected_caption(without[0])}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
+            )
+        )
+    problems += [
+        rival_captions(str(base / name), [str(base / one) for one in found]) for name, found in folder.rival_captions()
+    ]
+    problems += [shared_caption(*(str(base / name) for name in names)) for names in folder.shared_captions()]
+    return problems
+
+
+def rival_captions(name: str, captions: Sequence[str]) -> Problem:
+    """The problem that an image or clip has several captions beside it."""
+    return Problem(f"`{name}` has {len(captions)} captions beside it: {shorten(captions)}", "keep one of them")
+
+
+def shared_caption(first: str, second: str, caption: str) -> Problem:
+    """The problem that one caption stands beside two images or clips."""
+    return Problem(
+        f"`{first}` and `{second}` share the caption `{caption}`", "move one of them away, or write a metadata.csv"
+    )
 
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -2,16 +2,18 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from diffsynth_core.data.colour import Colours, colours_of, to_srgb
+from diffsynth_core.data.formats import decoded_formats, kind_by_content, refused_format
 from diffsynth_core.errors import DiffSynthError
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 PICTURE_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
 EXIF_ORIENTATION = 0x0112
@@ -20,18 +22,30 @@ MAX_PICTURE_PIXELS = 178_956_970
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
 """What files of a format end with; some programs write a little behind it."""
 END_BYTES = 64
+EXTRACT_FRAME = "save the frame that is meant as an image, or take its row out"
+IS_A_VIDEO = "it is a video"
+REPLACE = "replace the file or take its row out"
+ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")
+"""Formats whose further frames are moments; those of an MPO are other views of one moment."""
+PAGED = ("DCX", "TIFF")
+"""Formats whose further frames are pages, of which the first is used."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations whose upright picture has width and height swapped."""
 
 
 @dataclass(frozen=True)
 class PictureHeader:
-    """What the header of a picture says; width and height are those of the upright picture, in pixels."""
+    """What the header of a picture says; width and height are those of the upright picture, in pixels.
+
+    `pages`: of a file with several, the first is used.
+    """
 
     width: int
     height: int
     rotated: bool
     transparent: bool
+    pages: int = 1
+    colours: Colours = field(default_factory=Colours)
 
 
 @dataclass(frozen=True)
@@ -62,9 +76,12 @@ def read_picture_header(path: Path) -> PictureHeader:
     """Size, orientation and transparency of a picture, without decoding it unless its end looks cut off.
 
     Raises:
-        DiffSynthError: when the file is no picture, or ends early.
+        DiffSynthError: when the file is no picture, ends early, or is animated.
     """
     with _opening(path) as picture:
+        frames = frames_of(picture)
+        if frames > 1:
+            raise DiffSynthError(f"`{path}` is animated ({frames} frames)", EXTRACT_FRAME)
         if not _ends_well(path, picture.format):
             picture.load()
         # Pillow would decode a whole PNG to look for EXIF data behind its pixels, where hardly any has them.
@@ -73,21 +90,35 @@ def read_picture_header(path: Path) -> PictureHeader:
         width, height = picture.size
         if orientation in SIDEWAYS and picture.format != "TIFF":  # Pillow tells the upright size of a TIFF
             width, height = height, width
-        return PictureHeader(width, height, orientation in range(2, 9), is_transparent(picture))
+        pages = getattr(picture, "n_frames", 1) if picture.format in PAGED else 1
+        colours = colours_of(picture)
+        return PictureHeader(width, height, orientation in range(2, 9), is_transparent(picture), pages, colours)
+
+
+def frames_of(picture: Image.Image) -> int:
+    """How many moments an opened picture shows: 1 unless it is animated."""
+    if picture.format not in ANIMATED or not getattr(picture, "is_animated", False):
+        return 1
+    return int(getattr(picture, "n_frames", 1))
 
 
 def load_picture(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Pixels of a picture at a training size, `[height, width, 3]`, RGB, 0..255.
 
-    EXIF orientation is applied, transparency composed on white. The picture is scaled (Lanczos) until it covers the
-    size, or to `scaled` (height, width), whatever becomes of its shape; then it is cut at the centre.
+    EXIF orientation is applied, a colour profile becomes sRGB, transparency is composed on white. The picture is scaled
+    (Lanczos) until it covers the size, or to `scaled` (height, width), whatever becomes of its shape; then it is cut at
+    the centre.
 
     Raises:
         DiffSynthError: when the file cannot be decoded to its end.
     """
     with _opening(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        rgb = to_rgb(upright)
+        rgb = to_rgb(ImageOps.exif_transpose(picture))
+    return cover(rgb, height, width, scaled)
+
+
+def cover(rgb: Image.Image, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Pixels `[height, width, 3]` of an upright RGB picture, scaled and cut as `load_picture` says."""
     if scaled:
         covering = scaled[::-1]
     else:
@@ -109,6 +140,13 @@ def _ends_well(path: Path, picture_format: str | None) -> bool:
         return end in stream.read()
 
 
+def open_picture(source: Path | IO[bytes]) -> Image.Image:
+    """Open a picture as all that read pictures do: formats that Pillow decodes here, and no limit but our own."""
+    # Pillow warns above its own limit and refuses above twice that; here is one limit with one message.
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(source, formats=decoded_formats())
+
+
 class _opening:  # noqa: N801 - reads as a verb at the place of use
     """Open a picture; whatever Pillow raises inside the block becomes one clear error."""
 
@@ -117,12 +155,15 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         self._picture: Image.Image | None = None
 
     def __enter__(self) -> Image.Image:
-        # Pillow warns above its own limit and refuses above twice that; here is one limit with one message.
-        Image.MAX_IMAGE_PIXELS = MAX_PICTURE_PIXELS
         try:
-            self._picture = Image.open(self._path)
+            refused = refused_format(self._path)
+            if refused:
+                raise DiffSynthError(f"`{self._path}` cannot be read here", refused)
+            self._picture = open_picture(self._path)
             if self._picture.width * self._picture.height > MAX_PICTURE_PIXELS:
                 raise ValueError(f"it has more than {MAX_PICTURE_PIXELS} pixels")
+        except DiffSynthError:
+            raise
         except Exception as error:
             raise self._unreadable(error) from error
         return self._picture
@@ -134,14 +175,16 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> DiffSynthError:
-        reason = (
-            "the file is empty"
-            if self._path.is_file() and self._path.stat().st_size == 0
-            else str(error).replace(f" '{self._path}'", "")
-        )
-        return DiffSynthError(
-            f"`{self._path}` cannot be read as a picture: {reason}", "replace the file or take its row out"
-        )
+        what = f"`{self._path}` cannot be read as a picture: "
+        if self._path.is_file() and self._path.stat().st_size == 0:
+            return DiffSynthError(f"{what}the file is empty", REPLACE)
+        if isinstance(error, UnidentifiedImageError):
+            kind, way_out = kind_by_content(self._path)
+            if kind == "unsupported":
+                return DiffSynthError(f"`{self._path}` cannot be read here", way_out)
+            if kind == "clip":
+                return DiffSynthError(f"{what}{IS_A_VIDEO}", REPLACE)
+        return DiffSynthError(what + str(error).replace(f" '{self._path}'", ""), REPLACE)
 
 
 def is_transparent(picture: Image.Image) -> bool:
@@ -150,21 +193,34 @@ def is_transparent(picture: Image.Image) -> bool:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB of any mode: transparency composed on white, 16 bits scaled to 8."""
+    """RGB of any mode, in sRGB: transparency composed on white, 16 bits scaled to 8, the colour profile applied."""
+    profile = picture.info["icc_profile"] if colours_of(picture).profile else None
     if picture.mode.startswith("I"):
         picture = _to_eight_bits(picture)
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if is_transparent(picture):
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    if picture.mode == "LAB" and profile is None:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if not is_transparent(picture):
+        return to_srgb(picture, profile) if profile else picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    if profile:
+        alpha = rgba.getchannel("A")
+        rgba = to_srgb(picture.convert("LA") if picture.mode in ("L", "LA", "La") else rgba, profile).convert("RGBA")
+        rgba.putalpha(alpha)
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
-    """A 16-bit grey scaled to 8 bits; Pillow would clip it at 255."""
+    """A 16-bit grey scaled to 8 bits; Pillow would clip it at 255.
+
+    Raises:
+        ValueError: for values of 32 bits, whose range is not known.
+    """
     values = np.asarray(picture)
+    if picture.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError("its pixels are integers of 32 bits, whose range is not known")
     scaled = Image.fromarray((values.astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
     clear = picture.info.get("transparency")
     if clear is None:

@@ -10,7 +10,9 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
+from diffsynth_core.data.colour import Colours
 from diffsynth_core.data.media import (
     Excerpt,
     MediaHeader,
@@ -24,7 +26,7 @@ from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_colu
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, beginning
+from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
@@ -32,6 +34,7 @@ HEADER_THREADS = 8
 MOST_AT_ONCE = 64
 """Rows of pictures that a thread is handed at once: handing over costs more than a header."""
 
+WRITE_SLASHES = "write `/` between folders"
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
 """Frame rates that differ by more are worth a word."""
@@ -137,14 +140,40 @@ class Folders:
     """Which files there are, folder by folder: one listing in place of a question to the disk for each of its files."""
 
     def __init__(self) -> None:
-        self._files: dict[str, frozenset[str]] = {}
+        self._entries: dict[str, Mapping[str, bool]] = {}
 
-    def hold(self, path: Path) -> bool:
-        """Whether a file is there."""
+    def find(self, base: Path, name: str) -> Path | None:
+        """The file that a row means by `name` below `base`: that of this very name, that without blanks at the ends, or
+        the only one whose accents are composed in another way. None: there is none."""
+        path = base / name.strip()
+        if name != name.strip() and self._holds(base / name):
+            return base / name
+        return path if self._holds(path) else self._alike(base, path)
+
+    def _holds(self, path: Path) -> bool:
         folder, _, name = str(path).rpartition(os.sep)
-        if folder not in self._files:
-            self._files[folder] = _list_files(folder)
-        return name in self._files[folder] or _is_file(path)  # a disk may know it by another spelling
+        return self._list(folder).get(name, False)
+
+    def _alike(self, base: Path, path: Path) -> Path | None:
+        """The file whose path differs in the composition of accents only; a disk may know it by another spelling."""
+        if _is_file(path):
+            return path
+        if str(path).isascii() or not path.is_relative_to(base):
+            return None
+        found = base
+        for part in path.relative_to(base).parts:
+            there = self._list(str(found))
+            alike = [one for one in there if normalize("NFC", one) == normalize("NFC", part)]
+            if part not in there and len(alike) != 1:
+                return None
+            found /= part if part in there else alike[0]
+        return found if _is_file(found) else None
+
+    def _list(self, folder: str) -> Mapping[str, bool]:
+        """What is in a folder, and whether it is a file."""
+        if folder not in self._entries:
+            self._entries[folder] = _list_entries(folder)
+        return self._entries[folder]
 
 
 def _is_file(path: Path) -> bool:
@@ -155,12 +184,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _list_files(folder: str) -> frozenset[str]:
+def _list_entries(folder: str) -> Mapping[str, bool]:
     try:
         with os.scandir(folder or ".") as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
+            return {entry.name: entry.is_file() for entry in entries}
     except (OSError, ValueError):
-        return frozenset()
+        return {}
 
 
 def build_samples(
@@ -272,6 +301,9 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
         yield f"{rotated} {of_all} are turned upright as their {'metadata' if rule.frames else 'EXIF orientation'} says"
     if transparent := sum(header.transparent for header in headers):
         yield f"{transparent} {of_all} have transparency, which is composed on white"
+    yield from _colour_notes([header.colours for header in headers], of_all)
+    if paged := sum(header.pages > 1 for header in headers):
+        yield f"{paged} {of_all} have several pages, of which the first is used"
     if rule.frames is None:
         return
     rates = [header.frame_rate for header in targets if header.frame_rate]
@@ -292,6 +324,16 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
     told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
     yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{told}"
+
+
+def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
+    """What is worth saying of profiles and marks that say that colours are not sRGB."""
+    profiles = list(dict.fromkeys(one.profile for one in colours if one.profile))
+    if profiles:
+        yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {shorten(profiles, 3)}"
+    doubts = [one.doubt for one in colours if one.doubt]
+    if doubts:
+        yield f"{len(doubts)} {of_all} are taken as sRGB though they may not be, such as one of which {doubts[0]}"
 
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
@@ -373,10 +415,16 @@ def _media_paths(
                 f"{where}: column `{column}` holds `{beginning(json.dumps(name))}`, expected a path",
                 "write the path as a text",
             )
-        paths.append(base / name.strip())
-        if not folders.hold(paths[-1]):
-            raise DiffSynthError(
-                f"{where}: column `{column}` names `{beginning(str(paths[-1]), SHOWN_OF_A_PATH)}`, which is not there",
-                "correct the path (relative to `dataset_base_path`), or take the row out",
-            )
+        path = folders.find(base, name)
+        if path is None:
+            raise DiffSynthError(*_missing(base, name.strip(), f"{where}: column `{column}`", folders))
+        paths.append(path)
     return tuple(paths)
+
+
+def _missing(base: Path, name: str, where: str, folders: Folders) -> tuple[str, str]:
+    """What to say of a file that is not there, and what to do."""
+    what = f"{where} names `{beginning(str(base / name), SHOWN_OF_A_PATH)}`, which is not there"
+    if "\\" in name and folders.find(base, name.replace("\\", "/")):
+        return f"{what}: it has `\\` between folders", WRITE_SLASHES
+    return what, "correct the path (relative to `dataset_base_path`), or take the row out"

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-from diffsynth_core.data.videos import VIDEO_TRANSFORM, VideoHeader, count_frames, read_video_header
+from diffsynth_core.data.clips import VideoHeader
+from diffsynth_core.data.videos import VIDEO_TRANSFORM, count_frames, read_video_header
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.sources.file_memory import FileMemory, Stamp, file_stamp
 

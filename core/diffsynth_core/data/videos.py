@@ -3,21 +3,21 @@
 The first video stream that is no cover picture counts. Rotation is applied; pixels that are not square are made square
 by changing the width. Colours follow the tags of the file, BT.601 in limited range where it has none; high dynamic
 range is not tone-mapped. Clear parts of a GIF become white; other alpha channels are passed over, which shows the
-colours stored under them.
+colours stored under them. Animated images other than GIF are decoded by Pillow (animations.py).
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsynth_core.data import animations
+from diffsynth_core.data.clips import VideoHeader, Watched
 from diffsynth_core.data.decoding import FRAMES_AS_THEY_ARE, Decoding, UnreadableVideo
 
-VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 VIDEO_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, or its header other facts, so that older encodings
 and remembered headers are not taken for them."""
@@ -30,38 +30,14 @@ ONE_PIXEL = ("crop=1:1:0:0:exact=1", "format=gray")
 """Filters for frames that are only counted."""
 
 
-@dataclass(frozen=True)
-class VideoHeader:
-    """What the header of a video says; width and height are those of the upright video, in square pixels.
-
-    `frame_rate` is the mean number of frames per second with two decimals, as far as the header can be believed.
-    """
-
-    width: int
-    height: int
-    rotated: bool
-    frame_rate: float
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What decoding a video to its end tells.
-
-    `frames`: those of the file. `resampled`: those at the frame rate asked for; None: none was. `times`: seconds at
-    which the frames are shown, in the order of decoding.
-    """
-
-    frames: int
-    resampled: int | None
-    times: tuple[float, ...]
-
-
 def read_video_header(path: Path) -> VideoHeader:
     """Size, rotation and frame rate of a video; decodes its first frame.
 
     Raises:
         DiffSynthError: when the file is no video, or its first frame cannot be decoded.
     """
+    if animations.is_animation(path):
+        return animations.read_header(path)
     with Decoding(path, ["-frames:v", "1", "-f", "framecrc"]) as decoding:
         table = decoding.read_all().decode("ascii", "replace")
         decoding.check(0, sum(not line.startswith("#") for line in table.splitlines()), 1, None)
@@ -84,6 +60,8 @@ def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int
     Raises:
         DiffSynthError: when the file is no video, has no frames, or is cut off or damaged before the limit.
     """
+    if animations.is_animation(path):
+        return animations.count_frames(path, frame_rate, limit)
     filters = ["-vf", ",".join([*_timing(frame_rate, 0, limit), *ONE_PIXEL])]
     with Decoding(path, [*filters, "-f", "rawvideo"]) as decoding:
         frames = len(decoding.read_all())
@@ -100,6 +78,8 @@ def watch_video(path: Path, frame_rate: float | None, side: int, take: Callable[
     Raises:
         DiffSynthError: when the file is no video, has no frames, or is cut off or damaged.
     """
+    if animations.is_animation(path):
+        return animations.watch(path, frame_rate, side, take)
     output = ["-vf", f"scale={side}:{side}:flags=area,format=rgb24", "-f", "rawvideo"]
     if frame_rate is not None:
         counted = ",".join([*_timing(frame_rate, 0, None), *ONE_PIXEL])
@@ -127,6 +107,8 @@ def load_clip(
     Raises:
         DiffSynthError: when the file is no video, ends before the last frame, or is damaged up to there.
     """
+    if animations.is_animation(path):
+        return animations.load(path, start, frames, height, width, frame_rate)
     filters = [*_timing(frame_rate, start, start + frames), *_covering(height, width), "format=gbrp"]
     planes = np.empty((frames, 3, height, width), np.uint8)
     with Decoding(path, ["-vf", ",".join(filters), "-f", "rawvideo"]) as decoding:

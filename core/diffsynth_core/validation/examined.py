@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.data.listing import Listing
+from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.rules import Columns, Rules
 from diffsynth_core.validation.table import Table
 

@@ -4,7 +4,9 @@
 for the pure functions in picture_checks.py, pair_checks.py, video_checks.py and set_checks.py to say.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from diffsynth_core.data.colour import Colours
 
 FLAT_SPREAD = 4
 """Values of a channel, 0..255, that lie no further apart show nothing: the noise of a JPEG does as much."""
@@ -23,6 +25,7 @@ class PictureFacts:
     """A picture. Sizes in pixels are those of the upright picture; with a `fault` only what is known stands here.
 
     `format` and `mode`: Pillow's names of the file's format and of its pixels. `orientation`: of the EXIF data, 1 to 8.
+    `frames` of an animation, `pages` of a document. `colour_profile`: what is converted to sRGB, or is not, and why.
     `transparent`: a pixel is not opaque. `spread`: how far the values of a channel, 0..255, lie apart at most; above
     `FLAT_SPREAD` that of the picture scaled down will do.
     `difference_hash`: 64 bits, each telling whether of two neighbours in a picture of 9 x 8 the left one is darker.
@@ -39,6 +42,8 @@ class PictureFacts:
     mode: str = ""
     orientation: int = 1
     frames: int = 1
+    pages: int = 1
+    colour_profile: Colours = field(default_factory=Colours)
     transparent: bool = False
     spread: int = 255
     difference_hash: int = 0

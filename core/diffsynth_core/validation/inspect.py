@@ -21,6 +21,8 @@ from typing import Literal
 
 import psutil
 
+from diffsynth_core.data.formats import ending_of, kind_of_ending
+from diffsynth_core.data.media import is_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.processes import end_with_parent
 from diffsynth_core.progress import Reporter
@@ -48,13 +50,27 @@ class Job:
 
 EXAMINERS: Mapping[Kind, Callable[[Job, str], Facts]] = {
     "picture": lambda job, name: examine_picture(job.base, name, job.thumbnails),
-    "video": lambda job, name: examine_video(job.base, name, job.frame_rate, job.thumbnails),
+    "video": lambda job, name: _examine_target(job, name),
 }
 UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
     "picture": lambda name, reason: PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
-    "video": lambda name, reason: VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason)),
+    "video": lambda name, reason: (
+        PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason))
+        if kind_of_ending(ending_of(name)) == "image"
+        else VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason))
+    ),
 }
 """What is known of a file whose worker did not come back."""
+
+
+def _examine_target(job: Job, name: str) -> Facts:
+    """The facts of what is trained on where clips are: those of a clip, or of the image that stands for one frame."""
+    try:
+        if is_clip(job.base / name):
+            return examine_video(job.base, name, job.frame_rate, job.thumbnails)
+    except (DiffSynthError, OSError):
+        return VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", "it is neither a video nor an image"))
+    return examine_picture(job.base, name, job.thumbnails)
 
 
 def work(job: Job, line: Connection, parent: int) -> None:

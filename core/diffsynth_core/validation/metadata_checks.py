@@ -10,6 +10,7 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
+from diffsynth_core.data.listing import Listing
 from diffsynth_core.data.metadata import lacks_header, missing_column, near_column, unused_metadata
 from diffsynth_core.errors import beginning, shorten
 from diffsynth_core.validation.examined import Record
@@ -63,11 +64,11 @@ def read_records(table: Table, columns: Columns) -> tuple[tuple[Record, ...], li
 def _names(value: Any, row: int, column: str, columns: Columns, findings: list[Finding]) -> tuple[str, ...]:
     """The files that a cell names."""
     if isinstance(value, str):
-        value = value.strip()
-        if value and value[0] != "[":
+        text = value.strip()
+        if text and text[0] != "[":
             return (normalised(value),)
         with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
-            value = json.loads(value) if value else ""
+            value = json.loads(text) if text else ""
     names = value if isinstance(value, list) else [value]
     if not names or any(is_empty(name) or (isinstance(name, str) and not name.strip()) for name in names):
         code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"
@@ -78,7 +79,22 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
         what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a path"
         findings.append(found("CELL_TYPE", what, "write the path as a text", row=row))
         return ()
-    return tuple(normalised(name.strip()) for name in names)
+    return tuple(map(normalised, names))
+
+
+def as_on_disk(records: tuple[Record, ...], listing: Listing) -> tuple[Record, ...]:
+    """The rows with the names of files as the disk spells them: without blanks at the ends, and accents as there."""
+    return tuple(
+        record
+        if all(name in listing.files for names in record.files.values() for name in names)
+        else record._replace(
+            files={
+                column: tuple(listing.find(name) or name.strip() for name in names)
+                for column, names in record.files.items()
+            }
+        )
+        for record in records
+    )
 
 
 def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str | None:

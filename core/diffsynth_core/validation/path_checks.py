@@ -6,19 +6,21 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unicodedata import normalize
 
-from diffsynth_core.data.metadata import CAPTION_ENDING, ENDINGS, SHOWN_OF_A_PATH
+from diffsynth_core.data.formats import kind_of_name
+from diffsynth_core.data.listing import Listing, letters
+from diffsynth_core.data.metadata import SHOWN_OF_A_PATH
+from diffsynth_core.data.samples import WRITE_SLASHES
 from diffsynth_core.errors import beginning, suggest
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.findings import Finding, Level, found
-from diffsynth_core.data.listing import Listing, letters
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 SUGGESTED = 20
 SUGGESTED_FROM = 2000
 """Near names are looked for so many times, and among so many files: comparing names is slow."""
-MEDIA_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,27 @@ def _fault(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _F
 def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault:
     other = listing.by_letters.get(letters(name))
     if other:
-        return _Fault("PATH_CASE", f"where the disk has `{other}`", "write it as the disk does")
-    if name.replace("\\", "/") in listing.files:
-        return _Fault("PATH_MISSING", "which is not there", "write `/` between folders")
+        return _Fault("PATH_CASE", f"where the disk has {_spelled(other, name)}", "write it as the disk does")
+    if "\\" in name and listing.find(name.replace("\\", "/")):
+        return _Fault("PATH_MISSING", "which is not there: it has `\\` between folders", WRITE_SLASHES)
     meant = _meant(name, listing.in_folder(name.rpartition("/")[0]), named) if near else None
     if meant:
         return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?")
-    reads_as_caption = " " in name and os.path.splitext(name)[1].lower() not in MEDIA_ENDINGS  # noqa: PTH122 - a relative name
+    reads_as_caption = " " in name and kind_of_name(name) not in ("image", "clip")
     hint = (
         "name a file here: this reads as a caption"
         if reads_as_caption
         else f"correct the path (relative to `{listing.base}`)"
     )
     return _Fault("PATH_MISSING", "which is not there", hint)
+
+
+def _spelled(other: str, name: str) -> str:
+    """A path on the disk, told apart from `name` where both look the same."""
+    alike = normalize("NFC", other) == normalize("NFC", name)
+    if alike:
+        return f"several files of this name, such as `{other}`, spelled with other combining characters"
+    return f"`{other}`, with a blank at an end of its name" if other.strip() == name else f"`{other}`"
 
 
 def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
@@ -110,21 +120,12 @@ def check_folders(examined: Examined) -> Iterator[Finding]:
 
 
 def check_unreferenced(examined: Examined) -> Iterator[Finding]:
-    """FILE_UNREFERENCED: media that no row names, and captions beside no file."""
+    """FILE_UNREFERENCED: media that no row of the metadata names; of captions beside files, table.py tells."""
     listing = examined.listing
-    if listing is None or not examined.records:
+    if listing is None or not examined.records or examined.table.beside:
         return
     named = _named(examined)
     used = named | {listing.links[name] for name in named if name in listing.links}
-    captions = {f"{os.path.splitext(name)[0]}{CAPTION_ENDING}" for name in named} if examined.table.beside else set()  # noqa: PTH122 - a relative name
-    endings = MEDIA_ENDINGS | ({CAPTION_ENDING} if examined.table.beside else set())
-    for name in sorted(listing.files.keys() - used - captions):
-        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
-        if ending == CAPTION_ENDING in endings:
-            hint = "put its file beside it, in a format that is read, or move it away"
-            yield found("FILE_UNREFERENCED", f"`{name}` is a caption without a file", hint, path=name)
-        elif ending in endings and examined.table.beside:
-            what = f"`{name}` is not used: {examined.rules.kind}s are trained on"
-            yield found("FILE_UNREFERENCED", what, "move it away, or name the recipe that it is for", path=name)
-        elif ending in endings:
+    for name in sorted(listing.files.keys() - used):
+        if kind_of_name(name) in ("image", "clip", "unsupported"):
             yield found("FILE_UNREFERENCED", f"no row names `{name}`", "write a row for it, or move it away", path=name)

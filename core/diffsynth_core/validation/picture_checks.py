@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt
+from diffsynth_core.data.pictures import EXTRACT_FRAME
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import Finding, found
@@ -30,7 +31,7 @@ ENDING_FORMATS: Mapping[str, tuple[str, ...]] = {
 """Ending of a file -> Pillow's names of the formats that it stands for."""
 LOSING_MODES: Mapping[tuple[str, ...], str] = {
     ("I", "I;16", "I;16B", "I;16L", "I;16N"): "of its 16 bits 8 are read",
-    ("CMYK", "LAB", "HSV"): "its colours become RGB without its profile",
+    ("CMYK", "LAB", "HSV"): "its colours become RGB without a profile",
 }
 """Pillow's modes of pixels -> what is lost of them."""
 
@@ -40,6 +41,10 @@ def check_pictures(examined: Examined) -> Iterator[Finding]:
     rows = examined.first_rows()
     targets = examined.of_columns((examined.columns.target,))
     for path, facts in examined.pictures.items():
+        if facts.fault and facts.fault.code == "FORMAT_UNSUPPORTED":
+            what, hint = f"`{path}` cannot be read here", facts.fault.reason
+            yield found("FORMAT_UNSUPPORTED", what, hint, row=rows[path], path=path, level="error")
+            continue
         if facts.fault:
             what, hint = FAULTS[facts.fault.code]
             yield found(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
@@ -114,8 +119,12 @@ def _rotated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
 
 def _animated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.frames > 1:
-        what = f"`{facts.path}` has {facts.frames} frames, of which the first is used"
-        yield found("IMAGE_ANIMATED", what, "save the frame that is meant as a picture", row=row, path=facts.path)
+        what = f"`{facts.path}` is animated ({facts.frames} frames)"
+        yield found("IMAGE_ANIMATED", what, EXTRACT_FRAME, row=row, path=facts.path)
+    if facts.pages > 1:
+        what = f"`{facts.path}` has {facts.pages} pages, of which the first is used"
+        hint = "save the page that is meant as an image"
+        yield found("IMAGE_ANIMATED", what, hint, row=row, path=facts.path, level="warning")
 
 
 def _transparent(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -148,14 +157,23 @@ def _type_mismatch(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Find
 
 def _mode(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
     lost = next((lost for modes, lost in LOSING_MODES.items() if facts.mode in modes), None)
-    if lost:
+    if lost and not (facts.colour_profile.profile and facts.mode in ("CMYK", "LAB")):
         what = f"`{facts.path}` has the colour mode {facts.mode}: {lost}"
         yield found("IMAGE_MODE", what, "convert it to RGB with 8 bits as it should look", row=row, path=facts.path)
 
 
+def _colours(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+    if facts.colour_profile.profile:
+        what = f"`{facts.path}` is converted from `{facts.colour_profile.profile}` to sRGB"
+        yield found("IMAGE_COLOURS", what, row=row, path=facts.path)
+    if facts.colour_profile.doubt:
+        what = f"the colours of `{facts.path}` are taken as sRGB: {facts.colour_profile.doubt}"
+        yield found("IMAGE_COLOURS", what, "save it as sRGB", row=row, path=facts.path, level="warning")
+
+
 Check = Callable[[PictureFacts, int, Rules], Iterator[Finding]]
 """(facts, the first row that names the file, rules) -> findings"""
-PICTURE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode)
+PICTURE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colours)
 """For every picture."""
 TARGET_CHECKS: tuple[Check, ...] = (_aspect, _blank)
 """For pictures that are trained on."""

@@ -12,13 +12,19 @@ from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffsynth_core.data.colour import colours_of
+from diffsynth_core.data.formats import kind_by_content, refused_format
 from diffsynth_core.data.pictures import (
     END_BYTES,
     END_MARKS,
     EXIF_ORIENTATION,
+    IS_A_VIDEO,
     MAX_PICTURE_PIXELS,
+    PAGED,
     SIDEWAYS,
+    frames_of,
     is_transparent,
+    open_picture,
     to_rgb,
 )
 from diffsynth_core.validation.facts import FLAT_SPREAD, Fault, PictureFacts
@@ -33,8 +39,6 @@ HASH_SIZE = (9, 8)
 COLOUR_GRID = (8, 8)
 THUMBNAIL_QUALITY = 80
 OPAQUE = 255
-ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")
-"""Formats whose further frames are moments or pages; those of an MPO are other views of one moment."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,28 +60,32 @@ def examine_picture(base: Path, name: str, thumbnails: int | None) -> PictureFac
     digest = hashlib.sha256(data).hexdigest()
     if not data:
         return PictureFacts(name, 0, digest=digest, fault=Fault("IMAGE_UNREADABLE", "the file is empty"))
-    Image.MAX_IMAGE_PIXELS = None  # here is one limit, with one message
+    refused = refused_format(base / name)
+    if refused:
+        return PictureFacts(name, len(data), digest=digest, fault=Fault("FORMAT_UNSUPPORTED", refused))
     picture_format = ""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with open_picture(io.BytesIO(data)) as picture:
             picture_format = picture.format or ""
             if picture.width * picture.height > MAX_PICTURE_PIXELS:
                 reason = f"{picture.width} x {picture.height} are more than {MAX_PICTURE_PIXELS} pixels"
                 return PictureFacts(name, len(data), digest=digest, fault=Fault("IMAGE_BOMB", reason))
             return _facts(picture, PictureFacts(name, len(data), format=picture_format, digest=digest), thumbnails)
     except Exception as error:
-        fault = _fault(error, data, picture_format)
+        fault = _fault(error, data, picture_format, base / name)
         return PictureFacts(name, len(data), format=picture_format, digest=digest, fault=fault)
 
 
 def _facts(picture: Image.Image, known: PictureFacts, thumbnails: int | None) -> PictureFacts:
     """Decode a picture that has been opened, and complete what is known of it."""
-    frames = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+    frames, colours = frames_of(picture), colours_of(picture)
+    pages = getattr(picture, "n_frames", 1) if picture.format in PAGED else 1
     orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
     picture.load()
     mode, transparent = picture.mode, is_transparent(picture) and _has_clear_pixels(picture)
     left = picture.getexif().get(EXIF_ORIENTATION, 1)  # Pillow turns a TIFF itself, while it is decoded
-    rgb = picture if mode == "RGB" and not is_transparent(picture) else to_rgb(picture)  # a copy costs half a decoding
+    as_it_is = mode == "RGB" and not is_transparent(picture) and not colours.profile
+    rgb = picture if as_it_is else to_rgb(picture)  # a copy costs half a decoding
     size = rgb.size[::-1] if left in SIDEWAYS else rgb.size
     small = _upright(scaled_down(rgb), left)
     spread = _spread(small)
@@ -88,6 +96,8 @@ def _facts(picture: Image.Image, known: PictureFacts, thumbnails: int | None) ->
         mode=mode,
         orientation=orientation if orientation in range(1, 9) else 1,
         frames=frames,
+        pages=pages,
+        colour_profile=colours,
         transparent=transparent,
         spread=spread if spread > FLAT_SPREAD else _spread(rgb),
         difference_hash=difference_hash(small),
@@ -104,9 +114,8 @@ def same_pixels(base: Path, name: str, other: str) -> bool:
 
 def _pixels(path: Path) -> tuple[tuple[int, int], bytes] | None:
     """Size and sha256 of the pixels of an upright picture; None when it cannot be decoded any more."""
-    Image.MAX_IMAGE_PIXELS = None  # it has been decoded before
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             rgb = to_rgb(ImageOps.exif_transpose(picture))
     except Exception:
         return None
@@ -160,7 +169,7 @@ def _has_clear_pixels(picture: Image.Image) -> bool:
     return low < OPAQUE
 
 
-def _fault(error: Exception, data: bytes, picture_format: str) -> Fault:
+def _fault(error: Exception, data: bytes, picture_format: str, path: Path) -> Fault:
     """Which code an error of Pillow belongs to: a file that lacks its end is cut off."""
     end = END_MARKS.get(picture_format)
     lacks_end = end is not None and end not in data[-END_BYTES:]
@@ -168,6 +177,11 @@ def _fault(error: Exception, data: bytes, picture_format: str) -> Fault:
     if lacks_end or len(data) < _claimed_bytes(data) or "truncated" in reason.lower():
         return Fault("IMAGE_TRUNCATED", "it ends before its last pixel")
     if isinstance(error, UnidentifiedImageError):
+        kind, way_out = kind_by_content(path)
+        if kind == "unsupported":
+            return Fault("FORMAT_UNSUPPORTED", way_out or "")
+        if kind == "clip":
+            return Fault("IMAGE_UNREADABLE", IS_A_VIDEO)
         return Fault("IMAGE_UNREADABLE", "it is no picture of a known format")
     return Fault("IMAGE_UNREADABLE", reason)
 

@@ -7,20 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.data.captioned_folder import (
+    CaptionedFolder,
+    expected_caption,
+    leftovers_note,
+    sort_folder,
+    unknown_problem,
+    unsupported_problem,
+)
+from diffsynth_core.data.formats import kind_of_name
+from diffsynth_core.data.listing import Listing
 from diffsynth_core.data.metadata import (
-    CAPTION_ENDING,
-    ENDINGS,
     METADATA_NAMES,
+    SAVE_AS_UTF8,
+    UNREAD_NAMES,
     UnreadableJson,
     csv_problem,
-    decode_text,
     find_metadata,
+    not_utf8,
     other_separator,
     parse_json,
+    repeated_column,
+    rival_captions,
+    shared_caption,
+    split_row,
+    unnamed_column,
 )
-from diffsynth_core.errors import DiffSynthError, kind_of
-from diffsynth_core.validation.findings import Finding, found
-from diffsynth_core.data.listing import Listing
+from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
+from diffsynth_core.errors import DiffSynthError, Problem, kind_of
+from diffsynth_core.validation.findings import Finding, Level, found
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
 
 
@@ -68,8 +83,8 @@ def read_table(base: Path, metadata: Path | None, rules: Rules, listing: Listing
         text = decode_text(metadata.read_bytes())
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        what = f"`{metadata}` line {line} is not UTF-8 (byte {error.start})"
-        return empty, [found("NOT_UTF8", what, "save it as UTF-8", path=metadata.name)]
+        what = f"`{metadata}` line {line} is not UTF-8 (byte {error.start}){likely_encoding(error)}"
+        return empty, [found("NOT_UTF8", what, SAVE_AS_UTF8, path=metadata.name)]
     columns, rows, findings = READERS[metadata.suffix.lower()](metadata, text)
     if not rows and not findings:
         findings = [found("EMPTY", f"`{metadata}` holds no row", "write one row per sample", path=metadata.name)]
@@ -88,11 +103,13 @@ def _read_csv(path: Path, text: str) -> _Read:
     rows: dict[int, Mapping[str, Any]] = {}
     findings: list[Finding] = []
     header: tuple[str, ...] = ()
+    unnamed: dict[int, Problem] = {}
     number, line = 0, 1
     try:
         header = tuple(name.strip() for name in next(reader, []))
-        for name in dict.fromkeys(name for name in header if header.count(name) > 1):
-            what = f"`{path}` has the column `{name}` twice"
+        twice = repeated_column(header)
+        if twice:
+            what = f"`{path}` has the column `{twice}` twice"
             findings.append(found("PARSE_ERROR", what, "rename one of them", path=path.name))
         width = len(header)
         line = reader.line_num + 1
@@ -101,17 +118,21 @@ def _read_csv(path: Path, text: str) -> _Read:
             if not cells:
                 continue
             number += 1
-            if len(cells) > width:
+            split = split_row(header, cells)
+            if split is None:
                 what = f"`{path}` line {reader.line_num}: {len(cells)} cells, the header has {width}"
                 hint = "put texts with commas in quotes"
                 findings.append(found("PARSE_ERROR", what, hint, row=number, path=path.name))
-            else:
-                rows[number] = dict(zip(header, cells, strict=False))
+                continue
+            rows[number], place = split
+            if place and place not in unnamed:
+                unnamed[place] = unnamed_column(str(path), place, cells[place - 1])
     except csv.Error as error:
         problem = csv_problem(path, error, line, reader.line_num)
         what = f"{problem.message}; nothing behind it was read"
         findings.append(found("PARSE_ERROR", what, problem.hint, path=path.name))
-    return header, rows, findings
+    findings += [found("COLUMN_UNKNOWN", one.message, one.hint, path=path.name) for one in unnamed.values()]
+    return tuple(filter(None, header)), rows, findings
 
 
 def _read_json(path: Path, text: str) -> _Read:
@@ -163,40 +184,71 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
     """One row for each media file in a folder, with the caption in the text file of its name."""
     kind = rules.kind
     media = rules.target or TARGET_COLUMNS[-1]
-    names = sorted((name for name in listing.files if _ending(name) in ENDINGS[kind]), key=lambda name: name.split("/"))
+    folder = sort_folder(listing, kind, (*METADATA_NAMES, *UNREAD_NAMES))
     table = Table(f"{base} (captions beside the files)", base, (media, rules.text), {}, beside=True)
-    if not names:
+    findings = [*_links_out(listing), *check_folder(folder, kind)]
+    if not folder.rows:
         what = f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s"
         hint = f"write a metadata.csv with the columns `{media}` and `{rules.text}`"
-        return table, list(_links_out(listing, kind)) or [found("EMPTY", what, hint)]
-    findings = [*_links_out(listing, kind), *_shared_captions(names)]
+        empty = [] if any(one.level == "error" for one in findings) else [found("EMPTY", what, hint)]
+        return table, [*findings, *empty]
     rows: dict[int, Mapping[str, Any]] = {}
-    for number, name in enumerate(names, start=1):
-        caption = _stem(name) + CAPTION_ENDING
-        if caption not in listing.files:
-            if caption in listing.leaving:
-                findings.append(_leads_out(caption, number))
-            else:
-                what = f"`{name}` has no caption beside it"
-                findings.append(found("PATH_MISSING", what, f"write it into `{caption}`", row=number, path=caption))
-            rows[number] = {media: name}
-            continue
-        try:
-            rows[number] = {media: name, rules.text: (base / caption).read_text(encoding="utf-8-sig").strip()}
-        except UnicodeDecodeError as error:
-            what = f"`{caption}` is not UTF-8 (byte {error.start})"
-            findings.append(found("NOT_UTF8", what, "save it as UTF-8", row=number, path=caption))
-            rows[number] = {media: name}
-        except OSError as error:
-            what = f"`{caption}` cannot be read: {error.strerror}"
-            findings.append(found("PATH_MISSING", what, "let it be read", row=number, path=caption))
-            rows[number] = {media: name}
+    for number, (name, captions) in enumerate(folder.rows.items(), start=1):
+        text, fault = _read_beside_of(base, name, captions, number, listing)
+        rows[number] = {media: name} if text is None else {media: name, rules.text: text}
+        findings += [fault] if fault else []
+    findings += _shared_captions(folder)
     return Table(table.origin, base, table.columns, rows, beside=True), findings
 
 
-def _links_out(listing: Listing, kind: str) -> Iterator[Finding]:
+def _read_beside_of(
+    base: Path, name: str, captions: tuple[str, ...], row: int, listing: Listing
+) -> tuple[str | None, Finding | None]:
+    """The caption of an image or clip, or why there is none."""
+    if len(captions) > 1:
+        rivals = rival_captions(name, captions)
+        return None, found("CAPTION_AMBIGUOUS", rivals.message, rivals.hint, row=row, path=name)
+    if not captions:
+        caption = expected_caption(name)
+        if caption in listing.leaving:
+            return None, _leads_out(caption, row)
+        what = f"`{name}` has no caption beside it"
+        return None, found("PATH_MISSING", what, f"write it into `{caption}`", row=row, path=caption)
+    try:
+        return read_caption(base / captions[0]), None
+    except UnicodeDecodeError as error:
+        (problem,) = not_utf8(Path(captions[0]), error).problems
+        return None, found("NOT_UTF8", problem.message, problem.hint, row=row, path=captions[0])
+    except OSError as error:
+        what = f"`{captions[0]}` cannot be read: {error.strerror}"
+        return None, found("PATH_MISSING", what, "let it be read", row=row, path=captions[0])
+
+
+def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
+    """What is to be said of the files of a folder that are no samples: what training says, file by file."""
+    for names, captioned in ((folder.captioned_unsupported, True), (folder.unsupported, False)):
+        for name in names:
+            problem = unsupported_problem((name,), captioned)
+            level: Level | None = "error" if captioned else None
+            yield found("FORMAT_UNSUPPORTED", problem.message, problem.hint, path=name, level=level)
+    for name in folder.other_media:
+        what = f"`{name}` is not used: {kind}s are trained on"
+        yield found("FILE_UNREFERENCED", what, "move it away, or name the recipe that it is for", path=name)
+    for name in folder.lone_captions:
+        hint = "put its file beside it, in a format that is read, or move it away"
+        yield found("FILE_UNREFERENCED", f"`{name}` is a caption without a file", hint, path=name)
+    if folder.unknown:
+        problem = unknown_problem(folder.unknown)
+        yield found("FILE_UNKNOWN", problem.message, problem.hint)
+    if folder.leftovers:
+        yield found("FILE_LEFTOVER", leftovers_note(folder.leftovers))
+
+
+def _links_out(listing: Listing) -> Iterator[Finding]:
     """PATH_OUTSIDE for links that would be rows."""
-    yield from (_leads_out(name, None) for name in sorted(listing.leaving) if _ending(name) in ENDINGS[kind])
+    yield from (
+        _leads_out(name, None) for name in sorted(listing.leaving) if kind_of_name(name) in ("image", "clip", None)
+    )
 
 
 def _leads_out(name: str, row: int | None) -> Finding:
@@ -204,19 +256,8 @@ def _leads_out(name: str, row: int | None) -> Finding:
     return found("PATH_OUTSIDE", what, "copy the file itself", row=row, path=name)
 
 
-def _shared_captions(names: list[str]) -> Iterator[Finding]:
-    first: dict[str, str] = {}
-    for number, name in enumerate(names, start=1):
-        other = first.setdefault(_stem(name), name)
-        if other != name:
-            what = f"`{other}` and `{name}` share the caption `{_stem(name)}{CAPTION_ENDING}`"
-            yield found("STEM_COLLISION", what, "move one of them away, or write a metadata.csv", row=number, path=name)
-
-
-def _stem(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.rpartition('.')[0]}"
-
-
-def _ending(name: str) -> str:
-    return f".{name.rpartition('.')[2].lower()}"
+def _shared_captions(folder: CaptionedFolder) -> Iterator[Finding]:
+    numbers = {name: number for number, name in enumerate(folder.rows, start=1)}
+    for names in folder.shared_captions():
+        problem = shared_caption(*names)
+        yield found("STEM_COLLISION", problem.message, problem.hint, row=numbers[names[1]], path=names[1])

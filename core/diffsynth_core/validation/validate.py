@@ -18,15 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from diffsynth_core.data.videos import VIDEO_ENDINGS
+from diffsynth_core.data.listing import Listing, list_files, list_named
 from diffsynth_core.progress import Reporter
 from diffsynth_core.validation.caption_checks import check_captions, check_characters, check_lengths, check_repeated
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
-from diffsynth_core.data.listing import Listing, list_files, list_named
-from diffsynth_core.validation.metadata_checks import check_columns, check_rows, check_unused, read_records
+from diffsynth_core.validation.metadata_checks import as_on_disk, check_columns, check_rows, check_unused, read_records
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths
 from diffsynth_core.validation.picture_checks import check_pictures, check_same, check_sizes
@@ -97,7 +96,7 @@ def examine(
 
     `metadata`: its file, whose paths are relative to `base`; None: captions stand beside the files.
     """
-    listing = list_files(base) if wish.depth in ("paths", "files") or metadata is None else Listing(base)
+    listing = list_files(base) if metadata is None else Listing(base)
     with _without_collecting():
         table, findings = read_table(base, metadata, rules, listing)
         columns = columns_of(rules, table.columns)
@@ -109,9 +108,11 @@ def examine(
     examined = Examined(table, columns, records, rules)
     if wish.depth == "metadata":
         return examined, findings
-    if wish.depth == "named" and metadata:
-        listing = list_named(base, (name for record in records for names in record.files.values() for name in names))
-    examined = replace(examined, listing=listing)
+    if metadata:
+        named = [name for record in records for names in record.files.values() for name in names]
+        listing = list_named(base, named) if wish.depth == "named" else list_files(base, named)
+        records = as_on_disk(records, listing)
+    examined = replace(examined, records=records, listing=listing)
     present, of_paths = present_paths(examined)
     findings += of_paths
     examined = replace(examined, present=present)
@@ -143,15 +144,15 @@ def _decode(examined: Examined, wish: Wish, reporter: Reporter) -> Examined:
 
 
 def _kinds(examined: Examined) -> dict[str, Kind]:
-    """What each file is read as, in the order of the rows: a video where one is trained on, by its ending."""
+    """What each file is read as, in the order of the rows: a clip where clips are trained on, unless it is an image."""
     kinds: dict[str, Kind] = {}
     moving = examined.rules.media.frames is not None or examined.columns.target == "video"
     for record in examined.records:
         for column, names in record.files.items():
             for name in names:
                 if name in examined.present:
-                    video = moving and column == examined.columns.target and Path(name).suffix.lower() in VIDEO_ENDINGS
-                    kinds.setdefault(name, "video" if video else "picture")
+                    target = moving and column == examined.columns.target
+                    kinds.setdefault(name, "video" if target else "picture")
     return kinds
 
 

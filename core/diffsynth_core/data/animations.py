@@ -1,0 +1,121 @@
+"""Animated images (WebP, PNG, AVIF) as clips: decoded frame by frame by Pillow, each shown as long as the file says.
+
+Colour profiles become sRGB and clear parts white, as in still images. Frames are resampled in time as ffmpeg's filter
+`fps` does, so that a clip is the same whichever format it comes in. GIF goes through ffmpeg.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from diffsynth_core.data.clips import VideoHeader, Watched
+from diffsynth_core.data.decoding import UnreadableVideo
+from diffsynth_core.data.formats import ending_of, media_kind
+from diffsynth_core.data.pictures import MAX_PICTURE_PIXELS, cover, frames_of, open_picture, to_rgb
+
+UNTIMED_SECONDS = 0.1
+"""How long a frame is shown whose file says no time, in browsers and here."""
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a file is an animated image that ffmpeg is not asked for; one that cannot be opened is none."""
+    if ending_of(path.name) == ".gif" or media_kind(path) != "image":
+        return False
+    try:
+        with open_picture(path) as picture:
+            return picture.format != "GIF" and frames_of(picture) > 1
+    except Exception:  # it is told why where it is read as an image
+        return False
+
+
+def read_header(path: Path) -> VideoHeader:
+    """Size and mean frame rate; decodes all frames, for only they tell how long they are shown.
+
+    Raises:
+        UnreadableVideo: when a frame cannot be decoded.
+    """
+    width = height = 0
+    seconds = []
+    for frame, shown in _frames(path):
+        width, height = frame.size
+        seconds.append(shown)
+    return VideoHeader(width, height, False, round(len(seconds) / sum(seconds), 2))
+
+
+def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int:
+    """As `videos.count_frames`."""
+    frames = len(_sources([shown for _, shown in _frames(path)], frame_rate))
+    return frames if limit is None else min(frames, limit)
+
+
+def watch(path: Path, frame_rate: float | None, side: int, take: Callable[[NDArray[np.uint8]], None]) -> Watched:
+    """As `videos.watch_video`."""
+    seconds = []
+    for frame, shown in _frames(path):
+        seconds.append(shown)
+        take(np.asarray(frame.resize((side, side), Image.Resampling.BOX)))
+    resampled = None if frame_rate is None else len(_sources(seconds, frame_rate))
+    return Watched(len(seconds), resampled, tuple(_starts(seconds)))
+
+
+def load(path: Path, start: int, frames: int, height: int, width: int, frame_rate: float | None) -> NDArray[np.uint8]:
+    """As `videos.load_clip`: `[frames, height, width, 3]`, RGB, 0..255.
+
+    Raises:
+        UnreadableVideo: when it ends before the last frame, or a frame cannot be decoded.
+    """
+    seconds = [shown for _, shown in _frames(path, pixels=False)]
+    sources = _sources(seconds, frame_rate)[start : start + frames]
+    if len(sources) < frames:
+        raise UnreadableVideo(path, f"it ends early: {len(sources)} of {frames} frames")
+    wanted = set(sources)
+    covered = {place: cover(frame, height, width) for place, (frame, _) in enumerate(_frames(path)) if place in wanted}
+    return np.stack([covered[source] for source in sources])
+
+
+def _frames(path: Path, pixels: bool = True) -> Iterator[tuple[Image.Image, float]]:
+    """The frames, upright RGB unless `pixels` are not wanted, and how many seconds each is shown."""
+    with _telling(path), open_picture(path) as picture:
+        if picture.width * picture.height > MAX_PICTURE_PIXELS:
+            raise ValueError(f"it has more than {MAX_PICTURE_PIXELS} pixels")
+        for place in range(frames_of(picture)):
+            picture.seek(place)
+            picture.load()
+            shown = float(picture.info.get("duration") or 0) / 1000
+            yield (to_rgb(ImageOps.exif_transpose(picture)) if pixels else picture), shown or UNTIMED_SECONDS
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """What Pillow raises inside becomes one clear error."""
+    try:
+        yield
+    except UnreadableVideo:
+        raise
+    except Exception as error:
+        raise UnreadableVideo(path, str(error).replace(f" '{path}'", "")) from error
+
+
+def _starts(seconds: list[float]) -> list[float]:
+    """When each frame begins, in seconds from the first."""
+    return list(accumulate(seconds[:-1], initial=0.0))
+
+
+def _sources(seconds: list[float], frame_rate: float | None) -> list[int]:
+    """Which frame of the file each frame of the clip is."""
+    if frame_rate is None:
+        return list(range(len(seconds)))
+    places = [math.floor(start * frame_rate + 0.5) for start in _starts(seconds)]
+    count = max(1, math.floor(sum(seconds) * frame_rate + 0.5))
+    sources, source = [], 0
+    for place in range(count):
+        while source + 1 < len(places) and places[source + 1] <= place:
+            source += 1
+        sources.append(source)
+    return sources

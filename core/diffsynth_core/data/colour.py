@@ -1,0 +1,169 @@
+"""Colours of images: a profile in the file becomes sRGB, as in viewers. No torch.
+
+The conversion is that of `ImageCms.profileToProfile` (LittleCMS, perceptual intent). A profile whose colours lie within
+2 of 255 of sRGB counts as sRGB and changes nothing.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+COLOUR_TRANSFORM = 1
+"""Goes up when the same profile gives other colours, so that older encodings are not taken for them."""
+SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
+"""Colour space of a profile -> Pillow's mode of the pixels that it is for."""
+SPACE_NAMES = {"RGB ": "RGB", "GRAY": "gray", "CMYK": "CMYK", "Lab ": "LAB"}
+SAME_COLOUR = 2
+"""How far apart, of 255, the colours of a profile and of sRGB may be that count as the same."""
+PROBED_LEVELS = 7
+KEPT_PROFILES = 32
+SHOWN_OF_A_NAME = 40
+
+EXIF_IFD, INTEROPERABILITY_IFD = 0x8769, 0xA005
+EXIF_COLOUR_SPACE, INTEROPERABILITY_INDEX = 0xA001, 1
+ADOBE_RGB_COLOUR_SPACE, ADOBE_RGB_INDEX = 2, "R03"
+"""How cameras mark Adobe RGB without a profile (DCF 2.0)."""
+SRGB_GAMMA = 0.45455
+GAMMA_SLACK = 0.01
+HEAD_BYTES = 4096
+"""A file has its code points, where it has any, among so many bytes at its beginning."""
+SDR_PRIMARIES, SDR_TRANSFERS = (1, 2), (1, 2, 6, 13)
+"""Code points (ITU-T H.273) that are shown as sRGB is: BT.709 and unspecified; BT.709, unspecified, BT.601, sRGB."""
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What the colours of an image are, where they are not plainly sRGB.
+
+    `profile`: the name of the profile that they are converted from; blank: they are taken as they stand. `doubt`: why
+    something in the file that says otherwise is not followed; blank: nothing does.
+    """
+
+    profile: str = ""
+    doubt: str = ""
+
+
+def colours_of(image: Image.Image) -> Colours:
+    """What the colours of an opened image are; decodes no pixel."""
+    data = image.info.get("icc_profile")
+    if not data:
+        return Colours(doubt=_unfollowed(image))
+    known = _inspect(data)
+    if known.doubt:
+        return Colours(doubt=known.doubt)
+    if not _fits(known.space, image.mode):
+        space = SPACE_NAMES[known.space]
+        return Colours(doubt=f"its colour profile `{known.name}` is for {space}, its pixels are {image.mode}")
+    return Colours(profile="" if known.is_srgb else known.name)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The RGB of an image whose colours are those of `profile`, without its transparency.
+
+    Raises:
+        ImageCms.PyCMSError: when the profile cannot be used.
+    """
+    mode = SPACES[_inspect(profile).space]
+    converted = ImageCms.applyTransform(image.convert(mode), _transform(profile, mode))
+    assert converted is not None
+    return converted
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """What a profile says of itself; with a `doubt` it cannot be used."""
+
+    name: str = ""
+    space: str = ""
+    is_srgb: bool = False
+    doubt: str = ""
+
+
+@lru_cache(maxsize=KEPT_PROFILES)
+def _inspect(data: bytes) -> _Profile:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = profile.profile.xcolor_space
+        if space not in SPACES:
+            return _Profile(doubt=f"its colour profile is for `{space.strip()}`, which is not supported")
+        description = profile.profile.profile_description or profile.profile.model or SPACE_NAMES[space]
+        name = " ".join(description.split())[:SHOWN_OF_A_NAME]
+        is_srgb = _is_srgb(data, SPACES[space])
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        return _Profile(doubt=f"its colour profile is damaged ({error})")
+    return _Profile(name, space, is_srgb)
+
+
+def _is_srgb(data: bytes, mode: str) -> bool:
+    """Whether a profile leaves the colours of sRGB as they are, seen on a grid of them."""
+    if mode not in ("RGB", "L"):
+        return False
+    levels = np.linspace(0, 255, PROBED_LEVELS if mode == "RGB" else 256).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
+    probe = Image.fromarray(np.ascontiguousarray(grid))
+    converted = ImageCms.applyTransform(probe, _transform(data, mode))
+    return bool(np.abs(np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))).max() <= SAME_COLOUR)
+
+
+@lru_cache(maxsize=KEPT_PROFILES)
+def _transform(data: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def _fits(space: str, mode: str) -> bool:
+    """Whether a profile of a colour space can be meant for pixels of a mode; a grey has three equal parts."""
+    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
+    return {
+        "RGB ": mode in ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr") or grey,
+        "GRAY": grey,
+        "CMYK": mode == "CMYK",
+        "Lab ": mode == "LAB",
+    }[space]
+
+
+def _unfollowed(image: Image.Image) -> str:
+    """What says, without a profile, that the colours of an image are not sRGB; blank: nothing does."""
+    if image.format in ("JPEG", "MPO", "TIFF") and _is_marked_adobe_rgb(image):
+        return "it has no colour profile, but its EXIF data says Adobe RGB"
+    if image.format == "PNG" and "srgb" not in image.info:
+        gamma = image.info.get("gamma")
+        if gamma and abs(gamma - SRGB_GAMMA) > GAMMA_SLACK:
+            return f"it has no colour profile, but a gamma of {gamma:g} (gAMA)"
+    points = _code_points(image) if image.format in ("PNG", "AVIF", "HEIF") else None
+    if points and (points[0] not in SDR_PRIMARIES or points[1] not in SDR_TRANSFERS):
+        return f"it has no colour profile, but primaries {points[0]} and transfer {points[1]} (H.273)"
+    return ""
+
+
+def _is_marked_adobe_rgb(image: Image.Image) -> bool:
+    exif = image.getexif()
+    if not exif:
+        return False
+    index = exif.get_ifd(EXIF_IFD).get(INTEROPERABILITY_IFD, {})
+    marked = exif.get_ifd(INTEROPERABILITY_IFD) or (index if isinstance(index, dict) else {})
+    return (
+        marked.get(INTEROPERABILITY_INDEX) == ADOBE_RGB_INDEX
+        or exif.get_ifd(EXIF_IFD).get(EXIF_COLOUR_SPACE) == ADOBE_RGB_COLOUR_SPACE
+    )
+
+
+def _code_points(image: Image.Image) -> tuple[int, int] | None:
+    """(primaries, transfer) as a PNG (cICP) or AVIF (nclx) states them, which Pillow passes over."""
+    stream = getattr(image, "fp", None)
+    if stream is None:
+        return None
+    place = stream.tell()
+    stream.seek(0)
+    head = stream.read(HEAD_BYTES)
+    stream.seek(place)
+    png = head.find(b"cICP")
+    if image.format == "PNG":
+        return (head[png + 4], head[png + 5]) if 0 <= png < len(head) - 5 else None
+    nclx = head.find(b"colrnclx")
+    if not 0 <= nclx < len(head) - 11:
+        return None
+    return int.from_bytes(head[nclx + 8 : nclx + 10], "big"), int.from_bytes(head[nclx + 10 : nclx + 12], "big")
