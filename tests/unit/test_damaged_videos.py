@@ -52,7 +52,7 @@ def load(path, start, frames):
     return load_clip(path, start, frames, HEIGHT, WIDTH, None)
 
 
-NO_VIDEO = "it is no MP4, MOV, MKV, WebM, AVI or GIF"
+NO_VIDEO = "it is no video of a known format"
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])

@@ -352,7 +352,10 @@ def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
     (inside / "metadata.csv").unlink()
     (inside / "coffee.txt").write_text("a cup")
     report, _ = validate(inside, Rules(), Wish(workers=1), SilentReporter())
-    assert [(one.code, one.path) for one in report.findings] == [("PATH_OUTSIDE", "coffee.png")]
+    assert [(one.code, one.path, one.level) for one in report.findings] == [
+        ("PATH_OUTSIDE", "coffee.png", "error"),
+        ("PATH_OUTSIDE", "linked", "warning"),
+    ]
 
 
 def test_every_code_is_found_by_something():

@@ -214,8 +214,8 @@ def test_two_files_that_share_a_caption_are_told(tmp_path):
 
 def test_a_folder_with_an_ending_is_no_file_and_lone_captions_are_told(tmp_path):
     (tmp_path / "x.mp4").mkdir()
-    for name in ("a.mp4", "a.txt", "b.wmv", "b.txt"):
+    for name in ("a.mp4", "a.txt", "b.txt"):
         (tmp_path / name).write_text("x")
     metadata = read_metadata(tmp_path, None, "prompt", "video", "video")
     assert [row["video"] for row in metadata.rows] == ["a.mp4"]
-    assert metadata.notes == (f"1 text file without a file to caption, the first is `{tmp_path / 'b.txt'}`",)
+    assert metadata.notes == ("1 caption (`b.txt`) stands beside no image or clip",)

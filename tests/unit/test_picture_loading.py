@@ -80,7 +80,7 @@ def files_of_all_kinds(folder) -> list:
     rgb.save(folder / "progressive.jpg", progressive=True)
     rgb.convert("CMYK").save(folder / "cmyk.tif")
     rgb.convert("P").save(folder / "palette.gif")
-    rgb.save(folder / "moving.webp", save_all=True, append_images=[rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    rgb.save(folder / "lossless.webp", lossless=True)
     rgb.save(folder / "plain.bmp")
     rgb.save(folder / "plain.avif")
     return sorted(folder.iterdir())
@@ -94,9 +94,7 @@ def test_headers_agree_with_decoding_for_every_kind_of_file(tmp_path):
         assert (header.width, header.height) == (40, 24), path
         loaded = load_picture(path, header.height, header.width)
         assert loaded.shape == (24, 40, 3)
-        assert loaded[:, 30:].mean() > loaded[:, :10].mean(), (
-            path
-        )  # upright, and not the second picture of a moving one
+        assert loaded[:, 30:].mean() > loaded[:, :10].mean(), path  # upright
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])

@@ -35,6 +35,7 @@ class CaptionedFolder:
     unknown: tuple[str, ...] = ()
     leftovers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
     def shared_captions(self) -> Iterator[tuple[str, str, str]]:
         """(first, second, caption): pairs of samples that one caption stands beside."""
@@ -67,7 +68,9 @@ def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = (
     taken = {caption for some in of_rows.values() for caption in some}
     unsupported = _of(kinds, "unsupported")
     captioned = [name for name in unsupported if set(beside.get(stem_key(name), ())) - taken]
-    taken |= {caption for name in (*other, *unsupported) for caption in beside.get(stem_key(name), ())}
+    taken |= {
+        caption for name in (*other, *unsupported, *listing.leaving) for caption in beside.get(stem_key(name), ())
+    }
     leftovers: dict[str, list[str]] = {}
     for name in _of(kinds, "leftover"):
         leftovers.setdefault(leftover_of(name.rpartition("/")[2]) or "ComfyUI", []).append(name)
@@ -83,6 +86,7 @@ def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = (
         unknown=_of(kinds, "unknown"),
         leftovers={what: tuple(names) for what, names in leftovers.items()},
         metadata=tuple(name for name in metadata_names if name in listing.files),
+        links=tuple(sorted(listing.leaving)),
     )
 
 
@@ -138,6 +142,8 @@ def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
         notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} beside no image or clip")
     if folder.unknown:
         notes.append(unknown_problem(folder.unknown).message)
+    if folder.links:
+        notes.append(f"{_listed(folder.links, 'link')} {_are(folder.links)} not followed out of the dataset")
     if folder.leftovers:
         notes.append(leftovers_note(folder.leftovers))
     return tuple(notes)

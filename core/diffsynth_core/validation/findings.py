@@ -49,7 +49,12 @@ CODES: Mapping[str, Code] = {
     "ROW_DUPLICATE": Code("metadata", "warning", "A row is there twice"),
     "PATH_MISSING": Code("path", "error", "A file that is named is not there"),
     "PATH_CASE": Code("path", "error", "A file is there under a name in other letters, which most disks tell apart"),
-    "PATH_OUTSIDE": Code("path", "error", "A path is absolute, or leads out of the dataset by `..` or by a link"),
+    "PATH_OUTSIDE": Code(
+        "path",
+        "error",
+        "A path is absolute, or leads out of the dataset by `..` or by a link",
+        "a warning for links to folders, which are not followed",
+    ),
     "FOLDER_UNREADABLE": Code(
         "path",
         "warning",

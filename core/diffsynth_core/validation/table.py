@@ -245,15 +245,19 @@ def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
 
 
 def _links_out(listing: Listing) -> Iterator[Finding]:
-    """PATH_OUTSIDE for links that would be rows."""
-    yield from (
-        _leads_out(name, None) for name in sorted(listing.leaving) if kind_of_name(name) in ("image", "clip", None)
-    )
+    """PATH_OUTSIDE: an error for links that would be rows, a warning for those to folders and other files."""
+    for name in sorted(listing.leaving):
+        kind = kind_of_name(name)
+        if kind in ("image", "clip"):
+            yield _leads_out(name, None)
+        elif kind is None:
+            yield _leads_out(name, None, "warning")
 
 
-def _leads_out(name: str, row: int | None) -> Finding:
+def _leads_out(name: str, row: int | None, level: Level | None = None) -> Finding:
     what = f"`{name}` is a link that leads out of the dataset"
-    return found("PATH_OUTSIDE", what, "copy the file itself", row=row, path=name)
+    hint = "copy the file itself" if level is None else "copy what it leads to, or take it out"
+    return found("PATH_OUTSIDE", what, hint, row=row, path=name, level=level)
 
 
 def _shared_captions(folder: CaptionedFolder) -> Iterator[Finding]:
