@@ -130,7 +130,8 @@ def test_metadata_that_cannot_be_used(refuse, dataset, name, text, fault, hint):
 
 def test_metadata_in_another_encoding(refuse, dataset):
     (dataset / "metadata.csv").write_bytes("image,prompt\ncoffee.png,café\n".encode("latin-1"))
-    assert refuse() == (1, [(f"`{dataset}/metadata.csv` is not UTF-8 (byte 27)", "save it as UTF-8")])
+    message = f"`{dataset}/metadata.csv` is not UTF-8 (byte 27): it looks like Windows-1252 or Latin-1"
+    assert refuse() == (1, [(message, "save it as UTF-8")])
 
 
 @pytest.mark.parametrize(
