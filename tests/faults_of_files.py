@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from tests.clips import write_clip
+from tests.icc import rgb_profile
 from tests.validation_corpus import FRAME_RATE, H264, Draft
 
 Expected = set[tuple[str, int | None, str | None]]
@@ -126,9 +127,12 @@ PICTURES: Mapping[str, Plant] = {
     "a palette with a clear colour": picture("IMAGE_ALPHA", "palette.png", one_clear_colour),
     "CMYK": picture("IMAGE_MODE", "print.jpg", lambda one, path: one.convert("CMYK").save(path)),
     "16 bits": picture("IMAGE_MODE", "depth.png", sixteen_bits),
-    "LAB": picture("IMAGE_MODE", "lab.tif", lambda one, path: one.convert("LAB").save(path)),
-    "an animated WebP": picture("IMAGE_ANIMATED", "moves.webp", animated),
-    "an animated PNG": picture("IMAGE_ANIMATED", "moves.png", animated),
+    "LAB": picture("IMAGE_COLOURS", "lab.tif", lambda one, path: one.convert("LAB").save(path)),
+    "Display P3": picture("IMAGE_COLOURS", "p3.jpg", lambda one, path: one.save(path, icc_profile=rgb_profile("Display P3"))),
+    "a damaged profile": picture("IMAGE_COLOURS", "odd.png", lambda one, path: one.save(path, icc_profile=b"none")),
+    "pages": picture("IMAGE_ANIMATED", "pages.tif", lambda one, path: one.save(path, save_all=True, append_images=[one])),
+    "an ending that says nothing": picture("IMAGE_COLOURS", "IMG_0001", lambda one, path: one.save(path, "PNG", icc_profile=rgb_profile("Display P3"))),
+    "JPEG XL": picture("FORMAT_UNSUPPORTED", "phone.jxl", lambda one, path: path.write_bytes(b"\xff\x0a jxl")),
     "white": picture("IMAGE_BLANK", "white.png", lambda one, path: Image.new("RGB", (128, 96), "white").save(path)),
     "black": picture("IMAGE_BLANK", "black.jpg", lambda one, path: Image.new("RGB", (144, 96)).save(path)),
     "the same pixels": like_another("IMAGE_DUPLICATE", "same.bmp", lambda one, path: one.save(path)),
@@ -141,6 +145,11 @@ PICTURES: Mapping[str, Plant] = {
     ),
 }  # fmt: skip
 """Of pictures that are trained on."""
+ANIMATIONS: Mapping[str, Plant] = {
+    f"an animated {name}": picture("IMAGE_ANIMATED", f"moves.{name.lower()}", animated)
+    for name in ("WebP", "PNG", "GIF")
+}
+"""Of pictures, among which they are faults; among clips they are clips."""
 
 
 def video(code: str, name: str, *coding: str, frames: int | None = None, rate: int = FRAME_RATE) -> Plant:

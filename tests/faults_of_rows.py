@@ -226,6 +226,20 @@ BESIDE: Mapping[str, Plant] = {
     "an empty caption beside": after_writing(
         lambda folder: (folder / "sound_2.txt").write_text("\n"), {("CAPTION_EMPTY", 2, None)}
     ),
+    "two captions beside": after_writing(
+        lambda folder: (folder / "sound_2.caption").write_text("another"), {("CAPTION_AMBIGUOUS", 2, "sound_2.png")}
+    ),
+    "a caption beside, in capitals": after_writing(
+        lambda folder: (folder / "sound_2.txt").rename(folder / "sound_2.TXT"), set()
+    ),
+    "a photo of a phone and its caption": after_writing(
+        lambda folder: [(folder / f"x.{ending}").write_text("x") for ending in ("jxl", "txt")],
+        {("FORMAT_UNSUPPORTED", None, "x.jxl")},
+    ),
+    "a letter": after_writing(lambda folder: (folder / "a.docx").write_text("x"), {("FILE_UNKNOWN", None, None)}),
+    "a resource fork": after_writing(
+        lambda folder: (folder / "._sound_2.png").write_text("x"), {("FILE_LEFTOVER", None, None)}
+    ),
     "a caption in Latin-1": after_writing(
         lambda folder: (folder / "sound_3.txt").write_bytes("ein Löwe".encode("latin-1")),
         {("NOT_UTF8", 3, "sound_3.txt")},

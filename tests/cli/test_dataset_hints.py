@@ -62,7 +62,9 @@ def test_quotes_that_do_not_fit(validate, refuse, dataset, text, fault, hint):
 def test_utf_16_without_a_mark(validate, refuse, dataset):
     path = dataset / "metadata.csv"
     path.write_bytes("image,prompt\ncoffee.png,a\n".encode("utf-16-le"))
-    assert validate() == [("NOT_UTF8", f"`{path}` line 1 is not UTF-8 (byte 1): it looks like UTF-16", "save it as UTF-8")]
+    assert validate() == [
+        ("NOT_UTF8", f"`{path}` line 1 is not UTF-8 (byte 1): it looks like UTF-16", "save it as UTF-8")
+    ]
     assert refuse() == (1, [(f"`{path}` is not UTF-8 (byte 1): it looks like UTF-16", "save it as UTF-8")])
 
 

@@ -209,7 +209,7 @@ def test_a_caption_and_a_folder_that_may_not_be_read(cli, dataset, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.read_text", refuse)
+        patched.setattr("pathlib.Path.read_bytes", refuse)
         outcome = cli("dataset", "validate", dataset, "--depth", "paths")
     assert outcome.code == 1 and "`chelsea.txt` cannot be read: Permission denied" in outcome.out
     monkeypatch.setattr("os.scandir", refuse)

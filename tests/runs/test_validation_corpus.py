@@ -25,7 +25,7 @@ from tests.validation_corpus import CLIPS, PICTURES, Draft, add_clips, add_pictu
 ALWAYS = {"BUCKETS", "CACHE_SIZE"}
 """What is told of every set."""
 GENERAL = {**faults_of_files.PICTURES, **faults_of_rows.CAPTIONS, **faults_of_rows.PATHS, **faults_of_rows.ROWS}
-ONLY_ALONE = {"an animated GIF": faults_of_files.picture("IMAGE_ANIMATED", "moves.gif", faults_of_files.animated)}
+ONLY_ALONE = faults_of_files.ANIMATIONS
 """Where videos are trained on, a GIF is one."""
 WAN, EDIT = "wan2.1-t2v-1.3b-lora", "qwen-image-edit-lora"
 

@@ -1,0 +1,168 @@
+"""Colour profiles become sRGB as Pillow converts them, and what says otherwise without a profile is told."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image, ImageCms
+
+from diffsynth_core.data.media import MediaRule, choose_excerpt, load_excerpt, read_media_header
+from diffsynth_core.data.pictures import SizeRule, load_picture, read_picture_header
+from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.validation.pictures import examine_picture
+from tests.icc import grey_profile, ink_profile, rgb_profile
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+WIDE = ["Display P3", "Adobe RGB (1998)"]
+
+
+def colours(mode: str = "RGB") -> Image.Image:
+    """Colours of all kinds, 64 wide and 48 high."""
+    rows, columns = np.mgrid[0:48, 0:64]
+    pixels = np.stack([rows * 5, columns * 4, (rows * 37 + columns * 11) % 256], -1).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def by_pillow(path: Path) -> np.ndarray:
+    """What Pillow's own conversion to sRGB makes of an opaque image."""
+    with Image.open(path) as image:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return np.asarray(converted).astype(int)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "avif"])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_colours_become_those_of_srgb(tmp_path, name, ending):
+    path = tmp_path / f"wide.{ending}"
+    colours().save(path, icc_profile=rgb_profile(name))
+    assert np.abs(load_picture(path, 48, 64) - by_pillow(path)).max() <= 2
+    assert read_picture_header(path).colours.profile == name
+    facts = examine_picture(tmp_path, path.name, None)
+    assert (facts.colour_profile.profile, facts.fault) == (name, None)
+
+
+def test_a_green_of_a_phone_is_the_green_that_its_screen_shows(tmp_path):
+    Image.new("RGB", (32, 32), (93, 197, 70)).save(tmp_path / "p3.png", icc_profile=rgb_profile("Display P3"))
+    assert (
+        np.abs(load_picture(tmp_path / "p3.png", 32, 32)[9, 9].astype(int) - (20, 200, 40)).max() <= 3
+    )  # one step of P3
+
+
+@pytest.mark.parametrize("profile", [SRGB, rgb_profile("sRGB IEC61966-2.1")], ids=["of Pillow", "IEC61966-2.1"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_a_profile_of_srgb_changes_no_pixel(tmp_path, profile, mode):
+    colours(mode).save(tmp_path / "tagged.png", icc_profile=profile)
+    colours(mode).save(tmp_path / "plain.png")
+    assert_array_equal(load_picture(tmp_path / "tagged.png", 48, 64), load_picture(tmp_path / "plain.png", 48, 64))
+    header = read_picture_header(tmp_path / "tagged.png")
+    assert (header.colours.profile, header.colours.doubt) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending", "profile"),
+    [
+        ("L", "png", grey_profile("Gray Gamma 1.0", 1.0)),
+        ("L", "jpg", grey_profile("Dot Gain", 1.75)),
+        ("CMYK", "jpg", ink_profile("A press")),
+        ("CMYK", "tif", ink_profile("A press")),
+    ],
+)
+def test_greys_and_inks_are_converted_by_their_profiles(tmp_path, mode, ending, profile):
+    path = tmp_path / f"image.{ending}"
+    colours(mode).save(path, icc_profile=profile, **({"quality": 100} if ending == "jpg" else {}))
+    loaded = load_picture(path, 48, 64)
+    assert np.abs(loaded - by_pillow(path)).max() <= 2
+    colours(mode).save(tmp_path / f"plain.{ending}")
+    assert np.abs(loaded.astype(int) - load_picture(tmp_path / f"plain.{ending}", 48, 64)).max() > 20
+
+
+def test_sixteen_bit_greys_palettes_and_clear_parts_keep_their_ways(tmp_path):
+    values = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png", icc_profile=grey_profile("linear", 1.0))
+    assert abs(int(load_picture(tmp_path / "deep.png", 48, 64)[24, 0, 0]) - 188) <= 2  # half the light
+    image = colours("RGBA")
+    image.putalpha(Image.new("L", image.size, 0))
+    image.paste(colours().crop((0, 0, 64, 24)), (0, 0))
+    image.save(tmp_path / "clear.png", icc_profile=rgb_profile("Display P3"))
+    colours().save(tmp_path / "opaque.png", icc_profile=rgb_profile("Display P3"))
+    loaded = load_picture(tmp_path / "clear.png", 48, 64)
+    assert_array_equal(loaded[:24], by_pillow(tmp_path / "opaque.png")[:24])
+    assert loaded[24:].min() == 255
+    grey = Image.merge("LA", (colours("L"), Image.new("L", (64, 48), 255)))
+    grey.save(tmp_path / "grey.png", icc_profile=grey_profile("linear", 1.0))
+    colours("L").save(tmp_path / "flat.png", icc_profile=grey_profile("linear", 1.0))
+    assert_array_equal(load_picture(tmp_path / "grey.png", 48, 64), load_picture(tmp_path / "flat.png", 48, 64))
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "doubt"),
+    [
+        ("RGB", b"no profile at all", "its colour profile is damaged"),
+        ("RGB", rgb_profile("Display P3")[:300], "its colour profile is damaged"),
+        ("RGB", grey_profile("Dot Gain", 1.75), "its colour profile `Dot Gain` is for gray, its pixels are RGB"),
+        ("L", ink_profile("A press"), "its colour profile `A press` is for CMYK, its pixels are L"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_told_and_passed_over(tmp_path, mode, profile, doubt):
+    colours(mode).save(tmp_path / "odd.png", icc_profile=profile)
+    colours(mode).save(tmp_path / "plain.png")
+    found = read_picture_header(tmp_path / "odd.png").colours
+    assert found.profile == "" and found.doubt.startswith(doubt)
+    assert_array_equal(load_picture(tmp_path / "odd.png", 48, 64), load_picture(tmp_path / "plain.png", 48, 64))
+    assert examine_picture(tmp_path, "odd.png", None).colour_profile == found
+
+
+def with_chunk(path: Path, kind: bytes, data: bytes) -> None:
+    """Put a chunk behind the header of a PNG."""
+    content = path.read_bytes()
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content[:33] + chunk + content[33:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "doubt"),
+    [
+        (b"gAMA", struct.pack(">I", 100_000), "a gamma of 1 (gAMA)"),
+        (b"gAMA", struct.pack(">I", 45_455), ""),
+        (b"cICP", bytes([9, 16, 0, 1]), "primaries 9 and transfer 16 (H.273)"),
+        (b"cICP", bytes([1, 13, 0, 1]), ""),
+    ],
+)
+def test_what_a_png_says_without_a_profile_is_told(tmp_path, kind, data, doubt):
+    colours().save(tmp_path / "image.png")
+    with_chunk(tmp_path / "image.png", kind, data)
+    assert read_picture_header(tmp_path / "image.png").colours.doubt.endswith(doubt)
+    assert bool(read_picture_header(tmp_path / "image.png").colours.doubt) == bool(doubt)
+    assert_array_equal(load_picture(tmp_path / "image.png", 48, 64), np.asarray(colours()))
+
+
+def test_adobe_rgb_of_a_camera_without_a_profile_is_told(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    colours().save(tmp_path / "camera.jpg", exif=exif)
+    assert "Adobe RGB" in read_picture_header(tmp_path / "camera.jpg").colours.doubt
+
+
+def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
+    colours().save(tmp_path / "p3.png", icc_profile=rgb_profile("Display P3"))
+    colours().save(tmp_path / "srgb.png", icc_profile=SRGB)
+    rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
+    videos = VideoMemory(tmp_path / "memory")
+    excerpts = {
+        name: choose_excerpt(tmp_path / name, read_media_header(tmp_path / name, rule, videos), rule, 1)
+        for name in ("p3.png", "srgb.png")
+    }
+    assert excerpts["srgb.png"].transform == [48, 64, 1]  # as before there were conversions
+    assert excerpts["p3.png"].transform == [48, 64, 1, "sRGB", 1]
+    assert np.abs(load_excerpt(excerpts["p3.png"])[0] - by_pillow(tmp_path / "p3.png")).max() <= 2
+
+
+def test_integers_of_thirty_two_bits_are_refused_and_not_clipped(tmp_path):
+    Image.fromarray(np.full((32, 32), 1 << 20, np.int32)).save(tmp_path / "deep.tif")
+    assert "32 bits" in examine_picture(tmp_path, "deep.tif", None).fault.reason
