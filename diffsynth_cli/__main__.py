@@ -1,8 +1,10 @@
 """`diffsynth`, and `python -m diffsynth_cli`: Ctrl-C while modules are imported is told as it is later."""
 
+import os
 import sys
+from typing import NoReturn
 
-from diffsynth_cli import STOPPED
+from diffsynth_cli import REPORTS, STOPPED
 
 
 def run() -> int:
@@ -18,5 +20,15 @@ def run() -> int:
         return STOPPED
 
 
+def end(code: int) -> NoReturn:
+    """End a process of a run in several; what is left of a broken process group can wait for ever while Python ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    if code and REPORTS in os.environ:
+        end(code)
+    sys.exit(code)

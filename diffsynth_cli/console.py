@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from diffsynth_cli.ranks import log_line, report_log
 from diffsynth_cli.wrapping import wrap_line
 from diffsynth_core.files import LineFile
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
@@ -69,6 +69,7 @@ class ConsoleReporter:
         except OSError as error:
             self._lost_log(path, error)
         self._log_path = path
+        report_log(path)
         early, self._early = self._early, []
         for line in early:
             self._write(line)
@@ -85,24 +86,21 @@ class ConsoleReporter:
 
     def keep(self, message: str) -> None:
         """Put a message into the log alone."""
-        self._write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}")
+        self._write(log_line(message))
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         if total == 0:
             yield SilentTask()
         elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
-            lines = _Lines(self.keep, label, total, unit, done)
-            with self._shared_bars() as bars:
+            with _lines(self.keep, label, total, unit, done) as lines, self._shared_bars() as bars:
                 bar = _Bar(bars, lines, label, total, unit, done)
                 yield bar
                 if len(bars.task_ids) > 1:
                     bar.leave()
-            lines.finish()
         else:
-            lines = _Lines(self.info, label, total, unit, done)
-            yield lines
-            lines.finish()
+            with _lines(self.info, label, total, unit, done) as lines:
+                yield lines
 
     @contextmanager
     def _shared_bars(self) -> Iterator[Progress]:
@@ -221,3 +219,13 @@ class _Lines:
         if self._line:
             self._say(self._line)
             self._last, self._line = time.monotonic(), ""
+
+
+@contextmanager
+def _lines(say: Callable[[str], None], label: str, total: int, unit: str, done: int) -> Iterator[_Lines]:
+    """Such lines while the block runs; how far it came is said however it ends."""
+    lines = _Lines(say, label, total, unit, done)
+    try:
+        yield lines
+    finally:
+        lines.finish()

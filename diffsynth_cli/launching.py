@@ -4,19 +4,28 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import typer
 
+from diffsynth_cli import REPORTS, ranks
+from diffsynth_cli.errors import Ending
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
 from diffsynth_core.planning.device import sharded_launch
+from diffsynth_core.training.stop import FINISHING
 
-LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+LAUNCHER = (sys.executable, "-m", "diffsynth_cli.launcher")
+LAUNCHERS = (LAUNCHER[-1], "accelerate.commands.launch")
+"""Modules that start processes: ours, and the one that it is made of."""
 STARTED_ALONE = ("NO", "MULTI_CPU")
 """Kinds of distribution in a configuration of accelerate that its launcher starts a single process for."""
 SHARDED_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
@@ -26,13 +35,35 @@ UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_back
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes there are.
+
+    Raises:
+        FaultsFound: when the environment says what is no number.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise FaultsFound([Problem(f"WORLD_SIZE is `{told}`, expected a number from 1", "unset it", wrong_use=True)])
+    return int(told)
 
 
 def is_launched() -> bool:
     """Whether a launcher started this process."""
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def check_launched() -> None:
+    """See whether what told this process that it is one of several told it all that it needs to find the others.
+
+    Raises:
+        FaultsFound: when `WORLD_SIZE` stands alone, as in the environment of some containers.
+    """
+    if world_size() == 1:
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        what = f"WORLD_SIZE is {world_size()}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
+        hint = f"unset WORLD_SIZE and give `--num_processes {world_size()}`, or start this with `accelerate launch`"
+        raise FaultsFound([Problem(f"{what}: no launcher started this process", hint, wrong_use=True)])
 
 
 def check_world_size(num_processes: int | None) -> None:
@@ -97,10 +128,10 @@ def needs_launch(processes: int, accelerate_config: str | None) -> bool:
 
 
 def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | None, device: str) -> int:
-    """Run the same command in so many processes; returns its exit code.
+    """Run the same command in so many processes, and tell how they ended; returns the exit code.
 
     A signal to this process is handed on to the processes that train, which save and end; the launcher itself would
-    give them half a minute.
+    give them half a minute. A second one ends them at once.
 
     Raises:
         DiffSynthError: when there are fewer GPUs.
@@ -125,12 +156,26 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
     # A free port, so that another run on this machine is not in the way.
     options += ["--main_process_port", "0"] if machines == 1 and not configured.get("main_process_port") else []
     command = [*LAUNCHER, *options, "-m", "diffsynth_cli", "train", *as_words(flags)]
-    with (
-        subprocess.Popen(command, env=environment, start_new_session=True) as launcher,
-        _handing_on(launcher) as stopped,
-    ):
-        code = launcher.wait()
-    return SIGNAL_EXIT_BASE + stopped[0] if stopped else code
+    with TemporaryDirectory(prefix="diffsynth-") as folder:
+        reports = Path(folder)
+        environment[REPORTS] = folder
+        with (
+            subprocess.Popen(command, env=environment, start_new_session=True) as launcher,
+            _handing_on(launcher, reports) as stopped,
+        ):
+            code = launcher.wait()
+            while ranks.alive(reports):  # the launcher was killed: they save and end by themselves
+                time.sleep(0.2)
+        if code == 0 and not stopped:
+            return 0
+        ending = ranks.read_endings(reports).get(ranks.LAUNCHER, Ending(code))
+        if stopped:
+            ending = replace(ending, code=SIGNAL_EXIT_BASE + stopped[0])
+        elif code < 0:
+            ending = ranks.killed("the launcher of the processes", -code)
+        ending.tell()
+        ranks.keep_in_log(ending, reports)
+    return ending.code
 
 
 def as_words(flags: Mapping[str, Any]) -> Iterator[str]:
@@ -143,15 +188,22 @@ def as_words(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def _handing_on(launcher: "subprocess.Popen[bytes]") -> Iterator[Sequence[int]]:
+def _handing_on(launcher: "subprocess.Popen[bytes]", reports: Path) -> Iterator[Sequence[int]]:
     """While the block runs, hand stopping signals on to what the launcher started; gives those that came."""
     came: list[int] = []
 
     def hand_on(number: int, frame: object) -> None:
         came.append(number)
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(launcher.pid).children():
-                process.send_signal(number)
+        if len(came) == 1:
+            typer.echo(FINISHING, err=True)
+        processes = {process.pid: process for process in ranks.alive(reports)}
+        with suppress(psutil.Error):
+            processes |= {process.pid: process for process in psutil.Process(launcher.pid).children()}
+        if not processes and launcher.poll() is None:  # it has not come so far yet
+            launcher.send_signal(number)
+        for process in processes.values():
+            with suppress(psutil.Error):
+                process.send_signal(number if len(came) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, hand_on) for number in STOPPING_SIGNALS}
     try:
@@ -166,7 +218,7 @@ def asked_of_launcher() -> int | None:
     with suppress(psutil.Error):
         for parent in psutil.Process().parents()[:2]:
             words = parent.cmdline()
-            if any(Path(word).name == "accelerate" or word == LAUNCHER[-1] for word in words):
+            if any(Path(word).name == "accelerate" or word in LAUNCHERS for word in words):
                 return _asked(words)
     return None
 

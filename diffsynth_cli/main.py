@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from diffsynth_cli import STOPPED
+from diffsynth_cli import REPORTS, STOPPED
 from diffsynth_cli.streams import guarded_streams
 
 OPTION = re.compile(r"(?<= --)[\w-]+")
@@ -98,7 +98,14 @@ def _typed_words() -> list[str]:
 
 
 def _report(error: Exception) -> int:
-    """Tell an error on stderr; only an error of ours leaves a traceback, and that in a file."""
-    from diffsynth_cli.errors import exit_code_of
+    """Tell an error on stderr, or to the launcher that tells it for all processes of a run; returns the exit code."""
+    from diffsynth_cli.errors import ending_of
 
-    return exit_code_of(error)
+    ending = ending_of(error)
+    if REPORTS in os.environ:
+        from diffsynth_cli.ranks import report_ending
+
+        if report_ending(ending):
+            return ending.code
+    ending.tell()
+    return ending.code

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffsynth_cli import launching
+from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
 from diffsynth_cli.errors import exit_code_of, lines_for_log
 from diffsynth_cli.estimate_text import Estimate, estimate_lines, make_estimate, trial_lines, verdict_lines
 from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.ranks import in_company
 from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
@@ -55,7 +56,9 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
             world_size = launching.processes_asked(first.num_processes, first.accelerate_config)
         if stages[0].parameters.dry_run:
             return _show_plans(stages, reporter, world_size)
-        with stdout_as_messages():
+        if launching.is_launched():
+            launching.check_launched()
+        with stdout_as_messages(), in_company():
             return (_rehearse if first.rehearse else _train)(stages, flags, reporter, world_size)
     except BaseException as error:
         for line in lines_for_log(error):
@@ -157,7 +160,9 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
     accelerate_config = plans[first].parameters.accelerate_config
     if launching.needs_launch(world_size, accelerate_config):
         return launching.launch(flags, world_size, accelerate_config, plans[first].device)
-    with listen_for_stop(reporter.info) as stop:
+    # Our launcher ends all processes when one has died, and the command that started it tells of the user's signals.
+    tell_stop = reporter.keep if REPORTS in os.environ else reporter.info
+    with listen_for_stop(tell_stop, insist=not launching.is_launched()) as stop:
         for stage, plan in plans.items():
             try:
                 if stage != first:

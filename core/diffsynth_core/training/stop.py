@@ -7,6 +7,9 @@ from types import FrameType
 
 from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
 
+FINISHING = "Finishing the current step and saving; repeat the signal to stop at once"
+"""What a signal leads to."""
+
 
 class StopRequest:
     """Whether somebody asked the run to stop, and by which signal."""
@@ -28,20 +31,24 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+def listen_for_stop(tell: Callable[[str], None], insist: bool = True) -> Iterator[StopRequest]:
     """While the block runs, stopping signals ask to stop; a second one acts at once.
 
     A signal that is ignored already (a program started with `nohup`) stays so.
 
     Args:
         tell: is given a message when the first signal comes.
+        insist: False: further ones have no effect, as where a launcher sends them too.
     """
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if request and not insist:
+            return
         request.signal_number = number
-        tell("Finishing the current step and saving; repeat the signal to stop at once")
-        signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
+        tell(FINISHING)
+        if insist:
+            signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
 
     before = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
     previous = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
