@@ -207,9 +207,13 @@ class LineFile:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) at `path`, whole or not at all."""
+    """Put `text` (UTF-8) at `path`, whole or not at all.
+
+    Bytes of a file name that are not UTF-8, which Python keeps as halves of characters, become escapes such as
+    `\\udcff`: in JSON they are read back as they were.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -49,18 +49,19 @@ class UnreadableFile(DiffSynthError):
     """A file is missing, is not what its name promises, or does not hold what is expected of it."""
 
 
-def read_json(path: Path, kind: type[T], hint: str, limit: int = MAX_BYTES) -> T:
-    """What a JSON file holds, as `kind`: see `as_type`. A byte order mark is passed over.
+def read_json(path: Path, kind: type[T], hint: str, limit: int = MAX_BYTES, byte_order_mark: bool = True) -> T:
+    """What a JSON file holds, as `kind`: see `as_type`.
 
     Args:
         hint: what to do about a file that cannot be read.
         limit: largest size in bytes.
+        byte_order_mark: pass over one; False for files that a library reads afterwards which does not.
 
     Raises:
         UnreadableFile: names the file and the place in it: line and column, or the key path.
     """
     try:
-        return as_type(parse_json(_read_text(path, limit, hint)), kind)
+        return as_type(parse_json(read_text(path, limit, hint, byte_order_mark)), kind)
     except InvalidJson as error:
         place = f"line {error.line}, column {error.column}: " if error.line else ""
         raise UnreadableFile(f"`{path}` is not valid JSON: {place}{error}", hint) from error
@@ -86,9 +87,14 @@ def read_json_lines(path: Path, limit: int = MAX_BYTES) -> Iterator[dict[str, An
             yield value
 
 
-def _read_text(path: Path, limit: int, hint: str) -> str:
+def read_text(path: Path, limit: int, hint: str, byte_order_mark: bool = True) -> str:
+    """The text of a file in UTF-8; see `read_json`.
+
+    Raises:
+        UnreadableFile: when it is missing, no regular file, too large or not UTF-8.
+    """
     try:
-        return _read_bytes(path, limit, hint).decode("utf-8-sig")
+        return _read_bytes(path, limit, hint).decode("utf-8-sig" if byte_order_mark else "utf-8")
     except UnicodeDecodeError as error:
         raise UnreadableFile(f"`{path}` is not UTF-8 (byte {error.start})", hint) from error
 
@@ -124,6 +130,8 @@ def parse_json(text: str, finite: bool = True) -> Any:
             number of thousands of digits.
     """
     strict: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float} if finite else {}
+    if text.startswith("\ufeff"):
+        raise InvalidJson("it begins with a byte order mark", 1, 1)
     try:
         value = json.loads(text, object_pairs_hook=_each_once, **strict)
     except json.JSONDecodeError as error:

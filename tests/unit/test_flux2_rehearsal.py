@@ -14,7 +14,7 @@ from diffsynth_core.families.flux2.components import build, config_of, load_toke
 from diffsynth_core.families.flux2.encode import apply_template
 from diffsynth_core.families.flux2.rehearsal import TinySizes, write_tiny_weights
 from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import read_json
+from diffsynth_core.json_files import read_json
 from diffsynth_core.planning.components import find_components, shape_faults
 
 PLACES = {
@@ -60,7 +60,7 @@ def test_transformers_have_all_the_single_blocks_that_recipes_name(tmp_path, mod
     module = load(tmp_path, "dit", model_id)
     assert (module.config.num_single_layers, module.config.num_layers) == (single_blocks, 2)
     assert module.config.guidance_embeds is False
-    config = read_json(tmp_path / model_id / "transformer" / "config.json")
+    config = read_json(tmp_path / model_id / "transformer" / "config.json", dict, "")
     assert config["_class_name"] == "Flux2Transformer2DModel"
     assert {name for name in config if name.startswith("_")} <= {"_class_name", "_diffusers_version"}
 

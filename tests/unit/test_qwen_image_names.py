@@ -40,15 +40,15 @@ def test_text_encoder_names_of_both_styles_become_ours(old, new):
 def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
     import torch
 
-    from diffsynth_core.families.loading import read_json
     from diffsynth_core.families.qwen_image.components import build
+    from diffsynth_core.json_files import read_json
     from diffsynth_core.state_dicts.headers import read_headers
 
     folder = next(tiny_models.glob("*/*/text_encoder"))
     names = read_headers(sorted(folder.glob("*.safetensors")))
     assert any(name.startswith("visual.") for name in names)  # the style of the published files
     with torch.device("meta"):
-        module = build("text_encoder", read_json(folder / "config.json"))
+        module = build("text_encoder", read_json(folder / "config.json", dict, ""))
     assert sorted(own for name in names for own in TEXT_ENCODER_FILES.ours(name)) == sorted(module.state_dict())
 
 
@@ -72,12 +72,12 @@ def test_without_blocks_nothing_is_dead(names):
 def test_dead_modules_are_exactly_those_that_no_gradient_reaches(tiny_models):
     import torch
 
-    from diffsynth_core.families.loading import read_json
     from diffsynth_core.families.qwen_image.components import build
     from diffsynth_core.families.qwen_image.inputs import predict_velocity
+    from diffsynth_core.json_files import read_json
 
     torch.manual_seed(0)
-    config = read_json(next(tiny_models.glob("*/*/transformer")) / "config.json")
+    config = read_json(next(tiny_models.glob("*/*/transformer")) / "config.json", dict, "")
     module = build("dit", config).train()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -4,7 +4,6 @@ import pytest
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.families.qwen_image.components import build, load_processor, load_tokenizer
 from diffsynth_core.families.qwen_image.encode import (
@@ -16,6 +15,7 @@ from diffsynth_core.families.qwen_image.encode import (
 )
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.rehearsal import write_tiny_weights
+from diffsynth_core.json_files import read_json
 from diffsynth_core.planning.tokenizers import find_tokenizers
 
 SHARDS = "transformer/diffusion_pytorch_model*.safetensors"
@@ -85,6 +85,6 @@ def test_a_folder_without_a_processor_is_told(tmp_path):
 )
 def test_only_the_transformer_of_2511_tells_reference_tokens_of_timestep_0(tmp_path, model_id, zero):
     write_tiny_weights(tmp_path, "dit", model_id, SHARDS)
-    config = read_json(tmp_path / model_id / "transformer" / "config.json")
+    config = read_json(tmp_path / model_id / "transformer" / "config.json", dict, "")
     assert config["zero_cond_t"] is zero
     assert build("dit", config).zero_cond_t is zero

@@ -11,7 +11,7 @@ from diffsynth_core.checkpoints.run_folder import (
     holds_checkpoints,
     read_record,
 )
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, Problem
 
 
 def record(**changes) -> RunRecord:
@@ -72,25 +72,45 @@ def test_a_folder_without_a_record_has_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "message"),
     [
-        lambda text: "",
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: "null",
-        lambda text: text.replace('"seed"', '"sed"'),
-        lambda text: text.replace('"checkpoints": []', '"checkpoints": [{"file": "x"}]'),
-        lambda text: text.replace('"checkpoints": []', '"checkpoints": 3'),
-        lambda text: "\udcff",
+        (lambda text: "", " is not valid JSON: line 1, column 1: it is empty"),
+        (
+            lambda text: text[: text.index('"seed"') + 3],
+            " is not valid JSON: line 13, column 3: Unterminated string starting at",
+        ),
+        (lambda text: "[]", ": the top level is a list, expected an object"),
+        (lambda text: "null", ": the top level is `null`, expected an object"),
+        (lambda text: text.replace('"seed"', '"sed"'), ": `seed` is missing"),
+        (lambda text: text.replace('"step": 0', '"step": "0"'), ': `step` is `"0"`, expected an integer'),
+        (
+            lambda text: text.replace('"checkpoints": []', '"checkpoints": [{"file": "x"}]'),
+            ": `step`, `epoch`, `sha256`, `bytes` are missing in `checkpoints[0]`",
+        ),
+        (lambda text: text.replace('"checkpoints": []', '"checkpoints": 3'), ": `checkpoints` is `3`, expected a list"),
+        (lambda text: "\udcff", " is not UTF-8 (byte 0)"),
     ],
 )
-def test_a_damaged_record_is_told_by_name(tmp_path, damage):
+def test_a_damaged_record_is_told_by_name_and_place(tmp_path, damage, message):
     record().save(tmp_path)
     path = tmp_path / "run.json"
     path.write_bytes(damage(path.read_text(encoding="utf-8")).encode("utf-8", "surrogateescape"))
-    with pytest.raises(DiffSynthError, match=r"run\.json` cannot be read") as caught:
+    with pytest.raises(DiffSynthError) as caught:
         read_record(tmp_path)
-    assert caught.value.problems[0].hint
+    assert caught.value.problems == (Problem(f"`{path}`{message}", "name another `--output_path`"),)
+
+
+def test_what_stands_in_the_place_of_a_record_is_not_taken_for_none(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(DiffSynthError, match="is a folder, expected a file"):
+        read_record(tmp_path)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_recorded(tmp_path):
+    told = record()
+    told.parameters["dataset_base_path"] = "photos-\udcff"
+    told.save(tmp_path)
+    assert read_record(tmp_path).parameters["dataset_base_path"] == "photos-\udcff"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.wan import names
 from diffsynth_core.families.wan.components import build, config_of, load_tokenizer
 from diffsynth_core.families.wan.rehearsal import TinySizes, write_tiny_weights
+from diffsynth_core.json_files import read_json
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 
 SHARDS = "diffusion_pytorch_model*.safetensors"
@@ -81,7 +81,7 @@ def test_transformers_are_those_of_their_repositories(tmp_path, case):
     module = load(tmp_path, "dit", model_id, pattern, SAME_NAMES if "diffusers" in case else names.DIT)
     assert {name: module.config[name] for name in expected} == expected
     assert (module.config.num_attention_heads, module.config.attention_head_dim) == (2, 16)
-    config = read_json((tmp_path / model_id / pattern).parent / "config.json")
+    config = read_json((tmp_path / model_id / pattern).parent / "config.json", dict, "")
     assert config["_class_name"] == ("WanTransformer3DModel" if "diffusers" in case else "WanModel")
     # diffusers keeps more of that kind in memory, in an order that differs from process to process
     assert {name for name in config if name.startswith("_")} <= {"_class_name", "_diffusers_version"}
@@ -143,7 +143,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path, component, model_id, p
 def test_sizes_can_be_chosen(tmp_path):
     sizes = TinySizes(blocks=3, heads=4, head_size=32, text_width=96)
     write_tiny_weights(tmp_path, "dit", *TRANSFORMERS["t2v"][:2], sizes)
-    config = read_json(tmp_path / TRANSFORMERS["t2v"][0] / "config.json")
+    config = read_json(tmp_path / TRANSFORMERS["t2v"][0] / "config.json", dict, "")
     assert (config["dim"], config["num_heads"], config["num_layers"]) == (128, 4, 3)
     assert read_tensors(tmp_path / TRANSFORMERS["t2v"][0], SHARDS)["text_embedding.0.weight"].shape == (128, 96)
 

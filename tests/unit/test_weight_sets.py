@@ -55,8 +55,15 @@ def add_a_model(folder):
         (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "1 shard of `{folder}` missing: "),
         (contradict, "and its shards disagree on where 1 tensor stand: `a`"),
         (lead_outside, "lists files of other folders: `../x.safetensors`"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index of shards"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "is no index of shards"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+            "top level is a list, expected an object",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+            "is not an index of shards: `weight_map.a` is `1`, expected a string",
+        ),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "it is nested too deep"),
         (add_a_model, "holds several models: `model-00001-of-00002.safetensors`, "),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import LineFile, write_json, write_text
+from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json, read_json
 from diffsynth_core.locks import holding, open_lock
 
 RECORD = "run.json"
@@ -78,14 +80,7 @@ def read_record(folder: Path) -> RunRecord | None:
         DiffSynthError: when the file is damaged.
     """
     path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["checkpoints"] = [CheckpointEntry(**entry) for entry in content["checkpoints"]]
-        return RunRecord(**content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DiffSynthError(f"`{path}` cannot be read: {error}", "name another `--output_path`") from error
+    return read_json(path, RunRecord, "name another `--output_path`") if os.path.lexists(path) else None
 
 
 def package_versions() -> dict[str, str]:
@@ -137,7 +132,9 @@ class MetricsFile:
         self._path, self._warn, self._warned = folder / METRICS, warn, False
         if self._path.exists():
             lines = [
-                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps
+                line
+                for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _step_of(line) <= done_steps
             ]
             write_text(self._path, "".join(f"{line}\n" for line in lines))
         self._lines = LineFile(self._path)
@@ -161,6 +158,6 @@ class MetricsFile:
 def _step_of(line: str) -> float:
     """The step of a line; one that a crash cut short counts as later than all."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return as_type(as_type(parse_json(line), dict[str, Any]).get("step"), int)
+    except (InvalidJson, WrongType):
         return float("inf")

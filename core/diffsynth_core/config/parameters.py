@@ -5,7 +5,6 @@ are made from it. Documented parameters are those of the public trainer DiffSynt
 (`documented=False`) are ours.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
+
+from diffsynth_core.json_files import InvalidJson, parse_json
 
 GROUPS = {
     "run": "Run",
@@ -59,8 +60,8 @@ def _read_path_groups(value: object) -> object:
     """JSON text or a list whose elements are a path or a list of shard paths -> a tuple of tuples of paths."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except InvalidJson as error:
             raise ValueError("is not a JSON list") from error
     if not isinstance(value, (list, tuple)):
         raise ValueError("is not a JSON list")

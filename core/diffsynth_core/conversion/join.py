@@ -10,6 +10,7 @@ from diffsynth_core.conversion.row_spans import row_spans
 from diffsynth_core.conversion.split import TAKEN_FROM, common_metadata, stem_of
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.files import stem_of_shard
+from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
 from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, aligned
@@ -76,12 +77,10 @@ def _sets_in(folder: Path) -> list[Path]:
 def _taken_from(weights: WeightSet) -> TakenFrom | None:
     """What a part says of the checkpoint it was taken from; None: it says nothing, or nothing that can be read."""
     try:
-        content = json.loads(weights.said(TAKEN_FROM) or "")
-        found = TakenFrom(content["file"], content["prefix"], content["metadata"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+        found = as_type(parse_json(weights.said(TAKEN_FROM) or ""), TakenFrom)
+    except (InvalidJson, WrongType):
         return None
-    texts = [found.file, found.prefix, *found.metadata.values()] if isinstance(found.metadata, dict) else [None]
-    return found if all(isinstance(text, str) for text in texts) and Path(found.file).name == found.file else None
+    return found if Path(found.file).name == found.file else None
 
 
 def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: Path) -> FilePlan:

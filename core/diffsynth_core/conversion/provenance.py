@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import default_cache_path
+from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.sources.identity import FileIdentities
 
 MERGED = "diffsynth.merged"
@@ -63,8 +64,8 @@ def merge_entry(
 def with_entry(metadata: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
     """Metadata of a file with one more merge told in them."""
     try:
-        before = json.loads(metadata.get(MERGED, "[]"))
-    except ValueError:
+        before = parse_json(metadata.get(MERGED, "[]"))
+    except InvalidJson:
         before = []
     entries = [*before, entry] if isinstance(before, list) else [entry]
     return {**metadata, MERGED: json.dumps(entries, separators=(",", ":"))}

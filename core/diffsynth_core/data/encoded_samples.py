@@ -7,7 +7,7 @@ that it is not complete. The encodings lie below `encodings/<encoder>/`, one fil
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.data.sampling import Sampling
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, beginning
 from diffsynth_core.files import write_text
+from diffsynth_core.json_files import WrongType, as_type, read_json
 
 MANIFEST = "encoded.json"
 FORMAT = 1
 """Goes up when older folders can no longer be read."""
+MAX_MANIFEST_BYTES = 4 * 2**30
+"""Largest `encoded.json` that is read; a sample takes some 200 bytes."""
+ENCODE_AGAIN = "encode the samples again"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,29 @@ class EncodedSamples:
                 yield caches[encoder].path(file.key), file.bytes
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One sample in the file; see `_as_plain`."""
+
+    row: int
+    file: str
+    shape: tuple[int, int, int]
+    files: tuple[tuple[str, int], ...]
+    shown: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The file; see `write_encoded`."""
+
+    format: int
+    complete: bool
+    fingerprint: str
+    origin: Origin
+    samples: tuple[_Entry, ...]
+
+
 def encodings_folder(folder: Path, encoder: str) -> Path:
     return folder / "encodings" / encoder
 
@@ -115,19 +142,27 @@ def read_encoded(folder: Path) -> EncodedSamples:
         DiffSynthError: when the file is damaged or of another format.
     """
     path = folder / MANIFEST
+    content = read_json(path, dict[str, Any], ENCODE_AGAIN, MAX_MANIFEST_BYTES)
+    if content.get("format") != FORMAT:
+        found = beginning(json.dumps(content.get("format")))
+        raise DiffSynthError(f"`{path}` has format {found}, this version reads {FORMAT}", ENCODE_AGAIN)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise DiffSynthError(
-                f"`{path}` has format {content['format']}, this version reads {FORMAT}", "encode the samples again"
-            )
-        origin = Origin(**{field.name: content["origin"][field.name] for field in fields(Origin)})
-        if origin.fingerprint != content["fingerprint"]:
-            raise ValueError("it was changed by hand")
-        read = [_from_plain(entry, tuple(origin.encoders)) for entry in content["samples"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DiffSynthError(f"`{path}` cannot be read: {error}", "encode the samples again") from error
-    return EncodedSamples(folder, origin, tuple(sample for sample, _ in read), tuple(files for _, files in read))
+        manifest = as_type(content, _Manifest)
+    except WrongType as error:
+        raise DiffSynthError(f"`{path}`: {error}", ENCODE_AGAIN) from error
+    origin = manifest.origin
+    if origin.fingerprint != manifest.fingerprint:
+        raise DiffSynthError(f"`{path}` was changed by hand: its fingerprint differs", ENCODE_AGAIN)
+    encoders = tuple(origin.encoders)
+    wrong = next((entry.row for entry in manifest.samples if len(entry.files) != len(encoders)), None)
+    if wrong is not None:
+        raise DiffSynthError(f"`{path}` row {wrong}: expected {len(encoders)} files", ENCODE_AGAIN)
+    samples = tuple(_sample(entry) for entry in manifest.samples)
+    files = tuple(
+        {encoder: EncodedFile(*file) for encoder, file in zip(encoders, entry.files, strict=True)}
+        for entry in manifest.samples
+    )
+    return EncodedSamples(folder, origin, samples, files)
 
 
 def strangers_in(folder: Path, known: set[Path]) -> list[str]:
@@ -148,15 +183,12 @@ def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any
     return plain | {"files": [[file.key, file.bytes] for file in files.values()]}
 
 
-def _from_plain(entry: Mapping[str, Any], encoders: tuple[str, ...]) -> tuple[Sample, Mapping[str, EncodedFile]]:
-    path = Path(entry["file"])
-    shown = {name: tuple(_excerpt(path, shape) for shape in shapes) for name, shapes in entry.get("shown", {}).items()}
-    files = [EncodedFile(str(key), int(size)) for key, size in entry["files"]]
-    sampling = Sampling(**entry["sampling"]) if "sampling" in entry else None
-    sample = Sample(int(entry["row"]), "", _excerpt(path, entry["shape"]), shown, sampling)
-    return sample, dict(zip(encoders, files, strict=True))
+def _sample(entry: _Entry) -> Sample:
+    path = Path(entry.file)
+    shown = {name: tuple(_excerpt(path, shape) for shape in shapes) for name, shapes in entry.shown.items()}
+    return Sample(entry.row, "", _excerpt(path, entry.shape), shown, entry.sampling)
 
 
-def _excerpt(path: Path, shape: list[int]) -> Excerpt:
+def _excerpt(path: Path, shape: tuple[int, int, int]) -> Excerpt:
     frames, height, width = shape
     return Excerpt(path, height, width, video=frames > 1, frames=frames)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
 from diffsynth_core.errors import (
     DiffSynthError,
+    FaultsFound,
     Problem,
     beginning,
     kind_of,
@@ -28,6 +28,7 @@ from diffsynth_core.errors import (
     suggest,
 )
 from diffsynth_core.files import replacing
+from diffsynth_core.json_files import InvalidJson, parse_json
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
@@ -246,35 +247,18 @@ def _read_csv(path: Path) -> Metadata:
     return Metadata(str(path), tuple(filter(None, header)), tuple(rows), notes)
 
 
-class UnreadableJson(Exception):
-    """A text that is no JSON, or none that is read; `line` counts from 1."""
-
-    def __init__(self, message: str, line: int = 1) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def parse_json(text: str) -> Any:
-    """What a text of JSON holds.
-
-    Raises:
-        UnreadableJson: when it is none, is nested too deep, or has a number of thousands of digits.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UnreadableJson(error.msg, error.lineno) from error
-    except RecursionError as error:
-        raise UnreadableJson("it is nested too deep") from error
-    except ValueError as error:  # what `int` says of too many digits
-        raise UnreadableJson("a number has too many digits") from error
+def json_problem(path: Path, error: InvalidJson, line: int | None = None) -> Problem:
+    """Why metadata are not JSON; `line` where one was read by itself."""
+    line = line or error.line
+    where = f" line {line}" if line else ""
+    return Problem(f"`{path}`{where}: {error}", "mend that line" if line else "mend the file")
 
 
 def _read_json(path: Path) -> Metadata:
     try:
-        content = parse_json(_read_text(path))
-    except UnreadableJson as error:
-        raise DiffSynthError(f"`{path}` line {error.line}: {error}", "mend that line") from error
+        content = parse_json(_read_text(path), finite=False)
+    except InvalidJson as error:
+        raise FaultsFound([json_problem(path, error)]) from error
     if not isinstance(content, list):
         what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
         raise DiffSynthError(what, "write one object per sample")
@@ -287,9 +271,9 @@ def _read_jsonl(path: Path) -> Metadata:
         if not line.strip():
             continue
         try:
-            objects.append((len(objects) + 1, parse_json(line)))
-        except UnreadableJson as error:
-            raise DiffSynthError(f"`{path}` line {line_number}: {error}", "mend that line") from error
+            objects.append((len(objects) + 1, parse_json(line, finite=False)))
+        except InvalidJson as error:
+            raise FaultsFound([json_problem(path, error, line_number)]) from error
     return _from_objects(path, objects)
 
 

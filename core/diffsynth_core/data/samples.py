@@ -27,6 +27,7 @@ from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
+from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
@@ -399,8 +400,8 @@ def _media_paths(
 ) -> tuple[Path, ...]:
     """The files a cell names, below `base`: at least one, and at most `most`."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
-            value = json.loads(value)
+        with suppress(InvalidJson):  # a file name may begin with a bracket
+            value = parse_json(value, finite=False)
     names = value if isinstance(value, list) else [value]
     if not names or (most is not None and len(names) > most):
         expected = {1: "one", None: "one or more"}.get(most, f"one to {most}")

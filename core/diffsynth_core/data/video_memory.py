@@ -33,9 +33,9 @@ class VideoMemory:
         question = f"video header {VIDEO_TRANSFORM}"
         with self._asked_once(path, question):
             stamp = _stamp(path)
-            answer = self._memory.answer(path, question, stamp)
-            if answer is not None:
-                return VideoHeader(**answer)
+            known = self._memory.answer(path, question, VideoHeader, stamp)
+            if known is not None:
+                return known
             header = read_video_header(path)
             self._memory.remember(path, question, stamp, asdict(header))
             return header
@@ -50,13 +50,13 @@ class VideoMemory:
         question = f"video frames {VIDEO_TRANSFORM} at {rate}"
         with self._asked_once(path, question):
             stamp = _stamp(path)
-            frames, ended = self._memory.answer(path, question, stamp) or (0, False)
+            frames, ended = self._memory.answer(path, question, tuple[int, bool], stamp) or (0, False)
             if limit is not None and frames >= limit:
                 return limit
             if not ended:
                 frames = count_frames(path, frame_rate, limit)
                 self._memory.remember(path, question, stamp, [frames, limit is None or frames < limit])
-            return int(frames)
+            return frames
 
     def _asked_once(self, path: Path, question: str) -> threading.Lock:
         with self._changing:

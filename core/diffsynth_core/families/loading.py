@@ -1,15 +1,12 @@
 """From component files to a module in memory: built without memory, checked by shape, filled tensor by tensor."""
 
-import json
 from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.float8 import LARGEST, Float8Linear, fits, float8_layers
-from diffsynth_core.errors import DiffSynthError, Problem, kind_of, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, count_of, format_bytes
@@ -190,18 +187,3 @@ def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
         told = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
         dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), told)
     return dtypes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        DiffSynthError: when the file is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffSynthError(f"cannot read `{path}`: {error}", "fetch the file again") from error
-    if not isinstance(content, dict):
-        raise DiffSynthError(f"`{path}` holds {kind_of(content)}, expected an object", "fetch the file again")
-    return content

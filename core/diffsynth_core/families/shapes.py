@@ -7,12 +7,16 @@ from diffsynth_core.families.interface import Shapes
 ROPE_PROPORTION = (16, 56, 56)
 """Rotary axes (picture, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
 that proportion, each even."""
+BLOCK_DIGITS = 4
+"""No model has 10,000 blocks, and a name of a tensor may claim a billion."""
 
 
 def count_blocks(shapes: Collection[str], prefix: str) -> int:
-    """How many numbered blocks stand below `prefix`."""
-    numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
-    return 1 + max(numbers, default=-1)
+    """How many numbered blocks stand below `prefix`; one whose number has more than `BLOCK_DIGITS` digits is none."""
+    numbers = (name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix))
+    return 1 + max(
+        (int(number) for number in numbers if number.isdecimal() and len(number) <= BLOCK_DIGITS), default=-1
+    )
 
 
 def layers_of_blocks(shapes: Shapes) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.families.size_facts import CaptionFacts
+from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, read_json
 
 CHARACTERS_PER_TOKEN = 4
 """Of plain English, as a rule of thumb; characters outside ASCII count as a token each."""
@@ -58,9 +59,9 @@ def _load(folder: Path) -> Any:
         return None
     try:
         tokenizer = load(folder)
-    except Exception:  # the library raises nothing narrower
+        _settle(tokenizer, folder)
+    except Exception:  # the library raises nothing narrower, and its files may hold anything
         return None
-    _settle(tokenizer, folder)
     return tokenizer
 
 
@@ -68,7 +69,7 @@ def _whole(folder: Path) -> Any:
     """The tokenizer in `tokenizer.json`; of T5's kind without bytes for unknown characters, as transformers has it."""
     from tokenizers import Tokenizer
 
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json", dict[str, Any], "", MAX_TOKENIZER_BYTES)
     if content["model"]["type"] == "Unigram":
         content["model"]["byte_fallback"] = False
     return Tokenizer.from_str(json.dumps(content))
@@ -94,11 +95,7 @@ def _special_tokens(folder: Path) -> list[str]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """An object of JSON; empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(path, dict[str, Any], "", MAX_TOKENIZER_BYTES) if path.exists() else {}
 
 
 def _byte_pairs(folder: Path) -> Any:

@@ -1,11 +1,11 @@
 """Which family the files of a run are of, and which of its components each is. No torch."""
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
@@ -20,6 +20,7 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
+from diffsynth_core.json_files import UnreadableFile, read_json
 from diffsynth_core.sources.model_files import FileSet, split_entry
 from diffsynth_core.state_dicts.headers import TensorHeader, shapes_of
 
@@ -151,11 +152,11 @@ def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
 def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
     """The config.json in the folder of the weights, unless it says that it belongs to another component."""
     config = path.parent / "config.json"
-    if not config.is_file():
+    if not config.exists():
         return None
     others = [name for other in facts.components if other is not component for name in other.config_classes]
-    with suppress(OSError, ValueError, AttributeError):  # whoever reads it tells what is wrong with it
-        class_name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
+    with suppress(UnreadableFile):  # whoever builds the component tells what is wrong with it
+        class_name = str(read_json(config, dict[str, Any], "").get("_class_name"))
         if any(fnmatch(class_name, pattern) for pattern in others):
             return None
     return config

@@ -1,6 +1,5 @@
 """Where the tokenizers of a run lie. No torch."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,11 @@ from typing import Any
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
+from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_json, read_text
 from diffsynth_core.sources.model_files import MissingFiles, download_command, locate_folder, split_entry
+
+SETTINGS_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+"""Files that transformers reads beside the vocabulary, where they are there."""
 
 
 def find_tokenizers(
@@ -71,12 +74,12 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
     if layout is None:
         wanted = " or ".join(" and ".join(f"`{name}`" for name in layout) for layout in tokenizer.layouts)
         return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: it lacks {wanted}", hint)]
+    try:
+        contents = {name: _read(folder / name) for name in (*layout, *SETTINGS_FILES) if (folder / name).exists()}
+    except UnreadableFile as error:
+        return [Problem(f"cannot read the {tokenizer.what}: {error}", hint)]
     for name in layout:
-        try:
-            text = (folder / name).read_text(encoding="utf-8")
-            content = json.loads(text) if name.endswith(".json") else None
-        except ValueError as error:
-            return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: `{name}` is damaged: {error}", hint)]
+        content = contents.get(name)
         fault = _misfit(name, content, tokenizer, rows)
         if fault:
             return [
@@ -88,9 +91,21 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
     return []
 
 
-def _misfit(name: str, content: Any, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of a tokenizer holds, as strictly as transformers reads it; None for a text.
+
+    Raises:
+        UnreadableFile: when it is damaged.
+    """
+    if path.suffix != ".json":
+        read_text(path, MAX_TOKENIZER_BYTES, "")
+        return None
+    return read_json(path, dict[str, Any], "", MAX_TOKENIZER_BYTES, byte_order_mark=False)
+
+
+def _misfit(name: str, content: dict[str, Any] | None, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
     """Why a file of a tokenizer is that of another model: its kind, or tokens that the text encoder has no row for."""
-    if not isinstance(content, dict) or name not in ("tokenizer.json", "vocab.json"):
+    if content is None or name not in ("tokenizer.json", "vocab.json"):
         return None
     model = content.get("model") if name == "tokenizer.json" else {"vocab": content}
     if not isinstance(model, dict):

@@ -4,14 +4,27 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
+from diffsynth_core.json_files import WrongType, as_type, read_json_lines
 from diffsynth_core.locks import locked
 
+T = TypeVar("T")
 Stamp = list[int]
 """Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the file."""
+
+    path: str
+    question: str
+    stamp: Stamp
+    answer: Any
 
 
 class FileMemory:
@@ -29,10 +42,18 @@ class FileMemory:
         self._start = ""
         self._read()
 
-    def answer(self, path: Path, question: str, stamp: Stamp | None = None) -> Any:
-        """What is remembered of a file that has not changed since; None when nothing is. Reads no content."""
+    def answer(self, path: Path, question: str, kind: type[T], stamp: Stamp | None = None) -> T | None:
+        """What is remembered of a file that has not changed since, as `kind`; None when nothing is, or something else.
+
+        Reads no content.
+        """
         known = self._known.get((_absolute(path), question))
-        return known[1] if known and known[0] == (stamp or file_stamp(path)) else None
+        if known is None or known[0] != (stamp or file_stamp(path)):
+            return None
+        try:
+            return as_type(known[1], kind)
+        except WrongType:
+            return None
 
     def remember(self, path: Path, question: str, stamp: Stamp, answer: Any) -> None:
         """Keep the answer to a question about a file, as JSON; `stamp` is that of before it was read."""
@@ -57,14 +78,20 @@ class FileMemory:
             yield
 
     def _read(self) -> None:
-        if not self._memory.exists():
-            return
-        text = self._memory.read_text(encoding="utf-8", errors="replace")
-        self._start = "\n" if text and not text.endswith("\n") else ""
-        for line in text.splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                self._known[entry["path"], entry["question"]] = (entry["stamp"], entry["answer"])
+        self._start = "" if self._ends_with_a_line() else "\n"
+        for value in read_json_lines(self._memory):
+            with suppress(WrongType):
+                line = as_type(value, _Line)
+                self._known[line.path, line.question] = (line.stamp, line.answer)
+
+    def _ends_with_a_line(self) -> bool:
+        """Whether a new line can begin at the end of the file: a crash may have cut the last one short."""
+        try:
+            with self._memory.open("rb") as stream:
+                stream.seek(-1, os.SEEK_END)
+                return stream.read(1) == b"\n"
+        except OSError:  # missing or empty
+            return True
 
 
 def file_stamp(path: Path) -> Stamp:

@@ -23,8 +23,7 @@ class FileIdentities:
 
     def known(self, path: Path) -> str | None:
         """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""
-        digest: str | None = self._memory.answer(path, SHA256)
-        return digest
+        return self._memory.answer(path, SHA256, str)
 
     def sha256(self, path: Path) -> str:
         """The sha256 of `path` in hex, read only when it is not known."""

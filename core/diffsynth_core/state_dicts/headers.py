@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.json_files import parse_json
 from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS, read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
@@ -66,28 +67,21 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
                 raise _damaged(path, size)
-            content = json.loads(stream.read(length), object_pairs_hook=_each_once)
+            content = parse_json(stream.read(length).decode("utf-8"))
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # neither UTF-8 nor JSON
         raise _damaged(path, size) from error
     return _parse(path, content, 8 + length, size)
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a key twice says two things of one tensor, and half a character of UTF-16 is a name,
-    or a text, that no other program can read or write.
-
-    Raises:
-        ValueError: for both.
-    """
-    content = dict(pairs)
-    for text in (*content, *content.values()):
-        if isinstance(text, str):
-            text.encode()
-    if len(content) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return content
+def _all_utf8(texts: Iterable[str]) -> bool:
+    """Whether other programs can read and write all texts: JSON may hold half a character of UTF-16."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _damaged(path: Path, size: int) -> DiffSynthError:
@@ -99,10 +93,14 @@ def _damaged(path: Path, size: int) -> DiffSynthError:
 def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
     data_bytes = size - data_begin
     if not isinstance(content, dict):
-        raise _damaged(path, data_bytes)
+        raise _damaged(path, size)
     metadata = content.pop(METADATA, {})
+    if not _all_utf8(content):
+        raise _damaged(path, size)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DiffSynthError(f"`{path}`: the metadata in its header are not texts", "fetch the file again")
+    if not _all_utf8([*metadata, *metadata.values()]):
+        raise _damaged(path, size)
     tensors: dict[str, TensorHeader] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in content.items():

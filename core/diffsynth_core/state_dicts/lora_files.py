@@ -1,6 +1,5 @@
 """LoRA files against the base they are for, by headers and, where halves must be the same, by bytes. No torch."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import FLOATING_POINT, Header, TensorHeader, read_header
 from diffsynth_core.state_dicts.key_maps import KeyMap, Rows
@@ -134,13 +134,24 @@ def _fused(
 def stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
     """Key of a lora_A and its rank -> its scale by the settings of peft in the metadata of the file; 1 without them."""
     try:
-        settings = json.loads(header.metadata.get(ADAPTER_SETTINGS, "{}"))
-        prefixes = [name.removesuffix("lora_alpha") for name in settings if name.endswith("lora_alpha")]
-        return lambda down, rank: next(
-            (_stated_scale(settings, prefix, down, rank) for prefix in prefixes if down.startswith(prefix)), 1.0
-        )
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DiffSynthError(f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read", WRITE_ANEW) from error
+        settings = as_type(parse_json(header.metadata.get(ADAPTER_SETTINGS, "{}")), dict[str, Any])
+    except (InvalidJson, WrongType) as error:
+        raise _unreadable_settings(path, error) from error
+    prefixes = [name.removesuffix("lora_alpha") for name in settings if name.endswith("lora_alpha")]
+
+    def scale(down: str, rank: int) -> float:
+        prefix = next((prefix for prefix in prefixes if down.startswith(prefix)), None)
+        try:
+            return 1.0 if prefix is None else _stated_scale(settings, prefix, down, rank)
+        except (WrongType, re.error) as error:
+            raise _unreadable_settings(path, error) from error
+
+    return scale
+
+
+def _unreadable_settings(path: Path, error: Exception) -> DiffSynthError:
+    what = f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read: {error}"
+    return DiffSynthError(what, WRITE_ANEW)
 
 
 def _stated_scale(settings: Mapping[str, Any], prefix: str, down: str, rank: int) -> float:
@@ -149,11 +160,13 @@ def _stated_scale(settings: Mapping[str, Any], prefix: str, down: str, rank: int
     An alpha of its own is found as peft does it: by the end of the module's name, which may be a pattern.
     """
     module = down.removeprefix(prefix).partition(".lora_")[0]
-    own = settings.get(f"{prefix}alpha_pattern") or {}
+    own = as_type(settings.get(f"{prefix}alpha_pattern") or {}, dict[str, Any], f"{prefix}alpha_pattern")
     alpha = next(
         (own[pattern] for pattern in own if re.match(rf"(.*\.)?({pattern})$", module)), settings[f"{prefix}lora_alpha"]
     )
-    return float(alpha) / (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank)
+    return as_type(alpha, float, f"{prefix}lora_alpha") / (
+        math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank
+    )
 
 
 def check_lora_file(

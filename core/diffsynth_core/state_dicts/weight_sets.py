@@ -4,7 +4,6 @@ Only headers are read. What is not whole is refused: a missing shard, an index t
 header lies. Pickled files are refused too: what takes checkpoints apart copies bytes, which those have nowhere.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.files import absent_shards, stem_of_shard
+from diffsynth_core.json_files import WrongType, as_type, read_json
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import TensorHeader, read_header
 from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS
@@ -155,19 +155,14 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Tensor -> shard, and what the index says beside that."""
+    if not path.exists():
+        raise DiffSynthError(f"`{path}` is not there", "correct the path")
+    content = read_json(path, dict[str, Any], "fetch it again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        weight_map, metadata = content["weight_map"], content.get("metadata") or {}
-        if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError
-    except FileNotFoundError as error:
-        raise DiffSynthError(f"`{path}` is not there", "correct the path") from error
-    except OSError as error:
-        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DiffSynthError(
-            f"`{path}` is no index of shards: it has no `weight_map` of tensors and files", "fetch it again"
-        ) from error
+        weight_map = as_type(content.get("weight_map"), dict[str, str], "weight_map")
+        metadata = as_type(content.get("metadata") or {}, dict[str, Any], "metadata")
+    except WrongType as error:
+        raise DiffSynthError(f"`{path}` is not an index of shards: {error}", "fetch it again") from error
     return weight_map, metadata
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from diffsynth_core.data.listing import Listing
 from diffsynth_core.data.metadata import lacks_header, missing_column, near_column, unused_metadata
 from diffsynth_core.errors import beginning, shorten
+from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.validation.examined import Record
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Columns
@@ -67,8 +68,8 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
         text = value.strip()
         if text and text[0] != "[":
             return (normalised(value),)
-        with suppress(json.JSONDecodeError):  # a file name may begin with a bracket
-            value = json.loads(text) if text else ""
+        with suppress(InvalidJson):  # a file name may begin with a bracket
+            value = parse_json(text, finite=False) if text else ""
     names = value if isinstance(value, list) else [value]
     if not names or any(is_empty(name) or (isinstance(name, str) and not name.strip()) for name in names):
         code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"

@@ -21,12 +21,11 @@ from diffsynth_core.data.metadata import (
     METADATA_NAMES,
     SAVE_AS_UTF8,
     UNREAD_NAMES,
-    UnreadableJson,
     csv_problem,
     find_metadata,
+    json_problem,
     not_utf8,
     other_separator,
-    parse_json,
     repeated_column,
     rival_captions,
     shared_caption,
@@ -35,6 +34,7 @@ from diffsynth_core.data.metadata import (
 )
 from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
 from diffsynth_core.errors import DiffSynthError, Problem, kind_of
+from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.validation.findings import Finding, Level, found
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
 
@@ -137,10 +137,10 @@ def _read_csv(path: Path, text: str) -> _Read:
 
 def _read_json(path: Path, text: str) -> _Read:
     try:
-        content = parse_json(text)
-    except UnreadableJson as error:
-        what = f"`{path}` line {error.line}: {error}"
-        return (), {}, [found("PARSE_ERROR", what, "mend that line", path=path.name)]
+        content = parse_json(text, finite=False)
+    except InvalidJson as error:
+        problem = json_problem(path, error)
+        return (), {}, [found("PARSE_ERROR", problem.message, problem.hint, path=path.name)]
     if not isinstance(content, list):
         what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
         return (), {}, [found("PARSE_ERROR", what, "write one object per sample", path=path.name)]
@@ -156,10 +156,10 @@ def _read_jsonl(path: Path, text: str) -> _Read:
             continue
         number += 1
         try:
-            objects[number] = parse_json(line)
-        except UnreadableJson as error:
-            what = f"`{path}` line {line_number}: {error}"
-            findings.append(found("PARSE_ERROR", what, "mend that line", row=number, path=path.name))
+            objects[number] = parse_json(line, finite=False)
+        except InvalidJson as error:
+            problem = json_problem(path, error, line_number)
+            findings.append(found("PARSE_ERROR", problem.message, problem.hint, row=number, path=path.name))
     return _from_objects(path, objects, findings)
 
 

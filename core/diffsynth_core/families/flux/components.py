@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.configs import read_config
 from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.interface import ComponentFiles, Shapes
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import ROPE_PROPORTION, count_blocks, infer_t5_encoder, split_even
 
 CLIP_HEAD_SIZE = 64
@@ -29,7 +29,7 @@ SHIFT_FACTOR = 0.1159
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
     if files.config_path:
-        return read_json(files.config_path)
+        return read_config(files.config_path, shapes)
     infer = {
         "dit": infer_transformer,
         "text_encoder_1": infer_clip,

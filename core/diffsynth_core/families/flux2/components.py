@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.configs import read_config
 from diffsynth_core.families.flux2.facts import GUIDANCE
 from diffsynth_core.families.interface import ComponentFiles, Shapes
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import count_blocks
 
 ROPE_AXES = 4
@@ -29,7 +29,7 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     """
     if not files.config_path:
         return {"dit": infer_transformer, "text_encoder": infer_text_encoder, "vae": infer_vae}[files.component](shapes)
-    config = read_json(files.config_path)
+    config = read_config(files.config_path, shapes)
     if files.component == "text_encoder" and "lm_head.weight" not in shapes:
         return config | {"tie_word_embeddings": True}
     return config

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.configs import read_config
 from diffsynth_core.families.control import CONTROLNET
 from diffsynth_core.families.interface import ComponentFiles, Shapes
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import ROPE_PROPORTION, count_blocks, split_even
 
 DEFAULT_HEAD_SIZE = 128
@@ -24,7 +24,7 @@ VISION_FULL_ATTENTION_EVERY = 8
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
     if files.config_path:
-        return read_json(files.config_path)
+        return read_config(files.config_path, shapes)
     infer = {
         "dit": infer_transformer,
         "text_encoder": infer_text_encoder,

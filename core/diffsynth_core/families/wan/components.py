@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.configs import read_config
 from diffsynth_core.families.interface import ComponentFiles, Shapes
-from diffsynth_core.families.loading import read_json
 from diffsynth_core.families.shapes import count_blocks, infer_t5_encoder
 from diffsynth_core.families.wan.sizes import head_size
 
@@ -47,7 +47,7 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
     }[files.component]
     if not files.config_path:
         return infer(shapes)
-    config = read_json(files.config_path)
+    config = read_config(files.config_path, shapes)
     if not str(config.get("_class_name")).endswith(ORIGINAL_CLASS):
         return config
     return translate_config(config, shapes)
