@@ -1,6 +1,8 @@
 """YAML as people write it: YAML 1.2's numbers, repeated keys told, and no file that ends in a traceback."""
 
 import math
+import time
+from pathlib import Path
 
 import pytest
 
@@ -174,3 +176,70 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path, make):
     make(tmp_path / "gone.yaml")
     with pytest.raises(DiffSynthError, match=r"cannot read `.*gone\.yaml`"):
         read_yaml(tmp_path / "gone.yaml")
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+LONG = "x" * 20_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, "in line 4: it has more than 10000 keys and values"),
+        (BOMB.replace("[", "{k: [").replace("]", "]}"), "in line 4: it has more than 10000 keys and values"),
+        (f"a: &a {LONG}\nb: [{'*a, ' * 100}]", "in line 2: it has more than 10000 keys and values"),
+        ("[" * 100_000, "in line 1: it is nested too deep"),
+        ("{" * 100_000, "in line 1: it is nested too deep"),
+        ("- " * 100_000, "in line 1: it is nested too deep"),
+        ("a: &a [*a]", "in line 1: `*a` contains itself"),
+        ("a: &a {b: [1, *a]}", "in line 1: `*a` contains itself"),
+        ("a: [" + "x, " * 20_000 + "]", "in line 1: it has more than 10000 keys and values"),
+        ("seed: " + "9" * 5000, f"in line 1: `{'9' * 40}…` has too many digits"),
+        ("a: !!bool maybe", "maybe"),
+        ("a: !!int x", "x"),
+        ("a: !!float x", "could not convert"),
+        ("a: !!timestamp 2001-99-99", "month must be in 1..12"),
+    ],
+    ids=[
+        "aliases",
+        "nested_aliases",
+        "long_text",
+        "brackets",
+        "braces",
+        "dashes",
+        "cycle",
+        "deep_cycle",
+        "long_list",
+        "digits",
+        "bool",
+        "int",
+        "float",
+        "time",
+    ],
+)
+def test_what_would_cost_is_refused_at_once(read, content, message):
+    started = time.process_time()
+    with pytest.raises(DiffSynthError, match="is not YAML") as caught:
+        read(content)
+    assert message in str(caught.value)
+    assert time.process_time() - started < 2, "minutes, without the limits"
+
+
+def test_a_file_that_is_too_large_is_not_read(read):
+    with pytest.raises(DiffSynthError, match="has more than 262144 bytes"):
+        read("a: 1 #" + "x" * 300_000)
+
+
+def test_aliases_that_stay_small_are_read(read):
+    assert read("a: &a [1, 2]\nb: *a\nc: {<<: &m {d: 1}, e: *m}") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": 1, "e": {"d": 1}},
+    }
+
+
+def test_a_name_with_a_nul_is_no_file():
+    with pytest.raises(DiffSynthError, match="embedded null byte"):
+        read_yaml(Path("a\0b.yaml"))

@@ -1,4 +1,8 @@
-"""Reading YAML as people write it: `1e-4` is a number, a repeated key is an error."""
+"""Reading YAML as people write it: `1e-4` is a number, a repeated key is an error.
+
+A file from elsewhere may be made to cost: aliases of aliases that expand to billions of nodes, brackets that nest
+deeper than Python recurses, an alias within its own anchor. Each is refused while the file is parsed, before it costs.
+"""
 
 import re
 from collections.abc import Hashable
@@ -7,11 +11,53 @@ from typing import Any
 
 import yaml
 
-from diffsynth_core.errors import DiffSynthError, kind_of
+from diffsynth_core.errors import DiffSynthError, beginning, kind_of
+
+MAX_BYTES = 256 * 2**10
+"""Largest YAML file that is read: 256 KiB. A recipe has some 2 kB."""
+MAX_NODES = 10_000
+"""Keys and values with aliases expanded; `CHARACTERS_PER_NODE` of a text count as one more. A recipe has some 100."""
+CHARACTERS_PER_NODE = 100
+MAX_DEPTH = 32
+"""Lists and mappings within each other. No parameter nests deeper than 3."""
+MAX_DIGITS = 40
+"""Of an integer."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with YAML 1.2's floats; plain PyYAML reads `1e-4` as text."""
+    """Safe loader with limits and YAML 1.2's floats; plain PyYAML reads `1e-4` as text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._nodes = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """Of each finished node, with aliases expanded."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """A node and those below it; called for each as the text is parsed."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        assert isinstance(node, yaml.nodes.Node)
+        self._depth -= 1
+        if node not in self._sizes and isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem=f"`*{event.anchor}` contains itself", problem_mark=mark)
+        if node not in self._sizes:
+            below = len(node.value) // CHARACTERS_PER_NODE if isinstance(node, yaml.ScalarNode) else self._below(node)
+            self._sizes[node] = 1 + below
+        self._nodes += 1
+        if max(self._sizes[node], self._nodes) > MAX_NODES:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {MAX_NODES} keys and values", problem_mark=mark)
+        return node
+
+    def _below(self, node: yaml.Node) -> int:
+        """The sizes of all parts of a list or a mapping together."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        return sum(self._sizes[part] for part in parts)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -22,6 +68,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"`{key_node.value}` stands twice", problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > MAX_DIGITS:
+        raise yaml.MarkedYAMLError(
+            problem=f"`{beginning(node.value, MAX_DIGITS)}` has too many digits", problem_mark=node.start_mark
+        )
+    return int(node.value)
 
 
 YAML_12 = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int", "timestamp")}
@@ -41,7 +95,7 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -51,11 +105,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         DiffSynthError: when the file cannot be read, is not YAML, or holds something else than a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise DiffSynthError(f"`{path}` has more than {MAX_BYTES} bytes", "name a file of parameters")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "correct the path") from error
     except UnicodeDecodeError as error:
         raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    except ValueError as error:  # a NUL in the name
+        raise DiffSynthError(f"cannot read `{path}`: {error}", "correct the path") from error
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -63,7 +123,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DiffSynthError(
             f"`{path}` is not YAML{line}: {error.problem or error.context}", "mend that line"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # Constructors of standard tags, such as `!!bool maybe`, raise whatever their parsers do.
         reason = " ".join(str(error).split())
         raise DiffSynthError(f"`{path}` is not YAML: {reason}", "mend the file") from error
     if value is None:
