@@ -45,7 +45,7 @@ def test_pictures_are_announced_with_a_token_for_each_of_their_patches(written):
         "Picture 2: <|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     )
     tokenizer = load_tokenizer(written / "Qwen/Qwen-Image/tokenizer")
-    token = read_json(written / "Qwen/Qwen-Image/text_encoder/config.json")["image_token_id"]
+    token = read_json(written / "Qwen/Qwen-Image/text_encoder/config.json", dict, "")["image_token_id"]
     assert tokenizer(announce_pictures([3, 4], EDIT_PLUS_TEXT.announced))["input_ids"].count(token) == 7
 
 
