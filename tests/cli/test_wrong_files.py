@@ -165,9 +165,32 @@ def test_shapes_that_do_not_tell_the_configuration(refuse, repository):
 def test_a_config_json_that_is_no_json(refuse, repository):
     path = repository / "vae/config.json"
     path.write_text("{")
-    code, [(message, hint)] = refuse()
-    assert (code, hint) == (1, FETCH)
-    assert message.startswith(f"cannot read `{path}`: ")
+    where = "line 1, column 2: Expecting property name enclosed in double quotes"
+    assert refuse() == (1, [(f"`{path}` is not valid JSON: {where}", FETCH)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_res_blocks": 10**8}, "`num_res_blocks` is 100000000, expected at most 128"),
+        ({"base_dim": 10**12}, "`base_dim` is 1000000000000, expected at most 1048576"),
+        ({"dim_mult": [1] * 10**4}, "`length of dim_mult` is 10000, expected at most 128"),
+        ({"nested": {"max_position_embeddings": 2**40}}, "`nested.max_position_embeddings` is 1099511627776, expected"),
+    ],
+)
+def test_a_config_json_with_numbers_that_no_model_has(refuse, repository, setting, message):
+    path = repository / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    code, [(told, hint)] = refuse()
+    assert code == 1 and told.startswith(f"`{path}`: {message}")
+    assert hint == "put the config.json that belongs to these files beside them"
+
+
+def test_a_folder_in_the_place_of_a_config_json(refuse, repository):
+    path = repository / "vae/config.json"
+    path.unlink()
+    path.mkdir()
+    assert refuse() == (1, [(f"`{path}` is a folder, expected a file", FETCH)])
 
 
 def test_a_component_named_twice(refuse):
@@ -210,10 +233,23 @@ def test_a_tokenizer_that_lacks_a_file(refuse, repository, name):
 
 
 def test_a_damaged_tokenizer(refuse, repository):
-    (repository / "tokenizer/vocab.json").write_text("{")
+    path = repository / "tokenizer/vocab.json"
+    path.write_text("{")
     code, [(message, _)] = refuse()
     assert code == 1
-    assert message.startswith(f"cannot read the tokenizer in `{repository}/tokenizer`")
+    assert message.startswith(f"cannot read the tokenizer: `{path}` is not valid JSON: line 1, column 2: ")
+    path.unlink()
+    path.mkdir()
+    code, [(message, _)] = refuse()
+    assert code == 1 and "it lacks `vocab.json` and `merges.txt`" in message
+
+
+def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):
+    path = repository / "tokenizer/tokenizer_config.json"
+    path.write_text("[]")
+    code, [(message, _)] = refuse()
+    assert code == 1
+    assert message == f"cannot read the tokenizer: `{path}`: the top level is a list, expected an object"
 
 
 def write_lora(path: Path, rank: int, module: str = "transformer_blocks.0.attn.to_q", width: int = 32) -> None:

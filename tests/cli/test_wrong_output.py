@@ -42,7 +42,7 @@ def test_a_damaged_record(refuse):
     Path("out/run.json").write_text('{"status": "runn')
     code, [(message, hint)] = refuse("--output_path", "out")
     assert (code, hint) == (1, NEW_FOLDER)
-    assert message.startswith("`out/run.json` cannot be read: ")
+    assert message == "`out/run.json` is not valid JSON: line 1, column 12: Unterminated string starting at"
 
 
 def test_a_file_in_the_way(refuse):

@@ -105,11 +105,23 @@ def test_a_first_half_that_was_stopped(second, encoded):
     )
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', "[]"])
-def test_a_manifest_that_is_damaged(second, encoded, text):
-    (encoded / "encoded.json").write_text(text)
-    code, [(message, hint)] = second()
-    assert code == 1 and message.startswith(f"`{encoded / 'encoded.json'}` cannot be read: ")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "", " is not valid JSON: line 1, column 1: it is empty"),
+        (lambda text: "{}", " has format null, this version reads 1"),
+        (lambda text: '{"format": 1}', ": `complete`, `fingerprint`, `origin`, `samples` are missing"),
+        (lambda text: "[]", ": the top level is a list, expected an object"),
+        (lambda text: text.replace('"row":2', '"row":"2"'), ': `samples[1].row` is `"2"`, expected an integer'),
+        (lambda text: text.replace(',"files":[[', ',"files":[3,['), ": `samples[0].files[0]` is `3`, expected a list"),
+        (lambda text: text.replace(',"files":[[', ',"files":[],"x":[['), ": unknown key `x` in `samples[0]`"),
+    ],
+)
+def test_a_manifest_that_is_damaged(second, encoded, change, message):
+    path = encoded / "encoded.json"
+    path.write_text(change(path.read_text()))
+    code, [(told, hint)] = second()
+    assert (code, told) == (1, f"`{path}`{message}")
     assert hint == "encode the samples again"
 
 
@@ -117,7 +129,7 @@ def test_a_manifest_that_was_changed_by_hand(second, encoded):
     manifest = encoded / "encoded.json"
     manifest.write_text(manifest.read_text().replace('"precision":"no"', '"precision":"bf16"'))
     _, [(message, _)] = second()
-    assert message == f"`{manifest}` cannot be read: it was changed by hand"
+    assert message == f"`{manifest}` was changed by hand: its fingerprint differs"
 
 
 def test_a_manifest_of_another_version(second, encoded):

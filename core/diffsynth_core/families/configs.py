@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError, beginning
 from diffsynth_core.families.interface import Shapes
 from diffsynth_core.json_files import read_json
 
-HINT = "fetch the file again, or put the config.json that belongs to these files beside them"
+FETCH = "fetch the file again"
 MAX_CONFIG_BYTES = 4 * 2**20
 """Largest config.json that is read: 4 MiB; published ones have a few kB, with names of labels some 100 kB."""
 LEAST_LIMIT_OF_LAYERS = 128
@@ -38,13 +38,13 @@ def read_config(path: Path, shapes: Shapes) -> dict[str, Any]:
     Raises:
         DiffSynthError: when the file cannot be read, or holds a number that no model has.
     """
-    config: dict[str, Any] = read_json(path, dict[str, Any], HINT, MAX_CONFIG_BYTES)
+    config: dict[str, Any] = read_json(path, dict[str, Any], FETCH, MAX_CONFIG_BYTES)
     layers = max(len(shapes), LEAST_LIMIT_OF_LAYERS)
     for place, name, value in _numbers(config):
         limit = _limit(name, layers)
         if limit is not None and abs(value) > limit:
             what = f"`{path}`: `{place}` is {beginning(str(value), 20)}, expected at most {limit}"
-            raise DiffSynthError(what, HINT)
+            raise DiffSynthError(what, "put the config.json that belongs to these files beside them")
     return config
 
 
