@@ -172,9 +172,9 @@ def test_a_config_json_that_is_no_json(refuse, repository):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_res_blocks": 10**8}, "`num_res_blocks` is 100000000, expected at most 128"),
+        ({"num_res_blocks": 10**8}, "`num_res_blocks` is 100000000, expected at most "),
         ({"base_dim": 10**12}, "`base_dim` is 1000000000000, expected at most 1048576"),
-        ({"dim_mult": [1] * 10**4}, "`length of dim_mult` is 10000, expected at most 128"),
+        ({"dim_mult": [1] * 10**4}, "`length of dim_mult` is 10000, expected at most "),
         ({"nested": {"max_position_embeddings": 2**40}}, "`nested.max_position_embeddings` is 1099511627776, expected"),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_damaged_tokenizer(refuse, repository):
     path.unlink()
     path.mkdir()
     code, [(message, _)] = refuse()
-    assert code == 1 and "it lacks `vocab.json` and `merges.txt`" in message
+    assert code == 1 and "it lacks `tokenizer.json` or `vocab.json` and `merges.txt`" in message
 
 
 def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):
