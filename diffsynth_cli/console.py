@@ -15,17 +15,18 @@ from rich.progress import (
     BarColumn,
     Progress,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
 from diffsynth_cli.ranks import log_line, report_log
 from diffsynth_cli.wrapping import wrap_line
 from diffsynth_core.files import LineFile
-from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes
+from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes, format_duration
 
-BAR_COLUMNS = 70
-"""A narrower terminal gets plain lines: a bar would push count and time out of it."""
+STATUS_COLUMNS = 80
+"""A narrower terminal gets plain lines, which may wrap."""
+BAR_COLUMNS = 100
+"""A narrower terminal gets no bar: it would push the remaining time out."""
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one task."""
 
@@ -92,7 +93,7 @@ class ConsoleReporter:
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         if total == 0:
             yield SilentTask()
-        elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= BAR_COLUMNS:
+        elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= STATUS_COLUMNS:
             with _lines(self.keep, label, total, unit, done) as lines, self._shared_bars() as bars:
                 bar = _Bar(bars, lines, label, total, unit, done)
                 yield bar
@@ -139,12 +140,11 @@ class ConsoleReporter:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
+        *([BarColumn(bar_width=12)] if console.width >= BAR_COLUMNS else []),
         TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[fields]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         console=console,
     )
 
@@ -166,6 +166,11 @@ def _count(done: int, total: int, unit: str, of: str) -> str:
     return f"{format_bytes(done)}{of}{format_bytes(total)}" if unit == BYTES else f"{done}{of}{total} {unit}"
 
 
+def _time_left(count: int, rate: float) -> str:
+    """How long the rest of a task takes at the rate so far."""
+    return format_duration(count / rate) if rate else "unknown"
+
+
 def _speed(rate: float, unit: str) -> str:
     return f"{format_bytes(rate)}/s" if unit == BYTES else f"{rate:.2f}/s"
 
@@ -177,16 +182,18 @@ class _Bar:
         self._lines = lines
         self._progress, self._total, self._unit, self._done, self._rate = progress, total, unit, done, _Rate()
         count = _count(done, total, unit, "/")
-        self._task = progress.add_task(label, total=total, completed=done, count=count, rate="", fields="")
+        self._task = progress.add_task(label, total=total, completed=done, count=count, rate="", fields="", left="")
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         self._done += amount
         self._lines.advance(amount, **fields)
+        rate = self._rate.add(amount)
         self._progress.update(
             self._task,
             advance=amount,
             count=_count(self._done, self._total, self._unit, "/"),
-            rate=_speed(self._rate.add(amount), self._unit),
+            rate=_speed(rate, self._unit),
+            left=f"ETA {_time_left(self._total - self._done, rate)}",
             fields="  ".join(f"{name} {value}" for name, value in fields.items()),
         )
 
@@ -207,10 +214,9 @@ class _Lines:
     def advance(self, amount: int = 1, **fields: str) -> None:
         self._done += amount
         rate = self._rate.add(amount)
-        left = (self._total - self._done) / rate if rate else 0
         shown = "".join(f", {name} {value}" for name, value in fields.items())
         count = _count(self._done, self._total, self._unit, " of ")
-        self._line = f"{self._label}: {count}{shown}, {_speed(rate, self._unit)}, {left:.0f} s left"
+        self._line = f"{self._label}: {count}{shown}, {_speed(rate, self._unit)}, {_time_left(self._total - self._done, rate)} left"
         if time.monotonic() - self._last >= PLAIN_SECONDS:
             self.finish()
 

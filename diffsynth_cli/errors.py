@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
+from pydantic import ValidationError
 
 from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem
 from diffsynth_core.files import default_cache_path
@@ -51,8 +52,11 @@ def exit_code_of(error: Exception) -> int:
     return ending.code
 
 
-def ending_of(error: Exception) -> Ending:
-    """What an error is to the user; only one of ours leaves a traceback, and that in a file."""
+def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
+    """What an error is to the user; only one of ours leaves a traceback, and that in a file.
+
+    `command`: the one that was given, whose help is offered where it was used wrongly.
+    """
     if isinstance(error, Interrupted):
         return Ending(error.exit_code, sentence=_interruption(error))
     if isinstance(error, DiffSynthError):
@@ -62,15 +66,41 @@ def ending_of(error: Exception) -> Ending:
         # A command that was left out: the help says what there is.
         return Ending(EXIT_WRONG_USE, sentence=str(usage()))
     if callable(usage):
-        # Typer's own errors of use: an unknown command, an option without its value.
-        problem = Problem(str(usage()).rstrip("."), "`diffsynth --help` tells what there is")
-        return Ending(EXIT_WRONG_USE, (problem,))
+        return Ending(EXIT_WRONG_USE, (_usage_problem(error, str(usage()).rstrip("."), command),))
     if isinstance(error, PermissionError) and error.filename:
         what = f"the system forbids to open `{error.filename}`: {error.strerror}"
         return Ending(EXIT_FAILED, (Problem(what, "change its permissions, or leave it out"),))
     path = _write_traceback(error)
     what = f"internal error: {type(error).__name__}: {error}"
     return Ending(EXIT_FAILED, (Problem(what, f"this is a fault of diffsynth; its traceback is in `{path}`"),))
+
+
+_EXPECTED = {
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+}
+"""What pydantic, which converts Typer's values, wanted instead of a text, by the type of its error."""
+
+
+def _usage_problem(error: Exception, message: str, command: str) -> Problem:
+    """One of Typer's own errors of use: an unknown command, an option without its value, a value of another type."""
+    from diffsynth_core.config.parameters import SETTINGS
+
+    cause = error.__cause__
+    detail = cause.errors()[0] if isinstance(cause, ValidationError) else None
+    if detail and detail["type"] in _EXPECTED:
+        option = message.partition("'")[2].partition("'")[0]
+        expected = _EXPECTED[detail["type"]].format(**detail.get("ctx", {}))
+        return Problem(f"`{option}` takes {expected}, got `{detail['input']}`")
+    setting = SETTINGS.get(getattr(error, "option_name", "").lstrip("-").replace("-", "_"))
+    if setting and setting.choices:
+        return Problem(message, f"write `--{setting.name} {'|'.join(setting.choices)}`")
+    context = getattr(error, "ctx", None)
+    help_of = context.command_path if context else command
+    return Problem(message.replace("Value error, ", ""), f"`{help_of} --help` lists what there is")
 
 
 def _interruption(error: Interrupted) -> str:

@@ -13,6 +13,8 @@ import typer
 from diffsynth_cli import REPORTS, STOPPED
 from diffsynth_cli.streams import guarded_streams
 
+GROUPS = ("dataset", "recipe")
+"""Commands that have commands of their own."""
 OPTION = re.compile(r"(?<= --)[\w-]+")
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
@@ -76,7 +78,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         app = build_app(named)
         outcome = app(words, standalone_mode=False, prog_name="diffsynth")
     except Exception as error:
-        return _report(error)
+        return _report(error, words, named)
     except KeyboardInterrupt:
         outcome = STOPPED
     if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
@@ -97,11 +99,12 @@ def _typed_words() -> list[str]:
     return []
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, words: Sequence[str], named: str | None) -> int:
     """Tell an error on stderr, or to the launcher that tells it for all processes of a run; returns the exit code."""
     from diffsynth_cli.errors import ending_of
 
-    ending = ending_of(error)
+    given = list(words[words.index(named) :][: 2 if named in GROUPS else 1]) if named in COMMANDS else []
+    ending = ending_of(error, " ".join(["diffsynth", *(word for word in given if not word.startswith("-"))]))
     if REPORTS in os.environ:
         from diffsynth_cli.ranks import report_ending
 

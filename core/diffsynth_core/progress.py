@@ -70,6 +70,17 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def format_duration(seconds: float) -> str:
+    """A duration in its two largest units: `8 s`, `12 min`, `1 h 8 min`, `2 d 3 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours = round(seconds / 3600)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 24 * 60 else f"{hours // 24} d {hours % 24} h"
+
+
 def format_count(count: float) -> str:
     """A number of parameters as people say it: `20.4 billion`, `126.9 million`."""
     for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):

@@ -1,6 +1,7 @@
 """Progress in the terminal: bars of several tasks at once, bytes, and plain lines."""
 
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pyte
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from diffsynth_cli.console import ConsoleReporter
+from diffsynth_core.progress import format_duration
 
 
 def reporter(terminal: bool) -> tuple[ConsoleReporter, io.StringIO]:
@@ -64,3 +66,26 @@ def test_plain_lines_count_bytes_as_people_read_them(unit, line):
     with told.task("x", 2000, unit, done=500) as task:
         task.advance(1000)
     assert stream.getvalue().startswith(line)
+
+
+@pytest.mark.parametrize("width", [80, 99, 100, 200])
+def test_the_remaining_time_is_never_cut(width):
+    """The longest line there is in earnest: a long run on a large GPU."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, height=20, color_system=None, highlight=False)
+    with ConsoleReporter(console).task("Training", 100_000, "steps", done=12_345) as task:
+        for _ in range(2):
+            task.advance(loss="0.1234", memory="79.9 GB")
+    terminal = pyte.Screen(width, 20)
+    pyte.Stream(terminal).feed(stream.getvalue().replace("\n", "\r\n"))
+    (line,) = [line.rstrip() for line in terminal.display if line.strip()]
+    assert "12347/100000 steps" in line and "loss 0.1234  memory 79.9 GB" in line and "…" not in line
+    assert re.search(r" ETA \d+ (s|min|h \d+ min)$", line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (3599, "1 h 0 min"), (4082, "1 h 8 min"), (86399, "1 d 0 h"), (183600, "2 d 3 h")],
+)  # fmt: skip
+def test_durations_in_their_two_largest_units(seconds, text):
+    assert format_duration(seconds) == text

@@ -88,6 +88,7 @@ def _plan(
     reporter: Reporter,
     verify: bool,
 ) -> DownloadPlan:
+    reporter.info(f"Asking {hub.title} for its list of files")  # a hub that does not answer is asked for half a minute
     plan = plan_download(wanted, hub, base, identities)
     if not verify:
         return plan

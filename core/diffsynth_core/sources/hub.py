@@ -7,6 +7,7 @@ the bytes stands in `fetching`, once for both.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -162,6 +163,15 @@ def reading_list() -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Interruption("its answer is no list of files") from error
+
+
+def silence(sdk: str, unless: str) -> None:
+    """Keep the log lines of an SDK (each page of a list, each new try) from stderr: what they lead to is told by us.
+
+    `unless`: the variable in which a user asks the SDK for its log.
+    """
+    if unless not in os.environ:
+        logging.getLogger(sdk).setLevel(logging.CRITICAL)
 
 
 def status_interruption(status: int) -> Interruption:

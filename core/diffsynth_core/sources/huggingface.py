@@ -26,6 +26,7 @@ from diffsynth_core.sources.hub import (
     Repository,
     reading_list,
     refused,
+    silence,
     status_interruption,
     unknown,
 )
@@ -42,6 +43,7 @@ class HuggingFace:
 
     def __init__(self, another: str) -> None:
         self.another = another
+        silence("huggingface_hub", unless="HF_HUB_VERBOSITY")
         self._api = HfApi()
 
     def page(self, repository: Repository) -> str:

@@ -1,7 +1,5 @@
 """ModelScope, through its SDK: `modelscope_hub`, which unlike `modelscope.hub` imports no torch."""
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -17,6 +15,7 @@ from diffsynth_core.sources.hub import (
     Repository,
     reading_list,
     refused,
+    silence,
     status_interruption,
     unknown,
 )
@@ -33,8 +32,7 @@ class ModelScope:
 
     def __init__(self, another: str) -> None:
         self.another = another
-        if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # the SDK tells each page of a list on stderr otherwise
-            logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
+        silence("modelscope_hub", unless="MODELSCOPE_LOG_LEVEL")
         self._api = HubApi().legacy
 
     def page(self, repository: Repository) -> str:

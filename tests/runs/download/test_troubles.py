@@ -1,6 +1,7 @@
 """`diffsynth download` through the real SDKs, against a hub on the loopback interface that fails, and refuses."""
 
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
     page = f"{hub.url}/{pages}"
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
+        f"Asking {title} for its list of files\n"
         f"error: {title} has no model `someone/nothing` that you may see\n"
         f"  hint: compare with {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER[source]}\n"
         f"error: {title} has nothing that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
@@ -148,6 +150,7 @@ def test_the_switch_of_the_sdk(download, hub, source, monkeypatch):
         assert outcome.code == 0
     else:
         assert outcome.err == (
+            "Asking Hugging Face for its list of files\n"
             "error: HF_HUB_OFFLINE forbids to ask Hugging Face\n  hint: unset it, or set DIFFSYNTH_SKIP_DOWNLOAD=1\n"
         )
 
@@ -258,3 +261,19 @@ def test_what_the_client_of_hugging_face_trips_over(environment, tmp_path, name,
     assert (running.returncode, out) == (1, "")
     assert [problem for problem, _ in read_problems(err)] == [message]
     assert "cret" not in err
+
+
+def test_log_lines_of_the_sdks_stay_out_of_the_terminal(environment, source, tmp_path):
+    """A port on which nobody listens: each SDK logs its tries, which are no sentences of ours."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    process = start(
+        environment | {"MODELSCOPE_ENDPOINT": nowhere, "HF_ENDPOINT": nowhere},
+        tmp_path, "download", RECIPE, "--source", source,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (1, "")
+    first, *problem = err.splitlines()
+    assert first == f"Asking {REFUSED[source][0]} for its list of files"
+    assert [line.partition(":")[0] for line in problem] == ["error", "  hint"]
