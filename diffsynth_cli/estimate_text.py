@@ -95,8 +95,8 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
     if plan.task.trains:
         many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
-        written = disk.checkpoint * max(1, disk.checkpoints) + 2 * disk.state
-        state = f"the state to resume from ({format_bytes(disk.state)}, twice while it is written)"
+        written = disk.checkpoint * max(1, disk.checkpoints) + disk.states * disk.state
+        state = f"{count_of(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, with the one being written)"
         where = plan.parameters.output_path
         yield f"  {_amount(written)}  {what} and {state}, in `{where}`{_free(where, written)}"
     yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"

@@ -136,7 +136,7 @@ def _step_lines(plan: Plan) -> Iterator[str]:
         yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
     if parameters.find_unused_parameters:
         yield "  there are no unused parameters to find: what no gradient can reach is left out of training"
-    for note in plan.start.notes:
+    for note in (*plan.start.notes, *plan.start.warnings):
         yield f"  {note}"
 
 

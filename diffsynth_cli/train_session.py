@@ -69,12 +69,13 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
 
 
 def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int, without_files: bool = False) -> Plans:
-    """The plans of the stages to run; of several, those with nothing left to do are passed over.
+    """The plans of the stages to run; those with nothing left to do are passed over, which is no fault: what starts a
+    run again until it succeeds must come to an end.
 
     `without_files`: what is not there is told in the plans.
 
     Raises:
-        FaultsFound: all that is wrong with any stage, or that none has anything left to do.
+        FaultsFound: all that is wrong with any stage.
     """
     from diffsynth_core.planning.output import NothingLeft
 
@@ -90,9 +91,12 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
             else:
                 faults[resolved.stage] = error.problems
     problems = _of_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in stages})
-    raise_if_any(problems if problems or plans else list(done.values()))
+    raise_if_any(problems)
     for stage, problem in done.items():
-        reporter.info(f"Stage {stage} is passed over: {problem.message}")
+        passed_over = f"Stage {stage} is passed over: {problem.message}"
+        reporter.info(passed_over if stage else f"Nothing left to do: {problem.message}")
+    if len(done) > 1 and not plans:
+        reporter.info("Nothing left to do")
     return plans
 
 
@@ -152,10 +156,14 @@ def _tell_verdict(stage: str | None, estimate: Estimate, width: int | None) -> N
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
+    from diffsynth_core.planning.states_on_disk import state_problems
     from diffsynth_core.training.stop import listen_for_stop
 
     bring_files(stages, reporter, lambda quiet: _make_plans(stages, quiet, world_size))
     plans = _make_plans(stages, reporter, world_size)
+    if not plans:
+        return 0
+    raise_if_any(_of_stages({stage: state_problems(plan) for stage, plan in plans.items()}))
     first = next(iter(plans))
     accelerate_config = plans[first].parameters.accelerate_config
     if launching.needs_launch(world_size, accelerate_config):

@@ -18,11 +18,13 @@ def test_a_folder_that_holds_a_run(cli, refuse, dataset):
         [
             (
                 "`learning_rate` was `0.0001` in the run in `out`, now it is `1`",
-                "resume with the same value, or start a new run",
+                "resume with the same value, or start a new run in another `--output_path`, from its weights with "
+                "`--lora_checkpoint out/epoch-0.safetensors`",
             ),
             (
-                "the run in `out` has done its 1 steps; the parameters ask for 1",
-                "nothing is left to do; ask for more with `--num_epochs` or `--max_steps`",
+                "the run in `out` has done 1 step, the parameters ask for 1; ask for more with `--num_epochs` or "
+                "`--max_steps`",
+                None,
             ),
         ],
     )

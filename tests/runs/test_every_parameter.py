@@ -45,6 +45,10 @@ class Ended:
         return [entry["file"] for entry in self.record["checkpoints"]]
 
     @property
+    def states(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "state").iterdir())
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / self.files[-1])
 
@@ -138,6 +142,8 @@ EFFECTS: dict[str, Effect] = {
         ("--remove_prefix_in_ckpt", "pipe."), lambda run: {name.partition(".")[0] for name in run.tensors}, {"dit"}
     ),
     "save_steps": Effect(("--save_steps", 1), lambda run: run.files, ["step-1.safetensors", "step-2.safetensors"]),
+    "save_state_steps": Effect(("--save_state_steps", 1), lambda run: run.states, ["step-1", "step-2"]),
+    "keep_states": Effect(("--keep_states", 1), lambda run: run.states, ["step-2"], (*SHORT, "--save_state_steps", 1)),
     "save_dtype": Effect(
         ("--save_dtype", "bfloat16"), lambda run: {tensor.dtype for tensor in run.tensors.values()}, {torch.bfloat16}
     ),

@@ -124,11 +124,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(cli, photo
     outcome = cli(*common(photographs, "--output_path", "out", "--learning_rate", 1e30))
     assert outcome.code == 1
     assert "not finite in step" in outcome.err and "row " in outcome.err and "Traceback" not in outcome.err
+    assert "no state was saved before it" in outcome.err
     record = json.loads(Path("out/run.json").read_text())
-    assert record["status"] == "failed"
-    assert record["step"] == len(Path("out/metrics.jsonl").read_text().splitlines())
-    [state] = Path("out/state").iterdir()
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(state / "trained.safetensors").values())
+    assert record["status"] == "failed" and record["step"] == 0
+    assert record["diverged_step"] == len(Path("out/metrics.jsonl").read_text().splitlines()) + 1
+    assert not Path("out/state").exists()
 
 
 def test_text_encoder_in_full_beside_a_lora(cli, photographs):

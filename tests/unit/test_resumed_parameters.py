@@ -9,6 +9,7 @@ from diffsynth_core.checkpoints.run_folder import RunRecord
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.output import check_output
+from diffsynth_core.progress import SilentReporter
 
 OTHER_VALUES: dict[str, Any] = {
     "int": 512, "float": 0.25, "path": "other", "str": "other", "comma list": "other", "memory": "12GB",
@@ -32,13 +33,15 @@ def other_value(name: str) -> Any:
     return OTHER_VALUES[setting.type_name]
 
 
-def problems_of_resuming(folder: Path, before: dict[str, Any], **now: Any) -> list[Problem]:
+def problems_of_resuming(
+    folder: Path, before: dict[str, Any], diverged_step: int | None = None, **now: Any
+) -> list[Problem]:
     """What is wrong with going on, with the parameters `now`, with a run that was recorded with `before`."""
     folder.mkdir(exist_ok=True)
-    RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1).save(folder)
+    RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1, diverged_step=diverged_step).save(folder)
     parameters = Parameters.model_validate({"resume": "auto", **now, "output_path": folder})
     problems: list[Problem] = []
-    check_output(parameters, "fingerprint", None, "no", (), problems)
+    check_output(parameters, "fingerprint", None, "no", (), SilentReporter(), problems)
     return problems
 
 
@@ -58,6 +61,16 @@ def test_what_users_change_on_resume_is_declared_free():
 
 def test_only_what_changes_numbers_is_compared_by_what_comes_of_it():
     assert {setting.changes for setting in SETTINGS.values() if setting.compared != "value"} == {"numbers"}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "weight_decay"])
+def test_after_a_loss_that_was_not_finite_the_course_of_the_optimizer_is_free(tmp_path, name):
+    now = {name: other_value(name)}
+    (problem,) = problems_of_resuming(tmp_path / "run", dict(DEFAULTS), **now)
+    assert problem.message.startswith(f"`{name}` was ")
+    assert problems_of_resuming(tmp_path / "run", dict(DEFAULTS), diverged_step=3, **now) == []
+    (problem,) = problems_of_resuming(tmp_path / "run", dict(DEFAULTS), diverged_step=3, seed=5)
+    assert problem.message.startswith("`seed` was ")
 
 
 def test_a_parameter_that_an_older_run_did_not_know_had_its_default(tmp_path):

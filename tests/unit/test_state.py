@@ -1,12 +1,15 @@
 """The state of a run: everything AdamW needs comes back bit by bit, and a half state is never taken for a whole one."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from diffsynth_core.checkpoints.state import Position, last_state, read_position, restore_state, save_state
+from diffsynth_core.checkpoints.saved_states import Position, SavedState, find_states
+from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.errors import DiffSynthError
 
 
@@ -42,17 +45,37 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
-def saved(folder, steps: int = 3, **changes):
+def saved(folder, steps: int = 3, keep: int = 1, **changes):
     trained, optimizer = training(**changes)
     take_steps(trained, optimizer, 0, steps)
-    save_state(folder, Position(steps, 4 * steps), trained, optimizer)
+    save_state(folder, Position(steps, 4 * steps, {}), trained, optimizer, keep)
     return trained, optimizer
+
+
+def hashes(paths) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def newest(folder) -> SavedState:
+    found = find_states(folder, hashes).newest
+    assert found
+    return found
+
+
+def restore(folder, trained, optimizer) -> Position:
+    state = newest(folder)
+    restore_state(state.path, state.position, trained, optimizer)
+    return state.position
+
+
+def states_in(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "state").iterdir())
 
 
 def test_weights_and_moments_come_back_bit_by_bit(tmp_path):
     trained, optimizer = saved(tmp_path)
     other, other_optimizer = training(seed=9)
-    restore_state(last_state(tmp_path), other, other_optimizer)
+    restore(tmp_path, other, other_optimizer)
     assert len(everything(other, other_optimizer)) == 2 + 2 * 3
     assert_same_bits(everything(trained, optimizer), everything(other, other_optimizer))
 
@@ -60,7 +83,7 @@ def test_weights_and_moments_come_back_bit_by_bit(tmp_path):
 def test_a_run_that_went_on_equals_one_that_never_stopped(tmp_path):
     trained, optimizer = saved(tmp_path)
     other, other_optimizer = training(seed=9)
-    restore_state(last_state(tmp_path), other, other_optimizer)
+    restore(tmp_path, other, other_optimizer)
     for each in ((trained, optimizer), (other, other_optimizer)):
         take_steps(*each, first=3, count=4)
     assert_same_bits(everything(trained, optimizer), everything(other, other_optimizer))
@@ -70,7 +93,7 @@ def test_the_optimizer_goes_on_with_the_very_parameters_of_the_model(tmp_path):
     saved(tmp_path)
     other, optimizer = training(seed=9)
     before = list(other.values())
-    restore_state(last_state(tmp_path), other, optimizer)
+    restore(tmp_path, other, optimizer)
     assert all(one is two for one, two in zip(before, other.values(), strict=True))
     assert all(parameter.requires_grad for parameter in other.values())
 
@@ -80,9 +103,9 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
     first, second = trained.values()
     first.grad = torch.ones_like(first)
     optimizer.step()
-    save_state(tmp_path, Position(1, 1), trained, optimizer)
+    save_state(tmp_path, Position(1, 1, {}), trained, optimizer, keep=1)
     other, other_optimizer = training(seed=9)
-    restore_state(last_state(tmp_path), other, other_optimizer)
+    restore(tmp_path, other, other_optimizer)
     assert len(everything(other, other_optimizer)) == 2 + 3
     assert torch.equal(other["dit.norm/odd name"], second)
 
@@ -90,83 +113,90 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
 @pytest.mark.parametrize("scaler", [{}, {"scale": 65536.0, "growth_tracker": 3}])
 def test_the_position_comes_back(tmp_path, scaler):
     position = Position(12, 48, scaler)
-    save_state(tmp_path, position, *training())
-    assert last_state(tmp_path) == tmp_path / "state" / "step-12"
-    assert read_position(last_state(tmp_path)) == position
+    save_state(tmp_path, position, *training(), keep=1)
+    found = newest(tmp_path)
+    assert found.path == tmp_path / "state" / "step-12"
+    assert replace(found.position, files=None, sha256=None, optimizer=position.optimizer) == position
 
 
-def test_the_states_before_it_are_removed(tmp_path):
-    for steps in (2, 10, 9):
-        saved(tmp_path, steps)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-9"]
+@pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [4, 9]), (3, [3, 4, 9]), (9, [2, 3, 4, 9])])
+def test_so_many_states_are_kept(tmp_path, keep, kept):
+    """Those after it belong to a run that has gone back since: to an older state, as this one was damaged."""
+    for steps in (2, 3, 4, 10, 12):
+        saved(tmp_path, steps, keep=9)
+    saved(tmp_path, 9, keep)
+    assert states_in(tmp_path) == sorted(f"step-{step}" for step in kept)
     assert sorted(path.name for path in (tmp_path / "state" / "step-9").iterdir()) == [
         "optimizer.safetensors", "state.json", "trained.safetensors",
     ]  # fmt: skip
 
 
+def test_a_state_is_written_in_place_of_a_damaged_one_of_its_step(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "state/step-3/trained.safetensors").write_bytes(b"")
+    assert find_states(tmp_path, hashes).newest is None
+    saved(tmp_path, 3)
+    assert newest(tmp_path).position.step == 3
+
+
 def test_there_is_no_state_in_a_new_folder(tmp_path):
-    assert last_state(tmp_path) is None
-    assert last_state(tmp_path / "gone") is None
+    assert find_states(tmp_path, hashes).newest is None
+    assert find_states(tmp_path / "gone", hashes).newest is None
 
 
-def test_a_folder_without_its_last_file_is_no_state(tmp_path):
+def test_a_folder_without_its_last_file_is_no_whole_state(tmp_path):
     saved(tmp_path, 3)
     half = tmp_path / "state" / "step-7"
     half.mkdir()
     for name in ("trained.safetensors", "optimizer.safetensors"):
         (half / name).write_bytes((tmp_path / "state" / "step-3" / name).read_bytes())
-    assert last_state(tmp_path).name == "step-3"
+    found = find_states(tmp_path, hashes)
+    assert found.newest and found.newest.path.name == "step-3"
+    assert [(state.step, state.reason) for state in found.damaged] == [(7, "`state.json` is missing")]
     saved(tmp_path, 8)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-8"]
+    assert states_in(tmp_path) == ["step-8"]
 
 
-def test_the_last_state_is_the_one_of_the_highest_number(tmp_path):
+def test_the_newest_state_is_the_one_of_the_highest_number(tmp_path):
     saved(tmp_path, 9)
-    (tmp_path / "state" / "step-9").rename(tmp_path / "elsewhere")
-    saved(tmp_path, 10)
-    (tmp_path / "elsewhere").rename(tmp_path / "state" / "step-9")
-    assert last_state(tmp_path).name == "step-10"
+    saved(tmp_path, 10, keep=2)
+    assert newest(tmp_path).path.name == "step-10"
 
 
 def test_a_folder_that_somebody_else_put_there_is_passed_over(tmp_path):
     saved(tmp_path, 3)
-    (tmp_path / "state" / "step-3.bak").mkdir()
-    (tmp_path / "state" / "step-3.bak" / "state.json").write_text("{}")
-    assert last_state(tmp_path).name == "step-3"
+    for name in ("step-3.bak", "step-²"):
+        (tmp_path / "state" / name).mkdir()
+        (tmp_path / "state" / name / "state.json").write_text("{}")
+    found = find_states(tmp_path, hashes)
+    assert found.newest and found.newest.path.name == "step-3" and not found.damaged
 
 
 def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     trained, optimizer = saved(tmp_path, 3)
     expected = everything(trained, optimizer)
     with pytest.raises(RuntimeError):
-        save_state(tmp_path, Position(4, 16), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer)
-    assert last_state(tmp_path) is not None
+        save_state(tmp_path, Position(4, 16, {}), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer, keep=1)
+    assert states_in(tmp_path) == ["step-3"]
     other, other_optimizer = training(seed=9)
-    restore_state(last_state(tmp_path), other, other_optimizer)
+    restore(tmp_path, other, other_optimizer)
     assert_same_bits(expected, everything(other, other_optimizer))
-    assert read_position(last_state(tmp_path)) == Position(3, 12)
+    assert newest(tmp_path).position.samples_seen == 12
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", None])
-def test_damaged_tensors_are_told(tmp_path, name, damage):
-    saved(tmp_path)
-    path = last_state(tmp_path) / name
-    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
-    trained, optimizer = training(seed=9)
-    before = everything(trained, optimizer)
-    with pytest.raises(DiffSynthError, match=r"the state `.*step-3` cannot be read") as caught:
-        restore_state(last_state(tmp_path), trained, optimizer)
-    assert caught.value.problems[0].hint
-    assert_same_bits(before, everything(trained, optimizer))
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"step": 3}', '{"step": 3, "samples_seen": 1, "more": 2}'])
-def test_a_damaged_position_is_told(tmp_path, content):
-    saved(tmp_path)
-    (last_state(tmp_path) / "state.json").write_text(content)
-    with pytest.raises(DiffSynthError, match=r"state\.json` cannot be read"):
-        read_position(last_state(tmp_path))
+def test_what_an_optimizer_keeps_beside_tensors_comes_back(tmp_path):
+    """Optimizers without a schedule keep counts and sums in their groups, and some a number for each parameter."""
+    trained, optimizer = saved(tmp_path)
+    first = next(iter(trained.values()))
+    optimizer.state[first]["restarts"] = 3
+    optimizer.param_groups[0].update({"k": 7, "weight_sum": 0.1, "betas": (0.8, 0.9), "train_mode": True})
+    save_state(tmp_path, Position(5, 20, {}), trained, optimizer, keep=1)
+    other, other_optimizer = training(seed=9)
+    restore(tmp_path, other, other_optimizer)
+    assert other_optimizer.state[next(iter(other.values()))]["restarts"] == 3
+    group = other_optimizer.param_groups[0]
+    assert (group["k"], group["weight_sum"], group["betas"], group["train_mode"]) == (7, 0.1, (0.8, 0.9), True)
+    assert group["lr"] == 0.1 and len(group["params"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -186,14 +216,28 @@ def test_the_state_of_other_parameters_is_refused_before_a_weight_changes(tmp_pa
     optimizer = torch.optim.AdamW(trained.values())
     before = everything(trained, optimizer)
     with pytest.raises(DiffSynthError, match="step-3"):
-        restore_state(last_state(tmp_path), trained, optimizer)
+        restore(tmp_path, trained, optimizer)
     assert_same_bits(before, everything(trained, optimizer))
 
 
 def test_the_position_file_says_what_it_holds(tmp_path):
     saved(tmp_path)
-    assert json.loads((tmp_path / "state/step-3/state.json").read_text()) == {
+    content = json.loads((tmp_path / "state/step-3/state.json").read_text())
+    assert {name: content[name] for name in ("step", "samples_seen", "scaler")} == {
         "step": 3,
         "samples_seen": 12,
         "scaler": {},
     }
+    state = tmp_path / "state/step-3"
+    for name, digest in content["files"].items():
+        assert [digest] == hashes([state / name])
+
+
+def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "state/step-3/state.json"
+    path.write_text('{"step": 3, "samples_seen": 12, "scaler": {"scale": 2.0, "_growth_tracker": 1}}')
+    assert newest(tmp_path).position == Position(3, 12, {"scale": 2.0, "_growth_tracker": 1})
+    (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
+    [damaged] = find_states(tmp_path, hashes).damaged
+    assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a whole safetensors file")

@@ -56,10 +56,13 @@ class RunRecord:
     """Those whose weights are stored in 8-bit floats, sorted."""
     status: str = "running"
     step: int = 0
+    """Steps in the newest state that was written."""
     total_steps: int = 0
     samples_seen: int = 0
     checkpoints: list[CheckpointEntry] = field(default_factory=list)
     failure: str | None = None
+    diverged_step: int | None = None
+    """The step whose loss or gradient was not finite, when that ended the run."""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
@@ -67,6 +70,13 @@ class RunRecord:
     def save(self, folder: Path) -> None:
         self.updated = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / RECORD, asdict(self))
+
+    def has_checkpoint_of(self, step: int) -> bool:
+        return any(entry.step == step for entry in self.checkpoints)
+
+    def forget_missing_checkpoints(self, folder: Path) -> None:
+        """Leave out checkpoints that are no longer in the folder."""
+        self.checkpoints = [entry for entry in self.checkpoints if (folder / entry.file).exists()]
 
     def add_checkpoint(self, entry: CheckpointEntry) -> None:
         """Note a checkpoint; one of the same name has been replaced by it."""
@@ -114,6 +124,15 @@ def claim_folder(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink(missing_ok=True)
                 with suppress(OSError):  # not empty: something else is in it
                     folder.rmdir()
+
+
+def folder_identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name: device and inode; None when it is missing."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def holds_checkpoints(folder: Path) -> list[str]:

@@ -1,13 +1,11 @@
-"""The state that resume needs: trained weights, optimizer, position.
+"""Saving and restoring what resume needs: trained weights, optimizer, position.
 
-`state/step-N/` holds `trained.safetensors`, `optimizer.safetensors` and, written last, `state.json`: a folder without
-it is no state. The next state is complete before the last one is removed.
+The next state is complete before an older one is removed.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +14,68 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffsynth_core.checkpoints.saved_states import (
+    OPTIMIZER,
+    STATE_FOLDER,
+    TRAINED,
+    OptimizerValues,
+    Position,
+    state_folders,
+    write_position,
+)
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import sync_folder, write_json
+from diffsynth_core.files import sync_folder
 
-STATE_FOLDER = "state"
-TRAINED, OPTIMIZER, POSITION = "trained.safetensors", "optimizer.safetensors", "state.json"
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: optimizer steps done, samples seen, and what mixed precision keeps beside them."""
-
-    step: int
-    samples_seen: int
-    scaler: dict[str, Any] = field(default_factory=dict)
+SET_EVERY_STEP = ("params", "lr", "initial_lr")
+"""What of an optimizer's groups the training loop sets itself."""
 
 
 def save_state(
-    folder: Path, position: Position, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, position: Position, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
-    """Write the state of a run below `folder`, then remove the states before it."""
+    """Write the state of a run below `folder`; of those before it, keep so many that there are `keep` in all.
+
+    States of later steps, of a run that went back to an earlier one, are removed.
+
+    Raises:
+        DiffSynthError: when the disk refuses; the states that are there stay.
+    """
     target = folder / STATE_FOLDER / f"step-{position.step}"
-    if (target / POSITION).is_file():
-        return  # a run that saves one step twice has nothing new to say
+    fresh = target.with_name(f".{target.name}.new")
     for unfinished in (folder / STATE_FOLDER).glob(".step-*.new"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    fresh = target.with_name(f".{target.name}.new")
-    write_tensors(fresh / TRAINED, trained, {})
-    write_tensors(fresh / OPTIMIZER, _flatten(trained, optimizer), {})
-    write_json(fresh / POSITION, asdict(position))
+    try:
+        files = {
+            TRAINED: write_tensors(fresh / TRAINED, trained, {}),
+            OPTIMIZER: write_tensors(fresh / OPTIMIZER, _tensors(trained, optimizer), {}),
+        }
+        write_position(fresh, replace(position, optimizer=_values(trained, optimizer), files=files))
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     sync_folder(target.parent)
-    for other in _states(folder):
-        if other != target:
-            shutil.rmtree(other, ignore_errors=True)
+    states = state_folders(folder)
+    place = states.index(target)
+    for other in (*states[:place], *states[place + keep :]):
+        shutil.rmtree(other, ignore_errors=True)
 
 
-def last_state(folder: Path) -> Path | None:
-    """The folder of the last whole state; None when there is none."""
-    whole = [path for path in _states(folder) if (path / POSITION).is_file()]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
-
-
-def _states(folder: Path) -> list[Path]:
-    """The folders of states, whole or not; what somebody else put beside them is theirs."""
-    found = (folder / STATE_FOLDER).glob("step-*")
-    return [path for path in found if path.name.removeprefix("step-").isdecimal()]
-
-
-def read_position(state: Path) -> Position:
-    """Raises: DiffSynthError: when the file is damaged."""
-    try:
-        return Position(**json.loads((state / POSITION).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DiffSynthError(
-            f"`{state / POSITION}` cannot be read: {error}", "start the run anew in another folder"
-        ) from error
-
-
-def restore_state(state: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def restore_state(
+    state: Path, position: Position, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
     """Put trained weights and optimizer back as they were.
 
     Raises:
-        DiffSynthError: when the state is damaged or belongs to other parameters.
+        DiffSynthError: when the state cannot be read or belongs to other parameters.
     """
     try:
         weights, moments = load_file(state / TRAINED), load_file(state / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise DiffSynthError(
-            f"the state `{state}` cannot be read: {error}", "start the run anew in another folder"
+            f"the state `{state}` cannot be read: {error}", "give the same command again: it goes on from another state"
         ) from error
     if weights.keys() != trained.keys():
         raise DiffSynthError(
@@ -99,27 +88,76 @@ def restore_state(state: Path, trained: Mapping[str, nn.Parameter], optimizer: t
             f"the state `{state}` holds `{wrong[0]}` as {list(weights[wrong[0]].shape)}, this run has {list(trained[wrong[0]].shape)}",
             "resume with the parameters of the run",
         )
+    strangers = [name for name in _names_in(moments, position.optimizer) if name not in trained]
+    if strangers or len(position.optimizer.groups) not in (0, len(optimizer.param_groups)):
+        raise DiffSynthError(
+            f"the state `{state}` holds the optimizer of another run{f': `{strangers[0]}`' if strangers else ''}",
+            "resume with the parameters of the run",
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    _unflatten(trained, optimizer, moments)
+    _restore_optimizer(trained, optimizer, moments, position.optimizer)
 
 
-def _flatten(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _names_in(moments: Mapping[str, Tensor], values: OptimizerValues) -> list[str]:
+    """The parameters that an optimizer's state speaks of."""
+    return [*(key.rpartition("/")[0] for key in moments), *values.parameters]
+
+
+def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as `<parameter>/<kind>`, such as `…/exp_avg`."""
     return {
         f"{name}/{kind}": value
         for name, parameter in trained.items()
         for kind, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
 
 
-def _unflatten(
-    trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+def _values(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> OptimizerValues:
+    """What the optimizer keeps beside tensors: of each parameter, and of its groups what steps have changed."""
+    parameters = {
+        name: {kind: value for kind, value in state.items() if not isinstance(value, Tensor)}
+        for name, parameter in trained.items()
+        if (state := optimizer.state.get(parameter))
+    }
+    groups = [
+        {
+            kind: _plain(value)
+            for kind, value in group.items()
+            if kind not in SET_EVERY_STEP and _plain(value) != _plain(optimizer.defaults.get(kind))
+        }
+        for group in optimizer.param_groups
+    ]
+    return OptimizerValues({name: values for name, values in parameters.items() if values}, groups)
+
+
+def _restore_optimizer(
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    values: OptimizerValues,
 ) -> None:
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = trained[name]
         # AdamW keeps its step count on the CPU.
-        # Copies: what load_file gives is tied to a file that the next save removes.
+        # Copies: what load_file gives is tied to a file that a later save removes.
         optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+    for name, kinds in values.parameters.items():
+        optimizer.state[trained[name]].update(kinds)
+    for group, changed in zip(optimizer.param_groups, values.groups, strict=bool(values.groups)):
+        group.update({kind: _like(group.get(kind), value) for kind, value in changed.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it, which has neither tuples nor tensors."""
+    return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+
+
+def _like(before: Any, value: Any) -> Any:
+    """The inverse of `_plain`, for a value that takes the place of `before`."""
+    if isinstance(before, Tensor):
+        return before.new_tensor(value)
+    return tuple(value) if isinstance(before, tuple) else value

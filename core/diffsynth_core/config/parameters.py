@@ -125,12 +125,13 @@ numbers: what a step computes; files: which files are written, when, in which fo
 and memory; nothing: neither.
 """
 
-Compared = Literal["value", "dataset", "weights", "precision", "storage", "micro_batches", "state"]
+Compared = Literal["value", "course", "dataset", "weights", "precision", "storage", "micro_batches", "state"]
 """What a resumed run must have in common with the run it goes on with, for a parameter that changes numbers.
 
-value: the value itself; otherwise what comes of it: the fingerprint of the dataset, the sha256 of the files of all
-components, the effective precision, the components stored in 8-bit floats, the micro-batches per step (accumulation x
-processes), or nothing but the state, which holds what the parameter started from.
+value: the value itself; course: the same, unless the run before ended in a loss that is not finite, after which
+another course of the optimizer is the way out; otherwise what comes of it: the fingerprint of the dataset, the sha256
+of the files of all components, the effective precision, the components stored in 8-bit floats, the micro-batches per
+step (accumulation x processes), or nothing but the state, which holds what the parameter started from.
 """
 
 
@@ -448,6 +449,7 @@ class Parameters(BaseModel):
         "float",
         "AdamW learning rate; usual: 1e-4 for LoRA, 1e-5 for full training",
         changes="numbers",
+        compared="course",
         ge=0,
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _setting(
@@ -456,6 +458,7 @@ class Parameters(BaseModel):
         "choice",
         "Course of the learning rate after warm-up: constant, or falling to 0 at the last step along a line or a cosine",
         changes="numbers",
+        compared="course",
         documented=False,
     )
     lr_warmup_steps: Integer = _setting(
@@ -464,6 +467,7 @@ class Parameters(BaseModel):
         "int",
         "Steps over which the learning rate rises from 0 to its full value",
         changes="numbers",
+        compared="course",
         unit="optimizer steps",
         documented=False,
         ge=0,
@@ -474,6 +478,7 @@ class Parameters(BaseModel):
         "float",
         "Scale gradients down to this global norm; blank: no clipping",
         changes="numbers",
+        compared="course",
         documented=False,
         gt=0,
     )
@@ -492,7 +497,9 @@ class Parameters(BaseModel):
         "Asks distributed training to look for parameters without a gradient; satisfied without looking, since those that cannot get one are left out",
         changes="nothing",
     )
-    weight_decay: Number = _setting(0.01, "training", "float", "AdamW weight decay", changes="numbers", ge=0)
+    weight_decay: Number = _setting(
+        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0
+    )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
     ] = _setting(
@@ -592,6 +599,26 @@ class Parameters(BaseModel):
         unit="optimizer steps",
         ge=1,
     )
+    save_state_steps: Integer | None = _setting(
+        None,
+        "output",
+        "int",
+        "Save the state that `--resume auto` goes on from every so many steps; blank: with every checkpoint",
+        changes="files",
+        unit="optimizer steps",
+        documented=False,
+        ge=1,
+    )
+    keep_states: Integer = _setting(
+        2,
+        "output",
+        "int",
+        "States to keep, the newest ones: an older one takes the place of one that the disk damaged; one more is on disk while it is written",
+        changes="files",
+        unit="states",
+        documented=False,
+        ge=1,
+    )
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None,
         "output",
@@ -687,7 +714,7 @@ class Setting:
     @property
     def fixed_on_resume(self) -> bool:
         """Whether a resumed run must have the same value as before."""
-        return self.changes == "numbers" and self.compared == "value"
+        return self.changes == "numbers" and self.compared in ("value", "course")
 
     @property
     def type_words(self) -> str:

@@ -91,15 +91,16 @@ class EncodingMemory:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes that a run writes: encodings, each checkpoint and how many there are, and the state that resume needs.
+    """Bytes that a run writes: encodings, each checkpoint and how many there are, and the states that resume needs.
 
-    `state` is that of one step; the next one is whole before it is removed.
+    `state` is that of one step; `states` are on disk at most, with the one being written.
     """
 
     cache: int
     checkpoint: int
     checkpoints: int
     state: int
+    states: int
 
 
 @dataclass(frozen=True)
@@ -293,10 +294,21 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: Encod
 
 def disk_use(plan: Plan, choice: Choice, encoded: EncodedSize) -> DiskUse:
     """Bytes that a run writes, of all samples what is `encoded`."""
-    trained = count_trained(plan) if plan.task.trains else 0
-    state = trained * (BYTES["float32"] + OPTIMIZER_BYTES)
     cache = 0 if plan.encoded else encoded.bytes_in(choice.precision)
-    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state)
+    states = most_states(plan, plan.parameters.keep_states)
+    return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
+
+
+def state_bytes(plan: Plan) -> int:
+    """Of the state after one step: trained weights in float32 and what the optimizer keeps of each."""
+    return count_trained(plan) * (BYTES["float32"] + OPTIMIZER_BYTES) if plan.task.trains else 0
+
+
+def most_states(plan: Plan, keep: int) -> int:
+    """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
+    total = plan.steps.total_steps
+    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.steps.steps_per_epoch
+    return min(keep + 1, -(-total // every)) if total else keep + 1
 
 
 def checkpoint_bytes(plan: Plan) -> int:

@@ -9,13 +9,19 @@ from functools import cache
 from pathlib import Path
 
 from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, read_record
+from diffsynth_core.checkpoints.saved_states import DamagedState, FoundStates, SavedState, find_states, state_folders
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.data.batches import StepPlan
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.files import default_cache_path
+from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 
+FINISHED = ("completed", "interrupted")
+"""Statuses of a run whose record was brought to its end."""
 REPEAT_REHEARSAL = "delete `{folder}`, or name another `--output_path`"
 """What to do with the `folder` of a rehearsal, with which nothing goes on."""
 
@@ -27,10 +33,15 @@ class NothingLeft(Problem):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: the steps it has behind it, and what is worth saying of going on."""
+    """Where a run begins: the steps it has behind it, the state that holds them, and what is worth saying of going on.
+
+    `warnings`: what a resumed run loses.
+    """
 
     first_step: int = 0
     notes: tuple[str, ...] = ()
+    state: SavedState | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def check_output(
@@ -39,11 +50,12 @@ def check_output(
     steps: StepPlan | None,
     mixed_precision: str,
     float8_components: Sequence[str],
+    reporter: Reporter,
     problems: list[Problem],
 ) -> Start:
     """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`.
 
-    `fingerprint`: that of the dataset, when it could be read.
+    `fingerprint`: that of the dataset, when it could be read. Reads the state back whole, once, to be sure of it.
     """
     folder = parameters.output_path
     place_problems = place_faults(folder, "output_path")
@@ -58,7 +70,7 @@ def check_output(
         _check_same_run(parameters, record, fingerprint, problems)
         _check_same_steps(folder, record, steps, mixed_precision, problems)
         _check_same_storage(folder, record, float8_components, problems)
-        return _resumed(parameters, record, steps, problems)
+        return _resumed(parameters, record, steps, reporter, problems)
     except DiffSynthError as error:
         problems += error.problems
         return Start()
@@ -78,28 +90,77 @@ def place_faults(folder: Path, parameter: str) -> list[Problem]:
     return []
 
 
-def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, problems: list[Problem]) -> Start:
+def _resumed(
+    parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter, problems: list[Problem]
+) -> Start:
     """The position of the run in the folder."""
-    from diffsynth_core.checkpoints.state import last_state, read_position
-
-    folder = parameters.output_path
-    state = last_state(folder)
-    done = read_position(state).step if state else 0
+    folder, total = parameters.output_path, steps.total_steps if steps else None
+    if total is not None and record.status in FINISHED and record.step >= total:
+        problems.append(_nothing_left(folder, record.step, total))
+        return Start()
+    # With the weights before it a step that was not finite is so again: its loss depends on nothing else.
+    found = _find_states(parameters, reporter, record.diverged_step - 1 if record.diverged_step else None)
+    if found.newest is None and (found.damaged or record.step):
+        problems.append(_no_whole_state(folder, record, found.damaged))
+        return Start()
+    done = found.newest.position.step if found.newest else 0
     # A run killed between its last state and the end of its record has only its record to finish.
-    if steps and done >= steps.total_steps and record.status in ("completed", "interrupted"):
-        problems.append(
-            NothingLeft(
-                f"the run in `{folder}` has done its {done} steps; the parameters ask for {steps.total_steps}",
-                "nothing is left to do; ask for more with `--num_epochs` or `--max_steps`",
-            )
+    if total is not None and done > total:
+        problems.append(_nothing_left(folder, done, total))
+    notes = [
+        f"resumed after step {done}" if done else "begins at step 0: the run before was stopped before its first save"
+    ]
+    if record.diverged_step:
+        notes.append(
+            f"step {record.diverged_step} of the run before was not finite: it will be so again unless "
+            "`learning_rate` or another parameter of the optimizer changes"
         )
-    notes = [f"resumed after step {done}"]
     if steps and parameters.lr_scheduler != "constant" and record.total_steps != steps.total_steps:
         notes.append(
             f"the {parameters.lr_scheduler} learning rate now ends at step {steps.total_steps}, "
             f"before at {record.total_steps}: it jumps here"
         )
-    return Start(done, tuple(notes))
+    lost = [
+        f"the state after step {state.step} is damaged ({state.reason}): {count_of(state.step - done, 'step')} "
+        f"{'is' if state.step - done == 1 else 'are'} lost"
+        for state in found.damaged
+    ]
+    return Start(done, tuple(notes), found.newest, tuple(lost))
+
+
+def _find_states(parameters: Parameters, reporter: Reporter, below: int | None) -> FoundStates:
+    identities = FileIdentities((parameters.cache_path or default_cache_path()) / IDENTITIES)
+
+    def hashes(paths: Sequence[Path]) -> list[str]:
+        identities.read_all(paths, reporter, "Checking the state")
+        return [identities.sha256(path) for path in paths]
+
+    return find_states(parameters.output_path, hashes, below)
+
+
+def _nothing_left(folder: Path, done: int, total: int) -> NothingLeft:
+    return NothingLeft(
+        f"the run in `{folder}` has done {count_of(done, 'step')}, the parameters ask for {total}; "
+        "ask for more with `--num_epochs` or `--max_steps`"
+    )
+
+
+def _no_whole_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
+    """The run cannot go on, and does not begin anew unasked: its checkpoints are worth something still."""
+    states = ", ".join(f"step {state.step} ({state.reason})" for state in damaged)
+    what = f"no state in it is whole: {states}" if damaged else f"its state after step {record.step} is missing"
+    if record.diverged_step and not damaged and state_folders(folder):
+        what = f"its only state is that after step {record.step}, with which step {record.diverged_step} was not finite"
+    return Problem(f"the run in `{folder}` cannot go on: {what}", f"{_new_run(folder, record)}, or delete `{folder}`")
+
+
+def _new_run(folder: Path, record: RunRecord) -> str:
+    """How to start a run that goes on from the weights of another one, where a LoRA is all that it trained."""
+    hint = "start a new run in another `--output_path`"
+    trained = record.parameters
+    if not record.checkpoints or trained.get("trainable_models") or not trained.get("lora_base_model"):
+        return hint
+    return f"{hint}, from its weights with `--lora_checkpoint {folder / record.checkpoints[-1].file}`"
 
 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
@@ -186,13 +247,16 @@ def _check_same_run(
 ) -> None:
     now = as_plain(parameters)
     for name, value in now.items():
-        before = record.parameters.get(name, DEFAULTS[name])
-        if SETTINGS[name].fixed_on_resume and value != before:
+        before, setting = record.parameters.get(name, DEFAULTS[name]), SETTINGS[name]
+        changes_course = setting.compared == "course"
+        if changes_course and record.diverged_step:
+            continue
+        if setting.fixed_on_resume and value != before:
             shown = "blank" if before is None else f"`{format_value(before)}`"
             problems.append(
                 Problem(
                     f"`{name}` was {shown} in the run in `{parameters.output_path}`, now it is `{format_value(value)}`",
-                    "resume with the same value, or start a new run",
+                    f"resume with the same value, or {_new_run(parameters.output_path, record) if changes_course else 'start a new run'}",
                     wrong_use=True,
                 )
             )

@@ -129,7 +129,9 @@ def make_plan(
     steps = _step_plan(parameters, samples, world_size) if samples else None
     problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
     fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
-    start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, problems)
+    start = _find_start(
+        parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems
+    )
     if problems or not (found and training and samples and steps):
         raise FaultsFound([*problems, *missing] or [Problem("the run cannot be planned")])
     return Plan(
@@ -188,12 +190,13 @@ def _find_start(
     fingerprint: str | None,
     steps: StepPlan | None,
     mixed_precision: str,
+    reporter: Reporter,
     problems: list[Problem],
 ) -> Start:
     """Where in its output folder a run begins; a first half writes encoded samples there, from their beginning."""
     if TASKS[parameters.task].trains:
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
-        return check_output(parameters, fingerprint, steps, mixed_precision, kept, problems)
+        return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter, problems)
     if found and fingerprint:
         check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
     return Start()

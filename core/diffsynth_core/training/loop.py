@@ -20,17 +20,12 @@ from diffsynth_core.checkpoints.run_folder import (
     MetricsFile,
     RunRecord,
     claim_folder,
+    folder_identity,
     package_versions,
     read_record,
 )
-from diffsynth_core.checkpoints.state import (
-    STATE_FOLDER,
-    Position,
-    last_state,
-    read_position,
-    restore_state,
-    save_state,
-)
+from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, Position
+from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.families.table import load_family
@@ -59,6 +54,10 @@ class RunResult:
 
     folder: Path
     record: RunRecord
+
+
+class Diverged(DiffSynthError):
+    """A loss or gradient is not finite: the steps before it led there, and would again from where they ended."""
 
 
 def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | None = None) -> RunResult:
@@ -142,17 +141,22 @@ class Run:
             self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.done = self.saved = plan.first_step
+        """Steps that the weights have behind them, and of those the steps in the newest state on disk."""
         self.samples_seen = 0
+        self.updating = False
         self.skipped_in_a_row = 0
-        state = last_state(self.folder) if settings.resume else None
-        if state:
+        if plan.start.state:
             # After prepare(), which would move the optimizer's step counters to the device and make every step wait.
-            restore_state(state, self.trained, optimizer)
-            position = read_position(state)
+            position = plan.start.state.position
+            restore_state(plan.start.state.path, position, self.trained, optimizer)
             self.samples_seen = position.samples_seen
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(position.scaler)
+        for warning in plan.start.warnings:
+            reporter.warn(warning)
         self.record = self._open_record()
+        self.place = folder_identity(self.folder)
 
     def carry_out(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to its last; every way out leaves the record telling how it ended."""
@@ -163,10 +167,13 @@ class Run:
         )
         try:
             self._loop(metrics, stop, stop_after)
+            self._check_folder()
         except (Interrupted, KeyboardInterrupt):
             self._finish("interrupted")
             raise
         except BaseException as error:
+            if not isinstance(error, Diverged):
+                self._rescue()
             with suppress(DiffSynthError):  # a full disk must not hide what came first
                 self._finish("failed", f"{type(error).__name__}: {error}")
             raise
@@ -182,6 +189,8 @@ class Run:
         first, total = self.plan.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
         average = 0.0
+        if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
+            self._save_checkpoint(interrupted=False)  # a fault came between the step and its checkpoint
         with self.reporter.task("Training", total, "steps", done=first) as task:
             for step in range(first, total):
                 started = time.perf_counter()
@@ -198,17 +207,13 @@ class Run:
                 loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
                 gradient_norm = self._gradient_norm()
                 self._check_finite(step, loss, gradient_norm, fetched)
-                self.optimizer.step()
-                self._check_skipped(done=step + 1)
-                self.optimizer.zero_grad(set_to_none=True)
-
-                self.samples_seen += sample_count
-                done = step + 1
-                self.record.step, self.record.samples_seen = done, self.samples_seen
+                self._update(sample_count)
+                done = self.done
                 seconds = time.perf_counter() - started
                 window = min(done - first, LOSS_AVERAGE_STEPS)
                 average += (loss - average) / window
                 if metrics:
+                    self._check_folder()
                     metrics.write(
                         {
                             "step": done, "epoch": part.epoch, "samples_seen": self.samples_seen, "loss": loss, "lr": rate,
@@ -218,8 +223,10 @@ class Run:
                 task.advance(loss=f"{average:.4f}", memory=self._memory())
 
                 stopping = asked_to_stop or done == stop_after
-                if done == total or stopping or self._save_is_due(done, part.ends_epoch):
-                    self._save(done, part.epoch, interrupted=stopping and done < total)
+                if stopping or self._checkpoint_is_due(done):
+                    self._save_checkpoint(interrupted=stopping and done < total)
+                if stopping or self._state_is_due(done):
+                    self._save_state()
                 if stopping and done < total:
                     if asked_to_stop:
                         raise Interrupted(
@@ -263,51 +270,96 @@ class Run:
         return float(norm)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float, fetched: list[MicroBatch]) -> None:
-        """Stop before the optimizer takes in what is no number; float16 scaling skips such gradients by itself."""
+        """Stop before the optimizer takes in what is no number; float16 scaling skips such gradients by itself.
+
+        The weights at hand are not saved: with them this step fails again, at whatever learning rate, while those of
+        the last state may take another way.
+        """
         bad_gradient = not math.isfinite(gradient_norm) and self.accelerator.scaler is None
         if math.isfinite(loss) and not bad_gradient:
             return
         samples = self.plan.samples.samples
         names = ", ".join(samples[occurrence.sample].name for batch in fetched for occurrence in batch.occurrences)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
-        if step > self.plan.first_step:
-            self._save_state(step)
-        raise DiffSynthError(
-            f"the {what} not finite in step {step + 1}; the samples of the step: {names}. The weights before it are kept in `{self.folder / STATE_FOLDER}`",
-            "look at these samples, or start again with a lower `--learning_rate` or `--max_grad_norm 1`",
+        self.record.diverged_step = step + 1
+        kept = f"the state after step {self.saved} is kept in `{self.folder / STATE_FOLDER}`"
+        raise Diverged(
+            f"the {what} not finite in step {step + 1}; {kept if self.saved else 'no state was saved before it'}; "
+            f"the samples of the step: {names}",
+            "look at these samples, or go on with a lower `--learning_rate` or `--max_grad_norm 1`, and `--resume auto`",
         )
 
-    def _check_skipped(self, done: int) -> None:
-        """Give up when float16 scaling finds no scale at which gradients are finite."""
+    def _update(self, sample_count: int) -> None:
+        """Let the optimizer change the weights, which belong to no step until it is done."""
+        self.updating = True
+        self.optimizer.step()
+        self.done += 1
+        self.samples_seen += sample_count
+        self.updating = False
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.optimizer.step_was_skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
-            raise DiffSynthError(
-                f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row, the last is step {done}",
-                "train with `--mixed_precision bf16` or `no`",
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling finds no scale at which gradients are finite
+            raise Diverged(
+                f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row, the last is step {self.done}",
+                "start a new run with `--mixed_precision bf16` or `no`",
             )
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def _save_is_due(self, done: int, ends_epoch: bool) -> bool:
-        every = self.plan.parameters.save_steps
-        return done % every == 0 if every else ends_epoch
+    def _checkpoint_is_due(self, done: int) -> bool:
+        every, steps = self.plan.parameters.save_steps, self.plan.steps
+        return done == steps.total_steps or (done % every == 0 if every else steps.slice(done - 1).ends_epoch)
 
-    def _save(self, done: int, epoch: int, interrupted: bool) -> None:
-        """A checkpoint and the state to go on from; an interrupted run names its checkpoint by the step."""
+    def _state_is_due(self, done: int) -> bool:
+        every = self.plan.parameters.save_state_steps
+        if every is None:
+            return self._checkpoint_is_due(done)
+        return done == self.plan.steps.total_steps or done % every == 0
+
+    def _save_checkpoint(self, interrupted: bool) -> None:
+        """The trained weights; an interrupted run names its checkpoint by the step."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            name = f"step-{done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
-            entry = write_checkpoint(self.plan, self.model, self.folder, name, done, epoch)
+            epoch = self.plan.steps.slice(self.done - 1).epoch
+            name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
+            entry = write_checkpoint(self.plan, self.model, self.folder, name, self.done, epoch)
             self.record.add_checkpoint(entry)
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
-        self._save_state(done)
 
-    def _save_state(self, done: int) -> None:
+    def _save_state(self, together: bool = True) -> None:
+        """What `--resume auto` goes on from; `together`: all processes are at this place."""
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            save_state(self.folder, Position(done, self.samples_seen, scaler), self.trained, optimizer)
+            position = Position(self.done, self.samples_seen, scaler)
+            save_state(self.folder, position, self.trained, optimizer, self.plan.parameters.keep_states)
+        # Only now: the record promises no step that a kill before this line would lose.
+        self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
+        if self.accelerator.is_main_process:
             self.record.save(self.folder)
-        self.accelerator.wait_for_everyone()
+        if together:
+            self.accelerator.wait_for_everyone()
+
+    def _rescue(self) -> None:
+        """Before a fault ends the run: save the state after the last whole step. Other processes may be gone."""
+        if self.updating or self.done == self.saved or not self.accelerator.is_main_process:
+            return
+        try:
+            self._save_state(together=False)
+        except Exception as error:  # whatever it is, the fault that came first is the one to tell
+            self.reporter.warn(f"the state after step {self.done} could not be saved: {error}")
+        else:
+            self.reporter.info(f"Saved the state after step {self.done}; continue with `--resume auto`")
+
+    def _check_folder(self) -> None:
+        """Files that are open go on being written where nobody finds them."""
+        if self.accelerator.is_main_process and folder_identity(self.folder) != self.place:
+            self.record.forget_missing_checkpoints(self.folder)
+            self.saved = 0
+            raise DiffSynthError(
+                f"`{self.folder}` was removed or renamed during the run, which ended after step {self.done}",
+                "checkpoints and metrics up to here are in the folder that was renamed, if it was; "
+                "`--resume auto` goes on from the state saved in a new one of the old name",
+            )
 
     def _open_record(self) -> RunRecord:
         """The record of the run that goes on, or a new one; from here on the folder belongs to this run."""
@@ -327,7 +379,7 @@ class Run:
         # What was written after the state that goes on is written anew.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
         record.parameters, record.versions = as_plain(plan.parameters), package_versions()
-        record.status, record.failure = "running", None
+        record.status, record.failure, record.diverged_step = "running", None, None
         record.step, record.samples_seen, record.total_steps = (
             plan.first_step,
             self.samples_seen,

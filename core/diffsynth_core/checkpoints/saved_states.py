@@ -1,0 +1,150 @@
+"""The states of a run on disk: which there are, whether one is whole, and which one to go on from. No torch.
+
+`state/step-N/` holds `trained.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the sha256 of
+both and of itself.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import write_json
+from diffsynth_core.json_files import read_json
+from diffsynth_core.state_dicts.headers import read_header
+
+STATE_FOLDER = "state"
+TRAINED, OPTIMIZER, POSITION = "trained.safetensors", "optimizer.safetensors", "state.json"
+
+Hashes = Callable[[Sequence[Path]], Sequence[str]]
+"""The sha256 of each of some files."""
+Scalar = None | bool | int | float | str
+
+
+@dataclass(frozen=True)
+class OptimizerValues:
+    """What an optimizer holds beside tensors.
+
+    `parameters`: parameter -> kind -> value. `groups`: of each group of parameters, what is no longer as it was made.
+    """
+
+    parameters: dict[str, dict[str, Scalar]]
+    groups: list[dict[str, Scalar | list[Scalar]]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """`state.json`: how far a run is, what is kept beside its tensors, and what says that the state is whole.
+
+    `step`: optimizer steps done. `scaler`: of mixed precision in float16. `files`: name -> sha256. `sha256`: of all the
+    rest. A state that was written before states had hashes has neither of the two.
+    """
+
+    step: int
+    samples_seen: int
+    scaler: dict[str, int | float]
+    optimizer: OptimizerValues = OptimizerValues({}, [])
+    files: dict[str, str] | None = None
+    sha256: str | None = None
+
+    def digest(self) -> str:
+        """What `sha256` must be."""
+        content: dict[str, Any] = asdict(replace(self, sha256=None))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A whole state."""
+
+    path: Path
+    position: Position
+
+
+@dataclass(frozen=True)
+class DamagedState:
+    """A state that cannot be gone on from, and why: the file, and what is wrong with it."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoundStates:
+    """The newest whole state, if any, and the damaged ones after it, the newest first."""
+
+    newest: SavedState | None
+    damaged: tuple[DamagedState, ...]
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """The states of the run in `folder`, whole or not, the newest first; what else lies beside them is not ours."""
+    found = [path for path in (folder / STATE_FOLDER).glob("step-*") if path.is_dir() and _number(path) is not None]
+    return sorted(found, key=lambda path: _number(path) or 0, reverse=True)
+
+
+def _number(path: Path) -> int | None:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isascii() and digits.isdecimal() else None
+
+
+def find_states(folder: Path, hashes: Hashes, below: int | None = None) -> FoundStates:
+    """Read states back from the newest to the first whole one.
+
+    Args:
+        below: pass over states of this step and later ones.
+
+    Raises:
+        DiffSynthError: when the folder cannot be read.
+    """
+    damaged: list[DamagedState] = []
+    for path in state_folders(folder):
+        if below is not None and (_number(path) or 0) >= below:
+            continue
+        try:
+            return FoundStates(SavedState(path, read_whole(path, hashes)), tuple(damaged))
+        except DiffSynthError as error:
+            damaged.append(DamagedState(_number(path) or 0, _without(path, error.problems[0].message)))
+    return FoundStates(None, tuple(damaged))
+
+
+def _without(state: Path, message: str) -> str:
+    """What is wrong with a file of a state, without the folder, which is told once."""
+    return message.replace(f"`{state}/", "`")
+
+
+def read_whole(state: Path, hashes: Hashes) -> Position:
+    """The position of a state, whose files are read back and compared with their hashes.
+
+    Raises:
+        DiffSynthError: names the file that is damaged.
+    """
+    position = read_json(state / POSITION, Position, "go on from another state")
+    if position.step != _number(state) or position.samples_seen < 0:
+        raise DiffSynthError(f"`{state / POSITION}`: it is of step {position.step}")
+    for name in (TRAINED, OPTIMIZER):
+        if not (state / name).is_file():
+            raise DiffSynthError(f"`{state / name}` is missing")
+    if position == Position(position.step, position.samples_seen, position.scaler):
+        for name in (TRAINED, OPTIMIZER):
+            read_header(state / name)
+        return position
+    if position.sha256 != position.digest() or set(position.files or ()) != {TRAINED, OPTIMIZER}:
+        raise DiffSynthError(f"`{state / POSITION}`: checksum mismatch")
+    expected: Mapping[str, str] = position.files or {}
+    try:
+        found = hashes([state / name for name in expected])
+    except OSError as error:
+        raise DiffSynthError(f"`{state / TRAINED}`: {error.strerror}") from error
+    for name, digest in zip(expected, found, strict=True):
+        if digest != expected[name]:
+            raise DiffSynthError(f"`{state / name}`: checksum mismatch")
+    return position
+
+
+def write_position(state: Path, position: Position) -> None:
+    """Write `state.json`, with its own hash, whole or not at all."""
+    write_json(state / POSITION, asdict(replace(position, sha256=position.digest())))
