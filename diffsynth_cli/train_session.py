@@ -1,6 +1,9 @@
 """One training command in the terminal: plan, rehearse or train stage after stage, and tell how each ended."""
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -238,8 +241,17 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
     if drew:
         real["dataset_base_path"] = f"YOUR_{drew.upper()}"
     typer.echo("The real run:")
-    typer.echo(f"  {command_line(real, overriding=True)}".replace("\n", "\n  "))
+    line = command_line(real, f"{_own_command()} train", overriding=True)
+    typer.echo(f"  {line}".replace("\n", "\n  "))
     return 0
+
+
+def _own_command() -> str:
+    """What calls this program again: `diffsynth`, or its path where that name is not, or not this one, on PATH."""
+    called, found = Path(sys.argv[0]), shutil.which("diffsynth")
+    if called.name != "diffsynth" or (found and Path(found).resolve() == called.resolve()):
+        return "diffsynth"
+    return shlex.quote(str(called))
 
 
 def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
