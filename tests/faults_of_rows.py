@@ -236,7 +236,7 @@ BESIDE: Mapping[str, Plant] = {
         lambda folder: [(folder / f"x.{ending}").write_text("x") for ending in ("jxl", "txt")],
         {("FORMAT_UNSUPPORTED", None, "x.jxl")},
     ),
-    "a letter": after_writing(lambda folder: (folder / "a.docx").write_text("x"), {("FILE_UNKNOWN", None, None)}),
+    "a letter": after_writing(lambda folder: (folder / "a.docx").write_text("x"), {("FILE_UNKNOWN", None, "a.docx")}),
     "a resource fork": after_writing(
         lambda folder: (folder / "._sound_2.png").write_text("x"), {("FILE_LEFTOVER", None, None)}
     ),

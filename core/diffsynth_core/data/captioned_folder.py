@@ -113,13 +113,6 @@ def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
     return Problem(f"{_listed(names, 'file')} cannot be read here{beside}", "; ".join(hints))
 
 
-def unknown_problem(names: tuple[str, ...]) -> Problem:
-    """What to say of files that are no media, captions or metadata."""
-    return Problem(
-        f"{_listed(names, 'file')} {_are(names)} not read: no image, clip or caption", "move away what is not meant"
-    )
-
-
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
     """One line that says what was passed over."""
     count = sum(map(len, leftovers.values()))
@@ -141,7 +134,7 @@ def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
         verb = "stands" if len(folder.lone_captions) == 1 else "stand"
         notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} beside no image or clip")
     if folder.unknown:
-        notes.append(unknown_problem(folder.unknown).message)
+        notes.append(f"{_listed(folder.unknown, 'file')} {_are(folder.unknown)} not read: no image, clip or caption")
     if folder.links:
         notes.append(f"{_listed(folder.links, 'link')} {_are(folder.links)} not followed out of the dataset")
     if folder.leftovers:

@@ -4,9 +4,10 @@ A file is judged by its name (`kind_of_name`); where the name says nothing, or m
 bytes (`kind_of_file`). Images are what Pillow and its installed plugins decode, clips what ffmpeg does.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -85,6 +86,10 @@ CONVERSIONS: Mapping[str, str] = {
     **dict.fromkeys(OTHER_CLIPS, "convert to MP4"),
 }
 """Endings of images and clips that are not decoded here unless a plugin does -> what to do."""
+AUDIO_ENDINGS = (
+    ".aac", ".flac", ".isma", ".m4a", ".m4b", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".ra", ".wav", ".wma",
+)  # fmt: skip
+"""Endings of sound, which stands in the containers of clips."""
 AMBIGUOUS = frozenset({".ts", ".mts"})
 """Endings of clips that other files have as well: MPEG transport streams, and TypeScript."""
 
@@ -136,18 +141,37 @@ LEFTOVERS: tuple[Leftover, ...] = (
     Leftover("hidden", (".*",), (".*",)),
 )
 """The first that fits counts."""
+_LEFTOVER_FILES = tuple((one.what, one.files) for one in LEFTOVERS)
+_LEFTOVER_FOLDERS = tuple((one.what, one.folders) for one in LEFTOVERS)
 
 
 def leftover_of(name: str) -> str | None:
     """Which program leaves a file of this name behind; None: none is known."""
-    lower = name.lower()
-    return next((one.what for one in LEFTOVERS if any(fnmatchcase(lower, pattern) for pattern in one.files)), None)
+    return _whose(name, _LEFTOVER_FILES)
 
 
 def leftover_folder(name: str) -> str | None:
     """Which program leaves a folder of this name behind; None: none is known."""
+    return _whose(name, _LEFTOVER_FOLDERS)
+
+
+def _whose(name: str, patterns: tuple[tuple[str, tuple[str, ...]], ...]) -> str | None:
+    names, endings, others = _sorted_patterns(patterns)
     lower = name.lower()
-    return next((one.what for one in LEFTOVERS if any(fnmatchcase(lower, pattern) for pattern in one.folders)), None)
+    whose = names.get(lower) or endings.get(ending_of(lower))
+    return whose or next((what for what, pattern in others if pattern.match(lower)), None)
+
+
+@cache
+def _sorted_patterns(
+    patterns: tuple[tuple[str, tuple[str, ...]], ...],
+) -> tuple[dict[str, str], dict[str, str], list[tuple[str, re.Pattern[str]]]]:
+    """Whose a name is, by whole names, by endings, and by what is matched: a folder may hold a million files."""
+    every = [(what, one) for what, some in patterns for one in some]
+    names = {one: what for what, one in every if "*" not in one}
+    endings = {one[1:]: what for what, one in every if re.fullmatch(r"\*\.\w+", one)}
+    others = [(what, re.compile(translate(one))) for what, one in every if one not in names and one[1:] not in endings]
+    return names, endings, others
 
 
 def ending_of(name: str) -> str:
@@ -201,6 +225,8 @@ def kind_of_ending(ending: str) -> Kind | None:
         return "image"
     if ending in CONVERSIONS:
         return "unsupported"
+    if ending in AUDIO_ENDINGS:
+        return "unknown"
     return "clip" if ending in CLIP_ENDINGS and ending not in AMBIGUOUS else None
 
 

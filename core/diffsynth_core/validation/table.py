@@ -12,7 +12,6 @@ from diffsynth_core.data.captioned_folder import (
     expected_caption,
     leftovers_note,
     sort_folder,
-    unknown_problem,
     unsupported_problem,
 )
 from diffsynth_core.data.formats import kind_of_name
@@ -237,9 +236,9 @@ def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
     for name in folder.lone_captions:
         hint = "put its file beside it, in a format that is read, or move it away"
         yield found("FILE_UNREFERENCED", f"`{name}` is a caption without a file", hint, path=name)
-    if folder.unknown:
-        problem = unknown_problem(folder.unknown)
-        yield found("FILE_UNKNOWN", problem.message, problem.hint)
+    for name in folder.unknown:
+        what = f"`{name}` is not read: no image, clip or caption"
+        yield found("FILE_UNKNOWN", what, "move it away if it is not meant", path=name)
     if folder.leftovers:
         yield found("FILE_LEFTOVER", leftovers_note(folder.leftovers))
 
