@@ -1,5 +1,8 @@
 """A folder of media with captions: each file is a sample, a caption, passed over or named; names find their files."""
 
+import os
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -269,3 +272,28 @@ def test_names_alone_decide_for_what_is_common():
     assert [kind_of_name(name) for name in ("a.JPG", "b.Mp4", "c.GIF", "d.TXT", "e.heif", "f", "g.ts")] == [
         "image", "clip", "image", "caption", "unsupported", None, None,
     ]  # fmt: skip
+
+
+PLUGIN = """
+from PIL import Image, PngImagePlugin
+
+class Photo(PngImagePlugin.PngImageFile):
+    format = "HEIF"
+
+def register_heif_opener():
+    Image.register_open("HEIF", Photo, lambda head: head[4:8] == b"ftyp")
+    Image.register_extension("HEIF", ".heic")
+"""
+
+
+def test_a_plugin_of_pillow_is_used_where_it_is_installed(tmp_path):
+    text(tmp_path / "site" / "pillow_heif.py", PLUGIN)
+    asked = "from diffsynth_core.data.formats import *; print(kind_of_name('a.heic'), kind_of_name('a.jxl'), decoded_formats()[-1])"
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["image", "unsupported", "HEIF"], done.stderr
+    assert kind_of_name("a.heic") == "unsupported"

@@ -19,7 +19,7 @@ import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 from numpy.typing import NDArray
 
-from diffsynth_core.data.formats import demuxers_of
+from diffsynth_core.data.formats import demuxers_of, raw_stream_of
 from diffsynth_core.errors import DiffSynthError
 
 FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
@@ -88,6 +88,9 @@ class Decoding:
         before = ["-nostdin", "-nostats", "-hide_banner", "-loglevel", "repeat+level+info", "-debug_ts"]
         # Without -reinit_filter 0, filters count frames anew after a change of size or colours.
         reading = ["-format_whitelist", ",".join(demuxers_of(path)), "-reinit_filter", "0"]
+        raw_stream = raw_stream_of(path)
+        if raw_stream:  # probing takes some for images
+            reading += ["-f", raw_stream]
         if threads is not None:
             reading += ["-threads", str(threads)]
         source = ["-i", f"file:{path}", *FRAMES_AS_THEY_ARE]

@@ -201,8 +201,19 @@ def image_endings() -> frozenset[str]:
 
 def demuxers_of(path: Path) -> tuple[str, ...]:
     """ffmpeg's names of the containers that a file may be of, whatever its ending, and of the streams by its ending."""
+    return (*CONTAINERS, *_raw_streams(ending_of(path.name)))
+
+
+def raw_stream_of(path: Path) -> str | None:
+    """ffmpeg's name of the stream that a file is by its ending, which no container shares; None: it may be others."""
     ending = ending_of(path.name)
-    return (*CONTAINERS, *(name for name, endings in RAW_STREAMS.items() if ending in endings))
+    if any(ending in endings for endings in CONTAINERS.values()):
+        return None
+    return next(iter(_raw_streams(ending)), None)
+
+
+def _raw_streams(ending: str) -> list[str]:
+    return [name for name, endings in RAW_STREAMS.items() if ending in endings]
 
 
 @cache
