@@ -199,6 +199,11 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in decoded)
 
 
+def format_of_ending(ending: str) -> str | None:
+    """Pillow's name of the format that an ending stands for; None: it stands for none that is decoded here."""
+    return Image.registered_extensions()[ending] if ending in image_endings() else None
+
+
 def demuxers_of(path: Path) -> tuple[str, ...]:
     """ffmpeg's names of the containers that a file may be of, whatever its ending, and of the streams by its ending."""
     return (*CONTAINERS, *_raw_streams(ending_of(path.name)))

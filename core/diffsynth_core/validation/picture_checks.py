@@ -5,8 +5,9 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from diffsynth_core.data.formats import ending_of, format_of_ending
 from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt
 from diffsynth_core.data.pictures import EXTRACT_FRAME
 from diffsynth_core.validation.examined import Examined
@@ -22,13 +23,8 @@ FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_BOMB": ("is not decoded", "replace the file or take its row out"),
 }
 """Code of a fault -> what is said of the file, and the hint."""
-ENDING_FORMATS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),
-    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
-    **{ending: (ending[1:].upper(),) for ending in (".png", ".webp", ".gif", ".avif")},
-    ".bmp": ("BMP", "DIB"),
-}
-"""Ending of a file -> Pillow's names of the formats that it stands for."""
+ALSO_CALLED: Mapping[str, str] = {"MPO": "JPEG", "DIB": "BMP"}
+"""Formats of Pillow whose files go by the endings of another."""
 LOSING_MODES: Mapping[tuple[str, ...], str] = {
     ("I", "I;16", "I;16B", "I;16L", "I;16N"): "of its 16 bits 8 are read",
     ("CMYK", "LAB", "HSV"): "its colours become RGB without a profile",
@@ -148,9 +144,9 @@ def _blank(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
 
 
 def _type_mismatch(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
-    ending = PurePosixPath(facts.path).suffix.lower()
-    formats = ENDING_FORMATS.get(ending, ())
-    if formats and facts.format not in formats:
+    ending = ending_of(facts.path)
+    expected = format_of_ending(ending)
+    if expected and ALSO_CALLED.get(facts.format, facts.format) != ALSO_CALLED.get(expected, expected):
         what = f"`{facts.path}` is a {facts.format}, not what `{ending}` stands for"
         yield found("IMAGE_TYPE_MISMATCH", what, "rename the file", row=row, path=facts.path)
 
