@@ -9,6 +9,7 @@ import torch
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.sources.file_memory import FileMemory
 
 PARTS = {
     "encoder": "latents",
@@ -77,15 +78,62 @@ def test_a_full_disk_leaves_nothing_and_is_one_clear_error(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:5], lambda whole: b"x" * 300]
+    "damage",
+    [
+        lambda whole: whole[:-1],
+        lambda whole: b"",
+        lambda whole: whole[:5],
+        lambda whole: b"x" * 300,
+        lambda whole: whole[:-3] + bytes([whole[-3] ^ 16]) + whole[-2:],
+        lambda whole: whole.replace(b"latents", b"lttents"),
+        lambda whole: whole.replace(b'"BF16"', b'"F16" '),
+        lambda whole: whole.replace(b"sha256", b"sha255"),
+        lambda whole: whole[:-32] + bytes(32),
+    ],
 )
-def test_a_damaged_entry_is_told_with_the_file_to_delete(cache, damage):
+def test_a_damaged_entry_is_told_and_removed(cache, damage):
     cache.write(KEY, ENCODED)
     path = cache.path(KEY)
     path.write_bytes(damage(path.read_bytes()))
+    assert not cache.has(KEY) and cache.is_damaged(KEY)
     with pytest.raises(DiffSynthError, match=re.escape(str(path))) as caught:
         cache.read(KEY)
-    assert caught.value.problems[0].hint == "delete that file and start again: it will be made anew"
+    assert caught.value.problems[0].hint == "continue with `--resume auto`: it is made anew"
+    assert not path.exists() and not cache.is_damaged(KEY)
+
+
+def test_an_entry_from_before_entries_had_hashes_is_whole(cache):
+    from safetensors.torch import save_file
+
+    cache.path(KEY).parent.mkdir(parents=True)
+    save_file(ENCODED, cache.path(KEY))
+    assert cache.has(KEY)
+    assert torch.equal(cache.read(KEY)["latents"], ENCODED["latents"])
+
+
+def test_a_whole_entry_is_read_back_once(tmp_path):
+    """What was written or read back is remembered by size and times; a change of the file is noticed."""
+    memory = FileMemory(tmp_path / "memory.jsonl")
+    cache = EncodingCache(tmp_path / "encodings", memory=memory)
+    cache.write(KEY, ENCODED)
+    assert cache.is_known(KEY)
+    again = EncodingCache(tmp_path / "encodings", memory=FileMemory(tmp_path / "memory.jsonl"))
+    assert again.is_known(KEY) and again.has(KEY)
+    content = bytearray(cache.path(KEY).read_bytes())
+    content[-1] ^= 1
+    cache.path(KEY).write_bytes(content)
+    assert not again.is_known(KEY) and not again.has(KEY)
+
+
+def test_a_damaged_entry_is_brought_anew_from_the_cache_behind(tmp_path):
+    behind = EncodingCache(tmp_path / "behind")
+    cache = EncodingCache(tmp_path / "own", behind)
+    behind.write(KEY, ENCODED)
+    cache.write(KEY, ENCODED)
+    cache.path(KEY).write_bytes(b"damaged")
+    assert cache.has(KEY)
+    cache.fetch(KEY)
+    assert torch.equal(cache.read(KEY)["latents"], ENCODED["latents"])
 
 
 def test_an_entry_that_is_gone_is_told(cache):

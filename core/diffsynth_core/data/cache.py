@@ -1,22 +1,31 @@
 """The encoding cache: what the frozen encoders made of a sample, on disk, by content.
 
-An entry is one safetensors file named by the sha256 of everything its content depends on. Entries are written whole or
-not at all, never changed, and shared between runs and processes.
+An entry is one safetensors file named by the sha256 of everything its content depends on; its metadata hold the sha256
+of its content. Entries are written whole or not at all, never changed, and shared between runs and processes.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
-from diffsynth_core.state_dicts.headers import read_header
+from diffsynth_core.sources.file_memory import FileMemory, file_stamp
+from diffsynth_core.state_dicts.headers import Header, make_header, read_header
 
 if TYPE_CHECKING:
     import torch
+
+CONTENT_HASH = "sha256"
+"""The metadata of an entry that hold the sha256 of its content."""
+WHOLE = "whole"
+"""What is remembered of entries that were read back."""
 
 
 def encoding_key(**parts: Any) -> str:
@@ -24,27 +33,76 @@ def encoding_key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def check_entry(path: Path) -> None:
+    """Read an entry back. One from before entries had hashes is only looked at for its length.
+
+    Raises:
+        DiffSynthError: when it is missing, cut short, or not what was written.
+    """
+    header = read_header(path)
+    if header.metadata and header.metadata.get(CONTENT_HASH) != _content_hash(path, header):
+        raise DiffSynthError(f"`{path}`: checksum mismatch")
+
+
+def _content_hash(path: Path, header: Header) -> str:
+    """sha256 of the entry's name and of the file as it would be without metadata: the content of another entry, under
+    this name, is damage too."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    described = ((name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items())
+    digest = hashlib.sha256(path.stem.encode() + make_header(described, {}))
+    digest.update(memoryview(content)[8 + int.from_bytes(content[:8], "little") :])
+    return digest.hexdigest()
+
+
 class EncodingCache:
     """Entries below one folder, by family and encoder.
 
-    `behind`: a cache whose entries count as those of this one; `fetch` brings them here.
+    `behind`: a cache whose entries count as those of this one; `fetch` brings them here. `memory`: where it is kept
+    which entries were read back whole; without it each is read back whenever it is asked for.
     """
 
-    def __init__(self, folder: Path, behind: "EncodingCache | None" = None) -> None:
-        self._folder, self._behind = folder, behind
+    def __init__(self, folder: Path, behind: "EncodingCache | None" = None, memory: FileMemory | None = None) -> None:
+        self._folder, self._behind, self._memory = folder, behind, memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers, which only read; a memory cannot be handed to another process."""
+        return {**self.__dict__, "_memory": None}
 
     def path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the entry is there and whole; one that a fault of the disk cut short is made anew."""
-        return self._is_here(key) or (self._behind is not None and self._behind.has(key))
+        """Whether the entry is there and whole; one that a fault of the disk changed is made anew."""
+        return self._is_whole(key) or (self._behind is not None and self._behind.has(key))
 
-    def _is_here(self, key: str) -> bool:
+    def is_damaged(self, key: str) -> bool:
+        """Whether an entry that `has` denies is there all the same."""
+        return self.path(key).exists() or (self._behind is not None and self._behind.is_damaged(key))
+
+    def is_known(self, key: str) -> bool:
+        """Whether `has` is remembered of the entry, so that it need not be read."""
+        return self._is_remembered(key) or (self._behind is not None and self._behind.is_known(key))
+
+    def _is_remembered(self, key: str) -> bool:
         try:
-            read_header(self.path(key))
-        except DiffSynthError:
+            return bool(self._memory and self._memory.answer(self.path(key), WHOLE, bool))
+        except OSError:
             return False
+
+    def _is_whole(self, key: str) -> bool:
+        if self._is_remembered(key):
+            return True
+        path = self.path(key)
+        try:
+            stamp = file_stamp(path)
+            check_entry(path)
+        except (DiffSynthError, OSError):
+            return False
+        if self._memory:
+            self._memory.remember(path, WHOLE, stamp, True)
         return True
 
     def fetch(self, key: str) -> None:
@@ -53,7 +111,7 @@ class EncodingCache:
         Raises:
             DiffSynthError: when the entry is gone, or the disk refuses.
         """
-        if self._behind is None or self._is_here(key):
+        if self._behind is None or self._is_whole(key):
             return
         source = self._behind.path(key)
         with replacing(self.path(key)) as temporary:
@@ -64,13 +122,18 @@ class EncodingCache:
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
         """Keep what an encoder made of one sample."""
-        from diffsynth_core.state_dicts.writing import write_safetensors
+        from diffsynth_core.state_dicts.writing import safetensors_bytes, write_safetensors
 
+        digest = hashlib.sha256(key.encode())
+        for part in safetensors_bytes(encoded, {}):
+            digest.update(part)
         with replacing(self.path(key)) as temporary:
-            write_safetensors(temporary, encoded, {})
+            write_safetensors(temporary, encoded, {CONTENT_HASH: digest.hexdigest()})
+        if self._memory:
+            self._memory.remember(self.path(key), WHOLE, file_stamp(self.path(key)), True)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
-        """An entry's tensors, on the CPU.
+        """An entry's tensors, on the CPU. A damaged entry is removed, so that the next run makes it anew.
 
         Raises:
             DiffSynthError: when the entry is gone or damaged.
@@ -78,11 +141,22 @@ class EncodingCache:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = self.path(key)
         try:
-            tensors: dict[str, torch.Tensor] = load_file(self.path(key))
-        except (OSError, SafetensorError) as error:
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            check_entry(path)
+            tensors: dict[str, torch.Tensor] = load_file(path)
+        except (DiffSynthError, SafetensorError) as error:
+            with suppress(OSError):
+                path.unlink()
+            what = error.problems[0].message if isinstance(error, DiffSynthError) else str(error)
             raise DiffSynthError(
-                f"cannot read the cached encoding `{self.path(key)}`: {error}",
-                "delete that file and start again: it will be made anew",
+                f"the cached encoding {what}", "continue with `--resume auto`: it is made anew"
+            ) from error
+        except OSError as error:
+            raise DiffSynthError(
+                f"cannot read the cached encoding `{path}`: {error.strerror}",
+                "continue with `--resume auto`: it is made anew if it is missing",
             ) from error
         return tensors

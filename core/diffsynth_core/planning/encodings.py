@@ -1,6 +1,8 @@
 """Which encodings a run needs, and which of them are in the cache already."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,15 @@ from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.families.interface import EncoderFacts, Variant
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter
-from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
+from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.sources.file_memory import FileMemory
+from diffsynth_core.sources.identity import HASHING_THREADS, IDENTITIES, FileIdentities
+
+ENTRIES = "encodings.jsonl"
+"""The file below the cache folder in which it is remembered which encodings are whole."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +26,8 @@ class EncoderPlan:
     """One encoder's part in a run.
 
     `live`: its component trains, so its output changes and is made anew in every step. Otherwise `keys` names the cache
-    entry of each needed sample (by index), and `missing` those that are still to be made. What a first half makes goes
-    into its own folder, and what the cache has of it already is brought there.
+    entry of each needed sample (by index), and `missing` those that are still to be made, some of which are there but
+    `damaged`. What a first half makes goes into its own folder, and what the cache has of it already is brought there.
     """
 
     encoder: EncoderFacts
@@ -28,6 +35,7 @@ class EncoderPlan:
     cache: EncodingCache
     keys: Mapping[int, str]
     missing: tuple[int, ...]
+    damaged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,16 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     memory = identity_memory(plan)
     identities = _identify(plan, memory, reporter)
     if plan.encoded:
-        return _already_encoded(plan.encoded, plan.variant, identities)
+        return _already_encoded(plan, plan.encoded, identities, reporter)
     samples = {index: plan.samples.samples[index] for index in _needed(plan)}
     memory.read_all(
         (path for sample in samples.values() for path in sample.files),
         reporter,
         f"Hashing {plan.variant.medium.kind}s",
     )
+    entries = _entry_memory(plan)
     encoders = tuple(
-        _plan_encoder(plan, encoder, identities[encoder.component], samples, memory)
+        _plan_encoder(plan, encoder, identities[encoder.component], samples, memory, entries, reporter)
         for encoder in plan.variant.encoders
     )
     return EncodingsPlan(encoders, identities)
@@ -87,21 +96,48 @@ def _needed(plan: Plan) -> list[int]:
     return plan.steps.samples_needed(plan.first_step, count) if plan.task.trains else list(range(count))
 
 
+def _entry_memory(plan: Plan) -> FileMemory:
+    """Where it is remembered which encodings were read back whole, beside the cache."""
+    return FileMemory(plan.cache / ENTRIES)
+
+
 def _already_encoded(
-    encoded: EncodedSamples, variant: Variant, identities: Mapping[str, Mapping[str, str]]
+    plan: Plan, encoded: EncodedSamples, identities: Mapping[str, Mapping[str, str]], reporter: Reporter
 ) -> EncodingsPlan:
-    """The encodings that the first half wrote, and what it identified the files of its components by."""
-    encoders = tuple(
-        EncoderPlan(
-            encoder,
-            False,
-            encoded.cache(encoder.name),
-            {index: files[encoder.name].key for index, files in enumerate(encoded.files)},
-            (),
-        )
-        for encoder in variant.encoders
-    )
-    return EncodingsPlan(encoders, {**encoded.origin.components, **identities})
+    """The encodings that the first half wrote, and what it identified the files of its components by.
+
+    Raises:
+        DiffSynthError: when one is damaged: the encoders that could make it anew are not at hand.
+    """
+    encoders, memory = [], _entry_memory(plan)
+    for encoder in plan.variant.encoders:
+        cache = EncodingCache(encodings_folder(encoded.folder, encoder.name), memory=memory)
+        keys = {index: files[encoder.name].key for index, files in enumerate(encoded.files)}
+        if missing := _missing(cache, keys, encoder, reporter):
+            raise DiffSynthError(
+                f"{len(missing)} of {count_of(len(keys), 'encoding')} in `{encoded.folder}` "
+                f"{'is' if len(missing) == 1 else 'are'} damaged; the first is `{cache.path(keys[missing[0]])}`",
+                f"give the command of `{plan.task.first_half}` again: it makes them anew",
+            )
+        encoders.append(EncoderPlan(encoder, False, cache, keys, ()))
+    return EncodingsPlan(tuple(encoders), {**encoded.origin.components, **identities})
+
+
+def _missing(
+    cache: EncodingCache, keys: Mapping[int, str], encoder: EncoderFacts, reporter: Reporter
+) -> tuple[int, ...]:
+    """The samples (by index) whose entries are not there whole; reads those that are not known to be."""
+    unknown = [key for key in dict.fromkeys(keys.values()) if not cache.is_known(key)]
+    with (
+        reporter.task(f"Checking {encoder.name}", len(unknown), "encodings") if unknown else nullcontext() as task,
+        ThreadPoolExecutor(HASHING_THREADS) as pool,
+    ):
+        lacking = set()
+        for key, whole in zip(unknown, pool.map(cache.has, unknown), strict=True):
+            lacking |= set() if whole else {key}
+            if task:
+                task.advance()
+    return tuple(index for index, key in keys.items() if key in lacking)
 
 
 def encodings_are_known(plan: Plan) -> bool:
@@ -135,10 +171,12 @@ def _plan_encoder(
     identity: Mapping[str, str],
     samples: Mapping[int, Sample],
     memory: FileIdentities,
+    entries: FileMemory,
+    reporter: Reporter,
 ) -> EncoderPlan:
-    cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name)
+    cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name, memory=entries)
     if not plan.task.trains:
-        cache = EncodingCache(encodings_folder(plan.parameters.output_path, encoder.name), behind=cache)
+        cache = EncodingCache(encodings_folder(plan.parameters.output_path, encoder.name), cache, entries)
     if encoder.component in plan.training.components:
         return EncoderPlan(encoder, True, cache, {}, ())
     files = sorted(identity.values())
@@ -152,7 +190,9 @@ def _plan_encoder(
         )
         for index, sample in samples.items()
     }
-    return EncoderPlan(encoder, False, cache, keys, tuple(index for index, key in keys.items() if not cache.has(key)))
+    missing = _missing(cache, keys, encoder, reporter)
+    damaged = tuple(index for index in missing if cache.is_damaged(keys[index]))
+    return EncoderPlan(encoder, False, cache, keys, missing, damaged)
 
 
 def _precision(plan: Plan, component: str) -> str:

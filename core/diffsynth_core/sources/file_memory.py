@@ -16,6 +16,9 @@ T = TypeVar("T")
 Stamp = list[int]
 """Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""
 
+LARGEST_MEMORY = 2**30
+"""Bytes of a memory that is read: some 3 million answers."""
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -79,7 +82,7 @@ class FileMemory:
 
     def _read(self) -> None:
         self._start = "" if self._ends_with_a_line() else "\n"
-        for value in read_json_lines(self._memory):
+        for value in read_json_lines(self._memory, LARGEST_MEMORY):
             with suppress(WrongType):
                 line = as_type(value, _Line)
                 self._known[line.path, line.question] = (line.stamp, line.answer)

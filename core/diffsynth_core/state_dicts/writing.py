@@ -5,7 +5,7 @@ is converted and written, and the same tensors give the same bytes.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -38,19 +38,25 @@ def write_safetensors(
     Raises:
         OSError: when the disk refuses.
     """
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for part in safetensors_bytes(tensors, metadata, dtypes):
+            stream.write(part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtypes: Mapping[str, torch.dtype] | None = None
+) -> Iterator[bytes]:
+    """The bytes of a safetensors file: its header, then each tensor."""
     kinds = {name: _kind(tensors[name]) for name in tensors}
     wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
     # Wide formats first, so that every tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
-    header = make_header(((name, DTYPE_NAMES[wanted[name]], kinds[name][0]) for name in order), metadata)
-    digest = hashlib.sha256(header)
-    with path.open("wb") as stream:
-        stream.write(header)
-        for name in order:
-            data = _bytes(tensors[name], wanted[name])
-            stream.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+    yield make_header(((name, DTYPE_NAMES[wanted[name]], kinds[name][0]) for name in order), metadata)
+    for name in order:
+        yield _bytes(tensors[name], wanted[name])
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -80,6 +80,13 @@ def fill_cache(
         DiffSynthError: when a picture or video cannot be decoded or an entry cannot be written.
         Interrupted: when a stop is asked for; finished entries are kept.
     """
+    for part in encodings.encoders:
+        if part.damaged:
+            first = part.cache.path(part.keys[part.damaged[0]])
+            reporter.warn(
+                f"{count_of(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
+                f"{'is' if len(part.damaged) == 1 else 'are'} damaged and made anew; the first is `{first}`"
+            )
     for component in encodings.components_to_load:
         stop.raise_if_set()
         components: dict[str, Any] = load_tokenizers(plan, family, component)  # first: a fault of theirs shows at once

@@ -1,0 +1,135 @@
+"""Damage done to cached encodings: made anew with a warning where the encoder is at hand, else told; never used."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.data.cache import EncodingCache
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.planning.encodings import plan_encodings
+from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.stop import StopRequest
+
+FLAGS = {
+    "recipe": "qwen-image-lora", "dataset_num_workers": "0", "dataset_repeat": "1", "num_epochs": "1", "lora_rank": "2",
+    "lora_target_modules": "to_q", "learning_rate": "0.01", "device": "cpu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that filled a cache of its own."""
+
+    plan: Plan
+    cache: Path
+    command: tuple[object, ...]
+
+    def copy(self, cache: Path) -> Plan:
+        """The plan of the run with a copy of its cache."""
+        shutil.copytree(self.cache, cache)
+        return replace(self.plan, parameters=self.plan.parameters.model_copy(update={"cache_path": cache}))
+
+    def entries(self, encoder: str, cache: Path | None = None) -> list[Path]:
+        folder = (cache or self.cache) / "encodings" / "qwen-image" / encoder
+        return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    base = tmp_path_factory.mktemp("encodings")
+    flags = FLAGS | {"dataset_base_path": str(photographs), "cache_path": str(base / "cache")}
+    plan = make_plan(resolve(flags | {"output_path": str(base / "run")}), SilentReporter(), base=tiny_models)
+    train(plan, SilentReporter(), StopRequest())
+    words = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
+    return Trained(plan, base / "cache", ("train", *words, "--dataset_base_path", photographs))
+
+
+def flip(place: float) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(place * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_another(path: Path) -> None:
+    others = (other for other in path.parents[1].rglob("*.safetensors") if other != path)
+    path.write_bytes(next(others).read_bytes())
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"bit flip at {place}": flip(place) for place in (0, 0.02, 0.1, 0.5, 0.9, 1)},
+    "cut to half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a folder": put_folder,
+    "zeros at its end": lambda path: path.write_bytes(path.read_bytes()[:-64] + bytes(64)),
+    "of another sample": put_another,
+    "missing": lambda path: path.unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", ["text", "latents"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_made_anew(trained, tmp_path, encoder, damage):
+    plan = trained.copy(tmp_path / "cache")
+    assert plan_encodings(plan, SilentReporter()).components_to_load == ()
+    entry = trained.entries(encoder, tmp_path / "cache")[1]
+    damage(entry)
+    for part in plan_encodings(plan, SilentReporter()).encoders:
+        found = [part.cache.path(part.keys[index]) for index in part.missing]
+        assert found == ([entry] if part.encoder.name == encoder else [])
+        assert part.damaged == (part.missing if entry.exists() else ())
+    with pytest.raises(DiffSynthError, match=entry.name):
+        EncodingCache(entry.parents[1]).read(entry.stem)
+
+
+def test_a_run_makes_a_damaged_entry_anew_and_says_so(trained, tmp_path, cli, says):
+    trained.copy(tmp_path / "cache")
+    entry = trained.entries("latents", tmp_path / "cache")[1]
+    whole = entry.read_bytes()
+    flip(0.9)(entry)
+    common = (*trained.command, "--cache_path", tmp_path / "cache", "--output_path", "out")
+    told = cli(*common, "--dry_run")
+    lines = [line for line in told.out.splitlines() if "encodings are in the cache" in line]
+    outcome = cli(*common)
+    assert outcome.code == 0, outcome.err
+    assert entry.read_bytes() == whole
+    warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and str(entry) in warnings[0]
+    says("\n".join([*lines, *warnings]), r"\w{64}", r"/\w\w/")
+    assert (Path("out") / "epoch-0.safetensors").read_bytes() == (
+        trained.plan.parameters.output_path / "epoch-0.safetensors"
+    ).read_bytes()
+
+
+def test_an_encoded_folder_is_repaired_by_the_first_half(trained, tmp_path, cli, says):
+    cache = ("--cache_path", tmp_path / "cache")
+    first = (*trained.command, *cache, "--task", "sft:data_process", "--output_path", "encoded")
+    assert cli(*first).code == 0
+    shutil.rmtree(tmp_path / "cache")
+    entry = sorted(Path("encoded/encodings/latents").rglob("*.safetensors"))[0]
+    whole = entry.read_bytes()
+    flip(0.9)(entry)
+    second = (*trained.command, *cache, "--task", "sft:train", "--dataset_base_path", "encoded", "--output_path", "out")
+    refused = cli(*second)
+    assert refused.code == 1 and str(entry) in refused.err
+    told = [line for line in refused.err.splitlines() if line.startswith(("error: ", "  hint: "))]
+    says("\n".join(told), r"\w{64}", r"/\w\w/")
+    assert not Path("out/run.json").exists()
+    repaired = cli(*first)
+    assert repaired.code == 0, repaired.err
+    assert entry.read_bytes() == whole
+    assert cli(*second).code == 0
