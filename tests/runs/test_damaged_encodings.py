@@ -1,6 +1,9 @@
 """Damage done to cached encodings: made anew with a warning where the encoder is at hand, else told; never used."""
 
+import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ FLAGS = {
     "recipe": "qwen-image-lora", "dataset_num_workers": "0", "dataset_repeat": "1", "num_epochs": "1", "lora_rank": "2",
     "lora_target_modules": "to_q", "learning_rate": "0.01", "device": "cpu",
 }  # fmt: skip
+NOBODY = 65534
 
 
 @dataclass(frozen=True)
@@ -133,3 +137,58 @@ def test_an_encoded_folder_is_repaired_by_the_first_half(trained, tmp_path, cli,
     assert repaired.code == 0, repaired.err
     assert entry.read_bytes() == whole
     assert cli(*second).code == 0
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("lacking", [False, True], ids=["complete", "an entry less"])
+def test_a_cache_that_can_only_be_read_is_used_when_it_is_complete(trained, tiny_models, photographs, lacking):
+    """In a process of a user who may not write to it; root may write everywhere, whatever the mode says."""
+    with tempfile.TemporaryDirectory() as base:
+        for source, name in ((trained.cache, "cache"), (tiny_models, "models"), (photographs, "photographs")):
+            shutil.copytree(source, Path(base, name))
+        cache = Path(base, "cache")
+        if lacking:
+            trained.entries("text", cache)[0].unlink()
+        for path in (Path(base), *Path(base).rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        Path(base, "out").mkdir(mode=0o777)
+        Path(base, "out").chmod(0o777)
+        words = (
+            *trained.command[:-1],
+            f"{base}/photographs",
+            "--cache_path",
+            cache,
+            "--output_path",
+            f"{base}/out/run",
+        )
+        before = sorted(cache.rglob("*"))
+        code, said = _as_nobody(words, Path(base, "models"))
+        assert sorted(cache.rglob("*")) == before
+        if lacking:
+            assert code == 1 and f"error: `cache_path` `{cache}` cannot be written: `{cache}` is read-only" in said
+        else:
+            assert code == 0, said
+
+
+def _as_nobody(words: tuple[object, ...], models: Path) -> tuple[int, str]:
+    """Exit code and messages of a command that a user without rights gives, in a fork of this process."""
+    from diffsynth_cli.main import main
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writer, 1), os.dup2(writer, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ["DIFFSYNTH_MODEL_BASE_PATH"] = str(models)
+        if os.getuid() == 0:
+            os.setgid(NOBODY), os.setuid(NOBODY)
+        code = 99
+        try:
+            code = main([str(word) for word in words])
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, errors="replace") as stream:
+        said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said

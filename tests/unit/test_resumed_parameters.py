@@ -7,6 +7,7 @@ import pytest
 
 from diffsynth_core.checkpoints.run_folder import RunRecord
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
+from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.output import check_output
 from diffsynth_core.progress import SilentReporter
@@ -86,3 +87,20 @@ def test_a_parameter_that_is_no_more_keeps_no_run_from_going_on(tmp_path):
 
 def test_defaults_are_plain():
     assert as_plain(Parameters.model_validate(DEFAULTS)) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "processes", "same"), [(4, 1, True), (2, 2, True), (1, 4, True), (2, 4, False)]
+)
+def test_processes_times_accumulation_counts_and_not_the_factors(tmp_path, accumulated, processes, same):
+    (tmp_path / "run").mkdir()
+    before = {**DEFAULTS, "gradient_accumulation_steps": 2, "num_processes": 2}
+    RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", micro_batches_per_step=4).save(tmp_path / "run")
+    given = {"gradient_accumulation_steps": accumulated, "num_processes": processes, "resume": "auto"}
+    parameters = Parameters.model_validate({**given, "output_path": tmp_path / "run"})
+    steps = StepPlan(BatchPlan([(1, 64, 64)] * 8, 1, 1, 0), accumulated * processes, 1, None)
+    problems: list[Problem] = []
+    check_output(parameters, "fingerprint", steps, "no", (), SilentReporter(), problems)
+    assert [problem.hint for problem in problems] == (
+        [] if same else ["resume with `--gradient_accumulation_steps` x processes = 4"]
+    )

@@ -23,10 +23,13 @@ from diffsynth_core.planning.memory import (
     disk_use,
     encoding_memory,
     host_memory,
+    most_states,
+    state_bytes,
     training_memory,
 )
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.sizes import RunSizes, run_sizes, shrink
+from diffsynth_core.planning.states_on_disk import state_problems
 from diffsynth_core.progress import SilentReporter
 
 MakePlan = Callable[..., Plan]
@@ -92,6 +95,33 @@ def test_checkpoints_and_state_on_disk(plan):
     choice, sizes = chosen(made)
     # Resuming needs the weights in float32 and both moments of AdamW.
     assert disk_use(made, choice, sizes.encoded).state == numbers * (4 + OPTIMIZER_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "states"),
+    [({}, 2), ({"keep_states": 1}, 2), ({"save_state_steps": 1}, 3), ({"save_state_steps": 1, "keep_states": 5}, 6)],
+)
+def test_one_state_more_than_are_kept_is_on_disk_while_it_is_written(plan, dataset, settings, states):
+    """Of two epochs with a state each there are two at most."""
+    made = plan(dataset_base_path=str(dataset), num_epochs=2, dataset_repeat=1, **settings)
+    assert most_states(made, made.parameters.keep_states) == states
+
+
+def test_states_that_do_not_fit_the_disk_are_told_with_the_way_out(plan, dataset, tmp_path):
+    made = plan(dataset_base_path=str(dataset), save_state_steps=1, output_path=str(tmp_path / "out"))
+    state, checkpoint = state_bytes(made), checkpoint_bytes(made)
+    assert state_problems(made, free=3 * state + checkpoint) == []
+    [problem] = state_problems(made, free=3 * state + checkpoint - 1)
+    assert problem.message.startswith("3 states to resume from, of ")
+    assert problem.hint and problem.hint.startswith("give `--keep_states 1`, which takes ")
+    [problem] = state_problems(made, free=2 * state)
+    assert problem.hint == "free some space, or name another `--output_path`"
+    # Those that new ones will take the place of count as free.
+    written = tmp_path / "out/state/step-3/trained.safetensors"
+    written.parent.mkdir(parents=True)
+    with written.open("wb") as stream:
+        stream.truncate(state)
+    assert state_problems(made, free=2 * state + checkpoint) == []
 
 
 def test_each_worker_has_micro_batches_ready(plan, dataset):

@@ -90,6 +90,13 @@ def place_faults(folder: Path, parameter: str) -> list[Problem]:
     return []
 
 
+def cache_faults(cache: Path) -> list[Problem]:
+    """Why a cache cannot be used. One that can only be read may hold all that is needed: that shows later."""
+    faults = place_faults(cache, "cache_path")
+    only_read = faults and not faults[0].wrong_use and (cache / "encodings").is_dir()
+    return [] if only_read else faults
+
+
 def _resumed(
     parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter, problems: list[Problem]
 ) -> Start:

@@ -19,7 +19,7 @@ from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_ch
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
-from diffsynth_core.planning.output import Start, check_output, dataset_fingerprint, place_faults
+from diffsynth_core.planning.output import Start, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.progress import Reporter
 
@@ -127,7 +127,7 @@ def make_plan(
     device, mixed_precision = _choose_machine(parameters, samples, problems, absent)
     problems += shape_faults(found) if found else []
     steps = _step_plan(parameters, samples, world_size) if samples else None
-    problems += place_faults(parameters.cache_path or default_cache_path(), "cache_path")
+    problems += cache_faults(parameters.cache_path or default_cache_path())
     fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
     start = _find_start(
         parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems

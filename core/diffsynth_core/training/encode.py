@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 
 from diffsynth_core.data.media import Excerpt, load_excerpt
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.families.family import Encoded, Family, encoder_dtype
 from diffsynth_core.families.interface import EncoderFacts
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, identity_memory
+from diffsynth_core.planning.output import place_faults
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of
 from diffsynth_core.sources.identity import FileIdentities
@@ -80,6 +81,8 @@ def fill_cache(
         DiffSynthError: when a picture or video cannot be decoded or an entry cannot be written.
         Interrupted: when a stop is asked for; finished entries are kept.
     """
+    if plan.task.trains and encodings.components_to_load:
+        raise_if_any(place_faults(plan.cache, "cache_path"))
     for part in encodings.encoders:
         if part.damaged:
             first = part.cache.path(part.keys[part.damaged[0]])
