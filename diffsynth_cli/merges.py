@@ -69,17 +69,20 @@ def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_
     _tell(lines, _summaries(plan), losses, written, facts, how)
 
 
-def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, how: Manner) -> None:
+def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, family: str | None, how: Manner) -> None:
     """Make one LoRA of several, or tell what that would do.
 
     Raises:
         DiffSynthError: when something does not fit or cannot be written; nothing is left then.
     """
-    plan = plan_sum(files, output, rank, how.dtype, how.allow_unmatched)
+    plan = plan_sum(files, output, rank, how.dtype, how.allow_unmatched, family)
     ranks = sorted({module.rank for module in plan.modules})
     facts: dict[str, Any] = {"modules": len(plan.modules), "ranks": ranks}
     written = FilePlan((output_of(plan),), plan.inputs)
     lines = [f"{count_of(len(plan.modules), 'module')} of rank {_span(ranks)}"]
+    if plan.dialect:
+        facts["to"] = plan.dialect
+        lines.append(f"the files name their keys in several ways; written in the format `{plan.dialect}`")
     raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
     if not how.dry_run:
         hashes = InputHashes(plan.inputs)
@@ -116,6 +119,8 @@ def _tell(
     """All of it on stdout; what was left out also as a note."""
     reporter = ConsoleReporter()
     for summary in summaries:
+        if summary.differences:
+            reporter.info(f"`{summary.path}`: whole differences are added to {count_of(summary.differences, 'tensor')}")
         if summary.unmatched:
             left_out = f"{count_of(len(summary.unmatched), 'key')} left out: {shorten(sorted(summary.unmatched))}"
             reporter.warn(f"`{summary.path}`: {left_out}")
@@ -146,6 +151,7 @@ def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
         "ranks": list(summary.ranks),
         "scales": list(summary.scales),
         "alpha": summary.alpha,
+        **({"differences": summary.differences} if summary.differences else {}),
         **({"lost": loss.share} if loss else {}),
     }
 
@@ -168,5 +174,7 @@ def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> l
 
 
 def _span(numbers: Sequence[float]) -> str:
-    """One number, or the least and the greatest."""
+    """One number, or the least and the greatest; a dash where there are none."""
+    if not numbers:
+        return "-"
     return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"

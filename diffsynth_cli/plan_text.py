@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
+from diffsynth_core.families.table import unread_note
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes
@@ -77,6 +78,11 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  without a {plan.facts.denoiser} the files named and `extra_inputs` tell the kind of model: {plan.variant.title}"
     if plan.training.lora_rule:
         yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
+    if plan.training.start:
+        yield f"  {plan.training.start.note}"
+    if plan.training.lora_component == plan.facts.denoiser:
+        note = unread_note(plan.facts, plan.parameters.lora_format, "--lora_format")
+        yield from (f"  {text}" for text in [note] if text)
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
     if plan.training.passed_over:
@@ -175,7 +181,7 @@ def _part(plan: Plan, component: str) -> str:
     if component in plan.float8:
         parts.append(_kept_in_float8(plan.float8[component]))
     if plan.preset and component == plan.preset.component:
-        parts.append(f"`{plan.preset.file.path}` merged into {count_of(len(plan.preset.file.modules), 'module')}")
+        parts.append(f"`{plan.preset.file.path}` merged into {plan.preset.changes}")
     if component in plan.training.full:
         parts.append("trained in full")
     if modules := plan.training.parts.get(component):

@@ -202,11 +202,12 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
         from diffsynth_core.training.process_data import process_data
 
         return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan, reporter)
+    from diffsynth_core.training.checkpointing import how_to_use
     from diffsynth_core.training.loop import train
 
     result = train(plan, reporter, stop)
     checkpoint = result.folder / result.record.checkpoints[-1].file
-    return partial(_tell_results, stage, checkpoint, result.folder, reporter)
+    return partial(_tell_results, stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
@@ -286,10 +287,14 @@ def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter, es
     yield from plan_lines(plan, reporter, estimated)
 
 
-def _tell_results(stage: str | None, checkpoint: Path, folder: Path, reporter: ConsoleReporter) -> None:
+def _tell_results(
+    stage: str | None, checkpoint: Path, folder: Path, reporter: ConsoleReporter, use: str | None = None
+) -> None:
     if stage:
         reporter.result(f"Stage       {stage}")
     reporter.result(f"Checkpoint  {checkpoint}")
+    if use:
+        reporter.result(f"ComfyUI     {use}")
     reporter.result(f"Metrics     {folder / METRICS}")
     reporter.result(f"Log         {folder / LOG}")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffsynth_cli.file_plans import DryRun, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
+from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
 from diffsynth_cli.options import SPELLINGS
 from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.errors import Problem, raise_if_any
@@ -15,7 +15,8 @@ HELP = """Merge LoRAs into a base, or into one LoRA.
 
 With --base, W' = W + sum of weight x (alpha / rank) B A is computed in float32 and rounded once; what the LoRAs do not
 change stays as it is, byte for byte, in the same files. Without --base, the LoRAs become one, exactly: their ranks add.
---rank takes the nearest LoRA of that rank instead, and says how much is lost.
+--rank takes the nearest LoRA of that rank instead, and says how much is lost. Files that name their keys in several ways
+are written in the format of the first; whole differences (.diff) are merged into a base only.
 
 A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. A file whose name is the whole text
 is meant before all else, so names may have colons."""
@@ -65,6 +66,7 @@ def merge_lora(
             "--max_shard_size", metavar="SIZE", help="Most bytes of a file; without it shards stay as they are"
         ),
     ] = None,
+    family: FamilyName = None,
     allow_unmatched: LeaveKeysOut = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -75,17 +77,17 @@ def merge_lora(
     from diffsynth_core.conversion.lora_inputs import parse_lora
     from diffsynth_core.conversion.plans import parse_size
 
-    raise_if_any(_use_problems(base, rank, max_shard_size))
+    raise_if_any(_use_problems(base, rank, max_shard_size, family))
     most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
     files = [parse_lora(text) for text in lora]
     how = merges.Manner(dtype.value if dtype else None, allow_unmatched, overwrite, dry_run, output_format)
     if base is None:
-        merges.into_one(files, output_path, rank, how)
+        merges.into_one(files, output_path, rank, family, how)
     else:
         merges.into_base(base, files, output_path, most_bytes, how)
 
 
-def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None) -> list[Problem]:
+def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None, family: str | None) -> list[Problem]:
     """Options that mean nothing beside each other."""
     problems = []
     if base is not None and rank is not None:
@@ -94,4 +96,6 @@ def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None
         )
     if base is None and max_shard_size is not None:
         problems.append(Problem("`--max_shard_size` means nothing without `--base`", "leave it out", True))
+    if base is not None and family is not None:
+        problems.append(Problem("`--family` means nothing with `--base`, whose family is known", "leave it out", True))
     return problems

@@ -204,9 +204,8 @@ REFUSED = [
     ),
     (
         LOKR, KOHYA, 1,
-        "`mine.safetensors`: it is a LoKr, told by `lora_unet_transformer_blocks_0_img_mod_1.lokr_w1`; only a LoRA is "
-        "read here",
-        "make a LoRA of it with the program that it comes from",
+        "`mine.safetensors`: LoKr adapters are not supported yet: `lora_unet_transformer_blocks_0_img_mod_1.lokr_w1`",
+        "extract a plain LoRA with the program that wrote it",
     ),
     (
         halves(Q) | FULL, FLUX2, 1,

@@ -72,26 +72,72 @@ def test_halves_that_are_no_floats(refused, lora, name, dtype, stored):
     )  # fmt: skip
 
 
+PEFT = [f"base_model.model.{Q}.lora_{half}.weight" for half in "AB"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_peft_writes_has_its_alphas_elsewhere(refused, lora, name):
-    keys = [f"base_model.model.{Q}.lora_{half}.weight" for half in "AB"]
-    save_file({keys[0]: lora[DOWN], keys[1]: lora[UP]}, "mine.safetensors")
+def test_what_peft_writes_needs_the_file_of_its_alphas(refused, lora, name):
+    save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
         "`mine.safetensors`: its keys begin with `base_model.model.`, as peft writes them, whose alphas are not in the "
-        f"file but in the `adapter_config.json` beside it: `{keys[0]}`, `{keys[1]}`",
-        "write it with the `save_lora_weights` of the diffusers pipeline",
+        "file but in the `adapter_config.json` beside it, which is missing",
+        "put the `adapter_config.json` of the same training beside it",
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(("part", "title"), [("diff", "whole weights"), ("diff_b", "biases")])
-def test_changes_of_weights_beside_a_lora(refused, lora, name, part, title):
-    key = f"diffusion_model.blocks.0.norm3.{part}"
-    save_file(lora | {key: torch.ones(4)}, "mine.safetensors")
-    assert refused(name, "mine.safetensors") == (
-        f"`mine.safetensors`: it is a LoRA with changes of {title}, told by `{key}`; only a LoRA is read here",
-        "make a LoRA of it with the program that it comes from",
+NO_SETTINGS = "`adapter_config.json` does not hold the settings of a LoRA of peft: "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "`adapter_config.json` is not valid JSON: line 1, column 2: "),
+        ("[]", "`adapter_config.json`: the top level is a list, expected an object"),
+        ("{}", NO_SETTINGS),
+        ('{"peft_type": "LOHA", "lora_alpha": 4}', NO_SETTINGS),
+        ('{"peft_type": "LORA", "lora_alpha": "much"}', NO_SETTINGS),
+        ('{"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": {"(": 4}}', NO_SETTINGS),
+    ],
+)
+def test_settings_of_peft_that_are_none(refused, lora, text, message):
+    save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
+    Path("adapter_config.json").write_text(text)
+    told, hint = refused("convert", "mine.safetensors")
+    assert told.startswith(message) and hint == "write the file anew"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"), [({}, 2.0), ({"use_rslora": True}, 2.0 * 2**0.5), ({"alpha_pattern": {"to_q": 1}}, 0.5)]
+)
+def test_what_peft_writes_is_read_with_its_settings(cli, models, weights, lora, settings, scale):
+    save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
+    Path("adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings}))
+    outcome = cli(
+        *(word.format(base=models / TRANSFORMER, lora="mine.safetensors") for word in COMMANDS["merge"]),
+        "--dtype",
+        "float32",
     )
+    assert outcome.code == 0, outcome.err
+    assert "in `adapter_config.json`" in outcome.out
+    found = {name: t for file in Path("out").glob("*.safetensors") for name, t in load_file(file).items()}
+    expected = weights[f"{Q}.weight"].float() + scale * lora[UP] @ lora[DOWN]
+    assert torch.allclose(found[f"{Q}.weight"], expected, atol=1e-6)
+
+
+STRANGE = "diffusion_model.blocks.0.norm3.diff_b"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("merge", f"`mine.safetensors`: 1 of 4 keys fit no module of the diffusion transformer of Qwen-Image: `{STRANGE}`", "name a LoRA of this model, or leave these keys out with `--allow_unmatched`"),
+        ("sum", f"`mine.safetensors`: 1 of 4 keys are of no LoRA: `{STRANGE}`", "merge it into its base with `--base`, or leave these keys out with `--allow_unmatched`"),
+        ("convert", f"`mine.safetensors` holds 1 whole difference of tensors beside the LoRA of the dit of Qwen-Image, which no LoRA format has a place for: `{STRANGE}`", "merge the file into its base with `diffsynth merge-lora --base`, or leave them out with `--allow_unmatched`"),
+    ],
+)  # fmt: skip
+def test_whole_differences_of_another_model_beside_a_lora(refused, lora, name, message, hint):
+    save_file(lora | {STRANGE: torch.ones(4)}, "mine.safetensors")
+    assert refused(name, "mine.safetensors") == (message, hint)
 
 
 @pytest.mark.parametrize("name", ["merge", "sum"])

@@ -1,8 +1,10 @@
 """Wrong LoRA parameters and files: all that is wrong is told in one report, before any weight is read."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ENTRIES
@@ -98,21 +100,39 @@ def test_a_preset_of_another_component(refuse, lora):
     [
         ({f"{TO_Q}.lora_B.default.weight": None}, f"the LoRA of `{TO_Q}` lacks a half", "write the file anew"),
         ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, f"the LoRA of `{TO_Q}` is [32, 4] x [4, 5], which does not fit its weight [32, 32]", ANOTHER),
-        ({"gone.lora_A.default.weight": (RANK, 5)}, "1 of {keys} keys fit no module: `gone.lora_A.default.weight`", ANOTHER),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit(refuse, lora, arguments, change, message, hint):
-    import torch
-
     rewrite(lora, **{key: None if shape is None else torch.ones(shape) for key, shape in change.items()})
     expected = f"`{lora}`: {message.format(keys=len(load_file(lora)))}"
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(expected, hint)])
 
 
+TEXT_ENCODER = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+
+
+@pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
+def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_out(
+    refuse, cli, lora, dataset, arguments
+):
+    """The command is given as it is printed, and the file it writes is taken."""
+    rewrite(lora, **{TEXT_ENCODER: torch.ones(RANK, 5)})
+    without = lora.with_name("lora-dit.safetensors")
+    command = f"diffsynth convert-lora {lora} --to diffsynth --family qwen-image --allow_unmatched -o {without}"
+    message = f"`{lora}`: 1 of 43 keys fit no module: `{TEXT_ENCODER}`"
+    hint = f"name a LoRA of this model, or leave these keys out with `{command}`, and name that file"
+    assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, hint)])
+    outcome = cli(*shlex.split(command)[1:])
+    assert outcome.code == 0 and f"1 key left out: `{TEXT_ENCODER}`" in outcome.err, outcome.err
+    outcome = cli(
+        "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "--lora_rank", RANK,
+        *arguments, without,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
-    import torch
-
     rewrite(lora, **{"pipe.text_encoder.model.norm.weight": torch.ones(3)})
     message = f"`{lora}` holds 1 full weight of text_encoder beside the LoRA of dit; only a LoRA is read here"
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, ALONE)])

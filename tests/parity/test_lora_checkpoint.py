@@ -100,20 +100,24 @@ def test_another_rank_is_refused_with_the_rank_to_give(tiny_families, tmp_path, 
 
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_ranks_that_differ_by_module_are_refused_for_training_and_merged(tiny_families, tmp_path, family, dialect):
+def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, tmp_path, family, dialect):
+    """Where a module has a lower one, the further rows of A are fresh, and columns of B zero."""
     tiny = tiny_families(family)
     shapes = tiny.module_shapes()
     first, *others = shapes
-    lora = random_lora(shapes) | random_lora({first: shapes[first]}, rank=2)
-    path = save_lora(tmp_path / "lora.safetensors", lora, family, dialect)
-    [problem] = problems_of(tiny, lora_checkpoint=path)
+    low = random_lora({first: shapes[first]}, rank=2)
+    path = save_lora(tmp_path / "lora.safetensors", random_lora(shapes) | low, family, dialect)
+    [problem] = problems_of(tiny, lora_checkpoint=path, lora_rank=2)
     assert problem.message == (
         f"`{path}` has several ranks: 2 at `{first}` (1 in all), {RANK} at `{others[0]}` ({len(others)} in all); "
-        f"the LoRA that trains has one, {RANK}"
+        f"the LoRA that trains needs the highest, `lora_rank` is 2"
     )
-    assert "`--preset_lora_path`" in problem.hint
-    preset = tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").preset
-    assert preset.file.modules.keys() == set(shapes)
+    assert problem.hint == f"give `--lora_rank {RANK}`"
+    plan = tiny.plan(output_path="unused", lora_checkpoint=path)
+    assert plan.training.start.ranks == dict.fromkeys(others, RANK) | {first: 2}
+    found = start(tiny, path, shapes)[first]
+    assert_close(found.up.flatten(1) @ found.down.flatten(1), low[first].up.flatten(1) @ low[first].down.flatten(1))
+    assert not found.up[:, 2:].any() and found.down[2:].any()
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "wan", "flux", "flux2"])
@@ -136,16 +140,19 @@ def test_a_lora_of_modules_that_do_not_train_is_refused(tiny, tmp_path):
     assert problem.message == f"`{path}` has a LoRA for none of the {len(others)} modules that train; it has `{first}`"
 
 
-def test_separate_loras_of_fused_modules_are_refused_and_can_be_merged(tiny_families, tmp_path):
-    """q, k and v of FLUX.1 are one matrix by its documented names."""
+def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_families, tmp_path):
+    """q, k and v of FLUX.1 are one matrix by its documented names; the run goes on from there."""
     tiny = tiny_families("flux")
     path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes()), "flux", "diffusers")
     key = "transformer.transformer_blocks.0.attn.to_k.lora_A.weight"
     rewrite(path, lambda tensors: {**tensors, key: tensors[key] + 1})
     [problem] = problems_of(tiny, lora_checkpoint=path)
-    assert "have LoRAs of their own, with another lora_A each; `blocks.0.attn.a_to_qkv`" in problem.message
-    assert "`--preset_lora_path`" in problem.hint
+    assert problem.hint == f"give `--lora_rank {2 * RANK}`"
     assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").preset
+    plan = tiny.plan(output_path=tmp_path / "out", lora_checkpoint=path, lora_rank=2 * RANK)
+    assert plan.training.start.joined == 1
+    written = load_file(train(plan, SilentReporter(), StopRequest()).folder / "epoch-0.safetensors")
+    assert written["blocks.0.attn.a_to_qkv.lora_A.default.weight"].shape[0] == 2 * RANK
 
 
 def test_a_checkpoint_with_full_weights_beside_its_lora_is_refused(tiny, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from diffsynth_core.families.interface import modules_with_weights
 from diffsynth_core.families.table import FAMILIES
-from diffsynth_core.state_dicts.lora_names import DIALECTS, match_lora_keys, spell
+from diffsynth_core.state_dicts.lora_names import DIALECTS, find_lora_keys, spell
 
 FLUX = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
 KLEIN = {"attention_head_dim": 128, "guidance_embeds": False}
@@ -84,16 +84,32 @@ def replaced(pattern: str) -> list[str]:
 def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
     """Underscores too: no two modules become the same text."""
     naming = FAMILIES[family].component("dit").lora_naming
+    vocabulary = naming.vocabulary(dialect)
     for modules in modules_of(family):
-        texts = {text for module in modules for text in naming.texts(module, dialect)}
+        parts = {part for module in modules for part in vocabulary.parts(module)}
+        texts = {spell(part, dialect) for part in parts}
+        assert len(texts) == len(parts)
         keys = [f"{DIALECTS[dialect].prefixes[0]}{text}{DIALECTS[dialect].down}" for text in sorted(texts)]
-        found, unmatched = match_lora_keys(keys, naming.modules_met(keys), dialect, naming)
-        assert unmatched == []
-        assert found.keys() == modules
-        parts = {keys.down for parts in found.values() for keys in parts}
-        assert parts == set(keys)
-        fused = {module for module, parts in found.items() if parts[0].fused}
-        assert fused == (modules if dialect in naming.fused else set())
+        match = find_lora_keys(keys, naming.modules_met(keys), naming)
+        assert match.unmatched == () and match.dialect(naming) == dialect
+        assert match.loras.keys() == parts
+        assert {halves.down for halves in match.loras.values()} == set(keys)
+        assert {module for part in parts for module in match.vocabulary.documented(part)} == modules
+        assert match.vocabulary.fused is (dialect in naming.fused)
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "flux", "flux2"])
+def test_sides_and_blocks_are_those_of_the_real_classes(family):
+    """What tells families apart whose modules have the same names."""
+    naming = FAMILIES[family].component("dit").lora_naming
+    assert naming.sides and naming.blocks
+    for shapes in shapes_of(family):
+        for pattern, (rows, columns) in naming.sides.items():
+            out, into = shapes[f"{pattern.format(0)}.weight"]
+            assert out * columns == into * rows, pattern
+        for start, most in naming.blocks.items():
+            met = {int(name.removeprefix(start).partition(".")[0]) for name in shapes if name.startswith(start)}
+            assert met and max(met) < most
 
 
 def test_dots_become_underscores_where_a_dialect_has_it_so():

@@ -6,7 +6,10 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import TableMap
 from diffsynth_core.state_dicts.lora_names import (
     DIALECTS,
+    DIT,
+    PREFIXES,
     LoraKeys,
+    LoraMatch,
     LoraNaming,
     find_lora_keys,
     lora_keys,
@@ -59,39 +62,49 @@ def test_written_keys(dialect):
     assert lora_keys(MODULES[0], dialect) == (LoraKeys(*WRITTEN[dialect]),)
 
 
+def told(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dict[str, LoraKeys], list[str]]:
+    """Dialect, keys by module, unmatched keys."""
+    return match.dialect(naming), dict(match.loras), list(match.unmatched)
+
+
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_every_dialect_is_found_again(dialect):
-    assert find_lora_keys(written(dialect), MODULES) == (
-        dialect,
-        {module: lora_keys(module, dialect) for module in MODULES},
-        [],
-    )
+    found = {module: lora_keys(module, dialect)[0] for module in MODULES}
+    assert told(find_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_a_lora_on_some_modules_is_found(dialect):
-    _, found, unmatched = find_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
-    assert set(found) == set(MODULES[:2]) and unmatched == []
+    match = find_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
+    assert set(match.loras) == set(MODULES[:2]) and match.unmatched == ()
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize(
-    ("down", "up", "alpha"),
+    ("down", "up"),
     [
-        ("pipe.dit.{}.lora_A.default.weight", "pipe.dit.{}.lora_B.default.weight", None),
-        ("{}.lora_A.weight", "{}.lora_B.weight", None),
-        ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", "diffusion_model.{}.alpha"),
-        ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight", "diffusion_model.{}.alpha"),
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        ("lora_down.weight", "lora_up.weight"),
+        ("lora.down.weight", "lora.up.weight"),
     ],
 )
-def test_spellings_that_are_read_though_not_written(down, up, alpha):
-    spellings = [text for text in (down, up, alpha) if text]
-    keys = [text.format(module) for module in MODULES for text in spellings]
-    _, found, unmatched = find_lora_keys(keys, MODULES)
-    assert unmatched == []
-    assert found == {
-        module: (LoraKeys(down.format(module), up.format(module), alpha.format(module) if alpha else None),)
-        for module in MODULES
-    }
+@pytest.mark.parametrize("underscores", [False, True])
+def test_prefix_ending_and_underscores_are_independent(prefix, down, up, underscores):
+    ends = (down, up, "alpha")
+    expected = {}
+    for module in MODULES:
+        stem = prefix.format(component="dit") + (module.replace(".", "_") if underscores else module)
+        expected[module] = LoraKeys(*(f"{stem}.{end}" for end in ends))
+    keys = [key for halves in expected.values() for key in (halves.down, halves.up, halves.alpha)]
+    match = find_lora_keys(keys, MODULES)
+    assert (dict(match.loras), match.unmatched) == (expected, ())
+    assert match.prefixes == {prefix.format(component="dit")}
+
+
+def test_a_spelling_that_no_program_writes_is_no_dialect():
+    keys = [f"lora_transformer_{MODULES[0].replace('.', '_')}.lora_{half}.weight" for half in ("down", "up")]
+    assert find_lora_keys(keys, MODULES).dialect(DIT) is None
 
 
 PARTS = LoraNaming(
@@ -102,40 +115,44 @@ PARTS = LoraNaming(
         "comfyui": None,
     },
 )
+PART_MODULES = ("a.6.qkv", "a.7.qkv", "img_in")
 
 
 @pytest.mark.parametrize(
-    ("dialect", "stems"),
+    ("dialect", "parts", "stems"),
     [
-        ("diffsynth", ["a.7.qkv"]),
-        ("diffusers", ["transformer.b.7.q", "transformer.b.7.k"]),
-        ("kohya", ["lora_unet_c_7_qkv"]),
+        ("diffsynth", ["a.7.qkv"], ["a.7.qkv"]),
+        ("diffusers", ["b.7.q", "b.7.k"], ["transformer.b.7.q", "transformer.b.7.k"]),
+        ("kohya", ["c.7.qkv"], ["lora_unet_c_7_qkv"]),
     ],
 )
-def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, stems):
+def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, parts, stems):
     ends = DIALECTS[dialect].down, DIALECTS[dialect].up
     alphas = [f"{stem}.alpha" if dialect == "kohya" else None for stem in stems]
     expected = tuple(LoraKeys(stem + ends[0], stem + ends[1], alpha) for stem, alpha in zip(stems, alphas, strict=True))
     assert lora_keys("a.7.qkv", dialect, PARTS) == expected
     keys = [key for part in expected for key in (part.down, part.up, part.alpha) if key]
-    modules = ["a.6.qkv", "a.7.qkv", "img_in"]
-    assert find_lora_keys(keys, modules, PARTS) == (dialect, {"a.7.qkv": expected}, [])
+    match = find_lora_keys(keys, PART_MODULES, PARTS)
+    assert told(match, PARTS) == (dialect, dict(zip(parts, expected, strict=True)), [])
+    assert {whole for part in parts for whole in match.vocabulary.documented(part)} == {"a.7.qkv"}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
+def test_any_prefix_stands_before_the_names_of_any_dialect(prefix):
+    """ai-toolkit writes diffusers' names behind ComfyUI's prefix."""
+    keys = [f"{prefix}b.7.k.lora_{half}.weight" for half in "AB"]
+    match = find_lora_keys(keys, PART_MODULES, PARTS)
+    assert (dict(match.loras), match.unmatched) == ({"b.7.k": LoraKeys(*keys)}, ())
+    assert match.vocabulary.parts("a.7.qkv") == ("b.7.q", "b.7.k")
 
 
 def test_a_part_that_is_not_there_has_no_keys():
     key = "transformer.b.7.k.lora_B.weight"
-    assert find_lora_keys([key], ["a.7.qkv"], PARTS) == (
-        "diffusers",
-        {"a.7.qkv": (LoraKeys(), LoraKeys(up=key))},
-        [],
-    )
+    assert told(find_lora_keys([key], ["a.7.qkv"], PARTS), PARTS)[1:] == ({"b.7.k": LoraKeys(up=key)}, [])
 
 
-def test_a_dialect_without_names_is_neither_written_nor_read():
+def test_a_dialect_without_names_is_not_written():
     assert [name for name in DIALECTS if PARTS.known(name)] == ["diffsynth", "diffusers", "kohya"]
-    keys = [f"diffusion_model.img_in.lora_{half}.weight" for half in "AB"]
-    assert find_lora_keys(keys, ["img_in"]) == ("comfyui", {"img_in": (LoraKeys(*keys),)}, [])
-    assert find_lora_keys(keys, ["img_in"], PARTS)[1:] == ({}, keys)
     with pytest.raises(KeyError, match="comfyui"):
         lora_keys("img_in", "comfyui", PARTS)
 
@@ -143,8 +160,10 @@ def test_a_dialect_without_names_is_neither_written_nor_read():
 @pytest.mark.parametrize("component", ["dit", "text_encoder"])
 def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
     keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
-    assert find_lora_keys(keys, MODULES, LoraNaming(component)) == ("diffsynth", {"img_in": (LoraKeys(*keys),)}, [])
-    assert find_lora_keys(keys, MODULES, LoraNaming("vae"))[1:] == ({}, keys)
+    naming = LoraNaming(component)
+    found = find_lora_keys(keys, MODULES, naming)
+    assert told(found, naming) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
+    assert told(find_lora_keys(keys, MODULES, LoraNaming("vae")))[1:] == ({}, keys)
 
 
 def test_underscores_are_resolved_against_the_modules_that_are_there():
@@ -154,14 +173,19 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
         "lora_unet_blocks_0_mlp_fc_1.alpha",
         "lora_unet_blocks_extra_0.alpha",
     ]
-    dialect, found, unmatched = find_lora_keys(keys, modules)
-    assert dialect == "kohya"
-    assert found == {
-        "blocks.0.to_q": (LoraKeys(up=keys[0]),),
-        "blocks.0.mlp.fc_1": (LoraKeys(alpha=keys[1]),),
-        "blocks_extra.0": (LoraKeys(alpha=keys[2]),),
-    }
-    assert unmatched == []
+    assert told(find_lora_keys(keys, modules))[1:] == (
+        {
+            "blocks.0.to_q": LoraKeys(up=keys[0]),
+            "blocks.0.mlp.fc_1": LoraKeys(alpha=keys[1]),
+            "blocks_extra.0": LoraKeys(alpha=keys[2]),
+        },
+        [],
+    )
+
+
+def test_underscores_that_could_be_two_modules_are_of_none():
+    key = "lora_unet_a_b_c.alpha"
+    assert find_lora_keys([key], ["a.b_c", "a_b.c"]).unmatched == (key,)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -172,33 +196,54 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
         "lora_te_text_model_encoder_layers_0.lora_down.weight",
         "transformer_blocks.0.attn.to_q.weight",
         "pipe.text_encoder.model.norm.weight",
+        "transformer_blocks.0.attn.to_q.diff_b",
         "alpha",
         "",
     ],
 )
 def test_keys_that_fit_no_module_are_told(dialect, stranger):
-    name, found, unmatched = find_lora_keys([*written(dialect), stranger], MODULES)
+    name, found, unmatched = told(find_lora_keys([*written(dialect), stranger], MODULES))
     assert name == dialect
     assert set(found) == set(MODULES)
     assert unmatched == [stranger]
 
 
 def test_a_missing_half_is_none():
-    _, found, unmatched = find_lora_keys([WRITTEN["diffusers"][1]], MODULES)
-    assert found == {MODULES[0]: (LoraKeys(up=WRITTEN["diffusers"][1]),)}
-    assert unmatched == []
+    key = WRITTEN["diffusers"][1]
+    assert told(find_lora_keys([key], MODULES))[1:] == ({MODULES[0]: LoraKeys(up=key)}, [])
+
+
+def test_two_keys_of_one_half_are_told():
+    keys = ["img_in.lora_A.weight", "transformer.img_in.lora_down.weight"]
+    match = find_lora_keys(keys, MODULES)
+    assert match.loras == {"img_in": LoraKeys(down=keys[0])}
+    assert match.unmatched == match.repeated == (keys[1],)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_nothing_is_found_for_another_model(dialect):
     keys = written(dialect)
-    _, found, unmatched = find_lora_keys(keys, ["blocks.0.self_attn.q"])
-    assert found == {}
-    assert unmatched == keys
+    assert told(find_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
 
 
 def test_an_empty_file_is_of_the_documented_dialect_and_has_nothing_unmatched():
-    assert find_lora_keys([], MODULES) == ("diffsynth", {}, [])
+    assert told(find_lora_keys([], MODULES)) == ("diffsynth", {}, [])
+
+
+TENSORS = ("blocks.0.q.weight", "blocks.0.q.bias", "blocks.0.norm.weight", "blocks.0.modulation", "head.modulation")
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
+def test_whole_differences_find_weights_biases_and_modulations(prefix):
+    ends = {"blocks.0.q": ".diff", "blocks.0.norm": ".diff", "blocks.0": ".diff_m", "head": ".diff_m"}
+    spelled = {stem: prefix + (stem.replace(".", "_") if prefix.endswith("_") else stem) for stem in ends}
+    keys = [spelled[stem] + end for stem, end in ends.items()] + [spelled["blocks.0.q"] + ".diff_b"]
+    match = find_lora_keys(keys, ["blocks.0.q"], tensors=TENSORS)
+    assert match.unmatched == ()
+    assert match.differences == {
+        "blocks.0.q.weight": keys[0], "blocks.0.norm.weight": keys[1], "blocks.0.modulation": keys[2],
+        "head.modulation": keys[3], "blocks.0.q.bias": keys[4],
+    }  # fmt: skip
 
 
 def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_models):
@@ -221,15 +266,20 @@ def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_mode
         ("transformer.blocks.0.q.lora_magnitude_vector", "DoRA"),
         ("lora_unet_blocks_0_q.lora_mid.weight", "LoRA with a core tensor (Tucker decomposition)"),
         ("lora_unet_blocks_0_q.oft_blocks", "OFT"),
-        ("diffusion_model.blocks.0.q.diff_b", "LoRA with changes of biases"),
+        ("blocks.0.q.ia3_l", "IA3"),
+        ("diffusion_model.blocks.0.q.on_input", "IA3"),
+        ("lycoris_blocks_0_q.a1.weight", "GLoRA"),
+        ("base_model.model.blocks.0.q.boft_R", "BOFT"),
+        ("transformer.blocks.0.q.lora_B.bias", "LoRA with biases"),
+        ("base_model.model.blocks.0.q.vera_lambda_b", "VeRA"),
+        ("lora_unet_blocks_0_norm.w_norm", "LyCORIS norm"),
+        ("diffusion_model.blocks.0.q.set_weight", "ComfyUI weight replacement"),
     ],
 )
 def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
     with pytest.raises(DiffSynthError) as raised:
         refuse_other_adapters("mine.safetensors", [*written("kohya"), key])
-    assert raised.value.problems[0].message == (
-        f"`mine.safetensors`: it is a {title}, told by `{key}`; only a LoRA is read here"
-    )
+    assert raised.value.problems[0].message == (f"`mine.safetensors`: {title} adapters are not supported yet: `{key}`")
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -248,8 +298,9 @@ FUSED = LoraNaming(
 
 def test_a_dialect_can_have_several_modules_as_one():
     keys = [f"lora_unet_a_7_qkv.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")]
-    both = (LoraKeys(*keys, fused="a.7.qkv"),)
-    assert find_lora_keys(keys, FUSED.modules_met(keys), FUSED) == ("kohya", {"b.7.q": both, "b.7.k": both}, [])
+    match = find_lora_keys(keys, FUSED.modules_met(keys), FUSED)
+    assert told(match, FUSED) == ("kohya", {"a.7.qkv": LoraKeys(*keys)}, [])
+    assert match.vocabulary.documented("a.7.qkv") == ("b.7.q", "b.7.k")
     assert FUSED.known("kohya") and not FUSED.written("kohya") and FUSED.written("comfyui")
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffsynth_core.conversion.lora_rows import RowSpan, StoredLora, StoredTensor, translate
 from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.families.flux import names as flux
 from diffsynth_core.families.flux2 import names as flux2
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
 from diffsynth_core.state_dicts.lora_names import LoraNaming
+from diffsynth_core.state_dicts.lora_rows import RowSpan, StoredLora, StoredTensor, joint_rank
+from diffsynth_core.state_dicts.lora_rows import translate as translate_names
 from diffsynth_core.state_dicts.weight_sets import Span
 
 FUSED = TableMap({"out": "o"}, stacked={"qkv": ("q", "k", "v")}, swapped={"mod": "m"})
@@ -54,6 +55,10 @@ def lora(module: str, rows: int, path: Path = Path("a"), begin: int = 0, alpha: 
     return StoredLora(
         module, down, StoredTensor("F32", (rows, 2), Span(path, begin + 32, begin + 32 + rows * 8)), alpha
     )
+
+
+def translate(loras, naming: LoraNaming, source: str, target: str):
+    return translate_names(loras, naming.vocabulary(source), naming.vocabulary(target))
 
 
 def test_a_part_takes_its_rows_and_a_whole_those_of_its_parts():
@@ -121,6 +126,14 @@ def test_alphas_of_two_that_become_one(tmp_path, scales, dialect, alpha, applied
         ((tensor,),) = (list(stored.values()),)
         (data,) = tensor.source()
         assert torch.frombuffer(bytearray(data), dtype=torch.float32).item() == alpha
+
+
+def test_the_joint_rank_counts_an_equal_a_once(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(200)))
+    first, same, other = lora("q", 2, path, 0), lora("k", 2, path, 0), lora("v", 2, path, 48)
+    assert joint_rank((RowSpan(first, 0, 2), RowSpan(same, 0, 2))) == 2
+    assert joint_rank((RowSpan(first, 0, 2), RowSpan(None, 0, 2), RowSpan(other, 0, 2))) == 4
 
 
 @pytest.mark.parametrize(("alphas", "rank"), [((1.0, 1.0), 2), ((None, 2.0), 2), ((1.0, 4.0), 4)])

@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
+from diffsynth_core.adapters.changes import Factors, open_changes, read_factors
 from diffsynth_core.adapters.lora import add_lora, lora_weights
-from diffsynth_core.adapters.merge import Factors, Loss, Workspace, merge_rows, open_changes, read_factors
+from diffsynth_core.adapters.merge import Loss, Workspace, merge_rows
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.state_dicts.lora_files import read_lora_file
@@ -27,7 +28,7 @@ def merge(
 ) -> tuple[torch.Tensor, Loss]:
     """A whole weight merged, in its own shape, and what the rounding loses."""
     factors = Factors(down.float().flatten(1), up.float().flatten(1))
-    merged, lost = merge_rows(weight.flatten(1), factors.up, factors.down, dtype, Workspace())
+    merged, lost = merge_rows(weight.flatten(1), factors, dtype, Workspace())
     return merged.view(weight.shape), Loss(lost, factors.squared_norm)
 
 
@@ -125,6 +126,11 @@ FUSED = TableMap({"blocks.{}.out": "blocks.{}.to_out"}, stacked={"blocks.{}.qkv"
 SHAPES = {"blocks.0.qkv": (4, 3), "blocks.0.out": (2, 4)}
 
 
+def tensors_of(shapes):
+    """Weight shapes of modules, by the names of the weights."""
+    return {f"{module}.weight": shape for module, shape in shapes.items()}
+
+
 def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming: LoraNaming = DIT):
     save_file(tensors, tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
@@ -136,7 +142,7 @@ def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming
         "norm.weight",
         "table",
     ]
-    with open_changes(file, SHAPES, documented) as opened:
+    with open_changes(file, tensors_of(SHAPES), documented) as opened:
         return {name: factors.up @ factors.down for name in names if (factors := opened.of(name)) is not None}
 
 
@@ -150,7 +156,7 @@ def test_a_lora_of_a_fused_module_reaches_its_parts(tmp_path):
 
 @pytest.mark.parametrize("both", [True, False])
 def test_parts_may_have_loras_of_their_own(tmp_path, both):
-    """Of another rank and scale each; a part without one stays. A LoRA in training could not hold them."""
+    """Of another rank and scale each; a part without one stays."""
     naming = LoraNaming("dit", {"kohya": FUSED})
     q, k = (torch.randn(2, 3), torch.randn(2, 2)), (torch.randn(1, 3), torch.randn(2, 1))
     tensors = {
@@ -174,7 +180,7 @@ def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
     save_file({f"{name}.lora_A{ends}": down, f"{name}.lora_B{ends}": up}, tmp_path / "lora.safetensors")
     shapes = {"last": (4, 3)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes, LoraNaming("dit", {"diffusers": swapped}))
-    with open_changes(file, shapes, swapped) as opened:
+    with open_changes(file, tensors_of(shapes), swapped) as opened:
         change = opened.of("norm_out.weight")
         assert torch.equal(change.up @ change.down, (up @ down)[rows])
 
@@ -184,7 +190,7 @@ def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path
     save_file({"a.lora_A.default.weight": down, "a.lora_B.default.weight": up}, tmp_path / "lora.safetensors")
     shapes = {"a": (4, 3, 1, 1)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes)
-    with open_changes(file, shapes, TableMap({}, pointwise={"a": "b"})) as opened:
+    with open_changes(file, tensors_of(shapes), TableMap({}, pointwise={"a": "b"})) as opened:
         change = opened.of("b.weight")
         assert_close(change.up @ change.down, up.flatten(1) @ down.flatten(1))
 
@@ -210,6 +216,6 @@ def test_parts_with_one_a_keep_its_rank(tmp_path, shared, rank):
     save_file(tensors, tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
     with safe_open(file.path, framework="pt") as stream:
-        factors = read_factors(file, stream, "blocks.0.qkv", SHAPES["blocks.0.qkv"])
+        factors = read_factors(file, stream, "blocks.0.qkv.weight", SHAPES["blocks.0.qkv"])
     assert factors.rank == rank
     assert_close(factors.up @ factors.down, torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]))

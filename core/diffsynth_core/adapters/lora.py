@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.adapters.changes import lora_factors
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.randomness import key_of
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.state_dicts.lora_files import LoraPart, check_whole, read_lora_file
+from diffsynth_core.state_dicts.lora_files import read_lora_file
 from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, lora_keys
+from diffsynth_core.state_dicts.lora_rows import joint_rank
 
 ADAPTER = "default"
 
@@ -115,8 +117,9 @@ def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNami
     Where the dialect has several parts of a module, each has its rows of B and the whole of A.
     """
     tensors: dict[str, Tensor] = {}
+    names = naming.vocabulary(dialect).names
     for module, halves in weights.items():
-        ups = naming.names(dialect).cut(f"{module}.weight", halves.up.detach())
+        ups = names.cut(f"{module}.weight", halves.up.detach())
         for keys, up in zip(lora_keys(module, dialect, naming), ups.values(), strict=True):
             assert keys.down and keys.up
             tensors[keys.down], tensors[keys.up] = halves.down.detach(), up
@@ -129,46 +132,40 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     """Start the LoRA of a model from a file in any dialect; returns how many documented modules it filled.
 
     Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
-    (those that never get a gradient) are passed over.
+    (those that never get a gradient) are passed over. Where the file has a LoRA each of separate q, k and v, and the
+    model one of all, it becomes that of their joint rank, with B block-diagonal. Where the model has a higher rank, the
+    further rows of A keep their fresh start beside columns of B that are zero: the change of the weight is the same.
 
     Raises:
-        DiffSynthError: as `check_lora_file`; also when ranks differ, or no module of the model is filled.
+        DiffSynthError: as `read_lora_file`; also when the model has a lower rank, or no module of it is filled.
     """
     from safetensors import safe_open
 
     targets = _halves(model, documented)
     file = read_lora_file(path, _weight_shapes(model, documented), naming)
-    ranks = check_whole(file)
-    filled = 0
+    filled = targets.keys() & file.modules.keys()
+    ranks = {module: joint_rank(file.modules[module]) for module in sorted(filled)}
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
-        for module, (down, ups) in targets.items():
-            if module not in ranks:
-                continue
-            if ranks[module] != down.shape[0]:
+        for module in ranks:
+            down, ups = targets[module]
+            if ranks[module] > down.shape[0]:
                 raise DiffSynthError(
                     f"`{path}` has rank {ranks[module]} at `{module}`, the run has {down.shape[0]}",
-                    f"give `--lora_rank {ranks[module]}`",
+                    f"give `--lora_rank {max(ranks.values())}`",
                 )
-            parts, weight = file.modules[module], f"{module}.weight"
-            scaled = {name: read_scaled_up(stream, part) for name, part in parts.items()}
-            down.copy_(stream.get_tensor(next(iter(parts.values())).keys.down))
-            for own, rows in documented.cut(weight, file.names.join(weight, scaled)).items():
-                ups[own].copy_(rows)
-            filled += 1
+            factors = lora_factors(file.modules[module], stream)
+            down[: factors.rank] = factors.down.reshape(factors.rank, *down.shape[1:])
+            kernel = next(iter(ups.values())).shape[2:]
+            cut = documented.cut(f"{module}.weight", factors.up.reshape(len(factors.up), factors.rank, *kernel))
+            for own, rows in cut.items():
+                ups[own].zero_()
+                ups[own][:, : factors.rank] = rows.reshape(len(rows), factors.rank, *ups[own].shape[2:])
     if not filled:
         raise DiffSynthError(
             f"`{path}` has a LoRA for none of the {len(targets)} modules that train",
             "name a LoRA of these modules, or other `--lora_target_modules`",
         )
-    return filled
-
-
-def read_scaled_up(stream: Any, part: LoraPart) -> Tensor:
-    """B of one LoRA in float32, with the scale alpha / rank in it: ours is 1."""
-    scale = float(stream.get_tensor(part.keys.alpha)) / part.rank if part.keys.alpha else part.stated
-    up: Tensor = stream.get_tensor(part.keys.up)
-    rows = up if part.rows is None else torch.cat([up[begin:end] for begin, end in part.rows])
-    return rows.float() * scale
+    return len(filled)
 
 
 def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int, ...]]:

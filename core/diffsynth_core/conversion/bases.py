@@ -1,7 +1,7 @@
 """The weights that something is merged into or checked against: which component of which family they are. No torch."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.errors import DiffSynthError, shorten
@@ -26,7 +26,8 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 @dataclass(frozen=True)
 class Base:
     """A component's weights. `shapes`: weight shapes of the modules that can carry a LoRA, by documented name.
-    `prefix`: what all its names in the files begin with; what has other beginnings is not of this component."""
+    `prefix`: what all its names in the files begin with; what has other beginnings is not of this component.
+    `tensor_shapes`: shapes of all its tensors, by documented name."""
 
     weights: WeightSet
     facts: FamilyFacts
@@ -34,15 +35,16 @@ class Base:
     layout: Layout
     shapes: Mapping[str, tuple[int, ...]]
     prefix: str = ""
+    tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """What messages call it."""
         return f"the {self.component.title} of {self.facts.title}"
 
-    def tensors_of(self, module: str) -> frozenset[str]:
-        """Names in the files of what holds the weight of a documented module."""
-        own = self.layout.documented.ours(f"{module}.weight") or ()
+    def names_of(self, tensor: str) -> frozenset[str]:
+        """Names in the files of what holds a documented tensor."""
+        own = self.layout.documented.ours(tensor) or ()
         return frozenset(self.prefix + name for part in own if (name := self.layout.names.theirs(part)) is not None)
 
 
@@ -65,7 +67,7 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
             facts, component, layout = found
             documented = layout.documented_shapes(layout.module_shapes(shapes_of(own)))
             shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
-            return Base(weights, facts, component, layout, shapes, prefix)
+            return Base(weights, facts, component, layout, shapes, prefix, documented)
     raise _unknown(weights)
 
 

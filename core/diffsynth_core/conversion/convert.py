@@ -6,14 +6,15 @@ from typing import Any
 
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import open_lora_file
-from diffsynth_core.conversion.lora_rows import translate
 from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.families.table import unread_note
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import TensorHeader
 from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, fit_lora
+from diffsynth_core.state_dicts.lora_rows import translate
 from diffsynth_core.state_dicts.rewriting import OutputFile, aligned
 from diffsynth_core.state_dicts.weight_sets import ENDING
 
@@ -48,7 +49,7 @@ def plan_conversion(
         raise FaultsFound([problem])
     weights = open_lora_file(path)
     source = open_lora(weights, family, component, allow_unmatched)
-    modules = translate(source.loras, source.naming, source.dialect, target)
+    modules = translate(source.loras, source.vocabulary, source.naming.vocabulary(target))
     written = tuple(write_lora(module, lora, target) for module, lora in modules.items())
     tensors = aligned(tensor for lora in written for tensor in lora.tensors)
     if base is not None:
@@ -86,7 +87,7 @@ def _facts(source: LoraSource, written: Sequence[WrittenLora], target: str, base
     return {
         "family": source.facts.name,
         "component": source.naming.component,
-        "from": source.dialect,
+        "from": source.spelling,
         "to": target,
         "modules": {"read": len(source.loras), "written": len(written)},
         "ranks": {
@@ -109,7 +110,7 @@ def _raised(written: Sequence[WrittenLora]) -> list[WrittenLora]:
 def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> list[str]:
     """What a user should know."""
     notes = [
-        f"{source.weights.origin}: {source.title}, {source.dialect} -> {target}, "
+        f"{source.weights.origin}: {source.title}, {source.spelling} -> {target}, "
         f"{count_of(len(source.loras), 'module')} read, {len(written)} written"
     ]
     if raised := _raised(written):
@@ -126,6 +127,8 @@ def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base
                 f"{target} stores no alpha: lora_B of {count_of(len(scaled), 'module')} is multiplied with "
                 f"{', '.join(f'{scale:g}' for scale in scales[:5])}{' …' if len(scales) > 5 else ''}, {how}"
             )
+    if note := unread_note(source.facts, target, "--to"):
+        notes.append(note)
     if source.unmatched:
         notes.append(f"{count_of(len(source.unmatched), 'key')} left out: {shorten(sorted(source.unmatched))}")
     if base is not None:

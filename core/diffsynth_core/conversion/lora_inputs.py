@@ -1,7 +1,6 @@
 """LoRA files as `merge-lora` is given them: their weights, and what is told of each. No torch."""
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,10 @@ from pathlib import Path
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.files import stem_of_shard
-from diffsynth_core.state_dicts.headers import Header, read_header
-from diffsynth_core.state_dicts.lora_files import LoraFile, LoraPart, read_lora_file
+from diffsynth_core.state_dicts.lora_files import LoraFile, read_lora_file
+from diffsynth_core.state_dicts.lora_rows import StoredLora
 from diffsynth_core.state_dicts.weight_sets import WeightSet, open_weights
 
-NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
-"""Formats in which a single number is stored, as `struct` knows them; bfloat16 is the upper half of float32."""
 TEXT_ENCODERS = ("lora_te", "text_encoder", "pipe.text_encoder")
 """How keys of LoRAs of text encoders begin in the dialects."""
 
@@ -70,6 +67,7 @@ class LoraSummary:
 
     `matched`: how many LoRAs find their module. `unmatched`: keys that find none. `ranks`: those it has.
     `scales`: those of its modules, alpha / rank. `alpha`: where they come from, in words.
+    `differences`: how many tensors it changes by a whole difference.
     """
 
     path: Path
@@ -79,6 +77,7 @@ class LoraSummary:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     alpha: str
+    differences: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Matche
         DiffSynthError: as `open_weights` and `read_lora_file`; when keys find no module and that is not allowed.
     """
     keys = open_lora_file(given.path).tensors
-    file = read_lora_file(given.path, base.shapes, base.component.lora_naming, allow_unmatched=True)
+    naming = base.component.lora_naming
+    file = read_lora_file(given.path, base.shapes, naming, allow_unmatched=True, tensor_shapes=base.tensor_shapes)
     if file.unmatched and not allow_unmatched:
         encoder = sum(key.startswith(TEXT_ENCODERS) for key in file.unmatched)
         told = f", {encoder} of them of a text encoder" if encoder else ""
@@ -109,56 +109,28 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Matche
             f"{shorten(sorted(file.unmatched))}",
             "name a LoRA of this model, or leave these keys out with `--allow_unmatched`",
         )
-    return MatchedLora(file, summarise(given, file.parts, file.unmatched))
+    return MatchedLora(file, summarise(given, file.loras, file.unmatched, len(file.tensors)))
 
 
-def summarise(given: WeightedFile, parts: Sequence[LoraPart], unmatched: Sequence[str]) -> LoraSummary:
-    """What is told of a file with these LoRAs.
-
-    Raises:
-        DiffSynthError: when an alpha is no finite number.
-    """
-    header = read_header(given.path)
-    scales = {_scale(given.path, header, part) for part in parts}
+def summarise(
+    given: WeightedFile, loras: Sequence[StoredLora], unmatched: Sequence[str], differences: int = 0
+) -> LoraSummary:
+    """What is told of a file with these LoRAs."""
     return LoraSummary(
         path=given.path,
         weight=given.weight,
-        matched=len(parts),
+        matched=len(loras),
         unmatched=tuple(unmatched),
-        ranks=tuple(sorted({part.rank for part in parts})),
-        scales=tuple(sorted(scales)),
-        alpha=_alpha_rule(parts),
+        ranks=tuple(sorted({lora.rank for lora in loras})),
+        scales=tuple(sorted({lora.scale for lora in loras})),
+        alpha=_alpha_rule(loras),
+        differences=differences,
     )
 
 
-def _alpha_rule(parts: Sequence[LoraPart]) -> str:
-    stored = sum(part.keys.alpha is not None for part in parts)
-    if not stored:
-        return "in the metadata" if any(part.stated != 1 for part in parts) else "alpha = rank"
-    return "stored" if stored == len(parts) else f"stored for {stored} of {len(parts)}, else alpha = rank"
-
-
-def _scale(path: Path, header: Header, part: LoraPart) -> float:
-    if part.keys.alpha is None:
-        return part.stated
-    alpha = read_number(path, header, part.keys.alpha)
-    if not math.isfinite(alpha):
-        raise DiffSynthError(f"`{path}`: `{part.keys.alpha}` is no finite number", "write the file anew")
-    return alpha / part.rank
-
-
-def read_number(path: Path, header: Header, key: str) -> float:
-    """The value of a tensor of one element.
-
-    Raises:
-        DiffSynthError: when it is stored in a format that no program uses for it.
-    """
-    dtype, (begin, end) = header.tensors[key].dtype, header.spans[key]
-    with path.open("rb") as stream:
-        stream.seek(begin)
-        data = stream.read(end - begin)
-    if dtype == "BF16":
-        dtype, data = "F32", b"\0\0" + data
-    if dtype not in NUMBERS:
-        raise DiffSynthError(f"`{path}`: `{key}` is stored as {dtype}, expected a float", "write the file anew")
-    return float(struct.unpack(NUMBERS[dtype], data)[0])
+def _alpha_rule(loras: Sequence[StoredLora]) -> str:
+    origins = {lora.alpha_origin for lora in loras if lora.alpha_origin}
+    if "stored" in origins:
+        stored = sum(lora.alpha_origin == "stored" for lora in loras)
+        return "stored" if stored == len(loras) else f"stored for {stored} of {len(loras)}, else alpha = rank"
+    return ", ".join(sorted(origins)) or "alpha = rank"

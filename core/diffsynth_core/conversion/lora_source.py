@@ -1,42 +1,49 @@
-"""A LoRA file without the base that it is for: its family, its dialect, its modules. No torch."""
+"""A LoRA file without the base that it is for: its family, its names, its modules. No torch.
+
+The family is decided by all that fits, the names of modules, and by all that rules out: the sides of weights, and
+numbers of blocks that no published model has. Where several are left the user is asked.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS, read_number
-from diffsynth_core.conversion.lora_rows import StoredLora, StoredTensor
+from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
 from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.families.table import FAMILIES, unknown_family
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import Header, read_header
-from diffsynth_core.state_dicts.lora_files import WRITE_ANEW, check_values, stated_scales
+from diffsynth_core.state_dicts.headers import TensorHeader, read_header
+from diffsynth_core.state_dicts.lora_files import read_stored
 from diffsynth_core.state_dicts.lora_names import (
-    DIALECTS,
-    LoraKeys,
+    LoraMatch,
     LoraNaming,
+    Vocabulary,
+    find_lora_keys,
+    is_difference_key,
     is_lora_key,
-    match_lora_keys,
     refuse_other_adapters,
 )
+from diffsynth_core.state_dicts.lora_rows import StoredLora
 from diffsynth_core.state_dicts.values import all_finite
 from diffsynth_core.state_dicts.weight_sets import WeightSet
 
 _COMPONENT = re.compile(r"^pipe\.(\w+)\.")
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file whose modules are known. `loras`: by the names that its dialect has for modules.
+    """A LoRA file whose modules are known. `loras`: by the names that its vocabulary has for modules.
 
+    `dialect`: the one that it is written in; None: its prefix, names and endings are not those of one.
     `unmatched`: keys that are of no module, which are left out.
     """
 
     weights: WeightSet
     facts: FamilyFacts
     naming: LoraNaming
-    dialect: str
+    match: LoraMatch
     loras: Mapping[str, StoredLora]
     unmatched: tuple[str, ...] = ()
 
@@ -45,6 +52,21 @@ class LoraSource:
         """What messages call the component that it is for."""
         return f"the {self.naming.component} of {self.facts.title}"
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.match.vocabulary
+
+    @property
+    def dialect(self) -> str | None:
+        return self.match.dialect(self.naming)
+
+    @property
+    def spelling(self) -> str:
+        """Its dialect, or how it names its keys, in words."""
+        names = self.vocabulary.title.partition("/")[0]
+        prefixes = " and ".join(f"`{prefix}`" if prefix else "no prefix" for prefix in sorted(self.match.prefixes))
+        return self.dialect or f"{prefixes} and the names of {names}"
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -52,9 +74,11 @@ class _Reading:
 
     facts: FamilyFacts
     naming: LoraNaming
-    dialect: str
-    found: Mapping[str, tuple[LoraKeys, ...]]
-    unmatched: list[str]
+    match: LoraMatch
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        return self.match.unmatched
 
 
 def open_lora(
@@ -70,17 +94,13 @@ def open_lora(
     families = _families(weights, family)
     named = _component(weights, component)
     readings = [
-        _Reading(facts, naming, dialect, *match_lora_keys(weights.tensors, modules, dialect, naming))
+        _Reading(facts, naming, find_lora_keys(weights.tensors, naming.modules_met(weights.tensors), naming))
         for facts, naming in _namings(families, named)
-        for modules in [naming.modules_met(weights.tensors)]
-        for dialect in filter(naming.known, DIALECTS)
     ]
     reading = _best(weights, readings, families)
     if reading.unmatched and not allow_unmatched:
         raise _unmatched(weights, reading)
-    return LoraSource(
-        weights, reading.facts, reading.naming, reading.dialect, _read(weights, reading), tuple(reading.unmatched)
-    )
+    return LoraSource(weights, reading.facts, reading.naming, reading.match, _read(weights, reading), reading.unmatched)
 
 
 def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:
@@ -142,17 +162,49 @@ def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFac
     best = [reading for reading in readings if len(reading.unmatched) == fewest]
     if fewest == len(weights.tensors):
         known = ", ".join(facts.title for facts in families)
+        if all(map(is_difference_key, weights.tensors)):
+            raise DiffSynthError(
+                f"`{weights.origin}` holds whole differences of tensors alone, which no LoRA format has a place for: "
+                f"{shorten(sorted(weights.tensors))}",
+                "merge the file into its base with `diffsynth merge-lora --base`",
+            )
         raise DiffSynthError(
             f"`{weights.origin}`: none of its {fewest} keys fits a module of {known}: {shorten(sorted(weights.tensors))}",
             "name a LoRA file" if not any(map(is_lora_key, weights.tensors)) else "name a LoRA of one of them",
         )
-    names = list(dict.fromkeys(reading.facts.name for reading in best))
+    possible = [reading for reading in best if not _is_ruled_out(reading, weights.tensors)] or best
+    names = [reading.facts.name for reading in possible]
     if len(names) > 1:
         raise DiffSynthError(
             f"`{weights.origin}` may be a LoRA of {' or '.join(names)}: all its modules have the same names in each",
             f"give `--family`, one of {', '.join(names)}",
         )
-    return best[0]
+    return possible[0]
+
+
+def _is_ruled_out(reading: _Reading, tensors: Mapping[str, TensorHeader]) -> bool:
+    """Whether the sides of a weight, or the number of a block, are none of the family's."""
+    vocabulary, naming = reading.match.vocabulary, reading.naming
+    units = {name: (rows, columns) for name, (rows, columns) in naming.sides.items()}
+    for name, keys in reading.match.loras.items():
+        if any(
+            int(number) >= most
+            for start, most in naming.blocks.items()
+            for whole in vocabulary.documented(name)
+            if whole.startswith(start)
+            for number in _NUMBER.findall(whole.removeprefix(start))[:1]
+        ):
+            return True
+        if not keys.down or not keys.up or len(vocabulary.documented(name)) != 1:
+            continue
+        (whole,) = vocabulary.documented(name)
+        expected = units.get(_NUMBER.sub("{}", whole, count=1))
+        down, up = tensors[keys.down].shape, tensors[keys.up].shape
+        if expected and len(vocabulary.parts(whole)) == 1 and len(down) == len(up) == 2:
+            rows, columns = expected
+            if up[0] * columns != down[1] * rows:
+                return True
+    return False
 
 
 def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
@@ -162,6 +214,14 @@ def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
         f"`{weights.origin}`: {len(unmatched)} of {len(weights.tensors)} keys fit no module of {component}: "
         f"{shorten(unmatched)}"
     )
+    differences = [key for key in unmatched if is_difference_key(key)]
+    if len(differences) == len(unmatched):
+        return DiffSynthError(
+            f"`{weights.origin}` holds {count_of(len(differences), 'whole difference')} of tensors beside the LoRA of "
+            f"{component}, which no LoRA format has a place for: {shorten(differences)}",
+            "merge the file into its base with `diffsynth merge-lora --base`, or leave them out with "
+            "`--allow_unmatched`",
+        )
     if not any(map(is_lora_key, unmatched)):
         return DiffSynthError(message, "take the file apart with `diffsynth split-ckpt`, and convert its LoRA")
     encoder = sum(key.startswith(TEXT_ENCODERS) for key in unmatched)
@@ -170,16 +230,9 @@ def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
 
 
 def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
-    """The LoRAs of a file, by the names of their modules in its dialect."""
+    """The LoRAs of a file, by the names of their modules in its vocabulary."""
     (path,) = weights.files
-    header = read_header(path)
-    stated = stated_scales(path, header)
-    loras = {}
-    for module, parts in reading.found.items():
-        own = [parts[0].fused] if parts[0].fused else reading.naming.names(reading.dialect).ours(module) or ()
-        for name, keys in zip(own, parts, strict=True):
-            if keys != LoraKeys() and name not in loras:
-                loras[name] = _stored(weights, header, name, keys, stated)
+    loras, _ = read_stored(path, read_header(path), reading.match)
     not_finite = [
         key
         for key, tensor in weights.tensors.items()
@@ -191,27 +244,3 @@ def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
             "name an earlier checkpoint",
         )
     return loras
-
-
-def _stored(
-    weights: WeightSet, header: Header, module: str, keys: LoraKeys, stated: Callable[[str, int], float]
-) -> StoredLora:
-    """One LoRA, whose halves must be there and fit each other."""
-    if not keys.down or not keys.up:
-        raise DiffSynthError(f"`{weights.origin}`: the LoRA of `{module}` lacks a half", WRITE_ANEW)
-    check_values(weights.origin, weights.tensors, keys)
-    down, up = (
-        StoredTensor(weights.tensors[key].dtype, weights.tensors[key].shape, weights.spans[key])
-        for key in (keys.down, keys.up)
-    )
-    sides, rank = len(down.shape), down.shape[0] if down.shape else 0
-    if sides < 2 or not rank or not up.shape or not up.shape[0] or up.shape[1:] != (rank, *[1] * (sides - 2)):
-        raise DiffSynthError(
-            f"`{weights.origin}`: the halves of the LoRA of `{module}` do not fit each other: {list(up.shape)} and "
-            f"{list(down.shape)}",
-            WRITE_ANEW,
-        )
-    scale = stated(keys.down, rank)
-    if keys.alpha:
-        return StoredLora(module, down, up, read_number(weights.files[0], header, keys.alpha))
-    return StoredLora(module, down, up, None if scale == 1 else scale * rank)

@@ -10,10 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from diffsynth_core.conversion.lora_rows import ModuleLora, RowSpan, StoredLora, StoredTensor
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
 from diffsynth_core.state_dicts.lora_names import DIALECTS, AlphaKeys, stem_keys
+from diffsynth_core.state_dicts.lora_rows import (
+    ModuleLora,
+    RowSpan,
+    StoredLora,
+    StoredTensor,
+    group_by_down,
+    loras_of,
+)
 from diffsynth_core.state_dicts.rewriting import OutputTensor, Pieces
 from diffsynth_core.state_dicts.values import FLOATS, pack_floats, read_bytes, unpack_floats
 from diffsynth_core.state_dicts.weight_sets import Span
@@ -59,7 +66,7 @@ def write_lora(module: str, lora: ModuleLora, dialect: str) -> WrittenLora:
     Raises:
         DiffSynthError: when values have to be computed that are stored in a format that cannot be computed with.
     """
-    loras = list({id(span.lora): span.lora for span in lora if span.lora}.values())
+    loras = loras_of(lora)
     blocks = _blocks(loras)
     rank = sum(block.first.rank for block in blocks)
     alpha, factors = _scales(blocks, rank, DIALECTS[dialect].alpha)
@@ -77,14 +84,11 @@ def write_lora(module: str, lora: ModuleLora, dialect: str) -> WrittenLora:
 
 def _blocks(loras: Iterable[StoredLora]) -> list[_Block]:
     """LoRAs by what they multiply: those with equal A and scale can stand in the same columns of B."""
-    groups: dict[tuple[object, ...], list[StoredLora]] = {}
-    for lora in loras:
-        down = lora.down
-        groups.setdefault((down.dtype, down.shape, lora.scale, read_bytes(down.span)), []).append(lora)
     blocks, begin = [], 0
-    for group in groups.values():
-        blocks.append(_Block(tuple(group), begin))
-        begin += group[0].rank
+    for same_down in group_by_down(loras):
+        for scale in dict.fromkeys(lora.scale for lora in same_down):
+            blocks.append(_Block(tuple(lora for lora in same_down if lora.scale == scale), begin))
+            begin += same_down[0].rank
     return blocks
 
 
@@ -171,7 +175,7 @@ def _rows_of(lora: ModuleLora, blocks: Sequence[_Block], rank: int, dtype: str) 
     return make
 
 
-def _rows(span: RowSpan, block: _Block | None, rank: int, dtype: str) -> bytes:
+def _rows(span: RowSpan[StoredLora], block: _Block | None, rank: int, dtype: str) -> bytes:
     """Rows of B as they are written; where nothing changes, and in the columns of other blocks, zeros."""
     import numpy
 

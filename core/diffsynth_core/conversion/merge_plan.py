@@ -87,8 +87,7 @@ def plan_merge(
             loras.append(match_lora(one, base, allow_unmatched))
         except DiffSynthError as error:
             problems += error.problems
-    modules = dict.fromkeys(module for lora in loras for module in lora.file.modules)
-    changed = frozenset(name for module in modules for name in base.tensors_of(module))
+    changed = frozenset(name for lora in loras for tensor in lora.file.weights for name in base.names_of(tensor))
     written = FORMATS[dtype] if dtype else None
     problems += _format_problems({name: base.weights.tensors[name] for name in sorted(changed)}, written)
     problems += _output_problems(base, output, max_shard_bytes)

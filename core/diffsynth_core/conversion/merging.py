@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,20 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffsynth_core.adapters.merge import (
-    LOSS_WORTH_A_WARNING,
-    Factors,
-    Loss,
-    Workspace,
-    add_factors,
-    merge_rows,
-    read_factors,
-)
+from diffsynth_core.adapters.changes import Factors, add_factors, cut_factors, read_factors
+from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
 from diffsynth_core.conversion.lora_inputs import MatchedLora
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import Reporter
+from diffsynth_core.state_dicts.key_maps import KeyMap
 from diffsynth_core.state_dicts.rewriting import write_outputs
 from diffsynth_core.state_dicts.weight_sets import Span
 from diffsynth_core.state_dicts.writing import DTYPE_NAMES
@@ -122,7 +116,7 @@ class _Merging:
         each = []
         for lora in self._plan.loras:
             own = Loss()
-            for name in sorted({name for module in lora.file.modules for name in self._plan.base.tensors_of(module)}):
+            for name in sorted({name for tensor in lora.file.weights for name in self._plan.base.names_of(tensor)}):
                 own.add(self._losses[name])
             each.append(own)
         return MergeResult(total, tuple(each))
@@ -154,7 +148,7 @@ class _Merging:
         return add_factors([change for lora, stream in self._streams for change in self._of_one(lora, stream, name)])
 
     def _of_one(self, lora: MatchedLora, stream: Any, name: str) -> Iterator[Factors]:
-        """What one LoRA adds to a tensor in the files: a product for each documented module that it is a part of."""
+        """What one LoRA adds to a tensor in the files: a change for each documented tensor that it is a part of."""
         base = self._plan.base
         names, documented = base.layout.names, base.layout.documented
         of_component = name.removeprefix(base.prefix)
@@ -162,15 +156,33 @@ class _Merging:
         weights = dict.fromkeys(weight for part in own if (weight := documented.theirs(part)) is not None)
         shapes = names.cut_shape(of_component, base.weights.tensors[name].shape)
         for weight in weights:
-            module = weight.removesuffix(".weight")
-            if module not in lora.file.modules:
-                continue
-            whole = read_factors(lora.file, stream, module, base.shapes[module])
-            cut = documented.cut(weight, whole.up)
-            ups = {
-                part: cut[part].flatten(1) if part in cut else torch.zeros(shapes[part][0], whole.rank) for part in own
-            }
-            yield Factors(whole.down, names.join(of_component, ups).flatten(1) * lora.weight)
+            if weight in lora.file.weights:
+                whole = read_factors(lora.file, stream, weight, base.tensor_shapes[weight])
+                parts = {
+                    part: cut_factors(whole, weight, part, documented, base.tensor_shapes[weight])
+                    for part in own
+                    if documented.theirs(part) == weight
+                }
+                yield _join(parts, of_component, names, shapes).scaled(lora.weight)
+
+
+def _join(parts: Mapping[str, Factors], name: str, names: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Factors:
+    """The change of a tensor in the files, given those of some of the parts that it is in our module."""
+    first = next(iter(parts.values()))
+
+    def join(tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        whole = {
+            part: tensors[part] if part in tensors else torch.zeros(shape[0], width) for part, shape in shapes.items()
+        }
+        joined: Tensor = names.join(name, whole)
+        return joined.flatten(1)
+
+    up = join({part: factors.up for part, factors in parts.items()}, first.rank)
+    differences = tuple(
+        (join({part: factors.differences[place][0] for part, factors in parts.items()}, first.down.shape[1]), scale)
+        for place, (_, scale) in enumerate(first.differences)
+    )
+    return Factors(first.down, up, differences)
 
 
 @dataclass(frozen=True)
@@ -190,11 +202,10 @@ class _Piece:
         raw, weight = self._read(begin, end)
         if self.factors is None:
             return as_bytes(self._checked(weight.to(self.written, copy=True))), 0.0
-        up = self.factors.up[begin:end]
-        changed = up.any(dim=1)
+        changed = self.factors.changed_rows(begin, end)
         if self.stored == self.written and not bool(changed.any()):
             return as_bytes(raw.clone()), 0.0
-        merged, lost = merge_rows(weight, up, self.factors.down, self.written, _workspace())
+        merged, lost = merge_rows(weight, self.factors, self.written, _workspace(), begin)
         if not math.isfinite(lost):
             self._checked(merged)
         if self.stored == self.written and not bool(changed.all()):

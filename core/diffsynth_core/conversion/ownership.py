@@ -14,7 +14,7 @@ from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layou
 from diffsynth_core.families.table import FAMILIES, find_stranger, unknown_family
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.lora_names import DIALECTS, is_lora_key, module_of_lora_key
+from diffsynth_core.state_dicts.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
 from diffsynth_core.state_dicts.weight_sets import WeightSet
 
 SECOND_NAMES = {"dit2": "dit"}
@@ -24,10 +24,6 @@ HALVES = ("vae_encoder", "vae_decoder")
 COMPONENTS = frozenset(
     chain(SECOND_NAMES, HALVES, (name for facts in FAMILIES.values() for name in facts.component_names))
 )
-TRANSFORMER_PREFIXES = tuple(
-    prefix for dialect in DIALECTS.values() for prefix in dialect.prefixes if prefix and "{" not in prefix
-)
-"""Beginnings of LoRA keys that say of themselves that they are the transformer's."""
 
 
 @dataclass(frozen=True)

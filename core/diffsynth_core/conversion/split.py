@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.conversion.lora_rows import translate as translate_lora
 from diffsynth_core.conversion.lora_source import open_lora
 from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.conversion.ownership import (
@@ -26,6 +25,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.lora_rows import translate as translate_lora
 from diffsynth_core.state_dicts.rewriting import Output, OutputTensor, plan_shards
 from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet
 
@@ -193,7 +193,7 @@ def _lora_part(
         metadata={path: weights.metadata[path]},
     )
     source = open_lora(alone, family.name if family else None, component)
-    modules = translate_lora(source.loras, source.naming, source.dialect, dialect)
+    modules = translate_lora(source.loras, source.vocabulary, source.naming.vocabulary(dialect))
     tensors = (write_lora(module, lora, dialect).tensors for module, lora in modules.items())
     return Part(component, stem, tuple(chain.from_iterable(tensors)), None)
 

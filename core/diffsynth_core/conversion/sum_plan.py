@@ -1,29 +1,48 @@
 """What making one LoRA of several is going to do, from headers alone. No torch.
 
-The keys stay those of the files; a module is one where its name is the same.
+Where all files name their keys alike, the keys stay, and a module is one where its name is the same; so LoRAs of any
+model can be added. Else the files are read as LoRAs of one family and component, and the result is written in the
+dialect of the first file that has one.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile, open_lora_file, summarise
+from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.families.table import FAMILIES
 from diffsynth_core.state_dicts.headers import Header, read_header
-from diffsynth_core.state_dicts.lora_files import (
-    ADAPTER_SETTINGS,
-    LoraPart,
-    check_values,
-    stated_scales,
+from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, read_stored
+from diffsynth_core.state_dicts.lora_names import (
+    LoraKeys,
+    LoraMatch,
+    Vocabulary,
+    fits_vocabulary,
+    is_difference_key,
+    refuse_other_adapters,
+    split_lora_key,
+    stem_keys,
 )
-from diffsynth_core.state_dicts.lora_names import ALPHA, DIALECTS, LoraKeys, refuse_other_adapters
+from diffsynth_core.state_dicts.lora_rows import ModuleLora, joint_rank, loras_of, translate, whole
 from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, Pieces, aligned
 from diffsynth_core.state_dicts.weight_sets import ENDING
 
-PREFIXES = ("lora_unet_", "diffusion_model.", "transformer.", "pipe.", "lora_te", "text_encoder")
+PREFIXES = (
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "lora_te",
+    "diffusion_model.",
+    "transformer.",
+    "pipe.",
+    "base_model.model.",
+    "text_encoder",
+)
 """How the names of modules begin in files of the dialects; where none does, there is no prefix."""
 OF_ONE_TRAINING = ("ss_", "sshs_", ADAPTER_SETTINGS)
 """How metadata begin that are of the training of one file: its rank, its scale, its hash."""
@@ -34,9 +53,18 @@ class SumPart:
     """The LoRA of one module in one file. `file`: its place among them."""
 
     file: int
-    part: LoraPart
-    down_shape: tuple[int, ...]
-    up_shape: tuple[int, ...]
+    lora: ModuleLora
+
+    @property
+    def down_shape(self) -> tuple[int, ...]:
+        """Of A."""
+        return (joint_rank(self.lora), *loras_of(self.lora)[0].row_shape)
+
+    @property
+    def up_shape(self) -> tuple[int, ...]:
+        """Of B."""
+        rows = sum(span.end - span.begin for span in self.lora)
+        return (rows, joint_rank(self.lora), *[1] * (len(self.down_shape) - 2))
 
 
 @dataclass(frozen=True)
@@ -57,7 +85,8 @@ class SummedModule:
 
 @dataclass(frozen=True)
 class SumPlan:
-    """LoRA files, and the modules of the one that is made of them. `dtype`: in safetensors' words."""
+    """LoRA files, and the modules of the one that is made of them. `dtype`: in safetensors' words. `dialect`: what the
+    result is written in, where the files named their keys in several ways."""
 
     files: tuple[WeightedFile, ...]
     summaries: tuple[LoraSummary, ...]
@@ -66,6 +95,7 @@ class SumPlan:
     dtype: str
     metadata: Mapping[str, str]
     rank: int | None = None
+    dialect: str | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -84,8 +114,12 @@ def plan_sum(
     rank: int | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
+    family: str | None = None,
 ) -> SumPlan:
     """The plan of one LoRA made of several. `dtype` as in `FORMATS`; None: float32, in which nothing is rounded.
+
+    Args:
+        family: that of files which name their keys in several ways, where it is not told by them.
 
     Raises:
         FaultsFound: what is wrong with the files, or the name of the output.
@@ -101,8 +135,12 @@ def plan_sum(
             found.append(_read(number, one, allow_unmatched))
         except DiffSynthError as error:
             problems += error.problems
-    if len(found) == len(files):
-        problems += _strangers(files, found)
+    dialect = None
+    if len(found) == len(files) and not _alike(found):
+        try:
+            found, dialect = _read_in_one_dialect(files, found, family, allow_unmatched)
+        except DiffSynthError as error:
+            problems += error.problems
     raise_if_any(problems)
     modules: dict[str, list[tuple[SumPart, LoraKeys]]] = {}
     for one_file in found:
@@ -111,7 +149,7 @@ def plan_sum(
     summed = tuple(_module(files, name, parts, rank) for name, parts in modules.items())
     metadata = _common([one_file.header for one_file in found])
     summaries = tuple(one_file.summary for one_file in found)
-    return SumPlan(tuple(files), summaries, summed, output, FORMATS[dtype or "float32"], metadata, rank)
+    return SumPlan(tuple(files), summaries, summed, output, FORMATS[dtype or "float32"], metadata, rank, dialect)
 
 
 @dataclass(frozen=True)
@@ -124,7 +162,7 @@ class _File:
 
     @property
     def prefixes(self) -> frozenset[str]:
-        """How its names begin."""
+        """How its names begin, and whether they have underscores in the place of dots."""
         return frozenset(
             next((prefix for prefix in PREFIXES if name.startswith(prefix)), "no prefix") for name in self.parts
         )
@@ -142,58 +180,82 @@ def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
     keys, unmatched = _group(header.tensors)
     if not keys or (unmatched and not allow_unmatched):
         told = f"{len(unmatched)} of {len(header.tensors)} keys are of no LoRA: {shorten(sorted(unmatched))}"
-        raise DiffSynthError(f"`{one.path}`: {told}", "name a LoRA, or leave these keys out with `--allow_unmatched`")
-    stated = stated_scales(one.path, header)
-    parts = {name: _part(number, one.path, header, name, of_one, stated) for name, of_one in keys.items()}
-    summary = summarise(one, [part.part for part, _ in parts.values()], unmatched)
-    return _File(header, parts, summary)
+        whole_tensors = any(map(is_difference_key, unmatched))
+        raise DiffSynthError(
+            f"`{one.path}`: {told}",
+            "merge it into its base with `--base`"
+            + (", or leave these keys out with `--allow_unmatched`" if keys else "")
+            if whole_tensors
+            else "name a LoRA, or leave these keys out with `--allow_unmatched`",
+        )
+    loras, _ = read_stored(one.path, header, LoraMatch(Vocabulary(""), keys))
+    parts = {name: (SumPart(number, whole(lora)), keys[name]) for name, lora in loras.items()}
+    return _File(header, parts, summarise(one, list(loras.values()), unmatched))
 
 
 def _group(keys: Iterable[str]) -> tuple[dict[str, LoraKeys], list[str]]:
     """Keys by the name of their module, and those that are no LoRA's."""
-    endings = {ALPHA: "alpha"}
-    for dialect in DIALECTS.values():
-        for down, up in [(dialect.down, dialect.up), *([dialect.also] if dialect.also else [])]:
-            endings |= {down: "down", up: "up"}
     found: dict[str, dict[str, str]] = {}
     unmatched = []
     for key in keys:
-        ending = max((text for text in endings if key.endswith(text)), key=len, default=None)
-        place = found.setdefault(key.removesuffix(ending), {}) if ending else None
-        if ending is None or place is None or endings[ending] in place:
+        half = split_lora_key(key)
+        if half is None or half[1] in found.get(half[0], {}):
             unmatched.append(key)
         else:
-            place[endings[ending]] = key
+            found.setdefault(half[0], {})[half[1]] = key
     return {name: LoraKeys(**halves) for name, halves in sorted(found.items())}, unmatched
 
 
-def _part(
-    number: int, path: Path, header: Header, name: str, keys: LoraKeys, stated: Callable[[str, int], float]
-) -> tuple[SumPart, LoraKeys]:
-    if not keys.down or not keys.up:
-        raise DiffSynthError(f"`{path}`: the LoRA of `{name}` lacks a half", "write the file anew")
-    check_values(path, header.tensors, keys)
-    down, up = header.tensors[keys.down].shape, header.tensors[keys.up].shape
-    if len(down) < 2 or len(up) != len(down) or not down[0] or up[1] != down[0] or math.prod(up[2:]) != 1:
-        raise DiffSynthError(
-            f"`{path}`: the LoRA of `{name}` is {list(up)} x {list(down)}, which cannot be multiplied",
-            "write the file anew",
-        )
-    return SumPart(number, LoraPart(keys, down[0], stated(keys.down, down[0])), down, up), keys
+def _alike(found: Sequence[_File]) -> bool:
+    """Whether all files name their modules in the same way: else what is one module would be taken for two."""
+    if any(not of_one.prefixes & found[0].prefixes for of_one in found):
+        return False
+    fits = [_vocabularies(of_one.header.tensors) for of_one in found]
+    return any(not of_one for of_one in fits) or bool(frozenset.intersection(*fits))
 
 
-def _strangers(files: Sequence[WeightedFile], found: Sequence[_File]) -> list[Problem]:
-    """Files whose names begin otherwise than those of the first: what is one module would be taken for two."""
-    first = found[0].prefixes
+def _vocabularies(keys: Collection[str]) -> frozenset[tuple[str, str]]:
+    """(family, set of names) of those that have a module for each key."""
+    namings = {name: facts.component(facts.denoiser).lora_naming for name, facts in FAMILIES.items()}
+    return frozenset(
+        (family, vocabulary.title)
+        for family, naming in namings.items()
+        for vocabulary in naming.vocabularies
+        if fits_vocabulary(keys, naming.modules_met(keys), vocabulary, naming)
+    )
+
+
+def _read_in_one_dialect(
+    files: Sequence[WeightedFile], found: Sequence[_File], family: str | None, allow_unmatched: bool
+) -> tuple[list[_File], str]:
+    """Files that name their keys in several ways, in the dialect of the first that has one.
+
+    Raises:
+        DiffSynthError: as `open_lora`; when they are of several components.
+    """
+    sources = [open_lora(open_lora_file(one.path), family, None, allow_unmatched) for one in files]
+    first = sources[0]
+    for source, one in zip(sources, files, strict=True):
+        if (source.facts, source.naming.component) != (first.facts, first.naming.component):
+            raise DiffSynthError(
+                f"`{one.path}` is a LoRA of {source.title}, `{files[0].path}` of {first.title}",
+                "name LoRAs of one model",
+            )
+    dialect = next((source.dialect for source in sources if source.dialect), "diffsynth")
     return [
-        Problem(
-            f"`{one.path}` names modules in another way ({', '.join(sorted(of_one.prefixes))}) than `{files[0].path}` "
-            f"({', '.join(sorted(first))})",
-            "bring them to one dialect with `diffsynth convert-lora`",
-        )
-        for one, of_one in zip(files, found, strict=True)
-        if not of_one.prefixes & first
-    ]
+        _in_dialect(number, one, of_one, source, dialect)
+        for number, (one, of_one, source) in enumerate(zip(files, found, sources, strict=True))
+    ], dialect
+
+
+def _in_dialect(number: int, one: WeightedFile, read: _File, source: LoraSource, dialect: str) -> _File:
+    """The same LoRAs by the names of modules in a dialect."""
+    modules = translate(source.loras, source.vocabulary, source.naming.vocabulary(dialect))
+    parts = {}
+    for name, lora in modules.items():
+        keys = stem_keys(name, dialect)
+        parts[name] = SumPart(number, lora), keys
+    return _File(read.header, parts, summarise(one, list(source.loras.values()), source.unmatched))
 
 
 def _module(
@@ -210,7 +272,7 @@ def _module(
                 f"({list(first.up_shape)} x {list(first.down_shape)})",
                 "name LoRAs of one model",
             )
-    rank = sum(part.part.rank for part in parts)
+    rank = sum(part.down_shape[0] for part in parts)
     if most is not None and rank > most:
         rank = min(most, first.up_shape[0], math.prod(first.down_shape[1:]))
     alpha = next((keys.alpha for _, keys in found if keys.alpha), None)

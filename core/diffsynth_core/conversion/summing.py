@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from safetensors import safe_open
 
-from diffsynth_core.adapters.lora import read_scaled_up
-from diffsynth_core.adapters.merge import Factors, Loss, add_factors, finite, truncate
+from diffsynth_core.adapters.changes import Factors, add_factors, finite, lora_factors
+from diffsynth_core.adapters.merge import Loss, truncate
 from diffsynth_core.conversion.merging import DTYPES, as_bytes
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.conversion.sum_plan import SummedModule, SumPlan, output_of
@@ -75,10 +75,8 @@ class _Summing:
     def _factors(self, module: SummedModule) -> Factors:
         changes = []
         for part in module.parts:
-            one, stream = self._plan.files[part.file], self._streams[part.file]
-            down = finite(stream.get_tensor(part.part.keys.down).float(), one.path, part.part.keys.down)
-            up = finite(read_scaled_up(stream, part.part), one.path, part.part.keys.up)
-            changes.append(Factors(down.flatten(1), up.flatten(1) * one.weight))
+            weight, stream = self._plan.files[part.file].weight, self._streams[part.file]
+            changes.append(lora_factors(part.lora, stream).scaled(weight))
         whole = add_factors(changes)
         if self._plan.rank is None:
             return whole

@@ -85,6 +85,9 @@ class ComponentFacts:
     `dialects`: for LoRA dialects that name modules otherwise: documented names -> those there, which may be of several
     modules; None: the dialect has no names for this component.
     `fused`: for LoRA dialects of whose modules one may be several documented ones: names there -> documented names.
+    `sides`: rows and columns of the weights of some of `modules`, in the same unit.
+    `blocks`: how a documented name begins -> how many blocks published models have at most.
+    `unread`: LoRA dialects whose names for `modules` no other program reads.
     `published`: for the `original` layout, where its names are not the documented ones: names there -> those of our
     module; None: there is no table of them.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
@@ -104,6 +107,9 @@ class ComponentFacts:
     modules: tuple[str, ...] = ()
     dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
     fused: Mapping[str, KeyMap] = field(default_factory=dict)
+    sides: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -119,7 +125,7 @@ class ComponentFacts:
     @property
     def lora_naming(self) -> LoraNaming:
         """How LoRA files name its modules."""
-        return LoraNaming(self.name, self.dialects, self.fused, self.modules)
+        return LoraNaming(self.name, self.dialects, self.fused, self.modules, self.sides, self.blocks)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,19 @@ def load_family(name: str) -> "Family":
     return family
 
 
+def unread_note(facts: FamilyFacts, dialect: str, option: str) -> str | None:
+    """What to know of a LoRA of the denoiser in a dialect that no other program reads; None where one does.
+
+    `option`: the one that names the dialect.
+    """
+    if dialect not in facts.component(facts.denoiser).unread:
+        return None
+    return (
+        f"no other program loads a LoRA of {facts.title} in the format `{dialect}`, only `diffsynth` does; "
+        f"`{option} kohya` is read by most"
+    )
+
+
 def family_of_model(model_id: str) -> FamilyFacts | None:
     """The family whose models a hub repository holds, told by its name."""
     return next(

@@ -1,5 +1,7 @@
 """LoRA files that a run starts from: the trained one's start, and the preset one merged into the base."""
 
+import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +11,51 @@ from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.families.interface import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.trained import check_component
-from diffsynth_core.state_dicts.lora_files import LoraFile, check_lora_file, read_lora_file
+from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.lora_files import ANOTHER, LoraFile, ranks_of, read_lora_file
+from diffsynth_core.state_dicts.lora_rows import group_by_down, loras_of
 
 
 @dataclass(frozen=True)
 class PresetLora:
-    """A LoRA that is merged into a component before training; `shapes`: of the component's weights by documented
-    module."""
+    """A LoRA that is merged into a component before training; `shapes`: of the component's tensors by documented
+    name."""
 
     component: str
     file: LoraFile
     shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def changes(self) -> str:
+        """What it changes, in words."""
+        modules, tensors = len(self.file.modules), len(self.file.tensors)
+        told = count_of(modules, "module") if modules or not tensors else ""
+        whole = f"{count_of(tensors, 'tensor')} by whole differences" if tensors else ""
+        return " and ".join(filter(None, (told, whole)))
+
+
+@dataclass(frozen=True)
+class LoraStart:
+    """The file that a LoRA starts from. `ranks`: those it has for modules that train; the run's is the highest.
+
+    `joined`: how many of these modules have several LoRAs there, of separate q, k, v, with an A of their own.
+    """
+
+    path: Path
+    ranks: Mapping[str, int]
+    joined: int
+
+    @property
+    def note(self) -> str:
+        """What a user should know of it."""
+        text = f"LoRA starts from `{self.path}`: {count_of(len(self.ranks), 'module')}"
+        if self.joined:
+            text += f"; at {self.joined} of them it has LoRAs of separate q, k, v, which become one of the sum of their ranks"
+        if len(set(self.ranks.values())) > 1:
+            counts = Counter(self.ranks.values())
+            listed = ", ".join(f"{rank} at {counts[rank]}" for rank in sorted(counts))
+            text += f"; ranks {listed}: the lower ones are filled up with fresh rows that change nothing at the start"
+        return text
 
 
 def check_lora_checkpoint(
@@ -29,20 +65,26 @@ def check_lora_checkpoint(
     found: FoundComponents,
     invalid: frozenset[str],
     problems: list[Problem],
-) -> None:
+) -> LoraStart | None:
     """Prove that `lora_checkpoint` has the start of a LoRA on `trained` modules; adds to `problems`.
 
     It may leave some of them out. What it has for other modules of the component is passed over.
     """
     path = parameters.lora_checkpoint
     if path is None or not _is_there(path, "lora_checkpoint", problems):
-        return
+        return None
+    naming = found.facts.component(component).lora_naming
+    shapes = _tensor_shapes(component, found)
     try:
-        naming = found.facts.component(component).lora_naming
-        ranks = check_lora_file(path, _module_shapes(component, found), naming)
+        way_out = _without_the_rest(path, component, found)
+        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
     except DiffSynthError as error:
         problems += error.problems
-        return
+        return None
+    if file.tensors:
+        problems.append(_differences_problem(path, component, file, way_out))
+        return None
+    ranks = ranks_of(file)
     if "lora_rank" not in invalid:
         problems += _rank_problems(path, {name: ranks[name] for name in ranks if name in trained}, parameters.lora_rank)
     if trained and not ranks.keys() & set(trained):
@@ -53,26 +95,44 @@ def check_lora_checkpoint(
                 wrong_use=True,
             )
         )
+    own = {name: rank for name, rank in ranks.items() if name in trained}
+    joined = sum(len(group_by_down(loras_of(file.modules[name]))) > 1 for name in own)
+    return LoraStart(path, own, joined)
+
+
+def _without_the_rest(path: Path, component: str, found: FoundComponents) -> str:
+    """What to do about keys that are not of the component: the command that leaves them out."""
+    if component != found.facts.denoiser:
+        return ANOTHER
+    output = path.with_name(f"{path.stem}-{component}{path.suffix}")
+    return (
+        f"name a LoRA of this model, or leave these keys out with `diffsynth convert-lora {shlex.quote(str(path))} "
+        f"--to diffsynth --family {found.facts.name} --allow_unmatched -o {shlex.quote(str(output))}`, and name that file"
+    )
+
+
+def _differences_problem(path: Path, component: str, file: LoraFile, way_out: str) -> Problem:
+    """The problem that a file changes tensors by whole differences, with which no LoRA can start."""
+    what = (
+        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by whole differences, which a LoRA cannot start "
+        f"from: {shorten(sorted(file.tensors))}"
+    )
+    merge = f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"
+    return Problem(what, f"{merge}, or {way_out.partition(', or ')[2]}" if file.modules else merge, wrong_use=True)
 
 
 def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Problem]:
-    """The problem that the trained modules have another rank in a file than asked for, or not all the same."""
+    """The problem that the trained modules have another rank in a file than asked for; the highest counts."""
     modules = {rank: sorted(name for name in ranks if ranks[name] == rank) for rank in sorted(set(ranks.values()))}
-    if not modules.keys() - {asked}:
+    if not modules or max(modules) == asked:
         return []
+    rank = max(modules)
     if len(modules) == 1:
-        (rank,) = modules
-        return [
-            Problem(f"`{path}` has rank {rank}, `lora_rank` is {asked}", f"give `--lora_rank {rank}`", wrong_use=True)
-        ]
-    listed = ", ".join(f"{rank} at `{names[0]}` ({len(names)} in all)" for rank, names in modules.items())
-    return [
-        Problem(
-            f"`{path}` has several ranks: {listed}; the LoRA that trains has one, {asked}",
-            "merge it into the base with `--preset_lora_path`, or name a LoRA of one rank",
-            wrong_use=True,
-        )
-    ]
+        what = f"`{path}` has rank {rank}, `lora_rank` is {asked}"
+    else:
+        listed = ", ".join(f"{rank} at `{names[0]}` ({len(names)} in all)" for rank, names in modules.items())
+        what = f"`{path}` has several ranks: {listed}; the LoRA that trains needs the highest, `lora_rank` is {asked}"
+    return [Problem(what, f"give `--lora_rank {rank}`", wrong_use=True)]
 
 
 def find_preset(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> PresetLora | None:
@@ -101,9 +161,11 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
             )
         )
         return None
-    shapes, naming = _module_shapes(component, found), found.facts.component(component).lora_naming
+    shapes, naming = _tensor_shapes(component, found), found.facts.component(component).lora_naming
+    way_out = _without_the_rest(path, component, found)
     try:
-        return PresetLora(component, read_lora_file(path, shapes, naming), shapes)
+        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
+        return PresetLora(component, file, shapes)
     except DiffSynthError as error:
         problems += error.problems
         return None
@@ -116,7 +178,11 @@ def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
     return True
 
 
-def _module_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of a component's modules, by their documented names."""
-    shapes = found.components[component].layout.documented_shapes(found.shapes[component])
+def _tensor_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
+    """Shapes of a component's tensors, by their documented names."""
+    return found.components[component].layout.documented_shapes(found.shapes[component])
+
+
+def _module_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Weight shapes of the modules among tensors."""
     return {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}

@@ -7,7 +7,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Layout
 from diffsynth_core.planning.components import FoundComponents
-from diffsynth_core.planning.lora_files import check_lora_checkpoint
+from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
 from diffsynth_core.state_dicts.lora_names import DIALECTS
@@ -21,6 +21,7 @@ class Training:
     which alone are trained of them.
     `lora_modules`: by their documented names.
     `left_out`: modules that the LoRA targets address and that no gradient can reach.
+    `start`: the file that the LoRA starts from.
     `passed_over`: modules of the kinds that receive LoRA, in blocks that the targets leave out.
     `lora_rule`: how the modules were chosen where the ends of their names were not given, as words.
     """
@@ -32,6 +33,7 @@ class Training:
     lora_rule: str | None = None
     passed_over: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    start: LoraStart | None = None
 
     @property
     def components(self) -> frozenset[str]:
@@ -67,12 +69,14 @@ def find_training(
         )
     _check_lora_options(parameters, found.facts, problems)
     problems += prefix_problems(parameters, found.facts)
-    targets = LoraTargets()
+    targets, start = LoraTargets(), None
     if lora_component and lora_component in found.shapes:
         if "lora_target_modules" not in invalid:
             targets = find_lora_targets(parameters, lora_component, found, problems)
-        check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
-    return Training(full, lora_component, targets.modules, targets.left_out, targets.rule, targets.passed_over, parts)
+        start = check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
+    return Training(
+        full, lora_component, targets.modules, targets.left_out, targets.rule, targets.passed_over, parts, start
+    )
 
 
 def _rounded(files: ComponentFiles) -> Problem:

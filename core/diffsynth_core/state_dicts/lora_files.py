@@ -1,64 +1,71 @@
-"""LoRA files against the base they are for, by headers and, where halves must be the same, by bytes. No torch."""
+"""LoRA files: what they hold, and whether it fits the base they are for, by headers and alphas. No torch."""
 
 import math
 import re
+import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
-from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
+from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json, read_json
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import FLOATING_POINT, Header, TensorHeader, read_header
-from diffsynth_core.state_dicts.key_maps import KeyMap, Rows
 from diffsynth_core.state_dicts.lora_names import (
     DIT,
+    PEFT_PREFIX,
     LoraKeys,
+    LoraMatch,
     LoraNaming,
     find_lora_keys,
+    is_difference_key,
     is_lora_key,
     refuse_other_adapters,
 )
-from diffsynth_core.state_dicts.values import read_bytes
+from diffsynth_core.state_dicts.lora_rows import (
+    ModuleLora,
+    Rows,
+    StoredDifference,
+    StoredLora,
+    StoredTensor,
+    joint_rank,
+    to_documented,
+)
 from diffsynth_core.state_dicts.weight_sets import Span
 
 ADAPTER_SETTINGS = "lora_adapter_metadata"
 """Where in the metadata of a header diffusers keeps the settings of peft, as JSON: `<prefix>.lora_alpha` and others."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file beside a LoRA in which peft keeps its settings."""
+PEFT_FILE = "adapter_model.safetensors"
+"""What peft calls the file that they are of."""
+NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+"""Formats in which a single number is stored, as `struct` knows them; bfloat16 is the upper half of float32."""
 
-
-@dataclass(frozen=True)
-class LoraPart:
-    """Where a file keeps one LoRA, and its rank.
-
-    `stated`: the scale that the file's metadata say; it counts where no alpha is stored.
-    `rows`: those of B that are this module's, where the file has it and others as one; None: all.
-    """
-
-    keys: LoraKeys
-    rank: int
-    stated: float = 1.0
-    rows: Rows | None = None
+WRITE_ANEW = "write the file anew"
+ANOTHER = "name a LoRA of this model"
 
 
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA file whose keys fit the base.
 
-    `names`: documented names -> those of the file's dialect.
-    `modules`: documented module -> name of a weight in the dialect, of the module or a part of it -> its LoRA.
+    `loras`: as the file has them. `modules`: documented module -> the LoRAs that change it, row by row.
+    `tensors`: documented tensor -> the whole differences that are added to it, row by row.
     `unmatched`: keys that fit no module, where that is allowed.
     """
 
     path: Path
-    names: KeyMap
-    modules: Mapping[str, Mapping[str, LoraPart]]
+    loras: tuple[StoredLora, ...]
+    modules: Mapping[str, ModuleLora]
+    tensors: Mapping[str, Rows[StoredDifference]] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> list[LoraPart]:
-        """Every LoRA of the file."""
-        return [part for parts in self.modules.values() for part in parts.values()]
+    def weights(self) -> frozenset[str]:
+        """Documented names of the tensors that it changes."""
+        return frozenset((*(f"{module}.weight" for module in self.modules), *self.tensors))
 
 
 def read_lora_file(
@@ -67,6 +74,8 @@ def read_lora_file(
     naming: LoraNaming = DIT,
     besides: Collection[str] = (),
     allow_unmatched: bool = False,
+    tensor_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    way_out: str = ANOTHER,
 ) -> LoraFile:
     """Prove that every key of a LoRA file finds a module of a fitting shape, without reading weights into memory.
 
@@ -74,19 +83,24 @@ def read_lora_file(
         module_shapes: weight shape of each module of the base component, by its documented name.
         besides: keys of the file that are no LoRA.
         allow_unmatched: keys that find no module are told in the result, as long as others do.
+        tensor_shapes: shape of each tensor of the base component, by documented name, where whole differences are
+            taken too.
+        way_out: the hint where some keys find a module and others none.
 
     Raises:
         DiffSynthError: when there is no key, one finds no module, a half is missing, a shape does not fit, or the file
             holds an adapter of another kind.
     """
     header = read_header(path)
-    dialect, modules, unmatched = fit_lora(path, header.tensors, module_shapes, naming, besides, allow_unmatched)
-    stated = stated_scales(path, header)
-    scaled = {
-        module: {name: replace(part, stated=stated(part.keys.down or "", part.rank)) for name, part in parts.items()}
-        for module, parts in modules.items()
-    }
-    return LoraFile(path, naming.names(dialect), scaled, tuple(unmatched))
+    match = fit_lora(path, header.tensors, module_shapes, naming, besides, allow_unmatched, tensor_shapes, way_out)
+    loras, differences = read_stored(path, header, match)
+    return LoraFile(
+        path,
+        tuple(loras.values()),
+        to_documented(loras, match.vocabulary),
+        to_documented(differences, match.vocabulary),
+        match.unmatched,
+    )
 
 
 def fit_lora(
@@ -96,62 +110,135 @@ def fit_lora(
     naming: LoraNaming = DIT,
     besides: Collection[str] = (),
     allow_unmatched: bool = False,
-) -> tuple[str, dict[str, dict[str, LoraPart]], list[str]]:
-    """The dialect of LoRA tensors, the modules they are for, and unmatched keys, as of `LoraFile`, by names and shapes.
+    tensor_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    way_out: str = ANOTHER,
+) -> LoraMatch:
+    """What the tensors of a LoRA file are of, by names and shapes.
 
     Raises:
         DiffSynthError: as `read_lora_file`.
     """
     keys = [name for name in tensors if name not in besides]
     refuse_other_adapters(origin, keys)
-    dialect, found, unmatched = find_lora_keys(keys, module_shapes, naming)
-    if not found or (unmatched and not allow_unmatched):
-        raise _unmatched(origin, keys, unmatched, module_shapes, naming)
-    names = naming.names(dialect)
-    modules: dict[str, dict[str, LoraPart]] = {}
-    for module, parts in found.items():
-        shapes = names.cut_shape(f"{module}.weight", module_shapes[module])
-        for part, keys_of_part in zip(shapes, parts, strict=True):
-            if keys_of_part == LoraKeys():
-                continue
-            whole, rows = shapes[part], None
-            if keys_of_part.fused:
-                whole, rows = _fused(module, keys_of_part.fused, naming.fused[dialect], module_shapes)
-            rank = _check_halves(origin, tensors, _told(module, part, len(parts)), keys_of_part, whole)
-            modules.setdefault(module, {})[part] = LoraPart(keys_of_part, rank, rows=rows)
-    return dialect, modules, unmatched
+    match = find_lora_keys(keys, module_shapes, naming, tensor_shapes or ())
+    if not (match.loras or match.differences) or (match.unmatched and not allow_unmatched):
+        raise _unmatched(origin, keys, match, module_shapes, naming, way_out)
+    shapes = {f"{module}.weight": shape for module, shape in module_shapes.items()} | dict(tensor_shapes or {})
+    for name, halves in match.loras.items():
+        check_halves(origin, tensors, _title(name, match), halves, match.vocabulary.shape(f"{name}.weight", shapes))
+    for name, key in match.differences.items():
+        _check_difference(origin, tensors[key], name, key, match.vocabulary.shape(name, shapes))
+    return match
 
 
-def _fused(
-    module: str, fused: str, names: KeyMap, module_shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[int, ...], Rows]:
-    """The shape of what a dialect has as one, and which of its rows are those of `module`."""
-    shapes = {part: module_shapes.get(part, ()) for part in names.ours(fused) or ()}
-    whole = names.join_shape(fused, shapes) if all(shapes.values()) else ()
-    return whole, names.cut_rows(fused, whole[0])[module] if whole else ()
+def _title(name: str, match: LoraMatch) -> str:
+    """The LoRA of a module, by its name in the file's vocabulary, as messages call it."""
+    wholes = match.vocabulary.documented(name)
+    if len(wholes) != 1:
+        return f"the LoRA of `{name}`"
+    text = f"the LoRA of `{wholes[0]}`"
+    return text if len(match.vocabulary.parts(wholes[0])) == 1 else f"{text} (its part `{name}`)"
 
 
-def stated_scales(path: Path, header: Header) -> Callable[[str, int], float]:
-    """Key of a lora_A and its rank -> its scale by the settings of peft in the metadata of the file; 1 without them."""
-    try:
-        settings = as_type(parse_json(header.metadata.get(ADAPTER_SETTINGS, "{}")), dict[str, Any])
-    except (InvalidJson, WrongType) as error:
-        raise _unreadable_settings(path, error) from error
+def read_stored(
+    path: Path, header: Header, match: LoraMatch
+) -> tuple[dict[str, StoredLora], dict[str, StoredDifference]]:
+    """The LoRAs of a file, and its whole differences, by their names in its vocabulary.
+
+    Raises:
+        DiffSynthError: when halves are missing or do not fit each other, or an alpha is missing or no finite number.
+    """
+    stated = stated_scales(path, header)
+    loras = {}
+    for name, keys in match.loras.items():
+        check_halves(path, header.tensors, f"the LoRA of `{name}`", keys)
+        loras[name] = _stored_lora(path, header, name, keys, stated)
+    differences = {
+        name: StoredDifference(name, stored_tensor(path, header, key)) for name, key in match.differences.items()
+    }
+    return loras, differences
+
+
+def stored_tensor(path: Path, header: Header, key: str) -> StoredTensor:
+    """Where a file keeps a tensor."""
+    tensor = header.tensors[key]
+    return StoredTensor(tensor.dtype, tensor.shape, Span(path, *header.spans[key]), key)
+
+
+def _stored_lora(path: Path, header: Header, module: str, keys: LoraKeys, stated: "Scales") -> StoredLora:
+    assert keys.down and keys.up
+    lora = StoredLora(module, stored_tensor(path, header, keys.down), stored_tensor(path, header, keys.up))
+    if keys.alpha:
+        alpha = read_number(path, header, keys.alpha)
+        if not math.isfinite(alpha):
+            raise DiffSynthError(f"`{path}`: `{keys.alpha}` is no finite number", WRITE_ANEW)
+        return replace(lora, alpha=alpha, alpha_origin="stored")
+    if stated.missing:
+        raise DiffSynthError(
+            f"`{path}`: {stated.missing}", f"put the `{ADAPTER_CONFIG}` of the same training beside it"
+        )
+    scale = stated.of(keys.down, lora.rank)
+    return lora if scale == 1 else replace(lora, alpha=scale * lora.rank, alpha_origin=stated.origin)
+
+
+# Scales
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a file says of the scales of LoRAs without an alpha of their own.
+
+    `of`: key of a lora_A and its rank -> its scale. `origin`: where that stands, in words.
+    `missing`: why they are unknown, as a clause; blank: they are known.
+    """
+
+    of: Callable[[str, int], float]
+    origin: str = ""
+    missing: str = ""
+
+
+def stated_scales(path: Path, header: Header) -> Scales:
+    """The scales by the settings of peft in the metadata of a file, or in the `adapter_config.json` beside it.
+
+    That file is read for what peft itself writes, told by the name of the file or the beginning of its keys.
+    """
+    if ADAPTER_SETTINGS in header.metadata:
+        what = f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read"
+        try:
+            settings = as_type(parse_json(header.metadata[ADAPTER_SETTINGS]), dict[str, Any])
+        except (InvalidJson, WrongType) as error:
+            raise DiffSynthError(f"{what}: {error}", WRITE_ANEW) from error
+        return Scales(_scales_by(settings, what), "in the metadata")
+    by_peft = any(PEFT_PREFIX in key for key in header.tensors if is_lora_key(key))
+    config = path.with_name(ADAPTER_CONFIG)
+    if (by_peft or path.name == PEFT_FILE) and config.is_file():
+        settings = read_json(config, dict[str, Any], WRITE_ANEW)
+        what = f"`{config}` does not hold the settings of a LoRA of peft"
+        return Scales(_scales_by(settings, what, by_peft=True), f"in `{ADAPTER_CONFIG}`")
+    missing = (
+        f"its keys begin with `{PEFT_PREFIX}`, as peft writes them, whose alphas are not in the file but in the "
+        f"`{ADAPTER_CONFIG}` beside it, which is missing"
+    )
+    return Scales(lambda down, rank: 1.0, missing=missing if by_peft else "")
+
+
+def _scales_by(settings: Mapping[str, Any], what: str, by_peft: bool = False) -> Callable[[str, int], float]:
+    """Scales by settings of peft, whose names stand behind the prefix of a component, if any.
+
+    `by_peft`: they are peft's own file, which must be that of a LoRA. `what`: the error where they say no scales.
+    """
     prefixes = [name.removesuffix("lora_alpha") for name in settings if name.endswith("lora_alpha")]
+    if by_peft and (not prefixes or settings.get("peft_type", "LORA") != "LORA"):
+        raise DiffSynthError(f"{what}: `peft_type` `LORA` and `lora_alpha`", WRITE_ANEW)
 
     def scale(down: str, rank: int) -> float:
         prefix = next((prefix for prefix in prefixes if down.startswith(prefix)), None)
         try:
             return 1.0 if prefix is None else _stated_scale(settings, prefix, down, rank)
         except (WrongType, re.error) as error:
-            raise _unreadable_settings(path, error) from error
+            raise DiffSynthError(f"{what}: {error}", WRITE_ANEW) from error
 
     return scale
-
-
-def _unreadable_settings(path: Path, error: Exception) -> DiffSynthError:
-    what = f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read: {error}"
-    return DiffSynthError(what, WRITE_ANEW)
 
 
 def _stated_scale(settings: Mapping[str, Any], prefix: str, down: str, rank: int) -> float:
@@ -169,104 +256,121 @@ def _stated_scale(settings: Mapping[str, Any], prefix: str, down: str, rank: int
     )
 
 
+def read_number(path: Path, header: Header, key: str) -> float:
+    """The value of a tensor of one element.
+
+    Raises:
+        DiffSynthError: when it is stored in a format that no program uses for it.
+    """
+    dtype, (begin, end) = header.tensors[key].dtype, header.spans[key]
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        data = stream.read(end - begin)
+    if dtype == "BF16":
+        dtype, data = "F32", b"\0\0" + data
+    if dtype not in NUMBERS:
+        raise DiffSynthError(f"`{path}`: `{key}` is stored as {dtype}, expected a float", WRITE_ANEW)
+    return float(struct.unpack(NUMBERS[dtype], data)[0])
+
+
+# Ranks
+
+
 def check_lora_file(
     path: Path, module_shapes: Mapping[str, tuple[int, ...]], naming: LoraNaming = DIT, besides: Collection[str] = ()
 ) -> dict[str, int]:
-    """As `read_lora_file`, and prove that the file has one LoRA of each module; returns rank by module.
+    """As `read_lora_file`; returns the rank of each documented module's one LoRA.
 
-    Where the dialect of the file has several parts of one module, all of them must be there and have the same lora_A:
-    else they are LoRAs of their own, of which one LoRA of this rank cannot be made.
+    Where the file has several LoRAs of one module, of separate q, k and v, the one that is all of them has their joint
+    rank.
     """
-    return check_whole(read_lora_file(path, module_shapes, naming, besides))
+    return ranks_of(read_lora_file(path, module_shapes, naming, besides))
 
 
-def check_whole(file: LoraFile) -> dict[str, int]:
-    """The rank of each module's one LoRA.
-
-    Raises:
-        DiffSynthError: when parts of a module are missing or have a lora_A each.
-    """
-    header = read_header(file.path)
-    ranks = {}
-    for module, parts in file.modules.items():
-        expected = file.names.ours(f"{module}.weight") or ()
-        for part in expected:
-            if part not in parts:
-                raise DiffSynthError(f"`{file.path}`: {_told(module, part, len(expected))} lacks a half", WRITE_ANEW)
-        if not _one_down(file.path, header, [part.keys for part in parts.values()]):
-            names = [part.removesuffix(".weight") for part in parts]
-            raise DiffSynthError(
-                f"`{file.path}`: {shorten(names)} have LoRAs of their own, with another lora_A each; `{module}`, "
-                f"which they are together, takes one LoRA of their rank",
-                "merge it into the base with `--preset_lora_path`, or make each one LoRA, of a higher rank, with "
-                "`diffsynth convert-lora --to diffsynth`",
-            )
-        ranks[module] = next(iter(parts.values())).rank
-    return ranks
+def ranks_of(file: LoraFile) -> dict[str, int]:
+    """The rank of each documented module's one LoRA."""
+    return {module: joint_rank(lora) for module, lora in file.modules.items()}
 
 
-WRITE_ANEW = "write the file anew"
-ANOTHER = "name a LoRA of this model"
+# What does not fit
 
 
 def _unmatched(
-    path: Path, keys: Sequence[str], unmatched: Sequence[str], modules: Collection[str], naming: LoraNaming
+    path: Path,
+    keys: Sequence[str],
+    match: LoraMatch,
+    modules: Collection[str],
+    naming: LoraNaming,
+    way_out: str,
 ) -> DiffSynthError:
     """Keys without a module; the full weights of a checkpoint that holds both are told as such."""
     if not keys:
         return DiffSynthError(f"`{path}` holds no LoRA", ANOTHER)
-    full = [name for name in unmatched if not is_lora_key(name)]
+    full = [name for name in match.unmatched if not is_lora_key(name) and not is_difference_key(name)]
     known = [name for name in full if name.startswith("pipe.") or name.removesuffix(".weight") in modules]
-    if known and len(full) == len(unmatched) < len(keys):
+    if known and len(full) == len(match.unmatched) < len(keys):
         components = {name.split(".")[1] if name.startswith("pipe.") else naming.component for name in full}
         return DiffSynthError(
             f"`{path}` holds {count_of(len(full), 'full weight')} of {', '.join(sorted(components))} beside the LoRA "
             f"of {naming.component}; only a LoRA is read here",
             "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`",
         )
+    if match.repeated:
+        return DiffSynthError(
+            f"`{path}` names {count_of(len(match.repeated), 'tensor')} twice, under different keys: "
+            f"{shorten(sorted(match.repeated))}",
+            WRITE_ANEW,
+        )
     return DiffSynthError(
-        f"`{path}`: {len(unmatched)} of {len(keys)} keys fit no module: {shorten(sorted(unmatched))}", ANOTHER
+        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys fit no module: {shorten(sorted(match.unmatched))}",
+        way_out if match.loras else ANOTHER,
     )
 
 
-def _told(module: str, part: str, parts: int) -> str:
-    """A module's LoRA, or that of one of its parts, as messages name it."""
-    name = f"the LoRA of `{module}`"
-    return name if parts == 1 else f"{name} (its part `{part.removesuffix('.weight')}`)"
+def check_halves(
+    origin: object,
+    tensors: Mapping[str, TensorHeader],
+    text: str,
+    keys: LoraKeys,
+    base: tuple[int, ...] | None = None,
+) -> None:
+    """Prove that one LoRA has both halves, and that they fit each other and the weight of shape `base`.
 
+    Args:
+        text: what messages call it.
 
-def _check_halves(
-    path: Path, tensors: Mapping[str, TensorHeader], text: str, keys: LoraKeys, base: tuple[int, ...]
-) -> int:
-    """The rank of one LoRA, whose halves must be there and fit the weight of shape `base`."""
+    Raises:
+        DiffSynthError: when they do not; when one is no floating-point tensor, or the alpha is not one number.
+    """
     if not keys.down or not keys.up:
-        raise DiffSynthError(f"`{path}`: {text} lacks a half", WRITE_ANEW)
-    down, up = tensors[keys.down].shape, tensors[keys.up].shape
-    rank = down[0] if down else 0
-    check_values(path, tensors, keys)
-    if not base or down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:])):
-        raise DiffSynthError(
-            f"`{path}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
-        )
-    if not rank:
-        raise DiffSynthError(f"`{path}`: {text} has the rank 0", WRITE_ANEW)
-    return rank
-
-
-def check_values(origin: object, tensors: Mapping[str, TensorHeader], keys: LoraKeys) -> None:
-    """Raises: DiffSynthError: when a half is in no floating-point format, or the alpha is not one number."""
-    for key in filter(None, (keys.down, keys.up)):
+        raise DiffSynthError(f"`{origin}`: {text} lacks a half", WRITE_ANEW)
+    for key in (keys.down, keys.up):
         if tensors[key].dtype not in FLOATING_POINT:
             raise DiffSynthError(f"`{origin}`: `{key}` is stored as {tensors[key].dtype}, expected a float", WRITE_ANEW)
     if keys.alpha and tensors[keys.alpha].shape not in ((), (1,)):
         raise DiffSynthError(f"`{origin}`: `{keys.alpha}` is not one number", WRITE_ANEW)
+    down, up = tensors[keys.down].shape, tensors[keys.up].shape
+    rank = down[0] if down else 0
+    if base is not None and (not base or down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:]))):
+        raise DiffSynthError(
+            f"`{origin}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
+        )
+    if base is not None and not rank:
+        raise DiffSynthError(f"`{origin}`: {text} has the rank 0", WRITE_ANEW)
+    sides = len(down)
+    if sides < 2 or not rank or not up or not up[0] or up[1:] != (rank, *[1] * (sides - 2)):
+        raise DiffSynthError(
+            f"`{origin}`: the halves of {text} do not fit each other: {list(up)} and {list(down)}", WRITE_ANEW
+        )
 
 
-def _one_down(path: Path, header: Header, parts: Sequence[LoraKeys]) -> bool:
-    """Whether the parts of a module have the same lora_A, bit for bit."""
-    downs = [part.down for part in parts if part.down]
-    if len(downs) == 1:
-        return True
-    if len({header.tensors[down] for down in downs}) > 1:
-        return False
-    return len({read_bytes(Span(path, *header.spans[down])) for down in downs}) == 1
+def _check_difference(origin: object, tensor: TensorHeader, name: str, key: str, base: tuple[int, ...]) -> None:
+    """Raises: DiffSynthError: when a whole difference is no floating-point tensor of the shape `base`."""
+    if tensor.dtype not in FLOATING_POINT:
+        raise DiffSynthError(f"`{origin}`: `{key}` is stored as {tensor.dtype}, expected a float", WRITE_ANEW)
+    if tensor.shape != base or not base:
+        raise DiffSynthError(
+            f"`{origin}`: `{key}` is {list(tensor.shape)}, which does not fit the tensor `{name}` {list(base)} that it "
+            "is added to",
+            ANOTHER,
+        )

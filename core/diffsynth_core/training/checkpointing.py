@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, under which names."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -105,6 +106,18 @@ def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
     if plan.training.lora_component:
         metadata |= {"lora_component": plan.training.lora_component, "lora_format": plan.parameters.lora_format}
     return metadata
+
+
+def how_to_use(plan: Plan, path: Path) -> str | None:
+    """The command that writes a checkpoint of the denoiser in the names that ComfyUI detects, where it has others."""
+    denoiser = plan.facts.denoiser
+    if denoiser not in plan.training.full:
+        return None
+    published = plan.facts.component(denoiser).published.get("original")
+    if published in (None, plan.components[denoiser].layout.in_checkpoints):
+        return None
+    output = path.with_name(f"{path.stem}-original")
+    return f"diffsynth split-ckpt {shlex.quote(str(path))} --layout original --output_path {shlex.quote(str(output))}"
 
 
 def write_checkpoint(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows, open_changes
+from diffsynth_core.adapters.changes import open_changes
+from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import PresetLora
@@ -44,15 +45,13 @@ def _load_merged(
             change = changes.of(name)
             if change is None:
                 return value
-            result, lost = merge_rows(value.flatten(1), change.up, change.down, kept, Workspace())
+            result, lost = merge_rows(value.reshape(value.shape[0], -1), change, kept, Workspace())
             loss.add(Loss(lost, change.squared_norm))
             return result.reshape(value.shape)
 
         masters = _masters(plan, preset.component)
         module = load_component(family, files, dtype, device, reporter, merged, masters)
-    reporter.info(
-        f"Preset LoRA `{preset.file.path}` merged into {len(preset.file.modules)} modules of {files.component}"
-    )
+    reporter.info(f"Preset LoRA `{preset.file.path}` merged into {preset.changes} of {files.component}")
     if loss.share > LOSS_WORTH_A_WARNING:
         reporter.warn(
             f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of what the preset LoRA adds to "

@@ -111,6 +111,19 @@ DIT = Chain(DIT_DOCUMENTED, DIT_ORIGINAL)
 DIT_MODULES = tuple(name for name in DIT_DOCUMENTED.rules if not name.endswith(".weight"))
 """Documented names of all modules of the transformer that are matrices."""
 
+DIT_SIDES = {
+    **{f"blocks.{{}}.norm1_{stream}.linear": (6, 1) for stream in "ab"},
+    **{f"blocks.{{}}.attn.{stream}_to_qkv": (3, 1) for stream in "ab"},
+    **{f"blocks.{{}}.ff_{stream}.0": (4, 1) for stream in "ab"},
+    **{f"blocks.{{}}.ff_{stream}.2": (1, 4) for stream in "ab"},
+    "single_blocks.{}.norm.linear": (3, 1),
+    "single_blocks.{}.to_qkv_mlp": (7, 1),
+    "single_blocks.{}.proj_out": (1, 5),
+}
+"""Rows and columns of weights, in widths of the transformer."""
+DIT_BLOCKS = {"blocks.": 19, "single_blocks.": 38}
+"""Blocks of the largest published transformer."""
+
 _RESIDUAL_BLOCK = ("norm1", "conv1", "norm2", "conv2")
 _UP_LEVELS = {3: 0, 2: 1, 1: 2, 0: 3}
 """The original numbers the decoder's levels from fine to coarse, diffusers from coarse to fine."""

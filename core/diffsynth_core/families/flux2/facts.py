@@ -98,6 +98,8 @@ FLUX2 = FamilyFacts(
             config_classes=("Flux2Transformer2DModel",),
             lora_targets=names.LORA_TARGETS,
             modules=names.DIT_MODULES,
+            sides=names.DIT_SIDES,
+            blocks=names.DIT_BLOCKS,
             fused={"comfyui": names.DIT_ORIGINAL, "kohya": names.DIT_ORIGINAL},
             published={"original": names.DIT_ORIGINAL},
         ),

@@ -63,6 +63,16 @@ modulation the original has the shift first, diffusers the scale."""
 DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names if not name.endswith(".weight"))
 """Documented names of all modules of the transformer that are matrices."""
 
+DIT_SIDES = {
+    **{f"transformer_blocks.{{}}.{half}.linear_in": (6, 1) for half in ("ff", "ff_context")},
+    **{f"transformer_blocks.{{}}.{half}.linear_out": (1, 3) for half in ("ff", "ff_context")},
+    "single_transformer_blocks.{}.attn.to_qkv_mlp_proj": (9, 1),
+    "single_transformer_blocks.{}.attn.to_out": (1, 4),
+}
+"""Rows and columns of weights, in widths of the transformer: its MLPs are three widths wide, twice where gated."""
+DIT_BLOCKS = {"transformer_blocks.": 8, "single_transformer_blocks.": 48}
+"""Blocks of the largest published transformer."""
+
 TEXT_LAYERS = (9, 18, 27)
 """The transformer reads what has passed through as many layers of Qwen3."""
 

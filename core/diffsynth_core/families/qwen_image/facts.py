@@ -4,7 +4,9 @@ from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, Stranger, TokenizerFacts
 from diffsynth_core.families.qwen_image.memory import MEMORY
 from diffsynth_core.families.qwen_image.names import (
+    DIT_BLOCKS,
     DIT_MODULES,
+    DIT_SIDES,
     LORA_TARGETS,
     TEXT_ENCODER_FILES,
     TEXT_ENCODER_PUBLISHED,
@@ -34,6 +36,8 @@ QWEN_IMAGE = FamilyFacts(
             config_classes=("QwenImageTransformer2DModel",),
             lora_targets=LORA_TARGETS,
             modules=DIT_MODULES,
+            sides=DIT_SIDES,
+            blocks=DIT_BLOCKS,
             untrainable=dead_modules,
             settings={"zero_cond_t": (EDIT_IMAGE,)},
         ),

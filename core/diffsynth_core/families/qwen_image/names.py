@@ -51,6 +51,18 @@ DIT_MODULES = (
 )
 """Documented names of all modules of the transformer that are matrices."""
 
+DIT_SIDES = {
+    "transformer_blocks.{}.img_mod.1": (6, 1),
+    "transformer_blocks.{}.txt_mod.1": (6, 1),
+    "transformer_blocks.{}.img_mlp.net.0.proj": (4, 1),
+    "transformer_blocks.{}.img_mlp.net.2": (1, 4),
+    "transformer_blocks.{}.txt_mlp.net.0.proj": (4, 1),
+    "transformer_blocks.{}.txt_mlp.net.2": (1, 4),
+}
+"""Rows and columns of weights, in widths of the transformer."""
+DIT_BLOCKS = {"transformer_blocks.": 60}
+"""Blocks of the largest published transformer."""
+
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 """Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
 

@@ -8,10 +8,13 @@ that of the one before, and B block-diagonal, so that ranks add.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.state_dicts.key_maps import KeyMap, count_rows
-from diffsynth_core.state_dicts.lora_names import LoraNaming
+from diffsynth_core.state_dicts.lora_names import Vocabulary
+from diffsynth_core.state_dicts.values import read_bytes
 from diffsynth_core.state_dicts.weight_sets import Span
 
 
@@ -22,19 +25,21 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     span: Span
+    key: str = ""
 
 
 @dataclass(frozen=True)
 class StoredLora:
     """One LoRA of a file: A `[rank, in, …]`, B `[out, rank, …]`, and its alpha where one is stored.
 
-    `module`: as the file's dialect calls it.
+    `module`: as the file's dialect calls it. `alpha_origin`: where the alpha stands, in words.
     """
 
     module: str
     down: StoredTensor
     up: StoredTensor
     alpha: float | None = None
+    alpha_origin: str = ""
 
     @property
     def rank(self) -> int:
@@ -45,45 +50,105 @@ class StoredLora:
         """What B A is multiplied with."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    @property
+    def rows(self) -> int:
+        """Of the weight that it changes."""
+        return self.up.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one of these rows."""
+        return self.down.shape[1:]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.up.span.path
+
 
 @dataclass(frozen=True)
-class RowSpan:
-    """Rows of B of a stored LoRA, from `begin` up to `end`; without one, as many rows of a weight that stay as they
-    are."""
+class StoredDifference:
+    """What a file adds to a tensor as a whole. `module`: the tensor, as the file's dialect calls it."""
 
-    lora: StoredLora | None
+    module: str
+    tensor: StoredTensor
+
+    @property
+    def rows(self) -> int:
+        return self.tensor.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.tensor.shape[1:]
+
+    @property
+    def path(self) -> Path:
+        return self.tensor.span.path
+
+
+S = TypeVar("S", StoredLora, StoredDifference)
+
+
+@dataclass(frozen=True)
+class RowSpan(Generic[S]):
+    """Rows of B of a stored LoRA (or of a stored difference), from `begin` up to `end`; without one, as many rows of a
+    weight that stay as they are."""
+
+    lora: S | None
     begin: int
     end: int
 
 
 ANOTHER_FAMILY = "give the right `--family`, or write the file anew"
 
-ModuleLora = tuple[RowSpan, ...]
-"""What changes a module's weight, row by row from the first to the last."""
+Rows = tuple[RowSpan[S], ...]
+"""What changes a weight, row by row from the first to the last."""
+ModuleLora = Rows[StoredLora]
 
 
-def whole(lora: StoredLora) -> ModuleLora:
-    """A stored LoRA as it is."""
-    return (RowSpan(lora, 0, lora.up.shape[0]),)
+def whole(stored: S) -> Rows[S]:
+    """A stored LoRA or difference as it is."""
+    return (RowSpan(stored, 0, stored.rows),)
 
 
-def translate(loras: Mapping[str, StoredLora], naming: LoraNaming, source: str, target: str) -> dict[str, ModuleLora]:
-    """LoRA of modules by their names in the dialect `source` -> of modules by their names in the dialect `target`.
+def translate(stored: Mapping[str, S], source: Vocabulary, target: Vocabulary) -> dict[str, Rows[S]]:
+    """LoRA (differences) of modules (tensors) by their names in one vocabulary -> by those in another.
 
     Raises:
-        DiffSynthError: when parts of what the other dialect has as one do not fit together.
+        DiffSynthError: when parts of what the other vocabulary has as one do not fit together.
     """
-    present = {name: whole(lora) for name, lora in loras.items()}
-    if source in naming.fused:
-        documented = _cut_all(present, naming.fused[source])
-    else:
-        documented = _join_all(present, naming.names(source))
-    if target in naming.fused:
-        return _join_all(documented, naming.fused[target])
-    return _cut_all(documented, naming.names(target))
+    documented = to_documented(stored, source)
+    return _join_all(documented, target.names) if target.fused else _cut_all(documented, target.names)
 
 
-def _cut_all(loras: Mapping[str, ModuleLora], names: KeyMap) -> dict[str, ModuleLora]:
+def to_documented(stored: Mapping[str, S], source: Vocabulary) -> dict[str, Rows[S]]:
+    """As `translate`, to the documented names."""
+    present = {name: whole(one) for name, one in stored.items()}
+    return _cut_all(present, source.names) if source.fused else _join_all(present, source.names)
+
+
+def loras_of(lora: ModuleLora) -> list[StoredLora]:
+    """The stored LoRAs that a module's is made of, each once."""
+    return list({id(span.lora): span.lora for span in lora if span.lora}.values())
+
+
+def group_by_down(loras: Iterable[StoredLora]) -> list[list[StoredLora]]:
+    """Those that have the same A, bit for bit, together: they stand in the same columns of B."""
+    present = list(loras)
+    if len(present) < 2:
+        return [present] if present else []
+    groups: dict[tuple[object, ...], list[StoredLora]] = {}
+    for lora in present:
+        groups.setdefault((lora.down.dtype, lora.down.shape, read_bytes(lora.down.span)), []).append(lora)
+    return list(groups.values())
+
+
+def joint_rank(lora: ModuleLora) -> int:
+    """The rank of one LoRA that is all of a module's: ranks of those with an A of their own add."""
+    return sum(group[0].rank for group in group_by_down(loras_of(lora)))
+
+
+def _cut_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
     """Of modules of theirs -> of ours, apart from parts that nothing changes."""
     found = {}
     for module, lora in loras.items():
@@ -101,7 +166,7 @@ def _cut_all(loras: Mapping[str, ModuleLora], names: KeyMap) -> dict[str, Module
     return found
 
 
-def _join_all(loras: Mapping[str, ModuleLora], names: KeyMap) -> dict[str, ModuleLora]:
+def _join_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
     """Of modules of ours -> of theirs, of which some parts may have none."""
     wholes = dict.fromkeys(filter(None, map(names.theirs, loras)))
     return {
@@ -109,23 +174,23 @@ def _join_all(loras: Mapping[str, ModuleLora], names: KeyMap) -> dict[str, Modul
     }
 
 
-def _join(name: str, parts: Mapping[str, ModuleLora], names: KeyMap) -> ModuleLora:
+def _join(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
     """The LoRA of one module of theirs."""
     shares = names.shares(name)
     known, lora = next(iter(parts.items()))
     total = Fraction(_count(lora)) / shares[known]
     rows = names.cut_rows(name, int(total))
-    sizes = {span.lora.down.shape[1:] for part in parts.values() for span in part if span.lora}
+    sizes = {span.lora.row_shape for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
         raise DiffSynthError(
             f"{_origin(parts.values())}: the LoRAs of {shorten(list(parts))}, which `{name}` is together, do "
             f"not fit each other: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
-            f"{', '.join(str(size[0]) for size in sorted(sizes))} columns",
+            f"{', '.join(str(*size[:1]) for size in sorted(sizes))} columns",
             ANOTHER_FAMILY,
         )
-    placed: list[tuple[int, RowSpan]] = []
+    placed: list[tuple[int, RowSpan[S]]] = []
     for own, spans in rows.items():
-        part, place = parts.get(own, (RowSpan(None, 0, count_rows(spans)),)), 0
+        part, place = parts.get(own, (RowSpan[S](None, 0, count_rows(spans)),)), 0
         for begin, end in spans:
             row = begin
             for span in _take(part, place, place + end - begin):
@@ -135,16 +200,16 @@ def _join(name: str, parts: Mapping[str, ModuleLora], names: KeyMap) -> ModuleLo
     return _merge(span for _, span in sorted(placed, key=lambda item: item[0]))
 
 
-def _origin(loras: Iterable[ModuleLora]) -> str:
+def _origin(loras: Iterable[Rows[Any]]) -> str:
     """The files that LoRAs come from."""
-    return shorten(sorted({str(span.lora.up.span.path) for lora in loras for span in lora if span.lora}))
+    return shorten(sorted({str(span.lora.path) for lora in loras for span in lora if span.lora}))
 
 
-def _count(lora: ModuleLora) -> int:
+def _count(lora: Rows[Any]) -> int:
     return sum(span.end - span.begin for span in lora)
 
 
-def _take(lora: ModuleLora, begin: int, end: int) -> list[RowSpan]:
+def _take(lora: Rows[S], begin: int, end: int) -> list[RowSpan[S]]:
     """The rows from `begin` up to `end` of the module."""
     taken, place = [], 0
     for span in lora:
@@ -155,9 +220,9 @@ def _take(lora: ModuleLora, begin: int, end: int) -> list[RowSpan]:
     return taken
 
 
-def _merge(spans: Iterable[RowSpan]) -> ModuleLora:
+def _merge(spans: Iterable[RowSpan[S]]) -> Rows[S]:
     """The same rows in as few spans as possible."""
-    merged: list[RowSpan] = []
+    merged: list[RowSpan[S]] = []
     for span in spans:
         last = merged[-1] if merged else None
         if last and last.lora is span.lora and (last.end == span.begin or span.lora is None):
