@@ -16,6 +16,7 @@ from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import TensorHeader, read_header
 from diffsynth_core.state_dicts.lora_files import read_stored
 from diffsynth_core.state_dicts.lora_names import (
+    LoraKeys,
     LoraMatch,
     LoraNaming,
     Vocabulary,
@@ -184,27 +185,37 @@ def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFac
 
 def _is_ruled_out(reading: _Reading, tensors: Mapping[str, TensorHeader]) -> bool:
     """Whether the sides of a weight, or the number of a block, are none of the family's."""
-    vocabulary, naming = reading.match.vocabulary, reading.naming
-    units = {name: (rows, columns) for name, (rows, columns) in naming.sides.items()}
-    for name, keys in reading.match.loras.items():
-        if any(
-            int(number) >= most
-            for start, most in naming.blocks.items()
-            for whole in vocabulary.documented(name)
-            if whole.startswith(start)
-            for number in _NUMBER.findall(whole.removeprefix(start))[:1]
-        ):
+    return any(
+        _is_beyond_the_last_block(whole, reading.naming)
+        for name in reading.match.loras
+        for whole in reading.match.vocabulary.documented(name)
+    ) or any(_has_other_sides(name, keys, reading, tensors) for name, keys in reading.match.loras.items())
+
+
+def _is_beyond_the_last_block(module: str, naming: LoraNaming) -> bool:
+    """Whether a documented module stands in a block that no published model has."""
+    for start, most in naming.blocks.items():
+        number = module.removeprefix(start).partition(".")[0]
+        if module.startswith(start) and number.isdigit() and int(number) >= most:
             return True
-        if not keys.down or not keys.up or len(vocabulary.documented(name)) != 1:
-            continue
-        (whole,) = vocabulary.documented(name)
-        expected = units.get(_NUMBER.sub("{}", whole, count=1))
-        down, up = tensors[keys.down].shape, tensors[keys.up].shape
-        if expected and len(vocabulary.parts(whole)) == 1 and len(down) == len(up) == 2:
-            rows, columns = expected
-            if up[0] * columns != down[1] * rows:
-                return True
     return False
+
+
+def _has_other_sides(name: str, keys: LoraKeys, reading: _Reading, tensors: Mapping[str, TensorHeader]) -> bool:
+    """Whether rows and columns of a weight stand in another relation than in the family; False where it is not known.
+
+    Parts of a module tell nothing, and neither does what is several modules together.
+    """
+    vocabulary = reading.match.vocabulary
+    wholes = vocabulary.documented(name)
+    if len(wholes) != 1 or len(vocabulary.parts(wholes[0])) != 1 or not keys.down or not keys.up:
+        return False
+    expected = reading.naming.sides.get(_NUMBER.sub("{}", wholes[0], count=1))
+    down, up = tensors[keys.down].shape, tensors[keys.up].shape
+    if expected is None or len(down) != 2 or len(up) != 2:
+        return False
+    rows, columns = expected
+    return up[0] * columns != down[1] * rows
 
 
 def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
