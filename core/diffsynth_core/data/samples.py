@@ -334,7 +334,7 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
         yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {shorten(profiles, 3)}"
     doubts = [one.doubt for one in colours if one.doubt]
     if doubts:
-        yield f"{len(doubts)} {of_all} are taken as sRGB though they may not be, such as one of which {doubts[0]}"
+        yield f"the colours of {len(doubts)} {of_all} are taken as sRGB (of the first: {doubts[0]})"
 
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
