@@ -302,7 +302,9 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
             problems.append(Problem(f"`{base / captions[0]}` cannot be read: {error.strerror}", "let it be read"))
     raise_if_any(problems)
     origin = f"{base} (captions beside the files)"
-    return Metadata(origin, (media_column, text_column), tuple(rows), folder_notes(folder), beside=True)
+    unused = unused_metadata(base, None)
+    notes = (*([unused.message] if unused else []), *folder_notes(folder))
+    return Metadata(origin, (media_column, text_column), tuple(rows), notes, beside=True)
 
 
 def _folder_problems(

@@ -194,7 +194,9 @@ def is_transparent(picture: Image.Image) -> bool:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB of any mode, in sRGB: transparency composed on white, 16 bits scaled to 8, the colour profile applied."""
-    profile = picture.info["icc_profile"] if colours_of(picture).profile else None
+    profile = picture.info.get("icc_profile")
+    if profile and not colours_of(picture).profile:
+        profile = None
     if picture.mode.startswith("I"):
         picture = _to_eight_bits(picture)
     if picture.mode == "F":
