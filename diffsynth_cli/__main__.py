@@ -6,9 +6,17 @@ from typing import NoReturn
 
 from diffsynth_cli import REPORTS, STOPPED
 
+ON_WINDOWS = """\
+error: diffsynth does not run on Windows itself
+  hint: run it in WSL2: `wsl --install`, then install diffsynth in the Linux that this opens
+"""
+
 
 def run() -> int:
     """As `diffsynth_cli.main.main`, whose import is part of what can be stopped."""
+    if sys.platform == "win32":  # before the engine is imported, which needs locks and signals that Windows lacks
+        sys.stderr.write(ON_WINDOWS)
+        return 1
     try:
         from diffsynth_cli.main import main
         from diffsynth_cli.streams import open_closed_descriptors

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from diffsynth_cli.printing import echo_line, printable, printable_message
 from diffsynth_cli.ranks import log_line, report_log
 from diffsynth_cli.wrapping import wrap_line
 from diffsynth_core.files import LineFile
@@ -51,8 +51,8 @@ class ConsoleReporter:
         self._changing = threading.Lock()
 
     def info(self, message: str) -> None:
-        shown = wrap_line(message, self.console.width if self.console.is_terminal else None)
-        self.console.print(shown, markup=False, soft_wrap=True)
+        shown = wrap_line(printable_message(message), self.console.width if self.console.is_terminal else None)
+        self.console.print(Text(shown), soft_wrap=True)
         self.keep(message)
 
     def warn(self, message: str) -> None:
@@ -61,7 +61,7 @@ class ConsoleReporter:
 
     def _show_warning(self, message: str) -> None:
         # In one piece: bars that are shown would be drawn over a line that has not ended.
-        self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+        self.console.print(Text.assemble(("warning: ", "yellow"), printable_message(message)), soft_wrap=True)
 
     def log_to(self, path: Path) -> None:
         self.close()
@@ -82,7 +82,7 @@ class ConsoleReporter:
 
     def result(self, line: str) -> None:
         """Print a line of the results on stdout."""
-        typer.echo(line)
+        echo_line(line)
         self.keep(line)
 
     def keep(self, message: str) -> None:
@@ -139,11 +139,11 @@ class ConsoleReporter:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *([BarColumn(bar_width=12)] if console.width >= BAR_COLUMNS else []),
-        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[count]}", markup=False),
         TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[fields]}"),
+        TextColumn("{task.fields[fields]}", markup=False),
         TextColumn("{task.fields[left]}"),
         console=console,
     )
@@ -182,7 +182,9 @@ class _Bar:
         self._lines = lines
         self._progress, self._total, self._unit, self._done, self._rate = progress, total, unit, done, _Rate()
         count = _count(done, total, unit, "/")
-        self._task = progress.add_task(label, total=total, completed=done, count=count, rate="", fields="", left="")
+        self._task = progress.add_task(
+            printable(label), total=total, completed=done, count=count, rate="", fields="", left=""
+        )
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         self._done += amount
@@ -194,7 +196,7 @@ class _Bar:
             count=_count(self._done, self._total, self._unit, "/"),
             rate=_speed(rate, self._unit),
             left=f"ETA {_time_left(self._total - self._done, rate)}",
-            fields="  ".join(f"{name} {value}" for name, value in fields.items()),
+            fields=printable("  ".join(f"{name} {value}" for name, value in fields.items())),
         )
 
     def leave(self) -> None:

@@ -1,6 +1,5 @@
 """The report of a dataset as tables for people: the worst first, grouped by code, a few findings of each."""
 
-import re
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -9,14 +8,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from diffsynth_cli.printing import printable
 from diffsynth_core.progress import count_of
 from diffsynth_core.validation.findings import CODES, Finding, Level, Report, Summary
 
 SHOWN_OF_A_CODE = 5
 STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 ROW_WIDTH = 7
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What would steer the terminal, or could not be written to it."""
 
 
 def report_tables(report: Report) -> Iterator[Group | Padding | Text]:
@@ -58,11 +56,6 @@ def _hint(text: str) -> Text:
 def _without_row(finding: Finding) -> str:
     """The message, whose row stands beside it."""
     return finding.message.removeprefix(f"row {finding.row}: ")
-
-
-def printable(text: str) -> str:
-    """A text whose control characters and half characters are spelled out."""
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _sum(summary: Summary) -> Iterator[str]:

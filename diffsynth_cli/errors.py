@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import typer
 from pydantic import ValidationError
 
+from diffsynth_cli.printing import echo, echo_styled, printable
 from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem
 from diffsynth_core.files import default_cache_path
 
@@ -38,11 +38,11 @@ class Ending:
     def tell(self) -> None:
         """Print it on stderr."""
         if self.sentence:
-            typer.echo(self.sentence, err=True)
+            echo(self.sentence, err=True)
         for problem in self.problems:
             print_problem(problem)
         if len(self.problems) > 1:
-            typer.echo(f"{len(self.problems)} problems", err=True)
+            echo(f"{len(self.problems)} problems", err=True)
 
 
 def exit_code_of(error: Exception) -> int:
@@ -71,7 +71,7 @@ def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
         what = f"the system forbids to open `{error.filename}`: {error.strerror}"
         return Ending(EXIT_FAILED, (Problem(what, "change its permissions, or leave it out"),))
     path = _write_traceback(error)
-    what = f"internal error: {type(error).__name__}: {error}"
+    what = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
     return Ending(EXIT_FAILED, (Problem(what, f"this is a fault of diffsynth; its traceback is in `{path}`"),))
 
 
@@ -121,11 +121,11 @@ def lines_for_log(error: BaseException) -> Iterator[str]:
 def print_problem(problem: Problem) -> None:
     """One problem on stderr: `error: …`, and `hint: …` below it."""
     colours = "NO_COLOR" not in os.environ
-    typer.secho("error: ", fg="red" if colours else None, bold=colours, nl=False, err=True)
-    typer.echo(problem.message, err=True)
+    echo_styled("error: ", "red" if colours else None, bold=colours, newline=False, err=True)
+    echo(printable(problem.message), err=True)
     if problem.hint:
-        typer.secho("  hint: ", fg="cyan" if colours else None, nl=False, err=True)
-        typer.echo(problem.hint, err=True)
+        echo_styled("  hint: ", "cyan" if colours else None, newline=False, err=True)
+        echo(printable(problem.hint), err=True)
 
 
 def _write_traceback(error: Exception) -> Path:

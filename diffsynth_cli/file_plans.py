@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffsynth_cli.printing import echo, printable
 from diffsynth_core.progress import count_of, format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
             write_outputs(plan.outputs, plan.inputs, reporter, overwrite)
     for note in plan.notes:
         reporter.info(note)
-    typer.echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else files_table(plan))
+    echo(_as_json(plan, not dry_run) if output_format is PlanFormat.JSON else files_table(plan))
     if output_format is PlanFormat.TABLE:
         reporter.info(total_line(plan, dry_run))
 
@@ -65,7 +66,7 @@ def files_table(plan: "FilePlan") -> str:
     for output in plan.outputs:
         file = tensors.get(output.path)
         what = count_of(len(file.tensors), "tensor") if file else "index"
-        rows.append((str(output.path), what, format_bytes(plan.sizes[output.path])))
+        rows.append((printable(str(output.path)), what, format_bytes(plan.sizes[output.path])))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)
 

@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
-import typer
 
 from diffsynth_cli import REPORTS, ranks
 from diffsynth_cli.errors import Ending
+from diffsynth_cli.printing import echo
 from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
@@ -195,7 +195,7 @@ def _handing_on(launcher: "subprocess.Popen[bytes]", reports: Path) -> Iterator[
     def hand_on(number: int, frame: object) -> None:
         came.append(number)
         if len(came) == 1:
-            typer.echo(FINISHING, err=True)
+            echo(FINISHING, err=True)
         processes = {process.pid: process for process in ranks.alive(reports)}
         with suppress(psutil.Error):
             processes |= {process.pid: process for process in psutil.Process(launcher.pid).children()}

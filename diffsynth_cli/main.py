@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from diffsynth_cli import REPORTS, STOPPED
+from diffsynth_cli.printing import echo
 from diffsynth_cli.streams import guarded_streams
 
 GROUPS = ("dataset", "recipe")
@@ -49,7 +50,7 @@ def build_app(named: str | None) -> typer.Typer:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"diffsynth {version('diffsynth-cli')}")
+        echo(f"diffsynth {version('diffsynth-cli')}")
         raise typer.Exit()
 
 
@@ -82,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         outcome = STOPPED
     if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
-        typer.echo("Interrupted", err=True)
+        echo("Interrupted", err=True)
     return outcome if isinstance(outcome, int) else 0
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table, total_line
+from diffsynth_cli.printing import echo, printable
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
@@ -127,9 +126,11 @@ def _tell(
     if how.output_format is PlanFormat.JSON:
         loras = [_described(summary, loss) for summary, loss in _with_losses(summaries, losses)]
         content = {"written": not how.dry_run, **facts, "loras": loras, "outputs": _outputs(written)}
-        typer.echo(json.dumps(content, indent=2))
+        echo(json.dumps(content, indent=2))
         return
-    typer.echo("\n".join([*lines, "", *_lora_table(summaries, losses), "", files_table(written)]))
+    for line in (*lines, "", *_lora_table(summaries, losses), ""):
+        echo(printable(line))
+    echo(files_table(written))
     reporter.info(total_line(written, how.dry_run))
 
 

@@ -19,6 +19,7 @@ import psutil
 
 from diffsynth_cli import REPORTS
 from diffsynth_cli.errors import Ending
+from diffsynth_cli.printing import printable_text
 from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Problem
 from diffsynth_core.files import LineFile
 from diffsynth_core.processes import LOOK_SECONDS, watch_parent
@@ -179,7 +180,7 @@ def keep_in_log(ending: Ending, reports: Path) -> None:
 
 def log_line(message: str) -> str:
     """A message as the log of a run has it."""
-    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}"
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {printable_text(message)}"
 
 
 def alive(reports: Path) -> list[psutil.Process]:

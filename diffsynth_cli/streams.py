@@ -5,6 +5,7 @@ written is the failure of a command whose purpose is that data.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -95,6 +96,9 @@ def _cannot_write(error: OSError) -> DiffSynthError:
 def guarded_streams() -> Iterator[None]:
     """While the block runs, stdout and stderr fail as this module says."""
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):  # of a terminal in another encoding, which lacks some characters
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout = DataStream(before[0]) if before[0] else before[0]
     sys.stderr = MessageStream(before[1]) if before[1] else before[1]
     try:

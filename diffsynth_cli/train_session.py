@@ -18,6 +18,7 @@ from diffsynth_cli.downloading import bring_files
 from diffsynth_cli.errors import exit_code_of, lines_for_log
 from diffsynth_cli.estimate_text import Estimate, estimate_lines, make_estimate, trial_lines, verdict_lines
 from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
 from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.wrapping import terminal_width, wrap_line
@@ -140,7 +141,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
         estimated = estimate_lines(plan, estimates[stage]) if stage in estimates else ()
         announced = _announcement(stage, plan, reporter, stage in estimates)
         for line in (*announced, *parameter_lines(plan), *estimated):
-            typer.echo(wrap_line(line, width))
+            echo_line(wrap_line(line, width))
     for stage, estimate in estimates.items():
         _tell_verdict(stage, estimate, width)
     return code
@@ -151,11 +152,11 @@ def _tell_verdict(stage: str | None, estimate: Estimate, width: int | None) -> N
     if estimate.fit is None:
         return
     verdict, *flags = verdict_lines(estimate.fit, stage)
-    typer.echo()
+    echo()
     colour = None if "NO_COLOR" in os.environ else typer.colors.GREEN if estimate.fit.as_it_is else typer.colors.RED
-    typer.secho(wrap_line(verdict, width), fg=colour, bold=True if colour else None)
+    echo_styled(wrap_line(verdict, width), colour, bold=True if colour else None)
     for line in flags:
-        typer.echo(line)
+        echo(line)
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
@@ -241,9 +242,9 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
     real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
     if drew:
         real["dataset_base_path"] = f"YOUR_{drew.upper()}"
-    typer.echo("The real run:")
+    echo("The real run:")
     line = command_line(real, f"{_own_command()} train", overriding=True)
-    typer.echo(f"  {line}".replace("\n", "\n  "))
+    echo(f"  {line}".replace("\n", "\n  "))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffsynth_cli.options import SPELLINGS, complete_recipe
+from diffsynth_cli.printing import echo
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.progress import count_of, format_bytes
@@ -170,7 +171,7 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
             text.encode()
         except UnicodeEncodeError:  # half a character, which JSON can only hold spelled out
             text = json.dumps(report.as_plain(), indent=2)
-        typer.echo(text)
+        echo(text)
         return
     from rich.console import Console
 

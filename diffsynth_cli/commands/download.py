@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffsynth_cli.options import SPELLINGS, complete_recipe
+from diffsynth_cli.printing import echo, printable
 from diffsynth_cli.wrapping import help_with_examples
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
     from diffsynth_core.sources.download import list_download
 
     plan = list_download(request.wanted, request.base, source, ConsoleReporter(), verify)
-    typer.echo(json.dumps(plan_as_data(plan), indent=2) if as_json else "\n".join(plan_lines(plan)))
+    echo(json.dumps(plan_as_data(plan), indent=2) if as_json else "\n".join(map(printable, plan_lines(plan))))
     plan.check_disk()
     return 0
 
@@ -109,14 +110,14 @@ def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json
 
     def tell(plan: "DownloadPlan") -> None:
         if as_json:
-            typer.echo(json.dumps(plan_as_data(plan), indent=2))
+            echo(json.dumps(plan_as_data(plan), indent=2))
         else:
             for line in plan_lines(plan):
                 reporter.info(line)
 
     plan = download(request.wanted, request.base, source, reporter, tell, verify)
     if not as_json:
-        typer.echo(result_line(plan))
+        echo(result_line(plan))
     return 0
 
 
@@ -132,8 +133,8 @@ def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
             for item in request.wanted
             if not item.optional
         ]
-        typer.echo(json.dumps({"base": str(request.base), "wanted": shown}, indent=2))
+        echo(json.dumps({"base": str(request.base), "wanted": shown}, indent=2))
     raise_if_any(offline_problems(request))
     if not as_json:
-        typer.echo(f"All is here, as far as names tell, below `{request.base}`")
+        echo(f"All is here, as far as names tell, below `{request.base}`")
     return 0

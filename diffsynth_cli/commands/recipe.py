@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from diffsynth_cli.options import complete_recipe
+from diffsynth_cli.printing import echo
 from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
@@ -49,7 +50,7 @@ def list_recipes(
     """Print a line for each recipe."""
     recipes = [load_recipe(name) for name in recipe_names()]
     if output_format is ListFormat.JSON:
-        typer.echo(
+        echo(
             json.dumps(
                 [
                     {"name": recipe.name, "family": recipe.family, "description": recipe.description}
@@ -61,7 +62,7 @@ def list_recipes(
         return
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
-        typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
+        echo(f"{recipe.name:<{width}}  {recipe.description}")
 
 
 def show_recipe(
@@ -77,7 +78,7 @@ def show_recipe(
     values = {resolved.stage or "": documented_values(resolved.parameters) for resolved in stages}
     if output_format is ShowFormat.FLAGS:
         for stage, parameters in values.items():
-            typer.echo(_comment(stage, recipe.stages.get(stage, "")) + command_line(parameters))
+            echo(_comment(stage, recipe.stages.get(stage, "")) + command_line(parameters))
         return
     content: dict[str, Any] = {"name": recipe.name, "description": recipe.description, "family": recipe.family}
     if recipe.stages:
@@ -87,7 +88,7 @@ def show_recipe(
         }
     else:
         content["parameters"] = values[""]
-    typer.echo(json.dumps(content, indent=2) if output_format is ShowFormat.JSON else _as_yaml(content))
+    echo(json.dumps(content, indent=2) if output_format is ShowFormat.JSON else _as_yaml(content))
 
 
 def _comment(stage: str, description: str) -> str:
@@ -99,7 +100,7 @@ def _comment(stage: str, description: str) -> str:
 
 def print_schema() -> None:
     """Print the JSON schema of recipes and config files, for editors."""
-    typer.echo(json.dumps(recipe_schema(), indent=2))
+    echo(json.dumps(recipe_schema(), indent=2))
 
 
 def _as_yaml(content: dict[str, Any]) -> str:
