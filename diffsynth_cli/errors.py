@@ -1,5 +1,6 @@
 """Errors as the user sees them."""
 
+import errno
 import os
 import tempfile
 import traceback
@@ -11,8 +12,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diffsynth_cli.printing import echo, echo_styled, printable
-from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem
+from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem, beginning
 from diffsynth_core.files import default_cache_path
+
+SHOWN_OF_A_NAME = 200
+HINTS_FOR_FILES = {
+    errno.ENAMETOOLONG: "name something shorter",
+    errno.ENOENT: "it was there before, or is expected there; put it back and give the command again",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.ELOOP: "correct the links on the way to it",
+}
+"""What to do about an error of the system that names a file."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,8 @@ def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
         return Ending(EXIT_WRONG_USE, sentence=str(usage()))
     if callable(usage):
         return Ending(EXIT_WRONG_USE, (_usage_problem(error, str(usage()).rstrip("."), command),))
-    if isinstance(error, PermissionError) and error.filename:
-        what = f"the system forbids to open `{error.filename}`: {error.strerror}"
-        return Ending(EXIT_FAILED, (Problem(what, "change its permissions, or leave it out"),))
+    if isinstance(error, OSError) and (error.filename or error.errno in HINTS_FOR_FILES):
+        return Ending(EXIT_FAILED, (_file_problem(error),))
     path = _write_traceback(error)
     what = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
     return Ending(EXIT_FAILED, (Problem(what, f"this is a fault of diffsynth; its traceback is in `{path}`"),))
@@ -101,6 +111,18 @@ def _usage_problem(error: Exception, message: str, command: str) -> Problem:
     context = getattr(error, "ctx", None)
     help_of = context.command_path if context else command
     return Problem(message.replace("Value error, ", ""), f"`{help_of} --help` lists what there is")
+
+
+def _file_problem(error: OSError) -> Problem:
+    """What the system says of a file, where no command knows better: it was deleted or locked while that ran, its name
+    is too long, its disk is gone."""
+    name = error.filename.decode("utf-8", "surrogateescape") if isinstance(error.filename, bytes) else error.filename
+    if isinstance(error, PermissionError):
+        what = f"the system forbids to open `{name}`: {error.strerror}"
+        return Problem(what, "change its permissions, or leave it out")
+    where = f"cannot access `{beginning(str(name), SHOWN_OF_A_NAME)}`" if name else "cannot write a file"
+    what = f"{where}: {error.strerror}"
+    return Problem(what, HINTS_FOR_FILES.get(error.errno or 0, "check that place and the disk it is on"))
 
 
 def _interruption(error: Interrupted) -> str:

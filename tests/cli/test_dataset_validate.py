@@ -197,7 +197,7 @@ def test_json_that_python_does_not_read(cli, dataset, text, fault):
     path.write_text(text)
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
     (finding,) = [one for one in json.loads(outcome.out)["findings"] if one["level"] == "error"]
-    assert (outcome.code, finding["code"], finding["message"]) == (1, "PARSE_ERROR", f"`{path}` line 1: {fault}")
+    assert (outcome.code, finding["code"], finding["message"]) == (1, "PARSE_ERROR", f"`{path}`: {fault}")
 
 
 def test_a_caption_and_a_folder_that_may_not_be_read(cli, dataset, monkeypatch):

@@ -41,9 +41,11 @@ def _reject_bool(value: object) -> object:
 
 
 def _reject_empty(value: object) -> object:
-    """An empty text names no file; pathlib takes it for the working folder."""
+    """An empty text names no file; pathlib takes it for the working folder. No name of a file holds a NUL."""
     if value == "":
         raise ValueError("is empty")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("holds a NUL, which no name of a file can")
     return value
 
 
@@ -92,6 +94,10 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
     return [group[0] if len(group) == 1 else list(group) for group in groups]
 
 
+LARGEST_INTEGER = 2**31 - 1
+"""Of every setting that has no bound of its own: what is computed from several of them stays countable."""
+LARGEST_RATE = 1000.0
+"""Of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
 FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
@@ -166,6 +172,8 @@ def _setting(
         "compared": compared,
         "family_defaults": dict(family_defaults or {}),
     }
+    if type_name == "int":
+        constraints.setdefault("le", LARGEST_INTEGER)
     return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
 
 
@@ -391,6 +399,7 @@ class Parameters(BaseModel):
         families=("wan",),
         documented=False,
         ge=0.1,
+        le=1000,
     )
     clip_start: Literal["first", "middle", "random"] = _setting(
         "first",
@@ -451,6 +460,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="course",
         ge=0,
+        le=LARGEST_RATE,
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _setting(
         "constant",
@@ -498,7 +508,7 @@ class Parameters(BaseModel):
         changes="nothing",
     )
     weight_decay: Number = _setting(
-        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0
+        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=LARGEST_RATE
     )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"
