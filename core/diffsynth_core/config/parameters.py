@@ -94,8 +94,8 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
     return [group[0] if len(group) == 1 else list(group) for group in groups]
 
 
-LARGEST_INTEGER = 2**31 - 1
-"""Of every setting that has no bound of its own: what is computed from several of them stays countable."""
+LARGEST_INTEGER = 2**53
+"""Of every setting that has no bound of its own: up to here a float, as JSON and other programs read it, is exact."""
 LARGEST_RATE = 1000.0
 """Of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
