@@ -110,7 +110,7 @@ def test_wrong_values_fall_back_to_the_default_and_are_told_once_each(config):
         ("mixed_precision", "fp8", "`mixed_precision` takes one of no, bf16, fp16, got `fp8` (`--mixed_precision`)"),
         ("find_unused_parameters", "maybe", "`find_unused_parameters` takes true or false, got `maybe` (`--find_unused_parameters`)"),
         ("model_paths", "a.safetensors", "`model_paths` takes a JSON list of paths, or of lists of shard paths, got `a.safetensors` (`--model_paths`)"),
-        ("learning_rate", "inf", "`learning_rate` takes a number, got `inf` (`--learning_rate`)"),
+        ("learning_rate", "inf", "`learning_rate` takes a number of at most 1e+30, got `inf` (`--learning_rate`)"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_says_what_is_taken_what_is_there_and_where(name, value, message):

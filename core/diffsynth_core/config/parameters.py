@@ -96,7 +96,7 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
 
 LARGEST_INTEGER = 2**53
 """Of every setting that has no bound of its own: up to here a float, as JSON and other programs read it, is exact."""
-LARGEST_RATE = 1000.0
+LARGEST_RATE = 1e30
 """Of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
