@@ -10,13 +10,16 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffsynth_cli import launching
 from diffsynth_cli.main import main
+from diffsynth_core.checkpoints.run_folder import claim_folder
 from tests.conftest import ENTRIES
+from tests.killing import TrainingRun, steps_done
 
 RECIPES = {
     "qwen-image-lora": (),
@@ -144,3 +147,75 @@ def test_what_is_wrong_is_told_before_anything_is_launched(cli, photographs, mon
     outcome = cli("train", *COMMON, *QWEN, *arguments)
     assert outcome.code == 2
     assert outcome.err.count("error: ") == 1 and "no module of dit ends with `to_x`" in outcome.err
+
+
+VICTIMS = ("outer", "launcher", "rank 0", "rank 1")
+KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "0"))
+"""How often each of them is killed; where nothing is said, the last two once."""
+ALL_GONE_SECONDS = 30
+SENTENCES = {
+    "outer": "Interrupted after step {step} of 1000000; the run is saved in `out`; continue with `--resume auto`",
+    "launcher": "error: the launcher of the processes was killed (signal 9); continue with `--resume auto`",
+    "rank 0": "error: process 1 of 2 was killed (signal 9); continue with `--resume auto`",
+    "rank 1": "error: process 2 of 2 was killed (signal 9); continue with `--resume auto`",
+}
+"""The last line on the terminal."""
+IN_TWO = [*QWEN, *COMMON, "--dataset_repeat", "500000", "--output_path", "out"]
+
+
+def processes_of(run: TrainingRun) -> dict[str, psutil.Process]:
+    outer = psutil.Process(run.process.pid)
+    (launcher,) = outer.children()
+    ranks = {f"rank {process.environ()['RANK']}": process for process in launcher.children()}
+    return {"outer": outer, "launcher": launcher, **ranks}
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def through(tiny_models, photographs, tmp_path_factory) -> list[float]:
+    """The losses of a run in one process that nothing stops."""
+    folder = tmp_path_factory.mktemp("through")
+    arguments = ["--dataset_base_path", str(photographs), *ACCUMULATING, "--max_steps", "12"]
+    train_here([*QWEN, "--dataset_repeat", "500000", *arguments, "--output_path", str(folder / "out")], tiny_models)
+    return losses(folder / "out")
+
+
+@pytest.mark.parametrize("victim", VICTIMS * (KILLS // len(VICTIMS)) or VICTIMS[2:])
+def test_all_end_when_one_is_killed_and_one_process_goes_on(cli, tiny_models, photographs, tmp_path, through, victim):
+    arguments = [*IN_TWO, "--dataset_base_path", str(photographs), "--num_processes", "2", "--save_state_steps", "1"]
+    output = tmp_path / "out"
+    with TrainingRun(arguments, tiny_models, tmp_path) as run:
+        assert run.wait_until(lambda: steps_done(output) >= 3), run.told()
+        processes_of(run)[victim].kill()
+        took = run.wait_until_gone(ALL_GONE_SECONDS)
+        code, told = run.process.wait(), run.told()
+    record = json.loads((output / "run.json").read_text())
+    sentence = SENTENCES[victim].format(step=record["step"])
+    assert (code, told.splitlines()[-1]) == (-9 if victim == "outer" else 1, sentence), told
+    assert told.count("error: ") == (victim != "outer") and "Traceback" not in told and "gloo" not in told
+    assert (output / "train.log").read_text().splitlines()[-1].split(" ", 2)[2] in (
+        sentence,
+        SENTENCES["outer"].format(step=record["step"]),
+    )
+    print(f"{victim} killed: all gone after {took:.1f} s")
+    alone = ("--resume", "auto", *ACCUMULATING, "--max_steps", 12, "--output_path", output)
+    again = cli("train", *QWEN, *COMMON, "--dataset_repeat", 500000, "--dataset_base_path", photographs, *alone)
+    assert again.code == 0, again.err
+    off = max(abs(one - other) for one, other in zip(losses(output), through, strict=True))
+    print(f"{victim} killed: resumed on one process, losses off by {off:.1e}")
+    assert off < 1e-6
+
+
+def test_the_error_of_one_process_is_the_one_that_is_told(tiny_models, photographs, tmp_path):
+    arguments = [*IN_TWO, "--dataset_base_path", str(photographs), "--num_processes", "2"]
+    with claim_folder(tmp_path / "out"), TrainingRun(arguments, tiny_models, tmp_path) as run:
+        assert run.process.wait() == 1
+        lines = [line for line in run.told().splitlines() if "error" in line or "hint" in line]
+        assert lines == [
+            "error: another run is at work in `out`",
+            "  hint: wait for it, or name another `--output_path`",
+        ]
+        run.wait_until_gone(ALL_GONE_SECONDS)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffsynth_cli import launching, train_session
-from diffsynth_core.errors import DiffSynthError
+from diffsynth_cli import launching, ranks, train_session
+from diffsynth_cli.errors import Ending
+from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.progress import SilentReporter
 
 
@@ -71,7 +72,8 @@ def test_engines_that_share_weights_out_are_refused_before_anything_is_launched(
 @pytest.mark.parametrize(("number", "config", "launched"), [(1, None, False), (1, "ddp", True), (2, None, True)])
 def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, number, config, launched):
     asked = []
-    plan = SimpleNamespace(parameters=SimpleNamespace(accelerate_config=config), device="cpu")
+    parameters, task = SimpleNamespace(accelerate_config=config), SimpleNamespace(trains=False)
+    plan = SimpleNamespace(parameters=parameters, task=task, device="cpu")
     monkeypatch.setattr(train_session, "_make_plans", lambda *_: {None: plan})
     monkeypatch.setattr(launching, "launch", lambda flags, *given: asked.append(given) or 0)
     monkeypatch.setattr(train_session, "_announce", lambda *_: pytest.exit("trains in this process"))
@@ -121,3 +123,48 @@ def test_another_number_of_processes_is_an_error(monkeypatch):
     launching.check_world_size(2)
     with pytest.raises(DiffSynthError, match="4 processes are asked for by `num_processes`, and there are 2"):
         launching.check_world_size(4)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set: no launcher started this process"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, and MASTER_ADDR is not set: no launcher started this process"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is `two`, expected a number from 1"),
+    ],
+)  # fmt: skip
+def test_a_world_without_a_launcher_is_told_before_anything_waits(cli, monkeypatch, photographs, says, given, problem):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2"} | given).items():
+        monkeypatch.setenv(name, value)
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", photographs)
+    assert (outcome.code, outcome.err.splitlines()[0]) == (2, f"error: {problem}")
+    says(outcome)
+
+
+def ending(code: int, *problems: str, sentence: str = "") -> Ending:
+    return Ending(code, tuple(Problem(problem) for problem in problems), sentence)
+
+
+@pytest.mark.parametrize(
+    ("codes", "endings", "told"),
+    [
+        ({1: -9}, {0: ending(ranks.PEER_LOST, "process 2 of 2 has died")}, ranks.killed("process 2 of 2", 9)),
+        ({0: 1}, {0: ending(1, "a"), 1: ending(ranks.PEER_LOST, "b")}, ending(1, "a")),
+        ({0: 1, 1: 1}, {0: ending(1, "a"), 1: ending(1, "a")}, ending(1, "a")),
+        ({0: 1, 1: 2}, {0: ending(1, "a"), 1: ending(2, "b")}, ending(2, "a", "b")),
+        ({0: 143, 1: 143}, {0: ending(143, sentence="x"), 1: ending(143, sentence="x")}, ending(143, sentence="x")),
+        ({1: 3}, {}, ending(1, "process 2 of 2 ended with 3; continue with `--resume auto`")),
+        (
+            {0: ranks.PEER_LOST},
+            {0: ending(ranks.PEER_LOST, "b")},
+            ending(1, "a process on another machine has died; continue with `--resume auto`"),
+        ),
+    ],
+)
+def test_several_endings_are_told_as_one(tmp_path, codes, endings, told):
+    (tmp_path / "rank-1.json").write_text("half a rep")  # of one that was killed
+    for rank, one in endings.items():
+        assert ranks.write_ending(tmp_path / f"rank-{rank}.json", one)
+    assert ranks.join_endings(codes, tmp_path, 2) == told

@@ -206,7 +206,7 @@ class Run:
                     group["lr"] = rate
                 loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
                 gradient_norm = self._gradient_norm()
-                self._check_finite(step, loss, gradient_norm, fetched)
+                self._check_finite(step, loss, gradient_norm)
                 self._update(sample_count)
                 done = self.done
                 seconds = time.perf_counter() - started
@@ -269,7 +269,7 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         return float(norm)
 
-    def _check_finite(self, step: int, loss: float, gradient_norm: float, fetched: list[MicroBatch]) -> None:
+    def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer takes in what is no number; float16 scaling skips such gradients by itself.
 
         The weights at hand are not saved: with them this step fails again, at whatever learning rate, while those of
@@ -279,7 +279,10 @@ class Run:
         if math.isfinite(loss) and not bad_gradient:
             return
         samples = self.plan.samples.samples
-        names = ", ".join(samples[occurrence.sample].name for batch in fetched for occurrence in batch.occurrences)
+        # Those of all processes, as the loss is: each of them raises the same.
+        part = self.plan.steps.slice(step)
+        batches = (self.plan.batches.batch(part.epoch, number) for number in range(part.start, part.stop))
+        names = ", ".join(samples[occurrence.sample].name for batch in batches for occurrence in batch)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
         self.record.diverged_step = step + 1
         kept = f"the state after step {self.saved} is kept in `{self.folder / STATE_FOLDER}`"
