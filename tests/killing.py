@@ -110,7 +110,12 @@ class ForkedRun(TrainingRun):
         if process:
             return _Forked(process)
         try:
-            os.setsid()
+            if streams.get("terminal"):
+                os.login_tty(os.dup(streams["stderr"].fileno()))
+            else:
+                os.setsid()
+            if "ours" in streams:
+                os.close(streams["ours"])  # the other end of the stream, which is to break with this process alone
             os.chdir(folder)
             os.environ.update(environment)
             sys.stdin.close()
