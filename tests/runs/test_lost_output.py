@@ -64,7 +64,9 @@ def lose(ours: int, run: ForkedRun, folder: Path) -> None:
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_terminal_that_goes_away_ends_a_run_after_saving(start, tmp_path, workers):
     ours, theirs = os.openpty()
-    with start(tmp_path, workers, stderr=os.fdopen(theirs, "wb", buffering=0), ours=ours, terminal=True) as run:
+    with os.fdopen(theirs, "wb", buffering=0) as stream:
+        started = start(tmp_path, workers, stderr=stream, ours=ours, terminal=True)
+    with started as run:
         lose(ours, run, tmp_path)
         code, status, step, saved = ended(run, tmp_path)
     assert (code, status, saved) == (129, "interrupted", True)
@@ -77,7 +79,9 @@ def test_a_terminal_that_goes_away_ends_a_run_after_saving(start, tmp_path, work
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_reader_that_is_gone_changes_nothing(start, tmp_path, workers):
     reader, writer = os.pipe()
-    with start(tmp_path, workers, stderr=os.fdopen(writer, "wb", buffering=0), ours=reader) as run:
+    with os.fdopen(writer, "wb", buffering=0) as stream:
+        started = start(tmp_path, workers, stderr=stream, ours=reader)
+    with started as run:
         lose(reader, run, tmp_path)
         assert ended(run, tmp_path) == (0, "completed", STEPS, True)
     assert f"Training: {STEPS} of {STEPS} steps, loss " in log_of(tmp_path)
