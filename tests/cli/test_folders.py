@@ -33,7 +33,7 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
     planned = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", folder, "--device", "cpu", "--dry_run")
     assert planned.code == 0, planned.err
     for part in (
-        "1 file (`photo.heic`) cannot be read here (convert to PNG or JPEG, or install `pillow-heif`)",
+        "`photo.heic` cannot be read here (convert to PNG or JPEG, or install `pillow-heif`)",
         "1 video (`clip.mp4`) is not used: images are trained on",
         "1 file (`notes.docx`) is not read: no image, clip or caption",
         "3 files and folders passed over: 2 of macOS (`.DS_Store`), 1 of Windows (`Thumbs.db`)",

@@ -126,7 +126,7 @@ def test_images_that_nothing_installed_reads_are_named_with_a_way_out(tmp_path):
         "develop to PNG or JPEG)"
     )
     text(tmp_path / "b.txt")  # now it is meant as a sample
-    said = "1 file (`b.jxl`) cannot be read here, though a caption stands beside it"
+    said = "`b.jxl` cannot be read here, though a caption stands beside it"
     assert files_of(tmp_path) == [said]
     assert ("FORMAT_UNSUPPORTED", "error", said) in found_in(tmp_path)
 

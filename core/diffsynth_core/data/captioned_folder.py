@@ -110,7 +110,8 @@ def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
     """What to say of images and clips that nothing installed decodes; `captioned`: captions stand beside them."""
     beside = (", though a caption stands beside " + ("it" if len(names) == 1 else "each")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
-    return Problem(f"{_listed(names, 'file')} cannot be read here{beside}", "; ".join(hints))
+    what = f"`{names[0]}`" if len(names) == 1 else _listed(names, "file")
+    return Problem(f"{what} cannot be read here{beside}", "; ".join(hints))
 
 
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
