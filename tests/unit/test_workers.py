@@ -1,6 +1,7 @@
 """Items from worker processes: the same as without, through pipes, faults as values."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -49,6 +50,18 @@ def test_no_tensor_goes_through_shared_memory(tmp_path, monkeypatch):
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, spy)
     assert len(list(iterate(Squares(), [1, 2], 1))) == 2
     assert not (tmp_path / "shared").exists()
+
+
+def test_no_room_for_what_workers_share_is_told():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as if /dev/shm was full
+    try:
+        with pytest.raises(DiffSynthError, match=r"2 data workers cannot be started: .*`/dev/shm`") as caught:
+            next(iterate(Squares(), [1], 2))
+        assert len(list(iterate(Squares(), [1], 0))) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "--dataset_num_workers 0" in caught.value.problems[0].hint
 
 
 class Endless(Dataset):

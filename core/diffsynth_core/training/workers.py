@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import context, get_start_method
+from multiprocessing import Lock, context, get_start_method
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +16,8 @@ from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError, FaultsFound,
 from diffsynth_core.processes import end_with_parent
 
 Item = TypeVar("Item")
+LOCKS_OF_A_WORKER = 4
+"""At most, in the queue of each worker and in the one that all of them fill."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
 
     Raises:
         FaultsFound: when an item cannot be loaded, as the dataset raised it.
+        DiffSynthError: when the system gives no more processes, or no room for what they share.
     """
+    if workers:
+        _check_room(workers)
     with warnings.catch_warnings():
         # The number of workers is the user's choice; torch would advise against more than there are cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -67,6 +72,23 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
         if isinstance(item, _Failed):
             raise FaultsFound(item.problems)
         yield pickle.loads(item) if isinstance(item, bytes) else item
+
+
+def _check_room(workers: int) -> None:
+    """Queues between processes have locks in /dev/shm, whatever is handed on through them. They are tried out first:
+    where torch fails over them halfway, what it has begun says so too when it is let go.
+
+    Raises:
+        DiffSynthError: when there is no room for them.
+    """
+    try:
+        locks = [Lock() for _ in range(LOCKS_OF_A_WORKER * (workers + 1))]
+    except OSError as error:
+        raise DiffSynthError(
+            f"{workers} data workers cannot be started: {error.strerror or error}; each needs a little of `/dev/shm`",
+            "free some of it, or give the container more (`docker run --shm-size`); `--dataset_num_workers 0` needs none",
+        ) from error
+    locks.clear()
 
 
 class _Forked(context.ForkProcess):
