@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_cli.plan_text import DEVICES, format_size
-from diffsynth_core.config.parameters import memory_bytes
-from diffsynth_core.files import free_bytes
+from diffsynth_core.config.gpu_memory import memory_bytes
+from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.memory import (
     Choice,
@@ -14,12 +14,13 @@ from diffsynth_core.planning.memory import (
     choice_of,
     device_memory,
     disk_use,
+    download_bytes,
     host_memory,
     unknown_parts,
 )
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, RunSizes, run_sizes
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import count_of, format_bytes, format_memory
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
         yield from _table(_training_parts(choice, memory.training))
     for part in memory.encoding:
         parts = "weights and its largest maps" if part.activations else "weights"
-        yield f"  {_amount(part.total)}  {part.component} while it encodes, before training: {parts}"
-    yield f"  {_amount(memory.peak)}  at most at once"
+        yield f"  {_memory(part.total)}  {part.component} while it encodes, before training: {parts}"
+    yield f"  {_memory(memory.peak)}  at most at once"
     yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
     yield "Host memory, beside Python and its libraries"
     yield from _table(host_memory(plan, choice, memory, run.encoded))
@@ -87,6 +88,9 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
     disk = disk_use(plan, choice, run.encoded)
     samples = len(plan.samples.samples)
     yield "Disk"
+    if fetched := download_bytes(plan):
+        base = model_base_path()
+        yield f"  {_amount(fetched)}  model files to download, in `{base}`{_free(base, fetched)}"
     if not plan.encoded:
         where = plan.cache if plan.task.trains else plan.parameters.output_path
         what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
@@ -95,11 +99,24 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
     if plan.task.trains:
         many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
-        written = disk.checkpoint * max(1, disk.checkpoints) + disk.states * disk.state
+        written = disk.written
         state = f"{count_of(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, with the one being written)"
         where = plan.parameters.output_path
         yield f"  {_amount(written)}  {what} and {state}, in `{where}`{_free(where, written)}"
     yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
+
+
+def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
+    """What a run writes, in words, the folder it lies in, and its bytes; only what there is."""
+    disk = disk_use(plan, estimate.choice, estimate.run.encoded)
+    output = plan.parameters.output_path
+    many = "encodings" if plan.samples.samples else "encodings of each sample"
+    parts = {
+        "download": (model_base_path(), download_bytes(plan)),
+        many: (plan.cache if plan.task.trains else output, disk.cache),
+        "checkpoints and states" if disk.checkpoints else "a checkpoint and states": (output, disk.written),
+    }
+    return {name: (folder, size) for name, (folder, size) in parts.items() if size}
 
 
 def _letters(plan: Plan) -> str:
@@ -119,33 +136,44 @@ def trial_lines(fit: Fit) -> Iterator[str]:
     """What was tried to make a run fit."""
     if fit.as_it_is:
         return
-    yield f"Tried to make it fit in {format_bytes(fit.limit)}, that first which costs the least"
+    yield f"Tried to make it fit in {format_memory(fit.limit)}, that first which costs the least"
     for trial in fit.tried:
         words = " and ".join(change.words for change in trial.changes)
-        yield f"  {_amount(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
+        yield f"  {_memory(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
 
 
-def verdict_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
-    """Whether a run fits, and the flags that make it fit, as they are typed; the first line says it all."""
-    limit, lead = format_bytes(fit.limit), f"Stage {stage}: " if stage else ""
-    if fit.as_it_is:
-        left = format_bytes(fit.limit - fit.peak)
-        yield f"{lead}Fits in {limit}: {format_bytes(fit.peak)} are needed, {left} are left for what is not counted"
+def verdict_line(fit: Fit) -> str:
+    """Whether a run fits."""
+    limit = format_memory(fit.limit)
+    needed = f"{format_memory(fit.peak)} are needed"
+    if not fit.as_it_is:
+        way = "the changes below make it fit" if fit.fits else "nothing that was tried makes it fit"
+        return f"Does not fit in {limit}: {needed}; {way}"
+    left = f"{format_memory(fit.left)} are left for what is not counted"
+    return f"{'Tight' if fit.is_tight else 'Fits'} in {limit}: {needed}, {'only ' if fit.is_tight else ''}{left}"
+
+
+def change_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
+    """The flags that make a run fit, as they are typed."""
+    if fit.as_it_is or not fit.fits:
         return
-    way = "" if fit.fits else "; nothing that was tried makes it fit"
-    yield f"{lead}Does not fit in {limit}: {format_bytes(fit.peak)} are needed{way}"
-    if fit.fits:
-        last = fit.tried[-1]
-        yield f"To make it fit, with {format_bytes(last.peak)}, give"
-        flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in last.changes)]
-        yield " \\\n".join(f"  {flag}" for flag in flags)
+    last = fit.tried[-1]
+    tight = f" (tight: {format_memory(fit.left)} are left)" if fit.is_tight else ""
+    yield f"To make it fit, with {format_memory(last.peak)}{tight}, give"
+    flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in last.changes)]
+    yield " \\\n".join(f"  {flag}" for flag in flags)
 
 
 def _table(parts: Mapping[str, int]) -> Iterator[str]:
     for name, size in parts.items():
-        yield f"  {_amount(size)}  {name}"
+        yield f"  {_memory(size)}  {name}"
+
+
+def _memory(size: int) -> str:
+    """Bytes of memory as a column."""
+    return f"{format_memory(size):>9}"
 
 
 def _amount(size: int) -> str:
-    """Bytes as a column."""
+    """Bytes on disk as a column."""
     return f"{format_bytes(size):>9}"

@@ -59,15 +59,15 @@ def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int
 
 def _annotation(setting: Setting) -> Any:
     """The option's type for Typer; values other than flags stay text, which the declaration itself converts."""
+    short = [f"-{setting.short}"] if setting.short else []
     if setting.type_name == "bool":
-        return Annotated[
-            bool | None,
-            typer.Option(f"--{setting.name}/--no_{setting.name}", help=setting.help_text, show_default=False),
-        ]
+        names = (f"--{setting.name}/--no_{setting.name}", *short)
+        return Annotated[bool | None, typer.Option(*names, help=setting.help_text, show_default=False)]
     return Annotated[
         str | None,
         typer.Option(
             f"--{setting.name}",
+            *short,
             metavar=metavar(setting),
             help=setting.help_text,
             show_default=False,
@@ -120,7 +120,7 @@ def _switched(value: Any) -> str:
 def option_help(setting: Setting) -> list[str]:
     """The lines of one setting in the help."""
     if setting.type_name == "bool":
-        head = [f"  --{setting.name}, --no-{setting.name}"]
+        head = [f"  --{setting.name}, --no-{setting.name}{f', -{setting.short}' if setting.short else ''}"]
     else:
         head = [f"  --{setting.name} {metavar(setting)}"]
         if len(head[0]) > HELP_WIDTH:

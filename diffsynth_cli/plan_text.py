@@ -31,7 +31,7 @@ def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Itera
     yield from _component_lines(plan)
     yield from _sample_lines(plan)
     if plan.task.trains:
-        yield from _family_default_lines(plan)
+        yield from family_default_lines(plan)
         yield from _step_lines(plan)
     yield from _encoding_lines(plan, reporter)
     yield f"Output to `{plan.parameters.output_path}`"
@@ -44,7 +44,12 @@ def parameter_lines(plan: Plan) -> Iterator[str]:
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
         of_family = name in plan.family_defaults
-        if (value != setting.default_of(plan.facts.name) or of_family) and name not in ("recipe", "config", "dry_run"):
+        if (value != setting.default_of(plan.facts.name) or of_family) and name not in (
+            "recipe",
+            "config",
+            "dry_run",
+            "verbose",
+        ):
             origin = f" (default of {plan.facts.title})" if of_family else ""
             yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}{origin}"
     if plan.parameters.recipe:
@@ -97,7 +102,7 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         yield f"No dataset: `{parameters.dataset_base_path}` is not there, so neither buckets nor steps are known"
         return
     sizes = Counter(sample.target.shape for sample in samples)
-    yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {_counted(sizes)}"
+    yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {list_sizes(sizes)}"
     if plan.encoded:
         origin = plan.encoded.origin
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
@@ -108,7 +113,7 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         yield from _transform_lines(plan)
     for shown in plan.variant.references:
         pictures = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
-        yield f"  shown {shown.name}: {_counted(Counter(excerpt.shape for excerpt in pictures))}"
+        yield f"  shown {shown.name}: {list_sizes(Counter(excerpt.shape for excerpt in pictures))}"
     for note in plan.samples.notes:
         yield f"  {note}"
 
@@ -122,7 +127,7 @@ def _transform_lines(plan: Plan) -> Iterator[str]:
         yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
 
 
-def _family_default_lines(plan: Plan) -> Iterator[str]:
+def family_default_lines(plan: Plan) -> Iterator[str]:
     """Switches that nobody turned on."""
     for name in plan.family_defaults:
         if getattr(plan.parameters, name) is True:
@@ -133,17 +138,28 @@ def _step_lines(plan: Plan) -> Iterator[str]:
     parameters, steps = plan.parameters, plan.steps
     if not steps.total_steps:
         return
-    yield (
-        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
-        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
-    )
+    yield steps_in_words(plan)
     low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
     if (low, high) != (0, 1):
         yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
     if parameters.find_unused_parameters:
         yield "  there are no unused parameters to find: what no gradient can reach is left out of training"
-    for note in (*plan.start.notes, *plan.start.warnings):
+    for note in start_lines(plan):
         yield f"  {note}"
+
+
+def steps_in_words(plan: Plan) -> str:
+    """How many optimizer steps a run has, and what they are made of."""
+    parameters, steps = plan.parameters, plan.steps
+    return (
+        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
+    )
+
+
+def start_lines(plan: Plan) -> Iterator[str]:
+    """What is worth saying of where a run begins."""
+    yield from (*plan.start.notes, *plan.start.warnings)
 
 
 def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
@@ -197,7 +213,7 @@ def _kept_in_float8(share: float | None) -> str:
     return f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8"
 
 
-def _counted(sizes: Counter[tuple[int, int, int]]) -> str:
+def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:
     """How many there are of each size, the first few of them."""
     listed = ", ".join(f"{number} of {format_size(size)}" for size, number in list(sizes.items())[:SHOWN_SIZES])
     more = len(sizes) - SHOWN_SIZES

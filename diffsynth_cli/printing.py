@@ -49,5 +49,8 @@ def echo_line(line: str, err: bool = False) -> None:
 def echo_styled(
     text: str, color: str | None, bold: bool | None = None, newline: bool = True, err: bool = False
 ) -> None:
-    """Print a line in a colour; None: in none."""
+    """Print a line in a colour; None: in none, and then without any escape sequence."""
+    if color is None and not bold:
+        typer.echo(printable_message(text), nl=newline, err=err)
+        return
     typer.secho(printable_message(text), fg=color, bold=bold, nl=newline, err=err)

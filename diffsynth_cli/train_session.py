@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,15 @@ from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.downloading import bring_files
 from diffsynth_cli.errors import exit_code_of, lines_for_log
-from diffsynth_cli.estimate_text import Estimate, estimate_lines, make_estimate, trial_lines, verdict_lines
+from diffsynth_cli.estimate_text import (
+    Estimate,
+    change_lines,
+    estimate_lines,
+    make_estimate,
+    trial_lines,
+    verdict_line,
+)
+from diffsynth_cli.plan_summary import ALL, summary_lines
 from diffsynth_cli.plan_text import parameter_lines, plan_lines
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
@@ -26,9 +34,20 @@ from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import SIGNAL_EXIT_BASE, DiffSynthError, FaultsFound, Interrupted, Problem, raise_if_any
+from diffsynth_core.errors import (
+    EXIT_DOES_NOT_FIT,
+    SIGNAL_EXIT_BASE,
+    DiffSynthError,
+    FaultsFound,
+    Interrupted,
+    Problem,
+    raise_if_any,
+)
 from diffsynth_core.files import model_base_path
+from diffsynth_core.planning.dataset import MissingDataset
 from diffsynth_core.progress import Reporter, SilentReporter, count_of, format_bytes
+from diffsynth_core.sources.hub import downloads_are_off
+from diffsynth_core.sources.model_files import MissingFiles, missing_in_one
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -36,7 +55,7 @@ if TYPE_CHECKING:
     from diffsynth_core.training.rehearsal import Rehearsal
     from diffsynth_core.training.stop import StopRequest
 
-NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device")
+NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device", "verbose")
 Plans = dict[str | None, "Plan"]
 """Name of a stage, None where there are none -> what it will do, in the order of the runs."""
 
@@ -95,7 +114,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
             else:
                 faults[resolved.stage] = error.problems
     problems = _of_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in stages})
-    raise_if_any(problems)
+    raise_if_any(missing_in_one(problems))
     for stage, problem in done.items():
         passed_over = f"Stage {stage} is passed over: {problem.message}"
         reporter.info(passed_over if stage else f"Nothing left to do: {problem.message}")
@@ -128,35 +147,58 @@ def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_
 
 
 def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
-    """Print what each stage will do and take; before that what is not there for it, and last whether it fits.
+    """Print of each stage whether it fits, what it will do and take; last, the flags that make it fit.
 
-    Returns the exit code, which is that of a failure when files or the dataset are not there.
+    Returns the exit code: 0, that of a failure when something is missing that the run would not fetch itself, else
+    `EXIT_DOES_NOT_FIT` when a stage does not fit in `gpu_memory`.
     """
     plans = _make_plans(stages, reporter, world_size, without_files=True)
-    missing = _of_stages({stage: plan.missing for stage, plan in plans.items()})
-    code = exit_code_of(FaultsFound(missing)) if missing else 0
+    faults = _of_stages({resolved.stage: _faults(resolved, plans) for resolved in stages})
+    code = exit_code_of(FaultsFound(missing_in_one(faults))) if faults else 0
     width = terminal_width()
     estimates = {stage: make_estimate(plan) for stage, plan in plans.items() if not plan.parameters.rehearse}
+    verbose = stages[0].parameters.verbose
     for stage, plan in plans.items():
-        estimated = estimate_lines(plan, estimates[stage]) if stage in estimates else ()
-        announced = _announcement(stage, plan, reporter, stage in estimates)
-        for line in (*announced, *parameter_lines(plan), *estimated):
-            echo_line(wrap_line(line, width))
-    for stage, estimate in estimates.items():
-        _tell_verdict(stage, estimate, width)
-    return code
+        _tell_plan(stage, plan, estimates.get(stage), reporter, width)
+    if plans and not verbose:
+        echo_line(wrap_line(ALL, width))
+    fits = {stage: estimate.fit for stage, estimate in estimates.items() if estimate.fit}
+    for stage, fit in fits.items():
+        if changes := list(change_lines(fit, stage)):
+            for line in ("", *changes):
+                echo(line)
+    return code or (0 if all(fit.as_it_is for fit in fits.values()) else EXIT_DOES_NOT_FIT)
 
 
-def _tell_verdict(stage: str | None, estimate: Estimate, width: int | None) -> None:
-    """Print whether a run fits, in the colour of the answer."""
-    if estimate.fit is None:
-        return
-    verdict, *flags = verdict_lines(estimate.fit, stage)
-    echo()
-    colour = None if "NO_COLOR" in os.environ else typer.colors.GREEN if estimate.fit.as_it_is else typer.colors.RED
-    echo_styled(wrap_line(verdict, width), colour, bold=True if colour else None)
-    for line in flags:
-        echo(line)
+def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
+    """What a stage lacks, apart from files that the run downloads and a dataset that nobody has named yet."""
+    if resolved.stage not in plans:
+        return []
+    missing = plans[resolved.stage].missing
+    if not downloads_are_off():
+        missing = tuple(problem for problem in missing if not isinstance(problem, MissingFiles))
+    named = resolved.given("dataset_base_path")
+    return [problem for problem in missing if named or not isinstance(problem, MissingDataset)]
+
+
+def _tell_plan(
+    stage: str | None, plan: "Plan", estimate: Estimate | None, reporter: ConsoleReporter, width: int | None
+) -> None:
+    """Print the plan of a stage, whether it fits first and in the colour of the answer."""
+    if stage:
+        echo_line(f"Stage {stage}")
+    if estimate and estimate.fit:
+        fit = estimate.fit
+        colour = typer.colors.RED if not fit.as_it_is else typer.colors.YELLOW if fit.is_tight else typer.colors.GREEN
+        verdict = wrap_line(verdict_line(fit), width)
+        plain = "NO_COLOR" in os.environ
+        echo_styled(verdict, None if plain else colour, bold=not plain)
+    lines = list(summary_lines(plan, estimate))
+    if plan.parameters.verbose:
+        lines += ["", *plan_lines(plan, reporter, estimate is not None), *parameter_lines(plan)]
+        lines += estimate_lines(plan, estimate) if estimate else ()
+    for line in lines:
+        echo_line(wrap_line(line, width))
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
@@ -182,7 +224,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                     _let_go(plan, reporter)
                 _announce(stage, plan, reporter)
                 if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
-                    for line in (*trial_lines(fit), *verdict_lines(fit)):
+                    for line in (verdict_line(fit), *trial_lines(fit), *change_lines(fit)):
                         reporter.info(line)
                 tell = _carry_out(stage, plan, reporter, stop)
             except Interrupted as error:
@@ -277,15 +319,11 @@ def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRe
 
 
 def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> None:
-    for line in _announcement(stage, plan, reporter):
+    """Tell the plan of a run; what is told only if asked for is in the log all the same."""
+    for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
         reporter.info(line)
-
-
-def _announcement(stage: str | None, plan: "Plan", reporter: ConsoleReporter, estimated: bool = False) -> Iterator[str]:
-    """The plan of a run below the name of its stage; `estimated`: an estimate follows."""
-    if stage:
-        yield f"Stage {stage}"
-    yield from plan_lines(plan, reporter, estimated)
+    for line in plan_lines(plan, reporter):
+        (reporter.info if plan.parameters.verbose else reporter.keep)(line)
 
 
 def _tell_results(

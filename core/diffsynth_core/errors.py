@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 EXIT_FAILED = 1
 EXIT_WRONG_USE = 2
+EXIT_DOES_NOT_FIT = 3
+"""Of a dry run: nothing is wrong, and the run does not fit in `--gpu_memory`."""
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, the end of a job, and a terminal that goes away."""
 SIGNAL_EXIT_BASE = 128

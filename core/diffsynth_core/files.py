@@ -38,8 +38,17 @@ def model_base_path() -> Path:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes of the disk that a folder is on, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_nearest_folder(folder)).free
+
+
+def disk_of(folder: Path) -> int:
+    """What tells the disk that a folder is on, or will be, from others."""
+    return _nearest_folder(folder).stat().st_dev
+
+
+def _nearest_folder(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 TEMPORARY_ENDING = ".tmp"

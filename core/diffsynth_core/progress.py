@@ -81,6 +81,15 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 24 * 60 else f"{hours // 24} d {hours % 24} h"
 
 
+def format_memory(count: float) -> str:
+    """Memory of a GPU as nvidia-smi and PyTorch count it, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def format_count(count: float) -> str:
     """A number of parameters as people say it: `20.4 billion`, `126.9 million`."""
     for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):

@@ -12,6 +12,7 @@ from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages
+from diffsynth_core.config.templates import template_of
 from diffsynth_core.errors import raise_if_any
 
 SHOW_HELP = "Show a recipe with all documented parameters expanded, for each stage where it has stages."
@@ -26,6 +27,7 @@ class ShowFormat(StrEnum):
     YAML = "yaml"
     JSON = "json"
     FLAGS = "flags"
+    TEMPLATE = "template"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -68,10 +70,17 @@ def list_recipes(
 def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe", autocompletion=complete_recipe)],
     output_format: Annotated[
-        ShowFormat, typer.Option("--format", help="yaml, json, or flags: a complete command line")
+        ShowFormat,
+        typer.Option(
+            "--format",
+            help="yaml, json, flags: a complete command line, or template: a commented file for `train --config`",
+        ),
     ] = ShowFormat.YAML,
 ) -> None:
     """Print what a recipe expands into."""
+    if output_format is ShowFormat.TEMPLATE:
+        echo(template_of(name))
+        return
     recipe = load_recipe(name)
     stages = resolve_stages({"recipe": name})
     raise_if_any([problem for resolved in stages for problem in resolved.problems])

@@ -164,8 +164,8 @@ def test_the_dry_run_shows_what_flags_changed_and_writes_nothing(cli, dataset):
     start = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
     outcome = cli(*start, "--lora-rank", 4, "--mixed-precision", "bf16", "--max-steps", 3)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("Qwen-Image on cpu, precision bf16, seed 0\n")
-    assert "LoRA of rank 4 on 21 modules" in outcome.out and "\n3 steps " in outcome.out
+    assert outcome.out.startswith("Model     Qwen-Image on cpu in bf16\n")
+    assert "LoRA of rank 4 on 21 modules" in outcome.out and "\nSteps     3 steps " in outcome.out
     assert list(Path().iterdir()) == []
 
 

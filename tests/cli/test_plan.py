@@ -1,11 +1,13 @@
 """What the dry run tells on a machine that holds nothing yet: the plan, what it takes, and what is missing."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from diffsynth_cli.wrapping import wrap_line
+from diffsynth_core.config.gpu_memory import MEMORY_WORDS
 from diffsynth_core.config.recipes import recipe_names
 
 QWEN = "Qwen/Qwen-Image:"
@@ -13,23 +15,16 @@ NOT_HERE = (
     f"  dit             {QWEN}transformer/diffusion_pytorch_model*.safetensors (not here, 40.9 GB as published, "
     "20.4 billion parameters), LoRA of rank 32 on 717 modules"
 )
-PARTS = """\
-    40.9 GB  weights of dit
-   940.2 MB  LoRA
-   940.2 MB  gradients
-     1.9 GB  state of the optimizer (AdamW)
-     2.4 GB  activations (recomputed block by block)
-    47.0 GB  training in all
-    16.6 GB  text_encoder while it encodes, before training: weights
-     2.3 GB  vae while it encodes, before training: weights and its largest maps
-    47.0 GB  at most at once
-"""
+FREE_DISK = r"[\d.]+ [MGT]B free(: not enough)?"
+CACHE = r"`[^`]*`(?=, [\d.]+ [MGT]B free)"
+"""What differs between machines."""
 
 
 @pytest.fixture
 def plan(cli, tmp_path, monkeypatch):
-    """The dry run of a recipe where there are neither models nor a dataset."""
+    """The dry run of a recipe where there are neither models nor a dataset, and where a run would download models."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
 
     def run(recipe: str, *arguments: object):
         outcome = cli("train", "--recipe", recipe, "--dry_run", *arguments)
@@ -41,25 +36,74 @@ def plan(cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_has_a_plan_without_files(plan, recipe):
-    outcome = plan(recipe)
-    assert outcome.code == 1
+    outcome = plan(recipe, "--verbose")
+    assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("training in all") == outcome.out.count("weights of dit") >= 1
-    assert "unknown" not in outcome.out and "the size of" not in outcome.out
-    assert "nothing matches" in outcome.err and "the dataset folder" in outcome.err
+    assert "unknown without its files" not in outcome.out and "the size of" not in outcome.out
+    stages = max(1, sum(line.startswith("Stage ") for line in outcome.out.splitlines()))
+    assert len(re.findall("^Missing +model files", outcome.out, re.MULTILINE)) == stages
+    assert "does not exist, so the number of steps is unknown" in outcome.out
 
 
-def test_the_plan_names_what_is_not_here_and_what_the_run_takes(plan):
+@pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora", "qwen-image-full"])
+def test_the_plan_is_short(plan, says, recipe):
+    """The result first, then what is missing and what is done, a line each, then the flags that make it fit."""
+    outcome = plan(recipe, "--gpu_memory", "24GB")
+    assert next(line for line in outcome.out.splitlines() if "Stage" not in line).startswith("Does not fit in 24.0 GiB")
+    assert "57.7 GB to download" in outcome.out or "qwen" not in recipe
+    stages = 2 if "a14b" in recipe else 1
+    assert len(outcome.out.partition("`--verbose`")[0].splitlines()) <= 11 * stages
+    says(outcome, FREE_DISK)
+
+
+def test_all_of_the_plan_is_told_if_asked_for(plan, says):
+    outcome = plan("qwen-image-lora", "-v", "--gpu_memory", "24GB")
+    assert NOT_HERE in outcome.out.splitlines()
+    says(outcome, CACHE, FREE_DISK)
+
+
+def test_the_download_is_counted_on_the_disk(plan, monkeypatch):
+    monkeypatch.setattr("diffsynth_cli.plan_summary.free_bytes", lambda folder: 60 * 10**9)
+    (line,) = (line for line in plan("qwen-image-lora").out.splitlines() if line.startswith("Disk"))
+    assert line.startswith("Disk      67.1 GB (download 57.7 GB, ") and line.endswith("; 60.0 GB free: not enough")
+
+
+def test_a_dataset_that_is_named_and_missing_is_a_fault(plan, says):
+    outcome = plan("qwen-image-lora", "--dataset_base_path", "nowhere", "--gpu_memory", "24GB")
+    assert outcome.code == 1 and "`nowhere` (`dataset_base_path`) is not there" in outcome.err
+    assert outcome.out.startswith("Does not fit")
+
+
+def test_model_files_are_a_fault_where_nothing_is_downloaded(plan, monkeypatch, says):
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
     outcome = plan("qwen-image-lora")
-    lines = outcome.out.splitlines()
-    assert NOT_HERE in lines
-    assert "No dataset: `data/example_image_dataset` is not there, so neither buckets nor steps are known" in lines
-    assert PARTS in outcome.out
-    assert outcome.err.splitlines()[-1] == "5 problems"
+    assert outcome.code == 1
+    says(outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "verdict"),
+    [
+        ("24GB", 3, "Does not fit in 24.0 GiB: 43.8 GiB are needed; the changes below make it fit"),
+        ("24GiB", 3, "Does not fit in 24.0 GiB: "),
+        ("24576 MiB", 3, "Does not fit in 24.0 GiB: "),
+        ("RTX 4090", 3, "Does not fit in 24.0 GiB: "),
+        ("A100-40", 3, "Does not fit in 40.0 GiB: "),
+        ("44GB", 0, "Tight in 44.0 GiB: 43.8 GiB are needed, only 187.7 MiB are left for what is not counted"),
+        ("L40S", 0, "Fits in 45.0 GiB: 43.8 GiB are needed, 1.2 GiB are left for what is not counted"),
+        ("h100", 0, "Fits in 79.6 GiB: "),
+    ],
+)
+def test_whether_it_fits_is_told_first_and_by_the_exit_code(plan, memory, code, verdict):
+    outcome = plan("qwen-image-lora", "--gpu_memory", memory)
+    assert (outcome.code, outcome.err) == (code, "")
+    assert outcome.out.startswith(verdict)
 
 
 def test_with_a_dataset_its_largest_picture_counts(plan, dataset):
-    outcome = plan("qwen-image-lora", "--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
-    assert outcome.code == 1 and "the dataset folder" not in outcome.err
+    given = ("--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
+    outcome = plan("qwen-image-lora", *given, "--verbose")
+    assert (outcome.code, outcome.err) == (0, "")
     (told,) = (line for line in outcome.out.splitlines() if line.startswith("Memory of the GPU"))
     assert told.startswith("Memory of the GPU, estimated for the largest micro-batch of the dataset: 2 of ")
     assert "encodings of 4 samples" in outcome.out
@@ -68,121 +112,123 @@ def test_with_a_dataset_its_largest_picture_counts(plan, dataset):
 def test_wrong_use_is_told_with_what_is_missing_and_without_a_plan(plan):
     outcome = plan("qwen-image-lora", "--lora_rnk", 4)
     assert outcome.code == 2 and outcome.out == ""
-    assert "did you mean `lora_rank`?" in outcome.err and "nothing matches" in outcome.err
+    assert "did you mean `lora_rank`?" in outcome.err and "4 model files are missing" in outcome.err
 
 
 @pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora"])
-def test_the_run_itself_tells_the_same_as_missing(cli, plan, recipe):
+def test_the_run_itself_tells_model_files_in_one_line(cli, plan, monkeypatch, recipe):
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
     planned, refused = plan(recipe), cli("train", "--recipe", recipe)
-    assert (refused.code, refused.out, refused.err) == (1, "", planned.err)
-    assert "error: there is no tokenizer at `" in refused.err
+    assert (refused.code, refused.out) == (1, "")
+    assert all(line in refused.err for line in planned.err.splitlines())
+    assert refused.err.count("model files are missing: ") == 1
+    assert f"fetch them with `diffsynth download {recipe}`" in refused.err
 
 
-def fit(outcome) -> list[str]:
-    """The verdict, which is the last thing that is told, and the flags below it."""
+def verdict(outcome) -> str:
+    return outcome.out.splitlines()[0]
+
+
+def changes(outcome) -> list[str]:
+    """The flags that make a run fit, the last that is told."""
     lines = outcome.out.splitlines()
-    (start,) = (number for number, line in enumerate(lines) if line.startswith(("Fits in", "Does not fit in")))
-    return lines[start:]
+    starts = [number for number, line in enumerate(lines) if line.startswith("To make it fit")]
+    return lines[starts[0] :] if starts else []
 
 
 def tried(outcome) -> list[str]:
     lines = outcome.out.splitlines()
-    return lines[next(number for number, line in enumerate(lines) if line.startswith("Tried")) : lines.index("", 1)]
-
-
-def test_a_gpu_that_is_large_enough(plan):
-    assert fit(plan("qwen-image-lora", "--gpu_memory", "48GB")) == [
-        "Fits in 48.0 GB: 47.0 GB are needed, 952.2 MB are left for what is not counted"
-    ]
+    start = next(number for number, line in enumerate(lines) if line.startswith("Tried"))
+    return lines[start : lines.index("", start)]
 
 
 def test_the_smallest_change_that_fits_is_found(plan):
-    outcome = plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing")
+    outcome = plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing", "--verbose")
     assert tried(outcome) == [
-        "Tried to make it fit in 48.9 GB, that first which costs the least",
-        "    47.0 GB  activations recomputed: fits",
+        "Tried to make it fit in 45.5 GiB, that first which costs the least",
+        "   43.8 GiB  activations recomputed: fits",
     ]
-    assert fit(outcome) == [
-        "Does not fit in 48.9 GB: 94.5 GB are needed",
-        "To make it fit, with 47.0 GB, give",
-        "  --use_gradient_checkpointing",
-    ]
+    assert verdict(outcome) == "Does not fit in 45.5 GiB: 88.0 GiB are needed; the changes below make it fit"
+    assert changes(outcome) == ["To make it fit, with 43.8 GiB, give", "  --use_gradient_checkpointing"]
 
 
 def test_changes_are_put_together_where_none_is_enough(plan):
-    outcome = plan("qwen-image-lora", "--gpu_memory", "24GB")
-    changes, told = tried(outcome), fit(outcome)
-    assert changes[1] == "    45.6 GB  activations recomputed, inputs of blocks in host memory"
-    assert changes[-1].endswith(
+    outcome = plan("qwen-image-lora", "--gpu_memory", "23GB", "--verbose")
+    listed, told = tried(outcome), changes(outcome)
+    assert listed[1].endswith("GiB  activations recomputed, inputs of blocks in host memory")
+    assert listed[-1].endswith(
         "activations recomputed, inputs of blocks in host memory and dit in 8-bit floats and rank 16: fits"
     )
     entry = f"{QWEN}transformer/diffusion_pytorch_model*.safetensors"
     assert told == [
-        "Does not fit in 24.0 GB: 47.0 GB are needed",
-        "To make it fit, with 23.2 GB, give",
+        "To make it fit, with 21.6 GiB, give",
         "  --use_gradient_checkpointing_offload \\",
         f"  --fp8_models '{entry}' \\",
         "  --lora_rank 16",
     ]
-    flags = shlex.split(" ".join(line.removesuffix("\\") for line in told[2:]))
-    assert fit(plan("qwen-image-lora", "--gpu_memory", "24GB", *flags))[0].startswith("Fits in 24.0 GB")
+    flags = shlex.split(" ".join(line.removesuffix("\\") for line in told[1:]))
+    assert verdict(plan("qwen-image-lora", "--gpu_memory", "23GB", *flags)).startswith("Fits in 23.0 GiB")
+
+
+def test_it_is_said_when_a_change_leaves_little(plan):
+    told = changes(plan("qwen-image-lora", "--gpu_memory", "24GB"))
+    assert told[0] == "To make it fit, with 23.4 GiB (tight: 565.0 MiB are left), give"
 
 
 def test_it_is_said_when_nothing_makes_it_fit(plan):
-    assert fit(plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")) == [
-        "Does not fit in 24.0 GB: 181.6 GB are needed; nothing that was tried makes it fit"
-    ]
+    outcome = plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")
+    assert outcome.code == 3 and changes(outcome) == []
+    assert verdict(outcome) == ("Does not fit in 24.0 GiB: 169.1 GiB are needed; nothing that was tried makes it fit")
 
 
-def test_each_stage_has_a_verdict_behind_all_plans(plan):
+def test_each_stage_has_a_verdict_and_its_flags_stand_behind_all_plans(plan):
     outcome = plan("wan2.2-t2v-a14b-lora", "--gpu_memory", "24GB")
     verdicts = [line for line in outcome.out.splitlines() if "Does not fit" in line]
-    assert [line.partition(":")[0] for line in verdicts] == ["Stage high", "Stage low"]
+    assert len(verdicts) == 2
     given = [line for line in outcome.out.splitlines() if line.startswith("  --only")]
     assert given == ["  --only high \\", "  --only low \\"]
-    assert outcome.out.index("Stage high: Does") > outcome.out.rindex("Tried to make it fit")
+    assert outcome.out.index("  --only high") > outcome.out.index("Stage low\nDoes")
 
 
 def test_what_is_planned_for_stands_apart_from_what_this_machine_has(plan):
-    assert plan("qwen-image-lora").out.splitlines()[:2] == [
-        "Qwen-Image on a GPU, precision bf16, seed 0",
-        "  planned for a GPU; this machine has none and would train on cpu, precision no",
-    ]
-    outcome = plan("qwen-image-lora", "--device", "cpu")
-    assert outcome.out.startswith("Qwen-Image on cpu, precision no, seed 0\n  dit")
+    assert plan("qwen-image-lora").out.splitlines()[0] == (
+        "Model     Qwen-Image on a GPU in bf16; this machine has none and would run on cpu in float32"
+    )
+    outcome = plan("qwen-image-lora", "--device", "cpu", "--verbose")
+    assert outcome.out.startswith("Model     Qwen-Image on cpu in float32\n")
     assert "Memory of the CPU, estimated for the largest the parameters allow: " in outcome.out
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "first", "told"),
     [
-        ("--mixed_precision", "fp16", "on a GPU, precision fp16", "`mixed_precision` `fp16` needs a GPU"),
-        ("--device", "cuda", "on cuda, precision bf16", "`device` `cuda` is not there; accelerators found: none"),
+        ("--mixed_precision", "fp16", "on a GPU in fp16", "`mixed_precision` `fp16` needs a GPU"),
+        ("--device", "cuda", "on cuda in bf16", "`device` `cuda` is not there; accelerators found: none"),
     ],
 )
 def test_what_only_a_gpu_does_can_be_planned_without_one(plan, flag, value, first, told):
     outcome = plan("qwen-image-lora", flag, value)
     assert outcome.code == 1 and told in outcome.err and "bf16`" not in outcome.err.partition(told)[0]
-    assert outcome.out.startswith(f"Qwen-Image {first}, seed 0\n")
-    assert "training in all" in outcome.out
+    assert outcome.out.startswith(f"Model     Qwen-Image {first}")
+    assert "GiB of the GPU at most" in outcome.out
 
 
 OFFLOADED = "wan2.1-i2v-14b-720p-full"
-CASTS = "    32.3 GB  weights as autocast casts them, at the end of a forward pass, when all activations wait in host memory"
+CASTS = "   30.1 GiB  weights as autocast casts them, at the end of a forward pass, when all activations wait in host memory"
 
 
 def test_each_part_is_there_at_the_fullest_moment(plan):
-    outcome = plan(OFFLOADED)
+    outcome = plan(OFFLOADED, "-v")
     lines = outcome.out.splitlines()
-    assert "    19.3 GB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
-    assert "    65.6 GB  what AdamW works with in its step, when activations are gone" in lines
-    assert "   327.9 GB  training in all, with the step of AdamW in place of activations" in lines
+    assert "   18.0 GiB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
+    assert "   61.1 GiB  what AdamW works with in its step, when activations are gone" in lines
+    assert "  305.4 GiB  training in all, with the step of AdamW in place of activations" in lines
     assert "autocast" not in outcome.out
 
 
 def test_no_part_is_of_nothing(plan):
     """With gradients of an earlier micro-batch a forward pass ends at the fullest, when all activations have left."""
-    outcome = plan(OFFLOADED, "--gradient_accumulation_steps", 2)
+    outcome = plan(OFFLOADED, "--gradient_accumulation_steps", 2, "-v")
     assert CASTS in outcome.out.splitlines()
     assert "  0 B" not in outcome.out and "recomputed block by block" not in outcome.out
 
@@ -198,15 +244,21 @@ def test_lines_are_set_in_where_the_terminal_ends():
 
 
 def test_all_parameters_are_shown_elsewhere(plan):
-    assert "  all parameters of the recipe: `diffsynth recipe show qwen-image-lora`" in plan("qwen-image-lora").out
+    assert (
+        "  all parameters of the recipe: `diffsynth recipe show qwen-image-lora`" in plan("qwen-image-lora", "-v").out
+    )
 
 
-@pytest.mark.parametrize("amount", ["24", "much", "-3GB"])
-def test_an_amount_needs_a_unit(plan, amount):
+@pytest.mark.parametrize(
+    ("amount", "near"),
+    [("24", "24GB"), ("much", None), ("-3GB", None), ("A100", "A100-40 or A100-80"), ("409O", "4090"), ("24TB", None)],
+)
+def test_memory_needs_a_unit_or_a_known_card(plan, amount, near):
     outcome = plan("qwen-image-lora", f"--gpu_memory={amount}")
     assert outcome.code == 2
-    told = f"error: `gpu_memory` takes an amount of memory such as 24GB, got `{amount}` (`--gpu_memory`)"
+    told = f"error: `gpu_memory` takes {MEMORY_WORDS}, got `{amount}` (`--gpu_memory`)"
     assert told in outcome.err.splitlines()
+    assert (f"did you mean `{near}`?" in outcome.err) == bool(near)
 
 
 def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
@@ -219,6 +271,6 @@ def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
 
 
 def test_the_plan_does_not_guess_at_tensors_it_has_no_shapes_of(plan):
-    outcome = plan("qwen-image-lora", "--fp8_models", "Qwen/Qwen-Image:text_encoder/model*.safetensors")
+    outcome = plan("qwen-image-lora", "--fp8_models", "Qwen/Qwen-Image:text_encoder/model*.safetensors", "-v")
     assert "8.3 billion parameters), weights kept in float8, how many is not known without its files" in outcome.out
     assert "the largest tensor while it is read (text_encoder, vae: not known without files)" in outcome.out

@@ -53,7 +53,7 @@ def test_one_flag_for_the_stage_that_is_named(cli, staged, dataset):
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert [line for line in lines if line.startswith("Stage ")] == ["Stage high"]
-    assert "Output to `models/train/config/high`" in lines
+    assert "Output    `models/train/config/high`" in lines
 
 
 def test_problems_of_both_stages_come_in_one_report_and_common_ones_once(refuse, config):
@@ -81,9 +81,9 @@ def test_the_dry_run_shows_the_plan_of_each_stage(cli, staged, dataset):
     lines = outcome.out.splitlines()
     assert [line for line in lines if line.startswith(("Stage ", "Output "))] == [
         "Stage high",
-        "Output to `out/high`",
+        "Output    `out/high`",
         "Stage low",
-        "Output to `out/low`",
+        "Output    `out/low`",
     ]
 
 

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_rank(refuse, lora):
 
 def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
     outcome = cli(
-        "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--lora_rank", 8, *PRESET, lora, "--dry_run"
+        "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--lora_rank", 8, *PRESET, lora, "--dry_run", "-v"
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert f", `{lora}` merged into 21 modules and LoRA of rank 8 on 21 modules" in outcome.out
@@ -201,7 +201,7 @@ def test_all_at_once(refuse, lora):
 
 
 def test_the_plan_tells_what_was_chosen(cli, dataset):
-    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
+    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     automatic = cli(*arguments, "--lora_target_modules", "")
     assert "LoRA of rank 32 on 24 modules" in automatic.out
     assert (
@@ -231,7 +231,17 @@ def test_a_preset_is_not_merged_into_8_bit_floats(refuse, lora):
 
 
 def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
-    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", *PRESET, lora)
+    arguments = (
+        "train",
+        "--recipe",
+        "qwen-image-lora",
+        "--dataset_base_path",
+        dataset,
+        "--dry_run",
+        "-v",
+        *PRESET,
+        lora,
+    )
     outcome = cli(*arguments, "--fp8_models", ENTRIES["text_encoder"])
     assert outcome.code == 0, outcome.err
     assert "merged into 21 modules" in outcome.out
@@ -318,7 +328,7 @@ def test_a_prefix_that_no_key_has(refuse, prefix, hint):
 
 def test_modules_passed_over_are_told(cli, dataset):
     """Names of one block, given to a transformer of two, as the list of klein 4B is to the 9B."""
-    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
+    arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
     assert "  without LoRA are 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
     assert "without LoRA" not in cli(*arguments).out

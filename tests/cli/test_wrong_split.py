@@ -288,7 +288,7 @@ def test_a_file_that_asks_for_other_samples(second, encoded, config):
 
 def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
     """Those of a recipe are for both halves, and go under them."""
-    start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run")
+    start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run", "-v")
     assert "encoded beforehand for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
 
 

@@ -106,7 +106,7 @@ def test_a_run_makes_a_damaged_entry_anew_and_says_so(trained, tmp_path, cli, sa
     whole = entry.read_bytes()
     flip(0.9)(entry)
     common = (*trained.command, "--cache_path", tmp_path / "cache", "--output_path", "out")
-    told = cli(*common, "--dry_run")
+    told = cli(*common, "--dry_run", "--verbose")
     lines = [line for line in told.out.splitlines() if "encodings are in the cache" in line]
     outcome = cli(*common)
     assert outcome.code == 0, outcome.err

@@ -41,6 +41,10 @@ class Ended:
         return [json.loads(line)[name] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property
+    def log(self) -> str:
+        return (self.folder / "train.log").read_text()
+
+    @property
     def files(self) -> list[str]:
         return [entry["file"] for entry in self.record["checkpoints"]]
 
@@ -122,7 +126,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "task": Effect(("--task", "direct_distill"), lambda run: run.refusal is not None, True),
     "find_unused_parameters": Effect(
-        ("--no_find_unused_parameters",), says("there are no unused parameters to find: what no gradient"), False
+        ("--no_find_unused_parameters",), lambda run: "there are no unused parameters to find" in run.log, False
     ),
     "lora_base_model": Effect(
         ("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj"), modules, {"q_proj"}

@@ -32,7 +32,7 @@ def common(dataset: Path, *more: object) -> tuple[object, ...]:
 def test_a_second_run_loads_neither_text_encoder_nor_vae(cli, photographs):
     first = cli(*common(photographs, "--output_path", "first", "--seed", 1))
     assert first.code == 0
-    second = cli(*common(photographs, "--output_path", "second", "--seed", 2))
+    second = cli(*common(photographs, "--output_path", "second", "--seed", 2, "--verbose"))
     assert second.code == 0
     assert "Loading dit" in second.err
     assert "Loading text_encoder" not in second.err and "Loading vae" not in second.err
@@ -200,7 +200,7 @@ def test_a_folder_of_pictures_with_captions_beside_them(cli, photographs, tmp_pa
         shutil.copy(photographs / f"{name}.png", folder)
         (folder / f"{name}.txt").write_text(caption)
     assert cli(*common(folder, "--output_path", "out")).code == 0
-    same_pairs = cli(*common(photographs, "--output_path", "other"))
+    same_pairs = cli(*common(photographs, "--output_path", "other", "-v"))
     assert same_pairs.err.count("4 of 4 encodings are in the cache") == 2
 
 

@@ -16,7 +16,7 @@ from diffsynth_core.state_dicts.key_maps import KeyMap
 from diffsynth_core.state_dicts.lora_files import LoraFile
 from diffsynth_core.state_dicts.lora_rows import ModuleLora, StoredLora, group_by_down, loras_of
 
-ELEMENTS_AT_ONCE = 2**20
+ROWS_TAKEN_AT_ONCE = 2**20
 """Elements of a change that are computed at once."""
 
 
@@ -41,9 +41,9 @@ class Factors:
         """||up @ down + sum of differences||^2, in float64; without them, and so without the product, the sum of the
         entries of (up^T up) * (down down^T)."""
         if self.differences:
-            step = max(1, ELEMENTS_AT_ONCE // max(1, self.down.shape[1]))
-            pieces = (self.dense(begin, begin + step) for begin in range(0, len(self.up), step))
-            return sum(float(piece.double().square().sum()) for piece in pieces)
+            rows = range(0, len(self.up), max(1, ROWS_TAKEN_AT_ONCE // max(1, self.down.shape[1])))
+            step = max(1, rows.step)
+            return sum(float(self.dense(begin, begin + step).double().square().sum()) for begin in rows)
         up, down = self.up.double(), self.down.double()
         return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 

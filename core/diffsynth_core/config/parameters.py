@@ -5,7 +5,6 @@ are made from it. Documented parameters are those of the public trainer DiffSynt
 (`documented=False`) are ours.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
+from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 GROUPS = {
@@ -27,10 +27,6 @@ GROUPS = {
     "output": "Output",
     "family": "Only some families",
 }
-
-
-_MEMORY_UNITS = {"gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
-_MEMORY = re.compile(rf"(?P<number>\d+(\.\d+)?) ?(?P<unit>{'|'.join(_MEMORY_UNITS)})", re.IGNORECASE)
 
 
 def _reject_bool(value: object) -> object:
@@ -76,17 +72,11 @@ def _read_path_groups(value: object) -> object:
 
 
 def _check_memory(value: object) -> object:
-    """A text that `memory_bytes` can read, of more than nothing; a number alone has no unit."""
-    if not isinstance(value, str) or not _MEMORY.fullmatch(value.strip()) or not memory_bytes(value.strip()):
-        raise ValueError("is not an amount of memory such as 24GB")
+    """A text that `memory_bytes` can read; a number alone has no unit."""
+    if not isinstance(value, str):
+        raise ValueError(f"is not {MEMORY_WORDS}")
+    memory_bytes(value)
     return value.strip()
-
-
-def memory_bytes(text: str) -> int:
-    """`24GB` as bytes: 24 x 10^9; what a card has beyond that, since makers mean 2^30, is left for its driver."""
-    found = _MEMORY.fullmatch(text)
-    assert found
-    return int(float(found["number"]) * _MEMORY_UNITS[found["unit"].lower()])
 
 
 def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
@@ -105,7 +95,7 @@ FolderName = Annotated[str, BeforeValidator(_reject_empty)]
 """A folder's path or `model_id:folder`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
-"""A number of GB (10^9 bytes), MB, GiB or MiB, such as `24GB`."""
+"""Memory of a GPU: an amount such as `24GB`, or the name of a card such as `4090`."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
@@ -117,7 +107,7 @@ TYPE_WORDS = {
     "float": "a number",
     "bool": "true or false",
     "path": "a path",
-    "memory": "an amount of memory such as 24GB",
+    "memory": MEMORY_WORDS,
     "str": "a text",
     "comma list": "a list of texts with commas between them",
     "json list": "a JSON list of paths, or of lists of shard paths",
@@ -153,12 +143,14 @@ def _setting(
     families: tuple[str, ...] = (),
     documented: bool = True,
     family_defaults: Mapping[str, Any] | None = None,
+    short: str | None = None,
     **constraints: Any,
 ) -> Any:
     """Declare one setting.
 
     `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families;
-    `family_defaults` are defaults of single families, by name, that replace `default` there. `compared` says what
+    `family_defaults` are defaults of single families, by name, that replace `default` there; `short` is a letter for
+    the flag, as in `-v`. `compared` says what
     resuming compares of a parameter that changes numbers. A run from before a parameter was declared counts as one with
     its default: give a new parameter the default that keeps to what was done without it.
     """
@@ -171,6 +163,7 @@ def _setting(
         "changes": changes,
         "compared": compared,
         "family_defaults": dict(family_defaults or {}),
+        "short": short,
     }
     if type_name == "int":
         constraints.setdefault("le", LARGEST_INTEGER)
@@ -223,6 +216,15 @@ class Parameters(BaseModel):
         changes="nothing",
         documented=False,
     )
+    verbose: bool = _setting(
+        False,
+        "run",
+        "bool",
+        "Print all of the plan: files, modules, parameters, memory and disk by part",
+        changes="nothing",
+        short="v",
+        documented=False,
+    )
     resume: Literal["auto"] | None = _setting(
         None,
         "run",
@@ -255,7 +257,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "memory",
-        "Memory of the GPU to be trained on, such as 24GB; the plan says whether the run fits, and if not, which change makes it fit",
+        "Memory of the GPU to be trained on, such as 24GB, or its name, such as 4090 or A100-40; the plan says whether the run fits, and if not, which change makes it fit",
         changes="nothing",
         documented=False,
     )
@@ -714,6 +716,7 @@ class Setting:
     changes: Changes
     compared: Compared
     family_defaults: Mapping[str, Any]
+    short: str | None
     choices: tuple[str, ...]
     help_text: str
 
@@ -755,6 +758,7 @@ def _read_settings() -> Iterator[Setting]:
             changes=facts["changes"],
             compared=facts["compared"],
             family_defaults=facts["family_defaults"],
+            short=facts["short"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
         )

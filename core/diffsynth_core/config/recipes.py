@@ -26,7 +26,7 @@ STAGE_KEYS = {
 }
 STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
 """A stage names a folder; capitals are left out, since some file systems do not tell them apart."""
-NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "resume"})
+NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "verbose", "resume"})
 """Settings that say what one command does; a recipe describes every run made from it."""
 
 

@@ -1,13 +1,16 @@
 """From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems at once."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffsynth_core.config.arguments import StrayWord, unknown_arguments
+from diffsynth_core.config.gpu_memory import nearest_memory
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Layer, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
@@ -114,8 +117,9 @@ def _resolve_one(
         of_stage = origins.get("output_path", "").endswith(_of_stage(stage))
         folder = parameters.output_path if of_stage else parameters.output_path / stage
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
-    faults += _cross_problems(parameters, invalid)
-    faults += settings_of_others(parameters, family, origins) if family else []
+    consequences = _cross_problems(parameters, invalid)
+    consequences += settings_of_others(parameters, family, origins) if family else []
+    faults += without_consequences(consequences, invalid)
     resolved = Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
     return resolved.with_defaults_of(family) if family else resolved
 
@@ -277,9 +281,27 @@ def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
         words, key = _BOUNDS[detail["type"]]
         expected = f"{expected} of {words} {detail['ctx'][key]}"
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    near = suggest(shown, SETTINGS[name].choices)
+    memory = SETTINGS[name].type_name == "memory"
+    near = nearest_memory(shown) if memory else suggest(shown, SETTINGS[name].choices)
     hint = f"did you mean `{near}`?" if near else None
     return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", hint, wrong_use=True)
+
+
+def without_consequences(problems: Iterable[Problem], invalid: AbstractSet[str]) -> list[Problem]:
+    """Of problems that checks found, those that do not concern a parameter whose value was wrong.
+
+    Such a parameter is at its default for the checks, of which nobody knows whether it is what was meant. What a
+    problem concerns is what its message and its hint name, as `lora_rank` or `--lora_rank`.
+    """
+    return (
+        [problem for problem in problems if invalid.isdisjoint(_parameters_named(problem))] if invalid else [*problems]
+    )
+
+
+def _parameters_named(problem: Problem) -> set[str]:
+    """The parameters that a problem is about or has to do with."""
+    words = re.findall(r"`(?:--(?:no-)?)?(\w+)\b", f"{problem.message} {problem.hint or ''}")
+    return set(words) & SETTINGS.keys()
 
 
 def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:

@@ -80,13 +80,17 @@ def read_dataset(
     return replace(samples, notes=notes) if samples.samples else None
 
 
+class MissingDataset(Problem):
+    """The problem that the dataset folder does not exist."""
+
+
 def missing_dataset(parameters: Parameters) -> list[Problem]:
     """The problem that the dataset folder is not there, for when nothing else can be told of the dataset."""
     base = parameters.dataset_base_path
     if base.is_dir():
         return []
     what = f"the dataset folder `{base}` (`dataset_base_path`) is not there"
-    return [Problem(what, "name the folder with `--dataset_base_path`")]
+    return [MissingDataset(what, "name the folder with `--dataset_base_path`")]
 
 
 def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
-from diffsynth_core.config.parameters import memory_bytes
+from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
@@ -14,7 +14,7 @@ from diffsynth_core.planning.fitting import Fit, find_fit
 from diffsynth_core.planning.memory import choice_of
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.planning.sizes import run_sizes
-from diffsynth_core.progress import SilentReporter, format_bytes
+from diffsynth_core.progress import SilentReporter, format_memory
 
 PAGE = "gpu_memory.md"
 GPUS = ("24GB", "48GB", "80GB")
@@ -32,7 +32,7 @@ def memory_page() -> str:
         "clips that the recipe allows, in batches of one. Your own dataset and parameters change it, and the plan prints",
         "the flags of what is named here. What operations and the driver need to work is not counted: leave some room.",
         "[memory.md](memory.md) says how far such estimates were from what was measured, on tiny models and on a CPU;",
-        "on GPUs they have not been measured.",
+        "on GPUs they have not been measured. `tight`: it fits, and less than 1 GiB is left for that.",
         "",
         "The third and later columns say what has to change for a GPU of that size. A full training keeps its weights,",
         "gradients and the two states of AdamW in float32, 16 bytes for each parameter, and 4 more while AdamW steps.",
@@ -51,15 +51,14 @@ def _rows() -> Iterator[str]:
             choice = choice_of(plan, run_sizes(plan).largest)
             fits = [find_fit(plan, choice, memory_bytes(size)) for size in GPUS]
             stage = f", stage `{resolved.stage}`" if resolved.stage else ""
-            yield f"| `{recipe}`{stage} | {format_bytes(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
+            yield f"| `{recipe}`{stage} | {format_memory(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
 
 
 def _in_words(fit: Fit) -> str:
-    if fit.as_it_is:
-        return "as it is"
     if not fit.fits:
         return "does not fit"
-    return "; ".join(change.words for change in fit.tried[-1].changes)
+    words = "as it is" if fit.as_it_is else "; ".join(change.words for change in fit.tried[-1].changes)
+    return f"{words} (tight)" if fit.is_tight else words
 
 
 def write_documents(folder: Path) -> None:

@@ -12,6 +12,10 @@ SHARES = (0.75, 0.5, 0.25)
 """Of the area of pictures, and of the length of clips, that are tried."""
 
 
+TIGHT_BYTES = 2**30
+"""A run that leaves less than this of the GPU for what is not counted may fail all the same."""
+
+
 @dataclass(frozen=True)
 class Change:
     """Something to do otherwise: in words, by the flags that do it, quoted for a shell, and as the choice they make."""
@@ -45,6 +49,16 @@ class Fit:
     def fits(self) -> bool:
         """As it is, or with the last change that was tried."""
         return self.as_it_is or bool(self.tried and self.tried[-1].peak <= self.limit)
+
+    @property
+    def left(self) -> int:
+        """Bytes of the GPU that are left, as it is or with the last change that was tried."""
+        return self.limit - (self.peak if self.as_it_is else self.tried[-1].peak)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits, as it is or changed, with little left."""
+        return self.fits and self.left < TIGHT_BYTES
 
 
 def find_fit(plan: Plan, choice: Choice, limit: int) -> Fit:

@@ -117,7 +117,7 @@ def _differences_problem(path: Path, component: str, file: LoraFile, way_out: st
         f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by whole differences, which a LoRA cannot start "
         f"from: {shorten(sorted(file.tensors))}"
     )
-    merge = f"merge it into the base with `--preset_lora_path {shlex.quote(str(path))} --preset_lora_model {component}`"
+    merge = f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"
     return Problem(what, f"{merge}, or {way_out.partition(', or ')[2]}" if file.modules else merge, wrong_use=True)
 
 

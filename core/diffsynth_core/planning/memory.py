@@ -102,6 +102,11 @@ class DiskUse:
     state: int
     states: int
 
+    @property
+    def written(self) -> int:
+        """Of all checkpoints, at least one, and the states."""
+        return self.checkpoint * max(1, self.checkpoints) + self.states * self.state
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -335,6 +340,11 @@ def file_bytes(plan: Plan, component: str) -> int:
         published = plan.published[component]
         return published.parameters * BYTES[published.dtype]
     return sum(path.stat().st_size for path in plan.components[component].paths)
+
+
+def download_bytes(plan: Plan) -> int:
+    """Of the components whose files are not there, as they are published."""
+    return sum(file_bytes(plan, name) for name in plan.published)
 
 
 def count_checkpoints(plan: Plan) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.config.resolve import Resolved, settings_of_others
+from diffsynth_core.config.resolve import Resolved, settings_of_others, without_consequences
 from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -133,7 +133,9 @@ def make_plan(
         parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems
     )
     if problems or not (found and training and samples and steps):
-        raise FaultsFound([*problems, *missing] or [Problem("the run cannot be planned")])
+        told, found_here = resolved.problems, [*problems[len(resolved.problems) :], *missing]
+        told = (*told, *without_consequences(found_here, resolved.invalid))
+        raise FaultsFound(told or [Problem("the run cannot be planned")])
     return Plan(
         parameters,
         found.facts,

@@ -51,8 +51,9 @@ def _not_there(message: str, parameter: str, place: str) -> Problem:
     hint = f"name its folder with `--{parameter}`"
     if split_entry(place) is None:
         return Problem(message, hint)
-    command = download_command(place.rstrip("/") + "/*")
-    return MissingFiles(message, f"fetch it with `{command}`, or {hint}")
+    entry = place.rstrip("/") + "/*"
+    command = download_command(entry)
+    return MissingFiles(message, f"fetch it with `{command}`, or {hint}", entry=entry, command=command)
 
 
 def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:

@@ -10,14 +10,39 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, shorten
 from diffsynth_core.files import absent_shards
 
 WEIGHT_ENDINGS = (".safetensors", ".pth")
 
 
+@dataclass(frozen=True)
 class MissingFiles(Problem):
-    """The problem that files of a hub's repository are not on disk."""
+    """The problem that files of a hub's repository are not on disk.
+
+    `entry` is what names them, `command` what downloads them, perhaps with others.
+    """
+
+    entry: str = ""
+    command: str = ""
+
+
+def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
+    """The same problems, those of files that are not on disk as one, at the place of the first."""
+    missing = [problem for problem in problems if isinstance(problem, MissingFiles)]
+    if len(missing) < 2:
+        return list(problems)
+    entries = list(dict.fromkeys(problem.entry for problem in missing))
+    of_recipe = next((problem.command for problem in missing if problem.entry not in problem.command), None)
+    command = of_recipe or f"diffsynth download {shlex.join(entries)}"
+    merged = MissingFiles(
+        f"{len(entries)} model files are missing: {shorten(entries)}",
+        f"fetch them with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
+        command=command,
+    )
+    first = problems.index(missing[0])
+    others = [problem for problem in problems[first:] if not isinstance(problem, MissingFiles)]
+    return [*problems[:first], merged, *others]
 
 
 @dataclass(frozen=True)
@@ -139,9 +164,12 @@ def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[
             f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or write `model_id:file`"
         )
     nor = f", nor its copy `{copy}`" if copy else ""
+    command = brings(entry)
     return MissingFiles(
         f"`model_id_with_origin_paths`: nothing matches `{entry}`{nor} below `{base}`",
-        f"fetch it with `{brings(entry)}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
+        f"fetch it with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
+        entry=entry,
+        command=command,
     )
 
 
@@ -153,4 +181,6 @@ def _shard_problems(file_set: FileSet, brings: Callable[[str], str]) -> list[Pro
     what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
     if file_set.copy or file_set.origin not in file_set.entries or split_entry(file_set.origin) is None:
         return [Problem(what, "fetch them, or mend the glob")]
-    return [MissingFiles(what, f"fetch them with `{brings(file_set.origin)}`, or mend the glob")]
+    command = brings(file_set.origin)
+    hint = f"fetch them with `{command}`, or mend the glob"
+    return [MissingFiles(what, hint, entry=file_set.origin, command=command)]

@@ -181,19 +181,16 @@ def _draw(folder: Path, variant: Variant) -> Path:
 
 
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:
-    """A small size in place of a fixed one, and of the area that pictures shown are scaled to, unless the command line
-    asks for it; what is changed is told."""
+    """A small size in place of a fixed one, and of the area that images are scaled to, unless the command line asks for
+    it; what is changed is told."""
     now = resolved.parameters
     changes: dict[str, object] = {}
     if now.height and now.width and not (_is_flag(resolved, "height") or _is_flag(resolved, "width")):
         scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
         for name, side in (("height", now.height), ("width", now.width)):
             changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
-    if (
-        any(shown.size for shown in variant.references)
-        and now.max_pixels > REHEARSAL_PIXELS
-        and not _is_flag(resolved, "max_pixels")
-    ):
+    scaled = not (now.height and now.width) or any(shown.size for shown in variant.references)
+    if scaled and now.max_pixels > REHEARSAL_PIXELS and not _is_flag(resolved, "max_pixels"):
         changes["max_pixels"] = REHEARSAL_PIXELS
     if variant.medium.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
         changes["num_frames"] = REHEARSAL_FRAMES

@@ -1,0 +1,90 @@
+"""Memory of GPUs as people say it: an amount, or the name of a card."""
+
+import re
+
+from diffsynth_core.errors import suggest
+
+MEMORY_WORDS = "an amount of memory such as 24GB, or a GPU such as 4090 or A100-40"
+UNITS = {"g": 2**30, "m": 2**20}
+"""A GPU of 24 GB has 24 GiB: makers, nvidia-smi and PyTorch count its memory in powers of 1024, with or without `i`."""
+AMOUNT = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[gm])(i?b)?", re.IGNORECASE)
+
+CARDS = {
+    "T4": 15360,
+    "L4": 23034,
+    "L20": 46068,
+    "L40": 46068,
+    "L40S": 46068,
+    "A30": 24576,
+    "A40": 46068,
+    "A100-40": 40960,
+    "A100-80": 81920,
+    "A800": 81920,
+    "H100": 81559,
+    "H800": 81559,
+    "H200": 143771,
+    "B200": 183359,
+    "3060": 12288,
+    "3090": 24576,
+    "4090": 24564,
+    "5070 Ti": 16303,
+    "5080": 16303,
+    "5090": 32607,
+    "A4000": 16376,
+    "A5000": 24564,
+    "A6000": 49140,
+    "6000 Ada": 49140,
+    "PRO 6000": 97887,
+    "TITAN RTX": 24576,
+}
+"""MiB of each card, the total that nvidia-smi shows for it: less than its maker says where ECC takes some. Cards that
+come in several sizes have theirs in the name; the 3060 is that with 12 GB."""
+BRANDS = re.compile(r"nvidia|geforce|tesla|quadro|rtx|blackwell|generation|server|workstation|edition|gpu|[^a-z0-9]")
+"""What is written about a card's name or left out, with all that is neither letter nor digit."""
+BUILD = re.compile(r"[- ](sxm\d?|pcie|hbm\d\w?)\b")
+SIZE = re.compile(r"[- ](?P<size>\d+) ?gb\b")
+NEAR = 0.1
+"""By which share a card's memory may differ from the size in its name."""
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of `24GB` (24 x 2^30), `24576MiB` or of a card such as `RTX 4090`.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if found := AMOUNT.fullmatch(text.strip()):
+        size = int(float(found["number"]) * UNITS[found["unit"].lower()])
+    else:
+        size = _memory_of_card(text)
+    if not size:
+        raise ValueError(f"is not {MEMORY_WORDS}")
+    return size
+
+
+def _memory_of_card(text: str) -> int:
+    """Bytes of a card, with or without its size in the name; 0 when it is unknown, or not known to have that size."""
+    if known := _BY_PLAIN_NAME.get(_plain(text)):
+        return known * 2**20
+    sized = SIZE.search(text.lower())
+    known = _BY_PLAIN_NAME.get(_plain(SIZE.sub("", text.lower())), 0) if sized else 0
+    return known * 2**20 if sized and abs(known / 1024 / int(sized["size"]) - 1) < NEAR else 0
+
+
+def nearest_memory(text: str) -> str | None:
+    """What was meant by a text that is neither an amount nor a card: a number without unit, part of a card's name."""
+    if re.fullmatch(r"[1-9]\d{0,2}(\.\d+)?", text.strip()):
+        return f"{text.strip()}GB"
+    if not re.fullmatch(r"\w[\w -]+", text):
+        return None
+    sizes = [name for name in CARDS if _plain(name).startswith(_plain(text))] if _plain(text) else []
+    return " or ".join(sizes) or suggest(text.upper(), CARDS)
+
+
+def _plain(name: str) -> str:
+    """A card's name without brand, blanks and dashes: `NVIDIA A100-SXM4-40GB` -> `a10040`."""
+    lower = BUILD.sub("", name.lower())
+    return BRANDS.sub("", SIZE.sub(r" \g<size>", lower))
+
+
+_BY_PLAIN_NAME = {_plain(name): size for name, size in CARDS.items()}

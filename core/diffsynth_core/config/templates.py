@@ -1,0 +1,109 @@
+"""A file to start from: a recipe with comments, its values set and all other parameters commented out."""
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.parameters import GROUPS, SETTINGS, Setting, as_plain
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, load_recipe
+from diffsynth_core.config.resolve import Resolved, resolve_stages
+from diffsynth_core.errors import raise_if_any
+
+WIDTH = 100
+"""Columns of comments."""
+Values = dict[str, Any]
+
+
+def template_of(name: str) -> str:
+    """A file for `--config` that gives the run of a recipe.
+
+    Values of the recipe are set. Parameters that it leaves out are commented out with their defaults, so that each can
+    be changed where it stands; `output_path` is one of them, as a run is named by its file.
+
+    Raises:
+        FaultsFound: when there is no such recipe.
+    """
+    recipe = load_recipe(name)
+    stages = resolve_stages({"recipe": name})
+    raise_if_any([problem for resolved in stages for problem in resolved.problems])
+    shared = _shared_values(stages)
+    lines = [
+        f"# A file to start from, with the values of the recipe `{name}`: `diffsynth train --config FILE`",
+        "# What begins with `#` and a name is not set, and shows the default. `diffsynth recipe schema` helps editors.",
+        f"# To take later changes of the recipe along, delete what you do not change and write `extends: {name}`.",
+        *_dumped({"description": recipe.description, "family": recipe.family}),
+        "parameters:",
+        *_indented(_parameter_lines(shared, recipe.family)),
+    ]
+    if recipe.stages:
+        lines.append("stages:")
+        for resolved in stages:
+            own = {key: value for key, value in _given(resolved).items() if key not in shared}
+            stage = {"description": recipe.stages[resolved.stage or ""]}
+            lines += [f"  {resolved.stage}:", *_indented(_dumped(stage), 4), "    parameters:"]
+            lines += _indented(_dumped(own), 6)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _given(resolved: Resolved) -> Values:
+    """The values that a recipe gives a stage, plain."""
+    return {name: value for name, value in as_plain(resolved.parameters).items() if resolved.origins.get(name, "")}
+
+
+def _shared_values(stages: Iterable[Resolved]) -> Values:
+    """The values that are the same in all stages."""
+    first, *others = (_given(resolved) for resolved in stages)
+    return {
+        name: value for name, value in first.items() if all(name in other and other[name] == value for other in others)
+    }
+
+
+def _parameter_lines(values: Mapping[str, Any], family: str | None) -> Iterator[str]:
+    """All parameters of a family in their groups, each below what it does."""
+    for group, title in GROUPS.items():
+        members = [setting for setting in SETTINGS.values() if setting.group == group and _belongs(setting, family)]
+        if members:
+            yield from ("", f"# {title}")
+        for setting in members:
+            yield from ("", *(f"# {line}" for line in textwrap.wrap(_explained(setting), WIDTH)))
+            if setting.name in values:
+                yield from _dumped({setting.name: values[setting.name]})
+            else:
+                yield f"#{setting.name}: {_shown_default(setting, family)}"
+
+
+def _belongs(setting: Setting, family: str | None) -> bool:
+    return setting.name not in NOT_IN_RECIPES and (not setting.families or family in setting.families)
+
+
+def _explained(setting: Setting) -> str:
+    """What a parameter does, its unit, and what it takes."""
+    unit = [f"unit: {setting.unit}"] if setting.unit else []
+    return f"{setting.help_text} [{'; '.join([setting.type_words, *unit])}]"
+
+
+def _shown_default(setting: Setting, family: str | None) -> str:
+    """A default as YAML on one line; nothing where there is none."""
+    default = setting.default_of(family)
+    if default is None:
+        return ""
+    plain = list(default) if isinstance(default, tuple) else default
+    return _inline(plain if isinstance(plain, bool | int | float | list) else format_value(plain))
+
+
+def _dumped(values: Mapping[str, Any]) -> list[str]:
+    """Keys and values as YAML, a key a line."""
+    return [f"{key}: {_inline(value)}" for key, value in values.items()]
+
+
+def _inline(value: Any) -> str:
+    """A value as YAML on one line: what stands between the brackets of a list of it alone."""
+    text: str = yaml.safe_dump([value], allow_unicode=True, width=10**6, default_flow_style=True)
+    return text.strip()[1:-1]
+
+
+def _indented(lines: Iterable[str], columns: int = 2) -> list[str]:
+    return [f"{' ' * columns}{line}" if line else "" for line in lines]

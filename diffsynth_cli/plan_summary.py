@@ -1,0 +1,144 @@
+"""A plan in about ten lines: what is trained on what, how long, and what it takes. `--verbose` tells the rest."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffsynth_cli.estimate_text import Estimate, disk_parts
+from diffsynth_cli.plan_text import (
+    DEVICES,
+    family_default_lines,
+    format_size,
+    list_sizes,
+    start_lines,
+    steps_in_words,
+)
+from diffsynth_core.files import disk_of, free_bytes
+from diffsynth_core.planning.memory import (
+    count_trained,
+    device_and_precision,
+    device_memory,
+    download_bytes,
+    host_memory,
+)
+from diffsynth_core.planning.plan import Plan
+from diffsynth_core.progress import format_bytes, format_count, format_memory
+from diffsynth_core.sources.model_files import MissingFiles
+
+PRECISIONS = {"no": "float32"}
+"""`mixed_precision` as a dtype, where that is another word."""
+ALL = "`--verbose` tells the rest: files, modules, parameters, memory and disk by part"
+
+
+def summary_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
+    """What a run will do, a fact a line behind its label.
+
+    Args:
+        estimate: what it takes, where that is asked for; it is for a GPU even where this machine has none.
+    """
+    yield _labelled("Model", _model(plan, estimate is not None))
+    if plan.task.trains:
+        yield _labelled("Trains", _trained(plan))
+        for line in family_default_lines(plan):
+            yield _labelled("", line)
+    missing = [problem for problem in plan.missing if isinstance(problem, MissingFiles)]
+    if missing:
+        yield _labelled("Missing", _missing(plan, len(missing)))
+    yield _labelled("Dataset", _dataset(plan))
+    for note in plan.samples.notes:
+        yield _labelled("", note)
+    if plan.task.trains:
+        yield _labelled("Steps", _steps(plan))
+        for note in start_lines(plan):
+            yield _labelled("", note)
+    if estimate:
+        yield _labelled("Memory", _memory(plan, estimate))
+        yield _labelled("Disk", _disk(plan, estimate))
+    yield _labelled("Output", f"`{plan.parameters.output_path}`")
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label:<9} {text}"
+
+
+def _model(plan: Plan, estimated: bool) -> str:
+    """The kind of model, and where it runs: what is planned for, and apart what this machine would do instead."""
+    title, here = plan.variant.title, f"on {plan.device} in {_dtype(plan.mixed_precision)}"
+    if not estimated:
+        return f"{title} {here}"
+    device, precision = device_and_precision(plan)
+    if (plan.device.partition(":")[0] == "cpu") == (device == "cpu") and precision == plan.mixed_precision:
+        return f"{title} {here}"
+    return f"{title} on a {DEVICES[device]} in {_dtype(precision)}; this machine has none and would run {here}"
+
+
+def _dtype(precision: str) -> str:
+    return PRECISIONS.get(precision, precision)
+
+
+def _trained(plan: Plan) -> str:
+    training = plan.training
+    what = [f"{name} in full" for name in sorted(training.full)]
+    what += [f"{', '.join(modules)} of {name}" for name, modules in training.parts.items()]
+    if training.lora_component:
+        modules = len(training.lora_modules)
+        what.append(f"LoRA of rank {plan.parameters.lora_rank} on {modules} modules of {training.lora_component}")
+    return f"{' and '.join(what)}: {format_count(count_trained(plan))} parameters"
+
+
+def _missing(plan: Plan, number: int) -> str:
+    """The model files that are to be downloaded, in one line for all."""
+    names = list(plan.published)
+    names += ["tokenizer"] if number > len(names) else []
+    size = f", {format_bytes(download_bytes(plan))} to download" if plan.published else ""
+    recipe = plan.parameters.recipe
+    how = (
+        f"`diffsynth download {recipe}` fetches them, and so does the run" if recipe else "the run downloads them first"
+    )
+    return f"model files ({', '.join(names)}){size}; {how}"
+
+
+def _dataset(plan: Plan) -> str:
+    samples, folder = plan.samples.samples, plan.parameters.dataset_base_path
+    if not samples:
+        return f"`{folder}` does not exist, so the number of steps is unknown"
+    sizes = Counter(sample.target.shape for sample in samples)
+    encoded = ", encoded beforehand" if plan.encoded else ""
+    number = f"{len(samples)} sample{'' if len(samples) == 1 else 's'}"
+    return f"{number} from `{folder}`{encoded}: {list_sizes(sizes)}"
+
+
+def _steps(plan: Plan) -> str:
+    if not plan.steps.total_steps:
+        return "unknown without a dataset, and so is the time they take"
+    return f"{steps_in_words(plan)}; how long they take is known when the first have run"
+
+
+def _memory(plan: Plan, estimate: Estimate) -> str:
+    choice = estimate.choice
+    memory = device_memory(plan, choice)
+    largest = " and ".join(format_size(picture) for picture in choice.sizes.pictures)
+    host = sum(host_memory(plan, choice, memory, estimate.run.encoded).values())
+    device = f"{format_memory(memory.peak)} of the {DEVICES[choice.device]} at most"
+    return f"{device}, for {choice.sizes.batch} of {largest}; {format_memory(host)} of host memory"
+
+
+def _disk(plan: Plan, estimate: Estimate) -> str:
+    """What is written in all, of which parts, and what the disks have free that it is written to."""
+    parts = disk_parts(plan, estimate)
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, (_, size) in parts.items())
+    needed: dict[int, int] = {}
+    folders: dict[int, Path] = {}
+    for folder, size in parts.values():
+        disk = disk_of(folder)
+        needed[disk] = needed.get(disk, 0) + size
+        folders.setdefault(disk, folder)
+    free = [_free(folders[disk], size, len(needed) > 1) for disk, size in needed.items()]
+    return f"{format_bytes(sum(needed.values()))} ({listed}); {', '.join(free)}"
+
+
+def _free(folder: Path, needed: int, named: bool) -> str:
+    """How much the disk of a folder has free, and whether that is enough."""
+    free = free_bytes(folder)
+    where = f" for `{folder}`" if named else ""
+    return f"{format_bytes(free)} free{where}{': not enough' if needed > free else ''}"
