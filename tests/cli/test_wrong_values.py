@@ -54,6 +54,12 @@ def test_other_problems_are_still_told(refuse):
     assert [message.partition(" ")[0] for message, _ in problems] == ["`lora_rank`", "`lora_target_modules`:"]
 
 
+@pytest.mark.parametrize("flag", ["--recipe", "--config"])
+def test_what_a_recipe_would_have_brought_is_not_missing_besides(refuse, flag):
+    code, problems = refuse(flag, "", recipe=None)
+    assert (code, len(problems)) == (2, 1), problems
+
+
 def test_the_dataset_is_not_looked_for_where_its_folder_is_wrong(refuse):
     code, problems = refuse("--dataset_base_path", "")
     assert (code, [message.partition(",")[0] for message, _ in problems]) == (

@@ -74,10 +74,12 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
     `flags` holds the values given on the command line by name, `unknown` the words that no option took, in their order.
     """
     problems = unknown_arguments(unknown)
-    flags = {name: value for name, value in flags.items() if not _slipped(name, value, problems)}
+    slipped = frozenset(name for name, value in flags.items() if _slipped(name, value, problems))
+    flags = {name: value for name, value in flags.items() if name not in slipped}
     config = _load_quietly(load_config, flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
     incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
+    incomplete = incomplete or not slipped.isdisjoint({"config", "recipe"})
     if not (config or recipe):  # with a stray word that was to be one, what else is missing is no fault of its own
         incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
     sources: list[Source] = []
@@ -92,7 +94,7 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
     named = flags.get("recipe") or (config.name if config else None)
     family = (config.family if config else None) or (recipe.family if recipe else None)
     found = tuple(
-        _resolve_one(sources, stage, named, family, tuple(problems), incomplete) for stage in chosen or (None,)
+        _resolve_one(sources, stage, named, family, tuple(problems), incomplete, slipped) for stage in chosen or (None,)
     )
     return _told_shared_folders(found)
 
@@ -104,13 +106,15 @@ def _resolve_one(
     family: str | None,
     problems: tuple[Problem, ...],
     incomplete: bool,
+    slipped: AbstractSet[str],
 ) -> Resolved:
-    """The parameters of one stage, or of a run without stages."""
+    """The parameters of one stage, or of a run without stages; `slipped` names flags without a value, told already."""
     values, origins = _stack(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
     misspelt = _settle_lora_format(_levels(sources, stage), values, origins)
     parameters, invalid, faults = _validate(values, origins)
+    invalid |= slipped
     faults += misspelt
     if stage:
         # A folder that the stage names itself is its own; any other is the one above those of all stages.
