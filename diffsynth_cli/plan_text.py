@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
+from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.table import unread_note
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
-from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes
+from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
@@ -70,13 +71,7 @@ def _machine_lines(plan: Plan, estimated: bool) -> Iterator[str]:
 
 def _component_lines(plan: Plan) -> Iterator[str]:
     for name, files in plan.components.items():
-        size = format_bytes(file_bytes(plan, name))
-        there = (
-            f"not here, {size} as published"
-            if name in plan.published
-            else f"{count_of(len(files.paths), 'file')}, {size}"
-        )
-        yield f"  {name:<15} {files.origin} ({there}, {_parameters(plan, name)}){_part(plan, name)}"
+        yield f"  {name:<15} {_where(plan, name, files)}{_part(plan, name)}"
     for name, files in plan.idle.items():
         yield f"  {name:<15} {files.origin}, not loaded by `{plan.task.name}`"
     if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
@@ -94,6 +89,19 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  without LoRA are {len(plan.training.passed_over)} modules of the same kinds: {shorten(plan.training.passed_over)}"
     if VAE in plan.training.components:
         yield f"  the {VAE} trains: what the model is to predict is made of its latents and moves with them"
+
+
+def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
+    """Where a component comes from, and how large it is there."""
+    size = format_bytes(file_bytes(plan, component))
+    if component not in plan.published:
+        below = f" below `{files.prefix}`" if files.prefix else ""
+        there = f"{count_of(len(files.paths), 'file')}{below}, {size}"
+    elif plan.published[component].parameters:
+        there = f"not here, {size} as published"
+    else:
+        there = "not here, size unknown"
+    return f"{files.origin} ({there}, {_parameters(plan, component)})"
 
 
 def _sample_lines(plan: Plan) -> Iterator[str]:
@@ -196,6 +204,8 @@ def _part(plan: Plan, component: str) -> str:
     parts = []
     if component in plan.float8:
         parts.append(_kept_in_float8(plan.float8[component]))
+    elif has_scales(plan, component):
+        parts.append("widened from scaled 8-bit floats as it is loaded")
     if plan.preset and component == plan.preset.component:
         parts.append(f"`{plan.preset.file.path}` merged into {plan.preset.changes}")
     if component in plan.training.full:

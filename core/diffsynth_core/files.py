@@ -51,6 +51,10 @@ def _nearest_folder(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
+SAFETENSORS_ENDINGS = (".safetensors", ".sft")
+PICKLED_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+GGUF_ENDING = ".gguf"
+"""Endings of weight files, by format."""
 TEMPORARY_ENDING = ".tmp"
 _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
 

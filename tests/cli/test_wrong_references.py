@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffsynth_core.families.flux2.names import DIT_ORIGINAL
 from tests.documented_recipes import REFERENCE
 
 EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2-klein-4b-lora"
@@ -164,12 +165,16 @@ def test_the_transformer_of_dev(refuse, models):
     assert "klein" in (hint or "")
 
 
-def test_klein_in_its_other_layout(refuse, models):
-    names = ("double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight")
-    save_file({name: torch.zeros(2, 2) for name in names}, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
+def test_a_part_of_klein_in_its_other_layout(refuse, models):
+    """Its names are known; what it lacks is told by the names of the module."""
+    whole = [load_file(path) for path in sorted((models / KLEIN_4B / "transformer").glob("*.safetensors"))]
+    tensors = {name: tensor for part in whole for name, tensor in part.items()}
+    original = {key: DIT_ORIGINAL.join(key, tensors).contiguous() for key in DIT_ORIGINAL.theirs_of(tensors)}
+    del original["img_in.weight"]
+    save_file(original, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
     wrong = f"{KLEIN_4B}:flux-2-klein-4b.safetensors"
     ((message, _),) = refuse(*klein(dit=wrong), recipe=KLEIN)[1]
-    assert message == f"`{wrong}` is a transformer in Black Forest Labs' own layout, not a component of FLUX.2"
+    assert message.startswith(f"dit from `{wrong}`") and "x_embedder.weight" in message
 
 
 def test_a_transformer_without_guidance(refuse, pairs, models):
@@ -201,6 +206,14 @@ def test_the_transformer_of_the_other_flux(refuse, models):
         (
             "PAI/Wan2.2-Fun-A14B-Control:low_noise_model/diffusion_pytorch_model*.safetensors",
             "Wan Fun Control, led by a control video",
+        ),
+        (
+            "PAI/Wan2.2-Fun-A14B-Control-Camera:high_noise_model/diffusion_pytorch_model*.safetensors",
+            "Wan Fun Control-Camera, led by camera control",
+        ),
+        (
+            "alibaba-pai/Wan2.2-Fun-5B-Camera:diffusion_pytorch_model.safetensors",
+            "Wan Fun Control-Camera, led by camera control",
         ),
         ("Qwen/Qwen-Image-Layered:transformer/diffusion_pytorch_model*.safetensors", "Qwen-Image-Layered"),
     ],

@@ -14,7 +14,7 @@ from diffsynth_core.families.loading import build_empty, load_component, shape_p
 from diffsynth_core.families.table import load_family, recognise
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.state_dicts.headers import read_headers
-from diffsynth_core.state_dicts.tensors import iterate_tensors
+from diffsynth_core.state_dicts.tensors import iterate_weights
 from tests.conftest import MODEL_ID, PLACES
 
 CPU = torch.device("cpu")
@@ -91,16 +91,16 @@ def test_no_weight_of_the_kind_is_ever_placed_wide(family, files, monkeypatch):
     """When a tensor is read, those before it are in their place, and in 8-bit floats."""
     wide_so_far = []
 
-    def watching(path):
-        for name, tensor in iterate_tensors(path):
+    def watching(part):
+        for weight in iterate_weights(part):
             stored = [layer.stored for layer in built[0].modules() if isinstance(layer, Float8Linear)]
             filled = [each for each in built[0].parameters() if each.device.type == "cpu"]
             wide_so_far.append(sum(each.nbytes for each in filled) - sum(each.nbytes for each in stored))
-            yield name, tensor
+            yield weight
 
     built = [build_empty(family, files)]
     monkeypatch.setattr(loading, "build_empty", lambda *_: built[0])
-    monkeypatch.setattr(loading, "iterate_tensors", watching)
+    monkeypatch.setattr(loading, "iterate_weights", watching)
     module = load_component(family, files, torch.bfloat16, CPU, SilentReporter())
     wide = [each for each in module.parameters() if each.dtype == torch.bfloat16]
     assert 0 < max(wide_so_far) <= sum(each.nbytes for each in wide)

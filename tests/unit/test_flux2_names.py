@@ -226,7 +226,7 @@ def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
     assert all(recognise(spelling, FLUX2) is None for spelling in spellings)
 
 
-def test_black_forest_labs_own_file_is_a_stranger_to_all_families():
+def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
     """FLUX.1's has the same blocks, but modulates each by itself."""
     tensors = {
         *("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "double_stream_modulation_img.lin.weight"),
@@ -235,9 +235,9 @@ def test_black_forest_labs_own_file_is_a_stranger_to_all_families():
         *(f"single_blocks.0.{part}.weight" for part in ("linear1", "linear2")),
         *("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"),
     }
-    assert recognise_family(tensors) is None
-    told = [known.title for known in FLUX2.strangers if known.signature <= tensors]
-    assert told == ["a transformer in Black Forest Labs' own layout"]
+    assert recognise_family(tensors) is FLUX2
+    component, layout = recognise(tensors, FLUX2)
+    assert component.name == "dit" and all(layout.names.ours(name) for name in tensors)
 
 
 # Sizes of reference pictures

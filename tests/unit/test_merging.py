@@ -272,8 +272,8 @@ def test_parts_of_a_text_encoder_are_left_out_when_allowed(save, run):
         ({f"{Q}.weight": torch.full((WIDTH, WIDTH), torch.nan)}, halves(Q), {}, f"`{Q}.weight` would hold values"),
         ({f"{Q}.weight": torch.ones(WIDTH, WIDTH).to(torch.float8_e5m2)}, halves(Q), {}, "stored as F8_E5M2: most of"),
         ({f"{Q}.weight": torch.ones(WIDTH, WIDTH, dtype=torch.int8)}, halves(Q), {}, "stored as I8, which is no float"),
-        ({f"{Q}.scale_weight": torch.ones(1)}, halves(Q), {"dtype": "bfloat16"}, "holds 8-bit floats with scales"),
-        ({f"{Q}.weight.absmax": torch.ones(1)}, halves(Q), {}, "holds quantised weights"),
+        ({f"{Q}.scale_weight": torch.ones(1)}, halves(Q), {"dtype": "bfloat16"}, f"holds quantized weights (`{Q}.scale_weight`)"),
+        ({f"{Q}.weight.absmax": torch.ones(1)}, halves(Q), {}, "holds quantized weights"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_merged_is_refused_and_nothing_written(save, run, tmp_path, base, lora, choices, message):

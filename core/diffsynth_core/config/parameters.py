@@ -418,7 +418,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "json list",
-        "Local weight files as a JSON list; an element is a path or a list of shard paths; may be mixed with `model_id_with_origin_paths`",
+        "Local weight files as a JSON list; an element is a file, a folder or a list of shards; beside a recipe they replace its files of the same components",
         changes="numbers",
         compared="weights",
     )

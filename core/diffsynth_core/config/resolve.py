@@ -29,6 +29,7 @@ class Resolved:
 
     `stage` is None where there are no stages. Values that were wrong are left at the default and named in `invalid`,
     so that the checks behind can go on. `family_defaults` names the values that are a default of the family alone.
+    `levels`: how near to the user each value was given; a flag is the nearest.
     """
 
     parameters: Parameters
@@ -39,6 +40,7 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
     stage: str | None = None
     family_defaults: tuple[str, ...] = ()
+    levels: Mapping[str, int] = field(default_factory=dict)
 
     def given(self, name: str) -> bool:
         """Whether a flag, a file or a recipe set the parameter."""
@@ -53,6 +55,10 @@ class Resolved:
         }
         parameters = self.parameters.model_copy(update=changed)
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
+
+    def goes_over(self, name: str, other: str) -> bool:
+        """Whether one parameter was given nearer to the user than another, as a flag is to one beside a recipe."""
+        return self.levels.get(name, -1) > self.levels.get(other, -1)
 
 
 def resolve(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> Resolved:
@@ -124,7 +130,10 @@ def _resolve_one(
     consequences = _cross_problems(parameters, invalid)
     consequences += settings_of_others(parameters, family, origins) if family else []
     faults += without_consequences(consequences, invalid)
-    resolved = Resolved(parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage)
+    levels = {name: place for place, (_, level) in enumerate(_levels(sources, stage)) for name in level}
+    resolved = Resolved(
+        parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage, levels=levels
+    )
     return resolved.with_defaults_of(family) if family else resolved
 
 

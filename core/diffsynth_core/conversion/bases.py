@@ -1,33 +1,25 @@
 """The weights that something is merged into or checked against: which component of which family they are. No torch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.families.bases import recognise_component, shapes_in
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout, modules_with_weights
-from diffsynth_core.families.table import FAMILIES, recognise
+from diffsynth_core.families.table import FAMILIES
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.sources.model_files import expand_entry, locate_folder
-from diffsynth_core.state_dicts.headers import shapes_of
+from diffsynth_core.state_dicts.base_files import Scale, find_weights, parts_of
 from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet, open_weights
-
-QUANTISED = (
-    *("absmax", "quant_map", "SCB", "weight_format", "qweight", "qzeros", "wscales", "_weight_qdata"),
-    *("nested_absmax", "nested_quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
-)
-"""Last parts of the names of tensors that stand beside weights in fewer bits: bitsandbytes, GPTQ, AWQ, SVDQuant."""
-SCALES = ("scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
-"""Last parts of the names of tensors that stand beside 8-bit floats, which mean nothing without them."""
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-"""How the names of a transformer begin in files: in those that ComfyUI writes, other components may stand beside it."""
 
 
 @dataclass(frozen=True)
 class Base:
     """A component's weights. `shapes`: weight shapes of the modules that can carry a LoRA, by documented name.
     `prefix`: what all its names in the files begin with; what has other beginnings is not of this component.
-    `tensor_shapes`: shapes of all its tensors, by documented name."""
+    `tensor_shapes`: shapes of all its tensors, by documented name.
+    `scales`: of all weights in the files that have one, by their names there."""
 
     weights: WeightSet
     facts: FamilyFacts
@@ -36,6 +28,7 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]]
     prefix: str = ""
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -55,27 +48,18 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
         option: where the user wrote it, for messages.
 
     Raises:
-        DiffSynthError: as `open_weights`, when nothing is there, the weights are in fewer bits than can be computed
-            with, or they are of no component that is known.
+        DiffSynthError: as `open_weights` and `find_weights`, when nothing is there, or it is no known component.
     """
     weights = open_weights(_paths(text, models, option))
-    _refuse_what_has_scales(weights)
-    for prefix in PREFIXES:
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.tensors.items() if name.startswith(prefix)}
-        found = recognise_component(own)
-        if found:
-            facts, component, layout = found
-            documented = layout.documented_shapes(layout.module_shapes(shapes_of(own)))
-            shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
-            return Base(weights, facts, component, layout, shapes, prefix, documented)
-    raise _unknown(weights)
-
-
-def recognise_component(names: Collection[str]) -> tuple[FamilyFacts, ComponentFacts, Layout] | None:
-    """The family, component and layout of these tensor names; a diffusion transformer before all others."""
-    found = [(facts, *known) for facts in FAMILIES.values() if (known := recognise(names, facts))]
-    denoisers = [item for item in found if item[1].name == item[0].denoiser]
-    return next(iter(denoisers or found), None)
+    found = find_weights(weights.origin, weights.tensors)
+    known = [(part, recognised) for part in parts_of(found) if (recognised := recognise_component(part.tensors))]
+    if not known:
+        raise _unknown(weights)
+    denoisers = [(part, of) for part, of in known if of[1].name == of[0].denoiser]
+    part, (facts, component, layout) = (denoisers or known)[0]
+    documented = layout.documented_shapes(shapes_in(part, layout))
+    shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
+    return Base(weights, facts, component, layout, shapes, part.prefix, documented, found.scales)
 
 
 def _paths(text: str, models: Path, option: str) -> list[Path]:
@@ -96,18 +80,6 @@ def _paths(text: str, models: Path, option: str) -> list[Path]:
         if index.is_file():
             return [index]
     return paths
-
-
-def _refuse_what_has_scales(weights: WeightSet) -> None:
-    """Refuse weights that are not what they say without other tensors."""
-    for kind, endings in (("quantised weights", QUANTISED), ("8-bit floats with scales", SCALES)):
-        found = [name for name in weights.tensors if name.rpartition(".")[2] in endings]
-        if found:
-            raise DiffSynthError(
-                f"`{weights.origin}` holds {kind} ({shorten(found, 1)}): what is merged would have to be quantised "
-                f"anew, which only the program that made them can do",
-                "name the original weights, and quantise what comes out",
-            )
 
 
 def _unknown(weights: WeightSet) -> DiffSynthError:

@@ -11,6 +11,7 @@ from diffsynth_core.conversion.provenance import merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import count_of
+from diffsynth_core.state_dicts.base_files import QUANT_METADATA, is_float8_marker
 from diffsynth_core.state_dicts.headers import FLOATING_POINT, TensorHeader
 from diffsynth_core.state_dicts.rewriting import (
     Output,
@@ -59,6 +60,14 @@ class MergePlan:
         """The format in which a tensor is written."""
         stored = self.base.weights.tensors[name].dtype
         return self.dtype if self.dtype and stored in FLOATING_POINT else stored
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names in the base's files of what tells how 8-bit floats are scaled, where nothing is written as such."""
+        if self.dtype is None:
+            return frozenset()
+        scales = {scale.name for scale in self.base.scales.values()}
+        return frozenset(scales | {name for name in self.base.weights.tensors if is_float8_marker(name)})
 
     def entry(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         """What the result tells of the merge."""
@@ -140,10 +149,12 @@ def outputs_of(
         late: asked for hashes of the inputs when all else is written.
     """
     weights = plan.base.weights
-    tensors = {name: _output_tensor(plan, name, pieces) for name in weights.tensors}
+    kept = [name for name in weights.tensors if name not in plan.left_out]
+    tensors = {name: _output_tensor(plan, name, pieces) for name in kept}
     if plan.max_shard_bytes is not None:
         stem = stem_of_shard(weights.files[0].name) or weights.files[0].stem
-        common = {key: value for key in weights.metadata[weights.files[0]] if (value := weights.said(key)) is not None}
+        said = _metadata(plan, weights.files[0])
+        common = {key: value for key in said if (value := weights.said(key)) is not None}
         files, indexes = plan_shards(plan.output, stem, list(tensors.values()), common, plan.max_shard_bytes)
         return [*(_with_provenance(plan, file, late) for file in files), *indexes]
     files = []
@@ -151,8 +162,14 @@ def outputs_of(
         place = plan.output if plan.output.suffix == ENDING else plan.output / path.name
         of_file = tuple(tensor for name, tensor in tensors.items() if weights.tensors[name].path == path)
         ordered = of_file if plan.dtype is None else aligned(of_file)
-        files.append(_with_provenance(plan, OutputFile(place, ordered, weights.metadata[path]), late))
+        files.append(_with_provenance(plan, OutputFile(place, ordered, _metadata(plan, path)), late))
     return [*files, *([_index(plan, files)] if weights.index else [])]
+
+
+def _metadata(plan: MergePlan, path: Path) -> dict[str, str]:
+    """What a file of the base says in its metadata, and what still holds of the result."""
+    said = plan.base.weights.metadata[path]
+    return {key: value for key, value in said.items() if plan.dtype is None or key != QUANT_METADATA}
 
 
 def _output_tensor(plan: MergePlan, name: str, pieces: Callable[[str], Pieces]) -> OutputTensor:

@@ -27,6 +27,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import Reporter
 from diffsynth_core.state_dicts.key_maps import KeyMap
 from diffsynth_core.state_dicts.rewriting import write_outputs
+from diffsynth_core.state_dicts.tensors import dequantize, read_scale
 from diffsynth_core.state_dicts.weight_sets import Span
 from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 
@@ -125,7 +126,8 @@ class _Merging:
         """The bytes of one tensor."""
         header, span = self._plan.base.weights.tensors[name], self._plan.base.weights.spans[name]
         factors = self._factors(name) if name in self._plan.changed else None
-        columns = math.prod(header.shape[1:]) if factors else 1
+        scale = self._plan.base.scales.get(name)
+        columns = math.prod(header.shape[1:]) if factors or scale else 1
         rows = math.prod(header.shape) // max(columns, 1)
         height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
         loss = self._losses[name] = Loss(asked_squared=factors.squared_norm if factors else 0.0)
@@ -137,6 +139,8 @@ class _Merging:
             DTYPES[header.dtype],
             DTYPES[self._plan.format_of(name)],
             factors,
+            rows,
+            read_scale(scale, header.shape) if scale else None,
         )
         jobs = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
         for data, lost in _in_order(self._pool, piece.make, jobs):
@@ -187,7 +191,10 @@ def _join(parts: Mapping[str, Factors], name: str, names: KeyMap, shapes: Mappin
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one tensor: read, changed, rounded. `source`: the number of the open file that has it."""
+    """Rows of one tensor: read, changed, rounded.
+
+    `source`: the number of the open file that has it. `rows`: how many it has. `scale`: what it is multiplied by first.
+    """
 
     name: str
     source: int
@@ -196,10 +203,14 @@ class _Piece:
     stored: torch.dtype
     written: torch.dtype
     factors: Factors | None
+    rows: int
+    scale: Tensor | None = None
 
     def make(self, begin: int, end: int) -> tuple[memoryview, float]:
         """The bytes of rows, and what their rounding loses."""
         raw, weight = self._read(begin, end)
+        if self.scale is not None:
+            weight = dequantize(weight, self.scale, self.rows, begin)
         if self.factors is None:
             return as_bytes(self._checked(weight.to(self.written, copy=True))), 0.0
         changed = self.factors.changed_rows(begin, end)

@@ -169,9 +169,10 @@ def components_that_fit(
 
 
 def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | None:
-    """The layout of a component's files whose signature is among tensor names."""
+    """The layout of a component's files whose signature is among tensor names; none that is borrowed."""
     present = frozenset(names)
-    return next((layout for layout in component.layouts if layout.signature <= present), None)
+    own = (layout for layout in component.layouts if not layout.borrowed)
+    return next((layout for layout in own if layout.signature <= present), None)
 
 
 def _knows(component: ComponentFacts, name: str) -> bool:

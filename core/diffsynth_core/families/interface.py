@@ -33,12 +33,14 @@ class Layout:
     `names`: names in the file -> names in our module.
     `documented`: documented names, which users type and LoRA files hold -> names in our module.
     `written`: names in full checkpoints -> names in our module; None: the documented ones.
+    `borrowed`: another family publishes its files in these names too, and has them where neither is named.
     """
 
     signature: frozenset[str]
     names: KeyMap = SAME_NAMES
     documented: KeyMap = SAME_NAMES
     written: KeyMap | None = None
+    borrowed: bool = False
 
     @property
     def in_checkpoints(self) -> KeyMap:
@@ -326,6 +328,7 @@ class ComponentFiles:
     `folders`: where what belongs to them is looked for: beside them, and where the user named them.
     `config_path`: the config.json that belongs to them, when there is one.
     `float8`: the weights are stored in 8-bit floats, as far as they are of a kind that is (adapters/float8.py).
+    `prefix`: what the names of its tensors begin with in the files; others are not of this component.
     """
 
     component: str
@@ -336,6 +339,7 @@ class ComponentFiles:
     folders: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     float8: bool = False
+    prefix: str = ""
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:

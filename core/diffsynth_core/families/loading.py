@@ -5,18 +5,18 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.float8 import LARGEST, Float8Linear, fits, float8_layers
+from diffsynth_core.adapters.float8 import FLOAT8, LARGEST, Float8Linear, fits, float8_layers
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.families.bases import part_of, shapes_in
 from diffsynth_core.families.family import Family
 from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.progress import Reporter, count_of, format_bytes
-from diffsynth_core.state_dicts.headers import read_headers, shapes_of
-from diffsynth_core.state_dicts.tensors import iterate_tensors
+from diffsynth_core.state_dicts.tensors import dequantize, iterate_weights
 
 
 def module_shapes(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a component's files, by their names in our module; what has none is left out."""
-    return files.layout.module_shapes(shapes_of(read_headers(files.paths)))
+    return shapes_in(part_of(files), files.layout)
 
 
 def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
@@ -53,7 +53,7 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
 
 def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     """Missing tensors, surplus ones and misshapen ones; a tied tensor may be there or not."""
-    found = read_headers(files.paths)
+    found = part_of(files).tensors
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     required = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -105,7 +105,9 @@ def load_component(
     Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
     keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
     weights that diffusers keeps in float32. Of files marked `float8` the weights of `float8_layers` are stored in 8-bit
-    floats and computed with in `dtype`; those that reach beyond their range are not, which is told.
+    floats and computed with in `dtype`; those that reach beyond their range are not, which is told. Weights that the
+    files store in 8-bit floats with a scale for each row, or for all, are kept as they are there; others with a scale
+    are multiplied by it first.
 
     Raises:
         FaultsFound: when names or shapes do not fit the configuration.
@@ -113,20 +115,25 @@ def load_component(
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
     narrow = float8_weights(files, module)
-    total = sum(path.stat().st_size for path in files.paths)
-    count = len(read_headers(files.paths))
-    with reporter.task(f"Loading {files.component} ({format_bytes(total)})", count, "tensors") as task:
-        for path in files.paths:
-            for key, tensor in iterate_tensors(path):
-                for name, value in files.layout.names.cut(key, tensor).items():
-                    wide = name in float32 or _stays_float32(module, name)
-                    kept = torch.float32 if wide else dtype
-                    changed = change(name, value, kept) if change else value
-                    if name in narrow and fits(changed):
-                        _store(module, name, changed, dtype, device)
-                    else:
-                        _place(module, name, changed, kept, device)
+    part = part_of(files)
+    label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
+    with reporter.task(label, len(part.tensors), "tensors") as task:
+        for key, stored, scale in iterate_weights(part):
+            if scale is not None and not change and _keeps_scale(files, narrow, key, stored, scale):
+                for name, (value, rows) in _cut_stored(files, key, stored, scale).items():
+                    _store(module, name, value, dtype, device, rows)
                 task.advance()
+                continue
+            tensor = stored if scale is None else dequantize(stored, scale)
+            for name, value in files.layout.names.cut(key, tensor).items():
+                wide = name in float32 or _stays_float32(module, name)
+                kept = torch.float32 if wide else dtype
+                changed = change(name, value, kept) if change else value
+                if name in narrow and fits(changed):
+                    _store(module, name, changed, dtype, device)
+                else:
+                    _place(module, name, changed, kept, device)
+            task.advance()
     beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
     if beyond:
         reporter.info(
@@ -135,6 +142,21 @@ def load_component(
         )
     _tie(module)
     return module.to(device)
+
+
+def _keeps_scale(files: ComponentFiles, narrow: Collection[str], key: str, stored: Tensor, scale: Tensor) -> bool:
+    """Whether a weight of the files is kept in the 8-bit floats that it is stored in: what has one scale a row, and
+    becomes whole weights that are to be kept so."""
+    names = files.layout.names.ours(key) or ()
+    return stored.dtype == FLOAT8 and scale.shape[1] == 1 and bool(names) and set(names) <= set(narrow)
+
+
+def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """A stored weight of the files as those of our module, each with the float32 scales of its rows, `[out, 1]`."""
+    of_rows = scale.repeat_interleave(len(stored) // len(scale), 0)
+    scales = files.layout.names.cut(key, of_rows)
+    pieces = files.layout.names.cut(key, stored.view(torch.uint8))  # few operations know 8-bit floats
+    return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
 
 
 def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
@@ -169,12 +191,20 @@ def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, devi
         parent._buffers[leaf] = value.to(device=device, copy=True)
 
 
-def _store(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _store(
+    module: nn.Module,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: Tensor | None = None,
+) -> None:
     """Put a layer that stores this weight in 8-bit floats in the place of the linear layer that it belongs to."""
     layer_name = name.removesuffix(".weight")
     layer = module.get_submodule(layer_name)
     assert isinstance(layer, nn.Linear)
-    module.set_submodule(layer_name, Float8Linear(layer, value.to(device), dtype))
+    rows = None if scale is None else scale.to(device, copy=True)
+    module.set_submodule(layer_name, Float8Linear(layer, value.to(device), dtype, rows))
 
 
 def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
@@ -183,7 +213,7 @@ def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
     8-bit floats are told as bfloat16: most of what training changes in a weight would be rounded away in them.
     """
     dtypes: dict[str, str] = {}
-    for name, tensor in read_headers(files.paths).items():
+    for name, tensor in part_of(files).tensors.items():
         told = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
         dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), told)
     return dtypes

@@ -65,7 +65,8 @@ class StateFacts:
 class Published:
     """The size of a published component, for when its files are not there.
 
-    `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once.
+    `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once; 0
+    where that is not known.
     `dtype`: the format they are published in. `shapes`: those of its tensors, by the names of our module, where more
     than their number is needed.
     """
@@ -75,6 +76,11 @@ class Published:
     parameters: int
     dtype: Literal["bfloat16", "float32"]
     shapes: Callable[[], Mapping[str, tuple[int, ...]]] = dict
+
+
+def unknown_size(component: str, entry: str) -> Published:
+    """A component of which nothing tells the size."""
+    return Published(component, entry, 0, "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which files are which component, and where the tokenizers lie."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,25 @@ from diffsynth_core.families.interface import (
     Variant,
 )
 from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.size_facts import Published
+from diffsynth_core.families.size_facts import Published, unknown_size
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
     load_family,
 )
 from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
-from diffsynth_core.planning.recognition import AssignedFiles, assign_files, family_named, find_family, refused_models
+from diffsynth_core.planning.recognition import (
+    AssignedFiles,
+    FoundPart,
+    assign_files,
+    family_named,
+    find_family,
+    read_file_set,
+    refused_models,
+)
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.wanted_files import command_that_brings, needed_entries
-from diffsynth_core.sources.model_files import FileSet, expand_entry, locate, split_entry
-from diffsynth_core.state_dicts.headers import TensorHeader, read_headers
+from diffsynth_core.sources.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def find_components(
 
     Args:
         encoded: the samples that a second half trains on; what made them must fit the denoiser.
-        without_files: files that are not there are no problem, but told apart.
+        without_files: files of repositories that are not there are no problem, but told apart.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
@@ -84,26 +91,24 @@ def find_components(
     if refused:
         return None
     asked = _asked_for(parameters, family, base)
-    brings = partial(command_that_brings, recipe=parameters.recipe)
-    file_sets, not_there = locate(parameters.model_paths, asked, base, _copies(family), brings)
-    missing: list[Problem] = not_there if without_files else []
-    problems += [] if without_files else not_there
-    headers = [(file_set, tensors) for file_set in file_sets if (tensors := _read(file_set, problems)) is not None]
-    complete = len(headers) == len(asked) + len(parameters.model_paths)
-    facts = find_family(family, headers, complete, problems) or (None if complete else family_named(entries))
+    files = _locate(parameters, asked, family, base)
+    problems += files.problems
+    missing = list(files.missing) if without_files else []
+    problems += [] if without_files else files.missing
+    parts, complete = files.parts, files.complete
+    facts = find_family(family, parts, complete, problems) or (None if complete else family_named(entries))
     if facts is None:
         problems += missing
         return None
-    assigned = assign_files(headers, facts, parameters, problems)
-    there = {file_set.origin for file_set in file_sets}
-    published = _stand_in([entry for entry in asked if entry not in there], facts, parameters, assigned)
+    assigned = assign_files(parts, facts, parameters, problems)
+    published = _stand_in([entry for entry in asked if entry not in files.entries], facts, parameters, assigned)
     components, shapes = assigned.components, assigned.shapes
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
     needed = components_of(task, variant)
     absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.told}]
     # Files that became no component, of which nothing tells what they were meant to be: they explain as many absences.
-    unplaced = len(headers) - len(components) - len(assigned.told)
+    unplaced = len(parts) - (len(components) - len(published)) - len(assigned.told)
     if complete and len(absent) > unplaced:
         problems += [_missing(facts.component(name), variant) for name in absent]
     problems += changed_encoders(parameters, task, variant)
@@ -116,23 +121,68 @@ def find_components(
     whole = task.encodes and task.trains
     used = {name: files for name, files in components.items() if whole or name in needed}
     idle = {name: files for name, files in components.items() if name not in used}
-    told = missing if without_files else problems
-    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, told) if task.encodes else {}
+    untold: list[Problem] = []
+    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, untold) if task.encodes else {}
+    (missing if without_files else problems).extend(untold if files.clear else _without_fetched(untold))
     kept = {name: shapes[name] for name in used}
     return FoundComponents(facts, variant, used, kept, tokenizers, idle, published, tuple(missing))
+
+
+@dataclass(frozen=True)
+class _Located:
+    """What the model parameters name.
+
+    `entries`: those of which files are here. `missing`: files of repositories that are not here.
+    `complete`: all that is named is here and was read. `clear`: so is all that is given by paths of one's own.
+    """
+
+    parts: Sequence[FoundPart]
+    entries: frozenset[str]
+    problems: Sequence[Problem]
+    missing: Sequence[Problem]
+    complete: bool
+    clear: bool
+
+
+def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, base: Path) -> _Located:
+    """Find and read what `model_paths` and the entries `asked` for name.
+
+    Where a path of one's own is wrong, it is not known which entries its file replaces, so none is missed.
+    """
+    local, gone = locate(parameters.model_paths, (), base)
+    brings = partial(command_that_brings, recipe=parameters.recipe)
+    fetched, not_here = locate((), asked, base, _copies(family), brings)
+    local_parts, unread = _read(local)
+    parts, damaged = _read(fetched)
+    clear = not (gone or unread)
+    wrong = _without_fetched(not_here)
+    return _Located(
+        [*local_parts, *parts],
+        frozenset(entry for file_set in fetched for entry in file_set.entries),
+        [*gone, *wrong, *unread, *damaged],
+        [problem for problem in not_here if problem not in wrong] if clear else [],
+        not (gone or not_here or unread or damaged),
+        clear,
+    )
+
+
+def _without_fetched(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems that no download would end."""
+    return [problem for problem in problems if not isinstance(problem, MissingFiles)]
 
 
 def _stand_in(
     entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles
 ) -> dict[str, Published]:
-    """The published components that stand in for entries whose files are not there; added to `assigned`."""
+    """The published components that stand in for entries whose files are not there, of unknown size where nothing tells
+    it; added to `assigned`."""
     found: dict[str, Published] = {}
     for entry in entries:
         parts = split_entry(entry)
         component = component_at(parts[1], facts, parts[0]) if parts else None
-        published = facts.published_sizes(component.name, *parts) if parts and component else None
-        if not component or not published or component.name in assigned.components:
+        if not parts or not component or component.name in assigned.components:
             continue
+        published = facts.published_sizes(component.name, *parts) or unknown_size(component.name, entry)
         settings = {name: True for name in component.settings if getattr(parameters, name)}
         assigned.components[component.name] = ComponentFiles(
             component.name,
@@ -274,12 +324,16 @@ def float8_share(shapes: Shapes) -> float:
     return narrow / sum(map(math.prod, shapes.values()))
 
 
-def _read(file_set: FileSet, problems: list[Problem]) -> dict[str, TensorHeader] | None:
-    try:
-        return read_headers(file_set.paths)
-    except DiffSynthError as error:
-        problems += error.problems
-        return None
+def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]:
+    """The parts of all files, and why some cannot be read."""
+    parts: list[FoundPart] = []
+    problems: list[Problem] = []
+    for file_set in file_sets:
+        try:
+            parts += read_file_set(file_set)
+        except DiffSynthError as error:
+            problems += error.problems
+    return parts, problems
 
 
 def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:

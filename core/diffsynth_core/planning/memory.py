@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffsynth_core.families.bases import part_of
 from diffsynth_core.families.encoded_sizes import EncodedSize
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
 from diffsynth_core.families.tape import BYTES, Network, Picture, StepSizes, Tape
 from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
+from diffsynth_core.state_dicts.base_files import FLOAT8
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The number format of frozen weights and of the computation, by `mixed_precision`."""
@@ -328,18 +330,26 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def stored_bytes(plan: Plan, component: str) -> float:
-    """Bytes of a number in the files of a component, on average."""
+    """Bytes of a number in a full checkpoint of a component, which is written as its files are, on average; for
+    8-bit floats bfloat16 is written."""
     if component in plan.published:
         return BYTES[plan.published[component].dtype]
-    return file_bytes(plan, component) / count_parameters(plan, component)
+    tensors = part_of(plan.components[component]).tensors.values()
+    written = sum(tensor.nbytes * (2 if tensor.dtype in FLOAT8 else 1) for tensor in tensors)
+    return written / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def file_bytes(plan: Plan, component: str) -> int:
-    """Of a component's files, those that are there or those that are published."""
+    """Of a component in files, those that are there or those that are published."""
     if component in plan.published:
         published = plan.published[component]
         return published.parameters * BYTES[published.dtype]
-    return sum(path.stat().st_size for path in plan.components[component].paths)
+    return part_of(plan.components[component]).nbytes
+
+
+def has_scales(plan: Plan, component: str) -> bool:
+    """Whether a component's files store weights in 8-bit floats with scales."""
+    return component not in plan.published and bool(part_of(plan.components[component]).scales)
 
 
 def download_bytes(plan: Plan) -> int:

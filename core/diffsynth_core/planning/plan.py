@@ -20,6 +20,7 @@ from diffsynth_core.planning.device import check_launch, choose_device, choose_p
 from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
 from diffsynth_core.planning.output import Start, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.replaced import without_replaced
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.progress import Reporter
 
@@ -106,6 +107,7 @@ def make_plan(
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
             it what is missing, where that alone would be no reason.
     """
+    resolved = without_replaced(resolved)
     problems, missing = list(resolved.problems), list[Problem]()
     absent = missing if without_files else problems
     task = TASKS[resolved.parameters.task]

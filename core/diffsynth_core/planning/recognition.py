@@ -1,6 +1,6 @@
 """Which family the files of a run are of, and which of its components each is. No torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
+from diffsynth_core.families.bases import shapes_in
 from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger
 from diffsynth_core.families.table import (
     FAMILIES,
@@ -22,7 +23,32 @@ from diffsynth_core.families.table import (
 )
 from diffsynth_core.json_files import UnreadableFile, read_json
 from diffsynth_core.sources.model_files import FileSet, split_entry
-from diffsynth_core.state_dicts.headers import TensorHeader, shapes_of
+from diffsynth_core.state_dicts.base_files import Part, read_parts
+from diffsynth_core.state_dicts.headers import TensorHeader
+
+
+@dataclass(frozen=True)
+class FoundPart:
+    """What stands below one prefix in a file set; `alone`: in the whole of it."""
+
+    file_set: FileSet
+    part: Part
+    alone: bool = True
+
+    @property
+    def names(self) -> Mapping[str, TensorHeader]:
+        """Its tensors by their names behind the prefix."""
+        return self.part.tensors
+
+
+def read_file_set(file_set: FileSet) -> list[FoundPart]:
+    """The parts of a file set.
+
+    Raises:
+        DiffSynthError: as `read_parts`.
+    """
+    parts = read_parts(file_set.paths, file_set.origin)
+    return [FoundPart(file_set, part, len(parts) == 1) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,7 @@ class AssignedFiles:
 
 def find_family(
     family: str | None,
-    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    parts: Sequence[FoundPart],
     complete: bool,
     problems: list[Problem],
 ) -> FamilyFacts | None:
@@ -45,8 +71,8 @@ def find_family(
         if family not in FAMILIES:
             problems.append(unknown_family(family))
         return FAMILIES.get(family)
-    facts = _family_of_files(headers)
-    if headers and complete and facts is None:
+    facts = _family_of_files(parts)
+    if parts and complete and facts is None:
         problems.append(
             Problem(
                 "none of the model files is a diffusion transformer of a known family",
@@ -57,16 +83,16 @@ def find_family(
     return facts
 
 
-def _family_of_files(headers: list[tuple[FileSet, dict[str, TensorHeader]]]) -> FamilyFacts | None:
+def _family_of_files(parts: Sequence[FoundPart]) -> FamilyFacts | None:
     """The family of the transformer; without one, that of the repositories, or the only one that knows all files."""
-    for _, tensors in headers:
-        if facts := recognise_family(tensors):
+    for found in parts:
+        if facts := recognise_family(found.names):
             return facts
-    for file_set, _ in headers:
-        parts = split_entry(file_set.origin)
-        if parts and (facts := family_of_model(parts[0])):
+    for found in parts:
+        place = split_entry(found.file_set.origin)
+        if place and (facts := family_of_model(place[0])):
             return facts
-    fitting = [facts for facts in FAMILIES.values() if all(recognise(tensors, facts) for _, tensors in headers)]
+    fitting = [facts for facts in FAMILIES.values() if all(recognise(found.names, facts) for found in parts)]
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -90,7 +116,7 @@ def refused_models(entries: Iterable[str]) -> list[Problem]:
 
 
 def assign_files(
-    headers: list[tuple[FileSet, dict[str, TensorHeader]]],
+    parts: Sequence[FoundPart],
     facts: FamilyFacts,
     parameters: Parameters,
     problems: list[Problem],
@@ -99,11 +125,12 @@ def assign_files(
     assigned = AssignedFiles({}, {}, set())
     components = assigned.components
     taken: dict[str, FileSet] = {}
-    for file_set, tensors in headers:
+    for stored in parts:
+        file_set, tensors = stored.file_set, stored.names
         found = recognise(tensors, facts)
         if found is None:
             stranger, other = find_stranger(tensors, facts), recognise_family(tensors)
-            problems.append(_unrecognised(file_set, tensors, facts, stranger, other))
+            problems.append(_unrecognised(stored, facts, stranger, other))
             expected = _expected(file_set, facts) or (facts.denoiser if other else None)
             assigned.told.update(name for name in (stranger.component if stranger else expected,) if name)
             continue
@@ -112,14 +139,22 @@ def assign_files(
             problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.told))
             continue
         taken[component.name] = file_set
-        config = _config_beside(file_set.paths[0], component, facts)
+        config = _config_beside(stored.part.paths[0], component, facts) if stored.alone else None
         folders = (file_set.paths[0].parent, *([file_set.home] if file_set.home else []))
         settings = {name: getattr(parameters, name) for name in component.settings if parameters.given(name)}
         float8 = not set(file_set.entries).isdisjoint(parameters.fp8_models)
         components[component.name] = ComponentFiles(
-            component.name, file_set.source, file_set.paths, config, layout, folders, settings, float8
+            component.name,
+            file_set.source,
+            file_set.paths,
+            config,
+            layout,
+            folders,
+            settings,
+            float8,
+            stored.part.prefix,
         )
-        assigned.shapes[component.name] = layout.module_shapes(shapes_of(tensors))
+        assigned.shapes[component.name] = shapes_in(stored.part, layout)
     return assigned
 
 
@@ -163,18 +198,15 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
 
 
 def _unrecognised(
-    file_set: FileSet,
-    tensors: Mapping[str, TensorHeader],
-    facts: FamilyFacts,
-    stranger: Stranger | None,
-    other: FamilyFacts | None,
+    found: FoundPart, facts: FamilyFacts, stranger: Stranger | None, other: FamilyFacts | None
 ) -> Problem:
     """The problem that files are no component; of a stranger and of another family's transformer it is known what."""
+    name = f"`{found.file_set.origin}`" + (f" below `{found.part.prefix}`" if found.part.prefix else "")
     if stranger:
         what = f"is {stranger.title}, not a component of {facts.title}"
     elif other:
         what = f"is the transformer of {other.title}, not a component of {facts.title}"
     else:
-        what = f"is no component of {facts.title}; it begins with `{next(iter(tensors), '')}`"
+        what = f"is no component of {facts.title}; it begins with `{next(iter(found.names), '')}`"
     known = ", ".join(component.name for component in facts.components)
-    return Problem(f"`{file_set.origin}` {what}", f"name files of its components: {known}", wrong_use=True)
+    return Problem(f"{name} {what}", f"name files of its components: {known}", wrong_use=True)

@@ -12,6 +12,7 @@ from diffsynth_core.errors import raise_if_any
 from diffsynth_core.families.interface import FamilyFacts, TokenizerFacts
 from diffsynth_core.families.table import FAMILIES, component_at, family_of_model
 from diffsynth_core.planning.halves import components_of
+from diffsynth_core.planning.replaced import local_components, without_replaced
 from diffsynth_core.sources.hub import Repository
 from diffsynth_core.sources.model_files import download_command, expand_local, split_entry
 from diffsynth_core.sources.wanted import Place, Wanted
@@ -33,7 +34,8 @@ def wanted_files(parameters: Parameters, family: str | None) -> list[Wanted]:
 
 def wanted_of_stages(stages: Sequence[Resolved]) -> list[Wanted]:
     """What the runs of one command need, each file once."""
-    found = [item for resolved in stages for item in wanted_files(resolved.parameters, resolved.family)]
+    used = map(without_replaced, stages)
+    found = [item for resolved in used for item in wanted_files(resolved.parameters, resolved.family)]
     return list(dict.fromkeys(found))
 
 
@@ -127,8 +129,9 @@ def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: Tok
         for folder in tokenizer.folders
         if not (path := posixpath.normpath(posixpath.join(posixpath.dirname(place), folder))).startswith("..")
     ]
-    own = [Path(group[0]).parent / folder for group in parameters.model_paths for folder in tokenizer.folders]
-    if any(folder.is_dir() for folder in own) or not (beside or own):
+    files = local_components(parameters, facts).get(tokenizer.component)
+    own = [files.paths[0].parent / folder for folder in tokenizer.folders] if files else []
+    if any(folder.is_dir() for folder in own) or not (beside or files):
         return []
     return list(dict.fromkeys([*beside, tokenizer.default]))
 

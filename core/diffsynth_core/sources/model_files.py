@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.errors import Problem, shorten
-from diffsynth_core.files import absent_shards
+from diffsynth_core.files import GGUF_ENDING, PICKLED_ENDINGS, SAFETENSORS_ENDINGS, absent_shards, stem_of_shard
 
-WEIGHT_ENDINGS = (".safetensors", ".pth")
+PIPELINE_INDEX = "model_index.json"
+"""What diffusers keeps in the folder of a pipeline, whose components are its subfolders."""
+OLDER_BEGINNING = "pytorch_"
+"""Of pickled files: `pytorch_model.bin` holds what `model.safetensors` does."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +85,98 @@ def locate(
     `copies`: file name -> entry that holds the same weights; read when nothing but the copy is there.
     `brings`: entry -> the command that brings its files, for hints.
     """
-    file_sets, problems = [], []
+    file_sets: list[FileSet] = []
+    problems: list[Problem] = []
     for group in path_groups:
-        origin = group[0] if len(group) == 1 else ", ".join(group)
-        found = [path for item in group for path in expand_local(item)]
         missing = [item for item in group if not expand_local(item)]
-        problems += [
-            Problem(f"`model_paths` names `{item}`, which is not there", "correct the path") for item in missing
-        ]
-        if not missing:
-            file_sets.append(FileSet(origin, tuple(found), tuple(group)))
+        problems += map(_not_there, missing)
+        file_sets += [] if missing else _local_sets(group)
     for entry in entries:
         parts = split_entry(entry)  # a path of one's own stands for that file and for no other
         copy = (copies or {}).get(parts[1].rpartition("/")[2]) if parts else None
         paths = tuple(expand_entry(entry, base))
         copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
-        if paths or copied:
+        if paths and (parts is None or expand_local(entry)):
+            file_sets += _local_sets((entry,))
+        elif paths or copied:
             home = (base / parts[0] / parts[1]).parent if parts and copied else None
             file_sets.append(FileSet(entry, paths or copied, (entry,), copy if copied else None, home))
         else:
             problems.append(_nothing_matches(entry, copy, base, brings))
+    file_sets = _with_joined_shards(file_sets)
     faults = {file_set.origin: _shard_problems(file_set, brings) for file_set in file_sets}
     problems += [problem for found in faults.values() for problem in found]
     return [file_set for file_set in file_sets if not faults[file_set.origin]], problems
+
+
+def _local_sets(group: Sequence[str]) -> list[FileSet]:
+    """The models that paths of one's own name together; a folder may hold several."""
+    if len(group) == 1 and _path(group[0]).is_dir():
+        models = _models_in(_path(group[0]))
+        folder = group[0].rstrip("/") or group[0]
+        if len(models) == 1 and all(path.parent == _path(folder) for paths in models.values() for path in paths):
+            return [FileSet(group[0], tuple(paths), tuple(group)) for paths in models.values()]
+        return [FileSet(f"{folder}/{name}", tuple(paths), tuple(group)) for name, paths in models.items()]
+    return [FileSet(", ".join(group), tuple(path for item in group for path in expand_local(item)), tuple(group))]
+
+
+def _models_in(folder: Path) -> dict[str, list[Path]]:
+    """The weight files in a folder by the model they are of: those of a component, those that lie side by side in one
+    folder, or those of the subfolders of a pipeline."""
+    beside = {} if (folder / PIPELINE_INDEX).is_file() else _models_beside(folder)
+    if beside:
+        return beside
+    below = {sub.name: _models_beside(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and _is_seen(sub)}
+    return {
+        name if len(models) == 1 else f"{name}/{model}": paths
+        for name, models in below.items()
+        for model, paths in models.items()
+    }
+
+
+def _models_beside(folder: Path) -> dict[str, list[Path]]:
+    """Weight files in a folder itself, shards together. A pickled file is passed over where the same model lies beside
+    it in safetensors, and a GGUF file wherever there is another."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_seen(path)]
+    models: dict[str, list[Path]] = {}
+    for endings in (SAFETENSORS_ENDINGS, PICKLED_ENDINGS, (GGUF_ENDING,)):
+        known = {_stem(models[name][0]) for name in models}
+        for path in files:
+            if path.suffix not in endings or _stem(path) in known or (endings == (GGUF_ENDING,) and known):
+                continue
+            shard = stem_of_shard(path.name)
+            models.setdefault(f"{shard}*{path.suffix}" if shard else path.name, []).append(path)
+    return models
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether a file or folder is not hidden: systems keep notes under the names of files, with a dot before."""
+    return not path.name.startswith(".")
+
+
+def _stem(path: Path) -> str:
+    return (stem_of_shard(path.name) or path.stem).removeprefix(OLDER_BEGINNING)
+
+
+def _with_joined_shards(file_sets: Sequence[FileSet]) -> list[FileSet]:
+    """The same, where shards of one model that were named one by one are one set."""
+    joined: dict[object, FileSet] = {}
+    for place, file_set in enumerate(file_sets):
+        models = {(path.parent, stem_of_shard(path.name)) for path in file_set.paths}
+        one = next(iter(models)) if len(models) == 1 else (None, None)
+        key: object = one if one[1] else place
+        before = joined.get(key)
+        if before is None or set(before.paths) & set(file_set.paths):
+            joined[key if before is None else place] = file_set
+            continue
+        joined[key] = FileSet(
+            f"{before.origin}, {file_set.origin}",
+            (*before.paths, *file_set.paths),
+            (*before.entries, *file_set.entries),
+            before.copy,
+            before.home,
+        )
+    return list(joined.values())
 
 
 def split_entry(entry: str) -> tuple[str, str] | None:
@@ -124,12 +196,12 @@ def expand_entry(entry: str, base: Path) -> list[Path]:
 
 
 def expand_local(text: str) -> list[Path]:
-    """A file, the weight files of a folder, or the matches of a glob."""
+    """A file, the weight files of a folder or of a pipeline's subfolders, or the matches of a glob."""
     path = _path(text)
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(item for item in path.iterdir() if item.suffix in WEIGHT_ENDINGS)
+        return sorted(file for paths in _models_in(path).values() for file in paths)
     if any(character in text for character in "*?["):
         anchor = Path(path.anchor or ".")
         return _glob(anchor, str(path.relative_to(path.anchor)))
@@ -157,6 +229,16 @@ def locate_folder(text: str, base: Path) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
+def _not_there(item: str) -> Problem:
+    """The problem that `model_paths` names what is no weight file, nor a folder of such."""
+    if _path(item).is_dir():
+        return Problem(
+            f"`model_paths` names the folder `{item}`, which holds no weights",
+            "name the folder of a component, or of a whole pipeline",
+        )
+    return Problem(f"`model_paths` names `{item}`, which is not there", "correct the path")
+
+
 def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[[str], str]) -> Problem:
     parts = split_entry(entry)
     if parts is None:
@@ -179,7 +261,9 @@ def _shard_problems(file_set: FileSet, brings: Callable[[str], str]) -> list[Pro
     if not missing:
         return []
     what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
-    if file_set.copy or file_set.origin not in file_set.entries or split_entry(file_set.origin) is None:
+    if split_entry(file_set.origin) is None or any(map(expand_local, file_set.entries)):
+        return [Problem(what, "name all shards of the model, or their folder")]
+    if file_set.copy or file_set.origin not in file_set.entries:
         return [Problem(what, "fetch them, or mend the glob")]
     command = brings(file_set.origin)
     hint = f"fetch them with `{command}`, or mend the glob"

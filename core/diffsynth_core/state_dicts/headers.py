@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import PICKLED_ENDINGS
 from diffsynth_core.json_files import parse_json
-from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS, read_pickled
+from diffsynth_core.state_dicts.pickled import read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
@@ -21,6 +22,8 @@ HEADER_ALIGNMENT = 8
 LARGEST_SIDE = 2**63
 """No side of a tensor can be as long; beside a side of 0 a header could say so."""
 METADATA = "__metadata__"
+GGUF = b"GGUF"
+"""The first bytes of a file of llama.cpp's format. Source: docs/gguf.md of ggml-org/ggml."""
 
 BITS_PER_ELEMENT = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -64,7 +67,10 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(8)
+            if begin.startswith(GGUF):
+                raise _gguf(path)
+            length = int.from_bytes(begin, "little")
             if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
                 raise _damaged(path, size)
             content = parse_json(stream.read(length).decode("utf-8"))
@@ -82,6 +88,13 @@ def _all_utf8(texts: Iterable[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _gguf(path: Path) -> DiffSynthError:
+    return DiffSynthError(
+        f"`{path}` is a GGUF file, whose weights are quantized for inference: neither trained on nor merged into",
+        "use the safetensors file that it was made from, in bfloat16 or scaled fp8",
+    )
 
 
 def _damaged(path: Path, size: int) -> DiffSynthError:

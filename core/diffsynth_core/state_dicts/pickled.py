@@ -8,7 +8,6 @@ from diffsynth_core.errors import DiffSynthError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLED_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 POINTER = b"version https://git-lfs"
 WRAPPERS = ("model_state", "state_dict", "model", "module")
 """Names below which some programs put the tensors."""

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, shorten
-from diffsynth_core.files import absent_shards, stem_of_shard
+from diffsynth_core.files import PICKLED_ENDINGS, absent_shards, stem_of_shard
 from diffsynth_core.json_files import WrongType, as_type, read_json
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.headers import TensorHeader, read_header
-from diffsynth_core.state_dicts.pickled import PICKLED_ENDINGS
 
 ENDING = ".safetensors"
 INDEX_ENDING = ".safetensors.index.json"

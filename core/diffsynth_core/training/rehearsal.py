@@ -8,7 +8,6 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.drawn_clips import draw_clips
 from diffsynth_core.data.drawn_pictures import draw_pictures
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.families.bases import shapes_in
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Variant
 from diffsynth_core.families.loading import module_shapes
 from diffsynth_core.families.table import (
@@ -35,10 +35,11 @@ from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import Plan, make_plan
-from diffsynth_core.planning.recognition import refused_models
+from diffsynth_core.planning.recognition import FoundPart, read_file_set, refused_models
+from diffsynth_core.planning.replaced import without_replaced
 from diffsynth_core.progress import Reporter
-from diffsynth_core.sources.model_files import expand_local, split_entry
-from diffsynth_core.state_dicts.headers import read_headers, shapes_of
+from diffsynth_core.sources.model_files import expand_local, locate, split_entry
+from diffsynth_core.state_dicts.headers import read_headers
 from diffsynth_core.state_dicts.lora_files import check_lora_file
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult, train
@@ -125,9 +126,12 @@ def how_to_repeat(resolved: Resolved) -> str:
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     """The parameters of the rehearsal and the folder of its models; writes the tiny weights and media it needs."""
+    resolved = without_replaced(resolved)
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
-    facts = _family_of(resolved)
+    problems: list[Problem] = []
+    named = _named_models(parameters, problems)
+    facts = _family_of(resolved, named)
     if facts is None and resolved.family:
         return replace(
             resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
@@ -135,8 +139,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
         return resolved, folder  # planning tells why
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
-    problems: list[Problem] = []
-    changes = _swap_models(parameters, facts, base, problems)
+    changes = _swap_models(parameters, named, facts, base, problems)
     columns = TASKS[parameters.task].columns
     if columns and not resolved.given("dataset_base_path"):
         what = f"a rehearsal draws pictures without the columns {', '.join(columns)} of `{parameters.task}`"
@@ -149,7 +152,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             changes |= dict.fromkeys(REAL_LORAS[name])
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
-    variant = _variant_of(_named_models(parameters), facts, parameters.extra_inputs)
+    variant = _variant_of(named, facts, parameters.extra_inputs)
     changes |= _reduced_size(resolved, variant, reporter)
     if not resolved.given("dataset_base_path"):
         changes["dataset_base_path"] = _draw(folder, variant)
@@ -210,92 +213,108 @@ def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
     return replace(plan, parameters=plan.parameters.model_copy(update={"output_path": folder}))
 
 
-def _family_of(resolved: Resolved) -> FamilyFacts | None:
+@dataclass(frozen=True)
+class _Named:
+    """A model that is named: an entry of a repository, or files that are here, with what they hold.
+
+    `calls`: what other parameters may call it.
+    """
+
+    origin: str
+    calls: tuple[str, ...]
+    parts: tuple[FoundPart, ...] = ()
+
+
+def _named_models(parameters: Parameters, problems: list[Problem]) -> list[_Named]:
+    """The models that are named; adds to `problems` files that are not there or cannot be read."""
+    entries = parameters.model_id_with_origin_paths
+    fetched = [entry for entry in entries if split_entry(entry) and not expand_local(entry)]
+    own = [entry for entry in entries if entry not in fetched]
+    file_sets, gone = locate(parameters.model_paths, own, Path())
+    problems += gone
+    named = [_Named(entry, (entry,)) for entry in fetched]
+    for file_set in file_sets:
+        try:
+            named.append(_Named(file_set.origin, file_set.entries, tuple(read_file_set(file_set))))
+        except DiffSynthError as error:
+            problems += error.problems
+    return named
+
+
+def _family_of(resolved: Resolved, named: Sequence[_Named]) -> FamilyFacts | None:
     """The family of the recipe, else that of the repositories named, else that of the files that are there."""
     if resolved.family:
         return FAMILIES.get(resolved.family)
-    for entry in resolved.parameters.model_id_with_origin_paths:
-        parts = split_entry(entry)
+    for model in named:
+        parts = None if model.parts else split_entry(model.origin)
         if parts and (facts := family_of_model(parts[0])):
             return facts
-    for group in resolved.parameters.model_paths:
-        with suppress(DiffSynthError):
-            if facts := recognise_family(read_headers(_local(group))):
-                return facts
-    return None
+    known = (recognise_family(found.names) for model in named for found in model.parts)
+    return next(filter(None, known), None)
 
 
-def _swap_models(parameters: Parameters, facts: FamilyFacts, base: Path, problems: list[Problem]) -> dict[str, object]:
+def _swap_models(
+    parameters: Parameters, named: Sequence[_Named], facts: FamilyFacts, base: Path, problems: list[Problem]
+) -> dict[str, object]:
     """The model parameters that name tiny stand-ins, which are written when they are not there yet."""
-    named = _named_models(parameters)
     stand_in = _variant_of(named, facts, parameters.extra_inputs).model_id
-    entries = tuple(_swap_files(group, facts, stand_in, base, problems) for group in named)
-    narrow = {item: entry for group, entry in zip(named, entries, strict=True) for item in group}
+    swapped = [_swap_files(model, facts, stand_in, base, problems) for model in named]
+    narrow = {call: entries for model, entries in zip(named, swapped, strict=True) for call in model.calls}
+    float8 = [entry for call in parameters.fp8_models for entry in narrow.get(call, (call,))]
     return {
         **dict.fromkeys(facts.tokenizers),
-        "model_id_with_origin_paths": entries,
+        "model_id_with_origin_paths": tuple(entry for entries in swapped for entry in entries),
         "model_paths": (),
-        "fp8_models": tuple(dict.fromkeys(narrow.get(item, item) for item in parameters.fp8_models)),
+        "fp8_models": tuple(dict.fromkeys(float8)),
         "offload_models": (),
     }
 
 
-def _named_models(parameters: Parameters) -> list[Sequence[str]]:
-    """The files of each model, as the user wrote them."""
-    return [*((entry,) for entry in parameters.model_id_with_origin_paths), *parameters.model_paths]
-
-
-def _variant_of(named: Sequence[Sequence[str]], facts: FamilyFacts, inputs: tuple[str, ...]) -> Variant:
+def _variant_of(named: Sequence[_Named], facts: FamilyFacts, inputs: tuple[str, ...]) -> Variant:
     """What kind of model is rehearsed, told by its denoiser: by the headers of local files, else by what names it."""
-    for group in named:
-        origin = ", ".join(group)
-        with suppress(DiffSynthError):
-            headers = read_headers(_local(group))
-            found = recognise(headers, facts)
+    for model in named:
+        for stored in model.parts:
+            found = recognise(stored.names, facts)
             if found and found[0].name == facts.denoiser:
-                shapes = {facts.denoiser: found[1].module_shapes(shapes_of(headers))}
-                return facts.variant(shapes, inputs, origin)
-        parts = split_entry(origin)
+                return facts.variant({facts.denoiser: shapes_in(stored.part, found[1])}, inputs, model.origin)
+        parts = None if model.parts else split_entry(model.origin)
         component = component_at(parts[1], facts, parts[0]) if parts else None
         if component and component.name == facts.denoiser:
-            return facts.variant({}, inputs, origin)
+            return facts.variant({}, inputs, model.origin)
     return facts.variant({}, inputs, "")
 
 
-def _local(group: Sequence[str]) -> list[Path]:
-    """The files on disk that belong to one model."""
-    return [path for item in group for path in expand_local(item)]
-
-
-def _swap_files(group: Sequence[str], facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]) -> str:
-    """The tiny stand-in of the files of one model (an entry, or several paths), written when it is not there yet.
+def _swap_files(
+    model: _Named, facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]
+) -> tuple[str, ...]:
+    """The tiny stand-ins of what is named, written when they are not there yet.
 
     Local files are rehearsed with those of `stand_in`, a published model.
     """
-    entry = ", ".join(group)
-    parts = split_entry(entry)
-    local = _local(group)
-    if parts and not local:
-        model_id, pattern = parts
-        component = component_at(pattern, facts, model_id)
+    parts = None if model.parts else split_entry(model.origin)
+    if parts:
+        components = [component_at(parts[1], facts, parts[0])]
     else:
-        try:
-            found = recognise(read_headers(local), facts) if local else None
-        except DiffSynthError as error:
-            problems += error.problems
-            return entry
-        component = found[0] if found else None
-        model_id = f"local/{stand_in.rpartition('/')[2]}"
-        pattern = f"{_folder_of(component)}/model.safetensors" if component else ""
-    if component is None:
-        problems.append(
-            Problem(
-                f"`{entry}` names no component of {facts.title} that could be rehearsed",
-                "name the files as a recipe does",
-                wrong_use=True,
+        recognised = [recognise(found.names, facts) for found in model.parts]
+        components = [found[0] if found else None for found in recognised]
+    entries = []
+    for component in components:
+        if component is None:
+            problems.append(
+                Problem(
+                    f"`{model.origin}` names no component of {facts.title} that could be rehearsed",
+                    "name the files as a recipe does",
+                    wrong_use=True,
+                )
             )
-        )
-        return entry
+            return (model.origin,)
+        place = parts or (f"local/{stand_in.rpartition('/')[2]}", f"{_folder_of(component)}/model.safetensors")
+        entries.append(_stand_in(component, *place, facts, base))
+    return tuple(entries)
+
+
+def _stand_in(component: ComponentFacts, model_id: str, pattern: str, facts: FamilyFacts, base: Path) -> str:
+    """The entry of a tiny component, which is written when it is not there yet."""
     marker = base / "written" / hashlib.sha256(f"{model_id}:{pattern}".encode()).hexdigest()
     if not marker.is_file():
         _write_tiny(base, component.name, model_id, pattern, facts)

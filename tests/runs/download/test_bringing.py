@@ -1,6 +1,7 @@
 """`diffsynth download` through the real SDKs, against a hub on the loopback interface: what it lists and brings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,18 @@ def test_train_offers_another_hub_by_the_variable_it_reads(here, hub, photograph
     outcome = here("train", *SETTINGS, "--dataset_base_path", photographs)
     assert outcome.code == 1
     assert outcome.err.endswith(f", or ask another hub with `DIFFSYNTH_DOWNLOAD_SOURCE={other}`\n")
+
+
+def test_train_brings_nothing_that_files_of_ones_own_replace(here, hub, tiny_models, photographs, tmp_path):
+    """Told by what the files hold, before a hub is asked; a path that is wrong is no reason to fetch."""
+    content = files_below(tiny_models / MODEL)
+    hub.repositories[f"models/{MODEL}"] = content
+    mine = tmp_path / "mine"
+    shutil.copytree(tiny_models / MODEL, mine)
+    given = ("--model_paths", json.dumps([str(mine / name) for name in ("transformer", "text_encoder", "vae")]))
+    outcome = here("train", *SETTINGS, *given, "--dataset_base_path", photographs)
+    assert outcome.code == 0, outcome.err
+    (mine / "transformer").rename(mine / "moved")
+    outcome = here("train", *SETTINGS, *given, "--dataset_base_path", photographs, "--output_path", tmp_path / "other")
+    assert outcome.code == 1
+    assert hub.requests.total() == 0

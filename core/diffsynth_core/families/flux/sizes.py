@@ -50,4 +50,5 @@ PUBLISHED = (
     Published("text_encoder_1", "*", 123_060_480, "bfloat16"),
     Published("text_encoder_2", "*", 4_762_310_656, "bfloat16"),
     Published("vae", "*", 83_819_683, "float32"),
+    Published("controlnet", "jasperai/Flux.1-dev-Controlnet-*:*", 1_791_605_248, "bfloat16"),
 )

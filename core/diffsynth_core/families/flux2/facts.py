@@ -93,8 +93,11 @@ FLUX2 = FamilyFacts(
         ComponentFacts(
             name="dit",
             title="diffusion transformer",
-            layouts=(Layout(names.TRANSFORMER_SIGNATURE),),
-            places=("transformer/*",),
+            layouts=(
+                Layout(names.TRANSFORMER_SIGNATURE),
+                Layout(names.TRANSFORMER_ORIGINAL_SIGNATURE, names.DIT_ORIGINAL),
+            ),
+            places=("transformer/*", "flux-2-*", "flux2-*"),
             config_classes=("Flux2Transformer2DModel",),
             lora_targets=names.LORA_TARGETS,
             modules=names.DIT_MODULES,
@@ -151,6 +154,5 @@ FLUX2 = FamilyFacts(
         Stranger(
             "a Mistral text encoder such as that of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_MODULE_SIGNATURE
         ),
-        Stranger("a transformer in Black Forest Labs' own layout", "dit", names.TRANSFORMER_ORIGINAL_SIGNATURE),
     ),
 )

@@ -16,6 +16,7 @@ from diffsynth_core.families.qwen_image.names import (
 )
 from diffsynth_core.families.qwen_image.sizes import PUBLISHED
 from diffsynth_core.families.qwen_image.variants import EDIT_IMAGE, variant
+from diffsynth_core.families.wan.names import VAE_2_1, VAE_2_1_ORIGINAL_SIGNATURE
 
 QWEN_IMAGE = FamilyFacts(
     name="qwen-image",
@@ -60,6 +61,7 @@ QWEN_IMAGE = FamilyFacts(
             title="VAE",
             layouts=(
                 Layout(frozenset({"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"})),
+                Layout(VAE_2_1_ORIGINAL_SIGNATURE, VAE_2_1, borrowed=True),  # ComfyUI's file: it is a VAE of Wan 2.1
             ),
             places=("vae/*",),
             untrainable=unused_in_vae,

@@ -12,6 +12,7 @@ from diffsynth_core.families.interface import (
     Layout,
     Medium,
     Shapes,
+    Stranger,
     TokenizerFacts,
     Variant,
 )
@@ -223,6 +224,7 @@ WAN = FamilyFacts(
         Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
     ),
     not_trained={
+        "*Wan*-Camera*:*diffusion_pytorch_model*": "Wan Fun Control-Camera, led by camera control",
         "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control, led by a control video",
         "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
         "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V, led by speech",
@@ -233,5 +235,20 @@ WAN = FamilyFacts(
         "meituan-longcat/LongCat-Video:*": "LongCat-Video",
         "krea/krea-realtime-video:*": "Krea Realtime",
     },
+    strangers=(
+        Stranger(
+            "a transformer of Wan Fun Control-Camera, led by camera control, which is not supported yet",
+            "dit",
+            frozenset({"control_adapter.conv.weight"}),
+        ),
+        Stranger(
+            "a transformer of Wan Fun Control with a reference image, which is not supported yet",
+            "dit",
+            frozenset({"ref_conv.weight", "head.modulation"}),
+        ),
+        Stranger(
+            "a transformer of Wan VACE, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
+        ),
+    ),
     copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
 )

@@ -17,9 +17,17 @@ def head_size(width: int) -> int:
 
 
 def transformer_shapes(
-    blocks: int, width: int, hidden: int, taken: int = 16, made: int = 16, text_width: int = 4096, image_width: int = 0
+    blocks: int,
+    width: int,
+    hidden: int,
+    taken: int = 16,
+    made: int = 16,
+    text_width: int = 4096,
+    image_width: int = 0,
+    image_positions: int = 0,
 ) -> Shapes:
-    """The tensors of `WanTransformer3DModel`, with an embedder of pictures where `image_width` is not 0."""
+    """The tensors of `WanTransformer3DModel`, with an embedder of images where `image_width` is not 0, which tells the
+    places of `image_positions` states apart where that is not 0."""
     around = {
         "condition_embedder.time_embedder.linear_1": (width, 256),
         "condition_embedder.time_embedder.linear_2": (width, width),
@@ -38,6 +46,7 @@ def transformer_shapes(
             f"{embedder}.ff.net.2": (width, image_width),
         }
         shapes |= _norm(f"{embedder}.norm1", image_width) | _norm(f"{embedder}.norm2", width)
+        shapes |= {f"{embedder}.pos_embed": (1, image_positions, image_width)} if image_positions else {}
         attentions["attn2"] += ["add_k_proj", "add_v_proj"]
         norms["attn2"] += ["norm_added_k"]
     layers = {f"{place}.{name}": (width, width) for place, names in attentions.items() for name in names}
@@ -63,7 +72,17 @@ SMALL = partial(transformer_shapes, blocks=30, width=1536, hidden=8960)
 PUBLISHED = (
     Published("dit", "*T2V-1.3B:*", 1_418_996_800, "float32", SMALL),
     Published("dit", "*Wan2.1-I2V-14B*:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)),
+    Published(
+        "dit",
+        "*Wan2.1-FLF2V-14B*:*",
+        16_395_536_704,
+        "bfloat16",
+        partial(LARGE, taken=36, image_width=1280, image_positions=514),
+    ),
     Published("dit", "*Wan2.2-I2V-A14B:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
+    Published("dit", "*Wan2.2-Fun-A14B-InP:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
+    Published("dit", "*Wan2.1-Fun-*14B-InP:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)),
+    Published("dit", "*Wan2.1-Fun-*1.3B-InP:*", 1_564_428_608, "bfloat16", partial(SMALL, taken=36, image_width=1280)),
     Published(
         "dit",
         "*TI2V-5B:*",

@@ -1,0 +1,60 @@
+"""Files given by hand in the place of a recipe's entries for the same components. No torch."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.families.bases import recognise_component
+from diffsynth_core.families.interface import FamilyFacts
+from diffsynth_core.families.table import FAMILIES, component_at
+from diffsynth_core.files import model_base_path
+from diffsynth_core.planning.recognition import read_file_set
+from diffsynth_core.sources.model_files import FileSet, locate, split_entry
+
+
+def without_replaced(resolved: Resolved) -> Resolved:
+    """The same run, without the entries of `model_id_with_origin_paths` whose components `model_paths` holds, given
+    nearer to the user; told by what the files hold. What other parameters call such an entry, such as `fp8_models`,
+    means the files in its place."""
+    parameters = resolved.parameters
+    if not resolved.goes_over("model_paths", "model_id_with_origin_paths"):
+        return resolved
+    in_place = _replaced(parameters, FAMILIES.get(resolved.family or ""))
+    if not in_place:
+        return resolved
+    kept = tuple(entry for entry in parameters.model_id_with_origin_paths if entry not in in_place)
+    changed = {
+        name: tuple(dict.fromkeys(in_place.get(entry, entry) for entry in getattr(parameters, name)))
+        for name in ("fp8_models", "offload_models")
+        if getattr(parameters, name)
+    }
+    update = {"model_id_with_origin_paths": kept, **changed}
+    return replace(resolved, parameters=parameters.model_copy(update=update))
+
+
+def local_components(parameters: Parameters, family: FamilyFacts | None) -> dict[str, FileSet]:
+    """The components that `model_paths` holds, by the tensors of files that can be read."""
+    found: dict[str, FileSet] = {}
+    for file_set in locate(parameters.model_paths, (), model_base_path())[0]:
+        with suppress(DiffSynthError):  # whoever plans the run tells
+            for stored in read_file_set(file_set):
+                if known := recognise_component(stored.names, family):
+                    found.setdefault(known[1].name, file_set)
+    return found
+
+
+def _replaced(parameters: Parameters, family: FamilyFacts | None) -> Mapping[str, str]:
+    """Entries -> what the files in their place are called."""
+    local = local_components(parameters, family)
+    families = [family] if family else list(FAMILIES.values())
+    found: dict[str, str] = {}
+    for entry in parameters.model_id_with_origin_paths if local else ():
+        model_id, place = split_entry(entry) or ("", entry)
+        named = (component_at(place, facts, model_id) for facts in families)
+        component = next(filter(None, named), None)
+        if component and component.name in local:
+            found[entry] = local[component.name].entries[0]
+    return found
