@@ -214,13 +214,6 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
                 )
 
 
-@dataclass(frozen=True)
-class _Formats:
-    """What the metadata of a file say of its layers."""
-
-    layers: dict[str, Any]
-
-
 def _formats_in(path: Path) -> dict[str, object]:
     """What a file says of the formats of its layers."""
     if path.suffix in PICKLED_ENDINGS:
@@ -229,7 +222,8 @@ def _formats_in(path: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     try:
         if QUANT_METADATA in header.metadata:
-            found |= as_type(parse_json(header.metadata[QUANT_METADATA]), _Formats).layers
+            said = as_type(parse_json(header.metadata[QUANT_METADATA]), dict[str, Any])
+            found |= as_type(said.get("layers"), dict[str, Any], "layers")
         for name in header.tensors:
             if name.endswith(QUANT_CONFIG):
                 data = read_bytes(Span(path, *header.spans[name]))
