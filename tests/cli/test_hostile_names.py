@@ -57,6 +57,17 @@ def test_captions_and_columns(cli, dataset):
     told(outcome)
 
 
+def test_a_caption_of_megabytes(cli, dataset):
+    (dataset / "metadata.csv").unlink()
+    (dataset / "metadata.json").write_text(json.dumps([{"image": "coffee.png", "prompt": "x " * 10_000_000}]))
+    message = "column `prompt` has 20000000 characters, expected at most 100000"
+    outcome = cli("dataset", "validate", dataset, "--recipe", "qwen-image-lora", "--format", "json")
+    (finding,) = [one for one in json.loads(outcome.out)["findings"] if one["level"] == "error"]
+    assert (outcome.code, finding["message"]) == (1, f"row 1: {message}")
+    outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
+    assert outcome.code == 1 and message in told(outcome)
+
+
 def test_a_folder_whose_name_is_not_utf8(cli, dataset, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/photos-\xff")
     shutil.move(dataset, folder)

@@ -25,6 +25,7 @@ from diffsynth_core.data.media import (
 from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
+from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.json_files import InvalidJson, parse_json
@@ -390,6 +391,9 @@ def _caption(value: Any, column: str, where: str) -> str:
             f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text",
             "write the caption as a text",
         )
+    if len(value) > MAX_CAPTION_CHARACTERS:
+        what = f"column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
+        raise DiffSynthError(f"{where}: {what}", "shorten the caption")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DiffSynthError(f"{where}: column `{column}` holds half a character", "mend the caption")
     return value

@@ -4,6 +4,9 @@ import codecs
 from pathlib import Path
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MAX_CAPTION_CHARACTERS = 100_000
+"""Of a caption. Text encoders read some hundred words; one that has megabytes is another file, and takes minutes to cut
+into tokens."""
 BINARY = ": it holds binary data"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffsynth_core.data.listing import Listing
 from diffsynth_core.data.metadata import lacks_header, missing_column, near_column, unused_metadata
+from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.errors import beginning, shorten
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.validation.examined import Record
@@ -100,8 +101,12 @@ def as_on_disk(records: tuple[Record, ...], listing: Listing) -> tuple[Record, .
 
 def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str | None:
     """The caption as it stands; None where the cell holds something else."""
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= MAX_CAPTION_CHARACTERS:
         return value
+    if isinstance(value, str):
+        what = f"row {row}: column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
+        findings.append(found("CELL_TYPE", what, "shorten the caption", row=row))
+        return None
     if value is None:
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
