@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,9 @@ HINTS_FOR_FILES = {
     errno.ELOOP: "correct the links on the way to it",
 }
 """What to do about an error of the system that names a file."""
+SHOWN_OF_A_KIND = 10
+"""Messages of a dataset: thousands of rows may have the same fault."""
+CONTINUED = " " * len("error: ")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class Ending:
         """Print it on stderr."""
         if self.sentence:
             echo(self.sentence, err=True)
-        for problem in self.problems:
-            print_problem(problem)
+        print_problems(self.problems)
         if len(self.problems) > 1:
             echo(f"{len(self.problems)} problems", err=True)
 
@@ -140,11 +142,33 @@ def lines_for_log(error: BaseException) -> Iterator[str]:
         yield f"error: {''.join(traceback.format_exception(error))}".rstrip()
 
 
-def print_problem(problem: Problem) -> None:
-    """One problem on stderr: `error: …`, and `hint: …` below it."""
+def print_problems(problems: Iterable[Problem]) -> None:
+    """Problems on stderr; those of a dataset by their kind, with one hint for all of a kind."""
+    for kind in _by_kind(problems):
+        print_problem(kind[0], [problem.message for problem in kind[1:SHOWN_OF_A_KIND]], len(kind))
+
+
+def _by_kind(problems: Iterable[Problem]) -> Iterable[list[Problem]]:
+    """Problems with the same code and hint together, at the place of the first of them; those without a code alone."""
+    kinds: dict[object, list[Problem]] = {}
+    for place, problem in enumerate(problems):
+        kinds.setdefault((problem.code, problem.hint) if problem.code else place, []).append(problem)
+    return kinds.values()
+
+
+def print_problem(problem: Problem, others: Sequence[str] = (), of: int = 1) -> None:
+    """One problem on stderr: `error: …`, and `hint: …` below it.
+
+    `others`: messages of the same kind, which stand between. `of`: how many of that kind there are.
+    """
     colours = "NO_COLOR" not in os.environ
     echo_styled("error: ", "red" if colours else None, bold=colours, newline=False, err=True)
     echo(printable(problem.message), err=True)
+    for message in others:
+        echo(f"{CONTINUED}{printable(message)}", err=True)
+    left = of - 1 - len(others)
+    if left:
+        echo(f"{CONTINUED}and {left:,} more; `dataset validate --format json` lists all of them", err=True)
     if problem.hint:
         echo_styled("  hint: ", "cyan" if colours else None, newline=False, err=True)
         echo(printable(problem.hint), err=True)

@@ -125,10 +125,9 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
 
 def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:
     """What is wrong with the stages; a problem that not all of them have names its own."""
+    shared = frozenset[Problem].intersection(*map(frozenset[Problem], found.values()))
     return [
-        problem
-        if all(problem in others for others in found.values())
-        else replace(problem, message=f"stage {stage}: {problem.message}")
+        problem if problem in shared else replace(problem, message=f"stage {stage}: {problem.message}")
         for stage, problems in found.items()
         for problem in problems
     ]

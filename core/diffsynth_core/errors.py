@@ -25,11 +25,14 @@ class Problem:
 
     `message` names file, row, key or value in backticks, what was expected and what is there; `hint` is an imperative.
     `wrong_use` marks problems of the command itself (exit code 2) apart from faults in files (exit code 1).
+    `code` names the check of `dataset validate` that finds the same (validation/findings.py); None: it is none of a
+    dataset. Problems of one code are reported together.
     """
 
     message: str
     hint: str | None = None
     wrong_use: bool = False
+    code: str | None = None
 
 
 class DiffSynthError(Exception):
@@ -37,9 +40,9 @@ class DiffSynthError(Exception):
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.problems: tuple[Problem, ...] = (Problem(message, hint),)
+        self.problems: tuple[Problem, ...] = (Problem(message, hint, code=code),)
 
 
 class FaultsFound(DiffSynthError):

@@ -33,13 +33,23 @@ def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def read_problems(report: str) -> list[tuple[str, str | None]]:
-    """The problems of a report on stderr; several of them must be counted in its last line."""
+    """The problems of a report on stderr; several of them must be counted in its last line.
+
+    Problems of one kind stand below one `error: `, indented, and share the hint below them.
+    """
     lines = report.splitlines()
-    problems = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    problems: list[tuple[str, str | None]] = []
+    kind: list[str] = []
+    for line in lines:
         if line.startswith("error: "):
-            hint = following.removeprefix("  hint: ") if following.startswith("  hint: ") else None
-            problems.append((line.removeprefix("error: "), hint))
+            problems += [(message, None) for message in kind]
+            kind = [line.removeprefix("error: ")]
+        elif kind and line.startswith(" " * 7):
+            kind.append(line.strip())
+        elif line.startswith("  hint: "):
+            problems += [(message, line.removeprefix("  hint: ")) for message in kind]
+            kind = []
+    problems += [(message, None) for message in kind]
     assert problems, report
     if len(problems) > 1:
         assert lines[-1] == f"{len(problems)} problems"

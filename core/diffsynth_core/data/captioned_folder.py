@@ -111,7 +111,7 @@ def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
     beside = (", though a caption stands beside " + ("it" if len(names) == 1 else "each")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
     what = f"`{names[0]}`" if len(names) == 1 else _listed(names, "file")
-    return Problem(f"{what} cannot be read here{beside}", "; ".join(hints))
+    return Problem(f"{what} cannot be read here{beside}", "; ".join(hints), code="FORMAT_UNSUPPORTED")
 
 
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:

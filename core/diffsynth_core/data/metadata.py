@@ -115,14 +115,15 @@ def read_metadata(
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     if not metadata.rows:
-        raise DiffSynthError(f"`{path}` holds no row", "write one row per sample")
+        raise DiffSynthError(f"`{path}` holds no row", "write one row per sample", "EMPTY")
     unused = None if given else unused_metadata(base, path)
     return replace(metadata, notes=(*metadata.notes, unused.message)) if unused else metadata
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> DiffSynthError:
     """The error that a text file is not UTF-8, and what it probably is."""
-    return DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start}){likely_encoding(error)}", SAVE_AS_UTF8)
+    what = f"`{path}` is not UTF-8 (byte {error.start}){likely_encoding(error)}"
+    return DiffSynthError(what, SAVE_AS_UTF8, "NOT_UTF8")
 
 
 def _read_text(path: Path) -> str:
@@ -155,16 +156,17 @@ def missing_column(
 
     `near`: a column that may be meant. `beside`: captions stand in text files beside the media.
     """
+    code = "COLUMN_MISSING"
     if beside:
         listed = ", ".join(f"`{one}`" for one in dict.fromkeys(needed))
         what = f"`{origin}` has no column `{name}`, which only a metadata file can have"
-        return Problem(what, f"write a metadata.csv with the columns {listed}")
+        return Problem(what, f"write a metadata.csv with the columns {listed}", code=code)
     what = f"`{origin}` has no column `{name}`; it has {shorten([beginning(one) for one in present])}"
     if near:
-        return Problem(what, f"rename `{near}`")
+        return Problem(what, f"rename `{near}`", code=code)
     if lacks_header(present):
-        return Problem(what, f"name the columns in the first line, `{','.join(dict.fromkeys(needed))}`")
-    return Problem(what, "add the column")
+        return Problem(what, f"name the columns in the first line, `{','.join(dict.fromkeys(needed))}`", code=code)
+    return Problem(what, "add the column", code=code)
 
 
 def near_column(name: str, others: Iterable[str]) -> str | None:
@@ -214,7 +216,7 @@ def _read_csv(path: Path) -> Metadata:
     text = _read_text(path)
     separated = other_separator(path, text)
     if separated:
-        raise DiffSynthError(separated.message, separated.hint)
+        raise DiffSynthError(separated.message, separated.hint, "PARSE_ERROR")
     with io.StringIO(text, newline="") as stream:
         reader = csv.reader(stream, strict=True)
         line = 1
@@ -222,7 +224,7 @@ def _read_csv(path: Path) -> Metadata:
             header = tuple(name.strip() for name in next(reader, []))
             twice = repeated_column(header)
             if twice:
-                raise DiffSynthError(f"`{path}` has the column `{twice}` twice", "rename one of them")
+                raise DiffSynthError(f"`{path}` has the column `{twice}` twice", "rename one of them", "PARSE_ERROR")
             rows: list[dict[str, str]] = []
             unnamed: dict[int, Problem] = {}
             line = reader.line_num + 1
@@ -235,6 +237,7 @@ def _read_csv(path: Path) -> Metadata:
                     raise DiffSynthError(
                         f"`{path}` row {len(rows) + 1}: {len(cells)} cells, the header has {len(header)}",
                         "put texts with commas in quotes",
+                        "PARSE_ERROR",
                     )
                 row, place = split
                 rows.append(row)
@@ -242,7 +245,7 @@ def _read_csv(path: Path) -> Metadata:
                     unnamed[place] = unnamed_column(str(path), place, cells[place - 1])
         except csv.Error as error:
             problem = csv_problem(path, error, line, reader.line_num)
-            raise DiffSynthError(problem.message, problem.hint) from error
+            raise DiffSynthError(problem.message, problem.hint, "PARSE_ERROR") from error
     notes = tuple(f"{problem.message} ({problem.hint})" for problem in unnamed.values())
     return Metadata(str(path), tuple(filter(None, header)), tuple(rows), notes)
 
@@ -251,7 +254,7 @@ def json_problem(path: Path, error: InvalidJson, line: int | None = None) -> Pro
     """Why metadata are not JSON; `line` where one was read by itself."""
     line = line or error.line
     where = f" line {line}" if line else ""
-    return Problem(f"`{path}`{where}: {error}", "mend that line" if line else "mend the file")
+    return Problem(f"`{path}`{where}: {error}", "mend that line" if line else "mend the file", code="PARSE_ERROR")
 
 
 def _read_json(path: Path) -> Metadata:
@@ -261,7 +264,7 @@ def _read_json(path: Path) -> Metadata:
         raise FaultsFound([json_problem(path, error)]) from error
     if not isinstance(content, list):
         what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
-        raise DiffSynthError(what, "write one object per sample")
+        raise DiffSynthError(what, "write one object per sample", "PARSE_ERROR")
     return _from_objects(path, list(enumerate(content, start=1)))
 
 
@@ -282,7 +285,7 @@ def _from_objects(path: Path, objects: list[tuple[int, Any]]) -> Metadata:
     for number, value in objects:
         if not isinstance(value, dict):
             what = f"`{path}` row {number} is {kind_of(value)}, expected an object"
-            raise DiffSynthError(what, "write one object per sample")
+            raise DiffSynthError(what, "write one object per sample", "PARSE_ERROR")
         columns.update(dict.fromkeys(value))
     return Metadata(str(path), tuple(columns), tuple(value for _, value in objects))
 
@@ -299,7 +302,8 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
         except UnicodeDecodeError as error:
             problems += not_utf8(base / captions[0], error).problems
         except OSError as error:
-            problems.append(Problem(f"`{base / captions[0]}` cannot be read: {error.strerror}", "let it be read"))
+            what = f"`{base / captions[0]}` cannot be read: {error.strerror}"
+            problems.append(Problem(what, "let it be read", code="PATH_MISSING"))
     raise_if_any(problems)
     origin = f"{base} (captions beside the files)"
     unused = unused_metadata(base, None)
@@ -319,7 +323,9 @@ def _folder_problems(
         said = folder_notes(folder)
         problems.append(
             Problem(
-                "; ".join((what, *said)), f"write a metadata.csv with the columns `{media_column}` and `{text_column}`"
+                "; ".join((what, *said)),
+                f"write a metadata.csv with the columns `{media_column}` and `{text_column}`",
+                code="EMPTY",
             )
         )
     without = [name for name, captions in folder.rows.items() if not captions]
@@ -328,6 +334,7 @@ def _folder_problems(
             Problem(
                 f"`{base}` has no metadata file, and {len(without)} of its {len(folder.rows)} {kind}s no caption beside them; the first is `{base / without[0]}`",
                 f"write the caption into `{base / expected_caption(without[0])}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
+                code="CAPTION_MISSING",
             )
         )
     problems += [
@@ -339,14 +346,14 @@ def _folder_problems(
 
 def rival_captions(name: str, captions: Sequence[str]) -> Problem:
     """The problem that an image or clip has several captions beside it."""
-    return Problem(f"`{name}` has {len(captions)} captions beside it: {shorten(captions)}", "keep one of them")
+    what = f"`{name}` has {len(captions)} captions beside it: {shorten(captions)}"
+    return Problem(what, "keep one of them", code="CAPTION_AMBIGUOUS")
 
 
 def shared_caption(first: str, second: str, caption: str) -> Problem:
     """The problem that one caption stands beside two images or clips."""
-    return Problem(
-        f"`{first}` and `{second}` share the caption `{caption}`", "move one of them away, or write a metadata.csv"
-    )
+    what = f"`{first}` and `{second}` share the caption `{caption}`"
+    return Problem(what, "move one of them away, or write a metadata.csv", code="STEM_COLLISION")
 
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -27,6 +27,7 @@ from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.progress import Reporter
@@ -213,8 +214,11 @@ def build_samples(
         where = f"`{metadata.origin}` row {number}"
         try:
             caption = _caption(row.get(columns.text), columns.text, where)
-            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, folders, most=1)
-            shown = {name: _media_paths(row.get(name), name, base, where, folders, most[name]) for name in most}
+            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, folders, 1, "CELL_EMPTY")
+            shown = {
+                name: _media_paths(row.get(name), name, base, where, folders, most[name], "PAIR_MISSING")
+                for name in most
+            }
             sampling = read_sampling(row, where) if columns.sampled else None
             rows.append(_Row(number, where, caption, target, shown, sampling))
         except DiffSynthError as error:
@@ -288,6 +292,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
             return Problem(
                 f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown to this model",
                 "replace the picture or take its row out",
+                code="IMAGE_TOO_SMALL",
             )
     return Sample(row.number, row.caption, target, references, row.sampling)
 
@@ -360,7 +365,8 @@ def _headers_or_problem(
         return _Headers(read_media_header(row.target, rule, videos), shown)
     except DiffSynthError as error:
         (problem,) = error.problems
-        return Problem(f"{row.where}: {problem.message}", problem.hint)
+        unreadable = "VIDEO_UNREADABLE" if row.target.suffix.lower() in VIDEO_ENDINGS else "IMAGE_UNREADABLE"
+        return Problem(f"{row.where}: {problem.message}", problem.hint, code=problem.code or unreadable)
 
 
 def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
@@ -370,10 +376,12 @@ def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
         return Problem(
             f"{size}; a side is below the least of {factor}",
             f"replace the {kind} or take its row out",
+            code="IMAGE_TOO_SMALL",
         )
     return Problem(
         f"{size}; with `max_pixels` {rule.size.max_pixels} a side falls below the least of {factor}",
         f"replace the {kind}, take its row out, or raise `max_pixels`",
+        code="IMAGE_TOO_SMALL",
     )
 
 
@@ -390,19 +398,21 @@ def _caption(value: Any, column: str, where: str) -> str:
         raise DiffSynthError(
             f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text",
             "write the caption as a text",
+            "CELL_TYPE",
         )
     if len(value) > MAX_CAPTION_CHARACTERS:
         what = f"column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
         raise DiffSynthError(f"{where}: {what}", "shorten the caption")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DiffSynthError(f"{where}: column `{column}` holds half a character", "mend the caption")
+        what = f"{where}: column `{column}` holds half a character"
+        raise DiffSynthError(what, "mend the caption", "CAPTION_CONTROL_CHARS")
     return value
 
 
 def _media_paths(
-    value: Any, column: str, base: Path, where: str, folders: Folders, most: int | None
+    value: Any, column: str, base: Path, where: str, folders: Folders, most: int | None, empty: str
 ) -> tuple[Path, ...]:
-    """The files a cell names, below `base`: at least one, and at most `most`."""
+    """The files a cell names, below `base`: at least one, and at most `most`. `empty`: the code of a cell of none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(InvalidJson):  # a file name may begin with a bracket
             value = parse_json(value, finite=False)
@@ -410,19 +420,25 @@ def _media_paths(
     if not names or (most is not None and len(names) > most):
         expected = {1: "one", None: "one or more"}.get(most, f"one to {most}")
         hint = "write one row per file" if most == 1 else "name them, or take the row out"
-        raise DiffSynthError(f"{where}: column `{column}` lists {len(names)} files, expected {expected}", hint)
+        raise DiffSynthError(
+            f"{where}: column `{column}` lists {len(names)} files, expected {expected}",
+            hint,
+            "PAIR_COUNT" if names else empty,
+        )
     paths = []
     for name in names:
         if _is_empty(name) or (isinstance(name, str) and not name.strip()):
-            raise DiffSynthError(f"{where}: column `{column}` is empty", "name the file, or take the row out")
+            what = f"{where}: column `{column}` is empty"
+            raise DiffSynthError(what, "name the file, or take the row out", empty)
         if not isinstance(name, str):
             raise DiffSynthError(
                 f"{where}: column `{column}` holds `{beginning(json.dumps(name))}`, expected a path",
                 "write the path as a text",
+                "CELL_TYPE",
             )
         path = folders.find(base, name)
         if path is None:
-            raise DiffSynthError(*_missing(base, name.strip(), f"{where}: column `{column}`", folders))
+            raise DiffSynthError(*_missing(base, name.strip(), f"{where}: column `{column}`", folders), "PATH_MISSING")
         paths.append(path)
     return tuple(paths)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from diffsynth_core.errors import Problem, raise_if_any
 
+SAMPLING_CODE = "CELL_TYPE"
+"""Of the check that finds what is wrong with these cells (validation/findings.py)."""
 RAND_DEVICES = ("cpu", "cuda")
 SEEDS = range(2**63)
 STEPS = range(1, 1001)
@@ -40,6 +42,7 @@ def read_sampling(row: Mapping[str, Any], where: str) -> Sampling:
                 f"{where}: column `cfg_scale` holds `{_shown(row.get('cfg_scale'))}`, expected 1: the few steps are "
                 "learned without guidance",
                 "write 1",
+                code=SAMPLING_CODE,
             )
         )
     raise_if_any(problems)
@@ -77,8 +80,9 @@ def _number(value: Any) -> float:
 
 def _unreadable(column: str, value: Any, expected: str, where: str) -> Problem:
     if value in (None, ""):
-        return Problem(f"{where}: column `{column}` is empty, expected {expected}", "fill it in")
-    return Problem(f"{where}: column `{column}` holds `{_shown(value)}`, expected {expected}", "mend the cell")
+        return Problem(f"{where}: column `{column}` is empty, expected {expected}", "fill it in", code=SAMPLING_CODE)
+    what = f"{where}: column `{column}` holds `{_shown(value)}`, expected {expected}"
+    return Problem(what, "fix the cell", code=SAMPLING_CODE)
 
 
 def _shown(value: Any) -> str:

@@ -204,6 +204,7 @@ def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
         Problem(
             f"{sample.name} is one frame, which {variant.title} is given: nothing is left to learn",
             'take the row out, or train without it: `--extra_inputs ""`',
+            code="VIDEO_TOO_SHORT",
         )
         for sample in samples.samples
         if (sample.frames - 1) // variant.medium.frame_step < variant.given_frames

@@ -29,7 +29,7 @@ def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) ->
     findings += [*check_captions(examined), *check_folders(examined)]
     return [
         RowFault(
-            Problem(f"`{examined.table.origin}` {finding.message}", finding.hint),
+            Problem(f"`{examined.table.origin}` {finding.message}", finding.hint, code=finding.code),
             finding.row if finding.code in OF_PATHS else None,
         )
         for finding in findings
