@@ -144,15 +144,16 @@ def _setting(
     documented: bool = True,
     family_defaults: Mapping[str, Any] | None = None,
     short: str | None = None,
+    reads_data: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare one setting.
 
     `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families;
     `family_defaults` are defaults of single families, by name, that replace `default` there; `short` is a letter for
-    the flag, as in `-v`. `compared` says what
-    resuming compares of a parameter that changes numbers. A run from before a parameter was declared counts as one with
-    its default: give a new parameter the default that keeps to what was done without it.
+    the flag, as in `-v`. `reads_data`: it decides how a run sees its dataset, and so is an option of `dataset validate`
+    too. `compared` says what resuming compares of a parameter that changes numbers. A run from before a parameter was
+    declared counts as one with its default: give a new parameter the default that keeps to what was done without it.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -164,6 +165,7 @@ def _setting(
         "compared": compared,
         "family_defaults": dict(family_defaults or {}),
         "short": short,
+        "reads_data": reads_data,
     }
     if type_name == "int":
         constraints.setdefault("le", LARGEST_INTEGER)
@@ -183,6 +185,7 @@ class Parameters(BaseModel):
         "Recipe that supplies the values not given here; `diffsynth recipe list` names them",
         changes="nothing",
         documented=False,
+        reads_data=True,
     )
     config: FilePath | None = _setting(
         None,
@@ -191,6 +194,7 @@ class Parameters(BaseModel):
         "YAML file in the format of a recipe; its values override those of the recipe",
         changes="nothing",
         documented=False,
+        reads_data=True,
     )
     only: str | None = _setting(
         None,
@@ -199,6 +203,7 @@ class Parameters(BaseModel):
         "The one stage to run, of a recipe or config file with stages; blank: all stages in their order",
         changes="nothing",
         documented=False,
+        reads_data=True,
     )
     rehearse: bool = _setting(
         False,
@@ -242,6 +247,7 @@ class Parameters(BaseModel):
         documented=False,
         ge=0,
         le=2**63 - 1,
+        reads_data=True,
     )
     max_steps: Integer | None = _setting(
         None,
@@ -301,6 +307,7 @@ class Parameters(BaseModel):
         "Root folder of the dataset; media paths in the metadata are relative to it",
         changes="numbers",
         compared="dataset",
+        reads_data=True,
     )
     dataset_metadata_path: FilePath | None = _setting(
         None,
@@ -309,6 +316,7 @@ class Parameters(BaseModel):
         "Metadata file (.csv, .json, .jsonl); blank: `metadata.csv`, `.json` or `.jsonl` in the root folder, else captions in .txt files beside the pictures",
         changes="numbers",
         compared="dataset",
+        reads_data=True,
     )
     dataset_repeat: Integer = _setting(
         1,
@@ -317,6 +325,7 @@ class Parameters(BaseModel):
         "How many times one epoch goes over the dataset; large numbers cost neither start-up time nor memory",
         changes="numbers",
         ge=1,
+        reads_data=True,
     )
     dataset_num_workers: Integer = _setting(
         0,
@@ -333,6 +342,7 @@ class Parameters(BaseModel):
         "comma list",
         "Metadata columns that hold file paths; a cell is one path or a JSON list of paths",
         changes="numbers",
+        reads_data=True,
     )
     batch_size: Integer = _setting(
         1,
@@ -343,6 +353,7 @@ class Parameters(BaseModel):
         unit="samples",
         documented=False,
         ge=1,
+        reads_data=True,
     )
     cache_path: FilePath | None = _setting(
         None,
@@ -351,6 +362,7 @@ class Parameters(BaseModel):
         "Folder of the encoding cache and of rehearsal weights; blank: `$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`",
         changes="speed",
         documented=False,
+        reads_data=True,
     )
 
     # size
@@ -362,6 +374,7 @@ class Parameters(BaseModel):
         changes="numbers",
         unit="pixels",
         ge=16,
+        reads_data=True,
     )
     width: Integer | None = _setting(
         None,
@@ -371,6 +384,7 @@ class Parameters(BaseModel):
         changes="numbers",
         unit="pixels",
         ge=16,
+        reads_data=True,
     )
     max_pixels: Integer = _setting(
         1048576,
@@ -380,6 +394,7 @@ class Parameters(BaseModel):
         changes="numbers",
         unit="pixels",
         ge=256,
+        reads_data=True,
     )
     num_frames: Integer = _setting(
         81,
@@ -390,6 +405,7 @@ class Parameters(BaseModel):
         unit="frames",
         families=("wan",),
         ge=1,
+        reads_data=True,
     )
     frame_rate: Number | None = _setting(
         None,
@@ -402,6 +418,7 @@ class Parameters(BaseModel):
         documented=False,
         ge=0.1,
         le=1000,
+        reads_data=True,
     )
     clip_start: Literal["first", "middle", "random"] = _setting(
         "first",
@@ -411,6 +428,7 @@ class Parameters(BaseModel):
         changes="numbers",
         families=("wan",),
         documented=False,
+        reads_data=True,
     )
 
     # model
@@ -421,6 +439,7 @@ class Parameters(BaseModel):
         "Local weight files as a JSON list; an element is a file, a folder or a list of shards; beside a recipe they replace its files of the same components",
         changes="numbers",
         compared="weights",
+        reads_data=True,
     )
     model_id_with_origin_paths: CommaList = _setting(
         (),
@@ -429,6 +448,7 @@ class Parameters(BaseModel):
         "Hub files as `model_id:glob`, below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`), downloaded when they are missing; a local path is taken too",
         changes="numbers",
         compared="weights",
+        reads_data=True,
     )
     extra_inputs: CommaList = _setting(
         (),
@@ -436,6 +456,7 @@ class Parameters(BaseModel):
         "comma list",
         "Further inputs of the model: metadata columns, or for Wan `input_image` and `end_image`, the first and the last frame of the clip",
         changes="numbers",
+        reads_data=True,
     )
     fp8_models: CommaList = _setting(
         (),
@@ -520,6 +541,7 @@ class Parameters(BaseModel):
         "choice",
         "sft: supervised training; direct_distill: the few steps of a sampler, told by the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
         changes="numbers",
+        reads_data=True,
     )
 
     # lora
@@ -585,6 +607,7 @@ class Parameters(BaseModel):
         compared="micro_batches",
         unit="micro-batches",
         ge=1,
+        reads_data=True,
     )
 
     # output
@@ -661,6 +684,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="weights",
         families=("qwen-image", "wan", "flux2"),
+        reads_data=True,
     )
     processor_path: FolderName | None = _setting(
         None,
@@ -670,12 +694,27 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="weights",
         families=("qwen-image",),
+        reads_data=True,
     )
     tokenizer_1_path: str | None = _setting(
-        None, "family", "str", "CLIP tokenizer of FLUX.1", changes="numbers", compared="weights", families=("flux",)
+        None,
+        "family",
+        "str",
+        "CLIP tokenizer of FLUX.1",
+        changes="numbers",
+        compared="weights",
+        families=("flux",),
+        reads_data=True,
     )
     tokenizer_2_path: str | None = _setting(
-        None, "family", "str", "T5 tokenizer of FLUX.1", changes="numbers", compared="weights", families=("flux",)
+        None,
+        "family",
+        "str",
+        "T5 tokenizer of FLUX.1",
+        changes="numbers",
+        compared="weights",
+        families=("flux",),
+        reads_data=True,
     )
     align_to_opensource_format: bool = _setting(
         False,
@@ -719,6 +758,7 @@ class Setting:
     short: str | None
     choices: tuple[str, ...]
     help_text: str
+    reads_data: bool
 
     def default_of(self, family: str | None) -> Any:
         """The default, which single families may have otherwise."""
@@ -761,6 +801,7 @@ def _read_settings() -> Iterator[Setting]:
             short=facts["short"],
             choices=_choices(field) if facts["type"] == "choice" else (),
             help_text=field.description or "",
+            reads_data=facts["reads_data"],
         )
 
 
