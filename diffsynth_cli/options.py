@@ -47,7 +47,9 @@ def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int
         return function(context, {name: value for name, value in values.items() if value is not None})
 
     options = [
-        inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(setting))
+        inspect.Parameter(
+            setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=setting_option(setting)
+        )
         for setting in SETTINGS.values()
     ]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -57,7 +59,7 @@ def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int
     return command
 
 
-def _annotation(setting: Setting) -> Any:
+def setting_option(setting: Setting) -> Any:
     """The option's type for Typer; values other than flags stay text, which the declaration itself converts."""
     short = [f"-{setting.short}"] if setting.short else []
     if setting.type_name == "bool":

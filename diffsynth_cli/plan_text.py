@@ -15,6 +15,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
 
 SHOWN_SIZES = 6
+WARNING = "warning: "
 VAE = "vae"
 """The component, in every family, whose latents are trained on."""
 
@@ -124,6 +125,14 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         yield f"  shown {shown.name}: {list_sizes(Counter(excerpt.shape for excerpt in pictures))}"
     for note in plan.samples.notes:
         yield f"  {note}"
+
+
+def warning_lines(plan: Plan) -> Iterator[str]:
+    """What is worth a look; whoever prints it gives the first word a colour."""
+    for warning in plan.warnings:
+        yield f"{WARNING}{warning.message}"
+        if warning.hint:
+            yield f"  hint: {warning.hint}"
 
 
 def _transform_lines(plan: Plan) -> Iterator[str]:

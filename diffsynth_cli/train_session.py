@@ -25,7 +25,7 @@ from diffsynth_cli.estimate_text import (
     verdict_line,
 )
 from diffsynth_cli.plan_summary import ALL, summary_lines
-from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.plan_text import WARNING, parameter_lines, plan_lines, warning_lines
 from diffsynth_cli.printing import echo, echo_line, echo_styled
 from diffsynth_cli.ranks import in_company
 from diffsynth_cli.streams import stdout_as_messages
@@ -192,12 +192,20 @@ def _tell_plan(
         verdict = wrap_line(verdict_line(fit), width)
         plain = "NO_COLOR" in os.environ
         echo_styled(verdict, None if plain else colour, bold=not plain)
-    lines = list(summary_lines(plan, estimate))
+    lines = [*summary_lines(plan, estimate), *warning_lines(plan)]
     if plan.parameters.verbose:
         lines += ["", *plan_lines(plan, reporter, estimate is not None), *parameter_lines(plan)]
         lines += estimate_lines(plan, estimate) if estimate else ()
     for line in lines:
-        echo_line(wrap_line(line, width))
+        _echo(wrap_line(line, width))
+
+
+def _echo(line: str) -> None:
+    """A line of the plan on stdout, a warning in its colour."""
+    told = line.removeprefix(WARNING)
+    if told != line:
+        echo_styled(WARNING, None if "NO_COLOR" in os.environ else "yellow", newline=False)
+    echo_line(told)
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
@@ -321,6 +329,9 @@ def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Non
     """Tell the plan of a run; what is told only if asked for is in the log all the same."""
     for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
         reporter.info(line)
+    for line in warning_lines(plan):
+        told = line.removeprefix(WARNING)
+        (reporter.info if told == line else reporter.warn)(told)
     for line in plan_lines(plan, reporter):
         (reporter.info if plan.parameters.verbose else reporter.keep)(line)
 

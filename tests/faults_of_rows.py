@@ -29,7 +29,7 @@ def caption_twice(draft: Draft) -> Expected:
 
 
 CAPTIONS: Mapping[str, Plant] = {
-    "an empty caption": text("CAPTION_EMPTY", ""),
+    "an empty caption": text("CAPTION_MISSING", ""),
     "a caption of blanks": text("CAPTION_EMPTY", " \t "),
     "a caption nan": text("CAPTION_NAN", "nan"),
     "a caption NULL": text("CAPTION_NAN", "NULL"),

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.validation.recipe_rules import rules_of_run
+from diffsynth_core.validation.rules import Rules, Thresholds
 from tests.clips import write_clip
 
 PICTURES, CLIPS = 200, 20
@@ -24,6 +27,11 @@ FRAMES, FRAME_RATE = 81, 16
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
 VP9 = ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8")
 CONTAINERS = ((".mp4", H264), (".mkv", H264), (".mov", H264), (".mp4", H264), (".webm", VP9))
+
+
+def rules_of_recipe(recipe: str, thresholds: Thresholds | None = None) -> Rules:
+    """What a run of a recipe asks of its dataset."""
+    return rules_of_run(resolve({"recipe": recipe}), thresholds or Thresholds())
 
 
 @cache

@@ -2,24 +2,30 @@
 
 import inspect
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffsynth_cli.options import SPELLINGS, complete_recipe
+from diffsynth_cli.options import BOTH_SPELLINGS, setting_option
 from diffsynth_cli.printing import echo
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.errors import Problem, raise_if_any, suggest
 from diffsynth_core.progress import count_of, format_bytes
-from diffsynth_core.validation.rules import Rules, Thresholds, threshold_facts
+from diffsynth_core.validation.rules import Thresholds, threshold_facts
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.validation.findings import Report
     from diffsynth_core.validation.fix import Fixed
+
+
+OWN_OPTIONS = ("format", "depth", "workers", "fix", "report")
+"""Those that are neither parameters nor thresholds."""
 
 
 class ReportFormat(StrEnum):
@@ -35,11 +41,13 @@ class Depth(StrEnum):
 
 HELP = """Check a dataset before training trips over it: metadata, paths, captions, and every file decoded to its end.
 
-PATH is a folder (its metadata is found, or captions beside the files) or a metadata file. With --recipe the rules of its
-family apply. Exit code 0 without errors, 1 with."""
+PATH is a folder (its metadata is found, or captions beside the files) or a metadata file. Give the options of the run
+(--recipe, --config, --height …), and the dataset is checked as that run would read it. Exit code 0 without errors, 1
+with."""
 EXAMPLES = (
     "diffsynth dataset validate data/mine",
     "diffsynth dataset validate data/mine --recipe qwen-image-lora",
+    "diffsynth dataset validate data/mine --config mine.yaml --max_pixels 262144",
     "diffsynth dataset validate data/mine/metadata.csv --format json",
     "diffsynth dataset validate data/mine --report report.html",
     "diffsynth dataset validate data/mine --fix data/mine/whole.csv",
@@ -49,8 +57,8 @@ EXAMPLES = (
 def add_to(app: typer.Typer) -> None:
     datasets = typer.Typer(help="Check datasets.", no_args_is_help=True, rich_markup_mode=None)
     datasets.callback()(_group)
-    datasets.command("validate", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS)(
-        _with_thresholds()
+    datasets.command("validate", help=help_with_examples(HELP, *EXAMPLES), context_settings=BOTH_SPELLINGS)(
+        _with_options()
     )
     app.add_typer(datasets, name="dataset")
 
@@ -59,26 +67,12 @@ def _group() -> None:
     """Check datasets."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for, beside the thresholds."""
-
-    path: Path
-    recipe: str | None
-    output_format: ReportFormat
-    depth: Depth
-    workers: int
-    batch_size: int | None
-    fix: Path | None
-    page: Path | None
-
-
 def validate_dataset(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the dataset, or its metadata file")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", metavar="NAME", help="Recipe whose family's rules apply", autocompletion=complete_recipe
+    context: typer.Context,
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="PATH", help="Folder of the dataset, or its metadata file [that of the recipe or config file]"
         ),
     ] = None,
     output_format: Annotated[
@@ -89,12 +83,6 @@ def validate_dataset(
         typer.Option("--depth", help="metadata: rows and captions; paths: also whether files are there; files: all"),
     ] = Depth.FILES,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode; 0: one for each core")] = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch_size", min=1, help="Samples of a batch, for counts of batches and steps [recipe's, or 1]"
-        ),
-    ] = None,
     fix: Annotated[
         Path | None,
         typer.Option(
@@ -107,15 +95,46 @@ def validate_dataset(
             "--report", metavar="FILE.html", help="Write a page with thumbnails, crops and histograms, for a browser"
         ),
     ] = None,
-    **thresholds: Any,
+    **values: Any,
 ) -> int:
-    """Check a dataset and print the report."""
-    options = Options(path, recipe, output_format, depth, workers, batch_size, fix, page)
-    return _run(options, Thresholds(**thresholds))
+    """Check a dataset and print the report.
+
+    `values`: those of parameters that decide how data is read (None: not given), and the thresholds.
+    """
+    from diffsynth_cli.console import ConsoleReporter
+    from diffsynth_core.config.resolve import resolve_stages
+    from diffsynth_core.validation.dataset_of_run import as_flags, choose_stage
+    from diffsynth_core.validation.fix import check_target, write_fixed
+    from diffsynth_core.validation.recipe_rules import rules_of_run
+    from diffsynth_core.validation.report_page import THUMBNAIL_SIDE, check_page_path, write_page
+    from diffsynth_core.validation.validate import Wish, validate
+
+    thresholds = Thresholds(**{name: values.pop(name) for name in threshold_facts()})
+    raise_if_any(_unknown_options(context.args))
+    if fix:
+        check_target(fix)
+    if page:
+        check_page_path(page)
+    flags = {name: value for name, value in values.items() if value is not None}
+    resolved = choose_stage(resolve_stages(as_flags(path, flags)))
+    rules = rules_of_run(resolved, thresholds)
+    base, given = resolved.parameters.dataset_base_path, resolved.parameters.dataset_metadata_path
+    reporter = ConsoleReporter()
+    wish = Wish(depth.value, workers, THUMBNAIL_SIDE if page else None)
+    with stopping_cleanly():  # so that no worker is left behind
+        report, examined = validate(base, rules, wish, reporter, given)
+    _print(report, output_format)
+    if page:
+        write_page(page, report, examined)
+        reporter.info(f"wrote `{page}` ({format_bytes(page.stat().st_size)})")
+    if fix:
+        _tell_fixed(write_fixed(fix, examined, report), reporter)
+    return report.exit_code
 
 
-def _with_thresholds() -> Any:
-    """The command with an option for each threshold, in place of `**thresholds`."""
+def _with_options() -> Any:
+    """The command with an option for each parameter that decides how data is read, as `train` has it, and for each
+    threshold, in place of `**values`."""
     signature = inspect.signature(validate_dataset)
     fixed = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [
@@ -127,6 +146,11 @@ def _with_thresholds() -> Any:
         )
         for name, (default, unit, text) in threshold_facts().items()
     ]
+    options += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=setting_option(setting))
+        for name, setting in SETTINGS.items()
+        if setting.reads_data
+    ]
 
     def command(**values: Any) -> int:
         return validate_dataset(**values)
@@ -136,31 +160,24 @@ def _with_thresholds() -> Any:
     return command
 
 
-def _run(options: Options, thresholds: Thresholds) -> int:
-    from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_core.validation.fix import check_target, write_fixed
-    from diffsynth_core.validation.recipe_rules import rules_of_recipe
-    from diffsynth_core.validation.report_page import THUMBNAIL_SIDE, check_page_path, write_page
-    from diffsynth_core.validation.validate import Wish, validate
+def _unknown_options(words: Sequence[str]) -> list[Problem]:
+    """What no option took: a parameter of training that has no say in how data is read, or a misspelling.
 
-    if options.fix:
-        check_target(options.fix)
-    if options.page:
-        check_page_path(options.page)
-    rules = rules_of_recipe(options.recipe, thresholds) if options.recipe else Rules(thresholds=thresholds)
-    if options.batch_size:
-        rules = replace(rules, batch_size=options.batch_size)
-    reporter = ConsoleReporter()
-    wish = Wish(options.depth.value, options.workers, THUMBNAIL_SIDE if options.page else None)
-    with stopping_cleanly():  # so that no worker is left behind
-        report, examined = validate(options.path, rules, wish, reporter)
-    _print(report, options.output_format)
-    if options.page:
-        write_page(options.page, report, examined)
-        reporter.info(f"wrote `{options.page}` ({format_bytes(options.page.stat().st_size)})")
-    if options.fix:
-        _tell_fixed(write_fixed(options.fix, examined, report), reporter)
-    return report.exit_code
+    Words that are no options may be the values of some, and are named only where there are none.
+    """
+    names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+    known = [*threshold_facts(), *(name for name, setting in SETTINGS.items() if setting.reads_data), *OWN_OPTIONS]
+    problems = []
+    for given in names:
+        name = given.removeprefix("--").replace("-", "_")
+        if name.removeprefix("no_") in SETTINGS or name in SETTINGS:
+            what = f"`{given}` is an option of `train` that does not change how the dataset is read"
+            problems.append(Problem(what, "leave it out", wrong_use=True))
+            continue
+        near = suggest(name, known)
+        hint = f"did you mean `--{near}`?" if near else "`diffsynth dataset validate --help` lists the options"
+        problems.append(Problem(f"`{given}` is not an option of `dataset validate`", hint, wrong_use=True))
+    return problems
 
 
 def _print(report: "Report", output_format: ReportFormat) -> None:

@@ -15,12 +15,11 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation import validate as validation
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.inspect import EXAMINERS, Job
-from diffsynth_core.validation.recipe_rules import rules_of_recipe
 from diffsynth_core.validation.rules import Rules, Thresholds
 from diffsynth_core.validation.validate import Wish, validate
 from tests import faults_of_files, faults_of_rows
 from tests.faults_of_files import Expected, Plant
-from tests.validation_corpus import CLIPS, PICTURES, Draft, add_clips, add_pictures
+from tests.validation_corpus import CLIPS, PICTURES, Draft, add_clips, add_pictures, rules_of_recipe
 
 ALWAYS = {"BUCKETS", "CACHE_SIZE"}
 """What is told of every set."""
@@ -28,6 +27,8 @@ GENERAL = {**faults_of_files.PICTURES, **faults_of_rows.CAPTIONS, **faults_of_ro
 ONLY_ALONE = faults_of_files.ANIMATIONS
 """Where videos are trained on, a GIF is one."""
 WAN, EDIT = "wan2.1-t2v-1.3b-lora", "qwen-image-edit-lora"
+ANY_SIZE = Thresholds(max_upscale=1000, min_area_share=0)
+"""The pictures and clips of the corpus are small."""
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def root_may_open_no_more_than_others(monkeypatch):
 
 def found_in(folder: Path, recipe: str | None = None) -> Expected:
     """What is found in a dataset, but for what is told of every set."""
-    rules = rules_of_recipe(recipe, Thresholds()) if recipe else Rules()
+    rules = rules_of_recipe(recipe, ANY_SIZE) if recipe else Rules()
     report, _ = validate(folder, rules, Wish(), SilentReporter())
     findings = [one for one in report.findings if one.code not in ALWAYS or one.level != "info"]
     places = [(one.code, one.row, one.path) for one in findings]
@@ -195,7 +196,7 @@ def test_a_fault_among_clips(tmp_path, in_this_process, two_clips, plant: Plant)
 def test_of_clean_clips_for_a_recipe_the_sizes_are_told(tmp_path, in_this_process, two_clips) -> None:
     draft = copied(two_clips, tmp_path / "set")
     draft.write()
-    report, _ = validate(draft.folder, rules_of_recipe(WAN, Thresholds()), Wish(), SilentReporter())
+    report, _ = validate(draft.folder, rules_of_recipe(WAN, ANY_SIZE), Wish(), SilentReporter())
     assert report.summary.codes == dict.fromkeys(sorted(ALWAYS), 1)
 
 
@@ -238,7 +239,7 @@ def test_a_picture_among_clips_by_what_training_makes_of_it(
     draft.photograph((160, 96)).save(draft.folder / "a picture.png")
     draft.row("a picture.png")
     draft.write()
-    report, _ = validate(draft.folder, rules_of_recipe(recipe, Thresholds()), Wish(), SilentReporter())
+    report, _ = validate(draft.folder, rules_of_recipe(recipe, ANY_SIZE), Wish(), SilentReporter())
     told = [(one.code, one.level, one.row, one.message) for one in report.findings if one.code.startswith("VIDEO_")]
     of_clips = [one for one in told if "`clip_" in one[3]]  # TI2V uses fewer of their frames
     assert [one for one in told if one not in of_clips] == [expected]

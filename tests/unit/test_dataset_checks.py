@@ -21,9 +21,9 @@ from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.likeness import near_pictures
 from diffsynth_core.validation.pictures import difference_hash, examine_picture, scaled_down
-from diffsynth_core.validation.recipe_rules import rules_of_recipe
 from diffsynth_core.validation.rules import Rules, Thresholds
 from diffsynth_core.validation.validate import Wish, validate
+from tests.validation_corpus import rules_of_recipe
 
 ROOT = Path(__file__).parents[2]
 VALIDATION = Path(module.__file__).parent
@@ -135,7 +135,7 @@ def test_near_pictures_are_all_found_and_no_others():
         ),
         (["x" * 2048, "word " * 409, "\u732b" * 512], []),
         (["x" * 2049, "y", "\u732b" * 513], [("CAPTION_TOO_LONG", 1), ("CAPTION_TOO_LONG", 3)]),
-        (["  nan          ", "", "b"], [("CAPTION_NAN", 1), ("CAPTION_EMPTY", 2)]),
+        (["  nan          ", "", "b"], [("CAPTION_NAN", 1), ("CAPTION_MISSING", 2)]),
     ],
 )
 def test_captions(found, captions, expected):

@@ -170,16 +170,15 @@ def test_a_sample_is_named_by_row_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "keys", "messages", "hints"),
+    ("columns", "messages", "hints"),
     [
-        (("image", "prompt"), ("image", "video"), [], []),
-        (("images", "prompt"), ("image",), ["has no column `image`; it has `images`, `prompt`"], ["rename `images`"]),
-        (("x", "y"), ("image",), ["no column `image`", "no column `prompt`"], ["add the column", "add the column"]),
-        (("image", "prompt"), ("video",), ["`data_file_keys` leaves out `image`"], ["add `image`"]),
+        (("image", "prompt"), [], []),
+        (("images", "prompt"), ["has no column `image`; it has `images`, `prompt`"], ["rename `images`"]),
+        (("x", "y"), ["no column `image`", "no column `prompt`"], ["add the column", "add the column"]),
     ],
 )
-def test_columns_are_checked(columns, keys, messages, hints):
-    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ("image",), keys)
+def test_columns_are_checked(columns, messages, hints):
+    problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ("image",))
     assert len(problems) == len(messages)
     for problem, message, hint in zip(problems, messages, hints, strict=True):
         assert message in problem.message
@@ -274,11 +273,10 @@ def test_files_are_looked_for_in_a_listing_of_their_folder_and_asked_for_once(fo
 
 def test_the_column_of_references_is_asked_for():
     problems = check_columns(
-        Metadata("m.csv", ("image", "prompt", "edit_images"), ()), "prompt", ("image", "edit_image"), ["image"]
+        Metadata("m.csv", ("image", "prompt", "edit_images"), ()), "prompt", ("image", "edit_image")
     )
     assert [(problem.message, problem.hint) for problem in problems] == [
         ("`m.csv` has no column `edit_image`; it has `image`, `prompt`, `edit_images`", "rename `edit_images`"),
-        ("`data_file_keys` leaves out `edit_image`, whose files this run reads", "add `edit_image`"),
     ]
 
 

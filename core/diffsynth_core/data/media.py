@@ -23,6 +23,11 @@ from diffsynth_core.data.videos import VIDEO_TRANSFORM, load_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.randomness import key_of
 
+MAX_UPSCALE = 1.5
+"""Files that are scaled up by more than this factor are named: what they lack in detail is learned as blur."""
+MIN_AREA_SHARE = 0.125
+"""Files of a smaller share of the area that the model is usually trained at (some 35 % of its sides) are named."""
+
 
 @dataclass(frozen=True)
 class FrameRule:
@@ -58,10 +63,14 @@ class FrameRule:
 
 @dataclass(frozen=True)
 class MediaRule:
-    """How the files of a metadata column become what is trained on; without `frames` they are pictures."""
+    """How the files of a metadata column become what is trained on; without `frames` they are pictures.
+
+    `usual_pixels`: the area that a file of this run is usually trained at; 0: any.
+    """
 
     size: SizeRule
     frames: FrameRule | None = None
+    usual_pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,12 @@ def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule, tar
     scaled = rule.size(header.width, header.height, rule.max_pixels)
     height, width = (side // rule.factor * rule.factor for side in scaled)
     return Excerpt(path, height, width, scaled=scaled, converted=bool(header.colours.profile))
+
+
+def scale_of(excerpt: Excerpt, width: int, height: int) -> float:
+    """The factor by which a file of `width` x `height` pixels is scaled for an excerpt; above 1 it is scaled up."""
+    covered = excerpt.scaled or (excerpt.height, excerpt.width)
+    return max(covered[1] / width, covered[0] / height)
 
 
 def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:

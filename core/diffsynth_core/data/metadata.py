@@ -31,6 +31,9 @@ from diffsynth_core.files import replacing
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+ENDINGS_OF_METADATA = (".csv", ".json", ".jsonl")
+LEAVE_OUT = "leave it out, or rename it"
+"""What to do about a column that is not read."""
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
 """Files that are taken for metadata, and are not."""
 OTHER_NAMES = {
@@ -67,6 +70,29 @@ def find_metadata(base: Path, given: Path | None) -> Path | None:
     return next((base / name for name in METADATA_NAMES if (base / name).is_file()), None)
 
 
+def locate_metadata(base: Path, given: Path | None) -> Path | None:
+    """The metadata file of the dataset in `base`; None: captions stand beside the files.
+
+    Raises:
+        DiffSynthError: when the folder or the file given is not there, or the file is of another kind.
+    """
+    if not base.is_dir():
+        raise DiffSynthError(
+            f"the dataset folder `{base}` (`dataset_base_path`) is not there",
+            "name the folder with `--dataset_base_path`",
+        )
+    path = find_metadata(base, given)
+    if path and not path.is_file():
+        raise DiffSynthError(
+            f"the metadata file `{path}` (`dataset_metadata_path`) is not there", "mend `--dataset_metadata_path`"
+        )
+    if path and path.suffix.lower() not in ENDINGS_OF_METADATA:
+        raise DiffSynthError(
+            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "mend `--dataset_metadata_path`"
+        )
+    return path
+
+
 def unused_metadata(base: Path, path: Path | None) -> Problem | None:
     """What to say of files called metadata in `base` besides `path`, the one that is read; None: none is."""
     if path and path.name not in METADATA_NAMES:
@@ -92,26 +118,12 @@ def read_metadata(
     Raises:
         DiffSynthError: when the folder or the file is missing, cannot be parsed, or holds no row.
     """
-    if not base.is_dir():
-        raise DiffSynthError(
-            f"the dataset folder `{base}` (`dataset_base_path`) is not there",
-            "name the folder with `--dataset_base_path`",
-        )
-    path = find_metadata(base, given)
+    path = locate_metadata(base, given)
     if path is None:
         return _read_captions_beside(base, text_column, media_column, kind)
-    if not path.is_file():
-        raise DiffSynthError(
-            f"the metadata file `{path}` (`dataset_metadata_path`) is not there", "mend `--dataset_metadata_path`"
-        )
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DiffSynthError(
-            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "mend `--dataset_metadata_path`"
-        )
     try:
-        metadata = reader(path)
+        metadata = readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     if not metadata.rows:
@@ -167,6 +179,14 @@ def missing_column(
     if lacks_header(present):
         return Problem(what, f"name the columns in the first line, `{','.join(dict.fromkeys(needed))}`", code=code)
     return Problem(what, "add the column", code=code)
+
+
+def unread_column(origin: str, name: str, known: Sequence[str], hint: str) -> Problem:
+    """What to say of a column that is not read; `known`: those that are."""
+    what = (
+        f"`{origin}` has the column `{beginning(name)}`, which is not read; columns that are read: {shorten(known, 12)}"
+    )
+    return Problem(what, hint, code="COLUMN_UNKNOWN")
 
 
 def near_column(name: str, others: Iterable[str]) -> str | None:

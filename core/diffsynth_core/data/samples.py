@@ -13,7 +13,10 @@ from typing import Any
 from unicodedata import normalize
 
 from diffsynth_core.data.colour import Colours
+from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.media import (
+    MAX_UPSCALE,
+    MIN_AREA_SHARE,
     Excerpt,
     MediaHeader,
     MediaRule,
@@ -21,13 +24,13 @@ from diffsynth_core.data.media import (
     choose_excerpt,
     choose_reference,
     read_media_header,
+    scale_of,
 )
 from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.data.videos import VIDEO_ENDINGS
 from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.progress import Reporter
@@ -38,6 +41,7 @@ MOST_AT_ONCE = 64
 """Rows of pictures that a thread is handed at once: handing over costs more than a header."""
 
 WRITE_SLASHES = "write `/` between folders"
+LOW_RESOLUTION_HINT = "use larger files; to train at a small size on purpose, lower `--max_pixels`"
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
 """Frame rates that differ by more are worth a word."""
@@ -88,35 +92,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """All samples of a dataset, and what is worth saying of them once."""
+    """All samples of a dataset, what is worth saying of them once, and what is worth a look before training on them."""
 
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
+    warnings: tuple[Problem, ...] = ()
 
 
 def check_columns(
     metadata: Metadata,
     text_column: str,
     media_columns: Sequence[str],
-    data_file_keys: Sequence[str],
     other_columns: Sequence[str] = (),
 ) -> list[Problem]:
-    """Columns that the family needs and the metadata, or `data_file_keys`, lacks."""
+    """Columns that the family needs and the metadata lacks."""
     problems = []
     needed = (*media_columns, text_column, *other_columns)
     for column in needed:
         if column not in metadata.columns:
             near = near_column(column, [one for one in metadata.columns if one not in needed])
             problems.append(missing_column(metadata.origin, metadata.columns, column, needed, near, metadata.beside))
-    problems += [
-        Problem(
-            f"`data_file_keys` leaves out `{column}`, whose files this run reads",
-            f"add `{column}`",
-            wrong_use=True,
-        )
-        for column in media_columns
-        if column not in data_file_keys
-    ]
     return problems
 
 
@@ -269,7 +264,8 @@ def _measure(
                 samples.append(sample)
                 headers.append(read)
     notes = (*_notes(samples, headers, columns.rule), *_other_shapes(headers, columns))
-    return SampleSet(tuple(samples), notes), problems
+    warnings = (*_scaled_up(samples, headers, columns), *_low_resolution(samples, headers, columns.rule))
+    return SampleSet(tuple(samples), notes, warnings), problems
 
 
 def _portions(rows: list[_Row], most: int) -> list[list[_Row]]:
@@ -343,6 +339,46 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
         yield f"the colours of {len(doubts)} {of_all} are taken as sRGB (of the first: {doubts[0]})"
 
 
+def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns) -> Iterator[Problem]:
+    """How many files are scaled up to the size they are trained or shown at, and by how much at most."""
+    scaled: list[tuple[float, Sample, Excerpt, MediaHeader | PictureHeader]] = []
+    for sample, headers in zip(samples, read, strict=True):
+        pairs: list[tuple[Excerpt, MediaHeader | PictureHeader]] = [(sample.target, headers.target)]
+        for rule in columns.references:
+            pairs += zip(sample.references[rule.name], headers.shown[rule.column], strict=True)
+        scaled += [(scale_of(excerpt, one.width, one.height), sample, excerpt, one) for excerpt, one in pairs]
+    small = [one for one in scaled if one[0] > MAX_UPSCALE]
+    if small:
+        factor, sample, excerpt, header = max(small, key=lambda one: one[0])
+        size = "x".join(str(side) for side in (excerpt.scaled or (excerpt.height, excerpt.width))[::-1])
+        yield Problem(
+            f"{len(small)} of {len(scaled)} {_kinds(columns.rule)} are upscaled, up to {factor:.3g}x: row {sample.row} "
+            f"`{excerpt.path}` from {header.width}x{header.height} to {size}",
+            "use larger files, or train at a smaller size",
+            code="IMAGE_UPSCALED",
+        )
+
+
+def _low_resolution(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[Problem]:
+    """How many files are far smaller than what the model is usually trained at."""
+    areas = [headers.target.width * headers.target.height for headers in read]
+    least = MIN_AREA_SHARE * rule.usual_pixels
+    small = [place for place, area in enumerate(areas) if area < least]
+    if small:
+        place = min(small, key=areas.__getitem__)
+        sample, header = samples[place], read[place].target
+        yield Problem(
+            f"{len(small)} of {len(areas)} {_kinds(rule)} are far below the usual training size of "
+            f"{rule.usual_pixels:,} pixels: row {sample.row} `{sample.target.path}` is {header.width}x{header.height}",
+            LOW_RESOLUTION_HINT,
+            code="IMAGE_LOW_RESOLUTION",
+        )
+
+
+def _kinds(rule: MediaRule) -> str:
+    return "videos and images" if rule.frames else "images"
+
+
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
     """What to say of pictures that are to lie over what is trained on, and are not of its shape."""
     for column in [rule.column for rule in columns.references if rule.size is None]:
@@ -365,7 +401,7 @@ def _headers_or_problem(
         return _Headers(read_media_header(row.target, rule, videos), shown)
     except DiffSynthError as error:
         (problem,) = error.problems
-        unreadable = "VIDEO_UNREADABLE" if row.target.suffix.lower() in VIDEO_ENDINGS else "IMAGE_UNREADABLE"
+        unreadable = "VIDEO_UNREADABLE" if row.target.suffix.lower() in CLIP_ENDINGS else "IMAGE_UNREADABLE"
         return Problem(f"{row.where}: {problem.message}", problem.hint, code=problem.code or unreadable)
 
 

@@ -159,12 +159,14 @@ class Medium:
 
     `size_factor`: sides are multiples of it, in pixels.
     `frame_step`: a video has a multiple of it, and one more, as its number of frames.
+    `usual_pixels`: the area of a frame that the published models were trained at; far smaller files teach them blur.
     """
 
     column: str
     kind: Literal["picture", "video"]
     size_factor: int
     frame_step: int = 1
+    usual_pixels: int = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,9 @@ class FamilyFacts:
     `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
+    `reference_columns`: extra inputs that are metadata columns of reference images, of any kind of its models.
+    `frame_inputs`: extra inputs that are frames of the clip that is trained on, and no columns.
+    `later_inputs`: extra inputs of the reference trainer for models of this family that are not supported yet.
     """
 
     name: str
@@ -278,6 +283,9 @@ class FamilyFacts:
     second_denoiser: str = ""
     strangers: tuple["Stranger", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)
+    reference_columns: tuple[str, ...] = ()
+    frame_inputs: tuple[str, ...] = ()
+    later_inputs: tuple[str, ...] = ()
 
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)

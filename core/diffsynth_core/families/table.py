@@ -25,6 +25,13 @@ _IMPLEMENTATIONS = {
 }
 
 
+REFERENCE_COLUMNS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.reference_columns))
+"""Metadata columns of reference images, of whatever family."""
+FRAME_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs))
+LATER_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs))
+"""Extra inputs of the reference trainer that are not supported yet."""
+
+
 def unknown_family(name: str) -> Problem:
     """The problem that there is no such family, with the nearest name."""
     near = suggest(name, FAMILIES)

@@ -1,17 +1,18 @@
 """The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
-from diffsynth_core.data.metadata import read_metadata
+from diffsynth_core.data.metadata import LEAVE_OUT, Metadata, read_metadata, unread_column
 from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import Columns, SampleSet, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
 from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
+from diffsynth_core.families.table import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.planning.halves import encoded_in_place_of_dataset
 from diffsynth_core.progress import Reporter, count_of
@@ -44,8 +45,7 @@ def read_dataset(
 ) -> SampleSet | None:
     """The samples of the dataset; None when there is no telling them. Adds to `problems`."""
     medium = variant.medium
-    problems += _size_problems(parameters, variant)
-    problems += _input_problems(parameters, variant)
+    problems += setting_problems(parameters, variant)
     problems += _idle_parameters(parameters, facts)
     base = parameters.dataset_base_path
     encoded = encoded_in_place_of_dataset(parameters)
@@ -65,7 +65,7 @@ def read_dataset(
         reference_rules(parameters, variant),
         sampled=bool(of_objective),
     )
-    faults = check_columns(metadata, columns.text, columns.media, parameters.data_file_keys, of_objective)
+    faults = check_columns(metadata, columns.text, columns.media, of_objective)
     problems += faults
     if faults:
         return None
@@ -77,7 +77,18 @@ def read_dataset(
     problems += row_problems
     problems += _nothing_to_learn(samples, variant)
     notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))
-    return replace(samples, notes=notes) if samples.samples else None
+    known = (columns.text, *columns.media, *of_objective)
+    warnings = (*_unread_columns(metadata, known, column_hints(parameters, facts, variant)), *samples.warnings)
+    return replace(samples, notes=notes, warnings=warnings) if samples.samples else None
+
+
+def setting_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
+    """Parameters that decide how the dataset is read, and that this kind of model cannot be trained with."""
+    return [
+        *_size_problems(parameters, variant),
+        *_input_problems(parameters, variant),
+        *_file_key_problems(parameters, variant),
+    ]
 
 
 class MissingDataset(Problem):
@@ -96,14 +107,12 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
 def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
     """How the files that are trained on are read."""
     size = SizeRule(parameters.height, parameters.width, parameters.max_pixels, medium.size_factor)
-    if medium.kind == "picture":
-        return MediaRule(size)
-    return MediaRule(
-        size,
-        FrameRule(
-            parameters.num_frames, medium.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
-        ),
+    # A fixed size was chosen, as was an area below the usual one.
+    usual = 0 if parameters.height and parameters.width else min(medium.usual_pixels, parameters.max_pixels)
+    frames = FrameRule(
+        parameters.num_frames, medium.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
     )
+    return MediaRule(size, frames if medium.kind == "video" else None, usual)
 
 
 def reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
@@ -119,6 +128,54 @@ def shown_frames(parameters: Parameters, variant: Variant) -> tuple[str, ...]:
     if variant.medium.kind != "video" or variant.given_frames:
         return ()
     return tuple(parameters.extra_inputs)
+
+
+def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> Mapping[str, str]:
+    """Column -> what makes it be read, or why nothing does, for columns that this run does not read."""
+    hints = dict.fromkeys(REFERENCE_COLUMNS, f"other families read it; {LEAVE_OUT}")
+    hints |= dict.fromkeys(LATER_INPUTS, f"this condition is not supported yet; {LEAVE_OUT}")
+    hints |= {
+        name: f"`{name}` is a frame of the clip itself, asked for by `--extra_inputs`; the column can be left out"
+        for name in FRAME_INPUTS
+    }
+    objective = next(name for name, task in TASKS.items() if task.columns)
+    hints |= dict.fromkeys(TASKS[objective].columns, f"`--task {objective}` reads it")
+    for name in facts.reference_columns:
+        inputs = tuple(dict.fromkeys((*parameters.extra_inputs, name)))
+        keys = dict.fromkeys((*parameters.data_file_keys, name))
+        together = set(inputs) <= set(facts.variant({}, inputs, "").takes)
+        hints[name] = (
+            f"to train on it, give `--data_file_keys {','.join(keys)} --extra_inputs {','.join(inputs)}`"
+            if name in variant.takes and together
+            else f"{variant.title} does not read it; {LEAVE_OUT}"
+        )
+    return hints
+
+
+def _unread_columns(metadata: Metadata, known: Sequence[str], hints: Mapping[str, str]) -> list[Problem]:
+    """What to say of columns that are not read: each that may have been meant, and all others at once."""
+    unread = [name for name in metadata.columns if name and name not in known]
+    meant = [unread_column(metadata.origin, name, known, hints[name]) for name in unread if name in hints]
+    others = [name for name in unread if name not in hints]
+    if others:
+        what = f"`{metadata.origin}` has columns that are not read: {shorten(others)}"
+        meant.append(Problem(what, code="COLUMN_UNKNOWN"))
+    return meant
+
+
+def _file_key_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
+    """Columns of files that the model needs and that `data_file_keys` leaves out."""
+    needed = dict.fromkeys((variant.medium.column, *(shown.column for shown in variant.references)))
+    keys = dict.fromkeys((*parameters.data_file_keys, *needed))
+    return [
+        Problem(
+            f"`data_file_keys` leaves out `{column}`, whose files this run reads",
+            f"give `--data_file_keys {','.join(keys)}`",
+            wrong_use=True,
+        )
+        for column in needed
+        if column not in parameters.data_file_keys
+    ]
 
 
 def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:

@@ -1,6 +1,6 @@
 """From resolved parameters to the plan of a run, with all problems at once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Plan:
     `missing`: what is not there. Such a plan is to be looked at, and cannot be carried out; without a dataset it has no
     samples.
     `family_defaults`: parameters that are at a default which the family alone has.
+    `warnings`: what keeps from nothing and is worth a look before GPU hours are spent on it.
     """
 
     parameters: Parameters
@@ -62,6 +63,7 @@ class Plan:
     published: Mapping[str, Published] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -159,7 +161,20 @@ def make_plan(
         found.published,
         tuple(missing),
         resolved.family_defaults,
+        tuple(_warnings(resolved, samples)),
     )
+
+
+def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
+    """A dataset that the user did not name, and what is unusual about it; a rehearsal is small on purpose."""
+    origin = resolved.origins.get("dataset_base_path", "the default")
+    rehearsal = resolved.parameters.rehearse
+    if not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
+        what = f"dataset: `{resolved.parameters.dataset_base_path}` ({origin.replace('recipe ', 'default of recipe ')})"
+        yield Problem(what, "name yours with `--dataset_base_path`")
+    for warning in samples.warnings:
+        if not (rehearsal and warning.code in ("IMAGE_UPSCALED", "IMAGE_LOW_RESOLUTION")):
+            yield warning
 
 
 def _find_components(

@@ -23,16 +23,19 @@ HALF = re.compile("[\ud800-\udfff]")
 MOST_BYTES = 4
 """Of a character in UTF-8."""
 SHOWN_ROWS = 5
+WRITE_CAPTION = "write a caption, or take the row out"
 
 
 def check_captions(examined: Examined) -> Iterator[Finding]:
-    """CAPTION_EMPTY and CAPTION_NAN."""
+    """CAPTION_MISSING of cells, CAPTION_EMPTY and CAPTION_NAN."""
     for row, caption, _ in examined.records:
         if caption is None:
             continue
         stripped = caption.strip()
-        if not stripped:
-            yield found("CAPTION_EMPTY", f"row {row} has no caption", "write one", row=row)
+        if not caption and not examined.table.beside:
+            yield found("CAPTION_MISSING", f"row {row} has no caption", WRITE_CAPTION, row=row, level="warning")
+        elif not stripped:
+            yield found("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)
         elif len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
             what = f"row {row}: the caption is `{stripped}`, which programs write for a missing value"
             yield found("CAPTION_NAN", what, "write the caption", row=row)

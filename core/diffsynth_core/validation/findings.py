@@ -79,6 +79,12 @@ CODES: Mapping[str, Code] = {
     "IMAGE_TOO_SMALL": Code("picture", "error", "A side of a picture is shorter than the least"),
     "IMAGE_ASPECT": Code("picture", "warning", "A picture is very wide or very high"),
     "IMAGE_CROP_LOSS": Code("picture", "warning", "Cutting a picture or video to its training size loses much of it"),
+    "IMAGE_UPSCALED": Code(
+        "picture", "warning", "An image or video is scaled up to the size it is trained or shown at"
+    ),
+    "IMAGE_LOW_RESOLUTION": Code(
+        "picture", "warning", "An image or video is far smaller than what the model is usually trained at"
+    ),
     "IMAGE_EXIF_ROTATED": Code("picture", "info", "A picture is turned upright as its EXIF orientation says"),
     "IMAGE_ALPHA": Code("picture", "warning", "A picture has transparent pixels, which are composed on white"),
     "IMAGE_MODE": Code("picture", "warning", "A picture has a colour mode that loses something on its way to RGB"),
@@ -98,7 +104,13 @@ CODES: Mapping[str, Code] = {
     "IMAGE_NEAR_DUPLICATE": Code("picture", "warning", "Pictures look nearly the same"),
     "IMAGE_BLANK": Code("picture", "warning", "A picture is of one colour"),
     "CAPTION_AMBIGUOUS": Code("caption", "error", "Several captions stand beside one image or clip"),
-    "CAPTION_EMPTY": Code("caption", "warning", "A caption is empty"),
+    "CAPTION_MISSING": Code(
+        "caption",
+        "error",
+        "A sample has no caption: no text file beside it, or an empty cell",
+        "a warning for a cell, which is trained on as an empty caption",
+    ),
+    "CAPTION_EMPTY": Code("caption", "warning", "A caption is blank: an empty text file, or a cell of spaces"),
     "CAPTION_NAN": Code("caption", "error", "A caption is what programs write for a missing value"),
     "CAPTION_DUPLICATE": Code("caption", "info", "Samples share a caption"),
     "CAPTION_ALL_SAME": Code("caption", "warning", "All samples have one caption"),

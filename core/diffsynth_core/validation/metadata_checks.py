@@ -11,11 +11,19 @@ from posixpath import normpath
 from typing import Any
 
 from diffsynth_core.data.listing import Listing
-from diffsynth_core.data.metadata import lacks_header, missing_column, near_column, unused_metadata
+from diffsynth_core.data.metadata import (
+    LEAVE_OUT,
+    lacks_header,
+    missing_column,
+    near_column,
+    unread_column,
+    unused_metadata,
+)
+from diffsynth_core.data.sampling import SAMPLING_CODE, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
-from diffsynth_core.errors import beginning, shorten
+from diffsynth_core.errors import DiffSynthError, beginning
 from diffsynth_core.json_files import InvalidJson, parse_json
-from diffsynth_core.validation.examined import Record
+from diffsynth_core.validation.examined import Examined, Record
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.rules import Columns
 from diffsynth_core.validation.table import Table
@@ -28,8 +36,10 @@ def check_unused(base: Path, metadata: Path | None) -> Iterator[Finding]:
         yield found("METADATA_UNUSED", unused.message, unused.hint)
 
 
-def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
-    """COLUMN_MISSING and COLUMN_UNKNOWN; a column under a near name is told as missing only."""
+def check_columns(table: Table, columns: Columns, hints: Mapping[str, str]) -> Iterator[Finding]:
+    """COLUMN_MISSING and COLUMN_UNKNOWN; a column under a near name is told as missing only.
+
+    `hints`: column -> what to do when it is there and not read."""
     if not table.columns:
         return
     missing = [name for name in columns.needed if name not in table.columns]
@@ -41,8 +51,8 @@ def check_columns(table: Table, columns: Columns) -> Iterator[Finding]:
         problem = missing_column(table.origin, table.columns, name, columns.needed, near, table.beside)
         yield found("COLUMN_MISSING", problem.message, problem.hint)
     for name in unknown if not lacks_header(table.columns) else ():
-        what = f"`{table.origin}` has the column `{beginning(name)}`, which nothing reads; known are {shorten(columns.known, 12)}"
-        yield found("COLUMN_UNKNOWN", what, "leave it out, or rename it")
+        problem = unread_column(table.origin, name, columns.known, hints.get(name, LEAVE_OUT))
+        yield found("COLUMN_UNKNOWN", problem.message, problem.hint)
 
 
 def read_records(table: Table, columns: Columns) -> tuple[tuple[Record, ...], list[Finding]]:
@@ -126,6 +136,18 @@ def normalised(name: str) -> str:
     if "://" in name:
         return name
     return normpath(name) if "." in name[:2] or "//" in name or "/." in name else name
+
+
+def check_sampling(examined: Examined) -> Iterator[Finding]:
+    """CELL_TYPE of the columns that say how a sampler makes the image, where those are read."""
+    if not examined.columns.required:
+        return
+    for row, cells in examined.table.rows.items():
+        try:
+            read_sampling(cells, f"row {row}")
+        except DiffSynthError as error:
+            for problem in error.problems:
+                yield found(SAMPLING_CODE, problem.message, problem.hint, row=row)
 
 
 def check_rows(table: Table) -> Iterator[Finding]:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from diffsynth_core.data.formats import ending_of, format_of_ending
-from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt
-from diffsynth_core.data.pictures import EXTRACT_FRAME
+from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt, choose_reference, scale_of
+from diffsynth_core.data.pictures import EXTRACT_FRAME, PictureHeader
+from diffsynth_core.data.samples import LOW_RESOLUTION_HINT
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import Finding, found
 from diffsynth_core.validation.likeness import near_pictures, same_pictures
 from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.set_checks import Crop, crop_of, header_of
+from diffsynth_core.validation.set_checks import Crop, crop_of, header_of, sizes_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_UNREADABLE": ("cannot be read as a picture", "replace the file or take its row out"),
@@ -71,7 +72,8 @@ def check_same(examined: Examined) -> Iterator[Finding]:
 
 
 def check_sizes(examined: Examined) -> Iterator[Finding]:
-    """IMAGE_TOO_SMALL and IMAGE_CROP_LOSS, of videos too: what becomes of files at the size they are trained at."""
+    """IMAGE_TOO_SMALL, IMAGE_CROP_LOSS, IMAGE_UPSCALED and IMAGE_LOW_RESOLUTION, of videos too: what becomes of files
+    at the size they are trained at."""
     rows = examined.first_rows()
     for path in dict.fromkeys(
         name for record in examined.records for name in record.files.get(examined.columns.target, ())
@@ -86,6 +88,44 @@ def check_sizes(examined: Examined) -> Iterator[Finding]:
             yield found("IMAGE_TOO_SMALL", what, "replace the file or take its row out", row=rows[path], path=path)
         else:
             yield from _crop_loss(path, rows[path], header, crop_of(header, excerpt), examined.rules)
+            yield from _resolution(path, rows[path], header, excerpt, examined.rules)
+
+
+def check_references(examined: Examined) -> Iterator[Finding]:
+    """IMAGE_TOO_SMALL and IMAGE_UPSCALED of reference images; a file is named once for each size it is shown at."""
+    targets, seen = sizes_of(examined), set[tuple[str, str]]()
+    for row, _, files in examined.records:
+        for rule in examined.rules.references if row in targets else ():
+            for name in files.get(rule.column, ()):
+                header = header_of(examined, name)
+                if header is None or (rule.name, name) in seen:
+                    continue
+                seen.add((rule.name, name))
+                size = PictureHeader(header.width, header.height, header.rotated, header.transparent)
+                excerpt = choose_reference(Path(name), size, rule, targets[row])
+                if min(excerpt.height, excerpt.width) == 0:
+                    what = f"`{name}` is {header.width} x {header.height} pixels, too small or too narrow to be shown"
+                    yield found("IMAGE_TOO_SMALL", what, "replace the file or take its row out", row=row, path=name)
+                else:
+                    yield from _resolution(name, row, header, excerpt, examined.rules, shown=True)
+
+
+def _resolution(
+    path: str, row: int, header: MediaHeader, excerpt: Excerpt, rules: Rules, shown: bool = False
+) -> Iterator[Finding]:
+    """IMAGE_UPSCALED, and IMAGE_LOW_RESOLUTION of files that are trained on (not `shown`)."""
+    factor, size = scale_of(excerpt, header.width, header.height), f"{header.width} x {header.height} pixels"
+    if factor > rules.thresholds.max_upscale:
+        height, width = excerpt.scaled or (excerpt.height, excerpt.width)
+        what = (
+            f"`{path}` is {size}, scaled up {factor:.3g} times to {'be shown at ' if shown else ''}{width} x {height}"
+        )
+        hint = "use a larger file, or train at a smaller size"
+        yield found("IMAGE_UPSCALED", what, hint, row=row, path=path)
+    area, usual = header.width * header.height, rules.media.usual_pixels
+    if not shown and area < rules.thresholds.min_area_share * usual:
+        what = f"`{path}` is {size}, {area / usual:.2g} of the {usual:,} pixels that are usually trained on"
+        yield found("IMAGE_LOW_RESOLUTION", what, LOW_RESOLUTION_HINT, row=row, path=path)
 
 
 def _too_small(header: MediaHeader, excerpt: Excerpt, rules: Rules) -> str:

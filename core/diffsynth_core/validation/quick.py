@@ -1,7 +1,7 @@
 """The quick part of the checks, which training runs before it plans a dataset: rows, and paths they name. No torch."""
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.data.metadata import find_metadata
+from diffsynth_core.data.metadata import locate_metadata
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.interface import FamilyFacts, Variant
 from diffsynth_core.planning.dataset import RowFault
@@ -9,7 +9,6 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.caption_checks import check_captions
 from diffsynth_core.validation.path_checks import check_folders
 from diffsynth_core.validation.rules import Thresholds, rules_of
-from diffsynth_core.validation.table import READERS
 from diffsynth_core.validation.validate import Wish, examine
 
 OF_PATHS = ("PATH_OUTSIDE", "PATH_CASE", "URL")
@@ -19,11 +18,9 @@ ADDED = (*OF_PATHS, "CAPTION_NAN", "FOLDER_UNREADABLE")
 
 
 def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> list[RowFault]:
-    """Errors of the dataset of a run that planning does not find; none where planning cannot read the rows either."""
+    """Errors of the dataset of a run that planning, which has read its rows, does not find."""
     base = parameters.dataset_base_path
-    metadata = find_metadata(base, parameters.dataset_metadata_path)
-    if not base.is_dir() or (metadata and not (metadata.is_file() and metadata.suffix.lower() in READERS)):
-        return []
+    metadata = locate_metadata(base, parameters.dataset_metadata_path)
     rules = rules_of(parameters, facts, variant, Thresholds(), variant.title)
     examined, findings = examine(base, metadata, rules, Wish("named"), SilentReporter())
     findings += [*check_captions(examined), *check_folders(examined)]

@@ -1,35 +1,60 @@
-"""The rules of a recipe, from its name. No torch: families state their facts without it."""
+"""The rules of a run, from its resolved parameters: what training would ask of the dataset. No torch."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.config.resolve import resolve_stages
-from diffsynth_core.errors import DiffSynthError, raise_if_any
+from diffsynth_core.config.parameters import SETTINGS, Parameters
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.errors import Problem, raise_if_any
 from diffsynth_core.families.encoded_sizes import caption_encoder
 from diffsynth_core.families.interface import FamilyFacts, TokenizerFacts, Variant
-from diffsynth_core.families.table import FAMILIES, component_at
+from diffsynth_core.families.table import component_at
 from diffsynth_core.families.token_counts import CaptionRule
 from diffsynth_core.files import model_base_path
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.dataset import setting_problems
 from diffsynth_core.sources.model_files import locate_folder, split_entry
-from diffsynth_core.validation.rules import Rules, Thresholds, rules_of, variant_without_files
+from diffsynth_core.validation.rules import Rules, Thresholds, general_rules, rules_of
 
 
-def rules_of_recipe(recipe: str, thresholds: Thresholds) -> Rules:
-    """What the recipe's family asks of a dataset; of several stages the first says it.
+def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
+    """What a run asks of its dataset; rules that hold in every family where nothing tells which one it is.
 
     Raises:
-        DiffSynthError: when there is no such recipe, or it names no family.
+        FaultsFound: what is wrong with the parameters, as training finds it; of model files only that they are of a
+            kind that is not trained.
     """
-    resolved = resolve_stages({"recipe": recipe})[0]
     raise_if_any(resolved.problems)
-    facts = FAMILIES.get(resolved.family or "")
-    if facts is None:
-        raise DiffSynthError(f"recipe `{recipe}` names no family", "name another recipe")
     parameters = resolved.parameters
-    variant = variant_without_files(parameters, facts)
-    rules = rules_of(parameters, facts, variant, thresholds, recipe)
-    return replace(rules, captions=caption_rule(parameters, facts, variant))
+    of_files: list[Problem] = []
+    named = resolved.family or parameters.model_paths or parameters.model_id_with_origin_paths
+    found = (
+        find_components(parameters, resolved.family, model_base_path(), of_files, without_files=True) if named else None
+    )
+    if found is None:
+        raise_if_any([*of_files, *_without_family(resolved)])
+        return general_rules(parameters, thresholds)
+    raise_if_any(setting_problems(parameters, found.variant))
+    name = parameters.recipe or (str(parameters.config) if parameters.config else found.variant.title)
+    rules = rules_of(parameters, found.facts, found.variant, thresholds, name)
+    return replace(rules, captions=caption_rule(parameters, found.facts, found.variant))
+
+
+def _without_family(resolved: Resolved) -> list[Problem]:
+    """Parameters that were given and tell nothing as long as the family is not known."""
+    names = [
+        name
+        for name, setting in SETTINGS.items()
+        if resolved.given(name) and (setting.families or name in ("extra_inputs", "task"))
+    ]
+    return [
+        Problem(
+            f"`{name}` tells nothing without the kind of model ({resolved.origins[name]})",
+            "name the run with `--recipe` or `--config`",
+            wrong_use=True,
+        )
+        for name in names
+    ]
 
 
 def caption_rule(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> CaptionRule | None:

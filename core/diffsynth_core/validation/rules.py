@@ -11,23 +11,20 @@ from typing import Any
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.data.media import MediaRule, ReferenceRule
+from diffsynth_core.data.media import MAX_UPSCALE, MIN_AREA_SHARE, MediaRule, ReferenceRule
 from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.errors import Problem, raise_if_any
-from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Shapes, Variant
-from diffsynth_core.families.table import component_at
+from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Variant
+from diffsynth_core.families.table import FRAME_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.families.token_counts import CaptionRule
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.planning.dataset import media_rule, reference_rules, shown_frames
-from diffsynth_core.sources.model_files import split_entry
+from diffsynth_core.planning.dataset import column_hints, media_rule, reference_rules, shown_frames
 
 GENERAL_FACTOR = 16
 """Sides of what is trained on are multiples of it in every family there is."""
 TEXT_COLUMN = "prompt"
 TARGET_COLUMNS = ("video", "image")
 """Without a recipe the first of them that the metadata has is what is trained on."""
-REFERENCE_COLUMNS = ("edit_image", "kontext_images", "controlnet_image", "input_image", "end_image")
-"""Columns that, without a recipe, are taken for pictures that a model is shown."""
 MASK_COLUMNS = ("mask", "inpaint_mask", "controlnet_inpaint_mask")
 """Columns whose pictures say which pixels of the picture trained on count."""
 
@@ -73,6 +70,20 @@ class Thresholds:
         least=0,
         most=1,
     )
+    max_upscale: float = _threshold(
+        MAX_UPSCALE,
+        "factor",
+        "Images and videos that are scaled up by more, to be trained on or shown, are IMAGE_UPSCALED",
+        least=1,
+    )
+    min_area_share: float = _threshold(
+        MIN_AREA_SHARE,
+        "share",
+        "Images and videos of a smaller share of the area that the model is usually trained at, or of `max_pixels` "
+        "where that is less, are IMAGE_LOW_RESOLUTION; a fixed size and rules without a recipe know none",
+        least=0,
+        most=1,
+    )
     min_side: int = _threshold(
         GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL", least=1
     )
@@ -102,7 +113,9 @@ class Rules:
     inputs that show it frames of what is trained on, which it must learn to bring forth.
     `captions`: how they are read; None: by `Thresholds.max_tokens` alone. `encoders`: what is kept in the cache below
     `cache`; empty: unknown.
-    `recipe`: its name; None: general rules, which hold in every family.
+    `file_columns`: columns that hold files, where no kind of model tells what they are.
+    `column_hints`: column -> what makes it be read, where this run does not.
+    `recipe`: what the rules are named after, a recipe or file; None: general rules, which hold in every family.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -120,6 +133,8 @@ class Rules:
     captions: CaptionRule | None = None
     encoders: tuple[EncoderFacts, ...] = ()
     cache: Path | None = None
+    file_columns: tuple[str, ...] = ()
+    column_hints: Mapping[str, str] = field(default_factory=dict)
     recipe: str | None = None
     family: str | None = None
 
@@ -178,6 +193,7 @@ def rules_of(
         shown_frames=shown_frames(parameters, variant),
         encoders=variant.encoders,
         cache=parameters.cache_path or default_cache_path(),
+        column_hints=column_hints(parameters, facts, variant),
         recipe=recipe,
         family=facts.name,
     )
@@ -191,7 +207,8 @@ def columns_of(rules: Rules, present: tuple[str, ...]) -> Columns:
             rules.text, rules.target or TARGET_COLUMNS[-1], references, rules.masks, rules.other, rules.other
         )
     target = rules.target or next((name for name in TARGET_COLUMNS if name in present), TARGET_COLUMNS[-1])
-    references = tuple(name for name in (*TARGET_COLUMNS, *REFERENCE_COLUMNS) if name in present and name != target)
+    shown = dict.fromkeys((*TARGET_COLUMNS, *REFERENCE_COLUMNS, *FRAME_INPUTS, *rules.file_columns))
+    references = tuple(name for name in shown if name in present and name not in (target, *rules.masks))
     masks = tuple(name for name in rules.masks if name in present)
     every_task = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.columns))
     return Columns(rules.text, target, references, masks, (*rules.other, *every_task))
@@ -206,14 +223,13 @@ def _general_size() -> SizeRule:
     return SizeRule(None, None, SETTINGS["max_pixels"].default, GENERAL_FACTOR)
 
 
-def variant_without_files(parameters: Parameters, facts: FamilyFacts) -> Variant:
-    """The kind of model, as far as what the user wrote for its files tells; no file is opened.
-
-    Raises:
-        DiffSynthError: for a kind that is not trained.
-    """
-    named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
-    places = [split_entry(entry) or ("", entry) for entry in named]
-    components = [component_at(place, facts, model_id) for model_id, place in places]
-    without_shapes: dict[str, Shapes] = {one.name: {} for one in components if one and one.name != facts.denoiser}
-    return facts.variant(without_shapes, parameters.extra_inputs, ", ".join(named))
+def general_rules(parameters: Parameters, thresholds: Thresholds) -> Rules:
+    """The rules that hold in every family, with what the parameters ask of them."""
+    return Rules(
+        thresholds=thresholds,
+        media=MediaRule(SizeRule(parameters.height, parameters.width, parameters.max_pixels, GENERAL_FACTOR)),
+        file_columns=parameters.data_file_keys,
+        batch_size=parameters.batch_size,
+        repeat=parameters.dataset_repeat,
+        accumulation=parameters.gradient_accumulation_steps,
+    )

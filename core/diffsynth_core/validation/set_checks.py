@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
-from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference
+from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference, scale_of
 from diffsynth_core.data.pictures import PictureHeader
 from diffsynth_core.families.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
 from diffsynth_core.files import free_bytes
@@ -66,7 +66,7 @@ def header_of(examined: Examined, name: str) -> MediaHeader | None:
 
 def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
     """What training cuts out of a file: scaled until it covers the size, then cut at the centre."""
-    scale = max(excerpt.width / header.width, excerpt.height / header.height)
+    scale = scale_of(excerpt, header.width, header.height)
     width, height = excerpt.width / scale, excerpt.height / scale
     left, top = (header.width - width) / 2, (header.height - height) / 2
     return Crop(left, top, left + width, top + height, excerpt.width, excerpt.height)

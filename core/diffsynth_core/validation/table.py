@@ -21,7 +21,6 @@ from diffsynth_core.data.metadata import (
     SAVE_AS_UTF8,
     UNREAD_NAMES,
     csv_problem,
-    find_metadata,
     json_problem,
     not_utf8,
     other_separator,
@@ -32,7 +31,7 @@ from diffsynth_core.data.metadata import (
     unnamed_column,
 )
 from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
-from diffsynth_core.errors import DiffSynthError, Problem, kind_of
+from diffsynth_core.errors import Problem, kind_of
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.validation.findings import Finding, Level, found
 from diffsynth_core.validation.rules import TARGET_COLUMNS, Rules
@@ -51,23 +50,6 @@ class Table:
     columns: tuple[str, ...]
     rows: Mapping[int, Mapping[str, Any]]
     beside: bool = False
-
-
-def locate_metadata(path: Path) -> tuple[Path, Path | None]:
-    """The folder of a dataset and its metadata file (None: captions beside the files), from the PATH that was named.
-
-    Raises:
-        DiffSynthError: when there is nothing at PATH, or a file that is no metadata.
-    """
-    if path.is_dir():
-        return path, find_metadata(path, None)
-    if not path.is_file():
-        raise DiffSynthError(f"there is neither a folder nor a file at `{path}`", "name the folder of the dataset")
-    if path.suffix.lower() not in READERS:
-        raise DiffSynthError(
-            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "name the folder of the dataset"
-        )
-    return path.parent, path
 
 
 def read_table(base: Path, metadata: Path | None, rules: Rules, listing: Listing) -> tuple[Table, list[Finding]]:
@@ -211,8 +193,9 @@ def _read_beside_of(
         caption = expected_caption(name)
         if caption in listing.leaving:
             return None, _leads_out(caption, row)
-        what = f"`{name}` has no caption beside it"
-        return None, found("PATH_MISSING", what, f"write it into `{caption}`", row=row, path=caption)
+        what = f"`{name}` has no caption: `{caption}` is missing"
+        hint = "write each caption into a .txt file of the same name, or a metadata.csv for all"
+        return None, found("CAPTION_MISSING", what, hint, row=row, path=name)
     try:
         return read_caption(base / captions[0]), None
     except UnicodeDecodeError as error:

@@ -19,19 +19,27 @@ from pathlib import Path
 from typing import Literal
 
 from diffsynth_core.data.listing import Listing, list_files, list_named
+from diffsynth_core.data.metadata import locate_metadata
 from diffsynth_core.progress import Reporter
 from diffsynth_core.validation.caption_checks import check_captions, check_characters, check_lengths, check_repeated
 from diffsynth_core.validation.examined import Examined
 from diffsynth_core.validation.facts import PictureFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
-from diffsynth_core.validation.metadata_checks import as_on_disk, check_columns, check_rows, check_unused, read_records
+from diffsynth_core.validation.metadata_checks import (
+    as_on_disk,
+    check_columns,
+    check_rows,
+    check_sampling,
+    check_unused,
+    read_records,
+)
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths
-from diffsynth_core.validation.picture_checks import check_pictures, check_same, check_sizes
+from diffsynth_core.validation.picture_checks import check_pictures, check_references, check_same, check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.set_checks import check_buckets, check_cache
-from diffsynth_core.validation.table import Table, locate_metadata, read_table
+from diffsynth_core.validation.table import Table, read_table
 from diffsynth_core.validation.video_checks import check_rates, check_single_frames, check_videos
 
 Depth = Literal["metadata", "named", "paths", "files"]
@@ -39,11 +47,19 @@ Depth = Literal["metadata", "named", "paths", "files"]
 else is there; also what the files hold."""
 
 Check = Callable[[Examined], Iterator[Finding]]
-ROW_CHECKS: tuple[Check, ...] = (check_captions, check_characters, check_repeated, check_lengths, check_counts)
+ROW_CHECKS: tuple[Check, ...] = (
+    check_captions,
+    check_characters,
+    check_repeated,
+    check_lengths,
+    check_counts,
+    check_sampling,
+)
 PATH_CHECKS: tuple[Check, ...] = (check_folders, check_unreferenced)
 FILE_CHECKS: tuple[Check, ...] = (
     check_pictures,
     check_sizes,
+    check_references,
     check_same,
     check_shapes,
     check_identical,
@@ -76,13 +92,15 @@ class Wish:
     thumbnails: int | None = None
 
 
-def validate(path: Path, rules: Rules, wish: Wish, reporter: Reporter) -> tuple[Report, Examined]:
-    """Check the dataset at PATH, a folder or a metadata file.
+def validate(
+    base: Path, rules: Rules, wish: Wish, reporter: Reporter, given: Path | None = None
+) -> tuple[Report, Examined]:
+    """Check the dataset in `base`; `given`: its metadata file, where that is not the one that is found there.
 
     Raises:
-        DiffSynthError: when there is nothing at PATH.
+        DiffSynthError: when the folder or the file is not there, or the file is no metadata.
     """
-    examined, findings = examine(*locate_metadata(path), rules, wish, reporter)
+    examined, findings = examine(base, locate_metadata(base, given), rules, wish, reporter)
     with _without_collecting():
         for check in CHECKS[wish.depth]:
             findings += check(examined)
@@ -101,7 +119,7 @@ def examine(
         table, findings = read_table(base, metadata, rules, listing)
         columns = columns_of(rules, table.columns)
         findings += check_unused(base, metadata)
-        findings += check_columns(table, columns)
+        findings += check_columns(table, columns, rules.column_hints)
         findings += check_rows(table)
         records, of_cells = read_records(table, columns)
         findings += of_cells

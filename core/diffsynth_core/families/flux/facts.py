@@ -178,6 +178,13 @@ FLUX = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    reference_columns=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+    later_inputs=(
+        *("controlnet_inpaint_mask", "controlnet_processor_id", "flux_fill_image", "flux_fill_mask"),
+        *("flux_redux_image", "ipadapter_images", "infinityou_id_image", "infinityou_guidance"),
+        *("eligen_entity_prompts", "eligen_entity_masks", "step1x_reference_image", "nexus_gen_reference_image"),
+        *("value_controller_inputs", "lora_encoder_inputs"),
+    ),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

@@ -126,6 +126,7 @@ FLUX2 = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    reference_columns=(EDIT_PICTURES.column,),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

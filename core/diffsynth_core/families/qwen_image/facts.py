@@ -88,6 +88,11 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
+    reference_columns=(EDIT_IMAGE, CONTROLNET_IMAGE),
+    later_inputs=(
+        *("blockwise_controlnet_image", "blockwise_controlnet_inpaint_mask", "context_image", "layer_input_image"),
+        *("layer_num", "eligen_entity_prompts", "eligen_entity_masks"),
+    ),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

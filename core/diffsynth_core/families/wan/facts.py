@@ -36,7 +36,7 @@ OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
 MASK_CHANNELS = FRAMES_PER_LATENT
 """Beside the latents of the frames shown: a bit for each of the frames in a latent one."""
-CLIPS = Medium("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT)
+CLIPS = Medium("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT, usual_pixels=832 * 480)
 TI2V_NAME = "-TI2V-"
 """In the names of repositories of TI2V."""
 PATCH = 4
@@ -206,6 +206,12 @@ WAN = FamilyFacts(
     second_denoiser="dit2",
     variant=variant,
     text_column="prompt",
+    frame_inputs=FRAMES,
+    later_inputs=(
+        *("control_video", "reference_image", "vace_video", "vace_video_mask", "vace_reference_image"),
+        *("camera_control_direction", "camera_control_speed", "motion_bucket_id", "vap_video"),
+        *("input_audio", "s2v_pose_video", "animate_pose_video", "animate_face_video"),
+    ),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

@@ -1,0 +1,62 @@
+"""Which dataset a check looks into: the PATH that was named, as the parameters of a run name theirs. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.data.metadata import ENDINGS_OF_METADATA
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
+
+OF_PATH = ("dataset_base_path", "dataset_metadata_path")
+"""Parameters that PATH stands for."""
+
+
+def as_flags(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a run that reads the dataset at PATH, a folder or a metadata file.
+
+    Raises:
+        DiffSynthError: when there is nothing at PATH, or a file that is no metadata.
+        FaultsFound: when a flag names the dataset as well.
+    """
+    if path is None:
+        return dict(flags)
+    if path.is_dir():
+        named: dict[str, Any] = {"dataset_base_path": path}
+    elif not path.is_file():
+        raise DiffSynthError(f"there is neither a folder nor a file at `{path}`", "name the folder of the dataset")
+    elif path.suffix.lower() not in ENDINGS_OF_METADATA:
+        raise DiffSynthError(
+            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "name the folder of the dataset"
+        )
+    else:
+        named = {"dataset_base_path": path.parent, "dataset_metadata_path": path}
+    twice = [name for name in named if name in flags]
+    if twice:
+        what = f"PATH is `{path}`, and `--{twice[0]}` is `{flags[twice[0]]}`"
+        raise FaultsFound([Problem(what, "name the dataset once", wrong_use=True)])
+    return {**flags, **named}
+
+
+def choose_stage(stages: Sequence[Resolved]) -> Resolved:
+    """The one run that all stages are, as far as the dataset is concerned.
+
+    Raises:
+        FaultsFound: when stages read data differently, or nothing names a dataset.
+    """
+    first = stages[0]
+    if not first.problems and not first.given("dataset_base_path"):
+        hint = "give its folder: `diffsynth dataset validate PATH`"
+        raise FaultsFound([Problem("no dataset is named", hint, wrong_use=True)])
+    for name, setting in SETTINGS.items():
+        values = {getattr(resolved.parameters, name) for resolved in stages}
+        if setting.reads_data and name not in ("only", *MODEL_FILES) and len(values) > 1:
+            listed = ", ".join(str(resolved.stage) for resolved in stages)
+            what = f"`{name}` differs between the stages {listed}"
+            raise FaultsFound([Problem(what, "name one of them with `--only`", wrong_use=True)])
+    return first
+
+
+MODEL_FILES = ("model_paths", "model_id_with_origin_paths")
+"""Stages of one recipe train different files of one kind of model."""
