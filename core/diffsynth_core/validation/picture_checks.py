@@ -124,7 +124,7 @@ def _resolution(
         yield found("IMAGE_UPSCALED", what, hint, row=row, path=path)
     area, usual = header.width * header.height, rules.media.usual_pixels
     if not shown and area < rules.thresholds.min_area_share * usual:
-        what = f"`{path}` is {size}, {area / usual:.2g} of the {usual:,} pixels that are usually trained on"
+        what = f"`{path}` is {size}, {area / usual:.2%} of the {usual:,} pixels that are usually trained on"
         yield found("IMAGE_LOW_RESOLUTION", what, LOW_RESOLUTION_HINT, row=row, path=path)
 
 

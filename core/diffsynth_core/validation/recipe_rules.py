@@ -5,10 +5,10 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import Problem, raise_if_any
+from diffsynth_core.errors import FaultsFound, Problem, raise_if_any
 from diffsynth_core.families.encoded_sizes import caption_encoder
 from diffsynth_core.families.interface import FamilyFacts, TokenizerFacts, Variant
-from diffsynth_core.families.table import component_at
+from diffsynth_core.families.table import FAMILIES, component_at, unknown_family
 from diffsynth_core.families.token_counts import CaptionRule
 from diffsynth_core.files import model_base_path
 from diffsynth_core.planning.components import find_components
@@ -27,17 +27,22 @@ def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
     raise_if_any(resolved.problems)
     parameters = resolved.parameters
     of_files: list[Problem] = []
-    named = resolved.family or parameters.model_paths or parameters.model_id_with_origin_paths
-    found = (
-        find_components(parameters, resolved.family, model_base_path(), of_files, without_files=True) if named else None
-    )
-    if found is None:
-        raise_if_any([*of_files, *_without_family(resolved)])
+    if parameters.model_paths or parameters.model_id_with_origin_paths:
+        found = find_components(parameters, resolved.family, model_base_path(), of_files, without_files=True)
+        if found is None:
+            raise FaultsFound(of_files)
+        facts, variant = found.facts, found.variant
+    elif resolved.family in FAMILIES:
+        facts = FAMILIES[resolved.family]
+        variant = facts.variant({}, parameters.extra_inputs, "")
+    else:
+        unknown = [unknown_family(resolved.family)] if resolved.family else []
+        raise_if_any([*unknown, *_without_family(resolved)])
         return general_rules(parameters, thresholds)
-    raise_if_any(setting_problems(parameters, found.variant))
-    name = parameters.recipe or (str(parameters.config) if parameters.config else found.variant.title)
-    rules = rules_of(parameters, found.facts, found.variant, thresholds, name)
-    return replace(rules, captions=caption_rule(parameters, found.facts, found.variant))
+    raise_if_any(setting_problems(parameters, variant))
+    name = parameters.recipe or (str(parameters.config) if parameters.config else variant.title)
+    rules = rules_of(parameters, facts, variant, thresholds, name)
+    return replace(rules, captions=caption_rule(parameters, facts, variant))
 
 
 def _without_family(resolved: Resolved) -> list[Problem]:
@@ -49,7 +54,7 @@ def _without_family(resolved: Resolved) -> list[Problem]:
     ]
     return [
         Problem(
-            f"`{name}` tells nothing without the kind of model ({resolved.origins[name]})",
+            f"`{name}` depends on the model, and none is named ({resolved.origins[name]})",
             "name the run with `--recipe` or `--config`",
             wrong_use=True,
         )
