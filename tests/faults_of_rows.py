@@ -221,7 +221,7 @@ BESIDE: Mapping[str, Plant] = {
     "a caption without a picture": lambda draft: (draft.write_beside(), lone_caption(draft))[1],
     "a folder that may not be read": lambda draft: (draft.write_beside(), locked_folder(draft))[1],
     "no caption beside": after_writing(
-        lambda folder: (folder / "sound_2.txt").unlink(), {("PATH_MISSING", 2, "sound_2.txt")}
+        lambda folder: (folder / "sound_2.txt").unlink(), {("CAPTION_MISSING", 2, "sound_2.png")}
     ),
     "an empty caption beside": after_writing(
         lambda folder: (folder / "sound_2.txt").write_text("\n"), {("CAPTION_EMPTY", 2, None)}

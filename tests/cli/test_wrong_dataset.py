@@ -185,7 +185,7 @@ def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
         (
             ["--data_file_keys", "video"],
             "`data_file_keys` leaves out `image`, whose files this run reads",
-            "add `image`",
+            "give `--data_file_keys video,image`",
         ),
         (
             ["--extra_inputs", "template_inputs"],

@@ -50,7 +50,7 @@ def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
             ),
             (
                 f"`{metadata}` row 3: column `seed` holds `x`, expected a whole number from 0 to {2**63 - 1}",
-                "mend the cell",
+                "fix the cell",
             ),
         ],
     )

@@ -67,12 +67,12 @@ def test_the_column_and_its_key_are_missed(refuse, write, dataset):
     code, problems = refuse(*named(CONTROLNET), "--extra_inputs", "controlnet_image")
     assert code == 2 and problems == [
         (
-            f"`{dataset}/metadata.csv` has no column `controlnet_image`; it has `image`, `prompt`",
-            "add the column",
+            "`data_file_keys` leaves out `controlnet_image`, whose files this run reads",
+            "give `--data_file_keys image,video,controlnet_image`",
         ),
         (
-            "`data_file_keys` leaves out `controlnet_image`, whose files this run reads",
-            "add `controlnet_image`",
+            f"`{dataset}/metadata.csv` has no column `controlnet_image`; it has `image`, `prompt`",
+            "add the column",
         ),
     ]
 

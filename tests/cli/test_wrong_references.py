@@ -59,7 +59,10 @@ def test_a_recipe_without_its_column(refuse, dataset, recipe, column):
 def test_a_column_of_pictures_that_is_not_loaded(refuse, pairs, recipe, column):
     pairs("coffee.png", column=column)
     message = f"`data_file_keys` leaves out `{column}`, whose files this run reads"
-    assert refuse("--data_file_keys", "image", recipe=recipe) == (2, [(message, f"add `{column}`")])
+    assert refuse("--data_file_keys", "image", recipe=recipe) == (
+        2,
+        [(message, f"give `--data_file_keys image,{column}`")],
+    )
 
 
 def test_a_list_where_one_picture_is_allowed(refuse, pairs):
