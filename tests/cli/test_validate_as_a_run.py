@@ -156,7 +156,7 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     assert flags in outcome.out
     told = [line for line in outcome.out.splitlines() if line.startswith(("warning: ", "  hint: "))]
     says("\n".join(told))
-    followed = cli(*train, *flags.split())
+    followed = cli(*train, "--verbose", *flags.split())
     assert followed.code == 0 and "is not read" not in followed.out and "shown edit_image" in followed.out
     assert findings("--recipe", KLEIN, *flags.split()) == []
 
