@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.validation.recipe_rules import rules_of_run
-from diffsynth_core.validation.rules import Rules, Thresholds
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.thresholds import Thresholds
 from tests.clips import write_clip
 
 PICTURES, CLIPS = 200, 20

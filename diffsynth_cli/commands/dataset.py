@@ -16,7 +16,7 @@ from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.errors import Problem, raise_if_any, suggest
 from diffsynth_core.progress import count_of, format_bytes
-from diffsynth_core.validation.rules import Thresholds, threshold_facts
+from diffsynth_core.validation.thresholds import Thresholds, threshold_facts
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter

@@ -16,8 +16,9 @@ from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.rehearsal import prepare
 from diffsynth_core.training.stop import StopRequest
-from diffsynth_core.validation.rules import CaptionRule, Thresholds, rules_of
+from diffsynth_core.validation.rules import CaptionRule, rules_of
 from diffsynth_core.validation.set_checks import encoded_bytes, shapes_of
+from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
 
 RECIPES = (

@@ -135,7 +135,7 @@ def offered(monkeypatch, capsys, line: str) -> list[str]:
 
 
 def test_nothing_heavy_is_imported_for_a_completion():
-    for line in ("diffsynth train --recipe qwen", "diffsynth download fl"):
+    for line in ("diffsynth train --recipe qwen", "diffsynth dataset validate --dep", "diffsynth download fl"):
         command = [sys.executable, "-X", "importtime", "-m", "diffsynth_cli"]
         asking = {"_DIFFSYNTH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
         ended = subprocess.run(command, env=os.environ | asking, capture_output=True, text=True, check=True)

@@ -15,7 +15,8 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation import validate as validation
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.inspect import EXAMINERS, Job
-from diffsynth_core.validation.rules import Rules, Thresholds
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
 from tests import faults_of_files, faults_of_rows
 from tests.faults_of_files import Expected, Plant

@@ -21,7 +21,8 @@ from diffsynth_core.validation.facts import PictureFacts
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.likeness import near_pictures
 from diffsynth_core.validation.pictures import difference_hash, examine_picture, scaled_down
-from diffsynth_core.validation.rules import Rules, Thresholds
+from diffsynth_core.validation.rules import Rules
+from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
 from tests.validation_corpus import rules_of_recipe
 

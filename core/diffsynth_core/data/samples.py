@@ -15,8 +15,6 @@ from unicodedata import normalize
 from diffsynth_core.data.colour import Colours
 from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.media import (
-    MAX_UPSCALE,
-    MIN_AREA_SHARE,
     Excerpt,
     MediaHeader,
     MediaRule,
@@ -28,6 +26,7 @@ from diffsynth_core.data.media import (
 )
 from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
 from diffsynth_core.data.pictures import PictureHeader, read_picture_header
+from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
 from diffsynth_core.data.video_memory import VideoMemory

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.files import write_text
 from diffsynth_core.validation.findings import CODES, SUBJECTS
-from diffsynth_core.validation.rules import threshold_facts
+from diffsynth_core.validation.thresholds import threshold_facts
 
 PAGE = "dataset_checks.md"
 

@@ -8,7 +8,8 @@ from diffsynth_core.planning.dataset import RowFault
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.caption_checks import check_captions
 from diffsynth_core.validation.path_checks import check_folders
-from diffsynth_core.validation.rules import Thresholds, rules_of
+from diffsynth_core.validation.rules import rules_of
+from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, examine
 
 OF_PATHS = ("PATH_OUTSIDE", "PATH_CASE", "URL")

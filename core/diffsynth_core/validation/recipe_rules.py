@@ -14,7 +14,8 @@ from diffsynth_core.files import model_base_path
 from diffsynth_core.planning.components import find_components
 from diffsynth_core.planning.dataset import setting_problems
 from diffsynth_core.sources.model_files import locate_folder, split_entry
-from diffsynth_core.validation.rules import Rules, Thresholds, general_rules, rules_of
+from diffsynth_core.validation.rules import Rules, general_rules, rules_of
+from diffsynth_core.validation.thresholds import Thresholds
 
 
 def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
