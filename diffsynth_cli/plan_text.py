@@ -7,7 +7,6 @@ from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
 from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.table import unread_note
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales
@@ -81,9 +80,6 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.start:
         yield f"  {plan.training.start.note}"
-    if plan.training.lora_component == plan.facts.denoiser:
-        note = unread_note(plan.facts, plan.parameters.lora_format, "--lora_format")
-        yield from (f"  {text}" for text in [note] if text)
     if plan.training.left_out:
         yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
     if plan.training.passed_over:

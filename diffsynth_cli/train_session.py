@@ -176,7 +176,7 @@ def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
     missing = plans[resolved.stage].missing
     if not downloads_are_off():
         missing = tuple(problem for problem in missing if not isinstance(problem, MissingFiles))
-    named = resolved.given("dataset_base_path")
+    named = resolved.given("dataset_base_path") or resolved.given("dataset_metadata_path")
     return [problem for problem in missing if named or not isinstance(problem, MissingDataset)]
 
 

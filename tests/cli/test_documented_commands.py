@@ -117,7 +117,9 @@ def test_checkpointing_of_wan_is_counted_unless_it_is_turned_off(cli, monkeypatc
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     (command,) = [c for c in ALONE if (c.model, c.kind) == ("Wan2.1-T2V-1.3B", "lora")]
     assert needs_default_of_wan(command)
-    outcome = cli("train", *command.words, "--dry_run", *(["--no-use_gradient_checkpointing"] if off else []))
+    outcome = cli(
+        "train", *command.words, "--dry_run", "--verbose", *(["--no-use_gradient_checkpointing"] if off else [])
+    )
     assert (WAN_DEFAULT in outcome.out) != off
     assert ("activations (all kept)" if off else "activations (recomputed block by block)") in outcome.out
 

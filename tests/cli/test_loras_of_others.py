@@ -37,7 +37,9 @@ def plan(cli) -> Callable[..., Outcome]:
         flags = tiny.flags(output_path="unused")
         for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
             flags[str(flag).removeprefix("--")] = str(value)
-        return cli("train", *(text for name, value in flags.items() for text in (f"--{name}", value)), "--dry_run")
+        return cli(
+            "train", *(text for name, value in flags.items() for text in (f"--{name}", value)), "--dry_run", "--verbose"
+        )
 
     return run
 

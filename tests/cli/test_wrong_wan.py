@@ -222,8 +222,8 @@ def test_a_video_without_frames(refuse, dataset):
 
 
 def test_a_video_of_another_kind(refuse, dataset):
-    (dataset / "b.mp4").rename(dataset / "b.wmv")
-    (dataset / "metadata.csv").write_text("video,prompt\nb.wmv,a black film\n")
+    (dataset / "b.doc").write_text("a text")
+    (dataset / "metadata.csv").write_text("video,prompt\nb.doc,a black film\n")
     code, [(message, hint)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert (

@@ -1,6 +1,7 @@
 """From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems at once."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -288,9 +289,17 @@ _BOUNDS = {
 }
 
 
+def _is_nan(value: Any) -> bool:
+    """Whether a value is no number, which is within no bounds."""
+    try:
+        return math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
 def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
     expected = SETTINGS[name].type_words
-    if detail["type"] in _BOUNDS:
+    if detail["type"] in _BOUNDS and not _is_nan(value):
         words, key = _BOUNDS[detail["type"]]
         expected = f"{expected} of {words} {detail['ctx'][key]}"
     shown = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -80,6 +80,10 @@ def place_faults(folder: Path, parameter: str) -> list[Problem]:
     """Why nothing can be written at the place that a parameter names."""
     if folder.exists() and not folder.is_dir():
         return [Problem(f"`{parameter}` `{folder}` is a file", "name a folder", wrong_use=True)]
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            what = f"`{parameter}` `{folder}` cannot be made: `{place}` is a link that leads nowhere"
+            return [Problem(what, "name another folder", wrong_use=True)]
     nearest = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         what = f"`{parameter}` `{folder}` cannot be made: `{nearest}` is a file"

@@ -13,6 +13,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, Variant
 from diffsynth_core.families.size_facts import Published
+from diffsynth_core.families.table import unread_note
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset
@@ -161,8 +162,15 @@ def make_plan(
         found.published,
         tuple(missing),
         resolved.family_defaults,
-        tuple(_warnings(resolved, samples)),
+        (*_warnings(resolved, samples), *_unread_lora(parameters, found, training)),
     )
+
+
+def _unread_lora(parameters: Parameters, found: FoundComponents, training: Training) -> Iterator[Problem]:
+    """A LoRA that is written in names which no other program reads."""
+    note = unread_note(found.facts, parameters.lora_format, "--lora_format")
+    if note and training.lora_component == found.facts.denoiser:
+        yield Problem(note)
 
 
 def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
