@@ -154,7 +154,7 @@ KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "0"))
 """How often each of them is killed; where nothing is said, the last two once."""
 ALL_GONE_SECONDS = 30
 SENTENCES = {
-    "outer": "Interrupted after step {step} of 1000000; the run is saved in `out`; continue with `--resume auto`",
+    "outer": "Interrupted after step {step} of {total_steps}; the run is saved in `out`; continue with `--resume auto`",
     "launcher": "error: the launcher of the processes was killed (signal 9); continue with `--resume auto`",
     "rank 0": "error: process 1 of 2 was killed (signal 9); continue with `--resume auto`",
     "rank 1": "error: process 2 of 2 was killed (signal 9); continue with `--resume auto`",
@@ -193,12 +193,12 @@ def test_all_end_when_one_is_killed_and_one_process_goes_on(cli, tiny_models, ph
         took = run.wait_until_gone(ALL_GONE_SECONDS)
         code, told = run.process.wait(), run.told()
     record = json.loads((output / "run.json").read_text())
-    sentence = SENTENCES[victim].format(step=record["step"])
+    sentence = SENTENCES[victim].format(**record)
     assert (code, told.splitlines()[-1]) == (-9 if victim == "outer" else 1, sentence), told
     assert told.count("error: ") == (victim != "outer") and "Traceback" not in told and "gloo" not in told
     assert (output / "train.log").read_text().splitlines()[-1].split(" ", 2)[2] in (
         sentence,
-        SENTENCES["outer"].format(step=record["step"]),
+        SENTENCES["outer"].format(**record),
     )
     print(f"{victim} killed: all gone after {took:.1f} s")
     alone = ("--resume", "auto", *ACCUMULATING, "--max_steps", 12, "--output_path", output)
