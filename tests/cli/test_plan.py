@@ -52,7 +52,7 @@ def test_the_plan_is_short(plan, says, recipe):
     assert next(line for line in outcome.out.splitlines() if "Stage" not in line).startswith("Does not fit in 24.0 GiB")
     assert "57.7 GB to download" in outcome.out or "qwen" not in recipe
     stages = 2 if "a14b" in recipe else 1
-    assert len(outcome.out.partition("`--verbose`")[0].splitlines()) <= 13 * stages
+    assert len(outcome.out.partition("`--verbose`")[0].splitlines()) <= 11 * stages
     says(outcome, FREE_DISK)
 
 
