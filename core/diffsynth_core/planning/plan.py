@@ -177,7 +177,7 @@ def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
     """A dataset that the user did not name, and what is unusual about it; a rehearsal is small on purpose."""
     origin = resolved.origins.get("dataset_base_path", "the default")
     rehearsal = resolved.parameters.rehearse
-    if not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
+    if samples.samples and not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
         what = f"dataset: `{resolved.parameters.dataset_base_path}` ({origin.replace('recipe ', 'default of recipe ')})"
         yield Problem(what, "name yours with `--dataset_base_path`")
     for warning in samples.warnings:
