@@ -255,6 +255,23 @@ def two_shown(draft: Draft) -> Expected:
 
 
 EDITS_OF_A_RECIPE: Mapping[str, Plant] = {"two are shown where the model takes one": two_shown}
+
+
+def thumbnail(code: str) -> Plant:
+    """An image of 64 x 48 pixels among images of about 160 x 160."""
+
+    def plant(draft: Draft) -> Expected:
+        draft.photograph((64, 48)).save(draft.folder / "thumbnail.png")
+        return {(code, draft.row("thumbnail.png"), "thumbnail.png")}
+
+    return plant
+
+
+SIZES: Mapping[str, tuple[dict[str, int], Plant]] = {
+    "a thumbnail at a fixed size": ({"height": 160, "width": 160}, thumbnail("IMAGE_UPSCALED")),
+    "a thumbnail at its own size": ({"max_pixels": 160 * 160}, thumbnail("IMAGE_LOW_RESOLUTION")),
+}
+"""Parameters of the run -> an image that is small for them."""
 OVERLAYS: Mapping[str, Plant] = {
     "another shape": pair(
         "PAIR_ASPECT", "controlnet_image", lambda one, path: one.resize((one.width, one.height * 3 // 4)).save(path)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
+from diffsynth_core.config.resolve import resolve
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation import validate as validation
 from diffsynth_core.validation.findings import CODES
 from diffsynth_core.validation.inspect import EXAMINERS, Job
+from diffsynth_core.validation.recipe_rules import rules_of_run
 from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
@@ -199,6 +201,17 @@ def test_of_clean_clips_for_a_recipe_the_sizes_are_told(tmp_path, in_this_proces
     draft.write()
     report, _ = validate(draft.folder, rules_of_recipe(WAN, ANY_SIZE), Wish(), SilentReporter())
     assert report.summary.codes == dict.fromkeys(sorted(ALWAYS), 1)
+
+
+@pytest.mark.parametrize("case", faults_of_files.SIZES)
+def test_an_image_that_is_small_for_the_run(tmp_path, in_this_process, case) -> None:
+    sizes, plant = faults_of_files.SIZES[case]
+    draft = three_pictures(tmp_path / "set")
+    expected = plant(draft)
+    draft.write()
+    rules = rules_of_run(resolve({"recipe": "qwen-image-lora", **sizes}), Thresholds(max_crop_loss=1))
+    report, _ = validate(draft.folder, rules, Wish(), SilentReporter())
+    assert {(one.code, one.row, one.path) for one in report.findings if one.code not in ALWAYS} == expected
 
 
 @cases(faults_of_files.CLIPS_OF_A_RECIPE)
