@@ -256,8 +256,12 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
     from diffsynth_core.training.loop import train
 
     result = train(plan, reporter, stop)
-    checkpoint = result.folder / result.record.checkpoints[-1].file
-    return partial(_tell_results, stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
+
+    def tell() -> None:  # checkpoints are in the record of the first process alone
+        checkpoint = result.folder / result.record.checkpoints[-1].file
+        _tell_results(stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
+
+    return tell
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
