@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 # uv where there is one, else pip; both show what they fetch and how large it is.
 INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
-.PHONY: train test bench docs clean
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Files of long training runs that only `make test-all` runs.
+LONG := modules wan resume stages float8 train learning split_ckpt conversion_faults preset_lora
+
+.PHONY: train test test-all bench docs clean
 
 train: $(VENV)/.installed  ## install, then rehearse the Qwen-Image LoRA on the CPU
 	@echo "Rehearsing a LoRA run on tiny random weights; about half a minute on a laptop"
@@ -16,7 +20,10 @@ test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests $(LONG:%=--ignore=tests/runs/test_%.py)
+
+test-all: $(VENV)/.installed-test  ## all tests, those of LONG too
+	$(PYTEST) tests
 
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
 	$(BIN)/python -m pytest tests/bench --measure -s

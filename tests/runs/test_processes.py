@@ -213,9 +213,10 @@ def test_the_error_of_one_process_is_the_one_that_is_told(tiny_models, photograp
     arguments = [*IN_TWO, "--dataset_base_path", str(photographs), "--num_processes", "2"]
     with claim_folder(tmp_path / "out"), TrainingRun(arguments, tiny_models, tmp_path) as run:
         assert run.process.wait() == 1
-        lines = [line for line in run.told().splitlines() if "error" in line or "hint" in line]
-        assert lines == [
-            "error: another run is at work in `out`",
+        told = run.told()
+        assert told.count("error: ") == 1
+        assert told.partition("error: ")[2].splitlines() == [
+            "another run is at work in `out`",
             "  hint: wait for it, or name another `--output_path`",
         ]
         run.wait_until_gone(ALL_GONE_SECONDS)

@@ -132,7 +132,7 @@ def test_a_first_half_that_names_the_transformer_does_not_load_it(train, dataset
     command = ("--recipe", QWEN.recipe, "--task", "sft:data_process", "--dataset_base_path", datasets["pictures"])
     planned = train(*command, "--output_path", "encoded", "--dry_run", "--verbose")
     assert f"  dit             {entries_of(QWEN.recipe)[0]}, not loaded by `sft:data_process`\n" in planned.out
-    assert "4 samples from" in planned.out and "steps" not in planned.out and not Path("encoded").exists()
+    assert "4 samples from" in planned.out and "\nSteps " not in planned.out and not Path("encoded").exists()
     done = train(*command, "--output_path", "encoded")
     assert "Loading dit" not in done.err
     assert set(manifest_of("encoded")["origin"]["components"]) == {"text_encoder", "vae"}
