@@ -80,7 +80,7 @@ def test_local_model_files_are_rehearsed_by_their_headers(cli, tiny_models, phot
     ]
     outcome = cli(
         "train", "--rehearse", "--model_paths", json.dumps(paths), "--model_id_with_origin_paths", ENTRIES["text_encoder"],
-        "--lora_base_model", "dit", "--dataset_base_path", photographs, "--max_steps", 2,
+        "--lora_base_model", "dit", "--dataset_base_path", photographs, "--max_steps", 2, "--verbose",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "local/Qwen-Image:transformer/model.safetensors" in outcome.err
@@ -146,7 +146,9 @@ def test_the_real_command_rehearses(tmp_path, recipe):
 
 
 def test_a_rehearsal_is_refused_to_several_processes(cli, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse")
     assert outcome.code == 1
     assert "error: a rehearsal runs in one process, this is one of 2" in outcome.err
