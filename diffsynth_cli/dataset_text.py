@@ -1,11 +1,9 @@
-"""The report of a dataset as tables for people: the worst first, grouped by code, a few findings of each."""
+"""The report of a dataset as text for people: the worst first, grouped by code, a few findings of each."""
 
 from collections.abc import Iterator
 from itertools import groupby
 
-from rich.console import Group
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from diffsynth_cli.printing import printable
@@ -17,11 +15,11 @@ STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "c
 ROW_WIDTH = 7
 
 
-def report_tables(report: Report) -> Iterator[Group | Padding | Text]:
-    """A table for each level and code, then the sum and the reason of the exit code."""
+def report_texts(report: Report, width: int) -> Iterator[Text]:
+    """A block of at most `width` columns for each level and code, then the sum and the reason of the exit code."""
     for (level, code), group in groupby(report.findings, key=lambda finding: (finding.level, finding.code)):
         findings = list(group)
-        yield Group(_heading(level, code, len(findings)), _table(findings), Text())
+        yield Text("\n").join([_heading(level, code, len(findings)), *_rows(findings, width), Text()])
     yield from (Text(line) for line in _sum(report.summary))
 
 
@@ -30,23 +28,25 @@ def _heading(level: Level, code: str, count: int) -> Text:
     return heading.append(f"  {CODES[code].explanation}", "dim")
 
 
-def _table(findings: list[Finding]) -> Table:
+def _rows(findings: list[Finding], width: int) -> Iterator[Text]:
     """The first findings of one code, by row, with their hints, or below them the hint that all share."""
-    table = Table.grid(padding=(0, 1), expand=False)
-    table.add_column(width=ROW_WIDTH, justify="right", overflow="fold")
-    table.add_column(overflow="fold")
     shown = findings[:SHOWN_OF_A_CODE]
     hints = {finding.hint for finding in shown}
     for finding in shown:
-        table.add_row("" if finding.row is None else str(finding.row), Text(printable(_without_row(finding))))
+        yield _set_in("" if finding.row is None else str(finding.row), Text(printable(_without_row(finding))), width)
         if len(hints) > 1 and finding.hint:
-            table.add_row("", _hint(finding.hint))
+            yield _set_in("", _hint(finding.hint), width)
     if len(findings) > len(shown):
-        table.add_row("", f"and {len(findings) - len(shown)} more")
+        yield _set_in("", Text(f"and {len(findings) - len(shown)} more"), width)
     (same,) = hints if len(hints) == 1 else (None,)
     if same:
-        table.add_row("", _hint(same))
-    return table
+        yield _set_in("", _hint(same), width)
+
+
+def _set_in(row: str, text: Text, width: int) -> Text:
+    """A text behind the number of its row; where it goes on, it is set in to where it begins."""
+    lines = text.wrap(Console(), max(1, width - ROW_WIDTH - 1), overflow="fold")
+    return Text(f"{row:>{ROW_WIDTH}} ") + Text("\n" + " " * (ROW_WIDTH + 1)).join(lines)
 
 
 def _hint(text: str) -> Text:

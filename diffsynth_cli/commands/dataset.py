@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from diffsynth_core.validation.fix import Fixed
 
 
+WHOLE_LINES = 1_000_000
+"""Columns of a report that goes to a file or a program: no line of it is broken."""
 OWN_OPTIONS = ("format", "depth", "workers", "fix", "report")
 """Those that are neither parameters nor thresholds."""
 
@@ -193,11 +195,13 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
     from rich.console import Console
 
     from diffsynth_cli.console import color_system
-    from diffsynth_cli.dataset_text import report_tables
+    from diffsynth_cli.dataset_text import report_texts
+    from diffsynth_cli.wrapping import terminal_width
 
-    console = Console(highlight=False, color_system=color_system())
-    for table in report_tables(report):
-        console.print(table)
+    width = terminal_width() or WHOLE_LINES
+    console = Console(highlight=False, color_system=color_system(), width=width)
+    for text in report_texts(report, width):
+        console.print(text)
 
 
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:

@@ -109,7 +109,7 @@ def test_a_recipe_of_ones_own_is_sent_to_a_flag_that_validate_has(cli, dataset, 
     ((_, hint),) = read_problems(outcome.err)
     assert (outcome.code, hint) == (2, f"give your own file as `--config {path}`")
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", *shlex.split(hint.split("`")[1]))
-    assert outcome.code == 0 and f"the rules of `{path}`" in " ".join(outcome.out.split()).replace(" /", "/")
+    assert outcome.code == 0 and f"the rules of `{path}`" in outcome.out
 
 
 def test_the_dataset_of_a_config_file(cli, dataset, config, tmp_path, says):
@@ -319,7 +319,7 @@ def test_files_far_below_the_usual_size(cli, dataset, models, says):
     assert "4 of 4 images are far below the usual training size of 1,048,576 pixels" in outcome.out
     said = cli("dataset", "validate", dataset, "--workers", 1, *recipe)
     assert said.code == 0 and "warning IMAGE_LOW_RESOLUTION (4)" in said.out
-    says("\n".join([*plan_warnings(outcome.out), *said.out.splitlines()[:9]]))
+    says("\n".join([*plan_warnings(outcome.out), *said.out.splitlines()[:7]]))
     meant = (*recipe, "--max_pixels", 4096)
     assert "IMAGE_LOW_RESOLUTION" not in cli("dataset", "validate", dataset, "--workers", 1, *meant).out
     outcome = cli("train", *meant, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
