@@ -200,8 +200,8 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
 
     width = terminal_width() or WHOLE_LINES
     console = Console(highlight=False, color_system=color_system(), width=width)
-    for text in report_texts(report, width):
-        console.print(text)
+    for block in report_texts(report, width):
+        console.print(block)
 
 
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:

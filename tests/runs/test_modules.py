@@ -305,7 +305,7 @@ def test_the_command_rehearses(cli, family, recipe):
     assert outcome.code == 0, outcome.err
     for component in components:
         assert f"tensors of {component} were found again in the checkpoint" in outcome.out
-    assert "shown controlnet_image: 1 of 320 x 240" in outcome.err and "do not lie over it" not in outcome.err
+    assert "shown controlnet_image: 3 of 160 x 112" in outcome.err and "do not lie over it" not in outcome.err
     assert "controlnet" in outcome.err and "keys finds one of" in outcome.out
 
 
@@ -379,7 +379,7 @@ def clip(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", PLACES)
 def test_a_vae_trains_in_every_family_of_pictures(train, watch, family):
     """Alone, so that its gradients have come through a frozen transformer, and through the target."""
-    outcome = train(family, "--trainable_models", "vae", controlled=family in TEXT_ENCODERS)
+    outcome = train(family, "--trainable_models", "vae", "--verbose", controlled=family in TEXT_ENCODERS)
     assert "the vae trains: what the model is to predict is made of its latents and moves with them" in outcome.err
     assert watch.trained == watch.changed and {name.partition(".")[0] for name in watch.trained} == {"vae"}
     assert not any(name.startswith("vae.decoder.") for name in watch.trained)
