@@ -59,7 +59,7 @@ def in_company() -> Iterator[None]:
         yield
     except DiffSynthError:
         raise
-    except Exception as error:
+    except (RuntimeError, OSError) as error:  # what a collective raises when its connections break
         lost = peers.wait_for_loss()
         if not lost:
             raise

