@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -50,6 +49,8 @@ def build_app(named: str | None) -> typer.Typer:
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version  # its import is a tenth of what completion takes
+
         echo(f"diffsynth {version('diffsynth-cli')}")
         raise typer.Exit()
 
