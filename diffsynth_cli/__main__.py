@@ -17,7 +17,7 @@ def run() -> int:
     if sys.platform == "win32":  # before the engine is imported, which needs locks and signals that Windows lacks
         sys.stderr.write(ON_WINDOWS)
         return 1
-    # Else pydantic reads the metadata of every installed package in search of plugins, a tenth of what completion takes.
+    # Else pydantic searches the metadata of every installed package for plugins, a tenth of what completion takes.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         from diffsynth_cli.main import main

@@ -115,7 +115,7 @@ DAMAGES: dict[str, Damage] = {
 }  # fmt: skip
 FIELDS = (
     ("step",), ("samples_seen",), ("scaler",), ("optimizer",), ("optimizer", "parameters"), ("optimizer", "groups"),
-    ("files",), ("files", "trained.safetensors"), ("files", "optimizer.safetensors"), ("sha256",),
+    ("files",), ("run",), ("files", "trained.safetensors"), ("files", "optimizer.safetensors"), ("sha256",),
 )  # fmt: skip
 WRONG_VALUES: tuple[Any, ...] = (None, True, -1, 7, 2.5, "x", [], [[]], {"x": 1}, "missing")
 
@@ -175,6 +175,15 @@ def test_a_damaged_state_is_never_gone_on_from(stopped, tmp_path, file, damage):
         "start a new run in another `--output_path`, from its weights with "
         f"`--lora_checkpoint {run}/step-5.safetensors`, or delete `{run}`"
     )
+
+
+def test_a_whole_state_of_another_run_is_not_taken_for_one_of_this(stopped, tmp_path):
+    run = stopped.copy(tmp_path / "run")
+    shutil.rmtree(run / "state/step-5")
+    shutil.copytree(stopped.other / "state/step-5", run / "state/step-5")
+    start, problems = stopped.resume(run)
+    assert (start.first_step, problems) == (4, [])
+    assert start.warnings == ("the state after step 5 is damaged (`state.json`: it is of another run): 1 step is lost",)
 
 
 def test_whole_states_are_gone_on_from(stopped, tmp_path):

@@ -1,4 +1,4 @@
-"""It learns: four photographs, some 100 steps, against the score of predicting nothing at noise and sigmas never trained on.
+"""It learns: four photographs, some 100 steps, against predicting nothing, at noise and sigmas never trained on.
 
 The yardstick is measured apart from the product: captions and pictures are encoded by diffusers, paired as in the
 dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and captions or pictures that training

@@ -138,7 +138,9 @@ def test_text_encoder_in_full_beside_a_lora(cli, photographs):
     settings = ("--trainable_models", "text_encoder", "--lora_rank", 4, "--learning_rate", 1e-3)
     outcome = cli(*common(photographs, "--output_path", "out", *settings))
     assert outcome.code == 0, outcome.err
-    plan = cli(*common(photographs, "--output_path", "other", *settings, "--dry_run", "--verbose")).out  # all hashes are known now
+    plan = cli(
+        *common(photographs, "--output_path", "other", *settings, "--dry_run", "--verbose")
+    ).out  # all hashes are known now
     assert "made anew in every step" in plan
     saved = load_file("out/epoch-0.safetensors")
     base = {}

@@ -57,7 +57,7 @@ def hashes(paths) -> list[str]:
 
 
 def newest(folder) -> SavedState:
-    found = find_states(folder, hashes).newest
+    found = find_states(folder, "", hashes).newest
     assert found
     return found
 
@@ -134,14 +134,14 @@ def test_so_many_states_are_kept(tmp_path, keep, kept):
 def test_a_state_is_written_in_place_of_a_damaged_one_of_its_step(tmp_path):
     saved(tmp_path, 3)
     (tmp_path / "state/step-3/trained.safetensors").write_bytes(b"")
-    assert find_states(tmp_path, hashes).newest is None
+    assert find_states(tmp_path, "", hashes).newest is None
     saved(tmp_path, 3)
     assert newest(tmp_path).position.step == 3
 
 
 def test_there_is_no_state_in_a_new_folder(tmp_path):
-    assert find_states(tmp_path, hashes).newest is None
-    assert find_states(tmp_path / "gone", hashes).newest is None
+    assert find_states(tmp_path, "", hashes).newest is None
+    assert find_states(tmp_path / "gone", "", hashes).newest is None
 
 
 def test_a_folder_without_its_last_file_is_no_whole_state(tmp_path):
@@ -150,7 +150,7 @@ def test_a_folder_without_its_last_file_is_no_whole_state(tmp_path):
     half.mkdir()
     for name in ("trained.safetensors", "optimizer.safetensors"):
         (half / name).write_bytes((tmp_path / "state" / "step-3" / name).read_bytes())
-    found = find_states(tmp_path, hashes)
+    found = find_states(tmp_path, "", hashes)
     assert found.newest and found.newest.path.name == "step-3"
     assert [(state.step, state.reason) for state in found.damaged] == [(7, "`state.json` is missing")]
     saved(tmp_path, 8)
@@ -168,7 +168,7 @@ def test_a_folder_that_somebody_else_put_there_is_passed_over(tmp_path):
     for name in ("step-3.bak", "step-²"):
         (tmp_path / "state" / name).mkdir()
         (tmp_path / "state" / name / "state.json").write_text("{}")
-    found = find_states(tmp_path, hashes)
+    found = find_states(tmp_path, "", hashes)
     assert found.newest and found.newest.path.name == "step-3" and not found.damaged
 
 
@@ -239,5 +239,5 @@ def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
     path.write_text('{"step": 3, "samples_seen": 12, "scaler": {"scale": 2.0, "_growth_tracker": 1}}')
     assert newest(tmp_path).position == Position(3, 12, {"scale": 2.0, "_growth_tracker": 1})
     (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
-    [damaged] = find_states(tmp_path, hashes).damaged
+    [damaged] = find_states(tmp_path, "", hashes).damaged
     assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a whole safetensors file")

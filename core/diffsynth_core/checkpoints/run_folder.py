@@ -52,6 +52,8 @@ class RunRecord:
     mixed_precision: str
     micro_batches_per_step: int
     """Over all processes: gradient accumulation times processes."""
+    id: str = ""
+    """What tells its states from those of every other run; blank in a record from before runs had one."""
     float8_components: list[str] = field(default_factory=list)
     """Those whose weights are stored in 8-bit floats, sorted."""
     status: str = "running"

@@ -39,8 +39,8 @@ class OptimizerValues:
 class Position:
     """`state.json`: how far a run is, what is kept beside its tensors, and what says that the state is whole.
 
-    `step`: optimizer steps done. `scaler`: of mixed precision in float16. `files`: name -> sha256. `sha256`: of all the
-    rest. A state that was written before states had hashes has neither of the two.
+    `step`: optimizer steps done. `scaler`: of mixed precision in float16. `files`: name -> sha256. `run`: the `id` of
+    the run's record. `sha256`: of all the rest. One from before states had hashes has none of the three.
     """
 
     step: int
@@ -48,6 +48,7 @@ class Position:
     scaler: dict[str, int | float]
     optimizer: OptimizerValues = OptimizerValues({}, [])
     files: dict[str, str] | None = None
+    run: str = ""
     sha256: str | None = None
 
     def digest(self) -> str:
@@ -91,10 +92,11 @@ def _number(path: Path) -> int | None:
     return int(digits) if digits.isascii() and digits.isdecimal() else None
 
 
-def find_states(folder: Path, hashes: Hashes, below: int | None = None) -> FoundStates:
+def find_states(folder: Path, run: str, hashes: Hashes, below: int | None = None) -> FoundStates:
     """Read states back from the newest to the first whole one.
 
     Args:
+        run: the `id` of the record of the run.
         below: pass over states of this step and later ones.
 
     Raises:
@@ -105,7 +107,7 @@ def find_states(folder: Path, hashes: Hashes, below: int | None = None) -> Found
         if below is not None and (_number(path) or 0) >= below:
             continue
         try:
-            return FoundStates(SavedState(path, read_whole(path, hashes)), tuple(damaged))
+            return FoundStates(SavedState(path, read_whole(path, run, hashes)), tuple(damaged))
         except DiffSynthError as error:
             damaged.append(DamagedState(_number(path) or 0, _without(path, error.problems[0].message)))
     return FoundStates(None, tuple(damaged))
@@ -116,8 +118,8 @@ def _without(state: Path, message: str) -> str:
     return message.replace(f"`{state}/", "`")
 
 
-def read_whole(state: Path, hashes: Hashes) -> Position:
-    """The position of a state, whose files are read back and compared with their hashes.
+def read_whole(state: Path, run: str, hashes: Hashes) -> Position:
+    """The position of a state of the run of that `id`, whose files are read back and compared with their hashes.
 
     Raises:
         DiffSynthError: names the file that is damaged.
@@ -125,6 +127,8 @@ def read_whole(state: Path, hashes: Hashes) -> Position:
     position = read_json(state / POSITION, Position, "go on from another state")
     if position.step != _number(state) or position.samples_seen < 0:
         raise DiffSynthError(f"`{state / POSITION}`: it is of step {position.step}")
+    if position.run != run:
+        raise DiffSynthError(f"`{state / POSITION}`: it is of another run")
     for name in (TRAINED, OPTIMIZER):
         if not (state / name).is_file():
             raise DiffSynthError(f"`{state / name}` is missing")

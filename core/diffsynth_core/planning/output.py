@@ -109,8 +109,7 @@ def _resumed(
     if total is not None and record.status in FINISHED and record.step >= total:
         problems.append(_nothing_left(folder, record.step, total))
         return Start()
-    # With the weights before it a step that was not finite is so again: its loss depends on nothing else.
-    found = _find_states(parameters, reporter, record.diverged_step - 1 if record.diverged_step else None)
+    found = _find_states(parameters, record, reporter)
     if found.newest is None and (found.damaged or record.step):
         problems.append(_no_whole_state(folder, record, found.damaged))
         return Start()
@@ -139,14 +138,16 @@ def _resumed(
     return Start(done, tuple(notes), found.newest, tuple(lost))
 
 
-def _find_states(parameters: Parameters, reporter: Reporter, below: int | None) -> FoundStates:
+def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) -> FoundStates:
     identities = FileIdentities((parameters.cache_path or default_cache_path()) / IDENTITIES)
 
     def hashes(paths: Sequence[Path]) -> list[str]:
         identities.read_all(paths, reporter, "Checking the state")
         return [identities.sha256(path) for path in paths]
 
-    return find_states(parameters.output_path, hashes, below)
+    # With the weights before it a step that was not finite is so again: its loss depends on nothing else.
+    below = record.diverged_step - 1 if record.diverged_step else None
+    return find_states(parameters.output_path, record.id, hashes, below)
 
 
 def _nothing_left(folder: Path, done: int, total: int) -> NothingLeft:

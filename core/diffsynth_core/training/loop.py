@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -333,7 +334,7 @@ class Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            position = Position(self.done, self.samples_seen, scaler)
+            position = Position(self.done, self.samples_seen, scaler, run=self.record.id)
             save_state(self.folder, position, self.trained, optimizer, self.plan.parameters.keep_states)
         # Only now: the record promises no step that a kill before this line would lose.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
@@ -377,6 +378,7 @@ class Run:
                 components={name: dict(files) for name, files in self.encodings.identities.items()},
                 mixed_precision=plan.mixed_precision,
                 micro_batches_per_step=plan.steps.micro_batches,
+                id=uuid4().hex,
                 float8_components=sorted(plan.float8),
             )
         # What was written after the state that goes on is written anew.
