@@ -28,12 +28,12 @@ test-all: $(VENV)/.installed-test  ## all tests, those of LONG too
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine
 	$(BIN)/python -m pytest tests/bench --measure -s
 
-docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the pictures of the README
+docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the images of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs
 	$(BIN)/python -m diffsynth_core.validation.documents docs
 	$(BIN)/python -m diffsynth_core.planning.documents docs
-	$(BIN)/python docs/make_pictures.py docs
-	$(BIN)/python -m docs.make_report_pictures docs
+	$(BIN)/python docs/make_images.py docs
+	$(BIN)/python -m docs.make_report_images docs
 
 $(VENV)/bin/python:
 	@echo "Making a Python environment in $(VENV)"

@@ -64,7 +64,7 @@ def _sum(summary: Summary) -> Iterator[str]:
     if summary.decoded:
         looked_at += [
             f"{count_of(number, noun)} decoded"
-            for number, noun in ((summary.pictures, "picture"), (summary.videos, "video"))
+            for number, noun in ((summary.images, "image"), (summary.videos, "video"))
             if number
         ]
     rules = (

@@ -44,7 +44,7 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     """What a run takes of memory and disk, a part a line, with what is not counted, and what was tried."""
     run, choice = estimate.run, estimate.choice
     sizes, memory = run.largest, device_memory(plan, choice)
-    shown = " and ".join(format_size(picture) for picture in sizes.pictures)
+    shown = " and ".join(format_size(image) for image in sizes.images)
     basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
     yield f"Memory of the {DEVICES[choice.device]}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
     if memory.training:

@@ -117,7 +117,7 @@ def _steps(plan: Plan) -> str:
 def _memory(plan: Plan, estimate: Estimate) -> str:
     choice = estimate.choice
     memory = device_memory(plan, choice)
-    largest = " and ".join(format_size(picture) for picture in choice.sizes.pictures)
+    largest = " and ".join(format_size(image) for image in choice.sizes.images)
     host = sum(host_memory(plan, choice, memory, estimate.run.encoded).values())
     device = f"{format_memory(memory.peak)} of the {DEVICES[choice.device]} at most"
     return f"{device}, for {choice.sizes.batch} of {largest}; {format_memory(host)} of host memory"

@@ -113,12 +113,12 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
         yield f"  encoded beforehand for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
     if plan.variant.references and parameters.batch_size > 1:
-        yield f"  {len(plan.batches.buckets)} kinds of batches, for the pictures shown have sizes too"
+        yield f"  {len(plan.batches.buckets)} kinds of batches, for the images shown have sizes too"
     if not plan.encoded:
         yield from _transform_lines(plan)
     for shown in plan.variant.references:
-        pictures = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
-        yield f"  shown {shown.name}: {list_sizes(Counter(excerpt.shape for excerpt in pictures))}"
+        images = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
+        yield f"  shown {shown.name}: {list_sizes(Counter(excerpt.shape for excerpt in images))}"
     for note in plan.samples.notes:
         yield f"  {note}"
 

@@ -62,7 +62,7 @@ class Browser:
     def resize(self, width: int, height: int) -> None:
         self._ask("POST", "window/rect", {"width": width, "height": height})
 
-    def picture(self) -> bytes:
+    def image(self) -> bytes:
         """What is seen of the window, as a PNG."""
         return b64decode(self._ask("GET", "screenshot"))
 

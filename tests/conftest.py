@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loras import RECIPES, TinyFamily, write_pictures, write_tiny_family
+from tests.loras import RECIPES, TinyFamily, write_images, write_tiny_family
 from tests.outcome import Outcome
 from tests.snapshots import says  # noqa: F401 - a fixture
 from tests.wan import PLACES as PLACES_OF_WAN
@@ -123,14 +123,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Callable[[str], TinyFamily]:
     """A tiny model of any family, each written once, with the photographs to train it on."""
-    pictures = tmp_path_factory.mktemp("pictures")
-    write_pictures(pictures, photographs)
+    images = tmp_path_factory.mktemp("images")
+    write_images(images, photographs)
 
     @cache
     def find(name: str) -> TinyFamily:
         base = tmp_path_factory.mktemp(name)
         write_tiny_family(name, base)
-        return TinyFamily(name, base, pictures)
+        return TinyFamily(name, base, images)
 
     return find
 
@@ -142,7 +142,7 @@ def tiny(request: pytest.FixtureRequest, tiny_families: Callable[[str], TinyFami
 
 
 def write_metadata(folder: Path, rows: list[tuple[str, str]]) -> None:
-    """A metadata.csv with pictures and captions."""
+    """A metadata.csv with images and captions."""
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([("image", "prompt"), *rows])
 

@@ -1,4 +1,4 @@
-"""Faults of pictures and videos to plant into a dataset, each with exactly what must be found of it.
+"""Faults of images and videos to plant into a dataset, each with exactly what must be found of it.
 
 A plant changes a `Draft` and returns the findings that it causes, as (code, row, path).
 """
@@ -21,8 +21,8 @@ Expected = set[tuple[str, int | None, str | None]]
 Plant = Callable[[Draft], Expected]
 
 
-def picture(code: str, name: str, save: Callable[[Image.Image, Path], object], *also: str) -> Plant:
-    """A picture that `save` writes, which has these codes."""
+def image(code: str, name: str, save: Callable[[Image.Image, Path], object], *also: str) -> Plant:
+    """An image that `save` writes, which has these codes."""
 
     def plant(draft: Draft) -> Expected:
         save(draft.photograph(), draft.folder / name)
@@ -33,7 +33,7 @@ def picture(code: str, name: str, save: Callable[[Image.Image, Path], object], *
 
 
 def begun(form: str, share: float, **options: Any) -> Callable[[Image.Image, Path], None]:
-    """Write the first part of a picture's file."""
+    """Write the first part of an image's file."""
 
     def save(one: Image.Image, path: Path) -> None:
         one.save(path, form, **options)
@@ -57,7 +57,7 @@ def bomb(one: Image.Image, path: Path) -> None:
 
 
 def turned(orientation: int) -> Callable[[Image.Image, Path], None]:
-    """Write a picture with an EXIF orientation."""
+    """Write an image with an EXIF orientation."""
 
     def save(one: Image.Image, path: Path) -> None:
         exif = Image.Exif()
@@ -86,7 +86,7 @@ def sixteen_bits(one: Image.Image, path: Path) -> None:
 
 
 def like_another(code: str, name: str, save: Callable[[Image.Image, Path], object]) -> Plant:
-    """A picture made of one that is there."""
+    """An image made of one that is there."""
 
     def plant(draft: Draft) -> Expected:
         _, other = draft.sound_row()
@@ -97,44 +97,44 @@ def like_another(code: str, name: str, save: Callable[[Image.Image, Path], objec
     return plant
 
 
-PICTURES: Mapping[str, Plant] = {
-    "half a JPEG": picture("IMAGE_TRUNCATED", "half.jpg", begun("JPEG", 0.5)),
-    "a JPEG without its last bytes": picture("IMAGE_TRUNCATED", "almost.jpg", begun("JPEG", 0.98)),
-    "half a progressive JPEG": picture("IMAGE_TRUNCATED", "progressive.jpg", begun("JPEG", 0.6, progressive=True)),
-    "half a PNG": picture("IMAGE_TRUNCATED", "half.png", begun("PNG", 0.5)),
-    "a tenth of a PNG": picture("IMAGE_TRUNCATED", "tenth.png", begun("PNG", 0.1)),
-    "half a WebP": picture("IMAGE_TRUNCATED", "half.webp", begun("WEBP", 0.5)),
-    "half a BMP": picture("IMAGE_TRUNCATED", "half.bmp", begun("BMP", 0.5)),
-    "half a TIFF": picture("IMAGE_TRUNCATED", "half.tif", begun("TIFF", 0.5, compression="tiff_lzw")),
-    "a text": picture("IMAGE_UNREADABLE", "text.jpg", lambda one, path: path.write_text("once upon a time\n" * 20)),
-    "a page that says 404": picture("IMAGE_UNREADABLE", "page.png", lambda one, path: path.write_text("<html>404")),
-    "an empty file": picture("IMAGE_UNREADABLE", "empty.jpg", lambda one, path: path.write_bytes(b"")),
-    "a JPEG called PNG": picture("IMAGE_TYPE_MISMATCH", "jpeg.png", lambda one, path: one.save(path, "JPEG")),
-    "a PNG called JPEG": picture("IMAGE_TYPE_MISMATCH", "png.jpg", lambda one, path: one.save(path, "PNG")),
-    "a WebP called JPEG": picture("IMAGE_TYPE_MISMATCH", "webp.jpeg", lambda one, path: one.save(path, "WEBP")),
-    "a bomb": picture("IMAGE_BOMB", "bomb.png", bomb),
-    "a narrow strip": picture("IMAGE_TOO_SMALL", "strip.png", lambda one, path: one.resize((15, 40)).save(path)),
-    "one pixel": picture("IMAGE_TOO_SMALL", "one.png", lambda one, path: one.resize((1, 1)).save(path), "IMAGE_BLANK"),
-    "a panorama": picture("IMAGE_ASPECT", "wide.jpg", lambda one, path: one.resize((800, 160)).save(path)),
-    "a banner": picture("IMAGE_ASPECT", "high.png", lambda one, path: one.resize((64, 272)).save(path)),
-    "an icon": picture("IMAGE_CROP_LOSS", "icon.png", lambda one, path: one.resize((31, 63)).save(path)),
-    "a picture on its head": picture("IMAGE_EXIF_ROTATED", "head.jpg", turned(3)),
-    "a picture on its right": picture("IMAGE_EXIF_ROTATED", "right.jpg", turned(6)),
-    "a picture on its left": picture("IMAGE_EXIF_ROTATED", "left.webp", turned(8)),
-    "a mirrored picture": picture("IMAGE_EXIF_ROTATED", "mirrored.png", turned(2)),
-    "a see-through PNG": picture("IMAGE_ALPHA", "glass.png", see_through),
-    "a see-through WebP": picture("IMAGE_ALPHA", "glass.webp", see_through),
-    "a palette with a clear colour": picture("IMAGE_ALPHA", "palette.png", one_clear_colour),
-    "CMYK": picture("IMAGE_MODE", "print.jpg", lambda one, path: one.convert("CMYK").save(path)),
-    "16 bits": picture("IMAGE_MODE", "depth.png", sixteen_bits),
-    "LAB": picture("IMAGE_COLOURS", "lab.tif", lambda one, path: one.convert("LAB").save(path)),
-    "Display P3": picture("IMAGE_COLOURS", "p3.jpg", lambda one, path: one.save(path, icc_profile=rgb_profile("Display P3"))),
-    "a damaged profile": picture("IMAGE_COLOURS", "odd.png", lambda one, path: one.save(path, icc_profile=b"none")),
-    "pages": picture("IMAGE_ANIMATED", "pages.tif", lambda one, path: one.save(path, save_all=True, append_images=[one])),
-    "an ending that says nothing": picture("IMAGE_COLOURS", "IMG_0001", lambda one, path: one.save(path, "PNG", icc_profile=rgb_profile("Display P3"))),
-    "JPEG XL": picture("FORMAT_UNSUPPORTED", "phone.jxl", lambda one, path: path.write_bytes(b"\xff\x0a jxl")),
-    "white": picture("IMAGE_BLANK", "white.png", lambda one, path: Image.new("RGB", (128, 96), "white").save(path)),
-    "black": picture("IMAGE_BLANK", "black.jpg", lambda one, path: Image.new("RGB", (144, 96)).save(path)),
+IMAGES: Mapping[str, Plant] = {
+    "half a JPEG": image("IMAGE_TRUNCATED", "half.jpg", begun("JPEG", 0.5)),
+    "a JPEG without its last bytes": image("IMAGE_TRUNCATED", "almost.jpg", begun("JPEG", 0.98)),
+    "half a progressive JPEG": image("IMAGE_TRUNCATED", "progressive.jpg", begun("JPEG", 0.6, progressive=True)),
+    "half a PNG": image("IMAGE_TRUNCATED", "half.png", begun("PNG", 0.5)),
+    "a tenth of a PNG": image("IMAGE_TRUNCATED", "tenth.png", begun("PNG", 0.1)),
+    "half a WebP": image("IMAGE_TRUNCATED", "half.webp", begun("WEBP", 0.5)),
+    "half a BMP": image("IMAGE_TRUNCATED", "half.bmp", begun("BMP", 0.5)),
+    "half a TIFF": image("IMAGE_TRUNCATED", "half.tif", begun("TIFF", 0.5, compression="tiff_lzw")),
+    "a text": image("IMAGE_UNREADABLE", "text.jpg", lambda one, path: path.write_text("once upon a time\n" * 20)),
+    "a page that says 404": image("IMAGE_UNREADABLE", "page.png", lambda one, path: path.write_text("<html>404")),
+    "an empty file": image("IMAGE_UNREADABLE", "empty.jpg", lambda one, path: path.write_bytes(b"")),
+    "a JPEG called PNG": image("IMAGE_TYPE_MISMATCH", "jpeg.png", lambda one, path: one.save(path, "JPEG")),
+    "a PNG called JPEG": image("IMAGE_TYPE_MISMATCH", "png.jpg", lambda one, path: one.save(path, "PNG")),
+    "a WebP called JPEG": image("IMAGE_TYPE_MISMATCH", "webp.jpeg", lambda one, path: one.save(path, "WEBP")),
+    "a bomb": image("IMAGE_BOMB", "bomb.png", bomb),
+    "a narrow strip": image("IMAGE_TOO_SMALL", "strip.png", lambda one, path: one.resize((15, 40)).save(path)),
+    "one pixel": image("IMAGE_TOO_SMALL", "one.png", lambda one, path: one.resize((1, 1)).save(path), "IMAGE_BLANK"),
+    "a panorama": image("IMAGE_ASPECT", "wide.jpg", lambda one, path: one.resize((800, 160)).save(path)),
+    "a banner": image("IMAGE_ASPECT", "high.png", lambda one, path: one.resize((64, 272)).save(path)),
+    "an icon": image("IMAGE_CROP_LOSS", "icon.png", lambda one, path: one.resize((31, 63)).save(path)),
+    "an image on its head": image("IMAGE_EXIF_ROTATED", "head.jpg", turned(3)),
+    "an image on its right": image("IMAGE_EXIF_ROTATED", "right.jpg", turned(6)),
+    "an image on its left": image("IMAGE_EXIF_ROTATED", "left.webp", turned(8)),
+    "a mirrored image": image("IMAGE_EXIF_ROTATED", "mirrored.png", turned(2)),
+    "a see-through PNG": image("IMAGE_ALPHA", "glass.png", see_through),
+    "a see-through WebP": image("IMAGE_ALPHA", "glass.webp", see_through),
+    "a palette with a clear colour": image("IMAGE_ALPHA", "palette.png", one_clear_colour),
+    "CMYK": image("IMAGE_MODE", "print.jpg", lambda one, path: one.convert("CMYK").save(path)),
+    "16 bits": image("IMAGE_MODE", "depth.png", sixteen_bits),
+    "LAB": image("IMAGE_COLOURS", "lab.tif", lambda one, path: one.convert("LAB").save(path)),
+    "Display P3": image("IMAGE_COLOURS", "p3.jpg", lambda one, path: one.save(path, icc_profile=rgb_profile("Display P3"))),
+    "a damaged profile": image("IMAGE_COLOURS", "odd.png", lambda one, path: one.save(path, icc_profile=b"none")),
+    "pages": image("IMAGE_ANIMATED", "pages.tif", lambda one, path: one.save(path, save_all=True, append_images=[one])),
+    "an ending that says nothing": image("IMAGE_COLOURS", "IMG_0001", lambda one, path: one.save(path, "PNG", icc_profile=rgb_profile("Display P3"))),
+    "JPEG XL": image("FORMAT_UNSUPPORTED", "phone.jxl", lambda one, path: path.write_bytes(b"\xff\x0a jxl")),
+    "white": image("IMAGE_BLANK", "white.png", lambda one, path: Image.new("RGB", (128, 96), "white").save(path)),
+    "black": image("IMAGE_BLANK", "black.jpg", lambda one, path: Image.new("RGB", (144, 96)).save(path)),
     "the same pixels": like_another("IMAGE_DUPLICATE", "same.bmp", lambda one, path: one.save(path)),
     "the same, compressed": like_another("IMAGE_NEAR_DUPLICATE", "again.jpg", lambda one, path: one.save(path, quality=60)),
     "the same, scaled": like_another(
@@ -144,12 +144,11 @@ PICTURES: Mapping[str, Plant] = {
         "IMAGE_NEAR_DUPLICATE", "bright.png", lambda one, path: ImageEnhance.Brightness(one).enhance(1.03).save(path)
     ),
 }  # fmt: skip
-"""Of pictures that are trained on."""
+"""Of images that are trained on."""
 ANIMATIONS: Mapping[str, Plant] = {
-    f"an animated {name}": picture("IMAGE_ANIMATED", f"moves.{name.lower()}", animated)
-    for name in ("WebP", "PNG", "GIF")
+    f"an animated {name}": image("IMAGE_ANIMATED", f"moves.{name.lower()}", animated) for name in ("WebP", "PNG", "GIF")
 }
-"""Of pictures, among which they are faults; among clips they are clips."""
+"""Of images, among which they are faults; among clips they are clips."""
 
 
 def video(code: str, name: str, *coding: str, frames: int | None = None, rate: int = FRAME_RATE) -> Plant:
@@ -220,7 +219,7 @@ CLIPS_OF_A_RECIPE: Mapping[str, Plant] = {
 
 
 def pair(code: str, column: str, save: Callable[[Image.Image, Path], object]) -> Plant:
-    """A picture of `column` that `save` makes of the one trained on."""
+    """An image of `column` that `save` makes of the one trained on."""
 
     def plant(draft: Draft) -> Expected:
         row, name = draft.sound_row()
@@ -237,11 +236,9 @@ def pair(code: str, column: str, save: Callable[[Image.Image, Path], object]) ->
 
 EDITS: Mapping[str, Plant] = {
     "nothing to show": lambda draft: {("PAIR_MISSING", draft.sound_row(edit_image="")[0], None)},
-    "the picture itself is shown": pair("PAIR_IDENTICAL", "edit_image", lambda one, path: one.save(path)),
-    "half a picture is shown": pair("IMAGE_TRUNCATED", "edit_image", begun("PNG", 0.5)),
-    "a missing picture is shown": lambda draft: {
-        ("PATH_MISSING", draft.sound_row(edit_image="gone.png")[0], "gone.png")
-    },
+    "the image itself is shown": pair("PAIR_IDENTICAL", "edit_image", lambda one, path: one.save(path)),
+    "half an image is shown": pair("IMAGE_TRUNCATED", "edit_image", begun("PNG", 0.5)),
+    "a missing image is shown": lambda draft: {("PATH_MISSING", draft.sound_row(edit_image="gone.png")[0], "gone.png")},
 }
 """Of a column `edit_image`."""
 

@@ -1,6 +1,6 @@
 """Faults of rows, captions, paths and metadata to plant into a dataset, each with exactly what must be found of it.
 
-As faults_of_files.py has those of pictures and videos.
+As faults_of_files.py has those of images and videos.
 """
 
 import json
@@ -88,19 +88,19 @@ def row_in_a_locked_folder(draft: Draft) -> Expected:
 
 
 PATHS: Mapping[str, Plant] = {
-    "a file that is not there": cell("PATH_MISSING", "nowhere/picture.png"),
+    "a file that is not there": cell("PATH_MISSING", "nowhere/image.png"),
     "a misspelt file": misspelt,
     "other letters": other_letters,
     "out by dots": cell("PATH_OUTSIDE", "../secret.png"),
     "out by dots in the middle": cell("PATH_OUTSIDE", "a/../../secret.png", "../secret.png"),
     "an absolute path": cell("PATH_OUTSIDE", "/etc/passwd"),
-    "a path of Windows": cell("PATH_OUTSIDE", "C:\\pictures\\bird.png"),
+    "a path of Windows": cell("PATH_OUTSIDE", "C:\\images\\bird.png"),
     "a link out": link_out,
     "a folder that leads out": folder_link_out,
     "an address": cell("URL", "https://example.com/bird.png"),
-    "an address of a bucket": cell("URL", "s3://pictures/bird.png"),
-    "an unused picture": unused,
-    "a picture in a folder that may not be read": row_in_a_locked_folder,
+    "an address of a bucket": cell("URL", "s3://images/bird.png"),
+    "an unused image": unused,
+    "an image in a folder that may not be read": row_in_a_locked_folder,
 }
 
 
@@ -135,7 +135,7 @@ ROWS: Mapping[str, Plant] = {
 
 
 def named(name: str, cell: str) -> Plant:
-    """A sound picture that is named in another way."""
+    """A sound image that is named in another way."""
 
     def plant(draft: Draft) -> Expected:
         draft.photograph().save(draft.folder / name)
@@ -206,7 +206,7 @@ def lone_caption(draft: Draft) -> Expected:
 
 
 def after_writing(change: Callable[[Path], object], expected: Expected) -> Plant:
-    """A change of the folder, once the captions stand beside the pictures."""
+    """A change of the folder, once the captions stand beside the images."""
 
     def plant(draft: Draft) -> Expected:
         draft.write_beside()
@@ -217,8 +217,8 @@ def after_writing(change: Callable[[Path], object], expected: Expected) -> Plant
 
 
 BESIDE: Mapping[str, Plant] = {
-    "two pictures with one caption": lambda draft: (draft.write_beside(), shared_caption(draft))[1],
-    "a caption without a picture": lambda draft: (draft.write_beside(), lone_caption(draft))[1],
+    "two images with one caption": lambda draft: (draft.write_beside(), shared_caption(draft))[1],
+    "a caption without an image": lambda draft: (draft.write_beside(), lone_caption(draft))[1],
     "a folder that may not be read": lambda draft: (draft.write_beside(), locked_folder(draft))[1],
     "no caption beside": after_writing(
         lambda folder: (folder / "sound_2.txt").unlink(), {("CAPTION_MISSING", 2, "sound_2.png")}
@@ -245,7 +245,7 @@ BESIDE: Mapping[str, Plant] = {
         {("NOT_UTF8", 3, "sound_3.txt")},
     ),
 }
-"""Of three pictures with captions in text files."""
+"""Of three images with captions in text files."""
 
 
 def metadata(name: str, make: Callable[[Draft], bytes], expected: Expected) -> Plant:
@@ -299,4 +299,4 @@ WHOLE: Mapping[str, Plant] = {
         {("CAPTION_ALL_SAME", None, None)},
     ),
 }  # fmt: skip
-"""Of a set of three pictures, and not to be mixed: behind them nothing else can be found."""
+"""Of a set of three images, and not to be mixed: behind them nothing else can be found."""

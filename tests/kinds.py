@@ -12,7 +12,7 @@ from tests.conftest import CAPTIONS
 
 CLIPS = ("--height", 64, "--width", 96, "--num_frames", 9)
 SMALL = ("--max_pixels", 256 * 256)
-"""Pictures to edit are brought to 1024 x 1024 pixels unless fewer are asked for."""
+"""Images to edit are brought to 1024 x 1024 pixels unless fewer are asked for."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Kind:
     """A kind of model: the recipe whose files it is, the dataset it needs, and flags of both halves' road."""
 
     recipe: str
-    data: str = "pictures"
+    data: str = "images"
     sizes: tuple[object, ...] = ()
     encoders: tuple[str, ...] = ("text", "latents")
     components: tuple[str, ...] = ("text_encoder", "vae")
@@ -78,25 +78,23 @@ SAMPLING |= {"cfg_scale": ("1", "1.0", "1", "1")}
 
 
 def write_datasets(folder: Path, photographs: Path) -> dict[str, Path]:
-    """Photographs of two shapes, the same with pictures to edit, and clips of two lengths; all say how to sample."""
+    """Photographs of two shapes, the same with images to edit, and clips of two lengths; all say how to sample."""
     import skimage.data
     from PIL import Image
 
-    pictures, edits, clips = (folder / name for name in ("pictures", "edits", "clips"))
-    shutil.copytree(photographs, pictures)
-    Image.fromarray(skimage.data.coffee()).resize((96, 64)).save(pictures / "coffee.png")
-    shutil.copytree(pictures, edits)
+    images, edits, clips = (folder / name for name in ("images", "edits", "clips"))
+    shutil.copytree(photographs, images)
+    Image.fromarray(skimage.data.coffee()).resize((96, 64)).save(images / "coffee.png")
+    shutil.copytree(images, edits)
     clips.mkdir()
     frames = {"a.mp4": 9, "b.mov": 9, "c.mkv": 5}
     for name, count in frames.items():
         write_clip(clips / name, detailed(count, 64, 96))
-    images = [f"{name}.png" for name in CAPTIONS]
-    _write_rows(pictures, {"image": images, "prompt": list(CAPTIONS.values())})
-    _write_rows(
-        edits, {"image": images, "prompt": list(CAPTIONS.values()), "edit_image": ["chelsea.png"] * len(images)}
-    )
+    names = [f"{name}.png" for name in CAPTIONS]
+    _write_rows(images, {"image": names, "prompt": list(CAPTIONS.values())})
+    _write_rows(edits, {"image": names, "prompt": list(CAPTIONS.values()), "edit_image": ["chelsea.png"] * len(names)})
     _write_rows(clips, {"video": list(frames), "prompt": ["one", "two and three", "short"]})
-    return {"pictures": pictures, "edits": edits, "clips": clips}
+    return {"images": images, "edits": edits, "clips": clips}
 
 
 def _write_rows(folder: Path, columns: dict[str, list[str]]) -> None:

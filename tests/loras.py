@@ -35,11 +35,11 @@ DIALECTS = [
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """A family's tiny model below `base`, and pictures to train it on."""
+    """A family's tiny model below `base`, and images to train it on."""
 
     name: str
     base: Path
-    pictures: Path
+    images: Path
 
     @property
     def facts(self) -> FamilyFacts:
@@ -48,7 +48,7 @@ class TinyFamily:
     def flags(self, **more: Any) -> dict[str, Any]:
         """Parameters of a short LoRA run at a rate that moves the weights far."""
         return {
-            "recipe": RECIPES[self.name], "dataset_base_path": str(self.pictures), "dataset_repeat": "1",
+            "recipe": RECIPES[self.name], "dataset_base_path": str(self.images), "dataset_repeat": "1",
             "dataset_num_workers": "0", "height": "64", "width": "64", "max_steps": "2", "lora_rank": str(RANK),
             "learning_rate": "0.02", "device": "cpu", "lora_format": "diffsynth",
             **{name: str(value) for name, value in more.items()},
@@ -76,12 +76,12 @@ def write_tiny_family(name: str, base: Path) -> None:
         load_family(name).write_tiny_weights(base, component.name, model_id, pattern)
 
 
-def write_pictures(folder: Path, photographs: Path) -> None:
-    """The photographs under the column names of picture and of video models."""
+def write_images(folder: Path, photographs: Path) -> None:
+    """The photographs under the column names of image and of video models."""
     rows = ["image,video,prompt"]
-    for picture in sorted(photographs.glob("*.png")):
-        (folder / picture.name).write_bytes(picture.read_bytes())
-        rows.append(f"{picture.name},{picture.name},a photograph of {picture.stem}")
+    for image in sorted(photographs.glob("*.png")):
+        (folder / image.name).write_bytes(image.read_bytes())
+        rows.append(f"{image.name},{image.name},a photograph of {image.stem}")
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
 
 

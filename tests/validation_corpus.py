@@ -18,7 +18,7 @@ from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.thresholds import Thresholds
 from tests.clips import write_clip
 
-PICTURES, CLIPS = 200, 20
+IMAGES, CLIPS = 200, 20
 SOURCES = ("astronaut", "coffee", "chelsea", "rocket", "stereo_motorcycle", "retina", "immunohistochemistry", "camera")
 SIZES = ((192, 128), (128, 192), (160, 160), (224, 128), (144, 192), (256, 160))
 """(width, height) in pixels, multiples of 16 as the training sizes of all families are."""
@@ -37,7 +37,7 @@ def rules_of_recipe(recipe: str, thresholds: Thresholds | None = None) -> Rules:
 
 @cache
 def sources() -> tuple[Image.Image, ...]:
-    """The photographs that the pictures of the corpus are cut from."""
+    """The photographs that the images of the corpus are cut from."""
     import skimage.data
 
     arrays = [getattr(skimage.data, name)() for name in SOURCES]
@@ -45,7 +45,7 @@ def sources() -> tuple[Image.Image, ...]:
 
 
 def photograph(number: int, size: tuple[int, int] | None = None) -> Image.Image:
-    """The picture of a number: each is another part of another photograph, turned another way."""
+    """The image of a number: each is another part of another photograph, turned another way."""
     chance = np.random.default_rng(number)
     source = sources()[number % len(SOURCES)]
     width, height = size or SIZES[number % len(SIZES)]
@@ -61,8 +61,8 @@ def frames_of(number: int, frames: int = FRAMES, size: tuple[int, int] = (160, 9
     """Frames `[F, H, W, 3]`: the camera goes over a photograph."""
     width, height = size
     steps = np.arange(frames)
-    picture = np.asarray(photograph(1000 + number, (width + frames, height + frames // 2)))
-    return np.stack([picture[step // 2 : step // 2 + height, step : step + width] for step in steps])
+    image = np.asarray(photograph(1000 + number, (width + frames, height + frames // 2)))
+    return np.stack([image[step // 2 : step // 2 + height, step : step + width] for step in steps])
 
 
 def caption(number: int) -> str:
@@ -85,7 +85,7 @@ class Draft:
     numbers: Any = field(default_factory=count)
 
     def photograph(self, size: tuple[int, int] | None = None) -> Image.Image:
-        """A picture that is nowhere else in the set."""
+        """An image that is nowhere else in the set."""
         return photograph(next(self.numbers), size)
 
     def frames(self, frames: int = FRAMES) -> np.ndarray:
@@ -104,7 +104,7 @@ class Draft:
         return len(self.rows)
 
     def sound_row(self, text: Any = None, **others: Any) -> tuple[int, str]:
-        """Add a row with a sound picture of its own; its number, and the path of the picture."""
+        """Add a row with a sound image of its own; its number, and the path of the image."""
         name = f"sound_{len(self.rows) + 1}.png"
         self.photograph().save(self.folder / name)
         return self.row(name, text, **others), name
@@ -139,24 +139,24 @@ class Draft:
         return stream.getvalue()
 
     def write_beside(self) -> None:
-        """Write the captions into text files beside the pictures instead."""
+        """Write the captions into text files beside the images instead."""
         for row in self.rows:
             assert isinstance(row, dict)
             (self.folder / row[self.target]).with_suffix(".txt").write_text(row["prompt"], encoding="utf-8")
 
 
-def add_pictures(draft: Draft, number: int) -> None:
-    """Rows with sound pictures of many sizes, endings and harmless oddities, in folders."""
+def add_images(draft: Draft, number: int) -> None:
+    """Rows with sound images of many sizes, endings and harmless oddities, in folders."""
     for place in range(number):
         folder = f"part {place // 50 + 1}"
         (draft.folder / folder).mkdir(exist_ok=True)
         name = f"{folder}/{'photo' if place % 7 else 'Löwe'} {place:03}{ENDINGS[place % len(ENDINGS)]}"
-        picture = draft.photograph()
+        image = draft.photograph()
         if place % 16 == 9:
-            picture = picture.convert("L")
+            image = image.convert("L")
         elif place % 16 == 6:
-            picture.putalpha(255)
-        picture.save(draft.folder / name)
+            image.putalpha(255)
+        image.save(draft.folder / name)
         draft.row(name)
 
 

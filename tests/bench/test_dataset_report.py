@@ -87,7 +87,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory, bench) -> Path:
     return folder
 
 
-def test_checking_pictures_takes_at_most_1_3_of_decoding_them(photographs, bench):
+def test_checking_images_takes_at_most_1_3_of_decoding_them(photographs, bench):
     sizes = [path.stat().st_size for path in photographs.glob("*.jpg")]
     print(f"\n{len(sizes)} JPEGs of {SIDE} x {SIDE}, {statistics.mean(sizes) / 1000:.0f} kB each")
     assert 250e3 < statistics.mean(sizes) < 310e3
@@ -128,9 +128,9 @@ def _decode_all(folder: Path) -> None:
 
 
 def _decode(path: Path) -> int:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.width * picture.height
+    with Image.open(path) as image:
+        image.load()
+        return image.width * image.height
 
 
 def _read_rows(folder: Path) -> None:

@@ -77,7 +77,7 @@ def test_columns_of_other_programs(validate, refuse, dataset):
     assert refuse() == (1, found)
 
 
-def test_captions_beside_pictures_that_are_to_be_edited(validate, refuse, dataset):
+def test_captions_beside_images_that_are_to_be_edited(validate, refuse, dataset):
     (dataset / "metadata.csv").unlink()
     for path in dataset.glob("*.png"):
         path.with_suffix(".txt").write_text(path.stem)

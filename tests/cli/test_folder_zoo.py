@@ -16,10 +16,10 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from diffsynth_core.data.captioned_folder import CaptionedFolder, expected_caption, sort_folder
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.media import FrameRule, MediaRule, load_excerpt
 from diffsynth_core.data.metadata import METADATA_NAMES, UNREAD_NAMES, read_metadata
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import Columns, Sample, build_samples
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError
@@ -181,7 +181,7 @@ def escape(name: str) -> str:
     return name.replace("\r", "\\r").replace(" ", "_")
 
 
-@pytest.mark.parametrize("kind", ["picture", "video"])
+@pytest.mark.parametrize("kind", ["image", "video"])
 def test_every_file_is_read_passed_over_or_named(zoo, says, kind):
     folder = sort(zoo, kind)
     placed = [name for reasons in fates(folder).values() for names in reasons.values() for name in names]
@@ -194,7 +194,7 @@ def test_every_file_is_read_passed_over_or_named(zoo, says, kind):
 
 
 RULES = {
-    "picture": MediaRule(SizeRule(None, None, 1 << 20, 16)),
+    "image": MediaRule(SizeRule(None, None, 1 << 20, 16)),
     "video": MediaRule(SizeRule(None, None, 1 << 20, 16), FrameRule(9, 4, None, "first", 0)),
 }
 
@@ -202,7 +202,7 @@ RULES = {
 @pytest.mark.parametrize("kind", RULES)
 def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_path, says, kind):
     """What is called an image or clip is decoded or refused by name, as animations are among images."""
-    column = "image" if kind == "picture" else "video"
+    column = "image" if kind == "image" else "video"
     metadata = read_metadata(zoo, None, "prompt", column, kind)
     columns = Columns("prompt", column, RULES[kind])
     samples, problems = build_samples(metadata, zoo, columns, VideoMemory(tmp_path / "memory"), SilentReporter())
@@ -217,10 +217,10 @@ def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_pat
     assert undecoded <= {"image2_sgi.sgi"}, "which Pillow reads in part, and which only decoding tells"
     assert {names[one.row] for one in report.findings if one.level == "error"} == refused | undecoded
     animated = {f"animated_{ending}.{ending}" for ending in ("webp", "png", "gif", "avif")}
-    assert animated <= refused if kind == "picture" else not animated & refused
+    assert animated <= refused if kind == "image" else not animated & refused
     assert len(problems) == len(refused) and len(samples.samples) > 60
     frames = {sample.target.path.name: sample.frames for sample in samples.samples}
-    assert kind == "picture" or {frames[name] for name in animated} == {9}
+    assert kind == "image" or {frames[name] for name in animated} == {9}
     says("\n".join(problem.message.replace(metadata.origin, "") for problem in problems), "0x[0-9a-f]+")
     (passed_over,) = [one.message for one in report.findings if one.code == "FILE_LEFTOVER"]
     assert passed_over in metadata.notes and any("metadata.tsv" in note for note in metadata.notes)

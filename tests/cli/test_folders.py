@@ -37,8 +37,8 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
         "1 video (`clip.mp4`) is not used: images are trained on",
         "1 file (`notes.docx`) is not read: no image, clip or caption",
         "3 files and folders passed over: 2 of macOS (`.DS_Store`), 1 of Windows (`Thumbs.db`)",
-        "1 of 4 pictures are converted to sRGB from `Display P3`",
-        "the colours of 1 of 4 pictures are taken as sRGB (of the first: its colour profile is damaged",
+        "1 of 4 images are converted to sRGB from `Display P3`",
+        "the colours of 1 of 4 images are taken as sRGB (of the first: its colour profile is damaged",
     ):
         assert part.replace(" ", "") in planned.out.replace("\n", "").replace(" ", ""), part
 

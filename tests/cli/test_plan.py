@@ -100,7 +100,7 @@ def test_whether_it_fits_is_told_first_and_by_the_exit_code(plan, memory, code, 
     assert outcome.out.startswith(verdict)
 
 
-def test_with_a_dataset_its_largest_picture_counts(plan, dataset):
+def test_with_a_dataset_its_largest_image_counts(plan, dataset):
     given = ("--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
     outcome = plan("qwen-image-lora", *given, "--verbose")
     assert outcome.code == 0 and "error" not in outcome.err

@@ -106,7 +106,7 @@ def test_the_flags_of_a_stage_stand_below_its_name(cli, name):
     [
         {"learning_rate": 1.23456789e-4, "weight_decay": 1 / 3},
         {"seed": 2**63 - 1, "max_timestep_boundary": 0.358},
-        {"dataset_base_path": "my pictures/it's $HOME", "remove_prefix_in_ckpt": ""},
+        {"dataset_base_path": "my images/it's $HOME", "remove_prefix_in_ckpt": ""},
         {"model_paths": ["a b.safetensors", ["c-1.safetensors", "c-2.safetensors"]]},
         {"lora_target_modules": [], "trainable_models": ["dit", "vae"], "data_file_keys": ["image"]},
         {"use_gradient_checkpointing": True, "find_unused_parameters": False, "save_steps": None},

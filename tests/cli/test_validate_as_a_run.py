@@ -288,7 +288,7 @@ def test_many_faults_of_a_kind_are_capped_and_share_their_hint(refuse, cli, data
     assert outcome.code == 1
     assert outcome.err.count("hint: correct the path") == 1 and outcome.err.count("no9.png") == 1
     assert "no10.png" not in outcome.err and "and 20 more" in outcome.err and "31 problems" in outcome.err
-    says(outcome, r"Reading picture headers.*\n")
+    says(outcome, r"Reading image headers.*\n")
     every = cli("dataset", "validate", dataset, "--recipe", "qwen-image-lora", "--depth", "paths", "--format", "json")
     assert "no29.png" in every.out
 

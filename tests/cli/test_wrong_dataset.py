@@ -28,19 +28,19 @@ def test_an_empty_folder(refuse, dataset):
         1,
         [
             (
-                f"`{dataset}` holds neither metadata.csv, metadata.json, metadata.jsonl nor pictures",
+                f"`{dataset}` holds neither metadata.csv, metadata.json, metadata.jsonl nor images",
                 "write a metadata.csv with the columns `image` and `prompt`",
             )
         ],
     )
 
 
-def test_pictures_without_captions(refuse, dataset):
+def test_images_without_captions(refuse, dataset):
     (dataset / "metadata.csv").unlink()
     (dataset / "astronaut.txt").write_text("an astronaut")
     code, [(message, hint)] = refuse()
     assert code == 1
-    assert message.endswith(f"3 of its 4 pictures no caption beside them; the first is `{dataset}/chelsea.png`")
+    assert message.endswith(f"3 of its 4 images no caption beside them; the first is `{dataset}/chelsea.png`")
     assert hint.startswith(f"write the caption into `{dataset}/chelsea.txt`")
 
 
@@ -139,23 +139,23 @@ def test_metadata_in_another_encoding(refuse, dataset):
     [(b"I am a text", "cannot identify image file"), (b"", "the file is empty")],
     ids=["text", "empty"],
 )
-def test_a_picture_that_is_none(refuse, dataset, content, reason):
+def test_an_image_that_is_none(refuse, dataset, content, reason):
     (dataset / "coffee.png").write_bytes(content)
-    message = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` cannot be read as a picture: {reason}"
+    message = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` cannot be read as an image: {reason}"
     assert refuse() == (1, [(message, ROW_OUT)])
 
 
-def test_a_picture_cut_short(refuse, dataset):
+def test_an_image_cut_short(refuse, dataset):
     path = dataset / "coffee.png"
     path.write_bytes(path.read_bytes()[:-2000])
     code, [(message, hint)] = refuse()
     assert (code, hint) == (1, ROW_OUT)
-    assert message.startswith(f"`{dataset}/metadata.csv` row 3: `{path}` cannot be read as a picture: ")
+    assert message.startswith(f"`{dataset}/metadata.csv` row 3: `{path}` cannot be read as an image: ")
 
 
 @pytest.mark.parametrize("size", [(15, 64), (64, 15)])
 @pytest.mark.parametrize("fixed", [(), ("--height", 64, "--width", 64)])
-def test_a_picture_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
+def test_an_image_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
     """No `max_pixels` makes a side longer, so that the message must not blame it."""
     Image.new("RGB", size).save(dataset / "coffee.png")
     code, [(message, hint)] = refuse(*fixed)
@@ -165,7 +165,7 @@ def test_a_picture_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
     assert "max_pixels" not in message + hint
 
 
-def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
+def test_an_image_that_max_pixels_makes_too_small(refuse, dataset):
     Image.new("RGB", (32, 256)).save(dataset / "coffee.png")
     assert refuse("--max_pixels", 1024) == (
         1,
@@ -173,7 +173,7 @@ def test_a_picture_that_max_pixels_makes_too_small(refuse, dataset):
             (
                 f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is 32 x 256 pixels; "
                 "with `max_pixels` 1024 a side falls below the least of 16",
-                "replace the picture, take its row out, or raise `max_pixels`",
+                "replace the image, take its row out, or raise `max_pixels`",
             )
         ],
     )
@@ -199,7 +199,7 @@ def test_columns_that_do_not_fit_the_family(refuse, arguments, message, hint):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_only_decoding_finds_damaged(cli, dataset, tmp_path, workers):
+def test_an_image_that_only_decoding_finds_damaged(cli, dataset, tmp_path, workers):
     """Its header and its end are whole, its middle is not: told while encoding, by name, whoever loads it."""
     path = dataset / "chelsea.png"
     content = bytearray(path.read_bytes())
@@ -210,6 +210,6 @@ def test_a_picture_that_only_decoding_finds_damaged(cli, dataset, tmp_path, work
         "--cache_path", tmp_path / "own_cache", "--output_path", "out",
     )  # fmt: skip
     assert outcome.code == 1
-    assert f"error: `{path}` cannot be read as a picture" in outcome.err
+    assert f"error: `{path}` cannot be read as an image" in outcome.err
     assert "hint: replace the file or take its row out" in outcome.err
     assert "Traceback" not in outcome.err and not Path("out").exists()

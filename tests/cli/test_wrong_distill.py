@@ -65,7 +65,7 @@ def test_noise_that_only_a_gpu_draws(refuse, rows, dataset):
             (
                 "`rand_device` is `cuda` for 1 sample, and there is no such device to draw the noise; "
                 f"the first is row 2 `{dataset / 'chelsea.png'}`",
-                "train where there is one, or make the pictures again with `cpu`",
+                "train where there is one, or make the images again with `cpu`",
             )
         ],
     )
@@ -95,7 +95,7 @@ def test_a_drawn_dataset_has_no_seeds(cli, tmp_path):
     assert outcome.code == 2
     assert outcome.err.count("error: ") == 1
     assert (
-        "error: a rehearsal draws pictures without the columns seed, rand_device, num_inference_steps, cfg_scale"
+        "error: a rehearsal draws images without the columns seed, rand_device, num_inference_steps, cfg_scale"
         in outcome.err
     )
     assert "hint: name a dataset that has them with `--dataset_base_path`" in outcome.err

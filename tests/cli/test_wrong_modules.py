@@ -43,12 +43,12 @@ def named(*more: str) -> tuple[str, str]:
     return "--model_id_with_origin_paths", ",".join((*ENTRIES.values(), *more))
 
 
-def test_a_picture_to_follow_without_a_controlnet(refuse, pairs):
+def test_an_image_to_follow_without_a_controlnet(refuse, pairs):
     message = "the files named hold no controlnet (ControlNet) for Qwen-Image with a ControlNet"
     assert refuse(*FOLLOW) == (2, [(message, "name its files too")])
 
 
-def test_a_controlnet_without_a_picture_to_follow(refuse, write):
+def test_a_controlnet_without_an_image_to_follow(refuse, write):
     write()
     message = f"`{CONTROLNET}` is the controlnet of Qwen-Image, which means nothing without the extra input `controlnet_image`"
     hint = "give `--extra_inputs controlnet_image`, or leave its files out"
@@ -101,7 +101,7 @@ def test_a_controlnet_for_inpainting(refuse, write, pairs):
     config = json.loads((path.parent / "config.json").read_text()) | {"extra_condition_channels": 4}
     (path.parent / "config.json").write_text(json.dumps(config))
     message = f"the controlnet from `{CONTROLNET}` takes patches of 68 channels, the dit of Qwen-Image with a ControlNet takes 64"
-    hint = "name a ControlNet that follows a picture alone, not one for inpainting"
+    hint = "name a ControlNet that follows an image alone, not one for inpainting"
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
 
@@ -120,14 +120,14 @@ def test_a_controlnet_that_is_not_supported(refuse, write, pairs):
     assert [found for found, _ in refuse(*named(CONTROLNET), *FOLLOW)[1]] == [message]
 
 
-def test_pictures_to_edit_beside_one_to_follow(refuse, write, pairs):
+def test_images_to_edit_beside_one_to_follow(refuse, write, pairs):
     write()
     both = ("--extra_inputs", "controlnet_image,edit_image", "--data_file_keys", "image,controlnet_image,edit_image")
     message = "`extra_inputs` names `edit_image`, which Qwen-Image with a ControlNet does not take"
     assert refuse(*named(CONTROLNET), *both) == (2, [(message, "it takes controlnet_image")])
 
 
-def test_several_pictures_to_follow(refuse, write, pairs):
+def test_several_images_to_follow(refuse, write, pairs):
     write()
     rows = [{"image": "chelsea.png", "prompt": "a cat", "controlnet_image": ["coffee.png", "rocket.png"]}]
     (pairs / "metadata.json").write_text(json.dumps(rows))

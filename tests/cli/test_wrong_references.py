@@ -1,4 +1,4 @@
-"""Faulty pictures to edit, and files of FLUX that do not go together: told before any weight is read."""
+"""Faulty images to edit, and files of FLUX that do not go together: told before any weight is read."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_a_recipe_without_its_column(refuse, dataset, recipe, column):
 
 
 @pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
-def test_a_column_of_pictures_that_is_not_loaded(refuse, pairs, recipe, column):
+def test_a_column_of_images_that_is_not_loaded(refuse, pairs, recipe, column):
     pairs("coffee.png", column=column)
     message = f"`data_file_keys` leaves out `{column}`, whose files this run reads"
     assert refuse("--data_file_keys", "image", recipe=recipe) == (
@@ -65,15 +65,15 @@ def test_a_column_of_pictures_that_is_not_loaded(refuse, pairs, recipe, column):
     )
 
 
-def test_a_list_where_one_picture_is_allowed(refuse, pairs):
+def test_a_list_where_one_image_is_allowed(refuse, pairs):
     metadata = pairs("coffee.png", ["coffee.png", "rocket.png"], ["rocket.png"])
     message = f"`{metadata}` row 2: column `edit_image` lists 2 files, expected one"
     assert refuse(recipe=EDIT) == (1, [(message, "write one row per file")])
 
 
-def test_faulty_pictures_are_told_together(refuse, pairs, dataset):
+def test_faulty_images_are_told_together(refuse, pairs, dataset):
     metadata = pairs("coffee.png", "", ["coffee.png", "gone.png"], "text.png", "half.png", "line.png", [])
-    (dataset / "text.png").write_text("no picture")
+    (dataset / "text.png").write_text("no image")
     whole = (dataset / "rocket.png").read_bytes()
     (dataset / "half.png").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (4000, 20)).save(dataset / "line.png")
@@ -82,8 +82,8 @@ def test_faulty_pictures_are_told_together(refuse, pairs, dataset):
     assert code == 1 and sorted(where) == [2, 3, 4, 5, 6, 7]
     assert "column `edit_image` is empty" in where[2]
     assert f"names `{dataset}/gone.png`, which is not there" in where[3]
-    assert f"`{dataset}/text.png` cannot be read as a picture" in where[4]
-    assert f"`{dataset}/half.png` cannot be read as a picture" in where[5]
+    assert f"`{dataset}/text.png` cannot be read as an image" in where[4]
+    assert f"`{dataset}/half.png` cannot be read as an image" in where[5]
     assert f"names `{dataset}/line.png`, which is too small or too narrow to be shown" in where[6]
     assert "lists 0 files, expected one or more" in where[7]
     assert all(message.startswith(f"`{metadata}` row ") and hint for message, hint in problems)
@@ -92,7 +92,7 @@ def test_faulty_pictures_are_told_together(refuse, pairs, dataset):
 @pytest.mark.parametrize(
     ("arguments", "name"), [(["--zero_cond_t"], "zero_cond_t"), (["--processor_path", "elsewhere"], "processor_path")]
 )
-def test_parameters_of_pictures_without_pictures(refuse, arguments, name):
+def test_parameters_of_images_without_images(refuse, arguments, name):
     message, hint = (
         f"`{name}` means nothing without the extra input `edit_image`",
         "leave it out, or give `--extra_inputs edit_image`",

@@ -260,7 +260,7 @@ def test_encoded_samples_in_place_of_a_dataset(refuse, encoded, task):
         2,
         [
             (
-                f"`dataset_base_path` `{encoded}` holds encoded samples, and `{task}` reads pictures or videos",
+                f"`dataset_base_path` `{encoded}` holds encoded samples, and `{task}` reads images or videos",
                 "train on them with `--task sft:train`, or name the dataset",
             )
         ],
@@ -358,7 +358,7 @@ def test_a_first_half_with_another_caption(refuse, encoded, dataset):
     assert message == f"`output_path` `{encoded}` holds samples encoded otherwise: the dataset has changed"
 
 
-def test_a_first_half_with_other_pictures_of_the_same_size(cli, encoded, dataset, models):
+def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, models):
     """What only the bytes tell is told when they are hashed, before weights are loaded."""
     one, other = dataset / "coffee.png", dataset / "rocket.png"
     first, second = one.read_bytes(), other.read_bytes()

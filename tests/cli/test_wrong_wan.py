@@ -15,7 +15,7 @@ SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
 
 
 def write_video(path: Path, frames: int, *settings: str) -> None:
-    """A moving test picture of 128 x 96 pixels; `settings` are ffmpeg's, behind the input."""
+    """A moving test image of 128 x 96 pixels; `settings` are ffmpeg's, behind the input."""
     source = f"testsrc2=size=128x96:rate=24,trim=end_frame={frames}"
     command = [get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", *settings]
     subprocess.run([*command, "-y", str(path)], check=True)

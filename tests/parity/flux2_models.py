@@ -1,4 +1,4 @@
-"""Tiny FLUX.2 klein models and pictures for them: loaded by us, and by diffusers' pipeline from the same files."""
+"""Tiny FLUX.2 klein models and images for them: loaded by us, and by diffusers' pipeline from the same files."""
 
 import json
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ load_files = partial(models.load_files, "flux2")
 SIZE = (48, 80)
 """Height and width of the target in pixels."""
 REFERENCE_SIZES = ((64, 96), (112, 64))
-"""Height and width of the first and the second reference picture; the pipeline takes none below 64."""
+"""Height and width of the first and the second reference image; the pipeline takes none below 64."""
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -72,7 +72,7 @@ def write_models(base: Path) -> None:
 def load_pipeline(base: Path, name: str) -> Flux2KleinPipeline:
     """The repository read by diffusers and transformers, float32.
 
-    Its pictures are given the order in memory that ours have: numpy leaves the channels last, for which group norms on
+    Its images are given the order in memory that ours have: numpy leaves the channels last, for which group norms on
     a CPU have another kernel: it leaves latents of up to 8 wrong by 5e-5 and more, against float64, ours by 1e-5.
     """
     pipeline = Flux2KleinPipeline.from_pretrained(base / MODEL_IDS[name], dtype=torch.float32, local_files_only=True)
@@ -92,18 +92,18 @@ class Flux2Pair:
 
     @cached_property
     def target(self) -> Image.Image:
-        return picture_of("astronaut", *SIZE)
+        return image_of("astronaut", *SIZE)
 
     @cached_property
     def shown(self) -> tuple[Image.Image, ...]:
-        """Two reference pictures of different sizes."""
-        return tuple(picture_of(name, *size) for name, size in zip(("coffee", "rocket"), REFERENCE_SIZES, strict=True))
+        """Two reference images of different sizes."""
+        return tuple(image_of(name, *size) for name, size in zip(("coffee", "rocket"), REFERENCE_SIZES, strict=True))
 
     def encoded(self, shown: int) -> dict[str, Tensor]:
-        """The target and a caption, and as many reference pictures, encoded by us."""
+        """The target and a caption, and as many reference images, encoded by us."""
         sample: dict[str, Any] = {"prompt": PROMPT, "image": pixels_of(self.target)}
         if shown:
-            sample["edit_image"] = [pixels_of(picture) for picture in self.shown[:shown]]
+            sample["edit_image"] = [pixels_of(image) for image in self.shown[:shown]]
         return self.ours.encode(sample)
 
 
@@ -115,6 +115,6 @@ def load_pair(base: Path, name: str) -> Flux2Pair:
     )
 
 
-def picture_of(name: str, height: int, width: int) -> Image.Image:
+def image_of(name: str, height: int, width: int) -> Image.Image:
     """A photograph at a size."""
     return photograph(name).resize((width, height), Image.Resampling.LANCZOS)

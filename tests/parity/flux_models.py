@@ -1,4 +1,4 @@
-"""Tiny FLUX.1 models read by us and by diffusers' pipelines from the same files; pictures to train on and to show."""
+"""Tiny FLUX.1 models read by us and by diffusers' pipelines from the same files; images to train on and to show."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -19,10 +19,10 @@ from diffsynth_core.progress import SilentReporter
 from tests.parity.photographs import photograph, pixels_of
 
 SIZE = (64, 96)
-"""Height and width of the picture that is made."""
+"""Height and width of the image that is made."""
 PUBLISHED_PIXELS = 1024 * 1024
 FEW_PIXELS = PUBLISHED_PIXELS // 64
-"""`max_pixels` under which reference pictures have a 64th of the published area."""
+"""`max_pixels` under which reference images have a 64th of the published area."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ours:
     def sample(
         self, prompt: str, name: str = "astronaut", shown: Sequence[Image.Image] = (), max_pixels: int = FEW_PIXELS
     ) -> dict[str, Any]:
-        """What a row of a dataset of pictures holds once it is read: the photograph of a name is what is made."""
+        """What a row of a dataset of images holds once it is read: the photograph of a name is what is made."""
         references = {
             reference.name: [pixels_of(_stretched(image, reference, max_pixels)) for image in shown]
             for reference in self.variant.references

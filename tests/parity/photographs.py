@@ -17,9 +17,9 @@ def photograph(name: str) -> Image.Image:
 
 
 def pixels_of(medium: Image.Image | np.ndarray) -> Tensor:
-    """A picture, or the frames of a clip `[F, H, W, 3]` uint8 -> `[3, F, H, W]` float32 in [-1, 1].
+    """An image, or the frames of a clip `[F, H, W, 3]` uint8 -> `[3, F, H, W]` float32 in [-1, 1].
 
-    Channels come last in memory, as in what pipelines make of pictures: convolutions round otherwise in another order.
+    Channels come last in memory, as in what pipelines make of images: convolutions round otherwise in another order.
     """
     array = np.asarray(medium)
     frames = torch.tensor(array.reshape(-1, *array.shape[-3:]))

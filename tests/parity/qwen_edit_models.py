@@ -1,4 +1,4 @@
-"""Tiny editing models of Qwen-Image, read by us and by diffusers' pipelines from the same files; pictures to edit."""
+"""Tiny editing models of Qwen-Image, read by us and by diffusers' pipelines from the same files; images to edit."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,11 +26,11 @@ from tests.parity.photographs import photograph
 
 @dataclass(frozen=True)
 class Kind:
-    """One use of one model: `pictures` are names of `photograph`."""
+    """One use of one model: `images` are names of `photograph`."""
 
     model_id: str
     pipeline: type
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
 
     @property
     def entries(self) -> dict[str, str]:
@@ -40,9 +40,9 @@ class Kind:
 
 KINDS = {
     "Edit": Kind("Qwen/Qwen-Image-Edit", QwenImageEditPipeline, ("coffee",)),
-    "2509, one picture": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("coffee",)),
-    "2509, two pictures": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("astronaut", "coffee")),
-    "2511, two pictures": Kind("Qwen/Qwen-Image-Edit-2511", QwenImageEditPlusPipeline, ("coffee", "upright")),
+    "2509, one image": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("coffee",)),
+    "2509, two images": Kind("Qwen/Qwen-Image-Edit-2509", QwenImageEditPlusPipeline, ("astronaut", "coffee")),
+    "2511, two images": Kind("Qwen/Qwen-Image-Edit-2511", QwenImageEditPlusPipeline, ("coffee", "upright")),
 }
 
 
@@ -63,7 +63,7 @@ class Processor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
 
     def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
-        """Each `<|image_pad|>`, in order, becomes as many as its picture has tokens; then all texts are tokenized."""
+        """Each `<|image_pad|>`, in order, becomes as many as its image has tokens; then all texts are tokenized."""
         shown = self.image_processor(images=images, return_tensors=return_tensors)
         counts = iter((shown["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist())
         expanded = []
@@ -75,12 +75,12 @@ class Processor:
 
 
 def load_pipeline(base: Path, kind: Kind) -> Any:
-    """Read by diffusers and transformers, float32; its text encoder is told which tokens are pictures."""
+    """Read by diffusers and transformers, float32; its text encoder is told which tokens are images."""
     folder = base / MODEL_ID
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(base / "Qwen/Qwen-Image-Edit/processor")
     text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
+    text_encoder.register_forward_pre_hook(tell_images, with_kwargs=True)
     pipeline = kind.pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32),
@@ -95,7 +95,7 @@ def load_pipeline(base: Path, kind: Kind) -> Any:
     return pipeline
 
 
-def tell_pictures(text_encoder: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def tell_images(text_encoder: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A hook that adds what the processor of transformers 5 says and diffusers 0.42 does not hand on."""
     assert "mm_token_type_ids" not in named, "diffusers hands it on: this hook can go"
     types = (named["input_ids"] == text_encoder.config.image_token_id).int()
@@ -103,7 +103,7 @@ def tell_pictures(text_encoder: Any, positional: Any, named: dict[str, Any]) -> 
 
 
 def shrink_published_areas(monkeypatch: Any) -> None:
-    """Let the pipelines bring pictures to a 64th of the area they would."""
+    """Let the pipelines bring images to a 64th of the area they would."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         original = module.calculate_dimensions
         monkeypatch.setattr(
@@ -120,8 +120,8 @@ class EditPair:
     pipeline: Any
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
-        return [photograph(name) for name in self.kind.pictures]
+    def images(self) -> list[Image.Image]:
+        return [photograph(name) for name in self.kind.images]
 
 
 def load_pair(base: Path, kind: Kind) -> EditPair:

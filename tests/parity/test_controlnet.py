@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.data.images import load_image
 from diffsynth_core.families.flux import rehearsal as tiny_flux
 from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
@@ -135,24 +135,24 @@ def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
-    """The picture to follow, read by us at the size of what is made: it is larger and of another shape."""
-    path = tmp_path_factory.mktemp("pictures") / "coffee.png"
+    """The image to follow, read by us at the size of what is made: it is larger and of another shape."""
+    path = tmp_path_factory.mktemp("images") / "coffee.png"
     photograph("coffee").save(path)
-    return Image.fromarray(load_picture(path, HEIGHT, WIDTH))
+    return Image.fromarray(load_image(path, HEIGHT, WIDTH))
 
 
 @torch.no_grad()
 def encoded(pair: Pair, followed: Image.Image) -> dict[str, Tensor]:
     """A sample as a run encodes it."""
     made, control = (
-        pixels_of(picture).contiguous() for picture in (photograph("astronaut").resize((WIDTH, HEIGHT)), followed)
+        pixels_of(image).contiguous() for image in (photograph("astronaut").resize((WIDTH, HEIGHT)), followed)
     )
     return pair.ours.encode({"prompt": PROMPT, "image": made, "controlnet_image": [control]})
 
 
 @pytest.fixture(autouse=True)
 def _posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipelines draw the latents of the picture to follow; their mean is what is compared, as everywhere."""
+    """The pipelines draw the latents of the image to follow; their mean is what is compared, as everywhere."""
     for module in (pipeline_qwenimage_controlnet, pipeline_flux_controlnet):
         monkeypatch.setattr(module, "retrieve_latents", lambda posterior, generator=None: posterior.latent_dist.mode())
 

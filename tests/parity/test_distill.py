@@ -157,7 +157,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
 
 
 def test_samples_of_other_numbers_of_steps_are_in_other_batches(models, datasets):
-    plan = plan_of(KINDS["qwen-image"], models, datasets["pictures"], dataset_repeat=30)
+    plan = plan_of(KINDS["qwen-image"], models, datasets["images"], dataset_repeat=30)
     samples = plan.samples.samples
     seen = set()
     for number in range(plan.batches.batches_per_epoch):

@@ -46,7 +46,7 @@ WAN_2_2 = partial(
 class Fullest(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, each memory once, apart from `weights`; keeps the most.
 
-    Of tensors without numbers (on the device `meta`), so that pictures may be of any size.
+    Of tensors without numbers (on the device `meta`), so that images may be of any size.
     """
 
     def __init__(self, weights: set[int]) -> None:

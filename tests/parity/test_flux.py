@@ -1,4 +1,4 @@
-"""FLUX.1's numbers against diffusers' `FluxPipeline` and `FluxKontextPipeline`, float32, tiny weights, real pictures.
+"""FLUX.1's numbers against diffusers' `FluxPipeline` and `FluxKontextPipeline`, float32, tiny weights, real images.
 
 Most tests of Kontext work at a 64th of the published area; one at all of it.
 """
@@ -90,7 +90,7 @@ def test_captions_that_are_cut_are_told(plain, caption, first, second, complaint
     assert complaints() == []
 
 
-# Pictures
+# Images
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_latents_of_photographs_equal_the_vae_path(plain, name):
 
 
 @torch.no_grad()
-def test_reference_pictures_are_encoded_like_those_that_are_made(flux_pairs):
+def test_reference_images_are_encoded_like_those_that_are_made(flux_pairs):
     ours = flux_pairs("Kontext").ours
     images = [photograph("coffee"), photograph("upright")]
     encoded = ours.encode(ours.sample("", shown=images))
@@ -190,7 +190,7 @@ def shown_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def _small(monkeypatch) -> None:
-    """Let the pipeline bring reference pictures to a 64th of the area it would."""
+    """Let the pipeline bring reference images to a 64th of the area it would."""
     sizes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
     shrunk = [(width // 8 // 16 * 16, height // 8 // 16 * 16) for width, height in sizes]
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", shrunk)
@@ -209,7 +209,7 @@ def test_one_step_is_that_of_the_pipeline_at_the_published_size(flux):
 
 
 @torch.no_grad()
-def test_several_reference_pictures_follow_each_other_as_picture_1(flux_pairs):
+def test_several_reference_images_follow_each_other_as_image_1(flux_pairs):
     """Their tokens in their order, behind those that are made; of what the model says, the latter alone are taken."""
     ours = flux_pairs("Kontext").ours
     images = [photograph("coffee"), photograph("upright")]
@@ -219,10 +219,10 @@ def test_several_reference_pictures_follow_each_other_as_picture_1(flux_pairs):
     with recorded(ours.transformer) as calls:
         prediction = ours.predict(noisy, sigma, batch)
     (told, (output,)), shown = calls[0], shown_latents(batch)
-    pictures = [noisy, *shown]
-    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in pictures], dim=1))
+    images = [noisy, *shown]
+    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in images], dim=1))
     assert torch.equal(
-        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(pictures, (0, 1, 1), strict=True)])
+        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(images, (0, 1, 1), strict=True)])
     )
     assert [count.item() for count in told["img_ids"][:, 0].int().bincount()] == [4 * 6, 6 * 9 + 10 * 6]
     assert torch.equal(told["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))

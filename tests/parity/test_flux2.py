@@ -1,4 +1,4 @@
-"""FLUX.2's numbers against diffusers' `Flux2KleinPipeline`, float32, tiny weights, real pictures."""
+"""FLUX.2's numbers against diffusers' `Flux2KleinPipeline`, float32, tiny weights, real images."""
 
 import math
 from contextlib import nullcontext
@@ -12,11 +12,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import Excerpt, ReferenceRule, choose_reference, load_excerpt
-from diffsynth_core.data.pictures import read_picture_header
 from diffsynth_core.families.flux2.encode import caption_left_out
 from diffsynth_core.families.flux2.facts import FLUX2
-from diffsynth_core.families.flux2.inputs import pack, picture_positions, text_positions, unpack
+from diffsynth_core.families.flux2.inputs import image_positions, pack, text_positions, unpack
 from diffsynth_core.families.patches import numbered
 from diffsynth_core.training.objective import add_noise
 from tests.parity.flux2_models import (
@@ -25,8 +25,8 @@ from tests.parity.flux2_models import (
     SIZE,
     entries_of,
     find_files,
+    image_of,
     load_files,
-    picture_of,
 )
 from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
 from tests.parity.photographs import PHOTOGRAPHS, pixels_of
@@ -71,25 +71,25 @@ def test_a_caption_that_is_cut_is_told(flux2):
     assert told["long"] == "captions are cut after 512 tokens, template included"
 
 
-# Pictures
+# Images
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(128, 192), (80, 64)], ids=str)
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_latents_of_photographs_equal_the_vae_path(klein, name, size):
-    picture = picture_of(name, *size)
-    prepared = klein.pipeline.image_processor.preprocess(picture)
+    image = image_of(name, *size)
+    prepared = klein.pipeline.image_processor.preprocess(image)
     expected = klein.pipeline._encode_vae_image(prepared, generator=None)
-    latents = klein.ours.encode({"image": pixels_of(picture)})["latents"]
+    latents = klein.ours.encode({"image": pixels_of(image)})["latents"]
     assert latents.shape == (128, 1, size[0] // 16, size[1] // 16)
     assert difference(latents[None, :, 0], expected) < TOLERANCE
 
 
 @torch.no_grad()
-def test_the_tiny_vae_tells_pictures_apart(klein):
+def test_the_tiny_vae_tells_images_apart(klein):
     latents = torch.stack(
-        [klein.ours.encode({"image": pixels_of(picture_of(name, 128, 128))})["latents"] for name in PHOTOGRAPHS]
+        [klein.ours.encode({"image": pixels_of(image_of(name, 128, 128))})["latents"] for name in PHOTOGRAPHS]
     )
     assert 0.8 < latents.std() < 1.2
     assert abs(latents.mean()) < 0.3
@@ -100,35 +100,35 @@ def test_the_tiny_vae_tells_pictures_apart(klein):
 @pytest.mark.parametrize("count", [1, 2])
 def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
     shown = klein.shown[:count]
-    prepared = [klein.pipeline.image_processor.preprocess(picture) for picture in shown]
+    prepared = [klein.pipeline.image_processor.preprocess(image) for image in shown]
     expected, positions = klein.pipeline.prepare_image_latents(prepared, 1, None, "cpu", torch.float32)
     encoded = klein.encoded(count)
     assert [name for name in encoded if name.startswith("edit")] == [
         f"edit_latents_{number}" for number in range(count)
     ]
-    pictures = numbered({name: tensor[None] for name, tensor in encoded.items()}, "edit_latents_{}")
-    tokens = torch.cat([pack(picture) for picture in pictures], dim=1)
+    images = numbered({name: tensor[None] for name, tensor in encoded.items()}, "edit_latents_{}")
+    tokens = torch.cat([pack(image) for image in images], dim=1)
     assert difference(tokens, expected) < TOLERANCE
     target = encoded["latents"][None]
     of_target = klein.pipeline._prepare_latent_ids(target[:, :, 0])
-    assert torch.equal(picture_positions([target, *pictures]), torch.cat([of_target, positions], dim=1)[0])
+    assert torch.equal(image_positions([target, *images]), torch.cat([of_target, positions], dim=1)[0])
 
 
 @pytest.mark.parametrize("size", [(451, 300), (512, 512), (1448, 1100), (1911, 1000), (1030, 1162)])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_reference_pictures_are_read_as_the_pipeline_reads_them(klein, tmp_path, name, size):
-    picture_of(name, *size).save(tmp_path / "shown.png")
+def test_reference_images_are_read_as_the_pipeline_reads_them(klein, tmp_path, name, size):
+    image_of(name, *size).save(tmp_path / "shown.png")
     (reference,) = FLUX2.variant({}, ("edit_image",), "").references
     rule = ReferenceRule(reference.name, reference.column, reference.size, 1024 * 1024, reference.factor)
     excerpt = choose_reference(
-        tmp_path / "shown.png", read_picture_header(tmp_path / "shown.png"), rule, Excerpt(tmp_path, 0, 0)
+        tmp_path / "shown.png", read_image_header(tmp_path / "shown.png"), rule, Excerpt(tmp_path, 0, 0)
     )
     ours = torch.tensor(load_excerpt(excerpt)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     processor = klein.pipeline.image_processor
-    picture = processor._resize_if_exceeds_area(Image.open(tmp_path / "shown.png"), 1024 * 1024)
-    height, width = picture.height // 16 * 16, picture.width // 16 * 16
-    theirs = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+    image = processor._resize_if_exceeds_area(Image.open(tmp_path / "shown.png"), 1024 * 1024)
+    height, width = image.height // 16 * 16, image.width // 16 * 16
+    theirs = processor.preprocess(image, height=height, width=width, resize_mode="crop")
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1e-6
 
@@ -217,7 +217,7 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(flux2, index
 
 
 @torch.no_grad()
-def test_reference_pictures_matter(klein):
+def test_reference_images_matter(klein):
     predictions = []
     for shown in range(3):
         batch = klein.ours.family.collate([klein.encoded(shown)])
@@ -249,11 +249,11 @@ def test_sigma_is_rounded_only_where_nothing_else_can_be_computed(klein, flux2_m
 def test_a_batch_equals_its_singles(klein, shown):
     samples = []
     for number, (caption, name) in enumerate(zip(CAPTIONS.values(), PHOTOGRAPHS, strict=False)):
-        sample: dict[str, Any] = {"prompt": caption, "image": pixels_of(picture_of(name, *SIZE))}
+        sample: dict[str, Any] = {"prompt": caption, "image": pixels_of(image_of(name, *SIZE))}
         if shown:
             others = (PHOTOGRAPHS[number - 1], PHOTOGRAPHS[number - 2])
             sample["edit_image"] = [
-                pixels_of(picture_of(other, *size)) for other, size in zip(others, REFERENCE_SIZES, strict=True)
+                pixels_of(image_of(other, *size)) for other, size in zip(others, REFERENCE_SIZES, strict=True)
             ]
         samples.append(klein.ours.encode(sample))
     check_batch_equals_singles(klein.ours, samples)

@@ -49,7 +49,7 @@ class LoraRun:
 
 RUNS = {
     "4B, as its recipe": LoraRun("4B", {"recipe": "flux.2-klein-4b-lora"}),
-    "base 9B, from pictures": LoraRun("base 9B", {"extra_inputs": "edit_image"}),
+    "base 9B, from images": LoraRun("base 9B", {"extra_inputs": "edit_image"}),
 }
 
 
@@ -70,7 +70,7 @@ def metadata(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def train_lora(
     flux2_models: Path, photographs: Path, metadata: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Train a LoRA on four pictures, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images, at a rate that moves the output far; returns its file."""
     folder = tmp_path_factory.mktemp("runs")
 
     @cache

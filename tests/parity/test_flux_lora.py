@@ -51,7 +51,7 @@ def own_names(modules: Collection[str]) -> set[str]:
 def train_lora(
     flux_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Train a LoRA on four pictures, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images, at a rate that moves the output far; returns its file."""
     folder = tmp_path_factory.mktemp("runs")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
 

@@ -1,5 +1,5 @@
 """Editing with Qwen-Image against diffusers' `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`, float32, tiny
-weights, real pictures. Most tests work at a 64th of the published areas; one at all of them."""
+weights, real images. Most tests work at a 64th of the published areas; one at all of them."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CAPTIONS = {
     "Chinese": "把杯子换成蓝色, émoji 🙂 and\nnewlines",
     "long": "word " * 500,
 }
-TWO = "2509, two pictures"
+TWO = "2509, two images"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> 
     edit.pipeline.scheduler = OneStep.at(sigma)
     height, width = SIZE
     edit.pipeline(
-        image=edit.pictures[0] if len(edit.pictures) == 1 else edit.pictures,
+        image=edit.images[0] if len(edit.images) == 1 else edit.images,
         prompt=caption,
         height=height,
         width=width,
@@ -52,7 +52,7 @@ def check_against_pipeline(edit: EditPair, caption: str, max_pixels: int) -> Non
     """Text, references, positions and the prediction of one sample are those of the pipeline."""
     ours = edit.ours
     sigma = torch.tensor([0.75])
-    batch = ours.family.collate([ours.encode(ours.sample(caption, shown=edit.pictures, max_pixels=max_pixels))])
+    batch = ours.family.collate([ours.encode(ours.sample(caption, shown=edit.images, max_pixels=max_pixels))])
     noisy = add_noise(batch["latents"], noise_for(batch["latents"], seed=1), sigma)
     with recorded(edit.pipeline.transformer, ours.transformer) as calls:
         run_pipeline(edit, caption, noisy, sigma)
@@ -61,7 +61,7 @@ def check_against_pipeline(edit: EditPair, caption: str, max_pixels: int) -> Non
     (theirs, (expected,)), (mine, _) = calls
     made = pack(noisy).shape[1]
     assert [list(shapes) for shapes in mine["img_shapes"]] == [list(shapes) for shapes in theirs["img_shapes"]]
-    assert len(mine["img_shapes"][0]) == 1 + len(edit.pictures)
+    assert len(mine["img_shapes"][0]) == 1 + len(edit.images)
     assert torch.equal(mine["timestep"], theirs["timestep"])
     assert mine["encoder_hidden_states_mask"] is None and theirs["encoder_hidden_states_mask"] is None
     worst = {
@@ -71,7 +71,7 @@ def check_against_pipeline(edit: EditPair, caption: str, max_pixels: int) -> Non
     }
     said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     tokens = tuple(mine["hidden_states"].shape[1:2]) + tuple(mine["encoder_hidden_states"].shape[1:2])
-    print(f"{edit.kind.model_id}, {len(edit.pictures)} pictures, {tokens} tokens: {said}")
+    print(f"{edit.kind.model_id}, {len(edit.images)} images, {tokens} tokens: {said}")
     assert max(worst.values()) < TOLERANCE
     assert expected[:, :made].std() > 0.1 and theirs["encoder_hidden_states"].std() > 0.1, (
         "there is something to compare"
@@ -84,7 +84,7 @@ def test_one_step_is_that_of_the_pipeline(edit, caption):
     check_against_pipeline(edit, caption, FEW_PIXELS)
 
 
-@pytest.mark.parametrize("edit", ["Edit", "2509, one picture"], indirect=True)
+@pytest.mark.parametrize("edit", ["Edit", "2509, one image"], indirect=True)
 def test_one_step_is_that_of_the_pipeline_at_the_published_sizes(edit):
     check_against_pipeline(edit, CAPTIONS["plain"], PUBLISHED_PIXELS)
 
@@ -93,12 +93,12 @@ def test_one_step_is_that_of_the_pipeline_at_the_published_sizes(edit):
 
 
 @torch.no_grad()
-def test_diffusers_itself_leaves_out_which_tokens_are_pictures(edit_pairs, monkeypatch):
-    """Why its text encoder is told in these tests: without it, transformers 5 counts the tokens of pictures like words.
+def test_diffusers_itself_leaves_out_which_tokens_are_images(edit_pairs, monkeypatch):
+    """Why its text encoder is told in these tests: without it, transformers 5 counts the tokens of images like words.
 
     When this fails, diffusers tells (its issue 14194), and what stands in for that can go.
     """
-    pipeline = edit_pairs("2509, one picture").pipeline
+    pipeline = edit_pairs("2509, one image").pipeline
     image = [photograph("coffee").resize((96, 64))]
     told, _ = pipeline.encode_prompt("a cup", image)
     monkeypatch.setattr(pipeline.text_encoder, "_forward_pre_hooks", {})
@@ -108,9 +108,9 @@ def test_diffusers_itself_leaves_out_which_tokens_are_pictures(edit_pairs, monke
 
 
 @torch.no_grad()
-def test_tokens_of_a_picture_are_placed_in_height_and_width(edit_pairs):
-    """By hand: 2 x 3 tokens of a picture begin behind the text before them, which goes on behind the longer side."""
-    ours = edit_pairs("2509, one picture").ours
+def test_tokens_of_an_image_are_placed_in_height_and_width(edit_pairs):
+    """By hand: 2 x 3 tokens of an image begin behind the text before them, which goes on behind the longer side."""
+    ours = edit_pairs("2509, one image").ours
     positions: list[Tensor] = []
     hook = ours.components["text_encoder"].model.language_model.register_forward_pre_hook(
         lambda _, positional, named: positions.append(named["position_ids"]), with_kwargs=True
@@ -131,7 +131,7 @@ def test_tokens_of_a_picture_are_placed_in_height_and_width(edit_pairs):
 
 
 @torch.no_grad()
-def test_states_tell_pictures_and_their_order_apart(edit_pairs):
+def test_states_tell_images_and_their_order_apart(edit_pairs):
     ours = edit_pairs(TWO).ours
     images = [photograph("astronaut"), photograph("coffee").resize((512, 512))]
     one, other = (ours.encode(ours.sample("a", shown=order))["prompt_embeds"] for order in (images, images[::-1]))
@@ -142,7 +142,7 @@ def test_captions_are_not_cut_off_but_refused_where_they_have_no_place(edit_pair
     """diffusers' transformer has no positions for them, and fails on shapes."""
     ours = edit_pairs(TWO).ours
     text = ours.variant.encoders[0]
-    sample = ours.sample(CAPTIONS["long"], shown=edit_pairs(TWO).pictures)
+    sample = ours.sample(CAPTIONS["long"], shown=edit_pairs(TWO).images)
     assert ours.family.left_out(text, ours.components, sample) is None
     with pytest.raises(DiffSynthError, match="the model takes 3072: `word word"):
         ours.encode({**sample, "prompt": "word " * 900})
@@ -165,12 +165,12 @@ def test_sizes_are_those_of_the_pipelines(ratio):
 
 
 @torch.no_grad()
-def test_pictures_keep_their_order_and_sizes(edit_pairs):
-    pair = edit_pairs("2511, two pictures")
-    encoded = pair.ours.encode(pair.ours.sample("", shown=pair.pictures))
+def test_images_keep_their_order_and_sizes(edit_pairs):
+    pair = edit_pairs("2511, two images")
+    encoded = pair.ours.encode(pair.ours.sample("", shown=pair.images))
     found = edit_latents(pair.ours.family.collate([encoded, encoded]))
     assert [tuple(latents.shape) for latents in found] == [(2, 16, 1, 12, 20), (2, 16, 1, 20, 12)]
-    alone = pair.ours.encode(pair.ours.sample("", shown=pair.pictures[1:]))
+    alone = pair.ours.encode(pair.ours.sample("", shown=pair.images[1:]))
     assert torch.equal(found[1][0], alone["edit_latents_0"])
     assert "edit_latents_1" not in alone
 
@@ -181,11 +181,11 @@ def test_pictures_keep_their_order_and_sizes(edit_pairs):
 @torch.no_grad()
 def test_only_2511_tells_reference_tokens_of_timestep_0(edit_pairs):
     """The tiny transformers have the same weights: what they say differs by the setting alone."""
-    kinds = (TWO, "2511, two pictures")
+    kinds = (TWO, "2511, two images")
     earlier, later = (edit_pairs(name).ours.components["dit"] for name in kinds)
     assert (earlier.zero_cond_t, later.zero_cond_t) == (False, True)
-    ours, pictures = edit_pairs(TWO).ours, edit_pairs(TWO).pictures
-    batch = ours.family.collate([ours.encode(ours.sample("", shown=pictures))])
+    ours, images = edit_pairs(TWO).ours, edit_pairs(TWO).images
+    batch = ours.family.collate([ours.encode(ours.sample("", shown=images))])
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
     first, second = (ours.family.predict_velocity({"dit": dit}, noisy, sigma, batch) for dit in (earlier, later))
     assert difference(first, second) > 0.01
@@ -193,8 +193,8 @@ def test_only_2511_tells_reference_tokens_of_timestep_0(edit_pairs):
 
 @torch.no_grad()
 def test_the_parameter_alone_makes_another_transformer_a_2511(edit_models, edit_pairs):
-    earlier, later = load_ours(edit_models, KINDS[TWO], zero_cond_t=True), edit_pairs("2511, two pictures").ours
-    batch = later.family.collate([later.encode(later.sample("", shown=edit_pairs(TWO).pictures))])
+    earlier, later = load_ours(edit_models, KINDS[TWO], zero_cond_t=True), edit_pairs("2511, two images").ours
+    batch = later.family.collate([later.encode(later.sample("", shown=edit_pairs(TWO).images))])
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
     first, second = (ours.predict(noisy, sigma, batch) for ours in (earlier, later))
     assert torch.equal(first, second)
@@ -203,9 +203,9 @@ def test_the_parameter_alone_makes_another_transformer_a_2511(edit_models, edit_
 # Batches
 
 
-@pytest.mark.parametrize("edit", ["Edit", TWO, "2511, two pictures"], indirect=True)
+@pytest.mark.parametrize("edit", ["Edit", TWO, "2511, two images"], indirect=True)
 def test_a_batch_equals_its_singles(edit):
-    sizes = [image.size for image in edit.pictures]
+    sizes = [image.size for image in edit.images]
     samples = []
     for caption, name in zip(list(CAPTIONS.values())[:4], PHOTOGRAPHS, strict=True):
         shown = [photograph(name).rotate(90 * number).resize(size) for number, size in enumerate(sizes)]
@@ -218,11 +218,11 @@ def test_a_batch_equals_its_singles(edit):
 
 
 @pytest.mark.parametrize("edit", ["Edit", TWO], indirect=True)
-def test_training_reaches_the_picture_half_of_the_text_encoder(edit, request):
+def test_training_reaches_the_image_half_of_the_text_encoder(edit, request):
     text_encoder = edit.ours.components["text_encoder"].requires_grad_(True)
     request.addfinalizer(lambda: text_encoder.requires_grad_(False))
     text, *_ = edit.ours.variant.encoders
-    sample = edit.ours.sample("a cup", shown=edit.pictures)
+    sample = edit.ours.sample("a cup", shown=edit.images)
     states = edit.ours.family.encode(text, edit.ours.components, sample)["prompt_embeds"]
     names = [name for name, _ in text_encoder.named_parameters()]
     found = torch.autograd.grad(states.pow(2).sum(), list(text_encoder.parameters()), allow_unused=True)

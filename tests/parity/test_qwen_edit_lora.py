@@ -16,7 +16,7 @@ from tests.parity.loras import adapter_modules, check_outputs, load_into
 from tests.parity.qwen_edit_models import KINDS, load_pipeline
 
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
-NAMES = ("Edit", "2509, two pictures", "2511, two pictures")
+NAMES = ("Edit", "2509, two images", "2511, two images")
 DIT = QWEN_IMAGE.component("dit")
 
 
@@ -52,7 +52,7 @@ def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
 
 @torch.no_grad()
 def predict(transformer: Any) -> Tensor:
-    """One picture that is made, of 4 x 6 tokens, and two to edit."""
+    """One image that is made, of 4 x 6 tokens, and two to edit."""
     generator = torch.Generator().manual_seed(3)
     return transformer(
         hidden_states=torch.randn(1, 24 + 16 + 10, 64, generator=generator),

@@ -1,4 +1,4 @@
-"""Qwen-Image's numbers against diffusers' `QwenImagePipeline`, float32, tiny weights, real pictures."""
+"""Qwen-Image's numbers against diffusers' `QwenImagePipeline`, float32, tiny weights, real images."""
 
 import math
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth_core.data.drawn_pictures import draw_pictures
-from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.data.drawn_images import draw_images
+from diffsynth_core.data.images import load_image
 from diffsynth_core.families.patches import pack
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from tests.parity.numbers import TOLERANCE, difference
@@ -22,7 +22,7 @@ CAPTIONS = [
     "Ein Krug, 漢字, émoji 🙂 and\nnewlines",
     "word " * 1500,
 ]
-PICTURES = (*PHOTOGRAPHS, "hubble_deep_field")
+IMAGES = (*PHOTOGRAPHS, "hubble_deep_field")
 
 
 @torch.no_grad()
@@ -47,35 +47,33 @@ def test_padded_embeddings_and_mask_equal_the_pipelines(family, ours, pipeline):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_latents_of_photographs_equal_the_vae_path(family, ours, pipeline, name, tmp_path):
     photograph(name).save(tmp_path / "photograph.png")
-    picture = load_picture(tmp_path / "photograph.png", 192, 256)
-    _check_latents(family, ours, pipeline, picture)
+    image = load_image(tmp_path / "photograph.png", 192, 256)
+    _check_latents(family, ours, pipeline, image)
 
 
 @torch.no_grad()
-def test_latents_of_drawn_pictures_equal_the_vae_path(family, ours, pipeline, tmp_path):
-    for path in sorted(draw_pictures(tmp_path / "drawn").glob("*.*[gp]")):
-        _check_latents(family, ours, pipeline, load_picture(path, 176, 208))
+def test_latents_of_drawn_images_equal_the_vae_path(family, ours, pipeline, tmp_path):
+    for path in sorted(draw_images(tmp_path / "drawn").glob("*.*[gp]")):
+        _check_latents(family, ours, pipeline, load_image(path, 176, 208))
 
 
-def _check_latents(family, ours, pipeline, picture: np.ndarray) -> None:
+def _check_latents(family, ours, pipeline, image: np.ndarray) -> None:
     # The pipeline's own preprocessing, and the inverse of the normalisation it applies before decoding.
-    prepared = pipeline.image_processor.preprocess(Image.fromarray(picture))[:, :, None]
+    prepared = pipeline.image_processor.preprocess(Image.fromarray(image))[:, :, None]
     encoded = pipeline.vae.encode(prepared).latent_dist.mode()
     mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(pipeline.vae.config.latents_std).view(1, -1, 1, 1, 1)
-    latents = family.encode(LATENTS, ours, {"image": pixels_of(picture)})["latents"]
+    latents = family.encode(LATENTS, ours, {"image": pixels_of(image)})["latents"]
     assert difference(latents[None], (encoded - mean) / std) < TOLERANCE
 
 
 @torch.no_grad()
-def test_the_tiny_vae_tells_pictures_apart(family, ours):
-    pictures = [np.asarray(photograph(name).resize((128, 128))) for name in PICTURES]
-    latents = torch.stack(
-        [family.encode(LATENTS, ours, {"image": pixels_of(picture)})["latents"] for picture in pictures]
-    )
+def test_the_tiny_vae_tells_images_apart(family, ours):
+    images = [np.asarray(photograph(name).resize((128, 128))) for name in IMAGES]
+    latents = torch.stack([family.encode(LATENTS, ours, {"image": pixels_of(image)})["latents"] for image in images])
     assert latents.std(0).mean() > 0.5 * latents.std()
 
 

@@ -15,7 +15,7 @@ from diffsynth_core.families.wan.encode import clean_caption
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
 from tests.parity.photographs import PHOTOGRAPHS, pixels_of
-from tests.parity.wan_models import KINDS, PROMPT, WanPair, clip_of, pictures_of
+from tests.parity.wan_models import KINDS, PROMPT, WanPair, clip_of, images_of
 
 CAPTIONS = {
     "empty": "",
@@ -106,8 +106,8 @@ def test_the_tiny_vae_tells_clips_apart(wan):
 @pytest.mark.parametrize("wan", [name for name, kind in KINDS.items() if kind.shown], indirect=True)
 def test_what_the_model_is_shown_equals_the_pipelines(wan):
     """The mask and condition channels of I2V, or the clean first frame of TI2V; CLIP's states."""
-    encoded, pictures = wan.encoded, pictures_of(wan.clip, wan.kind.shown)
-    prepared = {name: wan.pipeline.video_processor.preprocess(picture) for name, picture in pictures.items()}
+    encoded, images = wan.encoded, images_of(wan.clip, wan.kind.shown)
+    prepared = {name: wan.pipeline.video_processor.preprocess(image) for name, image in images.items()}
     _, condition, *mask = wan.pipeline.prepare_latents(
         prepared["image"], 1, wan.pipeline.vae.config.z_dim, *wan.kind.size, len(wan.clip), torch.float32, "cpu",
         last_image=prepared.get("last_image"),
@@ -119,7 +119,7 @@ def test_what_the_model_is_shown_equals_the_pipelines(wan):
     assert torch.equal(encoded["condition"][:4], condition[0, :4])
     assert difference(encoded["condition"][None], condition) < TOLERANCE
     if wan.kind.image_encoder:
-        states = wan.pipeline.encode_image(list(pictures.values()))
+        states = wan.pipeline.encode_image(list(images.values()))
         assert difference(encoded["image_embeds"], states.flatten(0, 1)) < TOLERANCE
 
 
@@ -154,7 +154,7 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(wan, index, 
     pipeline.set_progress_bar_config(disable=True)
     with recorded(pipeline.transformer, ours.transformer) as calls:
         pipeline(
-            **pictures_of(wan.clip, wan.kind.shown),
+            **images_of(wan.clip, wan.kind.shown),
             prompt=PROMPT,
             height=height,
             width=width,
@@ -185,7 +185,7 @@ def test_the_transformer_sees_and_says_what_it_does_in_the_pipeline(wan, index, 
 # Latents that are given
 
 
-@pytest.mark.parametrize("wan", ["TI2V, picture"], indirect=True)
+@pytest.mark.parametrize("wan", ["TI2V, image"], indirect=True)
 def test_given_latents_are_neither_noised_nor_learned(wan):
     batch = wan.ours.family.collate([wan.encoded, wan.encoded])
     latents, given = batch["latents"], batch["given"]
@@ -206,7 +206,7 @@ def test_given_latents_are_neither_noised_nor_learned(wan):
 # Batches
 
 
-@pytest.mark.parametrize("wan", ["T2V", "I2V 2.1", "FLF2V", "TI2V, picture"], indirect=True)
+@pytest.mark.parametrize("wan", ["T2V", "I2V 2.1", "FLF2V", "TI2V, image"], indirect=True)
 def test_a_batch_equals_its_singles(wan):
     captions = [CAPTIONS[name] for name in ("empty", "plain", "Chinese", "entities")]
     samples = [

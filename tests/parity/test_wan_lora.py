@@ -31,7 +31,7 @@ PLACES_OF_A_BLOCK = [
     "ffn.2",
 ]
 MODULES = {f"blocks.{block}.{place}" for block in range(2) for place in PLACES_OF_A_BLOCK}
-PICTURE_MODULES = {f"blocks.{block}.cross_attn.{part}_img" for block in range(2) for part in "kv"}
+IMAGE_MODULES = {f"blocks.{block}.cross_attn.{part}_img" for block in range(2) for part in "kv"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ RUNS = {
     "T2V, second expert": LoraRun(T2V, SECOND_EXPERT, part="transformer_2"),
     "I2V 2.1": LoraRun(I2V, I2V.entries["dit"]),
     "I2V 2.1, k_img and v_img": LoraRun(
-        I2V, I2V.entries["dit"], f"{DOCUMENTED},k_img,v_img", frozenset(MODULES | PICTURE_MODULES)
+        I2V, I2V.entries["dit"], f"{DOCUMENTED},k_img,v_img", frozenset(MODULES | IMAGE_MODULES)
     ),
 }
 
@@ -69,7 +69,7 @@ def models(wan_models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Train a LoRA on four pictures as clips of one frame, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images as clips of one frame, at a rate that moves the output far; returns its file."""
     folder = tmp_path_factory.mktemp("runs")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
     metadata = folder / "metadata.csv"
@@ -103,12 +103,12 @@ def load_with_lora(base: Path, run: LoraRun, path: Path) -> Any:
 @torch.no_grad()
 def predict(transformer: Any) -> Tensor:
     config, generator = transformer.config, torch.Generator().manual_seed(3)
-    pictures = torch.randn(1, 257, config.image_dim, generator=generator) if config.image_dim else None
+    images = torch.randn(1, 257, config.image_dim, generator=generator) if config.image_dim else None
     return transformer(
         hidden_states=torch.randn(1, config.in_channels, 2, 4, 6, generator=generator),
         timestep=torch.tensor([600.0]),
         encoder_hidden_states=torch.randn(1, 9, config.text_dim, generator=generator),
-        encoder_hidden_states_image=pictures,
+        encoder_hidden_states_image=images,
         return_dict=False,
     )[0]
 
@@ -127,8 +127,8 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lo
     assert complaints() == []
     transformer = getattr(pipeline, run.part)
     carriers = adapter_modules(transformer)
-    # diffusers puts a LoRA of zeros on the picture half of an I2V model when the file has none for it.
-    added = own_names(PICTURE_MODULES - run.modules) if run.kind.image_encoder else set()
+    # diffusers puts a LoRA of zeros on the image half of an I2V model when the file has none for it.
+    added = own_names(IMAGE_MODULES - run.modules) if run.kind.image_encoder else set()
     assert carriers.keys() == own_names(run.modules) | added
     assert all(not carriers[module].lora_B["trained"].weight.any() for module in added)
 

@@ -63,9 +63,9 @@ KINDS = {
     "I2V 2.1": Kind("Wan-AI/Wan2.1-I2V-14B-480P", FIRST, image_encoder=True),
     "FLF2V": Kind("Wan-AI/Wan2.1-FLF2V-14B-720P", BOTH, image_encoder=True),
     "I2V 2.2": Kind("Wan-AI/Wan2.2-I2V-A14B", FIRST),
-    "I2V 2.2, two pictures": Kind("Wan-AI/Wan2.2-I2V-A14B", BOTH),
+    "I2V 2.2, two images": Kind("Wan-AI/Wan2.2-I2V-A14B", BOTH),
     "TI2V, text": Kind("Wan-AI/Wan2.2-TI2V-5B", newer_vae=True),
-    "TI2V, picture": Kind("Wan-AI/Wan2.2-TI2V-5B", FIRST, newer_vae=True),
+    "TI2V, image": Kind("Wan-AI/Wan2.2-TI2V-5B", FIRST, newer_vae=True),
 }
 
 
@@ -131,16 +131,16 @@ def clip_of(name: str, frames: int, height: int, width: int) -> np.ndarray:
     """A photograph panned over and zoomed into, `[F, H, W, 3]` uint8; frames differ."""
     whole = photograph(name)
     full_width, full_height = whole.size
-    pictures = []
+    images = []
     for frame in range(frames):
         part = 1 - 0.03 * frame  # of each side
         left, top = 0.02 * frame * full_width, 0.01 * frame * full_height
         box = (left, top, left + part * full_width * 0.8, top + part * full_height * 0.8)
-        pictures.append(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box)))
-    return np.stack(pictures)
+        images.append(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box)))
+    return np.stack(images)
 
 
-def pictures_of(clip: np.ndarray, shown: tuple[str, ...]) -> dict[str, Image.Image]:
+def images_of(clip: np.ndarray, shown: tuple[str, ...]) -> dict[str, Image.Image]:
     """The frames that are shown, as the pipelines call them."""
     frames = {"input_image": ("image", 0), "end_image": ("last_image", -1)}
     return {frames[name][0]: Image.fromarray(clip[frames[name][1]]) for name in shown}

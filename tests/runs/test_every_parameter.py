@@ -173,7 +173,7 @@ WEIGHTS: dict[str, tuple[object, ...]] = {
 @pytest.fixture
 def run(cli, photographs: Path, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
     """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags stand for folders."""
-    dataset = Path(shutil.copytree(photographs, tmp_path / "pictures"))
+    dataset = Path(shutil.copytree(photographs, tmp_path / "images"))
     rows = (dataset / "metadata.csv").read_text().splitlines()
     (dataset / "two.csv").write_text("\n".join(rows[:3]) + "\n")
     one = tmp_path / "one"

@@ -56,7 +56,7 @@ def _kills() -> list[Kill]:
 def through(recipe_models, photographs, tmp_path_factory):
     """The files of a run that is not stopped, by recipe and kind; and what its command line says."""
     folder = tmp_path_factory.mktemp("through")
-    clips = folder / "clips.csv"  # Wan takes pictures as clips of one frame
+    clips = folder / "clips.csv"  # Wan takes images as clips of one frame
     clips.write_text((photographs / "metadata.csv").read_text(encoding="utf-8").replace("image", "video", 1))
     known: dict[tuple[str, str], dict[str, bytes]] = {}
 

@@ -1,7 +1,7 @@
 """It learns: four photographs, some 100 steps, against predicting nothing, at noise and sigmas never trained on.
 
-The yardstick is measured apart from the product: captions and pictures are encoded by diffusers, paired as in the
-dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and captions or pictures that training
+The yardstick is measured apart from the product: captions and images are encoded by diffusers, paired as in the
+dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and captions or images that training
 mixes up between samples, cannot pass.
 """
 
@@ -124,7 +124,7 @@ def test_learning_rate_0_does_not_pass(train_and_measure, photographs):
 
 
 def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
-    """What training on mixed-up pairs would give: each caption with the next picture."""
+    """What training on mixed-up pairs would give: each caption with the next image."""
     dataset = tmp_path / "swapped"
     shutil.copytree(photographs, dataset)
     captions = list(CAPTIONS.values())

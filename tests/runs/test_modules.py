@@ -48,7 +48,7 @@ CONTROLLED = ("--extra_inputs", "controlnet_image", "--data_file_keys", "image,c
 
 @pytest.fixture(scope="module")
 def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models of the families of pictures, with ControlNets."""
+    """Tiny models of the families of images, with ControlNets."""
     base = tmp_path_factory.mktemp("modules")
     for family, places in PLACES.items():
         for component, entry in places.items():
@@ -58,13 +58,13 @@ def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs(dataset: Path) -> Path:
-    """Photographs with pictures to follow: themselves, upside down."""
+    """Photographs with images to follow: themselves, upside down."""
     from PIL import Image, ImageOps
 
     rows = ["image,controlnet_image,prompt"]
     for path in sorted(dataset.glob("*.png")):
         ImageOps.flip(Image.open(path)).save(dataset / f"{path.stem}_control.png")
-        rows.append(f"{path.name},{path.stem}_control.png,a picture of {path.stem}")
+        rows.append(f"{path.name},{path.stem}_control.png,an image of {path.stem}")
     (dataset / "metadata.csv").write_text("\n".join(rows) + "\n")
     return dataset
 
@@ -116,7 +116,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.fixture
 def train(cli, pairs, many_models, monkeypatch) -> Callable[..., Any]:
-    """`diffsynth train` on the pictures: one step, unless more are asked for."""
+    """`diffsynth train` on the images: one step, unless more are asked for."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(many_models))
 
     def run(family: str, *arguments: object, steps: int = 1, output: str = "out", controlled: bool = True) -> Any:
@@ -281,7 +281,7 @@ def test_batches_and_recomputed_activations_train_the_same(train, watch, family,
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train, family):
-    """The first encodes the pictures to follow and has no use for the ControlNet; the second has no use for a VAE."""
+    """The first encodes the images to follow and has no use for the ControlNet; the second has no use for a VAE."""
     arguments = ("--trainable_models", "controlnet")
     first = train(family, "--task", "sft:data_process", "--cache_path", "own_cache", output="encoded")
     assert "Loading vae" in first.err and "Loading controlnet" not in first.err
@@ -377,7 +377,7 @@ def clip(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", PLACES)
-def test_a_vae_trains_in_every_family_of_pictures(train, watch, family):
+def test_a_vae_trains_in_every_family_of_images(train, watch, family):
     """Alone, so that its gradients have come through a frozen transformer, and through the target."""
     outcome = train(family, "--trainable_models", "vae", "--verbose", controlled=family in TEXT_ENCODERS)
     assert "the vae trains: what the model is to predict is made of its latents and moves with them" in outcome.err
@@ -403,7 +403,7 @@ def test_a_vae_or_an_image_encoder_of_wan_trains(cli, clip, tiny_wan, watch, mon
 
 
 def test_a_vae_s_gradient_comes_through_what_the_model_reads_and_through_its_target(train, watch, monkeypatch, pairs):
-    """As a plain loop has it: x_0 = VAE(picture), the mean of w (v(x_t) - (noise - x_0))^2, and nothing detached."""
+    """As a plain loop has it: x_0 = VAE(image), the mean of w (v(x_t) - (noise - x_0))^2, and nothing detached."""
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
     real = Flux.predict_velocity
 

@@ -74,7 +74,7 @@ OURS, THEIRS = (("--num_processes", "2"), ()), (("--find_unused_parameters",), T
 def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
     """Train a recipe on the photographs, in one process with accumulation or in two; returns the LoRA it wrote."""
     folder = tmp_path_factory.mktemp("processes")
-    metadata = folder / "metadata.csv"  # Wan takes pictures as clips of one frame
+    metadata = folder / "metadata.csv"  # Wan takes images as clips of one frame
     rows = (photographs / "metadata.csv").read_text(encoding="utf-8")
     metadata.write_text(rows.replace("image", "video", 1), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Rehearsals: every recipe, on drawn pictures and on the user's own, through the real files and the real command."""
+"""Rehearsals: every recipe, on drawn images and on the user's own, through the real files and the real command."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.recipes import load_recipe, recipe_names
-from diffsynth_core.data.drawn_pictures import DRAWN
+from diffsynth_core.data.drawn_images import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {
@@ -41,7 +41,7 @@ def test_every_recipe_rehearses(cli, recipe):
         assert "Saved" in (folder / "train.log").read_text()
     lora, full = next(proofs for begin, proofs in PROOFS.items() if recipe.startswith(begin))
     assert outcome.out.count(full if recipe.endswith("-full") else lora) == len(stages)
-    yours = "YOUR_VIDEOS" if recipe.startswith("wan") else "YOUR_PICTURES"
+    yours = "YOUR_VIDEOS" if recipe.startswith("wan") else "YOUR_IMAGES"
     assert f"--recipe {recipe}" in outcome.out and f"--dataset_base_path {yours}" in outcome.out
 
 
@@ -54,7 +54,7 @@ def test_rehearsals_take_fresh_folders_and_named_ones_the_named(cli):
     assert named.code == 0 and Path("mine/epoch-0.safetensors").is_file()
 
 
-def test_the_users_own_pictures_are_rehearsed(cli, photographs):
+def test_the_users_own_images_are_rehearsed(cli, photographs):
     outcome = cli(
         "train",
         "--recipe",
@@ -141,7 +141,7 @@ def test_a_dry_run_writes_nothing(cli):
     assert outcome.code == 0, outcome.err
     assert "LoRA of rank 32 on 21 modules" in outcome.out
     assert f"{len(DRAWN)} samples from" in outcome.out
-    assert "1 of 8 pictures are turned upright" in outcome.out and "1 of 8 pictures have transparency" in outcome.out
+    assert "1 of 8 images are turned upright" in outcome.out and "1 of 8 images have transparency" in outcome.out
     assert not list(Path().iterdir())
 
 

@@ -114,7 +114,7 @@ def test_a_completed_run_goes_on_when_more_is_asked_for(cli, photographs):
     assert record_of(Path("out"))["status"] == "completed"
 
 
-def test_resume_refuses_other_parameters_and_other_pictures(cli, dataset):
+def test_resume_refuses_other_parameters_and_other_images(cli, dataset):
     common = ("train", *RECIPE, "--dataset_base_path", dataset, "--output_path", "out", "--resume", "auto")
     assert cli(*common, "--max_steps", 2).code == 0
     other = cli(*common, "--learning_rate", 0.5, "--seed", 4, "--max_steps", 4)

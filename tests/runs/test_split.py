@@ -129,7 +129,7 @@ def manifest_of(folder: str) -> dict:
 
 
 def test_a_first_half_that_names_the_transformer_does_not_load_it(train, datasets):
-    command = ("--recipe", QWEN.recipe, "--task", "sft:data_process", "--dataset_base_path", datasets["pictures"])
+    command = ("--recipe", QWEN.recipe, "--task", "sft:data_process", "--dataset_base_path", datasets["images"])
     planned = train(*command, "--output_path", "encoded", "--dry_run", "--verbose")
     assert f"  dit             {entries_of(QWEN.recipe)[0]}, not loaded by `sft:data_process`\n" in planned.out
     assert "4 samples from" in planned.out and "\nSteps " not in planned.out and not Path("encoded").exists()
@@ -140,17 +140,15 @@ def test_a_first_half_that_names_the_transformer_does_not_load_it(train, dataset
 
 
 def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
-    train(
-        "--recipe", QWEN.recipe, "--dataset_base_path", datasets["pictures"], "--max_steps", 2, "--output_path", "run"
-    )
-    partly = train(*first_half(QWEN, datasets["pictures"], "partly"))
+    train("--recipe", QWEN.recipe, "--dataset_base_path", datasets["images"], "--max_steps", 2, "--output_path", "run")
+    partly = train(*first_half(QWEN, datasets["images"], "partly"))
     encoded = int(partly.err.rpartition("Encoding latents: ")[2].partition(" of")[0])
     assert encoded == 2, "a run of two steps encodes two samples"
     train(
         "--recipe",
         QWEN.recipe,
         "--dataset_base_path",
-        datasets["pictures"],
+        datasets["images"],
         "--num_epochs",
         1,
         "--dataset_repeat",
@@ -158,7 +156,7 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
         "--output_path",
         "all",
     )
-    wholly = train(*first_half(QWEN, datasets["pictures"], "wholly"))
+    wholly = train(*first_half(QWEN, datasets["images"], "wholly"))
     assert "Loading" not in wholly.err
     assert "All 4 samples are encoded already: no encoder is loaded" in wholly.err
     assert all(path.stat().st_nlink > 1 for path in Path("wholly/encodings").rglob("*.safetensors")), "not copied"
@@ -176,20 +174,20 @@ def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypa
         return real(excerpt)
 
     monkeypatch.setattr(encode, "load_pixels", failing)
-    train(*first_half(QWEN, datasets["pictures"], "encoded"), code=1)
+    train(*first_half(QWEN, datasets["images"], "encoded"), code=1)
     assert not manifest_of("encoded")["complete"]
     monkeypatch.setattr(encode, "load_pixels", real)
     refused = train(*second_half(QWEN, "encoded", "run"), code=1)
     assert "`encoded` is not complete: `sft:data_process` was stopped while it encoded" in refused.err
-    going_on = train(*first_half(QWEN, datasets["pictures"], "encoded"))
+    going_on = train(*first_half(QWEN, datasets["images"], "encoded"))
     assert "Encoding latents: 2 of 2 samples" in going_on.err and "Loading text_encoder" not in going_on.err
-    again = train(*first_half(QWEN, datasets["pictures"], "encoded"))
+    again = train(*first_half(QWEN, datasets["images"], "encoded"))
     assert "All 4 samples are encoded already" in again.err and "Loading" not in again.err
     train(*second_half(QWEN, "encoded", "run", "--max_steps", 1))
 
 
 def test_a_second_half_goes_on_where_it_stopped(train, datasets):
-    train(*first_half(QWEN, datasets["pictures"], "encoded"))
+    train(*first_half(QWEN, datasets["images"], "encoded"))
     train(*second_half(QWEN, "encoded", "straight", *HOW, "--save_steps", 3))
     train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--max_steps", 3))
     train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--resume", "auto"))
@@ -203,7 +201,7 @@ def test_a_second_half_goes_on_where_it_stopped(train, datasets):
 
 
 def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets):
-    train(*first_half(QWEN, datasets["pictures"], "encoded"))
+    train(*first_half(QWEN, datasets["images"], "encoded"))
     train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 1, "--max_steps", 1))
     found = read_encoded(Path("encoded"))
     components = {**found.origin.components, "vae": {"vae/diffusion_pytorch_model.safetensors": "0" * 64}}
@@ -214,9 +212,9 @@ def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets)
 
 def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path):
     """Each sample is encoded once, and the folder is the one that a single process writes."""
-    alone = train(*first_half(QWEN, datasets["pictures"], "by_1"))
+    alone = train(*first_half(QWEN, datasets["images"], "by_1"))
     command = ["-m", "diffsynth_cli", "train", "--device", "cpu", "--num_processes", 2]
-    command += [*first_half(QWEN, datasets["pictures"], "by_2"), "--cache_path", tmp_path / "other_cache"]
+    command += [*first_half(QWEN, datasets["images"], "by_2"), "--cache_path", tmp_path / "other_cache"]
     environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
     shared = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=400

@@ -48,13 +48,13 @@ def test_encoders_are_not_even_built_when_all_is_cached(cli, photographs, monkey
     assert cli(*common(photographs, "--output_path", "second")).code == 0
 
 
-def test_a_replaced_picture_alone_is_encoded_again(cli, dataset, tmp_path):
+def test_a_replaced_image_alone_is_encoded_again(cli, dataset, tmp_path):
     cache = ("--cache_path", tmp_path / "own_cache")
     assert cli(*common(dataset, "--output_path", "first", *cache)).code == 0
     before = encodings_below(tmp_path / "own_cache")
     original = (dataset / "coffee.png").stat()
-    with Image.open(dataset / "coffee.png") as picture:
-        ImageOps.mirror(picture).save(dataset / "coffee.png")
+    with Image.open(dataset / "coffee.png") as image:
+        ImageOps.mirror(image).save(dataset / "coffee.png")
     os.utime(dataset / "coffee.png", ns=(original.st_atime_ns, original.st_mtime_ns))
     second = cli(*common(dataset, "--output_path", "second", *cache))
     assert second.code == 0
@@ -80,7 +80,7 @@ def encodings_below(cache: Path) -> dict[str, set[str]]:
 
 
 def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_path, monkeypatch):
-    """The third picture fails; what was encoded before is whole, and the next run makes only the rest."""
+    """The third image fails; what was encoded before is whole, and the next run makes only the rest."""
     from diffsynth_core.training import encode
 
     cache = ("--cache_path", tmp_path / "own_cache")
@@ -195,7 +195,7 @@ def test_trained_weights_are_float32_whatever_the_precision(cli, photographs, pr
     assert {tensor.dtype for tensor in load_file(state / "trained.safetensors").values()} == {torch.float32}
 
 
-def test_a_folder_of_pictures_with_captions_beside_them(cli, photographs, tmp_path):
+def test_a_folder_of_images_with_captions_beside_them(cli, photographs, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, caption in CAPTIONS.items():
@@ -270,7 +270,7 @@ def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
     assert second.code == 1 and f"another run is at work in `{tmp_path / 'out'}`" in second.err
 
 
-def test_a_picture_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
+def test_an_image_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
     from diffsynth_core.training import encode
 
     real = encode.load_pixels

@@ -22,16 +22,16 @@ from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
 from tests import faults_of_files, faults_of_rows
 from tests.faults_of_files import Expected, Plant
-from tests.validation_corpus import CLIPS, PICTURES, Draft, add_clips, add_pictures, rules_of_recipe
+from tests.validation_corpus import CLIPS, IMAGES, Draft, add_clips, add_images, rules_of_recipe
 
 ALWAYS = {"BUCKETS", "CACHE_SIZE"}
 """What is told of every set."""
-GENERAL = {**faults_of_files.PICTURES, **faults_of_rows.CAPTIONS, **faults_of_rows.PATHS, **faults_of_rows.ROWS}
+GENERAL = {**faults_of_files.IMAGES, **faults_of_rows.CAPTIONS, **faults_of_rows.PATHS, **faults_of_rows.ROWS}
 ONLY_ALONE = faults_of_files.ANIMATIONS
 """Where videos are trained on, a GIF is one."""
 WAN, EDIT = "wan2.1-t2v-1.3b-lora", "qwen-image-edit-lora"
 ANY_SIZE = Thresholds(max_upscale=1000, min_area_share=0)
-"""The pictures and clips of the corpus are small."""
+"""The images and clips of the corpus are small."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def found_in(folder: Path, recipe: str | None = None) -> Expected:
     return set(places)
 
 
-def three_pictures(folder: Path) -> Draft:
+def three_images(folder: Path) -> Draft:
     """A draft of three sound rows."""
     folder.mkdir()
     draft = Draft(folder)
@@ -78,8 +78,8 @@ def three_pictures(folder: Path) -> Draft:
 
 
 def with_column(folder: Path, column: str) -> Draft:
-    """A draft of three sound rows with a further picture of the same size in `column`; a mask has a dark half."""
-    draft = three_pictures(folder)
+    """A draft of three sound rows with a further image of the same size in `column`; a mask has a dark half."""
+    draft = three_images(folder)
     for number, row in enumerate(draft.rows, start=1):
         assert isinstance(row, dict)
         row[column] = f"{column}_{number}.png"
@@ -111,8 +111,8 @@ def cases(plants: Mapping[str, Plant]) -> pytest.MarkDecorator:
 
 
 @cases({**GENERAL, **ONLY_ALONE, **faults_of_rows.HARMLESS})
-def test_a_fault_among_pictures_is_found_and_nothing_else(tmp_path, in_this_process, plant: Plant) -> None:
-    draft = three_pictures(tmp_path / "set")
+def test_a_fault_among_images_is_found_and_nothing_else(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_images(tmp_path / "set")
     expected = plant(draft)
     draft.write()
     assert found_in(draft.folder) == expected
@@ -120,7 +120,7 @@ def test_a_fault_among_pictures_is_found_and_nothing_else(tmp_path, in_this_proc
 
 @cases(faults_of_rows.OBJECTS)
 def test_a_fault_of_a_metadata_jsonl(tmp_path, in_this_process, plant: Plant) -> None:
-    draft = three_pictures(tmp_path / "set")
+    draft = three_images(tmp_path / "set")
     expected = plant(draft)
     draft.sound_row()
     draft.write("jsonl")
@@ -128,29 +128,29 @@ def test_a_fault_of_a_metadata_jsonl(tmp_path, in_this_process, plant: Plant) ->
 
 
 def test_all_faults_of_a_metadata_jsonl(tmp_path, in_this_process) -> None:
-    draft = three_pictures(tmp_path / "set")
+    draft = three_images(tmp_path / "set")
     expected = [plant(draft) for plant in faults_of_rows.OBJECTS.values()]
     draft.write("jsonl")
     assert found_in(draft.folder) == set().union(*expected)
 
 
 @cases(faults_of_rows.BESIDE)
-def test_a_fault_of_captions_beside_pictures(tmp_path, in_this_process, plant: Plant) -> None:
-    draft = three_pictures(tmp_path / "set")
+def test_a_fault_of_captions_beside_images(tmp_path, in_this_process, plant: Plant) -> None:
+    draft = three_images(tmp_path / "set")
     expected = plant(draft)
     assert found_in(draft.folder) == expected
 
 
 @cases(faults_of_rows.WHOLE)
 def test_a_fault_of_the_whole_metadata(tmp_path, in_this_process, plant: Plant) -> None:
-    draft = three_pictures(tmp_path / "set")
+    draft = three_images(tmp_path / "set")
     expected = plant(draft)
     unused = {("FILE_UNREFERENCED", None, row["image"]) for row in draft.rows if isinstance(row, dict)}
     assert found_in(draft.folder) - unused == expected
 
 
 def test_nothing_is_said_of_what_a_spreadsheet_writes(tmp_path, in_this_process) -> None:
-    draft = three_pictures(tmp_path / "set")
+    draft = three_images(tmp_path / "set")
     draft.write().write_text(draft.text().replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
     assert found_in(draft.folder) == set()
 
@@ -171,7 +171,7 @@ OF_COLUMNS = [
         for name, plant in plants.items()
     ],
 )
-def test_a_fault_of_pictures_that_belong_together(tmp_path, in_this_process, column, recipe, plant: Plant) -> None:
+def test_a_fault_of_images_that_belong_together(tmp_path, in_this_process, column, recipe, plant: Plant) -> None:
     draft = with_column(tmp_path / "set", column)
     expected = plant(draft)
     draft.write()
@@ -179,7 +179,7 @@ def test_a_fault_of_pictures_that_belong_together(tmp_path, in_this_process, col
 
 
 @pytest.mark.parametrize(("column", "recipe", "plants"), OF_COLUMNS)
-def test_all_faults_of_pictures_that_belong_together(tmp_path, in_this_process, column, recipe, plants) -> None:
+def test_all_faults_of_images_that_belong_together(tmp_path, in_this_process, column, recipe, plants) -> None:
     draft = with_column(tmp_path / "set", column)
     draft.write()
     assert found_in(draft.folder, recipe) == set()
@@ -206,7 +206,7 @@ def test_of_clean_clips_for_a_recipe_the_sizes_are_told(tmp_path, in_this_proces
 @pytest.mark.parametrize("case", faults_of_files.SIZES)
 def test_an_image_that_is_small_for_the_run(tmp_path, in_this_process, case) -> None:
     sizes, plant = faults_of_files.SIZES[case]
-    draft = three_pictures(tmp_path / "set")
+    draft = three_images(tmp_path / "set")
     expected = plant(draft)
     draft.write()
     rules = rules_of_run(resolve({"recipe": "qwen-image-lora", **sizes}), Thresholds(max_crop_loss=1))
@@ -241,17 +241,17 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
                 "VIDEO_TOO_SHORT",
                 "error",
                 3,
-                "`a picture.png` is one frame, which the model is given: nothing is left to learn",
+                "`an image.png` is one frame, which the model is given: nothing is left to learn",
             ),
         ),
     ],
 )
-def test_a_picture_among_clips_by_what_training_makes_of_it(
+def test_an_image_among_clips_by_what_training_makes_of_it(
     tmp_path, in_this_process, two_clips, recipe, expected
 ) -> None:
     draft = copied(two_clips, tmp_path / "set")
-    draft.photograph((160, 96)).save(draft.folder / "a picture.png")
-    draft.row("a picture.png")
+    draft.photograph((160, 96)).save(draft.folder / "an image.png")
+    draft.row("an image.png")
     draft.write()
     report, _ = validate(draft.folder, rules_of_recipe(recipe, ANY_SIZE), Wish(), SilentReporter())
     told = [(one.code, one.level, one.row, one.message) for one in report.findings if one.code.startswith("VIDEO_")]
@@ -259,8 +259,8 @@ def test_a_picture_among_clips_by_what_training_makes_of_it(
     assert [one for one in told if one not in of_clips] == [expected]
 
 
-def test_pictures_alone_teach_a_model_of_videos_no_motion(tmp_path, in_this_process) -> None:
-    draft = three_pictures(tmp_path / "set")
+def test_images_alone_teach_a_model_of_videos_no_motion(tmp_path, in_this_process) -> None:
+    draft = three_images(tmp_path / "set")
     draft.write().write_text(draft.text().replace("image,", "video,", 1))
     assert ("VIDEO_STILL", None, None) in found_in(draft.folder, WAN)
     assert "VIDEO_STILL" not in {code for code, _, _ in found_in(draft.folder)}
@@ -271,7 +271,7 @@ def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path,
     the frame rates stays that of the clean clips."""
     draft = Draft(tmp_path / "set", "video")
     draft.folder.mkdir()
-    add_pictures(draft, PICTURES)
+    add_images(draft, IMAGES)
     add_clips(draft, CLIPS)
     draft.write()
     assert found_in(draft.folder) == set()

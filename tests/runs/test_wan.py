@@ -17,7 +17,7 @@ LORA = ("--lora_base_model", "dit", "--lora_target_modules", "q,k,v,o,ffn.0,ffn.
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Three clips of a moving photograph, one of them shorter than asked for, and a still picture."""
+    """Three clips of a moving photograph, one of them shorter than asked for, and a still image."""
     import skimage.data
     from PIL import Image
 
@@ -159,8 +159,8 @@ def test_giving_the_first_frame_changes_the_loss(train, tmp_path):
     (clips / "metadata.csv").write_text("video,prompt\na.mp4,an astronaut\n")
     common = (*entries(TI2V), *LORA, "--dataset_base_path", clips, "--max_steps", 2)
     train(*common, "--output_path", "text")
-    train(*common, "--extra_inputs", "input_image", "--output_path", "picture")
-    losses = [[line["loss"] for line in metrics_of(folder)] for folder in ("text", "picture")]
+    train(*common, "--extra_inputs", "input_image", "--output_path", "image")
+    losses = [[line["loss"] for line in metrics_of(folder)] for folder in ("text", "image")]
     assert losses[0] != losses[1] and all(0 < loss < 10 for pair in losses for loss in pair)
 
 

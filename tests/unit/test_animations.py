@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from diffsynth_core.data.animations import is_animation
+from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.media import FrameRule, MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.pictures import SizeRule, read_picture_header
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 from diffsynth_core.errors import DiffSynthError
@@ -80,13 +80,13 @@ def test_a_model_of_videos_trains_on_its_frames(tmp_path, name):
 def test_a_model_of_images_refuses_it_by_name(tmp_path, name):
     path = write(tmp_path / name)
     with pytest.raises(DiffSynthError, match=r"`.*/moves\.\w+` is animated \(12 frames\)") as caught:
-        read_picture_header(path)
+        read_image_header(path)
     assert "save the frame" in caught.value.problems[0].hint
-    assert EXAMINERS["picture"](Job(tmp_path), name).frames == 12
+    assert EXAMINERS["image"](Job(tmp_path), name).frames == 12
 
 
 def test_a_still_is_no_animation(tmp_path):
     for name in ("one.webp", "one.png", "one.gif"):
         Image.fromarray(numbered(1)[0]).save(tmp_path / name)
         assert not is_animation(tmp_path / name)
-        assert read_picture_header(tmp_path / name).width == 64
+        assert read_image_header(tmp_path / name).width == 64

@@ -10,10 +10,10 @@ from PIL import Image
 
 from diffsynth_core.data.captioned_folder import sort_folder
 from diffsynth_core.data.formats import kind_of_file, kind_of_name, media_kind
+from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import read_metadata
-from diffsynth_core.data.pictures import SizeRule, read_picture_header
 from diffsynth_core.data.samples import Columns, build_samples
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError
@@ -146,7 +146,7 @@ def test_an_image_is_one_whatever_its_ending(tmp_path, name):
     text(tmp_path / "photo.txt")
     assert kind_of_file(tmp_path / name) == media_kind(tmp_path / name) == "image"
     assert files_of(tmp_path) == [name]
-    assert read_picture_header(tmp_path / name).width == 32
+    assert read_image_header(tmp_path / name).width == 32
 
 
 def test_typescript_is_no_transport_stream(tmp_path):
@@ -157,11 +157,11 @@ def test_typescript_is_no_transport_stream(tmp_path):
 def test_a_phone_photo_under_another_ending_is_told(tmp_path):
     text(tmp_path / "a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     with pytest.raises(DiffSynthError, match=r"a\.jpg` cannot be read here") as caught:
-        read_picture_header(tmp_path / "a.jpg")
+        read_image_header(tmp_path / "a.jpg")
     assert "install `pillow-heif`" in caught.value.problems[0].hint
     text(tmp_path / "b.jpg", b"\0\0\0\x18ftypisom\0\0\0\0isommp41")
-    with pytest.raises(DiffSynthError, match=r"b\.jpg` cannot be read as a picture: it is a video"):
-        read_picture_header(tmp_path / "b.jpg")
+    with pytest.raises(DiffSynthError, match=r"b\.jpg` cannot be read as an image: it is a video"):
+        read_image_header(tmp_path / "b.jpg")
 
 
 def test_links_out_of_the_folder_are_named(tmp_path):
@@ -180,7 +180,7 @@ def test_every_file_is_in_one_place(tmp_path):
     for name in ("a.txt", "x.txt", "d.mp4", "e.heic", "e.txt", "f.docx", ".DS_Store", "metadata.tsv"):
         text(tmp_path / name)
     listing = list_files(tmp_path)
-    folder = sort_folder(listing, "picture", ("metadata.tsv",))
+    folder = sort_folder(listing, "image", ("metadata.tsv",))
     leftovers = [name for names in folder.leftovers.values() for name in names]
     places = (folder.rows, folder.captions, folder.lone_captions, folder.other_media, folder.unsupported,
               folder.captioned_unsupported, folder.unknown, leftovers, folder.metadata)  # fmt: skip

@@ -10,10 +10,10 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageCms
 
+from diffsynth_core.data.images import SizeRule, load_image, read_image_header
 from diffsynth_core.data.media import MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.pictures import SizeRule, load_picture, read_picture_header
 from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.validation.pictures import examine_picture
+from diffsynth_core.validation.images import examine_image
 from tests.icc import grey_profile, ink_profile, rgb_profile
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -40,16 +40,16 @@ def by_pillow(path: Path) -> np.ndarray:
 def test_wide_colours_become_those_of_srgb(tmp_path, name, ending):
     path = tmp_path / f"wide.{ending}"
     colours().save(path, icc_profile=rgb_profile(name))
-    assert np.abs(load_picture(path, 48, 64) - by_pillow(path)).max() <= 2
-    assert read_picture_header(path).colours.profile == name
-    facts = examine_picture(tmp_path, path.name, None)
+    assert np.abs(load_image(path, 48, 64) - by_pillow(path)).max() <= 2
+    assert read_image_header(path).colours.profile == name
+    facts = examine_image(tmp_path, path.name, None)
     assert (facts.colour_profile.profile, facts.fault) == (name, None)
 
 
 def test_a_green_of_a_phone_is_the_green_that_its_screen_shows(tmp_path):
     Image.new("RGB", (32, 32), (93, 197, 70)).save(tmp_path / "p3.png", icc_profile=rgb_profile("Display P3"))
     assert (
-        np.abs(load_picture(tmp_path / "p3.png", 32, 32)[9, 9].astype(int) - (20, 200, 40)).max() <= 3
+        np.abs(load_image(tmp_path / "p3.png", 32, 32)[9, 9].astype(int) - (20, 200, 40)).max() <= 3
     )  # one step of P3
 
 
@@ -58,8 +58,8 @@ def test_a_green_of_a_phone_is_the_green_that_its_screen_shows(tmp_path):
 def test_a_profile_of_srgb_changes_no_pixel(tmp_path, profile, mode):
     colours(mode).save(tmp_path / "tagged.png", icc_profile=profile)
     colours(mode).save(tmp_path / "plain.png")
-    assert_array_equal(load_picture(tmp_path / "tagged.png", 48, 64), load_picture(tmp_path / "plain.png", 48, 64))
-    header = read_picture_header(tmp_path / "tagged.png")
+    assert_array_equal(load_image(tmp_path / "tagged.png", 48, 64), load_image(tmp_path / "plain.png", 48, 64))
+    header = read_image_header(tmp_path / "tagged.png")
     assert (header.colours.profile, header.colours.doubt) == ("", "")
 
 
@@ -75,28 +75,28 @@ def test_a_profile_of_srgb_changes_no_pixel(tmp_path, profile, mode):
 def test_greys_and_inks_are_converted_by_their_profiles(tmp_path, mode, ending, profile):
     path = tmp_path / f"image.{ending}"
     colours(mode).save(path, icc_profile=profile, **({"quality": 100} if ending == "jpg" else {}))
-    loaded = load_picture(path, 48, 64)
+    loaded = load_image(path, 48, 64)
     assert np.abs(loaded - by_pillow(path)).max() <= 2
     colours(mode).save(tmp_path / f"plain.{ending}")
-    assert np.abs(loaded.astype(int) - load_picture(tmp_path / f"plain.{ending}", 48, 64)).max() > 20
+    assert np.abs(loaded.astype(int) - load_image(tmp_path / f"plain.{ending}", 48, 64)).max() > 20
 
 
 def test_sixteen_bit_greys_palettes_and_clear_parts_keep_their_ways(tmp_path):
     values = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png", icc_profile=grey_profile("linear", 1.0))
-    assert abs(int(load_picture(tmp_path / "deep.png", 48, 64)[24, 0, 0]) - 188) <= 2  # half the light
+    assert abs(int(load_image(tmp_path / "deep.png", 48, 64)[24, 0, 0]) - 188) <= 2  # half the light
     image = colours("RGBA")
     image.putalpha(Image.new("L", image.size, 0))
     image.paste(colours().crop((0, 0, 64, 24)), (0, 0))
     image.save(tmp_path / "clear.png", icc_profile=rgb_profile("Display P3"))
     colours().save(tmp_path / "opaque.png", icc_profile=rgb_profile("Display P3"))
-    loaded = load_picture(tmp_path / "clear.png", 48, 64)
+    loaded = load_image(tmp_path / "clear.png", 48, 64)
     assert_array_equal(loaded[:24], by_pillow(tmp_path / "opaque.png")[:24])
     assert loaded[24:].min() == 255
     grey = Image.merge("LA", (colours("L"), Image.new("L", (64, 48), 255)))
     grey.save(tmp_path / "grey.png", icc_profile=grey_profile("linear", 1.0))
     colours("L").save(tmp_path / "flat.png", icc_profile=grey_profile("linear", 1.0))
-    assert_array_equal(load_picture(tmp_path / "grey.png", 48, 64), load_picture(tmp_path / "flat.png", 48, 64))
+    assert_array_equal(load_image(tmp_path / "grey.png", 48, 64), load_image(tmp_path / "flat.png", 48, 64))
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_sixteen_bit_greys_palettes_and_clear_parts_keep_their_ways(tmp_path):
 def test_a_profile_that_cannot_be_used_is_told_and_passed_over(tmp_path, mode, profile, doubt):
     colours(mode).save(tmp_path / "odd.png", icc_profile=profile)
     colours(mode).save(tmp_path / "plain.png")
-    found = read_picture_header(tmp_path / "odd.png").colours
+    found = read_image_header(tmp_path / "odd.png").colours
     assert found.profile == "" and found.doubt.startswith(doubt)
-    assert_array_equal(load_picture(tmp_path / "odd.png", 48, 64), load_picture(tmp_path / "plain.png", 48, 64))
-    assert examine_picture(tmp_path, "odd.png", None).colour_profile == found
+    assert_array_equal(load_image(tmp_path / "odd.png", 48, 64), load_image(tmp_path / "plain.png", 48, 64))
+    assert examine_image(tmp_path, "odd.png", None).colour_profile == found
 
 
 def with_chunk(path: Path, kind: bytes, data: bytes) -> None:
@@ -136,9 +136,9 @@ def with_chunk(path: Path, kind: bytes, data: bytes) -> None:
 def test_what_a_png_says_without_a_profile_is_told(tmp_path, kind, data, doubt):
     colours().save(tmp_path / "image.png")
     with_chunk(tmp_path / "image.png", kind, data)
-    assert read_picture_header(tmp_path / "image.png").colours.doubt.endswith(doubt)
-    assert bool(read_picture_header(tmp_path / "image.png").colours.doubt) == bool(doubt)
-    assert_array_equal(load_picture(tmp_path / "image.png", 48, 64), np.asarray(colours()))
+    assert read_image_header(tmp_path / "image.png").colours.doubt.endswith(doubt)
+    assert bool(read_image_header(tmp_path / "image.png").colours.doubt) == bool(doubt)
+    assert_array_equal(load_image(tmp_path / "image.png", 48, 64), np.asarray(colours()))
 
 
 def test_adobe_rgb_of_a_camera_without_a_profile_is_told(tmp_path):
@@ -146,7 +146,7 @@ def test_adobe_rgb_of_a_camera_without_a_profile_is_told(tmp_path):
     exif.get_ifd(0x8769)[0xA001] = 0xFFFF
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     colours().save(tmp_path / "camera.jpg", exif=exif)
-    assert "Adobe RGB" in read_picture_header(tmp_path / "camera.jpg").colours.doubt
+    assert "Adobe RGB" in read_image_header(tmp_path / "camera.jpg").colours.doubt
 
 
 def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
@@ -165,4 +165,4 @@ def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
 
 def test_integers_of_thirty_two_bits_are_refused_and_not_clipped(tmp_path):
     Image.fromarray(np.full((32, 32), 1 << 20, np.int32)).save(tmp_path / "deep.tif")
-    assert "32 bits" in examine_picture(tmp_path, "deep.tif", None).fault.reason
+    assert "32 bits" in examine_image(tmp_path, "deep.tif", None).fault.reason

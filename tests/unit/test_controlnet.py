@@ -162,7 +162,7 @@ def predict(family: str, transformer: nn.Module, controlnet: nn.Module) -> Tenso
 
 
 @pytest.mark.parametrize(("family", "other"), [("qwen-image", "edit_image"), ("flux", "kontext_images")])
-def test_with_a_picture_to_follow_the_controlnet_takes_part_in_every_step(family, other):
+def test_with_an_image_to_follow_the_controlnet_takes_part_in_every_step(family, other):
     facts = FAMILIES[family]
     plain = facts.variant({}, (), "")
     assert "controlnet" not in plain.components and "controlnet_image" in plain.takes and plain.in_step == ()

@@ -62,7 +62,7 @@ def test_a_text_is_no_video(tmp_path, ending):
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
-def test_a_picture_under_a_videos_name_is_no_video(tmp_path, form):
+def test_an_image_under_a_videos_name_is_no_video(tmp_path, form):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "clip.mp4", format=form)
     assert reasons(tmp_path / "clip.mp4") == {NO_VIDEO}
 
@@ -88,10 +88,10 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("cover", [False, True])
-def test_sound_without_pictures_is_told(tmp_path, cover):
+def test_sound_without_images_is_told(tmp_path, cover):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "cover.png")
-    picture = ("-i", tmp_path / "cover.png", "-map", 0, "-map", 1, "-c:v", "png", "-disposition:v", "attached_pic")
-    ffmpeg("-f", "lavfi", "-i", "sine=d=1", *(picture if cover else ()), tmp_path / "clip.mp4")
+    image = ("-i", tmp_path / "cover.png", "-map", 0, "-map", 1, "-c:v", "png", "-disposition:v", "attached_pic")
+    ffmpeg("-f", "lavfi", "-i", "sine=d=1", *(image if cover else ()), tmp_path / "clip.mp4")
     assert reasons(tmp_path / "clip.mp4") == {"it has no video stream"}
 
 

@@ -1,4 +1,4 @@
-"""The checks of pictures, captions, pairs and of the whole set: each finds its fault and is silent beside it."""
+"""The checks of images, captions, pairs and of the whole set: each finds its fault and is silent beside it."""
 
 import csv
 import json
@@ -17,10 +17,10 @@ from diffsynth_core.families.token_counts import CaptionRule, count_tokens
 from diffsynth_core.progress import SilentReporter, format_bytes
 from diffsynth_core.validation import caption_checks, documents
 from diffsynth_core.validation import validate as module
-from diffsynth_core.validation.facts import PictureFacts
+from diffsynth_core.validation.facts import ImageFacts
 from diffsynth_core.validation.findings import CODES
-from diffsynth_core.validation.likeness import near_pictures
-from diffsynth_core.validation.pictures import difference_hash, examine_picture, scaled_down
+from diffsynth_core.validation.images import difference_hash, examine_image, scaled_down
+from diffsynth_core.validation.likeness import near_images
 from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.thresholds import Thresholds
 from diffsynth_core.validation.validate import Wish, validate
@@ -36,11 +36,11 @@ CLEAN = {"coffee.png": COFFEE, "chelsea.png": CHELSEA, "rocket.png": ROCKET}
 
 @pytest.fixture
 def found(tmp_path):
-    """Check pictures and rows; returns (code, row) of all findings but BUCKETS and CACHE_SIZE, and the report."""
+    """Check images and rows; returns (code, row) of all findings but BUCKETS and CACHE_SIZE, and the report."""
 
-    def check(pictures, rows, columns=("image", "prompt"), rules=None, depth="files"):
-        for name, picture in pictures.items():
-            (picture if callable(picture) else picture.save)(tmp_path / name)
+    def check(images, rows, columns=("image", "prompt"), rules=None, depth="files"):
+        for name, image in images.items():
+            (image if callable(image) else image.save)(tmp_path / name)
         with (tmp_path / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
             csv.writer(stream).writerows([columns, *rows])
         report, _ = validate(tmp_path, rules or Rules(), Wish(depth, workers=1), SilentReporter())
@@ -53,7 +53,7 @@ def found(tmp_path):
 CLEAN_ROWS = [[name, f"a photograph of {name}"] for name in CLEAN]
 
 
-def test_clean_pictures_have_no_finding(found):
+def test_clean_images_have_no_finding(found):
     assert found(CLEAN, CLEAN_ROWS)[0] == []
     assert found(CLEAN, CLEAN_ROWS, rules=rules_of_recipe("qwen-image-lora", Thresholds()))[0] == []
 
@@ -63,7 +63,7 @@ def _as_png(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "picture", "code"),
+    ("name", "image", "code"),
     [
         ("x.jpg", _as_png, "IMAGE_TYPE_MISMATCH"),
         ("x.png", COFFEE.resize((15, 40)), "IMAGE_TOO_SMALL"),
@@ -75,28 +75,28 @@ def _as_png(path: Path) -> None:
         ("x.png", lambda path: path.write_bytes(_png_of(COFFEE)), "IMAGE_DUPLICATE"),
     ],
 )
-def test_a_faulty_picture(found, name, picture, code):
-    codes, report = found({**CLEAN, name: picture}, [*CLEAN_ROWS, [name, "another"]])
+def test_a_faulty_image(found, name, image, code):
+    codes, report = found({**CLEAN, name: image}, [*CLEAN_ROWS, [name, "another"]])
     if code == "IMAGE_CROP_LOSS":  # four to one is also next to the limit of the aspect
         codes = [one for one in codes if one[0] != "IMAGE_ASPECT"]
     assert codes == [(code, 4)], report.findings
     assert CODES[code].level == report.findings[0].level
 
 
-def _png_of(picture: Image.Image) -> bytes:
+def _png_of(image: Image.Image) -> bytes:
     import io
 
     stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=1)
+    image.save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 
-def test_pictures_that_are_shown_may_repeat(found):
+def test_images_that_are_shown_may_repeat(found):
     rows = [["coffee.png", "chelsea.png", "a"], ["rocket.png", "same.png", "b"]]
     assert found({**CLEAN, "same.png": CHELSEA}, rows, ("image", "edit_image", "prompt"))[0] == []
 
 
-def test_near_pictures_are_all_found_and_no_others():
+def test_near_images_are_all_found_and_no_others():
     """Against comparing each with each."""
     generator = np.random.default_rng(0)
     hashes = [int(value) for value in generator.integers(0, 2**63, 300)]
@@ -110,19 +110,19 @@ def test_near_pictures_are_all_found_and_no_others():
         bytes(min(255, value + 5) for value in colours[index]) if index % 2 else colours[-1 - index]
         for index in range(60)
     ]
-    pictures = [
-        PictureFacts(str(index), 1, difference_hash=value, colours=colour)
+    images = [
+        ImageFacts(str(index), 1, difference_hash=value, colours=colour)
         for index, (value, colour) in enumerate(zip(hashes, colours, strict=True))
     ]
     expected: dict[str, tuple[str, int]] = {}
-    for one, other in combinations(pictures, 2):
+    for one, other in combinations(images, 2):
         bits = (one.difference_hash ^ other.difference_hash).bit_count()
         apart = np.abs(np.frombuffer(one.colours, np.uint8).astype(int) - np.frombuffer(other.colours, np.uint8)).mean()
         if bits <= 3 and apart <= 12:
             expected.setdefault(other.path, (one.path, bits))
-    assert near_pictures(pictures, 3, 12.0) == expected
+    assert near_images(images, 3, 12.0) == expected
     assert len(expected) == 30
-    assert near_pictures(pictures, -1, 12.0) == {}
+    assert near_images(images, -1, 12.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ PAIRS = ("image", "controlnet_image", "mask", "prompt")
         ),
     ],
 )
-def test_pictures_that_belong_together(found, changes, expected):
+def test_images_that_belong_together(found, changes, expected):
     mask = COFFEE.convert("L").point(lambda value: 255 * (value > 128))
-    pictures = {"coffee.png": COFFEE, "shown.png": COFFEE.convert("L").convert("RGB"), "mask.png": mask, **changes}
-    assert found(pictures, [["coffee.png", "shown.png", "mask.png", "a cup"]], PAIRS)[0] == expected
+    images = {"coffee.png": COFFEE, "shown.png": COFFEE.convert("L").convert("RGB"), "mask.png": mask, **changes}
+    assert found(images, [["coffee.png", "shown.png", "mask.png", "a cup"]], PAIRS)[0] == expected
 
 
 def test_a_mask_that_marks_one_pixel_is_not_empty(tmp_path):
@@ -238,10 +238,10 @@ def test_a_mask_that_marks_one_pixel_is_not_empty(tmp_path):
     mask.save(tmp_path / "empty.png")
     mask.putpixel((700, 500), 255)
     mask.save(tmp_path / "dot.png")
-    assert [examine_picture(tmp_path, name, None).spread for name in ("empty.png", "dot.png")] == [0, 255]
+    assert [examine_image(tmp_path, name, None).spread for name in ("empty.png", "dot.png")] == [0, 255]
 
 
-def test_a_picture_scaled_down_shows_the_mean_of_a_fine_pattern():
+def test_an_image_scaled_down_shows_the_mean_of_a_fine_pattern():
     values = np.zeros((1024, 1024, 3), np.uint8)
     values[::2, ::2] = 255
     fields = scaled_down(Image.fromarray(values)).resize((8, 8), Image.Resampling.BOX)
@@ -250,11 +250,11 @@ def test_a_picture_scaled_down_shows_the_mean_of_a_fine_pattern():
 
 @pytest.mark.parametrize("name", ["chelsea", "coffee", "astronaut"])
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.3])
-def test_a_picture_keeps_its_hash_at_other_sizes(name, scale):
-    picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
-    picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.BICUBIC)
-    other = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
-    bits = difference_hash(scaled_down(picture)) ^ difference_hash(scaled_down(other))
+def test_an_image_keeps_its_hash_at_other_sizes(name, scale):
+    image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    image = image.resize((image.width * 3, image.height * 3), Image.Resampling.BICUBIC)
+    other = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    bits = difference_hash(scaled_down(image)) ^ difference_hash(scaled_down(other))
     assert bits.bit_count() <= Thresholds().near_duplicate_distance
 
 
@@ -284,10 +284,10 @@ def test_repeated_samples_fill_batches(found):
 
 
 def test_the_fingerprint_tells_other_pixels_of_the_same_size(tmp_path, found):
-    pictures = [Image.fromarray(np.full((64, 64, 3), level, np.uint8)) for level in (10, 20)]
+    images = [Image.fromarray(np.full((64, 64, 3), level, np.uint8)) for level in (10, 20)]
     prints = []
-    for picture in pictures:
-        prints.append(found({"x.bmp": picture}, [["x.bmp", "a"]])[1].fingerprint)
+    for image in images:
+        prints.append(found({"x.bmp": image}, [["x.bmp", "a"]])[1].fingerprint)
         assert (tmp_path / "x.bmp").stat().st_size == 64 * 64 * 3 + 54
     assert prints[0] != prints[1]
 
@@ -298,7 +298,7 @@ def test_a_turned_tiff_is_upright_once(tmp_path):
     exif[0x0112] = 6
     COFFEE.rotate(90, expand=True).save(tmp_path / "turned.tif", exif=exif)
     COFFEE.save(tmp_path / "upright.png")
-    turned, upright = (examine_picture(tmp_path, name, None) for name in ("turned.tif", "upright.png"))
+    turned, upright = (examine_image(tmp_path, name, None) for name in ("turned.tif", "upright.png"))
     assert (turned.orientation, turned.width, turned.height) == (6, *COFFEE.size)
     assert turned.sketch == upright.sketch
 
@@ -325,7 +325,7 @@ def test_short_buckets_and_steps(found):
     ],
 )
 def test_the_size_of_the_cache(tmp_path, found, recipe, latents, states):
-    """One picture of 512 x 512 (Wan: of 832 x 480) and a caption of ten estimated tokens and those added."""
+    """One image of 512 x 512 (Wan: of 832 x 480) and a caption of ten estimated tokens and those added."""
     rules = replace(rules_of_recipe(recipe, Thresholds(max_crop_loss=1.0)), cache=tmp_path / "not" / "there")
     _, report = found({"a.png": CHELSEA.resize((512, 512))}, [["a.png", "x" * 40]], (rules.target, "prompt"), rules)
     (finding,) = [one for one in report.findings if one.code == "CACHE_SIZE"]
@@ -349,7 +349,7 @@ def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
     for depth in ("named", "paths", "files"):
         report, examined = validate(inside, Rules(), Wish(depth, workers=1), SilentReporter())
         assert [(one.code, one.row) for one in report.findings] == [("PATH_OUTSIDE", 1), ("PATH_OUTSIDE", 2)], depth
-        assert examined.pictures == {}
+        assert examined.images == {}
     (inside / "metadata.csv").unlink()
     (inside / "coffee.txt").write_text("a cup")
     report, _ = validate(inside, Rules(), Wish(workers=1), SilentReporter())

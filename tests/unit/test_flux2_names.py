@@ -181,7 +181,7 @@ def test_klein_9b_is_told_by_its_single_blocks():
         assert variant({"dit": shapes}, (), "").model_id == model_id
 
 
-def test_reference_pictures_are_there_when_asked_for():
+def test_reference_images_are_there_when_asked_for():
     without, shown = variant({}, (), ""), variant({}, ("edit_image",), "")
     assert without.references == () and [encoder.name for encoder in without.encoders] == ["text", "latents"]
     assert [reference.column for reference in shown.references] == ["edit_image"]
@@ -240,26 +240,26 @@ def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
     assert component.name == "dit" and all(layout.names.ours(name) for name in tensors)
 
 
-# Sizes of reference pictures
+# Sizes of reference images
 
 
 def sizes_of_the_pipeline(width: int, height: int) -> tuple[int, int]:
-    """(height, width) that diffusers scales a reference picture to."""
+    """(height, width) that diffusers scales a reference image to."""
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-    picture = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("L", (width, height)), 1024 * 1024)
-    return picture.height, picture.width
+    image = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("L", (width, height)), 1024 * 1024)
+    return image.height, image.width
 
 
 @pytest.mark.parametrize(
     "size", [(512, 512), (1024, 1024), (1025, 1024), (1448, 1448), (4000, 3000), (451, 300), (600, 400), (3000, 400), (100, 70), (1030, 1063), (1030, 1162)]
 )  # fmt: skip
 @pytest.mark.parametrize("max_pixels", [1024 * 1024, 4 * 1024 * 1024])
-def test_reference_pictures_have_the_pipeline_s_size(size, max_pixels):
+def test_reference_images_have_the_pipeline_s_size(size, max_pixels):
     assert reference_size(*size, max_pixels) == sizes_of_the_pipeline(*size)
 
 
-def test_fewer_pixels_make_reference_pictures_smaller():
+def test_fewer_pixels_make_reference_images_smaller():
     height, width = reference_size(4000, 3000, 256 * 256)
     assert (height, width) == (221, 295)
     assert reference_size(200, 100, 256 * 256) == (100, 200)
@@ -267,7 +267,7 @@ def test_fewer_pixels_make_reference_pictures_smaller():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (63, 64), (640, 64), (512, 64), (513, 64), (2400, 300), (300, 2401)])
-def test_pictures_that_the_pipeline_refuses_are_too_small_or_too_narrow(size):
+def test_images_that_the_pipeline_refuses_are_too_small_or_too_narrow(size):
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     try:

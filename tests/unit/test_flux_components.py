@@ -1,5 +1,5 @@
 """FLUX.1 at its published sizes, on the meta device: inferred configurations, exact parameter counts, all layouts; what
-kinds of transformer there are, and how large their reference pictures are."""
+kinds of transformer there are, and how large their reference images are."""
 
 import json
 from functools import cache
@@ -215,7 +215,7 @@ def published_shapes(**changes: object) -> dict[str, tuple[int, ...]]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("inputs", [(), ("kontext_images",)])
-def test_all_transformers_with_guidance_can_be_shown_pictures(origin, title, model_id, inputs):
+def test_all_transformers_with_guidance_can_be_shown_images(origin, title, model_id, inputs):
     for shapes in ({}, published_shapes()):
         variant = FLUX.variant({"dit": shapes}, inputs, origin)
         assert (variant.title, variant.model_id) == (title, model_id)
@@ -239,12 +239,12 @@ def test_kinds_that_are_not_trained_are_told(changes, message):
         FLUX.variant({"dit": published_shapes(**changes)}, (), "")
 
 
-# Reference pictures
+# Reference images
 
 
 @pytest.mark.parametrize("width", [1, 300, 667, 1000, 1024, 1500, 4096])
 @pytest.mark.parametrize("height", [37, 512, 1024, 1025, 3000])
-def test_reference_pictures_have_the_pipeline_s_size(width, height):
+def test_reference_images_have_the_pipeline_s_size(width, height):
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
     assert list(KONTEXT_SIZES) == PREFERRED_KONTEXT_RESOLUTIONS
@@ -255,7 +255,7 @@ def test_reference_pictures_have_the_pipeline_s_size(width, height):
         assert kontext_size(width, height, max_pixels) == expected
 
 
-def test_smaller_pictures_have_smaller_references():
+def test_smaller_images_have_smaller_references():
     assert kontext_size(1024, 1024, 512 * 512) == (512, 512)
     assert kontext_size(2000, 1000, 512 * 512) == (352, 720)
     assert kontext_size(640, 480, 128 * 160) == (112, 160)

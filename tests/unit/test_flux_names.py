@@ -269,7 +269,7 @@ def test_every_parameter_of_the_transformer_and_the_text_encoders_is_reached():
         assert silent == [] == list(FLUX.component(component).untrainable(frozenset({"transformer_blocks.1.attn"})))
 
 
-def test_the_decoder_is_all_of_the_vae_that_a_picture_does_not_reach():
+def test_the_decoder_is_all_of_the_vae_that_an_image_does_not_reach():
     vae = module_of("vae")
     vae.zero_grad()
     vae.encode(torch.randn(1, 3, 16, 16)).latent_dist.mode().pow(2).sum().backward()

@@ -93,16 +93,16 @@ def test_sizes_can_be_chosen(tmp_path):
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
     """[5, 3, 128, 160], -1 to 1."""
-    pictures = []
+    images = []
     for name in ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field"):
         pixels = np.array(Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((160, 128)))
-        pictures.append(torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(pictures)
+        images.append(torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1)
+    return torch.stack(images)
 
 
 @pytest.mark.parametrize("case", ["vae", "vae, diffusers"])
 @torch.no_grad()
-def test_latents_have_mean_0_and_spread_1_and_tell_pictures_apart(tmp_path, photographs, case):
+def test_latents_have_mean_0_and_spread_1_and_tell_images_apart(tmp_path, photographs, case):
     vae = load(tmp_path, case)
     assert (vae.config.shift_factor, vae.config.scaling_factor) == (SHIFT_FACTOR, SCALING_FACTOR)
     latents = (vae.encode(photographs).latent_dist.mode() - SHIFT_FACTOR) * SCALING_FACTOR

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth_core.data.images import ImageHeader, SizeRule
 from diffsynth_core.data.media import (
     Excerpt,
     FrameRule,
@@ -14,7 +15,6 @@ from diffsynth_core.data.media import (
     choose_excerpt,
     choose_reference,
 )
-from diffsynth_core.data.pictures import PictureHeader, SizeRule
 
 
 def rule(num_frames=49, start="first", seed=0, frame_rate=None):
@@ -60,7 +60,7 @@ def test_an_excerpt_of_a_video():
     assert excerpt.first_frame.shape == (1, 64, 96)
 
 
-def test_a_picture_among_videos_is_one_frame():
+def test_an_image_among_videos_is_one_frame():
     media = MediaRule(SizeRule(None, None, 1 << 20, 16), rule(17))
     header = MediaHeader(100, 50, 1, video=False, rotated=False, transparent=False)
     assert choose_excerpt(Path("a.png"), header, media, row=1) == Excerpt(Path("a.png"), 48, 96)
@@ -81,7 +81,7 @@ def test_whatever_changes_the_pixels_changes_the_identity():
 
 def test_a_reference_is_read_at_the_size_of_its_rule():
     shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, factor=16)
-    header = PictureHeader(100, 50, rotated=False, transparent=False)
+    header = ImageHeader(100, 50, rotated=False, transparent=False)
     target = Excerpt(Path("b.png"), 32, 48)
     found = choose_reference(Path("a.png"), header, shown, target)
     assert found == Excerpt(Path("a.png"), 96, 96, scaled=(100, 107))

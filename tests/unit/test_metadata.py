@@ -1,12 +1,12 @@
-"""Metadata as people write it: three formats, captions beside pictures, and every way a file can be broken."""
+"""Metadata as people write it: three formats, captions beside images, and every way a file can be broken."""
 
 import json
 
 import pytest
 
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import find_metadata, read_metadata
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import Columns, build_samples
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError
@@ -164,7 +164,7 @@ def test_a_folder_or_file_that_is_not_there_is_named(tmp_path):
         read_metadata(tmp_path, tmp_path / "gone.csv", "prompt", "image")
 
 
-def test_captions_beside_the_pictures_are_the_rows(tmp_path):
+def test_captions_beside_the_images_are_the_rows(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.PNG", "a.jpg", "sub/c.webp", "notes.md"):
         (tmp_path / name).write_bytes(b"")
@@ -180,11 +180,11 @@ def test_captions_beside_the_pictures_are_the_rows(tmp_path):
     assert metadata.columns == ("image", "prompt")
 
 
-def test_a_picture_without_caption_is_named_with_how_many_there_are(tmp_path):
+def test_an_image_without_caption_is_named_with_how_many_there_are(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(DiffSynthError, match=r"2 of its 3 pictures no caption") as caught:
+    with pytest.raises(DiffSynthError, match=r"2 of its 3 images no caption") as caught:
         read_metadata(tmp_path, None, "prompt", "image")
     assert f"`{tmp_path / 'b.png'}`" in str(caught.value)
     assert f"`{tmp_path / 'b.txt'}`" in (caught.value.problems[0].hint or "")
@@ -197,9 +197,9 @@ def test_a_caption_file_that_is_not_utf8_is_named(tmp_path):
         read_metadata(tmp_path, None, "prompt", "image")
 
 
-def test_a_folder_with_neither_metadata_nor_pictures_says_what_is_expected(tmp_path):
+def test_a_folder_with_neither_metadata_nor_images_says_what_is_expected(tmp_path):
     with pytest.raises(
-        DiffSynthError, match=r"neither metadata\.csv, metadata\.json, metadata\.jsonl nor pictures"
+        DiffSynthError, match=r"neither metadata\.csv, metadata\.json, metadata\.jsonl nor images"
     ) as caught:
         read_metadata(tmp_path, None, "prompt", "image")
     assert "`image` and `prompt`" in (caught.value.problems[0].hint or "")

@@ -54,16 +54,16 @@ def test_number_formats_are_kept(dtype):
     assert_close(collate([sample])["prompt_embeds"], torch.ones(1, 2, 3, dtype=dtype))
 
 
-# Pictures to edit
+# Images to edit
 
 
 def edited(length: int, value: float) -> dict[str, torch.Tensor]:
-    """A sample with two pictures of different sizes."""
+    """A sample with two images of different sizes."""
     shown = {"edit_latents_0": torch.full((16, 1, 4, 2), value), "edit_latents_1": torch.full((16, 1, 2, 6), -value)}
     return {**shown, **encoded(length, value)}
 
 
-def test_pictures_to_edit_are_stacked_each_in_its_size():
+def test_images_to_edit_are_stacked_each_in_its_size():
     batch = collate([edited(1, 1.0), edited(3, 2.0)])
     assert batch.keys() == {"latents", "edit_latents_0", "edit_latents_1", "prompt_embeds", "prompt_mask"}
     first, second = edit_latents(batch)
@@ -71,7 +71,7 @@ def test_pictures_to_edit_are_stacked_each_in_its_size():
     assert first[:, 0, 0, 0, 0].tolist() == [1, 2]
 
 
-def test_pictures_to_edit_are_in_the_order_of_their_numbers():
+def test_images_to_edit_are_in_the_order_of_their_numbers():
     batch = {f"edit_latents_{number}": torch.tensor(number) for number in (10, 2, 0, 1, 9, 8, 7, 6, 5, 4, 3)}
     assert [int(number) for number in edit_latents(batch)] == list(range(11))
     assert edit_latents({"latents": torch.zeros(1)}) == []
@@ -87,7 +87,7 @@ class Recorder:
         return (given["hidden_states"],)  # type: ignore[return-value]
 
 
-def test_tokens_of_pictures_to_edit_stand_behind_and_are_cut_off():
+def test_tokens_of_images_to_edit_stand_behind_and_are_cut_off():
     transformer, batch = Recorder(), collate([edited(2, 1.0), edited(2, 2.0)])
     noisy = torch.randn(2, 16, 1, 2, 4)
     prediction = predict_velocity(transformer, noisy, torch.tensor([0.1, 0.9]), batch)

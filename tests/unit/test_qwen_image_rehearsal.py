@@ -11,7 +11,7 @@ from diffsynth_core.families.qwen_image.encode import (
     DROPPED_TOKENS,
     EDIT_TEMPLATE,
     PROMPT_TEMPLATE,
-    announce_pictures,
+    announce_images,
 )
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.qwen_image.rehearsal import write_tiny_weights
@@ -38,15 +38,15 @@ def test_system_messages_have_the_tokens_that_are_dropped(written, template, dro
     assert len(tokenizer(before)["input_ids"]) == dropped
 
 
-def test_pictures_are_announced_with_a_token_for_each_of_their_patches(written):
-    assert announce_pictures([2], EDIT_TEXT.announced) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert announce_pictures([1, 2], EDIT_PLUS_TEXT.announced) == (
+def test_images_are_announced_with_a_token_for_each_of_their_patches(written):
+    assert announce_images([2], EDIT_TEXT.announced) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    assert announce_images([1, 2], EDIT_PLUS_TEXT.announced) == (
         "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
         "Picture 2: <|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     )
     tokenizer = load_tokenizer(written / "Qwen/Qwen-Image/tokenizer")
     token = read_json(written / "Qwen/Qwen-Image/text_encoder/config.json", dict, "")["image_token_id"]
-    assert tokenizer(announce_pictures([3, 4], EDIT_PLUS_TEXT.announced))["input_ids"].count(token) == 7
+    assert tokenizer(announce_images([3, 4], EDIT_PLUS_TEXT.announced))["input_ids"].count(token) == 7
 
 
 def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written):
@@ -57,7 +57,7 @@ def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written
 
 @pytest.mark.parametrize("given", ["Qwen/Qwen-Image-Edit:processor", "{base}/Qwen/Qwen-Image-Edit/processor"])
 @pytest.mark.parametrize("inputs", [(), ("edit_image",)])
-def test_a_processor_is_named_as_a_path_or_below_the_models_and_read_only_with_pictures_to_edit(written, given, inputs):
+def test_a_processor_is_named_as_a_path_or_below_the_models_and_read_only_with_images_to_edit(written, given, inputs):
     problems: list[Problem] = []
     parameters = Parameters(processor_path=given.format(base=written), extra_inputs=inputs)
     found = find_tokenizers(parameters, QWEN_IMAGE, {}, {}, written, problems)

@@ -1,4 +1,4 @@
-"""Which editing model of Qwen-Image a run is about, what it needs, and the sizes at which it reads pictures."""
+"""Which editing model of Qwen-Image a run is about, what it needs, and the sizes at which it reads images."""
 
 import pytest
 
@@ -34,18 +34,18 @@ def test_the_model_is_told_by_the_name_of_its_files(origin, model_id):
     """The first Edit is taken for it only where a folder or repository has exactly its name."""
     found = edit_model(origin)
     assert found.model_id == model_id
-    assert found.one_picture == (model_id == "Qwen/Qwen-Image-Edit")
+    assert found.one_image == (model_id == "Qwen/Qwen-Image-Edit")
     guessed = not any(
         name in origin for name in ("250", "251", "FireRed", "Qwen-Image-Edit:", "Qwen-Image-Edit/", "Edit\\")
     )
     assert found.guessed == guessed
     name = model_id.partition("/")[2]
     assert found.title == (
-        f"Qwen-Image, shown pictures as {name} (the name of its files tells no kind)" if guessed else name
+        f"Qwen-Image, shown images as {name} (the name of its files tells no kind)" if guessed else name
     )
 
 
-def test_without_pictures_to_edit_every_model_makes_pictures_from_text():
+def test_without_images_to_edit_every_model_makes_images_from_text():
     variants = {QWEN_IMAGE.variant({}, (), f"Qwen/Qwen-Image{name}:x").model_id for name in ("", "-Edit", "-Edit-2511")}
     assert variants == {"Qwen/Qwen-Image"}
     found = QWEN_IMAGE.variant({}, (), "")
@@ -57,7 +57,7 @@ def test_without_pictures_to_edit_every_model_makes_pictures_from_text():
     )
 
 
-def test_the_first_model_is_shown_one_picture_at_one_size():
+def test_the_first_model_is_shown_one_image_at_one_size():
     found = QWEN_IMAGE.variant({}, ("edit_image",), "Qwen/Qwen-Image-Edit:transformer/x")
     assert found.title == "Qwen-Image-Edit"
     (shown,) = found.references
@@ -87,7 +87,7 @@ def test_the_later_models_are_shown_any_number_at_two_sizes(origin):
 
 
 @pytest.mark.parametrize("origin", ["Qwen/Qwen-Image-Edit:x", "Qwen/Qwen-Image-Edit-2511:x"])
-def test_editing_reaches_the_picture_half_of_the_text_encoder_alone(origin):
+def test_editing_reaches_the_image_half_of_the_text_encoder_alone(origin):
     found = QWEN_IMAGE.variant({}, ("edit_image",), origin)
     unused = QWEN_IMAGE.component("text_encoder").untrainable(frozenset())
     assert {name for name in unused if not is_below(name, found.reached["text_encoder"])} == {"lm_head"}
@@ -97,7 +97,7 @@ def test_editing_reaches_the_picture_half_of_the_text_encoder_alone(origin):
     ("width", "height", "vae", "prompt"),
     [
         (1024, 1024, (1024, 1024), (384, 384)),
-        (64, 64, (1024, 1024), (384, 384)),  # small pictures are enlarged
+        (64, 64, (1024, 1024), (384, 384)),  # small images are enlarged
         (4000, 4000, (1024, 1024), (384, 384)),
         (600, 400, (832, 1248), (320, 480)),
         (400, 600, (1248, 832), (480, 320)),
@@ -124,11 +124,11 @@ def test_no_side_vanishes():
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 1), (1, 300), (20000, 90)])
-def test_pictures_too_narrow_for_the_image_processor_have_no_size(width, height):
+def test_images_too_narrow_for_the_image_processor_have_no_size(width, height):
     assert vae_size(width, height, MILLION) == (0, 0)
 
 
-def test_the_processor_is_looked_for_with_pictures_to_edit_only():
+def test_the_processor_is_looked_for_with_images_to_edit_only():
     processor = QWEN_IMAGE.tokenizers["processor_path"]
     assert (processor.inputs, processor.what, processor.component) == (("edit_image",), "processor", "text_encoder")
     assert QWEN_IMAGE.tokenizers["tokenizer_path"].inputs == ()

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation import report_data
 from diffsynth_core.validation.report_figures import bucket_lines, histograms
@@ -42,7 +42,7 @@ def _data(page: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three whole pictures, one with a name and a caption that mean ill; one cut off, and one that is not there."""
+    """Three whole images, one with a name and a caption that mean ill; one cut off, and one that is not there."""
     folder = tmp_path_factory.mktemp("reported") / "photos <i>&amp;"
     folder.mkdir()
     for number, name in enumerate(("wide.png", "high.png", EVIL_NAME)):
@@ -207,7 +207,7 @@ def test_what_has_no_thumbnail_says_why(window: Browser, folder: Path, tmp_path:
     write_page(tmp_path / "report.html", *_examine(folder))
     window.open((tmp_path / "report.html").as_uri() + "#samples")
     told = "return [...document.querySelectorAll('#samples-view .nothing')].map((one) => one.textContent)"
-    left_out, none = "thumbnail left out", "no picture"
+    left_out, none = "thumbnail left out", "no image"
     assert window.run(told) == [left_out, none, none, left_out, left_out]
 
 

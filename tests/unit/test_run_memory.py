@@ -75,9 +75,9 @@ def test_offloaded_inputs_of_a_block_are_on_the_device_while_it_is_recomputed(pl
 
 
 def _inputs_of_a_block(plan: Plan, choice: Choice) -> int:
-    """Text and picture states in bfloat16, and the vector of the time."""
+    """Text and image states in bfloat16, and the vector of the time."""
     width = plan.shapes["dit"]["x_embedder.weight"][0]
-    _, height, wide = choice.sizes.pictures[0]
+    _, height, wide = choice.sizes.images[0]
     return 2 * width * (height // 16 * (wide // 16) + 512 + 1)
 
 
@@ -147,7 +147,7 @@ def test_the_largest_micro_batch_has_the_longest_text_of_all(plan, dataset):
     assert run_sizes(spread).largest.text_tokens == 10 * len(samples) + 5
 
 
-def test_many_small_pictures_may_be_more_than_one_large_one(plan, dataset):
+def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
     made = plan(dataset_base_path=str(dataset), batch_size=3, dataset_repeat=1)
     sample, *_ = made.samples.samples
     frames, height, width = sample.target.shape
@@ -156,7 +156,7 @@ def test_many_small_pictures_may_be_more_than_one_large_one(plan, dataset):
     samples = (tall, sample, sample, sample)
     many = replace(made, samples=replace(made.samples, samples=samples))
     largest = run_sizes(many).largest
-    assert (largest.batch, largest.pictures) == (3, ((frames, height, width),))
+    assert (largest.batch, largest.images) == (3, ((frames, height, width),))
 
 
 @pytest.mark.parametrize("recipe", ["flux.1-dev-lora", "wan2.1-t2v-1.3b-lora"])

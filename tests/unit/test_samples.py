@@ -9,9 +9,9 @@ from PIL import Image
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data import samples
+from diffsynth_core.data.images import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
-from diffsynth_core.data.pictures import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.planning.output import dataset_fingerprint
@@ -118,16 +118,16 @@ def test_half_a_character_in_a_caption_is_told(folder):
 
 
 def test_every_faulty_row_is_told_at_once_and_the_others_stay(folder):
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     rows = [row("gone.png"), row(), row("text.png"), row(prompt=3), row("[1] cat.png")]
     found, problems = build(folder, *rows)
     assert [sample.row for sample in found.samples] == [2, 5]
     assert sorted(int(problem.message.split("row ")[1].split(":")[0]) for problem in problems) == [1, 3, 4]
-    assert any("cannot be read as a picture" in problem.message for problem in problems)
+    assert any("cannot be read as an image" in problem.message for problem in problems)
 
 
 @pytest.mark.parametrize("size", [(15, 400), (400, 15), (8, 8)])
-def test_a_picture_smaller_than_a_patch_is_told(folder, size):
+def test_an_image_smaller_than_a_patch_is_told(folder, size):
     Image.new("RGB", size).save(folder / "small.png")
     found, problems = build(folder, row("small.png"))
     assert found.samples == ()
@@ -136,14 +136,14 @@ def test_a_picture_smaller_than_a_patch_is_told(folder, size):
     assert build(folder, row("small.png"), rule=fixed)[0].samples == ()
 
 
-def test_a_picture_that_scaling_makes_too_thin_is_told(folder):
+def test_an_image_that_scaling_makes_too_thin_is_told(folder):
     Image.new("RGB", (1000, 20)).save(folder / "thin.png")
     found, problems = build(folder, row("thin.png"))
     assert found.samples == ()
     assert "1000 x 20 pixels; with `max_pixels` 4096 a side falls below the least of 16" in problems[0].message
 
 
-def test_sizes_are_those_of_the_upright_picture_and_notes_say_what_is_done(folder):
+def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(folder):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
@@ -152,12 +152,12 @@ def test_sizes_are_those_of_the_upright_picture_and_notes_say_what_is_done(folde
     assert problems == []
     assert [sample.target.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
     assert found.notes == (
-        "1 of 3 pictures are turned upright as their EXIF orientation says",
-        "1 of 3 pictures have transparency, which is composed on white",
+        "1 of 3 images are turned upright as their EXIF orientation says",
+        "1 of 3 images have transparency, which is composed on white",
     )
 
 
-def test_order_and_rows_stay_with_many_pictures(folder):
+def test_order_and_rows_stay_with_many_images(folder):
     for number in range(40):
         Image.new("RGB", (16 + 16 * (number % 4), 16)).save(folder / f"{number}.png")
     found, _ = build(folder, *(row(f"{number}.png", str(number)) for number in range(40)))
@@ -235,11 +235,11 @@ def test_faulty_references_are_told_with_their_row(folder, cell, rule, expected)
     assert problem.hint
 
 
-def test_a_reference_that_is_no_picture_is_told(folder):
-    (folder / "text.png").write_text("not a picture")
+def test_a_reference_that_is_no_image_is_told(folder):
+    (folder / "text.png").write_text("not an image")
     found, (problem,) = build(folder, {**row(), "edit_image": '["a.png", "text.png"]'}, references=(ANY,))
     assert found.samples == ()
-    assert problem.message.startswith(f"`metadata.csv` row 1: `{folder / 'text.png'}` cannot be read as a picture")
+    assert problem.message.startswith(f"`metadata.csv` row 1: `{folder / 'text.png'}` cannot be read as an image")
 
 
 def test_how_references_are_turned_is_told(folder):
@@ -247,7 +247,7 @@ def test_how_references_are_turned_is_told(folder):
     exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
     found, _ = build(folder, {**row(), "edit_image": "turned.jpg"}, references=(ANY,))
-    assert found.notes == ("1 of 2 pictures are turned upright as their EXIF orientation says",)
+    assert found.notes == ("1 of 2 images are turned upright as their EXIF orientation says",)
     assert found.samples[0].references["shown"][0].shape == (1, 24, 16)
 
 
@@ -280,7 +280,7 @@ def test_the_column_of_references_is_asked_for():
     ]
 
 
-def test_a_picture_to_follow_has_the_size_of_what_is_trained_on(folder):
+def test_an_image_to_follow_has_the_size_of_what_is_trained_on(folder):
     """One of another shape is cut elsewhere, which is told once; one of nearly the same shape is not worth a word."""
     Image.new("RGB", (32, 48)).save(folder / "upright.png")
     Image.new("RGB", (481, 320)).save(folder / "large.png")
@@ -292,15 +292,15 @@ def test_a_picture_to_follow_has_the_size_of_what_is_trained_on(folder):
         Excerpt(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
     ]
     (note,) = found.notes
-    assert note.startswith("1 of 3 pictures of `edit_image` are wider or higher than what they belong to")
+    assert note.startswith("1 of 3 images of `edit_image` are wider or higher than what they belong to")
     assert build(folder, *rows, references=(ONE,))[0].notes == ()
 
 
-def test_a_picture_that_many_rows_show_is_looked_into_once(folder, monkeypatch):
+def test_an_image_that_many_rows_show_is_looked_into_once(folder, monkeypatch):
     read: list[str] = []
-    whole = samples.read_picture_header
+    whole = samples.read_image_header
     monkeypatch.setattr(samples, "HEADER_THREADS", 1)  # two threads may come to it together
-    monkeypatch.setattr(samples, "read_picture_header", lambda path: (read.append(path.name), whole(path))[1])
+    monkeypatch.setattr(samples, "read_image_header", lambda path: (read.append(path.name), whole(path))[1])
     rows = [{**row(), "edit_image": "draft.png"} for _ in range(5)]
     Image.new("RGB", (48, 32)).save(folder / "draft.png")
     found, problems = build(folder, *rows, references=(ANY,))

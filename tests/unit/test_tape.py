@@ -101,10 +101,10 @@ def test_what_attention_makes_is_cast_to_the_format_of_the_queries(made, again):
     assert tape.kept - before == again + 2 * 4 * 8
 
 
-def test_pictures_shrink_to_a_share_of_their_area():
+def test_images_shrink_to_a_share_of_their_area():
     sizes = StepSizes(2, ((1, 1024, 768), (1, 512, 512)), 77)
-    assert shrink(sizes, 0.25, 16).pictures == ((1, 512, 384), (1, 256, 256))
-    assert shrink(sizes, 0.000001, 16).pictures == ((1, 16, 16), (1, 16, 16))
+    assert shrink(sizes, 0.25, 16).images == ((1, 512, 384), (1, 256, 256))
+    assert shrink(sizes, 0.000001, 16).images == ((1, 16, 16), (1, 16, 16))
 
 
 @pytest.mark.parametrize(("caption", "tokens"), [("", 0), ("a cat", 2), ("一只猫", 3), ("a 猫", 2)])

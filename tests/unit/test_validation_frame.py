@@ -40,11 +40,11 @@ def _hang_or_crash(job: Job, name: str) -> inspect.Facts:
         time.sleep(60)
     if name == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return inspect.PictureFacts(name, 1)
+    return inspect.ImageFacts(name, 1)
 
 
 def _work_badly(job: Job, line, parent: int) -> None:
-    inspect.EXAMINERS = {"picture": _hang_or_crash}
+    inspect.EXAMINERS = {"image": _hang_or_crash}
     inspect.work(job, line, parent)
 
 
@@ -52,7 +52,7 @@ def _work_badly(job: Job, line, parent: int) -> None:
 def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, workers: int) -> None:
     monkeypatch.setattr(inspect, "WORK", _work_badly)
     names = ["first", "hangs", "second", "crashes", "third"]
-    facts = inspect_files(Job(tmp_path), dict.fromkeys(names, "picture"), workers, 2.0, SilentReporter())
+    facts = inspect_files(Job(tmp_path), dict.fromkeys(names, "image"), workers, 2.0, SilentReporter())
     assert list(facts) == names
     faults = {name: one.fault and one.fault.reason for name, one in facts.items()}
     assert faults == {
@@ -71,7 +71,7 @@ def _never_work(job: Job, line, parent: int) -> None:
 def test_workers_that_do_not_start_are_no_fault_of_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(inspect, "WORK", _never_work)
     with pytest.raises(DiffSynthError) as raised:
-        inspect_files(Job(tmp_path), {"first": "picture"}, 1, 2.0, SilentReporter())
+        inspect_files(Job(tmp_path), {"first": "image"}, 1, 2.0, SilentReporter())
     (problem,) = raised.value.problems
     assert problem.message == "no process can be started that decodes files: it ended at once"
     assert problem.hint == "see whether memory is left, or leave files closed with `--depth paths`"
@@ -87,5 +87,5 @@ def test_a_folder_with_captions_is_checked_to_the_pixels(tmp_path: Path) -> None
         ("IMAGE_TRUNCATED", 2, "b.png"),
         ("BUCKETS", None, None),
     }
-    assert (examined.pictures["a.png"].width, examined.pictures["a.png"].height) == (96, 64)
+    assert (examined.images["a.png"].width, examined.images["a.png"].height) == (96, 64)
     assert report.exit_code == 1

@@ -15,14 +15,14 @@ import psutil
 import pytest
 from PIL import Image
 
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.videos import count_frames
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.validation.examined import Examined, Record
 from diffsynth_core.validation.facts import Fault, VideoFacts
+from diffsynth_core.validation.image_checks import check_sizes
 from diffsynth_core.validation.inspect import Job, inspect_files
-from diffsynth_core.validation.picture_checks import check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.table import Table
 from diffsynth_core.validation.video_checks import check_rates, check_videos
@@ -201,9 +201,9 @@ def test_a_rotated_video_is_upright_with_its_thumbnail(tmp_path):
 def test_the_thumbnail_shows_the_middle(tmp_path, frames):
     write_clip(tmp_path / "clip.mkv", numbered(frames))
     facts = examine_video(tmp_path, "clip.mkv", None, 64)
-    picture = Image.open(io.BytesIO(facts.thumbnail))
-    assert picture.size == (64, 48)
-    shown = picture.convert("L").getpixel((32, 24)) / 4
+    image = Image.open(io.BytesIO(facts.thumbnail))
+    assert image.size == (64, 48)
+    shown = image.convert("L").getpixel((32, 24)) / 4
     assert abs(shown - frames // 2) < 3
 
 
@@ -253,7 +253,7 @@ def test_nothing_is_said_of_a_sound_video(media):
         (RECIPE, {"variable_rate": True, "spacing": (0.0167, 0.1)}, "VIDEO_VARIABLE_RATE",
          "`a.mp4`: from frame to frame it takes 17 to 100 ms", "train at an even rate with `--frame_rate`"),
         (None, {"still": True}, "VIDEO_STILL", "in `a.mp4` nothing moves",
-         "train on it as a picture, or take its row out"),
+         "train on it as an image, or take its row out"),
         (None, {"rotated": True}, "VIDEO_ROTATED", "`a.mp4` is turned upright as its metadata says", None),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffsynth_core.data import decoding
 from diffsynth_core.data.formats import CLIP_ENDINGS
-from diffsynth_core.data.pictures import load_picture
+from diffsynth_core.data.images import load_image
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 from diffsynth_core.errors import DiffSynthError
 from tests.clips import LOSSLESS, LOSSY, detailed, ffmpeg, numbered, numbers, write_clip
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def thirty(folder):
-    """30 numbered frames, with pictures coded out of order."""
+    """30 numbered frames, with images coded out of order."""
     return write_clip(folder / "thirty.mp4", numbered(30))
 
 
@@ -118,12 +118,12 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path, turned):
         ((200, 120), (64, 112)), ((64, 48), (96, 64)),
     ],
 )  # fmt: skip
-def test_the_geometry_is_that_of_pictures(tmp_path, size, target):
+def test_the_geometry_is_that_of_images(tmp_path, size, target):
     """(35, 20) for 30 rows is 52.5 wide, which Python rounds to 52."""
     width, height = size
     frames = detailed(1, height, width)
     Image.fromarray(frames[0]).save(tmp_path / "frame.png")
-    expected = load_picture(tmp_path / "frame.png", *target).astype(int)
+    expected = load_image(tmp_path / "frame.png", *target).astype(int)
     clip = load_clip(write_clip(tmp_path / "clip.mkv", frames), 0, 1, *target, None)[0].astype(int)
     assert clip.shape == expected.shape
     difference = abs(clip - expected)
@@ -148,10 +148,10 @@ def test_colours_follow_the_tags(tmp_path, matrix, spread, pixels):
 
 
 def test_what_is_clear_in_a_gif_is_white(tmp_path):
-    picture = Image.new("P", (64, 32), 1)
-    picture.putpalette([9, 9, 9, 200, 0, 0])
-    picture.paste(0, (0, 0, 32, 32))
-    picture.save(tmp_path / "clip.gif", save_all=True, append_images=[picture], transparency=0, duration=100)
+    image = Image.new("P", (64, 32), 1)
+    image.putpalette([9, 9, 9, 200, 0, 0])
+    image.paste(0, (0, 0, 32, 32))
+    image.save(tmp_path / "clip.gif", save_all=True, append_images=[image], transparency=0, duration=100)
     clip = load_clip(tmp_path / "clip.gif", 0, 1, 32, 64, None)[0]
     assert_allclose(clip[16, [8, 56]].astype(int), [[255, 255, 255], [200, 0, 0]], atol=2)
 

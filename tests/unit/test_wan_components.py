@@ -42,7 +42,7 @@ LARGE = {
     "ffn_dim": 13824,
     "num_layers": 40,
 }
-PICTURE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 VAE_2_1 = {
     "base_dim": 96, "decoder_base_dim": None, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
     "temperal_downsample": [False, True, True], "is_residual": False, "in_channels": 3, "out_channels": 3,
@@ -64,8 +64,8 @@ CLIP = {
 PUBLISHED: dict[str, tuple[str, dict[str, object], int]] = {
     "2.1 t2v 1.3b": ("dit", SMALL, 1418996800),
     "2.1 t2v 14b": ("dit", LARGE, 14288491584),
-    "2.1 i2v 14b": ("dit", LARGE | PICTURE, 16394878784),
-    "2.1 flf2v 14b": ("dit", LARGE | PICTURE | {"pos_embed_seq_len": 514}, 16394878784 + 514 * 1280),
+    "2.1 i2v 14b": ("dit", LARGE | IMAGE, 16394878784),
+    "2.1 flf2v 14b": ("dit", LARGE | IMAGE | {"pos_embed_seq_len": 514}, 16394878784 + 514 * 1280),
     "2.2 i2v a14b": ("dit", LARGE | {"in_channels": 36}, 14288901184),
     "2.2 ti2v 5b": (
         "dit",
@@ -164,7 +164,7 @@ def test_files_in_wan_s_own_names_infer_the_same(case):
     assert INFER[component](ours) == INFER[component](shapes_of(published(case)))
 
 
-def test_the_picture_half_of_wan_s_clip_file_has_its_projection_and_scale_besides():
+def test_the_image_half_of_wan_s_clip_file_has_its_projection_and_scale_besides():
     shapes = {**original_shapes("clip-h vision"), "visual.head": (1280, 1024), "log_scale": ()}
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 632076801
 

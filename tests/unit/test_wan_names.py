@@ -16,7 +16,7 @@ from diffsynth_core.families.wan.components import build
 from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap, TableMap
 
 TRANSFORMER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 24}
-PICTURE = {"in_channels": 36, "image_dim": 12, "added_kv_proj_dim": 32}
+IMAGE = {"in_channels": 36, "image_dim": 12, "added_kv_proj_dim": 32}
 VAE_2_2 = {
     "base_dim": 4, "decoder_base_dim": 6, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
     "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
@@ -28,8 +28,8 @@ CLIP = {
 }  # fmt: skip
 MODULES: dict[str, tuple[str, dict[str, object]]] = {
     "t2v": ("dit", TRANSFORMER),
-    "i2v 2.1": ("dit", TRANSFORMER | PICTURE),
-    "flf2v": ("dit", TRANSFORMER | PICTURE | {"pos_embed_seq_len": 10}),
+    "i2v 2.1": ("dit", TRANSFORMER | IMAGE),
+    "flf2v": ("dit", TRANSFORMER | IMAGE | {"pos_embed_seq_len": 10}),
     "i2v 2.2": ("dit", TRANSFORMER | {"in_channels": 36}),
     "ti2v": ("dit", TRANSFORMER | {"in_channels": 48, "out_channels": 48}),
     "vae 2.1": ("vae", {"base_dim": 4}),
@@ -105,7 +105,7 @@ def test_diffusers_converts_the_transformer_alike(case):
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     converted = convert_wan_transformer_to_diffusers(original(case))
-    # It forgets the positions of the first and the last picture.
+    # It forgets the positions of the first and the last image.
     renamed = {
         name.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): tensor
         for name, tensor in converted.items()

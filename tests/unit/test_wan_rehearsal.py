@@ -155,11 +155,11 @@ def clips() -> Tensor:
     import skimage.data
     from PIL import Image
 
-    pictures = []
+    images = []
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         pixels = np.array(Image.fromarray(getattr(skimage.data, name)()[..., :3]).resize((96, 96)))
-        pictures.append(torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1)
-    stacked = torch.stack(pictures)
+        images.append(torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1)
+    stacked = torch.stack(images)
     return torch.stack(
         [stacked[..., 4 * step : 4 * step + 64, 4 * step : 4 * step + 64] for step in range(8)]
         + [stacked[..., 32:, 32:]],
@@ -213,14 +213,14 @@ def test_the_tokenizer_that_pipelines_load_gives_the_same_tokens_for_known_chara
         assert ours(caption)["input_ids"] == theirs(caption)["input_ids"]
 
 
-def test_pictures_stay_apart_in_clip_as_its_processor_prepares_them(tmp_path):
+def test_images_stay_apart_in_clip_as_its_processor_prepares_them(tmp_path):
     from PIL import Image
     from transformers import CLIPImageProcessor
 
     encoder = load(tmp_path, *OTHERS["clip diffusers"])
     processor = CLIPImageProcessor.from_pretrained(tmp_path / OTHERS["clip diffusers"][1] / "image_processor")
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "navy")]
-    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "navy")]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = encoder(pixels, output_hidden_states=True).hidden_states[-2]
     assert states.shape == (2, 257, 32)
@@ -236,10 +236,10 @@ def test_a_first_loss_is_near_that_of_predicting_nothing(tmp_path, case):
     given = torch.randn(4, config.in_channels - config.out_channels, 3, 8, 8)
     text = torch.randn(4, 512, 64)
     count = {"i2v": 4, "flf2v": 8}.get(case, 0)
-    pictures = torch.randn(count, 257, 32) if count else None
+    images = torch.randn(count, 257, 32) if count else None
     with torch.no_grad():
         noisy = torch.cat([(clean + noise) / 2, given], dim=1)
-        predicted = transformer(noisy, torch.full((4,), 500.0), text, pictures).sample
+        predicted = transformer(noisy, torch.full((4,), 500.0), text, images).sample
     target = noise - clean
     loss = (predicted - target).square().mean() / target.square().mean()
     assert 0.9 < loss < 1.3

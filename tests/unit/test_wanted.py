@@ -81,7 +81,7 @@ def shown(wanted: list[Wanted]) -> list[str]:
     return [" or ".join(map(str, item.places)) + ("?" if item.optional else "") for item in wanted]
 
 
-def test_weights_come_with_their_config_and_tokenizer_and_the_processor_where_pictures_are_shown():
+def test_weights_come_with_their_config_and_tokenizer_and_the_processor_where_images_are_shown():
     assert shown(wanted_of_recipe("qwen-image-edit-lora")) == [
         "Qwen/Qwen-Image-Edit:transformer/diffusion_pytorch_model*.safetensors",
         "Qwen/Qwen-Image-Edit:transformer/config.json?",

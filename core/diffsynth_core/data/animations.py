@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from diffsynth_core.data.clips import VideoHeader, Watched
 from diffsynth_core.data.decoding import UnreadableVideo
 from diffsynth_core.data.formats import ending_of, media_kind
-from diffsynth_core.data.pictures import MAX_PICTURE_PIXELS, cover, frames_of, open_picture, to_rgb
+from diffsynth_core.data.images import MAX_IMAGE_PIXELS, cover, frames_of, open_image, to_rgb
 
 UNTIMED_SECONDS = 0.1
 """How long a frame is shown whose file says no time, in browsers and here."""
@@ -28,8 +28,8 @@ def is_animation(path: Path) -> bool:
     if ending_of(path.name) == ".gif" or media_kind(path) != "image":
         return False
     try:
-        with open_picture(path) as picture:
-            return picture.format != "GIF" and frames_of(picture) > 1
+        with open_image(path) as image:
+            return image.format != "GIF" and frames_of(image) > 1
     except Exception:  # it is told why where it is read as an image
         return False
 
@@ -81,14 +81,14 @@ def load(path: Path, start: int, frames: int, height: int, width: int, frame_rat
 
 def _frames(path: Path, pixels: bool = True) -> Iterator[tuple[Image.Image, float]]:
     """The frames, upright RGB unless `pixels` are not wanted, and how many seconds each is shown."""
-    with _telling(path), open_picture(path) as picture:
-        if picture.width * picture.height > MAX_PICTURE_PIXELS:
-            raise ValueError(f"it has more than {MAX_PICTURE_PIXELS} pixels")
-        for place in range(frames_of(picture)):
-            picture.seek(place)
-            picture.load()
-            shown = float(picture.info.get("duration") or 0) / 1000
-            yield (to_rgb(ImageOps.exif_transpose(picture)) if pixels else picture), shown or UNTIMED_SECONDS
+    with _telling(path), open_image(path) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"it has more than {MAX_IMAGE_PIXELS} pixels")
+        for place in range(frames_of(image)):
+            image.seek(place)
+            image.load()
+            shown = float(image.info.get("duration") or 0) / 1000
+            yield (to_rgb(ImageOps.exif_transpose(image)) if pixels else image), shown or UNTIMED_SECONDS
 
 
 @contextmanager

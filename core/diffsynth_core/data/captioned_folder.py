@@ -11,7 +11,7 @@ from diffsynth_core.data.listing import Listing
 from diffsynth_core.errors import Problem, shorten
 from diffsynth_core.progress import count_of
 
-NOT_SAMPLES: Mapping[str, frozenset[str]] = {"picture": frozenset({"clip"}), "video": frozenset()}
+NOT_SAMPLES: Mapping[str, frozenset[str]] = {"image": frozenset({"clip"}), "video": frozenset()}
 """What is trained on -> kinds of media that are no samples of it."""
 SHOWN_FILES = 3
 
@@ -52,7 +52,7 @@ class CaptionedFolder:
 
 
 def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = ()) -> CaptionedFolder:
-    """What each file of a listing is, where `kind` (`picture` or `video`) is trained on.
+    """What each file of a listing is, where `kind` (`image` or `video`) is trained on.
 
     `metadata_names`: names of files that are no samples, because they are taken for metadata or stand in its place.
     """

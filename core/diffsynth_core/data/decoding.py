@@ -23,7 +23,7 @@ from diffsynth_core.data.formats import demuxers_of, raw_stream_of
 from diffsynth_core.errors import DiffSynthError
 
 FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
-"""What an output is made of: the first video stream that is no cover picture, no frame doubled or left out."""
+"""What an output is made of: the first video stream that is no cover image, no frame doubled or left out."""
 FRAME_DAMAGE = (
     b"concealing ",
     b"corrupt decoded frame",

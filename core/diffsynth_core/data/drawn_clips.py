@@ -56,13 +56,13 @@ def draw_clips(folder: Path) -> Path:
 
 
 def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: str) -> list[Image.Image]:
-    """A shape that moves once across the picture on a wave."""
+    """A shape that moves once across the image on a wave."""
     width, height = size
     radius = min(size) // 5
-    pictures = []
+    images = []
     for number in range(frames):
-        picture = Image.new("RGB", size, ground)
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", size, ground)
+        pen = ImageDraw.Draw(image)
         done = number / (frames - 1)
         x = radius + (width - 2 * radius) * done
         y = height / 2 + (height / 2 - radius) * math.sin(2 * math.pi * done)
@@ -73,20 +73,20 @@ def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: s
             pen.rectangle(bounds, fill=colour)
         else:
             pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=colour)
-        pictures.append(picture)
-    return pictures
+        images.append(image)
+    return images
 
 
-def _save(pictures: list[Image.Image], path: Path) -> None:
+def _save(images: list[Image.Image], path: Path) -> None:
     """Code a clip; a turned one stands in the file as a telephone writes it, with a note to turn it for viewing."""
     turned = "turned" in path.stem
     if turned:
-        pictures = [picture.rotate(90, expand=True) for picture in pictures]
+        images = [image.rotate(90, expand=True) for image in images]
     note = ["-noautorotate", "-display_rotation:v", "-90"] if turned else []
-    width, height = pictures[0].size
+    width, height = images[0].size
     form, *coding = CODING[path.suffix]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FRAME_RATE), "-i", "-"]
-    pixels = b"".join(np.asarray(picture).tobytes() for picture in pictures)
+    pixels = b"".join(np.asarray(image).tobytes() for image in images)
     with replacing(path) as temporary:
         command = [*_quiet(), *note, *source, *coding, "-threads", "1", "-fflags", "+bitexact", "-f", form]
         try:

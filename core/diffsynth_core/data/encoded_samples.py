@@ -177,7 +177,7 @@ def strangers_in(folder: Path, known: set[Path]) -> list[str]:
 def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any]:
     plain: dict[str, Any] = {"row": sample.row, "file": str(sample.target.path), "shape": sample.target.shape}
     if sample.references:
-        plain["shown"] = {name: [shown.shape for shown in pictures] for name, pictures in sample.references.items()}
+        plain["shown"] = {name: [shown.shape for shown in images] for name, images in sample.references.items()}
     if sample.sampling:
         plain["sampling"] = asdict(sample.sampling)
     return plain | {"files": [[file.key, file.bytes] for file in files.values()]}

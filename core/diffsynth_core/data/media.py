@@ -1,4 +1,4 @@
-"""Pictures and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
+"""Images and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from diffsynth_core.data.animations import is_animation
 from diffsynth_core.data.colour import COLOUR_TRANSFORM, Colours
 from diffsynth_core.data.formats import ending_of, media_kind
-from diffsynth_core.data.pictures import (
-    PICTURE_TRANSFORM,
-    PictureHeader,
+from diffsynth_core.data.images import (
+    IMAGE_TRANSFORM,
+    ImageHeader,
     SizeRule,
-    load_picture,
-    read_picture_header,
+    load_image,
+    read_image_header,
 )
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, load_clip
@@ -58,7 +58,7 @@ class FrameRule:
 
 @dataclass(frozen=True)
 class MediaRule:
-    """How the files of a metadata column become what is trained on; without `frames` they are pictures.
+    """How the files of a metadata column become what is trained on; without `frames` they are images.
 
     `usual_pixels`: the area that a file of this run is usually trained at; 0: any.
     """
@@ -70,9 +70,9 @@ class MediaRule:
 
 @dataclass(frozen=True)
 class ReferenceRule:
-    """How the pictures of a metadata column become what the model is shown under `name`.
+    """How the images of a metadata column become what the model is shown under `name`.
 
-    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to; None: it covers what is
+    `size`: (width, height, `max_pixels`) of an image -> (height, width) that it is scaled to; None: it covers what is
     trained on and is cut to its size.
     `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
@@ -105,7 +105,7 @@ class MediaHeader:
 class Excerpt:
     """The part of a media file that is trained on or shown, and the size it is read at, in pixels.
 
-    `scaled`: (height, width) that a picture is scaled to before its centre is cut out; None: until it covers the size.
+    `scaled`: (height, width) that an image is scaled to before its centre is cut out; None: until it covers the size.
     `converted`: its colours are converted to sRGB from a profile in the file.
     """
 
@@ -134,7 +134,7 @@ class Excerpt:
         """All that its pixels depend on, besides the bytes of the file."""
         if not self.video:
             colours = ["sRGB", COLOUR_TRANSFORM] if self.converted else []
-            return [self.height, self.width, PICTURE_TRANSFORM, *(self.scaled or ()), *colours]
+            return [self.height, self.width, IMAGE_TRANSFORM, *(self.scaled or ()), *colours]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -142,23 +142,23 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoMemory) -> Media
     """What a file holds; a video is decoded for it, once ever.
 
     Raises:
-        DiffSynthError: when the file is neither picture nor video, or is damaged.
+        DiffSynthError: when the file is neither image nor video, or is damaged.
     """
     if rule.frames and is_clip(path):
         video = videos.header(path)
         frames = videos.count(path, rule.frames.frame_rate, rule.frames.frames_to_count)
         return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
-    picture = read_picture_header(path)
+    image = read_image_header(path)
     return MediaHeader(
-        picture.width,
-        picture.height,
+        image.width,
+        image.height,
         1,
         False,
-        picture.rotated,
-        picture.transparent,
+        image.rotated,
+        image.transparent,
         None,
-        picture.pages,
-        picture.colours,
+        image.pages,
+        image.colours,
     )
 
 
@@ -184,8 +184,8 @@ def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -
     return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
 
 
-def choose_reference(path: Path, header: PictureHeader, rule: ReferenceRule, target: Excerpt) -> Excerpt:
-    """How a picture is shown to the model beside `target`; a side of 0 means that it is too small."""
+def choose_reference(path: Path, header: ImageHeader, rule: ReferenceRule, target: Excerpt) -> Excerpt:
+    """How an image is shown to the model beside `target`; a side of 0 means that it is too small."""
     if rule.size is None:
         return Excerpt(path, target.height, target.width, converted=bool(header.colours.profile))
     scaled = rule.size(header.width, header.height, rule.max_pixels)
@@ -206,6 +206,6 @@ def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
         DiffSynthError: when the file cannot be decoded, or ends before the excerpt does.
     """
     if not excerpt.video:
-        return load_picture(excerpt.path, excerpt.height, excerpt.width, excerpt.scaled)[None]
+        return load_image(excerpt.path, excerpt.height, excerpt.width, excerpt.scaled)[None]
     start, frames = excerpt.start, excerpt.frames
     return load_clip(excerpt.path, start, frames, excerpt.height, excerpt.width, excerpt.frame_rate)

@@ -107,13 +107,11 @@ def unused_metadata(base: Path, path: Path | None) -> Problem | None:
     return Problem(f"{what}: expected {', '.join(METADATA_NAMES)}", "export it as metadata.csv")
 
 
-def read_metadata(
-    base: Path, given: Path | None, text_column: str, media_column: str, kind: str = "picture"
-) -> Metadata:
+def read_metadata(base: Path, given: Path | None, text_column: str, media_column: str, kind: str = "image") -> Metadata:
     """The metadata of the dataset in `base`.
 
     Without a metadata file the files below `base` are the rows, each with the caption in the text file of its name:
-    pictures, or for the kind `video` videos and pictures.
+    images, or for the kind `video` videos and images.
 
     Raises:
         DiffSynthError: when the folder or the file is missing, cannot be parsed, or holds no row.

@@ -14,6 +14,7 @@ from unicodedata import normalize
 
 from diffsynth_core.data.colour import Colours
 from diffsynth_core.data.formats import CLIP_ENDINGS
+from diffsynth_core.data.images import ImageHeader, read_image_header
 from diffsynth_core.data.media import (
     Excerpt,
     MediaHeader,
@@ -25,7 +26,6 @@ from diffsynth_core.data.media import (
     scale_of,
 )
 from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
-from diffsynth_core.data.pictures import PictureHeader, read_picture_header
 from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
@@ -37,7 +37,7 @@ from diffsynth_core.progress import Reporter
 HEADER_THREADS = 8
 """Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
 MOST_AT_ONCE = 64
-"""Rows of pictures that a thread is handed at once: handing over costs more than a header."""
+"""Rows of images that a thread is handed at once: handing over costs more than a header."""
 
 WRITE_SLASHES = "write `/` between folders"
 LOW_RESOLUTION_HINT = "use larger files; to train at a small size on purpose, lower `--max_pixels`"
@@ -45,14 +45,14 @@ SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
 """Frame rates that differ by more are worth a word."""
 SHAPE_SPREAD = 1.02
-"""Width by height of two pictures may differ by so much, as sizes rounded to multiples of 16 do."""
+"""Width by height of two images may differ by so much, as sizes rounded to multiples of 16 do."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its number, its caption, what is trained on, and by name the pictures that the model is shown.
+    """One row: its number, its caption, what is trained on, and by name the images that the model is shown.
 
-    `sampling`: how the few-step sampler makes its picture, where that is what is trained.
+    `sampling`: how the few-step sampler makes its image, where that is what is trained.
     """
 
     row: int
@@ -68,7 +68,7 @@ class Sample:
 
     @property
     def shape(self) -> tuple[tuple[int, int, int], ...]:
-        """(frames, height in pixels, width in pixels) of what is trained on, then of each picture shown."""
+        """(frames, height in pixels, width in pixels) of what is trained on, then of each image shown."""
         shown = (excerpt.shape for excerpts in self.references.values() for excerpt in excerpts)
         return self.target.shape, *shown
 
@@ -118,7 +118,7 @@ def check_columns(
 class Columns:
     """Which columns a dataset is read from, and how the files they name are read.
 
-    `sampled`: rows also say how a sampler makes their pictures.
+    `sampled`: rows also say how a sampler makes their images.
     """
 
     text: str
@@ -237,7 +237,7 @@ class _Headers:
     """What the files of a row hold."""
 
     target: MediaHeader
-    shown: Mapping[str, tuple[PictureHeader, ...]]
+    shown: Mapping[str, tuple[ImageHeader, ...]]
 
 
 def _measure(
@@ -246,9 +246,9 @@ def _measure(
     """Read the headers of all files and settle the sizes and frames that are trained on."""
     samples: list[Sample] = []
     headers: list[_Headers] = []
-    label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading picture headers", "samples")
+    label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading image headers", "samples")
     alone = videos.alone() if columns.rule.frames else nullcontext()
-    shown = cache(read_picture_header)  # many rows may show one picture
+    shown = cache(read_image_header)  # many rows may show one image
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(
             lambda some: [_headers_or_problem(row, columns.rule, videos, shown) for row in some],
@@ -280,13 +280,13 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
         return _too_small(row, headers.target, columns.rule)
     references = {}
     for rule in columns.references:
-        pictures = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
-        references[rule.name] = tuple(choose_reference(path, header, rule, target) for path, header in pictures)
+        images = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
+        references[rule.name] = tuple(choose_reference(path, header, rule, target) for path, header in images)
         small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
         if small:
             return Problem(
                 f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown to this model",
-                "replace the picture or take its row out",
+                "replace the image or take its row out",
                 code="IMAGE_TOO_SMALL",
             )
     return Sample(row.number, row.caption, target, references, row.sampling)
@@ -294,10 +294,10 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
 
 def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:
     """What is worth saying once of how files are changed on their way to the model."""
-    kind = "videos and pictures" if rule.frames else "pictures"
+    kind = "videos and images" if rule.frames else "images"
     targets = [headers.target for headers in read]
-    shown = [header for headers in read for pictures in headers.shown.values() for header in pictures]
-    headers: list[MediaHeader | PictureHeader] = [*targets, *shown]
+    shown = [header for headers in read for images in headers.shown.values() for header in images]
+    headers: list[MediaHeader | ImageHeader] = [*targets, *shown]
     of_all = f"of {len(headers)} {kind}"
     if rotated := sum(header.rotated for header in headers):
         yield f"{rotated} {of_all} are turned upright as their {'metadata' if rule.frames else 'EXIF orientation'} says"
@@ -340,9 +340,9 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
 
 def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns) -> Iterator[Problem]:
     """How many files are scaled up to the size they are trained or shown at, and by how much at most."""
-    scaled: list[tuple[float, Sample, Excerpt, MediaHeader | PictureHeader]] = []
+    scaled: list[tuple[float, Sample, Excerpt, MediaHeader | ImageHeader]] = []
     for sample, headers in zip(samples, read, strict=True):
-        pairs: list[tuple[Excerpt, MediaHeader | PictureHeader]] = [(sample.target, headers.target)]
+        pairs: list[tuple[Excerpt, MediaHeader | ImageHeader]] = [(sample.target, headers.target)]
         for rule in columns.references:
             pairs += zip(sample.references[rule.name], headers.shown[rule.column], strict=True)
         scaled += [(scale_of(excerpt, one.width, one.height), sample, excerpt, one) for excerpt, one in pairs]
@@ -379,20 +379,20 @@ def _kinds(rule: MediaRule) -> str:
 
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
-    """What to say of pictures that are to lie over what is trained on, and are not of its shape."""
+    """What to say of images that are to lie over what is trained on, and are not of its shape."""
     for column in [rule.column for rule in columns.references if rule.size is None]:
-        pairs = [(headers.target, picture) for headers in read for picture in headers.shown[column]]
-        ratios = [picture.width * target.height / (picture.height * target.width) for target, picture in pairs]
+        pairs = [(headers.target, image) for headers in read for image in headers.shown[column]]
+        ratios = [image.width * target.height / (image.height * target.width) for target, image in pairs]
         other = sum(not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD for ratio in ratios)
         if other:
             yield (
-                f"{other} of {len(pairs)} pictures of `{column}` are wider or higher than what they belong to: "
+                f"{other} of {len(pairs)} images of `{column}` are wider or higher than what they belong to: "
                 "scaled to cover it and cut at the centre, they do not lie over it"
             )
 
 
 def _headers_or_problem(
-    row: _Row, rule: MediaRule, videos: VideoMemory, read_shown: Callable[[Path], PictureHeader]
+    row: _Row, rule: MediaRule, videos: VideoMemory, read_shown: Callable[[Path], ImageHeader]
 ) -> _Headers | Problem:
     """What the files of a row hold, or why the first of those that cannot be read cannot."""
     try:
@@ -405,7 +405,7 @@ def _headers_or_problem(
 
 
 def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
-    kind, factor = "video" if header.video else "picture", rule.size.factor
+    kind, factor = "video" if header.video else "image", rule.size.factor
     size = f"{row.where}: `{row.target}` is {header.width} x {header.height} pixels"
     if min(header.width, header.height) < factor:
         return Problem(

@@ -1,4 +1,4 @@
-"""How the few-step sampler is to make a sample's picture: what direct distillation reads of a row. No torch."""
+"""How the few-step sampler is to make a sample's image: what direct distillation reads of a row. No torch."""
 
 import json
 import math
@@ -17,7 +17,7 @@ STEPS = range(1, 1001)
 
 @dataclass(frozen=True)
 class Sampling:
-    """The seed of the noise, the device whose generator draws it, and how many steps lead from it to the picture."""
+    """The seed of the noise, the device whose generator draws it, and how many steps lead from it to the image."""
 
     seed: int
     rand_device: str

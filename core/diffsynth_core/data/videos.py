@@ -1,6 +1,6 @@
 """Videos: what their headers say, how many frames can be decoded from them, and the pixels of a clip.
 
-The first video stream that is no cover picture counts. Rotation is applied; pixels that are not square are made square
+The first video stream that is no cover image counts. Rotation is applied; pixels that are not square are made square
 by changing the width. Colours follow the tags of the file, BT.601 in limited range where it has none; high dynamic
 range is not tone-mapped. Clear parts of a GIF become white; other alpha channels are passed over, which shows the
 colours stored under them. Animated images other than GIF are decoded by Pillow (animations.py).
@@ -101,7 +101,7 @@ def load_clip(
     """Frames `start` … `start + frames - 1` of a video at a training size, `[frames, height, width, 3]`, RGB, 0..255.
 
     The frames are numbered as `count_frames` counts them with the same `frame_rate`. They are upright, scaled
-    (Lanczos) until they cover the size, then cut at the centre, as `load_picture` does. In memory the colours are
+    (Lanczos) until they cover the size, then cut at the centre, as `load_image` does. In memory the colours are
     planes: the array is a view of `[frames, 3, height, width]`.
 
     Raises:

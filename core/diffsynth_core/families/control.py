@@ -1,6 +1,6 @@
 """ControlNets as diffusers has them, whatever the family. No torch.
 
-A ControlNet reads what the transformer reads and, beside it, the latents of a picture to follow; what its blocks make
+A ControlNet reads what the transformer reads and, beside it, the latents of an image to follow; what its blocks make
 of them is added behind the transformer's blocks.
 """
 
@@ -13,20 +13,20 @@ from diffsynth_core.families.size_facts import LatentFacts
 CONTROLNET = "controlnet"
 """Name of the component."""
 CONTROLNET_IMAGE = "controlnet_image"
-"""The extra input and metadata column of the picture to follow."""
+"""The extra input and metadata column of the image to follow."""
 CONTROL_LATENTS = "controlnet_latents"
 """Name of its latents, and of the encoder that makes them."""
 PLACES = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 """Where repositories keep a ControlNet: in a folder, or in one of its own that says so in its name."""
 
-PICTURE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
+IMAGE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
 LATENTS = EncoderFacts(
     name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,), latents=LatentFacts(channels=16, factor=8)
 )
 
 
 def with_controlnet(variant: Variant, unreached: Callable[[frozenset[str]], frozenset[str]]) -> Variant:
-    """A kind of model with a ControlNet beside it, which is shown the picture to follow and nothing else.
+    """A kind of model with a ControlNet beside it, which is shown the image to follow and nothing else.
 
     `unreached`: names of modules or tensors of the ControlNet -> those that its training does not reach.
     """
@@ -35,7 +35,7 @@ def with_controlnet(variant: Variant, unreached: Callable[[frozenset[str]], froz
         title=f"{variant.title} with a ControlNet",
         components=(*variant.components, CONTROLNET),
         encoders=(*variant.encoders, LATENTS),
-        references=(PICTURE,),
+        references=(IMAGE,),
         takes=(CONTROLNET_IMAGE,),
         in_step=(CONTROLNET,),
         unreached={CONTROLNET: unreached},

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from diffsynth_core.families.interface import EncoderFacts, Shapes
 from diffsynth_core.families.size_facts import CaptionFacts, LatentFacts, StateFacts
-from diffsynth_core.families.tape import BYTES, Picture
+from diffsynth_core.families.tape import BYTES, MediaSize
 from diffsynth_core.families.token_counts import CaptionRule, count_tokens
 
 NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
 """The number format that text encoders compute in, by `mixed_precision`."""
-Shown = Mapping[str, tuple[Picture, ...]]
-"""Sizes of what is trained on, by its column, and of pictures shown, by the name of their `References`."""
+Shown = Mapping[str, tuple[MediaSize, ...]]
+"""Sizes of what is trained on, by its column, and of images shown, by the name of their `References`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def encoded_size(
 
     Args:
         denoiser: its shapes, which tell how wide states are; without them they are as wide as the published ones.
-        text_states: of the caption and the pictures read with it, as `count_text_states` counts them.
+        text_states: of the caption and the images read with it, as `count_text_states` counts them.
         frame_step: frames of a clip in one latent frame (`Medium`).
     """
     total = EncodedSize()
@@ -73,7 +73,7 @@ def caption_encoder(encoders: Iterable[EncoderFacts]) -> EncoderFacts | None:
 def count_text_states(
     encoders: Iterable[EncoderFacts], tokenizer: Path | None, captions: Sequence[str], shown: Sequence[Shown]
 ) -> tuple[list[int], bool]:
-    """States kept of each caption with the pictures that are read with it, and whether tokens were counted rather than
+    """States kept of each caption with the images that are read with it, and whether tokens were counted rather than
     estimated by letters.
 
     Args:
@@ -86,38 +86,38 @@ def count_text_states(
     facts = encoder.caption
     if facts.padded:
         return [facts.most] * len(captions), True
-    pictures = [_read(encoder, sizes) for sizes in shown]
-    texts = [_announce(facts, len(seen)) + text for seen, text in zip(pictures, captions, strict=True)]
+    images = [_read(encoder, sizes) for sizes in shown]
+    texts = [_announce(facts, len(seen)) + text for seen, text in zip(images, captions, strict=True)]
     counts, counted = count_tokens(texts, CaptionRule(facts, tokenizer))
-    states = [count + _picture_tokens(facts, seen) for count, seen in zip(counts, pictures, strict=True)]
+    states = [count + _image_tokens(facts, seen) for count, seen in zip(counts, images, strict=True)]
     return [min(count, facts.most) for count in states], counted
 
 
-def _announce(facts: CaptionFacts, pictures: int) -> str:
-    """What stands before a caption for so many pictures, but for their own tokens."""
-    return "".join(facts.announced.format(number=number, picture="") for number in range(1, pictures + 1))
+def _announce(facts: CaptionFacts, images: int) -> str:
+    """What stands before a caption for so many images, but for their own tokens."""
+    return "".join(facts.announced.format(number=number, image="") for number in range(1, images + 1))
 
 
-def _picture_tokens(facts: CaptionFacts, pictures: Iterable[Picture]) -> int:
-    """Tokens of pictures, whose sides are rounded to whole ones; those of too few are enlarged before.
+def _image_tokens(facts: CaptionFacts, images: Iterable[MediaSize]) -> int:
+    """Tokens of images, whose sides are rounded to whole ones; those of too few are enlarged before.
 
     Source: `smart_resize` of transformers' Qwen2-VL.
     """
     total = 0
-    for _, *sides in pictures:
-        tokens = math.prod(max(1, round(side / facts.picture_side)) for side in sides)
-        if tokens < facts.picture_tokens:
-            scale = math.sqrt(facts.picture_tokens / math.prod(sides))
+    for _, *sides in images:
+        tokens = math.prod(max(1, round(side / facts.image_side)) for side in sides)
+        if tokens < facts.image_tokens:
+            scale = math.sqrt(facts.image_tokens / math.prod(sides))
             tokens = math.prod(math.ceil(side * scale) for side in sides)
         total += tokens
     return total
 
 
-def _read(encoder: EncoderFacts, shown: Shown) -> list[Picture]:
+def _read(encoder: EncoderFacts, shown: Shown) -> list[MediaSize]:
     return [size for column in encoder.columns for size in shown.get(column, ())]
 
 
-def _latent_numbers(latents: LatentFacts, frame_step: int, size: Picture) -> int:
+def _latent_numbers(latents: LatentFacts, frame_step: int, size: MediaSize) -> int:
     frames, height, width = size
     latent_frames = (frames - 1) // frame_step + 1
     return latents.channels * latent_frames * (height // latents.factor) * (width // latents.factor)

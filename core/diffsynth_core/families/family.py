@@ -45,7 +45,7 @@ class Family(ABC):
         """What one encoder makes of one sample.
 
         `sample` holds what the encoder's columns name: a caption as text, what is trained on as `[3, F, H, W]` float32
-        in [-1, 1], reference pictures as a list of such with F = 1.
+        in [-1, 1], reference images as a list of such with F = 1.
         """
 
     @abstractmethod

@@ -134,7 +134,7 @@ class ComponentFacts:
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
 
-    `columns`: the caption, what is trained on, and reference pictures by the name of their `References`.
+    `columns`: the caption, what is trained on, and reference images by the name of their `References`.
     `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
     `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
@@ -163,7 +163,7 @@ class Medium:
     """
 
     column: str
-    kind: Literal["picture", "video"]
+    kind: Literal["image", "video"]
     size_factor: int
     frame_step: int = 1
     usual_pixels: int = 1024 * 1024
@@ -171,10 +171,10 @@ class Medium:
 
 @dataclass(frozen=True)
 class References:
-    """Pictures of a metadata column that the model is shown beside what it is trained on, read at one size.
+    """Images of a metadata column that the model is shown beside what it is trained on, read at one size.
 
     `name`: what encoders call them; a column that is read at two sizes has two of these.
-    `size`: (width, height, `max_pixels`) of a picture -> (height, width) that it is scaled to; 0 where it is too small.
+    `size`: (width, height, `max_pixels`) of an image -> (height, width) that it is scaled to; 0 where it is too small.
     None: it covers what is trained on and is cut to its size.
     `factor`: what is read of that has sides of multiples of it, from the centre.
     `most`: how many a row may have; None: any number.
@@ -193,7 +193,7 @@ class Variant:
 
     `model_id`: the published model that stands for it.
     `components`: all that must be there.
-    `references`: pictures shown; each of their columns is one of the extra inputs asked for.
+    `references`: images shown; each of their columns is one of the extra inputs asked for.
     `in_step`: components that take part in every step beside the denoiser, whether they train or not.
     `reached`: modules by component that this kind's training does reach, of those that are `untrainable` in others.
     `unreached`: by component, names of our modules or tensors -> those that this kind's training does not reach.

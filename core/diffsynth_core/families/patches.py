@@ -1,4 +1,4 @@
-"""Batches of the latents of pictures, and these as the tokens that transformers read: patches of 2 x 2."""
+"""Batches of the latents of images, and these as the tokens that transformers read: patches of 2 x 2."""
 
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def stack_samples(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one shape, texts and reference pictures included -> a batch, `[B, …]` of each `[…]`."""
+    """Encoded samples of one shape, texts and reference images included -> a batch, `[B, …]` of each `[…]`."""
     return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from diffsynth_core.families.interface import Shapes
 
 ROPE_PROPORTION = (16, 56, 56)
-"""Rotary axes (picture, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
+"""Rotary axes (image, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
 that proportion, each even."""
 BLOCK_DIGITS = 4
 """No model has 10,000 blocks, and a name of a tensor may claim a billion."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from diffsynth_core.families.tape import Picture, StepSizes, Tape
+from diffsynth_core.families.tape import MediaSize, StepSizes, Tape
 
 Side = tuple[str, int]
 """A side of a tensor of the denoiser: (name in our module, axis)."""
@@ -25,9 +25,9 @@ class CaptionFacts:
     `template`: the text that the caption stands in, at `{}`. `dropped`: tokens at its start whose states are not kept.
     `around`: tokens that the rest of the template and the tokenizer add.
     `padded`: there are always `most` states. `clean`: what is done to the caption first.
-    `announced`: what stands before the caption for each picture read with it: its `{number}` from 1, and its tokens at
-    `{picture}`, one for each square of `picture_side` pixels a side and no fewer than `picture_tokens`; blank where no
-    pictures are read.
+    `announced`: what stands before the caption for each image read with it: its `{number}` from 1, and its tokens at
+    `{image}`, one for each square of `image_side` pixels a side and no fewer than `image_tokens`; blank where no
+    images are read.
     """
 
     tokenizer: str
@@ -40,13 +40,13 @@ class CaptionFacts:
     padded: bool = False
     clean: Callable[[str], str] = as_written
     announced: str = ""
-    picture_side: int = 1
-    picture_tokens: int = 1
+    image_side: int = 1
+    image_tokens: int = 1
 
 
 @dataclass(frozen=True)
 class LatentFacts:
-    """How large the latents of a picture or clip are: float32 `channels` for each square of `factor` pixels a side."""
+    """How large the latents of an image or clip are: float32 `channels` for each square of `factor` pixels a side."""
 
     channels: int
     factor: int
@@ -94,5 +94,5 @@ class MemoryFacts:
     """
 
     play: Callable[[Tape, StepSizes], None]
-    encoding_numbers: Callable[[LatentFacts, Picture], int]
+    encoding_numbers: Callable[[LatentFacts, MediaSize], int]
     wide: frozenset[str] = frozenset()

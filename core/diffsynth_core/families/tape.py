@@ -17,7 +17,7 @@ WIDE_UNDER_AUTOCAST = {"cpu": frozenset[str](), "cuda": frozenset({"layer_norm",
 """Of the operations here those that autocast does in float32, by kind of device. Source: aten/src/ATen/autocast_mode.h
 (`AT_FORALL_FP32`) for accelerators, autocast_mode.cpp (`KERNEL_CPU`) for the CPU."""
 
-Picture = tuple[int, int, int]
+MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
 
 
@@ -70,14 +70,14 @@ class Network:
 class StepSizes:
     """What one micro-batch brings to the transformer.
 
-    `pictures`: what is trained on, then each picture shown.
-    `text_tokens`: of the longest text, with pictures read with it, where the family's are not all of one length.
+    `images`: what is trained on, then each image shown.
+    `text_tokens`: of the longest text, with images read with it, where the family's are not all of one length.
     `settings`: constructor settings that are switched on.
     `given`: some latents stand clean among the others, so that each token has a timestep of its own.
     """
 
     batch: int
-    pictures: tuple[Picture, ...]
+    images: tuple[MediaSize, ...]
     text_tokens: int
     settings: frozenset[str] = frozenset()
     given: bool = False
@@ -85,11 +85,11 @@ class StepSizes:
     @property
     def area(self) -> int:
         """Pixels of a frame of what is trained on."""
-        return self.pictures[0][1] * self.pictures[0][2]
+        return self.images[0][1] * self.images[0][2]
 
     def tokens(self, side: int) -> list[int]:
-        """Tokens of each picture, given the side of one in pixels."""
-        return [height // side * (width // side) for _, height, width in self.pictures]
+        """Tokens of each image, given the side of one in pixels."""
+        return [height // side * (width // side) for _, height, width in self.images]
 
 
 class Tape:

@@ -43,7 +43,7 @@ def fill(module: nn.Module, gain: float, seed: int) -> None:
 
 @torch.no_grad()
 def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
-    """Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of a picture).
+    """Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of an image).
 
     With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
     """

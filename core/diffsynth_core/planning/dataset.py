@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import LEAVE_OUT, Metadata, read_metadata, unread_column
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.data.samples import Columns, SampleSet, build_samples, check_columns
 from diffsynth_core.data.video_memory import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
@@ -116,7 +116,7 @@ def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
 
 
 def reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
-    """How reference pictures are read, none above what `max_pixels` allows."""
+    """How reference images are read, none above what `max_pixels` allows."""
     return tuple(
         ReferenceRule(shown.name, shown.column, shown.size, parameters.max_pixels, shown.factor, shown.most)
         for shown in variant.references

@@ -98,7 +98,7 @@ def noise_problems(samples: SampleSet) -> list[Problem]:
         Problem(
             f"`rand_device` is `cuda` for {count_of(len(drawn), 'sample')}, and there is no such device to draw the noise; "
             f"the first is {drawn[0].name}",
-            "train where there is one, or make the pictures again with `cpu`",
+            "train where there is one, or make the images again with `cpu`",
         )
     ]
 

@@ -28,7 +28,7 @@ def memory_page() -> str:
         "",
         "Generated from the plans of the recipes by `make docs`; a test fails when this page is stale.",
         "",
-        "What `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB` estimates: in bf16, at the largest pictures or",
+        "What `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB` estimates: in bf16, at the largest images or",
         "clips that the recipe allows, in batches of one. Your own dataset and parameters change it, and the plan prints",
         "the flags of what is named here. What operations and the driver need to work is not counted: leave some room.",
         "[memory.md](memory.md) says how far such estimates were from what was measured, on tiny models and on a CPU;",

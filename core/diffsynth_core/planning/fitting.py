@@ -9,7 +9,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import shrink
 
 SHARES = (0.75, 0.5, 0.25)
-"""Of the area of pictures, and of the length of clips, that are tried."""
+"""Of the area of images, and of the length of clips, that are tried."""
 
 
 TIGHT_BYTES = 2**30
@@ -126,17 +126,17 @@ def _entry(plan: Plan, component: str) -> str:
 
 
 def _smaller(plan: Plan, choice: Choice) -> Iterator[Change]:
-    """Shorter clips, then smaller pictures."""
+    """Shorter clips, then smaller images."""
     parameters, medium, sizes = plan.parameters, plan.variant.medium, choice.sizes
-    longest = sizes.pictures[0][0]
+    longest = sizes.images[0][0]
     for share in SHARES if longest > 1 else ():
         frames = int(longest * share) // medium.frame_step * medium.frame_step + 1
-        shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.pictures)
-        fewer = replace(choice, sizes=replace(sizes, pictures=shorter))
+        shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.images)
+        fewer = replace(choice, sizes=replace(sizes, images=shorter))
         yield Change(f"{frames} frames", f"--num_frames {frames}", fewer)
     for share in SHARES:
         smaller = shrink(sizes, share, medium.size_factor)
-        _, height, width = smaller.pictures[0]
+        _, height, width = smaller.images[0]
         fixed = parameters.height and parameters.width
         flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"
         yield Change(f"{width} x {height} at most", flag, replace(choice, sizes=smaller))
@@ -169,7 +169,7 @@ def _combine(together: Choice, before: Choice, changed: Choice) -> Choice:
         else replace(
             changed.sizes,
             batch=min(together.sizes.batch, changed.sizes.batch),
-            pictures=tuple(map(_least, together.sizes.pictures, changed.sizes.pictures)),
+            images=tuple(map(_least, together.sizes.images, changed.sizes.images)),
         ),
     )
 

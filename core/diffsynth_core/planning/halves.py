@@ -21,13 +21,13 @@ from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.families.interface import FamilyFacts, Variant
 from diffsynth_core.planning.output import place_faults
 
-PICTURE_SIZES = ("height", "width", "max_pixels")
-VIDEO_SIZES = (*PICTURE_SIZES, "num_frames", "frame_rate", "clip_start")
+IMAGE_SIZES = ("height", "width", "max_pixels")
+VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
 
 
 def sizes_of(parameters: Parameters, variant: Variant) -> dict[str, Any]:
     """The parameters that decide at which size and length samples are encoded."""
-    names = VIDEO_SIZES if variant.medium.kind == "video" else PICTURE_SIZES
+    names = VIDEO_SIZES if variant.medium.kind == "video" else IMAGE_SIZES
     return {name: getattr(parameters, name) for name in names}
 
 
@@ -76,7 +76,7 @@ def encoded_in_place_of_dataset(parameters: Parameters) -> Problem | None:
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if not holds_encoded_samples(folder):
         return None
-    what = f"`dataset_base_path` `{folder}` holds encoded samples, and `{task.name}` reads pictures or videos"
+    what = f"`dataset_base_path` `{folder}` holds encoded samples, and `{task.name}` reads images or videos"
     return Problem(what, f"train on them with `--task {task.second_half}`, or name the dataset", wrong_use=True)
 
 

@@ -12,7 +12,7 @@ from diffsynth_core.families.bases import part_of
 from diffsynth_core.families.encoded_sizes import EncodedSize
 from diffsynth_core.families.interface import Shapes, is_below
 from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.tape import BYTES, Network, Picture, StepSizes, Tape
+from diffsynth_core.families.tape import BYTES, MediaSize, Network, StepSizes, Tape
 from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.state_dicts.base_files import FLOAT8
@@ -264,16 +264,16 @@ def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
     for name in frozen:
         precision = "no" if choice.precision == "fp16" else choice.precision
         weights = network_bytes(_network(plan, name, replace(choice, precision=precision)))
-        maps = _maps(plan, name, choice.sizes.pictures) * BYTES[DTYPES[precision]]
+        maps = _maps(plan, name, choice.sizes.images) * BYTES[DTYPES[precision]]
         found.append(EncodingMemory(name, weights, maps))
     return tuple(found)
 
 
-def _maps(plan: Plan, component: str, pictures: tuple[Picture, ...]) -> int:
-    """Numbers that a component works with at its fullest while it makes latents of the largest picture; 0 when it makes
+def _maps(plan: Plan, component: str, images: tuple[MediaSize, ...]) -> int:
+    """Numbers that a component works with at its fullest while it makes latents of the largest image; 0 when it makes
     none."""
     made = {encoder.latents for encoder in plan.variant.encoders if encoder.component == component and encoder.latents}
-    numbers = (plan.facts.memory.encoding_numbers(latents, picture) for latents in made for picture in pictures)
+    numbers = (plan.facts.memory.encoding_numbers(latents, image) for latents in made for image in images)
     return max(numbers, default=0)
 
 

@@ -97,7 +97,7 @@ def make_plan(
     without_files: bool = False,
     check: DatasetCheck = no_check,
 ) -> Plan:
-    """The plan of a run; reads headers of weight files and pictures, and decodes videos as far as they are used,
+    """The plan of a run; reads headers of weight files and images, and decodes videos as far as they are used,
     once; no weight.
 
     Args:

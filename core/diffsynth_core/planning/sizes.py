@@ -17,7 +17,7 @@ from diffsynth_core.families.encoded_sizes import (
     state_width,
 )
 from diffsynth_core.families.interface import EncoderFacts, References
-from diffsynth_core.families.tape import BYTES, Picture, StepSizes
+from diffsynth_core.families.tape import BYTES, MediaSize, StepSizes
 from diffsynth_core.planning.plan import Plan
 
 ASSUMED_CAPTION = 300
@@ -95,43 +95,43 @@ def _encoded(plan: Plan, text_states: int, shown: Shown) -> EncodedSize:
 
 
 def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
-    """The same pictures at a share of their area, sides multiples of `factor`."""
+    """The same images at a share of their area, sides multiples of `factor`."""
     scale = math.sqrt(share)
 
     def side(length: int) -> int:
         return max(factor, int(length * scale) // factor * factor)
 
-    pictures = tuple((frames, side(height), side(width)) for frames, height, width in sizes.pictures)
-    return replace(sizes, pictures=pictures)
+    images = tuple((frames, side(height), side(width)) for frames, height, width in sizes.images)
+    return replace(sizes, images=images)
 
 
 def _assumed(plan: Plan) -> RunSizes:
-    """Of the largest sample that the parameters allow, with a picture of each kind that the model is shown."""
+    """Of the largest sample that the parameters allow, with an image of each kind that the model is shown."""
     parameters, medium = plan.parameters, plan.variant.medium
     side = math.isqrt(parameters.max_pixels) // medium.size_factor * medium.size_factor
     height, width = parameters.height or side, parameters.width or side
     frames = parameters.num_frames if medium.kind == "video" else 1
-    pictures = {
+    images = {
         reference.name: (_assumed_reference(reference, height, width, parameters.max_pixels),)
         for reference in plan.variant.references
     }
-    shown = {medium.column: ((frames, height, width),), **pictures}
+    shown = {medium.column: ((frames, height, width),), **images}
     (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
     largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
     return RunSizes(largest, _encoded(plan, states, shown), counted)
 
 
-def _assumed_reference(reference: References, height: int, width: int, max_pixels: int) -> Picture:
+def _assumed_reference(reference: References, height: int, width: int, max_pixels: int) -> MediaSize:
     if reference.size is None:
         return 1, height, width
     return 1, *reference.size(width, height, max_pixels)
 
 
-def _sizes(plan: Plan, shown: Mapping[str, tuple[Picture, ...]], text_states: int) -> StepSizes:
+def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: int) -> StepSizes:
     variant, text_column = plan.variant, plan.facts.text_column
     encoded = {name for part in variant.encoders if text_column not in part.columns for name in part.columns}
     target = shown[variant.medium.column]
     others = {name: found for name, found in shown.items() if name in encoded and name != variant.medium.column}
-    beside = () if variant.in_step else tuple(picture for found in others.values() for picture in found)
+    beside = () if variant.in_step else tuple(image for found in others.values() for image in found)
     settings = plan.components[plan.facts.denoiser].settings if plan.facts.denoiser in plan.components else {}
     return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.given_frames))

@@ -26,7 +26,7 @@ from diffsynth_core.training.workers import iterate
 
 def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
     """What an encoder reads of a sample: the caption as text, what is trained on as `[3, F, H, W]` uint8, reference
-    pictures as a list of such, as workers hand it on."""
+    images as a list of such, as workers hand it on."""
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
         if column == plan.facts.text_column:
@@ -39,7 +39,7 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
 
 
 def load_pixels(excerpt: Excerpt) -> Tensor:
-    """A picture or clip at its training size, `[3, F, H, W]` uint8: a quarter of the bytes between processes."""
+    """An image or clip at its training size, `[3, F, H, W]` uint8: a quarter of the bytes between processes."""
     return torch.from_numpy(np.ascontiguousarray(load_excerpt(excerpt).transpose(3, 0, 1, 2)))
 
 
@@ -78,7 +78,7 @@ def fill_cache(
     """Encode what is missing, shared out among the processes; afterwards every needed entry is there.
 
     Raises:
-        DiffSynthError: when a picture or video cannot be decoded or an entry cannot be written.
+        DiffSynthError: when an image or video cannot be decoded or an entry cannot be written.
         Interrupted: when a stop is asked for; finished entries are kept.
     """
     if plan.task.trains and encodings.components_to_load:

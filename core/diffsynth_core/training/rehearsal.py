@@ -16,7 +16,7 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.drawn_clips import draw_clips
-from diffsynth_core.data.drawn_pictures import draw_pictures
+from diffsynth_core.data.drawn_images import draw_images
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.families.bases import shapes_in
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Variant
@@ -52,7 +52,7 @@ REHEARSAL_FACTOR = 32
 """Sides are multiples of it, which every model can take."""
 REHEARSAL_FRAMES = 9
 DRAWN_REFERENCES = 2
-"""How many pictures a drawn row shows the model at most."""
+"""How many images a drawn row shows the model at most."""
 REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
 """Parameters that name LoRA files of the real weights -> what is left out with them."""
 WEIGHTS_VERSION = 5
@@ -61,7 +61,7 @@ WEIGHTS_VERSION = 5
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal did, what that proved, and what it drew to train on, if anything: pictures, videos."""
+    """What a rehearsal did, what that proved, and what it drew to train on, if anything: images, videos."""
 
     result: RunResult
     proofs: tuple[str, ...]
@@ -142,7 +142,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     changes = _swap_models(parameters, named, facts, base, problems)
     columns = TASKS[parameters.task].columns
     if columns and not resolved.given("dataset_base_path"):
-        what = f"a rehearsal draws pictures without the columns {', '.join(columns)} of `{parameters.task}`"
+        what = f"a rehearsal draws images without the columns {', '.join(columns)} of `{parameters.task}`"
         problems.append(Problem(what, "name a dataset that has them with `--dataset_base_path`", wrong_use=True))
     incomplete = bool(problems)
     for name in REAL_LORAS:
@@ -172,15 +172,15 @@ def _is_flag(resolved: Resolved, name: str) -> bool:
 
 
 def _draw(folder: Path, variant: Variant) -> Path:
-    """A dataset of the kind that a model is trained on, with pictures in the columns that it is shown."""
+    """A dataset of the kind that a model is trained on, with images in the columns that it is shown."""
     if variant.medium.kind == "video":
         return draw_clips(folder / "clips")
     shown = {
         shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) if shown.size else 0
         for shown in variant.references
     }
-    name = "-".join(["pictures", *(f"{column}-{most}" for column, most in shown.items())])
-    return draw_pictures(folder / name, shown)
+    name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
+    return draw_images(folder / name, shown)
 
 
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:

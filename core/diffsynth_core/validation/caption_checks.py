@@ -72,7 +72,7 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
         ((caption, sharing),) = rows.items()
         if len(sharing) == len(examined.records) > 1:
             what = f"all {len(sharing)} captions are `{beginning(caption)}`"
-            yield found("CAPTION_ALL_SAME", what, "tell what is in each picture or video")
+            yield found("CAPTION_ALL_SAME", what, "tell what is in each image or video")
             return
     for caption, sharing in rows.items():
         listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from diffsynth_core.data.listing import Listing
-from diffsynth_core.validation.facts import PictureFacts, VideoFacts
+from diffsynth_core.validation.facts import ImageFacts, VideoFacts
 from diffsynth_core.validation.rules import Columns, Rules
 from diffsynth_core.validation.table import Table
 
@@ -27,7 +27,7 @@ class Examined:
     """A dataset as far as it has been looked into.
 
     `listing`: None where paths are not checked. `present`: the paths, of those that rows name, whose files are there
-    and lie in the dataset; only these are opened. `pictures` and `videos`: facts by path, empty where files are not
+    and lie in the dataset; only these are opened. `images` and `videos`: facts by path, empty where files are not
     looked into; a file that could not be decoded has facts with a `fault`.
     """
 
@@ -37,7 +37,7 @@ class Examined:
     rules: Rules
     listing: Listing | None = None
     present: frozenset[str] = frozenset()
-    pictures: Mapping[str, PictureFacts] = field(default_factory=dict)
+    images: Mapping[str, ImageFacts] = field(default_factory=dict)
     videos: Mapping[str, VideoFacts] = field(default_factory=dict)
 
     def first_rows(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What decoding a file once tells of it: plain records, made in worker processes and sent back. No torch.
 
-`PictureFacts` are made by pictures.py, `VideoFacts` by videos.py; both hold facts only. What is wrong with them is
-for the pure functions in picture_checks.py, pair_checks.py, video_checks.py and set_checks.py to say.
+`ImageFacts` are made by images.py, `VideoFacts` by videos.py; both hold facts only. What is wrong with them is
+for the pure functions in image_checks.py, pair_checks.py, video_checks.py and set_checks.py to say.
 """
 
 from dataclasses import dataclass, field
@@ -21,16 +21,16 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFacts:
-    """A picture. Sizes in pixels are those of the upright picture; with a `fault` only what is known stands here.
+class ImageFacts:
+    """An image. Sizes in pixels are those of the upright image; with a `fault` only what is known stands here.
 
     `format` and `mode`: Pillow's names of the file's format and of its pixels. `orientation`: of the EXIF data, 1 to 8.
     `frames` of an animation, `pages` of a document. `colour_profile`: what is converted to sRGB, or is not, and why.
     `transparent`: a pixel is not opaque. `spread`: how far the values of a channel, 0..255, lie apart at most; above
-    `FLAT_SPREAD` that of the picture scaled down will do.
-    `difference_hash`: 64 bits, each telling whether of two neighbours in a picture of 9 x 8 the left one is darker.
+    `FLAT_SPREAD` that of the image scaled down will do.
+    `difference_hash`: 64 bits, each telling whether of two neighbours in an image of 9 x 8 the left one is darker.
     `colours`: mean red, green and blue of each field of a grid of 8 x 8, 0..255.
-    `sketch`: digest of the picture scaled down; pictures with the same pixels have the same sketch, and hardly others.
+    `sketch`: digest of the image scaled down; images with the same pixels have the same sketch, and hardly others.
     `digest`: sha256 of the file. `thumbnail`: a JPEG, where it was asked for.
     """
 

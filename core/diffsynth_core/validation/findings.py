@@ -15,9 +15,9 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "info")
 SUBJECTS = {
     "metadata": "Metadata",
     "path": "Paths",
-    "picture": "Pictures",
+    "image": "Images",
     "caption": "Captions",
-    "pair": "Pictures that belong together",
+    "pair": "Images that belong together",
     "video": "Videos",
     "set": "The set",
 }
@@ -61,7 +61,7 @@ CODES: Mapping[str, Code] = {
         "A folder in the dataset cannot be opened, so what is in it is not known",
         "an error where captions stand beside the files, for each file is a row",
     ),
-    "FILE_UNREFERENCED": Code("path", "warning", "A picture, video or caption lies in the dataset and is not used"),
+    "FILE_UNREFERENCED": Code("path", "warning", "An image, video or caption lies in the dataset and is not used"),
     "FORMAT_UNSUPPORTED": Code(
         "path",
         "warning",
@@ -72,37 +72,35 @@ CODES: Mapping[str, Code] = {
     "FILE_LEFTOVER": Code("path", "info", "What systems and programs leave in folders, which is passed over"),
     "STEM_COLLISION": Code("path", "error", "Two files would share the caption of one text file"),
     "URL": Code("path", "error", "An address stands where a file must be named; nothing is downloaded"),
-    "IMAGE_UNREADABLE": Code("picture", "error", "A picture cannot be decoded"),
-    "IMAGE_TRUNCATED": Code("picture", "error", "A picture ends before its last pixel"),
-    "IMAGE_TYPE_MISMATCH": Code("picture", "warning", "A picture is of another format than its ending says"),
-    "IMAGE_BOMB": Code("picture", "error", "A picture claims more pixels than are ever decoded"),
-    "IMAGE_TOO_SMALL": Code("picture", "error", "A side of a picture is shorter than the least"),
-    "IMAGE_ASPECT": Code("picture", "warning", "A picture is very wide or very high"),
-    "IMAGE_CROP_LOSS": Code("picture", "warning", "Cutting a picture or video to its training size loses much of it"),
-    "IMAGE_UPSCALED": Code(
-        "picture", "warning", "An image or video is scaled up to the size it is trained or shown at"
-    ),
+    "IMAGE_UNREADABLE": Code("image", "error", "An image cannot be decoded"),
+    "IMAGE_TRUNCATED": Code("image", "error", "An image ends before its last pixel"),
+    "IMAGE_TYPE_MISMATCH": Code("image", "warning", "An image is of another format than its ending says"),
+    "IMAGE_BOMB": Code("image", "error", "An image claims more pixels than are ever decoded"),
+    "IMAGE_TOO_SMALL": Code("image", "error", "A side of an image is shorter than the least"),
+    "IMAGE_ASPECT": Code("image", "warning", "An image is very wide or very high"),
+    "IMAGE_CROP_LOSS": Code("image", "warning", "Cutting an image or video to its training size loses much of it"),
+    "IMAGE_UPSCALED": Code("image", "warning", "An image or video is scaled up to the size it is trained or shown at"),
     "IMAGE_LOW_RESOLUTION": Code(
-        "picture", "warning", "An image or video is far smaller than what the model is usually trained at"
+        "image", "warning", "An image or video is far smaller than what the model is usually trained at"
     ),
-    "IMAGE_EXIF_ROTATED": Code("picture", "info", "A picture is turned upright as its EXIF orientation says"),
-    "IMAGE_ALPHA": Code("picture", "warning", "A picture has transparent pixels, which are composed on white"),
-    "IMAGE_MODE": Code("picture", "warning", "A picture has a colour mode that loses something on its way to RGB"),
+    "IMAGE_EXIF_ROTATED": Code("image", "info", "An image is turned upright as its EXIF orientation says"),
+    "IMAGE_ALPHA": Code("image", "warning", "An image has transparent pixels, which are composed on white"),
+    "IMAGE_MODE": Code("image", "warning", "An image has a colour mode that loses something on its way to RGB"),
     "IMAGE_COLOURS": Code(
-        "picture",
+        "image",
         "info",
         "The colours of an image are converted to sRGB from its profile",
         "a warning where what the file says of its colours cannot be followed",
     ),
     "IMAGE_ANIMATED": Code(
-        "picture",
+        "image",
         "error",
         "An image is animated, where a still is needed",
         "a warning for further pages of a TIFF, of which the first is used",
     ),
-    "IMAGE_DUPLICATE": Code("picture", "warning", "Pictures have the same pixels"),
-    "IMAGE_NEAR_DUPLICATE": Code("picture", "warning", "Pictures look nearly the same"),
-    "IMAGE_BLANK": Code("picture", "warning", "A picture is of one colour"),
+    "IMAGE_DUPLICATE": Code("image", "warning", "Images have the same pixels"),
+    "IMAGE_NEAR_DUPLICATE": Code("image", "warning", "Images look nearly the same"),
+    "IMAGE_BLANK": Code("image", "warning", "An image is of one colour"),
     "CAPTION_AMBIGUOUS": Code("caption", "error", "Several captions stand beside one image or clip"),
     "CAPTION_MISSING": Code(
         "caption",
@@ -118,12 +116,12 @@ CODES: Mapping[str, Code] = {
     "CAPTION_CONTROL_CHARS": Code(
         "caption", "warning", "A caption has control characters", "half a character is an error"
     ),
-    "PAIR_MISSING": Code("pair", "error", "A row lacks the picture that the model is to be shown"),
+    "PAIR_MISSING": Code("pair", "error", "A row lacks the image that the model is to be shown"),
     "PAIR_COUNT": Code("pair", "error", "A row names more files in a column than are taken"),
-    "PAIR_ASPECT": Code("pair", "warning", "A picture that is to lie over another has another shape"),
+    "PAIR_ASPECT": Code("pair", "warning", "An image that is to lie over another has another shape"),
     "PAIR_IDENTICAL": Code("pair", "warning", "What is shown has the same pixels as what is to be made of it"),
     "MASK_EMPTY": Code("pair", "error", "A mask marks nothing, or everything"),
-    "MASK_SIZE": Code("pair", "error", "A mask has another size than its picture"),
+    "MASK_SIZE": Code("pair", "error", "A mask has another size than its image"),
     "VIDEO_UNREADABLE": Code("video", "error", "A video cannot be decoded"),
     "VIDEO_TRUNCATED": Code("video", "error", "A video ends before its last frame"),
     "VIDEO_TOO_SHORT": Code(
@@ -132,7 +130,7 @@ CODES: Mapping[str, Code] = {
         "A video has fewer frames than are asked for",
         "an error where the model is given all that there is",
     ),
-    "VIDEO_FRAMES": Code("video", "info", "How many frames of videos are used and lost; a picture is one frame"),
+    "VIDEO_FRAMES": Code("video", "info", "How many frames of videos are used and lost; an image is one frame"),
     "VIDEO_FPS": Code(
         "video",
         "warning",
@@ -201,7 +199,7 @@ class Summary:
     origin: str
     recipe: str | None
     rows: int
-    pictures: int
+    images: int
     videos: int
     errors: int
     warnings: int
@@ -227,9 +225,9 @@ class Report:
         return 1 if self.summary.errors else 0
 
     def as_plain(self) -> dict[str, Any]:
-        """The report as `--format json` prints it."""
+        """The report as `--format json` prints it; `pictures` is the name that `images` had first, kept for scripts."""
         return {
-            "summary": asdict(self.summary),
+            "summary": asdict(self.summary) | {"pictures": self.summary.images},
             "fingerprint": self.fingerprint,
             "findings": [asdict(finding) for finding in self.findings],
         }

@@ -26,14 +26,14 @@ from diffsynth_core.data.media import is_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.processes import end_with_parent
 from diffsynth_core.progress import Reporter
-from diffsynth_core.validation.facts import Fault, PictureFacts, VideoFacts
-from diffsynth_core.validation.pictures import examine_picture
+from diffsynth_core.validation.facts import Fault, ImageFacts, VideoFacts
+from diffsynth_core.validation.images import examine_image
 from diffsynth_core.validation.videos import examine_video
 
 START_SECONDS = 120.0
 """A worker that is not there by then does not come."""
-Kind = Literal["picture", "video"]
-Facts = PictureFacts | VideoFacts
+Kind = Literal["image", "video"]
+Facts = ImageFacts | VideoFacts
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Job:
 
 
 EXAMINERS: Mapping[Kind, Callable[[Job, str], Facts]] = {
-    "picture": lambda job, name: examine_picture(job.base, name, job.thumbnails),
+    "image": lambda job, name: examine_image(job.base, name, job.thumbnails),
     "video": lambda job, name: _examine_target(job, name),
 }
 UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
-    "picture": lambda name, reason: PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
+    "image": lambda name, reason: ImageFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
     "video": lambda name, reason: (
-        PictureFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason))
+        ImageFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason))
         if kind_of_ending(ending_of(name)) == "image"
         else VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason))
     ),
@@ -70,7 +70,7 @@ def _examine_target(job: Job, name: str) -> Facts:
             return examine_video(job.base, name, job.frame_rate, job.thumbnails)
     except (DiffSynthError, OSError):
         return VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", "it is neither a video nor an image"))
-    return examine_picture(job.base, name, job.thumbnails)
+    return examine_image(job.base, name, job.thumbnails)
 
 
 def work(job: Job, line: Connection, parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Which pictures are the same, or nearly: from their facts, with another look at files only where facts leave it open.
+"""Which images are the same, or nearly: from their facts, with another look at files only where facts leave it open.
 No torch.
 """
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffsynth_core.validation.facts import PictureFacts
-from diffsynth_core.validation.pictures import same_pixels
+from diffsynth_core.validation.facts import ImageFacts
+from diffsynth_core.validation.images import same_pixels
 
 HASH_BITS = 64
 
 
-def are_same(base: Path, one: PictureFacts, other: PictureFacts) -> bool:
-    """Whether two pictures below `base` have the same pixels.
+def are_same(base: Path, one: ImageFacts, other: ImageFacts) -> bool:
+    """Whether two images below `base` have the same pixels.
 
     Different sketches prove that they have not, equal files that they have; else both are decoded again.
     """
@@ -25,31 +25,31 @@ def are_same(base: Path, one: PictureFacts, other: PictureFacts) -> bool:
     return one.digest == other.digest or same_pixels(base, one.path, other.path)
 
 
-def same_pictures(base: Path, pictures: Iterable[PictureFacts]) -> dict[str, str]:
-    """Path of each picture that has the same pixels as one before it -> the path of the first of these."""
-    first: dict[bytes, list[PictureFacts]] = {}
+def same_images(base: Path, images: Iterable[ImageFacts]) -> dict[str, str]:
+    """Path of each image that has the same pixels as one before it -> the path of the first of these."""
+    first: dict[bytes, list[ImageFacts]] = {}
     originals: dict[str, str] = {}
-    for picture in pictures:
-        alike = first.setdefault(picture.sketch, [])
-        original = next((other for other in alike if are_same(base, other, picture)), None)
+    for image in images:
+        alike = first.setdefault(image.sketch, [])
+        original = next((other for other in alike if are_same(base, other, image)), None)
         if original:
-            originals[picture.path] = original.path
+            originals[image.path] = original.path
         else:
-            alike.append(picture)
+            alike.append(image)
     return originals
 
 
-def near_pictures(pictures: Sequence[PictureFacts], most_bits: int, most_colour: float) -> dict[str, tuple[str, int]]:
-    """Path of each picture that looks nearly as one before it -> the path of the first of these, and the bits of 64 in
+def near_images(images: Sequence[ImageFacts], most_bits: int, most_colour: float) -> dict[str, tuple[str, int]]:
+    """Path of each image that looks nearly as one before it -> the path of the first of these, and the bits of 64 in
     which their difference hashes differ.
 
     Near are at most `most_bits` bits and, on average over the grid of colours, at most `most_colour` of 255.
     """
-    if most_bits < 0 or len(pictures) < 2:
+    if most_bits < 0 or len(images) < 2:
         return {}
-    hashes = np.array([picture.difference_hash for picture in pictures], np.uint64)
-    colours = np.frombuffer(b"".join(picture.colours for picture in pictures), np.uint8)
-    colours = colours.reshape(len(pictures), -1).astype(np.int16)
+    hashes = np.array([image.difference_hash for image in images], np.uint64)
+    colours = np.frombuffer(b"".join(image.colours for image in images), np.uint8)
+    colours = colours.reshape(len(images), -1).astype(np.int16)
     nearest: dict[int, tuple[int, int]] = {}
     for group in _groups(hashes, most_bits + 1):
         for place, later in enumerate(group[1:], start=1):
@@ -57,10 +57,10 @@ def near_pictures(pictures: Sequence[PictureFacts], most_bits: int, most_colour:
             bits = np.bitwise_count(hashes[before] ^ hashes[later])
             apart = np.abs(colours[before] - colours[later]).mean(axis=1)
             near = before[(bits <= most_bits) & (apart <= most_colour)]
-            if len(near) and near[0] < nearest.get(int(later), (len(pictures), 0))[0]:
+            if len(near) and near[0] < nearest.get(int(later), (len(images), 0))[0]:
                 other = int(near[0])
                 nearest[int(later)] = other, int(np.bitwise_count(hashes[other] ^ hashes[later]))
-    return {pictures[later].path: (pictures[other].path, bits) for later, (other, bits) in sorted(nearest.items())}
+    return {images[later].path: (images[other].path, bits) for later, (other, bits) in sorted(nearest.items())}
 
 
 def _groups(hashes: NDArray[np.uint64], bands: int) -> Iterator[NDArray[np.int64]]:

@@ -14,11 +14,11 @@ from diffsynth_core.validation.likeness import are_same
 from diffsynth_core.validation.set_checks import header_of
 
 OVERLAID_COLUMNS = ("controlnet_image",)
-"""Columns whose pictures, without a recipe, are taken to lie over what is trained on."""
+"""Columns whose images, without a recipe, are taken to lie over what is trained on."""
 
 
 def check_counts(examined: Examined) -> Iterator[Finding]:
-    """PAIR_COUNT: more pictures to show than the model takes, or several files where one is trained on."""
+    """PAIR_COUNT: more images to show than the model takes, or several files where one is trained on."""
     most = {rule.column: rule.most for rule in examined.rules.references} | {examined.columns.target: 1}
     for row, _, files in examined.records:
         for column, names in files.items():
@@ -29,7 +29,7 @@ def check_counts(examined: Examined) -> Iterator[Finding]:
 
 
 def check_shapes(examined: Examined) -> Iterator[Finding]:
-    """PAIR_ASPECT: a picture that is to lie over what is trained on is wider or higher than that."""
+    """PAIR_ASPECT: an image that is to lie over what is trained on is wider or higher than that."""
     rules = examined.rules
     recipe = {rule.column for rule in rules.references if rule.size is None}
     overlaid = [name for name in examined.columns.references if name in (recipe if rules.recipe else OVERLAID_COLUMNS)]
@@ -50,25 +50,25 @@ def check_shapes(examined: Examined) -> Iterator[Finding]:
 
 
 def check_identical(examined: Examined) -> Iterator[Finding]:
-    """PAIR_IDENTICAL: a picture that is shown is what is to be made of it."""
-    pictures = examined.pictures
+    """PAIR_IDENTICAL: an image that is shown is what is to be made of it."""
+    images = examined.images
     for row, _, files in examined.records:
-        target = pictures.get(next(iter(files.get(examined.columns.target, ())), ""))
+        target = images.get(next(iter(files.get(examined.columns.target, ())), ""))
         if target is None or target.fault:
             continue
         for column in examined.columns.references:
             for name in files.get(column, ()):
-                shown = pictures.get(name)
+                shown = images.get(name)
                 if shown and are_same(examined.table.base, target, shown):
                     what = f"row {row}: column `{column}` shows `{name}`, which has the same pixels as `{target.path}`"
-                    yield found("PAIR_IDENTICAL", what, "name the picture as it was before", row=row, path=name)
+                    yield found("PAIR_IDENTICAL", what, "name the image as it was before", row=row, path=name)
 
 
 def check_masks(examined: Examined) -> Iterator[Finding]:
     """MASK_EMPTY, told once of a file, and MASK_SIZE, told at each row."""
     rows = examined.first_rows()
     for name in sorted(examined.of_columns(examined.columns.masks), key=lambda name: rows[name]):
-        mask = examined.pictures.get(name)
+        mask = examined.images.get(name)
         if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
             what = f"the mask `{name}` is of one colour: it marks nothing, or everything"
             yield found("MASK_EMPTY", what, "draw what it should mark", row=rows[name], path=name)

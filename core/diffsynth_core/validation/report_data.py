@@ -13,7 +13,7 @@ from typing import Any
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.errors import beginning
 from diffsynth_core.validation.examined import Examined, Record
-from diffsynth_core.validation.facts import PictureFacts, VideoFacts
+from diffsynth_core.validation.facts import ImageFacts, VideoFacts
 from diffsynth_core.validation.findings import LEVELS, Finding, Report
 from diffsynth_core.validation.set_checks import crop_of, header_of, sizes_of
 
@@ -54,8 +54,8 @@ def page_data(report: Report, examined: Examined) -> PageData:
     records = _worst_first(examined, report.findings)
     sizes = sizes_of(examined)
     samples = _within(SAMPLES_BYTES, (_as_json(_sample(record, examined, sizes)) for record in records))
-    pictures = thumbnails_of(examined)
-    shown = {name: pictures[name] for record in records[: len(samples)] for name in _names(record) if name in pictures}
+    images = thumbnails_of(examined)
+    shown = {name: images[name] for record in records[: len(samples)] for name in _names(record) if name in images}
     thumbnails = _within(THUMBNAILS_BYTES, (f"{_as_json(name)}:{_base64(one)}" for name, one in shown.items()))
     text = (
         f'{{"findings":[{",".join(findings)}],"samples":[{",".join(samples)}],"thumbnails":{{{",".join(thumbnails)}}}}}'
@@ -64,7 +64,7 @@ def page_data(report: Report, examined: Examined) -> PageData:
         text,
         Held(len(findings), len(report.findings)),
         Held(len(samples), len(records)),
-        Held(len(thumbnails), len(pictures)),
+        Held(len(thumbnails), len(images)),
     )
 
 
@@ -76,7 +76,7 @@ def _finding(finding: Finding, examined: Examined) -> dict[str, Any]:
 
 def thumbnails_of(examined: Examined) -> Mapping[str, bytes]:
     """JPEGs by path."""
-    every: dict[str, PictureFacts | VideoFacts] = {**examined.pictures, **examined.videos}
+    every: dict[str, ImageFacts | VideoFacts] = {**examined.images, **examined.videos}
     return {name: facts.thumbnail for name, facts in every.items() if facts.thumbnail}
 
 

@@ -21,7 +21,7 @@ RATIOS = {
         *((5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1), (4, 1)),
     )
 }
-"""Width to height; a picture is counted at the nearest one."""
+"""Width to height; an image is counted at the nearest one."""
 SHOWN_BUCKETS = 200
 
 WIDTH, HEIGHT = 360, 170
@@ -136,7 +136,7 @@ def _ticks_svg(histogram: Histogram, step: float) -> Iterator[str]:
 class BucketLine:
     """The samples that can stand in one batch.
 
-    `shape`: the size that is trained on. `shown`: sizes of the pictures that the model is shown beside.
+    `shape`: the size that is trained on. `shown`: sizes of the images that the model is shown beside.
     `batches`: of an epoch, of which the last has `last` samples.
     """
 

@@ -21,7 +21,7 @@ from diffsynth_core.validation.report_data import PageData, page_data
 from diffsynth_core.validation.report_figures import buckets_html, histogram_html, histograms
 
 THUMBNAIL_SIDE = 160
-"""The longer side, in pixels, of the pictures that the page is made for; for `Wish.thumbnails`."""
+"""The longer side, in pixels, of the images that the page is made for; for `Wish.thumbnails`."""
 ENDINGS = (".html", ".htm")
 MARK = '<meta name="generator" content="diffsynth dataset validate">'
 """Stands in the head of every page."""
@@ -115,7 +115,7 @@ def _verdict(summary: Summary) -> str:
 
 def _numbers(summary: Summary) -> str:
     numbers = {"rows": summary.rows}
-    numbers |= {"pictures": summary.pictures} if summary.pictures else {}
+    numbers |= {"images": summary.images} if summary.images else {}
     numbers |= {"videos": summary.videos} if summary.videos else {}
     numbers |= {"errors": summary.errors, "warnings": summary.warnings, "infos": summary.infos}
     return "".join(

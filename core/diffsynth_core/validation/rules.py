@@ -6,8 +6,8 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule, ReferenceRule
-from diffsynth_core.data.pictures import SizeRule
 from diffsynth_core.families.interface import EncoderFacts, FamilyFacts, Variant
 from diffsynth_core.families.table import FRAME_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.families.token_counts import CaptionRule
@@ -19,7 +19,7 @@ TEXT_COLUMN = "prompt"
 TARGET_COLUMNS = ("video", "image")
 """Without a recipe the first of them that the metadata has is what is trained on."""
 MASK_COLUMNS = ("mask", "inpaint_mask", "controlnet_inpaint_mask")
-"""Columns whose pictures say which pixels of the picture trained on count."""
+"""Columns whose images say which pixels of the image trained on count."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Rules:
     @property
     def kind(self) -> str:
         """What is trained on, as data/metadata.py names it."""
-        return "video" if self.media.frames or self.target == "video" else "picture"
+        return "video" if self.media.frames or self.target == "video" else "image"
 
 
 @dataclass(frozen=True)

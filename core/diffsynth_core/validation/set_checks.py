@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.images import ImageHeader
 from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference, scale_of
-from diffsynth_core.data.pictures import PictureHeader
 from diffsynth_core.families.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
 from diffsynth_core.files import free_bytes
 from diffsynth_core.progress import count_of, format_bytes
@@ -28,7 +28,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of an upright picture or video that training sees, in its own pixels, and the size it becomes."""
+    """The part of an upright image or video that training sees, in its own pixels, and the size it becomes."""
 
     left: float
     top: float
@@ -54,10 +54,10 @@ def sizes_of(examined: Examined) -> dict[int, Excerpt]:
 
 def header_of(examined: Examined, name: str) -> MediaHeader | None:
     """A file as data/media.py knows it; None where it is faulty or has not been looked into."""
-    picture, video = examined.pictures.get(name), examined.videos.get(name)
-    if picture and not picture.fault:
-        rotated = picture.orientation != 1
-        return MediaHeader(picture.width, picture.height, 1, False, rotated, picture.transparent)
+    image, video = examined.images.get(name), examined.videos.get(name)
+    if image and not image.fault:
+        rotated = image.orientation != 1
+        return MediaHeader(image.width, image.height, 1, False, rotated, image.transparent)
     if video and not video.fault:
         frames = video.frames if video.resampled is None else video.resampled
         return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
@@ -73,7 +73,7 @@ def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
 
 
 def shapes_of(examined: Examined) -> dict[int, Shown]:
-    """Row -> the size of what is trained on, by its column, and of the pictures shown, by the name of their rule.
+    """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their rule.
 
     A row with a file that is missing, faulty or too small is left out.
     """
@@ -92,11 +92,11 @@ def shapes_of(examined: Examined) -> dict[int, Shown]:
 
 
 def _shown(examined: Examined, name: str, rule: ReferenceRule, target: Excerpt) -> Excerpt | None:
-    """How a picture is shown to the model beside `target`; None where it cannot be."""
-    picture = examined.pictures.get(name)
-    if picture is None or picture.fault:
+    """How an image is shown to the model beside `target`; None where it cannot be."""
+    image = examined.images.get(name)
+    if image is None or image.fault:
         return None
-    header = PictureHeader(picture.width, picture.height, picture.orientation != 1, picture.transparent)
+    header = ImageHeader(image.width, image.height, image.orientation != 1, image.transparent)
     excerpt = choose_reference(Path(name), header, rule, target)
     return excerpt if min(excerpt.height, excerpt.width) > 0 else None
 

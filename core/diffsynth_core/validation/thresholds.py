@@ -36,23 +36,23 @@ class Thresholds:
     near_duplicate_distance: int = _threshold(
         3,
         "bits of 64",
-        "Pictures whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
+        "Images whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
         least=-1,
         most=64,
     )
     near_duplicate_colour: float = _threshold(
         12.0,
         "levels of 255",
-        "Pictures whose colours, field by field of a grid of 8 x 8, differ by more on average are not near duplicates",
+        "Images whose colours, field by field of a grid of 8 x 8, differ by more on average are not near duplicates",
         least=0,
     )
     max_aspect: float = _threshold(
-        4.0, "ratio", "The longer side of a picture by the shorter one, above which it is IMAGE_ASPECT", least=1
+        4.0, "ratio", "The longer side of an image by the shorter one, above which it is IMAGE_ASPECT", least=1
     )
     max_crop_loss: float = _threshold(
         0.2,
         "share",
-        "The share of a picture or video that may be cut away before it is IMAGE_CROP_LOSS",
+        "The share of an image or video that may be cut away before it is IMAGE_CROP_LOSS",
         least=0,
         most=1,
     )
@@ -71,7 +71,7 @@ class Thresholds:
         most=1,
     )
     min_side: int = _threshold(
-        GENERAL_FACTOR, "pixels", "The least side of a picture or video; a shorter one is IMAGE_TOO_SMALL", least=1
+        GENERAL_FACTOR, "pixels", "The least side of an image or video; a shorter one is IMAGE_TOO_SMALL", least=1
     )
     max_tokens: int = _threshold(
         512,

@@ -23,8 +23,9 @@ from diffsynth_core.data.metadata import locate_metadata
 from diffsynth_core.progress import Reporter
 from diffsynth_core.validation.caption_checks import check_captions, check_characters, check_lengths, check_repeated
 from diffsynth_core.validation.examined import Examined
-from diffsynth_core.validation.facts import PictureFacts, VideoFacts
+from diffsynth_core.validation.facts import ImageFacts, VideoFacts
 from diffsynth_core.validation.findings import CODES, Finding, Report, Summary, count_levels, in_order
+from diffsynth_core.validation.image_checks import check_images, check_references, check_same, check_sizes
 from diffsynth_core.validation.inspect import Job, Kind, inspect_files
 from diffsynth_core.validation.metadata_checks import (
     as_on_disk,
@@ -36,7 +37,6 @@ from diffsynth_core.validation.metadata_checks import (
 )
 from diffsynth_core.validation.pair_checks import check_counts, check_identical, check_masks, check_shapes
 from diffsynth_core.validation.path_checks import check_folders, check_unreferenced, present_paths
-from diffsynth_core.validation.picture_checks import check_pictures, check_references, check_same, check_sizes
 from diffsynth_core.validation.rules import Rules, columns_of
 from diffsynth_core.validation.set_checks import check_buckets, check_cache
 from diffsynth_core.validation.table import Table, read_table
@@ -57,7 +57,7 @@ ROW_CHECKS: tuple[Check, ...] = (
 )
 PATH_CHECKS: tuple[Check, ...] = (check_folders, check_unreferenced)
 FILE_CHECKS: tuple[Check, ...] = (
-    check_pictures,
+    check_images,
     check_sizes,
     check_references,
     check_same,
@@ -84,7 +84,7 @@ class Wish:
     """How a dataset is looked into.
 
     `workers`: processes; 0: as many as there are cores for this one. `thumbnails`: the longer side in pixels of the
-    small pictures that a report shows; None: none are made.
+    small images that a report shows; None: none are made.
     """
 
     depth: Depth = "files"
@@ -156,9 +156,9 @@ def _decode(examined: Examined, wish: Wish, reporter: Reporter) -> Examined:
     job = Job(examined.table.base, frames.frame_rate if frames else None, wish.thumbnails)
     kinds = _kinds(examined)
     facts = inspect_files(job, kinds, wish.workers, examined.rules.thresholds.file_timeout, reporter)
-    pictures = {name: one for name, one in facts.items() if isinstance(one, PictureFacts)}
+    images = {name: one for name, one in facts.items() if isinstance(one, ImageFacts)}
     videos = {name: one for name, one in facts.items() if isinstance(one, VideoFacts)}
-    return replace(examined, pictures=pictures, videos=videos)
+    return replace(examined, images=images, videos=videos)
 
 
 def _kinds(examined: Examined) -> dict[str, Kind]:
@@ -170,7 +170,7 @@ def _kinds(examined: Examined) -> dict[str, Kind]:
             for name in names:
                 if name in examined.present:
                     target = moving and column == examined.columns.target
-                    kinds.setdefault(name, "video" if target else "picture")
+                    kinds.setdefault(name, "video" if target else "image")
     return kinds
 
 
@@ -183,7 +183,7 @@ def make_report(examined: Examined, findings: list[Finding], wish: Wish) -> Repo
         origin=examined.table.origin,
         recipe=examined.rules.recipe,
         rows=len(examined.records),
-        pictures=len(examined.pictures),
+        images=len(examined.images),
         videos=len(examined.videos),
         errors=levels["error"],
         warnings=levels["warning"],
@@ -205,7 +205,7 @@ def fingerprint_of(examined: Examined) -> str:
         except TypeError:  # cells of JSON
             row = json.dumps(cells)
         digest.update(f"{row}\x1e".encode("utf-8", "surrogatepass"))
-    known = {name: picture.digest for name, picture in examined.pictures.items()}
+    known = {name: image.digest for name, image in examined.images.items()}
     known |= {name: video.digest for name, video in examined.videos.items()}
     sizes = examined.listing.files if examined.listing else {}
     for name in sorted(examined.present):

@@ -54,7 +54,7 @@ def check_single_frames(examined: Examined) -> Iterator[Finding]:
         yield found("VIDEO_STILL", what, "replace them by videos, or take their rows out")
     elif len(single) == len(lengths):
         yield found("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos where motion is to be learned")
-    elif any(path in examined.pictures for path in single):
+    elif any(path in examined.images for path in single):
         yield found("VIDEO_FRAMES", of_all)
 
 
@@ -64,7 +64,7 @@ def _all_given(frames: int, rules: Rules) -> bool:
 
 
 def _lengths(examined: Examined) -> dict[str, int]:
-    """How many frames are trained on of each file that can be; empty where pictures are trained on."""
+    """How many frames are trained on of each file that can be; empty where images are trained on."""
     if examined.rules.media.frames is None:
         return {}
     lengths = {}
@@ -147,7 +147,7 @@ def _variable(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
 def _still(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.still:
         what = f"in `{facts.path}` nothing moves"
-        yield found("VIDEO_STILL", what, "train on it as a picture, or take its row out", row=row, path=facts.path)
+        yield found("VIDEO_STILL", what, "train on it as an image, or take its row out", row=row, path=facts.path)
 
 
 def _available(facts: VideoFacts) -> int:

@@ -17,7 +17,7 @@ from PIL import Image
 from diffsynth_core.data.decoding import UnreadableVideo
 from diffsynth_core.data.videos import read_video_header, watch_video
 from diffsynth_core.validation.facts import Fault, VideoFacts
-from diffsynth_core.validation.pictures import thumbnail_of
+from diffsynth_core.validation.images import thumbnail_of
 
 SKETCH_SIDE = 64
 """Pixels of each side of the small frames that are looked at in place of the whole ones."""
@@ -25,7 +25,7 @@ BLOCKS = 16
 """Movement is looked for in the means of so many blocks a side: noise and coding leave those nearly as they are."""
 STILL_DIFFERENCE = 12.0
 """How far, of 255, the mean of a block strays from that of the first frame when nothing moves. Measured: noise of 6 of
-255, coded until blocks are plainly seen (x264, crf 40), 10; a bright square a twentieth of the picture high, 120."""
+255, coded until blocks are plainly seen (x264, crf 40), 10; a bright square a twentieth of the image high, 120."""
 UNEVEN = 0.3
 """By what share of the median the time between two frames differs in a video of variable rate."""
 TICK_SECONDS = 0.0101
@@ -39,7 +39,7 @@ def examine_video(base: Path, name: str, frame_rate: float | None, thumbnails: i
     """Decode the video `name` below `base` to its end; whatever goes wrong becomes its `fault`.
 
     `frame_rate`: that of training, in frames per second; None: the file's own. `thumbnails`: the longer side in pixels
-    of a picture of a frame from the middle; None: none is made.
+    of an image of a frame from the middle; None: none is made.
     """
     path = base / name
     known = VideoFacts(name, 0)

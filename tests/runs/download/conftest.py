@@ -15,7 +15,7 @@ from tests.hub_server import LoopbackHub
 from tests.outcome import Outcome
 
 MODEL = "Qwen/Qwen-Image"
-DATASET = "someone/pictures"
+DATASET = "someone/images"
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 BYTES = random.Random(0).randbytes(700_000)
 FILES = {
@@ -46,8 +46,8 @@ REFUSED = {
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    pictures = {f"set/{name}.png": BYTES[:2000] for name in "abc"} | {"set/deep/d.png": b"d", "other/e.png": b"e"}
-    repositories = {f"models/{MODEL}": FILES | OTHERS, f"datasets/{DATASET}": pictures}
+    images = {f"set/{name}.png": BYTES[:2000] for name in "abc"} | {"set/deep/d.png": b"d", "other/e.png": b"e"}
+    repositories = {f"models/{MODEL}": FILES | OTHERS, f"datasets/{DATASET}": images}
     with LoopbackHub(repositories).serving() as serving:
         yield serving
 

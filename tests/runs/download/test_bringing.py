@@ -59,7 +59,7 @@ def test_a_long_list_is_cut(download, hub):
 
 def test_a_dataset_and_a_part_of_it(download, tmp_path):
     assert download("--dataset", DATASET, "--include", "set/*").code == 0
-    assert files_below(Path("data/pictures")).keys() == {"set/a.png", "set/b.png", "set/c.png", "set/deep/d.png"}
+    assert files_below(Path("data/images")).keys() == {"set/a.png", "set/b.png", "set/c.png", "set/deep/d.png"}
     assert download("--dataset", DATASET, "--local-dir", tmp_path / "mine").code == 0
     assert "other/e.png" in files_below(tmp_path / "mine")
 

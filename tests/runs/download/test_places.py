@@ -81,7 +81,7 @@ def test_names_that_only_look_strange_are_kept(download, hub):
     }
     hub.repositories[f"datasets/{DATASET}"] = content | {"empty": b""}
     assert download("--dataset", DATASET).code == 0
-    assert files_below(Path("data/pictures")) == content | {"empty": b""}
+    assert files_below(Path("data/images")) == content | {"empty": b""}
 
 
 @pytest.mark.parametrize("status", [401, 404])

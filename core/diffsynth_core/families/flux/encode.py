@@ -1,4 +1,4 @@
-"""What FLUX.1's frozen encoders make of a caption and of pictures, as diffusers' `FluxPipeline` and
+"""What FLUX.1's frozen encoders make of a caption and of images, as diffusers' `FluxPipeline` and
 `FluxKontextPipeline` do it."""
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from diffsynth_core.families.control import CONTROL_LATENTS
 from diffsynth_core.families.flux.captions import CLIP_TOKENS, T5_TOKENS
 
 KONTEXT_LATENTS = "kontext_latents_{}"
-"""Name of the latents of a reference picture, with its number in the row, from 0."""
+"""Name of the latents of a reference image, with its number in the row, from 0."""
 
 
 def encode_pooled_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
@@ -63,20 +63,20 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"latents": _latents(vae, pixels)}
 
 
-def encode_references(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of each picture that the model is shown, as `encode_latents` makes them.
+def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The latents of each image that the model is shown, as `encode_latents` makes them.
 
     Returns: `kontext_latents_0`, `kontext_latents_1`, ..., `[16, 1, H / 8, W / 8]` float32.
     """
-    return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(pictures)}
+    return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(images)}
 
 
-def encode_controlnet_latents(vae: Any, picture: Tensor) -> dict[str, Tensor]:
-    """The latents of the picture to follow, which has the size of what is trained on.
+def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
+    """The latents of the image to follow, which has the size of what is trained on.
 
     Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
     """
-    return {CONTROL_LATENTS: _latents(vae, picture)}
+    return {CONTROL_LATENTS: _latents(vae, image)}
 
 
 def _latents(vae: Any, pixels: Tensor) -> Tensor:

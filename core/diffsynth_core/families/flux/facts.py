@@ -58,7 +58,7 @@ KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=
 
 
 def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) at which a reference picture is read: of those Kontext was trained with the closest in shape.
+    """(height, width) at which a reference image is read: of those Kontext was trained with the closest in shape.
 
     `max_pixels` below 1024 x 1024 makes it smaller in proportion; a side is 0 where nothing is left.
     """
@@ -74,7 +74,7 @@ REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """FLUX.1-dev, Krea and Kontext: any of them can be shown pictures, or follow one, but none must.
+    """FLUX.1-dev, Krea and Kontext: any of them can be shown images, or follow one, but none must.
 
     Raises:
         DiffSynthError: for a transformer without guidance, or one that takes more than latents.
@@ -102,7 +102,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         model_id=model_id,
         components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
         encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
-        medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
+        medium=Medium("image", "image", size_factor=SIZE_FACTOR),
         references=(REFERENCES,) if shown else (),
         takes=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
     )
@@ -223,7 +223,7 @@ FLUX = FamilyFacts(
             ("x_embedder.weight", 1),
             "patches",
             verb="takes",
-            way_out="name a ControlNet that follows a picture alone, not one for inpainting",
+            way_out="name a ControlNet that follows an image alone, not one for inpainting",
         ),
     ),
     not_trained={
@@ -240,7 +240,7 @@ FLUX = FamilyFacts(
     },
     strangers=(
         Stranger(
-            "a ControlNet for several kinds of pictures (union), which is not supported yet",
+            "a ControlNet for several kinds of images (union), which is not supported yet",
             CONTROLNET,
             names.UNION_TENSORS,
         ),

@@ -38,8 +38,8 @@ class Flux(Family):
             case "kontext_latents":
                 return encode.encode_references(components["vae"], sample[KONTEXT_IMAGES])
             case control.CONTROL_LATENTS:
-                (picture,) = sample[control.CONTROLNET_IMAGE]
-                return encode.encode_controlnet_latents(components["vae"], picture)
+                (image,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], image)
             case _:
                 return encode.encode_latents(components["vae"], sample["image"])
 

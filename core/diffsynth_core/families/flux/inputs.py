@@ -29,14 +29,14 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 
-def token_ids(latents: Tensor, picture: int) -> Tensor:
-    """What the rotary embedding is told of each token of a picture: picture, row, column; `[(h/2)(w/2), 3]` float32.
+def token_ids(latents: Tensor, image: int) -> Tensor:
+    """What the rotary embedding is told of each token of an image: image, row, column; `[(h/2)(w/2), 3]` float32.
 
     Source: `_prepare_latent_image_ids` of diffusers' `FluxPipeline`.
     """
     rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
     ids = torch.zeros(rows, columns, 3, device=latents.device)
-    ids[..., 0] = picture
+    ids[..., 0] = image
     ids[..., 1] = torch.arange(rows, device=ids.device)[:, None]
     ids[..., 2] = torch.arange(columns, device=ids.device)[None, :]
     return ids.flatten(0, 1)
@@ -47,14 +47,14 @@ def predict_velocity(
 ) -> Tensor:
     """The transformer called as `FluxPipeline` and `FluxKontextPipeline` call it: packed latents, timestep = sigma.
 
-    The tokens of reference pictures follow those of the latents, and all of them say picture 1. Source for several
-    pictures: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is
+    The tokens of reference images follow those of the latents, and all of them say image 1. Source for several
+    images: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is
     called as `FluxControlNetPipeline` does it, at scale 1; one without an embedder of guidance is not told any.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
         sigma: `[B]` float32; the transformer itself rounds what it is told of it to the number format it computes in.
-        batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference picture
+        batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
             `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the size of
             `noisy`.
 
@@ -63,8 +63,8 @@ def predict_velocity(
     *_, height, width = noisy.shape
     shown = numbered(batch, KONTEXT_LATENTS)
     tokens = pack(noisy)
-    states = torch.cat([tokens, *(pack(picture) for picture in shown)], dim=1)
-    ids = torch.cat([token_ids(noisy, 0), *(token_ids(picture, 1) for picture in shown)])
+    states = torch.cat([tokens, *(pack(image) for image in shown)], dim=1)
+    ids = torch.cat([token_ids(noisy, 0), *(token_ids(image, 1) for image in shown)])
     text = batch["prompt_embeds"]
     given = {
         "hidden_states": states,

@@ -6,7 +6,7 @@ Source: `FluxTransformer2DModel` of diffusers.
 from diffsynth_core.families.flux.captions import T5_TOKENS
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
-from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
+from diffsynth_core.families.tape import MediaSize, StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
@@ -54,9 +54,9 @@ def _block(
     changed = modulate(tape, states, changes)
     text_changes = tape.linear(tape.activation(time), f"{name}.norm1_context.linear")
     text_changed = modulate(tape, text, text_changes)
-    picture = projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed)
+    image = projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed)
     caption = projections(tape, f"{name}.attn", ("add_{}_proj", "norm_added_{}"), text_changed)
-    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, picture, strict=True))
+    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, image, strict=True))
     joint = tape.attention(tape.turn_in_parts(query, *rotary), tape.turn_in_parts(key, *rotary), value)
     attended = tape.linear(tape.cut(joint, *states.shape), f"{name}.attn.to_out.0")
     text_attended = tape.linear(tape.cut(joint, *text.shape), f"{name}.attn.to_add_out")
@@ -112,12 +112,12 @@ def modulate_last(tape: Tape, states: Value, time: Value) -> Value:
     return modulate(tape, states, changes)
 
 
-def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
-    """Five maps of 128 channels at the size of the picture: what goes round a block, and its norm at work.
+def encoding_numbers(latents: LatentFacts, image: MediaSize) -> int:
+    """Five maps of 128 channels at the size of the image: what goes round a block, and its norm at work.
 
     Counted on diffusers' `AutoencoderKL`; a test counts again.
     """
-    _, height, width = picture
+    _, height, width = image
     return 5 * 128 * height * width
 
 

@@ -240,9 +240,9 @@ CONTROLNET_SIGNATURE = frozenset(
     {"transformer_blocks.0.norm1_context.linear.weight", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
 )
 UNION_TENSORS = frozenset({"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"})
-"""Of ControlNets for several kinds of pictures, which must be told the kind."""
+"""Of ControlNets for several kinds of images, which must be told the kind."""
 HINT_TENSORS = frozenset({"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"})
-"""Of ControlNets that read the pixels of a picture, not its latents."""
+"""Of ControlNets that read the pixels of an image, not its latents."""
 
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
 """Of a last block: they only shape the text behind it."""

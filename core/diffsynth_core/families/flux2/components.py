@@ -14,7 +14,7 @@ from diffsynth_core.families.interface import ComponentFiles, Shapes
 from diffsynth_core.families.shapes import count_blocks
 
 ROPE_AXES = 4
-"""Rotary axes of the transformer (picture, row, column, text): 32 each of a head of 128."""
+"""Rotary axes of the transformer (image, row, column, text): 32 each of a head of 128."""
 ROPE_THETA = 1000000.0
 """Base of Qwen3's rotary frequencies."""
 NORM_GROUPS = 32

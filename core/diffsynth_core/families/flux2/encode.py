@@ -1,4 +1,4 @@
-"""What FLUX.2's frozen encoders make of captions and pictures, as diffusers' `Flux2KleinPipeline` does it."""
+"""What FLUX.2's frozen encoders make of captions and images, as diffusers' `Flux2KleinPipeline` does it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from diffsynth_core.families.flux2.captions import MAX_TOKENS
 from diffsynth_core.families.flux2.names import TEXT_LAYERS
 
 REFERENCE_LATENTS = "edit_latents_{}"
-"""What the latents of reference pictures are called, counted from 0."""
+"""What the latents of reference images are called, counted from 0."""
 
 
 def apply_template(tokenizer: Any, caption: str) -> str:
@@ -63,9 +63,9 @@ def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
     return normalised[0, :, None]
 
 
-def encode_references(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of each reference picture, in order: `edit_latents_0`, `edit_latents_1` and so on."""
-    return {REFERENCE_LATENTS.format(number): encode_latents(vae, picture) for number, picture in enumerate(pictures)}
+def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The latents of each reference image, in order: `edit_latents_0`, `edit_latents_1` and so on."""
+    return {REFERENCE_LATENTS.format(number): encode_latents(vae, image) for number, image in enumerate(images)}
 
 
 def patchify(latents: Tensor) -> Tensor:

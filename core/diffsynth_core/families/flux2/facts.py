@@ -27,10 +27,10 @@ from diffsynth_core.families.size_facts import LatentFacts
 SIZE_FACTOR = 16
 """Pixels along each side of a token: 8 of the VAE, then patches of 2 x 2 of its latents."""
 REFERENCE_AREA = 1024 * 1024
-"""Larger reference pictures are scaled down to as many pixels (`Flux2KleinPipeline`)."""
+"""Larger reference images are scaled down to as many pixels (`Flux2KleinPipeline`)."""
 LEAST_SIDE = 64
 LARGEST_RATIO = 8
-"""Bounds of reference pictures: shorter side in pixels, longer side by shorter one (`Flux2ImageProcessor`)."""
+"""Bounds of reference images: shorter side in pixels, longer side by shorter one (`Flux2ImageProcessor`)."""
 DEV_TEXT_WIDTH = 15360
 """Width of the text states that FLUX.2-dev reads."""
 GUIDANCE = "time_guidance_embed.guidance_embedder.linear_1.weight"
@@ -39,8 +39,8 @@ LARGE_SINGLE_BLOCKS = 24
 
 
 def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) that a reference picture of `width` x `height` is scaled to, as `Flux2KleinPipeline` does it:
-    above the area down to it, below it not at all. What is read of it has sides of multiples of 16. (0, 0) for pictures
+    """(height, width) that a reference image of `width` x `height` is scaled to, as `Flux2KleinPipeline` does it:
+    above the area down to it, below it not at all. What is read of it has sides of multiples of 16. (0, 0) for images
     that the pipeline refuses."""
     if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
         return 0, 0
@@ -55,11 +55,11 @@ TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 OF_VAE = LatentFacts(channels=128, factor=16)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
 EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",), latents=OF_VAE)
-EDIT_PICTURES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
+EDIT_IMAGES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """What a transformer of klein is trained for: pictures from text, and from pictures when they are shown.
+    """What a transformer of klein is trained for: images from text, and from images when they are shown.
 
     Raises:
         DiffSynthError: for FLUX.2-dev, told by its guidance embedder and the width of its text states.
@@ -73,15 +73,15 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         )
     blocks = count_blocks(transformer, "single_transformer_blocks.") if transformer else None
     size = "9B" if (blocks >= LARGE_SINGLE_BLOCKS if blocks is not None else "9b" in origin.lower()) else "4B"
-    shown = EDIT_PICTURES.column in inputs
+    shown = EDIT_IMAGES.column in inputs
     return Variant(
         title="FLUX.2 klein",
         model_id=f"black-forest-labs/FLUX.2-klein-{size}",
         components=("dit", "text_encoder", "vae"),
         encoders=(replace(TEXT, caption=captions.TEXT[size]), LATENTS, *((EDIT,) if shown else ())),
-        medium=Medium("image", "picture", size_factor=SIZE_FACTOR),
-        references=(EDIT_PICTURES,) if shown else (),
-        takes=(EDIT_PICTURES.column,),
+        medium=Medium("image", "image", size_factor=SIZE_FACTOR),
+        references=(EDIT_IMAGES,) if shown else (),
+        takes=(EDIT_IMAGES.column,),
     )
 
 
@@ -126,7 +126,7 @@ FLUX2 = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    reference_columns=(EDIT_PICTURES.column,),
+    reference_columns=(EDIT_IMAGES.column,),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

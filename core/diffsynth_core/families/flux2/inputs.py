@@ -14,7 +14,7 @@ TRAINING_STEPS = 1000
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
 REFERENCE_POSITION = 10
-"""Position of the first reference picture on the axis of pictures, and their distance there; the target is at 0."""
+"""Position of the first reference image on the axis of images, and their distance there; the target is at 0."""
 
 
 def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
@@ -28,25 +28,25 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The transformer called as `Flux2KleinPipeline` calls it: reference pictures as further tokens, timestep = sigma.
+    """The transformer called as `Flux2KleinPipeline` calls it: reference images as further tokens, timestep = sigma.
 
     Args:
         noisy: `[B, 128, 1, h, w]` float32.
         sigma: `[B]` float32.
         batch: `prompt_embeds` `[B, 512, 3 x width]`: texts always have 512 tokens, so that nothing is padded; and the
-            latents of reference pictures `[B, 128, 1, h', w']`.
+            latents of reference images `[B, 128, 1, h', w']`.
 
     Returns: `[B, 128, 1, h, w]`.
     """
     _, _, _, height, width = noisy.shape
-    pictures = [noisy, *numbered(batch, REFERENCE_LATENTS)]
+    images = [noisy, *numbered(batch, REFERENCE_LATENTS)]
     (prediction,) = transformer(
-        hidden_states=torch.cat([pack(picture.float()) for picture in pictures], dim=1).to(input_dtype(transformer)),
+        hidden_states=torch.cat([pack(image.float()) for image in images], dim=1).to(input_dtype(transformer)),
         timestep=sigma,
         guidance=None,
         encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
         txt_ids=text_positions(batch["prompt_embeds"].shape[1], noisy.device),
-        img_ids=picture_positions(pictures),
+        img_ids=image_positions(images),
         return_dict=False,
     )
     return unpack(prediction[:, : height * width], height, width)
@@ -73,18 +73,18 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def text_positions(length: int, device: torch.device) -> Tensor:
-    """Positions (picture, row, column, text) of text tokens, `[L, 4]`: only the last counts up."""
+    """Positions (image, row, column, text) of text tokens, `[L, 4]`: only the last counts up."""
     positions = torch.zeros(length, 4, dtype=torch.int64, device=device)
     positions[:, 3] = torch.arange(length, device=device)
     return positions
 
 
-def picture_positions(pictures: Sequence[Tensor]) -> Tensor:
-    """Positions (picture, row, column, text) of the tokens of the target and the references behind it, `[N, 4]`."""
+def image_positions(images: Sequence[Tensor]) -> Tensor:
+    """Positions (image, row, column, text) of the tokens of the target and the references behind it, `[N, 4]`."""
     parts = []
-    for number, latents in enumerate(pictures):
+    for number, latents in enumerate(images):
         height, width = latents.shape[-2:]
         axes = [torch.arange(length, device=latents.device) for length in (height, width, 1)]
-        picture = torch.tensor([number * REFERENCE_POSITION], device=latents.device)
-        parts.append(torch.cartesian_prod(picture, *axes))
+        image = torch.tensor([number * REFERENCE_POSITION], device=latents.device)
+        parts.append(torch.cartesian_prod(image, *axes))
     return torch.cat(parts)

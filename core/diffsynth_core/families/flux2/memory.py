@@ -6,7 +6,7 @@ Source: `Flux2Transformer2DModel` of diffusers.
 from diffsynth_core.families.flux2.captions import MAX_TOKENS
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
-from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
+from diffsynth_core.families.tape import MediaSize, StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
@@ -48,9 +48,9 @@ def _block(
     """(states, text) behind a block of two streams."""
     changes, text_changes, _ = modulations
     changed, text_changed = _modulate(tape, states, changes), _modulate(tape, text, text_changes)
-    picture = _projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed)
+    image = _projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed)
     caption = _projections(tape, f"{name}.attn", ("add_{}_proj", "norm_added_{}"), text_changed)
-    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, picture, strict=True))
+    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, image, strict=True))
     joint = tape.attention(tape.turn_in_parts(query, *rotary), tape.turn_in_parts(key, *rotary), value)
     text_attended = tape.linear(tape.cut(joint, *text.shape), f"{name}.attn.to_add_out")
     attended = tape.linear(tape.cut(joint, *states.shape), f"{name}.attn.to_out.0")
@@ -107,12 +107,12 @@ def _gate(tape: Tape, states: Value, changes: Value) -> Value:
     return tape.view(changes, changes.shape[0], 1, states.shape[-1])
 
 
-def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
-    """Five maps of 128 channels at the size of the picture: what goes round a block, and its norm at work.
+def encoding_numbers(latents: LatentFacts, image: MediaSize) -> int:
+    """Five maps of 128 channels at the size of the image: what goes round a block, and its norm at work.
 
     Counted on diffusers' `AutoencoderKLFlux2`; a test counts again.
     """
-    _, height, width = picture
+    _, height, width = image
     return 5 * 128 * height * width
 
 

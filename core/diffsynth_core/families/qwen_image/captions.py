@@ -24,16 +24,16 @@ EDIT_TEMPLATE = (
 )
 DROPPED_EDIT_TOKENS = 64
 MAX_EDIT_TOKENS = 3072
-"""Tokens of a caption and its pictures behind the dropped ones. The pipelines cut nothing off; but the transformer has
-4096 positions, of which text begins at a 32nd of the longest side of a picture in pixels."""
+"""Tokens of a caption and its images behind the dropped ones. The pipelines cut nothing off; but the transformer has
+4096 positions, of which text begins at a 32nd of the longest side of an image in pixels."""
 WIDTH = 3584
 """Values in a state of Qwen2.5-VL 7B."""
 
-PICTURE_SIDE = 28
-"""Pixels of a token of a picture that Qwen2.5-VL sees: patches of 14, joined two by two."""
-PICTURE_TOKENS = 4
-"""The fewest of a picture, the `min_pixels` (56 x 56) of its processor."""
-PICTURE = "<|vision_start|>{picture}<|vision_end|>"
+IMAGE_SIDE = 28
+"""Pixels of a token of an image that Qwen2.5-VL sees: patches of 14, joined two by two."""
+IMAGE_TOKENS = 4
+"""The fewest of an image, the `min_pixels` (56 x 56) of its processor."""
+IMAGE = "<|vision_start|>{image}<|vision_end|>"
 
 TEXT = CaptionFacts(
     "tokenizer_path", MAX_TOKENS, WIDTH, ("txt_in.weight", 1), PROMPT_TEMPLATE, DROPPED_TOKENS, around=5
@@ -43,9 +43,9 @@ EDIT_TEXT = replace(
     most=MAX_EDIT_TOKENS,
     template=EDIT_TEMPLATE,
     dropped=DROPPED_EDIT_TOKENS,
-    announced=PICTURE,
-    picture_side=PICTURE_SIDE,
-    picture_tokens=PICTURE_TOKENS,
+    announced=IMAGE,
+    image_side=IMAGE_SIDE,
+    image_tokens=IMAGE_TOKENS,
 )
-EDIT_PLUS_TEXT = replace(EDIT_TEXT, announced=f"Picture {{number}}: {PICTURE}")
-"""Of the models after the first, to which pictures are numbered."""
+EDIT_PLUS_TEXT = replace(EDIT_TEXT, announced=f"Picture {{number}}: {IMAGE}")
+"""Of the models after the first, to which images are numbered."""

@@ -18,7 +18,7 @@ MROPE_PROPORTION = (16, 24, 24)
 """Rotary sections (time, height, width) of Qwen2.5-VL, of half a head of 128."""
 VISION_HEAD_SIZE = 80
 VISION_FULL_ATTENTION_EVERY = 8
-"""Blocks 7, 15, 23 and 31 of 32 attend to the whole picture."""
+"""Blocks 7, 15, 23 and 31 of 32 attend to the whole image."""
 
 
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:

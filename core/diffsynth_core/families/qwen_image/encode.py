@@ -1,4 +1,4 @@
-"""What Qwen-Image's frozen encoders make of captions and pictures, as diffusers' `QwenImagePipeline`,
+"""What Qwen-Image's frozen encoders make of captions and images, as diffusers' `QwenImagePipeline`,
 `QwenImageEditPipeline` and `QwenImageEditPlusPipeline` do it."""
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from diffsynth_core.families.qwen_image.captions import (
 )
 from diffsynth_core.families.qwen_image.inputs import EDIT_LATENTS
 
-PICTURE_TOKEN = "<|image_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
@@ -41,34 +41,34 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 
 
 def encode_edit_text(
-    components: Mapping[str, Any], caption: str, pictures: Sequence[Tensor], announced: str
+    components: Mapping[str, Any], caption: str, images: Sequence[Tensor], announced: str
 ) -> dict[str, Tensor]:
-    """Last hidden states of Qwen2.5-VL over the caption behind the pictures to edit, which stand where text does.
+    """Last hidden states of Qwen2.5-VL over the caption behind the images to edit, which stand where text does.
 
-    Tokens of pictures are placed in height and width, as in the training of the published models. transformers does it
+    Tokens of images are placed in height and width, as in the training of the published models. transformers does it
     when it is told which tokens they are (`mm_token_type_ids`); diffusers 0.42 does not tell transformers 5, which
     then counts them like words (issue 14194 of diffusers).
 
     Args:
-        pictures: each `[3, 1, H, W]` in [-1, 1].
+        images: each `[3, 1, H, W]` in [-1, 1].
         announced: what stands for each in the prompt (`CaptionFacts.announced`).
 
     Returns: `prompt_embeds`, `[L, 3584]` in the text encoder's dtype.
 
     Raises:
-        DiffSynthError: when caption and pictures are too long.
+        DiffSynthError: when caption and images are too long.
     """
     text_encoder, processor = components["text_encoder"], components["processor_path"]
-    shown = processor(images=[_to_bytes(picture) for picture in pictures], return_tensors="pt").to(text_encoder.device)
+    shown = processor(images=[_to_bytes(image) for image in images], return_tensors="pt").to(text_encoder.device)
     counts = (shown.image_grid_thw.prod(dim=1) // processor.merge_size**2).tolist()
-    text = EDIT_TEMPLATE.format(announce_pictures(counts, announced) + caption)
+    text = EDIT_TEMPLATE.format(announce_images(counts, announced) + caption)
     tokens = components["tokenizer_path"]([text], return_tensors="pt").to(text_encoder.device)
     length = tokens.input_ids.shape[1] - DROPPED_EDIT_TOKENS
     if length > MAX_EDIT_TOKENS:
         raise DiffSynthError(
-            f"a caption makes {length} tokens, {sum(counts)} of them pictures, the model takes {MAX_EDIT_TOKENS}: "
+            f"a caption makes {length} tokens, {sum(counts)} of them images, the model takes {MAX_EDIT_TOKENS}: "
             f"`{caption[:60]}`",
-            "shorten the caption, or name fewer pictures",
+            "shorten the caption, or name fewer images",
         )
     states = text_encoder.model(
         input_ids=tokens.input_ids,
@@ -81,16 +81,16 @@ def encode_edit_text(
     return {"prompt_embeds": states.last_hidden_state[0, DROPPED_EDIT_TOKENS:]}
 
 
-def announce_pictures(counts: Sequence[int], announced: str) -> str:
-    """What stands for pictures of so many tokens each in the prompt."""
+def announce_images(counts: Sequence[int], announced: str) -> str:
+    """What stands for images of so many tokens each in the prompt."""
     return "".join(
-        announced.format(number=number, picture=PICTURE_TOKEN * count) for number, count in enumerate(counts, start=1)
+        announced.format(number=number, image=IMAGE_TOKEN * count) for number, count in enumerate(counts, start=1)
     )
 
 
-def _to_bytes(picture: Tensor) -> NDArray[np.uint8]:
+def _to_bytes(image: Tensor) -> NDArray[np.uint8]:
     """`[3, 1, H, W]` in [-1, 1] -> `[H, W, 3]` in 0..255."""
-    values = ((picture[:, 0] + 1) * 127.5).round().to(torch.uint8)
+    values = ((image[:, 0] + 1) * 127.5).round().to(torch.uint8)
     return values.permute(1, 2, 0).cpu().numpy()
 
 
@@ -111,20 +111,20 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"latents": _normalised_latents(vae, pixels)}
 
 
-def encode_edit_latents(vae: Any, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of the pictures to edit, whose sizes may differ.
+def encode_edit_latents(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The latents of the images to edit, whose sizes may differ.
 
     Returns: `edit_latents_0`, `edit_latents_1` … in their order, each `[16, 1, h, w]` float32.
     """
-    return {EDIT_LATENTS.format(number): _normalised_latents(vae, picture) for number, picture in enumerate(pictures)}
+    return {EDIT_LATENTS.format(number): _normalised_latents(vae, image) for number, image in enumerate(images)}
 
 
-def encode_controlnet_latents(vae: Any, picture: Tensor) -> dict[str, Tensor]:
-    """The latents of the picture to follow, which has the size of what is trained on.
+def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
+    """The latents of the image to follow, which has the size of what is trained on.
 
     Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
     """
-    return {CONTROL_LATENTS: _normalised_latents(vae, picture)}
+    return {CONTROL_LATENTS: _normalised_latents(vae, image)}
 
 
 def _normalised_latents(vae: Any, pixels: Tensor) -> Tensor:

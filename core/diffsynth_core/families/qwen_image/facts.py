@@ -128,7 +128,7 @@ QWEN_IMAGE = FamilyFacts(
             ("img_in.weight", 1),
             "patches",
             verb="takes",
-            way_out="name a ControlNet that follows a picture alone, not one for inpainting",
+            way_out="name a ControlNet that follows an image alone, not one for inpainting",
         ),
     ),
     strangers=(

@@ -40,8 +40,8 @@ class QwenImage(Family):
             case "edit_latents":
                 return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
             case control.CONTROL_LATENTS:
-                (picture,) = sample[control.CONTROLNET_IMAGE]
-                return encode.encode_controlnet_latents(components["vae"], picture)
+                (image,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], image)
             case _:
                 return encode.encode_latents(components["vae"], sample["image"])
 

@@ -16,7 +16,7 @@ SHIFT_MU = 0.8
 LAST_SIGMA = 0.02
 """`shift_terminal` of the published scheduler configuration."""
 EDIT_LATENTS = "edit_latents_{}"
-"""Name of the latents of a picture to edit, with its number, from 0."""
+"""Name of the latents of an image to edit, with its number, from 0."""
 
 
 def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
@@ -36,7 +36,7 @@ def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
 def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Encoded samples of one latent shape -> a batch.
 
-    Returns: `latents` `[B, 16, 1, h, w]`, those of pictures to edit or to follow likewise, each in its size;
+    Returns: `latents` `[B, 16, 1, h, w]`, those of images to edit or to follow likewise, each in its size;
     `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]`
     bool, True where there is a token.
     """
@@ -52,7 +52,7 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The latents of the pictures to edit in their order, each `[B, 16, 1, h, w]`."""
+    """The latents of the images to edit in their order, each `[B, 16, 1, h, w]`."""
     return numbered(batch, EDIT_LATENTS)
 
 
@@ -61,7 +61,7 @@ def predict_velocity(
 ) -> Tensor:
     """The transformer called as diffusers' pipelines call it: packed latents, timestep = sigma, text mask if needed.
 
-    The tokens of pictures to edit stand behind those of the picture that is made; what is said of them is cut off. A
+    The tokens of images to edit stand behind those of the image that is made; what is said of them is cut off. A
     ControlNet is called as `QwenImageControlNetPipeline` does it, at scale 1.
 
     Args:
@@ -70,9 +70,9 @@ def predict_velocity(
 
     Returns: `[B, 16, 1, h, w]`.
     """
-    pictures = [noisy, *edit_latents(batch)]
-    tokens = [pack(latents) for latents in pictures]
-    shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in pictures]
+    images = [noisy, *edit_latents(batch)]
+    tokens = [pack(latents) for latents in images]
+    shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in images]
     given = {
         "hidden_states": torch.cat(tokens, dim=1),
         "timestep": sigma,

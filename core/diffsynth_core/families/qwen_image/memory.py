@@ -5,7 +5,7 @@ Source: `QwenImageTransformer2DModel` of diffusers.
 
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
-from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
+from diffsynth_core.families.tape import MediaSize, StepSizes, Tape, Value
 
 TOKEN_SIDE = 16
 """Pixels."""
@@ -14,9 +14,9 @@ TEXT_POSITIONS = 4096
 
 
 def play(tape: Tape, sizes: StepSizes) -> None:
-    """One prediction. Text tokens are those of the longest caption, pictures shown to the text encoder among them."""
+    """One prediction. Text tokens are those of the longest caption, images shown to the text encoder among them."""
     shapes, dtype, batch = tape.network.shapes, tape.network.dtype, sizes.batch
-    zero_condition = "zero_cond_t" in sizes.settings and len(sizes.pictures) > 1
+    zero_condition = "zero_cond_t" in sizes.settings and len(sizes.images) > 1
     size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     tokens = sum(sizes.tokens(TOKEN_SIDE))
     states = tape.linear(tape.given(batch, tokens, shapes["img_in.weight"][1], dtype=dtype), "img_in")
@@ -52,9 +52,9 @@ def _block(
     text_changes = tape.linear(tape.activation(time), f"{name}.txt_mod.1")
     changed, gate = _modulate(tape, states, changes, zero_condition)
     text_changed, text_gate = _modulate(tape, text, text_changes, False)
-    picture = _projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed, rotary[0])
+    image = _projections(tape, f"{name}.attn", ("to_{}", "norm_{}"), changed, rotary[0])
     caption = _projections(tape, f"{name}.attn", ("add_{}_proj", "norm_added_{}"), text_changed, rotary[1])
-    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, picture, strict=True))
+    query, key, value = (tape.concatenate(*both, axis=1) for both in zip(caption, image, strict=True))
     joint = tape.attention(query, key, value)
     attended = tape.linear(tape.cut(joint, *states.shape), f"{name}.attn.to_out.0")
     states = tape.add(states, tape.multiply(gate, attended))
@@ -98,12 +98,12 @@ def _feed_forward(tape: Tape, name: str, states: Value) -> Value:
     return tape.linear(tape.activation(tape.linear(states, f"{name}.net.0.proj")), f"{name}.net.2")
 
 
-def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
-    """Ten maps of 96 channels at the size of the picture: a convolution over time pads one frame to three.
+def encoding_numbers(latents: LatentFacts, image: MediaSize) -> int:
+    """Ten maps of 96 channels at the size of the image: a convolution over time pads one frame to three.
 
     Counted on diffusers' `AutoencoderKLQwenImage`; a test counts again.
     """
-    _, height, width = picture
+    _, height, width = image
     return 10 * 96 * height * width
 
 

@@ -70,13 +70,13 @@ _TIME_CONVOLUTION = re.compile(r"^encoder\.down_blocks\.\d+\.time_conv")
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
-    """Captions pass neither through the picture half of Qwen2.5-VL, which pictures to edit do reach, nor through its
+    """Captions pass neither through the image half of Qwen2.5-VL, which images to edit do reach, nor through its
     vocabulary head."""
     return frozenset({"model.visual", "lm_head"})
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
-    """Training reads latents, so nothing is decoded, and a picture is one frame, so nothing is shrunk in time."""
+    """Training reads latents, so nothing is decoded, and an image is one frame, so nothing is shrunk in time."""
     time = {match[0] for match in map(_TIME_CONVOLUTION.match, names) if match}
     return frozenset({"decoder", "post_quant_conv", *time})
 

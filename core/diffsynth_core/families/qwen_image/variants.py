@@ -1,4 +1,4 @@
-"""What Qwen-Image's models are trained for: pictures from text, and the editing of one picture or several. No torch."""
+"""What Qwen-Image's models are trained for: images from text, and the editing of one image or several. No torch."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.size_facts import LatentFacts
 
 EDIT_IMAGE = "edit_image"
-"""The extra input and metadata column of the pictures to edit, and what the VAE's encoder calls them."""
+"""The extra input and metadata column of the images to edit, and what the VAE's encoder calls them."""
 EDIT_IMAGE_SMALL = "edit_image_small"
-"""The same pictures at the size at which the text encoder of the later models looks at them."""
+"""The same images at the size at which the text encoder of the later models looks at them."""
 
 COMPONENTS = ("dit", "text_encoder", "vae")
-PICTURE = Medium("image", "picture", size_factor=16)
+IMAGE = Medium("image", "image", size_factor=16)
 OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
 EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,), latents=OF_VAE)
@@ -29,13 +29,13 @@ TEXT_TO_IMAGE = Variant(
     model_id="Qwen/Qwen-Image",
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
-    medium=PICTURE,
+    medium=IMAGE,
     takes=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 
 VAE_AREA = 1024 * 1024
 PROMPT_AREA = 384 * 384
-"""Areas, in pixels, to which diffusers' editing pipelines bring pictures for the VAE and for the text encoder
+"""Areas, in pixels, to which diffusers' editing pipelines bring images for the VAE and for the text encoder
 (`VAE_IMAGE_SIZE` and `CONDITION_IMAGE_SIZE`)."""
 SIDE_STEP = 32
 LARGEST_RATIO = 200
@@ -44,18 +44,18 @@ LARGEST_RATIO = 200
 
 @dataclass(frozen=True)
 class EditModel:
-    """A published editing model. The first edits `one_picture`, which its text encoder sees as large as the VAE does;
-    in the later ones pictures are numbered, and the text encoder sees them smaller. `guessed`: nothing tells that it is
+    """A published editing model. The first edits `one_image`, which its text encoder sees as large as the VAE does;
+    in the later ones images are numbered, and the text encoder sees them smaller. `guessed`: nothing tells that it is
     this one."""
 
     model_id: str
-    one_picture: bool = False
+    one_image: bool = False
     guessed: bool = False
 
     @property
     def title(self) -> str:
         name = self.model_id.rpartition("/")[2]
-        return f"Qwen-Image, shown pictures as {name} (the name of its files tells no kind)" if self.guessed else name
+        return f"Qwen-Image, shown images as {name} (the name of its files tells no kind)" if self.guessed else name
 
 
 EDIT_MODELS = (
@@ -63,7 +63,7 @@ EDIT_MODELS = (
     (r"-2509(?!\d)", EditModel("Qwen/Qwen-Image-Edit-2509")),
     (r"FireRed-Image-Edit-1\.1", EditModel("FireRedTeam/FireRed-Image-Edit-1.1")),
     (r"FireRed-Image-Edit", EditModel("FireRedTeam/FireRed-Image-Edit-1.0")),
-    (r"(^|[/\\,\s]|--)Qwen-Image-Edit([/\\:,\s]|$)", EditModel("Qwen/Qwen-Image-Edit", one_picture=True)),
+    (r"(^|[/\\,\s]|--)Qwen-Image-Edit([/\\:,\s]|$)", EditModel("Qwen/Qwen-Image-Edit", one_image=True)),
     (r"", EditModel("Qwen/Qwen-Image-Edit-2509", guessed=True)),
 )
 """(what is found in the name of the denoiser's files, the model that they are taken for), first match wins."""
@@ -75,7 +75,7 @@ def edit_model(origin: str) -> EditModel:
 
 
 def vae_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) at which the VAE reads a picture to edit; see `edit_size`."""
+    """(height, width) at which the VAE reads an image to edit; see `edit_size`."""
     return edit_size(width / height, VAE_AREA * min(1, max_pixels / VAE_AREA))
 
 
@@ -95,9 +95,9 @@ def edit_size(ratio: float, area: float) -> tuple[int, int]:
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """Text to image, or editing when pictures to edit are asked for; which model edits shows in no shape.
+    """Text to image, or editing when images to edit are asked for; which model edits shows in no shape.
 
-    With a picture to follow, text to image beside a ControlNet.
+    With an image to follow, text to image beside a ControlNet.
     """
     if CONTROLNET_IMAGE in inputs:
         blocks = count_blocks(shapes["dit"], "transformer_blocks.") if "dit" in shapes else None
@@ -106,12 +106,12 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 
 def edit_variant(model: EditModel) -> Variant:
-    """What an editing model needs: the picture half of its text encoder is in use."""
-    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_picture else None)
+    """What an editing model needs: the image half of its text encoder is in use."""
+    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_image else None)
     small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     name, read, facts = (
         ("edit_text", EDIT_IMAGE, EDIT_TEXT)
-        if model.one_picture
+        if model.one_image
         else ("edit_plus_text", EDIT_IMAGE_SMALL, EDIT_PLUS_TEXT)
     )
     text = EncoderFacts(name=name, component="text_encoder", columns=("prompt", read), caption=facts)
@@ -120,8 +120,8 @@ def edit_variant(model: EditModel) -> Variant:
         model_id=model.model_id,
         components=COMPONENTS,
         encoders=(text, LATENTS, EDIT_LATENTS),
-        medium=PICTURE,
-        references=(shown,) if model.one_picture else (shown, small),
+        medium=IMAGE,
+        references=(shown,) if model.one_image else (shown, small),
         reached={"text_encoder": frozenset({"model.visual"})},
         takes=(EDIT_IMAGE,),
     )

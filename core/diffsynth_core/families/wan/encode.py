@@ -100,8 +100,8 @@ def encode_image(image_encoder: Any, pixels: Tensor, shown: tuple[str, ...]) -> 
     from transformers import CLIPImageProcessorPil
 
     frames = shown_frames(shown) or [0]
-    pictures = ((pixels[:, frames] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)  # [N, H, W, 3]
-    inputs = CLIPImageProcessorPil()(images=list(pictures.cpu().numpy()), return_tensors="pt")
+    images = ((pixels[:, frames] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)  # [N, H, W, 3]
+    inputs = CLIPImageProcessorPil()(images=list(images.cpu().numpy()), return_tensors="pt")
     values = inputs["pixel_values"].to(image_encoder.device, image_encoder.dtype)
     states = image_encoder(values, output_hidden_states=True).hidden_states[-2]
     return {"image_embeds": states.flatten(0, 1)}

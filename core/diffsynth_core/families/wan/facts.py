@@ -18,7 +18,7 @@ from diffsynth_core.families.interface import (
 )
 from diffsynth_core.families.size_facts import LatentFacts, StateFacts
 from diffsynth_core.families.wan import captions, names
-from diffsynth_core.families.wan.memory import EMBEDDER, FRAMES_PER_LATENT, MEMORY, PICTURE_TOKENS
+from diffsynth_core.families.wan.memory import EMBEDDER, FRAMES_PER_LATENT, IMAGE_TOKENS, MEMORY
 from diffsynth_core.families.wan.sizes import PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -113,7 +113,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         inputs=shown if two_images else (),
         first_frame_only=not two_images,
         states=StateFacts(
-            PICTURE_TOKENS * (max(1, len(shown)) if two_images else 1),
+            IMAGE_TOKENS * (max(1, len(shown)) if two_images else 1),
             1280,
             (f"{EMBEDDER}.image_embedder.norm1.weight", 0),
         ),

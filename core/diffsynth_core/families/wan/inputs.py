@@ -70,7 +70,7 @@ def token_timesteps(timestep: Tensor, given: Tensor, shape: Sequence[int], patch
 
 
 def _one_by_one(images: Tensor, two_images_tokens: int | None) -> Tensor:
-    """The states of two pictures as a batch of pictures, which is how the transformer with two of them wants them."""
+    """The states of two images as a batch of images, which is how the transformer with two of them wants them."""
     if two_images_tokens is None:
         return images
     return images.reshape(-1, two_images_tokens // 2, images.shape[-1])

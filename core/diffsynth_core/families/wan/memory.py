@@ -8,14 +8,14 @@ from typing import NamedTuple
 from diffsynth_core.families.interface import Shapes
 from diffsynth_core.families.shapes import count_blocks
 from diffsynth_core.families.size_facts import LatentFacts, MemoryFacts
-from diffsynth_core.families.tape import Picture, StepSizes, Tape, Value
+from diffsynth_core.families.tape import MediaSize, StepSizes, Tape, Value
 from diffsynth_core.families.wan.captions import MAX_TOKENS
 from diffsynth_core.families.wan.sizes import head_size
 
 FRAMES_PER_LATENT = 4
 """Frames of a clip in one latent frame; the first latent frame holds one."""
-PICTURE_TOKENS = 257
-"""Of one picture shown to the image encoder."""
+IMAGE_TOKENS = 257
+"""Of one image shown to the image encoder."""
 WIDE = frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 """Parts whose weights diffusers keeps in float32 (`_keep_in_fp32_modules`)."""
 EMBEDDER = "condition_embedder"
@@ -25,7 +25,7 @@ def play(tape: Tape, sizes: StepSizes) -> None:
     """One prediction."""
     shapes, dtype, batch = tape.network.shapes, tape.network.dtype, sizes.batch
     width, _, *patch = shapes["patch_embedding.weight"]
-    latents = latent_shape(shapes, batch, sizes.pictures[0])
+    latents = latent_shape(shapes, batch, sizes.images[0])
     tokens = latents[2] * (latents[3] // patch[1]) * (latents[4] // patch[2])
     states = tape.copy(tape.convolution(tape.given(*latents, dtype=dtype), "patch_embedding", batch, tokens, width))
     times = tokens if sizes.given else 1
@@ -64,13 +64,13 @@ def _times(tape: Tape, batch: int, times: int) -> tuple[Value, Value]:
 
 
 def _shown(tape: Tape, batch: int) -> Value | None:
-    """The states of pictures that are shown, where the transformer has an embedder of them."""
+    """The states of images that are shown, where the transformer has an embedder of them."""
     name = f"{EMBEDDER}.image_embedder"
     shapes = tape.network.shapes
     if f"{name}.norm1.weight" not in shapes:
         return None
     positions = f"{name}.pos_embed"
-    tokens = shapes[positions][1] if positions in shapes else PICTURE_TOKENS
+    tokens = shapes[positions][1] if positions in shapes else IMAGE_TOKENS
     states = tape.given(batch, tokens, shapes[f"{name}.norm1.weight"][0], dtype=tape.network.dtype)
     if positions in shapes:
         states = tape.add(states, tape.weight(positions))
@@ -97,11 +97,11 @@ def _block(tape: Tape, name: str, states: Value, text: Value, changes: Value, ro
 def _attention(
     tape: Tape, name: str, states: Value, context: Value | None, rotary: tuple[Value, Value] | None
 ) -> Value:
-    """Attention of states to themselves or to a context, whose first tokens may be those of pictures."""
+    """Attention of states to themselves or to a context, whose first tokens may be those of images."""
     shapes = tape.network.shapes
-    pictures = f"{name}.add_k_proj.weight" in shapes
+    images = f"{name}.add_k_proj.weight" in shapes
     texts = context or states
-    if context and pictures:
+    if context and images:
         texts = tape.cut(context, context.shape[0], MAX_TOKENS, context.shape[-1])
     query = tape.rms_norm(tape.linear(states, f"{name}.to_q"), f"{name}.norm_q")
     key = tape.rms_norm(tape.linear(texts, f"{name}.to_k"), f"{name}.norm_k")
@@ -110,11 +110,11 @@ def _attention(
     if rotary:
         query, key = tape.turn_in_parts(query, *rotary), tape.turn_in_parts(key, *rotary)
     seen = None
-    if context and pictures:
+    if context and images:
         shown = tape.cut(context, context.shape[0], context.shape[1] - MAX_TOKENS, context.shape[-1])
-        picture_key = tape.rms_norm(tape.linear(shown, f"{name}.add_k_proj"), f"{name}.norm_added_k")
-        picture_value = tape.linear(shown, f"{name}.add_v_proj")
-        seen = tape.attention(query, _heads(tape, picture_key), _heads(tape, picture_value))
+        image_key = tape.rms_norm(tape.linear(shown, f"{name}.add_k_proj"), f"{name}.norm_added_k")
+        image_value = tape.linear(shown, f"{name}.add_v_proj")
+        seen = tape.attention(query, _heads(tape, image_key), _heads(tape, image_value))
     joint = tape.attention(query, key, value)
     if seen:
         joint = tape.add(joint, seen)
@@ -159,9 +159,9 @@ ENCODERS = {8: EncoderWork(96, 10, 39, 3), 16: EncoderWork(160 // 4, 12, 47, 6)}
 on diffusers' `AutoencoderKLWan`; a test counts again."""
 
 
-def encoding_numbers(latents: LatentFacts, picture: Picture) -> int:
+def encoding_numbers(latents: LatentFacts, image: MediaSize) -> int:
     """The first frame alone, the others four at a time."""
-    frames, height, width = picture
+    frames, height, width = image
     work = ENCODERS[latents.factor]
     maps = work.one_frame if frames == 1 else work.four_frames
     return (work.channels * maps + work.pixels * frames) * height * width

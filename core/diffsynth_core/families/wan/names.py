@@ -202,10 +202,10 @@ IMAGE_ENCODER = TableMap(
     },
     unneeded=("visual.head", "textual", "log_scale"),
 )
-"""The picture half of CLIP; its projection, the text half and the scale between them are not read."""
+"""The image half of CLIP; its projection, the text half and the scale between them are not read."""
 
 IMAGE_ENCODER_DIFFUSERS = PrefixMap(("vision_model.", ""))
-"""Files of diffusers repositories come from transformers releases that had one more level above CLIP's picture half."""
+"""Files of diffusers repositories come from transformers releases that had one more level above CLIP's image half."""
 
 DIT_ORIGINAL_SIGNATURE = frozenset(
     {"blocks.0.self_attn.q.weight", "blocks.0.cross_attn.norm_k.weight", "head.modulation"}

@@ -20,7 +20,7 @@ from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
 DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
 """Files in folders of these names have the layout of diffusers repositories, all others Wan's own."""
 IMAGE_TOKENS = 257
-"""What CLIP makes of a picture of 224 x 224 pixels in patches of 14, and one token for the whole."""
+"""What CLIP makes of an image of 224 x 224 pixels in patches of 14, and one token for the whole."""
 
 GREY = 0.05
 """Largest bias of the random VAE's first convolution."""
@@ -33,15 +33,15 @@ class TinyTransformer:
     type_name: str
     in_channels: int
     out_channels: int = 16
-    pictures: int = 0
-    """How many pictures it reads through CLIP."""
+    images: int = 0
+    """How many images it reads through CLIP."""
 
 
 TRANSFORMERS = (
     ("*Wan2.2-TI2V*", TinyTransformer("ti2v", 48, 48)),
-    ("*Wan2.1-FLF2V*", TinyTransformer("flf2v", 36, pictures=2)),
-    ("*Wan2.1-I2V*", TinyTransformer("i2v", 36, pictures=1)),
-    ("*Wan2.1-Fun*InP", TinyTransformer("i2v", 36, pictures=1)),
+    ("*Wan2.1-FLF2V*", TinyTransformer("flf2v", 36, images=2)),
+    ("*Wan2.1-I2V*", TinyTransformer("i2v", 36, images=1)),
+    ("*Wan2.1-Fun*InP", TinyTransformer("i2v", 36, images=1)),
     ("*Wan2.2-I2V*", TinyTransformer("i2v", 36)),
     ("*Wan2.2-Fun*InP", TinyTransformer("i2v", 36)),
     ("*", TinyTransformer("t2v", 16)),
@@ -117,10 +117,10 @@ def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
         "text_dim": sizes.text_width,
         "ffn_dim": 4 * width,
     }
-    if kind.pictures:
+    if kind.images:
         config |= {"image_dim": sizes.image_width, "added_kv_proj_dim": width}
-    if kind.pictures > 1:
-        config["pos_embed_seq_len"] = kind.pictures * IMAGE_TOKENS
+    if kind.images > 1:
+        config["pos_embed_seq_len"] = kind.images * IMAGE_TOKENS
     return config
 
 

@@ -1,11 +1,11 @@
-"""Cutting pictures to their training size, damaged files, and headers that agree with what decoding gives."""
+"""Cutting images to their training size, damaged files, and headers that agree with what decoding gives."""
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from diffsynth_core.data.pictures import EXIF_ORIENTATION, load_picture, read_picture_header
+from diffsynth_core.data.images import EXIF_ORIENTATION, load_image, read_image_header
 from diffsynth_core.errors import DiffSynthError
 
 
@@ -31,7 +31,7 @@ def save(path, pixels: np.ndarray) -> None:
 )
 def test_what_covers_already_is_only_cut_at_the_centre(tmp_path, size, target, top, left):
     save(tmp_path / "a.png", coordinates(*size))
-    loaded = load_picture(tmp_path / "a.png", *target)
+    loaded = load_image(tmp_path / "a.png", *target)
     assert loaded.shape == (*target, 3)
     assert loaded.dtype == np.uint8
     assert_array_equal(loaded, coordinates(*size)[top : top + target[0], left : left + target[1]])
@@ -46,9 +46,9 @@ def test_what_covers_already_is_only_cut_at_the_centre(tmp_path, size, target, t
         ((32, 32), (64, 128), (slice(8, 24), slice(0, 32))),
     ],
 )
-def test_a_picture_is_scaled_to_cover_and_cut_at_the_centre(tmp_path, size, target, cut):
+def test_an_image_is_scaled_to_cover_and_cut_at_the_centre(tmp_path, size, target, cut):
     save(tmp_path / "a.png", coordinates(*size))
-    loaded = load_picture(tmp_path / "a.png", *target).astype(float)
+    loaded = load_image(tmp_path / "a.png", *target).astype(float)
     seen = coordinates(*size)[cut].astype(float)
     inner = (slice(4, -4), slice(4, -4))
     for channel, axis in ((0, 1), (1, 0)):
@@ -66,7 +66,7 @@ def test_a_picture_is_scaled_to_cover_and_cut_at_the_centre(tmp_path, size, targ
 @pytest.mark.parametrize("target", [(32, 32), (48, 16), (16, 64)])
 def test_any_size_fills_any_target_without_a_border(tmp_path, height, width, target):
     save(tmp_path / "a.png", np.full((height, width, 3), 200, np.uint8))
-    assert_array_equal(load_picture(tmp_path / "a.png", *target), np.full((*target, 3), 200, np.uint8))
+    assert_array_equal(load_image(tmp_path / "a.png", *target), np.full((*target, 3), 200, np.uint8))
 
 
 def files_of_all_kinds(folder) -> list:
@@ -90,9 +90,9 @@ def test_headers_agree_with_decoding_for_every_kind_of_file(tmp_path):
     paths = files_of_all_kinds(tmp_path)
     assert len(paths) == 8
     for path in paths:
-        header = read_picture_header(path)
+        header = read_image_header(path)
         assert (header.width, header.height) == (40, 24), path
-        loaded = load_picture(path, header.height, header.width)
+        loaded = load_image(path, header.height, header.width)
         assert loaded.shape == (24, 40, 3)
         assert loaded[:, 30:].mean() > loaded[:, :10].mean(), path  # upright
 
@@ -104,19 +104,17 @@ def test_a_truncated_file_is_told_when_decoded(tmp_path, ending):
     save(path, noise)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DiffSynthError) as caught:
-        load_picture(path, 64, 64)
-    assert f"`{path}` cannot be read as a picture" in str(caught.value)
+        load_image(path, 64, 64)
+    assert f"`{path}` cannot be read as an image" in str(caught.value)
     assert caught.value.problems[0].hint
 
 
-@pytest.mark.parametrize(
-    "read", [read_picture_header, lambda path: load_picture(path, 16, 16)], ids=["header", "pixels"]
-)
+@pytest.mark.parametrize("read", [read_image_header, lambda path: load_image(path, 16, 16)], ids=["header", "pixels"])
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "the file is empty"), (b"hello, I am no picture", "cannot identify"), (None, "No such file")],
+    [(b"", "the file is empty"), (b"hello, I am no image", "cannot identify"), (None, "No such file")],
 )
-def test_what_is_no_picture_is_told(tmp_path, read, content, reason):
+def test_what_is_no_image_is_told(tmp_path, read, content, reason):
     path = tmp_path / "a.png"
     if content is not None:
         path.write_bytes(content)
@@ -125,22 +123,22 @@ def test_what_is_no_picture_is_told(tmp_path, read, content, reason):
     assert str(caught.value).count(str(path)) == 1
 
 
-def test_a_folder_with_the_name_of_a_picture_is_told(tmp_path):
+def test_a_folder_with_the_name_of_an_image_is_told(tmp_path):
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(DiffSynthError, match=r"a\.png` cannot be read as a picture"):
-        read_picture_header(tmp_path / "a.png")
+    with pytest.raises(DiffSynthError, match=r"a\.png` cannot be read as an image"):
+        read_image_header(tmp_path / "a.png")
 
 
-def test_a_stretched_picture_is_shown_whole(tmp_path):
+def test_a_stretched_image_is_shown_whole(tmp_path):
     save(tmp_path / "a.png", coordinates(64, 200))
-    loaded = load_picture(tmp_path / "a.png", 32, 48, (32, 48)).astype(int)
+    loaded = load_image(tmp_path / "a.png", 32, 48, (32, 48)).astype(int)
     assert loaded.shape == (32, 48, 3)
     assert_array_equal(loaded, np.asarray(Image.open(tmp_path / "a.png").resize((48, 32), Image.Resampling.LANCZOS)))
     corners = [loaded[row, column, :2].tolist() for row, column in ((0, 0), (-1, -1))]
     assert_allclose(corners, [[0, 0], [63, 199]], atol=3)
 
 
-def test_what_is_read_of_a_scaled_picture_is_its_middle(tmp_path):
+def test_what_is_read_of_a_scaled_image_is_its_middle(tmp_path):
     save(tmp_path / "a.png", coordinates(64, 200))
-    loaded = load_picture(tmp_path / "a.png", 32, 48, (64, 200))
+    loaded = load_image(tmp_path / "a.png", 32, 48, (64, 200))
     assert_array_equal(loaded, coordinates(64, 200)[16:48, 76:124])

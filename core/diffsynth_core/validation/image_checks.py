@@ -1,6 +1,6 @@
-"""Codes IMAGE_…: pure functions from the facts of pictures to findings. No torch.
+"""Codes IMAGE_…: pure functions from the facts of images to findings. No torch.
 
-`check_pictures` goes through the checks of one picture, in `PICTURE_CHECKS`; those that need several pictures
+`check_images` goes through the checks of one image, in `IMAGE_CHECKS`; those that need several images
 (IMAGE_DUPLICATE, IMAGE_NEAR_DUPLICATE) stand beside it in CHECKS of validate.py.
 """
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from diffsynth_core.data.formats import ending_of, format_of_ending
+from diffsynth_core.data.images import EXTRACT_FRAME, ImageHeader
 from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt, choose_reference, scale_of
-from diffsynth_core.data.pictures import EXTRACT_FRAME, PictureHeader
 from diffsynth_core.data.samples import LOW_RESOLUTION_HINT
 from diffsynth_core.validation.examined import Examined
-from diffsynth_core.validation.facts import PictureFacts
+from diffsynth_core.validation.facts import ImageFacts
 from diffsynth_core.validation.findings import Finding, found
-from diffsynth_core.validation.likeness import near_pictures, same_pictures
+from diffsynth_core.validation.likeness import near_images, same_images
 from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.set_checks import Crop, crop_of, header_of, sizes_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
-    "IMAGE_UNREADABLE": ("cannot be read as a picture", "replace the file or take its row out"),
+    "IMAGE_UNREADABLE": ("cannot be read as an image", "replace the file or take its row out"),
     "IMAGE_TRUNCATED": ("is cut off", "fetch the file again or take its row out"),
     "IMAGE_BOMB": ("is not decoded", "replace the file or take its row out"),
 }
@@ -33,11 +33,11 @@ LOSING_MODES: Mapping[tuple[str, ...], str] = {
 """Pillow's modes of pixels -> what is lost of them."""
 
 
-def check_pictures(examined: Examined) -> Iterator[Finding]:
-    """All that is to be said of single pictures, told at the first row that names them."""
+def check_images(examined: Examined) -> Iterator[Finding]:
+    """All that is to be said of single images, told at the first row that names them."""
     rows = examined.first_rows()
     targets = examined.of_columns((examined.columns.target,))
-    for path, facts in examined.pictures.items():
+    for path, facts in examined.images.items():
         if facts.fault and facts.fault.code == "FORMAT_UNSUPPORTED":
             what, hint = f"`{path}` cannot be read here", facts.fault.reason
             yield found("FORMAT_UNSUPPORTED", what, hint, row=rows[path], path=path, level="error")
@@ -46,25 +46,25 @@ def check_pictures(examined: Examined) -> Iterator[Finding]:
             what, hint = FAULTS[facts.fault.code]
             yield found(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
             continue
-        for check in (*PICTURE_CHECKS, *(TARGET_CHECKS if path in targets else ())):
+        for check in (*IMAGE_CHECKS, *(TARGET_CHECKS if path in targets else ())):
             yield from check(facts, rows[path], examined.rules)
 
 
 def check_same(examined: Examined) -> Iterator[Finding]:
-    """IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE among the pictures that are trained on; a pair is told at its later row.
+    """IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE among the images that are trained on; a pair is told at its later row.
 
-    Pictures that are shown may repeat: one is shown beside many.
+    Images that are shown may repeat: one is shown beside many.
     """
     rows = examined.first_rows()
     targets = examined.of_columns((examined.columns.target,))
-    pictures = [facts for path, facts in examined.pictures.items() if path in targets and not facts.fault]
-    same = same_pictures(examined.table.base, pictures)
+    images = [facts for path, facts in examined.images.items() if path in targets and not facts.fault]
+    same = same_images(examined.table.base, images)
     for path, other in same.items():
         what = f"`{path}` has the same pixels as `{other}` (row {rows[other]})"
         yield found("IMAGE_DUPLICATE", what, "take one of the rows out", row=rows[path], path=path)
     thresholds = examined.rules.thresholds
-    single = [facts for facts in pictures if facts.path not in same and facts.spread]
-    near = near_pictures(single, thresholds.near_duplicate_distance, thresholds.near_duplicate_colour)
+    single = [facts for facts in images if facts.path not in same and facts.spread]
+    near = near_images(single, thresholds.near_duplicate_distance, thresholds.near_duplicate_colour)
     for path, (other, bits) in near.items():
         what = f"`{path}` looks nearly as `{other}` (row {rows[other]}): {bits} of 64 bits differ"
         hint = "keep the better one, or lower `--near_duplicate_distance`"
@@ -101,7 +101,7 @@ def check_references(examined: Examined) -> Iterator[Finding]:
                 if header is None or (rule.name, name) in seen:
                     continue
                 seen.add((rule.name, name))
-                size = PictureHeader(header.width, header.height, header.rotated, header.transparent)
+                size = ImageHeader(header.width, header.height, header.rotated, header.transparent)
                 excerpt = choose_reference(Path(name), size, rule, targets[row])
                 if min(excerpt.height, excerpt.width) == 0:
                     what = f"`{name}` is {header.width} x {header.height} pixels, too small or too narrow to be shown"
@@ -129,7 +129,7 @@ def _resolution(
 
 
 def _too_small(header: MediaHeader, excerpt: Excerpt, rules: Rules) -> str:
-    """Why a picture or video cannot be trained on for its size; blank when it can."""
+    """Why an image or video cannot be trained on for its size; blank when it can."""
     factor = rules.media.size.factor
     least = max(factor, rules.thresholds.min_side)
     if min(header.width, header.height) < least:
@@ -147,13 +147,13 @@ def _crop_loss(path: str, row: int, header: MediaHeader, crop: Crop, rules: Rule
         yield found("IMAGE_CROP_LOSS", what, hint, row=row, path=path)
 
 
-def _rotated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _rotated(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.orientation != 1:
         what = f"`{facts.path}` is turned upright as its EXIF orientation {facts.orientation} says"
         yield found("IMAGE_EXIF_ROTATED", what, row=row, path=facts.path)
 
 
-def _animated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _animated(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.frames > 1:
         what = f"`{facts.path}` is animated ({facts.frames} frames)"
         yield found("IMAGE_ANIMATED", what, EXTRACT_FRAME, row=row, path=facts.path)
@@ -163,13 +163,13 @@ def _animated(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
         yield found("IMAGE_ANIMATED", what, hint, row=row, path=facts.path, level="warning")
 
 
-def _transparent(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _transparent(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.transparent:
         what = f"`{facts.path}` has transparent pixels, which are composed on white"
         yield found("IMAGE_ALPHA", what, "save it on the background that is meant", row=row, path=facts.path)
 
 
-def _aspect(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _aspect(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     aspect = max(facts.width, facts.height) / min(facts.width, facts.height)
     if aspect > rules.thresholds.max_aspect:
         what = f"`{facts.path}` is {facts.width} x {facts.height} pixels, {aspect:.3g} : 1"
@@ -177,13 +177,13 @@ def _aspect(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
         yield found("IMAGE_ASPECT", what, hint, row=row, path=facts.path)
 
 
-def _blank(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _blank(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if not facts.spread:
         what = f"`{facts.path}` is of one colour"
         yield found("IMAGE_BLANK", what, "replace the file or take its row out", row=row, path=facts.path)
 
 
-def _type_mismatch(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _type_mismatch(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     ending = ending_of(facts.path)
     expected = format_of_ending(ending)
     if expected and ALSO_CALLED.get(facts.format, facts.format) != ALSO_CALLED.get(expected, expected):
@@ -191,14 +191,14 @@ def _type_mismatch(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Find
         yield found("IMAGE_TYPE_MISMATCH", what, "rename the file", row=row, path=facts.path)
 
 
-def _mode(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _mode(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     lost = next((lost for modes, lost in LOSING_MODES.items() if facts.mode in modes), None)
     if lost and not (facts.colour_profile.profile and facts.mode in ("CMYK", "LAB")):
         what = f"`{facts.path}` has the colour mode {facts.mode}: {lost}"
         yield found("IMAGE_MODE", what, "convert it to RGB with 8 bits as it should look", row=row, path=facts.path)
 
 
-def _colours(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
+def _colours(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.colour_profile.profile:
         what = f"`{facts.path}` is converted from `{facts.colour_profile.profile}` to sRGB"
         yield found("IMAGE_COLOURS", what, row=row, path=facts.path)
@@ -207,9 +207,9 @@ def _colours(facts: PictureFacts, row: int, rules: Rules) -> Iterator[Finding]:
         yield found("IMAGE_COLOURS", what, "save it as sRGB", row=row, path=facts.path, level="warning")
 
 
-Check = Callable[[PictureFacts, int, Rules], Iterator[Finding]]
+Check = Callable[[ImageFacts, int, Rules], Iterator[Finding]]
 """(facts, the first row that names the file, rules) -> findings"""
-PICTURE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colours)
-"""For every picture."""
+IMAGE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colours)
+"""For every image."""
 TARGET_CHECKS: tuple[Check, ...] = (_aspect, _blank)
-"""For pictures that are trained on."""
+"""For images that are trained on."""

@@ -1,6 +1,6 @@
-"""Take the pictures of a dataset report for the README: a made dataset with faults, its page in headless Chromium.
+"""Take the images of a dataset report for the README: a made dataset with faults, its page in headless Chromium.
 
-Usage: python -m docs.make_report_pictures FOLDER
+Usage: python -m docs.make_report_images FOLDER
 Needs Debian's packages chromium and chromium-driver.
 """
 
@@ -40,7 +40,7 @@ MORE_WORDS = (
 SHAPES = ((3, 2), (3, 2), (3, 2), (2, 3), (4, 3), (1, 1), (16, 9))
 """Width to height of what is cut out of each photograph."""
 PIXELS = 1_500_000
-"""About how many each picture has; photographs are scaled up to what cameras make."""
+"""About how many each image has; photographs are scaled up to what cameras make."""
 WIDTH = 1280
 OVERVIEW_HEIGHT, CROPS_HEIGHT = 1500, 1200
 """Of the window, in pixels."""
@@ -103,7 +103,7 @@ def _plant_faults(folder: Path) -> list[tuple[str, str]]:
         ("see_through.png", "a rocket fading into the sky"),
         ("astronaut_again.jpg", "an astronaut"),
         ("ihc_1.jpg", "nan"),
-        ("gone.jpg", "a picture that was deleted"),
+        ("gone.jpg", "an image that was deleted"),
     ]
 
 
@@ -116,24 +116,24 @@ def write_page(page: Path, *arguments: str) -> None:
         sys.exit("the faults were not found")
 
 
-def save(picture: bytes, target: Path) -> None:
-    Image.open(io.BytesIO(picture)).convert("RGB").save(target, quality=QUALITY, method=6)
+def save(image: bytes, target: Path) -> None:
+    Image.open(io.BytesIO(image)).convert("RGB").save(target, quality=QUALITY, method=6)
 
 
 def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as name, browser() as window:
-        dataset, page = Path(name) / "my_pictures", Path(name) / "report.html"
+        dataset, page = Path(name) / "my_images", Path(name) / "report.html"
         dataset.mkdir()
         write_dataset(dataset)
         write_page(page, dataset.name, "--batch_size", str(BATCH_SIZE))
         window.resize(WIDTH, OVERVIEW_HEIGHT)
         window.open(page.as_uri())
-        save(window.picture(), target / "report-overview.webp")
+        save(window.image(), target / "report-overview.webp")
         write_page(page, f"{dataset.name}/for_video.csv", "--recipe", "wan2.1-t2v-1.3b-lora")
         window.resize(WIDTH, CROPS_HEIGHT)
         window.open(f"{page.as_uri()}#samples")
         window.run(MOST_CUT_FIRST)
-        save(window.picture(), target / "report-crops.webp")
+        save(window.image(), target / "report-crops.webp")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Take the pictures of the README: real commands in a real terminal, exported by rich as SVG.
+"""Take the images of the README: real commands in a real terminal, exported by rich as SVG.
 
-Usage: python docs/make_pictures.py FOLDER
+Usage: python docs/make_images.py FOLDER
 """
 
 import itertools
@@ -75,7 +75,7 @@ def as_text(screen: pyte.Screen, command: str) -> Text:
 
 
 def take(command: str, name: str, title: str, target: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Run a command and write its picture."""
+    """Run a command and write its image."""
     text = as_text(run_in_terminal(command, folder, environment), command)
     with Path(os.devnull).open("w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere)
@@ -84,13 +84,13 @@ def take(command: str, name: str, title: str, target: Path, folder: Path, enviro
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Pictures with captions in `my_pictures`, tiny model files in `models`; returns the environment."""
+    """Images with captions in `my_images`, tiny model files in `models`; returns the environment."""
     from diffsynth_core.families.table import load_family
 
-    (folder / "my_pictures").mkdir()
+    (folder / "my_images").mkdir()
     for name, caption in CAPTIONS.items():
-        Image.fromarray(getattr(skimage.data, name)()[..., :3]).save(folder / "my_pictures" / f"{name}.jpg", quality=95)
-        (folder / "my_pictures" / f"{name}.txt").write_text(caption)
+        Image.fromarray(getattr(skimage.data, name)()[..., :3]).save(folder / "my_images" / f"{name}.jpg", quality=95)
+        (folder / "my_images" / f"{name}.txt").write_text(caption)
     for component, place in MODEL_FILES.items():
         load_family("qwen-image").write_tiny_weights(folder / "models", component, "Qwen/Qwen-Image", place)
     return {"XDG_CACHE_HOME": ".cache", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -100,7 +100,7 @@ def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = prepare(folder)
-        own = "diffsynth train --recipe qwen-image-lora --dataset_base_path my_pictures --max_steps 100"
+        own = "diffsynth train --recipe qwen-image-lora --dataset_base_path my_images --max_steps 100"
         take(
             "diffsynth train --recipe qwen-image-lora --rehearse",
             "rehearsal",
@@ -109,11 +109,11 @@ def main(target: Path) -> None:
             folder,
             environment,
         )
-        take(own, "train", "a run on one's own pictures (tiny weights)", target, folder, environment)
+        take(own, "train", "a run on one's own images (tiny weights)", target, folder, environment)
         take(
             f"{own} --output_path second",
             "second-run",
-            "a second run on the same pictures",
+            "a second run on the same images",
             target,
             folder,
             environment,

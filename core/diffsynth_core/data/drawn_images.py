@@ -1,4 +1,4 @@
-"""Eight pictures with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
+"""Eight images with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageDraw
 
+from diffsynth_core.data.images import EXIF_ORIENTATION
 from diffsynth_core.data.metadata import write_metadata
-from diffsynth_core.data.pictures import EXIF_ORIENTATION
 from diffsynth_core.files import replacing
 
 DRAWN = (
@@ -40,11 +40,11 @@ DRAWN = (
 """(file name, size in pixels, shape, its colour, the ground's colour, caption)"""
 
 
-def draw_pictures(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -> Path:
-    """Draw the pictures and their metadata.csv into a folder, those that are not there yet; returns the folder.
+def draw_images(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -> Path:
+    """Draw the images and their metadata.csv into a folder, those that are not there yet; returns the folder.
 
-    `shown`: further columns -> how many pictures each names at most: every row one, every other row so many as a list.
-    0: the picture of the row itself.
+    `shown`: further columns -> how many images each names at most: every row one, every other row so many as a list.
+    0: the image of the row itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, shape, colour, ground, _ in DRAWN:
@@ -60,7 +60,7 @@ def draw_pictures(folder: Path, shown: Mapping[str, int] = MappingProxyType({}))
 
 
 def _cell(number: int, most: int) -> str:
-    """The pictures behind the one of a row, or that one."""
+    """The images behind the one of a row, or that one."""
     if not most:
         return DRAWN[number][0]
     names = [DRAWN[(number + 1 + place) % len(DRAWN)][0] for place in range(most if number % 2 else 1)]
@@ -68,8 +68,8 @@ def _cell(number: int, most: int) -> str:
 
 
 def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) -> Image.Image:
-    picture = Image.new("RGBA", size, (0, 0, 0, 0) if ground is None else ground)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", size, (0, 0, 0, 0) if ground is None else ground)
+    pen = ImageDraw.Draw(image)
     width, height = size
     middle = (width // 2, height // 2)
     radius = min(size) // 3
@@ -97,20 +97,20 @@ def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) ->
         for top in range(0, height, 32):
             points = [(x, top + 8 * math.sin(x / 24)) for x in range(0, width, 4)]
             pen.line(points, fill=colour, width=12)
-    return picture if ground is None else _grain(picture.convert("RGB"))
+    return image if ground is None else _grain(image.convert("RGB"))
 
 
-def _grain(picture: Image.Image) -> Image.Image:
+def _grain(image: Image.Image) -> Image.Image:
     """A little noise, as photographs have."""
-    noise = np.random.default_rng(picture.width * picture.height).normal(0, 6, (picture.height, picture.width, 3))
-    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+    noise = np.random.default_rng(image.width * image.height).normal(0, 6, (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     exif = Image.Exif()
     if "turned" in path.stem:
-        picture = picture.rotate(90, expand=True)
+        image = image.rotate(90, expand=True)
         exif[EXIF_ORIENTATION] = 6  # to be turned 90 degrees clockwise for viewing
     formats = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
     with replacing(path) as temporary:
-        picture.save(temporary, format=formats[path.suffix], exif=exif)
+        image.save(temporary, format=formats[path.suffix], exif=exif)

@@ -1,4 +1,4 @@
-"""Pictures: what their headers say, the size they are trained at, and their pixels."""
+"""Images: what their headers say, the size they are trained at, and their pixels."""
 
 import math
 import os
@@ -14,11 +14,11 @@ from diffsynth_core.data.colour import Colours, colours_of, to_srgb
 from diffsynth_core.data.formats import decoded_formats, kind_by_content, refused_format
 from diffsynth_core.errors import DiffSynthError
 
-PICTURE_TRANSFORM = 1
+IMAGE_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
 EXIF_ORIENTATION = 0x0112
-MAX_PICTURE_PIXELS = 178_956_970
-"""Larger pictures are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
+MAX_IMAGE_PIXELS = 178_956_970
+"""Larger images are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
 """What files of a format end with; some programs write a little behind it."""
 END_BYTES = 64
@@ -30,12 +30,12 @@ ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")
 PAGED = ("DCX", "TIFF")
 """Formats whose further frames are pages, of which the first is used."""
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations whose upright picture has width and height swapped."""
+"""EXIF orientations whose upright image has width and height swapped."""
 
 
 @dataclass(frozen=True)
-class PictureHeader:
-    """What the header of a picture says; width and height are those of the upright picture, in pixels.
+class ImageHeader:
+    """What the header of an image says; width and height are those of the upright image, in pixels.
 
     `pages`: of a file with several, the first is used.
     """
@@ -50,9 +50,9 @@ class PictureHeader:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How a picture's size becomes a training size, in pixels.
+    """How an image's size becomes a training size, in pixels.
 
-    Either `height` and `width` are fixed, or pictures above the area `max_pixels` are scaled down to it and smaller
+    Either `height` and `width` are fixed, or images above the area `max_pixels` are scaled down to it and smaller
     ones keep their size; sides are then floored to multiples of `factor`.
     """
 
@@ -62,63 +62,63 @@ class SizeRule:
     factor: int
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) that a picture of `width` x `height` is trained at; a side of 0 means it is too small."""
+        """(height, width) that an image of `width` x `height` is trained at; a side of 0 means it is too small."""
         if self.height is not None and self.width is not None:
             return self.height, self.width
         scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
-        # A picture of exactly max_pixels must not lose a row to rounding.
+        # An image of exactly max_pixels must not lose a row to rounding.
         fitted = (int(side * scale + 1e-6) for side in (height, width))
         target_height, target_width = (side // self.factor * self.factor for side in fitted)
         return target_height, target_width
 
 
-def read_picture_header(path: Path) -> PictureHeader:
-    """Size, orientation and transparency of a picture, without decoding it unless its end looks cut off.
+def read_image_header(path: Path) -> ImageHeader:
+    """Size, orientation and transparency of an image, without decoding it unless its end looks cut off.
 
     Raises:
-        DiffSynthError: when the file is no picture, ends early, or is animated.
+        DiffSynthError: when the file is no image, ends early, or is animated.
     """
-    with _opening(path) as picture:
-        frames = frames_of(picture)
+    with _opening(path) as image:
+        frames = frames_of(image)
         if frames > 1:
             raise DiffSynthError(f"`{path}` is animated ({frames} frames)", EXTRACT_FRAME)
-        if not _ends_well(path, picture.format):
-            picture.load()
+        if not _ends_well(path, image.format):
+            image.load()
         # Pillow would decode a whole PNG to look for EXIF data behind its pixels, where hardly any has them.
-        looked_for = picture.format != "PNG" or "exif" in picture.info
-        orientation = picture.getexif().get(EXIF_ORIENTATION, 1) if looked_for else 1
-        width, height = picture.size
-        if orientation in SIDEWAYS and picture.format != "TIFF":  # Pillow tells the upright size of a TIFF
+        looked_for = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if looked_for else 1
+        width, height = image.size
+        if orientation in SIDEWAYS and image.format != "TIFF":  # Pillow tells the upright size of a TIFF
             width, height = height, width
-        pages = getattr(picture, "n_frames", 1) if picture.format in PAGED else 1
-        colours = colours_of(picture)
-        return PictureHeader(width, height, orientation in range(2, 9), is_transparent(picture), pages, colours)
+        pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
+        colours = colours_of(image)
+        return ImageHeader(width, height, orientation in range(2, 9), is_transparent(image), pages, colours)
 
 
-def frames_of(picture: Image.Image) -> int:
-    """How many moments an opened picture shows: 1 unless it is animated."""
-    if picture.format not in ANIMATED or not getattr(picture, "is_animated", False):
+def frames_of(image: Image.Image) -> int:
+    """How many moments an opened image shows: 1 unless it is animated."""
+    if image.format not in ANIMATED or not getattr(image, "is_animated", False):
         return 1
-    return int(getattr(picture, "n_frames", 1))
+    return int(getattr(image, "n_frames", 1))
 
 
-def load_picture(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Pixels of a picture at a training size, `[height, width, 3]`, RGB, 0..255.
+def load_image(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Pixels of an image at a training size, `[height, width, 3]`, RGB, 0..255.
 
-    EXIF orientation is applied, a colour profile becomes sRGB, transparency is composed on white. The picture is scaled
+    EXIF orientation is applied, a colour profile becomes sRGB, transparency is composed on white. The image is scaled
     (Lanczos) until it covers the size, or to `scaled` (height, width), whatever becomes of its shape; then it is cut at
     the centre.
 
     Raises:
         DiffSynthError: when the file cannot be decoded to its end.
     """
-    with _opening(path) as picture:
-        rgb = to_rgb(ImageOps.exif_transpose(picture))
+    with _opening(path) as image:
+        rgb = to_rgb(ImageOps.exif_transpose(image))
     return cover(rgb, height, width, scaled)
 
 
 def cover(rgb: Image.Image, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Pixels `[height, width, 3]` of an upright RGB picture, scaled and cut as `load_picture` says."""
+    """Pixels `[height, width, 3]` of an upright RGB image, scaled and cut as `load_image` says."""
     if scaled:
         covering = scaled[::-1]
     else:
@@ -130,9 +130,9 @@ def cover(rgb: Image.Image, height: int, width: int, scaled: tuple[int, int] | N
     return np.asarray(rgb.crop((left, top, left + width, top + height)))
 
 
-def _ends_well(path: Path, picture_format: str | None) -> bool:
+def _ends_well(path: Path, image_format: str | None) -> bool:
     """Whether the last bytes of a file are those its format ends with; True for formats that have none."""
-    end = END_MARKS.get(picture_format or "")
+    end = END_MARKS.get(image_format or "")
     if end is None:
         return True
     with path.open("rb") as stream:
@@ -140,42 +140,42 @@ def _ends_well(path: Path, picture_format: str | None) -> bool:
         return end in stream.read()
 
 
-def open_picture(source: Path | IO[bytes]) -> Image.Image:
-    """Open a picture as all that read pictures do: formats that Pillow decodes here, and no limit but our own."""
+def open_image(source: Path | IO[bytes]) -> Image.Image:
+    """Open an image as all that read images do: formats that Pillow decodes here, and no limit but our own."""
     # Pillow warns above its own limit and refuses above twice that; here is one limit with one message.
     Image.MAX_IMAGE_PIXELS = None
     return Image.open(source, formats=decoded_formats())
 
 
 class _opening:  # noqa: N801 - reads as a verb at the place of use
-    """Open a picture; whatever Pillow raises inside the block becomes one clear error."""
+    """Open an image; whatever Pillow raises inside the block becomes one clear error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._picture: Image.Image | None = None
+        self._image: Image.Image | None = None
 
     def __enter__(self) -> Image.Image:
         try:
             refused = refused_format(self._path)
             if refused:
                 raise DiffSynthError(f"`{self._path}` cannot be read here", refused)
-            self._picture = open_picture(self._path)
-            if self._picture.width * self._picture.height > MAX_PICTURE_PIXELS:
-                raise ValueError(f"it has more than {MAX_PICTURE_PIXELS} pixels")
+            self._image = open_image(self._path)
+            if self._image.width * self._image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"it has more than {MAX_IMAGE_PIXELS} pixels")
         except DiffSynthError:
             raise
         except Exception as error:
             raise self._unreadable(error) from error
-        return self._picture
+        return self._image
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._picture:
-            self._picture.close()
+        if self._image:
+            self._image.close()
         if isinstance(error, Exception) and not isinstance(error, DiffSynthError):
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> DiffSynthError:
-        what = f"`{self._path}` cannot be read as a picture: "
+        what = f"`{self._path}` cannot be read as an image: "
         if self._path.is_file() and self._path.stat().st_size == 0:
             return DiffSynthError(f"{what}the file is empty", REPLACE)
         if isinstance(error, UnidentifiedImageError):
@@ -187,44 +187,44 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         return DiffSynthError(what + str(error).replace(f" '{self._path}'", ""), REPLACE)
 
 
-def is_transparent(picture: Image.Image) -> bool:
-    """Whether a picture may have pixels that are not opaque."""
-    return "A" in picture.getbands() or "transparency" in picture.info
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image may have pixels that are not opaque."""
+    return "A" in image.getbands() or "transparency" in image.info
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode, in sRGB: transparency composed on white, 16 bits scaled to 8, the colour profile applied."""
-    profile = picture.info.get("icc_profile")
-    if profile and not colours_of(picture).profile:
+    profile = image.info.get("icc_profile")
+    if profile and not colours_of(image).profile:
         profile = None
-    if picture.mode.startswith("I"):
-        picture = _to_eight_bits(picture)
-    if picture.mode == "F":
+    if image.mode.startswith("I"):
+        image = _to_eight_bits(image)
+    if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if picture.mode == "LAB" and profile is None:
+    if image.mode == "LAB" and profile is None:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    if not is_transparent(picture):
-        return to_srgb(picture, profile) if profile else picture.convert("RGB")
-    rgba = picture.convert("RGBA")
+    if not is_transparent(image):
+        return to_srgb(image, profile) if profile else image.convert("RGB")
+    rgba = image.convert("RGBA")
     if profile:
         alpha = rgba.getchannel("A")
-        rgba = to_srgb(picture.convert("LA") if picture.mode in ("L", "LA", "La") else rgba, profile).convert("RGBA")
+        rgba = to_srgb(image.convert("LA") if image.mode in ("L", "LA", "La") else rgba, profile).convert("RGBA")
         rgba.putalpha(alpha)
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def _to_eight_bits(picture: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """A 16-bit grey scaled to 8 bits; Pillow would clip it at 255.
 
     Raises:
         ValueError: for values of 32 bits, whose range is not known.
     """
-    values = np.asarray(picture)
-    if picture.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
+    values = np.asarray(image)
+    if image.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
         raise ValueError("its pixels are integers of 32 bits, whose range is not known")
     scaled = Image.fromarray((values.astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if clear is None:
         return scaled
     return Image.merge("LA", (scaled, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
