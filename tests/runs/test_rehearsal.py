@@ -38,7 +38,7 @@ def recipes() -> Iterator[Any]:
         yield pytest.param(name, marks=[pytest.mark.long] if model in LIKE_OTHERS else [])
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", list(recipes()))
 def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
