@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-# Not seen green since their messages and plans changed; only `make test-all` runs them until they are.
-LONG := modules wan resume stages float8 train learning split_ckpt conversion_faults preset_lora
 
 .PHONY: train test test-all bench docs clean
 
@@ -15,14 +13,14 @@ train: $(VENV)/.installed  ## install, then rehearse the Qwen-Image LoRA on the 
 	@echo "Rehearsing a LoRA run on tiny random weights; about half a minute on a laptop"
 	$(BIN)/diffsynth train --recipe qwen-image-lora --rehearse --device cpu
 
-test: $(VENV)/.installed-test  ## linters, types, import contracts, all tests
+test: $(VENV)/.installed-test  ## linters, types, import contracts, and all tests but those marked as long
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) tests $(LONG:%=--ignore=tests/runs/test_%.py)
+	$(PYTEST) tests -m "not long"
 
-test-all: $(VENV)/.installed-test  ## all tests, those of LONG too
+test-all: $(VENV)/.installed-test  ## all tests, the long ones too
 	$(PYTEST) tests
 
 bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one run on this machine

@@ -18,7 +18,7 @@ def test_the_table(cli, dataset):
     outcome = cli("dataset", "validate", dataset, "--depth", "paths")
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert outcome.code == 1
-    assert all(len(line) <= 80 for line in lines) and "\x1b" not in outcome.out
+    assert "\x1b" not in outcome.out and any(len(line) > 80 for line in lines)  # whole where stdout is no terminal
     assert lines[:3] == [
         "error PATH_MISSING (7)",
         "  A file that is named is not there",
@@ -30,6 +30,15 @@ def test_the_table(cli, dataset):
         "8 errors, 4 warnings, 0 infos",
         "exit code 1: training would stop at the errors, or learn from them",
     ]
+
+
+def test_the_table_is_as_wide_as_the_terminal(cli, dataset, monkeypatch):
+    monkeypatch.setattr("diffsynth_cli.wrapping.terminal_width", lambda: 40)
+    (dataset / "metadata.csv").write_text(FAULTY)
+    lines = cli("dataset", "validate", dataset, "--depth", "paths").out.splitlines()
+    assert max(map(len, lines)) <= 40
+    begin = lines.index("      2 column `image` names `no.png`, ")
+    assert lines[begin + 1] == "        which is not there"
 
 
 def test_what_could_steer_the_terminal_is_spelled_out(cli, dataset):

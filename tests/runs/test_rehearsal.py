@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,19 @@ PROOFS = {
 """What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+LIKE_OTHERS = (
+    "flux.1-krea-dev", "flux.2-klein-9b", "flux.2-klein-base-9b", "qwen-image-2512", "wan2.1-t2v-14b", "wan2.1-i2v-14b-720p",
+)  # fmt: skip
+"""Models whose recipes differ from those of another in name and size alone; `make test-all` rehearses them too."""
+
+
+def recipes() -> Iterator[Any]:
+    for name in recipe_names():
+        model = name.removesuffix("-lora").removesuffix("-full")
+        yield pytest.param(name, marks=[pytest.mark.long] if model in LIKE_OTHERS else [])
+
+
+@pytest.mark.parametrize("recipe", list(recipes()))
 def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
