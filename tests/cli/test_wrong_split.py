@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_there(second, encoded):
         1,
         [
             (
-                f"the folder of encoded samples `{encoded}` (`dataset_base_path`) is not there",
+                f"the folder of encoded samples `{encoded}` (`dataset_base_path`) does not exist",
                 f"make them with `--task sft:data_process --output_path {encoded}`",
             )
         ],
@@ -129,7 +129,7 @@ def test_a_manifest_that_was_changed_by_hand(second, encoded):
     manifest = encoded / "encoded.json"
     manifest.write_text(manifest.read_text().replace('"precision":"no"', '"precision":"bf16"'))
     _, [(message, _)] = second()
-    assert message == f"`{manifest}` was changed by hand: its fingerprint differs"
+    assert message == f"`{manifest}` was edited: fingerprint mismatch"
 
 
 def test_a_manifest_of_another_version(second, encoded):

@@ -100,7 +100,7 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
     base = parameters.dataset_base_path
     if base.is_dir():
         return []
-    what = f"the dataset folder `{base}` (`dataset_base_path`) is not there"
+    what = f"the dataset folder `{base}` (`dataset_base_path`) does not exist"
     return [MissingDataset(what, "name the folder with `--dataset_base_path`")]
 
 
