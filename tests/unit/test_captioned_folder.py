@@ -90,7 +90,7 @@ def test_captions_that_are_not_utf8_say_what_they_are(tmp_path, content, reason)
         (".ipynb_checkpoints/a-checkpoint.png", "notebooks"), ("b.jpg.crdownload", "unfinished downloads"),
         ("b.mp4.part", "unfinished downloads"), ("b.tmp", "unfinished downloads"), ("~$captions.docx", "editors"),
         ("a.txt~", "editors"), ("#a.txt#", "editors"), ("a.txt.bak", "editors"), ("z.latent", "ComfyUI"),
-        ("IMG_1.AAE", "cameras"), (".hidden/b.jpg", "hidden"), (".b.jpg", "hidden"),
+        ("IMG_1.AAE", "cameras"), (".hidden/b.jpg", "hidden files"), (".b.jpg", "hidden files"),
     ],
 )  # fmt: skip
 def test_what_systems_leave_is_passed_over_and_said(tmp_path, name, whose):

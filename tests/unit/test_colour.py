@@ -165,4 +165,4 @@ def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
 
 def test_integers_of_thirty_two_bits_are_refused_and_not_clipped(tmp_path):
     Image.fromarray(np.full((32, 32), 1 << 20, np.int32)).save(tmp_path / "deep.tif")
-    assert "32 bits" in examine_image(tmp_path, "deep.tif", None).fault.reason
+    assert "32-bit" in examine_image(tmp_path, "deep.tif", None).fault.reason

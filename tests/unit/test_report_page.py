@@ -207,7 +207,7 @@ def test_what_has_no_thumbnail_says_why(window: Browser, folder: Path, tmp_path:
     write_page(tmp_path / "report.html", *_examine(folder))
     window.open((tmp_path / "report.html").as_uri() + "#samples")
     told = "return [...document.querySelectorAll('#samples-view .nothing')].map((one) => one.textContent)"
-    left_out, none = "no thumbnail", "no image"
+    left_out, none = "thumbnail omitted", "no image"
     assert window.run(told) == [left_out, none, none, left_out, left_out]
 
 

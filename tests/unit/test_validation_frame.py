@@ -57,7 +57,7 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
     faults = {name: one.fault and one.fault.reason for name, one in facts.items()}
     assert faults == {
         "first": None,
-        "hangs": "it took more than 2 seconds (`--file_timeout`)",
+        "hangs": "timed out after 2 seconds (`--file_timeout`)",
         "second": None,
         "crashes": "the decoder crashed",
         "third": None,

@@ -47,7 +47,7 @@ function count(number) {
 
 function withoutThumbnail(path) {
   if (path === null) return "whole set";
-  return decoded.has(path) ? "no thumbnail" : "no image";
+  return decoded.has(path) ? "thumbnail omitted" : "no image";
 }
 
 /* A thumbnail, its longer side at most `side` pixels; with `crop` the part that training sees is framed. */
