@@ -148,6 +148,6 @@ def test_metadata_that_is_not_read(cli, dataset):
     messages = {one["code"]: (one["message"], one["hint"]) for one in json.loads(outcome.out)["findings"]}
     expected = "expected metadata.csv, metadata.json, metadata.jsonl"
     assert messages["METADATA_UNUSED"] == (
-        f"`{dataset}` holds `metadata.parquet`, which is not read: {expected}",
+        f"`{dataset}` contains `metadata.parquet`, which is not read: {expected}",
         "export it as metadata.csv",
     )

@@ -80,7 +80,7 @@ def test_what_spreadsheets_and_macs_write_is_told_by_its_cause(refuse, dataset, 
     (dataset / "coffee.png").rename(dataset / "images" / "coffee.png")
     (dataset / "metadata.csv").write_text("image,prompt,,\nimages\\coffee.png,a cup,,\nrocket.png,a rocket,,\n")
     code, ((message, hint),) = refuse()
-    assert code == 1 and "it has `\\` between folders" in message
+    assert code == 1 and "it uses `\\` between folders" in message
     utf_16 = "image\tprompt\nrocket.png\ta rocket\n".encode("utf-16")
     (dataset / "metadata.csv").write_bytes(utf_16)
     code, ((excel, way_out),) = refuse()

@@ -137,7 +137,7 @@ def test_stages_that_read_data_differently(cli, dataset, config):
     outcome = cli("dataset", "validate", dataset, "--config", path, "--depth", "paths")
     ((message, hint),) = read_problems(outcome.err)
     assert (outcome.code, message) == (2, "`max_pixels` differs between the stages small, large")
-    assert hint == "name one of them with `--only`"
+    assert hint == "choose one with `--only`"
     assert cli("dataset", "validate", dataset, "--config", path, "--depth", "paths", "--only", "small").code == 0
 
 

@@ -18,7 +18,7 @@ def test_no_folder(refuse):
 
 def test_no_metadata_file(refuse):
     message = "the metadata file `nowhere.csv` (`dataset_metadata_path`) does not exist"
-    assert refuse("--dataset_metadata_path", "nowhere.csv") == (1, [(message, "mend `--dataset_metadata_path`")])
+    assert refuse("--dataset_metadata_path", "nowhere.csv") == (1, [(message, "fix `--dataset_metadata_path`")])
 
 
 def test_an_empty_folder(refuse, dataset):
@@ -161,7 +161,7 @@ def test_an_image_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
     code, [(message, hint)] = refuse(*fixed)
     where = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is {size[0]} x {size[1]} pixels"
     assert code == 1
-    assert message.startswith(where) and "the least of 16" in message
+    assert message.startswith(where) and "the minimum of 16" in message
     assert "max_pixels" not in message + hint
 
 

@@ -46,7 +46,7 @@ def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
         [
             (
                 f"`{metadata}` row 2: column `cfg_scale` holds `4`, expected 1: distillation trains without guidance",
-                "write 1",
+                "set it to 1",
             ),
             (
                 f"`{metadata}` row 3: column `seed` holds `x`, expected an integer from 0 to {2**63 - 1}",
