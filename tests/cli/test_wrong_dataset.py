@@ -40,7 +40,7 @@ def test_images_without_captions(refuse, dataset):
     (dataset / "astronaut.txt").write_text("an astronaut")
     code, [(message, hint)] = refuse()
     assert code == 1
-    assert message.endswith(f"3 of its 4 images have no caption file; the first is `{dataset}/chelsea.png`")
+    assert message.endswith(f"no caption file for 3 of its 4 images; the first is `{dataset}/chelsea.png`")
     assert hint.startswith(f"write the caption to `{dataset}/chelsea.txt`")
 
 

@@ -184,7 +184,7 @@ def test_an_image_without_caption_is_named_with_how_many_there_are(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(DiffSynthError, match=r"2 of its 3 images have no caption") as caught:
+    with pytest.raises(DiffSynthError, match=r"no caption file for 2 of its 3 images") as caught:
         read_metadata(tmp_path, None, "prompt", "image")
     assert f"`{tmp_path / 'b.png'}`" in str(caught.value)
     assert f"`{tmp_path / 'b.txt'}`" in (caught.value.problems[0].hint or "")

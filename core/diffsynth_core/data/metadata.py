@@ -350,7 +350,7 @@ def _folder_problems(
     if without:
         problems.append(
             Problem(
-                f"`{base}` has no metadata file, and {len(without)} of its {len(folder.rows)} {kind}s have no caption file; the first is `{base / without[0]}`",
+                f"`{base}` has no metadata file, and no caption file for {len(without)} of its {len(folder.rows)} {kind}s; the first is `{base / without[0]}`",
                 f"write the caption to `{base / expected_caption(without[0])}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
                 code="CAPTION_MISSING",
             )
