@@ -99,7 +99,10 @@ def test_fix_never_writes_over_anything(refuse_validate, dataset):
         2,
         f"`{dataset}/metadata.csv` (`--fix`) already exists and is never overwritten",
     )
-    assert refuse_validate("--fix", dataset / "out.json") == (2, f"`--fix` writes a .csv file, got `{dataset}/out.json`")
+    assert refuse_validate("--fix", dataset / "out.json") == (
+        2,
+        f"`--fix` writes a .csv file, got `{dataset}/out.json`",
+    )
 
 
 def test_fix_writes_nothing_that_would_still_be_faulty(refuse_validate, dataset):
