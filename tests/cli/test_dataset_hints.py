@@ -29,14 +29,14 @@ def test_other_marks_than_commas_between_columns(validate, refuse, dataset, sepa
     quote = '"' if '"' in separator else ""
     lines = [f"{quote}{separator.join(row)}{quote}\r\n" for row in rows]
     (dataset / "metadata.csv").write_text("".join(lines), encoding="utf-8-sig", newline="")
-    message = f"`{dataset}/metadata.csv` has {name} between its columns, expected commas"
-    assert validate() == [("PARSE_ERROR", message, "export it again, with commas")]
-    assert refuse() == (1, [(message, "export it again, with commas")])
+    message = f"`{dataset}/metadata.csv` separates its columns with {name}, expected commas"
+    assert validate() == [("PARSE_ERROR", message, "re-export it with commas")]
+    assert refuse() == (1, [(message, "re-export it with commas")])
 
 
 def test_no_line_with_the_names_of_the_columns(validate, refuse, dataset):
     (dataset / "metadata.csv").write_text("coffee.png,a cup\nrocket.png,a rocket\n")
-    hint = "name the columns in the first line, `image,prompt`"
+    hint = "add a header line `image,prompt`"
     found = [(f"`{dataset}/metadata.csv` has no column `{name}`; it has `coffee.png`, `a cup`", hint)
              for name in ("image", "prompt")]  # fmt: skip
     assert validate() == [("COLUMN_MISSING", *one) for one in found]
@@ -46,16 +46,16 @@ def test_no_line_with_the_names_of_the_columns(validate, refuse, dataset):
 @pytest.mark.parametrize(
     ("text", "fault", "hint"),
     [
-        ('image,prompt\ncoffee.png,"a cup\nrocket.png,b\n', "line 2: a cell does not end (unexpected end of data)",
-         "close the quote that is open there"),
+        ('image,prompt\ncoffee.png,"a cup\nrocket.png,b\n', "line 2: unterminated cell (unexpected end of data)",
+         "close the quote opened there"),
         ('image,prompt\na.png,b\ncoffee.png,"a" cup\n', "line 3: ',' expected after '\"'",
-         "write quotes within a cell twice, and close those around it"),
+         "double the quotes inside a cell, and close the quotes around it"),
     ],
 )  # fmt: skip
 def test_quotes_that_do_not_fit(validate, refuse, dataset, text, fault, hint):
     path = dataset / "metadata.csv"
     path.write_text(text)
-    assert ("PARSE_ERROR", f"`{path}` {fault}; nothing behind it was read", hint) in validate()
+    assert ("PARSE_ERROR", f"`{path}` {fault}; nothing after it was read", hint) in validate()
     assert refuse() == (1, [(f"`{path}` {fault}", hint)])
 
 
@@ -81,7 +81,7 @@ def test_captions_beside_images_that_are_to_be_edited(validate, refuse, dataset)
     (dataset / "metadata.csv").unlink()
     for path in dataset.glob("*.png"):
         path.with_suffix(".txt").write_text(path.stem)
-    message = f"`{dataset} (captions beside the files)` has no column `edit_image`, which only a metadata file can have"
+    message = f"`{dataset} (captions in text files)` has no column `edit_image`, which requires a metadata file"
     hint = "write a metadata.csv with the columns `image`, `edit_image`, `prompt`"
     recipe = "qwen-image-edit-lora"
     assert validate("--recipe", recipe) == [("COLUMN_MISSING", message, hint)]
@@ -102,7 +102,7 @@ def test_a_file_that_may_be_meant(validate, dataset, named, hint):
     assert validate() == [
         (
             "PATH_MISSING",
-            f"row 2: column `image` names `{named}`, which is not there",
+            f"row 2: column `image` names `{named}`, which does not exist",
             hint or f"correct the path (relative to `{dataset}`)",
         )
     ]
@@ -119,8 +119,8 @@ def test_no_colour_leaves_no_codes(cli, dataset, monkeypatch):
 
 def test_captions_where_paths_belong_do_not_fill_the_terminal(cli, validate, refuse, dataset):
     (dataset / "metadata.csv").write_text(f'image,prompt\n"{LONG}",coffee.png\n')
-    shown = f"row 1: column `image` names `{LONG[:200]}…`, which is not there"
-    assert validate() == [("PATH_MISSING", shown, "name a file here: this reads as a caption")]
+    shown = f"row 1: column `image` names `{LONG[:200]}…`, which does not exist"
+    assert validate() == [("PATH_MISSING", shown, "write a file name here: this looks like a caption")]
     assert all(len(message) < 400 for message, _ in refuse()[1])
     (dataset / "metadata.csv").write_text(f'"{LONG}","{LONG} too",seed\n')
     assert all(len(message) < 400 for _, message, _ in validate())
@@ -136,7 +136,7 @@ def test_a_caption_for_a_path_does_not_fill_the_page(cli, dataset, tmp_path):
 
 def test_metadata_that_is_not_read(cli, dataset):
     (dataset / "metadata.jsonl").write_text("")
-    told = f"`{dataset}` holds `metadata.jsonl`, which is not read, for `metadata.csv` is there"
+    told = f"`{dataset}` contains `metadata.jsonl`, which is not read because `metadata.csv` exists"
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
     (finding,) = json.loads(outcome.out)["findings"]
     assert (outcome.code, finding["code"], finding["message"]) == (0, "METADATA_UNUSED", told)
@@ -148,6 +148,6 @@ def test_metadata_that_is_not_read(cli, dataset):
     messages = {one["code"]: (one["message"], one["hint"]) for one in json.loads(outcome.out)["findings"]}
     expected = "expected metadata.csv, metadata.json, metadata.jsonl"
     assert messages["METADATA_UNUSED"] == (
-        f"`{dataset}` holds `metadata.parquet`, which is not read: {expected}",
+        f"`{dataset}` contains `metadata.parquet`, which is not read: {expected}",
         "export it as metadata.csv",
     )

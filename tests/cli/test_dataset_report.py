@@ -21,16 +21,16 @@ def test_a_page_is_written_and_written_anew(cli, dataset: Path, option: str) -> 
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("metadata.csv", "`--report` writes a .html, got `{path}`", "name a .html"),
+        ("metadata.csv", "`--report` writes an .html file, got `{path}`", "pass an .html path"),
         (
             "notes.html",
-            "`{path}` (`--report`) is there already and is no report, so it is not written over",
-            "name a file that is not there",
+            "`{path}` (`--report`) exists and is not a report, so it is not overwritten",
+            "choose a new file name",
         ),
         (
             "folder.html",
-            "`{path}` (`--report`) is there already and is no report, so it is not written over",
-            "name a file that is not there",
+            "`{path}` (`--report`) exists and is not a report, so it is not overwritten",
+            "choose a new file name",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-PATHS = "write it relative to the folder of the dataset"
+PATHS = "make it relative to the dataset folder"
 FAULTY = "image,prompt,note\nchelsea.png,a cat,x\nno.png,none there,x\n/etc/a.png,outside,x\n"
 
 
@@ -21,8 +21,8 @@ def test_the_table(cli, dataset):
     assert "\x1b" not in outcome.out and any(len(line) > 80 for line in lines)  # whole where stdout is no terminal
     assert lines[:3] == [
         "error PATH_MISSING (7)",
-        "  A file that is named is not there",
-        "      2 column `image` names `no.png`, which is not there",
+        "  A listed file does not exist",
+        "      2 column `image` names `no.png`, which does not exist",
     ]
     assert "        and 2 more" in lines
     assert lines.index("error PATH_OUTSIDE (1)") < lines.index("warning COLUMN_UNKNOWN (1)")
@@ -106,9 +106,12 @@ def test_fix_never_writes_over_anything(refuse_validate, dataset):
     code, message = refuse_validate("--fix", dataset / "metadata.csv")
     assert (code, message) == (
         2,
-        f"`{dataset}/metadata.csv` (`--fix`) is there already, and nothing is ever written over",
+        f"`{dataset}/metadata.csv` (`--fix`) already exists and is never overwritten",
     )
-    assert refuse_validate("--fix", dataset / "out.json") == (2, f"`--fix` writes a .csv, got `{dataset}/out.json`")
+    assert refuse_validate("--fix", dataset / "out.json") == (
+        2,
+        f"`--fix` writes a .csv file, got `{dataset}/out.json`",
+    )
 
 
 def test_fix_writes_nothing_that_would_still_be_faulty(refuse_validate, dataset):
@@ -117,9 +120,9 @@ def test_fix_writes_nothing_that_would_still_be_faulty(refuse_validate, dataset)
     assert refuse_validate("--fix", out)[0] == 1
     (dataset / "metadata.csv").write_text('image,prompt\nchelsea.png,a\ncoffee.png,"b" c\nrocket.png,d\n')
     code, message = refuse_validate("--fix", out)
-    assert code == 1 and message.startswith(f"`{out}` was not written, for leaving rows out does not mend this: ")
+    assert code == 1 and message.startswith(f"`{out}` was not written, because removing rows does not fix this: ")
     (dataset / "metadata.csv").write_text("image,prompt\nno.png,a\n")
-    assert refuse_validate("--fix", out) == (1, f"`{out}` was not written, for every row has an error")
+    assert refuse_validate("--fix", out) == (1, f"every row has errors; `{out}` was not written")
     assert not out.exists()
 
 
@@ -147,18 +150,18 @@ def test_training_stops_at_what_the_quick_part_finds(refuse, dataset, tmp_path):
         [
             (f"{where} 1: {column} `{dataset}/coffee.png`, which is absolute", PATHS),
             (
-                f"{where} 2: {column} `../elsewhere.png`, which leads out of the dataset",
+                f"{where} 2: {column} `../elsewhere.png`, which is outside the dataset",
                 "move the file into the dataset",
             ),
             (
-                f"{where} 3: {column} `link.png`, a link that leads out of the dataset (`link.png`)",
-                "copy the file itself",
+                f"{where} 3: {column} `link.png`, a link to outside the dataset (`link.png`)",
+                "replace the link with the file",
             ),
-            (f"{where} 4: {column} `https://a.b/c.png`, an address", "download the file and name it"),
-            (f"{where} 5: the caption is `NaN`, which programs write for a missing value", "write the caption"),
+            (f"{where} 4: {column} `https://a.b/c.png`, a URL", "download the file and use its path"),
+            (f"{where} 5: the caption is `NaN`, a placeholder for a missing value", "write the caption"),
             (
-                f"{where} 6: {column} `{dataset}/no.png`, which is not there",
-                "correct the path (relative to `dataset_base_path`), or take the row out",
+                f"{where} 6: {column} `{dataset}/no.png`, which does not exist",
+                "correct the path (relative to `dataset_base_path`), or remove the row",
             ),
         ],
     )
@@ -166,7 +169,7 @@ def test_training_stops_at_what_the_quick_part_finds(refuse, dataset, tmp_path):
 
 def test_a_rehearsal_stops_there_too(refuse, dataset):
     (dataset / "metadata.csv").write_text("image,prompt\ncoffee.png,null\n")
-    message = f"`{dataset}/metadata.csv` row 1: the caption is `null`, which programs write for a missing value"
+    message = f"`{dataset}/metadata.csv` row 1: the caption is `null`, a placeholder for a missing value"
     assert refuse("--rehearse") == (1, [(message, "write the caption")])
 
 
@@ -194,7 +197,7 @@ def test_no_torch_is_imported(dataset, recipe):
 def test_a_threshold_that_makes_no_sense(cli, dataset, option, value, expected):
     outcome = cli("dataset", "validate", dataset, f"--{option}", value)
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: {expected}\n  hint: name a number of that range\n"
+    assert outcome.err == f"error: {expected}\n  hint: choose a number in this range\n"
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
     planned = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", folder, "--device", "cpu", "--dry_run")
     assert planned.code == 0, planned.err
     for part in (
-        "`photo.heic` cannot be read here (convert to PNG or JPEG, or install `pillow-heif`)",
-        "1 video (`clip.mp4`) is not used: images are trained on",
-        "1 file (`notes.docx`) is not read: no image, clip or caption",
-        "3 files and folders passed over: 2 of macOS (`.DS_Store`), 1 of Windows (`Thumbs.db`)",
+        "`photo.heic` has an unsupported format (convert to PNG or JPEG, or install `pillow-heif`)",
+        "1 video (`clip.mp4`) is not used: training uses images",
+        "1 file (`notes.docx`) is not read: not an image, clip or caption",
+        "3 files and folders skipped: 2 from macOS (`.DS_Store`), 1 from Windows (`Thumbs.db`)",
         "1 of 4 images are converted to sRGB from `Display P3`",
-        "the colours of 1 of 4 images are taken as sRGB (of the first: its colour profile is damaged",
+        "the colours of 1 of 4 images are treated as sRGB (first: damaged colour profile",
     ):
         assert part.replace(" ", "") in planned.out.replace("\n", "").replace(" ", ""), part
 
@@ -46,7 +46,7 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
 def test_validate_says_the_same(cli, folder, says):
     checked = cli("dataset", "validate", folder, "--recipe", "qwen-image-lora")
     assert checked.code == 0
-    for part in ("photo.heic", "clip.mp4", "notes.docx", ".DS_Store", "Display P3", "its colour profile is damaged"):
+    for part in ("photo.heic", "clip.mp4", "notes.docx", ".DS_Store", "Display P3", "damaged colour profile"):
         assert part in " ".join(checked.out.split())
     findings = json.loads(cli("dataset", "validate", folder, "--format", "json").out)["findings"]
     says(page_of(findings), r"[\d.]+ [kMG]B", "<session>/cache[0-9]+")
@@ -80,7 +80,7 @@ def test_what_spreadsheets_and_macs_write_is_told_by_its_cause(refuse, dataset, 
     (dataset / "coffee.png").rename(dataset / "images" / "coffee.png")
     (dataset / "metadata.csv").write_text("image,prompt,,\nimages\\coffee.png,a cup,,\nrocket.png,a rocket,,\n")
     code, ((message, hint),) = refuse()
-    assert code == 1 and "it has `\\` between folders" in message
+    assert code == 1 and "it uses `\\` between folders" in message
     utf_16 = "image\tprompt\nrocket.png\ta rocket\n".encode("utf-16")
     (dataset / "metadata.csv").write_bytes(utf_16)
     code, ((excel, way_out),) = refuse()

@@ -6,8 +6,8 @@ from tests.conftest import ENTRIES
 
 LORA_RNK = ("`lora_rnk` (command line) is not a parameter", "did you mean `lora_rank`?")
 NO_FOLDER = (
-    "the dataset folder `nowhere` (`dataset_base_path`) is not there",
-    "name the folder with `--dataset_base_path`",
+    "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
+    "pass the folder with `--dataset_base_path`",
 )
 TO_QQ = ("`lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?")
 
@@ -43,8 +43,8 @@ def test_problems_of_every_kind(refuse, dataset, models, occupied):
             ),
             TO_QQ,
             (
-                f"`{dataset}/metadata.csv` row 2: column `image` names `{dataset}/missing.png`, which is not there",
-                "correct the path (relative to `dataset_base_path`), or take the row out",
+                f"`{dataset}/metadata.csv` row 2: column `image` names `{dataset}/missing.png`, which does not exist",
+                "correct the path (relative to `dataset_base_path`), or remove the row",
             ),
             occupied,
         ]

@@ -70,7 +70,7 @@ def test_the_download_is_counted_on_the_disk(plan, monkeypatch):
 
 def test_a_dataset_that_is_named_and_missing_is_a_fault(plan, says):
     outcome = plan("qwen-image-lora", "--dataset_base_path", "nowhere", "--gpu_memory", "24GB")
-    assert outcome.code == 1 and "`nowhere` (`dataset_base_path`) is not there" in outcome.err
+    assert outcome.code == 1 and "`nowhere` (`dataset_base_path`) does not exist" in outcome.err
     assert outcome.out.startswith("Does not fit")
 
 

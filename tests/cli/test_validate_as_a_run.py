@@ -118,7 +118,7 @@ def test_the_dataset_of_a_config_file(cli, dataset, config, tmp_path, says):
     outcome = cli("dataset", "validate", "--recipe", "qwen-image-lora")
     assert (outcome.code, read_problems(outcome.err)) == (
         2,
-        [("no dataset is named", "give its folder: `diffsynth dataset validate PATH`")],
+        [("no dataset given", "pass its folder: `diffsynth dataset validate PATH`")],
     )
     outcome = cli("dataset", "validate", dataset, "--dataset_base_path", tmp_path)
     assert outcome.code == 2 and f"`--dataset_base_path` is `{tmp_path}`" in outcome.err
@@ -137,7 +137,7 @@ def test_stages_that_read_data_differently(cli, dataset, config):
     outcome = cli("dataset", "validate", dataset, "--config", path, "--depth", "paths")
     ((message, hint),) = read_problems(outcome.err)
     assert (outcome.code, message) == (2, "`max_pixels` differs between the stages small, large")
-    assert hint == "name one of them with `--only`"
+    assert hint == "choose one with `--only`"
     assert cli("dataset", "validate", dataset, "--config", path, "--depth", "paths", "--only", "small").code == 0
 
 
@@ -349,8 +349,8 @@ def test_a_rehearsal_of_a_dataset_that_is_missing(cli, tmp_path, config, monkeyp
     """Named by a flag or in a file of one's own: nothing synthetic takes its place."""
     monkeypatch.chdir(tmp_path)
     message = (
-        "the dataset folder `nowhere` (`dataset_base_path`) is not there",
-        "name the folder with `--dataset_base_path`",
+        "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
+        "pass the folder with `--dataset_base_path`",
     )
     path = config("parameters:\n  dataset_base_path: nowhere\n")
     for named in (

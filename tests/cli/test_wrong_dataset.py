@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROW_OUT = "replace the file or take its row out"
-NO_SUCH_FILE = "correct the path (relative to `dataset_base_path`), or take the row out"
+ROW_OUT = "replace the file or remove its row"
+NO_SUCH_FILE = "correct the path (relative to `dataset_base_path`), or remove the row"
 
 
 def test_no_folder(refuse):
-    message = "the dataset folder `nowhere` (`dataset_base_path`) is not there"
-    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "name the folder with `--dataset_base_path`")])
+    message = "the dataset folder `nowhere` (`dataset_base_path`) does not exist"
+    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "pass the folder with `--dataset_base_path`")])
 
 
 def test_no_metadata_file(refuse):
-    message = "the metadata file `nowhere.csv` (`dataset_metadata_path`) is not there"
-    assert refuse("--dataset_metadata_path", "nowhere.csv") == (1, [(message, "mend `--dataset_metadata_path`")])
+    message = "the metadata file `nowhere.csv` (`dataset_metadata_path`) does not exist"
+    assert refuse("--dataset_metadata_path", "nowhere.csv") == (1, [(message, "fix `--dataset_metadata_path`")])
 
 
 def test_an_empty_folder(refuse, dataset):
@@ -28,7 +28,7 @@ def test_an_empty_folder(refuse, dataset):
         1,
         [
             (
-                f"`{dataset}` holds neither metadata.csv, metadata.json, metadata.jsonl nor images",
+                f"`{dataset}` contains neither metadata.csv, metadata.json, metadata.jsonl nor images",
                 "write a metadata.csv with the columns `image` and `prompt`",
             )
         ],
@@ -40,8 +40,8 @@ def test_images_without_captions(refuse, dataset):
     (dataset / "astronaut.txt").write_text("an astronaut")
     code, [(message, hint)] = refuse()
     assert code == 1
-    assert message.endswith(f"3 of its 4 images no caption beside them; the first is `{dataset}/chelsea.png`")
-    assert hint.startswith(f"write the caption into `{dataset}/chelsea.txt`")
+    assert message.endswith(f"no caption file for 3 of its 4 images; the first is `{dataset}/chelsea.png`")
+    assert hint.startswith(f"write the caption to `{dataset}/chelsea.txt`")
 
 
 def test_rows_that_name_missing_files(refuse, dataset):
@@ -50,8 +50,8 @@ def test_rows_that_name_missing_files(refuse, dataset):
     assert refuse() == (
         1,
         [
-            (f"{where} 1: column `image` names `{dataset}/no.png`, which is not there", NO_SUCH_FILE),
-            (f"{where} 3: column `image` names `{dataset}/nor/this.png`, which is not there", NO_SUCH_FILE),
+            (f"{where} 1: column `image` names `{dataset}/no.png`, which does not exist", NO_SUCH_FILE),
+            (f"{where} 3: column `image` names `{dataset}/nor/this.png`, which does not exist", NO_SUCH_FILE),
         ],
     )
 
@@ -62,7 +62,7 @@ def test_names_that_no_file_can_have(refuse, dataset, name):
     (dataset / "metadata.csv").unlink()
     code, [(message, hint)] = refuse()
     assert (code, hint) == (1, NO_SUCH_FILE)
-    assert message.endswith("which is not there")
+    assert message.endswith("which does not exist")
 
 
 @pytest.mark.parametrize(
@@ -82,25 +82,25 @@ def test_a_missing_column(refuse, dataset, header, column, there, hint):
 @pytest.mark.parametrize(
     ("name", "text", "fault", "hint"),
     [
-        ("metadata.csv", "", " holds no row", "write one row per sample"),
-        ("metadata.csv", "image,prompt\n", " holds no row", "write one row per sample"),
+        ("metadata.csv", "", " has no rows", "add one row per sample"),
+        ("metadata.csv", "image,prompt\n", " has no rows", "add one row per sample"),
         (
             "metadata.csv",
             "image,prompt\ncoffee.png,a cup, red\n",
-            " row 1: 3 cells, the header has 2",
-            "put texts with commas in quotes",
+            " row 1: 3 cells, but the header has 2",
+            "quote values that contain commas",
         ),
         (
             "metadata.csv",
             "image,prompt\ncoffee.png,a\n,b\n",
             " row 2: column `image` is empty",
-            "name the file, or take the row out",
+            "add the file, or remove the row",
         ),
         (
             "metadata.json",
             '[{"image": "coffee.png", "prompt": 3}]',
-            " row 1: column `prompt` holds `3`, expected a text",
-            "write the caption as a text",
+            " row 1: column `prompt` holds `3`, expected a string",
+            "write the caption as a string",
         ),
         (
             "metadata.json",
@@ -118,7 +118,7 @@ def test_a_missing_column(refuse, dataset, header, column, there, hint):
             "metadata.jsonl",
             '{"image": "coffee.png", "prompt": "a"}\n{\n',
             " line 2: Expecting property name enclosed in double quotes",
-            "mend that line",
+            "fix that line",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_an_image_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
     code, [(message, hint)] = refuse(*fixed)
     where = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is {size[0]} x {size[1]} pixels"
     assert code == 1
-    assert message.startswith(where) and "the least of 16" in message
+    assert message.startswith(where) and "the minimum of 16" in message
     assert "max_pixels" not in message + hint
 
 
@@ -172,8 +172,8 @@ def test_an_image_that_max_pixels_makes_too_small(refuse, dataset):
         [
             (
                 f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is 32 x 256 pixels; "
-                "with `max_pixels` 1024 a side falls below the least of 16",
-                "replace the image, take its row out, or raise `max_pixels`",
+                "with `max_pixels` 1024 a side falls below the minimum of 16",
+                "replace the image, remove its row, or raise `max_pixels`",
             )
         ],
     )
@@ -211,5 +211,5 @@ def test_an_image_that_only_decoding_finds_damaged(cli, dataset, tmp_path, worke
     )  # fmt: skip
     assert outcome.code == 1
     assert f"error: `{path}` cannot be read as an image" in outcome.err
-    assert "hint: replace the file or take its row out" in outcome.err
+    assert "hint: replace the file or remove its row" in outcome.err
     assert "Traceback" not in outcome.err and not Path("out").exists()

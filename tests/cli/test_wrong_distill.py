@@ -45,11 +45,11 @@ def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
         1,
         [
             (
-                f"`{metadata}` row 2: column `cfg_scale` holds `4`, expected 1: the few steps are learned without guidance",
-                "write 1",
+                f"`{metadata}` row 2: column `cfg_scale` holds `4`, expected 1: distillation trains without guidance",
+                "set it to 1",
             ),
             (
-                f"`{metadata}` row 3: column `seed` holds `x`, expected a whole number from 0 to {2**63 - 1}",
+                f"`{metadata}` row 3: column `seed` holds `x`, expected an integer from 0 to {2**63 - 1}",
                 "fix the cell",
             ),
         ],

@@ -81,10 +81,10 @@ def test_faulty_images_are_told_together(refuse, pairs, dataset):
     where = {int(message.split(" row ")[1].partition(":")[0]): message for message, _ in problems}
     assert code == 1 and sorted(where) == [2, 3, 4, 5, 6, 7]
     assert "column `edit_image` is empty" in where[2]
-    assert f"names `{dataset}/gone.png`, which is not there" in where[3]
+    assert f"names `{dataset}/gone.png`, which does not exist" in where[3]
     assert f"`{dataset}/text.png` cannot be read as an image" in where[4]
     assert f"`{dataset}/half.png` cannot be read as an image" in where[5]
-    assert f"names `{dataset}/line.png`, which is too small or too narrow to be shown" in where[6]
+    assert f"names `{dataset}/line.png`, which is too small or too narrow as a reference image" in where[6]
     assert "lists 0 files, expected one or more" in where[7]
     assert all(message.startswith(f"`{metadata}` row ") and hint for message, hint in problems)
 

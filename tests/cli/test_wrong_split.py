@@ -109,7 +109,7 @@ def test_a_first_half_that_was_stopped(second, encoded):
     ("change", "message"),
     [
         (lambda text: "", " is not valid JSON: line 1, column 1: it is empty"),
-        (lambda text: "{}", " has format null, this version reads 1"),
+        (lambda text: "{}", " has format null, but this version reads 1"),
         (lambda text: '{"format": 1}', ": `complete`, `fingerprint`, `origin`, `samples` are missing"),
         (lambda text: "[]", ": the top level is a list, expected an object"),
         (lambda text: text.replace('"row":2', '"row":"2"'), ': `samples[1].row` is `"2"`, expected an integer'),
@@ -129,14 +129,14 @@ def test_a_manifest_that_was_changed_by_hand(second, encoded):
     manifest = encoded / "encoded.json"
     manifest.write_text(manifest.read_text().replace('"precision":"no"', '"precision":"bf16"'))
     _, [(message, _)] = second()
-    assert message == f"`{manifest}` was changed by hand: its fingerprint differs"
+    assert message == f"`{manifest}` was edited: fingerprint mismatch"
 
 
 def test_a_manifest_of_another_version(second, encoded):
     content = json.loads((encoded / "encoded.json").read_text())
     (encoded / "encoded.json").write_text(json.dumps(content | {"format": 2}))
     _, [(message, _)] = second()
-    assert message == f"`{encoded / 'encoded.json'}` has format 2, this version reads 1"
+    assert message == f"`{encoded / 'encoded.json'}` has format 2, but this version reads 1"
 
 
 def test_leftovers_of_another_run(second, encoded):

@@ -200,8 +200,8 @@ def test_a_single_frame_that_the_model_is_given(refuse, dataset):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]), "it is cut off after"),
-        (lambda path: path.write_text("no video"), "it is no video of a known format"),
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]), "truncated after"),
+        (lambda path: path.write_text("no video"), "not a known video format"),
         (lambda path: path.write_bytes(b""), "the file is empty"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_video_that_cannot_be_read(refuse, dataset, spoil, reason):
     code, [(message, hint)] = refuse(*SMALL[:4], "--num_frames", 13, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert f"row 2: `{dataset / 'b.mp4'}` cannot be read as a video: {reason}" in message
-    assert hint == "replace the file or take its row out"
+    assert hint == "replace the file or remove its row"
 
 
 def test_a_video_without_frames(refuse, dataset):
@@ -227,7 +227,7 @@ def test_a_file_of_another_kind(refuse, dataset):
     code, [(message, hint)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert f"`{dataset / 'b.doc'}` is neither a video nor an image" in message
-    assert hint == "convert it to MP4, or take its row out"
+    assert hint == "convert it to MP4, or remove its row"
 
 
 def test_a_cache_that_cannot_be_written(refuse, dataset):

@@ -192,14 +192,13 @@ def rows() -> Iterator[list[str]]:
 HEAD = """\
 # Memory, estimated and measured
 
-One step of the tiny models of a rehearsal, carried out on the CPU, against the estimate of `train --dry_run`, which knows
-nothing but sizes. Bytes; `activations` is what autograd keeps at the end of the forward pass, each memory once, without
-weights; `activations recomputed` the same with `--use_gradient_checkpointing`, and what the largest block keeps while it is
-recomputed. Written by `WRITE_MEMORY_TABLE=1 pytest tests/parity/test_memory_estimate.py`.
+One step of the tiny models of a rehearsal, run on the CPU, compared with the estimate of `train --dry_run`, which knows only
+sizes. All figures are bytes. `activations` is what autograd keeps at the end of the forward pass, counting shared memory
+once, without weights; `activations recomputed` is the same with `--use_gradient_checkpointing`, plus what the largest block
+keeps while it is recomputed. Written by `WRITE_MEMORY_TABLE=1 pytest tests/parity/test_memory_estimate.py`.
 
-On GPUs autocast computes norms in float32 and attention is that of their own kernels. That part of the estimate comes from
-PyTorch's lists of operations and has not been measured; nor has what operations and the driver need to work, which is not
-counted.
+On GPUs, autocast computes norms in float32 and attention uses its own kernels. That part of the estimate follows PyTorch's
+lists of operations and has not been measured. Kernel workspace and driver overhead are not included.
 
 | model | trained | size | precision | part | measured | estimated | off |
 |---|---|---|---|---|---|---|---|""".splitlines()

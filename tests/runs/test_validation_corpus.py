@@ -225,14 +225,14 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (WAN, ("VIDEO_FRAMES", "info", None, "of 1 of 3 files one frame is trained on")),
+        (WAN, ("VIDEO_FRAMES", "info", None, "training uses one frame of 1 of 3 files")),
         (
             "wan2.1-i2v-14b-480p-lora",
             (
                 "VIDEO_STILL",
                 "warning",
                 None,
-                "of 1 of 3 files one frame is trained on, which the model is shown (input_image) and learns to copy",
+                "training uses one frame of 1 of 3 files, which is also the condition (input_image): the model learns to copy it",
             ),
         ),
         (
@@ -241,7 +241,7 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
                 "VIDEO_TOO_SHORT",
                 "error",
                 3,
-                "`an image.png` is one frame, which the model is given: nothing is left to learn",
+                "`an image.png` has one frame, and the model conditions on the first frame: nothing is left to predict",
             ),
         ),
     ],

@@ -81,7 +81,7 @@ def test_a_model_of_images_refuses_it_by_name(tmp_path, name):
     path = write(tmp_path / name)
     with pytest.raises(DiffSynthError, match=r"`.*/moves\.\w+` is animated \(12 frames\)") as caught:
         read_image_header(path)
-    assert "save the frame" in caught.value.problems[0].hint
+    assert "save one frame" in caught.value.problems[0].hint
     assert EXAMINERS["image"](Job(tmp_path), name).frames == 12
 
 

@@ -98,7 +98,7 @@ def test_a_damaged_entry_is_told_and_removed(cache, damage):
     assert not cache.has(KEY) and cache.is_damaged(KEY)
     with pytest.raises(DiffSynthError, match=re.escape(str(path))) as caught:
         cache.read(KEY)
-    assert caught.value.problems[0].hint == "continue with `--resume auto`: it is made anew"
+    assert caught.value.problems[0].hint == "continue with `--resume auto` to encode it again"
     assert not path.exists() and not cache.is_damaged(KEY)
 
 

@@ -60,7 +60,7 @@ def test_two_captions_of_one_image_are_named(tmp_path):
     image(tmp_path / "a.png")
     text(tmp_path / "a.txt")
     text(tmp_path / "a.caption")
-    said = "`a.png` has 2 captions beside it: `a.caption`, `a.txt`"
+    said = "`a.png` has 2 caption files: `a.caption`, `a.txt`"
     assert files_of(tmp_path) == [said]
     assert found_in(tmp_path) == [("CAPTION_AMBIGUOUS", "error", said)]
 
@@ -71,7 +71,7 @@ def test_two_captions_of_one_image_are_named(tmp_path):
         ("a cat".encode("utf-16"), "it is UTF-16"),
         ("a cat".encode("utf-16-le"), "it looks like UTF-16"),
         ("café".encode("latin-1"), "it looks like Windows-1252 or Latin-1"),
-        (b"PK\x03\x04\x00\x08 a cat on a chair", "it holds binary data"),
+        (b"PK\x03\x04\x00\x08 a cat on a chair", "it contains binary data"),
     ],
 )
 def test_captions_that_are_not_utf8_say_what_they_are(tmp_path, content, reason):
@@ -90,7 +90,7 @@ def test_captions_that_are_not_utf8_say_what_they_are(tmp_path, content, reason)
         (".ipynb_checkpoints/a-checkpoint.png", "notebooks"), ("b.jpg.crdownload", "unfinished downloads"),
         ("b.mp4.part", "unfinished downloads"), ("b.tmp", "unfinished downloads"), ("~$captions.docx", "editors"),
         ("a.txt~", "editors"), ("#a.txt#", "editors"), ("a.txt.bak", "editors"), ("z.latent", "ComfyUI"),
-        ("IMG_1.AAE", "cameras"), (".hidden/b.jpg", "hidden"), (".b.jpg", "hidden"),
+        ("IMG_1.AAE", "cameras"), (".hidden/b.jpg", "hidden files"), (".b.jpg", "hidden files"),
     ],
 )  # fmt: skip
 def test_what_systems_leave_is_passed_over_and_said(tmp_path, name, whose):
@@ -99,7 +99,7 @@ def test_what_systems_leave_is_passed_over_and_said(tmp_path, name, whose):
     text(tmp_path / name, b"\0\5\26\7 no image")
     metadata = read_metadata(tmp_path, None, "prompt", "image")
     (note,) = metadata.notes
-    assert len(metadata.rows) == 1 and note.startswith("1 file or folder passed over: ") and f" of {whose} (" in note
+    assert len(metadata.rows) == 1 and note.startswith("1 file or folder skipped: ") and f" from {whose} (" in note
     assert found_in(tmp_path) == [("FILE_LEFTOVER", "info", note)]
 
 
@@ -110,8 +110,8 @@ def test_a_workflow_of_comfyui_is_passed_over_and_another_json_is_named(tmp_path
     text(tmp_path / "b.json", '{"caption": "a cat"}')
     text(tmp_path / "notes.docx")
     assert read_metadata(tmp_path, None, "prompt", "image").notes == (
-        "2 files (`b.json`, `notes.docx`) are not read: no image, clip or caption",
-        "1 file or folder passed over: 1 of ComfyUI (`a.json`)",
+        "2 files (`b.json`, `notes.docx`) are not read: not an image, clip or caption",
+        "1 file or folder skipped: 1 from ComfyUI (`a.json`)",
     )
 
 
@@ -122,11 +122,11 @@ def test_images_that_nothing_installed_reads_are_named_with_a_way_out(tmp_path):
     text(tmp_path / "c.dng", b"II*\0")
     (note,) = read_metadata(tmp_path, None, "prompt", "image").notes
     assert note == (
-        "2 files (`b.jxl`, `c.dng`) cannot be read here (convert to PNG or JPEG, or install `pillow-jxl-plugin`; "
+        "2 files (`b.jxl`, `c.dng`) have unsupported formats (convert to PNG or JPEG, or install `pillow-jxl-plugin`; "
         "develop to PNG or JPEG)"
     )
     text(tmp_path / "b.txt")  # now it is meant as a sample
-    said = "`b.jxl` cannot be read here, though a caption stands beside it"
+    said = "`b.jxl` has an unsupported format, but it has a caption"
     assert files_of(tmp_path) == [said]
     assert ("FORMAT_UNSUPPORTED", "error", said) in found_in(tmp_path)
 
@@ -137,7 +137,7 @@ def test_clips_among_images_are_named(tmp_path):
         text(tmp_path / name, b"G" * 1000)
     metadata = read_metadata(tmp_path, None, "prompt", "image")
     assert [row["image"] for row in metadata.rows] == ["a.png"]
-    assert metadata.notes == ("2 videos (`a.mp4`, `b.ts`) are not used: images are trained on",)
+    assert metadata.notes == ("2 videos (`a.mp4`, `b.ts`) are not used: training uses images",)
 
 
 @pytest.mark.parametrize("name", ["photo", "photo.dat", "photo.jpeg_large", "photo.png_"])
@@ -156,7 +156,7 @@ def test_typescript_is_no_transport_stream(tmp_path):
 
 def test_a_phone_photo_under_another_ending_is_told(tmp_path):
     text(tmp_path / "a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    with pytest.raises(DiffSynthError, match=r"a\.jpg` cannot be read here") as caught:
+    with pytest.raises(DiffSynthError, match=r"a\.jpg` has an unsupported format") as caught:
         read_image_header(tmp_path / "a.jpg")
     assert "install `pillow-heif`" in caught.value.problems[0].hint
     text(tmp_path / "b.jpg", b"\0\0\0\x18ftypisom\0\0\0\0isommp41")
@@ -170,7 +170,7 @@ def test_links_out_of_the_folder_are_named(tmp_path):
     image(tmp_path / "outside" / "b.png")
     (tmp_path / "inside" / "more").symlink_to(tmp_path / "outside")
     (note,) = read_metadata(tmp_path / "inside", None, "prompt", "image").notes
-    assert note == "1 link (`more`) is not followed out of the dataset"
+    assert note == "1 link (`more`) is not followed: target outside the dataset"
     assert [(code, level) for code, level, _ in found_in(tmp_path / "inside")] == [("PATH_OUTSIDE", "warning")]
 
 
@@ -224,18 +224,18 @@ def test_names_that_differ_in_combining_characters_alone_are_told_apart(tmp_path
         image(folder / name)
     assert rows_of(folder, *both) == both
     between = "\u1eb9\u0302.png"  # composed in a third way: which one is meant?
-    assert "which is not there" in rows_of(folder, between)[0][0]
+    assert "which does not exist" in rows_of(folder, between)[0][0]
     ((code, _, said),) = [one for one in found_in(folder) if one[0].startswith("PATH")]
-    assert code == "PATH_CASE" and "spelled with other combining characters" in said
+    assert code == "PATH_CASE" and "with other combining characters" in said
 
 
 def test_back_slashes_are_told(tmp_path):
     folder = tmp_path / "set"
     image(folder / "images" / "a.png")
     ((message, hint),) = rows_of(folder, "images\\a.png")
-    assert message.endswith("which is not there: it has `\\` between folders") and hint == "write `/` between folders"
+    assert message.endswith("which does not exist: it uses `\\` between folders") and hint == "use `/` between folders"
     assert [one[2] for one in found_in(folder) if one[0] == "PATH_MISSING"] == [
-        "row 1: column `image` names `images\\a.png`, which is not there: it has `\\` between folders"
+        "row 1: column `image` names `images\\a.png`, which does not exist: it uses `\\` between folders"
     ]
 
 

@@ -102,10 +102,10 @@ def test_sixteen_bit_greys_palettes_and_clear_parts_keep_their_ways(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "profile", "doubt"),
     [
-        ("RGB", b"no profile at all", "its colour profile is damaged"),
-        ("RGB", rgb_profile("Display P3")[:300], "its colour profile is damaged"),
-        ("RGB", grey_profile("Dot Gain", 1.75), "its colour profile `Dot Gain` is for gray, its pixels are RGB"),
-        ("L", ink_profile("A press"), "its colour profile `A press` is for CMYK, its pixels are L"),
+        ("RGB", b"no profile at all", "damaged colour profile"),
+        ("RGB", rgb_profile("Display P3")[:300], "damaged colour profile"),
+        ("RGB", grey_profile("Dot Gain", 1.75), "colour profile `Dot Gain` is for gray, but the pixels are RGB"),
+        ("L", ink_profile("A press"), "colour profile `A press` is for CMYK, but the pixels are L"),
     ],
 )
 def test_a_profile_that_cannot_be_used_is_told_and_passed_over(tmp_path, mode, profile, doubt):
@@ -165,4 +165,4 @@ def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
 
 def test_integers_of_thirty_two_bits_are_refused_and_not_clipped(tmp_path):
     Image.fromarray(np.full((32, 32), 1 << 20, np.int32)).save(tmp_path / "deep.tif")
-    assert "32 bits" in examine_image(tmp_path, "deep.tif", None).fault.reason
+    assert "32-bit" in examine_image(tmp_path, "deep.tif", None).fault.reason

@@ -110,13 +110,13 @@ def test_a_csv_row_may_be_short_and_blank_lines_count_for_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("metadata.csv", "image,prompt\na.png,x\nb.png,one, two\n", "row 2: 3 cells, the header has 2"),
+        ("metadata.csv", "image,prompt\na.png,x\nb.png,one, two\n", "row 2: 3 cells, but the header has 2"),
         ("metadata.csv", "image,prompt\na.png," + "x" * 200_000 + "\n", "line 2: field larger"),
-        ("metadata.csv", "image,prompt\n", "holds no row"),
-        ("metadata.csv", "", "holds no row"),
+        ("metadata.csv", "image,prompt\n", "has no rows"),
+        ("metadata.csv", "", "has no rows"),
         ("metadata.json", "", "line 1"),
-        ("metadata.json", "[]", "holds no row"),
-        ("metadata.jsonl", "\n \n", "holds no row"),
+        ("metadata.json", "[]", "has no rows"),
+        ("metadata.jsonl", "\n \n", "has no rows"),
         ("metadata.json", '[\n{"image": "a.png"},\n{"image" "b"}\n]', "line 3: Expecting ':'"),
         ("metadata.json", '{"image": "a.png"}', "holds an object, expected a list"),
         ("metadata.json", '[{"image": "a.png"}, "b.png"]', "row 2 is a text, expected an object"),
@@ -158,9 +158,9 @@ def test_a_byte_that_is_not_utf8_is_told_by_its_place_in_the_file(tmp_path, name
 
 
 def test_a_folder_or_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DiffSynthError, match=r"`dataset_base_path`\) is not there"):
+    with pytest.raises(DiffSynthError, match=r"`dataset_base_path`\) does not exist"):
         read_metadata(tmp_path / "gone", None, "prompt", "image")
-    with pytest.raises(DiffSynthError, match=r"gone\.csv.*is not there"):
+    with pytest.raises(DiffSynthError, match=r"gone\.csv.*does not exist"):
         read_metadata(tmp_path, tmp_path / "gone.csv", "prompt", "image")
 
 
@@ -184,7 +184,7 @@ def test_an_image_without_caption_is_named_with_how_many_there_are(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(DiffSynthError, match=r"2 of its 3 images no caption") as caught:
+    with pytest.raises(DiffSynthError, match=r"no caption file for 2 of its 3 images") as caught:
         read_metadata(tmp_path, None, "prompt", "image")
     assert f"`{tmp_path / 'b.png'}`" in str(caught.value)
     assert f"`{tmp_path / 'b.txt'}`" in (caught.value.problems[0].hint or "")
@@ -208,7 +208,7 @@ def test_a_folder_with_neither_metadata_nor_images_says_what_is_expected(tmp_pat
 def test_two_files_that_share_a_caption_are_told(tmp_path):
     for name in ("a.mp4", "a.png", "a.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(DiffSynthError, match=r"`.*a\.mp4` and `.*a\.png` share the caption `.*a\.txt`"):
+    with pytest.raises(DiffSynthError, match=r"`.*a\.mp4` and `.*a\.png` share the caption file `.*a\.txt`"):
         read_metadata(tmp_path, None, "prompt", "video", "video")
 
 
@@ -218,4 +218,4 @@ def test_a_folder_with_an_ending_is_no_file_and_lone_captions_are_told(tmp_path)
         (tmp_path / name).write_text("x")
     metadata = read_metadata(tmp_path, None, "prompt", "video", "video")
     assert [row["video"] for row in metadata.rows] == ["a.mp4"]
-    assert metadata.notes == ("1 caption (`b.txt`) stands beside no image or clip",)
+    assert metadata.notes == ("1 caption (`b.txt`) has no image or clip",)

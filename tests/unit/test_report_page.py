@@ -117,7 +117,7 @@ def test_buckets_and_histograms_count_everything(folder: Path) -> None:
 @pytest.mark.parametrize("depth", ["metadata", "paths"])
 def test_without_looking_into_files(folder: Path, depth: str) -> None:
     text = page_html(*_examine(folder, depth=depth))
-    assert "all 5 samples; files were not looked into" in text and "No training size is known" in text
+    assert "all 5 samples; files were not decoded" in text and "No training sizes are known" in text
     assert len(_data(text)["samples"]) == 5
 
 
@@ -207,7 +207,7 @@ def test_what_has_no_thumbnail_says_why(window: Browser, folder: Path, tmp_path:
     write_page(tmp_path / "report.html", *_examine(folder))
     window.open((tmp_path / "report.html").as_uri() + "#samples")
     told = "return [...document.querySelectorAll('#samples-view .nothing')].map((one) => one.textContent)"
-    left_out, none = "thumbnail left out", "no image"
+    left_out, none = "thumbnail omitted", "no image"
     assert window.run(told) == [left_out, none, none, left_out, left_out]
 
 

@@ -82,9 +82,9 @@ def test_an_absolute_path_is_taken(folder, tmp_path_factory):
         (float("nan"), "column `image` is empty"),
         ([["a.png"]], 'column `image` holds `["a.png"]`, expected a path'),
         ({"path": "a.png"}, 'column `image` holds `{{"path": "a.png"}}`, expected a path'),
-        ("gone.png", "column `image` names `{folder}/gone.png`, which is not there"),
-        ("sub", "column `image` names `{folder}/sub`, which is not there"),
-        ("A.PNG", "column `image` names `{folder}/A.PNG`, which is not there"),
+        ("gone.png", "column `image` names `{folder}/gone.png`, which does not exist"),
+        ("sub", "column `image` names `{folder}/sub`, which does not exist"),
+        ("A.PNG", "column `image` names `{folder}/A.PNG`, which does not exist"),
     ],
 )
 def test_a_cell_without_one_file_is_told_with_its_row(folder, cell, expected):
@@ -106,7 +106,7 @@ def test_captions_stay_as_they_stand(folder, value, caption):
 def test_a_caption_that_is_no_text_is_told(folder, value):
     _, problems = build(folder, row(prompt=value))
     assert [problem.message for problem in problems] == [
-        f"`metadata.csv` row 1: column `prompt` holds `{json.dumps(value)}`, expected a text"
+        f"`metadata.csv` row 1: column `prompt` holds `{json.dumps(value)}`, expected a string"
     ]
 
 
@@ -140,7 +140,7 @@ def test_an_image_that_scaling_makes_too_thin_is_told(folder):
     Image.new("RGB", (1000, 20)).save(folder / "thin.png")
     found, problems = build(folder, row("thin.png"))
     assert found.samples == ()
-    assert "1000 x 20 pixels; with `max_pixels` 4096 a side falls below the least of 16" in problems[0].message
+    assert "1000 x 20 pixels; with `max_pixels` 4096 a side falls below the minimum of 16" in problems[0].message
 
 
 def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(folder):
@@ -152,8 +152,8 @@ def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(folder)
     assert problems == []
     assert [sample.target.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
     assert found.notes == (
-        "1 of 3 images are turned upright as their EXIF orientation says",
-        "1 of 3 images have transparency, which is composed on white",
+        "EXIF orientation is applied to 1 of 3 images",
+        "1 of 3 images have transparency and are composited on white",
     )
 
 
@@ -224,7 +224,7 @@ def test_references_are_one_or_a_list(folder, cell, names):
         ("[]", ANY, "lists 0 files, expected one or more"),
         ("", ANY, "is empty"),
         ('["a.png", ""]', ANY, "is empty"),
-        ('["a.png", "gone.png"]', ANY, "names `{folder}/gone.png`, which is not there"),
+        ('["a.png", "gone.png"]', ANY, "names `{folder}/gone.png`, which does not exist"),
         ("a.png", replace(ANY, size=lambda *_: (0, 16)), "names `{folder}/a.png`, which is too small or too narrow"),
     ],
 )
@@ -247,7 +247,7 @@ def test_how_references_are_turned_is_told(folder):
     exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
     found, _ = build(folder, {**row(), "edit_image": "turned.jpg"}, references=(ANY,))
-    assert found.notes == ("1 of 2 images are turned upright as their EXIF orientation says",)
+    assert found.notes == ("EXIF orientation is applied to 1 of 2 images",)
     assert found.samples[0].references["shown"][0].shape == (1, 24, 16)
 
 
@@ -292,7 +292,7 @@ def test_an_image_to_follow_has_the_size_of_what_is_trained_on(folder):
         Excerpt(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
     ]
     (note,) = found.notes
-    assert note.startswith("1 of 3 images of `edit_image` are wider or higher than what they belong to")
+    assert note.startswith("1 of 3 images of `edit_image` have another aspect ratio than their target")
     assert build(folder, *rows, references=(ONE,))[0].notes == ()
 
 

@@ -26,28 +26,28 @@ def test_rows_that_can_be_read(changes, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": ""}, "row 1: column `seed` is empty, expected a whole number from 0 to 9223372036854775807"),
-        ({"seed": None}, "row 1: column `seed` is empty, expected a whole number from 0 to 9223372036854775807"),
-        ({"seed": "-1"}, "row 1: column `seed` holds `-1`, expected a whole number from 0 to 9223372036854775807"),
-        ({"seed": 1.5}, "row 1: column `seed` holds `1.5`, expected a whole number from 0 to 9223372036854775807"),
-        ({"seed": True}, "row 1: column `seed` holds `true`, expected a whole number from 0 to 9223372036854775807"),
+        ({"seed": ""}, "row 1: column `seed` is empty, expected an integer from 0 to 9223372036854775807"),
+        ({"seed": None}, "row 1: column `seed` is empty, expected an integer from 0 to 9223372036854775807"),
+        ({"seed": "-1"}, "row 1: column `seed` holds `-1`, expected an integer from 0 to 9223372036854775807"),
+        ({"seed": 1.5}, "row 1: column `seed` holds `1.5`, expected an integer from 0 to 9223372036854775807"),
+        ({"seed": True}, "row 1: column `seed` holds `true`, expected an integer from 0 to 9223372036854775807"),
         (
             {"seed": "1e400"},
-            "row 1: column `seed` holds `1e400`, expected a whole number from 0 to 9223372036854775807",
+            "row 1: column `seed` holds `1e400`, expected an integer from 0 to 9223372036854775807",
         ),
         ({"rand_device": "gpu"}, "row 1: column `rand_device` holds `gpu`, expected cpu or cuda"),
         ({"rand_device": None}, "row 1: column `rand_device` is empty, expected cpu or cuda"),
         (
             {"num_inference_steps": 0},
-            "row 1: column `num_inference_steps` holds `0`, expected a whole number from 1 to 1000",
+            "row 1: column `num_inference_steps` holds `0`, expected an integer from 1 to 1000",
         ),
         (
             {"cfg_scale": "4"},
-            "row 1: column `cfg_scale` holds `4`, expected 1: the few steps are learned without guidance",
+            "row 1: column `cfg_scale` holds `4`, expected 1: distillation trains without guidance",
         ),
         (
             {"cfg_scale": "x"},
-            "row 1: column `cfg_scale` holds `x`, expected 1: the few steps are learned without guidance",
+            "row 1: column `cfg_scale` holds `x`, expected 1: distillation trains without guidance",
         ),
     ],
 )

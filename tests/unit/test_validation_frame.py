@@ -57,9 +57,9 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
     faults = {name: one.fault and one.fault.reason for name, one in facts.items()}
     assert faults == {
         "first": None,
-        "hangs": "it took more than 2 seconds (`--file_timeout`)",
+        "hangs": "timed out after 2 seconds (`--file_timeout`)",
         "second": None,
-        "crashes": "decoding it crashed",
+        "crashes": "the decoder crashed",
         "third": None,
     }
 
@@ -73,8 +73,8 @@ def test_workers_that_do_not_start_are_no_fault_of_a_file(tmp_path: Path, monkey
     with pytest.raises(DiffSynthError) as raised:
         inspect_files(Job(tmp_path), {"first": "image"}, 1, 2.0, SilentReporter())
     (problem,) = raised.value.problems
-    assert problem.message == "no process can be started that decodes files: it ended at once"
-    assert problem.hint == "see whether memory is left, or leave files closed with `--depth paths`"
+    assert problem.message == "cannot start a process to decode files: it exited immediately"
+    assert problem.hint == "free some memory, or skip decoding with `--depth paths`"
 
 
 def test_a_folder_with_captions_is_checked_to_the_pixels(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_file_that_lacks_its_end_is_truncated(tmp_path, sound, name, share):
     (tmp_path / name).write_bytes(content[: int(len(content) * share)])
     fault = examine_video(tmp_path, name, None, None).fault
     if name == "clip.gif":  # the last frame is half there, which the decoder takes for damage
-        assert (fault.code, fault.reason[:23]) == ("VIDEO_UNREADABLE", "it is damaged at frame ")
+        assert (fault.code, fault.reason[:17]) == ("VIDEO_UNREADABLE", "damaged at frame ")
     else:
         assert fault.code == "VIDEO_TRUNCATED"
 
@@ -88,7 +88,7 @@ def test_a_file_that_lacks_its_end_is_truncated(tmp_path, sound, name, share):
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"once upon a time\n" * 50, "it is no video of a known format"),
+        (b"once upon a time\n" * 50, "not a known video format"),
         (None, "No such file or directory"),
     ],
 )
@@ -104,7 +104,7 @@ def test_broken_bytes_in_the_middle_are_unreadable(tmp_path, sound):
     content[place : place + 400] = np.random.default_rng(0).bytes(400)
     (tmp_path / "clip.mkv").write_bytes(content)
     fault = examine_video(tmp_path, "clip.mkv", None, None).fault
-    assert fault.code == "VIDEO_UNREADABLE" and fault.reason.startswith("it is damaged at frame ")
+    assert fault.code == "VIDEO_UNREADABLE" and fault.reason.startswith("damaged at frame ")
 
 
 @pytest.mark.parametrize(
@@ -237,24 +237,24 @@ def test_nothing_is_said_of_a_sound_video(media):
 @pytest.mark.parametrize(
     ("media", "facts", "code", "message", "hint"),
     [
-        (None, {"fault": Fault("VIDEO_TRUNCATED", "it ends")}, "VIDEO_TRUNCATED", "`a.mp4` is cut off: it ends",
-         "fetch the file again or take its row out"),
-        (RECIPE, {"frames": 18}, "VIDEO_TOO_SHORT", "`a.mp4` has 18 frames, 81 are asked for",
+        (None, {"fault": Fault("VIDEO_TRUNCATED", "it ends")}, "VIDEO_TRUNCATED", "`a.mp4` is incomplete: it ends",
+         "download the file again or remove its row"),
+        (RECIPE, {"frames": 18}, "VIDEO_TOO_SHORT", "`a.mp4` has 18 frames, expected 81",
          "replace it, or train with `--num_frames 17`"),
-        (None, {"frames": 1}, "VIDEO_TOO_SHORT", "`a.mp4` has 1 frame, 2 are asked for", "replace it"),
-        (RECIPE, {"frames": 200}, "VIDEO_FRAMES", "`a.mp4`: 81 of 200 frames are used, 119 lost", None),
+        (None, {"frames": 1}, "VIDEO_TOO_SHORT", "`a.mp4` has 1 frame, expected 2", "replace it"),
+        (RECIPE, {"frames": 200}, "VIDEO_FRAMES", "`a.mp4`: 81 of 200 frames are used, 119 dropped", None),
         (AT_16, {"frames": 160, "resampled": 85, "frame_rate": 30.0}, "VIDEO_FRAMES",
-         "`a.mp4`: 81 of 85 frames at 16 per second are used, 4 lost", None),
+         "`a.mp4`: 81 of 85 frames at 16 per second are used, 4 dropped", None),
         (AT_16, {"resampled": 90, "frame_rate": 12.0}, "VIDEO_FPS",
-         "`a.mp4` has 12 frames per second, fewer than the 16 that are trained at: frames are doubled",
+         "`a.mp4` has 12 frames per second, below the 16 of training: frames are duplicated",
          "train at a lower `--frame_rate`"),
         (None, {"frame_rate": 240.0}, "VIDEO_FPS", "`a.mp4` has 240 frames per second, which is unusual",
-         "see whether it moves at its natural speed"),
+         "check that it plays at its natural speed"),
         (RECIPE, {"variable_rate": True, "spacing": (0.0167, 0.1)}, "VIDEO_VARIABLE_RATE",
-         "`a.mp4`: from frame to frame it takes 17 to 100 ms", "train at an even rate with `--frame_rate`"),
-        (None, {"still": True}, "VIDEO_STILL", "in `a.mp4` nothing moves",
-         "train on it as an image, or take its row out"),
-        (None, {"rotated": True}, "VIDEO_ROTATED", "`a.mp4` is turned upright as its metadata says", None),
+         "`a.mp4` has a variable frame rate: 17 to 100 ms per frame", "resample it to a constant rate with `--frame_rate`"),
+        (None, {"still": True}, "VIDEO_STILL", "nothing moves in `a.mp4`",
+         "train on it as an image, or remove its row"),
+        (None, {"rotated": True}, "VIDEO_ROTATED", "`a.mp4`: rotation metadata is applied", None),
     ],
 )  # fmt: skip
 def test_each_fact_is_told(media, facts, code, message, hint):
@@ -263,8 +263,8 @@ def test_each_fact_is_told(media, facts, code, message, hint):
 
 def test_a_rate_unlike_the_others_is_told_where_the_frames_count_as_they_are():
     clips = [video("a.mp4"), video("b.mp4", frame_rate=16.7), video("c.mp4", frame_rate=30.0, resampled=81)]
-    said = [("VIDEO_FPS", 3, "`c.mp4` has 30 frames per second, most others have 16.7",
-             "train all at one speed with `--frame_rate`")]  # fmt: skip
+    said = [("VIDEO_FPS", 3, "`c.mp4` has 30 frames per second, but most others have 16.7",
+             "resample all of them with `--frame_rate`")]  # fmt: skip
     assert findings(RECIPE, *clips) == said
     assert findings(AT_16, *(replace(clip, resampled=81) for clip in clips)) == []
 
@@ -295,7 +295,7 @@ def decoders() -> list[psutil.Process]:
 
 def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
     facts = inspect_files(Job(hanging), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
-    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "it took more than 1.5 seconds (`--file_timeout`)")
+    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "timed out after 1.5 seconds (`--file_timeout`)")
     assert decoders() == []
 
 
@@ -319,6 +319,6 @@ def test_a_portrait_clip_loses_much_in_a_landscape_recipe():
     """Of 576 x 1024 pixels 480 by 832 ones cut out 576 x 332."""
     media = replace(RECIPE, size=SizeRule(480, 832, 10**6, 16))
     portrait, landscape = video("tall.mp4", width=576, height=1024), video("wide.mp4", width=1920, height=1080)
-    hint = "cut it as it should be, or raise `--max_crop_loss` (now 0.2)"
-    what = "`tall.mp4` is 576 x 1024 pixels, 68% of which are cut away for 832 x 480"
+    hint = "crop it yourself, or raise `--max_crop_loss` (now 0.2)"
+    what = "`tall.mp4` is 576 x 1024 pixels, 68% of which are cropped for 832 x 480"
     assert findings(media, portrait, landscape) == [("IMAGE_CROP_LOSS", 1, what, hint)]

@@ -255,5 +255,5 @@ def test_worker_processes_may_read(thirty):
 
 def test_a_missing_ffmpeg_is_told(thirty, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
-    with pytest.raises(DiffSynthError, match="ffmpeg cannot be started"):
+    with pytest.raises(DiffSynthError, match="cannot start ffmpeg"):
         count_frames(thirty, None, None)

@@ -73,7 +73,7 @@ def load(path: Path, start: int, frames: int, height: int, width: int, frame_rat
     seconds = [shown for _, shown in _frames(path, pixels=False)]
     sources = _sources(seconds, frame_rate)[start : start + frames]
     if len(sources) < frames:
-        raise UnreadableVideo(path, f"it ends early: {len(sources)} of {frames} frames")
+        raise UnreadableVideo(path, f"ends early: {len(sources)} of {frames} frames")
     wanted = set(sources)
     covered = {place: cover(frame, height, width) for place, (frame, _) in enumerate(_frames(path)) if place in wanted}
     return np.stack([covered[source] for source in sources])
@@ -83,7 +83,7 @@ def _frames(path: Path, pixels: bool = True) -> Iterator[tuple[Image.Image, floa
     """The frames, upright RGB unless `pixels` are not wanted, and how many seconds each is shown."""
     with _telling(path), open_image(path) as image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"it has more than {MAX_IMAGE_PIXELS} pixels")
+            raise ValueError(f"more than {MAX_IMAGE_PIXELS} pixels")
         for place in range(frames_of(image)):
             image.seek(place)
             image.load()

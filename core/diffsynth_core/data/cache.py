@@ -152,11 +152,11 @@ class EncodingCache:
                 path.unlink()
             what = error.problems[0].message if isinstance(error, DiffSynthError) else str(error)
             raise DiffSynthError(
-                f"the cached encoding {what}", "continue with `--resume auto`: it is made anew"
+                f"the cached encoding {what}", "continue with `--resume auto` to encode it again"
             ) from error
         except OSError as error:
             raise DiffSynthError(
                 f"cannot read the cached encoding `{path}`: {error.strerror}",
-                "continue with `--resume auto`: it is made anew if it is missing",
+                "continue with `--resume auto` to encode it again if it is missing",
             ) from error
         return tensors

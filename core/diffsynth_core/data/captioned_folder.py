@@ -108,17 +108,18 @@ def expected_caption(name: str) -> str:
 
 def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
     """What to say of images and clips that nothing installed decodes; `captioned`: captions stand beside them."""
-    beside = (", though a caption stands beside " + ("it" if len(names) == 1 else "each")) if captioned else ""
+    beside = (", but " + ("it has a caption" if len(names) == 1 else "they have captions")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
     what = f"`{names[0]}`" if len(names) == 1 else _listed(names, "file")
-    return Problem(f"{what} cannot be read here{beside}", "; ".join(hints), code="FORMAT_UNSUPPORTED")
+    formats = "has an unsupported format" if len(names) == 1 else "have unsupported formats"
+    return Problem(f"{what} {formats}{beside}", "; ".join(hints), code="FORMAT_UNSUPPORTED")
 
 
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
     """One line that says what was passed over."""
     count = sum(map(len, leftovers.values()))
-    listed = ", ".join(f"{len(names)} of {what} (`{names[0]}`)" for what, names in leftovers.items())
-    return f"{count_of(count, 'file or folder', 'files and folders')} passed over: {listed}"
+    listed = ", ".join(f"{len(names)} from {what} (`{names[0]}`)" for what, names in leftovers.items())
+    return f"{count_of(count, 'file or folder', 'files and folders')} skipped: {listed}"
 
 
 def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
@@ -129,15 +130,17 @@ def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
         notes.append(f"{problem.message} ({problem.hint})")
     if folder.other_media:
         notes.append(
-            f"{_listed(folder.other_media, 'video')} {_are(folder.other_media)} not used: images are trained on"
+            f"{_listed(folder.other_media, 'video')} {_are(folder.other_media)} not used: training uses images"
         )
     if folder.lone_captions:
-        verb = "stands" if len(folder.lone_captions) == 1 else "stand"
-        notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} beside no image or clip")
+        verb = "has" if len(folder.lone_captions) == 1 else "have"
+        notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} no image or clip")
     if folder.unknown:
-        notes.append(f"{_listed(folder.unknown, 'file')} {_are(folder.unknown)} not read: no image, clip or caption")
+        notes.append(
+            f"{_listed(folder.unknown, 'file')} {_are(folder.unknown)} not read: not an image, clip or caption"
+        )
     if folder.links:
-        notes.append(f"{_listed(folder.links, 'link')} {_are(folder.links)} not followed out of the dataset")
+        notes.append(f"{_listed(folder.links, 'link')} {_are(folder.links)} not followed: target outside the dataset")
     if folder.leftovers:
         notes.append(leftovers_note(folder.leftovers))
     return tuple(notes)

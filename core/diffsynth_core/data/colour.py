@@ -56,7 +56,7 @@ def colours_of(image: Image.Image) -> Colours:
         return Colours(doubt=known.doubt)
     if not _fits(known.space, image.mode):
         space = SPACE_NAMES[known.space]
-        return Colours(doubt=f"its colour profile `{known.name}` is for {space}, its pixels are {image.mode}")
+        return Colours(doubt=f"colour profile `{known.name}` is for {space}, but the pixels are {image.mode}")
     return Colours(profile="" if known.is_srgb else known.name)
 
 
@@ -88,12 +88,12 @@ def _inspect(data: bytes) -> _Profile:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = profile.profile.xcolor_space
         if space not in SPACES:
-            return _Profile(doubt=f"its colour profile is for `{space.strip()}`, which is not supported")
+            return _Profile(doubt=f"colour profiles for `{space.strip()}` are not supported")
         description = profile.profile.profile_description or profile.profile.model or SPACE_NAMES[space]
         name = " ".join(description.split())[:SHOWN_OF_A_NAME]
         is_srgb = _is_srgb(data, SPACES[space])
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        return _Profile(doubt=f"its colour profile is damaged ({error})")
+        return _Profile(doubt=f"damaged colour profile ({error})")
     return _Profile(name, space, is_srgb)
 
 
@@ -128,14 +128,14 @@ def _fits(space: str, mode: str) -> bool:
 def _unfollowed(image: Image.Image) -> str:
     """What says, without a profile, that the colours of an image are not sRGB; blank: nothing does."""
     if image.format in ("JPEG", "MPO", "TIFF") and _is_marked_adobe_rgb(image):
-        return "it has no colour profile, but its EXIF data says Adobe RGB"
+        return "no colour profile, but the EXIF data declares Adobe RGB"
     if image.format == "PNG" and "srgb" not in image.info:
         gamma = image.info.get("gamma")
         if gamma and abs(gamma - SRGB_GAMMA) > GAMMA_SLACK:
-            return f"it has no colour profile, but a gamma of {gamma:g} (gAMA)"
+            return f"no colour profile, but a gamma of {gamma:g} (gAMA)"
     points = _code_points(image) if image.format in ("PNG", "AVIF", "HEIF") else None
     if points and (points[0] not in SDR_PRIMARIES or points[1] not in SDR_TRANSFERS):
-        return f"it has no colour profile, but primaries {points[0]} and transfer {points[1]} (H.273)"
+        return f"no colour profile, but primaries {points[0]} and transfer {points[1]} (H.273)"
     return ""
 
 

@@ -47,12 +47,12 @@ REORDERING = 16
 KEPT_LINES = 500
 DISCARDED_BYTES = 1 << 20
 REASONS = (
-    ("matches no streams", "it has no video stream", False),
-    ("Format not on whitelist", "it is no video of a known format", False),
-    ("misdetection possible", "it is no video of a known format", False),
-    ("moov atom not found", "it ends before the index that stands at its end", True),
-    ("Error opening input: Invalid data", "it is no video of a known format, or its header is damaged", False),
-    ("Error opening input: End of file", "it ends before its first frame", True),
+    ("matches no streams", "no video stream", False),
+    ("Format not on whitelist", "not a known video format", False),
+    ("misdetection possible", "not a known video format", False),
+    ("moov atom not found", "truncated before the index at its end (moov atom)", True),
+    ("Error opening input: Invalid data", "not a known video format, or a damaged header", False),
+    ("Error opening input: End of file", "truncated before the first frame", True),
 )
 """(what ffmpeg says of a file that it does not open, what it means, whether the file is cut off): the first that is
 found"""
@@ -65,7 +65,7 @@ class UnreadableVideo(DiffSynthError):
     def __init__(self, path: Path, reason: str, cut_off: bool = False) -> None:
         if path.is_file() and path.stat().st_size == 0:
             reason, cut_off = "the file is empty", False
-        super().__init__(f"`{path}` cannot be read as a video: {reason}", "replace the file or take its row out")
+        super().__init__(f"`{path}` cannot be read as a video: {reason}", "replace the file or remove its row")
         self.reason = reason
         self.cut_off = cut_off
 
@@ -107,7 +107,7 @@ class Decoding:
                 process_group=0,  # Ctrl-C is the caller's business: a clip in work is read to its end
             )
         except (OSError, RuntimeError) as error:
-            raise DiffSynthError(f"ffmpeg cannot be started: {error}", "install `imageio-ffmpeg` again") from error
+            raise DiffSynthError(f"cannot start ffmpeg: {error}", "reinstall `imageio-ffmpeg`") from error
         self._pixels = cast(BufferedReader, self._process.stdout)
         self._messages = cast(BufferedReader, self._process.stderr)
         # A thread of its own: ffmpeg stands still while nobody reads what it says.
@@ -162,14 +162,14 @@ class Decoding:
         complete = asked is not None and arrived >= asked
         needed = self._log.frames_needed(start + arrived if complete else None, frame_rate)
         if self._log.cut_off and needed > self._log.whole_frames():
-            raise UnreadableVideo(self._path, f"it is cut off after {self._log.whole_frames()} frames", cut_off=True)
+            raise UnreadableVideo(self._path, f"truncated after {self._log.whole_frames()} frames", cut_off=True)
         damaged = self._log.first_damage(needed)
         if damaged is not None and self._threads == 1:
-            raise UnreadableVideo(self._path, f"it is damaged at frame {damaged}", self._log.cut_off)
+            raise UnreadableVideo(self._path, f"damaged at frame {damaged}", self._log.cut_off)
         if damaged is not None:
             self._check_in_order(start, arrived, asked, frame_rate)
         if not self._log.frame_times:
-            raise UnreadableVideo(self._path, "it has no frames")
+            raise UnreadableVideo(self._path, "no frames")
 
     def _check_in_order(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
         """Judge once more with one thread: several tell of damage while they are frames ahead of what comes out."""

@@ -100,4 +100,4 @@ def _quiet() -> list[str]:
     try:
         return [get_ffmpeg_exe(), "-nostats", "-loglevel", "error", "-y"]
     except RuntimeError as error:
-        raise DiffSynthError(f"ffmpeg cannot be started: {error}", "install `imageio-ffmpeg` again") from error
+        raise DiffSynthError(f"cannot start ffmpeg: {error}", "reinstall `imageio-ffmpeg`") from error

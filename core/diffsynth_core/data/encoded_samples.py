@@ -145,14 +145,14 @@ def read_encoded(folder: Path) -> EncodedSamples:
     content = read_json(path, dict[str, Any], ENCODE_AGAIN, MAX_MANIFEST_BYTES)
     if content.get("format") != FORMAT:
         found = beginning(json.dumps(content.get("format")))
-        raise DiffSynthError(f"`{path}` has format {found}, this version reads {FORMAT}", ENCODE_AGAIN)
+        raise DiffSynthError(f"`{path}` has format {found}, but this version reads {FORMAT}", ENCODE_AGAIN)
     try:
         manifest = as_type(content, _Manifest)
     except WrongType as error:
         raise DiffSynthError(f"`{path}`: {error}", ENCODE_AGAIN) from error
     origin = manifest.origin
     if origin.fingerprint != manifest.fingerprint:
-        raise DiffSynthError(f"`{path}` was changed by hand: its fingerprint differs", ENCODE_AGAIN)
+        raise DiffSynthError(f"`{path}` was edited: fingerprint mismatch", ENCODE_AGAIN)
     encoders = tuple(origin.encoders)
     wrong = next((entry.row for entry in manifest.samples if len(entry.files) != len(encoders)), None)
     if wrong is not None:

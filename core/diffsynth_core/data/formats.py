@@ -138,7 +138,7 @@ LEFTOVERS: tuple[Leftover, ...] = (
     Leftover("editors", ("~$*", ".~lock.*", "*~", "#*#", "*.swp", "*.swo", "*.bak", "*.orig")),
     Leftover("ComfyUI", ("*.latent",)),
     Leftover("cameras", ("*.aae", "*.xmp", "*.thm", "*.lrv", "*.pp3", "picasa.ini", ".picasa.ini")),
-    Leftover("hidden", (".*",), (".*",)),
+    Leftover("hidden files", (".*",), (".*",)),
 )
 """The first that fits counts."""
 _LEFTOVER_FILES = tuple((one.what, one.files) for one in LEFTOVERS)

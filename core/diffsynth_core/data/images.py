@@ -22,9 +22,9 @@ MAX_IMAGE_PIXELS = 178_956_970
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
 """What files of a format end with; some programs write a little behind it."""
 END_BYTES = 64
-EXTRACT_FRAME = "save the frame that is meant as an image, or take its row out"
+EXTRACT_FRAME = "save one frame as an image, or remove its row"
 IS_A_VIDEO = "it is a video"
-REPLACE = "replace the file or take its row out"
+REPLACE = "replace the file or remove its row"
 ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")
 """Formats whose further frames are moments; those of an MPO are other views of one moment."""
 PAGED = ("DCX", "TIFF")
@@ -158,10 +158,10 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         try:
             refused = refused_format(self._path)
             if refused:
-                raise DiffSynthError(f"`{self._path}` cannot be read here", refused)
+                raise DiffSynthError(f"`{self._path}` has an unsupported format", refused)
             self._image = open_image(self._path)
             if self._image.width * self._image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has more than {MAX_IMAGE_PIXELS} pixels")
+                raise ValueError(f"more than {MAX_IMAGE_PIXELS} pixels")
         except DiffSynthError:
             raise
         except Exception as error:
@@ -181,7 +181,7 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
         if isinstance(error, UnidentifiedImageError):
             kind, way_out = kind_by_content(self._path)
             if kind == "unsupported":
-                return DiffSynthError(f"`{self._path}` cannot be read here", way_out)
+                return DiffSynthError(f"`{self._path}` has an unsupported format", way_out)
             if kind == "clip":
                 return DiffSynthError(f"{what}{IS_A_VIDEO}", REPLACE)
         return DiffSynthError(what + str(error).replace(f" '{self._path}'", ""), REPLACE)
@@ -200,7 +200,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _to_eight_bits(image)
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+        raise ValueError("floating-point pixels of unknown range are not supported")
     if image.mode == "LAB" and profile is None:
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     if not is_transparent(image):
@@ -222,7 +222,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     if image.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError("its pixels are integers of 32 bits, whose range is not known")
+        raise ValueError("32-bit integer pixels of unknown range are not supported")
     scaled = Image.fromarray((values.astype(np.float64) * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:

@@ -170,7 +170,7 @@ def is_clip(path: Path) -> bool:
     """
     kind = media_kind(path)
     if kind not in ("clip", "image", "unsupported") and path.is_file() and path.stat().st_size:
-        raise DiffSynthError(f"`{path}` is neither a video nor an image", "convert it to MP4, or take its row out")
+        raise DiffSynthError(f"`{path}` is neither a video nor an image", "convert it to MP4, or remove its row")
     return kind == "clip" or ending_of(path.name) == ".gif" or is_animation(path)
 
 

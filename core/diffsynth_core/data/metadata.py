@@ -32,7 +32,7 @@ from diffsynth_core.json_files import InvalidJson, parse_json
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 ENDINGS_OF_METADATA = (".csv", ".json", ".jsonl")
-LEAVE_OUT = "leave it out, or rename it"
+LEAVE_OUT = "remove or rename it"
 """What to do about a column that is not read."""
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
 """Files that are taken for metadata, and are not."""
@@ -78,17 +78,17 @@ def locate_metadata(base: Path, given: Path | None) -> Path | None:
     """
     if not base.is_dir():
         raise DiffSynthError(
-            f"the dataset folder `{base}` (`dataset_base_path`) is not there",
-            "name the folder with `--dataset_base_path`",
+            f"the dataset folder `{base}` (`dataset_base_path`) does not exist",
+            "pass the folder with `--dataset_base_path`",
         )
     path = find_metadata(base, given)
     if path and not path.is_file():
         raise DiffSynthError(
-            f"the metadata file `{path}` (`dataset_metadata_path`) is not there", "mend `--dataset_metadata_path`"
+            f"the metadata file `{path}` (`dataset_metadata_path`) does not exist", "fix `--dataset_metadata_path`"
         )
     if path and path.suffix.lower() not in ENDINGS_OF_METADATA:
         raise DiffSynthError(
-            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "mend `--dataset_metadata_path`"
+            f"`{path}` is not a metadata file: expected .csv, .json or .jsonl", "fix `--dataset_metadata_path`"
         )
     return path
 
@@ -101,9 +101,9 @@ def unused_metadata(base: Path, path: Path | None) -> Problem | None:
     others = [name for name in names if (path is None or name != path.name) and (base / name).is_file()]
     if not others:
         return None
-    what = f"`{base}` holds {shorten(others)}, which is not read"
+    what = f"`{base}` contains {shorten(others)}, which is not read"
     if path:
-        return Problem(f"{what}, for `{path.name}` is there", "move away what is not meant")
+        return Problem(f"{what} because `{path.name}` exists", "remove the file that you do not use")
     return Problem(f"{what}: expected {', '.join(METADATA_NAMES)}", "export it as metadata.csv")
 
 
@@ -125,7 +125,7 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     if not metadata.rows:
-        raise DiffSynthError(f"`{path}` holds no row", "write one row per sample", "EMPTY")
+        raise DiffSynthError(f"`{path}` has no rows", "add one row per sample", "EMPTY")
     unused = None if given else unused_metadata(base, path)
     return replace(metadata, notes=(*metadata.notes, unused.message)) if unused else metadata
 
@@ -144,10 +144,10 @@ def csv_problem(path: Path, error: csv.Error, first: int, last: int) -> Problem:
     """Why a row of a CSV, from line `first` to line `last`, cannot be read: as a rule for a quote."""
     if "expected after" in str(error):
         where = f"line {last}" if first == last else f"lines {first} to {last}"
-        return Problem(f"`{path}` {where}: {error}", "write quotes within a cell twice, and close those around it")
+        return Problem(f"`{path}` {where}: {error}", "double the quotes inside a cell, and close the quotes around it")
     if "limit" in str(error):
-        return Problem(f"`{path}` line {first}: {error}", "shorten that cell, or close the quote that is open there")
-    return Problem(f"`{path}` line {first}: a cell does not end ({error})", "close the quote that is open there")
+        return Problem(f"`{path}` line {first}: {error}", "shorten that cell, or close the quote opened there")
+    return Problem(f"`{path}` line {first}: unterminated cell ({error})", "close the quote opened there")
 
 
 def other_separator(path: Path, text: str) -> Problem | None:
@@ -156,7 +156,7 @@ def other_separator(path: Path, text: str) -> Problem | None:
     name = next((name for mark, name in SEPARATORS.items() if mark in header), None)
     if name is None or "," in header:
         return None
-    return Problem(f"`{path}` has {name} between its columns, expected commas", "export it again, with commas")
+    return Problem(f"`{path}` separates its columns with {name}, expected commas", "re-export it with commas")
 
 
 def missing_column(
@@ -169,13 +169,13 @@ def missing_column(
     code = "COLUMN_MISSING"
     if beside:
         listed = ", ".join(f"`{one}`" for one in dict.fromkeys(needed))
-        what = f"`{origin}` has no column `{name}`, which only a metadata file can have"
+        what = f"`{origin}` has no column `{name}`, which requires a metadata file"
         return Problem(what, f"write a metadata.csv with the columns {listed}", code=code)
     what = f"`{origin}` has no column `{name}`; it has {shorten([beginning(one) for one in present])}"
     if near:
         return Problem(what, f"rename `{near}`", code=code)
     if lacks_header(present):
-        return Problem(what, f"name the columns in the first line, `{','.join(dict.fromkeys(needed))}`", code=code)
+        return Problem(what, f"add a header line `{','.join(dict.fromkeys(needed))}`", code=code)
     return Problem(what, "add the column", code=code)
 
 
@@ -220,7 +220,7 @@ def unnamed_column(origin: str, place: int, value: str) -> Problem:
     """What to say of a column without a name that holds values."""
     return Problem(
         f"`{origin}` has values in column {place}, which has no name (`{beginning(value)}`): it is not read",
-        "name it in the first line, or leave it out (pandas: `to_csv(…, index=False)`)",
+        "name it in the first line, or remove it (pandas: `to_csv(…, index=False)`)",
     )
 
 
@@ -253,8 +253,8 @@ def _read_csv(path: Path) -> Metadata:
                 split = split_row(header, cells)
                 if split is None:
                     raise DiffSynthError(
-                        f"`{path}` row {len(rows) + 1}: {len(cells)} cells, the header has {len(header)}",
-                        "put texts with commas in quotes",
+                        f"`{path}` row {len(rows) + 1}: {len(cells)} cells, but the header has {len(header)}",
+                        "quote values that contain commas",
                         "PARSE_ERROR",
                     )
                 row, place = split
@@ -272,7 +272,7 @@ def json_problem(path: Path, error: InvalidJson, line: int | None = None) -> Pro
     """Why metadata are not JSON; `line` where one was read by itself."""
     line = line or error.line
     where = f" line {line}" if line else ""
-    return Problem(f"`{path}`{where}: {error}", "mend that line" if line else "mend the file", code="PARSE_ERROR")
+    return Problem(f"`{path}`{where}: {error}", "fix that line" if line else "fix the file", code="PARSE_ERROR")
 
 
 def _read_json(path: Path) -> Metadata:
@@ -321,9 +321,9 @@ def _read_captions_beside(base: Path, text_column: str, media_column: str, kind:
             problems += not_utf8(base / captions[0], error).problems
         except OSError as error:
             what = f"`{base / captions[0]}` cannot be read: {error.strerror}"
-            problems.append(Problem(what, "let it be read", code="PATH_MISSING"))
+            problems.append(Problem(what, "check its permissions", code="PATH_MISSING"))
     raise_if_any(problems)
-    origin = f"{base} (captions beside the files)"
+    origin = f"{base} (captions in text files)"
     unused = unused_metadata(base, None)
     notes = (*([unused.message] if unused else []), *folder_notes(folder))
     return Metadata(origin, (media_column, text_column), tuple(rows), notes, beside=True)
@@ -337,7 +337,7 @@ def _folder_problems(
     if folder.captioned_unsupported:
         problems.append(unsupported_problem(folder.captioned_unsupported, captioned=True))
     elif not folder.rows:
-        what = f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s"
+        what = f"`{base}` contains neither {', '.join(METADATA_NAMES)} nor {kind}s"
         said = folder_notes(folder)
         problems.append(
             Problem(
@@ -350,8 +350,8 @@ def _folder_problems(
     if without:
         problems.append(
             Problem(
-                f"`{base}` has no metadata file, and {len(without)} of its {len(folder.rows)} {kind}s no caption beside them; the first is `{base / without[0]}`",
-                f"write the caption into `{base / expected_caption(without[0])}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
+                f"`{base}` has no metadata file, and no caption file for {len(without)} of its {len(folder.rows)} {kind}s; the first is `{base / without[0]}`",
+                f"write the caption to `{base / expected_caption(without[0])}`, or a metadata.csv with the columns `{media_column}` and `{text_column}`",
                 code="CAPTION_MISSING",
             )
         )
@@ -364,14 +364,14 @@ def _folder_problems(
 
 def rival_captions(name: str, captions: Sequence[str]) -> Problem:
     """The problem that an image or clip has several captions beside it."""
-    what = f"`{name}` has {len(captions)} captions beside it: {shorten(captions)}"
+    what = f"`{name}` has {len(captions)} caption files: {shorten(captions)}"
     return Problem(what, "keep one of them", code="CAPTION_AMBIGUOUS")
 
 
 def shared_caption(first: str, second: str, caption: str) -> Problem:
     """The problem that one caption stands beside two images or clips."""
-    what = f"`{first}` and `{second}` share the caption `{caption}`"
-    return Problem(what, "move one of them away, or write a metadata.csv", code="STEM_COLLISION")
+    what = f"`{first}` and `{second}` share the caption file `{caption}`"
+    return Problem(what, "move one of them, or write a metadata.csv", code="STEM_COLLISION")
 
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -39,8 +39,8 @@ HEADER_THREADS = 8
 MOST_AT_ONCE = 64
 """Rows of images that a thread is handed at once: handing over costs more than a header."""
 
-WRITE_SLASHES = "write `/` between folders"
-LOW_RESOLUTION_HINT = "use larger files; to train at a small size on purpose, lower `--max_pixels`"
+WRITE_SLASHES = "use `/` between folders"
+LOW_RESOLUTION_HINT = "use larger files, or lower `--max_pixels` to train at a small size on purpose"
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
 """Frame rates that differ by more are worth a word."""
@@ -285,8 +285,8 @@ def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
         small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
         if small:
             return Problem(
-                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow to be shown to this model",
-                "replace the image or take its row out",
+                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow as a reference image of this model",
+                "replace the image or remove its row",
                 code="IMAGE_TOO_SMALL",
             )
     return Sample(row.number, row.caption, target, references, row.sampling)
@@ -300,19 +300,19 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     headers: list[MediaHeader | ImageHeader] = [*targets, *shown]
     of_all = f"of {len(headers)} {kind}"
     if rotated := sum(header.rotated for header in headers):
-        yield f"{rotated} {of_all} are turned upright as their {'metadata' if rule.frames else 'EXIF orientation'} says"
+        yield f"{'rotation metadata' if rule.frames else 'EXIF orientation'} is applied to {rotated} {of_all}"
     if transparent := sum(header.transparent for header in headers):
-        yield f"{transparent} {of_all} have transparency, which is composed on white"
+        yield f"{transparent} {of_all} have transparency and are composited on white"
     yield from _colour_notes([header.colours for header in headers], of_all)
     if paged := sum(header.pages > 1 for header in headers):
-        yield f"{paged} {of_all} have several pages, of which the first is used"
+        yield f"{paged} {of_all} have several pages; the first one is used"
     if rule.frames is None:
         return
     rates = [header.frame_rate for header in targets if header.frame_rate]
     if rule.frames.frame_rate is None and rates and max(rates) > RATE_SPREAD * min(rates):
         yield (
-            f"the videos have {min(rates):g} to {max(rates):g} frames per second, and each frame counts as the next "
-            "step in time: `--frame_rate` trains all of them at one speed"
+            f"the videos have {min(rates):g} to {max(rates):g} frames per second, and their frames are used "
+            "unchanged: pass `--frame_rate` to resample all of them to one speed"
         )
     short = [
         (sample, header.frames)
@@ -335,7 +335,7 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
         yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {shorten(profiles, 3)}"
     doubts = [one.doubt for one in colours if one.doubt]
     if doubts:
-        yield f"the colours of {len(doubts)} {of_all} are taken as sRGB (of the first: {doubts[0]})"
+        yield f"the colours of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
 
 
 def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns) -> Iterator[Problem]:
@@ -386,8 +386,8 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
         other = sum(not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD for ratio in ratios)
         if other:
             yield (
-                f"{other} of {len(pairs)} images of `{column}` are wider or higher than what they belong to: "
-                "scaled to cover it and cut at the centre, they do not lie over it"
+                f"{other} of {len(pairs)} images of `{column}` have another aspect ratio than their target: "
+                "scaled and center-cropped to its size, they do not align with it"
             )
 
 
@@ -409,13 +409,13 @@ def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
     size = f"{row.where}: `{row.target}` is {header.width} x {header.height} pixels"
     if min(header.width, header.height) < factor:
         return Problem(
-            f"{size}; a side is below the least of {factor}",
-            f"replace the {kind} or take its row out",
+            f"{size}; a side is below the minimum of {factor}",
+            f"replace the {kind} or remove its row",
             code="IMAGE_TOO_SMALL",
         )
     return Problem(
-        f"{size}; with `max_pixels` {rule.size.max_pixels} a side falls below the least of {factor}",
-        f"replace the {kind}, take its row out, or raise `max_pixels`",
+        f"{size}; with `max_pixels` {rule.size.max_pixels} a side falls below the minimum of {factor}",
+        f"replace the {kind}, remove its row, or raise `max_pixels`",
         code="IMAGE_TOO_SMALL",
     )
 
@@ -431,16 +431,16 @@ def _caption(value: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DiffSynthError(
-            f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text",
-            "write the caption as a text",
+            f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a string",
+            "write the caption as a string",
             "CELL_TYPE",
         )
     if len(value) > MAX_CAPTION_CHARACTERS:
         what = f"column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
         raise DiffSynthError(f"{where}: {what}", "shorten the caption")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        what = f"{where}: column `{column}` holds half a character"
-        raise DiffSynthError(what, "mend the caption", "CAPTION_CONTROL_CHARS")
+        what = f"{where}: column `{column}` contains an unpaired surrogate"
+        raise DiffSynthError(what, "fix the caption", "CAPTION_CONTROL_CHARS")
     return value
 
 
@@ -454,7 +454,7 @@ def _media_paths(
     names = value if isinstance(value, list) else [value]
     if not names or (most is not None and len(names) > most):
         expected = {1: "one", None: "one or more"}.get(most, f"one to {most}")
-        hint = "write one row per file" if most == 1 else "name them, or take the row out"
+        hint = "write one row per file" if most == 1 else "list them, or remove the row"
         raise DiffSynthError(
             f"{where}: column `{column}` lists {len(names)} files, expected {expected}",
             hint,
@@ -464,11 +464,11 @@ def _media_paths(
     for name in names:
         if _is_empty(name) or (isinstance(name, str) and not name.strip()):
             what = f"{where}: column `{column}` is empty"
-            raise DiffSynthError(what, "name the file, or take the row out", empty)
+            raise DiffSynthError(what, "add the file, or remove the row", empty)
         if not isinstance(name, str):
             raise DiffSynthError(
                 f"{where}: column `{column}` holds `{beginning(json.dumps(name))}`, expected a path",
-                "write the path as a text",
+                "write the path as a string",
                 "CELL_TYPE",
             )
         path = folders.find(base, name)
@@ -480,7 +480,7 @@ def _media_paths(
 
 def _missing(base: Path, name: str, where: str, folders: Folders) -> tuple[str, str]:
     """What to say of a file that is not there, and what to do."""
-    what = f"{where} names `{beginning(str(base / name), SHOWN_OF_A_PATH)}`, which is not there"
+    what = f"{where} names `{beginning(str(base / name), SHOWN_OF_A_PATH)}`, which does not exist"
     if "\\" in name and folders.find(base, name.replace("\\", "/")):
-        return f"{what}: it has `\\` between folders", WRITE_SLASHES
-    return what, "correct the path (relative to `dataset_base_path`), or take the row out"
+        return f"{what}: it uses `\\` between folders", WRITE_SLASHES
+    return what, "correct the path (relative to `dataset_base_path`), or remove the row"

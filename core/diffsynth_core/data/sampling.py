@@ -39,9 +39,9 @@ def read_sampling(row: Mapping[str, Any], where: str) -> Sampling:
     if _number(row.get("cfg_scale")) != 1:
         problems.append(
             Problem(
-                f"{where}: column `cfg_scale` holds `{_shown(row.get('cfg_scale'))}`, expected 1: the few steps are "
-                "learned without guidance",
-                "write 1",
+                f"{where}: column `cfg_scale` holds `{_shown(row.get('cfg_scale'))}`, expected 1: distillation "
+                "trains without guidance",
+                "set it to 1",
                 code=SAMPLING_CODE,
             )
         )
@@ -54,7 +54,7 @@ def _whole_number(value: Any, column: str, allowed: range, where: str, problems:
     number = _number(value)
     whole = _exactly(value, number)
     if whole is None or whole not in allowed:
-        expected = f"a whole number from {allowed.start} to {allowed.stop - 1}"
+        expected = f"an integer from {allowed.start} to {allowed.stop - 1}"
         problems.append(_unreadable(column, value, expected, where))
         return 0
     return whole

@@ -7,7 +7,7 @@ UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_CAPTION_CHARACTERS = 100_000
 """Of a caption. Text encoders read some hundred words; one that has megabytes is another file, and takes minutes to cut
 into tokens."""
-BINARY = ": it holds binary data"
+BINARY = ": it contains binary data"
 
 
 def decode_text(content: bytes) -> str:

@@ -44,7 +44,7 @@ def read_video_header(path: Path) -> VideoHeader:
         stream = decoding.description()
     size = re.search(r"^#dimensions 0: (\d+)x(\d+)$", table, re.MULTILINE)
     if size is None:
-        raise UnreadableVideo(path, "it tells no size")
+        raise UnreadableVideo(path, "no frame size")
     aspect = re.search(r"^#sar 0: ([1-9]\d*)/([1-9]\d*)$", table, re.MULTILINE)
     width = round(int(size[1]) * (int(aspect[1]) / int(aspect[2]) if aspect else 1.0))
     angle = re.search(r"Display ?Matrix: rotation of (-?[\d.]+)", stream, re.IGNORECASE)
@@ -117,8 +117,8 @@ def load_clip(
             arrived += 1
         decoding.check(start, arrived, frames, frame_rate)
     if arrived < frames:
-        behind = f" from frame {start} on" if start else ""
-        raise UnreadableVideo(path, f"it ends early: {arrived} of {frames} frames{behind}")
+        behind = f" from frame {start}" if start else ""
+        raise UnreadableVideo(path, f"ends early: {arrived} of {frames} frames{behind}")
     return planes.transpose(0, 2, 3, 1)
 
 

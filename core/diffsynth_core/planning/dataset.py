@@ -100,8 +100,8 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
     base = parameters.dataset_base_path
     if base.is_dir():
         return []
-    what = f"the dataset folder `{base}` (`dataset_base_path`) is not there"
-    return [MissingDataset(what, "name the folder with `--dataset_base_path`")]
+    what = f"the dataset folder `{base}` (`dataset_base_path`) does not exist"
+    return [MissingDataset(what, "pass the folder with `--dataset_base_path`")]
 
 
 def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:

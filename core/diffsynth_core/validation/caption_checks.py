@@ -23,7 +23,7 @@ HALF = re.compile("[\ud800-\udfff]")
 MOST_BYTES = 4
 """Of a character in UTF-8."""
 SHOWN_ROWS = 5
-WRITE_CAPTION = "write a caption, or take the row out"
+WRITE_CAPTION = "write a caption, or remove the row"
 
 
 def check_captions(examined: Examined) -> Iterator[Finding]:
@@ -37,7 +37,7 @@ def check_captions(examined: Examined) -> Iterator[Finding]:
         elif not stripped:
             yield found("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)
         elif len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
-            what = f"row {row}: the caption is `{stripped}`, which programs write for a missing value"
+            what = f"row {row}: the caption is `{stripped}`, a placeholder for a missing value"
             yield found("CAPTION_NAN", what, "write the caption", row=row)
 
 
@@ -48,13 +48,13 @@ def check_characters(examined: Examined) -> Iterator[Finding]:
             continue
         half = HALF.search(caption)
         if half:
-            what = f"row {row}: the caption holds half a character (U+{ord(half[0]):04X})"
-            yield found("CAPTION_CONTROL_CHARS", what, "mend the caption", row=row, level="error")
+            what = f"row {row}: the caption contains an unpaired surrogate (U+{ord(half[0]):04X})"
+            yield found("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error")
             continue
         codes = dict.fromkeys(f"U+{ord(character):04X}" for character in CONTROL.findall(caption))
         if codes:
-            what = f"row {row}: the caption holds characters that nobody sees ({', '.join(codes)})"
-            yield found("CAPTION_CONTROL_CHARS", what, "take them out", row=row)
+            what = f"row {row}: the caption contains invisible characters ({', '.join(codes)})"
+            yield found("CAPTION_CONTROL_CHARS", what, "remove them", row=row)
 
 
 def check_repeated(examined: Examined) -> Iterator[Finding]:
@@ -72,7 +72,7 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
         ((caption, sharing),) = rows.items()
         if len(sharing) == len(examined.records) > 1:
             what = f"all {len(sharing)} captions are `{beginning(caption)}`"
-            yield found("CAPTION_ALL_SAME", what, "tell what is in each image or video")
+            yield found("CAPTION_ALL_SAME", what, "describe each image or video")
             return
     for caption, sharing in rows.items():
         listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
@@ -95,6 +95,6 @@ def check_lengths(examined: Examined) -> Iterator[Finding]:
     counts, counted = count_tokens([text for _, text in whole], rule) if whole else ([], True)
     for (row, _), tokens in zip(whole, counts, strict=True):
         if tokens > rule.facts.most:
-            how = "has" if counted else "has, by an estimate without its tokenizer,"
-            what = f"row {row}: the caption {how} {tokens} tokens, of which {rule.facts.most} are read"
+            how = "has" if counted else "has an estimated"
+            what = f"row {row}: the caption {how} {tokens} tokens, but only {rule.facts.most} are used"
             yield found("CAPTION_TOO_LONG", what, "shorten the caption", row=row)

@@ -25,17 +25,17 @@ def as_flags(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     if path.is_dir():
         named: dict[str, Any] = {"dataset_base_path": path}
     elif not path.is_file():
-        raise DiffSynthError(f"there is neither a folder nor a file at `{path}`", "name the folder of the dataset")
+        raise DiffSynthError(f"`{path}` does not exist", "pass the dataset folder")
     elif path.suffix.lower() not in ENDINGS_OF_METADATA:
         raise DiffSynthError(
-            f"`{path}` is no metadata file: expected .csv, .json or .jsonl", "name the folder of the dataset"
+            f"`{path}` is not a metadata file: expected .csv, .json or .jsonl", "pass the dataset folder"
         )
     else:
         named = {"dataset_base_path": path.parent, "dataset_metadata_path": path}
     twice = [name for name in named if name in flags]
     if twice:
         what = f"PATH is `{path}`, and `--{twice[0]}` is `{flags[twice[0]]}`"
-        raise FaultsFound([Problem(what, "name the dataset once", wrong_use=True)])
+        raise FaultsFound([Problem(what, "pass the dataset only once", wrong_use=True)])
     return {**flags, **named}
 
 
@@ -47,14 +47,14 @@ def choose_stage(stages: Sequence[Resolved]) -> Resolved:
     """
     first = stages[0]
     if not first.problems and not first.given("dataset_base_path"):
-        hint = "give its folder: `diffsynth dataset validate PATH`"
-        raise FaultsFound([Problem("no dataset is named", hint, wrong_use=True)])
+        hint = "pass its folder: `diffsynth dataset validate PATH`"
+        raise FaultsFound([Problem("no dataset given", hint, wrong_use=True)])
     for name, setting in SETTINGS.items():
         values = {getattr(resolved.parameters, name) for resolved in stages}
         if setting.reads_data and name not in ("only", *MODEL_FILES) and len(values) > 1:
             listed = ", ".join(str(resolved.stage) for resolved in stages)
             what = f"`{name}` differs between the stages {listed}"
-            raise FaultsFound([Problem(what, "name one of them with `--only`", wrong_use=True)])
+            raise FaultsFound([Problem(what, "choose one with `--only`", wrong_use=True)])
     return first
 
 

@@ -35,10 +35,10 @@ def check_target(path: Path) -> None:
     """
     problems = []
     if path.suffix.lower() != ".csv":
-        problems.append(Problem(f"`--fix` writes a .csv, got `{path}`", "name a .csv", wrong_use=True))
+        problems.append(Problem(f"`--fix` writes a .csv file, got `{path}`", "pass a .csv path", wrong_use=True))
     elif path.exists() or path.is_symlink():
-        what = f"`{path}` (`--fix`) is there already, and nothing is ever written over"
-        problems.append(Problem(what, "name a file that is not there", wrong_use=True))
+        what = f"`{path}` (`--fix`) already exists and is never overwritten"
+        problems.append(Problem(what, "choose a new file name", wrong_use=True))
     if problems:
         raise FaultsFound(problems)
 
@@ -53,20 +53,22 @@ def write_fixed(path: Path, examined: Examined, report: Report) -> Fixed:
     of_all = [finding for finding in errors if finding.row is None]
     if of_all:
         raise DiffSynthError(
-            f"`{path}` was not written, for leaving rows out does not mend this: {of_all[0].message}",
+            f"`{path}` was not written, because removing rows does not fix this: {of_all[0].message}",
             of_all[0].hint,
         )
     faulty = {finding.row for finding in errors}
     table = examined.table
     rows = [cells for number, cells in table.rows.items() if number not in faulty]
     if not rows:
-        raise DiffSynthError(f"`{path}` was not written, for every row has an error", "mend the rows")
+        raise DiffSynthError(f"every row has errors; `{path}` was not written", "fix the rows")
     columns = list(dict.fromkeys([*table.columns, *(name for cells in rows for name in cells)]))
     check_target(path)
     try:
         write_metadata(path, columns, _as_texts(columns, rows))
     except UnicodeEncodeError as error:
-        raise DiffSynthError(f"`{path}` was not written: a cell holds half a character", "mend the metadata") from error
+        raise DiffSynthError(
+            f"`{path}` was not written: a cell contains an unpaired surrogate", "fix the metadata"
+        ) from error
     return Fixed(path, table.base, len(rows), len(faulty))
 
 

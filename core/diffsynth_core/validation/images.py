@@ -175,14 +175,14 @@ def _fault(error: Exception, data: bytes, image_format: str, path: Path) -> Faul
     lacks_end = end is not None and end not in data[-END_BYTES:]
     reason = str(error)
     if lacks_end or len(data) < _claimed_bytes(data) or "truncated" in reason.lower():
-        return Fault("IMAGE_TRUNCATED", "it ends before its last pixel")
+        return Fault("IMAGE_TRUNCATED", "the file ends before its last pixel")
     if isinstance(error, UnidentifiedImageError):
         kind, way_out = kind_by_content(path)
         if kind == "unsupported":
             return Fault("FORMAT_UNSUPPORTED", way_out or "")
         if kind == "clip":
             return Fault("IMAGE_UNREADABLE", IS_A_VIDEO)
-        return Fault("IMAGE_UNREADABLE", "it is no image of a known format")
+        return Fault("IMAGE_UNREADABLE", "not a known image format")
     return Fault("IMAGE_UNREADABLE", reason)
 
 

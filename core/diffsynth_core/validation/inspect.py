@@ -69,7 +69,7 @@ def _examine_target(job: Job, name: str) -> Facts:
         if is_clip(job.base / name):
             return examine_video(job.base, name, job.frame_rate, job.thumbnails)
     except (DiffSynthError, OSError):
-        return VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", "it is neither a video nor an image"))
+        return VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", "neither a video nor an image"))
     return examine_image(job.base, name, job.thumbnails)
 
 
@@ -139,8 +139,8 @@ def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float)
                     yield worker.name, facts or UNREADABLE[files[worker.name]](worker.name, reason)
                     left -= 1
                 elif reason:
-                    what = f"no process can be started that decodes files: {reason}"
-                    raise DiffSynthError(what, "see whether memory is left, or leave files closed with `--depth paths`")
+                    what = f"cannot start a process to decode files: {reason}"
+                    raise DiffSynthError(what, "free some memory, or skip decoding with `--depth paths`")
                 if reason:
                     _end(workers.pop(worker.line))
                     waiting.extendleft(name for name in (worker.following,) if name)
@@ -166,10 +166,10 @@ def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tupl
             try:
                 answers.append((worker, line.recv(), ""))
             except (EOFError, OSError):
-                answers.append((worker, None, "decoding it crashed" if worker.name else "it ended at once"))
+                answers.append((worker, None, "the decoder crashed" if worker.name else "it exited immediately"))
         elif worker.until <= time.monotonic():
             limit = f"{timeout:g} seconds (`--file_timeout`)" if worker.name else f"{START_SECONDS:g} seconds"
-            answers.append((worker, None, f"it took more than {limit}"))
+            answers.append((worker, None, f"timed out after {limit}"))
     return answers
 
 

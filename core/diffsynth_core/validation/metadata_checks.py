@@ -85,11 +85,11 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
     if not names or any(is_empty(name) or (isinstance(name, str) and not name.strip()) for name in names):
         code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"
         what = f"row {row}: column `{column}` is empty"
-        findings.append(found(code, what, "name the file, or take the row out", row=row))
+        findings.append(found(code, what, "add the file, or remove the row", row=row))
         return ()
     if not all(isinstance(name, str) for name in names):
         what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a path"
-        findings.append(found("CELL_TYPE", what, "write the path as a text", row=row))
+        findings.append(found("CELL_TYPE", what, "write the path as a string", row=row))
         return ()
     return tuple(map(normalised, names))
 
@@ -121,8 +121,8 @@ def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str 
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
         return str(value)
-    what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a text"
-    findings.append(found("CELL_TYPE", what, "write the caption as a text", row=row))
+    what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a string"
+    findings.append(found("CELL_TYPE", what, "write the caption as a string", row=row))
     return None
 
 
@@ -159,7 +159,7 @@ def check_rows(table: Table) -> Iterator[Finding]:
     for row, key in keys.items():
         other = first.setdefault(key, row)
         if other != row:
-            yield found("ROW_DUPLICATE", f"row {row} is row {other} again", "take one of them out", row=row)
+            yield found("ROW_DUPLICATE", f"row {row} is a duplicate of row {other}", "remove one of them", row=row)
 
 
 def _key(cells: Mapping[str, Any]) -> Any:

@@ -24,7 +24,7 @@ def check_counts(examined: Examined) -> Iterator[Finding]:
         for column, names in files.items():
             limit = most.get(column) if len(names) > 1 else None
             if limit is not None and len(names) > limit:
-                what = f"row {row}: column `{column}` names {len(names)} files, expected {limit}"
+                what = f"row {row}: column `{column}` lists {len(names)} files, expected {limit}"
                 yield found("PAIR_COUNT", what, "write one row per file", row=row)
 
 
@@ -43,10 +43,10 @@ def check_shapes(examined: Examined) -> Iterator[Finding]:
                 ratio = shown.width * target.height / (shown.height * target.width)
                 if not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD:
                     what = (
-                        f"row {record.row}: `{name}` ({shown.width} x {shown.height}) has another shape than the "
-                        f"{target.width} x {target.height} it belongs to"
+                        f"row {record.row}: `{name}` ({shown.width} x {shown.height}) has another aspect ratio than its "
+                        f"{target.width} x {target.height} target"
                     )
-                    yield found("PAIR_ASPECT", what, "cut it to the same shape", row=record.row, path=name)
+                    yield found("PAIR_ASPECT", what, "crop it to the same aspect ratio", row=record.row, path=name)
 
 
 def check_identical(examined: Examined) -> Iterator[Finding]:
@@ -60,8 +60,8 @@ def check_identical(examined: Examined) -> Iterator[Finding]:
             for name in files.get(column, ()):
                 shown = images.get(name)
                 if shown and are_same(examined.table.base, target, shown):
-                    what = f"row {row}: column `{column}` shows `{name}`, which has the same pixels as `{target.path}`"
-                    yield found("PAIR_IDENTICAL", what, "name the image as it was before", row=row, path=name)
+                    what = f"row {row}: column `{column}` names `{name}`, which has the same pixels as its target `{target.path}`"
+                    yield found("PAIR_IDENTICAL", what, "use the image from before the edit", row=row, path=name)
 
 
 def check_masks(examined: Examined) -> Iterator[Finding]:
@@ -70,16 +70,16 @@ def check_masks(examined: Examined) -> Iterator[Finding]:
     for name in sorted(examined.of_columns(examined.columns.masks), key=lambda name: rows[name]):
         mask = examined.images.get(name)
         if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
-            what = f"the mask `{name}` is of one colour: it marks nothing, or everything"
-            yield found("MASK_EMPTY", what, "draw what it should mark", row=rows[name], path=name)
+            what = f"the mask `{name}` has a single colour: it selects nothing, or everything"
+            yield found("MASK_EMPTY", what, "draw the area it should select", row=rows[name], path=name)
     for record in examined.records:
         target = _header(examined, record, examined.columns.target)
         for name in (name for column in examined.columns.masks for name in record.files.get(column, ())):
             mask_header = header_of(examined, name)
             if target and mask_header and (mask_header.width, mask_header.height) != (target.width, target.height):
                 what = (
-                    f"row {record.row}: the mask `{name}` is {mask_header.width} x {mask_header.height} pixels, what it "
-                    f"belongs to {target.width} x {target.height}"
+                    f"row {record.row}: the mask `{name}` is {mask_header.width} x {mask_header.height} pixels, but its "
+                    f"image is {target.width} x {target.height}"
                 )
                 yield found("MASK_SIZE", what, "scale it to the same size", row=record.row, path=name)
 

@@ -58,44 +58,44 @@ def _fault(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _F
     if name in listing.files:
         return None
     if ADDRESS.match(name):
-        return _Fault("URL", "an address", "download the file and name it")
+        return _Fault("URL", "a URL", "download the file and use its path")
     if name.startswith("/") or WINDOWS_ROOT.match(name):
-        return _Fault("PATH_OUTSIDE", "which is absolute", "write it relative to the folder of the dataset")
+        return _Fault("PATH_OUTSIDE", "which is absolute", "make it relative to the dataset folder")
     if name == ".." or name.startswith("../"):
-        return _Fault("PATH_OUTSIDE", "which leads out of the dataset", "move the file into the dataset")
+        return _Fault("PATH_OUTSIDE", "which is outside the dataset", "move the file into the dataset")
     leaving = next((link for link in listing.leaving if name == link or name.startswith(f"{link}/")), None)
     if leaving:
-        return _Fault("PATH_OUTSIDE", f"a link that leads out of the dataset (`{leaving}`)", "copy the file itself")
+        return _Fault("PATH_OUTSIDE", f"a link to outside the dataset (`{leaving}`)", "replace the link with the file")
     unread = next((folder for folder in listing.unread if name.startswith(f"{folder}/")), None)
     if unread:
-        return _Fault("PATH_MISSING", f"in the folder `{unread}`, which cannot be opened", "let the folder be read")
+        return _Fault("PATH_MISSING", f"in the folder `{unread}`, which is not readable", "check its permissions")
     return _missing(name, listing, near, named)
 
 
 def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault:
     other = listing.by_letters.get(letters(name))
     if other:
-        return _Fault("PATH_CASE", f"where the disk has {_spelled(other, name)}", "write it as the disk does")
+        return _Fault("PATH_CASE", f"but the file on disk is {_spelled(other, name)}", "use the exact file name")
     if "\\" in name and listing.find(name.replace("\\", "/")):
-        return _Fault("PATH_MISSING", "which is not there: it has `\\` between folders", WRITE_SLASHES)
+        return _Fault("PATH_MISSING", "which does not exist: it uses `\\` between folders", WRITE_SLASHES)
     meant = _meant(name, listing.in_folder(name.rpartition("/")[0]), named) if near else None
     if meant:
-        return _Fault("PATH_MISSING", "which is not there", f"did you mean `{meant}`?")
+        return _Fault("PATH_MISSING", "which does not exist", f"did you mean `{meant}`?")
     reads_as_caption = " " in name and kind_of_name(name) not in ("image", "clip")
     hint = (
-        "name a file here: this reads as a caption"
+        "write a file name here: this looks like a caption"
         if reads_as_caption
         else f"correct the path (relative to `{listing.base}`)"
     )
-    return _Fault("PATH_MISSING", "which is not there", hint)
+    return _Fault("PATH_MISSING", "which does not exist", hint)
 
 
 def _spelled(other: str, name: str) -> str:
     """A path on the disk, told apart from `name` where both look the same."""
     alike = normalize("NFC", other) == normalize("NFC", name)
     if alike:
-        return f"several files of this name, such as `{other}`, spelled with other combining characters"
-    return f"`{other}`, with a blank at an end of its name" if other.strip() == name else f"`{other}`"
+        return f"one of several files of this name, such as `{other}`, with other combining characters"
+    return f"`{other}`, with leading or trailing spaces in its name" if other.strip() == name else f"`{other}`"
 
 
 def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
@@ -113,8 +113,8 @@ def _named(examined: Examined) -> frozenset[str]:
 def check_folders(examined: Examined) -> Iterator[Finding]:
     """FOLDER_UNREADABLE."""
     for folder, reason in sorted(examined.listing.unread.items() if examined.listing else ()):
-        what = f"the folder `{folder}` cannot be opened: {reason}"
-        hint = "let it be read, or move it out of the dataset"
+        what = f"the folder `{folder}` cannot be read: {reason}"
+        hint = "check its permissions, or move it out of the dataset"
         level: Level = "error" if examined.table.beside else "warning"
         yield found("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
 
@@ -128,4 +128,9 @@ def check_unreferenced(examined: Examined) -> Iterator[Finding]:
     used = named | {listing.links[name] for name in named if name in listing.links}
     for name in sorted(listing.files.keys() - used):
         if kind_of_name(name) in ("image", "clip", "unsupported"):
-            yield found("FILE_UNREFERENCED", f"no row names `{name}`", "write a row for it, or move it away", path=name)
+            yield found(
+                "FILE_UNREFERENCED",
+                f"no row uses `{name}`",
+                "add a row for it, or move it out of the dataset",
+                path=name,
+            )

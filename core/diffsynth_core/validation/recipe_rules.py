@@ -55,8 +55,8 @@ def _without_family(resolved: Resolved) -> list[Problem]:
     ]
     return [
         Problem(
-            f"`{name}` depends on the model, and none is named ({resolved.origins[name]})",
-            "name the run with `--recipe` or `--config`",
+            f"`{name}` depends on the model, but none is given ({resolved.origins[name]})",
+            "pass `--recipe` or `--config`",
             wrong_use=True,
         )
         for name in names

@@ -186,7 +186,7 @@ def buckets_html(examined: Examined) -> str:
 def _bucket_row(line: BucketLine, most: int, batch_size: int) -> str:
     size = _size(line.shape)
     if line.shown:
-        size += f" <small>shown {', '.join(map(_size, line.shown))}</small>"
+        size += f" <small>reference {', '.join(map(_size, line.shown))}</small>"
     bar = f'<svg class="share" aria-hidden="true"><rect width="{100 * line.samples / most:.1f}%" height="100%"/></svg>'
     full = line.last == batch_size
     last = "full" if full else f'<span class="short">short</span> {line.last} of {batch_size}'

@@ -34,10 +34,12 @@ def check_page_path(path: Path) -> None:
         FaultsFound: when it does not end as a page does, or something else is there already.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise FaultsFound([Problem(f"`--report` writes a .html, got `{path}`", "name a .html", wrong_use=True)])
+        raise FaultsFound(
+            [Problem(f"`--report` writes an .html file, got `{path}`", "pass an .html path", wrong_use=True)]
+        )
     if (path.exists() or path.is_symlink()) and not _is_ours(path):
-        what = f"`{path}` (`--report`) is there already and is no report, so it is not written over"
-        raise FaultsFound([Problem(what, "name a file that is not there", wrong_use=True)])
+        what = f"`{path}` (`--report`) exists and is not a report, so it is not overwritten"
+        raise FaultsFound([Problem(what, "choose a new file name", wrong_use=True)])
 
 
 def _is_ours(path: Path) -> bool:
@@ -71,13 +73,13 @@ def page_html(report: Report, examined: Examined) -> str:
         data=data.json,
         title=escape(examined.table.base.resolve().name or summary.origin),
         origin=escape(summary.origin),
-        recipe=f"checked for <b>{escape(summary.recipe)}</b>" if summary.recipe else "checked by the general rules",
+        recipe=f"checked for <b>{escape(summary.recipe)}</b>" if summary.recipe else "checked with the general rules",
         fingerprint=report.fingerprint,
         verdict=_verdict(summary),
         verdict_level="error" if summary.errors else "good",
         numbers=_numbers(summary),
         figures="".join(map(histogram_html, histograms(examined))),
-        buckets=buckets_html(examined) or "<p>No training size is known.</p>",
+        buckets=buckets_html(examined) or "<p>No training sizes are known.</p>",
         levels="".join(_level_buttons(summary)),
         codes="".join(_code_buttons(summary)),
         held=_held(data, summary),
@@ -107,10 +109,10 @@ def _hash_source(text: str) -> str:
 
 def _verdict(summary: Summary) -> str:
     if summary.errors:
-        return f"{count_of(summary.errors, 'error')} to mend before training"
+        return f"{count_of(summary.errors, 'error')} to fix before training"
     if summary.warnings:
-        return f"Can be trained on; {count_of(summary.warnings, 'warning')} to look at"
-    return "Can be trained on; nothing to complain of"
+        return f"Ready to train; {count_of(summary.warnings, 'warning')} to review"
+    return "Ready to train: no problems found"
 
 
 def _numbers(summary: Summary) -> str:
@@ -152,8 +154,8 @@ def _code_buttons(summary: Summary) -> Iterator[str]:
 
 def _held(data: PageData, summary: Summary) -> str:
     """What the page holds of what there is; its size is bounded."""
-    text = f"This page holds {data.findings} findings, {data.samples} samples"
-    text += f" and {data.thumbnails} thumbnails" if summary.decoded else "; files were not looked into"
+    text = f"This page contains {data.findings} findings, {data.samples} samples"
+    text += f" and {data.thumbnails} thumbnails" if summary.decoded else "; files were not decoded"
     text += f" ({format_bytes(len(data.json))})"
     complete = all(one.held == one.of for one in (data.findings, data.samples, data.thumbnails))
     return text if complete else f"{text}; samples with findings come first"

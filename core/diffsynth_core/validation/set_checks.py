@@ -140,13 +140,13 @@ def check_cache(examined: Examined) -> Iterator[Finding]:
         return
     needed, counted = encoded_bytes(examined, shapes)
     free = free_bytes(cache)
-    how = "" if counted else ", captions by their letters"
+    how = "" if counted else ", caption tokens estimated from their length"
     what = (
-        f"the encodings take about {format_bytes(needed)} in `{cache}` ({format_bytes(needed / len(shapes))} a "
+        f"the encodings need about {format_bytes(needed)} in `{cache}` ({format_bytes(needed / len(shapes))} per "
         f"sample{how}), {format_bytes(free)} are free"
     )
     if needed > free:
-        hint = "free some space, or name another folder with `--cache_path`"
+        hint = "free some space, or choose another folder with `--cache_path`"
         yield found("CACHE_SIZE", what, hint, level="warning")
     else:
         yield found("CACHE_SIZE", what)

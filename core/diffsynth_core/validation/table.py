@@ -68,7 +68,7 @@ def read_table(base: Path, metadata: Path | None, rules: Rules, listing: Listing
         return empty, [found("NOT_UTF8", what, SAVE_AS_UTF8, path=metadata.name)]
     columns, rows, findings = READERS[metadata.suffix.lower()](metadata, text)
     if not rows and not findings:
-        findings = [found("EMPTY", f"`{metadata}` holds no row", "write one row per sample", path=metadata.name)]
+        findings = [found("EMPTY", f"`{metadata}` has no rows", "add one row per sample", path=metadata.name)]
     return Table(str(metadata), base, columns, rows), findings
 
 
@@ -101,8 +101,8 @@ def _read_csv(path: Path, text: str) -> _Read:
             number += 1
             split = split_row(header, cells)
             if split is None:
-                what = f"`{path}` line {reader.line_num}: {len(cells)} cells, the header has {width}"
-                hint = "put texts with commas in quotes"
+                what = f"`{path}` line {reader.line_num}: {len(cells)} cells, but the header has {width}"
+                hint = "quote values that contain commas"
                 findings.append(found("PARSE_ERROR", what, hint, row=number, path=path.name))
                 continue
             rows[number], place = split
@@ -110,7 +110,7 @@ def _read_csv(path: Path, text: str) -> _Read:
                 unnamed[place] = unnamed_column(str(path), place, cells[place - 1])
     except csv.Error as error:
         problem = csv_problem(path, error, line, reader.line_num)
-        what = f"{problem.message}; nothing behind it was read"
+        what = f"{problem.message}; nothing after it was read"
         findings.append(found("PARSE_ERROR", what, problem.hint, path=path.name))
     findings += [found("COLUMN_UNKNOWN", one.message, one.hint, path=path.name) for one in unnamed.values()]
     return tuple(filter(None, header)), rows, findings
@@ -166,10 +166,10 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
     kind = rules.kind
     media = rules.target or TARGET_COLUMNS[-1]
     folder = sort_folder(listing, kind, (*METADATA_NAMES, *UNREAD_NAMES))
-    table = Table(f"{base} (captions beside the files)", base, (media, rules.text), {}, beside=True)
+    table = Table(f"{base} (captions in text files)", base, (media, rules.text), {}, beside=True)
     findings = [*_links_out(listing), *check_folder(folder, kind)]
     if not folder.rows:
-        what = f"`{base}` holds neither {', '.join(METADATA_NAMES)} nor {kind}s"
+        what = f"`{base}` contains neither {', '.join(METADATA_NAMES)} nor {kind}s"
         hint = f"write a metadata.csv with the columns `{media}` and `{rules.text}`"
         empty = [] if any(one.level == "error" for one in findings) else [found("EMPTY", what, hint)]
         return table, [*findings, *empty]
@@ -194,7 +194,7 @@ def _read_beside_of(
         if caption in listing.leaving:
             return None, _leads_out(caption, row)
         what = f"`{name}` has no caption: `{caption}` is missing"
-        hint = "write each caption into a .txt file of the same name, or a metadata.csv for all"
+        hint = "write the caption to a .txt file of the same name, or all captions to a metadata.csv"
         return None, found("CAPTION_MISSING", what, hint, row=row, path=name)
     try:
         return read_caption(base / captions[0]), None
@@ -203,7 +203,7 @@ def _read_beside_of(
         return None, found("NOT_UTF8", problem.message, problem.hint, row=row, path=captions[0])
     except OSError as error:
         what = f"`{captions[0]}` cannot be read: {error.strerror}"
-        return None, found("PATH_MISSING", what, "let it be read", row=row, path=captions[0])
+        return None, found("PATH_MISSING", what, "check its permissions", row=row, path=captions[0])
 
 
 def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
@@ -214,14 +214,16 @@ def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
             level: Level | None = "error" if captioned else None
             yield found("FORMAT_UNSUPPORTED", problem.message, problem.hint, path=name, level=level)
     for name in folder.other_media:
-        what = f"`{name}` is not used: {kind}s are trained on"
-        yield found("FILE_UNREFERENCED", what, "move it away, or name the recipe that it is for", path=name)
+        what = f"`{name}` is not used: training uses {kind}s"
+        yield found(
+            "FILE_UNREFERENCED", what, "move it out of the dataset, or pass the recipe that it is for", path=name
+        )
     for name in folder.lone_captions:
-        hint = "put its file beside it, in a format that is read, or move it away"
-        yield found("FILE_UNREFERENCED", f"`{name}` is a caption without a file", hint, path=name)
+        hint = "add its media file in a supported format, or move it out of the dataset"
+        yield found("FILE_UNREFERENCED", f"`{name}` is a caption file without an image or clip", hint, path=name)
     for name in folder.unknown:
-        what = f"`{name}` is not read: no image, clip or caption"
-        yield found("FILE_UNKNOWN", what, "move it away if it is not meant", path=name)
+        what = f"`{name}` is not read: not an image, clip or caption"
+        yield found("FILE_UNKNOWN", what, "move it out of the dataset if it does not belong there", path=name)
     if folder.leftovers:
         yield found("FILE_LEFTOVER", leftovers_note(folder.leftovers))
 
@@ -237,8 +239,8 @@ def _links_out(listing: Listing) -> Iterator[Finding]:
 
 
 def _leads_out(name: str, row: int | None, level: Level | None = None) -> Finding:
-    what = f"`{name}` is a link that leads out of the dataset"
-    hint = "copy the file itself" if level is None else "copy what it leads to, or take it out"
+    what = f"`{name}` is a link to outside the dataset"
+    hint = "replace the link with the file" if level is None else "replace the link with its target, or remove it"
     return found("PATH_OUTSIDE", what, hint, row=row, path=name, level=level)
 
 

@@ -26,7 +26,7 @@ def _out_of_range(threshold: Field[Any], value: float) -> Problem | None:
         return None
     expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
     what = f"`--{threshold.name}` is {value:g}, expected {expected} ({threshold.metadata['unit']})"
-    return Problem(what, "name a number of that range", wrong_use=True)
+    return Problem(what, "choose a number in this range", wrong_use=True)
 
 
 @dataclass(frozen=True)
@@ -36,51 +36,51 @@ class Thresholds:
     near_duplicate_distance: int = _threshold(
         3,
         "bits of 64",
-        "Images whose difference hashes differ in at most so many bits are IMAGE_NEAR_DUPLICATE; -1: none",
+        "Largest number of differing difference-hash bits for IMAGE_NEAR_DUPLICATE; -1: off",
         least=-1,
         most=64,
     )
     near_duplicate_colour: float = _threshold(
         12.0,
         "levels of 255",
-        "Images whose colours, field by field of a grid of 8 x 8, differ by more on average are not near duplicates",
+        "Largest mean colour difference of near duplicates, over an 8 x 8 grid",
         least=0,
     )
     max_aspect: float = _threshold(
-        4.0, "ratio", "The longer side of an image by the shorter one, above which it is IMAGE_ASPECT", least=1
+        4.0, "ratio", "Largest ratio of the longer to the shorter side; above it: IMAGE_ASPECT", least=1
     )
     max_crop_loss: float = _threshold(
         0.2,
         "share",
-        "The share of an image or video that may be cut away before it is IMAGE_CROP_LOSS",
+        "Largest share of an image or video that may be cropped; above it: IMAGE_CROP_LOSS",
         least=0,
         most=1,
     )
     max_upscale: float = _threshold(
         MAX_UPSCALE,
         "factor",
-        "Images and videos that are scaled up by more, to be trained on or shown, are IMAGE_UPSCALED",
+        "Largest upscaling to a training or reference size; above it: IMAGE_UPSCALED",
         least=1,
     )
     min_area_share: float = _threshold(
         MIN_AREA_SHARE,
         "share",
-        "Images and videos of a smaller share of the area that the model is usually trained at, or of `max_pixels` "
-        "where that is less, are IMAGE_LOW_RESOLUTION; a fixed size and rules without a recipe know none",
+        "Smallest share of the model's usual training area, or of `max_pixels` where that is less; below it: "
+        "IMAGE_LOW_RESOLUTION. Not checked with a fixed size or without a recipe",
         least=0,
         most=1,
     )
     min_side: int = _threshold(
-        GENERAL_FACTOR, "pixels", "The least side of an image or video; a shorter one is IMAGE_TOO_SMALL", least=1
+        GENERAL_FACTOR, "pixels", "Minimum side of an image or video; below it: IMAGE_TOO_SMALL", least=1
     )
     max_tokens: int = _threshold(
         512,
         "tokens",
-        "Captions of more are CAPTION_TOO_LONG; a recipe brings the number of its own text encoder",
+        "Caption limit; above it: CAPTION_TOO_LONG. A recipe sets the limit of its text encoder",
         least=1,
     )
     file_timeout: float = _threshold(
-        120.0, "seconds", "A file that takes longer is given up and told as unreadable", least=0.001
+        120.0, "seconds", "Time limit per file; a file that takes longer is reported as unreadable", least=0.001
     )
 
     def __post_init__(self) -> None:

@@ -16,8 +16,8 @@ from diffsynth_core.validation.rules import Rules
 from diffsynth_core.validation.set_checks import header_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
-    "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or take its row out"),
-    "VIDEO_TRUNCATED": ("is cut off", "fetch the file again or take its row out"),
+    "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or remove its row"),
+    "VIDEO_TRUNCATED": ("is incomplete", "download the file again or remove its row"),
 }
 """Code of a fault -> what is said of the file, and the hint."""
 USUAL_RATES = (5.0, 61.0)
@@ -42,18 +42,18 @@ def check_single_frames(examined: Examined) -> Iterator[Finding]:
     rules, rows, lengths = examined.rules, examined.first_rows(), _lengths(examined)
     for path, frames in lengths.items():
         if _all_given(frames, rules):
-            what = f"`{path}` is one frame, which the model is given: nothing is left to learn"
-            hint = "take its row out"
+            what = f"`{path}` has one frame, and the model conditions on the first frame: nothing is left to predict"
+            hint = "remove its row"
             yield found("VIDEO_TOO_SHORT", what, hint, row=rows[path], path=path, level="error")
     single = [path for path, frames in lengths.items() if frames == 1 and not _all_given(frames, rules)]
     if not single:
         return
-    of_all = f"of {len(single)} of {count_of(len(lengths), 'file')} one frame is trained on"
+    of_all = f"training uses one frame of {len(single)} of {count_of(len(lengths), 'file')}"
     if rules.shown_frames:
-        what = f"{of_all}, which the model is shown ({', '.join(rules.shown_frames)}) and learns to copy"
-        yield found("VIDEO_STILL", what, "replace them by videos, or take their rows out")
+        what = f"{of_all}, which is also the condition ({', '.join(rules.shown_frames)}): the model learns to copy it"
+        yield found("VIDEO_STILL", what, "replace them with videos, or remove their rows")
     elif len(single) == len(lengths):
-        yield found("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos where motion is to be learned")
+        yield found("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos if the model should learn motion")
     elif any(path in examined.images for path in single):
         yield found("VIDEO_FRAMES", of_all)
 
@@ -94,19 +94,19 @@ def _odd_rate(rate: float, trained_at: float | None, others: float) -> tuple[str
     """What to say of a frame rate, and what to do; None: nothing."""
     if trained_at and trained_at > RATE_SPREAD * rate:
         return (
-            f", fewer than the {trained_at:g} that are trained at: frames are doubled",
+            f", below the {trained_at:g} of training: frames are duplicated",
             "train at a lower `--frame_rate`",
         )
     if not trained_at and max(rate, others) > RATE_SPREAD * min(rate, others):
-        return f", most others have {others:g}", "train all at one speed with `--frame_rate`"
+        return f", but most others have {others:g}", "resample all of them with `--frame_rate`"
     if not USUAL_RATES[0] <= rate <= USUAL_RATES[1]:
-        return ", which is unusual", "see whether it moves at its natural speed"
+        return ", which is unusual", "check that it plays at its natural speed"
     return None
 
 
 def _rotated(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.rotated:
-        yield found("VIDEO_ROTATED", f"`{facts.path}` is turned upright as its metadata says", row=row, path=facts.path)
+        yield found("VIDEO_ROTATED", f"`{facts.path}`: rotation metadata is applied", row=row, path=facts.path)
 
 
 def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -114,7 +114,7 @@ def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     asked = rules.media.frames.num_frames if rules.media.frames else 2
     available = _available(facts)
     if available < asked and not _all_given(_used(available, rules), rules):
-        what = f"`{facts.path}` has {count_of(available, 'frame')}, {asked} are asked for"
+        what = f"`{facts.path}` has {count_of(available, 'frame')}, expected {asked}"
         hint = (
             f"replace it, or train with `--num_frames {_used(available, rules)}`"
             if rules.media.frames
@@ -131,23 +131,23 @@ def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     used = _used(available, rules)
     if used < available:
         rate = "" if facts.resampled is None else f" at {rules.media.frames.frame_rate:g} per second"
-        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} lost"
+        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} dropped"
         yield found("VIDEO_FRAMES", what, row=row, path=facts.path)
 
 
 def _variable(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.variable_rate:
         shortest, longest = (f"{1000 * seconds:.0f}" for seconds in facts.spacing)
-        what = f"`{facts.path}`: from frame to frame it takes {shortest} to {longest} ms"
-        hint = "train at an even rate with `--frame_rate`"
+        what = f"`{facts.path}` has a variable frame rate: {shortest} to {longest} ms per frame"
+        hint = "resample it to a constant rate with `--frame_rate`"
         if rules.media.frames is None or rules.media.frames.frame_rate is None:
             yield found("VIDEO_VARIABLE_RATE", what, hint, row=row, path=facts.path)
 
 
 def _still(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.still:
-        what = f"in `{facts.path}` nothing moves"
-        yield found("VIDEO_STILL", what, "train on it as an image, or take its row out", row=row, path=facts.path)
+        what = f"nothing moves in `{facts.path}`"
+        yield found("VIDEO_STILL", what, "train on it as an image, or remove its row", row=row, path=facts.path)
 
 
 def _available(facts: VideoFacts) -> int:

@@ -102,7 +102,7 @@ def test_train_brings_what_it_lacks(here, hub, tiny_models, photographs, folder,
 def test_train_brings_nothing_for_a_command_that_is_refused(here, hub, tmp_path, models):
     outcome = here("train", *SETTINGS, "--dataset_base_path", tmp_path / "nowhere")
     assert (outcome.code, outcome.out) == (1, "")
-    assert "nowhere` (`dataset_base_path`) is not there" in outcome.err
+    assert "nowhere` (`dataset_base_path`) does not exist" in outcome.err
     assert "`diffsynth download qwen-image-lora`" in outcome.err
     assert hub.requests.total() == 0 and not models.exists()
 

@@ -47,7 +47,7 @@ function count(number) {
 
 function withoutThumbnail(path) {
   if (path === null) return "whole set";
-  return decoded.has(path) ? "thumbnail left out" : "no image";
+  return decoded.has(path) ? "thumbnail omitted" : "no image";
 }
 
 /* A thumbnail, its longer side at most `side` pixels; with `crop` the part that training sees is framed. */
@@ -103,7 +103,7 @@ function sizes(sample) {
   }
   const [width, height, frames] = sample.size;
   line.append(` → ${by(width, height, ...(frames > 1 ? [frames] : []))}`);
-  const lost = sample.lost > 0.0005 ? `, ${percent(sample.lost)} cut away` : ", whole";
+  const lost = sample.lost > 0.0005 ? `, ${percent(sample.lost)} cropped` : ", whole";
   line.append(make("span", { class: "lost" }, lost));
   return line;
 }
