@@ -240,7 +240,7 @@ def test_a_file_that_fits_several_families_asks(cli, says):
 
 
 def test_a_format_that_nothing_loads_is_told_where_it_is_written(cli, family, plan):
-    note = "no other program loads a LoRA of FLUX.1 in the format `diffsynth`, only `diffsynth` does"
+    note = "only `diffsynth` loads a LoRA of FLUX.1 in the format `diffsynth`"
     save_file(
         halves({"double_blocks.0.img_attn.proj": (8, 8), "double_blocks.0.img_mod.lin": (48, 8)}, "{}"),
         "mine.safetensors",

@@ -53,8 +53,8 @@ def test_a_controlnet_is_told_from_the_transformer(family):
 @pytest.mark.parametrize(
     ("family", "names", "title"),
     [
-        ("flux", {"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"}, "a ControlNet for several kinds"),
-        ("flux", {"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"}, "a ControlNet that reads pixels"),
+        ("flux", {"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"}, "a union ControlNet"),
+        ("flux", {"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"}, "a ControlNet with pixel inputs"),
         ("qwen-image", {"controlnet_blocks.0.x_rms.weight", "controlnet_blocks.0.y_rms.weight"}, "a blockwise"),
     ],
 )

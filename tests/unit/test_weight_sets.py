@@ -53,18 +53,18 @@ def add_a_model(folder):
     ("change", "message"),
     [
         (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "1 shard of `{folder}` missing: "),
-        (contradict, "and its shards disagree on where 1 tensor stand: `a`"),
-        (lead_outside, "lists files of other folders: `../x.safetensors`"),
+        (contradict, "and its shards disagree on the place of 1 tensor: `a`"),
+        (lead_outside, "lists files in other folders: `../x.safetensors`"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
             "top level is a list, expected an object",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
-            "is not an index of shards: `weight_map.a` is `1`, expected a string",
+            "is not a shard index: `weight_map.a` is `1`, expected a string",
         ),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "it is nested too deep"),
-        (add_a_model, "holds several models: `model-00001-of-00002.safetensors`, "),
+        (add_a_model, "contains several models: `model-00001-of-00002.safetensors`, "),
     ],
 )
 def test_what_is_not_whole_is_refused(tmp_path, change, message):
@@ -83,7 +83,7 @@ def test_a_shard_alone_is_not_all_of_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("x.pth", "is a pickled file"), ("none.safetensors", "is not there"), ("empty", "holds no safetensors files")],
+    [("x.pth", "is a pickled file"), ("none.safetensors", "does not exist"), ("empty", "contains no safetensors files")],
 )
 def test_other_files_are_refused(tmp_path, name, message):
     (tmp_path / "x.pth").write_bytes(b"x")
