@@ -162,7 +162,7 @@ def test_programs_are_told_the_same(save, convert):
 def test_a_file_of_the_second_expert_is_read_by_its_prefix(save, convert):
     save({f"pipe.dit2.blocks.0.self_attn.q.lora_{half}.default.weight": torch.ones(2, 2) for half in "AB"})
     assert convert("--to", "diffusers")[1][0] == (
-        "mine.safetensors: the dit2 of Wan, diffsynth -> diffusers, 1 module read, 1 written"
+        "mine.safetensors: the Wan dit2, diffsynth -> diffusers, 1 module read, 1 written"
     )
     assert set(load_file("out.safetensors")) == {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"}
 
@@ -317,7 +317,11 @@ def test_a_base_proves_both_files(save, convert, tiny_models):
             "qwen-image",
             "the LoRA of `transformer_blocks.0.attn.to_q` is [6, 2] x [2, 6], which does not match its weight",
         ),
-        (Q.replace("0", "77"), "qwen-image", "2 of 2 keys match no module: `transformer.transformer_blocks.77.attn.to_q"),
+        (
+            Q.replace("0", "77"),
+            "qwen-image",
+            "2 of 2 keys match no module: `transformer.transformer_blocks.77.attn.to_q",
+        ),
         (Q, "flux2", "is the Qwen-Image diffusion transformer, but the LoRA is for the FLUX.2 dit"),
     ],
 )

@@ -61,7 +61,7 @@ def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
     moved = after[f"{Q}.weight"] - before[f"{Q}.weight"].float()
     assert torch.allclose(moved, torch.full_like(moved, 0.0625), atol=1e-6)
     lines = outcome.out.splitlines()
-    assert lines[0].endswith(f": the diffusion transformer of Qwen-Image, 1 tensor of {len(before)} changed")
+    assert lines[0].endswith(f": the Qwen-Image diffusion transformer, 1 tensor of {len(before)} changed")
     assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha left out lost in rounding"
     assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
     size = format_bytes(sum(path.stat().st_size for path in written))

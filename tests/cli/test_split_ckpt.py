@@ -181,7 +181,12 @@ def test_a_pickle(refuse):
     torch.save({"x": ones(1)}, "x.pth")
     assert refuse("x.pth", "--output_path", "parts") == (
         1,
-        [("`x.pth` is a pickled file, but only safetensors files are supported here", "convert it to safetensors first")],
+        [
+            (
+                "`x.pth` is a pickled file, but only safetensors files are supported here",
+                "convert it to safetensors first",
+            )
+        ],
     )
 
 

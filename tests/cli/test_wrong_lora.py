@@ -134,7 +134,9 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
     rewrite(lora, **{"pipe.text_encoder.model.norm.weight": torch.ones(3)})
-    message = f"`{lora}` contains 1 full weight of text_encoder besides the LoRA of dit, but only a LoRA is supported here"
+    message = (
+        f"`{lora}` contains 1 full weight of text_encoder besides the LoRA of dit, but only a LoRA is supported here"
+    )
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, ALONE)])
 
 

@@ -162,8 +162,7 @@ def test_the_transformer_of_dev(refuse, models):
     assert code == 2 or code == 1
     message, hint = problems[0]
     assert (
-        message
-        == f"`{KLEIN_4B}:transformer/*.safetensors` is the FLUX.2-dev transformer, which is not supported yet"
+        message == f"`{KLEIN_4B}:transformer/*.safetensors` is the FLUX.2-dev transformer, which is not supported yet"
     )
     assert "klein" in (hint or "")
 

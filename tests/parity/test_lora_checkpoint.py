@@ -87,7 +87,9 @@ def test_a_missing_half_is_refused(tiny_families, tmp_path, family, dialect):
     rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != half})
     for parameters in ({"lora_checkpoint": path}, {"preset_lora_path": path, "preset_lora_model": "dit"}):
         [problem] = problems_of(tiny, **parameters)
-        assert problem.message.startswith(f"`{path}`: the LoRA of `") and problem.message.endswith(" has lora_A but no lora_B")
+        assert problem.message.startswith(f"`{path}`: the LoRA of `") and problem.message.endswith(
+            " has lora_A but no lora_B"
+        )
 
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)

@@ -13,12 +13,24 @@ from diffsynth_core.data.drawn_images import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {
-    "qwen-image": ("each of its 42 keys matches one of 21 modules of dit", "all 77 tensors of dit are in the checkpoint"),
-    "wan2.1-i2v": ("each of its 40 keys matches one of 20 modules of dit", "all 87 tensors of dit are in the checkpoint"),
+    "qwen-image": (
+        "each of its 42 keys matches one of 21 modules of dit",
+        "all 77 tensors of dit are in the checkpoint",
+    ),
+    "wan2.1-i2v": (
+        "each of its 40 keys matches one of 20 modules of dit",
+        "all 87 tensors of dit are in the checkpoint",
+    ),
     "wan": ("each of its 40 keys matches one of 20 modules of dit", "all 69 tensors of dit are in the checkpoint"),
     "flux.1": ("each of its 78 keys matches one of 26 modules of dit", "all 84 tensors of dit are in the checkpoint"),
-    "flux.2-klein-4b": ("each of its 128 keys matches one of 64 modules", "all 121 tensors of dit are in the checkpoint"),
-    "flux.2-klein-base-4b": ("each of its 128 keys matches one of 64 modules", "all 121 tensors of dit are in the checkpoint"),
+    "flux.2-klein-4b": (
+        "each of its 128 keys matches one of 64 modules",
+        "all 121 tensors of dit are in the checkpoint",
+    ),
+    "flux.2-klein-base-4b": (
+        "each of its 128 keys matches one of 64 modules",
+        "all 121 tensors of dit are in the checkpoint",
+    ),
     "flux.2": ("each of its 144 keys matches one of 72 modules of dit", "all 137 tensors of dit are in the checkpoint"),
 }
 """What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""

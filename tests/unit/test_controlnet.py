@@ -68,7 +68,7 @@ def test_other_controlnets_are_told_what_they_are(family, names, title):
 def test_the_controlnet_of_the_other_family_is_told():
     for family, other in (("qwen-image", "flux"), ("flux", "qwen-image")):
         stranger = find_stranger(module_of(other, "controlnet").state_dict().keys(), FAMILIES[family])
-        assert stranger is not None and stranger.title == f"a ControlNet of {FAMILIES[other].title}"
+        assert stranger is not None and stranger.title == f"a {FAMILIES[other].title} ControlNet"
         assert find_stranger(module_of(family, "controlnet").state_dict().keys(), FAMILIES[family]) is None
 
 

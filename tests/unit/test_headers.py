@@ -184,7 +184,7 @@ def test_a_header_nested_without_end_is_refused(tmp_path):
 def test_sides_that_are_none(tmp_path, shape):
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}))
-    with pytest.raises(DiffSynthError, match="the header of `x` contradicts itself"):
+    with pytest.raises(DiffSynthError, match="the header entry of `x` is inconsistent"):
         read_header(path)
 
 

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, bes
 
 def test_a_file_without_tensors_is_refused(save):
     path = save({})
-    with pytest.raises(DiffSynthError, match="holds no LoRA"):
+    with pytest.raises(DiffSynthError, match="contains no LoRA"):
         check_lora_file(path, BASE)
 
 
@@ -112,7 +112,7 @@ def test_the_lora_of_another_component_is_refused(save):
 
 def test_an_alpha_without_its_halves_is_refused(save):
     path = save({"lora_unet_q.alpha": torch.tensor(1.0)})
-    with pytest.raises(DiffSynthError, match="the LoRA of `q` lacks a half"):
+    with pytest.raises(DiffSynthError, match="the LoRA of `q` has no lora_A and no lora_B"):
         check_lora_file(path, BASE)
 
 
@@ -135,7 +135,7 @@ def test_another_rank_is_told_with_the_rank_to_give(save):
     path = save(halves("q", (3, 4), (6, 3)))
     with pytest.raises(DiffSynthError, match="has rank 3 at `q`, but the run uses rank 2") as caught:
         load_lora(model("q"), path)
-    assert caught.value.problems[0].hint == "give `--lora_rank 3`"
+    assert caught.value.problems[0].hint == "pass `--lora_rank 3`"
 
 
 def test_modules_that_the_file_leaves_out_keep_their_start(save):
