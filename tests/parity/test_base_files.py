@@ -314,7 +314,7 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"blocks.0.a.weight_scale": torch.ones(3)}, "has the scale `blocks.0.a.weight_scale`, and no"),
+        ({"blocks.0.a.weight_scale": torch.ones(3)}, "has the scale `blocks.0.a.weight_scale`, but no"),
         ({"Q.weight_scale": torch.ones(7)}, "of shape [7] does not match"),
         ({"Q.weight": torch.ones(4, 4, dtype=torch.int8), "Q.weight_scale": torch.ones(4, 1)}, "is I8, its scale F32"),
         ({"Q.weight_scale": torch.ones(()), "Q.scale_weight": torch.ones(())}, "has two scales for"),

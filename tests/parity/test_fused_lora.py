@@ -329,7 +329,7 @@ def saved_with(base: nn.Module, path: Path, changes: Mapping[str, Tensor | None]
         ({of_part("k", "A"): torch.ones(3, 32)}, "has rank 6 at `blocks.0.attn.a_to_qkv`, but the run uses rank 3"),
         (
             {of_part("k", "A"): None},
-            "the LoRA of `blocks.0.attn.a_to_qkv` (its part `transformer_blocks.0.attn.to_k`) has lora_A but no lora_B",
+            "the LoRA of `blocks.0.attn.a_to_qkv` (its part `transformer_blocks.0.attn.to_k`) has lora_B but no lora_A",
         ),
         (
             {of_part("v", "B"): torch.ones(31, 3)},
