@@ -85,8 +85,8 @@ def test_modules_that_become_one_raise_the_rank_and_it_is_said(save, convert):
     assert convert(*FLUX2) == (
         "out.safetensors  6 tensors  1.4 kB\n",
         [
-            "mine.safetensors: the dit of FLUX.2, diffusers -> kohya, 4 modules read, 2 written",
-            "rank raised at 1 module that kohya has as one, where the file has LoRAs of their own "
+            "mine.safetensors: the FLUX.2 dit, diffusers -> kohya, 4 modules read, 2 written",
+            "rank increased for 1 module that kohya fuses, as the file has separate LoRAs "
             "(`double_blocks.0.img_attn.qkv`): 2 + 2 + 2 -> 6",
             "1 file, 1.4 kB written",
         ],
@@ -125,7 +125,7 @@ def test_a_scale_is_multiplied_in_where_no_alpha_is_read(save, convert, dtype, a
     """float16 has too few exponents to be sure."""
     save(down_up(MODULATION, alpha, dtype))
     _, lines = convert("--to", "diffusers")
-    assert lines[1] == f"diffusers stores no alpha: lora_B of 1 module is multiplied with {told}"
+    assert lines[1] == f"diffusers stores no alpha: lora_B of 1 module is multiplied by {told}"
     tensors = load_file("out.safetensors")
     assert tensors.keys() == {f"transformer.transformer_blocks.0.img_mod.1.lora_{half}.weight" for half in "AB"}
     up = tensors["transformer.transformer_blocks.0.img_mod.1.lora_B.weight"]
@@ -162,7 +162,7 @@ def test_programs_are_told_the_same(save, convert):
 def test_a_file_of_the_second_expert_is_read_by_its_prefix(save, convert):
     save({f"pipe.dit2.blocks.0.self_attn.q.lora_{half}.default.weight": torch.ones(2, 2) for half in "AB"})
     assert convert("--to", "diffusers")[1][0] == (
-        "mine.safetensors: the dit2 of Wan, diffsynth -> diffusers, 1 module read, 1 written"
+        "mine.safetensors: the Wan dit2, diffsynth -> diffusers, 1 module read, 1 written"
     )
     assert set(load_file("out.safetensors")) == {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"}
 
@@ -178,29 +178,29 @@ THIRDS = {
 REFUSED = [
     (
         halves(Q), KOHYA, 1,
-        "`mine.safetensors` may be a LoRA of qwen-image or flux or flux2: all its modules have the same names in each",
-        "give `--family`, one of qwen-image, flux, flux2",
+        "`mine.safetensors` may be a LoRA of qwen-image or flux or flux2: its module names are the same in each",
+        "pass `--family`, one of qwen-image, flux, flux2",
     ),
     (
         down_up(MODULATION, 1.0) | ENCODER, KOHYA, 1,
-        "`mine.safetensors`: 3 of 6 keys fit no module of the dit of Qwen-Image: "
+        "`mine.safetensors`: 3 of 6 keys match no module of the Qwen-Image dit: "
         "`lora_te_text_model_encoder_layers_0_mlp_fc1.alpha`, "
         "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`, "
-        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight` (3 are of a text encoder)",
-        "leave them out with `--allow_unmatched`, or name another file",
+        "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight` (3 of them for a text encoder)",
+        "skip them with `--allow_unmatched`, or pass another file",
     ),
     (
         {"a.weight": torch.ones(1)}, KOHYA, 1,
-        "`mine.safetensors`: none of its 1 keys fits a module of Qwen-Image, Wan, FLUX.1, FLUX.2: `a.weight`",
-        "name a LoRA file",
+        "`mine.safetensors`: none of its 1 keys matches a module of Qwen-Image, Wan, FLUX.1, FLUX.2: `a.weight`",
+        "pass a LoRA file",
     ),
     (
         ENCODER, (*KOHYA, "--allow_unmatched", "--family", "wan"), 1,
-        "`mine.safetensors`: none of its 3 keys fits a module of Wan: "
+        "`mine.safetensors`: none of its 3 keys matches a module of Wan: "
         "`lora_te_text_model_encoder_layers_0_mlp_fc1.alpha`, "
         "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`, "
         "`lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight`",
-        "name a LoRA of one of them",
+        "pass a LoRA for one of them",
     ),
     (
         LOKR, KOHYA, 1,
@@ -209,62 +209,62 @@ REFUSED = [
     ),
     (
         halves(Q) | FULL, FLUX2, 1,
-        "`mine.safetensors`: 1 of 3 keys fit no module of the dit of FLUX.2: `pipe.text_encoder.norm.weight`",
-        "take the file apart with `diffsynth split-ckpt`, and convert its LoRA",
+        "`mine.safetensors`: 1 of 3 keys match no module of the FLUX.2 dit: `pipe.text_encoder.norm.weight`",
+        "split the file with `diffsynth split-ckpt`, and convert its LoRA",
     ),
     (
         dict([*halves(Q).items()][:1]), FLUX2, 1,
-        "`mine.safetensors`: the LoRA of `transformer_blocks.0.attn.to_q` lacks a half", "write the file anew",
+        "`mine.safetensors`: the LoRA of `transformer_blocks.0.attn.to_q` has lora_A but no lora_B", "re-export the file",
     ),
     (
         MISFIT, FLUX2, 1,
-        "`mine.safetensors`: the halves of the LoRA of `transformer_blocks.0.attn.to_q` do not fit each other: [6, 2] "
+        "`mine.safetensors`: lora_B and lora_A of the LoRA of `transformer_blocks.0.attn.to_q` do not match: [6, 2] "
         "and [1, 6]",
-        "write the file anew",
+        "re-export the file",
     ),
     (
         halves(Q, value=float("nan")), FLUX2, 1,
-        "`mine.safetensors`: 1 tensor with NaN or infinity: "
+        "`mine.safetensors`: 1 tensor with NaN or Inf: "
         "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`",
-        "name an earlier checkpoint",
+        "use an earlier checkpoint",
     ),
     (
         halves(Q) | halves(K, rows=4), FLUX2, 1,
         "`mine.safetensors`: the LoRAs of `transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, which "
-        "`double_blocks.0.img_attn.qkv` is together, do not fit each other: lora_B has 6, 4 rows, lora_A 6 columns",
-        "give the right `--family`, or write the file anew",
+        "`double_blocks.0.img_attn.qkv` fuses, do not match: lora_B has 6, 4 rows, lora_A 6 columns",
+        "pass the right `--family`, or re-export the file",
     ),
     (
         down_up("lora_unet_double_blocks_0_img_attn_proj", 1.0)
         | THIRDS,
         ("--to", "diffusers", "--family", "flux2"), 1,
-        "`mine.safetensors`: lora_B of `double_blocks.0.img_attn.qkv` has 4 rows, which "
-        "`transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, `transformer_blocks.0.attn.to_v` cannot share",
-        "give the right `--family`, or write the file anew",
+        "`mine.safetensors`: lora_B of `double_blocks.0.img_attn.qkv` has 4 rows, which cannot be split among "
+        "`transformer_blocks.0.attn.to_q`, `transformer_blocks.0.attn.to_k`, `transformer_blocks.0.attn.to_v`",
+        "pass the right `--family`, or re-export the file",
     ),
     (
         halves(Q), (*KOHYA, "--family", "sdxl"), 2,
-        "there is no family `sdxl`", "known: qwen-image, wan, flux, flux2",
+        "unknown family `sdxl`", "known: qwen-image, wan, flux, flux2",
     ),
     (
         halves(Q), (*FLUX2, "--component", "vae"), 2,
-        "a LoRA of `vae` has the same names in all dialects of FLUX.2, if any", "name a LoRA of dit",
+        "a LoRA of `vae` cannot be renamed: no LoRA format defines key names for it in FLUX.2", "pass a LoRA of dit",
     ),
     (
         halves(Q), (*FLUX2, "--component", "dit2"), 2,
-        "a LoRA of `dit2` has the same names in all dialects of FLUX.2, if any", "name a LoRA of dit",
+        "a LoRA of `dit2` cannot be renamed: no LoRA format defines key names for it in FLUX.2", "pass a LoRA of dit",
     ),
     (
         halves(Q), (*FLUX2, "-o", "out.bin"), 2,
-        "`out.bin` does not end in `.safetensors`", "name a file that does",
+        "`out.bin` does not end in `.safetensors`", "use a name that ends in `.safetensors`",
     ),
     (
         halves(Q), (*FLUX2, "-o", "mine.safetensors", "--overwrite"), 1,
-        "`mine.safetensors` would be written over the input `mine.safetensors`", "name another `--output_path`",
+        "`mine.safetensors` would overwrite the input `mine.safetensors`", "choose another `--output_path`",
     ),
     (
         halves(Q), (*FLUX2, "--check", "base.safetensors"), 1,
-        "`--check` `base.safetensors` is not there", "correct the path, or write `model_id:file`",
+        "`--check` `base.safetensors` does not exist", "correct the path, or use `model_id:file`",
     ),
 ]  # fmt: skip
 """(tensors, arguments, exit code, message, hint)."""
@@ -280,8 +280,8 @@ def test_a_file_that_contradicts_the_command_is_refused(save, refuse):
     save(halves(Q), family="flux2")
     assert refuse(*KOHYA, "--family", "wan")[1] == [
         (
-            "`mine.safetensors` says of itself that it is of `flux2`, `--family` says `wan`",
-            "leave `--family` out, or name another file",
+            "the metadata of `mine.safetensors` states the family `flux2`, but `--family` is `wan`",
+            "remove `--family`, or pass another file",
         )
     ]
 
@@ -305,7 +305,7 @@ def test_a_base_proves_both_files(save, convert, tiny_models):
         family="qwen-image",
     )
     assert convert(*KOHYA, "--check", BASE)[1][1] == (
-        f"every key finds a module of the right shape in {BASE}, before and after"
+        f"every key matches a module and its shape in {BASE}, before and after conversion"
     )
 
 
@@ -315,10 +315,14 @@ def test_a_base_proves_both_files(save, convert, tiny_models):
         (
             Q,
             "qwen-image",
-            "the LoRA of `transformer_blocks.0.attn.to_q` is [6, 2] x [2, 6], which does not fit its weight",
+            "the LoRA of `transformer_blocks.0.attn.to_q` is [6, 2] x [2, 6], which does not match its weight",
         ),
-        (Q.replace("0", "77"), "qwen-image", "2 of 2 keys fit no module: `transformer.transformer_blocks.77.attn.to_q"),
-        (Q, "flux2", "is the diffusion transformer of Qwen-Image, the LoRA is of the dit of FLUX.2"),
+        (
+            Q.replace("0", "77"),
+            "qwen-image",
+            "2 of 2 keys match no module: `transformer.transformer_blocks.77.attn.to_q",
+        ),
+        (Q, "flux2", "is the Qwen-Image diffusion transformer, but the LoRA is for the FLUX.2 dit"),
     ],
 )
 def test_a_base_that_does_not_fit_is_told(save, refuse, module, family, expected):

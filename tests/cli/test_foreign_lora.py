@@ -56,8 +56,8 @@ def refused(cli, models, tmp_path):
 def test_an_alpha_that_is_not_one_number(refused, lora, name, alpha):
     save_file(lora | {ALPHA: alpha}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        f"`mine.safetensors`: `{ALPHA}` is not one number",
-        "write the file anew",
+        f"`mine.safetensors`: `{ALPHA}` is not a single number",
+        "re-export the file",
     )
 
 
@@ -68,7 +68,7 @@ def test_an_alpha_that_is_not_one_number(refused, lora, name, alpha):
 def test_halves_that_are_no_floats(refused, lora, name, dtype, stored):
     save_file(lora | {DOWN: lora[DOWN].to(dtype)}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        f"`mine.safetensors`: `{DOWN}` is stored as {stored}, expected a float", "write the file anew"
+        f"`mine.safetensors`: `{DOWN}` has dtype {stored}, expected a float", "re-export the file"
     )  # fmt: skip
 
 
@@ -79,13 +79,13 @@ PEFT = [f"base_model.model.{Q}.lora_{half}.weight" for half in "AB"]
 def test_what_peft_writes_needs_the_file_of_its_alphas(refused, lora, name):
     save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        "`mine.safetensors`: its keys begin with `base_model.model.`, as peft writes them, whose alphas are not in the "
-        "file but in the `adapter_config.json` beside it, which is missing",
-        "put the `adapter_config.json` of the same training beside it",
+        "`mine.safetensors`: its keys have the prefix `base_model.model.` of peft, which keeps alphas in "
+        "`adapter_config.json` next to the file, and that is missing",
+        "put the `adapter_config.json` from the same training next to it",
     )
 
 
-NO_SETTINGS = "`adapter_config.json` does not hold the settings of a LoRA of peft: "
+NO_SETTINGS = "`adapter_config.json` is not a LoRA config of peft: "
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_settings_of_peft_that_are_none(refused, lora, text, message):
     save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     Path("adapter_config.json").write_text(text)
     told, hint = refused("convert", "mine.safetensors")
-    assert told.startswith(message) and hint == "write the file anew"
+    assert told.startswith(message) and hint == "re-export the file"
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ STRANGE = "diffusion_model.blocks.0.norm3.diff_b"
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("merge", f"`mine.safetensors`: 1 of 4 keys fit no module of the diffusion transformer of Qwen-Image: `{STRANGE}`", "name a LoRA of this model, or leave these keys out with `--allow_unmatched`"),
-        ("sum", f"`mine.safetensors`: 1 of 4 keys are of no LoRA: `{STRANGE}`", "merge it into its base with `--base`, or leave these keys out with `--allow_unmatched`"),
-        ("convert", f"`mine.safetensors` holds 1 whole difference of tensors beside the LoRA of the dit of Qwen-Image, which no LoRA format has a place for: `{STRANGE}`", "merge the file into its base with `diffsynth merge-lora --base`, or leave them out with `--allow_unmatched`"),
+        ("merge", f"`mine.safetensors`: 1 of 4 keys match no module of the Qwen-Image diffusion transformer: `{STRANGE}`", "pass a LoRA for this model, or skip these keys with `--allow_unmatched`"),
+        ("sum", f"`mine.safetensors`: 1 of 4 keys are not LoRA keys: `{STRANGE}`", "merge it into its base with `--base`, or skip these keys with `--allow_unmatched`"),
+        ("convert", f"`mine.safetensors` contains 1 full-weight difference besides the LoRA of the Qwen-Image dit, which no LoRA format can store: `{STRANGE}`", "merge the file into its base with `diffsynth merge-lora --base`, or skip them with `--allow_unmatched`"),
     ],
 )  # fmt: skip
 def test_whole_differences_of_another_model_beside_a_lora(refused, lora, name, message, hint):
@@ -144,14 +144,14 @@ def test_whole_differences_of_another_model_beside_a_lora(refused, lora, name, m
 def test_a_folder_is_no_lora(refused, lora, name):
     Path("folder").mkdir()
     save_file(lora, "folder/mine.safetensors")
-    assert refused(name, "folder") == ("`folder` is no safetensors file, as a LoRA is", "name the file itself")
+    assert refused(name, "folder") == ("`folder` is not a safetensors file, as a LoRA must be", "pass the file itself")
 
 
 @pytest.mark.parametrize("text", ["abc", "", "0,5", "nan", "inf"])
 def test_a_weight_that_is_no_number(refused, lora, text):
     save_file(lora, "mine.safetensors")
     assert refused("merge", f"mine.safetensors:{text}") == (
-        f"`--lora` `mine.safetensors:{text}`: the weight is no finite number", "give a number such as 0.8"
+        f"`--lora` `mine.safetensors:{text}`: the weight is not a finite number", "use a number such as 0.8"
     )  # fmt: skip
 
 

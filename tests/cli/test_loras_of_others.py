@@ -150,7 +150,7 @@ def test_no_lora_starts_from_whole_differences(lightx2v, cli, plan, says):
     says(refused, *SIZES)
     assert plan(lightx2v, *hint_command(hint, 0)).code == 0
     converted = cli(*hint_command(hint, 1)[1:])
-    assert converted.code == 0 and "6 keys left out" in converted.err, converted.err
+    assert converted.code == 0 and "6 keys skipped" in converted.err, converted.err
     outcome = plan(lightx2v, "--lora_checkpoint", "lightx2v-dit.safetensors")
     assert outcome.code == 0, outcome.err
 
@@ -159,12 +159,12 @@ def test_whole_differences_have_no_place_in_a_lora_format(lightx2v, cli, says):
     arguments = ("--to", "diffusers", "-o", "out.safetensors")
     refused = cli("convert-lora", "lightx2v.safetensors", *arguments)
     [(message, hint)] = read_problems(refused.err)
-    assert "6 whole differences" in message and "`--allow_unmatched`" in hint
+    assert "6 full-weight differences" in message and "`--allow_unmatched`" in hint
     alone = cli("convert-lora", "whole.safetensors", *arguments)
     assert (refused.code, alone.code) == (1, 1)
     says(refused.err + alone.err)
     outcome = cli("convert-lora", "lightx2v.safetensors", *arguments, "--allow_unmatched")
-    assert outcome.code == 0 and "6 keys left out: `diffusion_model.blocks.0.diff_m`" in outcome.err
+    assert outcome.code == 0 and "6 keys skipped: `diffusion_model.blocks.0.diff_m`" in outcome.err
 
 
 MODULATION, Q = "transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.to_q"
@@ -240,7 +240,7 @@ def test_a_file_that_fits_several_families_asks(cli, says):
 
 
 def test_a_format_that_nothing_loads_is_told_where_it_is_written(cli, family, plan):
-    note = "no other program loads a LoRA of FLUX.1 in the format `diffsynth`, only `diffsynth` does"
+    note = "only `diffsynth` loads a LoRA of FLUX.1 in the format `diffsynth`"
     save_file(
         halves({"double_blocks.0.img_attn.proj": (8, 8), "double_blocks.0.img_mod.lin": (48, 8)}, "{}"),
         "mine.safetensors",

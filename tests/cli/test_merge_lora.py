@@ -61,7 +61,7 @@ def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
     moved = after[f"{Q}.weight"] - before[f"{Q}.weight"].float()
     assert torch.allclose(moved, torch.full_like(moved, 0.0625), atol=1e-6)
     lines = outcome.out.splitlines()
-    assert lines[0].endswith(f": the diffusion transformer of Qwen-Image, 1 tensor of {len(before)} changed")
+    assert lines[0].endswith(f": the Qwen-Image diffusion transformer, 1 tensor of {len(before)} changed")
     assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha left out lost in rounding"
     assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
     size = format_bytes(sum(path.stat().st_size for path in written))
@@ -93,7 +93,7 @@ def test_what_rounding_loses_is_warned_of(cli, models, lora):
     weight = 2**-11 / 5 / 0.125
     outcome = cli("merge-lora", "--base", models / TRANSFORMER, "--lora", f"{lora}:{weight}", "--output_path", "out")
     assert outcome.code == 0, outcome.err
-    assert "warning: rounding to BF16 loses 100% of the change; `--dtype float32` keeps it" in outcome.err
+    assert "warning: rounding to BF16 loses 100% of the change; `--dtype float32` preserves it" in outcome.err
     assert outcome.out.splitlines()[3].endswith("100.0%")
 
 
@@ -125,22 +125,27 @@ def test_wrong_use(cli, models, lora, tmp_path):
     )
     assert refused(cli, tmp_path, *out) == (
         2,
-        [("`--output_path` `out` is to be one file", "end it in `.safetensors`")],
+        [("`--output_path` `out` must be a single file", "use a name that ends in `.safetensors`")],
     )
     assert refused(cli, tmp_path, "--base", "gone", *out) == (
         1,
-        [("`--base` `gone` is not there", "correct the path, or write `model_id:file`")],
+        [("`--base` `gone` does not exist", "correct the path, or use `model_id:file`")],
     )
     assert refused(cli, tmp_path, "--base", "Qwen/Gone:x*", *out) == (
         1,
-        [(f"`--base` `Qwen/Gone:x*` is not there, nor below `{models}`", "correct the path, or write `model_id:file`")],
+        [
+            (
+                f"`--base` `Qwen/Gone:x*` does not exist, and is not in `{models}` either",
+                "correct the path, or use `model_id:file`",
+            )
+        ],
     )
 
 
 def test_a_shard_is_no_lora(cli, models, tmp_path):
     path, _ = shard_of_q(models)
-    message = f"`{path}` is one shard of a model, and a LoRA is a file of its own"
-    expected = (1, [(message, "name a LoRA, or join its shards with `diffsynth split-ckpt --join`")])
+    message = f"`{path}` is one shard of a model, but a LoRA must be a single file"
+    expected = (1, [(message, "pass a LoRA, or join its shards with `diffsynth split-ckpt --join`")])
     base = ("--base", models / TRANSFORMER, "--output_path", "out")
     assert refused(cli, tmp_path, *base, "--lora", path) == expected
     assert refused(cli, tmp_path, "--lora", path, "--output_path", "one.safetensors") == expected
@@ -158,9 +163,9 @@ def test_unmatched_keys(cli, models, lora, tmp_path):
         1,
         [
             (
-                "`lora.safetensors`: 7 of 10 keys fit no module of the diffusion transformer of Qwen-Image, "
-                f"7 of them of a text encoder: {listed} and 2 more",
-                "name a LoRA of this model, or leave these keys out with `--allow_unmatched`",
+                "`lora.safetensors`: 7 of 10 keys match no module of the Qwen-Image diffusion transformer, "
+                f"7 of them for a text encoder: {listed} and 2 more",
+                "pass a LoRA for this model, or skip these keys with `--allow_unmatched`",
             )
         ],
     )
@@ -177,8 +182,8 @@ def test_8_bit_floats_need_a_format(cli, models, lora, tmp_path):
         1,
         [
             (
-                f"1 weight to merge into stored as F8_E4M3: most of the change would be lost in rounding: `{Q}.weight`",
-                "say what to write, such as `--dtype bfloat16`",
+                f"cannot merge into 1 weight of dtype F8_E4M3, as rounding would lose most of the change: `{Q}.weight`",
+                "set the dtype to write, such as `--dtype bfloat16`",
             )
         ],
     )
@@ -189,7 +194,7 @@ def test_nothing_is_written_over_the_base_or_unasked(cli, models, lora, tmp_path
     first = min((models / TRANSFORMER).glob("*.safetensors"))
     code, problems = refused(cli, tmp_path, *base, "--output_path", models / TRANSFORMER, "--overwrite")
     assert code == 1
-    assert problems[0] == (f"`{first}` would be written over the input `{first}`", "name another `--output_path`")
+    assert problems[0] == (f"`{first}` would overwrite the input `{first}`", "choose another `--output_path`")
     assert cli("merge-lora", *base, "--output_path", "out").code == 0
     code, problems = refused(cli, tmp_path, *base, "--output_path", "out")
-    assert code == 1 and problems[0][0] == f"`out/{first.name}` is there already"
+    assert code == 1 and problems[0][0] == f"`out/{first.name}` already exists"

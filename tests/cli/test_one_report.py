@@ -38,8 +38,8 @@ def test_problems_of_every_kind(refuse, dataset, models, occupied):
             LORA_RNK,
             ("`learning_rate` takes a number, got `abc` (`--learning_rate`)", None),
             (
-                f"`{vae}` is cut short: its header promises {size + 1000} bytes of tensors, {size} are there",
-                "fetch the file again",
+                f"`{vae}` is truncated: its header declares {size + 1000} bytes of tensors, found {size}",
+                "download the file again",
             ),
             TO_QQ,
             (
@@ -60,8 +60,8 @@ def test_faulty_files_alone_are_no_wrong_use(refuse, models):
         [
             NO_FOLDER,
             (
-                f"`{vae}` (0 bytes) is not a whole safetensors file: its header cannot be read",
-                "fetch the file again",
+                f"`{vae}` (0 bytes) is not a valid safetensors file: cannot read its header",
+                "download the file again",
             ),
         ]
     )
@@ -117,7 +117,7 @@ def test_a_rehearsal_of_an_unknown_family_reports_the_rest(refuse, config):
     assert code == 2
     assert sorted(problems) == sorted(
         [
-            ("there is no family `qwen-imag`", "did you mean `qwen-image`?"),
+            ("unknown family `qwen-imag`", "did you mean `qwen-image`?"),
             (f"`lora_rank` takes an integer, got `abc` (`{path}`)", None),
         ]
     )
@@ -132,8 +132,8 @@ def test_a_rehearsal_of_a_damaged_file_reports_the_rest(refuse, tmp_path):
         [
             LORA_RNK,
             (
-                f"`{damaged}` (5 bytes) is not a whole safetensors file: its header cannot be read",
-                "fetch the file again",
+                f"`{damaged}` (5 bytes) is not a valid safetensors file: cannot read its header",
+                "download the file again",
             ),
         ]
     )
@@ -141,10 +141,10 @@ def test_a_rehearsal_of_a_damaged_file_reports_the_rest(refuse, tmp_path):
 
 def test_a_rehearsal_tells_an_entry_that_names_nothing_once(refuse):
     entry = "Qwen/Qwen-Image:nothing/*.safetensors"
-    message = f"`{entry}` names no component of Qwen-Image that could be rehearsed"
+    message = f"`{entry}` is not a component of Qwen-Image that can be rehearsed"
     assert refuse("--rehearse", "--model_id_with_origin_paths", entry) == (
         2,
-        [(message, "name the files as a recipe does")],
+        [(message, "specify the files as a recipe does")],
     )
 
 

@@ -110,16 +110,16 @@ def test_keys_without_a_component(refuse, cli):
         1,
         [
             (
-                "`x.safetensors`: 7 of 8 keys have no prefix that names their component: `nobody.0.weight`, "
-                "`nobody.1.weight`, `nobody.2.weight`, `nobody.3.weight`, `nobody.4.weight` and 2 more; they fit no "
-                "component that is known",
-                "say whose they are with `--unprefixed`, or leave them out with `--allow_unmatched`",
+                "`x.safetensors`: 7 of 8 keys have no component prefix: `nobody.0.weight`, "
+                "`nobody.1.weight`, `nobody.2.weight`, `nobody.3.weight`, `nobody.4.weight` and 2 more; they match no "
+                "known component",
+                "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
             )
         ],
     )
     outcome = cli("split-ckpt", "x.safetensors", "--output_path", "parts", "--allow_unmatched")
     assert outcome.code == 0 and outcome.out.startswith("parts/vae.safetensors  1 tensor ")
-    assert "left out, of no component: 7 tensors, `nobody.0.weight`, " in outcome.err
+    assert "skipped, not part of any component: 7 tensors, `nobody.0.weight`, " in outcome.err
     assert cli("split-ckpt", "x.safetensors", "--output_path", "all", "--unprefixed", "dit").code == 0
     assert len(load_file("all/dit.safetensors")) == 7
 
@@ -127,7 +127,7 @@ def test_keys_without_a_component(refuse, cli):
 def test_keys_that_fit_several_components(refuse):
     save_file({LORA.format("A"): ones(1, 1)}, "x.safetensors")
     code, [(message, _)] = refuse("x.safetensors", "--output_path", "parts")
-    assert (code, message.partition("; ")[2]) == (1, "their names fit `dit`, `controlnet`")
+    assert (code, message.partition("; ")[2]) == (1, "their names match `dit`, `controlnet`")
 
 
 def test_nothing_matched_is_an_error_whatever_is_allowed(refuse):
@@ -152,28 +152,28 @@ def twice(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut_short, "`epoch-0.safetensors` is cut short: its header promises 82 bytes of tensors, 81 are there"),
+        (cut_short, "`epoch-0.safetensors` is truncated: its header declares 82 bytes of tensors, found 81"),
         (overlap, "`epoch-0.safetensors`: the tensors in its header overlap or leave gaps"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"')),
-            f"`epoch-0.safetensors`: the header of `{LORA.format('A')}` contradicts itself",
+            f"`epoch-0.safetensors`: the header entry of `{LORA.format('A')}` is inconsistent",
         ),
         (
             lambda path: path.write_bytes(b"not at all"),
-            "`epoch-0.safetensors` (10 bytes) is not a whole safetensors file: its header cannot be read",
+            "`epoch-0.safetensors` (10 bytes) is not a valid safetensors file: cannot read its header",
         ),
     ],
 )
 def test_damaged_files(refuse, checkpoint, change, message):
     change(checkpoint)
-    assert refuse(checkpoint, "--output_path", "parts") == (1, [(message, "fetch the file again")])
+    assert refuse(checkpoint, "--output_path", "parts") == (1, [(message, "download the file again")])
 
 
 def test_a_key_that_stands_there_twice(refuse):
     save_file({"pipe.vae.x.weight": ones(1), "vae.x.weight": ones(1)}, "x.safetensors")
     assert refuse("x.safetensors", "--output_path", "parts") == (
         1,
-        [("1 tensor stand there twice: `pipe.vae.x.weight`, `vae.x.weight`", "name a file that has each once")],
+        [("1 duplicate tensor: `pipe.vae.x.weight`, `vae.x.weight`", "pass a file that has each tensor once")],
     )
 
 
@@ -181,7 +181,12 @@ def test_a_pickle(refuse):
     torch.save({"x": ones(1)}, "x.pth")
     assert refuse("x.pth", "--output_path", "parts") == (
         1,
-        [("`x.pth` is a pickled file; safetensors files are read here", "convert it to safetensors first")],
+        [
+            (
+                "`x.pth` is a pickled file, but only safetensors files are supported here",
+                "convert it to safetensors first",
+            )
+        ],
     )
 
 
@@ -193,8 +198,8 @@ def test_a_missing_shard(refuse, cli, checkpoint):
             1,
             [
                 (
-                    "1 shard of `shards` missing: `epoch-0-00002-of-00003.safetensors`",
-                    "fetch them, or name all of them",
+                    "1 shard missing in `shards`: `epoch-0-00002-of-00003.safetensors`",
+                    "download them, or pass all of them",
                 )
             ],
         )
@@ -203,19 +208,19 @@ def test_a_missing_shard(refuse, cli, checkpoint):
 def test_a_shard_that_is_there_and_not_named(refuse, cli, checkpoint):
     assert cli("split-ckpt", checkpoint, "--output_path", "shards", "--by", "size", "--max_shard_size", "40").code == 0
     first, second, third = (f"epoch-0-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
-    message = f"2 shards of the same model in `shards` not named: `{second}`, `{third}`"
-    expected = (1, [(message, "name all of them, or their index")])
+    message = f"2 shards of the same model in `shards` not listed: `{second}`, `{third}`"
+    expected = (1, [(message, "list all of them, or pass their index")])
     assert refuse(f"shards/{first}", "--output_path", "parts") == expected
 
 
 def test_names_for_what_is_not_there(refuse):
     save_file({LORA.format("A"): ones(2, 4), LORA.format("B"): ones(4, 2)}, "lora.safetensors", RUN)
-    message = "`--layout` names full weights, of which `lora.safetensors` holds none"
-    expected = (2, [(message, "a LoRA gets other names with `--lora_format`")])
+    message = "`--layout` applies to full weights, but `lora.safetensors` contains none"
+    expected = (2, [(message, "rename a LoRA with `--lora_format`")])
     assert refuse("lora.safetensors", "--output_path", "parts", "--layout", "diffusers") == expected
     save_file({"pipe.vae.conv_in.weight": ones(3, 2)}, "full.safetensors", {"family": "qwen-image"})
-    message = "`--lora_format` names a LoRA, of which `full.safetensors` holds none"
-    expected = (2, [(message, "full weights get other names with `--layout`")])
+    message = "`--lora_format` applies to LoRAs, but `full.safetensors` contains none"
+    expected = (2, [(message, "rename full weights with `--layout`")])
     assert refuse("full.safetensors", "--output_path", "parts", "--lora_format", "kohya") == expected
 
 
@@ -228,8 +233,8 @@ def test_files_that_do_not_belong_together(refuse, cli, checkpoint):
         1,
         [
             (
-                "`a/vae.safetensors`, `b/vae.safetensors` were taken from different checkpoints",
-                "name the parts of one",
+                "`a/vae.safetensors`, `b/vae.safetensors` are parts of different checkpoints",
+                "pass the parts of one checkpoint",
             )
         ],
     )
@@ -241,15 +246,14 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
         1,
         [
             (
-                "there are no other names of the component `dit` as long as the family is not told "
-                "(`--layout diffusers`)",
-                "give `--family`",
+                "`--layout diffusers` is not available for the component `dit` of an unknown family",
+                "pass `--family`",
             )
         ],
     )
     command = ("x.safetensors", "--output_path", "parts", "--layout", "original", "--family", "wan")
-    message = "1 tensor of `dit` have no name in the layout `original`: `nobody`"
-    assert refuse(*command) == (1, [(message, "leave `--layout` out")])
+    message = "1 tensor of `dit` without a name in the layout `original`: `nobody`"
+    assert refuse(*command) == (1, [(message, "remove `--layout`")])
     outcome = cli("split-ckpt", *command, "--allow_unmatched")
     assert outcome.code == 0
     assert load_file("parts/dit.safetensors").keys() == {"blocks.0.self_attn.q.weight"}
@@ -269,8 +273,8 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
             ("--by", "size", "--unprefixed", "dit"),
             [("`--unprefixed` means nothing with `--by size`", "leave `--unprefixed` out")],
         ),
-        (("--max_shard_size", "big"), [("`big` is no size (`--max_shard_size`)", "write one such as `5GB`")]),
-        (("--family", "flx"), [("there is no family `flx`", "did you mean `flux`?")]),
+        (("--max_shard_size", "big"), [("`big` is not a size (`--max_shard_size`)", "use a size such as `5GB`")]),
+        (("--family", "flx"), [("unknown family `flx`", "did you mean `flux`?")]),
         (("--unprefixed", "unet"), None),
     ],
 )
@@ -285,8 +289,8 @@ def test_what_the_checkpoint_says_counts(refuse, checkpoint):
         1,
         [
             (
-                "`epoch-0.safetensors` says that it is of `qwen-image`, and `--family` says `wan`",
-                "leave `--family` out",
+                "`epoch-0.safetensors` is recorded as family `qwen-image`, but `--family` is `wan`",
+                "remove `--family`",
             )
         ],
     )
@@ -294,8 +298,8 @@ def test_what_the_checkpoint_says_counts(refuse, checkpoint):
         1,
         [
             (
-                "the checkpoint says that keys without a prefix are those of `dit`, and `--unprefixed` says `vae`",
-                "leave `--unprefixed` out",
+                "the checkpoint assigns keys without a prefix to `dit`, but `--unprefixed` is `vae`",
+                "remove `--unprefixed`",
             )
         ],
     )
@@ -304,7 +308,7 @@ def test_what_the_checkpoint_says_counts(refuse, checkpoint):
 def test_what_is_there_is_kept_unless_asked(refuse, cli, checkpoint):
     Path("parts").mkdir()
     Path("parts/vae.safetensors").write_text("mine")
-    hint = "name another `--output_path`, or give `--overwrite`"
-    assert refuse(checkpoint, "--output_path", "parts") == (1, [("`parts/vae.safetensors` is there already", hint)])
+    hint = "choose another `--output_path`, or pass `--overwrite`"
+    assert refuse(checkpoint, "--output_path", "parts") == (1, [("`parts/vae.safetensors` already exists", hint)])
     assert cli("split-ckpt", checkpoint, "--output_path", "parts", "--overwrite").code == 0
     assert len(load_file("parts/vae.safetensors")) == 2

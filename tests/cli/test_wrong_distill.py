@@ -95,7 +95,7 @@ def test_a_drawn_dataset_has_no_seeds(cli, tmp_path):
     assert outcome.code == 2
     assert outcome.err.count("error: ") == 1
     assert (
-        "error: a rehearsal draws images without the columns seed, rand_device, num_inference_steps, cfg_scale"
+        "error: the synthetic dataset of a rehearsal has no columns seed, rand_device, num_inference_steps, cfg_scale"
         in outcome.err
     )
-    assert "hint: name a dataset that has them with `--dataset_base_path`" in outcome.err
+    assert "hint: pass a dataset that has them as `--dataset_base_path`" in outcome.err

@@ -13,7 +13,7 @@ PLACES = {
     "text_encoder": "Qwen/Qwen-Image:text_encoder/model*.safetensors",
     "vae": "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
 }
-FETCH = "fetch the file again"
+FETCH = "download the file again"
 
 
 def name_models(*entries: str) -> tuple[str, str]:
@@ -72,20 +72,20 @@ def test_files_cut_short(refuse, vae):
     _, data = split(vae)
     vae.write_bytes(vae.read_bytes()[:-1000])
     there = len(data) - 1000
-    message = f"`{vae}` is cut short: its header promises {len(data)} bytes of tensors, {there} are there"
+    message = f"`{vae}` is truncated: its header declares {len(data)} bytes of tensors, found {there}"
     assert refuse() == (1, [(message, FETCH)])
 
 
 @pytest.mark.parametrize("size", [0, 7, 100])
 def test_files_cut_short_in_the_header(refuse, vae, size):
     vae.write_bytes(vae.read_bytes()[:size])
-    message = f"`{vae}` ({size} bytes) is not a whole safetensors file: its header cannot be read"
+    message = f"`{vae}` ({size} bytes) is not a valid safetensors file: cannot read its header"
     assert refuse() == (1, [(message, FETCH)])
 
 
 def test_a_file_with_more_than_its_header_names(refuse, vae):
     vae.write_bytes(vae.read_bytes() + b"more")
-    assert refuse() == (1, [(f"`{vae}` has 4 bytes that its header does not name", FETCH)])
+    assert refuse() == (1, [(f"`{vae}` has 4 bytes that its header does not declare", FETCH)])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_header_that_lies_about_a_tensor(refuse, vae, key, lie):
     name = next(name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"] == [0, 64])
     header[name][key] = lie
     join(vae, header, data)
-    assert refuse() == (1, [(f"`{vae}`: the header of `{name}` contradicts itself", FETCH)])
+    assert refuse() == (1, [(f"`{vae}`: the header entry of `{name}` is inconsistent", FETCH)])
 
 
 def test_a_header_whose_metadata_are_no_texts(refuse, vae):
@@ -132,7 +132,7 @@ def test_shapes_that_contradict_config_json(refuse, repository):
     path = repository / "transformer/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "joint_attention_dim": 48}))
     message = (
-        f"dit from `{PLACES['dit']}`: the shapes of 2 tensors differ from what `{path}` asks for; "
+        f"dit from `{PLACES['dit']}`: the shapes of 2 tensors differ from those that `{path}` requires; "
         "`txt_in.weight` is [32, 64], expected [32, 48]"
     )
     assert refuse() == (1, [(message, "check that config.json belongs to these files")])
@@ -183,7 +183,7 @@ def test_a_config_json_with_numbers_that_no_model_has(refuse, repository, settin
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     code, [(told, hint)] = refuse()
     assert code == 1 and told.startswith(f"`{path}`: {message}")
-    assert hint == "put the config.json that belongs to these files beside them"
+    assert hint == "put the config.json of these files next to them"
 
 
 def test_a_folder_in_the_place_of_a_config_json(refuse, repository):
@@ -268,8 +268,8 @@ def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_lora(path, rank=32, module="double_blocks.0.img_attn.qkv")
     code, [(message, hint)] = refuse("--lora_checkpoint", path)
-    assert (code, hint) == (1, "name a LoRA of this model")
-    assert message.startswith(f"`{path}`: 2 of 2 keys fit no module: ")
+    assert (code, hint) == (1, "pass a LoRA for this model")
+    assert message.startswith(f"`{path}`: 2 of 2 keys match no module: ")
 
 
 def test_a_lora_checkpoint_that_is_not_there(refuse):

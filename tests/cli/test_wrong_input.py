@@ -152,7 +152,7 @@ def test_a_recipe_given_as_a_file(refuse):
             RECIPES_LISTED,
         ),
         ("# nothing yet", "`{path}` is empty", "write `parameters:` and the values below it"),
-        ("family: qwen-imag", "there is no family `qwen-imag`", "did you mean `qwen-image`?"),
+        ("family: qwen-imag", "unknown family `qwen-imag`", "did you mean `qwen-image`?"),
         (
             "parameters:\n  resume: auto",
             "`resume` in `{path}` says what one command does and has no place in a file",

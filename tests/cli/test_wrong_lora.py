@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ENTRIES
 from tests.loras import RANK, TinyFamily, random_lora, save_lora
 
-ALONE = "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`"
+ALONE = "use a file with only the LoRA, or resume the run that wrote this one with `--resume auto`"
 COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae, controlnet"
-ANOTHER = "name a LoRA of this model"
+ANOTHER = "pass a LoRA for this model"
 PRESET = ("--preset_lora_model", "dit", "--preset_lora_path")
 TO_Q = "transformer_blocks.0.attn.to_q"
 
@@ -70,8 +70,8 @@ def test_a_file_that_is_not_there(refuse, parameter):
 def test_a_file_that_is_damaged(refuse, lora, parameter):
     lora.write_bytes(lora.read_bytes()[:100])
     more = PRESET[:2] if parameter == "preset_lora_path" else ()
-    message = f"`{lora}` (100 bytes) is not a whole safetensors file: its header cannot be read"
-    assert refuse(*more, f"--{parameter}", lora) == (1, [(message, "fetch the file again")])
+    message = f"`{lora}` (100 bytes) is not a valid safetensors file: cannot read its header"
+    assert refuse(*more, f"--{parameter}", lora) == (1, [(message, "download the file again")])
 
 
 def test_a_preset_file_without_its_component(refuse, lora):
@@ -91,15 +91,15 @@ def test_a_preset_of_another_component(refuse, lora):
     keys = len(load_file(lora))
     code, [(message, hint)] = refuse("--preset_lora_path", lora, "--preset_lora_model", "text_encoder")
     assert (code, hint) == (1, ANOTHER)
-    assert message.startswith(f"`{lora}`: {keys} of {keys} keys fit no module: `transformer_blocks.0.")
+    assert message.startswith(f"`{lora}`: {keys} of {keys} keys match no module: `transformer_blocks.0.")
 
 
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
-        ({f"{TO_Q}.lora_B.default.weight": None}, f"the LoRA of `{TO_Q}` lacks a half", "write the file anew"),
-        ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, f"the LoRA of `{TO_Q}` is [32, 4] x [4, 5], which does not fit its weight [32, 32]", ANOTHER),
+        ({f"{TO_Q}.lora_B.default.weight": None}, f"the LoRA of `{TO_Q}` has lora_A but no lora_B", "re-export the file"),
+        ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, f"the LoRA of `{TO_Q}` is [32, 4] x [4, 5], which does not match its weight [32, 32]", ANOTHER),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit(refuse, lora, arguments, change, message, hint):
@@ -119,11 +119,11 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
     rewrite(lora, **{TEXT_ENCODER: torch.ones(RANK, 5)})
     without = lora.with_name("lora-dit.safetensors")
     command = f"diffsynth convert-lora {lora} --to diffsynth --family qwen-image --allow_unmatched -o {without}"
-    message = f"`{lora}`: 1 of 43 keys fit no module: `{TEXT_ENCODER}`"
+    message = f"`{lora}`: 1 of 43 keys match no module: `{TEXT_ENCODER}`"
     hint = f"name a LoRA of this model, or leave these keys out with `{command}`, and name that file"
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, hint)])
     outcome = cli(*shlex.split(command)[1:])
-    assert outcome.code == 0 and f"1 key left out: `{TEXT_ENCODER}`" in outcome.err, outcome.err
+    assert outcome.code == 0 and f"1 key skipped: `{TEXT_ENCODER}`" in outcome.err, outcome.err
     outcome = cli(
         "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "--lora_rank", RANK,
         *arguments, without,
@@ -134,7 +134,9 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
     rewrite(lora, **{"pipe.text_encoder.model.norm.weight": torch.ones(3)})
-    message = f"`{lora}` holds 1 full weight of text_encoder beside the LoRA of dit; only a LoRA is read here"
+    message = (
+        f"`{lora}` contains 1 full weight of text_encoder besides the LoRA of dit, but only a LoRA is supported here"
+    )
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, ALONE)])
 
 
@@ -167,12 +169,12 @@ def test_a_wrong_rank_alone_is_the_problem(refuse, lora):
 
 
 def test_real_files_fit_no_rehearsal(refuse, lora):
-    hint = "leave it out of the rehearsal"
+    hint = "remove it for the rehearsal"
     assert refuse("--rehearse", "--lora_checkpoint", lora, *PRESET, lora) == (
         2,
         [
-            ("`lora_checkpoint` belongs to the real weights and fits no rehearsal", hint),
-            ("`preset_lora_path` belongs to the real weights and fits no rehearsal", hint),
+            ("`lora_checkpoint` requires the real weights and cannot be rehearsed", hint),
+            ("`preset_lora_path` requires the real weights and cannot be rehearsed", hint),
         ],
     )
 
@@ -217,7 +219,7 @@ def test_the_plan_tells_what_was_chosen(cli, dataset):
 def test_an_automatic_choice_rehearses(cli):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--lora_target_modules", "", "--max_steps", 2)
     assert outcome.code == 0, outcome.err
-    assert "each of its 48 keys finds one of 24 modules of dit" in outcome.out
+    assert "each of its 48 keys matches one of 24 modules of dit" in outcome.out
     assert "--lora_target_modules ''" in outcome.out
 
 

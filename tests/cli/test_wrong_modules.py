@@ -101,13 +101,13 @@ def test_a_controlnet_for_inpainting(refuse, write, pairs):
     config = json.loads((path.parent / "config.json").read_text()) | {"extra_condition_channels": 4}
     (path.parent / "config.json").write_text(json.dumps(config))
     message = f"the controlnet from `{CONTROLNET}` takes patches of 68 channels, the dit of Qwen-Image with a ControlNet takes 64"
-    hint = "name a ControlNet that follows an image alone, not one for inpainting"
+    hint = "use a ControlNet with only a control image, not one for inpainting"
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
 
 def test_the_controlnet_of_another_family(refuse, write, pairs):
     write(tiny_flux)
-    message = f"`{CONTROLNET}` is a ControlNet of FLUX.1, not a component of Qwen-Image"
+    message = f"`{CONTROLNET}` is a FLUX.1 ControlNet, not a component of Qwen-Image"
     hint = "name files of its components: dit, text_encoder, vae, controlnet"
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 

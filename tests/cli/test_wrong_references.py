@@ -108,7 +108,7 @@ def test_a_caption_without_a_place_is_told_with_its_row(cli, models, pairs, data
     settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 2, "--max_pixels", 128 * 128)
     outcome = cli("train", "--recipe", EDIT, "--dataset_base_path", dataset, *settings)
     assert outcome.code == 1 and "Traceback" not in outcome.err
-    assert f"error: row 2 `{dataset / 'chelsea.png'}`: a caption makes " in outcome.err
+    assert f"error: row 2 `{dataset / 'chelsea.png'}`: a caption has " in outcome.err
 
 
 def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
@@ -162,8 +162,7 @@ def test_the_transformer_of_dev(refuse, models):
     assert code == 2 or code == 1
     message, hint = problems[0]
     assert (
-        message
-        == f"`{KLEIN_4B}:transformer/*.safetensors` is the transformer of FLUX.2-dev, which is not supported yet"
+        message == f"`{KLEIN_4B}:transformer/*.safetensors` is the FLUX.2-dev transformer, which is not supported yet"
     )
     assert "klein" in (hint or "")
 
@@ -208,15 +207,15 @@ def test_the_transformer_of_the_other_flux(refuse, models):
         ("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors", "FLUX.1 Fill"),
         (
             "PAI/Wan2.2-Fun-A14B-Control:low_noise_model/diffusion_pytorch_model*.safetensors",
-            "Wan Fun Control, led by a control video",
+            "Wan Fun Control (control video)",
         ),
         (
             "PAI/Wan2.2-Fun-A14B-Control-Camera:high_noise_model/diffusion_pytorch_model*.safetensors",
-            "Wan Fun Control-Camera, led by camera control",
+            "Wan Fun Control-Camera (camera control)",
         ),
         (
             "alibaba-pai/Wan2.2-Fun-5B-Camera:diffusion_pytorch_model.safetensors",
-            "Wan Fun Control-Camera, led by camera control",
+            "Wan Fun Control-Camera (camera control)",
         ),
         ("Qwen/Qwen-Image-Layered:transformer/diffusion_pytorch_model*.safetensors", "Qwen-Image-Layered"),
     ],

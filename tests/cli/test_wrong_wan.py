@@ -74,7 +74,7 @@ def test_an_image_to_video_recipe_without_its_image_encoder(refuse):
         2,
         [
             (
-                "the files named hold no image_encoder (image encoder CLIP) for Wan (image to video)",
+                "the files named hold no image_encoder (CLIP image encoder) for Wan (image to video)",
                 "name its files too",
             )
         ],
@@ -116,7 +116,7 @@ def test_a_tensor_that_cannot_be_cut_into_those_of_the_module(refuse, models, na
         1,
         [
             (
-                f"image_encoder from `{I2V}:{CLIP}`: the shapes of 1 tensors differ from what the file itself asks for; "
+                f"image_encoder from `{I2V}:{CLIP}`: the shapes of 1 tensors differ from those that the config inferred from its shapes requires; "
                 f"`{name}` is {list(found.shape)}, expected {expected}",
                 "check that config.json belongs to these files",
             )
@@ -138,7 +138,7 @@ def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert message == (
-        f"the transformer takes {taken} channels and makes {made}: this kind of Wan is not supported yet"
+        f"the transformer has {taken} input and {made} output channels: this variant of Wan is not supported yet"
     )
 
 

@@ -314,8 +314,8 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"blocks.0.a.weight_scale": torch.ones(3)}, "has the scale `blocks.0.a.weight_scale`, and no"),
-        ({"Q.weight_scale": torch.ones(7)}, "of shape [7] does not fit"),
+        ({"blocks.0.a.weight_scale": torch.ones(3)}, "has the scale `blocks.0.a.weight_scale`, but no"),
+        ({"Q.weight_scale": torch.ones(7)}, "of shape [7] does not match"),
         ({"Q.weight": torch.ones(4, 4, dtype=torch.int8), "Q.weight_scale": torch.ones(4, 1)}, "is I8, its scale F32"),
         ({"Q.weight_scale": torch.ones(()), "Q.scale_weight": torch.ones(())}, "has two scales for"),
         ({"Q.weight_scale_2": torch.ones(())}, "quantized weights (`Q.weight_scale_2`)"),
@@ -324,8 +324,8 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
             {"Q.weight_scale": torch.ones(()), "Q.comfy_quant": '{"format": "float8_e4m3fn", "convrot": true}'},
             "`float8_e4m3fn, convrot`",
         ),
-        ({"Q.weight_scale": torch.ones(()), "Q.comfy_quant": "{"}, "what it says of the formats"),
-        ({"Q.comfy_quant": '{"format": "float8_e4m3fn"}'}, "holds no scale for it"),
+        ({"Q.weight_scale": torch.ones(()), "Q.comfy_quant": "{"}, "cannot read the layer formats"),
+        ({"Q.comfy_quant": '{"format": "float8_e4m3fn"}'}, "contains no scale for it"),
     ],
 )
 def test_what_is_stored_in_another_way_is_refused_by_all(change, words, stored, tmp_path):

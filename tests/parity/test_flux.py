@@ -84,8 +84,8 @@ def test_captions_that_are_cut_are_told(plain, caption, first, second, complaint
         for encoder in ours.variant.encoders[:2]
     ]
     assert told == [
-        "CLIP reads 77 tokens of a caption at most (T5 reads 512)" if first else None,
-        "captions are cut after 512 tokens" if second else None,
+        "captions are truncated to 77 tokens for CLIP (512 for T5)" if first else None,
+        "captions are truncated to 512 tokens" if second else None,
     ]
     assert complaints() == []
 

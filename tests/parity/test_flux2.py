@@ -68,7 +68,7 @@ def test_a_caption_that_is_cut_is_told(flux2):
     told = {name: caption_left_out(flux2.ours.components, caption) for name, caption in CAPTIONS.items()}
     assert {name for name, words in told.items() if words} == {"long", "a token too long"}
     assert caption_left_out(flux2.ours.components, CAPTIONS["a token too long"][1:]) is None
-    assert told["long"] == "captions are cut after 512 tokens, template included"
+    assert told["long"] == "captions are truncated to 512 tokens, template included"
 
 
 # Images

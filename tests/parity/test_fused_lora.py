@@ -326,15 +326,15 @@ def saved_with(base: nn.Module, path: Path, changes: Mapping[str, Tensor | None]
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({of_part("k", "A"): torch.ones(3, 32)}, "has rank 6 at `blocks.0.attn.a_to_qkv`, the run has 3"),
+        ({of_part("k", "A"): torch.ones(3, 32)}, "has rank 6 at `blocks.0.attn.a_to_qkv`, but the run uses rank 3"),
         (
             {of_part("k", "A"): None},
-            "the LoRA of `blocks.0.attn.a_to_qkv` (its part `transformer_blocks.0.attn.to_k`) lacks a half",
+            "the LoRA of `blocks.0.attn.a_to_qkv` (its part `transformer_blocks.0.attn.to_k`) has lora_B but no lora_A",
         ),
         (
             {of_part("v", "B"): torch.ones(31, 3)},
             "the LoRA of `blocks.0.attn.a_to_qkv` (its part `transformer_blocks.0.attn.to_v`) is [31, 3] x [3, 32], "
-            "which does not fit its weight [32, 32]",
+            "which does not match its weight [32, 32]",
         ),
     ],
 )

@@ -87,7 +87,9 @@ def test_a_missing_half_is_refused(tiny_families, tmp_path, family, dialect):
     rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != half})
     for parameters in ({"lora_checkpoint": path}, {"preset_lora_path": path, "preset_lora_model": "dit"}):
         [problem] = problems_of(tiny, **parameters)
-        assert problem.message.startswith(f"`{path}`: the LoRA of `") and problem.message.endswith(" lacks a half")
+        assert problem.message.startswith(f"`{path}`: the LoRA of `") and problem.message.endswith(
+            " has lora_A but no lora_B"
+        )
 
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)
@@ -128,7 +130,7 @@ def test_the_lora_of_another_model_is_refused(tiny_families, tmp_path, family):
     )
     keys = len(load_file(path))
     [problem] = problems_of(tiny, lora_checkpoint=path)
-    assert problem.message.startswith(f"`{path}`: {keys} of {keys} keys fit no module: ")
+    assert problem.message.startswith(f"`{path}`: {keys} of {keys} keys match no module: ")
 
 
 def test_a_lora_of_modules_that_do_not_train_is_refused(tiny, tmp_path):
@@ -161,6 +163,6 @@ def test_a_checkpoint_with_full_weights_beside_its_lora_is_refused(tiny, tmp_pat
     plan = tiny.plan(output_path=tmp_path / "out", trainable_models=component, max_steps=1, save_steps=1)
     path = train(plan, SilentReporter(), StopRequest()).folder / "step-1.safetensors"
     number = sum(key.startswith(f"pipe.{component}.") for key in load_file(path))
-    expected = f"`{path}` holds {number} full weights of {component} beside the LoRA of dit; only a LoRA is read here"
+    expected = f"`{path}` contains {number} full weights of {component} besides the LoRA of dit, but only a LoRA is supported here"
     for parameters in ({"lora_checkpoint": path}, {"preset_lora_path": path, "preset_lora_model": "dit"}):
         assert [problem.message for problem in problems_of(tiny, **parameters)] == [expected]

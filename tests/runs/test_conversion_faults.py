@@ -192,7 +192,7 @@ def test_no_input_is_written_over(cli, originals, name, way, tmp_path):
     before = victim.read_bytes()
     outcome = cli(*words(command, out, inputs, "--overwrite"))
     assert outcome.code == 1
-    assert f"error: `{place}` would be written over the input `{victim}`" in outcome.err
+    assert f"error: `{place}` would overwrite the input `{victim}`" in outcome.err
     assert victim.read_bytes() == before
     assert [path.name for path in out.iterdir()] == [place.name]
 

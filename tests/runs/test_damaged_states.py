@@ -183,7 +183,9 @@ def test_a_whole_state_of_another_run_is_not_taken_for_one_of_this(stopped, tmp_
     shutil.copytree(stopped.other / "state/step-5", run / "state/step-5")
     start, problems = stopped.resume(run)
     assert (start.first_step, problems) == (4, [])
-    assert start.warnings == ("the state after step 5 is damaged (`state.json`: it is of another run): 1 step is lost",)
+    assert start.warnings == (
+        "the state after step 5 is damaged (`state.json`: it belongs to another run): 1 step is lost",
+    )
 
 
 def test_whole_states_are_gone_on_from(stopped, tmp_path):

@@ -131,7 +131,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_fault(run, out):
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         run(3, fill_and_fail)
-    assert run.reporter.told[-1].startswith("the state after step 3 could not be saved: cannot write `")
+    assert run.reporter.told[-1].startswith("cannot save the state after step 3: cannot write `")
     assert record_of(out)["step"] == 0
 
 
@@ -145,7 +145,7 @@ def test_an_output_folder_that_goes_away_is_noticed(run, out, tmp_path, renamed,
     with pytest.raises(DiffSynthError) as caught:
         run(step, take_away)
     [problem] = caught.value.problems
-    assert problem.message == f"`{out}` was removed or renamed during the run, which ended after step {noticed}"
+    assert problem.message == f"`{out}` was removed or renamed during the run, which stopped after step {noticed}"
     assert problem.hint and "--resume auto" in problem.hint
     assert states_in(out) == [f"step-{noticed}"]
     assert (record_of(out)["status"], record_of(out)["step"]) == ("failed", noticed)
@@ -167,7 +167,7 @@ def diverge(run: Callable[..., Meddler], monkeypatch: pytest.MonkeyPatch, **more
 def test_after_a_loss_that_is_not_finite_the_state_before_stays(run, out, monkeypatch):
     message = diverge(run, monkeypatch, save_state_steps="2")
     assert message.startswith(
-        f"the gradient is not finite in step 4; the state after step 2 is kept in `{out / 'state'}`"
+        f"the gradient is not finite in step 4; the state after step 2 is saved in `{out / 'state'}`"
     )
     assert states_in(out) == ["step-2"]
     assert (record_of(out)["status"], record_of(out)["step"], record_of(out)["diverged_step"]) == ("failed", 2, 4)

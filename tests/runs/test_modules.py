@@ -304,9 +304,9 @@ def test_the_command_rehearses(cli, family, recipe):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     for component in components:
-        assert f"tensors of {component} were found again in the checkpoint" in outcome.out
+        assert f"tensors of {component} are in the checkpoint" in outcome.out
     assert "shown controlnet_image: 3 of 160 x 112" in outcome.err and "do not lie over it" not in outcome.err
-    assert "controlnet" in outcome.err and "keys finds one of" in outcome.out
+    assert "controlnet" in outcome.err and "keys matches one of" in outcome.out
 
 
 def test_modules_are_rehearsed_too(cli):
@@ -315,7 +315,7 @@ def test_modules_are_rehearsed_too(cli):
         "--dataset_num_workers", 0, "--max_steps", 2,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "all 12 tensors of dit were found again" in outcome.out
+    assert "all 12 tensors of dit are in the checkpoint" in outcome.out
 
 
 # Full and LoRA on the same model

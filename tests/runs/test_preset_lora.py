@@ -262,7 +262,7 @@ def test_a_resumed_run_goes_on_with_the_same_preset(tiny_families, tmp_path, com
     flags |= {"resume": "auto", "max_steps": 2}
     with pytest.raises(DiffSynthError) as caught:
         run(tiny, preset_lora_path=files[1], **flags)
-    assert f"the files of {component} are not those the run in" in str(caught.value)
+    assert f"the files of {component} changed since the run in" in str(caught.value)
     with pytest.raises(FaultsFound, match="`preset_lora_model` was"):
         run(tiny, **{name: value for name, value in flags.items() if name != "preset_lora_model"})
     run(tiny, preset_lora_path=moved, **flags)

@@ -216,7 +216,7 @@ def test_the_error_of_one_process_is_the_one_that_is_told(tiny_models, photograp
         told = run.told()
         assert told.count("error: ") == 1
         assert told.partition("error: ")[2].splitlines() == [
-            "another run is at work in `out`",
-            "  hint: wait for it, or name another `--output_path`",
+            "`out` is in use by another run",
+            "  hint: wait for it to finish, or choose another `--output_path`",
         ]
         run.wait_until_gone(ALL_GONE_SECONDS)

@@ -15,13 +15,25 @@ from diffsynth_core.data.drawn_images import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {
-    "qwen-image": ("each of its 42 keys finds one of 21 modules of dit", "all 77 tensors of dit were found again"),
-    "wan2.1-i2v": ("each of its 40 keys finds one of 20 modules of dit", "all 87 tensors of dit were found again"),
-    "wan": ("each of its 40 keys finds one of 20 modules of dit", "all 69 tensors of dit were found again"),
-    "flux.1": ("each of its 78 keys finds one of 26 modules of dit", "all 84 tensors of dit were found again"),
-    "flux.2-klein-4b": ("each of its 128 keys finds one of 64 modules", "all 121 tensors of dit were found again"),
-    "flux.2-klein-base-4b": ("each of its 128 keys finds one of 64 modules", "all 121 tensors of dit were found again"),
-    "flux.2": ("each of its 144 keys finds one of 72 modules of dit", "all 137 tensors of dit were found again"),
+    "qwen-image": (
+        "each of its 42 keys matches one of 21 modules of dit",
+        "all 77 tensors of dit are in the checkpoint",
+    ),
+    "wan2.1-i2v": (
+        "each of its 40 keys matches one of 20 modules of dit",
+        "all 87 tensors of dit are in the checkpoint",
+    ),
+    "wan": ("each of its 40 keys matches one of 20 modules of dit", "all 69 tensors of dit are in the checkpoint"),
+    "flux.1": ("each of its 78 keys matches one of 26 modules of dit", "all 84 tensors of dit are in the checkpoint"),
+    "flux.2-klein-4b": (
+        "each of its 128 keys matches one of 64 modules",
+        "all 121 tensors of dit are in the checkpoint",
+    ),
+    "flux.2-klein-base-4b": (
+        "each of its 128 keys matches one of 64 modules",
+        "all 121 tensors of dit are in the checkpoint",
+    ),
+    "flux.2": ("each of its 144 keys matches one of 72 modules of dit", "all 137 tensors of dit are in the checkpoint"),
 }
 """What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""
 
@@ -43,8 +55,8 @@ def test_every_recipe_rehearses(cli, recipe):
     outcome = cli("train", "--recipe", recipe, "--rehearse", "--dataset_num_workers", 0)
     assert outcome.code == 0, outcome.err
     stages = load_recipe(recipe).stages or (None,)
-    assert outcome.err.count("The rehearsal checks and trains at a small size: ") == len(stages)
-    assert outcome.out.count("stopped after step 4, resumed there, and came to step 8") == len(stages)
+    assert outcome.err.count("The rehearsal runs at a small size: ") == len(stages)
+    assert outcome.out.count("stopped after step 4, resumed, and finished at step 8") == len(stages)
     for stage in stages:
         folder = Path("rehearsals", f"{recipe}-{stage}-1" if stage else f"{recipe}-1")
         assert f"Metrics     {folder}/metrics.jsonl" in outcome.out
@@ -116,9 +128,9 @@ def test_full_training_and_lora_in_one_rehearsal(cli):
         0,
     )
     assert outcome.code == 0, outcome.err
-    assert "all 57 tensors of text_encoder were found again" in outcome.out
-    assert "all 194 tensors of vae were found again" in outcome.out
-    assert "each of its 42 keys finds one of 21 modules of dit" in outcome.out
+    assert "all 57 tensors of text_encoder are in the checkpoint" in outcome.out
+    assert "all 194 tensors of vae are in the checkpoint" in outcome.out
+    assert "each of its 42 keys matches one of 21 modules of dit" in outcome.out
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "comfyui", "kohya"])
@@ -136,7 +148,7 @@ def test_rehearsals_prove_every_dialect(cli, dialect):
         0,
     )
     assert outcome.code == 0, outcome.err
-    assert "keys finds one of 21 modules of dit" in outcome.out
+    assert "keys matches one of 21 modules of dit" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -209,7 +221,7 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
     command += ("--output_path", "out") if named else ()
     outcome = cli(*command)
     again = "delete `out`, or name another `--output_path`"
-    hint = again if named else "give the same command again"
+    hint = again if named else "rerun the command"
     assert outcome.code == 143
     assert outcome.err.endswith(f"The rehearsal was interrupted; {hint}\n")
     if not named:

@@ -262,7 +262,7 @@ def test_each_stage_is_rehearsed_and_proved(train):
     lines = outcome.out.splitlines()
     for stage in ("high", "low"):
         start = lines.index(f"The rehearsal of stage {stage} proved:")
-        assert "each of its 42 keys finds one of 21 modules of dit" in lines[start + 4]
+        assert "each of its 42 keys matches one of 21 modules of dit" in lines[start + 4]
         assert lines[start + 5] == f"Stage       {stage}"
         assert lines[start + 6] == f"Checkpoint  out/{stage}/epoch-0.safetensors"
         assert record_of(stage)["status"] == "completed"

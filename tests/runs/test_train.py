@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(cli, photo
     outcome = cli(*common(photographs, "--output_path", "out", "--learning_rate", 1e30))
     assert outcome.code == 1
     assert "not finite in step" in outcome.err and "row " in outcome.err and "Traceback" not in outcome.err
-    assert "no state was saved before it" in outcome.err
+    assert "no earlier state was saved" in outcome.err
     record = json.loads(Path("out/run.json").read_text())
     assert record["status"] == "failed" and record["step"] == 0
     assert record["diverged_step"] == len(Path("out/metrics.jsonl").read_text().splitlines()) + 1
@@ -267,7 +267,7 @@ def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
 
     with claim_folder(tmp_path / "out"):
         second = cli(*common(photographs, "--output_path", tmp_path / "out"))
-    assert second.code == 1 and f"another run is at work in `{tmp_path / 'out'}`" in second.err
+    assert second.code == 1 and f"`{tmp_path / 'out'}` is in use by another run" in second.err
 
 
 def test_an_image_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
@@ -291,7 +291,7 @@ def test_captions_that_are_cut_are_told(cli, dataset, tmp_path):
     metadata.write_text(metadata.read_text().replace("a cat", "cat " * 3000))
     outcome = cli(*common(dataset, "--output_path", "out", "--cache_path", tmp_path / "own_cache"))
     assert outcome.code == 0, outcome.err
-    assert "warning: captions are cut after 1024 tokens: 1 sample, the first is row 2" in outcome.err
+    assert "warning: captions are truncated to 1024 tokens: 1 sample, the first is row 2" in outcome.err
 
 
 def test_a_run_killed_before_its_record_was_whole_can_be_finished(cli, photographs):

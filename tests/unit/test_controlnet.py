@@ -53,8 +53,8 @@ def test_a_controlnet_is_told_from_the_transformer(family):
 @pytest.mark.parametrize(
     ("family", "names", "title"),
     [
-        ("flux", {"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"}, "a ControlNet for several kinds"),
-        ("flux", {"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"}, "a ControlNet that reads pixels"),
+        ("flux", {"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"}, "a union ControlNet"),
+        ("flux", {"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"}, "a ControlNet with pixel inputs"),
         ("qwen-image", {"controlnet_blocks.0.x_rms.weight", "controlnet_blocks.0.y_rms.weight"}, "a blockwise"),
     ],
 )
@@ -68,7 +68,7 @@ def test_other_controlnets_are_told_what_they_are(family, names, title):
 def test_the_controlnet_of_the_other_family_is_told():
     for family, other in (("qwen-image", "flux"), ("flux", "qwen-image")):
         stranger = find_stranger(module_of(other, "controlnet").state_dict().keys(), FAMILIES[family])
-        assert stranger is not None and stranger.title == f"a ControlNet of {FAMILIES[other].title}"
+        assert stranger is not None and stranger.title == f"a {FAMILIES[other].title} ControlNet"
         assert find_stranger(module_of(family, "controlnet").state_dict().keys(), FAMILIES[family]) is None
 
 

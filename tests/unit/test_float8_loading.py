@@ -113,7 +113,7 @@ def test_a_weight_beyond_the_range_stays_wide_and_is_told(family, rewritten):
     layer = module.get_submodule(LAYER)
     assert not isinstance(layer, Float8Linear) and torch.isfinite(layer.weight).all()
     assert isinstance(module.get_submodule("transformer_blocks.0.attn.to_k"), Float8Linear)
-    assert told.lines == [f"dit: 1 weight beyond ±448, the range of 8-bit floats, kept in bfloat16: `{LAYER}.weight`"]
+    assert told.lines == [f"dit: 1 weight outside ±448, the fp8 range, kept in bfloat16: `{LAYER}.weight`"]
 
 
 def test_within_the_range_nothing_is_told(family, files):

@@ -197,7 +197,7 @@ def test_reference_images_are_there_when_asked_for():
     ],
 )
 def test_flux2_dev_is_refused(shapes):
-    with pytest.raises(DiffSynthError, match=r"`here` is the transformer of FLUX\.2-dev, which is not supported yet"):
+    with pytest.raises(DiffSynthError, match=r"`here` is the FLUX\.2-dev transformer, which is not supported yet"):
         variant({"dit": shapes}, (), "here")
 
 

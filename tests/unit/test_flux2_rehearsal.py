@@ -188,7 +188,7 @@ def test_flux2_dev_is_told(tmp_path):
     find(tmp_path, problems, dit=dev, text_encoder=dev, vae=dev)
     messages = {problem.message for problem in problems}
     assert messages == {
-        f"`{dev}:transformer/*.safetensors` is the transformer of FLUX.2-dev, which is not supported yet",
+        f"`{dev}:transformer/*.safetensors` is the FLUX.2-dev transformer, which is not supported yet",
         f"`{dev}:text_encoder/*.safetensors` is the Mistral text encoder of FLUX.2-dev, not a component of FLUX.2",
     }
 

@@ -230,8 +230,8 @@ def test_all_transformers_with_guidance_can_be_shown_images(origin, title, model
     ("changes", "message"),
     [
         ({"guidance_embeds": False}, "no guidance embedder"),
-        ({"in_channels": 384, "out_channels": 64}, "takes 384 channels and makes 64"),
-        ({"in_channels": 128, "out_channels": 64}, "takes 128 channels and makes 64"),
+        ({"in_channels": 384, "out_channels": 64}, "has 384 input and 64 output channels"),
+        ({"in_channels": 128, "out_channels": 64}, "has 128 input and 64 output channels"),
     ],
 )
 def test_kinds_that_are_not_trained_are_told(changes, message):

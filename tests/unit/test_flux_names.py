@@ -230,7 +230,7 @@ def test_umt5_and_the_vae_of_flux_2_are_strangers():
     told = [
         [known.title for known in FLUX.strangers if known.signature <= module.state_dict().keys()] for module in modules
     ]
-    assert told == [["the text encoder UMT5 of Wan"], ["the VAE of FLUX.2"]]
+    assert told == [["the UMT5 text encoder of Wan"], ["the VAE of FLUX.2"]]
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")

@@ -142,9 +142,9 @@ def test_a_module_of_a_name_that_ends_alike_is_left_alone():
 @pytest.mark.parametrize(
     ("modules", "expected"),
     [
-        (["gone"], "LoRA cannot be put on these modules"),
-        (["first", "blocks.9.q"], "did not find 1 of 2 modules: `blocks.9.q`"),
-        (["norm"], "LoRA cannot be put on these modules"),
+        (["gone"], "cannot add a LoRA to these modules"),
+        (["first", "blocks.9.q"], "1 of 2 LoRA target modules do not exist: `blocks.9.q`"),
+        (["norm"], "cannot add a LoRA to these modules"),
     ],
 )
 def test_modules_that_cannot_carry_a_lora_are_refused(modules, expected):

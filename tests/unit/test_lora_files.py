@@ -46,16 +46,16 @@ def test_a_file_that_fits_tells_its_ranks(save):
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        (halves("gone"), "2 of 2 keys fit no module: `gone.lora_A.default.weight`, `gone.lora_B.default.weight`"),
-        ({"q.weight": torch.ones(6, 4)}, "1 of 1 keys fit no module: `q.weight`"),
+        (halves("gone"), "2 of 2 keys match no module: `gone.lora_A.default.weight`, `gone.lora_B.default.weight`"),
+        ({"q.weight": torch.ones(6, 4)}, "1 of 1 keys match no module: `q.weight`"),
         (
             halves("q") | {"q.dora_scale": torch.ones(1)},
             "DoRA adapters are not supported yet: `q.dora_scale`",
         ),
-        ({"q.lora_A.default.weight": torch.ones(2, 4)}, "the LoRA of `q` lacks a half"),
-        ({"q.lora_B.default.weight": torch.ones(6, 2)}, "the LoRA of `q` lacks a half"),
-        (halves("q", (2, 5)), "the LoRA of `q` is [6, 2] x [2, 5], which does not fit its weight [6, 4]"),
-        (halves("q", (2, 4), (7, 2)), "the LoRA of `q` is [7, 2] x [2, 4], which does not fit its weight [6, 4]"),
+        ({"q.lora_A.default.weight": torch.ones(2, 4)}, "the LoRA of `q` has lora_A but no lora_B"),
+        ({"q.lora_B.default.weight": torch.ones(6, 2)}, "the LoRA of `q` has lora_B but no lora_A"),
+        (halves("q", (2, 5)), "the LoRA of `q` is [6, 2] x [2, 5], which does not match its weight [6, 4]"),
+        (halves("q", (2, 4), (7, 2)), "the LoRA of `q` is [7, 2] x [2, 4], which does not match its weight [6, 4]"),
         (halves("q", (2, 4), (6, 3)), "the LoRA of `q` is [6, 3] x [2, 4]"),
         (halves("q", (4, 2), (2, 6)), "the LoRA of `q` is [2, 6] x [4, 2]"),
         (halves("q", (2, 4), (6,)), "the LoRA of `q` is [6] x [2, 4]"),
@@ -93,26 +93,26 @@ def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, bes
     path = save(halves(f"{prefix}q") | {name: torch.ones(1) for name in beside})
     with pytest.raises(DiffSynthError) as caught:
         check_lora_file(path, BASE)
-    assert str(caught.value) == f"`{path}` holds {told} beside the LoRA of dit; only a LoRA is read here"
+    assert str(caught.value) == f"`{path}` contains {told} besides the LoRA of dit, but only a LoRA is supported here"
     assert "`--resume auto`" in caught.value.problems[0].hint
 
 
 def test_a_file_without_tensors_is_refused(save):
     path = save({})
-    with pytest.raises(DiffSynthError, match="holds no LoRA"):
+    with pytest.raises(DiffSynthError, match="contains no LoRA"):
         check_lora_file(path, BASE)
 
 
 def test_the_lora_of_another_component_is_refused(save):
     path = save(halves("pipe.text_encoder.q"))
     assert check_lora_file(path, BASE, LoraNaming("text_encoder")) == {"q": 2}
-    with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
+    with pytest.raises(DiffSynthError, match="2 of 2 keys match no module"):
         check_lora_file(path, BASE, LoraNaming("dit"))
 
 
 def test_an_alpha_without_its_halves_is_refused(save):
     path = save({"lora_unet_q.alpha": torch.tensor(1.0)})
-    with pytest.raises(DiffSynthError, match="the LoRA of `q` lacks a half"):
+    with pytest.raises(DiffSynthError, match="the LoRA of `q` has no lora_A and no lora_B"):
         check_lora_file(path, BASE)
 
 
@@ -133,9 +133,9 @@ def test_a_file_that_fits_nothing_of_this_model_is_refused_before_a_weight_chang
 
 def test_another_rank_is_told_with_the_rank_to_give(save):
     path = save(halves("q", (3, 4), (6, 3)))
-    with pytest.raises(DiffSynthError, match="has rank 3 at `q`, the run has 2") as caught:
+    with pytest.raises(DiffSynthError, match="has rank 3 at `q`, but the run uses rank 2") as caught:
         load_lora(model("q"), path)
-    assert caught.value.problems[0].hint == "give `--lora_rank 3`"
+    assert caught.value.problems[0].hint == "pass `--lora_rank 3`"
 
 
 def test_modules_that_the_file_leaves_out_keep_their_start(save):
@@ -154,7 +154,7 @@ def test_modules_of_the_file_without_a_lora_here_are_passed_over(save):
 
 def test_a_file_that_fills_nothing_is_refused(save):
     path = save(halves("k"))
-    with pytest.raises(DiffSynthError, match="has a LoRA for none of the 1 modules that train"):
+    with pytest.raises(DiffSynthError, match="has no LoRA for any of the 1 trained modules"):
         load_lora(model("q"), path)
 
 

@@ -252,7 +252,7 @@ def test_a_difference_of_another_shape_is_refused(tmp_path):
     save_file({"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 7)}, tmp_path / "lora.safetensors")
     with pytest.raises(
         DiffSynthError,
-        match=r"`diffusion_model.blocks.0.diff_m` is \[1, 6, 7\], which does not fit the tensor `blocks.0.modulation` \[1, 6, 8\]",
+        match=r"`diffusion_model.blocks.0.diff_m` is \[1, 6, 7\], which does not match the tensor `blocks.0.modulation` \[1, 6, 8\]",
     ):
         merged(model_of("wan"), tmp_path / "lora.safetensors")
 
@@ -289,7 +289,7 @@ def test_double_blocks_of_flux_in_the_names_of_diffusers_may_be_of_three_familie
     )
     with pytest.raises(DiffSynthError, match="may be a LoRA of qwen-image or flux or flux2") as caught:
         open_source(path)
-    assert caught.value.problems[0].hint == "give `--family`, one of qwen-image, flux, flux2"
+    assert caught.value.problems[0].hint == "pass `--family`, one of qwen-image, flux, flux2"
     assert open_source(path, "flux").facts.name == "flux"
 
 

@@ -198,7 +198,7 @@ def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path
 def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):
     halves = {"pipe.vae.blocks.0.out.lora_A.default.weight": torch.ones(1, 4)}
     halves |= {"pipe.vae.blocks.0.out.lora_B.default.weight": torch.ones(2, 1)}
-    with pytest.raises(DiffSynthError, match="2 of 2 keys fit no module"):
+    with pytest.raises(DiffSynthError, match="2 of 2 keys match no module"):
         changes(tmp_path, halves, SAME_NAMES)
     assert changes(tmp_path, halves, naming=LoraNaming("vae")).keys() == {"blocks.0.to_out.weight"}
 

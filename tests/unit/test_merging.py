@@ -253,27 +253,27 @@ def test_parts_of_a_text_encoder_are_left_out_when_allowed(save, run):
 @pytest.mark.parametrize(
     ("base", "lora", "choices", "message"),
     [
-        ({}, halves("gone"), {}, "2 of 2 keys fit no module"),
-        ({}, halves("gone"), {"allow_unmatched": True}, "2 of 2 keys fit no module"),
+        ({}, halves("gone"), {}, "2 of 2 keys match no module"),
+        ({}, halves("gone"), {"allow_unmatched": True}, "2 of 2 keys match no module"),
         (
             {},
             halves(Q) | {"text_encoder.q.lora_A.weight": torch.ones(1, 2)},
             {},
-            "1 of 3 keys fit no module of the diffusion transformer of Qwen-Image, 1 of them of a text encoder: "
+            "1 of 3 keys match no module of the Qwen-Image diffusion transformer, 1 of them for a text encoder: "
             "`text_encoder.q.lora_A.weight`",
         ),
         ({}, halves(Q) | {f"{Q}.dora_scale": torch.ones(4)}, {"allow_unmatched": True}, "DoRA"),
         ({}, {f"{Q}.lora_magnitude_vector.default.weight": torch.ones(4)}, {}, "DoRA"),
         ({}, {f"lora_unet_{Q.replace('.', '_')}.lokr_w1": torch.ones(2, 2)}, {}, "LoKr"),
         ({}, {f"lora_unet_{Q.replace('.', '_')}.hada_w1_a": torch.ones(2, 2)}, {}, "LoHa"),
-        ({}, halves(Q, columns=3), {}, "does not fit its weight"),
-        ({}, halves(Q) | {f"{Q}.lora_B.default.weight": torch.full((WIDTH, 2), torch.nan)}, {}, "no finite numbers"),
-        ({f"{Q}.weight": torch.full((WIDTH, WIDTH), 1e30)}, halves(Q), {"dtype": "float16"}, "no finite numbers in F16"),
-        ({f"{Q}.weight": torch.full((WIDTH, WIDTH), torch.nan)}, halves(Q), {}, f"`{Q}.weight` would hold values"),
-        ({f"{Q}.weight": torch.ones(WIDTH, WIDTH).to(torch.float8_e5m2)}, halves(Q), {}, "stored as F8_E5M2: most of"),
-        ({f"{Q}.weight": torch.ones(WIDTH, WIDTH, dtype=torch.int8)}, halves(Q), {}, "stored as I8, which is no float"),
-        ({f"{Q}.scale_weight": torch.ones(1)}, halves(Q), {"dtype": "bfloat16"}, f"holds quantized weights (`{Q}.scale_weight`)"),
-        ({f"{Q}.weight.absmax": torch.ones(1)}, halves(Q), {}, "holds quantized weights"),
+        ({}, halves(Q, columns=3), {}, "does not match its weight"),
+        ({}, halves(Q) | {f"{Q}.lora_B.default.weight": torch.full((WIDTH, 2), torch.nan)}, {}, "contains NaN or Inf"),
+        ({f"{Q}.weight": torch.full((WIDTH, WIDTH), 1e30)}, halves(Q), {"dtype": "float16"}, "would contain NaN or Inf in F16"),
+        ({f"{Q}.weight": torch.full((WIDTH, WIDTH), torch.nan)}, halves(Q), {}, f"`{Q}.weight` would contain NaN or Inf"),
+        ({f"{Q}.weight": torch.ones(WIDTH, WIDTH).to(torch.float8_e5m2)}, halves(Q), {}, "of dtype F8_E5M2, as rounding would lose most of"),
+        ({f"{Q}.weight": torch.ones(WIDTH, WIDTH, dtype=torch.int8)}, halves(Q), {}, "of dtype I8, which is not floating point"),
+        ({f"{Q}.scale_weight": torch.ones(1)}, halves(Q), {"dtype": "bfloat16"}, f"contains quantized weights (`{Q}.scale_weight`)"),
+        ({f"{Q}.weight.absmax": torch.ones(1)}, halves(Q), {}, "contains quantized weights"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_merged_is_refused_and_nothing_written(save, run, tmp_path, base, lora, choices, message):
@@ -285,7 +285,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_written(save, run, tmp_pat
 
 
 def test_weights_of_no_known_component_are_refused(save, run):
-    with pytest.raises(DiffSynthError, match=r"is no component of Qwen-Image, Wan, FLUX\.1, FLUX\.2"):
+    with pytest.raises(DiffSynthError, match=r"matches no component of Qwen-Image, Wan, FLUX\.1, FLUX\.2"):
         run(save("base.safetensors", {"x": torch.ones(2)}), save("lora.safetensors", halves(Q)))
 
 
@@ -296,5 +296,5 @@ def test_a_file_that_has_the_name_comes_before_a_weight(tmp_path, monkeypatch):
     assert parse_lora("b:0.5") == WeightedFile(Path("b"), 0.5)
     assert parse_lora("a:0.5:-2") == WeightedFile(Path("a:0.5"), -2.0)
     assert parse_lora("a:b.safetensors") == WeightedFile(Path("a:b.safetensors"))
-    with pytest.raises(DiffSynthError, match="the weight is no finite number"):
+    with pytest.raises(DiffSynthError, match="the weight is not a finite number"):
         parse_lora("b:nan")

@@ -69,12 +69,12 @@ def test_what_fits_several_stays_unmatched():
 
 
 def test_a_tensor_that_stands_there_twice():
-    with pytest.raises(DiffSynthError, match=r"1 tensor stand there twice: `pipe\.vae\.x\.weight`, `vae\.x\.weight`"):
+    with pytest.raises(DiffSynthError, match=r"1 duplicate tensor: `pipe\.vae\.x\.weight`, `vae\.x\.weight`"):
         find_owners(["pipe.vae.x.weight", "vae.x.weight"], Origin())
 
 
 def test_the_user_may_not_contradict_the_checkpoint():
-    with pytest.raises(DiffSynthError, match="are those of `dit`, and `--unprefixed` says `vae`"):
+    with pytest.raises(DiffSynthError, match="without a prefix to `dit`, but `--unprefixed` is `vae`"):
         find_owners(["x.weight"], Origin(removed_prefix="pipe.dit.", unprefixed="vae"))
 
 
@@ -88,7 +88,7 @@ def test_families_are_told_by_whole_components():
 
 def test_names_of_another_component_are_told():
     (problem,) = misnamed({"vae": sorted(flux.T5_SIGNATURE)}, FAMILIES["flux"])
-    assert problem.message.startswith("the tensors that should be of `vae` are those of `text_encoder_2`: ")
+    assert problem.message.startswith("the tensors under `vae` belong to `text_encoder_2`: ")
     assert misnamed({"dit2": signature("wan", "dit")}, FAMILIES["wan"]) == []
 
 

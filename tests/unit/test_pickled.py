@@ -40,9 +40,9 @@ class Runs:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Runs(), "holds other things than tensors"),
-        ({"a": torch.zeros(1), "epoch": 3}, "holds something besides named tensors"),
-        ([torch.zeros(1)], "holds something besides named tensors"),
+        (Runs(), "contains more than tensors"),
+        ({"a": torch.zeros(1), "epoch": 3}, "contains something other than named tensors"),
+        ([torch.zeros(1)], "contains something other than named tensors"),
     ],
 )
 def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkeypatch, content, message):
@@ -58,8 +58,8 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkey
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "is a git-lfs pointer"),
-        (b"text", r"is damaged: it cannot be read as a file of tensors \(\w+\)|holds other things than tensors"),
-        (pickle.dumps({"a": 1}), "holds other things than tensors|is damaged|holds something besides named tensors"),
+        (b"text", r"is damaged: cannot read it as a file of tensors \(\w+\)|contains more than tensors"),
+        (pickle.dumps({"a": 1}), "contains more than tensors|is damaged|contains something other than named tensors"),
         (b"PK\x03\x04 cut short", "is damaged"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_place_that_all_have_is_told_by_its_repository(model_id, component):
 )
 def test_a_family_that_is_not_there_is_told_with_those_that_are(name, hint):
     problem = unknown_family(name)
-    assert problem.message == f"there is no family `{name}`"
+    assert problem.message == f"unknown family `{name}`"
     assert problem.hint == hint
     assert problem.wrong_use
 

@@ -89,7 +89,7 @@ def test_nothing_is_written_over_an_input(tmp_path, base, way):
         (tmp_path / "linked").symlink_to(tmp_path)
         place = tmp_path / "linked" / base.files[0].name
     before = base.files[0].read_bytes()
-    with pytest.raises(DiffSynthError, match="would be written over the input"):
+    with pytest.raises(DiffSynthError, match="would overwrite the input"):
         write_outputs([OutputFile(place, copied(base))], base.inputs, SilentReporter(), overwrite=True)
     assert base.files[0].read_bytes() == before
 
@@ -97,7 +97,7 @@ def test_nothing_is_written_over_an_input(tmp_path, base, way):
 def test_what_is_there_is_replaced_when_asked_alone(tmp_path, base):
     place = tmp_path / "out.safetensors"
     place.write_text("mine")
-    with pytest.raises(DiffSynthError, match="is there already"):
+    with pytest.raises(DiffSynthError, match="already exists"):
         write_outputs([OutputFile(place, copied(base))], base.inputs, SilentReporter())
     assert place.read_text() == "mine"
     write_outputs([OutputFile(place, copied(base))], base.inputs, SilentReporter(), overwrite=True)
@@ -120,10 +120,10 @@ def test_other_files_of_the_same_model_are_not_left_beside(tmp_path, base, overw
         write_outputs([*files, *indexes], base.inputs, SilentReporter(), overwrite)
     (problem,) = raised.value.problems
     assert problem.message == (
-        f"`{folder}` holds other files of a model `out`, which would be taken for parts of this one: "
+        f"`{folder}` contains other files of a model `out`, which would be read as parts of this one: "
         + ", ".join(f"`{name}`" for name in strangers)
     )
-    assert problem.hint == "delete them, or name another `--output_path`"
+    assert problem.hint == "delete them, or choose another `--output_path`"
     assert sorted(folder.iterdir()) == before
     for name in strangers:
         (folder / name).unlink()
@@ -139,7 +139,7 @@ def test_an_input_may_stand_beside_its_shards(tmp_path, base):
 def test_too_little_space_is_told_first(tmp_path, base, monkeypatch):
     usage = rewriting.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda path: usage._replace(free=10))
-    with pytest.raises(DiffSynthError, match=r"has 10 B free, .* are to be written"):
+    with pytest.raises(DiffSynthError, match=r"has 10 B free, but .* are needed"):
         write_outputs([OutputFile(tmp_path / "out" / "x.safetensors", copied(base))], base.inputs, SilentReporter())
     assert not (tmp_path / "out").exists()
 
@@ -149,14 +149,14 @@ def test_a_folder_that_may_not_be_written_to_is_told_first(tmp_path, base, monke
     asked = []
     monkeypatch.setattr(rewriting.os, "access", lambda *arguments: asked.append(arguments))
     (problem,) = output_problems([OutputFile(tmp_path / "a" / "b" / "x.safetensors", copied(base))], base.inputs)
-    assert problem.message == f"`{tmp_path}` may not be written to"
+    assert problem.message == f"`{tmp_path}` is not writable"
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
 def test_an_input_that_shrinks_leaves_nothing(tmp_path, base):
     with base.files[0].open("r+b") as stream:
         stream.truncate(base.files[0].stat().st_size - 4)
-    with pytest.raises(DiffSynthError, match="became shorter while it was read"):
+    with pytest.raises(DiffSynthError, match="was truncated while it was read"):
         write_outputs([OutputFile(tmp_path / "x.safetensors", copied(base))], base.inputs, SilentReporter())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors"]
 

@@ -97,7 +97,7 @@ def test_a_damaged_record_is_told_by_name_and_place(tmp_path, damage, message):
     path.write_bytes(damage(path.read_text(encoding="utf-8")).encode("utf-8", "surrogateescape"))
     with pytest.raises(DiffSynthError) as caught:
         read_record(tmp_path)
-    assert caught.value.problems == (Problem(f"`{path}`{message}", "name another `--output_path`"),)
+    assert caught.value.problems == (Problem(f"`{path}`{message}", "choose another `--output_path`"),)
 
 
 def test_what_stands_in_the_place_of_a_record_is_not_taken_for_none(tmp_path):

@@ -240,4 +240,4 @@ def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
     assert newest(tmp_path).position == Position(3, 12, {"scale": 2.0, "_growth_tracker": 1})
     (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
     [damaged] = find_states(tmp_path, "", hashes).damaged
-    assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a whole safetensors file")
+    assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a valid safetensors file")

@@ -134,22 +134,22 @@ def test_narrow_files_lose_nothing(run):
         (
             halves("lora_unet_a", 2, 0),
             halves("transformer.a", 2, 0),
-            "none of its 2 keys fits a module of Qwen-Image, Wan",
+            "none of its 2 keys matches a module of Qwen-Image, Wan",
         ),
-        (halves("lora_unet_a", 2, 0), {"lora_unet_a.lora_down.weight": torch.ones(1, 2)}, "lacks a half"),
+        (halves("lora_unet_a", 2, 0), {"lora_unet_a.lora_down.weight": torch.ones(1, 2)}, "has lora_A but no lora_B"),
         (
             halves("lora_unet_a", 2, 0),
             {"lora_unet_a.lora_down.weight": torch.ones(1, 2), "lora_unet_a.lora_up.weight": torch.ones(3, 1)},
-            "`lora_unet_a` is another module in",
+            "`lora_unet_a` has other shapes in",
         ),
-        (halves("lora_unet_a", 2, 0), {"lora_unet_a.norm": torch.ones(2)}, "1 of 1 keys are of no LoRA"),
+        (halves("lora_unet_a", 2, 0), {"lora_unet_a.norm": torch.ones(2)}, "1 of 1 keys are not LoRA keys"),
         (halves("lora_unet_a", 2, 0), {"lora_unet_a.dora_scale": torch.ones(2)}, "DoRA"),
         (
             halves("lora_unet_a", 2, 0),
             halves("lora_unet_a", 2, 0) | {"lora_unet_a.lora_up.weight": torch.full((ROWS, 2), torch.inf)},
-            "`lora_unet_a.lora_up.weight` holds values that are no finite numbers",
+            "`lora_unet_a.lora_up.weight` contains NaN or Inf",
         ),
-        (halves("lora_unet_a", 2, 0), halves("lora_unet_a", 2, 0, alpha=float("nan")), "is no finite number"),
+        (halves("lora_unet_a", 2, 0), halves("lora_unet_a", 2, 0, alpha=float("nan")), "is not a finite number"),
     ],
 )
 def test_what_cannot_be_added_is_refused_and_nothing_written(run, tmp_path, first, second, message):

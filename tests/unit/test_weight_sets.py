@@ -52,19 +52,19 @@ def add_a_model(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "1 shard of `{folder}` missing: "),
-        (contradict, "and its shards disagree on where 1 tensor stand: `a`"),
-        (lead_outside, "lists files of other folders: `../x.safetensors`"),
+        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "1 shard missing in `{folder}`: "),
+        (contradict, "and its shards disagree on the place of 1 tensor: `a`"),
+        (lead_outside, "lists files in other folders: `../x.safetensors`"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
             "top level is a list, expected an object",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
-            "is not an index of shards: `weight_map.a` is `1`, expected a string",
+            "is not a shard index: `weight_map.a` is `1`, expected a string",
         ),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "it is nested too deep"),
-        (add_a_model, "holds several models: `model-00001-of-00002.safetensors`, "),
+        (add_a_model, "contains several models: `model-00001-of-00002.safetensors`, "),
     ],
 )
 def test_what_is_not_whole_is_refused(tmp_path, change, message):
@@ -77,13 +77,17 @@ def test_what_is_not_whole_is_refused(tmp_path, change, message):
 
 def test_a_shard_alone_is_not_all_of_them(tmp_path):
     first, _ = write_shards(tmp_path)
-    with pytest.raises(DiffSynthError, match=r"1 shard of .* not named: `model-00002-of-00002.safetensors`"):
+    with pytest.raises(DiffSynthError, match=r"1 shard of .* not listed: `model-00002-of-00002.safetensors`"):
         open_weights([first])
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("x.pth", "is a pickled file"), ("none.safetensors", "is not there"), ("empty", "holds no safetensors files")],
+    [
+        ("x.pth", "is a pickled file"),
+        ("none.safetensors", "does not exist"),
+        ("empty", "contains no safetensors files"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, name, message):
     (tmp_path / "x.pth").write_bytes(b"x")
@@ -95,5 +99,5 @@ def test_other_files_are_refused(tmp_path, name, message):
 def test_the_same_tensor_in_two_files(tmp_path):
     for name in ("one", "two"):
         save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(DiffSynthError, match="1 tensor are both in"):
+    with pytest.raises(DiffSynthError, match="1 duplicate tensor in"):
         open_weights([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])

@@ -141,9 +141,7 @@ def finite(tensor: Tensor, path: Path, key: str | None) -> Tensor:
         DiffSynthError: when it is not.
     """
     if not bool(torch.isfinite(tensor).all()):
-        raise DiffSynthError(
-            f"`{path}`: `{key}` holds values that are no finite numbers", "name a file of an earlier step"
-        )
+        raise DiffSynthError(f"`{path}`: `{key}` contains NaN or Inf", "use an earlier checkpoint")
     return tensor
 
 

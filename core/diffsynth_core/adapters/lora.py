@@ -57,15 +57,15 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, doc
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except ValueError as error:
         raise DiffSynthError(
-            f"LoRA cannot be put on these modules: {error}",
-            "name linear or convolution modules in `--lora_target_modules`",
+            f"cannot add a LoRA to these modules: {error}",
+            "choose linear or convolution modules in `--lora_target_modules`",
         ) from error
     layers = lora_layers(model)
     if layers.keys() != set(targets):
         missing = sorted(set(targets) - layers.keys())
         raise DiffSynthError(
-            f"LoRA did not find {len(missing)} of {len(targets)} modules: {shorten(missing)}",
-            "name modules that are there",
+            f"{len(missing)} of {len(targets)} LoRA target modules do not exist: {shorten(missing)}",
+            "choose modules of the model in `--lora_target_modules`",
         )
     for module, names in own_names.items():
         _start([layers[own] for own in names], seed, module)
@@ -150,8 +150,8 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
             down, ups = targets[module]
             if ranks[module] > down.shape[0]:
                 raise DiffSynthError(
-                    f"`{path}` has rank {ranks[module]} at `{module}`, the run has {down.shape[0]}",
-                    f"give `--lora_rank {max(ranks.values())}`",
+                    f"`{path}` has rank {ranks[module]} at `{module}`, but the run uses rank {down.shape[0]}",
+                    f"pass `--lora_rank {max(ranks.values())}`",
                 )
             factors = lora_factors(file.modules[module], stream)
             down[: factors.rank] = factors.down.reshape(factors.rank, *down.shape[1:])
@@ -162,8 +162,8 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
                 ups[own][:, : factors.rank] = rows.reshape(len(rows), factors.rank, *ups[own].shape[2:])
     if not filled:
         raise DiffSynthError(
-            f"`{path}` has a LoRA for none of the {len(targets)} modules that train",
-            "name a LoRA of these modules, or other `--lora_target_modules`",
+            f"`{path}` has no LoRA for any of the {len(targets)} trained modules",
+            "use a LoRA of these modules, or change `--lora_target_modules`",
         )
     return len(filled)
 

@@ -92,7 +92,7 @@ def read_record(folder: Path) -> RunRecord | None:
         DiffSynthError: when the file is damaged.
     """
     path = folder / RECORD
-    return read_json(path, RunRecord, "name another `--output_path`") if os.path.lexists(path) else None
+    return read_json(path, RunRecord, "choose another `--output_path`") if os.path.lexists(path) else None
 
 
 def package_versions() -> dict[str, str]:
@@ -109,13 +109,17 @@ def claim_folder(folder: Path) -> Iterator[None]:
     """
 
     def busy() -> None:
-        raise DiffSynthError(f"another run is at work in `{folder}`", "wait for it, or name another `--output_path`")
+        raise DiffSynthError(
+            f"`{folder}` is in use by another run", "wait for it to finish, or choose another `--output_path`"
+        )
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = open_lock(folder / LOCK)
     except OSError as error:
-        raise DiffSynthError(f"cannot write to `{folder}`: {error.strerror}", "name another `--output_path`") from error
+        raise DiffSynthError(
+            f"cannot write to `{folder}`: {error.strerror}", "choose another `--output_path`"
+        ) from error
     with holding(descriptor, busy):
         for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
@@ -170,7 +174,9 @@ class MetricsFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                self._warn(f"`{self._path}` lacks steps from {values['step']} on: {error.strerror}; the run goes on")
+                self._warn(
+                    f"`{self._path}` is missing steps from {values['step']} on: {error.strerror}; the run continues"
+                )
 
     def close(self) -> None:
         self._lines.close()

@@ -124,11 +124,11 @@ def read_whole(state: Path, run: str, hashes: Hashes) -> Position:
     Raises:
         DiffSynthError: names the file that is damaged.
     """
-    position = read_json(state / POSITION, Position, "go on from another state")
+    position = read_json(state / POSITION, Position, "resume from another state")
     if position.step != _number(state) or position.samples_seen < 0:
-        raise DiffSynthError(f"`{state / POSITION}`: it is of step {position.step}")
+        raise DiffSynthError(f"`{state / POSITION}`: it belongs to step {position.step}")
     if position.run != run:
-        raise DiffSynthError(f"`{state / POSITION}`: it is of another run")
+        raise DiffSynthError(f"`{state / POSITION}`: it belongs to another run")
     for name in (TRAINED, OPTIMIZER):
         if not (state / name).is_file():
             raise DiffSynthError(f"`{state / name}` is missing")

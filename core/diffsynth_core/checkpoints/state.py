@@ -75,24 +75,24 @@ def restore_state(
         weights, moments = load_file(state / TRAINED), load_file(state / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise DiffSynthError(
-            f"the state `{state}` cannot be read: {error}", "give the same command again: it goes on from another state"
+            f"cannot read the state `{state}`: {error}", "rerun the command: it resumes from another state"
         ) from error
     if weights.keys() != trained.keys():
         raise DiffSynthError(
-            f"the state `{state}` holds {len(weights)} trained tensors, this run has {len(trained)}",
-            "resume with the parameters of the run",
+            f"the state `{state}` has {len(weights)} trained tensors, but this run has {len(trained)}",
+            "resume with the original parameters of the run",
         )
     wrong = [name for name, parameter in trained.items() if weights[name].shape != parameter.shape]
     if wrong:
         raise DiffSynthError(
-            f"the state `{state}` holds `{wrong[0]}` as {list(weights[wrong[0]].shape)}, this run has {list(trained[wrong[0]].shape)}",
-            "resume with the parameters of the run",
+            f"the state `{state}` has `{wrong[0]}` with shape {list(weights[wrong[0]].shape)}, but this run has {list(trained[wrong[0]].shape)}",
+            "resume with the original parameters of the run",
         )
     strangers = [name for name in _names_in(moments, position.optimizer) if name not in trained]
     if strangers or len(position.optimizer.groups) not in (0, len(optimizer.param_groups)):
         raise DiffSynthError(
-            f"the state `{state}` holds the optimizer of another run{f': `{strangers[0]}`' if strangers else ''}",
-            "resume with the parameters of the run",
+            f"the state `{state}` has the optimizer state of another run{f': `{strangers[0]}`' if strangers else ''}",
+            "resume with the original parameters of the run",
         )
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -33,7 +33,7 @@ class Base:
     @property
     def title(self) -> str:
         """What messages call it."""
-        return f"the {self.component.title} of {self.facts.title}"
+        return f"the {self.facts.title} {self.component.title}"
 
     def names_of(self, tensor: str) -> frozenset[str]:
         """Names in the files of what holds a documented tensor."""
@@ -71,8 +71,8 @@ def _paths(text: str, models: Path, option: str) -> list[Path]:
         return [folder]
     paths = expand_entry(text, models)
     if not paths:
-        below = f", nor below `{models}`" if ":" in text else ""
-        raise DiffSynthError(f"`{option}` `{text}` is not there{below}", "correct the path, or write `model_id:file`")
+        below = f", and is not in `{models}` either" if ":" in text else ""
+        raise DiffSynthError(f"`{option}` `{text}` does not exist{below}", "correct the path, or use `model_id:file`")
     stems = {path.with_name(stem_of_shard(path.name) or "") for path in paths if stem_of_shard(path.name)}
     if len(stems) == 1:
         (stem,) = stems
@@ -86,10 +86,11 @@ def _unknown(weights: WeightSet) -> DiffSynthError:
     names = list(weights.tensors)
     if any(name.startswith("pipe.") for name in names):
         return DiffSynthError(
-            f"`{weights.origin}` is a checkpoint of several components, or one with their prefix: {shorten(names, 3)}",
-            "take it apart with `diffsynth split-ckpt`, and name one of its parts",
+            f"`{weights.origin}` is a checkpoint whose keys have component prefixes: {shorten(names, 3)}",
+            "split it with `diffsynth split-ckpt`, and pass one of its parts",
         )
     known = ", ".join(facts.title for facts in FAMILIES.values())
     return DiffSynthError(
-        f"`{weights.origin}` is no component of {known}, by its tensors {shorten(names, 3)}", "name the weights of one"
+        f"`{weights.origin}` matches no component of {known}; its tensors are {shorten(names, 3)}",
+        "pass the weights of one component",
     )

@@ -45,7 +45,9 @@ def plan_conversion(
         DiffSynthError: as `open_lora_file`, `open_lora` and `open_base`; when a key finds no module of the base.
     """
     if output.suffix != ENDING:
-        problem = Problem(f"`{output}` does not end in `{ENDING}`", "name a file that does", wrong_use=True)
+        problem = Problem(
+            f"`{output}` does not end in `{ENDING}`", f"use a name that ends in `{ENDING}`", wrong_use=True
+        )
         raise FaultsFound([problem])
     weights = open_lora_file(path)
     source = open_lora(weights, family, component, allow_unmatched)
@@ -65,7 +67,9 @@ def _check(source: LoraSource, text: str, models: Path, files: Mapping[Path, Map
     base = open_base(text, models, "--check")
     expected = source.facts.component(source.facts.denoiser)
     if base.facts is not source.facts or base.component is not expected:
-        raise DiffSynthError(f"`{text}` is {base.title}, the LoRA is of {source.title}", "name its own base")
+        raise DiffSynthError(
+            f"`{text}` is {base.title}, but the LoRA is for {source.title}", "pass the base of this LoRA"
+        )
     for path, tensors in files.items():
         fit_lora(path, tensors, base.shapes, source.naming, besides=source.unmatched)
 
@@ -116,21 +120,21 @@ def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base
     if raised := _raised(written):
         sums = sorted({f"{' + '.join(map(str, lora.ranks))} -> {lora.rank}" for lora in raised})
         notes.append(
-            f"rank raised at {count_of(len(raised), 'module')} that {target} has as one, where the file has LoRAs of "
-            f"their own ({shorten([lora.module for lora in raised])}): {', '.join(sums)}"
+            f"rank increased for {count_of(len(raised), 'module')} that {target} fuses, as the file has separate LoRAs "
+            f"({shorten([lora.module for lora in raised])}): {', '.join(sums)}"
         )
     for exact, how in ((True, "exactly"), (False, "in float32, rounded once")):
         scaled = [lora for lora in written if lora.scales and lora.exact is exact]
         if scaled:
             scales = sorted({scale for lora in scaled for scale in lora.scales})
             notes.append(
-                f"{target} stores no alpha: lora_B of {count_of(len(scaled), 'module')} is multiplied with "
+                f"{target} stores no alpha: lora_B of {count_of(len(scaled), 'module')} is multiplied by "
                 f"{', '.join(f'{scale:g}' for scale in scales[:5])}{' …' if len(scales) > 5 else ''}, {how}"
             )
     if note := unread_note(source.facts, target, "--to"):
         notes.append(note)
     if source.unmatched:
-        notes.append(f"{count_of(len(source.unmatched), 'key')} left out: {shorten(sorted(source.unmatched))}")
+        notes.append(f"{count_of(len(source.unmatched), 'key')} skipped: {shorten(sorted(source.unmatched))}")
     if base is not None:
-        notes.append(f"every key finds a module of the right shape in {base}, before and after")
+        notes.append(f"every key matches a module and its shape in {base}, before and after conversion")
     return notes

@@ -39,15 +39,15 @@ def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
         return _join_parts(sets, known, folder)
     if len(sets) > 1:
         raise DiffSynthError(
-            f"{shorten([weights.origin for weights in sets])} are no shards of one model, and not all of them are "
-            "parts of a checkpoint that say so",
-            "name the shards of one model, or its index",
+            f"{shorten([weights.origin for weights in sets])} are not shards of one model, and not all of them are "
+            "parts written by `diffsynth split-ckpt`",
+            "pass the shards of one model, or its index",
         )
     (weights,) = sets
     metadata, notes = common_metadata(sets), []
     lost = sorted({key for texts in weights.metadata.values() for key in texts} - metadata.keys())
     if lost:
-        notes.append(f"left out, as the shards say different things of it: metadata {shorten(lost)}")
+        notes.append(f"metadata dropped because the shards disagree on it: {shorten(lost)}")
     tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
     output = OutputFile(folder / f"{stem_of(weights)}{ENDING}", aligned(tensors), metadata)
     return FilePlan((output,), weights.inputs, tuple(notes))
@@ -87,8 +87,8 @@ def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: P
     """The checkpoint that parts were taken from, its tensors in the order in which checkpoints are written."""
     if len({(part.file, json.dumps(dict(part.metadata), sort_keys=True)) for part in parts}) > 1:
         raise DiffSynthError(
-            f"{shorten([weights.origin for weights in sets])} were taken from different checkpoints",
-            "name the parts of one",
+            f"{shorten([weights.origin for weights in sets])} are parts of different checkpoints",
+            "pass the parts of one checkpoint",
         )
     tensors: dict[str, OutputTensor] = {}
     twice = []
@@ -99,7 +99,7 @@ def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: P
             tensors[key] = row_spans(weights, name).output(key)
     if twice:
         raise DiffSynthError(
-            f"{count_of(len(twice), 'tensor')} would stand there twice: {shorten(twice)}", "name each part once"
+            f"{count_of(len(twice), 'tensor')} would be duplicated: {shorten(twice)}", "pass each part once"
         )
     order = sorted(tensors.values(), key=lambda tensor: (-BITS_PER_ELEMENT[tensor.dtype], tensor.name))
     output = OutputFile(folder / f"{parts[0].file}{ENDING}", tuple(order), parts[0].metadata)

@@ -40,7 +40,7 @@ def parse_lora(text: str) -> WeightedFile:
             return WeightedFile(Path(text))  # a colon in a name, which is then told to be not there
         weight = math.nan
     if not math.isfinite(weight):
-        raise DiffSynthError(f"`--lora` `{text}`: the weight is no finite number", "give a number such as 0.8")
+        raise DiffSynthError(f"`--lora` `{text}`: the weight is not a finite number", "use a number such as 0.8")
     return WeightedFile(Path(path), weight)
 
 
@@ -52,12 +52,12 @@ def open_lora_file(path: Path) -> WeightSet:
     """
     if path.is_file() and stem_of_shard(path.name):
         raise DiffSynthError(
-            f"`{path}` is one shard of a model, and a LoRA is a file of its own",
-            "name a LoRA, or join its shards with `diffsynth split-ckpt --join`",
+            f"`{path}` is one shard of a model, but a LoRA must be a single file",
+            "pass a LoRA, or join its shards with `diffsynth split-ckpt --join`",
         )
     weights = open_weights([path])
     if weights.files != (path,):
-        raise DiffSynthError(f"`{path}` is no safetensors file, as a LoRA is", "name the file itself")
+        raise DiffSynthError(f"`{path}` is not a safetensors file, as a LoRA must be", "pass the file itself")
     return weights
 
 
@@ -103,11 +103,11 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Matche
     file = read_lora_file(given.path, base.shapes, naming, allow_unmatched=True, tensor_shapes=base.tensor_shapes)
     if file.unmatched and not allow_unmatched:
         encoder = sum(key.startswith(TEXT_ENCODERS) for key in file.unmatched)
-        told = f", {encoder} of them of a text encoder" if encoder else ""
+        told = f", {encoder} of them for a text encoder" if encoder else ""
         raise DiffSynthError(
-            f"`{given.path}`: {len(file.unmatched)} of {len(keys)} keys fit no module of {base.title}{told}: "
+            f"`{given.path}`: {len(file.unmatched)} of {len(keys)} keys match no module of {base.title}{told}: "
             f"{shorten(sorted(file.unmatched))}",
-            "name a LoRA of this model, or leave these keys out with `--allow_unmatched`",
+            "pass a LoRA for this model, or skip these keys with `--allow_unmatched`",
         )
     return MatchedLora(file, summarise(given, file.loras, file.unmatched, len(file.tensors)))
 

@@ -51,7 +51,7 @@ class LoraSource:
     @property
     def title(self) -> str:
         """What messages call the component that it is for."""
-        return f"the {self.naming.component} of {self.facts.title}"
+        return f"the {self.facts.title} {self.naming.component}"
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -65,8 +65,10 @@ class LoraSource:
     def spelling(self) -> str:
         """Its dialect, or how it names its keys, in words."""
         names = self.vocabulary.title.partition("/")[0]
-        prefixes = " and ".join(f"`{prefix}`" if prefix else "no prefix" for prefix in sorted(self.match.prefixes))
-        return self.dialect or f"{prefixes} and the names of {names}"
+        prefixes = " and ".join(
+            f"prefix `{prefix}`" if prefix else "no prefix" for prefix in sorted(self.match.prefixes)
+        )
+        return self.dialect or f"{names} names with {prefixes}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:
     said = weights.said("family")
     if family and said in FAMILIES and said != family:
         raise DiffSynthError(
-            f"`{weights.origin}` says of itself that it is of `{said}`, `--family` says `{family}`",
-            "leave `--family` out, or name another file",
+            f"the metadata of `{weights.origin}` states the family `{said}`, but `--family` is `{family}`",
+            "remove `--family`, or pass another file",
         )
     known = family or said
     return [FAMILIES[known]] if known in FAMILIES else list(FAMILIES.values())
@@ -143,9 +145,9 @@ def _namings(families: list[FamilyFacts], component: str | None) -> list[tuple[F
         raise FaultsFound(
             [
                 Problem(
-                    f"a LoRA of `{component}` has the same names in all dialects of "
-                    f"{', '.join(facts.title for facts in families)}, if any",
-                    f"name a LoRA of {' or '.join(known)}",
+                    f"a LoRA of `{component}` cannot be renamed: no LoRA format defines key names for it in "
+                    f"{', '.join(facts.title for facts in families)}",
+                    f"pass a LoRA of {' or '.join(known)}",
                     wrong_use=True,
                 )
             ]
@@ -165,20 +167,20 @@ def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFac
         known = ", ".join(facts.title for facts in families)
         if all(map(is_difference_key, weights.tensors)):
             raise DiffSynthError(
-                f"`{weights.origin}` holds whole differences of tensors alone, which no LoRA format has a place for: "
+                f"`{weights.origin}` contains only full-weight differences, which no LoRA format can store: "
                 f"{shorten(sorted(weights.tensors))}",
                 "merge the file into its base with `diffsynth merge-lora --base`",
             )
         raise DiffSynthError(
-            f"`{weights.origin}`: none of its {fewest} keys fits a module of {known}: {shorten(sorted(weights.tensors))}",
-            "name a LoRA file" if not any(map(is_lora_key, weights.tensors)) else "name a LoRA of one of them",
+            f"`{weights.origin}`: none of its {fewest} keys matches a module of {known}: {shorten(sorted(weights.tensors))}",
+            "pass a LoRA file" if not any(map(is_lora_key, weights.tensors)) else "pass a LoRA for one of them",
         )
     possible = [reading for reading in best if not _is_ruled_out(reading, weights.tensors)] or best
     names = [reading.facts.name for reading in possible]
     if len(names) > 1:
         raise DiffSynthError(
-            f"`{weights.origin}` may be a LoRA of {' or '.join(names)}: all its modules have the same names in each",
-            f"give `--family`, one of {', '.join(names)}",
+            f"`{weights.origin}` may be a LoRA of {' or '.join(names)}: its module names are the same in each",
+            f"pass `--family`, one of {', '.join(names)}",
         )
     return possible[0]
 
@@ -220,24 +222,23 @@ def _has_other_sides(name: str, keys: LoraKeys, reading: _Reading, tensors: Mapp
 
 def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
     unmatched = sorted(reading.unmatched)
-    component = f"the {reading.naming.component} of {reading.facts.title}"
+    component = f"the {reading.facts.title} {reading.naming.component}"
     message = (
-        f"`{weights.origin}`: {len(unmatched)} of {len(weights.tensors)} keys fit no module of {component}: "
+        f"`{weights.origin}`: {len(unmatched)} of {len(weights.tensors)} keys match no module of {component}: "
         f"{shorten(unmatched)}"
     )
     differences = [key for key in unmatched if is_difference_key(key)]
     if len(differences) == len(unmatched):
         return DiffSynthError(
-            f"`{weights.origin}` holds {count_of(len(differences), 'whole difference')} of tensors beside the LoRA of "
-            f"{component}, which no LoRA format has a place for: {shorten(differences)}",
-            "merge the file into its base with `diffsynth merge-lora --base`, or leave them out with "
-            "`--allow_unmatched`",
+            f"`{weights.origin}` contains {count_of(len(differences), 'full-weight difference')} besides the LoRA of "
+            f"{component}, which no LoRA format can store: {shorten(differences)}",
+            "merge the file into its base with `diffsynth merge-lora --base`, or skip them with `--allow_unmatched`",
         )
     if not any(map(is_lora_key, unmatched)):
-        return DiffSynthError(message, "take the file apart with `diffsynth split-ckpt`, and convert its LoRA")
+        return DiffSynthError(message, "split the file with `diffsynth split-ckpt`, and convert its LoRA")
     encoder = sum(key.startswith(TEXT_ENCODERS) for key in unmatched)
-    told = f" ({encoder} are of a text encoder)" if encoder else ""
-    return DiffSynthError(message + told, "leave them out with `--allow_unmatched`, or name another file")
+    told = f" ({encoder} of them for a text encoder)" if encoder else ""
+    return DiffSynthError(message + told, "skip them with `--allow_unmatched`, or pass another file")
 
 
 def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
@@ -251,7 +252,7 @@ def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
     ]
     if not_finite:
         raise DiffSynthError(
-            f"`{weights.origin}`: {count_of(len(not_finite), 'tensor')} with NaN or infinity: {shorten(not_finite)}",
-            "name an earlier checkpoint",
+            f"`{weights.origin}`: {count_of(len(not_finite), 'tensor')} with NaN or Inf: {shorten(not_finite)}",
+            "use an earlier checkpoint",
         )
     return loras

@@ -159,8 +159,8 @@ def _common_format(name: str, tensors: Sequence[StoredTensor], as_stored: bool =
     if unknown:
         path = tensors[0].span.path
         raise DiffSynthError(
-            f"`{path}`: `{name}` would be computed from {', '.join(sorted(unknown))}, which is only copied here",
-            "name the file as it was trained, in bfloat16, float16 or float32",
+            f"`{path}`: `{name}` has to be recomputed, which is not supported for dtype {', '.join(sorted(unknown))}",
+            "use the file as it was trained, in bfloat16, float16 or float32",
         )
     return "F64" if "F64" in stored else "F32"
 

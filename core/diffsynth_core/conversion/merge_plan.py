@@ -111,19 +111,19 @@ def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> 
     if integers:
         problems.append(
             Problem(
-                f"{count_of(len(integers), 'weight')} to merge into stored as {changed[integers[0]].dtype}, "
-                f"which is no floating-point format: {shorten(integers)}",
-                "name the original weights",
+                f"cannot merge into {count_of(len(integers), 'weight')} of dtype {changed[integers[0]].dtype}, "
+                f"which is not floating point: {shorten(integers)}",
+                "use the original weights",
             )
         )
     narrow = [name for name, tensor in changed.items() if tensor.dtype in FLOATING_POINT - MERGED_IN_PLACE]
     if narrow and dtype is None:
         stored = changed[narrow[0]].dtype
-        why = "most of the change would be lost in rounding" if stored != "F64" else "merging computes in float32"
+        why = "rounding would lose most of the change" if stored != "F64" else "merging computes in float32"
         problems.append(
             Problem(
-                f"{count_of(len(narrow), 'weight')} to merge into stored as {stored}: {why}: {shorten(narrow)}",
-                "say what to write, such as `--dtype bfloat16`",
+                f"cannot merge into {count_of(len(narrow), 'weight')} of dtype {stored}, as {why}: {shorten(narrow)}",
+                "set the dtype to write, such as `--dtype bfloat16`",
             )
         )
     return problems
@@ -133,8 +133,8 @@ def _output_problems(base: Base, output: Path, max_shard_bytes: int | None) -> l
     """The problem that a file is named for what may be several."""
     if output.suffix != ENDING or (len(base.weights.files) == 1 and max_shard_bytes is None):
         return []
-    what = "`--max_shard_size` may make several files" if max_shard_bytes else f"`{base.weights.origin}` has shards"
-    return [Problem(f"`--output_path` `{output}` is one file, {what}", "name a folder", wrong_use=True)]
+    what = "`--max_shard_size` may write several" if max_shard_bytes else f"`{base.weights.origin}` has shards"
+    return [Problem(f"`--output_path` `{output}` is one file, but {what}", "pass a folder", wrong_use=True)]
 
 
 def outputs_of(

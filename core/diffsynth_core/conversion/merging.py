@@ -59,7 +59,7 @@ def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: b
     if result.loss.share > LOSS_WORTH_A_WARNING:
         formats = sorted({plan.format_of(name) for name in plan.changed})
         reporter.warn(
-            f"rounding to {', '.join(formats)} loses {result.loss.share:.0%} of the change; `--dtype float32` keeps it"
+            f"rounding to {', '.join(formats)} loses {result.loss.share:.0%} of the change; `--dtype float32` preserves it"
         )
     return result
 
@@ -232,15 +232,15 @@ class _Piece:
         while target:
             done = os.preadv(self.source, [target], place)
             if not done:
-                raise DiffSynthError(f"`{self.span.path}` became shorter while it was read", "fetch the file again")
+                raise DiffSynthError(f"`{self.span.path}` was truncated while it was read", "download the file again")
             target, place = target[done:], place + done
         return raw, raw.view(self.stored).view(end - begin, self.columns)
 
     def _checked(self, result: Tensor) -> Tensor:
         if not bool(torch.isfinite(result.float()).all()):
             raise DiffSynthError(
-                f"`{self.name}` would hold values that are no finite numbers in {DTYPE_NAMES[self.written]}",
-                "give a wider `--dtype`, such as `float32`, or look for them in the base",
+                f"`{self.name}` would contain NaN or Inf in {DTYPE_NAMES[self.written]}",
+                "use a wider `--dtype` such as `float32`, or check the base for NaN and Inf",
             )
         return result
 

@@ -50,13 +50,13 @@ def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str |
         raise FaultsFound([unknown_family(family)])
     if unprefixed is not None and unprefixed not in COMPONENTS:
         known = ", ".join(sorted(COMPONENTS))
-        raise FaultsFound([Problem(f"there is no component `{unprefixed}`", f"known: {known}", wrong_use=True)])
+        raise FaultsFound([Problem(f"unknown component `{unprefixed}`", f"known: {known}", wrong_use=True)])
     record = None if weights.said("removed_prefix") is not None else _record_of(weights)
     parameters = record.parameters if record else {}
     told = weights.said("family") or (record.family if record else None)
     if told in FAMILIES and family not in (None, told):
         raise DiffSynthError(
-            f"`{weights.origin}` says that it is of `{told}`, and `--family` says `{family}`", "leave `--family` out"
+            f"`{weights.origin}` is recorded as family `{told}`, but `--family` is `{family}`", "remove `--family`"
         )
     removed = weights.said("removed_prefix")
     if removed is None and record:
@@ -76,7 +76,7 @@ def _record_of(weights: WeightSet) -> RunRecord | None:
     try:
         record = read_record(folder)
     except DiffSynthError as error:
-        raise DiffSynthError(str(error), "move it away, and give `--unprefixed` if it is asked for") from error
+        raise DiffSynthError(str(error), "move it away, and pass `--unprefixed` if it is asked for") from error
     written = {entry.file for entry in record.checkpoints} if record else set()
     return record if written & {path.name for path in weights.files} else None
 
@@ -117,8 +117,8 @@ def find_owners(keys: Iterable[str], origin: Origin) -> Ownership:
     twice = [keys for keys in owned.values() if len(keys) > 1]
     if twice:
         raise DiffSynthError(
-            f"{count_of(len(twice), 'tensor')} stand there twice: {shorten(list(chain(*twice)))}",
-            "name a file that has each once",
+            f"{count_of(len(twice), 'duplicate tensor')}: {shorten(list(chain(*twice)))}",
+            "pass a file that has each tensor once",
         )
     full: dict[str, dict[str, str]] = {}
     lora: dict[str, dict[str, str]] = {}
@@ -140,9 +140,8 @@ def _told(key: str, origin: Origin) -> tuple[str, str] | None:
     whole = split_key(origin.removed_prefix + key) if origin.removed_prefix else None
     if whole and origin.unprefixed not in (None, whole[0]):
         raise DiffSynthError(
-            f"the checkpoint says that keys without a prefix are those of `{whole[0]}`, and `--unprefixed` says "
-            f"`{origin.unprefixed}`",
-            "leave `--unprefixed` out",
+            f"the checkpoint assigns keys without a prefix to `{whole[0]}`, but `--unprefixed` is `{origin.unprefixed}`",
+            "remove `--unprefixed`",
         )
     return whole
 
@@ -248,17 +247,15 @@ def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) ->
             continue
         other = next((known.name for known in family.components if layout_of(known, names)), None)
         if other:
-            problems.append(
-                Problem(f"the tensors that should be of `{component}` are those of `{other}`: {shorten(list(names))}")
-            )
+            problems.append(Problem(f"the tensors under `{component}` belong to `{other}`: {shorten(list(names))}"))
     return problems
 
 
 def unmatched_problem(origin: str, ownership: Ownership, total: int) -> Problem:
     """The problem that keys belong to no component."""
-    fits = f"; their names fit {shorten(ownership.fits)}" if ownership.fits else "; they fit no component that is known"
+    fits = f"; their names match {shorten(ownership.fits)}" if ownership.fits else "; they match no known component"
     return Problem(
-        f"`{origin}`: {len(ownership.unmatched)} of {total} keys have no prefix that names their component: "
+        f"`{origin}`: {len(ownership.unmatched)} of {total} keys have no component prefix: "
         f"{shorten(ownership.unmatched)}{fits}",
-        "say whose they are with `--unprefixed`, or leave them out with `--allow_unmatched`",
+        "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
     )

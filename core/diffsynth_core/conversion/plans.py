@@ -48,5 +48,5 @@ def parse_size(text: str, option: str) -> int:
     match = _SIZE.fullmatch(text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if size <= 0:
-        raise FaultsFound([Problem(f"`{text}` is no size (`{option}`)", "write one such as `5GB`", wrong_use=True)])
+        raise FaultsFound([Problem(f"`{text}` is not a size (`{option}`)", "use a size such as `5GB`", wrong_use=True)])
     return size

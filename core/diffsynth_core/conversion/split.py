@@ -80,7 +80,7 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
         for component, names in ownership.lora.items()
     ]
     if ownership.unmatched:
-        notes.append(f"left out, of no component: {_counted(ownership.unmatched)}")
+        notes.append(f"skipped, not part of any component: {_counted(ownership.unmatched)}")
     outputs: list[Output] = []
     for part in sorted(parts, key=lambda part: part.stem):
         files, indexes = plan_shards(
@@ -97,11 +97,11 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
 def _without_effect(weights: WeightSet, ownership: Ownership, choices: SplitChoices) -> list[Problem]:
     """Names that are asked for of full weights, or of LoRAs, where a checkpoint holds none."""
     asked = (
-        ("layout", choices.layout, "full weights", ownership.full, "a LoRA gets other names with `--lora_format`"),
-        ("lora_format", choices.lora_format, "a LoRA", ownership.lora, "full weights get other names with `--layout`"),
+        ("layout", choices.layout, "full weights", ownership.full, "rename a LoRA with `--lora_format`"),
+        ("lora_format", choices.lora_format, "LoRAs", ownership.lora, "rename full weights with `--layout`"),
     )
     return [
-        Problem(f"`--{option}` names {what}, of which `{weights.origin}` holds none", hint, wrong_use=True)
+        Problem(f"`--{option}` applies to {what}, but `{weights.origin}` contains none", hint, wrong_use=True)
         for option, name, what, found, hint in asked
         if name and not found
     ]
@@ -182,8 +182,8 @@ def _lora_part(
     path, *others = {weights.tensors[key].path for key in names.values()}
     if others:
         raise DiffSynthError(
-            f"the LoRA of `{component}` is spread over {len(others) + 1} files of `{weights.origin}`",
-            "join them first, with `--join`",
+            f"the LoRA of `{component}` is split across {len(others) + 1} files of `{weights.origin}`",
+            "join them first with `--join`",
         )
     alone = replace(
         weights,
@@ -203,17 +203,17 @@ def _translate(
 ) -> Translated | Problem:
     facts = facts_of(component, family)
     if facts is None:
-        of = f"of {family.title}" if family else "as long as the family is not told"
+        of = f"of {family.title}" if family else "of an unknown family"
         return Problem(
-            f"there are no other names of the component `{component}` {of} (`--layout {layout_name}`)",
-            "leave `--layout` out" if family else "give `--family`",
+            f"`--layout {layout_name}` is not available for the component `{component}` {of}",
+            "remove `--layout`" if family else "pass `--family`",
         )
     reading, layout = find_reading(facts, tensors)
     writing = facts.names_in(layout_name, layout)
     if family and writing is None:
         return Problem(
-            f"there is no table of the original names of the component `{component}` of {family.title}",
-            "leave `--layout` out, or give another",
+            f"the original names of the component `{component}` of {family.title} are not known",
+            "remove `--layout`, or choose another",
         )
     assert writing is not None
     return translate(tensors, reading, writing)
@@ -221,21 +221,21 @@ def _translate(
 
 def _translation_problems(component: str, translated: Translated, choices: SplitChoices) -> Iterator[Problem]:
     faults = {
-        f"have no name in the layout `{choices.layout}`": () if choices.allow_unmatched else translated.unknown,
-        f"have shapes or number formats that the layout `{choices.layout}` has no place for": translated.misshapen,
+        f"without a name in the layout `{choices.layout}`": () if choices.allow_unmatched else translated.unknown,
+        f"with shapes or dtypes that do not fit the layout `{choices.layout}`": translated.misshapen,
     }
     for what, names in faults.items():
         if names:
             yield Problem(
-                f"{count_of(len(names), 'tensor')} of `{component}` {what}: {shorten(names)}", "leave `--layout` out"
+                f"{count_of(len(names), 'tensor')} of `{component}` {what}: {shorten(names)}", "remove `--layout`"
             )
     if not translated.tensors:
-        yield Problem(f"no tensor of `{component}` has a name in the layout `{choices.layout}`", "leave `--layout` out")
+        yield Problem(f"no tensor of `{component}` has a name in the layout `{choices.layout}`", "remove `--layout`")
 
 
 def _translation_notes(component: str, translated: Translated) -> list[str]:
-    left = {"without a name in the layout": translated.unknown, "second names of others": translated.unneeded}
-    return [f"left out of {component}, {what}: {_counted(names)}" for what, names in left.items() if names]
+    left = {"without a name in the layout": translated.unknown, "aliases of other tensors": translated.unneeded}
+    return [f"skipped in {component}, {what}: {_counted(names)}" for what, names in left.items() if names]
 
 
 def _counted(names: Sequence[str]) -> str:

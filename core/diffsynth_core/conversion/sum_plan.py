@@ -127,7 +127,11 @@ def plan_sum(
     problems: list[Problem] = []
     if output.suffix != ENDING:
         problems.append(
-            Problem(f"`--output_path` `{output}` is to be one file", "end it in `.safetensors`", wrong_use=True)
+            Problem(
+                f"`--output_path` `{output}` must be a single file",
+                "use a name that ends in `.safetensors`",
+                wrong_use=True,
+            )
         )
     found = []
     for number, one in enumerate(files):
@@ -179,14 +183,13 @@ def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
     refuse_other_adapters(one.path, header.tensors)
     keys, unmatched = _group(header.tensors)
     if not keys or (unmatched and not allow_unmatched):
-        told = f"{len(unmatched)} of {len(header.tensors)} keys are of no LoRA: {shorten(sorted(unmatched))}"
+        told = f"{len(unmatched)} of {len(header.tensors)} keys are not LoRA keys: {shorten(sorted(unmatched))}"
         whole_tensors = any(map(is_difference_key, unmatched))
         raise DiffSynthError(
             f"`{one.path}`: {told}",
-            "merge it into its base with `--base`"
-            + (", or leave these keys out with `--allow_unmatched`" if keys else "")
+            "merge it into its base with `--base`" + (", or skip these keys with `--allow_unmatched`" if keys else "")
             if whole_tensors
-            else "name a LoRA, or leave these keys out with `--allow_unmatched`",
+            else "pass a LoRA, or skip these keys with `--allow_unmatched`",
         )
     loras, _ = read_stored(one.path, header, LoraMatch(Vocabulary(""), keys))
     parts = {name: (SumPart(number, whole(lora)), keys[name]) for name, lora in loras.items()}
@@ -238,8 +241,8 @@ def _read_in_one_dialect(
     for source, one in zip(sources, files, strict=True):
         if (source.facts, source.naming.component) != (first.facts, first.naming.component):
             raise DiffSynthError(
-                f"`{one.path}` is a LoRA of {source.title}, `{files[0].path}` of {first.title}",
-                "name LoRAs of one model",
+                f"`{one.path}` is a LoRA for {source.title}, but `{files[0].path}` is for {first.title}",
+                "pass LoRAs for one model",
             )
     dialect = next((source.dialect for source in sources if source.dialect), "diffsynth")
     return [
@@ -267,10 +270,10 @@ def _module(
     for part in parts[1:]:
         if (part.down_shape[1:], part.up_shape[0]) != (first.down_shape[1:], first.up_shape[0]):
             raise DiffSynthError(
-                f"`{name}` is another module in `{files[part.file].path}` "
+                f"`{name}` has other shapes in `{files[part.file].path}` "
                 f"({list(part.up_shape)} x {list(part.down_shape)}) than in `{files[first.file].path}` "
                 f"({list(first.up_shape)} x {list(first.down_shape)})",
-                "name LoRAs of one model",
+                "pass LoRAs for one model",
             )
     rank = sum(part.down_shape[0] for part in parts)
     if most is not None and rank > most:

@@ -29,7 +29,7 @@ def part_of(files: ComponentFiles) -> Part:
     parts = {part.prefix: part for part in read_parts(files.paths, files.origin)}
     if files.prefix not in parts:
         raise DiffSynthError(
-            f"`{files.origin}` holds no {files.component} below `{files.prefix}` any more", "run the command again"
+            f"`{files.origin}` no longer contains {files.component} under `{files.prefix}`", "rerun the command"
         )
     return parts[files.prefix]
 

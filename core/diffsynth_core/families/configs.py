@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError, beginning
 from diffsynth_core.families.interface import Shapes
 from diffsynth_core.json_files import read_json
 
-FETCH = "fetch the file again"
+FETCH = "download the file again"
 MAX_CONFIG_BYTES = 4 * 2**20
 """Largest config.json that is read: 4 MiB; published ones have a few kB, with names of labels some 100 kB."""
 LEAST_LIMIT_OF_LAYERS = 128
@@ -44,7 +44,7 @@ def read_config(path: Path, shapes: Shapes) -> dict[str, Any]:
         limit = _limit(name, layers)
         if limit is not None and abs(value) > limit:
             what = f"`{path}`: `{place}` is {beginning(str(value), 20)}, expected at most {limit}"
-            raise DiffSynthError(what, "put the config.json that belongs to these files beside them")
+            raise DiffSynthError(what, "put the config.json of these files next to them")
     return config
 
 

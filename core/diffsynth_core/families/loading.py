@@ -41,12 +41,12 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
     except DiffSynthError as error:
         return list(error.problems)
     except Exception as error:
-        source = f"`{files.config_path}`" if files.config_path else "its shapes alone"
+        source = f"`{files.config_path}`" if files.config_path else "its tensor shapes"
         reason = " ".join(str(error).split()) or type(error).__name__
         return [
             Problem(
                 f"{files.component} from `{files.origin}` cannot be built from {source}: {reason}",
-                "put the config.json that belongs to these files beside them",
+                "put the config.json of these files next to them",
             )
         ]
 
@@ -65,22 +65,22 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
         names |= dict.fromkeys(cut, original)
         if files.layout.names.ours(original) is None or not cut.keys() <= expected.keys():
             surplus.add(original)
-    source = f"`{files.config_path}`" if files.config_path else "the file itself"
+    source = f"`{files.config_path}`" if files.config_path else "the config inferred from its shapes"
     where = f"{files.component} from `{files.origin}`"
     problems = []
     missing = sorted((expected.keys() & required) - names.keys())
     if missing:
-        what = f"lacks {len(missing)} tensors that {source} asks for: {shorten(missing)}"
-        problems.append(Problem(f"{where} {what}", "name all files of the component"))
+        what = f"is missing {len(missing)} tensors that {source} requires: {shorten(missing)}"
+        problems.append(Problem(f"{where} {what}", "pass all files of the component"))
     if surplus:
-        what = f"has {len(surplus)} tensors that {source} has no place for: {shorten(sorted(surplus))}"
-        problems.append(Problem(f"{where} {what}", "name the files of one component only"))
+        what = f"has {len(surplus)} tensors that {source} does not define: {shorten(sorted(surplus))}"
+        problems.append(Problem(f"{where} {what}", "pass only the files of one component"))
     placed = {name: original for name, original in names.items() if original not in surplus}
     wrong = list(dict.fromkeys(placed[name] for name in sorted(placed) if expected[name] != shapes[name]))
     if wrong:
         first = wrong[0]
         what = (
-            f"the shapes of {len(wrong)} tensors differ from what {source} asks for; "
+            f"the shapes of {len(wrong)} tensors differ from those that {source} requires; "
             f"`{first}` is {list(found[first].shape)}, expected {list(files.layout.names.join_shape(first, expected))}"
         )
         problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
@@ -137,7 +137,7 @@ def load_component(
     beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
     if beyond:
         reporter.info(
-            f"{files.component}: {count_of(len(beyond), 'weight')} beyond ±{LARGEST:g}, the range of 8-bit floats, "
+            f"{files.component}: {count_of(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
             f"kept in {str(dtype).removeprefix('torch.')}: {shorten(beyond)}"
         )
     _tie(module)

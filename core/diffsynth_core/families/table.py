@@ -36,7 +36,7 @@ def unknown_family(name: str) -> Problem:
     """The problem that there is no such family, with the nearest name."""
     near = suggest(name, FAMILIES)
     hint = f"did you mean `{near}`?" if near else f"known: {', '.join(FAMILIES)}"
-    return Problem(f"there is no family `{name}`", hint, wrong_use=True)
+    return Problem(f"unknown family `{name}`", hint, wrong_use=True)
 
 
 def load_family(name: str) -> "Family":
@@ -54,8 +54,7 @@ def unread_note(facts: FamilyFacts, dialect: str, option: str) -> str | None:
     if dialect not in facts.component(facts.denoiser).unread:
         return None
     return (
-        f"no other program loads a LoRA of {facts.title} in the format `{dialect}`, only `diffsynth` does; "
-        f"`{option} kohya` is read by most"
+        f"only `diffsynth` loads a LoRA of {facts.title} in the format `{dialect}`; most programs load `{option} kohya`"
     )
 
 

@@ -177,21 +177,21 @@ def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, Ten
     """Refuse a scale without a weight in 8-bit floats, and one of a shape that says nothing."""
     if weight not in tensors:
         raise DiffSynthError(
-            f"`{origin}` has the scale `{scale}`, and no `{weight}`", "download the file again, or name all its shards"
+            f"`{origin}` has the scale `{scale}`, but no `{weight}`", "download the file again, or pass all its shards"
         )
     stored, by = tensors[weight], tensors[scale]
     if stored.dtype not in FLOAT8 or by.dtype not in ("F32", "F16", "BF16", "F64"):
         raise _quantised(origin, [scale], f"; `{weight}` is {stored.dtype}, its scale {by.dtype}")
     if scale_grid(by.shape, stored.shape) is None:
         raise DiffSynthError(
-            f"`{origin}`: the scale `{scale}` of shape {list(by.shape)} does not fit `{weight}` of shape {list(stored.shape)}",
+            f"`{origin}`: the scale `{scale}` of shape {list(by.shape)} does not match `{weight}` of shape {list(stored.shape)}",
             "use the original weights in bfloat16",
         )
 
 
 def _quantised(origin: str, names: list[str], more: str = "") -> DiffSynthError:
     return DiffSynthError(
-        f"`{origin}` holds quantized weights ({shorten(names, 1)}){more}: only 8-bit floats with a scale can be read",
+        f"`{origin}` contains quantized weights ({shorten(names, 1)}){more}: only scaled fp8 is supported",
         "use the original weights in bfloat16, or a file in scaled fp8",
     )
 
@@ -209,7 +209,7 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
                 raise _quantised(origin, [f"{layer}{QUANT_CONFIG}"], f"; the format of this layer is `{name}`")
             if layer not in layers and f"{layer}.weight" in tensors:
                 raise DiffSynthError(
-                    f"`{origin}` says that `{layer}` is stored as {told} with a scale, and holds no scale for it",
+                    f"`{origin}` declares `{layer}` as {told} with a scale, but contains no scale for it",
                     "download the file again",
                 )
 
@@ -230,6 +230,6 @@ def _formats_in(path: Path) -> dict[str, object]:
                 found[name.removesuffix(QUANT_CONFIG)] = parse_json(data.rstrip(b"\0").decode())
     except ValueError as error:  # neither UTF-8 nor JSON, or of another type
         raise DiffSynthError(
-            f"`{path}`: what it says of the formats of its layers cannot be read: {error}", "download the file again"
+            f"`{path}`: cannot read the layer formats that it declares: {error}", "download the file again"
         ) from error
     return found

@@ -92,14 +92,14 @@ def _all_utf8(texts: Iterable[str]) -> bool:
 
 def _gguf(path: Path) -> DiffSynthError:
     return DiffSynthError(
-        f"`{path}` is a GGUF file, whose weights are quantized for inference: neither trained on nor merged into",
-        "use the safetensors file that it was made from, in bfloat16 or scaled fp8",
+        f"`{path}` is a GGUF file, quantized for inference: training and merging do not support it",
+        "use the safetensors file it was made from, in bfloat16 or scaled fp8",
     )
 
 
 def _damaged(path: Path, size: int) -> DiffSynthError:
     return DiffSynthError(
-        f"`{path}` ({size} bytes) is not a whole safetensors file: its header cannot be read", "fetch the file again"
+        f"`{path}` ({size} bytes) is not a valid safetensors file: cannot read its header", "download the file again"
     )
 
 
@@ -111,7 +111,7 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
     if not _all_utf8(content):
         raise _damaged(path, size)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DiffSynthError(f"`{path}`: the metadata in its header are not texts", "fetch the file again")
+        raise DiffSynthError(f"`{path}`: the metadata in its header must be strings", "download the file again")
     if not _all_utf8([*metadata, *metadata.values()]):
         raise _damaged(path, size)
     tensors: dict[str, TensorHeader] = {}
@@ -130,20 +130,22 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise DiffSynthError(f"`{path}`: the header of `{name}` contradicts itself", "fetch the file again")
+            raise DiffSynthError(f"`{path}`: the header entry of `{name}` is inconsistent", "download the file again")
         tensors[name] = TensorHeader(dtype, shape, path)
         spans[name] = (begin, end)
     end_of_data = 0
     for begin, end in sorted(spans.values()):
         if begin != end_of_data:
-            raise DiffSynthError(f"`{path}`: the tensors in its header overlap or leave gaps", "fetch the file again")
+            raise DiffSynthError(
+                f"`{path}`: the tensors in its header overlap or leave gaps", "download the file again"
+            )
         end_of_data = end
     if end_of_data != data_bytes:
         raise DiffSynthError(
-            f"`{path}` is cut short: its header promises {end_of_data} bytes of tensors, {data_bytes} are there"
+            f"`{path}` is truncated: its header declares {end_of_data} bytes of tensors, found {data_bytes}"
             if end_of_data > data_bytes
-            else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not name",
-            "fetch the file again",
+            else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not declare",
+            "download the file again",
         )
     return Header(
         tensors, metadata, {name: (data_begin + begin, data_begin + end) for name, (begin, end) in spans.items()}
@@ -183,8 +185,8 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
         for name, tensor in _tensors_of(path).items():
             if name in tensors:
                 raise DiffSynthError(
-                    f"`{name}` is both in `{tensors[name].path}` and in `{path}`",
-                    "name the shards of one model once each",
+                    f"`{name}` is in both `{tensors[name].path}` and `{path}`",
+                    "pass each shard of one model once",
                 )
             tensors[name] = tensor
     return tensors
@@ -201,4 +203,4 @@ def _tensors_of(path: Path) -> Mapping[str, TensorHeader]:
             for name, tensor in read_pickled(path).items()
         }
     except KeyError as error:
-        raise DiffSynthError(f"`{path}` holds tensors of the kind {error}, which are no weights") from error
+        raise DiffSynthError(f"`{path}` contains tensors of dtype {error}, which is not a dtype of weights") from error

@@ -43,8 +43,8 @@ PEFT_FILE = "adapter_model.safetensors"
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Formats in which a single number is stored, as `struct` knows them; bfloat16 is the upper half of float32."""
 
-WRITE_ANEW = "write the file anew"
-ANOTHER = "name a LoRA of this model"
+WRITE_ANEW = "re-export the file"
+ANOTHER = "pass a LoRA for this model"
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ def _stored_lora(path: Path, header: Header, module: str, keys: LoraKeys, stated
     if keys.alpha:
         alpha = read_number(path, header, keys.alpha)
         if not math.isfinite(alpha):
-            raise DiffSynthError(f"`{path}`: `{keys.alpha}` is no finite number", WRITE_ANEW)
+            raise DiffSynthError(f"`{path}`: `{keys.alpha}` is not a finite number", WRITE_ANEW)
         return replace(lora, alpha=alpha, alpha_origin="stored")
     if stated.missing:
         raise DiffSynthError(
-            f"`{path}`: {stated.missing}", f"put the `{ADAPTER_CONFIG}` of the same training beside it"
+            f"`{path}`: {stated.missing}", f"put the `{ADAPTER_CONFIG}` from the same training next to it"
         )
     scale = stated.of(keys.down, lora.rank)
     return lora if scale == 1 else replace(lora, alpha=scale * lora.rank, alpha_origin=stated.origin)
@@ -203,7 +203,7 @@ def stated_scales(path: Path, header: Header) -> Scales:
     That file is read for what peft itself writes, told by the name of the file or the beginning of its keys.
     """
     if ADAPTER_SETTINGS in header.metadata:
-        what = f"`{path}`: `{ADAPTER_SETTINGS}` in its metadata cannot be read"
+        what = f"`{path}`: cannot read `{ADAPTER_SETTINGS}` in its metadata"
         try:
             settings = as_type(parse_json(header.metadata[ADAPTER_SETTINGS]), dict[str, Any])
         except (InvalidJson, WrongType) as error:
@@ -213,11 +213,11 @@ def stated_scales(path: Path, header: Header) -> Scales:
     config = path.with_name(ADAPTER_CONFIG)
     if (by_peft or path.name == PEFT_FILE) and config.is_file():
         settings = read_json(config, dict[str, Any], WRITE_ANEW)
-        what = f"`{config}` does not hold the settings of a LoRA of peft"
+        what = f"`{config}` is not a LoRA config of peft"
         return Scales(_scales_by(settings, what, by_peft=True), f"in `{ADAPTER_CONFIG}`")
     missing = (
-        f"its keys begin with `{PEFT_PREFIX}`, as peft writes them, whose alphas are not in the file but in the "
-        f"`{ADAPTER_CONFIG}` beside it, which is missing"
+        f"its keys have the prefix `{PEFT_PREFIX}` of peft, which keeps alphas in `{ADAPTER_CONFIG}` next to the file, "
+        "and that is missing"
     )
     return Scales(lambda down, rank: 1.0, missing=missing if by_peft else "")
 
@@ -229,7 +229,7 @@ def _scales_by(settings: Mapping[str, Any], what: str, by_peft: bool = False) ->
     """
     prefixes = [name.removesuffix("lora_alpha") for name in settings if name.endswith("lora_alpha")]
     if by_peft and (not prefixes or settings.get("peft_type", "LORA") != "LORA"):
-        raise DiffSynthError(f"{what}: `peft_type` `LORA` and `lora_alpha`", WRITE_ANEW)
+        raise DiffSynthError(f"{what}: expected `peft_type` `LORA` and `lora_alpha`", WRITE_ANEW)
 
     def scale(down: str, rank: int) -> float:
         prefix = next((prefix for prefix in prefixes if down.startswith(prefix)), None)
@@ -269,7 +269,7 @@ def read_number(path: Path, header: Header, key: str) -> float:
     if dtype == "BF16":
         dtype, data = "F32", b"\0\0" + data
     if dtype not in NUMBERS:
-        raise DiffSynthError(f"`{path}`: `{key}` is stored as {dtype}, expected a float", WRITE_ANEW)
+        raise DiffSynthError(f"`{path}`: `{key}` has dtype {dtype}, expected a float", WRITE_ANEW)
     return float(struct.unpack(NUMBERS[dtype], data)[0])
 
 
@@ -305,24 +305,24 @@ def _unmatched(
 ) -> DiffSynthError:
     """Keys without a module; the full weights of a checkpoint that holds both are told as such."""
     if not keys:
-        return DiffSynthError(f"`{path}` holds no LoRA", ANOTHER)
+        return DiffSynthError(f"`{path}` contains no LoRA", ANOTHER)
     full = [name for name in match.unmatched if not is_lora_key(name) and not is_difference_key(name)]
     known = [name for name in full if name.startswith("pipe.") or name.removesuffix(".weight") in modules]
     if known and len(full) == len(match.unmatched) < len(keys):
         components = {name.split(".")[1] if name.startswith("pipe.") else naming.component for name in full}
         return DiffSynthError(
-            f"`{path}` holds {count_of(len(full), 'full weight')} of {', '.join(sorted(components))} beside the LoRA "
-            f"of {naming.component}; only a LoRA is read here",
-            "name a file that holds the LoRA alone, or go on with the run that wrote this one: `--resume auto`",
+            f"`{path}` contains {count_of(len(full), 'full weight')} of {', '.join(sorted(components))} besides the LoRA "
+            f"of {naming.component}, but only a LoRA is supported here",
+            "use a file with only the LoRA, or resume the run that wrote this one with `--resume auto`",
         )
     if match.repeated:
         return DiffSynthError(
-            f"`{path}` names {count_of(len(match.repeated), 'tensor')} twice, under different keys: "
+            f"`{path}` contains {count_of(len(match.repeated), 'tensor')} twice, under different keys: "
             f"{shorten(sorted(match.repeated))}",
             WRITE_ANEW,
         )
     return DiffSynthError(
-        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys fit no module: {shorten(sorted(match.unmatched))}",
+        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys match no module: {shorten(sorted(match.unmatched))}",
         way_out if match.loras else ANOTHER,
     )
 
@@ -343,34 +343,37 @@ def check_halves(
         DiffSynthError: when they do not; when one is no floating-point tensor, or the alpha is not one number.
     """
     if not keys.down or not keys.up:
-        raise DiffSynthError(f"`{origin}`: {text} lacks a half", WRITE_ANEW)
+        present = (
+            "lora_A but no lora_B" if keys.down else "lora_B but no lora_A" if keys.up else "no lora_A and no lora_B"
+        )
+        raise DiffSynthError(f"`{origin}`: {text} has {present}", WRITE_ANEW)
     for key in (keys.down, keys.up):
         if tensors[key].dtype not in FLOATING_POINT:
-            raise DiffSynthError(f"`{origin}`: `{key}` is stored as {tensors[key].dtype}, expected a float", WRITE_ANEW)
+            raise DiffSynthError(f"`{origin}`: `{key}` has dtype {tensors[key].dtype}, expected a float", WRITE_ANEW)
     if keys.alpha and tensors[keys.alpha].shape not in ((), (1,)):
-        raise DiffSynthError(f"`{origin}`: `{keys.alpha}` is not one number", WRITE_ANEW)
+        raise DiffSynthError(f"`{origin}`: `{keys.alpha}` is not a single number", WRITE_ANEW)
     down, up = tensors[keys.down].shape, tensors[keys.up].shape
     rank = down[0] if down else 0
     if base is not None and (not base or down != (rank, *base[1:]) or up != (base[0], rank, *[1] * len(base[2:]))):
         raise DiffSynthError(
-            f"`{origin}`: {text} is {list(up)} x {list(down)}, which does not fit its weight {list(base)}", ANOTHER
+            f"`{origin}`: {text} is {list(up)} x {list(down)}, which does not match its weight {list(base)}", ANOTHER
         )
     if base is not None and not rank:
-        raise DiffSynthError(f"`{origin}`: {text} has the rank 0", WRITE_ANEW)
+        raise DiffSynthError(f"`{origin}`: {text} has rank 0", WRITE_ANEW)
     sides = len(down)
     if sides < 2 or not rank or not up or not up[0] or up[1:] != (rank, *[1] * (sides - 2)):
         raise DiffSynthError(
-            f"`{origin}`: the halves of {text} do not fit each other: {list(up)} and {list(down)}", WRITE_ANEW
+            f"`{origin}`: lora_B and lora_A of {text} do not match: {list(up)} and {list(down)}", WRITE_ANEW
         )
 
 
 def _check_difference(origin: object, tensor: TensorHeader, name: str, key: str, base: tuple[int, ...]) -> None:
     """Raises: DiffSynthError: when a whole difference is no floating-point tensor of the shape `base`."""
     if tensor.dtype not in FLOATING_POINT:
-        raise DiffSynthError(f"`{origin}`: `{key}` is stored as {tensor.dtype}, expected a float", WRITE_ANEW)
+        raise DiffSynthError(f"`{origin}`: `{key}` has dtype {tensor.dtype}, expected a float", WRITE_ANEW)
     if tensor.shape != base or not base:
         raise DiffSynthError(
-            f"`{origin}`: `{key}` is {list(tensor.shape)}, which does not fit the tensor `{name}` {list(base)} that it "
-            "is added to",
+            f"`{origin}`: `{key}` is {list(tensor.shape)}, which does not match the tensor `{name}` {list(base)} "
+            "that it is added to",
             ANOTHER,
         )

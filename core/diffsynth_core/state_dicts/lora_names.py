@@ -205,7 +205,7 @@ OTHER_ADAPTERS = {
     r"bias_diff|bitfit.*": "BitFit",
     r"w_norm|b_norm": "LyCORIS norm",
     r"set_weight|reshape_weight": "ComfyUI weight replacement",
-    r"lora_embedding_[AB]": "LoRA of embeddings",
+    r"lora_embedding_[AB]": "embedding LoRA",
     r"lora_bias|lora_[AB]_bias": "LoRA with biases",
 }
 """What a part of a key is in files of other adapters -> their name."""

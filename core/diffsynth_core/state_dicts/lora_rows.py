@@ -99,7 +99,7 @@ class RowSpan(Generic[S]):
     end: int
 
 
-ANOTHER_FAMILY = "give the right `--family`, or write the file anew"
+ANOTHER_FAMILY = "pass the right `--family`, or re-export the file"
 
 Rows = tuple[RowSpan[S], ...]
 """What changes a weight, row by row from the first to the last."""
@@ -155,8 +155,8 @@ def _cut_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
         shares = names.shares(module)
         if any((_count(lora) * share).denominator > 1 for share in shares.values()):
             raise DiffSynthError(
-                f"{_origin([lora])}: lora_B of `{module}` has {_count(lora)} rows, which {shorten(list(shares))} cannot "
-                "share",
+                f"{_origin([lora])}: lora_B of `{module}` has {_count(lora)} rows, which cannot be split among "
+                f"{shorten(list(shares))}",
                 ANOTHER_FAMILY,
             )
         for own, rows in names.cut_rows(module, _count(lora)).items():
@@ -183,8 +183,8 @@ def _join(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
     sizes = {span.lora.row_shape for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
         raise DiffSynthError(
-            f"{_origin(parts.values())}: the LoRAs of {shorten(list(parts))}, which `{name}` is together, do "
-            f"not fit each other: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
+            f"{_origin(parts.values())}: the LoRAs of {shorten(list(parts))}, which `{name}` fuses, do not "
+            f"match: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
             f"{', '.join(str(*size[:1]) for size in sorted(sizes))} columns",
             ANOTHER_FAMILY,
         )

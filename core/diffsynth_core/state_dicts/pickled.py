@@ -33,13 +33,13 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
             content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
     except pickle.UnpicklingError as error:
         raise DiffSynthError(
-            f"`{path}` holds other things than tensors, or is written in a way that could run code",
-            "name a safetensors copy",
+            f"`{path}` contains more than tensors, or could run code when it is loaded",
+            "use a safetensors copy",
         ) from error
     except Exception as error:
         raise DiffSynthError(
-            f"`{path}` is damaged: it cannot be read as a file of tensors ({type(error).__name__})",
-            "fetch the file again",
+            f"`{path}` is damaged: cannot read it as a file of tensors ({type(error).__name__})",
+            "download the file again",
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -48,7 +48,7 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
         raise DiffSynthError(
-            f"`{path}` holds something besides named tensors", "name a file that holds the tensors of one model"
+            f"`{path}` contains something other than named tensors", "use a file with the tensors of one model"
         )
     return content
 
@@ -61,6 +61,6 @@ def _refuse_what_is_none(path: Path) -> None:
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
     if not begin:
-        raise DiffSynthError(f"`{path}` is empty", "fetch the file again")
+        raise DiffSynthError(f"`{path}` is empty", "download the file again")
     if begin == POINTER:
-        raise DiffSynthError(f"`{path}` is a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`")
+        raise DiffSynthError(f"`{path}` is a git-lfs pointer, not the file itself", "download it with `git lfs pull`")

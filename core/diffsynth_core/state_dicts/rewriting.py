@@ -136,13 +136,13 @@ def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwri
         twin = _same_file(output.path, inputs)
         if twin:
             problems.append(
-                Problem(f"`{output.path}` would be written over the input `{twin}`", "name another `--output_path`")
+                Problem(f"`{output.path}` would overwrite the input `{twin}`", "choose another `--output_path`")
             )
         elif output.path.is_dir():
-            problems.append(Problem(f"`{output.path}` is a folder", "name another `--output_path`"))
+            problems.append(Problem(f"`{output.path}` is a folder", "choose another `--output_path`"))
         elif os.path.lexists(output.path) and not overwrite:
             problems.append(
-                Problem(f"`{output.path}` is there already", "name another `--output_path`, or give `--overwrite`")
+                Problem(f"`{output.path}` already exists", "choose another `--output_path`, or pass `--overwrite`")
             )
     problems += _strangers(outputs, inputs)
     return problems or _space_problems(outputs)
@@ -168,9 +168,9 @@ def _strangers(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Prob
         if strangers:
             problems.append(
                 Problem(
-                    f"`{folder}` holds other files of a model `{stem}`, which would be taken for parts of this one: "
+                    f"`{folder}` contains other files of a model `{stem}`, which would be read as parts of this one: "
                     f"{shorten(strangers)}",
-                    "delete them, or name another `--output_path`",
+                    "delete them, or choose another `--output_path`",
                 )
             )
     return problems
@@ -188,15 +188,15 @@ def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        return [Problem(f"`{folder}` is a file, not a folder", "name another `--output_path`")]
+        return [Problem(f"`{folder}` is a file, not a folder", "choose another `--output_path`")]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [Problem(f"`{folder}` may not be written to", "name another `--output_path`")]
+        return [Problem(f"`{folder}` is not writable", "choose another `--output_path`")]
     needed = sum(output_bytes(output) for output in outputs)
     free = shutil.disk_usage(folder).free
     if needed <= free:
         return []
-    message = f"`{outputs[0].path.parent}` has {format_bytes(free)} free, {format_bytes(needed)} are to be written"
-    return [Problem(message, "free some space or name another `--output_path`")]
+    message = f"`{outputs[0].path.parent}` has {format_bytes(free)} free, but {format_bytes(needed)} are needed"
+    return [Problem(message, "free some space, or choose another `--output_path`")]
 
 
 def output_bytes(output: Output) -> int:
@@ -238,7 +238,7 @@ def write_outputs(
         if changed:
             raise DiffSynthError(
                 f"{shorten([str(path) for path in changed])} changed while it was read",
-                "wait until nothing writes to it, and repeat the command",
+                "wait until nothing writes to it, then rerun the command",
             )
         with not_stopping():
             _give_names(ordered, places)
@@ -268,7 +268,7 @@ def _complete(file: OutputFile, late: Mapping[str, str], place: Path) -> None:
     """Put what is known by now in the header of a file that is written, and check it again."""
     final = replace(file, metadata={**file.metadata, **late})
     header = _header(final)
-    assert len(header) == len(_header(file)), "late metadata must be as long as what holds their places"
+    assert len(header) == len(_header(file)), "late metadata must be as long as its placeholder"
     with place.open("r+b", buffering=0) as stream:
         _write_whole(stream, header)
     sync_file(place)
@@ -355,7 +355,7 @@ def _copy(source: BinaryIO, target: BinaryIO, span: Span, task: Task) -> None:
             source.seek(place)
             piece = source.read(min(wanted, 1024**2))
             if not piece:
-                raise DiffSynthError(f"`{span.path}` became shorter while it was read", "fetch the file again")
+                raise DiffSynthError(f"`{span.path}` was truncated while it was read", "download the file again")
             _write_whole(target, piece)
             done = len(piece)
         place += done
@@ -387,4 +387,4 @@ def _verify(file: OutputFile, place: Path) -> None:
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in written.tensors.items()}
     if found != planned or dict(written.metadata) != dict(file.metadata):
         wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
-        raise DiffSynthError(f"`{file.path}` was not written as planned: {shorten(wrong)}", "look after the disk")
+        raise DiffSynthError(f"verification of `{file.path}` failed after writing: {shorten(wrong)}", "check the disk")

@@ -78,7 +78,7 @@ def open_weights(paths: Sequence[Path]) -> WeightSet:
         _check_kind(path)
     unique = list(dict.fromkeys(paths))
     if len(unique) < len(paths):
-        raise DiffSynthError(f"`{_first_twice(paths)}` is named twice", "name each file once")
+        raise DiffSynthError(f"`{_first_twice(paths)}` is listed twice", "list each file once")
     _check_shards(unique)
     return _read(origin, unique)
 
@@ -90,12 +90,13 @@ def _first_twice(paths: Sequence[Path]) -> Path:
 def _check_kind(path: Path) -> None:
     """Refuse what is no safetensors file by its name alone."""
     if not path.exists():
-        raise DiffSynthError(f"`{path}` is not there", "correct the path")
+        raise DiffSynthError(f"`{path}` does not exist", "correct the path")
     if path.is_dir():
-        raise DiffSynthError(f"`{path}` is a folder, named beside files", "name its files, or the folder alone")
+        raise DiffSynthError(f"`{path}` is a folder, listed together with files", "list its files, or only the folder")
     if path.suffix in PICKLED_ENDINGS:
         raise DiffSynthError(
-            f"`{path}` is a pickled file; safetensors files are read here", "convert it to safetensors first"
+            f"`{path}` is a pickled file, but only safetensors files are supported here",
+            "convert it to safetensors first",
         )
 
 
@@ -110,14 +111,14 @@ def _open_folder(folder: Path) -> WeightSet:
         below = sorted({path.parent.name for path in folder.glob(f"*/*{ENDING}")})
         if below:
             raise DiffSynthError(
-                f"`{folder}` holds no weights itself; folders in it do: {shorten(below)}", "name one of them"
+                f"`{folder}` contains no weights, but its subfolders do: {shorten(below)}", "pass one of them"
             )
         what = f"only pickled files: {shorten(pickled)}" if pickled else "no safetensors files"
-        raise DiffSynthError(f"`{folder}` holds {what}", "name a folder of safetensors files")
+        raise DiffSynthError(f"`{folder}` contains {what}", "pass a folder with safetensors files")
     stems = {stem_of_shard(path.name) or path.name for path in files}
     if len(indexes) > 1 or len(stems) > 1:
         names = [path.name for path in (indexes or files)]
-        raise DiffSynthError(f"`{folder}` holds several models: {shorten(names)}", "name the file of one")
+        raise DiffSynthError(f"`{folder}` contains several models: {shorten(names)}", "pass the file of one model")
     _check_shards(files)
     return _read(str(folder), files)
 
@@ -128,7 +129,7 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise DiffSynthError(f"`{path}` lists files of other folders: {shorten(outside)}", "fetch the index again")
+        raise DiffSynthError(f"`{path}` lists files in other folders: {shorten(outside)}", "download the index again")
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise _missing_shards(path.parent, missing)
@@ -145,9 +146,9 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
     )
     if contradicted:
         raise DiffSynthError(
-            f"`{path}` and its shards disagree on where {count_of(len(contradicted), 'tensor')} stand: "
+            f"`{path}` and its shards disagree on the place of {count_of(len(contradicted), 'tensor')}: "
             f"{shorten(contradicted)}",
-            "fetch index and shards again, or name the shards themselves",
+            "download the index and the shards again, or pass the shards themselves",
         )
     return WeightSet(found.origin, found.files, found.tensors, found.spans, found.metadata, path, metadata)
 
@@ -155,13 +156,13 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Tensor -> shard, and what the index says beside that."""
     if not path.exists():
-        raise DiffSynthError(f"`{path}` is not there", "correct the path")
-    content = read_json(path, dict[str, Any], "fetch it again")
+        raise DiffSynthError(f"`{path}` does not exist", "correct the path")
+    content = read_json(path, dict[str, Any], "download it again")
     try:
         weight_map = as_type(content.get("weight_map"), dict[str, str], "weight_map")
         metadata = as_type(content.get("metadata") or {}, dict[str, Any], "metadata")
     except WrongType as error:
-        raise DiffSynthError(f"`{path}` is not an index of shards: {error}", "fetch it again") from error
+        raise DiffSynthError(f"`{path}` is not a shard index: {error}", "download it again") from error
     return weight_map, metadata
 
 
@@ -175,13 +176,13 @@ def _check_shards(paths: Iterable[Path]) -> None:
         if missing := [name for name in unnamed if not (folder / name).is_file()]:
             raise _missing_shards(folder, missing)
         if unnamed:
-            what = f"{count_of(len(unnamed), 'shard')} of the same model in `{folder}` not named: {shorten(unnamed)}"
-            raise DiffSynthError(what, "name all of them, or their index")
+            what = f"{count_of(len(unnamed), 'shard')} of the same model in `{folder}` not listed: {shorten(unnamed)}"
+            raise DiffSynthError(what, "list all of them, or pass their index")
 
 
 def _missing_shards(folder: Path, names: Sequence[str]) -> DiffSynthError:
     return DiffSynthError(
-        f"{count_of(len(names), 'shard')} of `{folder}` missing: {shorten(names)}", "fetch them, or name all of them"
+        f"{count_of(len(names), 'shard')} missing in `{folder}`: {shorten(names)}", "download them, or pass all of them"
     )
 
 
@@ -202,9 +203,9 @@ def _read(origin: str, files: Sequence[Path]) -> WeightSet:
     if twice:
         first, second = next(iter(twice.values()))
         raise DiffSynthError(
-            f"{count_of(len(twice), 'tensor')} are both in `{first}` and in `{second}`: {shorten(list(twice))}",
-            "name the shards of one model once each",
+            f"{count_of(len(twice), 'duplicate tensor')} in `{first}` and `{second}`: {shorten(list(twice))}",
+            "pass each shard of one model once",
         )
     if not tensors:
-        raise DiffSynthError(f"`{origin}` holds no tensors", "name a file that does")
+        raise DiffSynthError(f"`{origin}` contains no tensors", "pass a file that does")
     return WeightSet(origin, tuple(files), tensors, spans, metadata)

@@ -88,7 +88,7 @@ def fill_cache(
             first = part.cache.path(part.keys[part.damaged[0]])
             reporter.warn(
                 f"{count_of(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
-                f"{'is' if len(part.damaged) == 1 else 'are'} damaged and made anew; the first is `{first}`"
+                f"{'is' if len(part.damaged) == 1 else 'are'} damaged and will be encoded again; the first is `{first}`"
             )
     for component in encodings.components_to_load:
         stop.raise_if_set()
@@ -157,10 +157,10 @@ def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, 
     """
     sample = plan.samples.samples[index]
     if any(memory.known(path) is None for path in sample.files):
-        raise DiffSynthError(f"{sample.name} changed while it was encoded", "give the same command again")
+        raise DiffSynthError(f"{sample.name} changed while it was encoded", "rerun the command")
     if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
         raise DiffSynthError(
-            f"the {part.encoder.component} makes something that is not finite of {sample.name}",
+            f"the output of the {part.encoder.component} for {sample.name} contains NaN or Inf",
             "check the file, or encode with `--mixed_precision no`",
         )
 

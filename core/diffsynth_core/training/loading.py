@@ -54,7 +54,7 @@ def _load_merged(
     reporter.info(f"Preset LoRA `{preset.file.path}` merged into {preset.changes} of {files.component}")
     if loss.share > LOSS_WORTH_A_WARNING:
         reporter.warn(
-            f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of what the preset LoRA adds to "
-            f"{files.component}; `--mixed_precision no` keeps it"
+            f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of the change of {files.component} by the "
+            f"preset LoRA; `--mixed_precision no` preserves it"
         )
     return module

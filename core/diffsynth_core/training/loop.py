@@ -82,7 +82,7 @@ def _train(
 ) -> RunResult:
     if plan.parameters.resume is None and read_record(plan.parameters.output_path):
         raise DiffSynthError(
-            f"another run has begun in `{plan.parameters.output_path}`", "name another `--output_path`"
+            f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
     family = load_family(plan.facts.name)
     encodings = plan_encodings(plan, reporter)
@@ -122,7 +122,7 @@ def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
     ]
     if changed:
         raise DiffSynthError(
-            f"the files of {', '.join(changed)} are not those the run in `{plan.parameters.output_path}` was started with",
+            f"the files of {', '.join(changed)} changed since the run in `{plan.parameters.output_path}` started",
             "resume with the same files, or start a new run",
         )
 
@@ -286,11 +286,11 @@ class Run:
         names = ", ".join(samples[occurrence.sample].name for batch in batches for occurrence in batch)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
         self.record.diverged_step = step + 1
-        kept = f"the state after step {self.saved} is kept in `{self.folder / STATE_FOLDER}`"
+        kept = f"the state after step {self.saved} is saved in `{self.folder / STATE_FOLDER}`"
         raise Diverged(
-            f"the {what} not finite in step {step + 1}; {kept if self.saved else 'no state was saved before it'}; "
-            f"the samples of the step: {names}",
-            "look at these samples, or go on with a lower `--learning_rate` or `--max_grad_norm 1`, and `--resume auto`",
+            f"the {what} not finite in step {step + 1}; {kept if self.saved else 'no earlier state was saved'}; "
+            f"samples of this step: {names}",
+            "check these samples, or resume with `--resume auto` and a lower `--learning_rate` or `--max_grad_norm 1`",
         )
 
     def _update(self, sample_count: int) -> None:
@@ -303,7 +303,7 @@ class Run:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.optimizer.step_was_skipped else 0
         if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling finds no scale at which gradients are finite
             raise Diverged(
-                f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row, the last is step {self.done}",
+                f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} consecutive steps, the last is step {self.done}",
                 "start a new run with `--mixed_precision bf16` or `no`",
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -350,7 +350,7 @@ class Run:
         try:
             self._save_state(together=False)
         except Exception as error:  # whatever it is, the fault that came first is the one to tell
-            self.reporter.warn(f"the state after step {self.done} could not be saved: {error}")
+            self.reporter.warn(f"cannot save the state after step {self.done}: {error}")
         else:
             self.reporter.info(f"Saved the state after step {self.done}; continue with `--resume auto`")
 
@@ -360,9 +360,9 @@ class Run:
             self.record.forget_missing_checkpoints(self.folder)
             self.saved = 0
             raise DiffSynthError(
-                f"`{self.folder}` was removed or renamed during the run, which ended after step {self.done}",
-                "checkpoints and metrics up to here are in the folder that was renamed, if it was; "
-                "`--resume auto` goes on from the state saved in a new one of the old name",
+                f"`{self.folder}` was removed or renamed during the run, which stopped after step {self.done}",
+                "if it was renamed, the checkpoints and metrics so far are in the renamed folder; "
+                "`--resume auto` continues from the state saved in a new folder of the old name",
             )
 
     def _open_record(self) -> RunRecord:

@@ -104,7 +104,7 @@ def build_training_module(
             if settings.lora_checkpoint:
                 filled = load_lora(module, settings.lora_checkpoint, naming, documented)
                 reporter.info(
-                    f"LoRA starts from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
+                    f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )
         if settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload:
             family.checkpoint_gradients(name, module)

@@ -50,7 +50,7 @@ def _process(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: Sto
     begun = EncodedSamples(folder, _origin(plan, encodings))
     _check_same(begun)
     if not encodings.components_to_load:
-        reporter.info(f"All {count_of(len(plan.samples.samples), 'sample')} are encoded already: no encoder is loaded")
+        reporter.info(f"All {count_of(len(plan.samples.samples), 'sample')} are already encoded: no encoder is loaded")
     accelerator.wait_for_everyone()  # what is written from here on is not taken for something else's by another process
     if accelerator.is_main_process:
         for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
@@ -104,8 +104,8 @@ def _check_same(begun: EncodedSamples) -> None:
     changed = [name for name, files in begun.origin.components.items() if files != before.components.get(name)]
     what = f"the files of {', '.join(changed)}" if changed else "the files of the dataset"
     raise DiffSynthError(
-        f"{what} are not those that the samples in `{begun.folder}` were encoded with",
-        "name another `--output_path`, or encode with the same files",
+        f"{what} changed since the samples in `{begun.folder}` were encoded",
+        "choose another `--output_path`, or encode with the same files",
     )
 
 

@@ -95,7 +95,7 @@ def rehearse(
     announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [
-        f"{len(plan.components)} components of tiny weights were read in a real file layout: {', '.join(plan.components)}"
+        f"loaded {len(plan.components)} components with tiny weights from the real file layout: {', '.join(plan.components)}"
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)
@@ -104,12 +104,12 @@ def rehearse(
     if half:
         if resumed.first_step != half:
             raise DiffSynthError(
-                f"the rehearsal stopped after step {half}, but its resume would begin behind {resumed.first_step}"
+                f"the rehearsal stopped after step {half}, but would resume after step {resumed.first_step}"
             )
         if plan_encodings(resumed, reporter).components_to_load:
-            raise DiffSynthError("the resumed run would encode again what is in the cache")
-        proofs.append(f"stopped after step {half}, resumed there, and came to step {resumed.steps.total_steps}")
-        proofs.append("encodings came from the cache the second time: no encoder was loaded")
+            raise DiffSynthError("the resumed run would encode samples that are already cached")
+        proofs.append(f"stopped after step {half}, resumed, and finished at step {resumed.steps.total_steps}")
+        proofs.append("the resumed run read all encodings from the cache and loaded no encoder")
     result = train(resumed, reporter, stop)
     proofs += _prove_checkpoint(resumed, result)
     drew = None if resolved.given("dataset_base_path") else f"{plan.variant.medium.kind}s"
@@ -121,7 +121,7 @@ def how_to_repeat(resolved: Resolved) -> str:
     folder = resolved.parameters.output_path
     if _is_flag(resolved, "output_path") and read_record(folder):
         return REPEAT_REHEARSAL.format(folder=folder)
-    return "give the same command again"
+    return "rerun the command"
 
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
@@ -142,13 +142,13 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     changes = _swap_models(parameters, named, facts, base, problems)
     columns = TASKS[parameters.task].columns
     if columns and not resolved.given("dataset_base_path"):
-        what = f"a rehearsal draws images without the columns {', '.join(columns)} of `{parameters.task}`"
-        problems.append(Problem(what, "name a dataset that has them with `--dataset_base_path`", wrong_use=True))
+        what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
+        problems.append(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
     incomplete = bool(problems)
     for name in REAL_LORAS:
         if getattr(parameters, name):
-            what = f"`{name}` belongs to the real weights and fits no rehearsal"
-            problems.append(Problem(what, "leave it out of the rehearsal", wrong_use=True))
+            what = f"`{name}` requires the real weights and cannot be rehearsed"
+            problems.append(Problem(what, "remove it for the rehearsal", wrong_use=True))
             changes |= dict.fromkeys(REAL_LORAS[name])
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
@@ -198,8 +198,8 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
     if variant.medium.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
         changes["num_frames"] = REHEARSAL_FRAMES
     if changes:
-        said = ", ".join(f"`{name}` {value} (of {getattr(now, name)})" for name, value in changes.items())
-        reporter.info(f"The rehearsal checks and trains at a small size: {said}; give the flag to rehearse at another")
+        said = ", ".join(f"`{name}` {value} (instead of {getattr(now, name)})" for name, value in changes.items())
+        reporter.info(f"The rehearsal runs at a small size: {said}; pass the flag to use another")
     return changes
 
 
@@ -302,8 +302,8 @@ def _swap_files(
         if component is None:
             problems.append(
                 Problem(
-                    f"`{model.origin}` names no component of {facts.title} that could be rehearsed",
-                    "name the files as a recipe does",
+                    f"`{model.origin}` is not a component of {facts.title} that can be rehearsed",
+                    "specify the files as a recipe does",
                     wrong_use=True,
                 )
             )
@@ -353,12 +353,12 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         shapes = files.layout.checkpoint_shapes({name: own[name] for name in kept})
         weights = {f"pipe.{component}.{name}": shape for name, shape in shapes.items()}
         full |= {name.removeprefix(removed_prefix(plan.parameters)): shape for name, shape in weights.items()}
-        proofs.append(
-            f"all {len(weights)} tensors of {component} were found again in the checkpoint, with their shapes"
-        )
+        proofs.append(f"all {len(weights)} tensors of {component} are in the checkpoint with the right shapes")
     wrong = [name for name, shape in full.items() if name not in tensors or tensors[name].shape != shape]
     if wrong:
-        raise DiffSynthError(f"`{path}` lacks {len(wrong)} tensors, or holds them in another shape: {shorten(wrong)}")
+        raise DiffSynthError(
+            f"`{path}` is missing {len(wrong)} tensors, or has them with other shapes: {shorten(wrong)}"
+        )
     lora = plan.training.lora_component
     if lora:
         files = plan.components[lora]
@@ -366,7 +366,9 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
         ranks = check_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full)
         if ranks.keys() != set(plan.training.lora_modules):
-            raise DiffSynthError(f"`{path}` holds {len(ranks)} modules, {len(plan.training.lora_modules)} were trained")
+            raise DiffSynthError(
+                f"`{path}` contains a LoRA of {len(ranks)} modules, but {len(plan.training.lora_modules)} were trained"
+            )
         keys = len(tensors) - len(full)
-        proofs.append(f"the LoRA was opened again: each of its {keys} keys finds one of {len(ranks)} modules of {lora}")
+        proofs.append(f"read the LoRA back: each of its {keys} keys matches one of {len(ranks)} modules of {lora}")
     return proofs

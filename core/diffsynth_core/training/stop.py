@@ -25,8 +25,8 @@ class StopRequest:
         if self.signal_number is not None:
             raise Interrupted(
                 self.signal_number,
-                "interrupted before the first step; what was encoded is kept",
-                "repeat the command to continue",
+                "interrupted before the first step; finished encodings are kept",
+                "rerun the command to continue",
             )
 
 

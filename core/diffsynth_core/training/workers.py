@@ -85,8 +85,8 @@ def _check_room(workers: int) -> None:
         locks = [Lock() for _ in range(LOCKS_OF_A_WORKER * (workers + 1))]
     except OSError as error:
         raise DiffSynthError(
-            f"{workers} data workers cannot be started: {error.strerror or error}; each needs a little of `/dev/shm`",
-            "free some of it, or give the container more (`docker run --shm-size`); `--dataset_num_workers 0` needs none",
+            f"cannot start {workers} data workers: {error.strerror or error}; each needs some space in `/dev/shm`",
+            "free some, or give the container more (`docker run --shm-size`); `--dataset_num_workers 0` needs none",
         ) from error
     locks.clear()
 

@@ -80,7 +80,7 @@ def load_tokenizer(parameter: str, folder: Path) -> Any:
     except Exception as error:
         raise DiffSynthError(
             f"cannot read the tokenizer in `{folder}`: {error}",
-            f"fetch the folder again, or name another with `--{parameter}`",
+            f"download the folder again, or pass another with `--{parameter}`",
         ) from error
 
 

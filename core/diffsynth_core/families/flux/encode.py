@@ -43,9 +43,9 @@ def caption_left_out(components: Mapping[str, Any], encoder: str, caption: str) 
     """Words for a caption whose end an encoder does not read, None for one that is read whole."""
     if encoder == "text_1":
         long = _is_longer(components["tokenizer_1_path"], caption, CLIP_TOKENS)
-        return f"CLIP reads {CLIP_TOKENS} tokens of a caption at most (T5 reads {T5_TOKENS})" if long else None
+        return f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)" if long else None
     long = _is_longer(components["tokenizer_2_path"], caption, T5_TOKENS)
-    return f"captions are cut after {T5_TOKENS} tokens" if long else None
+    return f"captions are truncated to {T5_TOKENS} tokens" if long else None
 
 
 def _is_longer(tokenizer: Any, caption: str, length: int) -> bool:

@@ -83,16 +83,15 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
     transformer = shapes.get("dit", {})
     if transformer and guidance not in transformer:
         raise DiffSynthError(
-            "the transformer has no guidance embedder: a model distilled to few steps, such as FLUX.1-schnell, is not "
-            "trained here",
-            "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev",
+            "the transformer has no guidance embedder: few-step distilled models such as FLUX.1-schnell are not supported",
+            "use the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev",
         )
     taken = transformer.get("x_embedder.weight", (0, 16 * PATCH))[1]
     made = transformer.get("proj_out.weight", (16 * PATCH,))[0]
     if taken != made:
         raise DiffSynthError(
-            f"the transformer takes {taken} channels and makes {made}: this kind of FLUX.1 is not supported yet",
-            "name the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev (64, 64)",
+            f"the transformer has {taken} input and {made} output channels: this variant of FLUX.1 is not supported yet",
+            "use the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev (64, 64)",
         )
     controlled = CONTROLNET_IMAGE in inputs
     shown = KONTEXT_IMAGES in inputs and not controlled
@@ -141,7 +140,7 @@ FLUX = FamilyFacts(
         ),
         ComponentFacts(
             name="text_encoder_1",
-            title="text encoder CLIP",
+            title="CLIP text encoder",
             layouts=(
                 Layout(names.CLIP_SIGNATURE, names.CLIP, names.CLIP),
                 Layout(names.CLIP_FLAT_SIGNATURE, documented=names.CLIP),
@@ -150,7 +149,7 @@ FLUX = FamilyFacts(
         ),
         ComponentFacts(
             name="text_encoder_2",
-            title="text encoder T5",
+            title="T5 text encoder",
             layouts=(Layout(names.T5_SIGNATURE, names.T5, names.T5),),
             places=("text_encoder_2/*",),
         ),
@@ -223,34 +222,34 @@ FLUX = FamilyFacts(
             ("x_embedder.weight", 1),
             "patches",
             verb="takes",
-            way_out="name a ControlNet that follows an image alone, not one for inpainting",
+            way_out="use a ControlNet with only a control image, not one for inpainting",
         ),
     ),
     not_trained={
         "black-forest-labs/FLUX.1-Fill-*:flux1-*": "FLUX.1 Fill",
         "black-forest-labs/FLUX.1-Redux-*:*": "FLUX.1 Redux",
-        "black-forest-labs/FLUX.1-schnell:flux1-*": "FLUX.1-schnell, distilled to few steps",
+        "black-forest-labs/FLUX.1-schnell:flux1-*": "FLUX.1-schnell (few-step distilled)",
         "ostris/Flex.2-*:*": "FLEX.2",
         "DiffSynth-Studio/AttriCtrl-FLUX.1-*:*": "AttriCtrl",
         "DiffSynth-Studio/LoRA-Encoder-FLUX.1-*:*": "LoRA-Encoder",
         "DiffSynth-Studio/Nexus-Gen*:*": "Nexus-Gen",
         "stepfun-ai/Step1X-Edit:step1x-*": "Step1X-Edit",
-        "InstantX/FLUX.1-dev-IP-Adapter:*": "the IP-Adapter of FLUX.1",
+        "InstantX/FLUX.1-dev-IP-Adapter:*": "the FLUX.1 IP-Adapter",
         "ByteDance/InfiniteYou:*": "InfiniteYou",
     },
     strangers=(
         Stranger(
-            "a ControlNet for several kinds of images (union), which is not supported yet",
+            "a union ControlNet, which is not supported yet",
             CONTROLNET,
             names.UNION_TENSORS,
         ),
-        Stranger("a ControlNet that reads pixels, which is not supported yet", CONTROLNET, names.HINT_TENSORS),
+        Stranger("a ControlNet with pixel inputs, which is not supported yet", CONTROLNET, names.HINT_TENSORS),
         Stranger(
-            "a ControlNet of Qwen-Image",
+            "a Qwen-Image ControlNet",
             CONTROLNET,
             frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.img_mod.1.weight"}),
         ),
-        Stranger("the text encoder UMT5 of Wan", "text_encoder_2", names.UMT5_TENSORS),
+        Stranger("the UMT5 text encoder of Wan", "text_encoder_2", names.UMT5_TENSORS),
         Stranger("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),
     ),
 )

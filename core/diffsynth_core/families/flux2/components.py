@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of Qwen3 from local files, with the chat template that captions are put into."""
     from transformers import Qwen2Tokenizer
 
-    hint = "fetch the folder again, or name another with `--tokenizer_path`"
+    hint = "download the folder again, or pass another with `--tokenizer_path`"
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

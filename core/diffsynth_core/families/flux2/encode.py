@@ -44,7 +44,7 @@ def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
     """Words for a caption whose end is cut off, None for one that is taken whole."""
     tokenizer = components["tokenizer_path"]
     tokens = tokenizer(apply_template(tokenizer, caption))["input_ids"]
-    return f"captions are cut after {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
+    return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
     text_width = transformer.get("context_embedder.weight", (0, 0))[1]
     if GUIDANCE in transformer or text_width == DEV_TEXT_WIDTH:
         raise DiffSynthError(
-            f"`{origin}` is the transformer of FLUX.2-dev, which is not supported yet",
-            "name that of a FLUX.2 klein, such as `black-forest-labs/FLUX.2-klein-4B:transformer/*.safetensors`",
+            f"`{origin}` is the FLUX.2-dev transformer, which is not supported yet",
+            "use a FLUX.2 klein transformer, such as `black-forest-labs/FLUX.2-klein-4B:transformer/*.safetensors`",
         )
     blocks = count_blocks(transformer, "single_transformer_blocks.") if transformer else None
     size = "9B" if (blocks >= LARGE_SINGLE_BLOCKS if blocks is not None else "9b" in origin.lower()) else "4B"
@@ -108,7 +108,7 @@ FLUX2 = FamilyFacts(
         ),
         ComponentFacts(
             name="text_encoder",
-            title="text encoder Qwen3",
+            title="Qwen3 text encoder",
             layouts=(Layout(names.TEXT_ENCODER_SIGNATURE),),
             places=("text_encoder/*",),
             untrainable=names.unused_in_text_encoder,

@@ -63,7 +63,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:
         raise DiffSynthError(
             f"cannot read the tokenizer in `{folder}`: {error}",
-            "fetch the folder again, or name another with `--tokenizer_path`",
+            "download the folder again, or pass another with `--tokenizer_path`",
         ) from error
 
 
@@ -76,7 +76,7 @@ def load_processor(folder: Path) -> Any:
     except Exception as error:
         raise DiffSynthError(
             f"cannot read the processor in `{folder}`: {error}",
-            "fetch the folder again, or name another with `--processor_path`",
+            "download the folder again, or pass another with `--processor_path`",
         ) from error
 
 

@@ -66,9 +66,9 @@ def encode_edit_text(
     length = tokens.input_ids.shape[1] - DROPPED_EDIT_TOKENS
     if length > MAX_EDIT_TOKENS:
         raise DiffSynthError(
-            f"a caption makes {length} tokens, {sum(counts)} of them images, the model takes {MAX_EDIT_TOKENS}: "
+            f"a caption has {length} tokens with its images ({sum(counts)} of them), but the model takes {MAX_EDIT_TOKENS}: "
             f"`{caption[:60]}`",
-            "shorten the caption, or name fewer images",
+            "shorten the caption, or use fewer images",
         )
     states = text_encoder.model(
         input_ids=tokens.input_ids,
@@ -97,7 +97,7 @@ def _to_bytes(image: Tensor) -> NDArray[np.uint8]:
 def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
     """Words for a caption whose end is cut off, None for one that is taken whole."""
     tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
-    return f"captions are cut after {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
+    return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:

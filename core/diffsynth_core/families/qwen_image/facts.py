@@ -44,7 +44,7 @@ QWEN_IMAGE = FamilyFacts(
         ),
         ComponentFacts(
             name="text_encoder",
-            title="text encoder Qwen2.5-VL",
+            title="Qwen2.5-VL text encoder",
             layouts=(
                 Layout(frozenset({"model.embed_tokens.weight", "visual.patch_embed.proj.weight"}), TEXT_ENCODER_FILES),
                 Layout(
@@ -115,7 +115,7 @@ QWEN_IMAGE = FamilyFacts(
     },
     not_trained={
         "*Qwen-Image-Layered*:transformer*": "Qwen-Image-Layered",
-        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-*:*": "the blockwise ControlNet of Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-*:*": "the Qwen-Image blockwise ControlNet",
     },
     fits=(
         Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
@@ -128,7 +128,7 @@ QWEN_IMAGE = FamilyFacts(
             ("img_in.weight", 1),
             "patches",
             verb="takes",
-            way_out="name a ControlNet that follows an image alone, not one for inpainting",
+            way_out="use a ControlNet with only a control image, not one for inpainting",
         ),
     ),
     strangers=(
@@ -138,7 +138,7 @@ QWEN_IMAGE = FamilyFacts(
             frozenset({"controlnet_blocks.0.x_rms.weight", "controlnet_blocks.0.y_rms.weight"}),
         ),
         Stranger(
-            "a ControlNet of FLUX.1",
+            "a FLUX.1 ControlNet",
             CONTROLNET,
             frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight"}),
         ),

@@ -27,7 +27,7 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
     """Words for a caption whose end is cut off, None for one that is taken whole."""
     tokens = components["tokenizer_path"](clean_caption(caption))["input_ids"]
-    return f"captions are cut after {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
+    return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:

@@ -76,8 +76,8 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         )
     if (taken, made) != (16, 16):
         raise DiffSynthError(
-            f"the transformer takes {taken} channels and makes {made}: this kind of Wan is not supported yet",
-            "name a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
+            f"the transformer has {taken} input and {made} output channels: this variant of Wan is not supported yet",
+            "use a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
         )
     return TEXT_TO_VIDEO
 
@@ -170,7 +170,7 @@ WAN = FamilyFacts(
         ),
         ComponentFacts(
             name="text_encoder",
-            title="text encoder UMT5",
+            title="UMT5 text encoder",
             layouts=(
                 Layout(names.TEXT_ENCODER_ORIGINAL_SIGNATURE, names.TEXT_ENCODER, names.TEXT_ENCODER),
                 Layout(names.TEXT_ENCODER_DIFFUSERS_SIGNATURE, documented=names.TEXT_ENCODER),
@@ -192,7 +192,7 @@ WAN = FamilyFacts(
         ),
         ComponentFacts(
             name="image_encoder",
-            title="image encoder CLIP",
+            title="CLIP image encoder",
             layouts=(
                 Layout(names.IMAGE_ENCODER_ORIGINAL_SIGNATURE, names.IMAGE_ENCODER, names.IMAGE_ENCODER),
                 Layout(names.IMAGE_ENCODER_DIFFUSERS_SIGNATURE, names.IMAGE_ENCODER_DIFFUSERS, names.IMAGE_ENCODER),
@@ -230,10 +230,10 @@ WAN = FamilyFacts(
         Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
     ),
     not_trained={
-        "*Wan*-Camera*:*diffusion_pytorch_model*": "Wan Fun Control-Camera, led by camera control",
-        "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control, led by a control video",
+        "*Wan*-Camera*:*diffusion_pytorch_model*": "Wan Fun Control-Camera (camera control)",
+        "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control (control video)",
         "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
-        "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V, led by speech",
+        "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V (speech to video)",
         "Wan-AI/Wan*-Animate-*:*": "Wan Animate",
         "Wan-AI/Wan-Dancer-*:*": "Wan Dancer",
         "ByteDance/Video-As-Prompt-Wan*:*diffusion_pytorch_model*": "Video-As-Prompt",
@@ -243,17 +243,17 @@ WAN = FamilyFacts(
     },
     strangers=(
         Stranger(
-            "a transformer of Wan Fun Control-Camera, led by camera control, which is not supported yet",
+            "a Wan Fun Control-Camera transformer (camera control), which is not supported yet",
             "dit",
             frozenset({"control_adapter.conv.weight"}),
         ),
         Stranger(
-            "a transformer of Wan Fun Control with a reference image, which is not supported yet",
+            "a Wan Fun Control transformer with a reference image, which is not supported yet",
             "dit",
             frozenset({"ref_conv.weight", "head.modulation"}),
         ),
         Stranger(
-            "a transformer of Wan VACE, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
+            "a Wan VACE transformer, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
         ),
     ),
     copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
