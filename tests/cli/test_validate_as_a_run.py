@@ -107,7 +107,7 @@ def test_a_recipe_of_ones_own_is_sent_to_a_flag_that_validate_has(cli, dataset, 
     path = config("family: qwen-image\nparameters:\n  max_pixels: 4096\n")
     outcome = cli("dataset", "validate", dataset, "--recipe", path)
     ((_, hint),) = read_problems(outcome.err)
-    assert (outcome.code, hint) == (2, f"give your own file as `--config {path}`")
+    assert (outcome.code, hint) == (2, f"pass your own file as `--config {path}`")
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", *shlex.split(hint.split("`")[1]))
     assert outcome.code == 0 and f"the rules of `{path}`" in outcome.out
 
@@ -137,7 +137,7 @@ def test_stages_that_read_data_differently(cli, dataset, config):
     outcome = cli("dataset", "validate", dataset, "--config", path, "--depth", "paths")
     ((message, hint),) = read_problems(outcome.err)
     assert (outcome.code, message) == (2, "`max_pixels` differs between the stages small, large")
-    assert hint == "name one of them with `--only`"
+    assert hint == "select one of them with `--only`"
     assert cli("dataset", "validate", dataset, "--config", path, "--depth", "paths", "--only", "small").code == 0
 
 
@@ -147,7 +147,7 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(KLEIN)))
     write_rows(dataset, *PAIRS)
     flags = "--data_file_keys image,video,edit_image --extra_inputs edit_image"
-    hint = f"to train on it, give `{flags}`"
+    hint = f"to train on it, pass `{flags}`"
     assert findings("--recipe", KLEIN) == [("warning", "COLUMN_UNKNOWN", hint)]
     train = ("train", "--recipe", KLEIN, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
     outcome = cli(*train)
@@ -349,8 +349,8 @@ def test_a_rehearsal_of_a_dataset_that_is_missing(cli, tmp_path, config, monkeyp
     """Named by a flag or in a file of one's own: nothing synthetic takes its place."""
     monkeypatch.chdir(tmp_path)
     message = (
-        "the dataset folder `nowhere` (`dataset_base_path`) is not there",
-        "name the folder with `--dataset_base_path`",
+        "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
+        "set the folder with `--dataset_base_path`",
     )
     path = config("parameters:\n  dataset_base_path: nowhere\n")
     for named in (

@@ -87,7 +87,7 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
     for part, name in own.items():
         weight = f"{name}.weight"
         if len(shapes[f"{part}.weight"]) != len(documented.join_shape(weight, shapes)):
-            of_kind["convolutions in the files but linear layers here"].append(name)
+            of_kind["that are convolutions in the files but linear layers here"].append(name)
     return [
         Problem(
             f"`lora_target_modules` matches modules of {component} {kind}, which do not support LoRA: "
