@@ -150,7 +150,7 @@ def measure(step: Step, plan: Plan) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": optimizer_bytes,
         "activations": kept.everything,
-        "recompute activations": recomputed.everything + kept.largest_block,
+        "activations recomputed": recomputed.everything + kept.largest_block,
     }
 
 
@@ -168,7 +168,7 @@ def estimate(plan: Plan, step: Step) -> dict[str, int]:
         "gradients": kept.gradients,
         "optimizer": kept.optimizer,
         "activations": kept.activations,
-        "recompute activations": recomputed.activations,
+        "activations recomputed": recomputed.activations,
     }
 
 
@@ -194,11 +194,11 @@ HEAD = """\
 
 One step of the tiny models of a rehearsal, carried out on the CPU, against the estimate of `train --dry_run`, which knows
 nothing but sizes. Bytes; `activations` is what autograd keeps at the end of the forward pass, each memory once, without
-weights; `recompute activations` the same with `--use_gradient_checkpointing`, and what the largest block keeps while it is
+weights; `activations recomputed` the same with `--use_gradient_checkpointing`, and what the largest block keeps while it is
 recomputed. Written by `WRITE_MEMORY_TABLE=1 pytest tests/parity/test_memory_estimate.py`.
 
 On GPUs autocast computes norms in float32 and attention is that of their own kernels. That part of the estimate comes from
-PyTorch's lists of operations and has not been measured; nor has kernel workspace and driver overhead, which is not
+PyTorch's lists of operations and has not been measured; nor have kernel workspace and driver overhead, which are not
 counted.
 
 | model | trained | size | precision | part | measured | estimated | off |

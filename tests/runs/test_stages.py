@@ -166,7 +166,7 @@ def test_a_complete_stage_is_passed_over_and_the_next_begins(train):
     assert refused.code == 2 and "`out/high` already holds a run" in refused.err and "out/low" not in refused.err
     outcome = train("--resume", "auto")
     assert outcome.code == 0, outcome.err
-    line = "Stage high is skipped: the run in `out/high` has done 4 steps, and the parameters request 4; "
+    line = "Stage high is skipped: the run in `out/high` has completed 4 steps and the parameters request 4; "
     assert line in outcome.err and "Stage high\n" not in outcome.err
     assert outcome.out.startswith("Stage       low\nCheckpoint  out/low/epoch-0.safetensors\n")
     assert record_of("low")["status"] == "completed"
@@ -186,7 +186,7 @@ def test_when_all_are_complete_nothing_is_left_to_do(train):
     outcome = train("--resume", "auto")
     assert outcome.code == 0 and outcome.out == ""
     for stage in ("high", "low"):
-        assert f"Stage {stage} is skipped: the run in `out/{stage}` has done 4 steps" in outcome.err
+        assert f"Stage {stage} is skipped: the run in `out/{stage}` has completed 4 steps" in outcome.err
     assert outcome.err.endswith("Nothing left to do\n")
     more = train("--resume", "auto", "--num_epochs", 2)
     assert more.code == 0, more.err

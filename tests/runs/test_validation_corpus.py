@@ -241,7 +241,7 @@ def test_a_fault_of_clips_for_a_recipe(tmp_path, in_this_process, two_clips, pla
                 "VIDEO_TOO_SHORT",
                 "error",
                 3,
-                "`an image.png` has one frame, and the model conditions on the first frame: nothing is left to predict",
+                "`an image.png` is one frame, which the model is given: nothing is left to learn",
             ),
         ),
     ],

@@ -146,8 +146,8 @@ def test_a_text_encoder_of_another_size_is_refused(tmp_path):
     find(tmp_path, problems, dit=KLEIN_4B, vae=KLEIN_4B, text_encoder=KLEIN_9B)
     (problem,) = problems
     assert problem.message == (
-        f"the text_encoder from `{KLEIN_9B}:text_encoder/*.safetensors` makes text states of 64 channels, "
-        "the dit of FLUX.2 klein takes 32"
+        f"the text_encoder from `{KLEIN_9B}:text_encoder/*.safetensors` makes text states with 64 channels, "
+        "but the dit of FLUX.2 klein expects 32"
     )
     assert problem.hint == "use the text_encoder of the same model"
 

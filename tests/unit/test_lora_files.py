@@ -135,7 +135,7 @@ def test_another_rank_is_told_with_the_rank_to_give(save):
     path = save(halves("q", (3, 4), (6, 3)))
     with pytest.raises(DiffSynthError, match="has rank 3 at `q`, the run has 2") as caught:
         load_lora(model("q"), path)
-    assert caught.value.problems[0].hint == "pass `--lora_rank 3`"
+    assert caught.value.problems[0].hint == "give `--lora_rank 3`"
 
 
 def test_modules_that_the_file_leaves_out_keep_their_start(save):
@@ -154,7 +154,7 @@ def test_modules_of_the_file_without_a_lora_here_are_passed_over(save):
 
 def test_a_file_that_fills_nothing_is_refused(save):
     path = save(halves("k"))
-    with pytest.raises(DiffSynthError, match="has no LoRA for any of the 1 trained modules"):
+    with pytest.raises(DiffSynthError, match="has a LoRA for none of the 1 modules that train"):
         load_lora(model("q"), path)
 
 

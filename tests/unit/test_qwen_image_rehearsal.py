@@ -70,7 +70,7 @@ def test_a_folder_without_a_processor_is_told(tmp_path):
         load_processor(tmp_path)
     (problem,) = caught.value.problems
     assert problem.message.startswith(f"cannot read the processor in `{tmp_path}`: ")
-    assert problem.hint == "download the folder again, or set another with `--processor_path`"
+    assert problem.hint == "fetch the folder again, or name another with `--processor_path`"
 
 
 @pytest.mark.parametrize(

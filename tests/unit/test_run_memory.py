@@ -112,7 +112,7 @@ def test_states_that_do_not_fit_the_disk_are_told_with_the_way_out(plan, dataset
     state, checkpoint = state_bytes(made), checkpoint_bytes(made)
     assert state_problems(made, free=3 * state + checkpoint) == []
     [problem] = state_problems(made, free=3 * state + checkpoint - 1)
-    assert problem.message.startswith("3 states to resume from ( ")
+    assert problem.message.startswith("3 states to resume from (")
     assert problem.hint and problem.hint.startswith("pass `--keep_states 1`, which takes ")
     [problem] = state_problems(made, free=2 * state)
     assert problem.hint == "free some space, or choose another `--output_path`"

@@ -115,7 +115,7 @@ def test_a_byte_order_mark_and_windows_lines_do_not_matter(read):
     ],
 )
 def test_a_repeated_key_is_told_with_its_line(read, content, line, key):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not valid YAML in line {line}: `{key}` stands twice"):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not valid YAML in line {line}: duplicate key `{key}`"):
         read(content)
 
 
@@ -164,10 +164,10 @@ def test_no_file_ends_in_a_traceback(read, content):
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [("- a\n- b\n", "a list"), ("just text\n", "a text"), ("3\n", "an integer"), ("false\n", "a boolean")],
+    [("- a\n- b\n", "a list"), ("just text\n", "a string"), ("3\n", "an integer"), ("false\n", "a boolean")],
 )
 def test_something_else_than_a_mapping_is_told(read, content, kind):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` holds {kind}, expected keys and values"):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` contains {kind}, expected keys and values"):
         read(content)
 
 

@@ -22,7 +22,7 @@ def test_a_fresh_download_and_a_second_one(environment, hub, source, tmp_path, f
     assert any("secret" in token for token in hub.tokens) and "secret" not in out + err
     transfers = len(hub.transfers)
     again, err = start(environment, tmp_path, *command).communicate(timeout=60)
-    assert again == f"All 8 files are here, below `{tmp_path}/models`\n"
+    assert again == f"All 8 files are already present below `{tmp_path}/models`\n"
     assert f"8 files, {TOTAL}: 8 here" in err
     assert len(hub.transfers) == transfers == 8
 

@@ -94,7 +94,7 @@ def test_a_model_that_is_here_and_not_on_the_hub_is_not_called_whole(download, h
     assert (outcome.code, hub.transfers) == (0, [])
     assert f"  unchecked      100 B  {VAE}\n1 file, 100 B: 1 unchecked\n" in outcome.err
     assert f"Not checked against the hub: {REFUSED[source][0]} " in outcome.err
-    assert outcome.out == f"1 file is here, below `{folder.parent.parent}`\n"
+    assert outcome.out == f"1 file is already present below `{folder.parent.parent}`\n"
     verified = json.loads(download(ENTRY, "--verify", "--dry_run", "--format", "json").out)
     assert [listed["state"] for listed in verified["files"]] == ["unchecked"]
 
