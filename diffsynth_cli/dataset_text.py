@@ -67,11 +67,7 @@ def _sum(summary: Summary) -> Iterator[str]:
             for number, noun in ((summary.images, "image"), (summary.videos, "video"))
             if number
         ]
-    rules = (
-        f"the rules of `{summary.recipe}`"
-        if summary.recipe
-        else "rules common to all families (pass --recipe for those of one)"
-    )
+    rules = f"the rules of `{summary.recipe}`" if summary.recipe else "rules common to all families (no --recipe given)"
     yield f"{printable(summary.origin)}: {', '.join(looked_at)}; {rules}"
     counts = ((summary.errors, "error"), (summary.warnings, "warning"), (summary.infos, "info"))
     yield ", ".join(count_of(number, noun) for number, noun in counts)

@@ -183,7 +183,7 @@ def test_the_second_step_of_differential_training_lacks_only_its_file(small):
     (command,) = [c for c in ACCEPTED if "preset_lora_path" in c.values]
     outcome = small(command, "--dry_run")
     (problem,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert "`preset_lora_path`" in problem and "is not there" in problem
+    assert "`preset_lora_path`" in problem and "does not exist" in problem
 
 
 @pytest.mark.parametrize("name", UNKNOWN_HERE)

@@ -66,13 +66,13 @@ def test_help_of_train_shows_the_groups_in_order(cli):
     ("name", "line"),
     [
         ("lora_rank", "LoRA rank; alpha equals rank [default: 32]"),
-        ("max_steps", "if there are stages; default: train all epochs (rehearsal: 8 steps) [unit:"),
+        ("max_steps", "stages; default: train all epochs (rehearsal: 8 steps) [unit:"),
         (
             "num_frames",
-            "Frames per clip, of the form 4n + 1; a shorter clip is truncated to the largest 4n + 1 that it has",
+            "the largest 4n + 1 that it has [default: 81; unit: frames; only wan]",
         ),
         ("preset_lora_model", "Component to merge the LoRA of `preset_lora_path` into"),
-        ("data_file_keys", "list of paths [default: image,video]"),
+        ("data_file_keys", "JSON list of paths [default: image,video]"),
         ("task", "direct_distill:data_process | direct_distill:train"),
     ],
 )

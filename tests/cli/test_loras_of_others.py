@@ -150,7 +150,7 @@ def test_no_lora_starts_from_whole_differences(lightx2v, cli, plan, says):
     says(refused, *SIZES)
     assert plan(lightx2v, *hint_command(hint, 0)).code == 0
     converted = cli(*hint_command(hint, 1)[1:])
-    assert converted.code == 0 and "6 keys skipped" in converted.err, converted.err
+    assert converted.code == 0 and "6 keys left out" in converted.err, converted.err
     outcome = plan(lightx2v, "--lora_checkpoint", "lightx2v-dit.safetensors")
     assert outcome.code == 0, outcome.err
 
@@ -164,7 +164,7 @@ def test_whole_differences_have_no_place_in_a_lora_format(lightx2v, cli, says):
     assert (refused.code, alone.code) == (1, 1)
     says(refused.err + alone.err)
     outcome = cli("convert-lora", "lightx2v.safetensors", *arguments, "--allow_unmatched")
-    assert outcome.code == 0 and "6 keys skipped: `diffusion_model.blocks.0.diff_m`" in outcome.err
+    assert outcome.code == 0 and "6 keys left out: `diffusion_model.blocks.0.diff_m`" in outcome.err
 
 
 MODULATION, Q = "transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.to_q"

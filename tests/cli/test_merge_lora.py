@@ -166,7 +166,7 @@ def test_unmatched_keys(cli, models, lora, tmp_path):
     )
     outcome = cli("merge-lora", *arguments, "--allow-unmatched")
     assert outcome.code == 0, outcome.err
-    assert f"warning: `lora.safetensors`: 7 keys left out: {listed} and 2 more" in outcome.err
+    assert f"warning: `lora.safetensors`: 7 keys skipped: {listed} and 2 more" in outcome.err
 
 
 def test_8_bit_floats_need_a_format(cli, models, lora, tmp_path):

@@ -84,13 +84,13 @@ def test_model_files_are_a_fault_where_nothing_is_downloaded(plan, monkeypatch, 
 @pytest.mark.parametrize(
     ("memory", "code", "verdict"),
     [
-        ("24GB", 3, "Does not fit in 24.0 GiB: 43.8 GiB are needed; the changes below make it fit"),
+        ("24GB", 3, "Does not fit in 24.0 GiB: needs 43.8 GiB; the changes below make it fit"),
         ("24GiB", 3, "Does not fit in 24.0 GiB: "),
         ("24576 MiB", 3, "Does not fit in 24.0 GiB: "),
         ("RTX 4090", 3, "Does not fit in 24.0 GiB: "),
         ("A100-40", 3, "Does not fit in 40.0 GiB: "),
-        ("44GB", 0, "Tight in 44.0 GiB: 43.8 GiB are needed, only 187.7 MiB left for overhead"),
-        ("L40S", 0, "Fits in 45.0 GiB: 43.8 GiB are needed, 1.2 GiB left for overhead"),
+        ("44GB", 0, "Tight in 44.0 GiB: needs 43.8 GiB, only 187.7 MiB left for overhead"),
+        ("L40S", 0, "Fits in 45.0 GiB: needs 43.8 GiB, 1.2 GiB left for overhead"),
         ("h100", 0, "Fits in 79.6 GiB: "),
     ],
 )
@@ -104,7 +104,7 @@ def test_with_a_dataset_its_largest_image_counts(plan, dataset):
     given = ("--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
     outcome = plan("qwen-image-lora", *given, "--verbose")
     assert outcome.code == 0 and "error" not in outcome.err
-    (told,) = (line for line in outcome.out.splitlines() if line.startswith("Memory of the GPU"))
+    (told,) = (line for line in outcome.out.splitlines() if line.startswith("GPU memory"))
     assert told.startswith("GPU memory, estimated for the largest micro-batch of the dataset: 2 of ")
     assert "encodings of 4 samples" in outcome.out
 
@@ -138,7 +138,7 @@ def changes(outcome) -> list[str]:
 
 def tried(outcome) -> list[str]:
     lines = outcome.out.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("Tried"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("Options"))
     return lines[start : lines.index("", start)]
 
 
@@ -146,9 +146,9 @@ def test_the_smallest_change_that_fits_is_found(plan):
     outcome = plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing", "--verbose")
     assert tried(outcome) == [
         "Options to fit in 45.5 GiB, cheapest first",
-        "   43.8 GiB  activations recomputed: fits",
+        "   43.8 GiB  recompute activations: fits",
     ]
-    assert verdict(outcome) == "Does not fit in 45.5 GiB: 88.0 GiB are needed; the changes below make it fit"
+    assert verdict(outcome) == "Does not fit in 45.5 GiB: needs 88.0 GiB; the changes below make it fit"
     assert changes(outcome) == ["To make it fit, with a peak of 43.8 GiB, pass", "  --use_gradient_checkpointing"]
 
 
@@ -178,7 +178,7 @@ def test_it_is_said_when_a_change_leaves_little(plan):
 def test_it_is_said_when_nothing_makes_it_fit(plan):
     outcome = plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")
     assert outcome.code == 3 and changes(outcome) == []
-    assert verdict(outcome) == ("Does not fit in 24.0 GiB: 169.1 GiB are needed; none of the options makes it fit")
+    assert verdict(outcome) == ("Does not fit in 24.0 GiB: needs 169.1 GiB; none of the options makes it fit")
 
 
 def test_each_stage_has_a_verdict_and_its_flags_stand_behind_all_plans(plan):
@@ -196,7 +196,7 @@ def test_what_is_planned_for_stands_apart_from_what_this_machine_has(plan):
     )
     outcome = plan("qwen-image-lora", "--device", "cpu", "--verbose")
     assert outcome.out.startswith("Model     Qwen-Image on cpu in float32\n")
-    assert "Memory of the CPU, estimated for the largest that the parameters allow: " in outcome.out
+    assert "CPU memory, estimated for the largest that the parameters allow: " in outcome.out
 
 
 @pytest.mark.parametrize(

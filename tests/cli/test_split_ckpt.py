@@ -261,13 +261,13 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
         (
             ("--join", "--layout", "diffusers", "--max_shard_size", "5GB"),
             [
-                ("`--max_shard_size` cannot be used with `--join`", "leave `--max_shard_size` out"),
-                ("`--layout` cannot be used with `--join`", "leave `--layout` out"),
+                ("`--max_shard_size` cannot be used with `--join`", "remove `--max_shard_size`"),
+                ("`--layout` cannot be used with `--join`", "remove `--layout`"),
             ],
         ),
         (
             ("--by", "size", "--unprefixed", "dit"),
-            [("`--unprefixed` cannot be used with `--by size`", "leave `--unprefixed` out")],
+            [("`--unprefixed` cannot be used with `--by size`", "remove `--unprefixed`")],
         ),
         (("--max_shard_size", "big"), [("`big` is no size (`--max_shard_size`)", "write one such as `5GB`")]),
         (("--family", "flx"), [("there is no family `flx`", "did you mean `flux`?")]),

@@ -137,7 +137,7 @@ def test_stages_that_read_data_differently(cli, dataset, config):
     outcome = cli("dataset", "validate", dataset, "--config", path, "--depth", "paths")
     ((message, hint),) = read_problems(outcome.err)
     assert (outcome.code, message) == (2, "`max_pixels` differs between the stages small, large")
-    assert hint == "select one of them with `--only`"
+    assert hint == "name one of them with `--only`"
     assert cli("dataset", "validate", dataset, "--config", path, "--depth", "paths", "--only", "small").code == 0
 
 
@@ -157,7 +157,9 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     told = [line for line in outcome.out.splitlines() if line.startswith(("warning: ", "  hint: "))]
     says("\n".join(told))
     followed = cli(*train, "--verbose", *flags.split())
-    assert followed.code == 0 and "is not read" not in followed.out and "shown edit_image" in followed.out
+    assert (
+        followed.code == 0 and "unused columns" not in followed.out and "reference images (edit_image)" in followed.out
+    )
     assert findings("--recipe", KLEIN, *flags.split()) == []
 
 

@@ -12,8 +12,8 @@ NO_SUCH_FILE = "correct the path (relative to `dataset_base_path`), or take the 
 
 
 def test_no_folder(refuse):
-    message = "the dataset folder `nowhere` (`dataset_base_path`) does not exist"
-    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "set the folder with `--dataset_base_path`")])
+    message = "the dataset folder `nowhere` (`dataset_base_path`) is not there"
+    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "name the folder with `--dataset_base_path`")])
 
 
 def test_no_metadata_file(refuse):
@@ -118,7 +118,7 @@ def test_a_missing_column(refuse, dataset, header, column, there, hint):
             "metadata.jsonl",
             '{"image": "coffee.png", "prompt": "a"}\n{\n',
             " line 2: Expecting property name enclosed in double quotes",
-            "fix that line",
+            "mend that line",
         ),
     ],
 )

@@ -244,7 +244,7 @@ def test_a_damaged_tokenizer(refuse, repository):
     path.unlink()
     path.mkdir()
     code, [(message, _)] = refuse()
-    assert code == 1 and "it lacks `tokenizer.json` or `vocab.json` and `merges.txt`" in message
+    assert code == 1 and "missing `tokenizer.json` or `vocab.json` and `merges.txt`" in message
 
 
 def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):

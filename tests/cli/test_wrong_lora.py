@@ -55,7 +55,7 @@ def test_a_component_that_this_kind_of_model_has_not(refuse, tiny_wan, lora, mon
     assert code == 2
     assert (
         f"`{parameter}` names `image_encoder`, which Wan (text to video) does not have",
-        "leave it out",
+        "remove it",
     ) in problems
 
 
@@ -208,10 +208,11 @@ def test_the_plan_tells_what_was_chosen(cli, dataset):
         "LoRA is applied to the linear layers of repeated blocks: 24 in transformer_blocks.* (attn.add_k_proj, "
         in automatic.out
     )
-    assert "img_mlp.net.0.proj" in automatic.out and "left out: 4 LoRA modules" in automatic.out
+    assert "img_mlp.net.0.proj" in automatic.out and "excluded: 4 LoRA modules" in automatic.out
     pattern = cli(*arguments, "--lora_target_modules", ".*attn.to_[qk]")
     assert (
-        "LoRA is applied to what fits `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)" in pattern.out
+        "LoRA is applied to modules that match `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)"
+        in pattern.out
     )
     assert "LoRA is applied to" not in cli(*arguments).out
 
@@ -285,7 +286,7 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
         [
             (
                 "`lora_target_modules` matches modules of vae that are convolutions in the files but linear layers here, which "
-                "carry no LoRA: `encoder.mid.attn_1.q`",
+                "do not support LoRA: `encoder.mid.attn_1.q`",
                 "use linear layers or plain convolutions",
             )
         ],
@@ -296,7 +297,7 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
 def test_the_format_of_a_lora_where_none_trains(refuse):
     message = "`align_to_opensource_format` is set without `lora_base_model`: it only affects the keys of a LoRA"
     sizes = ("--height", 64, "--width", 64)
-    assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "leave it out")])
+    assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "remove it")])
 
 
 @pytest.mark.usefixtures("flux")
@@ -336,4 +337,4 @@ def test_modules_passed_over_are_told(cli, dataset):
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
     assert "  no LoRA on 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
-    assert "without LoRA" not in cli(*arguments).out
+    assert "no LoRA on" not in cli(*arguments).out

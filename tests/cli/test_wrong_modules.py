@@ -68,7 +68,7 @@ def test_the_column_and_its_key_are_missed(refuse, write, dataset):
     assert code == 2 and problems == [
         (
             "`data_file_keys` does not include `controlnet_image`, whose files this run reads",
-            "give `--data_file_keys image,video,controlnet_image`",
+            "pass `--data_file_keys image,video,controlnet_image`",
         ),
         (
             f"`{dataset}/metadata.csv` has no column `controlnet_image`; it has `image`, `prompt`",
@@ -86,8 +86,8 @@ def test_the_controlnet_of_another_width(refuse, write, pairs):
 def test_the_controlnet_of_other_texts(refuse, write, pairs):
     write(text_width=128)
     message = (
-        f"the controlnet from `{CONTROLNET}` takes text states of 128 channels, "
-        "the dit of Qwen-Image with a ControlNet takes 64"
+        f"the controlnet from `{CONTROLNET}` takes text states with 128 channels, "
+        "but the dit of Qwen-Image with a ControlNet expects 64"
     )
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "use the controlnet of the same model")])
 

@@ -43,7 +43,7 @@ def test_a_damaged_record(refuse):
     Path("out").mkdir()
     Path("out/run.json").write_text('{"status": "runn')
     code, [(message, hint)] = refuse("--output_path", "out")
-    assert (code, hint) == (1, NEW_FOLDER)
+    assert (code, hint) == (1, "name another `--output_path`")
     assert message == "`out/run.json` is not valid JSON: line 1, column 12: Unterminated string starting at"
 
 

@@ -149,13 +149,13 @@ def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
             "wan2.1-t2v-1.3b-lora",
             ("--height", 72, "--width", 96, "--num_frames", 9),
             "`height` 72 is not a multiple of 16, which Wan (text to video) requires",
-            "give `--height 64`",
+            "pass `--height 64`",
         ),
         (
             "wan2.2-ti2v-5b-lora",
             ("--height", 64, "--width", 112, "--num_frames", 9),
             "`width` 112 is not a multiple of 32, which Wan 2.2 TI2V requires",
-            "give `--width 96`",
+            "pass `--width 96`",
         ),
         (
             "wan2.1-t2v-1.3b-lora",
