@@ -7,8 +7,8 @@ from typing import NoReturn
 from diffsynth_cli import REPORTS, STOPPED
 
 ON_WINDOWS = """\
-error: diffsynth does not run on Windows itself
-  hint: run it in WSL2: `wsl --install`, then install diffsynth in the Linux that this opens
+error: diffsynth does not run natively on Windows
+  hint: run it in WSL2: `wsl --install`, then install diffsynth in the Linux system that it opens
 """
 
 

@@ -134,7 +134,7 @@ class ConsoleReporter:
 
     def _lost_log(self, path: Path, error: OSError) -> None:
         """A log that cannot be written is no reason to lose the run."""
-        self._show_warning(f"`{path}` cannot be written: {error.strerror}; the run goes on without it")
+        self._show_warning(f"`{path}` cannot be written: {error.strerror}; the run continues without it")
 
 
 def _progress(console: Console) -> Progress:

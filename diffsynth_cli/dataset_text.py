@@ -67,13 +67,11 @@ def _sum(summary: Summary) -> Iterator[str]:
             for number, noun in ((summary.images, "image"), (summary.videos, "video"))
             if number
         ]
-    rules = (
-        f"the rules of `{summary.recipe}`" if summary.recipe else "rules that hold for every family (name a --recipe)"
-    )
+    rules = f"the rules of `{summary.recipe}`" if summary.recipe else "rules common to all families (no --recipe given)"
     yield f"{printable(summary.origin)}: {', '.join(looked_at)}; {rules}"
     counts = ((summary.errors, "error"), (summary.warnings, "warning"), (summary.infos, "info"))
     yield ", ".join(count_of(number, noun) for number, noun in counts)
     if summary.errors:
-        yield "exit code 1: training would stop at the errors, or learn from them"
+        yield "exit code 1: the errors would stop or degrade training"
     else:
-        yield "exit code 0: there are no errors"
+        yield "exit code 0: no errors"

@@ -21,22 +21,22 @@ def plan_lines(plan: DownloadPlan) -> Iterator[str]:
         listed = list(files)
         yield from map(_line, listed[:LINES_SHOWN])
         if len(listed) > LINES_SHOWN:
-            yield f"  … and {len(listed) - LINES_SHOWN} more; `--format json` names all"
+            yield f"  … and {len(listed) - LINES_SHOWN} more; `--format json` lists all"
     counts = Counter(listed.state for listed in plan.files)
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
     total = sum(listed.file.size for listed in plan.files)
     yield f"{count_of(len(plan.files), 'file')}, {format_bytes(total)}: {states}"
     for refusal in plan.refusals:
-        yield f"Not compared with the hub: {refusal}"
-    yield f"To fetch: {format_bytes(plan.missing_bytes)}; free at `{plan.base}`: {format_bytes(plan.free_bytes)}"
+        yield f"Not checked against the hub: {refusal}"
+    yield f"To download: {format_bytes(plan.missing_bytes)}; free at `{plan.base}`: {format_bytes(plan.free_bytes)}"
 
 
 def result_line(plan: DownloadPlan) -> str:
     """How a download ended."""
     if not plan.to_fetch:
-        were = "1 file was" if len(plan.files) == 1 else f"All {len(plan.files)} files were"
-        return f"{were} here, below `{plan.base}`"
-    return f"Fetched {count_of(len(plan.to_fetch), 'file')}, {format_bytes(plan.missing_bytes)}, below `{plan.base}`"
+        are = "1 file is" if len(plan.files) == 1 else f"All {len(plan.files)} files are"
+        return f"{are} already present below `{plan.base}`"
+    return f"Downloaded {count_of(len(plan.to_fetch), 'file')}, {format_bytes(plan.missing_bytes)}, below `{plan.base}`"
 
 
 def plan_as_data(plan: DownloadPlan) -> dict[str, Any]:

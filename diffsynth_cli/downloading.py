@@ -25,7 +25,7 @@ def stopped_in_order() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        how = "repeat the command: it continues where it stopped"
+        how = "run the command again to resume it"
         raise Interrupted(signal.SIGINT, "the download was interrupted", how) from None
 
 

@@ -17,11 +17,11 @@ from diffsynth_core.files import default_cache_path
 
 SHOWN_OF_A_NAME = 200
 HINTS_FOR_FILES = {
-    errno.ENAMETOOLONG: "name something shorter",
-    errno.ENOENT: "it was there before, or is expected there; put it back and give the command again",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOENT: "restore it and run the command again",
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
-    errno.ELOOP: "correct the links on the way to it",
+    errno.ELOOP: "fix the symbolic links in its path",
 }
 """What to do about an error of the system that names a file."""
 SHOWN_OF_A_KIND = 10
@@ -84,7 +84,9 @@ def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
         return Ending(EXIT_FAILED, (_file_problem(error),))
     path = _write_traceback(error)
     what = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
-    return Ending(EXIT_FAILED, (Problem(what, f"this is a fault of diffsynth; its traceback is in `{path}`"),))
+    return Ending(
+        EXIT_FAILED, (Problem(what, f"this is a bug in diffsynth; please report it with the traceback in `{path}`"),)
+    )
 
 
 _EXPECTED = {
@@ -109,10 +111,10 @@ def _usage_problem(error: Exception, message: str, command: str) -> Problem:
         return Problem(f"`{option}` takes {expected}, got `{detail['input']}`")
     setting = SETTINGS.get(getattr(error, "option_name", "").lstrip("-").replace("-", "_"))
     if setting and setting.choices:
-        return Problem(message, f"write `--{setting.name} {'|'.join(setting.choices)}`")
+        return Problem(message, f"pass `--{setting.name} {'|'.join(setting.choices)}`")
     context = getattr(error, "ctx", None)
     help_of = context.command_path if context else command
-    return Problem(message.replace("Value error, ", ""), f"`{help_of} --help` lists what there is")
+    return Problem(message.replace("Value error, ", ""), f"see `{help_of} --help`")
 
 
 def _file_problem(error: OSError) -> Problem:
@@ -120,11 +122,11 @@ def _file_problem(error: OSError) -> Problem:
     is too long, its disk is gone."""
     name = error.filename.decode("utf-8", "surrogateescape") if isinstance(error.filename, bytes) else error.filename
     if isinstance(error, PermissionError):
-        what = f"the system forbids to open `{name}`: {error.strerror}"
-        return Problem(what, "change its permissions, or leave it out")
+        what = f"cannot open `{name}`: {error.strerror}"
+        return Problem(what, "change its permissions, or remove it from the command")
     where = f"cannot access `{beginning(str(name), SHOWN_OF_A_NAME)}`" if name else "cannot write a file"
     what = f"{where}: {error.strerror}"
-    return Problem(what, HINTS_FOR_FILES.get(error.errno or 0, "check that place and the disk it is on"))
+    return Problem(what, HINTS_FOR_FILES.get(error.errno or 0, "check the path and the disk it is on"))
 
 
 def _interruption(error: Interrupted) -> str:

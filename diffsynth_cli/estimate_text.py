@@ -45,16 +45,18 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     run, choice = estimate.run, estimate.choice
     sizes, memory = run.largest, device_memory(plan, choice)
     shown = " and ".join(format_size(image) for image in sizes.images)
-    basis = "the largest micro-batch of the dataset" if plan.samples.samples else "the largest the parameters allow"
-    yield f"Memory of the {DEVICES[choice.device]}, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    basis = (
+        "the largest micro-batch of the dataset" if plan.samples.samples else "the largest that the parameters allow"
+    )
+    yield f"{DEVICES[choice.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
     if memory.training:
         yield from _table(_training_parts(choice, memory.training))
     for part in memory.encoding:
-        parts = "weights and its largest maps" if part.activations else "weights"
-        yield f"  {_memory(part.total)}  {part.component} while it encodes, before training: {parts}"
-    yield f"  {_memory(memory.peak)}  at most at once"
-    yield f"  not counted: {', '.join(('what operations and the driver need to work', *unknown_parts(plan)))}"
-    yield "Host memory, beside Python and its libraries"
+        parts = "weights and largest feature maps" if part.activations else "weights"
+        yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
+    yield f"  {_memory(memory.peak)}  peak"
+    yield f"  excludes {', '.join(('kernel workspace and driver overhead', *unknown_parts(plan)))}"
+    yield "Host memory, without Python and its libraries"
     yield from _table(host_memory(plan, choice, memory, run.encoded))
     yield from _disk_lines(plan, choice, run)
     if estimate.fit:
@@ -63,24 +65,24 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
 
 def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
     """What is on the device while training, and their sum; of what comes one after the other the larger counts."""
-    kept = "recomputed block by block" if choice.recompute else "all kept"
-    waiting = ", inputs of blocks wait in host memory" if training.on_host else ""
-    moved = ", when all activations wait in host memory" if training.on_host else ""
+    kept = "recomputed block by block" if choice.recompute else "all stored"
+    waiting = ", block inputs offloaded to host memory" if training.on_host else ""
+    moved = ", when all activations are offloaded to host memory" if training.on_host else ""
     optional = {
         f"activations ({kept}{waiting})": training.activations,
-        f"weights as autocast casts them, at the end of a forward pass{moved}": training.casts,
-        "what AdamW works with in its step, when activations are gone": training.update
+        f"autocast copies of the weights, at the end of a forward pass{moved}": training.casts,
+        "temporary buffers of the AdamW step, after activations are freed": training.update
         if training.update_is_fullest
         else 0,
     }
-    behind = ", with the step of AdamW in place of activations" if training.update_is_fullest else ""
+    behind = ", with the AdamW step instead of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradients": training.gradients,
-        "state of the optimizer (AdamW)": training.optimizer,
+        "optimizer state (AdamW)": training.optimizer,
         **{name: size for name, size in optional.items() if size},
-        f"training in all{behind}": training.total,
+        f"training in total{behind}": training.total,
     }
 
 
@@ -100,10 +102,10 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
         many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
         written = disk.written
-        state = f"{count_of(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, with the one being written)"
+        state = f"{count_of(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, including the one being written)"
         where = plan.parameters.output_path
         yield f"  {_amount(written)}  {what} and {state}, in `{where}`{_free(where, written)}"
-    yield "  the time of encoding is not estimated: it is that of the GPU, of which nothing is known here"
+    yield "  encoding time depends on the GPU and is not estimated"
 
 
 def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
@@ -122,8 +124,8 @@ def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
 def _letters(plan: Plan) -> str:
     """How the tokens of captions were told without a tokenizer."""
     if plan.samples.samples:
-        return "its captions' tokens told by letters, as their tokenizer is not here"
-    return f"with a caption of {ASSUMED_CAPTION} letters"
+        return "caption tokens estimated from characters, as the tokenizer is missing"
+    return f"for a caption of {ASSUMED_CAPTION} characters"
 
 
 def _free(folder: Path, needed: int) -> str:
@@ -136,7 +138,7 @@ def trial_lines(fit: Fit) -> Iterator[str]:
     """What was tried to make a run fit."""
     if fit.as_it_is:
         return
-    yield f"Tried to make it fit in {format_memory(fit.limit)}, that first which costs the least"
+    yield f"Options to fit in {format_memory(fit.limit)}, cheapest first"
     for trial in fit.tried:
         words = " and ".join(change.words for change in trial.changes)
         yield f"  {_memory(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
@@ -145,11 +147,11 @@ def trial_lines(fit: Fit) -> Iterator[str]:
 def verdict_line(fit: Fit) -> str:
     """Whether a run fits."""
     limit = format_memory(fit.limit)
-    needed = f"{format_memory(fit.peak)} are needed"
+    needed = f"needs {format_memory(fit.peak)}"
     if not fit.as_it_is:
-        way = "the changes below make it fit" if fit.fits else "nothing that was tried makes it fit"
+        way = "the changes below make it fit" if fit.fits else "none of the options makes it fit"
         return f"Does not fit in {limit}: {needed}; {way}"
-    left = f"{format_memory(fit.left)} are left for what is not counted"
+    left = f"{format_memory(fit.left)} left for overhead"
     return f"{'Tight' if fit.is_tight else 'Fits'} in {limit}: {needed}, {'only ' if fit.is_tight else ''}{left}"
 
 
@@ -158,8 +160,8 @@ def change_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
     if fit.as_it_is or not fit.fits:
         return
     last = fit.tried[-1]
-    tight = f" (tight: {format_memory(fit.left)} are left)" if fit.is_tight else ""
-    yield f"To make it fit, with {format_memory(last.peak)}{tight}, give"
+    tight = f" (tight: {format_memory(fit.left)} left)" if fit.is_tight else ""
+    yield f"To make it fit, with a peak of {format_memory(last.peak)}{tight}, pass"
     flags = [*([f"--only {stage}"] if stage else []), *(change.flag for change in last.changes)]
     yield " \\\n".join(f"  {flag}" for flag in flags)
 

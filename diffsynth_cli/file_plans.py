@@ -18,14 +18,14 @@ class PlanFormat(StrEnum):
     JSON = "json"
 
 
-OutputFormat = Annotated[PlanFormat, typer.Option("--format", help="table for people, json for programs")]
-DryRun = Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and stop")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already")]
+OutputFormat = Annotated[PlanFormat, typer.Option("--format", help="table: for reading, json: for other programs")]
+DryRun = Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and exit")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files")]
 FamilyName = Annotated[
-    str | None, typer.Option("--family", metavar="NAME", help="Family of the model, where the file does not tell")
+    str | None, typer.Option("--family", metavar="NAME", help="Model family, if the file does not reveal it")
 ]
 LeaveKeysOut = Annotated[
-    bool, typer.Option("--allow_unmatched", help="Leave keys out that fit no module, such as a text encoder's")
+    bool, typer.Option("--allow_unmatched", help="Skip keys that match no module, such as those of a text encoder")
 ]
 
 
@@ -56,7 +56,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
 def total_line(plan: "FilePlan", dry_run: bool) -> str:
     """How many files, and their bytes in all."""
     total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(plan.sizes.values()))}"
-    return f"{total} would be written; nothing is, for this is a dry run" if dry_run else f"{total} written"
+    return f"{total} would be written (dry run)" if dry_run else f"{total} written"
 
 
 def files_table(plan: "FilePlan") -> str:

@@ -42,7 +42,7 @@ def world_size() -> int:
     """
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdecimal() or int(told) < 1:
-        raise FaultsFound([Problem(f"WORLD_SIZE is `{told}`, expected a number from 1", "unset it", wrong_use=True)])
+        raise FaultsFound([Problem(f"WORLD_SIZE is `{told}`, expected a positive integer", "unset it", wrong_use=True)])
     return int(told)
 
 
@@ -61,8 +61,8 @@ def check_launched() -> None:
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        what = f"WORLD_SIZE is {world_size()}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
-        hint = f"unset WORLD_SIZE and give `--num_processes {world_size()}`, or start this with `accelerate launch`"
+        what = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
+        hint = f"unset WORLD_SIZE and pass `--num_processes {world_size()}`, or launch with `accelerate launch`"
         raise FaultsFound([Problem(f"{what}: no launcher started this process", hint, wrong_use=True)])
 
 
@@ -75,10 +75,10 @@ def check_world_size(num_processes: int | None) -> None:
     for asked, where in ((num_processes, "`num_processes`"), (asked_of_launcher(), "the launcher")):
         if asked is not None and asked != world_size():
             hint = (
-                f"`diffsynth train --num_processes {asked}` starts them; or give `accelerate launch --multi_gpu`, with "
-                "ACCELERATE_USE_CPU=true in the environment where there is no GPU"
+                f"start them with `diffsynth train --num_processes {asked}`, or with `accelerate launch --multi_gpu`, with "
+                "ACCELERATE_USE_CPU=true in the environment if there is no GPU"
             )
-            what = f"{asked} processes are asked for by {where}, and there are {world_size()}"
+            what = f"{asked} processes are requested by {where}, but the world size is {world_size()}"
             raise FaultsFound([Problem(what, hint, wrong_use=True)])
 
 
@@ -95,8 +95,8 @@ def find_config(name: str | None) -> Path | None:
     path = presets.get(name, Path(name))
     if not path.is_file():
         near = suggest(name, presets)
-        hint = f"did you mean `{near}`?" if near else f"name a file, or one of {', '.join(presets)}"
-        raise DiffSynthError(f"there is no configuration of accelerate `{name}` (`accelerate_config`)", hint)
+        hint = f"did you mean `{near}`?" if near else f"pass a file, or one of {', '.join(presets)}"
+        raise DiffSynthError(f"there is no accelerate configuration `{name}` (`accelerate_config`)", hint)
     return path
 
 
@@ -147,8 +147,8 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
     elif torch.accelerator.device_count() < processes // machines:
         there = torch.accelerator.device_count()
         raise DiffSynthError(
-            f"{processes // machines} processes on this machine need as many GPUs, {there} are there",
-            f"ask for {there * machines} in all",
+            f"{processes // machines} processes on this machine need as many GPUs, but {there} are available",
+            f"request {there * machines} in total",
         )
     options = ["--num_processes", str(processes), *(["--config_file", str(config)] if config else UNCONFIGURED)]
     # `--multi_gpu` stands for any kind of several processes; without it the launcher starts one and says nothing.
@@ -172,7 +172,7 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
         if stopped:
             ending = replace(ending, code=SIGNAL_EXIT_BASE + stopped[0])
         elif code < 0:
-            ending = ranks.killed("the launcher of the processes", -code)
+            ending = ranks.killed("the process launcher", -code)
         ending.tell()
         ranks.keep_in_log(ending, reports)
     return ending.code

@@ -18,11 +18,11 @@ GROUPS = ("dataset", "recipe")
 OPTION = re.compile(r"(?<= --)[\w-]+")
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
-    "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training trips over it"),
-    "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Take a checkpoint apart by component or size, or join one"),
-    "download": ("diffsynth_cli.commands.download", "Bring files of recipes, models, datasets from the hubs"),
+    "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training"),
+    "split-ckpt": ("diffsynth_cli.commands.split_ckpt", "Split a checkpoint by component or size, or join one"),
+    "download": ("diffsynth_cli.commands.download", "Download files of recipes, models and datasets"),
     "merge-lora": ("diffsynth_cli.commands.merge_lora", "Merge LoRAs into a base, or into one LoRA"),
-    "convert-lora": ("diffsynth_cli.commands.convert_lora", "Write a LoRA in the names of another program"),
+    "convert-lora": ("diffsynth_cli.commands.convert_lora", "Convert a LoRA to the format of another program"),
     "recipe": ("diffsynth_cli.commands.recipe", "List and show recipes, print their JSON schema"),
 }
 """Command -> the module that builds it (its function `add_to`), and its line in the help."""

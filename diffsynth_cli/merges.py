@@ -24,7 +24,7 @@ from diffsynth_core.state_dicts.rewriting import output_problems
 if TYPE_CHECKING:
     from diffsynth_core.adapters.merge import Loss
 
-HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "left out")
+HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "skipped")
 WORST_SHOWN = 3
 """Modules named of those that lose most."""
 
@@ -81,7 +81,7 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
     lines = [f"{count_of(len(plan.modules), 'module')} of rank {_span(ranks)}"]
     if plan.dialect:
         facts["to"] = plan.dialect
-        lines.append(f"the files name their keys in several ways; written in the format `{plan.dialect}`")
+        lines.append(f"the files have several key formats; written in the format `{plan.dialect}`")
     raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
     if not how.dry_run:
         hashes = InputHashes(plan.inputs)
@@ -119,9 +119,11 @@ def _tell(
     reporter = ConsoleReporter()
     for summary in summaries:
         if summary.differences:
-            reporter.info(f"`{summary.path}`: whole differences are added to {count_of(summary.differences, 'tensor')}")
+            reporter.info(
+                f"`{summary.path}`: full weight differences are added to {count_of(summary.differences, 'tensor')}"
+            )
         if summary.unmatched:
-            left_out = f"{count_of(len(summary.unmatched), 'key')} left out: {shorten(sorted(summary.unmatched))}"
+            left_out = f"{count_of(len(summary.unmatched), 'key')} skipped: {shorten(sorted(summary.unmatched))}"
             reporter.warn(f"`{summary.path}`: {left_out}")
     if how.output_format is PlanFormat.JSON:
         loras = [_described(summary, loss) for summary, loss in _with_losses(summaries, losses)]
@@ -159,7 +161,7 @@ def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
 
 def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[str]:
     """A line for each LoRA, below their headings."""
-    rows = [(*HEADINGS, *(["lost in rounding"] if losses else []))]
+    rows = [(*HEADINGS, *(["rounding error"] if losses else []))]
     for summary, loss in _with_losses(summaries, losses):
         facts = (
             f"{summary.weight:g}",

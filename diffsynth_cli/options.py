@@ -111,7 +111,7 @@ class GroupedHelp(TyperCommand):
                 if setting.group == group:
                     formatter.write("\n".join(option_help(setting)) + "\n")
             formatter.write("\n")
-        formatter.write("  --help, -h\n      Show this text\n")
+        formatter.write("  --help, -h\n      Show this help\n")
 
 
 def _switched(value: Any) -> str:

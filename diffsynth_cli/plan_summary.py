@@ -27,7 +27,7 @@ from diffsynth_core.sources.model_files import MissingFiles
 
 PRECISIONS = {"no": "float32"}
 """`mixed_precision` as a dtype, where that is another word."""
-ALL = "`--verbose` tells the rest: files, modules, parameters, memory and disk by part"
+ALL = "`--verbose` prints the rest: files, modules, parameters, memory and disk usage by part"
 
 
 def summary_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
@@ -93,7 +93,9 @@ def _missing(plan: Plan, number: int) -> str:
     size = f", {format_bytes(download_bytes(plan))} to download" if plan.published else ""
     recipe = plan.parameters.recipe
     how = (
-        f"`diffsynth download {recipe}` fetches them, and so does the run" if recipe else "the run downloads them first"
+        f"`diffsynth download {recipe}` downloads them, and so does the run"
+        if recipe
+        else "the run downloads them first"
     )
     return f"model files ({', '.join(names)}){size}; {how}"
 
@@ -103,15 +105,15 @@ def _dataset(plan: Plan) -> str:
     if not samples:
         return f"`{folder}` does not exist, so the number of steps is unknown"
     sizes = Counter(sample.target.shape for sample in samples)
-    encoded = ", encoded beforehand" if plan.encoded else ""
+    encoded = ", precomputed encodings" if plan.encoded else ""
     number = f"{len(samples)} sample{'' if len(samples) == 1 else 's'}"
     return f"{number} from `{folder}`{encoded}: {list_sizes(sizes)}"
 
 
 def _steps(plan: Plan) -> str:
     if not plan.steps.total_steps:
-        return "unknown without a dataset, and so is the time they take"
-    return f"{steps_in_words(plan)}; how long they take is known when the first have run"
+        return "unknown without a dataset, and so is the run time"
+    return f"{steps_in_words(plan)}; the time per step is known after the first ones"
 
 
 def _memory(plan: Plan, estimate: Estimate) -> str:
@@ -119,7 +121,7 @@ def _memory(plan: Plan, estimate: Estimate) -> str:
     memory = device_memory(plan, choice)
     largest = " and ".join(format_size(image) for image in choice.sizes.images)
     host = sum(host_memory(plan, choice, memory, estimate.run.encoded).values())
-    device = f"{format_memory(memory.peak)} of the {DEVICES[choice.device]} at most"
+    device = f"{format_memory(memory.peak)} peak on the {DEVICES[choice.device]}"
     return f"{device}, for {choice.sizes.batch} of {largest}; {format_memory(host)} of host memory"
 
 

@@ -40,7 +40,7 @@ def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Itera
 
 def parameter_lines(plan: Plan) -> Iterator[str]:
     """The parameters that are not at their defaults, one a line, and where all are shown."""
-    yield "Parameters that are not at their defaults"
+    yield "Parameters that differ from their defaults"
     plain = as_plain(plan.parameters)
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
@@ -75,17 +75,17 @@ def _component_lines(plan: Plan) -> Iterator[str]:
     for name, files in plan.idle.items():
         yield f"  {name:<15} {files.origin}, not loaded by `{plan.task.name}`"
     if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
-        yield f"  without a {plan.facts.denoiser} the files named and `extra_inputs` tell the kind of model: {plan.variant.title}"
+        yield f"  without a {plan.facts.denoiser}, the kind of model is inferred from the files and `extra_inputs`: {plan.variant.title}"
     if plan.training.lora_rule:
-        yield f"  LoRA is put on {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
+        yield f"  LoRA is applied to {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.start:
         yield f"  {plan.training.start.note}"
     if plan.training.left_out:
-        yield f"  left out: {len(plan.training.left_out)} LoRA modules that no gradient can reach: {', '.join(plan.training.left_out)}"
+        yield f"  excluded: {len(plan.training.left_out)} LoRA modules that receive no gradient: {', '.join(plan.training.left_out)}"
     if plan.training.passed_over:
-        yield f"  without LoRA are {len(plan.training.passed_over)} modules of the same kinds: {shorten(plan.training.passed_over)}"
+        yield f"  no LoRA on {len(plan.training.passed_over)} modules of the same kinds: {shorten(plan.training.passed_over)}"
     if VAE in plan.training.components:
-        yield f"  the {VAE} trains: what the model is to predict is made of its latents and moves with them"
+        yield f"  the {VAE} is trained: the prediction target is computed from its latents and changes with them"
 
 
 def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
@@ -95,30 +95,30 @@ def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
         below = f" below `{files.prefix}`" if files.prefix else ""
         there = f"{count_of(len(files.paths), 'file')}{below}, {size}"
     elif plan.published[component].parameters:
-        there = f"not here, {size} as published"
+        there = f"missing, {size} as published"
     else:
-        there = "not here, size unknown"
+        there = "missing, size unknown"
     return f"{files.origin} ({there}, {_parameters(plan, component)})"
 
 
 def _sample_lines(plan: Plan) -> Iterator[str]:
     parameters, samples = plan.parameters, plan.samples.samples
     if not samples:
-        yield f"No dataset: `{parameters.dataset_base_path}` is not there, so neither buckets nor steps are known"
+        yield f"No dataset: `{parameters.dataset_base_path}` does not exist, so buckets and steps are unknown"
         return
     sizes = Counter(sample.target.shape for sample in samples)
     yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {list_sizes(sizes)}"
     if plan.encoded:
         origin = plan.encoded.origin
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
-        yield f"  encoded beforehand for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
+        yield f"  precomputed for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
     if plan.variant.references and parameters.batch_size > 1:
-        yield f"  {len(plan.batches.buckets)} kinds of batches, for the images shown have sizes too"
+        yield f"  {len(plan.batches.buckets)} batch shapes, since reference images have sizes too"
     if not plan.encoded:
         yield from _transform_lines(plan)
     for shown in plan.variant.references:
         images = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
-        yield f"  shown {shown.name}: {list_sizes(Counter(excerpt.shape for excerpt in images))}"
+        yield f"  reference images ({shown.name}): {list_sizes(Counter(excerpt.shape for excerpt in images))}"
     for note in plan.samples.notes:
         yield f"  {note}"
 
@@ -134,17 +134,17 @@ def warning_lines(plan: Plan) -> Iterator[str]:
 def _transform_lines(plan: Plan) -> Iterator[str]:
     parameters = plan.parameters
     if parameters.height and parameters.width:
-        yield f"  each is scaled to cover {parameters.width} x {parameters.height} and cut at the centre"
+        yield f"  each is resized to cover {parameters.width} x {parameters.height} and center-cropped"
     if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
         rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
-        yield f"  {rate}the part taken of longer videos: {parameters.clip_start}"
+        yield f"  {rate}part used of longer videos: {parameters.clip_start}"
 
 
 def family_default_lines(plan: Plan) -> Iterator[str]:
     """Switches that nobody turned on."""
     for name in plan.family_defaults:
         if getattr(plan.parameters, name) is True:
-            yield f"`{name}` is on, the default of {plan.facts.title}; `--no-{name}` turns it off"
+            yield f"`{name}` is on by default for {plan.facts.title}; `--no-{name}` turns it off"
 
 
 def _step_lines(plan: Plan) -> Iterator[str]:
@@ -154,9 +154,9 @@ def _step_lines(plan: Plan) -> Iterator[str]:
     yield steps_in_words(plan)
     low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
     if (low, high) != (0, 1):
-        yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, the most noisy first"
+        yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, noisiest first"
     if parameters.find_unused_parameters:
-        yield "  there are no unused parameters to find: what no gradient can reach is left out of training"
+        yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
     for note in start_lines(plan):
         yield f"  {note}"
 
@@ -179,14 +179,14 @@ def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
     if plan.encoded or plan.missing:
         return
     if not encodings_are_known(plan):
-        where = "the cache" if plan.task.trains else "the output"
-        yield f"  encodings are made once and kept in {where}"
+        where = "the cache" if plan.task.trains else "the output folder"
+        yield f"  encodings are computed once and stored in {where}"
         return
     for part in plan_encodings(plan, reporter).encoders:
         done = len(part.keys) - len(part.missing)
         loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
         yield f"  {part.encoder.name:<14} " + (
-            "made anew in every step"
+            "encoded in every step (the encoder is being trained)"
             if part.live
             else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
         )
@@ -210,7 +210,7 @@ def _part(plan: Plan, component: str) -> str:
     if component in plan.float8:
         parts.append(_kept_in_float8(plan.float8[component]))
     elif has_scales(plan, component):
-        parts.append("widened from scaled 8-bit floats as it is loaded")
+        parts.append("upcast from scaled 8-bit floats when loaded")
     if plan.preset and component == plan.preset.component:
         parts.append(f"`{plan.preset.file.path}` merged into {plan.preset.changes}")
     if component in plan.training.full:
@@ -224,8 +224,8 @@ def _part(plan: Plan, component: str) -> str:
 
 def _kept_in_float8(share: float | None) -> str:
     if share is None:
-        return "weights kept in float8, how many is not known without its files"
-    return f"{share:.0%} of its weights kept in float8" if share else "no weights of a kind kept in float8"
+        return "weights stored in float8 (share unknown without its files)"
+    return f"{share:.0%} of its weights stored in float8" if share else "no weights that can be stored in float8"
 
 
 def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:

@@ -25,7 +25,7 @@ class ReaderGone(DiffSynthError):
     exit_code = SIGNAL_EXIT_BASE + signal.SIGPIPE
 
     def __init__(self) -> None:
-        super().__init__("the reader of stdout is gone")
+        super().__init__("stdout was closed by its reader")
         self.problems = ()
 
 
@@ -89,7 +89,7 @@ class DataStream(MessageStream):
 
 def _cannot_write(error: OSError) -> DiffSynthError:
     what = f"cannot write to stdout: {error.strerror or error}"
-    return DiffSynthError(what, "free some space, or send the output elsewhere")
+    return DiffSynthError(what, "free some space, or redirect the output elsewhere")
 
 
 @contextmanager

@@ -69,8 +69,8 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     first = stages[0].parameters
     if first.rehearse and first.gpu_memory:
-        what = "`gpu_memory` means nothing to a rehearsal, whose weights are tiny"
-        raise FaultsFound([Problem(what, "give it to `--dry_run` without `--rehearse`", wrong_use=True)])
+        what = "`gpu_memory` has no effect in a rehearsal, whose weights are tiny"
+        raise FaultsFound([Problem(what, "pass it with `--dry_run` and without `--rehearse`", wrong_use=True)])
     try:
         if launching.is_launched():
             launching.check_world_size(first.num_processes)
@@ -116,7 +116,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
     problems = _of_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in stages})
     raise_if_any(missing_in_one(problems))
     for stage, problem in done.items():
-        passed_over = f"Stage {stage} is passed over: {problem.message}"
+        passed_over = f"Stage {stage} is skipped: {problem.message}"
         reporter.info(passed_over if stage else f"Nothing left to do: {problem.message}")
     if len(done) > 1 and not plans:
         reporter.info("Nothing left to do")
@@ -278,11 +278,11 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
     from diffsynth_core.training.stop import listen_for_stop
 
     if world_size > launching.world_size():
-        what = f"a rehearsal runs in one process, {world_size} are asked for"
-        raise DiffSynthError(what, "leave `--num_processes` and `--accelerate_config` out of it")
+        what = f"a rehearsal runs in one process, but {world_size} are requested"
+        raise DiffSynthError(what, "remove `--num_processes` and `--accelerate_config`")
     if world_size > 1:
         raise DiffSynthError(
-            f"a rehearsal runs in one process, this is one of {world_size}", "rehearse without the launcher"
+            f"a rehearsal runs in one process, but this is one of {world_size}", "rehearse without the launcher"
         )
     if len(stages) > 1:  # each is planned and told again when its turn comes
         _make_plans(stages, SilentReporter(), world_size)

@@ -82,7 +82,7 @@ def beginning(text: str, limit: int = 60) -> str:
 KINDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
-    str: "a text",
+    str: "a string",
     bool: "a boolean",
     int: "an integer",
     float: "a number",

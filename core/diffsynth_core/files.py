@@ -27,7 +27,7 @@ def default_cache_path() -> Path:
         return (Path(root) if root else Path.home() / ".cache") / "diffsynth"
     except RuntimeError as error:
         raise DiffSynthError(
-            "there is no home folder to keep the cache in", "set XDG_CACHE_HOME or give `--cache_path`"
+            "there is no home folder for the cache", "set XDG_CACHE_HOME or pass `--cache_path`"
         ) from error
 
 
@@ -104,7 +104,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         raise DiffSynthError(
-            f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder"
+            f"cannot write `{path}`: {error.strerror or error}", "free some space or choose another folder"
         ) from error
     finally:
         with suppress(OSError):
@@ -149,7 +149,9 @@ def new_folder(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         _remove_empty(missing)
-        raise DiffSynthError(f"cannot write to `{folder}`: {error.strerror or error}", "name another folder") from error
+        raise DiffSynthError(
+            f"cannot write to `{folder}`: {error.strerror or error}", "choose another folder"
+        ) from error
     except BaseException:
         _remove_empty(missing)
         raise
@@ -244,6 +246,8 @@ def fresh_folder(parent: Path, name: Callable[[int], str]) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise DiffSynthError(f"cannot make `{folder}`: {error.strerror}", "move what is in the way") from error
+            raise DiffSynthError(
+                f"cannot create `{folder}`: {error.strerror}", "move or delete what is in the way"
+            ) from error
         else:
             return folder

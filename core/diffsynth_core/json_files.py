@@ -108,7 +108,7 @@ def _read_bytes(path: Path, limit: int, hint: str) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableFile(f"`{path}` is not a regular file", hint)
         if status.st_size > limit:
-            raise UnreadableFile(f"`{path}` has {status.st_size} bytes, at most {limit} are read", hint)
+            raise UnreadableFile(f"`{path}` has {status.st_size} bytes, the limit is {limit}", hint)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UnreadableFile(f"`{path}` is missing", hint) from error
@@ -131,7 +131,7 @@ def parse_json(text: str, finite: bool = True) -> Any:
     """
     strict: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float} if finite else {}
     if text.startswith("\ufeff"):
-        raise InvalidJson("it begins with a byte order mark", 1, 1)
+        raise InvalidJson("it starts with a byte order mark", 1, 1)
     try:
         value = json.loads(text, object_pairs_hook=_each_once, **strict)
     except json.JSONDecodeError as error:
@@ -140,11 +140,11 @@ def parse_json(text: str, finite: bool = True) -> Any:
     except InvalidJson:
         raise
     except RecursionError as error:
-        raise InvalidJson("it is nested too deep") from error
+        raise InvalidJson("it is nested too deeply") from error
     except ValueError as error:  # what `int` says of too many digits
         raise InvalidJson("a number has too many digits") from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-        raise InvalidJson("it is nested too deep")
+        raise InvalidJson("it is nested too deeply")
     return value
 
 
@@ -154,12 +154,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidJson(f"the key `{beginning(twice)}` stands twice in one object")
+        raise InvalidJson(f"duplicate key `{beginning(twice)}` in an object")
     return content
 
 
 def _refuse_constant(name: str) -> Any:
-    raise InvalidJson(f"{name} is not a number in JSON")
+    raise InvalidJson(f"{name} is not a valid JSON number")
 
 
 def _finite_float(digits: str) -> float:

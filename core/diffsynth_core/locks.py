@@ -46,8 +46,14 @@ def open_lock(path: Path) -> int:
     except FileNotFoundError:
         status = None
     if status and not stat.S_ISREG(status.st_mode):
-        kind = "a link" if stat.S_ISLNK(status.st_mode) else "a folder" if stat.S_ISDIR(status.st_mode) else "no file"
-        raise DiffSynthError(f"the lock file `{path}` is {kind}", "remove it, or name another folder")
+        kind = (
+            "a link"
+            if stat.S_ISLNK(status.st_mode)
+            else "a folder"
+            if stat.S_ISDIR(status.st_mode)
+            else "not a regular file"
+        )
+        raise DiffSynthError(f"the lock file `{path}` is {kind}", "remove it, or choose another folder")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 

@@ -19,7 +19,7 @@ def permute(index: int, size: int, key: int) -> int:
     time and memory at any size (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     if not 0 <= index < size:
-        raise IndexError(f"{index} is outside of {size}")
+        raise IndexError(f"{index} is out of range for size {size}")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

@@ -9,11 +9,11 @@ from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFor
 from diffsynth_cli.options import SPELLINGS, DialectName
 from diffsynth_cli.wrapping import help_with_examples
 
-HELP = """Write a LoRA in the names that another program reads, with the same change of weights.
+HELP = """Convert a LoRA to the key format of another program, with the same effect on the weights.
 
-No base model is needed: family and names are told by the file. A LoRA on q, k and v alone becomes one of a higher rank
-where a program has them as one module; everything else keeps its rank. Scales are kept as alphas, or multiplied into
-lora_B where a program reads none."""
+No base model is needed: family and format are inferred from the file. Separate LoRAs of q, k and v become one of a
+higher rank where a program fuses these modules; everything else keeps its rank. Scales are kept as alphas, or
+multiplied into lora_B where a program reads no alphas."""
 EXAMPLES = (
     "diffsynth convert-lora epoch-4.safetensors --to diffusers -o style.safetensors",
     "diffsynth convert-lora style.safetensors --to kohya -o style-kohya.safetensors --family flux2",
@@ -28,9 +28,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert_lora(
-    lora: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, in the names of any of these programs")],
-    to: Annotated[DialectName, typer.Option("--to", help="Whose names to write")],
-    output_path: Annotated[Path, typer.Option("--output_path", "-o", metavar="OUT", help="The file that is written")],
+    lora: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, in the format of any of these programs")],
+    to: Annotated[DialectName, typer.Option("--to", help="Key format to write")],
+    output_path: Annotated[Path, typer.Option("--output_path", "-o", metavar="OUT", help="Output file")],
     family: FamilyName = None,
     component: Annotated[
         str | None, typer.Option("--component", metavar="NAME", help="dit, or dit2: the second of two transformers")
@@ -40,8 +40,8 @@ def convert_lora(
         typer.Option(
             "--check",
             metavar="BASE",
-            help="Prove that every key finds a module of the right shape in these weights: a file, a folder, an index "
-            "of shards, or model_id:glob",
+            help="Check that every key matches a module of the right shape in these weights: a file, a folder, a "
+            "shard index, or model_id:glob",
         ),
     ] = None,
     allow_unmatched: LeaveKeysOut = False,

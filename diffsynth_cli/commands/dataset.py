@@ -41,11 +41,11 @@ class Depth(StrEnum):
     FILES = "files"
 
 
-HELP = """Check a dataset before training trips over it: metadata, paths, captions, and every file decoded to its end.
+HELP = """Check a dataset before training: metadata, paths, captions, and every file fully decoded.
 
-PATH is a folder (its metadata is found, or captions beside the files) or a metadata file. Give the options of the run
-(--recipe, --config, --height …), and the dataset is checked as that run would read it. Exit code 0 without errors, 1
-with."""
+PATH is a folder (with a metadata file, or captions next to the files) or a metadata file. Pass the options of the run
+(--recipe, --config, --height …) to check the dataset as that run would read it. Exit code 0 without errors, 1 with
+errors."""
 EXAMPLES = (
     "diffsynth dataset validate data/mine",
     "diffsynth dataset validate data/mine --recipe qwen-image-lora",
@@ -74,21 +74,24 @@ def validate_dataset(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="PATH", help="Folder of the dataset, or its metadata file [that of the recipe or config file]"
+            metavar="PATH",
+            help="Folder of the dataset, or its metadata file [default: that of the recipe or config file]",
         ),
     ] = None,
     output_format: Annotated[
-        ReportFormat, typer.Option("--format", help="table for people, json for programs")
+        ReportFormat, typer.Option("--format", help="table: for reading, json: for other programs")
     ] = ReportFormat.TABLE,
     depth: Annotated[
         Depth,
-        typer.Option("--depth", help="metadata: rows and captions; paths: also whether files are there; files: all"),
+        typer.Option("--depth", help="metadata: rows and captions; paths: also whether files exist; files: all"),
     ] = Depth.FILES,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode; 0: one for each core")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Decoding processes; 0: one per core")] = 0,
     fix: Annotated[
         Path | None,
         typer.Option(
-            "--fix", metavar="OUT.csv", help="Write a new metadata file without the rows that have errors; data stay"
+            "--fix",
+            metavar="OUT.csv",
+            help="Write a new metadata file without the rows that have errors; media files stay unchanged",
         ),
     ] = None,
     page: Annotated[
@@ -174,10 +177,10 @@ def _unknown_options(words: Sequence[str]) -> list[Problem]:
         name = given.removeprefix("--").replace("-", "_")
         if name.removeprefix("no_") in SETTINGS or name in SETTINGS:
             what = f"`{given}` is an option of `train` that does not change how the dataset is read"
-            problems.append(Problem(what, "leave it out", wrong_use=True))
+            problems.append(Problem(what, "remove it", wrong_use=True))
             continue
         near = suggest(name, known)
-        hint = f"did you mean `--{near}`?" if near else "`diffsynth dataset validate --help` lists the options"
+        hint = f"did you mean `--{near}`?" if near else "see `diffsynth dataset validate --help`"
         problems.append(Problem(f"`{given}` is not an option of `dataset validate`", hint, wrong_use=True))
     return problems
 
@@ -206,8 +209,10 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
 
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:
     """What was written, and how to train on it."""
-    reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} left out")
+    reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} removed")
     where = (
-        "" if fixed.beside_files else f"; to check it too, write it to `{fixed.base}`, which its paths are relative to"
+        ""
+        if fixed.beside_files
+        else f"; to check it as well, write it to `{fixed.base}`, which its paths are relative to"
     )
     reporter.info(f"train on it with `--dataset_base_path {fixed.base} --dataset_metadata_path {fixed.path}`{where}")

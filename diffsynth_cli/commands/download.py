@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from diffsynth_core.planning.download_request import DownloadRequest
     from diffsynth_core.sources.download_plan import DownloadPlan
 
-HELP = """Bring the files of recipes, models and datasets from the hubs.
+HELP = """Download the files of recipes, models and datasets from the hubs.
 
-NAME is a recipe, or MODEL_ID:GLOB as recipes name files. Models go below --local_model_path, else
-DIFFSYNTH_MODEL_BASE_PATH, else ./models; config.json, tokenizer and processor come along. What is here already is not
-fetched again, and what was broken off goes on where it stopped."""
+NAME is a recipe, or MODEL_ID:GLOB as in recipes. Models are stored in --local_model_path, else
+DIFFSYNTH_MODEL_BASE_PATH, else ./models, including config.json, tokenizer and processor. Existing files are not
+downloaded again, and interrupted downloads resume."""
 EXAMPLES = (
     "diffsynth download qwen-image-lora",
     "diffsynth download wan2.1-t2v-1.3b-lora --dry_run",
@@ -42,7 +42,9 @@ def download(
         list[str] | None,
         typer.Argument(metavar="NAME", help="Recipes, or MODEL_ID:GLOB", autocompletion=complete_recipe),
     ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", metavar="ID", help="A dataset instead of models")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="ID", help="Dataset to download instead of models")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files of the dataset; repeatable")
     ] = None,
@@ -50,7 +52,8 @@ def download(
         Path | None, typer.Option("--local_dir", help="Folder of the dataset; default: data/<its name>")
     ] = None,
     local_model_path: Annotated[
-        Path | None, typer.Option("--local_model_path", help="Folder of all models, before DIFFSYNTH_MODEL_BASE_PATH")
+        Path | None,
+        typer.Option("--local_model_path", help="Folder of all models, overrides DIFFSYNTH_MODEL_BASE_PATH"),
     ] = None,
     source: Annotated[
         str | None,
@@ -62,16 +65,17 @@ def download(
         bool | None,
         typer.Option(
             "--offline/--no_offline",
-            help="Ask no hub, say what is not here; default: DIFFSYNTH_SKIP_DOWNLOAD",
+            help="Access no hub, list missing files; default: DIFFSYNTH_SKIP_DOWNLOAD",
             show_default=False,
         ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read what is here, and compare its hashes; else sizes, and hashes known")
+        bool,
+        typer.Option("--verify", help="Hash existing files to compare them; default: compare sizes and known hashes"),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the list and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the list and exit")] = False,
     output_format: Annotated[
-        Format, typer.Option("--format", help="table for people, json for programs, on stdout")
+        Format, typer.Option("--format", help="table: for reading, json: for other programs, on stdout")
     ] = Format.TABLE,
 ) -> int:
     """List what is wanted and what of it is here, then bring the rest."""
@@ -136,5 +140,5 @@ def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
         echo(json.dumps({"base": str(request.base), "wanted": shown}, indent=2))
     raise_if_any(offline_problems(request))
     if not as_json:
-        echo(f"All is here, as far as names tell, below `{request.base}`")
+        echo(f"All files are present below `{request.base}`, judging by their names")
     return 0

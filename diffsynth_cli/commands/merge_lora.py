@@ -13,13 +13,13 @@ from diffsynth_core.errors import Problem, raise_if_any
 
 HELP = """Merge LoRAs into a base, or into one LoRA.
 
-With --base, W' = W + sum of weight x (alpha / rank) B A is computed in float32 and rounded once; what the LoRAs do not
-change stays as it is, byte for byte, in the same files. Without --base, the LoRAs become one, exactly: their ranks add.
---rank takes the nearest LoRA of that rank instead, and says how much is lost. Files that name their keys in several ways
-are written in the format of the first; whole differences (.diff) are merged into a base only.
+With --base, W' = W + sum of weight x (alpha / rank) B A is computed in float32 and rounded once; tensors that the LoRAs
+do not change are copied byte for byte, into the same files. Without --base, the LoRAs become one, exactly: their ranks
+add up. --rank takes the nearest LoRA of that rank instead, and reports how much is lost. Files with several key formats
+are written in the format of the first; full weight differences (.diff) can only be merged into a base.
 
-A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. A file whose name is the whole text
-is meant before all else, so names may have colons."""
+A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. An existing file
+with the full text as its name takes precedence, so names may contain colons."""
 EXAMPLES = (
     "diffsynth merge-lora --base 'Qwen/Qwen-Image:transformer/*.safetensors' --lora style.safetensors --output_path merged",
     "diffsynth merge-lora --base flux1-dev.safetensors --lora a.safetensors:0.7 --lora b.safetensors --output_path merged",
@@ -40,31 +40,28 @@ def add_to(app: typer.Typer) -> None:
 
 
 def merge_lora(
-    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="A LoRA; give it once for each")],
+    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[:WEIGHT]", help="A LoRA; repeatable")],
     output_path: Annotated[
         Path, typer.Option("--output_path", metavar="PATH", help="A folder, or a file that ends in .safetensors")
     ],
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="WEIGHTS", help="A file, a folder, an index of shards, or model_id:glob"),
+        typer.Option("--base", metavar="WEIGHTS", help="A file, a folder, a shard index, or model_id:glob"),
     ] = None,
     dtype: Annotated[
         NumberFormat | None,
         typer.Option(
             "--dtype",
-            help="Format of all floating-point tensors; without it each stays as in the base, and a LoRA made of "
-            "others is float32",
+            help="Dtype of all floating-point tensors; default: as in the base, float32 for a merged LoRA",
             show_default=False,
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="N", min=1, help="Most rank of a LoRA made of others")
+        int | None, typer.Option("--rank", metavar="N", min=1, help="Maximum rank of a merged LoRA")
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(
-            "--max_shard_size", metavar="SIZE", help="Most bytes of a file; without it shards stay as they are"
-        ),
+        typer.Option("--max_shard_size", metavar="SIZE", help="Maximum size of a file; default: shards stay unchanged"),
     ] = None,
     family: FamilyName = None,
     allow_unmatched: LeaveKeysOut = False,
@@ -91,11 +88,9 @@ def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None
     """Options that mean nothing beside each other."""
     problems = []
     if base is not None and rank is not None:
-        problems.append(
-            Problem("`--rank` is of a LoRA made of others; with `--base` there is none", "leave one out", True)
-        )
+        problems.append(Problem("`--rank` cannot be used with `--base`", "remove one of them", True))
     if base is None and max_shard_size is not None:
-        problems.append(Problem("`--max_shard_size` means nothing without `--base`", "leave it out", True))
+        problems.append(Problem("`--max_shard_size` requires `--base`", "remove it", True))
     if base is not None and family is not None:
-        problems.append(Problem("`--family` means nothing with `--base`, whose family is known", "leave it out", True))
+        problems.append(Problem("`--family` cannot be used with `--base`, whose family is known", "remove it", True))
     return problems

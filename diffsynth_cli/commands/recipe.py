@@ -46,7 +46,7 @@ def add_to(app: typer.Typer) -> None:
 
 def list_recipes(
     output_format: Annotated[
-        ListFormat, typer.Option("--format", help="table for people, json for programs")
+        ListFormat, typer.Option("--format", help="table: for reading, json: for other programs")
     ] = ListFormat.TABLE,
 ) -> None:
     """Print a line for each recipe."""

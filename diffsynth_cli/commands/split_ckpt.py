@@ -14,13 +14,13 @@ from diffsynth_core.errors import FaultsFound, Problem
 if TYPE_CHECKING:
     from diffsynth_core.conversion.plans import FilePlan
 
-HELP = """Take a checkpoint apart by component or by size, or join what was taken apart.
+HELP = """Split a checkpoint by component or by size, or join the parts again.
 
 By component, each gets a file of its full weights, `text_encoder.safetensors`, and one of its LoRA,
-`dit.lora.safetensors`. Names stay as they are, without the beginning that names the component, unless --layout asks for
-others. No config.json is written: that of the base model goes on to be the right one.
+`dit.lora.safetensors`. Keys stay unchanged except for the component prefix, which is removed, unless --layout selects
+other names. No config.json is written: that of the base model remains valid.
 
-CKPT is a safetensors file, the shards of one model, their index, or a folder that holds one of these."""
+CKPT is a safetensors file, the shards of one model, their index, or a folder that contains one of these."""
 EXAMPLES = (
     "diffsynth split-ckpt epoch-0.safetensors --output_path parts --dry_run",
     "diffsynth split-ckpt step-9.safetensors --output_path parts --layout diffusers",
@@ -48,32 +48,30 @@ def add_to(app: typer.Typer) -> None:
 
 
 def split_checkpoint(
-    checkpoint: Annotated[list[Path], typer.Argument(metavar="CKPT", help="What to take apart, or to join")],
-    output_path: Annotated[
-        Path, typer.Option("--output_path", metavar="DIR", help="Folder of the files that are written")
-    ],
-    by: Annotated[By, typer.Option("--by", help="A file for each component, or shards of some size")] = By.COMPONENT,
+    checkpoint: Annotated[list[Path], typer.Argument(metavar="CKPT", help="Checkpoint to split, or parts to join")],
+    output_path: Annotated[Path, typer.Option("--output_path", metavar="DIR", help="Output folder")],
+    by: Annotated[By, typer.Option("--by", help="One file per component, or shards of some size")] = By.COMPONENT,
     join: Annotated[
-        bool, typer.Option("--join", help="Write one file of shards, or of the parts of a checkpoint")
+        bool, typer.Option("--join", help="Join shards, or the parts of a checkpoint, into one file")
     ] = False,
     unprefixed: Annotated[
-        str | None, typer.Option("--unprefixed", metavar="NAME", help="Component of keys whose prefix was taken off")
+        str | None, typer.Option("--unprefixed", metavar="NAME", help="Component of keys whose prefix was removed")
     ] = None,
     layout: Annotated[
         LayoutName | None,
-        typer.Option("--layout", help="Names of full weights; without it they stay as they are", show_default=False),
+        typer.Option("--layout", help="Key names of full weights; default: unchanged", show_default=False),
     ] = None,
     lora_format: Annotated[
         DialectName | None,
-        typer.Option("--lora_format", help="Names of LoRAs; without it they stay as they are", show_default=False),
+        typer.Option("--lora_format", help="Key format of LoRAs; default: unchanged", show_default=False),
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option("--max_shard_size", metavar="SIZE", help="Most bytes of a file; with --by size 5GB unless given"),
+        typer.Option("--max_shard_size", metavar="SIZE", help="Maximum size of a file; default with --by size: 5GB"),
     ] = None,
     family: FamilyName = None,
     allow_unmatched: Annotated[
-        bool, typer.Option("--allow_unmatched", help="Leave tensors out that belong to no component or layout")
+        bool, typer.Option("--allow_unmatched", help="Skip tensors that belong to no component or layout")
     ] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -125,7 +123,7 @@ EXCLUDED = {"join": ("by size", "max_shard_size", *ONLY_BY_COMPONENT), "by size"
 def _check_together(given: dict[str, bool]) -> None:
     """Raises: FaultsFound: for options that mean nothing beside each other."""
     problems = [
-        Problem(f"`--{other}` means nothing with `--{option}`", f"leave `--{other}` out", wrong_use=True)
+        Problem(f"`--{other}` cannot be used with `--{option}`", f"remove `--{other}`", wrong_use=True)
         for option, others in EXCLUDED.items()
         for other in others
         if given[option] and given[other]

@@ -13,8 +13,8 @@ HELP = """Train from a recipe: LoRA, full, or both.
 Every flag can be written with underscores or dashes; flags override --config, which overrides the recipe,
 which overrides the defaults.
 
-Exit codes: 0 done, 1 failed or faults found, 2 wrong use, 130, 143 or 129 stopped by a signal; of --dry_run also
-3: the run does not fit in --gpu_memory."""
+Exit codes: 0 success, 1 failure or problems found, 2 incorrect usage, 130, 143 or 129 stopped by a signal; with
+--dry_run also 3: the run does not fit in --gpu_memory."""
 EXAMPLES = (
     "diffsynth train --recipe qwen-image-lora --rehearse",
     "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine",

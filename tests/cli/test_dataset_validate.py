@@ -28,7 +28,7 @@ def test_the_table(cli, dataset):
     assert lines.index("error PATH_OUTSIDE (1)") < lines.index("warning COLUMN_UNKNOWN (1)")
     assert lines[-2:] == [
         "8 errors, 4 warnings, 0 infos",
-        "exit code 1: training would stop at the errors, or learn from them",
+        "exit code 1: the errors would stop or degrade training",
     ]
 
 
@@ -52,7 +52,7 @@ def test_a_set_without_errors(cli, dataset):
                   "--min-area-share", 0)  # fmt: skip
     assert outcome.code == 0
     assert "batch size 3" in outcome.out and "error " not in outcome.out and "warning " not in outcome.out
-    assert outcome.out.splitlines()[-1] == "exit code 0: there are no errors"
+    assert outcome.out.splitlines()[-1] == "exit code 0: no errors"
 
 
 def test_half_a_character_in_json(cli, dataset):
@@ -75,7 +75,7 @@ def test_fix_keeps_rows_without_errors(cli, dataset):
     out = dataset / "whole.csv"
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--fix", out)
     assert (outcome.code, read_csv(out)) == (1, [["image", "prompt", "note"], ["chelsea.png", "a cat", "x"]])
-    assert f"wrote `{out}`: 1 row, 2 rows left out" in outcome.err
+    assert f"wrote `{out}`: 1 row, 2 rows removed" in outcome.err
     assert f"`--dataset_base_path {dataset} --dataset_metadata_path {out}`" in outcome.err
     assert (dataset / "metadata.csv").read_bytes() == before
     assert cli("dataset", "validate", out, "--depth", "paths").code == 0
@@ -90,7 +90,7 @@ def test_fix_of_json_lines_and_of_captions_beside(cli, dataset, tmp_path):
     ]
     (dataset / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--fix", tmp_path / "out.csv")
-    assert f"to check it too, write it to `{dataset}`, which its paths are relative to" in outcome.err
+    assert f"to check it as well, write it to `{dataset}`, which its paths are relative to" in outcome.err
     assert read_csv(tmp_path / "out.csv") == [
         ["image", "prompt", "seed", "edit_image", "other"],
         ["chelsea.png", 'a "cat",\nand more', "3", '["coffee.png", "rocket.png"]', ""],
@@ -202,7 +202,7 @@ def test_a_threshold_that_makes_no_sense(cli, dataset, option, value, expected):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("[" * 200_000, "it is nested too deep"), ('[{"image": ' + "9" * 5000 + "}]", "a number has too many digits")],
+    [("[" * 200_000, "it is nested too deeply"), ('[{"image": ' + "9" * 5000 + "}]", "a number has too many digits")],
 )
 def test_json_that_python_does_not_read(cli, dataset, text, fault):
     (dataset / "metadata.csv").unlink()
@@ -228,4 +228,4 @@ def test_a_caption_and_a_folder_that_may_not_be_read(cli, dataset, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     outcome = cli("dataset", "validate", dataset, "--depth", "paths")
     assert outcome.code == 1 and "internal error" not in outcome.err
-    assert outcome.err.startswith(f"error: the system forbids to open `{dataset}")
+    assert outcome.err.startswith(f"error: cannot open `{dataset}")

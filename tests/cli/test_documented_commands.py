@@ -27,7 +27,7 @@ UNKNOWN_HERE = (
 )
 DISTILLING = {"seed": 1, "rand_device": "cpu", "num_inference_steps": 4, "cfg_scale": 1}
 """Columns of direct distillation."""
-WAN_DEFAULT = "`use_gradient_checkpointing` is on, the default of Wan; `--no-use_gradient_checkpointing` turns it off"
+WAN_DEFAULT = "`use_gradient_checkpointing` is on by default for Wan; `--no-use_gradient_checkpointing` turns it off"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def test_checkpointing_of_wan_is_counted_unless_it_is_turned_off(cli, monkeypatc
         "train", *command.words, "--dry_run", "--verbose", *(["--no-use_gradient_checkpointing"] if off else [])
     )
     assert (WAN_DEFAULT in outcome.out) != off
-    assert ("activations (all kept)" if off else "activations (recomputed block by block)") in outcome.out
+    assert ("activations (all stored)" if off else "activations (recomputed block by block)") in outcome.out
 
 
 def test_the_command_of_the_real_run_turns_off_what_was_turned_off(cli):
@@ -183,7 +183,7 @@ def test_the_second_step_of_differential_training_lacks_only_its_file(small):
     (command,) = [c for c in ACCEPTED if "preset_lora_path" in c.values]
     outcome = small(command, "--dry_run")
     (problem,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert "`preset_lora_path`" in problem and "is not there" in problem
+    assert "`preset_lora_path`" in problem and "does not exist" in problem
 
 
 @pytest.mark.parametrize("name", UNKNOWN_HERE)

@@ -33,7 +33,7 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], ("nothing is named to download", "name a recipe, MODEL_ID:GLOB, or `--dataset ID`")),
+        ([], ("nothing to download", "pass a recipe, MODEL_ID:GLOB, or `--dataset ID`")),
         (
             ["qwen-image-lra"],
             ("`qwen-image-lra` is neither a recipe nor MODEL_ID:GLOB", "did you mean `qwen-image-lora`?"),
@@ -42,29 +42,29 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
             ["someone/model"],
             (
                 "`someone/model` is neither a recipe nor MODEL_ID:GLOB",
-                "write `someone/model:GLOB`, or `--dataset someone/model`",
+                "pass `someone/model:GLOB`, or `--dataset someone/model`",
             ),
         ),
-        (["??"], ("`??` is neither a recipe nor MODEL_ID:GLOB", "`diffsynth recipe list` names the recipes")),
+        (["??"], ("`??` is neither a recipe nor MODEL_ID:GLOB", "see `diffsynth recipe list`")),
         (
             ["qwen-image-lora", "--dataset", "a/b"],
-            ("models and a dataset are named", "download them by two commands"),
+            ("models and a dataset cannot be downloaded together", "download them with two commands"),
         ),
         (
             ["qwen-image-lora", "--local-dir", "x"],
-            ("`--local_dir` is for datasets", "give `--local_model_path` for models, MODEL_ID:GLOB for some files"),
+            ("`--local_dir` is for datasets", "use `--local_model_path` for models, MODEL_ID:GLOB to select files"),
         ),
         (
             ["--dataset", "a/b", "--local_model_path", "x"],
-            ("`--local_model_path` is for models", "give `--local_dir`"),
+            ("`--local_model_path` is for models", "use `--local_dir`"),
         ),
-        (["../x:*"], ("`../x` is no name of a model on a hub", "write it as `owner/name`")),
-        (["/:*"], ("`/` is no name of a model on a hub", "write it as `owner/name`")),
-        (["--dataset", "a/.."], ("`a/..` is no name of a dataset on a hub", "write it as `owner/name`")),
-        (["--dataset", "a/b/"], ("`a/b/` is no name of a dataset on a hub", "write it as `owner/name`")),
+        (["../x:*"], ("`../x` is not a valid name of a model on a hub", "write it as `owner/name`")),
+        (["/:*"], ("`/` is not a valid name of a model on a hub", "write it as `owner/name`")),
+        (["--dataset", "a/.."], ("`a/..` is not a valid name of a dataset on a hub", "write it as `owner/name`")),
+        (["--dataset", "a/b/"], ("`a/b/` is not a valid name of a dataset on a hub", "write it as `owner/name`")),
         (
             ["qwen-image-lora", "--source", "civitai", "--no_offline"],
-            ("`source` is `civitai`, and names no hub", "name one of modelscope, huggingface"),
+            ("`source` is `civitai`, which is not a known hub", "use one of modelscope, huggingface"),
         ),
     ],
 )
@@ -82,7 +82,7 @@ def test_all_that_is_wrong_is_told_at_once(cli, no_socket):
 def test_a_hub_in_the_environment_that_is_none(cli, no_socket, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "civitai")
     monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
-    message = "`DIFFSYNTH_DOWNLOAD_SOURCE` is `civitai`, and names no hub"
+    message = "`DIFFSYNTH_DOWNLOAD_SOURCE` is `civitai`, which is not a known hub"
     assert read_problems(cli("download", "qwen-image-lora").err)[0][0] == message
 
 
@@ -93,10 +93,10 @@ def test_offline_says_what_is_missing_and_how_to_get_it(cli, no_socket, argument
     if arguments:
         monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
     outcome = cli("download", "qwen-image-lora", *arguments)
-    hint = "`diffsynth download qwen-image-lora` brings it where a hub may be asked"
+    hint = "download it with `diffsynth download qwen-image-lora` where a hub can be accessed"
     assert (outcome.code, outcome.out) == (1, "")
     assert read_problems(outcome.err) == [
-        (f"nothing whole matches `{item}` below `{tmp_path}/none`", hint) for item in MISSING
+        (f"no complete file matches `{item}` below `{tmp_path}/none`", hint) for item in MISSING
     ]
 
 
@@ -104,15 +104,15 @@ def test_offline_names_the_command_that_was_given(cli, no_socket):
     entry = f"{MODEL}:gone/*.safetensors"
     [(_, hint)] = read_problems(cli("download", entry, "--local-model-path", "some where").err)
     command = f"diffsynth download '{entry}' --local_model_path 'some where'"
-    assert hint == f"`{command}` brings it where a hub may be asked"
+    assert hint == f"download it with `{command}` where a hub can be accessed"
     [(_, hint)] = read_problems(cli("download", "--dataset", "a/b", "--include", "x/*").err)
-    assert hint == "`diffsynth download --dataset a/b --include 'x/*'` brings it where a hub may be asked"
+    assert hint == "download it with `diffsynth download --dataset a/b --include 'x/*'` where a hub can be accessed"
 
 
 def test_offline_with_all_here(cli, no_socket, tiny_models):
     outcome = cli("download", "qwen-image-lora")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out == f"All is here, as far as names tell, below `{tiny_models}`\n"
+    assert outcome.out == f"All files are present below `{tiny_models}`, judging by their names\n"
 
 
 def test_offline_a_missing_shard_and_a_copy(cli, no_socket, models, tiny_wan, monkeypatch):
@@ -139,7 +139,7 @@ def test_train_opens_no_socket_when_downloads_are_off(refuse, models, no_socket)
         [
             (
                 f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
-                "fetch it with `diffsynth download qwen-image-lora`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
+                "download it with `diffsynth download qwen-image-lora`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
                 "or rehearse with `--rehearse`",
             )
         ],

@@ -29,8 +29,8 @@ def test_help_names_the_commands(cli):
     assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
     told = " ".join(outcome.out.split())
     assert "train Train from a recipe: LoRA, full, or both" in told
-    assert "download Bring files of recipes, models, datasets from the hubs" in told
-    assert "convert-lora Write a LoRA in the names of another program" in told
+    assert "download Download files of recipes, models and datasets" in told
+    assert "convert-lora Convert a LoRA to the format of another program" in told
     assert "recipe List and show recipes, print their JSON schema" in told
 
 
@@ -66,10 +66,13 @@ def test_help_of_train_shows_the_groups_in_order(cli):
     ("name", "line"),
     [
         ("lora_rank", "LoRA rank; alpha equals rank [default: 32]"),
-        ("max_steps", "there are stages; blank: train all epochs (a rehearsal: 8) [unit:"),
-        ("num_frames", "Frames per clip, 4n + 1; a shorter clip is cut to 4n + 1 of its own"),
-        ("preset_lora_model", "Component that the LoRA of `preset_lora_path` is merged into"),
-        ("data_file_keys", "list of paths [default: image,video]"),
+        ("max_steps", "stages; default: train all epochs (rehearsal: 8 steps) [unit:"),
+        (
+            "num_frames",
+            "the largest 4n + 1 that it has [default: 81; unit: frames; only wan]",
+        ),
+        ("preset_lora_model", "Component to merge the LoRA of `preset_lora_path` into"),
+        ("data_file_keys", "JSON list of paths [default: image,video]"),
         ("task", "direct_distill:data_process | direct_distill:train"),
     ],
 )

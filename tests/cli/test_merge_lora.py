@@ -62,7 +62,7 @@ def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
     assert torch.allclose(moved, torch.full_like(moved, 0.0625), atol=1e-6)
     lines = outcome.out.splitlines()
     assert lines[0].endswith(f": the Qwen-Image diffusion transformer, 1 tensor of {len(before)} changed")
-    assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha left out lost in rounding"
+    assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha skipped rounding error"
     assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
     size = format_bytes(sum(path.stat().st_size for path in written))
     assert outcome.err.splitlines()[-1] == f"{len(written)} files, {size} written"
@@ -117,11 +117,11 @@ def test_wrong_use(cli, models, lora, tmp_path):
     out = ("--lora", lora, "--output_path", "out")
     assert refused(cli, tmp_path, *base, *out, "--rank", 4) == (
         2,
-        [("`--rank` is of a LoRA made of others; with `--base` there is none", "leave one out")],
+        [("`--rank` cannot be used with `--base`", "remove one of them")],
     )
     assert refused(cli, tmp_path, *out, "--max_shard_size", "5GB") == (
         2,
-        [("`--max_shard_size` means nothing without `--base`", "leave it out")],
+        [("`--max_shard_size` requires `--base`", "remove it")],
     )
     assert refused(cli, tmp_path, *out) == (
         2,
@@ -171,7 +171,7 @@ def test_unmatched_keys(cli, models, lora, tmp_path):
     )
     outcome = cli("merge-lora", *arguments, "--allow-unmatched")
     assert outcome.code == 0, outcome.err
-    assert f"warning: `lora.safetensors`: 7 keys left out: {listed} and 2 more" in outcome.err
+    assert f"warning: `lora.safetensors`: 7 keys skipped: {listed} and 2 more" in outcome.err
 
 
 def test_8_bit_floats_need_a_format(cli, models, lora, tmp_path):

@@ -29,7 +29,7 @@ def test_a_recipe_on_files_of_ones_own(cli, mine, photographs):
     planned = cli(*START, "--recipe", "qwen-image-lora", *given, "--dry_run", "--verbose")
     assert planned.code == 0, planned.err
     assert f"  dit             {mine}/transformer (2 files, " in planned.out
-    assert "not here" not in planned.out and "Qwen/Qwen-Image:" not in planned.out
+    assert "missing" not in planned.out and "Qwen/Qwen-Image:" not in planned.out
 
 
 @pytest.mark.parametrize("recipe", [("--recipe", "qwen-image-lora"), ("--lora_base_model", "dit")])
@@ -40,13 +40,13 @@ def test_a_path_that_is_wrong_is_the_only_problem(cli, mine, photographs, recipe
     outcome = cli(*START, *recipe, *given, "--dataset_base_path", photographs, *dry)
     assert (outcome.code, outcome.out) == (1, "")
     problems = [line for line in outcome.err.splitlines() if line.startswith("error:")]
-    assert problems == [f"error: `model_paths` names `{mine}/transfomer`, which is not there"]
+    assert problems == [f"error: `model_paths` names `{mine}/transfomer`, which does not exist"]
 
 
 def test_a_folder_without_weights(cli, mine, photographs, says):
     outcome = cli(*START, "--recipe", "qwen-image-lora", *paths(mine, "tokenizer"), "--dataset_base_path", photographs)
     assert outcome.code == 1
-    assert f"the folder `{mine}/tokenizer`, which holds no weights" in outcome.err
+    assert f"the folder `{mine}/tokenizer`, which contains no weights" in outcome.err
     says(outcome, *CHANGING)
 
 

@@ -20,7 +20,7 @@ def occupied(cli, dataset):
     assert outcome.code == 0, outcome.err
     return (
         "`output_path` `out` already holds a run (completed, 1 of 1 steps)",
-        "go on with it: `--resume auto`; or name another `--output_path`",
+        "resume it with `--resume auto`, or choose another `--output_path`",
     )
 
 
@@ -87,8 +87,8 @@ def test_all_that_is_wrong_in_one_config(refuse, config):
                 "a recipe has the keys extends, description, family, parameters, stages",
             ),
             (
-                f"`{path}` extends `zzz`, which is not a recipe; nothing else can be extended",
-                "`diffsynth recipe list` names them all",
+                f"`{path}` extends `zzz`, which is not a recipe; only recipes can be extended",
+                "see `diffsynth recipe list`",
             ),
             (f"`lora_rnk` in `{path}` is not a parameter", "did you mean `lora_rank`?"),
         ]
@@ -160,11 +160,11 @@ def test_combinations_that_cannot_work_are_told_together(refuse):
     told = "\n".join(message for message, _ in problems)
     assert code == 2 and all(hint for _, hint in problems)
     for part in (
-        "`num_frames` has no meaning for qwen-image",
+        "`num_frames` does not apply to qwen-image",
         "`trainable_models` names `text_encoder`, whose files `fp8_models` keeps in 8-bit floats",
         "`controlnet`",
-        "`preset_lora_model` is given without `preset_lora_path`",
-        "`zero_cond_t` means nothing without the extra input `edit_image`",
+        "`preset_lora_model` is set without `preset_lora_path`",
+        "`zero_cond_t` requires the extra input `edit_image`",
         "`seed`",
     ):
         assert part in told, told

@@ -12,7 +12,7 @@ from diffsynth_core.config.recipes import recipe_names
 
 QWEN = "Qwen/Qwen-Image:"
 NOT_HERE = (
-    f"  dit             {QWEN}transformer/diffusion_pytorch_model*.safetensors (not here, 40.9 GB as published, "
+    f"  dit             {QWEN}transformer/diffusion_pytorch_model*.safetensors (missing, 40.9 GB as published, "
     "20.4 billion parameters), LoRA of rank 32 on 717 modules"
 )
 FREE_DISK = r"[\d.]+ [MGT]B free(: not enough)?"
@@ -38,7 +38,7 @@ def plan(cli, tmp_path, monkeypatch):
 def test_every_recipe_has_a_plan_without_files(plan, recipe):
     outcome = plan(recipe, "--verbose")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.count("training in all") == outcome.out.count("weights of dit") >= 1
+    assert outcome.out.count("training in total") == outcome.out.count("weights of dit") >= 1
     assert "unknown without its files" not in outcome.out and "the size of" not in outcome.out
     stages = max(1, sum(line.startswith("Stage ") for line in outcome.out.splitlines()))
     assert len(re.findall("^Missing +model files", outcome.out, re.MULTILINE)) == stages
@@ -84,13 +84,13 @@ def test_model_files_are_a_fault_where_nothing_is_downloaded(plan, monkeypatch, 
 @pytest.mark.parametrize(
     ("memory", "code", "verdict"),
     [
-        ("24GB", 3, "Does not fit in 24.0 GiB: 43.8 GiB are needed; the changes below make it fit"),
+        ("24GB", 3, "Does not fit in 24.0 GiB: needs 43.8 GiB; the changes below make it fit"),
         ("24GiB", 3, "Does not fit in 24.0 GiB: "),
         ("24576 MiB", 3, "Does not fit in 24.0 GiB: "),
         ("RTX 4090", 3, "Does not fit in 24.0 GiB: "),
         ("A100-40", 3, "Does not fit in 40.0 GiB: "),
-        ("44GB", 0, "Tight in 44.0 GiB: 43.8 GiB are needed, only 187.7 MiB are left for what is not counted"),
-        ("L40S", 0, "Fits in 45.0 GiB: 43.8 GiB are needed, 1.2 GiB are left for what is not counted"),
+        ("44GB", 0, "Tight in 44.0 GiB: needs 43.8 GiB, only 187.7 MiB left for overhead"),
+        ("L40S", 0, "Fits in 45.0 GiB: needs 43.8 GiB, 1.2 GiB left for overhead"),
         ("h100", 0, "Fits in 79.6 GiB: "),
     ],
 )
@@ -104,8 +104,8 @@ def test_with_a_dataset_its_largest_image_counts(plan, dataset):
     given = ("--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
     outcome = plan("qwen-image-lora", *given, "--verbose")
     assert outcome.code == 0 and "error" not in outcome.err
-    (told,) = (line for line in outcome.out.splitlines() if line.startswith("Memory of the GPU"))
-    assert told.startswith("Memory of the GPU, estimated for the largest micro-batch of the dataset: 2 of ")
+    (told,) = (line for line in outcome.out.splitlines() if line.startswith("GPU memory"))
+    assert told.startswith("GPU memory, estimated for the largest micro-batch of the dataset: 2 of ")
     assert "encodings of 4 samples" in outcome.out
 
 
@@ -122,7 +122,7 @@ def test_the_run_itself_tells_model_files_in_one_line(cli, plan, monkeypatch, re
     assert (refused.code, refused.out) == (1, "")
     assert all(line in refused.err for line in planned.err.splitlines())
     assert refused.err.count("model files are missing: ") == 1
-    assert f"fetch them with `diffsynth download {recipe}`" in refused.err
+    assert f"download them with `diffsynth download {recipe}`" in refused.err
 
 
 def verdict(outcome) -> str:
@@ -138,30 +138,30 @@ def changes(outcome) -> list[str]:
 
 def tried(outcome) -> list[str]:
     lines = outcome.out.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("Tried"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("Options"))
     return lines[start : lines.index("", start)]
 
 
 def test_the_smallest_change_that_fits_is_found(plan):
     outcome = plan("qwen-image-lora", "--gpu_memory", "45.5GiB", "--no_use_gradient_checkpointing", "--verbose")
     assert tried(outcome) == [
-        "Tried to make it fit in 45.5 GiB, that first which costs the least",
-        "   43.8 GiB  activations recomputed: fits",
+        "Options to fit in 45.5 GiB, cheapest first",
+        "   43.8 GiB  recompute activations: fits",
     ]
-    assert verdict(outcome) == "Does not fit in 45.5 GiB: 88.0 GiB are needed; the changes below make it fit"
-    assert changes(outcome) == ["To make it fit, with 43.8 GiB, give", "  --use_gradient_checkpointing"]
+    assert verdict(outcome) == "Does not fit in 45.5 GiB: needs 88.0 GiB; the changes below make it fit"
+    assert changes(outcome) == ["To make it fit, with a peak of 43.8 GiB, pass", "  --use_gradient_checkpointing"]
 
 
 def test_changes_are_put_together_where_none_is_enough(plan):
     outcome = plan("qwen-image-lora", "--gpu_memory", "23GB", "--verbose")
     listed, told = tried(outcome), changes(outcome)
-    assert listed[1].endswith("GiB  activations recomputed, inputs of blocks in host memory")
+    assert listed[1].endswith("GiB  recompute activations, offload block inputs to host memory")
     assert listed[-1].endswith(
-        "activations recomputed, inputs of blocks in host memory and dit in 8-bit floats and rank 16: fits"
+        "recompute activations, offload block inputs to host memory and dit in 8-bit floats and rank 16: fits"
     )
     entry = f"{QWEN}transformer/diffusion_pytorch_model*.safetensors"
     assert told == [
-        "To make it fit, with 21.6 GiB, give",
+        "To make it fit, with a peak of 21.6 GiB, pass",
         "  --use_gradient_checkpointing_offload \\",
         f"  --fp8_models '{entry}' \\",
         "  --lora_rank 16",
@@ -172,13 +172,13 @@ def test_changes_are_put_together_where_none_is_enough(plan):
 
 def test_it_is_said_when_a_change_leaves_little(plan):
     told = changes(plan("qwen-image-lora", "--gpu_memory", "24GB"))
-    assert told[0] == "To make it fit, with 23.4 GiB (tight: 565.0 MiB are left), give"
+    assert told[0] == "To make it fit, with a peak of 23.4 GiB (tight: 565.0 MiB left), pass"
 
 
 def test_it_is_said_when_nothing_makes_it_fit(plan):
     outcome = plan("flux.2-klein-9b-full", "--gpu_memory", "24GB")
     assert outcome.code == 3 and changes(outcome) == []
-    assert verdict(outcome) == ("Does not fit in 24.0 GiB: 169.1 GiB are needed; nothing that was tried makes it fit")
+    assert verdict(outcome) == ("Does not fit in 24.0 GiB: needs 169.1 GiB; none of the options makes it fit")
 
 
 def test_each_stage_has_a_verdict_and_its_flags_stand_behind_all_plans(plan):
@@ -196,33 +196,33 @@ def test_what_is_planned_for_stands_apart_from_what_this_machine_has(plan):
     )
     outcome = plan("qwen-image-lora", "--device", "cpu", "--verbose")
     assert outcome.out.startswith("Model     Qwen-Image on cpu in float32\n")
-    assert "Memory of the CPU, estimated for the largest the parameters allow: " in outcome.out
+    assert "CPU memory, estimated for the largest that the parameters allow: " in outcome.out
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "first", "told"),
     [
         ("--mixed_precision", "fp16", "on a GPU in fp16", "`mixed_precision` `fp16` needs a GPU"),
-        ("--device", "cuda", "on cuda in bf16", "`device` `cuda` is not there; accelerators found: none"),
+        ("--device", "cuda", "on cuda in bf16", "`device` `cuda` is not available; accelerators found: none"),
     ],
 )
 def test_what_only_a_gpu_does_can_be_planned_without_one(plan, flag, value, first, told):
     outcome = plan("qwen-image-lora", flag, value)
     assert outcome.code == 1 and told in outcome.err and "bf16`" not in outcome.err.partition(told)[0]
     assert outcome.out.startswith(f"Model     Qwen-Image {first}")
-    assert "GiB of the GPU at most" in outcome.out
+    assert "GiB peak on the GPU" in outcome.out
 
 
 OFFLOADED = "wan2.1-i2v-14b-720p-full"
-CASTS = "   30.1 GiB  weights as autocast casts them, at the end of a forward pass, when all activations wait in host memory"
+CASTS = "   30.1 GiB  autocast copies of the weights, at the end of a forward pass, when all activations are offloaded to host memory"
 
 
 def test_each_part_is_there_at_the_fullest_moment(plan):
     outcome = plan(OFFLOADED, "-v")
     lines = outcome.out.splitlines()
-    assert "   18.0 GiB  activations (recomputed block by block, inputs of blocks wait in host memory)" in lines
-    assert "   61.1 GiB  what AdamW works with in its step, when activations are gone" in lines
-    assert "  305.4 GiB  training in all, with the step of AdamW in place of activations" in lines
+    assert "   18.0 GiB  activations (recomputed block by block, block inputs offloaded to host memory)" in lines
+    assert "   61.1 GiB  temporary buffers of the AdamW step, after activations are freed" in lines
+    assert "  305.4 GiB  training in total, with the AdamW step instead of activations" in lines
     assert "autocast" not in outcome.out
 
 
@@ -265,12 +265,12 @@ def test_a_rehearsal_has_tiny_weights(cli, tmp_path: Path):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--gpu_memory", "24GB")
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
-        "error: `gpu_memory` means nothing to a rehearsal, whose weights are tiny",
-        "  hint: give it to `--dry_run` without `--rehearse`",
+        "error: `gpu_memory` has no effect in a rehearsal, whose weights are tiny",
+        "  hint: pass it with `--dry_run` and without `--rehearse`",
     ]
 
 
 def test_the_plan_does_not_guess_at_tensors_it_has_no_shapes_of(plan):
     outcome = plan("qwen-image-lora", "--fp8_models", "Qwen/Qwen-Image:text_encoder/model*.safetensors", "-v")
-    assert "8.3 billion parameters), weights kept in float8, how many is not known without its files" in outcome.out
-    assert "the largest tensor while it is read (text_encoder, vae: not known without files)" in outcome.out
+    assert "8.3 billion parameters), weights stored in float8 (share unknown without its files)" in outcome.out
+    assert "the largest tensor while it is loaded (text_encoder, vae: unknown without files)" in outcome.out

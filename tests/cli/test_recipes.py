@@ -121,7 +121,7 @@ def test_a_command_line_gives_the_values_it_was_made_from(parse, values):
     ("name", "hint"),
     [
         ("qwen-image-lorra", "did you mean `qwen-image-lora`?"),
-        ("zzz", "`diffsynth recipe list` names them all"),
+        ("zzz", "see `diffsynth recipe list`"),
         ("../recipes/qwen-image-lora", "did you mean `qwen-image-lora`?"),
     ],
 )
@@ -185,4 +185,4 @@ def test_yaml_is_read_as_people_write_it(parse, config, name, text, value):
 def test_1e_4_in_yaml_is_a_number(refuse, config):
     """Where a text is expected the report shows what it was read as."""
     path = config("parameters:\n  lora_base_model: 1e-4\n")
-    assert refuse("--config", path) == (2, [(f"`lora_base_model` takes a text, got `0.0001` (`{path}`)", None)])
+    assert refuse("--config", path) == (2, [(f"`lora_base_model` takes a string, got `0.0001` (`{path}`)", None)])

@@ -76,7 +76,7 @@ def test_a_dry_run_writes_nothing(cli, checkpoint):
     told = [f"parts/{name} {kind} {sizes[name]} B" for name, kind in kinds.items()]
     assert [" ".join(line.split()) for line in outcome.out.splitlines()] == told
     total = format_bytes(sum(sizes.values()))
-    assert outcome.err == f"6 files, {total} would be written; nothing is, for this is a dry run\n"
+    assert outcome.err == f"6 files, {total} would be written (dry run)\n"
 
 
 def test_programs_get_json(cli, checkpoint):
@@ -265,13 +265,13 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
         (
             ("--join", "--layout", "diffusers", "--max_shard_size", "5GB"),
             [
-                ("`--max_shard_size` means nothing with `--join`", "leave `--max_shard_size` out"),
-                ("`--layout` means nothing with `--join`", "leave `--layout` out"),
+                ("`--max_shard_size` cannot be used with `--join`", "remove `--max_shard_size`"),
+                ("`--layout` cannot be used with `--join`", "remove `--layout`"),
             ],
         ),
         (
             ("--by", "size", "--unprefixed", "dit"),
-            [("`--unprefixed` means nothing with `--by size`", "leave `--unprefixed` out")],
+            [("`--unprefixed` cannot be used with `--by size`", "remove `--unprefixed`")],
         ),
         (("--max_shard_size", "big"), [("`big` is not a size (`--max_shard_size`)", "use a size such as `5GB`")]),
         (("--family", "flx"), [("unknown family `flx`", "did you mean `flux`?")]),

@@ -10,7 +10,7 @@ stages:
   low:
     parameters: {min_timestep_boundary: 0.4}
 """
-ONE_OF_THEM = "name one of them with `--only`"
+ONE_OF_THEM = "select one of them with `--only`"
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def test_an_unknown_stage(refuse, staged, only, hint):
 
 
 def test_only_without_stages(refuse):
-    message = "`only` asks for the stage `high`, but nothing here has stages"
-    assert refuse("--only", "high") == (2, [(message, "leave it out, or name a recipe with stages")])
+    message = "`only` selects the stage `high`, but there are no stages"
+    assert refuse("--only", "high") == (2, [(message, "remove it, or use a recipe with stages")])
 
 
 def test_one_flag_for_stages_that_differ(refuse, staged):

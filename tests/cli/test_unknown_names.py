@@ -39,12 +39,12 @@ RESUMING = [
     "lora_path",
     "pretrained_lora_path",
 ]
-STRAY = "`stray` (command line) stands without a flag"
-HELP = "`diffsynth train --help` lists the flags"
+STRAY = "`stray` (command line) is not a flag or the value of one"
+HELP = "see `diffsynth train --help`"
 
 
 def supported_not(name: str) -> str:
-    return f"`{name}` (command line) is documented by DiffSynth-Studio and not supported yet"
+    return f"`{name}` (command line) is a DiffSynth-Studio parameter that is not supported yet"
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -90,7 +90,7 @@ def test_a_key_of_a_config_gets_the_same_answer(config, name):
     path = config(f"parameters:\n  {name}: 1\n")
     (problem,) = resolve({"config": path}).problems
     (flag,) = unknown_arguments([f"--{name}"])
-    assert problem.message == f"`{name}` in `{path}` is documented by DiffSynth-Studio and not supported yet"
+    assert problem.message == f"`{name}` in `{path}` is a DiffSynth-Studio parameter that is not supported yet"
     assert problem.hint == flag.hint
 
 
@@ -104,8 +104,8 @@ def test_the_answers(refuse, says):
 @pytest.mark.parametrize("name", RESUMING)
 def test_what_other_trainers_resume_with_names_what_does_here(name):
     (problem,) = unknown_arguments([f"--{name}", "models/step-3.safetensors"])
-    assert "`--resume auto` continues the run in `--output_path`" in problem.hint
-    assert "`--lora_checkpoint FILE` starts a new run from the weights of a LoRA" in problem.hint
+    assert "`--resume auto` resumes the run in `--output_path`" in problem.hint
+    assert "`--lora_checkpoint FILE` starts a new run from LoRA weights" in problem.hint
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_what_other_trainers_resume_with_names_what_does_here(name):
 )
 def test_a_word_without_a_flag(refuse, word, hint):
     """What the recipe would have brought is not missing besides."""
-    assert refuse(word, recipe=None) == (2, [(f"`{word}` (command line) stands without a flag", hint)])
+    assert refuse(word, recipe=None) == (2, [(f"`{word}` (command line) is not a flag or the value of one", hint)])
 
 
 def test_a_folder_without_a_flag(refuse, dataset):
     hint = f"did you mean `--dataset_base_path {dataset}`?"
-    assert refuse(dataset) == (2, [(f"`{dataset}` (command line) stands without a flag", hint)])
+    assert refuse(dataset) == (2, [(f"`{dataset}` (command line) is not a flag or the value of one", hint)])

@@ -107,7 +107,7 @@ def test_a_recipe_of_ones_own_is_sent_to_a_flag_that_validate_has(cli, dataset, 
     path = config("family: qwen-image\nparameters:\n  max_pixels: 4096\n")
     outcome = cli("dataset", "validate", dataset, "--recipe", path)
     ((_, hint),) = read_problems(outcome.err)
-    assert (outcome.code, hint) == (2, f"give your own file as `--config {path}`")
+    assert (outcome.code, hint) == (2, f"pass your own file as `--config {path}`")
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", *shlex.split(hint.split("`")[1]))
     assert outcome.code == 0 and f"the rules of `{path}`" in outcome.out
 
@@ -147,7 +147,7 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(KLEIN)))
     write_rows(dataset, *PAIRS)
     flags = "--data_file_keys image,video,edit_image --extra_inputs edit_image"
-    hint = f"to train on it, give `{flags}`"
+    hint = f"to train on it, pass `{flags}`"
     assert findings("--recipe", KLEIN) == [("warning", "COLUMN_UNKNOWN", hint)]
     train = ("train", "--recipe", KLEIN, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
     outcome = cli(*train)
@@ -157,7 +157,9 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     told = [line for line in outcome.out.splitlines() if line.startswith(("warning: ", "  hint: "))]
     says("\n".join(told))
     followed = cli(*train, "--verbose", *flags.split())
-    assert followed.code == 0 and "is not read" not in followed.out and "shown edit_image" in followed.out
+    assert (
+        followed.code == 0 and "unused columns" not in followed.out and "reference images (edit_image)" in followed.out
+    )
     assert findings("--recipe", KLEIN, *flags.split()) == []
 
 

@@ -184,12 +184,12 @@ def test_an_image_that_max_pixels_makes_too_small(refuse, dataset):
     [
         (
             ["--data_file_keys", "video"],
-            "`data_file_keys` leaves out `image`, whose files this run reads",
-            "give `--data_file_keys video,image`",
+            "`data_file_keys` does not include `image`, whose files this run reads",
+            "pass `--data_file_keys video,image`",
         ),
         (
             ["--extra_inputs", "template_inputs"],
-            "`extra_inputs` names `template_inputs`, which Qwen-Image does not take",
+            "`extra_inputs` names `template_inputs`, which Qwen-Image does not support",
             "it takes edit_image, controlnet_image",
         ),
     ],

@@ -63,9 +63,9 @@ def test_noise_that_only_a_gpu_draws(refuse, rows, dataset):
         1,
         [
             (
-                "`rand_device` is `cuda` for 1 sample, and there is no such device to draw the noise; "
+                "`rand_device` is `cuda` for 1 sample, but there is no such device to draw the noise; "
                 f"the first is row 2 `{dataset / 'chelsea.png'}`",
-                "train where there is one, or make the images again with `cpu`",
+                "train on a machine that has one, or generate the images again with `cpu`",
             )
         ],
     )
@@ -77,8 +77,8 @@ def test_a_range_of_timesteps(refuse, rows):
         2,
         [
             (
-                "`max_timestep_boundary` means nothing to `direct_distill`, whose samples name their steps",
-                "leave it out",
+                "`max_timestep_boundary` has no effect with `direct_distill`, where the samples determine the timesteps",
+                "remove it",
             )
         ],
     )
@@ -87,7 +87,7 @@ def test_a_range_of_timesteps(refuse, rows):
 def test_supervised_training_is_not_shown_a_seed(refuse, rows):
     rows(COLUMNS)
     code, [(message, _)] = refuse("--extra_inputs", "seed", "--output_path", "out")
-    assert code == 2 and message == "`extra_inputs` names `seed`, which Qwen-Image does not take"
+    assert code == 2 and message == "`extra_inputs` names `seed`, which Qwen-Image does not support"
 
 
 def test_a_drawn_dataset_has_no_seeds(cli, tmp_path):

@@ -49,7 +49,7 @@ def test_a_glob_that_matches_nothing(refuse, models):
         [
             (
                 f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
-                f"fetch it with `diffsynth download '{entry}'`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
+                f"download it with `diffsynth download '{entry}'`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
                 "or rehearse with `--rehearse`",
             )
         ],
@@ -57,7 +57,7 @@ def test_a_glob_that_matches_nothing(refuse, models):
 
 
 def test_a_local_file_that_is_not_there(refuse):
-    message = "`model_paths` names `nowhere.safetensors`, which is not there"
+    message = "`model_paths` names `nowhere.safetensors`, which does not exist"
     assert refuse("--model_paths", '["nowhere.safetensors"]') == (1, [(message, "correct the path")])
 
 
@@ -65,7 +65,7 @@ def test_a_missing_shard_is_the_only_problem(refuse, repository):
     name = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (repository / "transformer" / name).unlink()
     message = f"`{PLACES['dit']}`: 1 shards are missing, the first is `{name}`"
-    assert refuse() == (1, [(message, "fetch them with `diffsynth download qwen-image-lora`, or mend the glob")])
+    assert refuse() == (1, [(message, "download them with `diffsynth download qwen-image-lora`, or fix the glob")])
 
 
 def test_files_cut_short(refuse, vae):
@@ -196,32 +196,35 @@ def test_a_folder_in_the_place_of_a_config_json(refuse, repository):
 def test_a_component_named_twice(refuse):
     again = "Qwen/Qwen-Image:vae/*.safetensors"
     message = f"`{again}` and `{PLACES['vae']}` are both the vae of Qwen-Image"
-    assert refuse(*name_models(*PLACES.values(), again)) == (2, [(message, "name one of them")])
+    assert refuse(*name_models(*PLACES.values(), again)) == (2, [(message, "pass only one of them")])
 
 
 def test_a_component_left_out(refuse):
-    message = "the files named hold no vae (VAE) for Qwen-Image"
-    assert refuse(*name_models(PLACES["dit"], PLACES["text_encoder"])) == (2, [(message, "name its files too")])
+    message = "no vae weights (VAE) given for Qwen-Image"
+    assert refuse(*name_models(PLACES["dit"], PLACES["text_encoder"])) == (
+        2,
+        [(message, "add them to `--model_paths` or `--model_id_with_origin_paths`")],
+    )
 
 
 def test_a_file_that_is_no_component(refuse, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"linear.weight": np.zeros((2, 2), np.float32)}, path)
-    message = f"`{path}` is no component of Qwen-Image; it begins with `linear.weight`"
-    hint = "name files of its components: dit, text_encoder, vae, controlnet"
+    message = f"`{path}` is not a component of Qwen-Image; its first key is `linear.weight`"
+    hint = "pass files of its components: dit, text_encoder, vae, controlnet"
     assert refuse("--model_paths", f'["{path}"]') == (2, [(message, hint)])
 
 
 def test_no_tokenizer_beside_the_text_encoder(refuse, repository):
     shutil.rmtree(repository / "tokenizer")
-    message = f"there is no tokenizer at `{repository}/tokenizer`"
+    message = f"no tokenizer found at `{repository}/tokenizer`"
     command = "diffsynth download 'Qwen/Qwen-Image:tokenizer/*'"
-    assert refuse() == (1, [(message, f"fetch it with `{command}`, or name its folder with `--tokenizer_path`")])
+    assert refuse() == (1, [(message, f"download it with `{command}`, or set its folder with `--tokenizer_path`")])
 
 
 def test_a_tokenizer_folder_that_is_not_there(refuse):
-    message = "there is no tokenizer at `nowhere`"
-    assert refuse("--tokenizer_path", "nowhere") == (1, [(message, "name its folder with `--tokenizer_path`")])
+    message = "no tokenizer found at `nowhere`"
+    assert refuse("--tokenizer_path", "nowhere") == (1, [(message, "set its folder with `--tokenizer_path`")])
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
@@ -241,7 +244,7 @@ def test_a_damaged_tokenizer(refuse, repository):
     path.unlink()
     path.mkdir()
     code, [(message, _)] = refuse()
-    assert code == 1 and "it lacks `tokenizer.json` or `vocab.json` and `merges.txt`" in message
+    assert code == 1 and "missing `tokenizer.json` or `vocab.json` and `merges.txt`" in message
 
 
 def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):
@@ -260,8 +263,8 @@ def write_lora(path: Path, rank: int, module: str = "transformer_blocks.0.attn.t
 def test_a_lora_checkpoint_of_another_rank(refuse, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_lora(path, rank=16)
-    message = f"`{path}` has rank 16, `lora_rank` is 32"
-    assert refuse("--lora_checkpoint", path) == (2, [(message, "give `--lora_rank 16`")])
+    message = f"`{path}` has rank 16, but `lora_rank` is 32"
+    assert refuse("--lora_checkpoint", path) == (2, [(message, "pass `--lora_rank 16`")])
 
 
 def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
@@ -273,5 +276,5 @@ def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
 
 
 def test_a_lora_checkpoint_that_is_not_there(refuse):
-    message = "`lora_checkpoint` `nowhere.safetensors` is not there"
+    message = "`lora_checkpoint` `nowhere.safetensors` does not exist"
     assert refuse("--lora_checkpoint", "nowhere.safetensors") == (1, [(message, "correct the path")])

@@ -10,12 +10,12 @@ DIT = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
 @pytest.mark.parametrize("parameter", ["fp8_models", "offload_models"])
 def test_an_entry_that_is_none(refuse, parameter):
     entry = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model.safetensors"
-    message = f"`{parameter}` names `{entry}`, which is no entry of the model parameters"
+    message = f"`{parameter}` names `{entry}`, which is not an entry of the model parameters"
     assert refuse(f"--{parameter}", entry) == (2, [(message, f"did you mean `{DIT}`?")])
 
 
 def test_an_entry_unlike_any(refuse):
-    message = "`fp8_models` names `dit`, which is no entry of the model parameters"
+    message = "`fp8_models` names `dit`, which is not an entry of the model parameters"
     text_encoder, vae = "text_encoder/model*.safetensors", "vae/diffusion_pytorch_model.safetensors"
     hint = f"the entries are `{DIT}`, `Qwen/Qwen-Image:{text_encoder}`, `Qwen/Qwen-Image:{vae}`"
     assert refuse("--fp8_models", "dit") == (2, [(message, hint)])
@@ -23,7 +23,7 @@ def test_an_entry_unlike_any(refuse):
 
 def test_a_component_whose_weights_train(refuse):
     message = f"`trainable_models` names `dit`, whose files `fp8_models` keeps in 8-bit floats: `{DIT}`"
-    hint = "take them out of `fp8_models`, or train a LoRA: `--lora_base_model dit`"
+    hint = "remove them from `fp8_models`, or train a LoRA: `--lora_base_model dit`"
     assert refuse("--fp8_models", DIT, recipe="qwen-image-full") == (2, [(message, hint)])
 
 

@@ -9,8 +9,8 @@ MODELS = (
     "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors,"
     "Qwen/Qwen-Image:text_encoder/model*.safetensors,Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
 )
-HELP_LISTS = "`diffsynth train --help` lists them all"
-RECIPES_LISTED = "`diffsynth recipe list` names them all"
+HELP_LISTS = "see `diffsynth train --help`"
+RECIPES_LISTED = "see `diffsynth recipe list`"
 COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae, controlnet"
 TARGETS = (
     "the documented targets are to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_add_out, "
@@ -86,11 +86,11 @@ def test_a_misspelt_choice(refuse, flag, value, near):
         ("lora_rank: [3]", "`lora_rank` takes an integer, got `[3]`"),
         ("lora_rank:", "`lora_rank` takes an integer, got `null`"),
         ("use_gradient_checkpointing: maybe", "`use_gradient_checkpointing` takes true or false, got `maybe`"),
-        ("lora_base_model: 3", "`lora_base_model` takes a text, got `3`"),
+        ("lora_base_model: 3", "`lora_base_model` takes a string, got `3`"),
         ("output_path: 3", "`output_path` takes a path, got `3`"),
         (
             "trainable_models: {dit: 1}",
-            '`trainable_models` takes a list of texts with commas between them, got `{"dit": 1}`',
+            '`trainable_models` takes a comma-separated list of strings, got `{"dit": 1}`',
         ),
     ],
 )
@@ -122,13 +122,13 @@ def test_unknown_recipe(refuse, name, hint):
 
 def test_a_file_given_as_a_recipe(refuse, config):
     path = config("extends: qwen-image-lora\n")
-    hint = f"give your own file as `--config {path}`"
+    hint = f"pass your own file as `--config {path}`"
     assert refuse(recipe=str(path)) == (2, [(f"there is no recipe `{path}`", hint)])
 
 
 def test_a_recipe_given_as_a_file(refuse):
-    message = "`--config` takes a file, and `qwen-image-lora` is a recipe"
-    expected = (2, [(message, "give `--recipe qwen-image-lora`")])
+    message = "`--config` takes a file, but `qwen-image-lora` is a recipe"
+    expected = (2, [(message, "pass `--recipe qwen-image-lora`")])
     assert refuse("--config", "qwen-image-lora", recipe=None) == expected
 
 
@@ -140,23 +140,23 @@ def test_a_recipe_given_as_a_file(refuse):
             "`{path}`: `parametres` is not a key of a recipe",
             "a recipe has the keys extends, description, family, parameters, stages",
         ),
-        ("lora_rank: 3", "`{path}`: `lora_rank` is not a key of a recipe", "put it below `parameters:`"),
+        ("lora_rank: 3", "`{path}`: `lora_rank` is not a key of a recipe", "move it below `parameters:`"),
         (
             "extends: qwen-image-lorra",
-            "`{path}` extends `qwen-image-lorra`, which is not a recipe; nothing else can be extended",
+            "`{path}` extends `qwen-image-lorra`, which is not a recipe; only recipes can be extended",
             "did you mean `qwen-image-lora`?",
         ),
         (
             "extends: ./zzz.yaml",
-            "`{path}` extends `./zzz.yaml`, which is not a recipe; nothing else can be extended",
+            "`{path}` extends `./zzz.yaml`, which is not a recipe; only recipes can be extended",
             RECIPES_LISTED,
         ),
-        ("# nothing yet", "`{path}` is empty", "write `parameters:` and the values below it"),
+        ("# nothing yet", "`{path}` is empty", "add `parameters:` with the values below it"),
         ("family: qwen-imag", "unknown family `qwen-imag`", "did you mean `qwen-image`?"),
         (
             "parameters:\n  resume: auto",
-            "`resume` in `{path}` says what one command does and has no place in a file",
-            "give it as a flag",
+            "`resume` in `{path}` applies to a single command and cannot be set in a file",
+            "pass it as a flag",
         ),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_config_that_is_not_yaml(refuse, config, text):
     path = config(text)
     code, [(message, _)] = refuse("--config", path)
     assert code == 1
-    assert message.startswith(f"`{path}` is not YAML")
+    assert message.startswith(f"`{path}` is not valid YAML")
 
 
 def test_a_config_that_is_not_there(refuse):
@@ -191,16 +191,16 @@ def test_a_config_that_is_not_there(refuse):
 
 @pytest.mark.parametrize(("given", "missing"), [("height", "width"), ("width", "height")])
 def test_one_side_without_the_other(refuse, given, missing):
-    hint = f"give `--{missing}` too, or neither for dynamic resolution"
-    assert refuse(f"--{given}", 128) == (2, [(f"`{given}` is given without `{missing}`", hint)])
+    hint = f"set `--{missing}` too, or neither for dynamic resolution"
+    assert refuse(f"--{given}", 128) == (2, [(f"`{given}` is set without `{missing}`", hint)])
 
 
 def test_a_fixed_side_that_is_no_multiple_of_16(refuse):
     assert refuse("--height", 130, "--width", 24) == (
         2,
         [
-            ("`height` 130 is not a multiple of 16, which Qwen-Image needs", "give `--height 128`"),
-            ("`width` 24 is not a multiple of 16, which Qwen-Image needs", "give `--width 16`"),
+            ("`height` 130 is not a multiple of 16, which Qwen-Image requires", "pass `--height 128`"),
+            ("`width` 24 is not a multiple of 16, which Qwen-Image requires", "pass `--width 16`"),
         ],
     )
 
@@ -211,7 +211,7 @@ def test_fp16_on_a_cpu(refuse):
         [
             (
                 "`mixed_precision` `fp16` needs a GPU; the device is cpu",
-                "give `--mixed_precision bf16` or `no`",
+                "pass `--mixed_precision bf16` or `no`",
             )
         ],
     )
@@ -222,8 +222,8 @@ def test_nothing_to_train(refuse):
         2,
         [
             (
-                "nothing is named to train",
-                "give `--lora_base_model dit` for a LoRA, or `--trainable_models dit` for full training",
+                "nothing to train",
+                "pass `--lora_base_model dit` for a LoRA, or `--trainable_models dit` for full training",
             )
         ],
     )
@@ -232,13 +232,13 @@ def test_nothing_to_train(refuse):
 def test_no_model(refuse):
     assert refuse(recipe=None) == (
         2,
-        [("no model files are named", "give `--recipe`, `--model_paths` or `--model_id_with_origin_paths`")],
+        [("no model files given", "pass `--recipe`, `--model_paths` or `--model_id_with_origin_paths`")],
     )
 
 
 def test_a_parameter_of_another_family(refuse):
     """Told by the recipe, or by the files where there is none."""
-    refusal = 2, [("`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)", "leave it out")]
+    refusal = 2, [("`num_frames` does not apply to qwen-image, only to wan (`--num_frames`)", "remove it")]
     assert refuse("--num_frames", 5) == refusal
     files = ("--model_id_with_origin_paths", ",".join(ENTRIES.values()), "--lora_base_model", "dit")
     assert refuse("--num_frames", 5, *files, recipe=None) == refusal
@@ -250,7 +250,7 @@ def test_a_parameter_of_another_family(refuse):
     [("text_encodr", "did you mean `text_encoder`?"), ("dit2", "did you mean `dit`?"), ("unet", COMPONENTS)],
 )
 def test_a_component_that_is_not_there(refuse, parameter, name, hint):
-    message = f"`{parameter}` names `{name}`, which is no component of Qwen-Image"
+    message = f"`{parameter}` names `{name}`, which is not a component of Qwen-Image"
     assert refuse(f"--{parameter}", name) == (2, [(message, hint)])
 
 
@@ -273,8 +273,8 @@ def test_engines_that_share_weights_out_are_refused(refuse, monkeypatch, variabl
         2,
         [
             (
-                f"launched with {engine}; this version keeps whole weights in each process",
-                "launch with `recipes/accelerate/ddp.yaml`, or in one process",
+                f"launched with {engine}: sharding is not supported yet",
+                "use DDP (`recipes/accelerate/ddp.yaml`), or a single process",
             )
         ],
     )

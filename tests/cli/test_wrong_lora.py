@@ -38,7 +38,7 @@ def rewrite(path: Path, **changes) -> None:
 @pytest.mark.parametrize(("name", "hint"), [("text_encodr", "did you mean `text_encoder`?"), ("zzz", COMPONENTS)])
 def test_a_component_that_there_is_not(refuse, lora, parameter, name, hint):
     arguments = ["--preset_lora_path", lora] if parameter == "preset_lora_model" else []
-    message = f"`{parameter}` names `{name}`, which is no component of Qwen-Image"
+    message = f"`{parameter}` names `{name}`, which is not a component of Qwen-Image"
     assert refuse(f"--{parameter}", name, *arguments) == (2, [(message, hint)])
 
 
@@ -54,15 +54,15 @@ def test_a_component_that_this_kind_of_model_has_not(refuse, tiny_wan, lora, mon
     )
     assert code == 2
     assert (
-        f"`{parameter}` names `image_encoder`, which Wan (text to video) does without",
-        "leave it out",
+        f"`{parameter}` names `image_encoder`, which Wan (text to video) does not have",
+        "remove it",
     ) in problems
 
 
 @pytest.mark.parametrize("parameter", ["lora_checkpoint", "preset_lora_path"])
 def test_a_file_that_is_not_there(refuse, parameter):
     more = PRESET[:2] if parameter == "preset_lora_path" else ()
-    message = f"`{parameter}` `nowhere.safetensors` is not there"
+    message = f"`{parameter}` `nowhere.safetensors` does not exist"
     assert refuse(*more, f"--{parameter}", "nowhere.safetensors") == (1, [(message, "correct the path")])
 
 
@@ -75,16 +75,16 @@ def test_a_file_that_is_damaged(refuse, lora, parameter):
 
 
 def test_a_preset_file_without_its_component(refuse, lora):
-    message = "`preset_lora_path` is given without `preset_lora_model`"
-    assert refuse("--preset_lora_path", lora) == (2, [(message, "give `--preset_lora_model dit`")])
+    message = "`preset_lora_path` is set without `preset_lora_model`"
+    assert refuse("--preset_lora_path", lora) == (2, [(message, "pass `--preset_lora_model dit`")])
     assert refuse("--preset_lora_path", lora, "--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj") == (
-        2, [(message, "give `--preset_lora_model text_encoder`")]
+        2, [(message, "pass `--preset_lora_model text_encoder`")]
     )  # fmt: skip
 
 
 def test_a_preset_component_without_its_file(refuse):
-    message = "`preset_lora_model` is given without `preset_lora_path`"
-    assert refuse("--preset_lora_model", "dit") == (2, [(message, "name the LoRA file, or leave it out")])
+    message = "`preset_lora_model` is set without `preset_lora_path`"
+    assert refuse("--preset_lora_model", "dit") == (2, [(message, "set the LoRA file, or remove it")])
 
 
 def test_a_preset_of_another_component(refuse, lora):
@@ -120,7 +120,7 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
     without = lora.with_name("lora-dit.safetensors")
     command = f"diffsynth convert-lora {lora} --to diffsynth --family qwen-image --allow_unmatched -o {without}"
     message = f"`{lora}`: 1 of 43 keys match no module: `{TEXT_ENCODER}`"
-    hint = f"name a LoRA of this model, or leave these keys out with `{command}`, and name that file"
+    hint = f"use a LoRA of this model, or remove these keys with `{command}`, and pass that file"
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, hint)])
     outcome = cli(*shlex.split(command)[1:])
     assert outcome.code == 0 and f"1 key skipped: `{TEXT_ENCODER}`" in outcome.err, outcome.err
@@ -142,16 +142,16 @@ def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
 
 def test_a_checkpoint_without_a_component_that_receives_it(refuse, lora, config):
     path = config("extends: qwen-image-full\n")
-    message = "`lora_checkpoint` is given without `lora_base_model`"
+    message = "`lora_checkpoint` is set without `lora_base_model`"
     assert refuse("--config", path, "--lora_checkpoint", lora, recipe=None) == (
         2,
-        [(message, "name the component that receives it with `--lora_base_model`")],
+        [(message, "set the component to apply it to with `--lora_base_model`")],
     )
 
 
 def test_a_checkpoint_of_another_rank(refuse, lora):
-    message = f"`{lora}` has rank {RANK}, `lora_rank` is 8"
-    assert refuse("--lora_checkpoint", lora, "--lora_rank", 8) == (2, [(message, f"give `--lora_rank {RANK}`")])
+    message = f"`{lora}` has rank {RANK}, but `lora_rank` is 8"
+    assert refuse("--lora_checkpoint", lora, "--lora_rank", 8) == (2, [(message, f"pass `--lora_rank {RANK}`")])
 
 
 def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
@@ -188,12 +188,12 @@ def test_all_at_once(refuse, lora):
     assert sorted(problems) == sorted(
         [
             (
-                "`lora_target_modules` `to_(q`: no name ends with it, and it is no regular expression: "
+                "`lora_target_modules` `to_(q`: no module name ends with it, and it is not a valid regular expression: "
                 "missing ), unterminated subpattern at position 3",
-                "correct it",
+                "fix it",
             ),
-            ("`lora_checkpoint` `nowhere.safetensors` is not there", "correct the path"),
-            ("`preset_lora_path` is given without `preset_lora_model`", "give `--preset_lora_model dit`"),
+            ("`lora_checkpoint` `nowhere.safetensors` does not exist", "correct the path"),
+            ("`preset_lora_path` is set without `preset_lora_model`", "pass `--preset_lora_model dit`"),
             (
                 "`lora_format` takes one of diffsynth, diffusers, comfyui, kohya, got `civitai` (`--lora_format`)",
                 None,
@@ -207,13 +207,16 @@ def test_the_plan_tells_what_was_chosen(cli, dataset):
     automatic = cli(*arguments, "--lora_target_modules", "")
     assert "LoRA of rank 32 on 24 modules" in automatic.out
     assert (
-        "LoRA is put on the linear layers of repeated blocks: 24 in transformer_blocks.* (attn.add_k_proj, "
+        "LoRA is applied to the linear layers of repeated blocks: 24 in transformer_blocks.* (attn.add_k_proj, "
         in automatic.out
     )
-    assert "img_mlp.net.0.proj" in automatic.out and "left out: 4 LoRA modules" in automatic.out
+    assert "img_mlp.net.0.proj" in automatic.out and "excluded: 4 LoRA modules" in automatic.out
     pattern = cli(*arguments, "--lora_target_modules", ".*attn.to_[qk]")
-    assert "LoRA is put on what fits `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)" in pattern.out
-    assert "LoRA is put on" not in cli(*arguments).out
+    assert (
+        "LoRA is applied to modules that match `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)"
+        in pattern.out
+    )
+    assert "LoRA is applied to" not in cli(*arguments).out
 
 
 def test_an_automatic_choice_rehearses(cli):
@@ -229,7 +232,7 @@ def test_a_preset_is_not_merged_into_8_bit_floats(refuse, lora):
     assert message.startswith(
         "`preset_lora_path` cannot be merged into `dit`, whose files `fp8_models` keeps in 8-bit floats"
     )
-    assert hint == "take them out of `fp8_models`"
+    assert hint == "remove them from `fp8_models`"
 
 
 def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
@@ -251,15 +254,15 @@ def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
 
 def test_modules_that_carry_no_lora(refuse):
     """Told by their kind, not by their shape: an embedding, and a convolution that pads by itself."""
-    what, hint = "which carry no LoRA: {}", "name linear layers or plain convolutions"
-    embedding = "`lora_target_modules` addresses modules of text_encoder of the kind `Embedding`, "
+    what, hint = "which do not support LoRA: {}", "use linear layers or plain convolutions"
+    embedding = "`lora_target_modules` matches modules of text_encoder of type `Embedding`, "
     assert refuse("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj,embed_tokens") == (
         2, [(embedding + what.format("`model.language_model.embed_tokens`"), hint)]
     )  # fmt: skip
     code, [(message, _)] = refuse("--lora_base_model", "vae", "--lora_target_modules", "encoder.conv_in")
     assert code == 2
     assert message == (
-        "`lora_target_modules` addresses modules of vae of the kind `QwenImageCausalConv3d`, "
+        "`lora_target_modules` matches modules of vae of type `QwenImageCausalConv3d`, "
         + what.format("`encoder.conv_in`")
     )
 
@@ -284,9 +287,9 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
         2,
         [
             (
-                "`lora_target_modules` addresses modules of vae convolutions in files and linear layers here, which "
-                "carry no LoRA: `encoder.mid.attn_1.q`",
-                "name linear layers or plain convolutions",
+                "`lora_target_modules` matches modules of vae that are convolutions in the files but linear layers here, which "
+                "do not support LoRA: `encoder.mid.attn_1.q`",
+                "use linear layers or plain convolutions",
             )
         ],
     )
@@ -294,9 +297,9 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
 
 @pytest.mark.usefixtures("flux")
 def test_the_format_of_a_lora_where_none_trains(refuse):
-    message = "`align_to_opensource_format` is given without `lora_base_model`: it names the keys of a LoRA"
+    message = "`align_to_opensource_format` is set without `lora_base_model`: it only affects the keys of a LoRA"
     sizes = ("--height", 64, "--width", 64)
-    assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "leave it out")])
+    assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "remove it")])
 
 
 @pytest.mark.usefixtures("flux")
@@ -306,13 +309,16 @@ def test_parts_of_a_vae_by_their_documented_names(refuse):
         assert code == 2
         return problems
 
-    message = "`{}` names `vae_decoder`, which is no component of FLUX.1"
+    message = "`{}` names `vae_decoder`, which is not a component of FLUX.1"
     assert told("--trainable_models", "vae_decoder") == [
-        (message.format("trainable_models"), "here that is `vae.decoder`")
+        (message.format("trainable_models"), "here it is called `vae.decoder`")
     ]
-    assert told("--lora_base_model", "vae_decoder") == [(message.format("lora_base_model"), "here that is `vae`")]
+    assert told("--lora_base_model", "vae_decoder") == [(message.format("lora_base_model"), "here it is called `vae`")]
     assert told("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
-        ("`remove_prefix_in_ckpt` `pipe.vae_encoder.` begins no key of FLUX.1", "did you mean `pipe.vae.encoder.`?")
+        (
+            "`remove_prefix_in_ckpt`: no key of FLUX.1 starts with `pipe.vae_encoder.`",
+            "did you mean `pipe.vae.encoder.`?",
+        )
     ]
 
 
@@ -320,11 +326,11 @@ def test_parts_of_a_vae_by_their_documented_names(refuse):
     ("prefix", "hint"),
     [
         ("pipe.dti.", "did you mean `pipe.dit.`?"),
-        ("model", "keys begin with `pipe.dit.`, `pipe.text_encoder.`, `pipe.vae.`, `pipe.controlnet.`"),
+        ("model", "keys start with `pipe.dit.`, `pipe.text_encoder.`, `pipe.vae.`, `pipe.controlnet.`"),
     ],
 )
 def test_a_prefix_that_no_key_has(refuse, prefix, hint):
-    message = f"`remove_prefix_in_ckpt` `{prefix}` begins no key of Qwen-Image"
+    message = f"`remove_prefix_in_ckpt`: no key of Qwen-Image starts with `{prefix}`"
     assert refuse("--remove_prefix_in_ckpt", prefix) == (2, [(message, hint)])
 
 
@@ -332,5 +338,5 @@ def test_modules_passed_over_are_told(cli, dataset):
     """Names of one block, given to a transformer of two, as the list of klein 4B is to the 9B."""
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
-    assert "  without LoRA are 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
-    assert "without LoRA" not in cli(*arguments).out
+    assert "  no LoRA on 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
+    assert "no LoRA on" not in cli(*arguments).out

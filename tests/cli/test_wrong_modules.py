@@ -44,21 +44,21 @@ def named(*more: str) -> tuple[str, str]:
 
 
 def test_an_image_to_follow_without_a_controlnet(refuse, pairs):
-    message = "the files named hold no controlnet (ControlNet) for Qwen-Image with a ControlNet"
-    assert refuse(*FOLLOW) == (2, [(message, "name its files too")])
+    message = "no controlnet weights (ControlNet) given for Qwen-Image with a ControlNet"
+    assert refuse(*FOLLOW) == (2, [(message, "add them to `--model_paths` or `--model_id_with_origin_paths`")])
 
 
 def test_a_controlnet_without_an_image_to_follow(refuse, write):
     write()
-    message = f"`{CONTROLNET}` is the controlnet of Qwen-Image, which means nothing without the extra input `controlnet_image`"
-    hint = "give `--extra_inputs controlnet_image`, or leave its files out"
+    message = f"`{CONTROLNET}` is the controlnet of Qwen-Image, but `controlnet_image` is not in `extra_inputs`"
+    hint = "pass `--extra_inputs controlnet_image`, or remove its files"
     assert refuse(*named(CONTROLNET)) == (2, [(message, hint)])
 
 
 @pytest.mark.parametrize("typed", ["controlnet", "controlnet.controlnet_blocks"])
 def test_a_controlnet_is_to_be_trained_that_nobody_asked_for(refuse, typed):
-    message = "`trainable_models` names `controlnet`, which Qwen-Image does without"
-    hint = "leave it out, or give `--extra_inputs controlnet_image` and its files"
+    message = "`trainable_models` names `controlnet`, which Qwen-Image does not have"
+    hint = "remove it, or pass `--extra_inputs controlnet_image` and its files"
     assert refuse("--trainable_models", typed) == (2, [(message, hint)])
 
 
@@ -67,8 +67,8 @@ def test_the_column_and_its_key_are_missed(refuse, write, dataset):
     code, problems = refuse(*named(CONTROLNET), "--extra_inputs", "controlnet_image")
     assert code == 2 and problems == [
         (
-            "`data_file_keys` leaves out `controlnet_image`, whose files this run reads",
-            "give `--data_file_keys image,video,controlnet_image`",
+            "`data_file_keys` does not include `controlnet_image`, whose files this run reads",
+            "pass `--data_file_keys image,video,controlnet_image`",
         ),
         (
             f"`{dataset}/metadata.csv` has no column `controlnet_image`; it has `image`, `prompt`",
@@ -79,17 +79,17 @@ def test_the_column_and_its_key_are_missed(refuse, write, dataset):
 
 def test_the_controlnet_of_another_width(refuse, write, pairs):
     write(heads=4)
-    message = f"the controlnet from `{CONTROLNET}` makes states of 64 channels, the dit of Qwen-Image with a ControlNet takes 32"
-    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "name the controlnet of the same model")])
+    message = f"the controlnet from `{CONTROLNET}` makes states with 64 channels, but the dit of Qwen-Image with a ControlNet expects 32"
+    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "use the controlnet of the same model")])
 
 
 def test_the_controlnet_of_other_texts(refuse, write, pairs):
     write(text_width=128)
     message = (
-        f"the controlnet from `{CONTROLNET}` takes text states of 128 channels, "
-        "the dit of Qwen-Image with a ControlNet takes 64"
+        f"the controlnet from `{CONTROLNET}` takes text states with 128 channels, "
+        "but the dit of Qwen-Image with a ControlNet expects 64"
     )
-    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "name the controlnet of the same model")])
+    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "use the controlnet of the same model")])
 
 
 def test_a_controlnet_for_inpainting(refuse, write, pairs):
@@ -100,7 +100,7 @@ def test_a_controlnet_for_inpainting(refuse, write, pairs):
     save_file(tensors, path)
     config = json.loads((path.parent / "config.json").read_text()) | {"extra_condition_channels": 4}
     (path.parent / "config.json").write_text(json.dumps(config))
-    message = f"the controlnet from `{CONTROLNET}` takes patches of 68 channels, the dit of Qwen-Image with a ControlNet takes 64"
+    message = f"the controlnet from `{CONTROLNET}` takes patches with 68 channels, but the dit of Qwen-Image with a ControlNet expects 64"
     hint = "use a ControlNet with only a control image, not one for inpainting"
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
@@ -108,7 +108,7 @@ def test_a_controlnet_for_inpainting(refuse, write, pairs):
 def test_the_controlnet_of_another_family(refuse, write, pairs):
     write(tiny_flux)
     message = f"`{CONTROLNET}` is a FLUX.1 ControlNet, not a component of Qwen-Image"
-    hint = "name files of its components: dit, text_encoder, vae, controlnet"
+    hint = "pass files of its components: dit, text_encoder, vae, controlnet"
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
 
@@ -123,7 +123,7 @@ def test_a_controlnet_that_is_not_supported(refuse, write, pairs):
 def test_images_to_edit_beside_one_to_follow(refuse, write, pairs):
     write()
     both = ("--extra_inputs", "controlnet_image,edit_image", "--data_file_keys", "image,controlnet_image,edit_image")
-    message = "`extra_inputs` names `edit_image`, which Qwen-Image with a ControlNet does not take"
+    message = "`extra_inputs` names `edit_image`, which Qwen-Image with a ControlNet does not support"
     assert refuse(*named(CONTROLNET), *both) == (2, [(message, "it takes controlnet_image")])
 
 
@@ -148,15 +148,19 @@ def test_several_images_to_follow(refuse, write, pairs):
             "`trainable_models`: dit has no module `pos_embed` with weights",
             "its modules are `img_in`, `time_text_embed`, `transformer_blocks`, `txt_in`, `txt_norm` and 2 more",
         ),
-        ("vae.decoder", "`trainable_models` names `vae.decoder`, which no gradient can reach", "leave it out"),
+        (
+            "vae.decoder",
+            "`trainable_models` names `vae.decoder`, which receives no gradient in this setup",
+            "remove it",
+        ),
         (
             "text_encoder.model.visual",
-            "`trainable_models` names `text_encoder.model.visual`, which no gradient can reach",
-            "leave it out",
+            "`trainable_models` names `text_encoder.model.visual`, which receives no gradient in this setup",
+            "remove it",
         ),
         (
             "text_encodr.model.norm",
-            "`trainable_models` names `text_encodr`, which is no component of Qwen-Image",
+            "`trainable_models` names `text_encodr`, which is not a component of Qwen-Image",
             "did you mean `text_encoder`?",
         ),
     ],
@@ -177,7 +181,7 @@ def test_modules_by_the_names_of_the_model_in_memory(refuse, tmp_path, models):
     for component, place in places.items():
         tiny_flux.write_tiny_weights(models, component, model_id, place)
     message = "`trainable_models`: dit has no module `transformer_blocks.0.attn` with weights"
-    hint = "in the documented names that is `dit.blocks.0.attn`"
+    hint = "in the documented names this is `dit.blocks.0.attn`"
     arguments = ("--trainable_models", "dit.transformer_blocks.0.attn")
     assert refuse(*arguments, recipe="flux.1-dev-full") == (2, [(message, hint)])
 

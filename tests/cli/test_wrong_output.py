@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NEW_FOLDER = "name another `--output_path`"
+NEW_FOLDER = "choose another `--output_path`"
 
 
 def test_a_folder_that_holds_a_run(cli, refuse, dataset):
@@ -10,7 +10,7 @@ def test_a_folder_that_holds_a_run(cli, refuse, dataset):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, *run)
     assert outcome.code == 0, outcome.err
     message = "`output_path` `out` already holds a run (completed, 1 of 1 steps)"
-    hint = "go on with it: `--resume auto`; or name another `--output_path`"
+    hint = "resume it with `--resume auto`, or choose another `--output_path`"
     assert refuse("--output_path", "out") == (2, [(message, hint)])
     assert refuse("--output_path", "out", "--rehearse") == (2, [(message, NEW_FOLDER)])
     assert refuse("--output_path", "out", "--resume", "auto", "--learning_rate", 1, "--num_epochs", 9) == (
@@ -22,7 +22,7 @@ def test_a_folder_that_holds_a_run(cli, refuse, dataset):
                 "`--lora_checkpoint out/epoch-0.safetensors`",
             ),
             (
-                "the run in `out` has done 1 step, the parameters ask for 1; ask for more with `--num_epochs` or "
+                "the run in `out` has completed 1 step and the parameters request 1; request more with `--num_epochs` or "
                 "`--max_steps`",
                 None,
             ),
@@ -49,7 +49,7 @@ def test_a_damaged_record(refuse):
 
 def test_a_file_in_the_way(refuse):
     Path("out").write_text("mine")
-    assert refuse("--output_path", "out") == (2, [("`output_path` `out` is a file", "name a folder")])
+    assert refuse("--output_path", "out") == (2, [("`output_path` `out` is a file", "choose a folder")])
 
 
 def test_a_file_in_the_way_above(refuse):

@@ -58,10 +58,10 @@ def test_a_recipe_without_its_column(refuse, dataset, recipe, column):
 @pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
 def test_a_column_of_images_that_is_not_loaded(refuse, pairs, recipe, column):
     pairs("coffee.png", column=column)
-    message = f"`data_file_keys` leaves out `{column}`, whose files this run reads"
+    message = f"`data_file_keys` does not include `{column}`, whose files this run reads"
     assert refuse("--data_file_keys", "image", recipe=recipe) == (
         2,
-        [(message, f"give `--data_file_keys image,{column}`")],
+        [(message, f"pass `--data_file_keys image,{column}`")],
     )
 
 
@@ -94,8 +94,8 @@ def test_faulty_images_are_told_together(refuse, pairs, dataset):
 )
 def test_parameters_of_images_without_images(refuse, arguments, name):
     message, hint = (
-        f"`{name}` means nothing without the extra input `edit_image`",
-        "leave it out, or give `--extra_inputs edit_image`",
+        f"`{name}` requires the extra input `edit_image`",
+        "remove it, or pass `--extra_inputs edit_image`",
     )
     assert refuse("--extra_inputs", "", *arguments, recipe=EDIT) == (2, [(message, hint)])
 
@@ -113,8 +113,8 @@ def test_a_caption_without_a_place_is_told_with_its_row(cli, models, pairs, data
 
 def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
     pairs("coffee.png")
-    message = f"there is no processor at `{tmp_path}/elsewhere`"
-    hint = "name its folder with `--processor_path`"
+    message = f"no processor found at `{tmp_path}/elsewhere`"
+    hint = "set its folder with `--processor_path`"
     assert refuse("--processor_path", tmp_path / "elsewhere", recipe=PLUS) == (1, [(message, hint)])
 
 
@@ -131,7 +131,7 @@ def test_klein_with_the_text_encoder_of_dev(refuse, models):
     save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
     wrong = "mine:text_encoder/*.safetensors"
     what = f"`{wrong}` is the Mistral text encoder of FLUX.2-dev, not a component of FLUX.2"
-    hint = "name files of its components: dit, text_encoder, vae"
+    hint = "pass files of its components: dit, text_encoder, vae"
     assert refuse(*klein(text_encoder=wrong), recipe=KLEIN) == (2, [(what, hint)])
 
 
@@ -147,10 +147,10 @@ def test_the_text_encoder_of_the_other_klein(refuse, models):
     code, problems = refuse(*klein(text_encoder=wrong), recipe=KLEIN)
     assert code == 2
     assert (
-        f"the text_encoder from `{wrong}` makes text states of 64 channels, the dit of FLUX.2 klein takes 32"
+        f"the text_encoder from `{wrong}` makes text states with 64 channels, but the dit of FLUX.2 klein expects 32"
         in problems[0][0]
     )
-    assert problems[0][1] == "name the text_encoder of the same model"
+    assert problems[0][1] == "use the text_encoder of the same model"
 
 
 def test_the_transformer_of_dev(refuse, models):
@@ -196,7 +196,7 @@ def test_the_transformer_of_the_other_flux(refuse, models):
     what = f"`{wrong}` is the transformer of FLUX.1, not a component of FLUX.2"
     assert refuse(*klein(dit=wrong), recipe=KLEIN) == (
         2,
-        [(what, "name files of its components: dit, text_encoder, vae")],
+        [(what, "pass files of its components: dit, text_encoder, vae")],
     )
 
 
@@ -222,7 +222,7 @@ def test_the_transformer_of_the_other_flux(refuse, models):
 )
 @pytest.mark.parametrize("rehearse", [(), ("--rehearse",)], ids=["run", "rehearsal"])
 def test_models_that_are_known_and_not_trained_are_told_without_their_files(refuse, entry, what, rehearse):
-    hint = "`diffsynth recipe list` names what is"
+    hint = "see `diffsynth recipe list` for what is"
     assert refuse(
         "--model_id_with_origin_paths", f"{entry},{entry}", "--lora_base_model", "dit", *rehearse, recipe=None
     ) == (
@@ -245,10 +245,10 @@ def test_tokenizers_of_other_models(refuse, pairs, models):
     )
     (clip, clip_hint), (large, large_hint) = problems
     what = f"`{dev}/tokenizer_2/tokenizer.json` is not the CLIP tokenizer of the text_encoder_1"
-    assert (code, clip) == (1, f"{what}: it is of the kind Unigram, not BPE")
+    assert (code, clip) == (1, f"{what}: its type is Unigram, not BPE")
     assert large.startswith(f"`{umt5}/tokenizer.json` is not the T5 tokenizer of the text_encoder_2: it has ")
-    assert large_hint == "name its folder with `--tokenizer_2_path`"
-    assert clip_hint == "name its folder with `--tokenizer_1_path`"
+    assert large_hint == "set its folder with `--tokenizer_2_path`"
+    assert clip_hint == "set its folder with `--tokenizer_1_path`"
 
 
 def test_one_tokenizer_for_a_family_of_two(refuse, pairs):
@@ -269,7 +269,7 @@ def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
     save_file({"a.weight": torch.zeros(2)}, models / KLEIN_4B / "mine.safetensors")
     wrong = f"{KLEIN_4B}:mine.safetensors"
     ((message, _),) = refuse(*klein(text_encoder=wrong), recipe=KLEIN)[1]
-    assert message == f"`{wrong}` is no component of FLUX.2; it begins with `a.weight`"
+    assert message == f"`{wrong}` is not a component of FLUX.2; its first key is `a.weight`"
 
 
 def test_an_entry_that_is_named_twice_is_one_mistake(refuse, models):

@@ -72,8 +72,8 @@ def test_a_folder_that_is_not_there(second, encoded):
         1,
         [
             (
-                f"the folder of encoded samples `{encoded}` (`dataset_base_path`) is not there",
-                f"make them with `--task sft:data_process --output_path {encoded}`",
+                f"the folder of encoded samples `{encoded}` (`dataset_base_path`) does not exist",
+                f"create them with `--task sft:data_process --output_path {encoded}`",
             )
         ],
     )
@@ -85,8 +85,8 @@ def test_a_folder_without_a_manifest(second, encoded):
         2,
         [
             (
-                f"`dataset_base_path` `{encoded}` holds no encoded samples: it has no `encoded.json`",
-                f"make them with `--task sft:data_process --output_path {encoded}`",
+                f"`dataset_base_path` `{encoded}` contains no encoded samples: `encoded.json` is missing",
+                f"create them with `--task sft:data_process --output_path {encoded}`",
             )
         ],
     )
@@ -98,8 +98,8 @@ def test_a_first_half_that_was_stopped(second, encoded):
         1,
         [
             (
-                f"`{encoded}` is not complete: `sft:data_process` was stopped while it encoded",
-                "give the command of `sft:data_process` again: it goes on where it stopped",
+                f"precomputation in `{encoded}` did not finish: `sft:data_process` was interrupted",
+                "run the command of `sft:data_process` again to resume it",
             )
         ],
     )
@@ -148,9 +148,9 @@ def test_leftovers_of_another_run(second, encoded):
         1,
         [
             (
-                f"`{encoded}` holds 2 files that do not belong to its encoded samples: "
+                f"`{encoded}` contains 2 files that are not part of its encoded samples: "
                 "`0.pth`, `encodings/text/ab/leftover.safetensors`",
-                "move them away, or encode into a folder of its own",
+                "move them elsewhere, or encode into a separate folder",
             )
         ],
     )
@@ -161,12 +161,12 @@ def test_encodings_that_are_missing_or_cut_short(second, encoded):
     gone, cut = (read_encoded(encoded).cache("text").path(file.key) for file in (gone, cut))
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    hint = "give the command of the first half again: it makes what is missing"
+    hint = "run the `:data_process` command again to encode what is missing"
     assert second() == (
         1,
         [
-            (f"`{encoded}`: of 8 encodings 1 are not there; the first is `{gone.relative_to(encoded)}`", hint),
-            (f"`{encoded}`: of 8 encodings 1 are not whole; the first is `{cut.relative_to(encoded)}`", hint),
+            (f"`{encoded}`: 1 of 8 encodings are missing; the first is `{gone.relative_to(encoded)}`", hint),
+            (f"`{encoded}`: 1 of 8 encodings have the wrong size; the first is `{cut.relative_to(encoded)}`", hint),
         ],
     )
 
@@ -178,8 +178,8 @@ def test_the_transformer_of_another_family(second, encoded, tiny_wan, monkeypatc
         2,
         [
             (
-                f"the samples in `{encoded}` were encoded for Qwen-Image, the model named is Wan (text to video)",
-                "name a model of that kind, or encode them for this one",
+                f"the samples in `{encoded}` were encoded for Qwen-Image, but the model is Wan (text to video)",
+                "use a model of that kind, or encode them for this one",
             )
         ],
     )
@@ -188,7 +188,7 @@ def test_the_transformer_of_another_family(second, encoded, tiny_wan, monkeypatc
 def test_samples_of_another_kind_of_the_family(second, encoded):
     change(encoded, kind="Qwen-Image-Edit", encoders={"text": [1, ["edit_image"]], "latents": [1, []]})
     _, [(message, _)] = second()
-    assert message == f"the samples in `{encoded}` were encoded for Qwen-Image-Edit, the model named is Qwen-Image"
+    assert message == f"the samples in `{encoded}` were encoded for Qwen-Image-Edit, but the model is Qwen-Image"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_samples_made_by_components_of_another_width(second, encoded, component,
         2,
         [
             (
-                f"the {component} from `{encoded}` makes {what} of 48 channels, the dit of Qwen-Image takes {taken}",
+                f"the {component} from `{encoded}` makes {what} with 48 channels, but the dit of Qwen-Image expects {taken}",
                 "encode the samples with the components of the same model",
             )
         ],
@@ -229,16 +229,16 @@ def test_components_whose_output_is_kept_cannot_train(refuse, encoded, dataset, 
     code, problems = refuse(*flags, f"--{parameter}", component)
     assert code == 2
     assert (
-        f"`{parameter}` names `{component}`, but `sft:data_process` encodes all samples with it beforehand",
-        "train it with `--task sft`, or leave it out",
+        f"`{parameter}` names `{component}`, but `sft:data_process` precomputes the encodings of all samples with it",
+        "train it with `--task sft`, or remove it",
     ) in problems
 
 
 def test_a_lora_for_an_encoder_comes_too_late(second, tmp_path):
     code, problems = second("--preset_lora_path", tmp_path / "a.safetensors", "--preset_lora_model", "text_encoder")
     assert code == 2 and problems[0] == (
-        "`preset_lora_model` names `text_encoder`, but `sft:data_process` encodes all samples with it beforehand",
-        "give it to `sft:data_process` instead",
+        "`preset_lora_model` names `text_encoder`, but `sft:data_process` precomputes the encodings of all samples with it",
+        "pass it to `sft:data_process` instead",
     )
 
 
@@ -247,8 +247,8 @@ def test_a_dataset_in_place_of_encoded_samples(refuse, dataset):
         2,
         [
             (
-                f"`dataset_base_path` `{dataset}` is a dataset, and `sft:train` reads encoded samples",
-                "encode it with `--task sft:data_process`, or give `--task sft`",
+                f"`dataset_base_path` `{dataset}` is a dataset, but `sft:train` reads encoded samples",
+                "encode it with `--task sft:data_process`, or pass `--task sft`",
             )
         ],
     )
@@ -260,8 +260,8 @@ def test_encoded_samples_in_place_of_a_dataset(refuse, encoded, task):
         2,
         [
             (
-                f"`dataset_base_path` `{encoded}` holds encoded samples, and `{task}` reads images or videos",
-                "train on them with `--task sft:train`, or name the dataset",
+                f"`dataset_base_path` `{encoded}` contains encoded samples, but `{task}` reads images or videos",
+                "train on them with `--task sft:train`, or pass the dataset",
             )
         ],
     )
@@ -273,8 +273,8 @@ def test_samples_of_another_objective(second, encoded):
         2,
         [
             (
-                f"`{encoded}` was made by `direct_distill:data_process`, and `sft:train` reads what `sft:data_process` makes",
-                "give `--task direct_distill:train`, or encode the dataset with `--task sft:data_process`",
+                f"`{encoded}` was written by `direct_distill:data_process`, but `sft:train` reads the output of `sft:data_process`",
+                "pass `--task direct_distill:train`, or encode the dataset with `--task sft:data_process`",
             )
         ],
     )
@@ -289,7 +289,7 @@ def test_a_file_that_asks_for_other_samples(second, encoded, config):
 def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
     """Those of a recipe are for both halves, and go under them."""
     start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run", "-v")
-    assert "encoded beforehand for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
+    assert "precomputed for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ def test_flags_that_ask_for_other_samples(second, encoded, arguments, asked, mad
     code, problems = second(*arguments)
     assert code == 2 and problems[0] == (
         f"{asked}, but the samples in `{encoded}` were encoded with {made}",
-        "leave it out, or encode them again",
+        "remove it, or encode them again",
     )
 
 
 def test_metadata_for_a_second_half(second, dataset):
     assert second("--dataset_metadata_path", dataset / "metadata.csv") == (
         2,
-        [("`dataset_metadata_path` means nothing to `sft:train`, which reads no metadata", "leave it out")],
+        [("`dataset_metadata_path` has no effect with `sft:train`, which reads no metadata", "remove it")],
     )
 
 
@@ -320,7 +320,7 @@ def test_a_run_in_the_folder_that_it_reads(second, encoded):
     assert code == 2 and problems == [
         (
             f"`output_path` is the folder `{encoded}` of encoded samples that the run reads",
-            "name another `--output_path`",
+            "choose another `--output_path`",
         )
     ]
 
@@ -328,7 +328,7 @@ def test_a_run_in_the_folder_that_it_reads(second, encoded):
 def test_a_first_half_into_a_folder_in_use(refuse, dataset):
     assert refuse(*FIRST, "--output_path", dataset) == (
         2,
-        [(f"`output_path` `{dataset}` is not empty, and holds no encoded samples", "name another `--output_path`")],
+        [(f"`output_path` `{dataset}` is not empty and contains no encoded samples", "choose another `--output_path`")],
     )
 
 
@@ -344,8 +344,8 @@ def test_a_first_half_into_that_of_another(refuse, encoded, arguments, differenc
         2,
         [
             (
-                f"`output_path` `{encoded}` holds samples encoded otherwise: {difference}",
-                "name another `--output_path`, or encode as before",
+                f"`output_path` `{encoded}` contains samples encoded with other settings: {difference}",
+                "choose another `--output_path`, or encode with the same settings",
             )
         ],
     )
@@ -355,7 +355,7 @@ def test_a_first_half_with_another_caption(refuse, encoded, dataset):
     metadata = dataset / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("a cat", "a dog"))
     _, [(message, _)] = refuse(*FIRST, "--output_path", encoded)
-    assert message == f"`output_path` `{encoded}` holds samples encoded otherwise: the dataset has changed"
+    assert message == f"`output_path` `{encoded}` contains samples encoded with other settings: the dataset has changed"
 
 
 def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, models):
@@ -379,6 +379,6 @@ def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, 
 def test_a_half_is_not_rehearsed(refuse, half):
     code, problems = refuse("--task", f"sft:{half}", "--rehearse", "--output_path", "run")
     assert code == 2 and problems[0] == (
-        f"`rehearse` rehearses a whole run, `task` `sft:{half}` is one half",
+        f"`rehearse` rehearses a complete run, but `task` `sft:{half}` is one of two stages",
         "rehearse with `--task sft`",
     )

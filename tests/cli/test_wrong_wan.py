@@ -49,7 +49,7 @@ def test_a_file_of_another_family(refuse):
         [
             (
                 f"`{other}` is the transformer of Qwen-Image, not a component of Wan",
-                "name files of its components: dit, text_encoder, vae, image_encoder",
+                "pass files of its components: dit, text_encoder, vae, image_encoder",
             )
         ],
     )
@@ -63,7 +63,7 @@ def test_the_text_encoder_in_place_of_the_transformer(refuse, models):
         [
             (
                 f"`{wrong}` holds the text_encoder of Wan, not its dit",
-                "put the dit (diffusion transformer) there, or name its files",
+                "put the dit (diffusion transformer) there, or pass its files",
             )
         ],
     )
@@ -74,8 +74,8 @@ def test_an_image_to_video_recipe_without_its_image_encoder(refuse):
         2,
         [
             (
-                "the files named hold no image_encoder (CLIP image encoder) for Wan (image to video)",
-                "name its files too",
+                "no image_encoder weights (image encoder CLIP) given for Wan (image to video)",
+                "add them to `--model_paths` or `--model_id_with_origin_paths`",
             )
         ],
     )
@@ -87,7 +87,7 @@ def test_a_pickled_file_that_is_neither_there_nor_copied(refuse, models):
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
     assert message == (
-        f"`model_id_with_origin_paths`: nothing matches `{T2V}:Wan2.1_VAE.pth`, nor its copy `{copy}` below `{models}`"
+        f"`model_id_with_origin_paths`: nothing matches `{T2V}:Wan2.1_VAE.pth`, nor its mirror `{copy}` below `{models}`"
     )
 
 
@@ -95,7 +95,7 @@ def test_a_vae_of_the_other_generation(refuse, models):
     code, [(message, _)] = refuse(*entries(TI2V, vae=f"{T2V}:Wan2.1_VAE.pth"), *SMALL, recipe="wan2.2-ti2v-5b-lora")
     assert code == 2
     assert message == (
-        f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents of 16 channels, the dit of Wan 2.2 TI2V takes 48"
+        f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents with 16 channels, but the dit of Wan 2.2 TI2V expects 48"
     )
 
 
@@ -148,37 +148,37 @@ def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
         (
             "wan2.1-t2v-1.3b-lora",
             ("--height", 72, "--width", 96, "--num_frames", 9),
-            "`height` 72 is not a multiple of 16, which Wan (text to video) needs",
-            "give `--height 64`",
+            "`height` 72 is not a multiple of 16, which Wan (text to video) requires",
+            "pass `--height 64`",
         ),
         (
             "wan2.2-ti2v-5b-lora",
             ("--height", 64, "--width", 112, "--num_frames", 9),
-            "`width` 112 is not a multiple of 32, which Wan 2.2 TI2V needs",
-            "give `--width 96`",
+            "`width` 112 is not a multiple of 32, which Wan 2.2 TI2V requires",
+            "pass `--width 96`",
         ),
         (
             "wan2.1-t2v-1.3b-lora",
             ("--height", 64, "--width", 96, "--num_frames", 12),
-            "`num_frames` 12 is not a multiple of 4 and one more, which Wan (text to video) needs",
-            "give `--num_frames 9` or `13`",
+            "`num_frames` 12 is not of the form 4n + 1, which Wan (text to video) requires",
+            "pass `--num_frames 9` or `13`",
         ),
         (
             "wan2.1-t2v-1.3b-lora",
             (*SMALL, "--extra_inputs", "input_image"),
-            "`extra_inputs` names `input_image`, which Wan (text to video) does not take",
-            "leave it out",
+            "`extra_inputs` names `input_image`, which Wan (text to video) does not support",
+            "remove it",
         ),
         (
             "wan2.1-i2v-14b-480p-lora",
             (*SMALL, "--extra_inputs", "end_image"),
-            "`extra_inputs` lacks `input_image`, which Wan (image to video) cannot do without",
-            "give `--extra_inputs end_image,input_image`",
+            "`extra_inputs` lacks `input_image`, which Wan (image to video) requires",
+            "pass `--extra_inputs end_image,input_image`",
         ),
         (
             "wan2.2-ti2v-5b-lora",
             (*SMALL, "--extra_inputs", "input_imag"),
-            "`extra_inputs` names `input_imag`, which Wan 2.2 TI2V does not take",
+            "`extra_inputs` names `input_imag`, which Wan 2.2 TI2V does not support",
             "did you mean `input_image`?",
         ),
     ],
@@ -192,9 +192,9 @@ def test_a_single_frame_that_the_model_is_given(refuse, dataset):
     code, [(message, hint)] = refuse(*SMALL, recipe="wan2.2-ti2v-5b-lora")
     assert code == 1
     assert message == (
-        f"row 2 `{dataset / 'b.mp4'}` is one frame, which Wan 2.2 TI2V is given: nothing is left to learn"
+        f"row 2 `{dataset / 'b.mp4'}` has one frame, and Wan 2.2 TI2V conditions on the first frame: nothing is left to predict"
     )
-    assert hint == 'take the row out, or train without it: `--extra_inputs ""`'
+    assert hint == 'remove the row, or train without this condition: `--extra_inputs ""`'
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_a_file_of_another_kind(refuse, dataset):
 def test_a_cache_that_cannot_be_written(refuse, dataset):
     code, [(message, hint)] = refuse(*SMALL, "--cache_path", dataset / "a.mp4", recipe="wan2.1-t2v-1.3b-lora")
     assert code == 2
-    assert (message, hint) == (f"`cache_path` `{dataset / 'a.mp4'}` is a file", "name a folder")
+    assert (message, hint) == (f"`cache_path` `{dataset / 'a.mp4'}` is a file", "choose a folder")

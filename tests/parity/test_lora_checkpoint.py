@@ -97,7 +97,7 @@ def test_another_rank_is_refused_with_the_rank_to_give(tiny_families, tmp_path, 
     tiny = tiny_families(family)
     path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes(), rank=3), family, dialect)
     assert problems_of(tiny, lora_checkpoint=path) == [
-        Problem(f"`{path}` has rank 3, `lora_rank` is {RANK}", "give `--lora_rank 3`", wrong_use=True)
+        Problem(f"`{path}` has rank 3, but `lora_rank` is {RANK}", "pass `--lora_rank 3`", wrong_use=True)
     ]
 
 
@@ -111,10 +111,10 @@ def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, 
     path = save_lora(tmp_path / "lora.safetensors", random_lora(shapes) | low, family, dialect)
     [problem] = problems_of(tiny, lora_checkpoint=path, lora_rank=2)
     assert problem.message == (
-        f"`{path}` has several ranks: 2 at `{first}` (1 in all), {RANK} at `{others[0]}` ({len(others)} in all); "
-        f"the LoRA that trains needs the highest, `lora_rank` is 2"
+        f"`{path}` has several ranks: 2 at `{first}` (1 in total), {RANK} at `{others[0]}` ({len(others)} in total); "
+        f"the trained LoRA needs the highest, but `lora_rank` is 2"
     )
-    assert problem.hint == f"give `--lora_rank {RANK}`"
+    assert problem.hint == f"pass `--lora_rank {RANK}`"
     plan = tiny.plan(output_path="unused", lora_checkpoint=path)
     assert plan.training.start.ranks == dict.fromkeys(others, RANK) | {first: 2}
     found = start(tiny, path, shapes)[first]
@@ -139,7 +139,7 @@ def test_a_lora_of_modules_that_do_not_train_is_refused(tiny, tmp_path):
     first, *others = shapes
     path = save_lora(tmp_path / "lora.safetensors", random_lora({first: shapes[first]}), tiny.name, "diffsynth")
     [problem] = problems_of(tiny, lora_checkpoint=path, lora_target_modules=",".join(others))
-    assert problem.message == f"`{path}` has a LoRA for none of the {len(others)} modules that train; it has `{first}`"
+    assert problem.message == f"`{path}` has no LoRA for any of the {len(others)} trained modules; it has `{first}`"
 
 
 def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_families, tmp_path):
@@ -149,7 +149,7 @@ def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_fami
     key = "transformer.transformer_blocks.0.attn.to_k.lora_A.weight"
     rewrite(path, lambda tensors: {**tensors, key: tensors[key] + 1})
     [problem] = problems_of(tiny, lora_checkpoint=path)
-    assert problem.hint == f"give `--lora_rank {2 * RANK}`"
+    assert problem.hint == f"pass `--lora_rank {2 * RANK}`"
     assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").preset
     plan = tiny.plan(output_path=tmp_path / "out", lora_checkpoint=path, lora_rank=2 * RANK)
     assert plan.training.start.joined == 1

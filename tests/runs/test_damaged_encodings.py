@@ -165,7 +165,7 @@ def test_a_cache_that_can_only_be_read_is_used_when_it_is_complete(trained, tiny
         code, said = _as_nobody(words, Path(base, "models"))
         assert sorted(cache.rglob("*")) == before
         if lacking:
-            assert code == 1 and f"error: `cache_path` `{cache}` cannot be written: `{cache}` is read-only" in said
+            assert code == 1 and f"error: `cache_path` `{cache}` is not writable: `{cache}` is read-only" in said
         else:
             assert code == 0, said
 

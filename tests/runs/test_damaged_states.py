@@ -169,7 +169,7 @@ def test_a_damaged_state_is_never_gone_on_from(stopped, tmp_path, file, damage):
     damage(run / "state/step-4" / file, stopped.other / "state/step-4" / file)
     start, [problem] = stopped.resume(run)
     assert start == Start()
-    assert problem.message.startswith(f"the run in `{run}` cannot go on: no state in it is whole: step 5 (`")
+    assert problem.message.startswith(f"the run in `{run}` cannot be resumed: it has no intact state: step 5 (`")
     assert ", step 4 (`" in problem.message
     assert problem.hint == (
         "start a new run in another `--output_path`, from its weights with "
@@ -201,7 +201,7 @@ def test_a_run_without_its_states_does_not_begin_anew(stopped, tmp_path, left):
         (run / "state").mkdir()
     start, [problem] = stopped.resume(run)
     assert start == Start()
-    assert problem.message == f"the run in `{run}` cannot go on: its state after step 5 is missing"
+    assert problem.message == f"the run in `{run}` cannot be resumed: its state after step 5 is missing"
     assert problem.hint and problem.hint.endswith(f"or delete `{run}`")
 
 
@@ -212,7 +212,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_at_step_0(stopped, t
     (run / "run.json").write_text(json.dumps(record | {"step": 0, "status": "running", "checkpoints": []}))
     start, problems = stopped.resume(run)
     assert not problems
-    assert start == Start(0, ("begins at step 0: the run before was stopped before its first save",))
+    assert start == Start(0, ("starts at step 0: the previous run was stopped before its first save",))
 
 
 def test_from_the_state_before_it_the_run_ends_with_the_same_weights(stopped, tmp_path, tiny_models, says):
@@ -253,7 +253,7 @@ def test_the_dry_run_tells_what_resuming_will_do(stopped, tmp_path, cli, says):
     says("\n".join(lines))
     shutil.rmtree(run / "state/step-4")
     refused = cli(*common, "--resume", "auto")
-    assert refused.code == 1 and "cannot go on" in refused.err
+    assert refused.code == 1 and "cannot be resumed" in refused.err
     says(refused, r"Reading.*\n", r"Checking.*\n")
 
 

@@ -92,7 +92,7 @@ ALL = (*SHORT, "--max_steps", 100)
 TWO_FILES = f"{ENTRIES['dit']},{ENTRIES['text_encoder']}"
 EFFECTS: dict[str, Effect] = {
     "max_steps": Effect(("--max_steps", 1), lambda run: len(run.metrics("step")), 1),
-    "device": Effect(("--device", "cuda:7"), lambda run: "is not there" in (run.refusal or ""), True),
+    "device": Effect(("--device", "cuda:7"), lambda run: "is not available" in (run.refusal or ""), True),
     "mixed_precision": Effect(("--mixed_precision", "bf16"), lambda run: run.record["mixed_precision"], "bf16"),
     "dataset_base_path": Effect(("--dataset_base_path", "{one}"), lambda run: run.metrics("epoch"), [0], ALL),
     "dataset_metadata_path": Effect(
@@ -100,7 +100,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "dataset_repeat": Effect(("--dataset_repeat", 2), lambda run: len(run.metrics("step")), 8, ALL),
     "data_file_keys": Effect(
-        ("--data_file_keys", "video"), lambda run: "leaves out `image`" in (run.refusal or ""), True
+        ("--data_file_keys", "video"), lambda run: "does not include `image`" in (run.refusal or ""), True
     ),
     "batch_size": Effect(("--batch_size", 2), lambda run: run.metrics("samples_seen"), [2, 4]),
     "cache_path": Effect(
@@ -110,10 +110,10 @@ EFFECTS: dict[str, Effect] = {
     "width": Effect(("--height", 64, "--width", 32), says("4 of 32 x 64"), True),
     "max_pixels": Effect(("--max_pixels", 1024), says("4 of 32 x 32"), True),
     "model_id_with_origin_paths": Effect(
-        ("--model_id_with_origin_paths", TWO_FILES), lambda run: "hold no vae" in (run.refusal or ""), True
+        ("--model_id_with_origin_paths", TWO_FILES), lambda run: "no vae weights" in (run.refusal or ""), True
     ),
     "offload_models": Effect(
-        ("--offload_models", "x:y"), lambda run: "no entry of the model" in (run.refusal or ""), True
+        ("--offload_models", "x:y"), lambda run: "not an entry of the model" in (run.refusal or ""), True
     ),
     "learning_rate": Effect(("--learning_rate", "3e-5"), lambda run: run.metrics("lr"), [3e-5, 3e-5]),
     "lr_scheduler": Effect(("--lr_scheduler", "linear"), lambda run: run.metrics("lr"), [1e-4, 5e-5]),
@@ -126,7 +126,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "task": Effect(("--task", "direct_distill"), lambda run: run.refusal is not None, True),
     "find_unused_parameters": Effect(
-        ("--no_find_unused_parameters",), lambda run: "there are no unused parameters to find" in run.log, False
+        ("--no_find_unused_parameters",), lambda run: "unused parameters are excluded" in run.log, False
     ),
     "lora_base_model": Effect(
         ("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj"), modules, {"q_proj"}
@@ -304,7 +304,7 @@ def test_data_is_loaded_by_so_many_workers(run, monkeypatch, tmp_path):
 def test_a_folder_is_looked_for_where_it_is_named(cli, recipe_models, photographs, monkeypatch, recipe, name):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(recipe)))
     outcome = cli("train", "--recipe", recipe, "--dataset_base_path", photographs, f"--{name}", "elsewhere")
-    assert "at `elsewhere`" in outcome.err and f"hint: name its folder with `--{name}`" in outcome.err
+    assert "at `elsewhere`" in outcome.err and f"hint: set its folder with `--{name}`" in outcome.err
 
 
 def test_zero_cond_t_changes_what_is_predicted(cli, recipe_models, photographs, tmp_path, monkeypatch):

@@ -192,4 +192,4 @@ def test_the_weights_with_which_the_loss_was_not_finite_are_not_gone_on_with(run
     with pytest.raises(DiffSynthError) as caught:
         run(output_path=str(out.with_name("copy")), resume="auto", learning_rate="0.001")
     [problem] = caught.value.problems
-    assert "its only state is that after step 3, with which step 4 was not finite" in problem.message
+    assert "its only state is that after step 3, from which the loss of step 4 was not finite" in problem.message

@@ -40,15 +40,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(train, tmp_path):
 def test_the_plan_says_what_is_kept_so(train):
     outcome = train("out", *NARROW, "--dry-run", "-v")
     lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.startswith("  ")}
-    assert "% of its weights kept in float8 and LoRA of rank 32" in lines["dit"]
-    assert lines["text_encoder"].endswith("% of its weights kept in float8")
+    assert "% of its weights stored in float8 and LoRA of rank 32" in lines["dit"]
+    assert lines["text_encoder"].endswith("% of its weights stored in float8")
     assert "float8" not in lines["vae"]
 
 
 def test_of_a_component_without_such_layers_nothing_is_kept_so(train):
     outcome = train("out", "--fp8_models", ENTRIES["vae"], "--dry-run", "-v")
     [line] = [line for line in outcome.out.splitlines() if line.startswith("  vae")]
-    assert line.endswith("no weights of a kind kept in float8")
+    assert line.endswith("no weights that can be stored in float8")
 
 
 def test_encodings_of_rounded_encoders_are_not_taken_for_others(train, tmp_path):
@@ -74,7 +74,7 @@ def test_a_resumed_run_keeps_the_same_components_so(train, tmp_path):
 def test_a_rehearsal_keeps_the_stand_ins_so(train):
     outcome = train("out", "--rehearse", *NARROW, "--max_steps", 2, "-v")
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("of its weights kept in float8") >= 2
+    assert outcome.err.count("of its weights stored in float8") >= 2
 
 
 def test_a_text_encoder_with_a_lora_can_be_kept_so(train, tmp_path):

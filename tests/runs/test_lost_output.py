@@ -101,7 +101,7 @@ def test_a_log_that_cannot_be_written_is_told_once(start, tmp_path, workers):
     (tmp_path / "out" / "train.log").symlink_to("/dev/full")
     with start(tmp_path, workers) as run:
         assert ended(run, tmp_path) == (0, "completed", STEPS, True)
-    what = f"warning: `{tmp_path / 'out' / 'train.log'}` cannot be written: No space left on device; the run goes on without it"
+    what = f"warning: `{tmp_path / 'out' / 'train.log'}` cannot be written: No space left on device; the run continues without it"
     assert run.told().count(what) == 1 and "error: " not in run.told()
 
 

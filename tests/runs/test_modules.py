@@ -380,7 +380,7 @@ def clip(tmp_path: Path) -> Path:
 def test_a_vae_trains_in_every_family_of_images(train, watch, family):
     """Alone, so that its gradients have come through a frozen transformer, and through the target."""
     outcome = train(family, "--trainable_models", "vae", "--verbose", controlled=family in TEXT_ENCODERS)
-    assert "the vae trains: what the model is to predict is made of its latents and moves with them" in outcome.err
+    assert "the vae is trained: the prediction target is computed from its latents and changes with them" in outcome.err
     assert watch.trained == watch.changed and {name.partition(".")[0] for name in watch.trained} == {"vae"}
     assert not any(name.startswith("vae.decoder.") for name in watch.trained)
     assert watch.without_gradient == set()

@@ -138,7 +138,7 @@ def test_a_launcher_that_starts_one_process_of_two_is_found_out(tiny_models, pho
     process = launch(arguments, tiny_models, tmp_path, ("--cpu", "--num_processes", "2"))
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and not (tmp_path / "out").exists()
-    assert "error: 2 processes are asked for by the launcher, and there are 1\n" in errors
+    assert "error: 2 processes are requested by the launcher, but the world size is 1\n" in errors
 
 
 def test_what_is_wrong_is_told_before_anything_is_launched(cli, photographs, monkeypatch):
@@ -155,7 +155,7 @@ KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "0"))
 ALL_GONE_SECONDS = 30
 SENTENCES = {
     "outer": "Interrupted after step {step} of {total_steps}; the run is saved in `out`; continue with `--resume auto`",
-    "launcher": "error: the launcher of the processes was killed (signal 9); continue with `--resume auto`",
+    "launcher": "error: the process launcher was killed (signal 9); continue with `--resume auto`",
     "rank 0": "error: process 1 of 2 was killed (signal 9); continue with `--resume auto`",
     "rank 1": "error: process 2 of 2 was killed (signal 9); continue with `--resume auto`",
 }

@@ -189,15 +189,15 @@ def test_a_rehearsal_is_refused_to_several_processes(cli, monkeypatch):
         monkeypatch.setenv(name, value)
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse")
     assert outcome.code == 1
-    assert "error: a rehearsal runs in one process, this is one of 2" in outcome.err
+    assert "error: a rehearsal runs in one process, but this is one of 2" in outcome.err
     assert not list(Path().iterdir())
 
 
 def test_a_rehearsal_starts_no_processes(cli):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--num_processes", "4")
     assert outcome.code == 1
-    assert "error: a rehearsal runs in one process, 4 are asked for" in outcome.err
-    assert "hint: leave `--num_processes` and `--accelerate_config` out of it" in outcome.err
+    assert "error: a rehearsal runs in one process, but 4 are requested" in outcome.err
+    assert "hint: remove `--num_processes` and `--accelerate_config`" in outcome.err
     assert not list(Path().iterdir())
 
 
@@ -220,7 +220,7 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
     command = ("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0)
     command += ("--output_path", "out") if named else ()
     outcome = cli(*command)
-    again = "delete `out`, or name another `--output_path`"
+    again = "delete `out`, or choose another `--output_path`"
     hint = again if named else "rerun the command"
     assert outcome.code == 143
     assert outcome.err.endswith(f"The rehearsal was interrupted; {hint}\n")

@@ -107,7 +107,7 @@ def test_a_completed_run_goes_on_when_more_is_asked_for(cli, photographs):
     again = cli(*common, "--max_steps", 2)
     assert again.code == 0 and again.out == ""
     assert again.err.endswith(
-        "Nothing left to do: the run in `out` has done 2 steps, the parameters ask for 2; ask for more with `--num_epochs` or `--max_steps`\n"
+        "Nothing left to do: the run in `out` has completed 2 steps and the parameters request 2; request more with `--num_epochs` or `--max_steps`\n"
     )
     assert cli(*common, "--max_steps", 3).code == 0
     assert [line["step"] for line in metrics_of(Path("out"))] == [1, 2, 3]
@@ -123,7 +123,7 @@ def test_resume_refuses_other_parameters_and_other_images(cli, dataset):
     assert "`seed` was `0`" in other.err
     (dataset / "metadata.csv").write_text((dataset / "metadata.csv").read_text().replace("a cat", "a dog"))
     changed = cli(*common, "--max_steps", 4)
-    assert changed.code == 1 and "the dataset is not the one" in changed.err
+    assert changed.code == 1 and "the dataset has changed" in changed.err
 
 
 def test_resume_takes_the_last_whole_state(cli, photographs):

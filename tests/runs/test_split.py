@@ -178,7 +178,7 @@ def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypa
     assert not manifest_of("encoded")["complete"]
     monkeypatch.setattr(encode, "load_pixels", real)
     refused = train(*second_half(QWEN, "encoded", "run"), code=1)
-    assert "`encoded` is not complete: `sft:data_process` was stopped while it encoded" in refused.err
+    assert "precomputation in `encoded` did not finish: `sft:data_process` was interrupted" in refused.err
     going_on = train(*first_half(QWEN, datasets["images"], "encoded"))
     assert "Encoding latents: 2 of 2 samples" in going_on.err and "Loading text_encoder" not in going_on.err
     again = train(*first_half(QWEN, datasets["images"], "encoded"))

@@ -166,7 +166,7 @@ def test_a_complete_stage_is_passed_over_and_the_next_begins(train):
     assert refused.code == 2 and "`out/high` already holds a run" in refused.err and "out/low" not in refused.err
     outcome = train("--resume", "auto")
     assert outcome.code == 0, outcome.err
-    line = "Stage high is passed over: the run in `out/high` has done 4 steps, the parameters ask for 4; "
+    line = "Stage high is skipped: the run in `out/high` has completed 4 steps and the parameters request 4; "
     assert line in outcome.err and "Stage high\n" not in outcome.err
     assert outcome.out.startswith("Stage       low\nCheckpoint  out/low/epoch-0.safetensors\n")
     assert record_of("low")["status"] == "completed"
@@ -177,7 +177,7 @@ def test_a_dry_run_passes_over_a_complete_stage_too(train):
     assert train("--only", "high").code == 0
     outcome = train("--resume", "auto", "--dry_run")
     assert outcome.code == 0, outcome.err
-    assert "Stage high is passed over" in outcome.err
+    assert "Stage high is skipped" in outcome.err
     assert outcome.out.startswith("Stage low\n") and "out/high" not in outcome.out
 
 
@@ -186,7 +186,7 @@ def test_when_all_are_complete_nothing_is_left_to_do(train):
     outcome = train("--resume", "auto")
     assert outcome.code == 0 and outcome.out == ""
     for stage in ("high", "low"):
-        assert f"Stage {stage} is passed over: the run in `out/{stage}` has done 4 steps" in outcome.err
+        assert f"Stage {stage} is skipped: the run in `out/{stage}` has completed 4 steps" in outcome.err
     assert outcome.err.endswith("Nothing left to do\n")
     more = train("--resume", "auto", "--num_epochs", 2)
     assert more.code == 0, more.err
@@ -212,7 +212,7 @@ def test_a_stop_in_the_first_stage_ends_the_session_and_resume_does_the_rest(tra
     assert not Path("out/low").exists() and "Stage low" not in outcome.err and outcome.out == ""
     resumed = train("--resume", "auto")
     assert resumed.code == 0, resumed.err
-    assert "resumed after step 2" in resumed.err and "passed over" not in resumed.err
+    assert "resumed after step 2" in resumed.err and "skipped" not in resumed.err
     assert [record_of(stage)["status"] for stage in ("high", "low")] == ["completed", "completed"]
     assert [line["step"] for line in metrics_of("high")] == [1, 2, 3, 4]
     assert train("--output_path", "through").code == 0
@@ -230,7 +230,7 @@ def test_a_stop_in_the_second_stage(train, monkeypatch):
     assert [record_of(stage)["status"] for stage in ("high", "low")] == ["completed", "interrupted"]
     resumed = train("--resume", "auto")
     assert resumed.code == 0, resumed.err
-    assert "Stage high is passed over" in resumed.err and "resumed after step 2" in resumed.err
+    assert "Stage high is skipped" in resumed.err and "resumed after step 2" in resumed.err
     assert record_of("low")["status"] == "completed"
 
 

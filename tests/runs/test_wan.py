@@ -219,4 +219,7 @@ def test_only_one_expert_is_in_memory(train, monkeypatch, task):
 
 def test_a_single_frame_that_is_shown_whole_is_told(train):
     outcome = train(*entries(I2V), *LORA, "--extra_inputs", "input_image", "--dry_run")
-    assert "1 sample of one frame: the model is shown it whole (input_image) and learns to copy it" in outcome.out
+    assert (
+        "1 sample with a single frame: the model is conditioned on all of it (input_image) and learns to copy it"
+        in outcome.out
+    )

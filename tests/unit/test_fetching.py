@@ -112,15 +112,15 @@ def test_a_hub_without_ranges_sends_all_again_and_progress_goes_back(base, ident
     fetch(plan(hub, base, identities), hub, identities, listener)
     assert (base / "a/b/x").read_bytes() == CONTENT
     assert hub.starts == [0, 4]
-    assert listener.warnings == ["`x`: the hub ended the file early; going on in 0 s (1 of 5)"]
-    assert listener.done == {"1 file in all": 10, "x": 10}
+    assert listener.warnings == ["`x`: the hub ended the transfer early; retrying in 0 s (1 of 5)"]
+    assert listener.done == {"1 file in total": 10, "x": 10}
 
 
 def test_small_files_have_no_progress_of_their_own(base, identities, monkeypatch):
     monkeypatch.setattr(fetching, "SHOWN_BYTES", len(CONTENT) + 1)
     hub, listener = PlayedHub({"x": SHA256, "y": SHA256}), Listener()
     fetch(plan(hub, base, identities), hub, identities, listener)
-    assert listener.done == {"2 files in all": 20}
+    assert listener.done == {"2 files in total": 20}
 
 
 def test_more_bytes_than_listed_are_not_kept(base, identities):
@@ -128,7 +128,7 @@ def test_more_bytes_than_listed_are_not_kept(base, identities):
     with pytest.raises(FaultsFound) as failed:
         fetch(plan(hub, base, identities), hub, identities, SilentReporter())
     assert failed.value.problems[0].message == (
-        "cannot fetch `x` of `a/b` from Played: the hub sent more bytes than its list says"
+        "cannot download `x` of `a/b` from Played: the hub sent more bytes than its file list declares"
     )
     assert len(hub.starts) == 6 and list((base / "a/b").iterdir()) == []
 
@@ -244,7 +244,9 @@ def test_the_next_place_is_asked_where_the_first_has_nothing(base, identities):
     assert [file.target for file in listed.files] == [base / "a/b/y"]
     with pytest.raises(FaultsFound) as failed:
         plan(hub, base, identities, Place(OTHER, ("x",)), Place(MODEL, ("z",)))
-    assert [problem.message for problem in failed.value.problems] == ["Played has no model `a/other` that you may see"]
+    assert [problem.message for problem in failed.value.problems] == [
+        "Played has no model `a/other` that you have access to"
+    ]
 
 
 def test_what_is_here_and_not_on_the_hub_stays(base, identities):
@@ -252,15 +254,15 @@ def test_what_is_here_and_not_on_the_hub_stays(base, identities):
     (base / "a/other/x").write_bytes(b"mine")
     listed = plan(PlayedHub({"x": None}), base, identities, Place(OTHER, ("x",)), Place(MODEL, ("x",)))
     assert [(file.target, file.state) for file in listed.files] == [(base / "a/other/x", "unchecked")]
-    assert listed.refusals == ("Played has no model `a/other` that you may see",)
+    assert listed.refusals == ("Played has no model `a/other` that you have access to",)
 
 
 def test_a_hub_that_cannot_be_reached(base, identities):
     class Unreachable(PlayedHub):
         def files(self, repository: Repository) -> list[RemoteFile]:
-            raise Interruption("the connection broke (ConnectError)")
+            raise Interruption("the connection was lost (ConnectError)")
 
-    with pytest.raises(DiffSynthError, match=r"cannot ask Played for the files of `a/b`: the connection broke"):
+    with pytest.raises(DiffSynthError, match=r"cannot get the file list of `a/b` from Played: the connection was lost"):
         plan(Unreachable({}), base, identities)
 
 
@@ -271,7 +273,7 @@ def test_ranges():
     assert first_byte(200, {"Content-Length": "7", "Content-Encoding": "gzip"}, 10) == 0
     for total in ("10", "*"):
         assert first_byte(206, {"Content-Range": f"bytes 5-9/{total}", "Content-Length": "5"}, 10) == 5
-    with pytest.raises(Interruption, match="did not say which"):
+    with pytest.raises(Interruption, match="without declaring which"):
         first_byte(206, {}, 10)
 
 
@@ -279,7 +281,7 @@ def test_ranges():
     ("status", "headers"), [(200, {"Content-Length": "18"}), (206, {"Content-Range": "bytes 5-17/18"})]
 )
 def test_an_answer_of_another_size_is_no_beginning(status, headers):
-    with pytest.raises(Interruption, match="a file of 18 bytes, and its list says 10"):
+    with pytest.raises(Interruption, match="a file of 18 bytes, but its file list declares 10"):
         first_byte(status, headers, 10)
 
 

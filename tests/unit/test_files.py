@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_nothing_and_is_one_clear_error(tmp_path):
             write_text(tmp_path / "a.txt", "x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.problems[0].hint == "free some space or name another folder"
+    assert caught.value.problems[0].hint == "free some space or choose another folder"
     assert names(tmp_path) == []
 
 

@@ -146,10 +146,10 @@ def test_a_text_encoder_of_another_size_is_refused(tmp_path):
     find(tmp_path, problems, dit=KLEIN_4B, vae=KLEIN_4B, text_encoder=KLEIN_9B)
     (problem,) = problems
     assert problem.message == (
-        f"the text_encoder from `{KLEIN_9B}:text_encoder/*.safetensors` makes text states of 64 channels, "
-        "the dit of FLUX.2 klein takes 32"
+        f"the text_encoder from `{KLEIN_9B}:text_encoder/*.safetensors` makes text states with 64 channels, "
+        "but the dit of FLUX.2 klein expects 32"
     )
-    assert problem.hint == "name the text_encoder of the same model"
+    assert problem.hint == "use the text_encoder of the same model"
 
 
 def test_a_vae_of_other_latents_is_refused(tmp_path):
@@ -162,7 +162,7 @@ def test_a_vae_of_other_latents_is_refused(tmp_path):
     problems: list = []
     find(tmp_path, problems, **dict.fromkeys(PLACES, KLEIN_4B))
     assert [problem.message for problem in problems] == [
-        f"the vae from `{KLEIN_4B}:{PLACES['vae']}` makes latents of 64 channels, the dit of FLUX.2 klein takes 128"
+        f"the vae from `{KLEIN_4B}:{PLACES['vae']}` makes latents with 64 channels, but the dit of FLUX.2 klein expects 128"
     ]
 
 

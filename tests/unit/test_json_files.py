@@ -54,14 +54,14 @@ BROKEN = {
     "cut short": (b'{\n  "step": 7,\n  "st', "line 3, column 3: Unterminated string starting at"),
     "zeros": (b"\0" * 20, "line 1, column 1: Expecting value"),
     "two values": (b"{} {}", "line 1, column 4: Extra data"),
-    "NaN": (b'{"loss": NaN}', "NaN is not a number in JSON"),
-    "infinite": (b'{"loss": -Infinity}', "-Infinity is not a number in JSON"),
+    "NaN": (b'{"loss": NaN}', "NaN is not a valid JSON number"),
+    "infinite": (b'{"loss": -Infinity}', "-Infinity is not a valid JSON number"),
     "overflow": (b'{"loss": 1e999}', "the number 1e999 is too large"),
     "digits": (b'{"step": ' + b"9" * 5000 + b"}", "a number has too many digits"),
-    "twice": (b'{"step": 1, "step": 2}', "the key `step` stands twice in one object"),
-    "deep list": (b"[" * 100_000, "it is nested too deep"),
-    "deep object": (b'{"a":' * 100_000, "it is nested too deep"),
-    "deeper than read": (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "it is nested too deep"),
+    "twice": (b'{"step": 1, "step": 2}', "duplicate key `step` in an object"),
+    "deep list": (b"[" * 100_000, "it is nested too deeply"),
+    "deep object": (b'{"a":' * 100_000, "it is nested too deeply"),
+    "deeper than read": (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "it is nested too deeply"),
 }
 
 
@@ -77,7 +77,7 @@ def test_what_is_not_utf8_or_too_large_is_told(tmp_path):
     path.write_bytes(b'{"a": "\xff"}')
     assert fault(path) == "`FILE` is not UTF-8 (byte 7)"
     path.write_text('{"a": "aaaaaaaaaaaa"}')
-    assert fault(path, limit=20) == "`FILE` has 21 bytes, at most 20 are read"
+    assert fault(path, limit=20) == "`FILE` has 21 bytes, the limit is 20"
     assert read_json(path, dict[str, str], HINT, limit=21) == {"a": "aaaaaaaaaaaa"}
 
 
@@ -107,7 +107,7 @@ def test_nesting_up_to_the_limit_is_read():
     text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert parse_json(text) == json.loads(text)
     assert parse_json("[" + "[]," * 1000 + "[]]") == [[]] * 1001
-    with pytest.raises(InvalidJson, match="nested too deep"):
+    with pytest.raises(InvalidJson, match="nested too deeply"):
         parse_json(f"[{text}]")
 
 

@@ -44,7 +44,7 @@ def test_presets_and_files_are_found_by_name(tmp_path, home):
 
 
 def test_an_unknown_configuration_is_told_with_the_nearest_preset():
-    with pytest.raises(DiffSynthError, match="there is no configuration of accelerate `zero2offlod`") as caught:
+    with pytest.raises(DiffSynthError, match="there is no accelerate configuration `zero2offlod`") as caught:
         launching.find_config("zero2offlod")
     assert caught.value.problems[0].hint == "did you mean `zero2offload`?"
 
@@ -57,14 +57,14 @@ def test_how_many_processes_are_asked_for(number, config, asked):
 
 
 def test_a_configuration_is_looked_for_whatever_the_number():
-    with pytest.raises(DiffSynthError, match="there is no configuration of accelerate `dpp`"):
+    with pytest.raises(DiffSynthError, match="there is no accelerate configuration `dpp`"):
         launching.processes_asked(2, "dpp")
 
 
 @pytest.mark.parametrize(("number", "config"), [(1, "zero2"), (None, "zero3"), (2, None)])
 def test_engines_that_share_weights_out_are_refused_before_anything_is_launched(home, number, config):
     write(home, "num_processes: 2\ndistributed_type: FSDP\n")
-    with pytest.raises(DiffSynthError, match=r"launches with (DeepSpeed|FSDP); this version keeps whole weights"):
+    with pytest.raises(DiffSynthError, match=r"launches with (DeepSpeed|FSDP): sharding is not supported yet"):
         launching.processes_asked(number, config)
     assert launching.processes_asked(1, None) == launching.processes_asked(None, None) == 1
 
@@ -121,16 +121,16 @@ def test_another_number_of_processes_is_an_error(monkeypatch):
     launching.check_world_size(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     launching.check_world_size(2)
-    with pytest.raises(DiffSynthError, match="4 processes are asked for by `num_processes`, and there are 2"):
+    with pytest.raises(DiffSynthError, match="4 processes are requested by `num_processes`, but the world size is 2"):
         launching.check_world_size(4)
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set: no launcher started this process"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, and MASTER_ADDR is not set: no launcher started this process"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is `two`, expected a number from 1"),
+        ({}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set: no launcher started this process"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set: no launcher started this process"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is `two`, expected a positive integer"),
     ],
 )  # fmt: skip
 def test_a_world_without_a_launcher_is_told_before_anything_waits(cli, monkeypatch, photographs, says, given, problem):

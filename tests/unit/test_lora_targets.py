@@ -101,7 +101,7 @@ def test_a_value_no_name_ends_with_is_a_pattern_for_whole_names(tiny):
 
 @pytest.mark.parametrize("part", [r"transformer_blocks\.\d", r"to_[qk]", r"attn\.to_q|transformer_blocks"])
 def test_a_pattern_for_a_part_of_names_addresses_nothing(tiny_families, part):
-    message = f"`lora_target_modules`: no module of dit ends with `{part}` or fits it as a regular expression"
+    message = f"`lora_target_modules`: no module of dit ends with `{part}` or matches it as a regular expression"
     assert problems_of(tiny_families("qwen-image"), part) == [message]
 
 
@@ -119,7 +119,8 @@ def test_several_values_are_ends_of_names_only(tiny):
     last = tiny.facts.component("dit").lora_targets[0]
     [message] = problems_of(tiny, f"{last},{pattern}")
     assert (
-        message == f"`lora_target_modules`: no module of dit ends with `{pattern}` or fits it as a regular expression"
+        message
+        == f"`lora_target_modules`: no module of dit ends with `{pattern}` or matches it as a regular expression"
     )
 
 
@@ -130,7 +131,9 @@ def test_a_pattern_in_a_list_of_one_may_hold_commas():
 @pytest.mark.parametrize("pattern", ["attn.to_(q", "*to_q", "[", "blocks\\.(?P<a"])
 def test_what_is_no_regular_expression_is_told(tiny_families, pattern):
     [message] = problems_of(tiny_families("qwen-image"), pattern)
-    start = f"`lora_target_modules` `{pattern}`: no name ends with it, and it is no regular expression: "
+    start = (
+        f"`lora_target_modules` `{pattern}`: no module name ends with it, and it is not a valid regular expression: "
+    )
     assert message.startswith(start) and len(message) > len(start)
 
 
@@ -144,7 +147,7 @@ def test_other_components_can_be_chosen_from_too(tiny):
 
 def test_a_component_without_linear_layers_in_blocks(tiny_families):
     assert problems_of(tiny_families("qwen-image"), "", "vae") == [
-        "`lora_target_modules` is empty, and vae has no linear layers in repeated blocks to choose"
+        "`lora_target_modules` is empty, and vae has no linear layers in repeated blocks to choose from"
     ]
 
 

@@ -131,8 +131,8 @@ def test_every_missing_file_is_told(base, monkeypatch):
     found, problems = locate(groups, [f"{ID}:text_encoder/*", "gone-3.safetensors"], base)
     assert [item.origin for item in found] == ["single.safetensors"]
     assert [problem.message for problem in problems] == [
-        "`model_paths` names `gone-1.safetensors`, which is not there",
-        "`model_paths` names `gone-2.safetensors`, which is not there",
+        "`model_paths` names `gone-1.safetensors`, which does not exist",
+        "`model_paths` names `gone-2.safetensors`, which does not exist",
         f"`model_id_with_origin_paths`: nothing matches `{ID}:text_encoder/*` below `{base}`",
         "`model_id_with_origin_paths`: nothing matches `gone-3.safetensors`",
     ]
@@ -196,7 +196,7 @@ def test_a_copy_is_read_only_for_the_entry_of_a_repository(tmp_path):
     place.write_bytes(b"")
     ([found], problems) = locate([], ["Owner/Model:VAE.pth"], tmp_path, copies)
     assert (found.paths, found.copy, problems) == ((place,), "Copies/All:VAE.safetensors", [])
-    assert found.source == "Owner/Model:VAE.pth, read from its copy Copies/All:VAE.safetensors"
+    assert found.source == "Owner/Model:VAE.pth, read from its mirror Copies/All:VAE.safetensors"
     assert found.home == tmp_path / "Owner/Model"
     for entry in ("mine/VAE.pth", "VAE.pth"):
         found, [problem] = locate([], [entry], tmp_path, copies)

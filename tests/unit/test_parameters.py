@@ -134,7 +134,7 @@ def test_every_setting_says_what_it_is():
         ("learning_rate", "a number"),
         ("mixed_precision", "one of no, bf16, fp16"),
         ("resume", "one of auto"),
-        ("trainable_models", "a list of texts with commas between them"),
+        ("trainable_models", "a comma-separated list of strings"),
     ],
 )
 def test_settings_say_what_they_take(name, words):

@@ -76,4 +76,4 @@ def test_on_windows_one_message_names_wsl2(arguments):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     error, hint = done.stderr.splitlines()
-    assert error == "error: diffsynth does not run on Windows itself" and "WSL2" in hint
+    assert error == "error: diffsynth does not run natively on Windows" and "WSL2" in hint

@@ -104,10 +104,10 @@ def test_all_wrong_keys_of_a_file_are_kept_beside_what_is_right(write):
     recipe = load_recipe_file(path)
     assert {problem.message for problem in recipe.problems} == {
         f"`{path}`: `parameter` is not a key of a recipe",
-        f"`{path}`: `family` takes a text, got `3`",
+        f"`{path}`: `family` takes a string, got `3`",
         f"`{path}`: `lora_rank` is not a key of a recipe",
         f"`lora_rnk` in `{path}` is not a parameter",
-        f"`rehearse` in `{path}` says what one command does and has no place in a file",
+        f"`rehearse` in `{path}` applies to a single command and cannot be set in a file",
         f"`5` in `{path}` is not a parameter",
     }
     assert all(problem.wrong_use for problem in recipe.problems)
@@ -119,18 +119,18 @@ def test_all_wrong_keys_of_a_file_are_kept_beside_what_is_right(write):
 def test_what_one_command_does_has_no_place_in_a_file(write, name):
     recipe = load_recipe_file(write(f"parameters:\n  {name}: true\n"))
     (problem,) = recipe.problems
-    assert f"`{name}` in" in problem.message and "no place in a file" in problem.message
+    assert f"`{name}` in" in problem.message and "cannot be set in a file" in problem.message
     assert dict(recipe.parameters) == {}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("parameters: [1]\n", "`parameters` holds a list, expected names and values"),
-        ("parameters: lora_rank\n", "`parameters` holds a text"),
-        ("description: [a]\n", "`description` takes a text"),
-        ("family: [a]\n", "`family` takes a text"),
-        ("extends: 3\n", "`extends` takes a text, got `3`"),
+        ("parameters: [1]\n", "`parameters` is a list, expected names and values"),
+        ("parameters: lora_rank\n", "`parameters` is a string"),
+        ("description: [a]\n", "`description` takes a string"),
+        ("family: [a]\n", "`family` takes a string"),
+        ("extends: 3\n", "`extends` takes a string, got `3`"),
         ("extends: qwen-image-lorra\n", "extends `qwen-image-lorra`, which is not a recipe"),
         ("extends: ../../etc/passwd\n", "which is not a recipe"),
         ("extends: mine\n", "which is not a recipe"),
@@ -215,20 +215,20 @@ def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(write):
         "  5: {}\n"
     )
     recipe = load_recipe_file(path)
-    folder_hint = "use small letters, digits, `-` and `_`, for a folder gets that name"
+    folder_hint = "use lowercase letters, digits, `-` and `_`: a folder gets this name"
     assert {problem.message: problem.hint for problem in recipe.problems} == {
-        f"`{path}`, stage `high`: `description` takes a text, got `3`": None,
-        f"`{path}`, stage `high`: `lora_rank` is not a key of a stage": "put it below `parameters:`",
+        f"`{path}`, stage `high`: `description` takes a string, got `3`": None,
+        f"`{path}`, stage `high`: `lora_rank` is not a key of a stage": "move it below `parameters:`",
         f"`{path}`, stage `high`: `about` is not a key of a stage": "a stage has the keys description, parameters",
         f"`lora_rnk` in `{path}`, stage `high` is not a parameter": "did you mean `lora_rank`?",
-        f"`rehearse` in `{path}`, stage `high` says what one command does and has no place in a file": "give it as a flag",
-        f"`only` in `{path}`, stage `high` says what one command does and has no place in a file": "give it as a flag",
-        f"`{path}`, stage `low` holds a list, expected the keys description and parameters": None,
-        f"`{path}`, stage `mid`: `parameters` holds a list, expected names and values": None,
-        f"`{path}`: `End` cannot be the name of a stage": folder_hint,
+        f"`rehearse` in `{path}`, stage `high` applies to a single command and cannot be set in a file": "pass it as a flag",
+        f"`only` in `{path}`, stage `high` applies to a single command and cannot be set in a file": "pass it as a flag",
+        f"`{path}`, stage `low` is a list, expected the keys description and parameters": None,
+        f"`{path}`, stage `mid`: `parameters` is a list, expected names and values": None,
+        f"`{path}`: `End` is not a valid stage name": folder_hint,
         f"`sed` in `{path}`, stage `End` is not a parameter": "did you mean `seed`?",
-        f"`{path}`: `../x` cannot be the name of a stage": folder_hint,
-        f"`{path}`: `5` cannot be the name of a stage": folder_hint,
+        f"`{path}`: `../x` is not a valid stage name": folder_hint,
+        f"`{path}`: `5` is not a valid stage name": folder_hint,
     }
     assert all(problem.wrong_use for problem in recipe.problems)
     assert list(recipe.stages) == ["high", "low", "mid"]
@@ -238,7 +238,7 @@ def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(write):
 def test_stages_are_names_and_their_keys(write):
     path = write("stages: [high]\n")
     (problem,) = load_recipe_file(path).problems
-    assert problem.message == f"`{path}`: `stages` holds a list, expected names of stages and their keys"
+    assert problem.message == f"`{path}`: `stages` is a list, expected stage names and their keys"
     assert problem.wrong_use
 
 

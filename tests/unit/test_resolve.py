@@ -128,17 +128,17 @@ def test_values_of_a_file_are_shown_as_they_stand_there(config, text, shown):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"height": "512"}, "`height` is given without `width`"),
-        ({"width": "512"}, "`width` is given without `height`"),
+        ({"height": "512"}, "`height` is set without `width`"),
+        ({"width": "512"}, "`width` is set without `height`"),
         ({"min_timestep_boundary": "0.5", "max_timestep_boundary": "0.5"}, "`min_timestep_boundary` 0.5 is not below `max_timestep_boundary` 0.5"),
         ({"min_timestep_boundary": "0.0001", "max_timestep_boundary": "0.0002"}, "`min_timestep_boundary`"),
-        ({"resume": "auto", "rehearse": True}, "`rehearse` starts a run of its own and cannot `resume` one"),
+        ({"resume": "auto", "rehearse": True}, "`rehearse` starts a new run and cannot `resume` one"),
         (
             {"task": "direct_distill", "min_timestep_boundary": "0.5"},
-            "`min_timestep_boundary` means nothing to `direct_distill`, whose samples name their steps",
+            "`min_timestep_boundary` has no effect with `direct_distill`, where the samples determine the timesteps",
         ),
-        ({"task": "sft:train", "rehearse": True}, "`rehearse` rehearses a whole run, `task` `sft:train` is one half"),
-        ({"recipe": "qwen-image-lora", "num_frames": "17"}, "`num_frames` has no meaning for qwen-image; it belongs to wan (`--num_frames`)"),
+        ({"task": "sft:train", "rehearse": True}, "`rehearse` rehearses a complete run, but `task` `sft:train` is one of two stages"),
+        ({"recipe": "qwen-image-lora", "num_frames": "17"}, "`num_frames` does not apply to qwen-image, only to wan (`--num_frames`)"),
     ],
 )  # fmt: skip
 def test_combinations_that_cannot_work_are_told(flags, message):
@@ -174,11 +174,11 @@ def test_unknown_flags_and_keys_are_told_with_the_nearest_name(config):
     hints = {problem.message: problem.hint for problem in resolved.problems}
     assert hints == {
         "`lora_rnak` (command line) is not a parameter": "did you mean `lora_rank`?",
-        "`zzz` (command line) is not a parameter": "`diffsynth train --help` lists them all",
+        "`zzz` (command line) is not a parameter": "see `diffsynth train --help`",
         f"`lora_ranks` in `{path}` is not a parameter": "did you mean `lora_rank`?",
         f"`learning_rat` in `{path}` is not a parameter": "did you mean `learning_rate`?",
         f"`{path}`: `extend` is not a key of a recipe": "a recipe has the keys extends, description, family, parameters, stages",
-        f"`{path}`: `seed` is not a key of a recipe": "put it below `parameters:`",
+        f"`{path}`: `seed` is not a key of a recipe": "move it below `parameters:`",
         "`num_epochs` takes an integer, got `none` (`--num_epochs`)": None,
     }
     assert not resolved.incomplete
@@ -188,7 +188,7 @@ def test_unknown_flags_and_keys_are_told_with_the_nearest_name(config):
     ("flags", "message", "hint"),
     [
         ({"recipe": "qwen-image-lorra"}, "there is no recipe `qwen-image-lorra`", "did you mean `qwen-image-lora`?"),
-        ({"recipe": "xyz"}, "there is no recipe `xyz`", "`diffsynth recipe list` names them all"),
+        ({"recipe": "xyz"}, "there is no recipe `xyz`", "see `diffsynth recipe list`"),
         ({"config": "gone.yaml"}, "cannot read `gone.yaml`", "correct the path"),
     ],
 )
@@ -222,7 +222,7 @@ def test_an_empty_text_in_a_file_is_no_path_either(config, name):
 def test_a_flag_that_was_taken_for_a_value_is_told(name):
     (problem,) = resolve({name: "--num_epochs"}).problems
     assert f"`{name}` takes" in problem.message and "got `--num_epochs`" in problem.message
-    assert problem.hint == f"give the value: `--{name} VALUE`"
+    assert problem.hint == f"pass the value: `--{name} VALUE`"
 
 
 @pytest.mark.parametrize(
@@ -288,9 +288,9 @@ def test_two_spellings_in_one_place_must_agree(config, by_flags):
     resolved = resolve(values if by_flags else {"config": path})
     origin = "command line" if by_flags else f"`{path}`"
     assert messages(resolved) == [
-        f"`align_to_opensource_format` asks for `lora_format` `kohya`, and `lora_format` is `diffusers` ({origin})"
+        f"`align_to_opensource_format` implies `lora_format` `kohya`, but `lora_format` is `diffusers` ({origin})"
     ]
-    assert resolved.problems[0].hint == "leave one of them out" and resolved.problems[0].wrong_use
+    assert resolved.problems[0].hint == "remove one of them" and resolved.problems[0].wrong_use
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def conflicts(stages) -> set[tuple[str, str | None]]:
 def test_one_value_for_stages_that_differ_is_told(config):
     path = config(STAGED)
     stages = resolve_stages({"config": path, "max_timestep_boundary": "0.5", "learning_rate": "1e-3"})
-    hint = "name one of them with `--only`"
+    hint = "select one of them with `--only`"
     assert conflicts(stages) == {(DIFFERS.format("`--max_timestep_boundary`"), hint)}
     assert all(problem.wrong_use for resolved in stages for problem in resolved.problems)
     only = resolve({"config": path, "max_timestep_boundary": "0.5", "only": "high"})
@@ -122,7 +122,7 @@ def test_one_value_for_stages_that_differ_is_told(config):
 def test_one_value_in_a_file_for_stages_that_differ_is_told(config, staged_recipe, start):
     path = config(f"{start}parameters: {{max_timestep_boundary: 0.5}}\n")
     flags = {"config": path} if start else {"recipe": "staged", "config": path}
-    assert conflicts(resolve_stages(flags)) == {(DIFFERS.format(f"`{path}`"), "name one of them with `--only`")}
+    assert conflicts(resolve_stages(flags)) == {(DIFFERS.format(f"`{path}`"), "select one of them with `--only`")}
     assert resolve({**flags, "only": "high"}).problems == ()
 
 
@@ -160,8 +160,8 @@ def test_two_stages_in_one_folder_are_told(config):
     stages = resolve_stages(
         {"config": config("stages: {a: {parameters: {output_path: x}}, b: {parameters: {output_path: ./x}}}")}
     )
-    message = "the stages a and b have one folder, `x` (`output_path`)"
-    assert conflicts(stages) == {(message, "leave `output_path` out of the stages")}
+    message = "the stages a and b share the folder `x` (`output_path`)"
+    assert conflicts(stages) == {(message, "remove `output_path` from the stages")}
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_an_unknown_stage_is_told_once_and_hides_nothing(config, only, hint):
 
 def test_only_needs_stages():
     (problem,) = resolve({"recipe": "qwen-image-lora", "only": "high"}).problems
-    assert problem.message == "`only` asks for the stage `high`, but nothing here has stages"
-    assert problem.hint == "leave it out, or name a recipe with stages" and problem.wrong_use
+    assert problem.message == "`only` selects the stage `high`, but there are no stages"
+    assert problem.hint == "remove it, or use a recipe with stages" and problem.wrong_use
 
 
 def test_only_is_not_told_beside_a_recipe_that_is_not_there():
@@ -189,7 +189,7 @@ def test_only_is_not_told_beside_a_recipe_that_is_not_there():
 @pytest.mark.parametrize("value", ["", "--resume"])
 def test_only_without_its_value_is_told(config, value):
     told = conflicts(resolve_stages({"config": config(STAGED), "only": value}))
-    assert told == {(f"`only` takes a text, got `{value}` (`--only`)", "give the value: `--only VALUE`")}
+    assert told == {(f"`only` takes a string, got `{value}` (`--only`)", "pass the value: `--only VALUE`")}
 
 
 def test_a_wrong_value_in_a_stage_names_the_stage(config):

@@ -112,10 +112,10 @@ def test_states_that_do_not_fit_the_disk_are_told_with_the_way_out(plan, dataset
     state, checkpoint = state_bytes(made), checkpoint_bytes(made)
     assert state_problems(made, free=3 * state + checkpoint) == []
     [problem] = state_problems(made, free=3 * state + checkpoint - 1)
-    assert problem.message.startswith("3 states to resume from, of ")
-    assert problem.hint and problem.hint.startswith("give `--keep_states 1`, which takes ")
+    assert problem.message.startswith("3 states to resume from (")
+    assert problem.hint and problem.hint.startswith("pass `--keep_states 1`, which takes ")
     [problem] = state_problems(made, free=2 * state)
-    assert problem.hint == "free some space, or name another `--output_path`"
+    assert problem.hint == "free some space, or choose another `--output_path`"
     # Those that new ones will take the place of count as free.
     written = tmp_path / "out/state/step-3/trained.safetensors"
     written.parent.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_each_worker_has_micro_batches_ready(plan, dataset):
     made = plan(dataset_base_path=str(dataset), dataset_num_workers=3, batch_size=2, dataset_repeat=2)
     choice, sizes = chosen(made)
     sample = sizes.encoded.bytes_in("bf16") // len(made.samples.samples)
-    ready = host_memory(made, choice, DeviceMemory(None, ()), sizes.encoded)["samples that 3 workers have ready"]
+    ready = host_memory(made, choice, DeviceMemory(None, ()), sizes.encoded)["samples prefetched by 3 workers"]
     assert ready == 3 * PREFETCHED * choice.sizes.batch * sample
     assert PREFETCHED == 2  # the default of PyTorch's DataLoader, which the loader leaves
 

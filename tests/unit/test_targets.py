@@ -71,9 +71,9 @@ def test_a_typed_module_that_is_several_here_is_one():
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("to_q", "in the documented names that is `qkv`, `linear1`"),
-        ("transformer_blocks.0.attn.to_out.0", "in the documented names that is `proj`"),
-        ("proj_mlp", "in the documented names that is `linear1`"),
+        ("to_q", "in the documented names this is `qkv`, `linear1`"),
+        ("transformer_blocks.0.attn.to_out.0", "in the documented names this is `proj`"),
+        ("proj_mlp", "in the documented names this is `linear1`"),
         ("img_attn.qk", "did you mean `img_attn.qkv`?"),
         ("xyzzy", "the documented targets are qkv, proj, linear1"),
     ],
@@ -112,8 +112,8 @@ def test_a_format_without_names_for_the_component_is_refused(name):
     _, problems = training(found(), lora_format=name)
     assert problems == [
         Problem(
-            f"`lora_format` `{name}` has no names for the dit of Invented",
-            "give `--lora_format diffsynth` or `--lora_format diffusers`",
+            f"`lora_format` `{name}` does not support the dit of Invented",
+            "pass `--lora_format diffsynth` or `--lora_format diffusers`",
             wrong_use=True,
         )
     ]
@@ -124,9 +124,9 @@ def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora():
     fused = replace(DIT, dialects={}, fused={"kohya": TableMap({})})
     assert training(found(fused), lora_format="kohya")[1] == [
         Problem(
-            "`lora_format` `kohya` has several modules of the dit of Invented as one, which would raise the rank of its "
+            "`lora_format` `kohya` fuses several modules of the dit of Invented, which would raise the rank of its "
             "LoRA",
-            "give `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to kohya`",
+            "pass `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to kohya`",
             wrong_use=True,
         )
     ]
@@ -151,8 +151,8 @@ def test_a_format_of_the_denoiser_is_refused_for_others():
     _, problems = training(found(), lora_format="kohya", lora_base_model="vae", lora_target_modules="x")
     assert problems == [
         Problem(
-            "`lora_format` `kohya` has names for dit only, `lora_base_model` is `vae`",
-            "give `--lora_format diffsynth`",
+            "`lora_format` `kohya` only supports dit, but `lora_base_model` is `vae`",
+            "pass `--lora_format diffsynth`",
             wrong_use=True,
         )
     ]
@@ -194,14 +194,14 @@ def test_a_component_named_whole_trains_whole():
     [
         ("double_blocks.0.img_atn", "did you mean `dit.double_blocks.0.img_attn`?"),
         ("double_blocks.7", "did you mean `dit.double_blocks.1`?"),
-        ("transformer_blocks.0.attn", "in the documented names that is `dit.double_blocks.0.img_attn`"),
-        ("transformer_blocks.1.attn.to_k", "in the documented names that is `dit.double_blocks.1.img_attn.qkv`"),
-        ("single_transformer_blocks", "in the documented names that is `dit.single_blocks.0.linear1`"),
+        ("transformer_blocks.0.attn", "in the documented names this is `dit.double_blocks.0.img_attn`"),
+        ("transformer_blocks.1.attn.to_k", "in the documented names this is `dit.double_blocks.1.img_attn.qkv`"),
+        ("single_transformer_blocks", "in the documented names this is `dit.single_blocks.0.linear1`"),
         ("xyzzy", "its modules are `double_blocks`, `single_blocks`"),
         ("double", "did you mean `dit.double_blocks`?"),
         (
             "transformer_blocks.1.attn.to_out.0.weight",
-            "in the documented names that is `dit.double_blocks.1.img_attn.proj.weight`",
+            "in the documented names this is `dit.double_blocks.1.img_attn.proj.weight`",
         ),
     ],
 )
@@ -214,14 +214,14 @@ def test_a_module_that_is_not_there_is_told_with_what_it_is_called(module, hint)
 
 def test_a_module_that_no_gradient_reaches_is_refused():
     dead = replace(DIT, untrainable=lambda names: frozenset({"transformer_blocks.1.attn.to_out"}))
-    message = "`trainable_models` names `dit.double_blocks.1.img_attn.proj`, which no gradient can reach"
-    problem = Problem(message, "leave it out", wrong_use=True)
+    message = "`trainable_models` names `dit.double_blocks.1.img_attn.proj`, which receives no gradient in this setup"
+    problem = Problem(message, "remove it", wrong_use=True)
     assert trained("dit.double_blocks.1.img_attn.proj", found(dead))[1] == [problem]
     assert trained("dit.double_blocks.1.img_attn", found(dead))[1] == [], "some of it is reached"
 
 
 def test_a_component_that_the_model_does_without_is_refused():
-    message = "`trainable_models` names `controlnet`, which Qwen-Image does without"
-    hint = "leave it out, or give `--extra_inputs controlnet_image` and its files"
+    message = "`trainable_models` names `controlnet`, which Qwen-Image does not have"
+    hint = "remove it, or pass `--extra_inputs controlnet_image` and its files"
     for text in ("controlnet", "controlnet.transformer_blocks.0"):
         assert trained(text, found())[1] == [Problem(message, hint, wrong_use=True)]

@@ -63,7 +63,7 @@ def add_a_model(folder):
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
             "is not a shard index: `weight_map.a` is `1`, expected a string",
         ),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "it is nested too deep"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 9999), "it is nested too deeply"),
         (add_a_model, "contains several models: `model-00001-of-00002.safetensors`, "),
     ],
 )

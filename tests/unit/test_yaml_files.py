@@ -115,7 +115,7 @@ def test_a_byte_order_mark_and_windows_lines_do_not_matter(read):
     ],
 )
 def test_a_repeated_key_is_told_with_its_line(read, content, line, key):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not YAML in line {line}: `{key}` stands twice"):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not valid YAML in line {line}: duplicate key `{key}`"):
         read(content)
 
 
@@ -139,7 +139,7 @@ def test_merged_values_may_be_given_anew(read):
     ],
 )
 def test_what_is_no_yaml_is_told_with_its_line(read, content, line):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not YAML in line {line}: "):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` is not valid YAML in line {line}: "):
         read(content)
 
 
@@ -164,10 +164,10 @@ def test_no_file_ends_in_a_traceback(read, content):
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [("- a\n- b\n", "a list"), ("just text\n", "a text"), ("3\n", "an integer"), ("false\n", "a boolean")],
+    [("- a\n- b\n", "a list"), ("just text\n", "a string"), ("3\n", "an integer"), ("false\n", "a boolean")],
 )
 def test_something_else_than_a_mapping_is_told(read, content, kind):
-    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` holds {kind}, expected keys and values"):
+    with pytest.raises(DiffSynthError, match=rf"recipe\.yaml` contains {kind}, expected keys and values"):
         read(content)
 
 
@@ -190,9 +190,9 @@ LONG = "x" * 20_000
         (BOMB, "in line 4: it has more than 10000 keys and values"),
         (BOMB.replace("[", "{k: [").replace("]", "]}"), "in line 4: it has more than 10000 keys and values"),
         (f"a: &a {LONG}\nb: [{'*a, ' * 100}]", "in line 2: it has more than 10000 keys and values"),
-        ("[" * 100_000, "in line 1: it is nested too deep"),
-        ("{" * 100_000, "in line 1: it is nested too deep"),
-        ("- " * 100_000, "in line 1: it is nested too deep"),
+        ("[" * 100_000, "in line 1: it is nested too deeply"),
+        ("{" * 100_000, "in line 1: it is nested too deeply"),
+        ("- " * 100_000, "in line 1: it is nested too deeply"),
         ("a: &a [*a]", "in line 1: `*a` contains itself"),
         ("a: &a {b: [1, *a]}", "in line 1: `*a` contains itself"),
         ("a: [" + "x, " * 20_000 + "]", "in line 1: it has more than 10000 keys and values"),
@@ -221,14 +221,14 @@ LONG = "x" * 20_000
 )
 def test_what_would_cost_is_refused_at_once(read, content, message):
     started = time.process_time()
-    with pytest.raises(DiffSynthError, match="is not YAML") as caught:
+    with pytest.raises(DiffSynthError, match="is not valid YAML") as caught:
         read(content)
     assert message in str(caught.value)
     assert time.process_time() - started < 2, "minutes, without the limits"
 
 
 def test_a_file_that_is_too_large_is_not_read(read):
-    with pytest.raises(DiffSynthError, match="has more than 262144 bytes"):
+    with pytest.raises(DiffSynthError, match="is larger than 262144 bytes"):
         read("a: 1 #" + "x" * 300_000)
 
 

@@ -49,7 +49,7 @@ def _is_flag(word: str) -> bool:
 
 def _stray(word: str) -> StrayWord:
     """The problem of a word without a flag, with the flag that it lacks where the word tells which."""
-    return StrayWord(f"`{word}`{WHERE} stands without a flag", _flag_for(word), wrong_use=True)
+    return StrayWord(f"`{word}`{WHERE} is not a flag or the value of one", _flag_for(word), wrong_use=True)
 
 
 def _flag_for(word: str) -> str:
@@ -61,4 +61,4 @@ def _flag_for(word: str) -> str:
     if path.is_dir():
         return f"did you mean `--dataset_base_path {word}`?"
     near = suggest(word, recipe_names())
-    return f"did you mean `--recipe {near}`?" if near else "`diffsynth train --help` lists the flags"
+    return f"did you mean `--recipe {near}`?" if near else "see `diffsynth train --help`"

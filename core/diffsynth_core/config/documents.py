@@ -97,16 +97,16 @@ def reference_page(proofs: Mapping[str, str]) -> str:
     lines = [
         "# Parameters",
         "",
-        "Generated from the declaration by `make docs`; a test fails when this page is stale.",
+        "Generated from the declarations by `make docs`; a test fails when this page is out of date.",
         "",
-        "Give a parameter as a flag (`--lora_rank 16`, `--lora-rank 16`), in a `--config` file or in a recipe. Flags",
-        "override the file, which overrides the recipe, which overrides the default. Every flag that is true or false",
+        "Set a parameter as a flag (`--lora_rank 16`, `--lora-rank 16`), in a `--config` file or in a recipe. Flags",
+        "override the file, which overrides the recipe, which overrides the default. Every boolean flag",
         "has a `--no-…` form.",
         "",
-        "Names marked ¹ are those of DiffSynth-Studio. The column *changes* says what another value changes in a run:",
-        "the numbers that a step computes, the files that are written, its speed and memory, or nothing. A resumed run may",
-        "change all but numbers, and of these too what is compared by what comes of it (in brackets). The last column",
-        "names the test that fails when the parameter is ignored.",
+        "Names marked ¹ are those of DiffSynth-Studio. The column *changes* states what a different value changes in a run:",
+        "the numbers computed in a step, the files written, speed and memory, or nothing. A resumed run may change all",
+        "but numbers; of these, it may change what is compared by its effect (in brackets) if the effect is the same. The last",
+        "column names the test that fails when the parameter is ignored.",
     ]
     for group, title in GROUPS.items():
         lines += [

@@ -41,7 +41,7 @@ def _reject_empty(value: object) -> object:
     if value == "":
         raise ValueError("is empty")
     if isinstance(value, str) and "\0" in value:
-        raise ValueError("holds a NUL, which no name of a file can")
+        raise ValueError("contains a NUL character")
     return value
 
 
@@ -51,7 +51,7 @@ def _split_commas(value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
         return tuple(part.strip() for part in value if part.strip())
-    raise ValueError("is not a list of texts")
+    raise ValueError("is not a list of strings")
 
 
 def _read_path_groups(value: object) -> object:
@@ -108,8 +108,8 @@ TYPE_WORDS = {
     "bool": "true or false",
     "path": "a path",
     "memory": MEMORY_WORDS,
-    "str": "a text",
-    "comma list": "a list of texts with commas between them",
+    "str": "a string",
+    "comma list": "a comma-separated list of strings",
     "json list": "a JSON list of paths, or of lists of shard paths",
 }
 
@@ -182,7 +182,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "str",
-        "Recipe that supplies the values not given here; `diffsynth recipe list` names them",
+        "Recipe to take parameter values from; `diffsynth recipe list` lists all recipes",
         changes="nothing",
         documented=False,
         reads_data=True,
@@ -191,7 +191,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "path",
-        "YAML file in the format of a recipe; its values override those of the recipe",
+        "YAML file in recipe format; its values override those of the recipe",
         changes="nothing",
         documented=False,
         reads_data=True,
@@ -200,7 +200,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "str",
-        "The one stage to run, of a recipe or config file with stages; blank: all stages in their order",
+        "Run only this stage of a recipe or config file with stages; default: all stages, in order",
         changes="nothing",
         documented=False,
         reads_data=True,
@@ -209,7 +209,7 @@ class Parameters(BaseModel):
         False,
         "run",
         "bool",
-        "Run everything on tiny random weights of the same architecture, in the real file layout, before a GPU is rented",
+        "Run the whole training on tiny random weights with the same architecture and file layout, to test it before renting a GPU",
         changes="nothing",
         documented=False,
     )
@@ -217,7 +217,7 @@ class Parameters(BaseModel):
         False,
         "run",
         "bool",
-        "Check everything, print the plan, and stop before any weight is read",
+        "Check everything, print the plan, and exit before loading any weights",
         changes="nothing",
         documented=False,
     )
@@ -225,7 +225,7 @@ class Parameters(BaseModel):
         False,
         "run",
         "bool",
-        "Print all of the plan: files, modules, parameters, memory and disk by part",
+        "Print the full plan: files, modules, parameters, memory and disk usage by part",
         changes="nothing",
         short="v",
         documented=False,
@@ -234,7 +234,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "choice",
-        "auto: go on with the run in `output_path` from its last whole state, from the start when there is none; blank: refuse a folder that holds a run",
+        "auto: resume the run in `output_path` from its latest complete state, or start it if there is none; default: refuse a folder that already contains a run",
         changes="nothing",
         documented=False,
     )
@@ -242,7 +242,7 @@ class Parameters(BaseModel):
         0,
         "run",
         "int",
-        "Seed of noise, timesteps, order and initial LoRA weights",
+        "Seed for noise, timesteps, sample order and LoRA initialization",
         changes="numbers",
         documented=False,
         ge=0,
@@ -253,7 +253,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "int",
-        "Stop after this many optimizer steps in all, in each stage where there are stages; blank: train all epochs (a rehearsal: 8)",
+        "Maximum number of optimizer steps in total, per stage if there are stages; default: train all epochs (rehearsal: 8 steps)",
         changes="files",
         unit="optimizer steps",
         documented=False,
@@ -263,18 +263,23 @@ class Parameters(BaseModel):
         None,
         "run",
         "memory",
-        "Memory of the GPU to be trained on, such as 24GB, or its name, such as 4090 or A100-40; the plan says whether the run fits, and if not, which change makes it fit",
+        "Memory of the target GPU, such as 24GB, or its name, such as 4090 or A100-40; the plan reports whether the run fits and, if not, which changes make it fit",
         changes="nothing",
         documented=False,
     )
     device: str | None = _setting(
-        None, "run", "str", "cpu, cuda, cuda:1, mps …; blank: the best there is", changes="speed", documented=False
+        None,
+        "run",
+        "str",
+        "cpu, cuda, cuda:1, mps …; default: the best available device",
+        changes="speed",
+        documented=False,
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
         None,
         "run",
         "choice",
-        "Number format of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay float32; blank: bf16 on a GPU, no on a CPU",
+        "Dtype of frozen weights and of the computation: no (float32), bf16 or fp16; trained weights stay in float32; default: bf16 on a GPU, no on a CPU",
         changes="numbers",
         compared="precision",
         documented=False,
@@ -283,7 +288,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "int",
-        "Train in so many processes, one per GPU, started by accelerate's launcher; under a launcher: how many it must have started; blank: this process alone, or what launched it",
+        "Number of training processes, one per GPU, started with accelerate's launcher; when launched externally: the expected world size; default: one process, or the world size of the external launcher",
         changes="numbers",
         compared="micro_batches",
         unit="processes",
@@ -294,7 +299,7 @@ class Parameters(BaseModel):
         None,
         "run",
         "str",
-        "Configuration for accelerate's launcher: a preset (ddp, zero2, zero2offload, zero3) or a file; blank: the one that `accelerate config` wrote, if any",
+        "Configuration for accelerate's launcher: a preset (ddp, zero2, zero2offload, zero3) or a file; default: the one written by `accelerate config`, if any",
         changes="speed",
         documented=False,
     )
@@ -313,7 +318,7 @@ class Parameters(BaseModel):
         None,
         "dataset",
         "path",
-        "Metadata file (.csv, .json, .jsonl); blank: `metadata.csv`, `.json` or `.jsonl` in the root folder, else captions in .txt files beside the images",
+        "Metadata file (.csv, .json, .jsonl); default: `metadata.csv`, `.json` or `.jsonl` in the root folder, else captions in .txt files next to the images",
         changes="numbers",
         compared="dataset",
         reads_data=True,
@@ -322,7 +327,7 @@ class Parameters(BaseModel):
         1,
         "dataset",
         "int",
-        "How many times one epoch goes over the dataset; large numbers cost neither start-up time nor memory",
+        "Number of times the dataset is repeated per epoch; large values cost neither start-up time nor memory",
         changes="numbers",
         ge=1,
         reads_data=True,
@@ -331,7 +336,7 @@ class Parameters(BaseModel):
         0,
         "dataset",
         "int",
-        "Processes that load data beside the training process; 0: none",
+        "Number of worker processes that load data; 0: load data in the training process",
         changes="speed",
         unit="processes",
         ge=0,
@@ -340,7 +345,7 @@ class Parameters(BaseModel):
         ("image", "video"),
         "dataset",
         "comma list",
-        "Metadata columns that hold file paths; a cell is one path or a JSON list of paths",
+        "Metadata columns that contain file paths; each cell is a path or a JSON list of paths",
         changes="numbers",
         reads_data=True,
     )
@@ -348,7 +353,7 @@ class Parameters(BaseModel):
         1,
         "dataset",
         "int",
-        "Samples per micro-batch on each process; samples of one shape are grouped",
+        "Samples per micro-batch on each process; samples of the same shape are batched together",
         changes="numbers",
         unit="samples",
         documented=False,
@@ -359,7 +364,7 @@ class Parameters(BaseModel):
         None,
         "dataset",
         "path",
-        "Folder of the encoding cache and of rehearsal weights; blank: `$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`",
+        "Folder for the encoding cache and rehearsal weights; default: `$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`",
         changes="speed",
         documented=False,
         reads_data=True,
@@ -370,7 +375,7 @@ class Parameters(BaseModel):
         None,
         "size",
         "int",
-        "Fixed height, together with `width`; blank: dynamic resolution",
+        "Fixed height, set together with `width`; default: dynamic resolution",
         changes="numbers",
         unit="pixels",
         ge=16,
@@ -380,7 +385,7 @@ class Parameters(BaseModel):
         None,
         "size",
         "int",
-        "Fixed width, together with `height`; blank: dynamic resolution",
+        "Fixed width, set together with `height`; default: dynamic resolution",
         changes="numbers",
         unit="pixels",
         ge=16,
@@ -390,7 +395,7 @@ class Parameters(BaseModel):
         1048576,
         "size",
         "int",
-        "Dynamic resolution: larger images are scaled down to this area, smaller ones are never scaled up",
+        "Maximum area at dynamic resolution: larger images are scaled down to it, smaller ones are never upscaled",
         changes="numbers",
         unit="pixels",
         ge=256,
@@ -400,7 +405,7 @@ class Parameters(BaseModel):
         81,
         "size",
         "int",
-        "Frames per clip, 4n + 1; a shorter clip is cut to 4n + 1 of its own",
+        "Frames per clip, of the form 4n + 1; a shorter clip is truncated to the largest 4n + 1 that it has",
         changes="numbers",
         unit="frames",
         families=("wan",),
@@ -411,7 +416,7 @@ class Parameters(BaseModel):
         None,
         "size",
         "float",
-        "Resample videos in time to this rate, so that motion keeps its speed; blank: the frames as they are in the file",
+        "Resample videos to this frame rate, so that the speed of motion is preserved; default: the frames as stored in the file",
         changes="numbers",
         unit="frames per second",
         families=("wan",),
@@ -424,7 +429,7 @@ class Parameters(BaseModel):
         "first",
         "size",
         "choice",
-        "Which part of a longer video is taken: its beginning, its middle, or one at a place drawn once per video from the seed",
+        "Which part of a longer video to use: its beginning, its middle, or a random position drawn once per video from the seed",
         changes="numbers",
         families=("wan",),
         documented=False,
@@ -436,7 +441,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "json list",
-        "Local weight files as a JSON list; an element is a file, a folder or a list of shards; beside a recipe they replace its files of the same components",
+        "Local weight files as a JSON list; each element is a file, a folder or a list of shards; with a recipe, they replace its files for the same components",
         changes="numbers",
         compared="weights",
         reads_data=True,
@@ -445,7 +450,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Hub files as `model_id:glob`, below `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`), downloaded when they are missing; a local path is taken too",
+        "Hub files as `model_id:glob`, stored in `$DIFFSYNTH_MODEL_BASE_PATH` (else `./models`) and downloaded if missing; local paths are accepted too",
         changes="numbers",
         compared="weights",
         reads_data=True,
@@ -454,7 +459,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Further inputs of the model: metadata columns, or for Wan `input_image` and `end_image`, the first and the last frame of the clip",
+        "Additional model inputs: metadata columns, or for Wan `input_image` and `end_image`, the first and last frame of the clip",
         changes="numbers",
         reads_data=True,
     )
@@ -462,7 +467,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Entries of the model parameters whose frozen weights are kept in 8-bit floats (e4m3), half the memory of bf16, and widened for each computation: those of linear layers in blocks, nearly all; a list of shards is named by any of them; not for what trains in full",
+        "Entries of the model parameters whose frozen weights are stored in 8-bit floats (e4m3), half the memory of bf16, and upcast for each computation; applies to the linear layers in blocks, which hold nearly all weights; any file of a list of shards stands for the whole list; not for components trained in full",
         changes="numbers",
         compared="storage",
     )
@@ -470,7 +475,7 @@ class Parameters(BaseModel):
         (),
         "model",
         "comma list",
-        "Entries of the model parameters not to be held in memory; each component is loaded for its own stage and let go after it, so this is satisfied without asking",
+        "Entries of the model parameters to offload; accepted for compatibility, has no effect: each component is loaded only for its own stage and freed after it",
         changes="speed",
     )
 
@@ -479,7 +484,7 @@ class Parameters(BaseModel):
         1e-4,
         "training",
         "float",
-        "AdamW learning rate; usual: 1e-4 for LoRA, 1e-5 for full training",
+        "AdamW learning rate; typical: 1e-4 for LoRA, 1e-5 for full training",
         changes="numbers",
         compared="course",
         ge=0,
@@ -489,7 +494,7 @@ class Parameters(BaseModel):
         "constant",
         "training",
         "choice",
-        "Course of the learning rate after warm-up: constant, or falling to 0 at the last step along a line or a cosine",
+        "Learning-rate schedule after warmup: constant, or linear or cosine decay to 0 at the last step",
         changes="numbers",
         compared="course",
         documented=False,
@@ -498,7 +503,7 @@ class Parameters(BaseModel):
         0,
         "training",
         "int",
-        "Steps over which the learning rate rises from 0 to its full value",
+        "Number of steps over which the learning rate warms up from 0 to its full value",
         changes="numbers",
         compared="course",
         unit="optimizer steps",
@@ -509,7 +514,7 @@ class Parameters(BaseModel):
         None,
         "training",
         "float",
-        "Scale gradients down to this global norm; blank: no clipping",
+        "Clip gradients to this global norm; default: no clipping",
         changes="numbers",
         compared="course",
         documented=False,
@@ -520,14 +525,14 @@ class Parameters(BaseModel):
         (),
         "training",
         "comma list",
-        "Components trained in full, for example dit, text_encoder, vae, controlnet, or modules of one, for example dit.transformer_blocks.0.attn",
+        "Components to train in full, for example dit, text_encoder, vae, controlnet, or modules of a component, for example dit.transformer_blocks.0.attn",
         changes="numbers",
     )
     find_unused_parameters: bool = _setting(
         False,
         "training",
         "bool",
-        "Asks distributed training to look for parameters without a gradient; satisfied without looking, since those that cannot get one are left out",
+        "Search for parameters without a gradient in distributed training; accepted for compatibility, has no effect: unused parameters are excluded from training",
         changes="nothing",
     )
     weight_decay: Number = _setting(
@@ -539,18 +544,18 @@ class Parameters(BaseModel):
         "sft",
         "training",
         "choice",
-        "sft: supervised training; direct_distill: the few steps of a sampler, told by the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` encodes the dataset into `output_path`, and `:train` trains on that folder, named as `dataset_base_path`",
+        "sft: supervised training; direct_distill: distillation into a few-step sampler, given by the metadata columns seed, rand_device, num_inference_steps and cfg_scale; `:data_process` precomputes the encodings of the dataset into `output_path`, and `:train` trains on that folder, set as `dataset_base_path`",
         changes="numbers",
         reads_data=True,
     )
 
     # lora
-    lora_base_model: str | None = _setting(None, "lora", "str", "Component that receives LoRA", changes="numbers")
+    lora_base_model: str | None = _setting(None, "lora", "str", "Component to apply LoRA to", changes="numbers")
     lora_target_modules: CommaList | None = _setting(
         None,
         "lora",
         "comma list",
-        "Ends of module names that receive LoRA; a single value with which no name ends is a regular expression for whole names; not given: the family's documented list; given empty: all linear layers of the repeated blocks",
+        "Suffixes of the module names to apply LoRA to; a single value that is not a suffix of any name is a regular expression for full names; default: the family's documented list; empty: all linear layers of the repeated blocks",
         changes="numbers",
     )
     lora_rank: Integer = _setting(32, "lora", "int", "LoRA rank; alpha equals rank", changes="numbers", ge=1)
@@ -558,7 +563,7 @@ class Parameters(BaseModel):
         None,
         "lora",
         "path",
-        "LoRA file, in any of the `lora_format`s and of the same rank, that the trained LoRA starts from",
+        "LoRA file to initialize the trained LoRA from, in any `lora_format` and of the same rank",
         changes="numbers",
         compared="state",
     )
@@ -566,7 +571,7 @@ class Parameters(BaseModel):
         "diffsynth",
         "lora",
         "choice",
-        "Key names of written LoRA files: those of DiffSynth-Studio, diffusers, ComfyUI or kohya; goes over an `align_to_opensource_format` of the recipe",
+        "Key format of saved LoRA files: that of DiffSynth-Studio, diffusers, ComfyUI or kohya; takes precedence over an `align_to_opensource_format` of the recipe",
         changes="files",
         documented=False,
     )
@@ -574,12 +579,12 @@ class Parameters(BaseModel):
         None,
         "lora",
         "path",
-        "LoRA file, in any of the `lora_format`s, that is merged into `preset_lora_model` before training",
+        "LoRA file to merge into `preset_lora_model` before training, in any `lora_format`",
         changes="numbers",
         compared="weights",
     )
     preset_lora_model: str | None = _setting(
-        None, "lora", "str", "Component that the LoRA of `preset_lora_path` is merged into", changes="numbers"
+        None, "lora", "str", "Component to merge the LoRA of `preset_lora_path` into", changes="numbers"
     )
 
     # gradient
@@ -595,7 +600,7 @@ class Parameters(BaseModel):
         False,
         "gradient",
         "bool",
-        "Recompute activations, and let the inputs of the recomputed blocks wait in host memory: less GPU memory still",
+        "Recompute activations, and offload the inputs of the recomputed blocks to host memory: even less GPU memory",
         changes="speed",
     )
     gradient_accumulation_steps: Integer = _setting(
@@ -615,21 +620,21 @@ class Parameters(BaseModel):
         Path("./models"),
         "output",
         "path",
-        "Folder of the run; with a recipe or config file: `models/train/<its name>`; a rehearsal makes a fresh folder below `rehearsals/` when none is named",
+        "Output folder of the run; default with a recipe or config file: `models/train/<its name>`; default of a rehearsal: a new folder below `rehearsals/`",
         changes="files",
     )
     remove_prefix_in_ckpt: str = _setting(
         "pipe.dit.",
         "output",
         "str",
-        "Text taken off the keys that start with it when a checkpoint is saved",
+        "Prefix to remove from the keys that start with it when saving a checkpoint",
         changes="files",
     )
     save_steps: Integer | None = _setting(
         None,
         "output",
         "int",
-        "Save every so many steps; blank: once per epoch",
+        "Save a checkpoint every N steps; default: once per epoch",
         changes="files",
         unit="optimizer steps",
         ge=1,
@@ -638,7 +643,7 @@ class Parameters(BaseModel):
         None,
         "output",
         "int",
-        "Save the state that `--resume auto` goes on from every so many steps; blank: with every checkpoint",
+        "Save the training state for `--resume auto` every N steps; default: with every checkpoint",
         changes="files",
         unit="optimizer steps",
         documented=False,
@@ -648,7 +653,7 @@ class Parameters(BaseModel):
         2,
         "output",
         "int",
-        "States to keep, the newest ones: an older one takes the place of one that the disk damaged; one more is on disk while it is written",
+        "Number of latest states to keep: if the disk damages one, the run resumes from an older one; one more is on disk while it is being written",
         changes="files",
         unit="states",
         documented=False,
@@ -658,7 +663,7 @@ class Parameters(BaseModel):
         None,
         "output",
         "choice",
-        "Number format of saved weights; blank: LoRA in float32, full weights as in the base file",
+        "Dtype of saved weights; default: float32 for LoRA, the dtype of the base file for full weights",
         changes="files",
         documented=False,
     )
@@ -668,19 +673,25 @@ class Parameters(BaseModel):
         1.0,
         "family",
         "float",
-        "Upper end of the sampled share of the timestep table; 0 is the most noisy end",
+        "Upper end of the sampled range of the timestep table, as a fraction; 0 is the noisiest end",
         changes="numbers",
         ge=0,
         le=1,
     )
     min_timestep_boundary: Number = _setting(
-        0.0, "family", "float", "Lower end of the sampled share of the timestep table", changes="numbers", ge=0, le=1
+        0.0,
+        "family",
+        "float",
+        "Lower end of the sampled range of the timestep table, as a fraction",
+        changes="numbers",
+        ge=0,
+        le=1,
     )
     tokenizer_path: str | None = _setting(
         None,
         "family",
         "str",
-        "Tokenizer folder, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        "Tokenizer folder, or `model_id:folder`; default: the one next to the text encoder, else the family's own",
         changes="numbers",
         compared="weights",
         families=("qwen-image", "wan", "flux2"),
@@ -690,7 +701,7 @@ class Parameters(BaseModel):
         None,
         "family",
         "str",
-        "Processor folder of Qwen-Image-Edit, or `model_id:folder`; blank: the one beside the text encoder, else the family's own",
+        "Processor folder of Qwen-Image-Edit, or `model_id:folder`; default: the one next to the text encoder, else the family's own",
         changes="numbers",
         compared="weights",
         families=("qwen-image",),
@@ -720,7 +731,7 @@ class Parameters(BaseModel):
         False,
         "family",
         "bool",
-        "Write the LoRA of FLUX.1 in the widely read key names: another spelling of `lora_format` kohya",
+        "Save LoRAs of FLUX.1 with the most widely supported key names; same as `lora_format` kohya",
         changes="files",
         families=("flux",),
     )
@@ -731,7 +742,7 @@ class Parameters(BaseModel):
         False,
         "family",
         "bool",
-        "Qwen-Image-Edit-2511: tokens of reference images are modulated with timestep 0",
+        "Qwen-Image-Edit-2511: modulate the tokens of reference images with timestep 0",
         changes="numbers",
         families=("qwen-image",),
     )

@@ -14,15 +14,15 @@ from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, kind_of, raise_if_any, suggest
 
 RECIPE_KEYS = {
-    "extends": "Recipe whose values this one starts from",
-    "description": "One line for `diffsynth recipe list`",
+    "extends": "Recipe to inherit values from",
+    "description": "One-line description for `diffsynth recipe list`",
     "family": "Model family",
-    "parameters": "Values of parameters",
-    "stages": "Runs of one command, by name and in their order; the parameters of a stage go over those of the recipe",
+    "parameters": "Parameter values",
+    "stages": "Runs of one command, by name and in order; the parameters of a stage take precedence over those of the recipe",
 }
 STAGE_KEYS = {
-    "description": "One line on what the stage trains",
-    "parameters": "Values of parameters in this stage",
+    "description": "One-line description of what the stage trains",
+    "parameters": "Parameter values for this stage",
 }
 STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
 """A stage names a folder; capitals are left out, since some file systems do not tell them apart."""
@@ -84,7 +84,7 @@ def load_recipe(name: str) -> Recipe:
         FaultsFound: when there is none (the nearest name is offered) or its file is faulty.
     """
     if name not in recipe_names():
-        hint = f"give your own file as `--config {name}`" if Path(name).is_file() else _nearest_recipe(name)
+        hint = f"pass your own file as `--config {name}`" if Path(name).is_file() else _nearest_recipe(name)
         raise FaultsFound([Problem(f"there is no recipe `{name}`", hint, wrong_use=True)])
     recipe = load_recipe_file(recipe_folder() / f"{name}.yaml")
     raise_if_any(recipe.problems)
@@ -94,7 +94,7 @@ def load_recipe(name: str) -> Recipe:
 def _nearest_recipe(name: str) -> str:
     """The hint for a name that no recipe has."""
     near = suggest(name, recipe_names())
-    return f"did you mean `{near}`?" if near else "`diffsynth recipe list` names them all"
+    return f"did you mean `{near}`?" if near else "see `diffsynth recipe list`"
 
 
 def load_config(name: str) -> Recipe:
@@ -104,8 +104,8 @@ def load_config(name: str) -> Recipe:
         DiffSynthError: when the file cannot be read, or only a recipe has that name.
     """
     if name in recipe_names() and not Path(name).exists():
-        what = f"`--config` takes a file, and `{name}` is a recipe"
-        raise FaultsFound([Problem(what, f"give `--recipe {name}`", wrong_use=True)])
+        what = f"`--config` takes a file, but `{name}` is a recipe"
+        raise FaultsFound([Problem(what, f"pass `--recipe {name}`", wrong_use=True)])
     return load_recipe_file(Path(name))
 
 
@@ -120,7 +120,7 @@ def load_recipe_file(path: Path) -> Recipe:
 
 def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
     if path in below:
-        raise DiffSynthError(f"`{path}` extends itself", "let it extend another recipe")
+        raise DiffSynthError(f"`{path}` extends itself", "extend another recipe")
     content = read_yaml(path)
     problems = _key_problems(path, content)
     parent = Recipe("", "", None, ())
@@ -166,7 +166,7 @@ def _is_stage_name(name: object) -> bool:
 
 def _parent_path(path: Path, name: str) -> Path:
     if name not in recipe_names():
-        what = f"`{path}` extends `{name}`, which is not a recipe; nothing else can be extended"
+        what = f"`{path}` extends `{name}`, which is not a recipe; only recipes can be extended"
         raise FaultsFound([Problem(what, _nearest_recipe(name), wrong_use=True)])
     return recipe_folder() / f"{name}.yaml"
 
@@ -174,7 +174,7 @@ def _parent_path(path: Path, name: str) -> Path:
 def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
     """What in a recipe file is no part of the closed schema."""
     if not content:
-        return [Problem(f"`{path}` is empty", "write `parameters:` and the values below it", wrong_use=True)]
+        return [Problem(f"`{path}` is empty", "add `parameters:` with the values below it", wrong_use=True)]
     problems = []
     for key, value in content.items():
         if key not in RECIPE_KEYS:
@@ -184,20 +184,20 @@ def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
         elif key == "stages":
             problems += _stages_problems(value, f"`{path}`")
         elif not isinstance(value, str):
-            problems.append(Problem(f"`{path}`: `{key}` takes a text, got `{value}`", wrong_use=True))
+            problems.append(Problem(f"`{path}`: `{key}` takes a string, got `{value}`", wrong_use=True))
     return problems
 
 
 def _stages_problems(stages: Any, where: str) -> list[Problem]:
     """What below `stages:` is no part of the closed schema."""
     if stages is not None and not isinstance(stages, dict):
-        what = f"`stages` holds {kind_of(stages)}, expected names of stages and their keys"
+        what = f"`stages` is {kind_of(stages)}, expected stage names and their keys"
         return [Problem(f"{where}: {what}", wrong_use=True)]
     problems = []
     for name, stage in (stages or {}).items():
         if not _is_stage_name(name):
-            hint = "use small letters, digits, `-` and `_`, for a folder gets that name"
-            problems.append(Problem(f"{where}: `{name}` cannot be the name of a stage", hint, wrong_use=True))
+            hint = "use lowercase letters, digits, `-` and `_`: a folder gets this name"
+            problems.append(Problem(f"{where}: `{name}` is not a valid stage name", hint, wrong_use=True))
         problems += _stage_problems(stage, f"{where}, stage `{name}`")
     return problems
 
@@ -205,7 +205,7 @@ def _stages_problems(stages: Any, where: str) -> list[Problem]:
 def _stage_problems(stage: Any, where: str) -> list[Problem]:
     """What in one stage is no part of the closed schema."""
     if stage is not None and not isinstance(stage, dict):
-        what = f"holds {kind_of(stage)}, expected the keys {' and '.join(STAGE_KEYS)}"
+        what = f"is {kind_of(stage)}, expected the keys {' and '.join(STAGE_KEYS)}"
         return [Problem(f"{where} {what}", wrong_use=True)]
     problems = []
     for key, value in (stage or {}).items():
@@ -214,25 +214,25 @@ def _stage_problems(stage: Any, where: str) -> list[Problem]:
         elif key == "parameters":
             problems += _parameter_problems(value, where)
         elif not isinstance(value, str):
-            problems.append(Problem(f"{where}: `{key}` takes a text, got `{value}`", wrong_use=True))
+            problems.append(Problem(f"{where}: `{key}` takes a string, got `{value}`", wrong_use=True))
     return problems
 
 
 def _unknown_key(key: str, kind: str, keys: Mapping[str, str], where: str) -> Problem:
-    hint = "put it below `parameters:`" if key in SETTINGS else f"a {kind} has the keys {', '.join(keys)}"
+    hint = "move it below `parameters:`" if key in SETTINGS else f"a {kind} has the keys {', '.join(keys)}"
     return Problem(f"{where}: `{key}` is not a key of a {kind}", hint, wrong_use=True)
 
 
 def _parameter_problems(given: Any, where: str) -> list[Problem]:
     """What below `parameters:` is no parameter, or none for a file."""
     if given is not None and not isinstance(given, dict):
-        what = f"`parameters` holds {kind_of(given)}, expected names and values"
+        what = f"`parameters` is {kind_of(given)}, expected names and values"
         return [Problem(f"{where}: {what}", wrong_use=True)]
     unknown = [unknown_parameter(str(name), f" in {where}") for name in given or {} if name not in SETTINGS]
     misplaced = [
         Problem(
-            f"`{name}` in {where} says what one command does and has no place in a file",
-            "give it as a flag",
+            f"`{name}` in {where} applies to a single command and cannot be set in a file",
+            "pass it as a flag",
             wrong_use=True,
         )
         for name in given or {}

@@ -170,8 +170,8 @@ def _settle_lora_format(
         if aligned and other != ALIGNED_FORMAT:
             aligned = False
             if other in SETTINGS[LORA_FORMAT].choices:  # what is none is told as any wrong value
-                what = f"`{ALIGN}` asks for `{LORA_FORMAT}` `{ALIGNED_FORMAT}`, and `{LORA_FORMAT}` is `{other}`"
-                problems.append(Problem(f"{what} ({origin})", "leave one of them out", wrong_use=True))
+                what = f"`{ALIGN}` implies `{LORA_FORMAT}` `{ALIGNED_FORMAT}`, but `{LORA_FORMAT}` is `{other}`"
+                problems.append(Problem(f"{what} ({origin})", "remove one of them", wrong_use=True))
     if aligned:
         values[LORA_FORMAT], origins[LORA_FORMAT] = ALIGNED_FORMAT, origins[ALIGN]
     elif ALIGN in values and _read(ALIGN, values[ALIGN]) is True:
@@ -193,8 +193,8 @@ def _choose_stages(only: str | None, stages: list[str], incomplete: bool, proble
         hint = f"did you mean `{near}`?" if near else f"the stages are {', '.join(stages)}"
         problems.append(Problem(f"there is no stage `{only}` (`--only`)", hint, wrong_use=True))
     elif not incomplete:
-        what = f"`only` asks for the stage `{only}`, but nothing here has stages"
-        problems.append(Problem(what, "leave it out, or name a recipe with stages", wrong_use=True))
+        what = f"`only` selects the stage `{only}`, but there are no stages"
+        problems.append(Problem(what, "remove it, or use a recipe with stages", wrong_use=True))
     return stages
 
 
@@ -215,7 +215,7 @@ def _conflicts(sources: Sequence[Source], stages: Sequence[str]) -> list[Problem
             shown = f"`--{name}`" if origin == COMMAND_LINE else origin
             found[name] = Problem(
                 f"`{name}` differs between the stages {listed} ({shown})",
-                "name one of them with `--only`",
+                "select one of them with `--only`",
                 wrong_use=True,
             )
     return list(found.values())
@@ -236,8 +236,8 @@ def _told_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
     if not shared:
         return stages
     names = " and ".join(str(resolved.stage) for resolved in shared)
-    what = f"the stages {names} have one folder, `{shared[0].parameters.output_path}` (`output_path`)"
-    problem = Problem(what, "leave `output_path` out of the stages", wrong_use=True)
+    what = f"the stages {names} share the folder `{shared[0].parameters.output_path}` (`output_path`)"
+    problem = Problem(what, "remove `output_path` from the stages", wrong_use=True)
     return tuple(replace(resolved, problems=(*resolved.problems, problem)) for resolved in stages)
 
 
@@ -247,7 +247,7 @@ def _slipped(name: str, value: Any, problems: list[Problem]) -> bool:
     flag = isinstance(value, str) and value.startswith("--")
     if not flag and not (value == "" and (setting.type_name == "path" or name in ("recipe", "only"))):
         return False
-    hint = f"give the value: `--{name} VALUE`"
+    hint = f"pass the value: `--{name} VALUE`"
     problems.append(Problem(f"`{name}` takes {setting.type_words}, got `{value}` (`--{name}`)", hint, wrong_use=True))
     return True
 
@@ -333,8 +333,8 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
         given, missing = ("height", "width") if parameters.width is None else ("width", "height")
         problems.append(
             Problem(
-                f"`{given}` is given without `{missing}`",
-                f"give `--{missing}` too, or neither for dynamic resolution",
+                f"`{given}` is set without `{missing}`",
+                f"set `--{missing}` too, or neither for dynamic resolution",
                 wrong_use=True,
             )
         )
@@ -342,7 +342,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
         problems.append(
             Problem(
                 f"`min_timestep_boundary` {parameters.min_timestep_boundary} is not below `max_timestep_boundary` {parameters.max_timestep_boundary}",
-                "leave a range between them",
+                "choose a lower `--min_timestep_boundary` or a higher `--max_timestep_boundary`",
                 wrong_use=True,
             )
         )
@@ -350,7 +350,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
     if parameters.rehearse and not (task.encodes and task.trains):
         problems.append(
             Problem(
-                f"`rehearse` rehearses a whole run, `task` `{task.name}` is one half",
+                f"`rehearse` rehearses a complete run, but `task` `{task.name}` is one of two stages",
                 f"rehearse with `--task {task.objective}`",
                 wrong_use=True,
             )
@@ -358,8 +358,8 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
     if task.objective != "sft":
         problems += [
             Problem(
-                f"`{name}` means nothing to `{task.name}`, whose samples name their steps",
-                "leave it out",
+                f"`{name}` has no effect with `{task.name}`, where the samples determine the timesteps",
+                "remove it",
                 wrong_use=True,
             )
             for name in ("min_timestep_boundary", "max_timestep_boundary")
@@ -367,9 +367,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
         ]
     if parameters.resume and parameters.rehearse:
         problems.append(
-            Problem(
-                "`rehearse` starts a run of its own and cannot `resume` one", "leave one of them out", wrong_use=True
-            )
+            Problem("`rehearse` starts a new run and cannot `resume` one", "remove one of them", wrong_use=True)
         )
     return problems
 
@@ -378,8 +376,8 @@ def settings_of_others(parameters: Parameters, family: str, origins: Mapping[str
     """Settings that were given and that mean nothing to this family."""
     return [
         Problem(
-            f"`{name}` has no meaning for {family}; it belongs to {', '.join(setting.families)} ({origins[name]})",
-            "leave it out",
+            f"`{name}` does not apply to {family}, only to {', '.join(setting.families)} ({origins[name]})",
+            "remove it",
             wrong_use=True,
         )
         for name, setting in SETTINGS.items()

@@ -31,9 +31,9 @@ def template_of(name: str) -> str:
     raise_if_any([problem for resolved in stages for problem in resolved.problems])
     shared = _shared_values(stages)
     lines = [
-        f"# A file to start from, with the values of the recipe `{name}`: `diffsynth train --config FILE`",
-        "# What begins with `#` and a name is not set, and shows the default. `diffsynth recipe schema` helps editors.",
-        f"# To take later changes of the recipe along, delete what you do not change and write `extends: {name}`.",
+        f"# A starting point with the values of the recipe `{name}`: `diffsynth train --config FILE`",
+        "# Commented-out parameters are not set and show the default. `diffsynth recipe schema` prints a schema for editors.",
+        f"# To follow later changes of the recipe, delete what you do not change and add `extends: {name}`.",
         *_dumped({"description": recipe.description, "family": recipe.family}),
         "parameters:",
         *_indented(_parameter_lines(shared, recipe.family)),

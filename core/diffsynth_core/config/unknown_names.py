@@ -6,16 +6,16 @@ from fnmatch import fnmatchcase
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.errors import Problem, suggest
 
-METRICS = "leave it out; `metrics.jsonl` in the output folder holds loss, learning rate and gradient norm of each step"
+METRICS = "remove it; `metrics.jsonl` in the output folder records loss, learning rate and gradient norm of each step"
 MEMORY = (
-    "leave it out; `--fp8_models` and `--use_gradient_checkpointing_offload` save GPU memory, "
+    "remove it; `--fp8_models` and `--use_gradient_checkpointing_offload` save GPU memory, "
     "and `--dry_run --gpu_memory 24GB` finds what fits"
 )
-ADAMW = "leave it out; the optimizer is AdamW"
-DISTILLATION = "leave it out; `--task direct_distill` is the distillation that is supported"
-CONTINUE = "`--resume auto` continues the run in `--output_path` at its last step, with the state of its optimizer"
-START_FROM = "`--lora_checkpoint FILE` starts a new run from the weights of a LoRA"
-FULL_CHECKPOINT = "a full checkpoint is named in `--model_paths` in place of the base"
+ADAMW = "remove it; the optimizer is AdamW"
+DISTILLATION = "remove it; the supported distillation is `--task direct_distill`"
+CONTINUE = "`--resume auto` resumes the run in `--output_path` at its last step, including the optimizer state"
+START_FROM = "`--lora_checkpoint FILE` starts a new run from LoRA weights"
+FULL_CHECKPOINT = "to start from a full checkpoint, pass it in `--model_paths` instead of the base"
 RESUME = f"{CONTINUE}; {START_FROM}; {FULL_CHECKPOINT}"
 LORA = f"{START_FROM}; `--preset_lora_path FILE` merges one into the base before training; {CONTINUE}"
 
@@ -33,23 +33,23 @@ class UnsupportedName:
 
 
 UNSUPPORTED: dict[str, UnsupportedName] = {
-    "audio_processor_path": UnsupportedName("leave it out; models with audio are not supported"),
+    "audio_processor_path": UnsupportedName("remove it; models with audio are not supported"),
     "cpu_offload_split_threshold": UnsupportedName(MEMORY),
     "customized_optimizer": UnsupportedName(ADAMW),
     "dmd2_*": UnsupportedName(DISTILLATION),
     "embedded_guidance": UnsupportedName(DISTILLATION),
     "enable_csv_log": UnsupportedName(METRICS, is_switch=True),
-    "enable_lora_hot_loading": UnsupportedName("leave it out; template models are not supported", is_switch=True),
+    "enable_lora_hot_loading": UnsupportedName("remove it; template models are not supported", is_switch=True),
     "enable_model_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
     "enable_optimizer_cpu_offload": UnsupportedName(MEMORY, is_switch=True),
     "enable_swanlab_log": UnsupportedName(METRICS, is_switch=True),
     "enable_tensorboard_log": UnsupportedName(METRICS, is_switch=True),
     "enable_wandb_log": UnsupportedName(METRICS, is_switch=True),
-    "framewise_decoding": UnsupportedName("leave it out; Wan Dancer is not supported", is_switch=True),
-    "quant_options": UnsupportedName("leave it out; `--fp8_models` keeps frozen weights in 8-bit floats"),
+    "framewise_decoding": UnsupportedName("remove it; Wan Dancer is not supported", is_switch=True),
+    "quant_options": UnsupportedName("remove it; `--fp8_models` keeps frozen weights in 8-bit floats"),
     "resume_from_checkpoint": UnsupportedName(RESUME),
     "swanlab_*": UnsupportedName(METRICS),
-    "template_model_id_or_path": UnsupportedName("leave it out; template models are not supported"),
+    "template_model_id_or_path": UnsupportedName("remove it; template models are not supported"),
     "wandb_*": UnsupportedName(METRICS),
 } | {
     **dict.fromkeys(
@@ -75,8 +75,8 @@ def find_unsupported(name: str) -> UnsupportedName | None:
 def unknown_parameter(name: str, where: str) -> Problem:
     """The problem that `name` is no parameter, with what to use instead, else with the nearest name."""
     if known := find_unsupported(name):
-        why = "is documented by DiffSynth-Studio and not supported yet" if known.documented else "is not a parameter"
+        why = "is a DiffSynth-Studio parameter that is not supported yet" if known.documented else "is not a parameter"
         return Problem(f"`{name}`{where} {why}", known.instead, wrong_use=True)
     near = suggest(name, SETTINGS)
-    hint = f"did you mean `{near}`?" if near else "`diffsynth train --help` lists them all"
+    hint = f"did you mean `{near}`?" if near else "see `diffsynth train --help`"
     return Problem(f"`{name}`{where} is not a parameter", hint, wrong_use=True)

@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         mark = event.start_mark
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=mark)
         node = super().compose_node(parent, index)
         assert isinstance(node, yaml.nodes.Node)
         self._depth -= 1
@@ -63,9 +63,11 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is not a text", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key is not a string", problem_mark=key_node.start_mark)
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"`{key_node.value}` stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key `{key_node.value}`", problem_mark=key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -108,7 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise DiffSynthError(f"`{path}` has more than {MAX_BYTES} bytes", "name a file of parameters")
+            raise DiffSynthError(f"`{path}` is larger than {MAX_BYTES} bytes", "pass a file of parameters")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "correct the path") from error
@@ -121,17 +123,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise DiffSynthError(
-            f"`{path}` is not YAML{line}: {error.problem or error.context}", "mend that line"
+            f"`{path}` is not valid YAML{line}: {error.problem or error.context}", "fix that line"
         ) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         # Constructors of standard tags, such as `!!bool maybe`, raise whatever their parsers do.
         reason = " ".join(str(error).split())
-        raise DiffSynthError(f"`{path}` is not YAML: {reason}", "mend the file") from error
+        raise DiffSynthError(f"`{path}` is not valid YAML: {reason}", "fix the file") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise DiffSynthError(
-            f"`{path}` holds {kind_of(value)}, expected keys and values",
-            "write `parameters:` and the values below it",
+            f"`{path}` contains {kind_of(value)}, expected keys and values",
+            "add `parameters:` with the values below it",
         )
     return value

@@ -80,8 +80,8 @@ def find_components(
     if not entries and not parameters.model_paths:
         problems.append(
             Problem(
-                "no model files are named",
-                "give `--recipe`, `--model_paths` or `--model_id_with_origin_paths`",
+                "no model files given",
+                "pass `--recipe`, `--model_paths` or `--model_id_with_origin_paths`",
                 wrong_use=True,
             )
         )
@@ -244,9 +244,9 @@ def _misfits(
         if side and denoiser_side and denoiser_side != (side[0] * fit.parts,):
             problems.append(
                 Problem(
-                    f"the {fit.component} from `{origins[fit.component]}` {fit.verb} {fit.what} of {side[0]} channels, "
-                    f"the {facts.denoiser} of {variant.title} takes {denoiser_side[0] // fit.parts}",
-                    fit.way_out or f"name the {fit.component} of the same model",
+                    f"the {fit.component} from `{origins[fit.component]}` {fit.verb} {fit.what} with {side[0]} channels, "
+                    f"but the {facts.denoiser} of {variant.title} expects {denoiser_side[0] // fit.parts}",
+                    fit.way_out or f"use the {fit.component} of the same model",
                     wrong_use=True,
                 )
             )
@@ -278,16 +278,16 @@ def _without_meaning(
         needed = facts.component(name).inputs
         if needed and not set(needed) & set(inputs):
             yield Problem(
-                f"`{files.origin}` is the {name} of {facts.title}, which means nothing without the extra input `{needed[0]}`",
-                f"give `--extra_inputs {','.join((*inputs, needed[0]))}`, or leave its files out",
+                f"`{files.origin}` is the {name} of {facts.title}, but `{needed[0]}` is not in `extra_inputs`",
+                f"pass `--extra_inputs {','.join((*inputs, needed[0]))}`, or remove its files",
                 wrong_use=True,
             )
 
 
 def _missing(component: ComponentFacts, variant: Variant) -> Problem:
     return Problem(
-        f"the files named hold no {component.name} ({component.title}) for {variant.title}",
-        "name its files too",
+        f"no {component.name} weights ({component.title}) given for {variant.title}",
+        "add them to `--model_paths` or `--model_id_with_origin_paths`",
         wrong_use=True,
     )
 
@@ -345,6 +345,8 @@ def _check_entries(parameters: Parameters, parameter: str, problems: list[Proble
             hint = f"did you mean `{near}`?" if near else f"the entries are {shorten(named)}"
             problems.append(
                 Problem(
-                    f"`{parameter}` names `{entry}`, which is no entry of the model parameters", hint, wrong_use=True
+                    f"`{parameter}` names `{entry}`, which is not an entry of the model parameters",
+                    hint,
+                    wrong_use=True,
                 )
             )

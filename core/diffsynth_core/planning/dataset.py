@@ -135,7 +135,7 @@ def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -
     hints = dict.fromkeys(REFERENCE_COLUMNS, f"other families read it; {LEAVE_OUT}")
     hints |= dict.fromkeys(LATER_INPUTS, f"this condition is not supported yet; {LEAVE_OUT}")
     hints |= {
-        name: f"`{name}` is a frame of the clip itself, asked for by `--extra_inputs`; the column can be left out"
+        name: f"`{name}` is a frame of the clip itself, enabled with `--extra_inputs`; the column can be removed"
         for name in FRAME_INPUTS
     }
     objective = next(name for name, task in TASKS.items() if task.columns)
@@ -145,7 +145,7 @@ def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -
         keys = dict.fromkeys((*parameters.data_file_keys, name))
         together = set(inputs) <= set(facts.variant({}, inputs, "").takes)
         hints[name] = (
-            f"to train on it, give `--data_file_keys {','.join(keys)} --extra_inputs {','.join(inputs)}`"
+            f"to train on it, pass `--data_file_keys {','.join(keys)} --extra_inputs {','.join(inputs)}`"
             if name in variant.takes and together
             else f"{variant.title} does not read it; {LEAVE_OUT}"
         )
@@ -158,7 +158,7 @@ def _unread_columns(metadata: Metadata, known: Sequence[str], hints: Mapping[str
     meant = [unread_column(metadata.origin, name, known, hints[name]) for name in unread if name in hints]
     others = [name for name in unread if name not in hints]
     if others:
-        what = f"`{metadata.origin}` has columns that are not read: {shorten(others)}"
+        what = f"`{metadata.origin}` has unused columns: {shorten(others)}"
         meant.append(Problem(what, code="COLUMN_UNKNOWN"))
     return meant
 
@@ -169,8 +169,8 @@ def _file_key_problems(parameters: Parameters, variant: Variant) -> list[Problem
     keys = dict.fromkeys((*parameters.data_file_keys, *needed))
     return [
         Problem(
-            f"`data_file_keys` leaves out `{column}`, whose files this run reads",
-            f"give `--data_file_keys {','.join(keys)}`",
+            f"`data_file_keys` does not include `{column}`, whose files this run reads",
+            f"pass `--data_file_keys {','.join(keys)}`",
             wrong_use=True,
         )
         for column in needed
@@ -188,8 +188,8 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
             nearest = max(factor, value // factor * factor)
             problems.append(
                 Problem(
-                    f"`{side}` {value} is not a multiple of {factor}, which {variant.title} needs",
-                    f"give `--{side} {nearest}`",
+                    f"`{side}` {value} is not a multiple of {factor}, which {variant.title} requires",
+                    f"pass `--{side} {nearest}`",
                     wrong_use=True,
                 )
             )
@@ -197,8 +197,8 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
         nearest = max(0, parameters.num_frames - 1) // step * step + 1
         problems.append(
             Problem(
-                f"`num_frames` {parameters.num_frames} is not a multiple of {step} and one more, which {variant.title} needs",
-                f"give `--num_frames {nearest}` or `{nearest + step}`",
+                f"`num_frames` {parameters.num_frames} is not of the form {step}n + 1, which {variant.title} requires",
+                f"pass `--num_frames {nearest}` or `{nearest + step}`",
                 wrong_use=True,
             )
         )
@@ -212,15 +212,15 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     for name in parameters.extra_inputs:
         if name not in (*variant.takes, *of_objective):
             near = suggest(name, set(variant.takes) - set(parameters.extra_inputs))
-            known = f"it takes {', '.join(variant.takes)}" if variant.takes else "leave it out"
+            known = f"it takes {', '.join(variant.takes)}" if variant.takes else "remove it"
             hint = f"did you mean `{near}`?" if near else known
             problems.append(
-                Problem(f"`extra_inputs` names `{name}`, which {variant.title} does not take", hint, wrong_use=True)
+                Problem(f"`extra_inputs` names `{name}`, which {variant.title} does not support", hint, wrong_use=True)
             )
     problems += [
         Problem(
-            f"`extra_inputs` lacks `{name}`, which {variant.title} cannot do without",
-            f"give `--extra_inputs {','.join((*parameters.extra_inputs, name))}`",
+            f"`extra_inputs` lacks `{name}`, which {variant.title} requires",
+            f"pass `--extra_inputs {','.join((*parameters.extra_inputs, name))}`",
             wrong_use=True,
         )
         for name in variant.needs
@@ -235,8 +235,8 @@ def _idle_parameters(parameters: Parameters, facts: FamilyFacts) -> list[Problem
     needed |= {name: tokenizer.inputs for name, tokenizer in facts.tokenizers.items() if tokenizer.inputs}
     return [
         Problem(
-            f"`{name}` means nothing without the extra input `{inputs[0]}`",
-            f"leave it out, or give `--extra_inputs {inputs[0]}`",
+            f"`{name}` requires the extra input `{inputs[0]}`",
+            f"remove it, or pass `--extra_inputs {inputs[0]}`",
             wrong_use=True,
         )
         for name, inputs in needed.items()
@@ -250,7 +250,9 @@ def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -
     shown = ", ".join(shown_frames(parameters, variant))
     if not single or not shown:
         return []
-    return [f"{count_of(single, 'sample')} of one frame: the model is shown it whole ({shown}) and learns to copy it"]
+    return [
+        f"{count_of(single, 'sample')} with a single frame: the model is conditioned on all of it ({shown}) and learns to copy it"
+    ]
 
 
 def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
@@ -259,8 +261,8 @@ def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
         return []
     return [
         Problem(
-            f"{sample.name} is one frame, which {variant.title} is given: nothing is left to learn",
-            'take the row out, or train without it: `--extra_inputs ""`',
+            f"{sample.name} has one frame, and {variant.title} conditions on the first frame: nothing is left to predict",
+            'remove the row, or train without this condition: `--extra_inputs ""`',
             code="VIDEO_TOO_SHORT",
         )
         for sample in samples.samples

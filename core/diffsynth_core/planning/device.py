@@ -34,8 +34,8 @@ def check_launch(problems: list[Problem]) -> None:
 def sharded_launch(engine: str, how: str) -> Problem:
     """The problem that processes are, or would be, launched with an engine that shares weights out."""
     return Problem(
-        f"{how} with {engine}; this version keeps whole weights in each process",
-        "launch with `recipes/accelerate/ddp.yaml`, or in one process",
+        f"{how} with {engine}: sharding is not supported yet",
+        "use DDP (`recipes/accelerate/ddp.yaml`), or a single process",
         wrong_use=True,
     )
 
@@ -59,11 +59,11 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
             )
         )
     elif kind != "cpu" and (best is None or best.type != kind or int(number or 0) >= torch.accelerator.device_count()):
-        there = f"{torch.accelerator.device_count()} of kind {best.type}" if best else "none"
+        there = f"{torch.accelerator.device_count()} of type {best.type}" if best else "none"
         absent.append(
             Problem(
-                f"`device` `{parameters.device}` is not there; accelerators found: {there}",
-                "leave `--device` out, or give `--device cpu`",
+                f"`device` `{parameters.device}` is not available; accelerators found: {there}",
+                "remove `--device`, or pass `--device cpu`",
             )
         )
     return parameters.device
@@ -77,12 +77,12 @@ def choose_precision(parameters: Parameters, device: str, problems: list[Problem
     kind = device.partition(":")[0]
     if parameters.mixed_precision is None:
         if kind != "cpu" and not _has_bfloat16(kind):
-            problems.append(Problem("this GPU does not compute bf16", "give `--mixed_precision fp16` or `no`"))
+            problems.append(Problem("this GPU does not support bf16", "pass `--mixed_precision fp16` or `no`"))
         return "no" if kind == "cpu" else "bf16"
     if parameters.mixed_precision not in PRECISIONS_BY_DEVICE.get(kind, ("no", "bf16", "fp16")):
         what = f"`mixed_precision` `{parameters.mixed_precision}` needs a GPU; the device is {device}"
         asked = parameters.device is not None
-        problem = Problem(what, "give `--mixed_precision bf16` or `no`", wrong_use=asked)
+        problem = Problem(what, "pass `--mixed_precision bf16` or `no`", wrong_use=asked)
         (problems if asked else absent).append(problem)
     return parameters.mixed_precision
 
@@ -96,9 +96,9 @@ def noise_problems(samples: SampleSet) -> list[Problem]:
         return []
     return [
         Problem(
-            f"`rand_device` is `cuda` for {count_of(len(drawn), 'sample')}, and there is no such device to draw the noise; "
+            f"`rand_device` is `cuda` for {count_of(len(drawn), 'sample')}, but there is no such device to draw the noise; "
             f"the first is {drawn[0].name}",
-            "train where there is one, or make the images again with `cpu`",
+            "train on a machine that has one, or generate the images again with `cpu`",
         )
     ]
 

@@ -26,16 +26,16 @@ def memory_page() -> str:
     lines = [
         "# GPU memory of the recipes",
         "",
-        "Generated from the plans of the recipes by `make docs`; a test fails when this page is stale.",
+        "Generated from the plans of the recipes by `make docs`; a test fails when this page is out of date.",
         "",
-        "What `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB` estimates: in bf16, at the largest images or",
-        "clips that the recipe allows, in batches of one. Your own dataset and parameters change it, and the plan prints",
-        "the flags of what is named here. What operations and the driver need to work is not counted: leave some room.",
-        "[memory.md](memory.md) says how far such estimates were from what was measured, on tiny models and on a CPU;",
-        "on GPUs they have not been measured. `tight`: it fits, and less than 1 GiB is left for that.",
+        "Estimates of `diffsynth train --recipe NAME --dry_run --gpu_memory 24GB`: in bf16, for the largest images or clips",
+        "that the recipe allows, with batch size 1. Your own dataset and parameters change them, and the plan prints the",
+        "flags for the changes named here. Kernel workspace and driver overhead are not included: leave some headroom.",
+        "[memory.md](memory.md) compares such estimates with measurements, on tiny models and on a CPU; on GPUs they have",
+        "not been measured. `tight`: fits, with less than 1 GiB left for overhead.",
         "",
-        "The third and later columns say what has to change for a GPU of that size. A full training keeps its weights,",
-        "gradients and the two states of AdamW in float32, 16 bytes for each parameter, and 4 more while AdamW steps.",
+        "The third and later columns state what has to change for a GPU of that size. Full training keeps weights,",
+        "gradients and the two states of AdamW in float32, 16 bytes per parameter, and 4 more during the AdamW step.",
         "",
         f"| recipe | needs | {' | '.join(GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
@@ -57,7 +57,7 @@ def _rows() -> Iterator[str]:
 def _in_words(fit: Fit) -> str:
     if not fit.fits:
         return "does not fit"
-    words = "as it is" if fit.as_it_is else "; ".join(change.words for change in fit.tried[-1].changes)
+    words = "unchanged" if fit.as_it_is else "; ".join(change.words for change in fit.tried[-1].changes)
     return f"{words} (tight)" if fit.is_tight else words
 
 

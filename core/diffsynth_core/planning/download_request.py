@@ -69,8 +69,8 @@ def request_download(
 
 def offline_problems(request: DownloadRequest) -> list[Problem]:
     """The problems that files are not here, where no hub is to be asked for them."""
-    hint = f"`{request.command}` brings it where a hub may be asked"
-    return [Problem(f"nothing whole matches `{item}` below `{request.base}`", hint) for item in request.missing()]
+    hint = f"download it with `{request.command}` where a hub can be accessed"
+    return [Problem(f"no complete file matches `{item}` below `{request.base}`", hint) for item in request.missing()]
 
 
 def _wanted(name: str) -> list[Wanted]:
@@ -85,9 +85,9 @@ def _wanted(name: str) -> list[Wanted]:
     if near:
         hint = f"did you mean `{near}`?"
     elif "/" in name:
-        hint = f"write `{name.rstrip(':')}:GLOB`, or `--dataset {name.rstrip(':')}`"
+        hint = f"pass `{name.rstrip(':')}:GLOB`, or `--dataset {name.rstrip(':')}`"
     else:
-        hint = "`diffsynth recipe list` names the recipes"
+        hint = "see `diffsynth recipe list`"
     raise FaultsFound([Problem(f"`{name}` is neither a recipe nor MODEL_ID:GLOB", hint, wrong_use=True)])
 
 
@@ -101,18 +101,18 @@ def _misuses(
     """The problems that arguments do not go together."""
     problems = []
     if not names and not dataset:
-        problems.append(("nothing is named to download", "name a recipe, MODEL_ID:GLOB, or `--dataset ID`"))
+        problems.append(("nothing to download", "pass a recipe, MODEL_ID:GLOB, or `--dataset ID`"))
     if names and dataset:
-        problems.append(("models and a dataset are named", "download them by two commands"))
+        problems.append(("models and a dataset cannot be downloaded together", "download them with two commands"))
     if not dataset:
         given = {"include": include, "local_dir": local_dir}
         problems += [
-            (f"`--{option}` is for datasets", "give `--local_model_path` for models, MODEL_ID:GLOB for some files")
+            (f"`--{option}` is for datasets", "use `--local_model_path` for models, MODEL_ID:GLOB to select files")
             for option, value in given.items()
             if value
         ]
     elif local_model_path:
-        problems.append(("`--local_model_path` is for models", "give `--local_dir`"))
+        problems.append(("`--local_model_path` is for models", "use `--local_dir`"))
     return [Problem(message, hint, wrong_use=True) for message, hint in problems]
 
 
@@ -120,7 +120,7 @@ def _id_problems(name: str, kind: str) -> list[Problem]:
     """The problem that a name can be none of a repository."""
     if _ID.fullmatch(name):
         return []
-    return [Problem(f"`{name}` is no name of a {kind} on a hub", "write it as `owner/name`", wrong_use=True)]
+    return [Problem(f"`{name}` is not a valid name of a {kind} on a hub", "write it as `owner/name`", wrong_use=True)]
 
 
 def _command(words: Sequence[str]) -> str:

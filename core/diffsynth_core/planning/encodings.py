@@ -117,7 +117,7 @@ def _already_encoded(
             raise DiffSynthError(
                 f"{len(missing)} of {count_of(len(keys), 'encoding')} in `{encoded.folder}` "
                 f"{'is' if len(missing) == 1 else 'are'} damaged; the first is `{cache.path(keys[missing[0]])}`",
-                f"give the command of `{plan.task.first_half}` again: it makes them anew",
+                f"run the command of `{plan.task.first_half}` again to encode them again",
             )
         encoders.append(EncoderPlan(encoder, False, cache, keys, ()))
     return EncodingsPlan(tuple(encoders), {**encoded.origin.components, **identities})

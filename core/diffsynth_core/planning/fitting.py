@@ -96,13 +96,13 @@ def _changes(plan: Plan, choice: Choice) -> Iterator[Change]:
     sizes, rank = choice.sizes, choice.rank
     if not choice.recompute:
         recomputed = replace(choice, recompute=True)
-        yield Change("activations recomputed", "--use_gradient_checkpointing", recomputed)
+        yield Change("recompute activations", "--use_gradient_checkpointing", recomputed)
     if not choice.offload:
         waiting = replace(choice, recompute=True, offload=True)
-        words = "activations recomputed, inputs of blocks in host memory"
+        words = "recompute activations, offload block inputs to host memory"
         yield Change(words, "--use_gradient_checkpointing_offload", waiting)
     if sizes.batch > 1:
-        yield Change("batches of 1", "--batch_size 1", replace(choice, sizes=replace(sizes, batch=1)))
+        yield Change("batch size 1", "--batch_size 1", replace(choice, sizes=replace(sizes, batch=1)))
     for name in _rounded(plan):
         if name not in choice.float8:
             kept = replace(choice, float8=choice.float8 | {name})
@@ -139,7 +139,7 @@ def _smaller(plan: Plan, choice: Choice) -> Iterator[Change]:
         _, height, width = smaller.images[0]
         fixed = parameters.height and parameters.width
         flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"
-        yield Change(f"{width} x {height} at most", flag, replace(choice, sizes=smaller))
+        yield Change(f"at most {width} x {height}", flag, replace(choice, sizes=smaller))
 
 
 def _with_change(made: tuple[Change, ...], change: Change) -> tuple[Change, ...]:

@@ -54,14 +54,14 @@ def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> li
     if task.encodes and task.trains:
         return []
     named = {"trainable_models": parameters.trainable_models, "lora_base_model": (parameters.lora_base_model,)}
-    hints = dict.fromkeys(named, f"train it with `--task {task.objective}`, or leave it out")
+    hints = dict.fromkeys(named, f"train it with `--task {task.objective}`, or remove it")
     if not task.encodes:
         named["preset_lora_model"] = (parameters.preset_lora_model,)
-        hints["preset_lora_model"] = f"give it to `{task.first_half}` instead"
+        hints["preset_lora_model"] = f"pass it to `{task.first_half}` instead"
     encoding = encoding_components(variant)
     return [
         Problem(
-            f"`{parameter}` names `{component}`, but `{task.first_half}` encodes all samples with it beforehand",
+            f"`{parameter}` names `{component}`, but `{task.first_half}` precomputes the encodings of all samples with it",
             hints[parameter],
             wrong_use=True,
         )
@@ -76,8 +76,8 @@ def encoded_in_place_of_dataset(parameters: Parameters) -> Problem | None:
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if not holds_encoded_samples(folder):
         return None
-    what = f"`dataset_base_path` `{folder}` holds encoded samples, and `{task.name}` reads images or videos"
-    return Problem(what, f"train on them with `--task {task.second_half}`, or name the dataset", wrong_use=True)
+    what = f"`dataset_base_path` `{folder}` contains encoded samples, but `{task.name}` reads images or videos"
+    return Problem(what, f"train on them with `--task {task.second_half}`, or pass the dataset", wrong_use=True)
 
 
 def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples | None:
@@ -88,8 +88,8 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
     parameters = resolved.parameters
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if parameters.dataset_metadata_path:
-        what = f"`dataset_metadata_path` means nothing to `{task.name}`, which reads no metadata"
-        problems.append(Problem(what, "leave it out", wrong_use=True))
+        what = f"`dataset_metadata_path` has no effect with `{task.name}`, which reads no metadata"
+        problems.append(Problem(what, "remove it", wrong_use=True))
     refusal = _refusal(folder, task)
     if refusal:
         problems.append(refusal)
@@ -106,7 +106,7 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
     problems += _other_values(resolved, encoded)
     if _same(parameters.output_path, folder):
         what = f"`output_path` is the folder `{folder}` of encoded samples that the run reads"
-        problems.append(Problem(what, "name another `--output_path`", wrong_use=True))
+        problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
     return encoded
 
 
@@ -114,16 +114,16 @@ def _refusal(folder: Path, task: Task) -> Problem | None:
     """Why a folder can hold no encoded samples."""
     if holds_encoded_samples(folder):
         return None
-    make = f"make them with `--task {task.first_half} --output_path {folder}`"
+    make = f"create them with `--task {task.first_half} --output_path {folder}`"
     if not folder.is_dir():
-        what = f"the folder of encoded samples `{folder}` (`dataset_base_path`) is not there"
+        what = f"the folder of encoded samples `{folder}` (`dataset_base_path`) does not exist"
         return Problem(what, make)
     if find_metadata(folder, None):
-        what = f"`dataset_base_path` `{folder}` is a dataset, and `{task.name}` reads encoded samples"
+        what = f"`dataset_base_path` `{folder}` is a dataset, but `{task.name}` reads encoded samples"
         return Problem(
-            what, f"encode it with `--task {task.first_half}`, or give `--task {task.objective}`", wrong_use=True
+            what, f"encode it with `--task {task.first_half}`, or pass `--task {task.objective}`", wrong_use=True
         )
-    what = f"`dataset_base_path` `{folder}` holds no encoded samples: it has no `{MANIFEST}`"
+    what = f"`dataset_base_path` `{folder}` contains no encoded samples: `{MANIFEST}` is missing"
     return Problem(what, make, wrong_use=True)
 
 
@@ -131,25 +131,27 @@ def _unfit(encoded: EncodedSamples, task: Task) -> Problem:
     """The problem that encoded samples are not all there, or made for another objective."""
     folder, made_by = encoded.folder, TASKS[encoded.origin.objective]
     if made_by.objective != task.objective:
-        what = f"`{folder}` was made by `{made_by.first_half}`, and `{task.name}` reads what `{task.first_half}` makes"
-        hint = f"give `--task {made_by.second_half}`, or encode the dataset with `--task {task.first_half}`"
+        what = f"`{folder}` was written by `{made_by.first_half}`, but `{task.name}` reads the output of `{task.first_half}`"
+        hint = f"pass `--task {made_by.second_half}`, or encode the dataset with `--task {task.first_half}`"
         return Problem(what, hint, wrong_use=True)
-    what = f"`{folder}` is not complete: `{task.first_half}` was stopped while it encoded"
-    return Problem(what, f"give the command of `{task.first_half}` again: it goes on where it stopped")
+    what = f"precomputation in `{folder}` did not finish: `{task.first_half}` was interrupted"
+    return Problem(what, f"run the command of `{task.first_half}` again to resume it")
 
 
 def _damage(encoded: EncodedSamples) -> list[Problem]:
     """How the files of a folder differ from those that belong to it."""
     folder, expected = encoded.folder, dict(encoded.paths())
     faults = {
-        "are not there": [path for path in expected if not path.is_file()],
-        "are not whole": [path for path, size in expected.items() if path.is_file() and path.stat().st_size != size],
+        "are missing": [path for path in expected if not path.is_file()],
+        "have the wrong size": [
+            path for path, size in expected.items() if path.is_file() and path.stat().st_size != size
+        ],
     }
     problems = [
         Problem(
-            f"`{folder}`: of {len(expected)} encodings {len(paths)} {what}; the first is "
+            f"`{folder}`: {len(paths)} of {len(expected)} encodings {what}; the first is "
             f"`{paths[0].relative_to(folder)}`",
-            "give the command of the first half again: it makes what is missing",
+            "run the `:data_process` command again to encode what is missing",
         )
         for what, paths in faults.items()
         if paths
@@ -157,9 +159,9 @@ def _damage(encoded: EncodedSamples) -> list[Problem]:
     strangers = strangers_in(folder, {*expected, folder / MANIFEST})
     if strangers:
         what = (
-            f"`{folder}` holds {len(strangers)} files that do not belong to its encoded samples: {shorten(strangers)}"
+            f"`{folder}` contains {len(strangers)} files that are not part of its encoded samples: {shorten(strangers)}"
         )
-        problems.append(Problem(what, "move them away, or encode into a folder of its own"))
+        problems.append(Problem(what, "move them elsewhere, or encode into a separate folder"))
     return problems
 
 
@@ -171,7 +173,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
         Problem(
             f"`{name}` is `{format_value(getattr(parameters, name))}`, but the samples in `{encoded.folder}` were "
             f"encoded with {_shown(value)}",
-            "leave it out, or encode them again",
+            "remove it, or encode them again",
             wrong_use=True,
         )
         for name, value in made.items()
@@ -185,8 +187,8 @@ def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant)
     origin = encoded.origin
     if origin.family == facts.name and origin.encoders == encoders_of(variant):
         return []
-    what = f"the samples in `{encoded.folder}` were encoded for {origin.kind}, the model named is {variant.title}"
-    return [Problem(what, "name a model of that kind, or encode them for this one", wrong_use=True)]
+    what = f"the samples in `{encoded.folder}` were encoded for {origin.kind}, but the model is {variant.title}"
+    return [Problem(what, "use a model of that kind, or encode them for this one", wrong_use=True)]
 
 
 def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str, fingerprint: str) -> dict[str, Any]:
@@ -214,8 +216,8 @@ def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[
         return
     if not holds_encoded_samples(folder):
         if strangers_in(folder, set()):
-            what = f"`output_path` `{folder}` is not empty, and holds no encoded samples"
-            problems.append(Problem(what, "name another `--output_path`", wrong_use=True))
+            what = f"`output_path` `{folder}` is not empty and contains no encoded samples"
+            problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
         return
     try:
         origin = read_encoded(folder).origin
@@ -226,8 +228,10 @@ def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[
     after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
     for name, value in after.items():
         if before.get(name) != value:
-            what = f"`output_path` `{folder}` holds samples encoded otherwise: {_difference(name, before.get(name), value)}"
-            problems.append(Problem(what, "name another `--output_path`, or encode as before", wrong_use=True))
+            what = f"`output_path` `{folder}` contains samples encoded with other settings: {_difference(name, before.get(name), value)}"
+            problems.append(
+                Problem(what, "choose another `--output_path`, or encode with the same settings", wrong_use=True)
+            )
             return
 
 
@@ -236,7 +240,7 @@ def _difference(name: str, before: Any, after: Any) -> str:
     if name == "dataset_fingerprint":
         return "the dataset has changed"
     if name == "encoders":
-        return "they are for another kind of model"
+        return "they were encoded for another kind of model"
     return f"`{name}` was {_shown(before)}, now it is {_shown(after)}"
 
 

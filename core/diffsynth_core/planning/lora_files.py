@@ -30,7 +30,7 @@ class PresetLora:
         """What it changes, in words."""
         modules, tensors = len(self.file.modules), len(self.file.tensors)
         told = count_of(modules, "module") if modules or not tensors else ""
-        whole = f"{count_of(tensors, 'tensor')} by whole differences" if tensors else ""
+        whole = f"{count_of(tensors, 'tensor')} by full weight differences" if tensors else ""
         return " and ".join(filter(None, (told, whole)))
 
 
@@ -48,13 +48,13 @@ class LoraStart:
     @property
     def note(self) -> str:
         """What a user should know of it."""
-        text = f"LoRA starts from `{self.path}`: {count_of(len(self.ranks), 'module')}"
+        text = f"LoRA initialized from `{self.path}`: {count_of(len(self.ranks), 'module')}"
         if self.joined:
-            text += f"; at {self.joined} of them it has LoRAs of separate q, k, v, which become one of the sum of their ranks"
+            text += f"; at {self.joined} of them, the LoRAs of separate q, k, v are fused into one with the sum of their ranks"
         if len(set(self.ranks.values())) > 1:
             counts = Counter(self.ranks.values())
             listed = ", ".join(f"{rank} at {counts[rank]}" for rank in sorted(counts))
-            text += f"; ranks {listed}: the lower ones are filled up with fresh rows that change nothing at the start"
+            text += f"; ranks {listed}: the lower ones are padded with newly initialized rows, which have no effect at the start"
         return text
 
 
@@ -90,8 +90,8 @@ def check_lora_checkpoint(
     if trained and not ranks.keys() & set(trained):
         problems.append(
             Problem(
-                f"`{path}` has a LoRA for none of the {len(trained)} modules that train; it has {shorten(sorted(ranks))}",
-                "name a LoRA of these modules, or other `--lora_target_modules`",
+                f"`{path}` has no LoRA for any of the {len(trained)} trained modules; it has {shorten(sorted(ranks))}",
+                "use a LoRA of these modules, or other `--lora_target_modules`",
                 wrong_use=True,
             )
         )
@@ -106,15 +106,15 @@ def _without_the_rest(path: Path, component: str, found: FoundComponents) -> str
         return ANOTHER
     output = path.with_name(f"{path.stem}-{component}{path.suffix}")
     return (
-        f"name a LoRA of this model, or leave these keys out with `diffsynth convert-lora {shlex.quote(str(path))} "
-        f"--to diffsynth --family {found.facts.name} --allow_unmatched -o {shlex.quote(str(output))}`, and name that file"
+        f"use a LoRA of this model, or remove these keys with `diffsynth convert-lora {shlex.quote(str(path))} "
+        f"--to diffsynth --family {found.facts.name} --allow_unmatched -o {shlex.quote(str(output))}`, and pass that file"
     )
 
 
 def _differences_problem(path: Path, component: str, file: LoraFile, way_out: str) -> Problem:
     """The problem that a file changes tensors by whole differences, with which no LoRA can start."""
     what = (
-        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by whole differences, which a LoRA cannot start "
+        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by full weight differences, which a LoRA cannot be initialized "
         f"from: {shorten(sorted(file.tensors))}"
     )
     merge = f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"
@@ -128,22 +128,22 @@ def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Pro
         return []
     rank = max(modules)
     if len(modules) == 1:
-        what = f"`{path}` has rank {rank}, `lora_rank` is {asked}"
+        what = f"`{path}` has rank {rank}, but `lora_rank` is {asked}"
     else:
-        listed = ", ".join(f"{rank} at `{names[0]}` ({len(names)} in all)" for rank, names in modules.items())
-        what = f"`{path}` has several ranks: {listed}; the LoRA that trains needs the highest, `lora_rank` is {asked}"
-    return [Problem(what, f"give `--lora_rank {rank}`", wrong_use=True)]
+        listed = ", ".join(f"{rank} at `{names[0]}` ({len(names)} in total)" for rank, names in modules.items())
+        what = f"`{path}` has several ranks: {listed}; the trained LoRA needs the highest, but `lora_rank` is {asked}"
+    return [Problem(what, f"pass `--lora_rank {rank}`", wrong_use=True)]
 
 
 def find_preset(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> PresetLora | None:
     """The LoRA that `preset_lora_path` names, proven to fit its component. Adds to `problems`."""
     path, component = parameters.preset_lora_path, parameters.preset_lora_model
     if path is None and component is not None:
-        what, hint = "`preset_lora_model` is given without `preset_lora_path`", "name the LoRA file, or leave it out"
+        what, hint = "`preset_lora_model` is set without `preset_lora_path`", "set the LoRA file, or remove it"
         problems.append(Problem(what, hint, wrong_use=True))
     elif path is not None and component is None:
         likely = parameters.lora_base_model or found.facts.denoiser
-        what, hint = "`preset_lora_path` is given without `preset_lora_model`", f"give `--preset_lora_model {likely}`"
+        what, hint = "`preset_lora_path` is set without `preset_lora_model`", f"pass `--preset_lora_model {likely}`"
         problems.append(Problem(what, hint, wrong_use=True))
     there = path is not None and _is_there(path, "preset_lora_path", problems)
     if component is None or not check_component(component, "preset_lora_model", found, problems):
@@ -156,7 +156,7 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
             Problem(
                 f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "
                 "most of the change would be lost in rounding",
-                "take them out of `fp8_models`",
+                "remove them from `fp8_models`",
                 wrong_use=True,
             )
         )
@@ -173,7 +173,7 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
 
 def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
     if not path.is_file():
-        problems.append(Problem(f"`{parameter}` `{path}` is not there", "correct the path"))
+        problems.append(Problem(f"`{parameter}` `{path}` does not exist", "correct the path"))
         return False
     return True
 

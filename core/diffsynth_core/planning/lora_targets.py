@@ -53,7 +53,9 @@ def find_lora_targets(
         return _automatic(found, component, problems)
     targets = asked or facts.lora_targets
     if not targets:
-        hint = 'name them with `--lora_target_modules`, or leave the choice to us: `--lora_target_modules ""`'
+        hint = (
+            'set them with `--lora_target_modules`, or let them be selected automatically: `--lora_target_modules ""`'
+        )
         problems.append(Problem(f"`{component}` has no documented LoRA targets", hint, wrong_use=True))
         return LoraTargets()
     layout, shapes = found.components[component].layout, found.shapes[component]
@@ -64,7 +66,7 @@ def find_lora_targets(
         fitting = _fitting(pattern, modules, problems)
         if fitting is None:
             return LoraTargets()
-        matches, rule = {pattern: fitting}, f"what fits `{pattern}`"
+        matches, rule = {pattern: fitting}, f"modules that match `{pattern}`"
     problems += [_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names]
     names = {name for names in matches.values() for name in names}
     problems += _unfit(found, component, names) if asked else []
@@ -81,16 +83,16 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
     kinds = kinds_without_lora(load_family(found.facts.name), files, own)
     of_kind: dict[str, list[str]] = defaultdict(list)
     for part, kind in kinds.items():
-        of_kind[f"of the kind `{kind}`"].append(own[part])
+        of_kind[f"of type `{kind}`"].append(own[part])
     for part, name in own.items():
         weight = f"{name}.weight"
         if len(shapes[f"{part}.weight"]) != len(documented.join_shape(weight, shapes)):
-            of_kind["convolutions in files and linear layers here"].append(name)
+            of_kind["that are convolutions in the files but linear layers here"].append(name)
     return [
         Problem(
-            f"`lora_target_modules` addresses modules of {component} {kind}, which carry no LoRA: "
+            f"`lora_target_modules` matches modules of {component} {kind}, which do not support LoRA: "
             f"{shorten(sorted(set(unfit)))}",
-            "name linear layers or plain convolutions",
+            "use linear layers or plain convolutions",
             wrong_use=True,
         )
         for kind, unfit in of_kind.items()
@@ -109,8 +111,8 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
         return LoraTargets()  # what is wrong with the files is told elsewhere
     names = set(files.layout.documented.theirs_of(layers))
     if not names:
-        what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose"
-        problems.append(Problem(what, "name its modules", wrong_use=True))
+        what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose from"
+        problems.append(Problem(what, "set its modules", wrong_use=True))
     return _reachable(found, component, names, "the linear layers of repeated blocks", problems)
 
 
@@ -128,8 +130,8 @@ def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> 
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        what = f"`lora_target_modules` `{pattern}`: no name ends with it, and it is no regular expression: {error}"
-        problems.append(Problem(what, "correct it", wrong_use=True))
+        what = f"`lora_target_modules` `{pattern}`: no module name ends with it, and it is not a valid regular expression: {error}"
+        problems.append(Problem(what, "fix it", wrong_use=True))
         return None
     return sorted(filter(expression.fullmatch, modules))
 
@@ -142,8 +144,8 @@ def _reachable(
     dead = found.variant.untrainable(found.facts.component(component), frozenset(found.shapes[component]))
     alive = {name for name in names if not all(is_below(part, dead) for part in documented.ours(name) or ())}
     if names and not alive:
-        what = f"`lora_target_modules` addresses only modules that no gradient can reach: {shorten(sorted(names))}"
-        problems.append(Problem(what, "name other modules", wrong_use=True))
+        what = f"`lora_target_modules` matches only modules that receive no gradient: {shorten(sorted(names))}"
+        problems.append(Problem(what, "choose other modules", wrong_use=True))
     modules = modules_with_weights(found.components[component].layout.documented_shapes(found.shapes[component]))
     kinds = {kind for name in alive if (kind := _kind_in_blocks(name))}
     alike = {name for name in modules - set(names) if _kind_in_blocks(name) in kinds}
@@ -172,12 +174,12 @@ def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Sha
     endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
     near = suggest(target, endings)
     if addressing:
-        hint = f"in the documented names that is {shorten(addressing)}"
+        hint = f"in the documented names this is {shorten(addressing)}"
     elif near:
         hint = f"did you mean `{near}`?"
     else:
         hint = f"the documented targets are {', '.join(facts.lora_targets) or 'none'}"
-    pattern = " or fits it as a regular expression" if _SPECIAL & set(target) else ""
+    pattern = " or matches it as a regular expression" if _SPECIAL & set(target) else ""
     what = f"`lora_target_modules`: no module of {facts.name} ends with `{target}`{pattern}"
     return Problem(what, hint, wrong_use=True)
 

@@ -152,9 +152,9 @@ def unknown_parts(plan: Plan) -> list[str]:
     needed = components_of(plan.task, plan.variant) | plan.components.keys()
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
     live = sorted(plan.training.components - {plan.facts.denoiser})
-    unknown += [f"what autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
+    unknown += [f"activations that autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
     if plan.world_size > 1 and plan.task.trains:
-        unknown.append("what processes exchange gradients in, as large as these")
+        unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
 
 
@@ -285,17 +285,17 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: Encod
     parameters = plan.parameters
     largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
     unknown = [name for name in plan.components if not plan.shapes.get(name)]
-    of_others = f" ({', '.join(unknown)}: not known without files)" if unknown else ""
+    of_others = f" ({', '.join(unknown)}: unknown without files)" if unknown else ""
     read_and_converted = 2 * largest * BYTES["float32"]  # float32 at most, either
-    parts = {f"the largest tensor while it is read{of_others}": read_and_converted} if largest else {}
+    parts = {f"the largest tensor while it is loaded{of_others}": read_and_converted} if largest else {}
     if memory.training and parameters.initialize_model_on_cpu:
-        parts["weights on their way to the device"] = max(memory.training.weights.values())
+        parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.on_host:
-        parts["activations that wait"] = memory.training.on_host
+        parts["offloaded activations"] = memory.training.on_host
     if parameters.dataset_num_workers and plan.samples.samples:
         sample = encoded.bytes_in(choice.precision) // len(plan.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * choice.sizes.batch * sample
-        parts[f"samples that {parameters.dataset_num_workers} workers have ready"] = ready
+        parts[f"samples prefetched by {parameters.dataset_num_workers} workers"] = ready
     return parts
 
 

@@ -22,7 +22,7 @@ from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 
 FINISHED = ("completed", "interrupted")
 """Statuses of a run whose record was brought to its end."""
-REPEAT_REHEARSAL = "delete `{folder}`, or name another `--output_path`"
+REPEAT_REHEARSAL = "delete `{folder}`, or choose another `--output_path`"
 """What to do with the `folder` of a rehearsal, with which nothing goes on."""
 
 
@@ -79,18 +79,18 @@ def check_output(
 def place_faults(folder: Path, parameter: str) -> list[Problem]:
     """Why nothing can be written at the place that a parameter names."""
     if folder.exists() and not folder.is_dir():
-        return [Problem(f"`{parameter}` `{folder}` is a file", "name a folder", wrong_use=True)]
+        return [Problem(f"`{parameter}` `{folder}` is a file", "choose a folder", wrong_use=True)]
     for place in (folder, *folder.parents):
         if place.is_symlink() and not place.exists():
-            what = f"`{parameter}` `{folder}` cannot be made: `{place}` is a link that leads nowhere"
-            return [Problem(what, "name another folder", wrong_use=True)]
+            what = f"`{parameter}` `{folder}` cannot be created: `{place}` is a broken link"
+            return [Problem(what, "choose another folder", wrong_use=True)]
     nearest = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
-        what = f"`{parameter}` `{folder}` cannot be made: `{nearest}` is a file"
-        return [Problem(what, "name another folder", wrong_use=True)]
+        what = f"`{parameter}` `{folder}` cannot be created: `{nearest}` is a file"
+        return [Problem(what, "choose another folder", wrong_use=True)]
     if not os.access(nearest, os.W_OK):
-        what = f"`{parameter}` `{folder}` cannot be written: `{nearest}` is read-only"
-        return [Problem(what, f"name another folder with `--{parameter}`")]
+        what = f"`{parameter}` `{folder}` is not writable: `{nearest}` is read-only"
+        return [Problem(what, f"choose another folder with `--{parameter}`")]
     return []
 
 
@@ -118,17 +118,17 @@ def _resumed(
     if total is not None and done > total:
         problems.append(_nothing_left(folder, done, total))
     notes = [
-        f"resumed after step {done}" if done else "begins at step 0: the run before was stopped before its first save"
+        f"resumed after step {done}" if done else "starts at step 0: the previous run was stopped before its first save"
     ]
     if record.diverged_step:
         notes.append(
-            f"step {record.diverged_step} of the run before was not finite: it will be so again unless "
-            "`learning_rate` or another parameter of the optimizer changes"
+            f"the loss of step {record.diverged_step} of the previous run was not finite: it will be so again unless "
+            "`learning_rate` or another optimizer parameter changes"
         )
     if steps and parameters.lr_scheduler != "constant" and record.total_steps != steps.total_steps:
         notes.append(
-            f"the {parameters.lr_scheduler} learning rate now ends at step {steps.total_steps}, "
-            f"before at {record.total_steps}: it jumps here"
+            f"the {parameters.lr_scheduler} schedule now ends at step {steps.total_steps}, "
+            f"before at {record.total_steps}: the learning rate jumps here"
         )
     lost = [
         f"the state after step {state.step} is damaged ({state.reason}): {count_of(state.step - done, 'step')} "
@@ -142,7 +142,7 @@ def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) 
     identities = FileIdentities((parameters.cache_path or default_cache_path()) / IDENTITIES)
 
     def hashes(paths: Sequence[Path]) -> list[str]:
-        identities.read_all(paths, reporter, "Checking the state")
+        identities.read_all(paths, reporter, "Verifying the state")
         return [identities.sha256(path) for path in paths]
 
     # With the weights before it a step that was not finite is so again: its loss depends on nothing else.
@@ -152,18 +152,20 @@ def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) 
 
 def _nothing_left(folder: Path, done: int, total: int) -> NothingLeft:
     return NothingLeft(
-        f"the run in `{folder}` has done {count_of(done, 'step')}, the parameters ask for {total}; "
-        "ask for more with `--num_epochs` or `--max_steps`"
+        f"the run in `{folder}` has completed {count_of(done, 'step')} and the parameters request {total}; "
+        "request more with `--num_epochs` or `--max_steps`"
     )
 
 
 def _no_whole_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
     """The run cannot go on, and does not begin anew unasked: its checkpoints are worth something still."""
     states = ", ".join(f"step {state.step} ({state.reason})" for state in damaged)
-    what = f"no state in it is whole: {states}" if damaged else f"its state after step {record.step} is missing"
+    what = f"it has no intact state: {states}" if damaged else f"its state after step {record.step} is missing"
     if record.diverged_step and not damaged and state_folders(folder):
-        what = f"its only state is that after step {record.step}, with which step {record.diverged_step} was not finite"
-    return Problem(f"the run in `{folder}` cannot go on: {what}", f"{_new_run(folder, record)}, or delete `{folder}`")
+        what = f"its only state is that after step {record.step}, from which the loss of step {record.diverged_step} was not finite"
+    return Problem(
+        f"the run in `{folder}` cannot be resumed: {what}", f"{_new_run(folder, record)}, or delete `{folder}`"
+    )
 
 
 def _new_run(folder: Path, record: RunRecord) -> str:
@@ -197,11 +199,11 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
 def _check_free(parameters: Parameters, record: RunRecord | None, problems: list[Problem]) -> None:
     folder = parameters.output_path
     if record:
-        kind, hint = "run", "go on with it: `--resume auto`; or name another `--output_path`"
+        kind, hint = "run", "resume it with `--resume auto`, or choose another `--output_path`"
         if record.parameters.get("rehearse"):
             kind, hint = "rehearsal", REPEAT_REHEARSAL.format(folder=folder)
         elif parameters.rehearse:
-            hint = "name another `--output_path`"
+            hint = "choose another `--output_path`"
         what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
         problems.append(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
@@ -210,7 +212,7 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
         problems.append(
             Problem(
                 f"`output_path` `{folder}` already holds checkpoints of another program: {shorten(strangers)}",
-                "name another `--output_path`",
+                "choose another `--output_path`",
                 wrong_use=True,
             )
         )
@@ -248,7 +250,7 @@ def _check_same_storage(
         problems.append(
             Problem(
                 f"`fp8_models` kept {before} in 8-bit floats in the run in `{folder}`, now {now}",
-                "resume with the same, or start a new run",
+                "resume with the same value, or start a new run",
                 wrong_use=True,
             )
         )
@@ -275,7 +277,7 @@ def _check_same_run(
     if fingerprint and fingerprint != record.dataset_fingerprint:
         problems.append(
             Problem(
-                f"the dataset is not the one that the run in `{parameters.output_path}` was started with",
+                f"the dataset has changed since the run in `{parameters.output_path}` was started",
                 "resume with the same files and captions, or start a new run",
             )
         )

@@ -179,7 +179,7 @@ def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
     rehearsal = resolved.parameters.rehearse
     if samples.samples and not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
         what = f"dataset: `{resolved.parameters.dataset_base_path}` ({origin.replace('recipe ', 'default of recipe ')})"
-        yield Problem(what, "name yours with `--dataset_base_path`")
+        yield Problem(what, "set yours with `--dataset_base_path`")
     for warning in samples.warnings:
         if not (rehearsal and warning.code in ("IMAGE_UPSCALED", "IMAGE_LOW_RESOLUTION")):
             yield warning

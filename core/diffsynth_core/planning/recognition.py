@@ -108,7 +108,7 @@ def refused_models(entries: Iterable[str]) -> list[Problem]:
     for entry in entries:
         if what := not_trained(entry):
             found.setdefault(what, entry)
-    hint = "`diffsynth recipe list` names what is"
+    hint = "see `diffsynth recipe list` for what is"
     return [
         Problem(f"`{entry}` belongs to {what}, which is not supported yet", hint, wrong_use=True)
         for what, entry in found.items()
@@ -166,13 +166,13 @@ def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: Fami
             told.add(expected)
             return Problem(
                 f"`{file_set.origin}` holds the {component.name} of {facts.title}, not its {expected}",
-                f"put the {expected} ({facts.component(expected).title}) there, or name its files",
+                f"put the {expected} ({facts.component(expected).title}) there, or pass its files",
                 wrong_use=True,
             )
     first, second = both
     return Problem(
         f"`{second.origin}` and `{first.origin}` are both the {component.name} of {facts.title}",
-        "name one of them",
+        "pass only one of them",
         wrong_use=True,
     )
 
@@ -207,6 +207,6 @@ def _unrecognised(
     elif other:
         what = f"is the transformer of {other.title}, not a component of {facts.title}"
     else:
-        what = f"is no component of {facts.title}; it begins with `{next(iter(found.names), '')}`"
+        what = f"is not a component of {facts.title}; its first key is `{next(iter(found.names), '')}`"
     known = ", ".join(component.name for component in facts.components)
-    return Problem(f"{name} {what}", f"name files of its components: {known}", wrong_use=True)
+    return Problem(f"{name} {what}", f"pass files of its components: {known}", wrong_use=True)

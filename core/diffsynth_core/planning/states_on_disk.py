@@ -27,15 +27,15 @@ def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
         return []
     single = _needed(plan, 1)
     way = (
-        f"give `--keep_states 1`, which takes {format_bytes(single)}, or free "
+        f"pass `--keep_states 1`, which takes {format_bytes(single)}, or free "
         if keep > 1 and single <= room
         else "free "
     )
     what = (
-        f"{count_of(most_states(plan, keep), 'state')} to resume from, of {format_bytes(state)} each with the one being "
-        f"written, and a checkpoint take {format_bytes(needed)} on the disk of `{folder}`, which has {format_bytes(room)} free"
+        f"{count_of(most_states(plan, keep), 'state')} to resume from ({format_bytes(state)} each, including the one being "
+        f"written) and a checkpoint take {format_bytes(needed)} on the disk of `{folder}`, which has {format_bytes(room)} free"
     )
-    return [Problem(what, f"{way}some space, or name another `--output_path`")]
+    return [Problem(what, f"{way}some space, or choose another `--output_path`")]
 
 
 def _needed(plan: Plan, keep: int) -> int:

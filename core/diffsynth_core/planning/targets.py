@@ -61,8 +61,8 @@ def find_training(
     if not parameters.trainable_models and not parameters.lora_base_model and "lora_base_model" not in invalid:
         problems.append(
             Problem(
-                "nothing is named to train",
-                f"give `--lora_base_model {found.facts.denoiser}` for a LoRA, "
+                "nothing to train",
+                f"pass `--lora_base_model {found.facts.denoiser}` for a LoRA, "
                 f"or `--trainable_models {found.facts.denoiser}` for full training",
                 wrong_use=True,
             )
@@ -83,7 +83,7 @@ def _rounded(files: ComponentFiles) -> Problem:
     """The problem that weights train that are stored in so few numbers that most steps would not move them."""
     return Problem(
         f"`trainable_models` names `{files.component}`, whose files `fp8_models` keeps in 8-bit floats: `{files.origin}`",
-        f"take them out of `fp8_models`, or train a LoRA: `--lora_base_model {files.component}`",
+        f"remove them from `fp8_models`, or train a LoRA: `--lora_base_model {files.component}`",
         wrong_use=True,
     )
 
@@ -92,17 +92,17 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
     if parameters.align_to_opensource_format and not parameters.lora_base_model:
         problems.append(
             Problem(
-                "`align_to_opensource_format` is given without `lora_base_model`: it names the keys of a LoRA",
-                "leave it out",
+                "`align_to_opensource_format` is set without `lora_base_model`: it only affects the keys of a LoRA",
+                "remove it",
                 wrong_use=True,
             )
         )
     if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, facts.denoiser):
         problems.append(
             Problem(
-                f"`lora_format` `{parameters.lora_format}` has names for {facts.denoiser} only, "
+                f"`lora_format` `{parameters.lora_format}` only supports {facts.denoiser}, but "
                 f"`lora_base_model` is `{parameters.lora_base_model}`",
-                "give `--lora_format diffsynth`",
+                "pass `--lora_format diffsynth`",
                 wrong_use=True,
             )
         )
@@ -112,8 +112,8 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
     if parameters.lora_checkpoint and not parameters.lora_base_model:
         problems.append(
             Problem(
-                "`lora_checkpoint` is given without `lora_base_model`",
-                "name the component that receives it with `--lora_base_model`",
+                "`lora_checkpoint` is set without `lora_base_model`",
+                "set the component to apply it to with `--lora_base_model`",
                 wrong_use=True,
             )
         )
@@ -124,14 +124,14 @@ def _not_written(dialect: str, facts: FamilyFacts) -> Problem:
     naming = facts.component(facts.denoiser).lora_naming
     if naming.known(dialect):
         return Problem(
-            f"`lora_format` `{dialect}` has several modules of the {facts.denoiser} of {facts.title} as one, which would "
+            f"`lora_format` `{dialect}` fuses several modules of the {facts.denoiser} of {facts.title}, which would "
             "raise the rank of its LoRA",
-            f"give `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to {dialect}`",
+            f"pass `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to {dialect}`",
             wrong_use=True,
         )
     written = " or ".join(f"`--lora_format {name}`" for name in filter(naming.written, DIALECTS))
     return Problem(
-        f"`lora_format` `{dialect}` has no names for the {facts.denoiser} of {facts.title}",
-        f"give {written}",
+        f"`lora_format` `{dialect}` does not support the {facts.denoiser} of {facts.title}",
+        f"pass {written}",
         wrong_use=True,
     )

@@ -41,19 +41,19 @@ def find_tokenizers(
             problems += _folder_problems(folder, tokenizer, parameter, rows)
         else:
             shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
-            there = " nor at ".join(f"`{place}`" for place in shown)
-            problems.append(_not_there(f"there is no {tokenizer.what} at {there}", parameter, places[-1]))
+            there = " or at ".join(f"`{place}`" for place in shown)
+            problems.append(_not_there(f"no {tokenizer.what} found at {there}", parameter, places[-1]))
     return found
 
 
 def _not_there(message: str, parameter: str, place: str) -> Problem:
     """The problem that there is no tokenizer; one that a repository has can be fetched."""
-    hint = f"name its folder with `--{parameter}`"
+    hint = f"set its folder with `--{parameter}`"
     if split_entry(place) is None:
         return Problem(message, hint)
     entry = place.rstrip("/") + "/*"
     command = download_command(entry)
-    return MissingFiles(message, f"fetch it with `{command}`, or {hint}", entry=entry, command=command)
+    return MissingFiles(message, f"download it with `{command}`, or {hint}", entry=entry, command=command)
 
 
 def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
@@ -70,11 +70,11 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
 
     `rows`: how many tokens the text encoder knows; None where that is not known.
     """
-    hint = f"fetch the folder again, or name another with `--{parameter}`"
+    hint = f"download the folder again, or set another with `--{parameter}`"
     layout = next((layout for layout in tokenizer.layouts if all((folder / name).is_file() for name in layout)), None)
     if layout is None:
         wanted = " or ".join(" and ".join(f"`{name}`" for name in layout) for layout in tokenizer.layouts)
-        return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: it lacks {wanted}", hint)]
+        return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: missing {wanted}", hint)]
     try:
         contents = {name: _read(folder / name) for name in (*layout, *SETTINGS_FILES) if (folder / name).exists()}
     except UnreadableFile as error:
@@ -86,7 +86,7 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
             return [
                 Problem(
                     f"`{folder / name}` is not the {tokenizer.what} of the {tokenizer.component}: {fault}",
-                    f"name its folder with `--{parameter}`",
+                    f"set its folder with `--{parameter}`",
                 )
             ]
     return []
@@ -113,7 +113,7 @@ def _misfit(name: str, content: dict[str, Any] | None, tokenizer: TokenizerFacts
         return None
     kind, tokens = model.get("type"), model.get("vocab")
     if tokenizer.model and kind and kind != tokenizer.model:
-        return f"it is of the kind {kind}, not {tokenizer.model}"
+        return f"its type is {kind}, not {tokenizer.model}"
     if rows is not None and isinstance(tokens, dict | list) and len(tokens) > rows:
-        return f"it has {len(tokens)} tokens, the text encoder knows {rows}"
+        return f"it has {len(tokens)} tokens, but the text encoder has {rows}"
     return None

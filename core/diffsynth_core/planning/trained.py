@@ -44,11 +44,13 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
         part = next((component for component in found.facts.components if name in component.parts), None)
         near = suggest(name, known)
         if part:
-            hint = f"here that is `{part.parts[name] if parameter == PARAMETER else part.name}`"
+            hint = f"here it is called `{part.parts[name] if parameter == PARAMETER else part.name}`"
         else:
             hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
         problems.append(
-            Problem(f"`{parameter}` names `{name}`, which is no component of {found.facts.title}", hint, wrong_use=True)
+            Problem(
+                f"`{parameter}` names `{name}`, which is not a component of {found.facts.title}", hint, wrong_use=True
+            )
         )
         return False
     if name in found.variant.components or found.facts.denoiser not in found.components:
@@ -56,8 +58,8 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
     inputs = found.facts.component(name).inputs
     problems.append(
         Problem(
-            f"`{parameter}` names `{name}`, which {found.variant.title} does without",
-            f"leave it out, or give `--extra_inputs {inputs[0]}` and its files" if inputs else "leave it out",
+            f"`{parameter}` names `{name}`, which {found.variant.title} does not have",
+            f"remove it, or pass `--extra_inputs {inputs[0]}` and its files" if inputs else "remove it",
             wrong_use=True,
         )
     )
@@ -74,8 +76,8 @@ def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]
         f"pipe.{name}.": f"pipe.{part}." for component in facts.components for name, part in component.parts.items()
     }
     near = parts.get(f"{asked.removesuffix('.')}.") or suggest(asked, begins)
-    hint = f"did you mean `{near}`?" if near else f"keys begin with {shorten(begins)}"
-    return [Problem(f"`remove_prefix_in_ckpt` `{asked}` begins no key of {facts.title}", hint, wrong_use=True)]
+    hint = f"did you mean `{near}`?" if near else f"keys start with {shorten(begins)}"
+    return [Problem(f"`remove_prefix_in_ckpt`: no key of {facts.title} starts with `{asked}`", hint, wrong_use=True)]
 
 
 def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
@@ -88,8 +90,8 @@ def _module_problem(component: str, module: str, found: FoundComponents) -> Prob
     dead = found.variant.untrainable(found.facts.component(component), frozenset(shapes))
     if all(is_below(name, dead) for name in own):
         return Problem(
-            f"`{PARAMETER}` names `{component}.{module}`, which no gradient can reach",
-            "leave it out",
+            f"`{PARAMETER}` names `{component}.{module}`, which receives no gradient in this setup",
+            "remove it",
             wrong_use=True,
         )
     return None
@@ -104,7 +106,7 @@ def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
     if common in documented and module not in shapes:
         common = common.rpartition(".")[0]  # one tensor: a module was typed
     if common:
-        return f"in the documented names that is `{component}.{common}`"
+        return f"in the documented names this is `{component}.{common}`"
     modules = {".".join(name.split(".")[:depth]) for name in documented for depth in range(1, name.count(".") + 1)}
     near = suggest(module, modules)
     outermost = dict.fromkeys(name.partition(".")[0] for name in documented)

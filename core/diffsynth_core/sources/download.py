@@ -88,7 +88,7 @@ def _plan(
     reporter: Reporter,
     verify: bool,
 ) -> DownloadPlan:
-    reporter.info(f"Asking {hub.title} for its list of files")  # a hub that does not answer is asked for half a minute
+    reporter.info(f"Requesting the file list from {hub.title}")  # a hub that does not answer is asked for half a minute
     plan = plan_download(wanted, hub, base, identities)
     if not verify:
         return plan
@@ -105,5 +105,5 @@ def _identities() -> FileIdentities:
 @contextmanager
 def _alone(base: Path, reporter: Reporter) -> Iterator[None]:
     """Within it no other process downloads into `base`."""
-    with locked(base / LOCK, lambda: reporter.info(f"Another process downloads into `{base}`; waiting for it")):
+    with locked(base / LOCK, lambda: reporter.info(f"Waiting for another process that is downloading into `{base}`")):
         yield

@@ -75,9 +75,9 @@ class DownloadPlan:
         """Raises: DiffSynthError: when what is missing does not fit on the disk."""
         if self.missing_bytes > self.free_bytes:
             raise DiffSynthError(
-                f"{format_bytes(self.missing_bytes)} are to be fetched, and {format_bytes(self.free_bytes)} are free at "
+                f"not enough disk space: {format_bytes(self.missing_bytes)} to download, {format_bytes(self.free_bytes)} free at "
                 f"`{self.base}`",
-                "free some space, or name a folder on another disk",
+                "free some space, or choose a folder on another disk",
             )
 
 
@@ -137,7 +137,7 @@ class _Lists:
                 self._known[repository] = error
             except Interruption as error:
                 raise DiffSynthError(
-                    f"cannot ask {self.hub.title} for the files of `{repository.name}`: {error}",
+                    f"cannot get the file list of `{repository.name}` from {self.hub.title}: {error}",
                     f"check the connection to {self.hub.page(repository)}, or {self.hub.another}",
                 ) from error
         known = self._known[repository]
@@ -195,10 +195,10 @@ def _chosen(place: Place, lists: _Lists) -> list[RemoteFile]:
 def _nothing_matches(place: Place, paths: Sequence[str], hub: Hub) -> Refusal:
     folders = sorted({f"{path.split('/')[0]}/" if "/" in path else path for path in paths})
     without = [f"{place.repository.name}:{pattern}" for pattern in place.unmatched(paths)]
-    nothing = f"nothing that matches {shorten(without)}" if without else f"nothing whole that matches `{place}`"
+    nothing = f"no file that matches {shorten(without)}" if without else f"no complete file that matches `{place}`"
     return Refusal(
         f"{hub.title} has {nothing}; it has {shorten(folders) or 'no files'}",
-        f"compare with {hub.page(place.repository)}",
+        f"check {hub.page(place.repository)}",
     )
 
 
@@ -211,22 +211,26 @@ def _name_problem(repository: Repository, file: RemoteFile) -> Problem | None:
     """A hub does not choose a place outside the folder of the repository, nor a name that a terminal obeys or that
     downloads need for themselves."""
     parts = file.path.split("/")
-    hint = "choose other files, or tell its owner"
+    hint = "choose other files, or report it to the owner"
     if ".." in parts or file.path.startswith("/"):
-        return Problem(f"`{repository.name}` has a file {file.path!r}, which leaves its folder", hint)
+        return Problem(f"`{repository.name}` has a file {file.path!r}, which points outside its folder", hint)
     unfit = not {"", "."}.isdisjoint(parts) or any(category(character) in ("Cc", "Cs") for character in file.path)
     if unfit or parts[-1] == LOCK or PART_NAME.fullmatch(parts[-1]):
-        return Problem(f"`{repository.name}` has a file {file.path!r}, a name that no file gets here", hint)
+        return Problem(f"`{repository.name}` has a file {file.path!r}, which is not an allowed file name", hint)
     return None
 
 
 def _blocked(target: Path, base: Path) -> Problem | None:
     """A folder where a file belongs, or a file where one of its folders does."""
     if target.is_dir():
-        return Problem(f"`{target}` is a folder, and a file belongs there", "move it away, or name another folder")
+        return Problem(
+            f"`{target}` is a folder, but a file is to be written there", "move it elsewhere, or choose another folder"
+        )
     above = (folder for folder in target.parents if folder.is_relative_to(base))
     if file := next((folder for folder in above if folder.exists() and not folder.is_dir()), None):
-        return Problem(f"`{file}` is a file, and a folder belongs there", "move it away, or name another folder")
+        return Problem(
+            f"`{file}` is a file, but a folder is to be created there", "move it elsewhere, or choose another folder"
+        )
     return None
 
 

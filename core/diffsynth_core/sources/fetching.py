@@ -40,7 +40,7 @@ def fetch(plan: DownloadPlan, hub: Hub, identities: FileIdentities, reporter: Re
     for listed in plan.to_fetch:
         queue.put(listed)
     total = sum(listed.file.size for listed in plan.to_fetch)
-    label = f"{count_of(len(plan.to_fetch), 'file')} in all"
+    label = f"{count_of(len(plan.to_fetch), 'file')} in total"
     with reporter.task(label, total, BYTES, done=total - plan.missing_bytes) as whole:
         crew = _Crew(queue, hub, identities, reporter, whole)
         crew.work()
@@ -112,12 +112,11 @@ class _Crew:
                     self._advance(task, -part.size)
                     part.restart()
                     self._reporter.warn(
-                        f"`{listed.target}` has other bytes than {self._hub.title} says; they are removed"
+                        f"`{listed.target}`: checksum mismatch with {self._hub.title}; the download is discarded"
                     )
                 else:
                     raise _NotBrought(
-                        f"{self._hub.title} sends other bytes for `{listed.file.path}` of `{listed.repository.name}` than "
-                        "its hash says",
+                        f"checksum mismatch for `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}",
                         f"try again later, or {self._hub.another}",
                     )
             put_in_place(listed.part, listed.target)
@@ -135,11 +134,11 @@ class _Crew:
                 failures, most = 1 if part.size > before else failures + 1, len(BACK_OFF_SECONDS)
                 if failures > most:
                     raise _NotBrought(
-                        f"cannot fetch `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}: {error}",
-                        "give the same command again: it goes on where it stopped",
+                        f"cannot download `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}: {error}",
+                        "run the command again to resume the download",
                     ) from error
                 delay = BACK_OFF_SECONDS[failures - 1]
-                self._reporter.warn(f"`{listed.file.path}`: {error}; going on in {delay} s ({failures} of {most})")
+                self._reporter.warn(f"`{listed.file.path}`: {error}; retrying in {delay} s ({failures} of {most})")
                 self._pause(delay)
             except DiffSynthError as error:
                 raise _NotBrought(error.problems[0].message, error.problems[0].hint) from error
@@ -149,17 +148,17 @@ class _Crew:
         with self._hub.read(listed.repository, listed.file, part.size) as (start, chunks):
             if start != part.size:
                 if start:
-                    raise Interruption("the hub sent another part of the file than was asked for")
+                    raise Interruption("the hub sent a different part of the file than requested")
                 self._advance(task, -part.size)
                 part.restart()
             for chunk in chunks:
                 self._pause(0)
                 if part.size + len(chunk) > listed.file.size:
-                    raise Interruption("the hub sent more bytes than its list says")
+                    raise Interruption("the hub sent more bytes than its file list declares")
                 part.append(chunk)
                 self._advance(task, len(chunk))
         if part.size < listed.file.size:
-            raise Interruption("the hub ended the file early")
+            raise Interruption("the hub ended the transfer early")
 
     def _advance(self, task: Task, amount: int) -> None:
         task.advance(amount)
@@ -242,7 +241,9 @@ def _remove_old_parts(files: Iterable[ListedFile]) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> DiffSynthError:
-    return DiffSynthError(f"cannot write `{path}`: {error.strerror or error}", "free some space or name another folder")
+    return DiffSynthError(
+        f"cannot write `{path}`: {error.strerror or error}", "free some space or choose another folder"
+    )
 
 
 def _keep_beginning(listed: ListedFile) -> None:

@@ -112,7 +112,9 @@ def download_source(given: str | None) -> str:
     source = (given or os.environ.get(SOURCE_VARIABLE) or next(iter(HUBS))).lower()
     if source not in HUBS:
         where = "`source`" if given else f"`{SOURCE_VARIABLE}`"
-        wrong = Problem(f"{where} is `{source}`, and names no hub", f"name one of {', '.join(HUBS)}", wrong_use=True)
+        wrong = Problem(
+            f"{where} is `{source}`, which is not a known hub", f"use one of {', '.join(HUBS)}", wrong_use=True
+        )
         raise FaultsFound([wrong])
     return source
 
@@ -126,7 +128,7 @@ def open_hub(given: str | None) -> Hub:
     module, name = HUBS[source]
     other = next(known for known in HUBS if known != source)
     way = f"--source {other}" if given else f"{SOURCE_VARIABLE}={other}"
-    hub: Hub = getattr(import_module(module), name)(f"ask another hub with `{way}`")
+    hub: Hub = getattr(import_module(module), name)(f"use another hub with `{way}`")
     return hub
 
 
@@ -140,16 +142,16 @@ def unknown(hub: Hub, repository: Repository, path: str | None = None) -> Refusa
     if path:
         what = f"{hub.title} has no file `{path}` in `{repository.name}`"
     else:
-        what = f"{hub.title} has no {repository.kind} `{repository.name}` that you may see"
+        what = f"{hub.title} has no {repository.kind} `{repository.name}` that you have access to"
     private = "" if path else f" log in with `{hub.login}` if it is private,"
-    return Refusal(what, f"compare with {hub.page(repository)},{private} or {hub.another}")
+    return Refusal(what, f"check {hub.page(repository)},{private} or {hub.another}")
 
 
 def refused(hub: Hub, repository: Repository) -> Refusal:
     """The error that a hub does not let this user read a repository."""
     return Refusal(
-        f"{hub.title} does not give `{repository.name}` to you: its terms are not accepted, or it is private",
-        f"accept the terms at {hub.page(repository)}, and log in with `{hub.login}`",
+        f"{hub.title} denied access to `{repository.name}`: its licence is not accepted, or it is private",
+        f"accept the licence at {hub.page(repository)}, and log in with `{hub.login}`",
     )
 
 
@@ -162,7 +164,7 @@ def reading_list() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Interruption("its answer is no list of files") from error
+        raise Interruption("unexpected response") from error
 
 
 def silence(sdk: str, unless: str) -> None:
@@ -176,4 +178,4 @@ def silence(sdk: str, unless: str) -> None:
 
 def status_interruption(status: int) -> Interruption:
     """The interruption that a hub answered with an HTTP status."""
-    return Interruption(f"the hub answered {status}")
+    return Interruption(f"the hub responded with status {status}")

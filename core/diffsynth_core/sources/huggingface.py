@@ -82,15 +82,15 @@ class HuggingFace:
             raise unknown(self, repository, path) from error
         except OfflineModeIsEnabled as error:
             raise Refusal(
-                "HF_HUB_OFFLINE forbids to ask Hugging Face", f"unset it, or set {SKIP_VARIABLE}=1"
+                "HF_HUB_OFFLINE is set, so Hugging Face cannot be accessed", f"unset it, or set {SKIP_VARIABLE}=1"
             ) from error
         except UnicodeEncodeError as error:
             raise Refusal(
-                "the token for Hugging Face has characters that none has", f"keep another with `{self.login}`"
+                "the Hugging Face token contains invalid characters", f"set a valid one with `{self.login}`"
             ) from error
         except ImportError as error:  # its client finds out when it is made
             raise Refusal(
-                "a SOCKS proxy is set, and the package that reaches Hugging Face through one is not installed",
+                "a SOCKS proxy is set, but the package that supports it is not installed",
                 "install `socksio`, or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY",
             ) from error
         except HfHubHTTPError as error:
@@ -101,7 +101,7 @@ class HuggingFace:
                 raise refused(self, repository) from error
             raise status_interruption(status) from error
         except (httpx2.HTTPError, OSError) as error:
-            raise Interruption(f"the connection broke ({type(error).__name__})") from error
+            raise Interruption(f"the connection was lost ({type(error).__name__})") from error
 
 
 def _remote_file(entry: RepoFile) -> RemoteFile:

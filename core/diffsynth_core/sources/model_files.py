@@ -40,7 +40,7 @@ def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
     command = of_recipe or f"diffsynth download {shlex.join(entries)}"
     merged = MissingFiles(
         f"{len(entries)} model files are missing: {shorten(entries)}",
-        f"fetch them with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
+        f"download them with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
         command=command,
     )
     first = problems.index(missing[0])
@@ -65,7 +65,7 @@ class FileSet:
     @property
     def source(self) -> str:
         """Where the files come from, in words."""
-        return f"{self.origin}, read from its copy {self.copy}" if self.copy else self.origin
+        return f"{self.origin}, read from its mirror {self.copy}" if self.copy else self.origin
 
 
 def download_command(entry: str) -> str:
@@ -233,23 +233,23 @@ def _not_there(item: str) -> Problem:
     """The problem that `model_paths` names what is no weight file, nor a folder of such."""
     if _path(item).is_dir():
         return Problem(
-            f"`model_paths` names the folder `{item}`, which holds no weights",
-            "name the folder of a component, or of a whole pipeline",
+            f"`model_paths` names the folder `{item}`, which contains no weights",
+            "pass the folder of a component, or of a whole pipeline",
         )
-    return Problem(f"`model_paths` names `{item}`, which is not there", "correct the path")
+    return Problem(f"`model_paths` names `{item}`, which does not exist", "correct the path")
 
 
 def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[[str], str]) -> Problem:
     parts = split_entry(entry)
     if parts is None:
         return Problem(
-            f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or write `model_id:file`"
+            f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or use `model_id:file`"
         )
-    nor = f", nor its copy `{copy}`" if copy else ""
+    nor = f", nor its mirror `{copy}`" if copy else ""
     command = brings(entry)
     return MissingFiles(
         f"`model_id_with_origin_paths`: nothing matches `{entry}`{nor} below `{base}`",
-        f"fetch it with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
+        f"download it with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
         entry=entry,
         command=command,
     )
@@ -262,9 +262,9 @@ def _shard_problems(file_set: FileSet, brings: Callable[[str], str]) -> list[Pro
         return []
     what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
     if split_entry(file_set.origin) is None or any(map(expand_local, file_set.entries)):
-        return [Problem(what, "name all shards of the model, or their folder")]
+        return [Problem(what, "pass all shards of the model, or their folder")]
     if file_set.copy or file_set.origin not in file_set.entries:
-        return [Problem(what, "fetch them, or mend the glob")]
+        return [Problem(what, "download them, or fix the glob")]
     command = brings(file_set.origin)
-    hint = f"fetch them with `{command}`, or mend the glob"
+    hint = f"download them with `{command}`, or fix the glob"
     return [MissingFiles(what, hint, entry=file_set.origin, command=command)]

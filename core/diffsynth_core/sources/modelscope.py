@@ -69,7 +69,7 @@ class ModelScope:
         except APIError as error:
             raise status_interruption(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
         except (HubError, OSError) as error:  # what `requests` raises are errors of the system
-            raise Interruption(f"the connection broke ({type(error).__name__})") from error
+            raise Interruption(f"the connection was lost ({type(error).__name__})") from error
 
 
 def _remote_file(entry: dict[str, object]) -> RemoteFile:

@@ -30,12 +30,12 @@ def first_byte(status: int, headers: Mapping[str, str], size: int) -> int:
     if status == HTTPStatus.PARTIAL_CONTENT:
         match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
         if match is None:
-            raise Interruption("the hub sent a part of the file and did not say which")
+            raise Interruption("the hub sent a part of the file without declaring which")
         start, told = int(match[1]), match[2]
     elif "Content-Encoding" in headers:  # the length is that of the encoded bytes
         told = ""
     if told.isdecimal() and int(told) != size:
-        raise Interruption(f"the hub answered with a file of {told} bytes, and its list says {size}")
+        raise Interruption(f"the hub sent a file of {told} bytes, but its file list declares {size}")
     return start
 
 

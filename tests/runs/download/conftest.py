@@ -33,8 +33,8 @@ OTHERS = {"README.md": b"#", "vae/other.safetensors": b"other", "model_index.jso
 RECIPE = "qwen-image-lora"
 TOTAL = f"{sum(map(len, FILES.values())) / 1000:.1f} kB"
 ANOTHER = {
-    "modelscope": "ask another hub with `--source huggingface`",
-    "huggingface": "ask another hub with `--source modelscope`",
+    "modelscope": "use another hub with `--source huggingface`",
+    "huggingface": "use another hub with `--source modelscope`",
 }
 """What to do instead of asking a hub that was named in the command."""
 REFUSED = {

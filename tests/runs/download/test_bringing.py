@@ -22,7 +22,7 @@ def test_a_fresh_download_and_a_second_one(environment, hub, source, tmp_path, f
     assert any("secret" in token for token in hub.tokens) and "secret" not in out + err
     transfers = len(hub.transfers)
     again, err = start(environment, tmp_path, *command).communicate(timeout=60)
-    assert again == f"All 8 files were here, below `{tmp_path}/models`\n"
+    assert again == f"All 8 files are already present below `{tmp_path}/models`\n"
     assert f"8 files, {TOTAL}: 8 here" in err
     assert len(hub.transfers) == transfers == 8
 
@@ -52,7 +52,7 @@ def test_a_long_list_is_cut(download, hub):
     lines = download("--dataset", DATASET, "--dry_run").out.splitlines()
     assert lines[60:63] == [
         "  missing          1 B  059.png",
-        "  … and 390 more; `--format json` names all",
+        "  … and 390 more; `--format json` lists all",
         "450 files, 450 B: 450 missing",
     ]
 
@@ -120,7 +120,7 @@ def test_train_offers_another_hub_by_the_variable_it_reads(here, hub, photograph
     hub.lists = b"<html>log in</html>"
     outcome = here("train", *SETTINGS, "--dataset_base_path", photographs)
     assert outcome.code == 1
-    assert outcome.err.endswith(f", or ask another hub with `DIFFSYNTH_DOWNLOAD_SOURCE={other}`\n")
+    assert outcome.err.endswith(f", or use another hub with `DIFFSYNTH_DOWNLOAD_SOURCE={other}`\n")
 
 
 def test_train_brings_nothing_that_files_of_ones_own_replace(here, hub, tiny_models, photographs, tmp_path):

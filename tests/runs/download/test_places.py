@@ -11,7 +11,7 @@ from tests.runs.download.conftest import DATASET, FILES, MODEL, REFUSED, files_b
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
 ENTRY = f"{MODEL}:{VAE}"
-AWAY = "move it away, or name another folder"
+AWAY = "move it elsewhere, or choose another folder"
 
 
 def test_a_link_to_a_shorter_file_is_replaced_and_what_it_leads_to_stays(download, folder, tmp_path):
@@ -34,8 +34,8 @@ def test_a_folder_where_a_file_belongs_is_told_before_anything_is_fetched(downlo
     (folder / "transformer").write_text("in the way")
     outcome = download(entry)
     in_the_way = {
-        ENTRY: f"`{folder / VAE}` is a folder, and a file belongs there",
-        f"{MODEL}:transformer/*": f"`{folder / 'transformer'}` is a file, and a folder belongs there",
+        ENTRY: f"`{folder / VAE}` is a folder, but a file is to be written there",
+        f"{MODEL}:transformer/*": f"`{folder / 'transformer'}` is a file, but a folder is to be created there",
     }
     assert (outcome.code, read_problems(outcome.err)) == (1, [(in_the_way[entry], AWAY)])
     assert hub.transfers == []
@@ -44,7 +44,7 @@ def test_a_folder_where_a_file_belongs_is_told_before_anything_is_fetched(downlo
 def test_a_base_that_is_a_file(download, hub, models):
     models.write_text("in the way")
     outcome = download(ENTRY)
-    assert read_problems(outcome.err) == [(f"`{models}` is a file, and a folder belongs there", AWAY)]
+    assert read_problems(outcome.err) == [(f"`{models}` is a file, but a folder is to be created there", AWAY)]
     assert hub.transfers == []
 
 
@@ -52,8 +52,8 @@ def test_a_base_that_is_a_file(download, hub, models):
 def test_a_name_that_leaves_the_folder(download, hub, path, tmp_path):
     hub.repositories[f"datasets/{DATASET}"] = {path: b"x", "fine": b"x"}
     outcome = download("--dataset", DATASET)
-    message = f"`{DATASET}` has a file '{path}', which leaves its folder"
-    assert read_problems(outcome.err) == [(message, "choose other files, or tell its owner")]
+    message = f"`{DATASET}` has a file '{path}', which points outside its folder"
+    assert read_problems(outcome.err) == [(message, "choose other files, or report it to the owner")]
     assert hub.transfers == [] and not list(tmp_path.rglob("outside"))
 
 
@@ -65,8 +65,8 @@ def test_a_name_that_no_file_gets(download, hub, path):
     """Not what a terminal obeys, what no disk keeps, or what downloads need for themselves."""
     hub.repositories[f"datasets/{DATASET}"] = {path: b"x", "fine": b"x"}
     outcome = download("--dataset", DATASET)
-    message = f"`{DATASET}` has a file {path!r}, a name that no file gets here"
-    assert read_problems(outcome.err) == [(message, "choose other files, or tell its owner")]
+    message = f"`{DATASET}` has a file {path!r}, which is not an allowed file name"
+    assert read_problems(outcome.err) == [(message, "choose other files, or report it to the owner")]
     assert hub.transfers == []
 
 
@@ -93,8 +93,8 @@ def test_a_model_that_is_here_and_not_on_the_hub_is_not_called_whole(download, h
     outcome = download(ENTRY)
     assert (outcome.code, hub.transfers) == (0, [])
     assert f"  unchecked      100 B  {VAE}\n1 file, 100 B: 1 unchecked\n" in outcome.err
-    assert f"Not compared with the hub: {REFUSED[source][0]} " in outcome.err
-    assert outcome.out == f"1 file was here, below `{folder.parent.parent}`\n"
+    assert f"Not checked against the hub: {REFUSED[source][0]} " in outcome.err
+    assert outcome.out == f"1 file is already present below `{folder.parent.parent}`\n"
     verified = json.loads(download(ENTRY, "--verify", "--dry_run", "--format", "json").out)
     assert [listed["state"] for listed in verified["files"]] == ["unchecked"]
 
@@ -112,7 +112,7 @@ def test_a_dataset_is_not_called_whole_for_some_file_in_its_folder(download, hub
 def test_the_glob_that_matches_nothing_is_the_one_told(download, hub, source):
     outcome = download("--dataset", DATASET, "--include", "set/*", "--include", "none*")
     title = REFUSED[source][0]
-    message = f"{title} has nothing that matches `{DATASET}:none*`; it has `other/`, `set/`"
+    message = f"{title} has no file that matches `{DATASET}:none*`; it has `other/`, `set/`"
     assert read_problems(outcome.err)[0][0] == message
 
 
@@ -120,7 +120,7 @@ def test_a_shard_that_the_hub_lacks(download, hub, source):
     name = "x-00001-of-00002.safetensors"
     hub.repositories[f"models/{MODEL}"] = {name: b"x"}
     title = REFUSED[source][0]
-    message = f"{title} has nothing whole that matches `{MODEL}:x*`; it has `{name}`"
+    message = f"{title} has no complete file that matches `{MODEL}:x*`; it has `{name}`"
     assert read_problems(download(f"{MODEL}:x*").err)[0][0] == message
 
 

@@ -28,7 +28,7 @@ def test_a_connection_that_breaks_is_told_and_resumed(download, hub, folder):
     hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1)
     outcome = download(RECIPE)
     assert outcome.code == 0, outcome.err
-    assert f"warning: `{SHARDS[0]}`: the connection broke" in outcome.err and "(1 of 5)" in outcome.err
+    assert f"warning: `{SHARDS[0]}`: the connection was lost" in outcome.err and "(1 of 5)" in outcome.err
     first, second = hub.starts(SHARDS[0])
     assert first == 0 and 100_000 < second <= 200_000
     assert files_below(folder) == FILES
@@ -41,7 +41,7 @@ def test_a_hub_that_answers_no_more(download, hub, folder):
     outcome = download(RECIPE)
     message = f"error: cannot fetch `{SHARDS[1]}` of `{MODEL}` from "
     assert outcome.code == 1 and message in outcome.err
-    assert "  hint: give the same command again: it goes on where it stopped" in outcome.err
+    assert "  hint: run the command again to resume the download" in outcome.err
     assert len(hub.starts(SHARDS[1])) == 6
     assert {path for path in files_below(folder) if not path.endswith(".part")} == FILES.keys() - {SHARDS[1]}
     hub.troubles.clear()
@@ -60,7 +60,7 @@ def test_a_stop_leaves_what_came(environment, hub, source, tmp_path, folder):
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert (running.returncode, out) == (130, ""), err
-    assert err.endswith("The download was interrupted; repeat the command: it continues where it stopped\n")
+    assert err.endswith("The download was interrupted; run the command again to resume it\n")
     kept = part.stat().st_size
     assert 0 < kept < 400_000 and not (folder / SHARDS[0]).exists()
     hub.troubles.clear()
@@ -79,7 +79,7 @@ def test_a_file_cut_short_counts_as_missing_and_is_continued(download, hub, fold
     assert outcome.code == 0, outcome.err
     assert hub.starts(SHARDS[0]) == [300_000]
     assert hub.starts(SHARDS[1]) == [1000, 0]
-    assert f"warning: `{folder / SHARDS[1]}` has other bytes than " in outcome.err
+    assert f"warning: `{folder / SHARDS[1]}`: checksum mismatch with " in outcome.err
     assert files_below(folder) == FILES
 
 
@@ -97,7 +97,7 @@ def test_wrong_bytes_never_get_the_name(download, hub, source, folder, path):
     hub.sent[path] = bytes(len(FILES[path]))
     outcome = download(RECIPE)
     title = REFUSED[source][0]
-    message = f"error: {title} sends other bytes for `{path}` of `{MODEL}` than its hash says\n"
+    message = f"error: checksum mismatch for `{path}` of `{MODEL}` from {title}\n"
     assert outcome.code == 1 and message in outcome.err
     assert hub.starts(path) == [0, 0]
     assert files_below(folder) == {name: content for name, content in FILES.items() if name != path}
@@ -109,10 +109,10 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
     page = f"{hub.url}/{pages}"
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
-        f"Asking {title} for its list of files\n"
-        f"error: {title} has no model `someone/nothing` that you may see\n"
-        f"  hint: compare with {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER[source]}\n"
-        f"error: {title} has nothing that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
+        f"Requesting the file list from {title}\n"
+        f"error: {title} has no model `someone/nothing` that you have access to\n"
+        f"  hint: check {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER[source]}\n"
+        f"error: {title} has no file that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
         "`text_encoder/`, `tokenizer/`, `transformer/` and 1 more\n"
         f"  hint: compare with {page}{MODEL}\n"
         "2 problems\n"
@@ -126,20 +126,22 @@ def test_a_gated_model(download, hub, source, folder):
     outcome = download(f"{MODEL}:vae/diffusion_pytorch_model.safetensors")
     assert outcome.code == 1
     assert outcome.err.endswith(
-        f"error: {title} does not give `{MODEL}` to you: its terms are not accepted, or it is private\n"
-        f"  hint: accept the terms at {hub.url}/{pages}{MODEL}, and log in with `{login}`\n"
+        f"error: {title} denied access to `{MODEL}`: its licence is not accepted, or it is private\n"
+        f"  hint: accept the licence at {hub.url}/{pages}{MODEL}, and log in with `{login}`\n"
     )
     assert len(hub.tokens) > 0 and files_below(folder) == {}
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "that you may see"), (429, "the hub answered 429")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "that you have access to"), (429, "the hub responded with status 429")]
+)
 def test_other_answers(download, hub, source, status, words, monkeypatch):
     """Without a token, Hugging Face says 401 of a repository that it does not show; and too many may ask."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the SDKs ask for the list again, after longer and longer
     hub.refusals[f"models/{MODEL}"] = status
     outcome = download(RECIPE)
     assert outcome.code == 1
-    expected = "does not give" if (source, status) == ("modelscope", 401) else words
+    expected = "denied access to" if (source, status) == ("modelscope", 401) else words
     assert expected in outcome.err.splitlines()[-2]
 
 
@@ -150,8 +152,8 @@ def test_the_switch_of_the_sdk(download, hub, source, monkeypatch):
         assert outcome.code == 0
     else:
         assert outcome.err == (
-            "Asking Hugging Face for its list of files\n"
-            "error: HF_HUB_OFFLINE forbids to ask Hugging Face\n  hint: unset it, or set DIFFSYNTH_SKIP_DOWNLOAD=1\n"
+            "Requesting the file list from Hugging Face\n"
+            "error: HF_HUB_OFFLINE is set, so Hugging Face cannot be accessed\n  hint: unset it, or set DIFFSYNTH_SKIP_DOWNLOAD=1\n"
         )
 
 
@@ -165,7 +167,7 @@ def test_a_hub_that_falls_silent(download, hub, source, folder, monkeypatch):
     outcome = download(RECIPE)
     assert outcome.code == 0, outcome.err
     assert time.monotonic() - started < 2.9
-    assert "the connection broke" in outcome.err
+    assert "the connection was lost" in outcome.err
     assert 100_000 < hub.starts(SHARDS[0])[1] <= 200_000
     assert files_below(folder) == FILES
 
@@ -178,7 +180,7 @@ def test_two_processes_at_once(environment, hub, source, tmp_path, folder):
     ended = sorted(process.communicate(timeout=60) for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert [out.split()[0] for out, _ in ended] == ["All", "Fetched"]
-    assert f"Another process downloads into `{tmp_path}/models`; waiting for it" in ended[0][1]
+    assert f"Waiting for another process that is downloading into `{tmp_path}/models`" in ended[0][1]
     assert sorted(path for path, _ in hub.transfers) == sorted(FILES)
     assert files_below(folder) == FILES
 
@@ -201,8 +203,8 @@ def test_a_disk_that_is_too_small(download, hub, models, monkeypatch):
     outcome = download(RECIPE)
     assert outcome.code == 1
     assert outcome.err.endswith(
-        f"error: {TOTAL} are to be fetched, and 1.0 kB are free at `{models}`\n"
-        "  hint: free some space, or name a folder on another disk\n"
+        f"error: not enough disk space: {TOTAL} to download, 1.0 kB free at `{models}`\n"
+        "  hint: free some space, or choose a folder on another disk\n"
     )
     assert hub.transfers == []
 
@@ -211,7 +213,7 @@ def test_a_page_in_the_place_of_a_file_does_not_become_its_beginning(download, h
     """A proxy or a network that asks to log in answers 200 with a page of its own."""
     hub.sent[SHARDS[0]] = b"<html>log in</html>"
     outcome = download(RECIPE)
-    message = "the hub answered with a file of 19 bytes, and its list says 400000"
+    message = "the hub sent a file of 19 bytes, but its file list declares 400000"
     assert outcome.code == 1 and message in outcome.err.splitlines()[-2]
     assert len(hub.starts(SHARDS[0])) == 6
     assert files_below(folder).keys() == FILES.keys() - {SHARDS[0]}
@@ -236,7 +238,7 @@ def test_an_answer_that_is_no_list(download, hub, source, answer):
     title, pages, _ = REFUSED[source]
     assert read_problems(outcome.err) == [
         (
-            f"cannot ask {title} for the files of `{MODEL}`: its answer is no list of files",
+            f"cannot get the file list of `{MODEL}` from {title}: unexpected response",
             f"check the connection to {hub.url}/{pages}{MODEL}, or {ANOTHER[source]}",
         )
     ]
@@ -245,11 +247,11 @@ def test_an_answer_that_is_no_list(download, hub, source, answer):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("HF_TOKEN", "hf_s\u00e9cret", "the token for Hugging Face has characters that none has"),
+        ("HF_TOKEN", "hf_s\u00e9cret", "the Hugging Face token contains invalid characters"),
         (
             "http_proxy",
             "socks5://127.0.0.1:1",
-            "a SOCKS proxy is set, and the package that reaches Hugging Face through one is not installed",
+            "a SOCKS proxy is set, but the package that supports it is not installed",
         ),
     ],
 )
@@ -275,5 +277,5 @@ def test_log_lines_of_the_sdks_stay_out_of_the_terminal(environment, source, tmp
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, "")
     first, *problem = err.splitlines()
-    assert first == f"Asking {REFUSED[source][0]} for its list of files"
+    assert first == f"Requesting the file list from {REFUSED[source][0]}"
     assert [line.partition(":")[0] for line in problem] == ["error", "  hint"]
