@@ -188,7 +188,7 @@ OBJECTS: Mapping[str, Plant] = {
     "a number for a caption": text("CELL_TYPE", 7),
     "NaN for a caption": text("CAPTION_NAN", float("nan")),
     "null for a path": lambda draft: {("CELL_EMPTY", draft.row(None), None)},
-    "half a character": text("CAPTION_CONTROL_CHARS", "a bird \ud83d"),
+    "an unpaired surrogate": text("CAPTION_CONTROL_CHARS", "a bird \ud83d"),
 }
 """Of a metadata.jsonl."""
 

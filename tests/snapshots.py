@@ -1,6 +1,6 @@
 """Snapshots of what commands say: one page per test module, one entry per case, reviewed as prose.
 
-`pytest --snapshot-update tests/cli/test_x.py` writes the pages anew; the change is reviewed like code.
+`pytest --snapshot-update tests/cli/test_x.py` rewrites the pages; the change is reviewed like code.
 """
 
 import re

@@ -58,7 +58,7 @@ def photograph(number: int, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def frames_of(number: int, frames: int = FRAMES, size: tuple[int, int] = (160, 96)) -> np.ndarray:
-    """Frames `[F, H, W, 3]`: the camera goes over a photograph."""
+    """Frames `[F, H, W, 3]`: the camera pans over a photograph."""
     width, height = size
     steps = np.arange(frames)
     image = np.asarray(photograph(1000 + number, (width + frames, height + frames // 2)))

@@ -1,6 +1,6 @@
 """What can go wrong, as values and as exceptions.
 
-A `Problem` is one thing a user can mend. Checks return lists of them; `FaultsFound` carries a whole list to the one
+A `Problem` is one thing a user can fix. Checks return lists of them; `FaultsFound` carries a whole list to the one
 error boundary in the command line, so that all problems of a command come in one report.
 """
 

@@ -191,7 +191,7 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
         text = json.dumps(report.as_plain(), indent=2, ensure_ascii=False)
         try:
             text.encode()
-        except UnicodeEncodeError:  # half a character, which JSON can only hold spelled out
+        except UnicodeEncodeError:  # an unpaired surrogate, which JSON can only hold escaped
             text = json.dumps(report.as_plain(), indent=2)
         echo(text)
         return

@@ -142,7 +142,7 @@ def test_the_others_are_refused_by_what_is_not_supported(cli, command):
 
 @pytest.fixture
 def small(cli, entry_models, photographs, tmp_path, monkeypatch):
-    """Run a command on tiny models and small data of one's own; `more` goes over what it says."""
+    """Run a command on tiny models and small data of one's own; `more` overrides its values."""
     (tmp_path / "data").mkdir()
     for name in ("a.png", "b.png"):
         Image.open(photographs / "chelsea.png").resize((64, 32)).save(tmp_path / "data" / name)

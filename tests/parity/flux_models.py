@@ -73,7 +73,7 @@ def load_pipeline(base: Path, pipeline: type = FluxPipeline, **more: Any) -> Any
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
-        # transformers would make it anew: this is the published tokenizer.json as it is.
+        # transformers would rebuild it: this is the published tokenizer.json as it is.
         tokenizer_2=PreTrainedTokenizerFast(
             tokenizer_file=str(folder / "tokenizer_2" / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
         ),

@@ -78,7 +78,7 @@ def test_the_backward_pass_keeps_bytes_in_place_of_weights(family, precision, fo
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), "wan2.1-i2v-14b-480p-lora", "qwen-image-edit-2509-lora"])
 def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
-    """T5 asks its layers, and vision towers ask their models, which number format to compute in."""
+    """T5 asks its layers, and vision towers ask their models, which dtype to compute in."""
     plan = plan_step(recipe, folder)
     family = load_family(plan.facts.name)
     changed = set()

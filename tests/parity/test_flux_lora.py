@@ -145,7 +145,7 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
 
 
 def fill_quickly(module: torch.nn.Module) -> None:
-    """Kernels from one row of random numbers, repeated: drawing all of them anew would take most of the test."""
+    """Kernels from one row of random numbers, repeated: drawing each of them would take most of the test."""
     numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:

@@ -59,7 +59,7 @@ def test_captions_are_mended():
 
 @pytest.mark.parametrize("caption", ["", "a cat", "three (3) cups, 100% red!", CAPTIONS["long"]])
 def test_the_tokenizer_is_the_one_transformers_makes_but_for_rare_characters(text_to_video, wan_models, caption):
-    """transformers 5 makes UMT5's tokenizer anew, in which rare characters are unknown; published, they are bytes."""
+    """transformers 5 rebuilds UMT5's tokenizer, in which rare characters are unknown; published, they are bytes."""
     tokenizer = text_to_video.ours.components["tokenizer_path"]
     made = AutoTokenizer.from_pretrained(wan_models / f"{text_to_video.kind.model_id}-Diffusers" / "tokenizer")
     assert tokenizer(caption)["input_ids"] == made(caption)["input_ids"]

@@ -1,4 +1,4 @@
-"""Damage done to cached encodings: made anew with a warning where the encoder is at hand, else told; never used."""
+"""Damage done to cached encodings: encoded again with a warning, or reported where no encoder is loaded; never used."""
 
 import os
 import shutil

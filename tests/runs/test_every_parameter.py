@@ -322,7 +322,7 @@ def test_zero_cond_t_changes_what_is_predicted(cli, recipe_models, photographs, 
 
 
 def test_zero_cond_t_is_taken_from_a_model_that_says_it(cli, recipe_models, photographs, tmp_path, monkeypatch):
-    """`--no-zero_cond_t` goes over config.json."""
+    """`--no-zero_cond_t` overrides config.json."""
     recipe = "qwen-image-edit-2509-lora"
     base = Path(shutil.copytree(recipe_models(recipe), tmp_path / "base"))
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))

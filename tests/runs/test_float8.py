@@ -52,7 +52,7 @@ def test_of_a_component_without_such_layers_nothing_is_kept_so(train):
 
 
 def test_encodings_of_rounded_encoders_are_not_taken_for_others(train, tmp_path):
-    """Rounding the transformer, and a VAE that has nothing to round, makes nothing anew."""
+    """Rounding the transformer, and a VAE that has nothing to round, encodes nothing again."""
     assert train("wide").code == 0
     count = len(list((tmp_path / "cache").rglob("*.safetensors")))
     same = train("dit", "--fp8_models", f"{ENTRIES['dit']},{ENTRIES['vae']}")
@@ -78,7 +78,7 @@ def test_a_rehearsal_keeps_the_stand_ins_so(train):
 
 
 def test_a_text_encoder_with_a_lora_can_be_kept_so(train, tmp_path):
-    """Its output is made anew in each step, with gradients through the 8-bit weights."""
+    """Its output is computed in each step, with gradients through the 8-bit weights."""
     more = ("--lora_base_model", "text_encoder", "--lora_target_modules", "language_model.layers.0.self_attn.q_proj")
     outcome = train("out", *NARROW, *more, "--max_steps", 2, "--remove_prefix_in_ckpt", "")
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""Images: orientation, transparency, number formats and geometry, on real files written with Pillow."""
+"""Images: orientation, transparency, dtypes and geometry, on real files written with Pillow."""
 
 import numpy as np
 import pytest

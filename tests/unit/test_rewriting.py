@@ -22,7 +22,7 @@ from diffsynth_core.state_dicts.weight_sets import open_weights
 
 @pytest.fixture
 def base(tmp_path):
-    """A file of three tensors of different number formats."""
+    """A file of three tensors of different dtypes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "wide": torch.randn(3, 5, generator=generator),

@@ -49,7 +49,7 @@ def write(folder, tensors, outputs):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_places_are_what_tensors_are(tmp_path, seed):
-    """Theirs to ours and back, of shuffled tensors of one number format."""
+    """Theirs to ours and back, of shuffled tensors of one dtype."""
     generator, dtype = torch.Generator().manual_seed(seed), (torch.float32, torch.bfloat16, torch.int8)[seed]
     tensors = {
         name: torch.randint(-99, 99, shape, generator=generator).to(dtype)

@@ -268,7 +268,7 @@ def test_files_are_looked_for_in_a_listing_of_their_folder_and_asked_for_once(fo
     fingerprint = dataset_fingerprint(Parameters(dataset_base_path=folder), found)
     assert sorted(asked) == ["[draft.png", "a.png"]
     (folder / "[draft.png").write_bytes((folder / "[draft.png").read_bytes() + b" ")
-    assert dataset_fingerprint(Parameters(dataset_base_path=folder), found) != fingerprint, "each run asks anew"
+    assert dataset_fingerprint(Parameters(dataset_base_path=folder), found) != fingerprint, "each run asks again"
 
 
 def test_the_column_of_references_is_asked_for():

@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError
 
 
 def training(seed: int = 0, width: int = 3) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-    """A model of two trained tensors of different number formats and its optimizer."""
+    """A model of two trained tensors of different dtypes and its optimizer."""
     generator = torch.Generator().manual_seed(seed)
     trained = {
         "dit.a.lora_A.default.weight": nn.Parameter(torch.randn(4, width, generator=generator)),

@@ -1,4 +1,4 @@
-"""Frozen weights that are stored in 8-bit floats (e4m3) and computed with in a wider number format.
+"""Frozen weights that are stored in 8-bit floats (e4m3) and computed with in a wider dtype.
 
 Stored so are the weights of linear layers inside the numbered blocks of a network: nearly all of its bytes. What stands
 before and behind the blocks (embedders of pixels, time and text, shared modulation, the last projection) stays as it
@@ -54,7 +54,7 @@ def widen(stored: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Te
 class Float8Linear(nn.Linear):
     """A frozen linear layer that stores its weight in 8-bit floats.
 
-    `stored` is the weight's bytes, `[out, in]` uint8: a model asked for its number format looks at its floating-point
+    `stored` is the weight's bytes, `[out, in]` uint8: a model asked for its dtype looks at its floating-point
     parameters and must find the one it computes in, and processes can send each other bytes whatever they stand for.
     `scale` is what each row of them is multiplied by, `[out, 1]` float32; None for weights that were rounded here.
     `compute_dtype` is that format; under autocast it is autocast's, as for any linear layer.

@@ -1,6 +1,6 @@
 """LoRA merged into its base: W' = W + sum of (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685).
 
-Computed in float32 and rounded once, into the number format of the merged weight.
+Computed in float32 and rounded once, into the dtype of the merged weight.
 """
 
 import math

@@ -18,7 +18,7 @@ def write_tensors(
 ) -> str:
     """Write a safetensors file, whole or not at all; returns the sha256 of its bytes.
 
-    `dtypes` names number formats to convert to while writing; tensors may be on any device.
+    `dtypes` names dtypes to convert to while writing; tensors may be on any device.
     """
     with replacing(path) as temporary:
         return write_safetensors(temporary, tensors, {"format": "pt", **metadata}, dtypes)

@@ -139,7 +139,7 @@ def _resolve_one(
 
 
 def _levels(sources: Sequence[Source], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What goes over what, the nearest last: the origin of values as a report names it, and the values."""
+    """Sources of values, those that take precedence last: the name of the source as a report has it, and its values."""
     for origin, layer in sources:
         yield origin, layer.parameters
         yield f"{origin}{_of_stage(stage)}", layer.stages.get(stage or "", {})

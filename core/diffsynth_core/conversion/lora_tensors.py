@@ -26,7 +26,7 @@ from diffsynth_core.state_dicts.values import FLOATS, pack_floats, read_bytes, u
 from diffsynth_core.state_dicts.weight_sets import Span
 
 WIDE_EXPONENTS = ("F32", "BF16", "F64")
-"""Number formats with so many exponents that a power of two never takes a weight out of them."""
+"""Dtypes with so many exponents that a power of two never takes a weight out of them."""
 
 
 @dataclass(frozen=True)

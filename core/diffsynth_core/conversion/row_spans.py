@@ -15,7 +15,7 @@ from diffsynth_core.state_dicts.weight_sets import Span, WeightSet
 
 @dataclass
 class RowSpans:
-    """A tensor of which only shape, number format (in safetensors' words) and the places of its bytes are known."""
+    """A tensor of which only shape, dtype (in safetensors' words) and the places of its bytes are known."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,11 +55,11 @@ class RowSpans:
         return RowSpans(tuple(shape), self.dtype, self.spans)
 
     def new_empty(self, shape: tuple[int, ...]) -> "RowSpans":
-        """A tensor of the same number format, to be filled from the top."""
+        """A tensor of the same dtype, to be filled from the top."""
         return RowSpans(tuple(shape), self.dtype)
 
     def __setitem__(self, rows: slice, part: "RowSpans") -> None:
-        """Fill the next rows. Parts of another number format do not fit: they leave the tensor short, which is told
+        """Fill the next rows. Parts of another dtype do not fit: they leave the tensor short, which is told
         when it is written."""
         if part.dtype == self.dtype:
             self.spans += part.spans

@@ -78,7 +78,7 @@ def _can_cut(reading: KeyMap, name: str, tensor: RowSpans) -> bool:
 
 
 def _is_whole(tensor: RowSpans) -> bool:
-    """Whether a tensor has all the bytes that its shape and number format ask for."""
+    """Whether a tensor has all the bytes that its shape and dtype ask for."""
     there = sum(span.end - span.begin for span in tensor.spans)
     return there == math.prod(tensor.shape) * BITS_PER_ELEMENT[tensor.dtype] // 8
 

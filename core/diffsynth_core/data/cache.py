@@ -75,7 +75,7 @@ class EncodingCache:
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the entry is there and whole; one that a fault of the disk changed is made anew."""
+        """Whether the entry is there and whole; one that a disk fault changed is encoded again."""
         return self._is_whole(key) or (self._behind is not None and self._behind.has(key))
 
     def is_damaged(self, key: str) -> bool:
@@ -133,7 +133,7 @@ class EncodingCache:
             self._memory.remember(self.path(key), WHOLE, file_stamp(self.path(key)), True)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
-        """An entry's tensors, on the CPU. A damaged entry is removed, so that the next run makes it anew.
+        """An entry's tensors, on the CPU. A damaged entry is removed, so that the next run encodes it again.
 
         Raises:
             DiffSynthError: when the entry is gone or damaged.

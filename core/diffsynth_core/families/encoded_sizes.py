@@ -12,7 +12,7 @@ from diffsynth_core.families.tape import BYTES, MediaSize
 from diffsynth_core.families.token_counts import CaptionRule, count_tokens
 
 NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
-"""The number format that text encoders compute in, by `mixed_precision`."""
+"""The dtype that text encoders compute in, by `mixed_precision`."""
 Shown = Mapping[str, tuple[MediaSize, ...]]
 """Sizes of what is trained on, by its column, and of images shown, by the name of their `References`."""
 

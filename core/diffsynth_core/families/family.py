@@ -98,10 +98,10 @@ class Family(ABC):
 
 
 def encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """The number format of frozen encoders: that of the run, but float32 for fp16, whose range they overflow."""
+    """The dtype of frozen encoders: that of the run, but float32 for fp16, whose range they overflow."""
     return torch.float32 if mixed_precision == "fp16" else frozen_dtype(mixed_precision)
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
-    """The number format of frozen weights and of the computation."""
+    """The dtype of frozen weights and of the computation."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]

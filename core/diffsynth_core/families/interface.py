@@ -95,7 +95,7 @@ class ComponentFacts:
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
     trained for.
     `settings`: constructor settings that a parameter of the same name switches on or off, whatever config.json says ->
-    the extra inputs without which it means nothing.
+    the extra inputs that it requires.
     `parts`: documented names of what is a component there and one part of this one here -> its name here.
     `inputs`: its files mean nothing without one of these extra inputs; blank: they always mean something.
     """

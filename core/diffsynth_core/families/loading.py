@@ -88,7 +88,7 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
 
 
 WeightChange = Callable[[str, Tensor, torch.dtype], Tensor]
-"""(name in our module, tensor as in the file, number format it is wanted in) -> the tensor to load in its place."""
+"""(name in our module, tensor as in the file, dtype it is wanted in) -> the tensor to load in its place."""
 
 
 def load_component(
@@ -103,7 +103,7 @@ def load_component(
     """A component with its weights in `dtype`, those named in `float32` in that, on `device`, frozen and in eval mode.
 
     Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
-    keep their own number format: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
+    keep their own dtype: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
     weights that diffusers keeps in float32. Of files marked `float8` the weights of `float8_layers` are stored in 8-bit
     floats and computed with in `dtype`; those that reach beyond their range are not, which is told. Weights that the
     files store in 8-bit floats with a scale for each row, or for all, are kept as they are there; others with a scale
@@ -174,7 +174,7 @@ def _tie(module: nn.Module) -> None:
 
 
 def _stays_float32(module: nn.Module, name: str) -> bool:
-    """Whether diffusers loads a weight in float32 whatever the number format of the model."""
+    """Whether diffusers loads a weight in float32 whatever the dtype of the model."""
     from diffusers.models.modeling_utils import ModelMixin
 
     kept = module._keep_in_fp32_modules if isinstance(module, ModelMixin) else None
@@ -208,7 +208,7 @@ def _store(
 
 
 def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
-    """The number format of each tensor in a component's files, in safetensors' words, by name in our module.
+    """The dtype of each tensor in a component's files, in safetensors' words, by name in our module.
 
     8-bit floats are told as bfloat16: most of what training changes in a weight would be rounded away in them.
     """

@@ -31,7 +31,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor: its shape, its number format, whether it takes gradients, and the memory that it is a view of."""
+    """A tensor: its shape, its dtype, whether it takes gradients, and the memory that it is a view of."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -61,7 +61,7 @@ class Network:
     wide: frozenset[str] = frozenset()
 
     def dtype_of(self, name: str) -> str:
-        """The number format of a weight."""
+        """The dtype of a weight."""
         wide = name in self.masters or not self.wide.isdisjoint(name.split("."))
         return "float32" if wide else self.dtype
 
@@ -96,7 +96,7 @@ class Tape:
     """The memory that a forward pass keeps, while it is played.
 
     Args:
-        autocast: the number format that linear layers compute in; None: that of their weights.
+        autocast: the dtype that linear layers compute in; None: that of their weights.
         device: cpu or cuda: autocast differs between them.
         recompute: blocks keep their inputs alone, and are played again in the backward pass, one at a time. Beside what
             is `kept`, either the `casts` of weights are there, of which autocast lets go behind the forward pass, or
@@ -323,12 +323,12 @@ class Tape:
         self._save(self._new((count,), "float32", grad=False))
 
     def _save_weight(self, name: str, compute: str) -> None:
-        """A weight, which takes no memory of its own but in another number format."""
+        """A weight, which takes no memory of its own but in another dtype."""
         if self.network.dtype_of(name) != compute:
             self._save_cast(name, math.prod(self.network.shapes[name]), compute)
 
     def _save_cast(self, name: str, count: int, dtype: str) -> None:
-        """A weight in another number format, which autocast makes once."""
+        """A weight in another dtype, which autocast makes once."""
         casts = self._casts if self._block is None else self._block_casts
         if name not in casts:
             casts[name] = Memory(count * BYTES[dtype])

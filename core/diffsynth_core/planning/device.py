@@ -1,4 +1,4 @@
-"""Where a run computes, in which number format, and how processes share the work."""
+"""Where a run computes, in which dtype, and how processes share the work."""
 
 import os
 
@@ -70,7 +70,7 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
 
 
 def choose_precision(parameters: Parameters, device: str, problems: list[Problem], absent: list[Problem]) -> str:
-    """The number format asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
+    """The dtype asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
 
     `absent`: takes the problem that this machine has no GPU for the format.
     """

@@ -43,7 +43,7 @@ def request_download(
 ) -> DownloadRequest:
     """What the arguments of the command ask for.
 
-    `names`: recipes, and entries `model_id:glob`. `include`: globs of the dataset's paths, in which `*` goes over `/`.
+    `names`: recipes, and entries `model_id:glob`. `include`: globs of dataset paths, in which `*` matches `/` too.
 
     Raises:
         FaultsFound: names that are nothing, and options that do not go together.

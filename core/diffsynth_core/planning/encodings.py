@@ -25,7 +25,7 @@ ENTRIES = "encodings.jsonl"
 class EncoderPlan:
     """One encoder's part in a run.
 
-    `live`: its component trains, so its output changes and is made anew in every step. Otherwise `keys` names the cache
+    `live`: its component trains, so its output changes and is computed in every step. Otherwise `keys` names the cache
     entry of each needed sample (by index), and `missing` those that are still to be made, some of which are there but
     `damaged`. What a first half makes goes into its own folder, and what the cache has of it already is brought there.
     """
@@ -42,7 +42,7 @@ class EncoderPlan:
 class EncodingsPlan:
     """All encoders of a run, and what identifies the files of each component (sha256 by component and file).
 
-    The versions of the libraries that compute are no part of a cache key: an update makes nothing anew.
+    The versions of the libraries that compute are no part of a cache key: an update encodes nothing again.
     """
 
     encoders: tuple[EncoderPlan, ...]
@@ -107,7 +107,7 @@ def _already_encoded(
     """The encodings that the first half wrote, and what it identified the files of its components by.
 
     Raises:
-        DiffSynthError: when one is damaged: the encoders that could make it anew are not at hand.
+        DiffSynthError: when one is damaged: the encoders that could encode it again are not loaded.
     """
     encoders, memory = [], _entry_memory(plan)
     for encoder in plan.variant.encoders:
@@ -196,7 +196,7 @@ def _plan_encoder(
 
 
 def _precision(plan: Plan, component: str) -> str:
-    """The number format an encoder computes in, and how its weights are rounded where they are."""
+    """The dtype an encoder computes in, and how its weights are rounded where they are."""
     return f"{plan.mixed_precision}, float8 weights" if plan.float8.get(component) else plan.mixed_precision
 
 

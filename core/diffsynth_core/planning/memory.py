@@ -18,7 +18,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.state_dicts.base_files import FLOAT8
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The number format of frozen weights and of the computation, by `mixed_precision`."""
+"""The dtype of frozen weights and of the computation, by `mixed_precision`."""
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = 8
 """Of AdamW for each trained number: two moments in float32."""

@@ -158,7 +158,7 @@ def _nothing_left(folder: Path, done: int, total: int) -> NothingLeft:
 
 
 def _no_whole_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
-    """The run cannot go on, and does not begin anew unasked: its checkpoints are worth something still."""
+    """The run cannot be resumed, and does not start over unasked: its checkpoints still have a value."""
     states = ", ".join(f"step {state.step} ({state.reason})" for state in damaged)
     what = f"it has no intact state: {states}" if damaged else f"its state after step {record.step} is missing"
     if record.diverged_step and not damaged and state_folders(folder):

@@ -202,7 +202,7 @@ def _find_components(
 def _choose_machine(
     parameters: Parameters, samples: SampleSet | None, problems: list[Problem], absent: list[Problem]
 ) -> tuple[str, str]:
-    """The device and the number format; adds what the machine has not to `absent`."""
+    """The device and the dtype; adds what the machine has not to `absent`."""
     check_launch(problems)
     device = choose_device(parameters, problems, absent)
     mixed_precision = choose_precision(parameters, device, problems, absent)

@@ -16,7 +16,7 @@ from diffsynth_core.sources.identity import FileIdentities
 THREADS = 4
 """Files fetched at once: one connection seldom gets all that a line carries."""
 BACK_OFF_SECONDS = (1, 2, 4, 8, 15)
-"""Waits before the attempts after one that brought nothing; one that brought bytes counts anew."""
+"""Waits before the attempts after one that brought nothing; one that brought bytes starts the count again."""
 WRONG_HASHES = 2
 """Times that a whole file may have other bytes than the hub says before it is given up."""
 SHOWN_BYTES = 1_000_000

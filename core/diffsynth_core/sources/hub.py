@@ -75,7 +75,7 @@ class RemoteFile:
 
 
 class Interruption(Exception):
-    """A transfer broke in a way that another attempt may mend; the text says how."""
+    """A transfer broke in a way that another attempt may fix; the text says how."""
 
 
 class Refusal(DiffSynthError):

@@ -14,7 +14,7 @@ class Place:
     """Files of one repository: those that match one of `patterns`, as `Path.glob` has them (`*` stops at `/`).
 
     `layouts`: sets of paths of which one must be whole; blank: every pattern must match something.
-    `anywhere`: a `*` goes over `/`, as it does in the hubs' own commands.
+    `anywhere`: a `*` matches `/` too, as it does in the hubs' own commands.
     """
 
     repository: Repository

@@ -165,7 +165,7 @@ def scale_grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, in
 
 
 def is_float8_marker(name: str) -> bool:
-    """Whether a tensor of files means nothing once no weight is stored in 8-bit floats."""
+    """Whether a tensor of the files has no use once no weight is stored in 8-bit floats."""
     return name.rpartition(".")[2] in FLOAT8_MARKERS
 
 

@@ -82,7 +82,7 @@ def read_header(path: Path) -> Header:
 
 
 def _all_utf8(texts: Iterable[str]) -> bool:
-    """Whether other programs can read and write all texts: JSON may hold half a character of UTF-16."""
+    """Whether other programs can read and write all texts: JSON may contain an unpaired surrogate."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -156,7 +156,7 @@ def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: M
     """The 8 bytes of length and the JSON header, padded with blanks, of a file that holds tensors in this order.
 
     Args:
-        tensors: (name, number format in safetensors' words, shape).
+        tensors: (name, dtype in safetensors' words, shape).
     """
     content: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     begin = 0

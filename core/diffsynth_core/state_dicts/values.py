@@ -13,7 +13,7 @@ EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x
 
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Number formats of weights, by their names in safetensors -> in numpy, which knows no bfloat16."""
+"""Dtypes of weights, by their names in safetensors -> in numpy, which knows no bfloat16."""
 
 
 def read_bytes(span: Span) -> bytes:
@@ -45,7 +45,7 @@ def unpack_floats(data: bytes, dtype: str) -> "NDArray[float64]":
 
 
 def pack_floats(values: "NDArray[float64]", dtype: str) -> bytes:
-    """The bytes of weights, rounded to a number format once; in bfloat16, values that it holds as they are."""
+    """The bytes of weights, rounded to a dtype once; in bfloat16, values that it holds as they are."""
     if dtype == "BF16":
         return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     return values.astype(FLOATS[dtype]).tobytes()

@@ -18,7 +18,7 @@ DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-"""Number formats by their name in safetensors."""
+"""Dtypes by their name in safetensors."""
 
 
 def write_safetensors(
@@ -31,7 +31,7 @@ def write_safetensors(
 
     Args:
         tensors: on any device; each is asked for twice, for its shape and for its values, and let go in between.
-        dtypes: number formats to convert to, by name; others stay as they are.
+        dtypes: dtypes to convert to, by name; others stay as they are.
 
     Returns: sha256 of the bytes, in hex.
 
@@ -60,11 +60,11 @@ def safetensors_bytes(
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and number format of a tensor."""
+    """Shape and dtype of a tensor."""
     return tuple(tensor.shape), tensor.dtype
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """The values of a tensor in a number format."""
+    """The values of a tensor in a dtype."""
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     return value.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -39,7 +39,7 @@ class MadeOnDemand(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """Tensors of a checkpoint by their keys, and the number formats they are written in."""
+    """Tensors of a checkpoint by their keys, and the dtypes they are written in."""
 
     tensors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
@@ -49,7 +49,7 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     """Everything a checkpoint holds.
 
     Full weights: `pipe.<component>.<parameter>` for every parameter of a component that trains as a whole, and of
-    another for every one of the modules that are named, in the number format of the base file. LoRA: the same with LoRA
+    another for every one of the modules that are named, in the dtype of the base file. LoRA: the same with LoRA
     endings, or the names of another dialect, in float32. `save_dtype` overrides both; `remove_prefix_in_ckpt` is taken
     off the keys that start with it.
     """

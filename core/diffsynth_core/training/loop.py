@@ -381,7 +381,7 @@ class Run:
                 id=uuid4().hex,
                 float8_components=sorted(plan.float8),
             )
-        # What was written after the state that goes on is written anew.
+        # What was written after the state that goes on is written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
         record.parameters, record.versions = as_plain(plan.parameters), package_versions()
         record.status, record.failure, record.diverged_step = "running", None, None

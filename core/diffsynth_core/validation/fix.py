@@ -47,7 +47,7 @@ def write_fixed(path: Path, examined: Examined, report: Report) -> Fixed:
     """Write the rows that have no error, with all of their columns.
 
     Raises:
-        DiffSynthError: when no choice of rows mends the dataset, or none is left.
+        DiffSynthError: when no choice of rows fixes the dataset, or none is left.
     """
     errors = [finding for finding in report.findings if finding.level == "error"]
     of_all = [finding for finding in errors if finding.row is None]

@@ -28,7 +28,7 @@ MARK = '<meta name="generator" content="diffsynth dataset validate">'
 
 
 def check_page_path(path: Path) -> None:
-    """See, before anything is checked, that a page can be written there; only a page of ours is ever written anew.
+    """See, before anything is checked, that a page can be written there; only a page of ours is ever overwritten.
 
     Raises:
         FaultsFound: when it does not end as a page does, or something else is there already.

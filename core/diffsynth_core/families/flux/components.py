@@ -70,7 +70,7 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
 def load_tokenizer(parameter: str, folder: Path) -> Any:
     """The tokenizer of CLIP, or that of T5 exactly as its tokenizer.json says, from local files.
 
-    transformers 5 makes what it takes for a T5 tokenizer anew, without what tokenizer.json says of normalisation.
+    transformers 5 rebuilds what it takes for a T5 tokenizer, without what tokenizer.json says of normalisation.
     """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 

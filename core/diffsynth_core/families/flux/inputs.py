@@ -53,7 +53,7 @@ def predict_velocity(
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
-        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the number format it computes in.
+        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the dtype it computes in.
         batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
             `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the size of
             `noisy`.
@@ -90,6 +90,6 @@ def predict_velocity(
 
 
 def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
-    """Inputs with the states among them in the number format of the module that is to read them."""
+    """Inputs with the states among them in the dtype of the module that is to read them."""
     states = ("hidden_states", "encoder_hidden_states", "pooled_projections")
     return {**given, **{name: given[name].to(module.dtype) for name in states}}

@@ -53,7 +53,7 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
 
 
 def input_dtype(transformer: Any) -> torch.dtype:
-    """The number format of the tokens given, to which the transformer rounds the timestep: float32 where that computes.
+    """The dtype of the tokens given, to which the transformer rounds the timestep: float32 where that computes.
 
     Under autocast the first layer casts tokens itself, so that sigma need not be rounded with them.
     """

@@ -133,7 +133,7 @@ def _set_statistics(vae: Any) -> None:
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the number format of published files: statistics keep theirs."""
+    """A tensor in the dtype of published files: statistics keep theirs."""
     return tensor.detach() if name.startswith("bn.") else tensor.detach().to(torch.bfloat16)
 
 

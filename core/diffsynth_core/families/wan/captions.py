@@ -10,7 +10,7 @@ MAX_TOKENS = 512
 
 
 def clean_caption(caption: str) -> str:
-    """The caption with broken encodings mended, HTML entities resolved and runs of white space made one blank."""
+    """The caption with broken encodings fixed, HTML entities unescaped and runs of white space collapsed."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
