@@ -73,7 +73,7 @@ def _structure(header: bytes, drawn: random.Random) -> bytes:
 
 
 def _twice(header: bytes, drawn: random.Random) -> bytes:
-    """A name that stands there twice."""
+    """A duplicate name."""
     content = json.loads(header)
     name = drawn.choice(list(content))
     return header[:-1].rstrip(b" }") + b"}," + json.dumps({name: content[name]}).encode()[1:]

@@ -17,7 +17,7 @@ from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.families.qwen_image import names as qwen_names
 from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
 from diffsynth_core.families.qwen_image.inputs import predict_velocity as predict_qwen
-from diffsynth_core.families.table import FAMILIES, find_stranger, load_family, recognise, recognise_family
+from diffsynth_core.families.table import FAMILIES, find_unsupported, load_family, recognise, recognise_family
 from diffsynth_core.families.tiny_weights import fill
 
 NAMES = {"qwen-image": qwen_names, "flux": flux_names}
@@ -60,16 +60,16 @@ def test_a_controlnet_is_told_from_the_transformer(family):
 )
 def test_other_controlnets_are_told_what_they_are(family, names, title):
     known = module_of(family, "controlnet").state_dict().keys()
-    stranger = find_stranger(known | names, FAMILIES[family])
-    assert stranger is not None and stranger.title.startswith(title) and stranger.component == "controlnet"
+    unsupported = find_unsupported(known | names, FAMILIES[family])
+    assert unsupported is not None and unsupported.title.startswith(title) and unsupported.component == "controlnet"
     assert recognise(known | names, FAMILIES[family]) is None
 
 
 def test_the_controlnet_of_the_other_family_is_told():
     for family, other in (("qwen-image", "flux"), ("flux", "qwen-image")):
-        stranger = find_stranger(module_of(other, "controlnet").state_dict().keys(), FAMILIES[family])
-        assert stranger is not None and stranger.title == f"a {FAMILIES[other].title} ControlNet"
-        assert find_stranger(module_of(family, "controlnet").state_dict().keys(), FAMILIES[family]) is None
+        unsupported = find_unsupported(module_of(other, "controlnet").state_dict().keys(), FAMILIES[family])
+        assert unsupported is not None and unsupported.title == f"a {FAMILIES[other].title} ControlNet"
+        assert find_unsupported(module_of(family, "controlnet").state_dict().keys(), FAMILIES[family]) is None
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         written = frozenset(file.keys())
     spellings = (written, frozenset(module.state_dict()))
-    told = [[known.title for known in FLUX2.strangers if known.signature <= spelling] for spelling in spellings]
+    told = [[known.title for known in FLUX2.lookalikes if known.signature <= spelling] for spelling in spellings]
     assert told == [["the Mistral text encoder of FLUX.2-dev"], ["a Mistral text encoder such as that of FLUX.2-dev"]]
     assert all(recognise(spelling, FLUX2) is None for spelling in spellings)
 

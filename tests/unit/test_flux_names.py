@@ -218,17 +218,18 @@ def test_each_layout_is_recognised_and_no_other_family_takes_it(case):
     for facts in FAMILIES.values():
         if facts is not FLUX and component == "dit":
             assert recognise(present, facts) is None
-    assert not any(known.signature <= present for known in FLUX.strangers)
+    assert not any(known.signature <= present for known in FLUX.lookalikes)
 
 
-def test_umt5_and_the_vae_of_flux_2_are_strangers():
+def test_umt5_and_the_vae_of_flux_2_are_lookalikes():
     from diffusers import AutoencoderKLFlux2
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
         modules = UMT5EncoderModel(UMT5Config(**T5)), AutoencoderKLFlux2()
     told = [
-        [known.title for known in FLUX.strangers if known.signature <= module.state_dict().keys()] for module in modules
+        [known.title for known in FLUX.lookalikes if known.signature <= module.state_dict().keys()]
+        for module in modules
     ]
     assert told == [["the UMT5 text encoder of Wan"], ["the VAE of FLUX.2"]]
 

@@ -1,4 +1,4 @@
-"""The dialects of LoRA files: literal keys are written, read keys find their module, strangers are counted."""
+"""The dialects of LoRA files: literal keys are written, read keys find their module, unknown ones are counted."""
 
 import pytest
 
@@ -190,7 +190,7 @@ def test_underscores_that_could_be_two_modules_are_of_none():
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 @pytest.mark.parametrize(
-    "stranger",
+    "unknown",
     [
         "transformer_blocks.99.attn.to_q.lora_A.default.weight",
         "lora_te_text_model_encoder_layers_0.lora_down.weight",
@@ -201,11 +201,11 @@ def test_underscores_that_could_be_two_modules_are_of_none():
         "",
     ],
 )
-def test_keys_that_fit_no_module_are_told(dialect, stranger):
-    name, found, unmatched = told(find_lora_keys([*written(dialect), stranger], MODULES))
+def test_keys_that_fit_no_module_are_told(dialect, unknown):
+    name, found, unmatched = told(find_lora_keys([*written(dialect), unknown], MODULES))
     assert name == dialect
     assert set(found) == set(MODULES)
-    assert unmatched == [stranger]
+    assert unmatched == [unknown]
 
 
 def test_a_missing_half_is_none():

@@ -108,11 +108,11 @@ def test_what_is_there_is_replaced_when_asked_alone(tmp_path, base):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_other_files_of_the_same_model_are_not_left_beside(tmp_path, base, overwrite, count):
     """Shards of another count and their index, and a whole file beside shards; what has other names may stay."""
-    strangers = ["out-00001-of-00003.safetensors", "out-00003-of-00003.safetensors"]
-    strangers += ["out.safetensors.index.json" if count == 1 else "out.safetensors"]
+    others = ["out-00001-of-00003.safetensors", "out-00003-of-00003.safetensors"]
+    others += ["out.safetensors.index.json" if count == 1 else "out.safetensors"]
     folder = tmp_path / "there"
     folder.mkdir()
-    for name in [*strangers, "out.lora.safetensors", "out-2.safetensors", "out.json", "output.safetensors"]:
+    for name in [*others, "out.lora.safetensors", "out-2.safetensors", "out.json", "output.safetensors"]:
         (folder / name).write_text("mine")
     before = sorted(folder.iterdir())
     files, indexes = plan_shards(folder, "out", copied(base), {}, 20 if count == 2 else None)
@@ -121,11 +121,11 @@ def test_other_files_of_the_same_model_are_not_left_beside(tmp_path, base, overw
     (problem,) = raised.value.problems
     assert problem.message == (
         f"`{folder}` contains other files of a model `out`, which would be read as parts of this one: "
-        + ", ".join(f"`{name}`" for name in strangers)
+        + ", ".join(f"`{name}`" for name in others)
     )
     assert problem.hint == "delete them, or choose another `--output_path`"
     assert sorted(folder.iterdir()) == before
-    for name in strangers:
+    for name in others:
         (folder / name).unlink()
     write_outputs([*files, *indexes], base.inputs, SilentReporter(), overwrite)
 

@@ -88,10 +88,10 @@ def restore_state(
             f"the state `{state}` has `{wrong[0]}` with shape {list(weights[wrong[0]].shape)}, but this run has {list(trained[wrong[0]].shape)}",
             "resume with the original parameters of the run",
         )
-    strangers = [name for name in _names_in(moments, position.optimizer) if name not in trained]
-    if strangers or len(position.optimizer.groups) not in (0, len(optimizer.param_groups)):
+    unknown = [name for name in _names_in(moments, position.optimizer) if name not in trained]
+    if unknown or len(position.optimizer.groups) not in (0, len(optimizer.param_groups)):
         raise DiffSynthError(
-            f"the state `{state}` has the optimizer state of another run{f': `{strangers[0]}`' if strangers else ''}",
+            f"the state `{state}` has the optimizer state of another run{f': `{unknown[0]}`' if unknown else ''}",
             "resume with the original parameters of the run",
         )
     with torch.no_grad():

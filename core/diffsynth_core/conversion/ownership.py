@@ -11,7 +11,7 @@ from diffsynth_core.checkpoints.keys import split_key, uncounted
 from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
 from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout
-from diffsynth_core.families.table import FAMILIES, find_stranger, unknown_family
+from diffsynth_core.families.table import FAMILIES, find_unsupported, unknown_family
 from diffsynth_core.progress import count_of
 from diffsynth_core.state_dicts.key_maps import KeyMap
 from diffsynth_core.state_dicts.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
@@ -157,7 +157,7 @@ def components_that_fit(
     modules = {f"{module_of_lora_key(key)}.weight" for key in keys if is_lora_key(key)}
     found: dict[str, None] = {}
     for facts in [family] if family else FAMILIES.values():
-        if find_stranger(full, facts):
+        if find_unsupported(full, facts):
             continue
         candidates = [component for component in facts.components if component.name not in taken]
         signed = [component for component in candidates if layout_of(component, full)]
@@ -235,7 +235,7 @@ def find_family(full: Mapping[str, Collection[str]]) -> FamilyFacts | None:
 
 
 def _is_named(component: ComponentFacts | None, names: Collection[str], facts: FamilyFacts) -> bool:
-    return component is not None and not find_stranger(names, facts) and layout_of(component, names) is not None
+    return component is not None and not find_unsupported(names, facts) and layout_of(component, names) is not None
 
 
 def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) -> list[Problem]:

@@ -165,7 +165,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
     return EncodedSamples(folder, origin, samples, files)
 
 
-def strangers_in(folder: Path, known: set[Path]) -> list[str]:
+def unexpected_files(folder: Path, known: set[Path]) -> list[str]:
     """Files in a folder, by name, that do not belong to it; hidden ones, such as those being written, do not count."""
     return sorted(
         str(path.relative_to(folder))

@@ -239,7 +239,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Stranger:
+class UnsupportedCheckpoint:
     """Files, told by the tensor names in `signature`, that are taken for `component` by mistake; `title` says what."""
 
     title: str
@@ -255,7 +255,7 @@ class FamilyFacts:
     `variant`: shapes by component (our names), the extra inputs asked for, and what the user wrote for the denoiser's
     files, or for all files where the denoiser is not among them -> what that kind of model needs; a kind that is not
     trained raises DiffSynthError. Without the denoiser, the other components tell as much as they can.
-    `strangers`: files of related models that are easily taken for a component.
+    `lookalikes`: files of related models that are easily taken for a component.
     `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
     here -> what they are.
     `published`: sizes of published components; the first that fits counts.
@@ -281,7 +281,7 @@ class FamilyFacts:
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     second_denoiser: str = ""
-    strangers: tuple["Stranger", ...] = ()
+    lookalikes: tuple["UnsupportedCheckpoint", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)
     reference_columns: tuple[str, ...] = ()
     frame_inputs: tuple[str, ...] = ()

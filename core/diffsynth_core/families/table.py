@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from diffsynth_core.errors import Problem, suggest
 from diffsynth_core.families.flux.facts import FLUX
 from diffsynth_core.families.flux2.facts import FLUX2
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout, Stranger
+from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout, UnsupportedCheckpoint
 from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
 from diffsynth_core.families.wan.facts import WAN
 
@@ -74,7 +74,7 @@ def not_trained(entry: str) -> str | None:
 def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
     """The component of a family, and the layout of its files, whose signature is among tensor names."""
     present = frozenset(names)
-    if find_stranger(present, facts):
+    if find_unsupported(present, facts):
         return None
     return next(
         (
@@ -87,9 +87,9 @@ def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFact
     )
 
 
-def find_stranger(names: Collection[str], facts: FamilyFacts) -> Stranger | None:
+def find_unsupported(names: Collection[str], facts: FamilyFacts) -> UnsupportedCheckpoint | None:
     """What is known of files with these tensor names that are no component of a family, though they look like one."""
-    return next((known for known in facts.strangers if known.signature <= frozenset(names)), None)
+    return next((known for known in facts.lookalikes if known.signature <= frozenset(names)), None)
 
 
 def component_at(place: str, facts: FamilyFacts, model_id: str = "") -> ComponentFacts | None:

@@ -14,7 +14,7 @@ from diffsynth_core.data.encoded_samples import (
     EncodedSamples,
     holds_encoded_samples,
     read_encoded,
-    strangers_in,
+    unexpected_files,
 )
 from diffsynth_core.data.metadata import find_metadata
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
@@ -156,11 +156,9 @@ def _damage(encoded: EncodedSamples) -> list[Problem]:
         for what, paths in faults.items()
         if paths
     ]
-    strangers = strangers_in(folder, {*expected, folder / MANIFEST})
-    if strangers:
-        what = (
-            f"`{folder}` contains {len(strangers)} files that are not part of its encoded samples: {shorten(strangers)}"
-        )
+    unexpected = unexpected_files(folder, {*expected, folder / MANIFEST})
+    if unexpected:
+        what = f"`{folder}` contains {len(unexpected)} files that are not part of its encoded samples: {shorten(unexpected)}"
         problems.append(Problem(what, "move them elsewhere, or encode into a separate folder"))
     return problems
 
@@ -215,7 +213,7 @@ def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[
     if faults or not folder.is_dir():
         return
     if not holds_encoded_samples(folder):
-        if strangers_in(folder, set()):
+        if unexpected_files(folder, set()):
             what = f"`output_path` `{folder}` is not empty and contains no encoded samples"
             problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
         return

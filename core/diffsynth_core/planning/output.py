@@ -207,11 +207,11 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
         what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
         problems.append(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
-    strangers = holds_checkpoints(folder) if folder.is_dir() else []
-    if strangers:
+    checkpoints = holds_checkpoints(folder) if folder.is_dir() else []
+    if checkpoints:
         problems.append(
             Problem(
-                f"`output_path` `{folder}` already holds checkpoints of another program: {shorten(strangers)}",
+                f"`output_path` `{folder}` already holds checkpoints of another program: {shorten(checkpoints)}",
                 "choose another `--output_path`",
                 wrong_use=True,
             )

@@ -10,12 +10,12 @@ from typing import Any
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.families.bases import shapes_in
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, Stranger
+from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
 from diffsynth_core.families.table import (
     FAMILIES,
     component_at,
     family_of_model,
-    find_stranger,
+    find_unsupported,
     not_trained,
     recognise,
     recognise_family,
@@ -129,10 +129,10 @@ def assign_files(
         file_set, tensors = stored.file_set, stored.names
         found = recognise(tensors, facts)
         if found is None:
-            stranger, other = find_stranger(tensors, facts), recognise_family(tensors)
-            problems.append(_unrecognised(stored, facts, stranger, other))
+            unsupported, other = find_unsupported(tensors, facts), recognise_family(tensors)
+            problems.append(_unrecognised(stored, facts, unsupported, other))
             expected = _expected(file_set, facts) or (facts.denoiser if other else None)
-            assigned.told.update(name for name in (stranger.component if stranger else expected,) if name)
+            assigned.told.update(name for name in (unsupported.component if unsupported else expected,) if name)
             continue
         component, layout = found
         if component.name in taken:
@@ -198,12 +198,12 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
 
 
 def _unrecognised(
-    found: FoundPart, facts: FamilyFacts, stranger: Stranger | None, other: FamilyFacts | None
+    found: FoundPart, facts: FamilyFacts, unsupported: UnsupportedCheckpoint | None, other: FamilyFacts | None
 ) -> Problem:
-    """The problem that files are no component; of a stranger and of another family's transformer it is known what."""
+    """The problem that files are no component; names an unsupported checkpoint, and another family's transformer."""
     name = f"`{found.file_set.origin}`" + (f" below `{found.part.prefix}`" if found.part.prefix else "")
-    if stranger:
-        what = f"is {stranger.title}, not a component of {facts.title}"
+    if unsupported:
+        what = f"is {unsupported.title}, not a component of {facts.title}"
     elif other:
         what = f"is the transformer of {other.title}, not a component of {facts.title}"
     else:

@@ -144,7 +144,7 @@ def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwri
             problems.append(
                 Problem(f"`{output.path}` already exists", "choose another `--output_path`, or pass `--overwrite`")
             )
-    problems += _strangers(outputs, inputs)
+    problems += _mixed_formats(outputs, inputs)
     return problems or _space_problems(outputs)
 
 
@@ -156,7 +156,7 @@ def _same_file(path: Path, inputs: Collection[Path]) -> Path | None:
     return None
 
 
-def _strangers(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Problem]:
+def _mixed_formats(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Problem]:
     """Files that are called as parts of what is written and are none, such as shards of another count: who reads the
     folder would take them for it. Inputs may stay: they hold the same model."""
     problems = []
@@ -164,12 +164,12 @@ def _strangers(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Prob
     places = dict.fromkeys((path.parent, stem) for path in written if (stem := _stem(path)) is not None)
     for folder, stem in places:
         beside = sorted(path for path in folder.glob(f"{escape(stem)}*") if _stem(path) == stem)
-        strangers = [path.name for path in beside if path not in written and not _same_file(path, inputs)]
-        if strangers:
+        others = [path.name for path in beside if path not in written and not _same_file(path, inputs)]
+        if others:
             problems.append(
                 Problem(
                     f"`{folder}` contains other files of a model `{stem}`, which would be read as parts of this one: "
-                    f"{shorten(strangers)}",
+                    f"{shorten(others)}",
                     "delete them, or choose another `--output_path`",
                 )
             )

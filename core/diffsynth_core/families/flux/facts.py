@@ -20,8 +20,8 @@ from diffsynth_core.families.interface import (
     Medium,
     References,
     Shapes,
-    Stranger,
     TokenizerFacts,
+    UnsupportedCheckpoint,
     Variant,
 )
 from diffsynth_core.families.shapes import count_blocks
@@ -237,19 +237,21 @@ FLUX = FamilyFacts(
         "InstantX/FLUX.1-dev-IP-Adapter:*": "the FLUX.1 IP-Adapter",
         "ByteDance/InfiniteYou:*": "InfiniteYou",
     },
-    strangers=(
-        Stranger(
+    lookalikes=(
+        UnsupportedCheckpoint(
             "a union ControlNet, which is not supported yet",
             CONTROLNET,
             names.UNION_TENSORS,
         ),
-        Stranger("a ControlNet with pixel inputs, which is not supported yet", CONTROLNET, names.HINT_TENSORS),
-        Stranger(
+        UnsupportedCheckpoint(
+            "a ControlNet with pixel inputs, which is not supported yet", CONTROLNET, names.HINT_TENSORS
+        ),
+        UnsupportedCheckpoint(
             "a Qwen-Image ControlNet",
             CONTROLNET,
             frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.img_mod.1.weight"}),
         ),
-        Stranger("the UMT5 text encoder of Wan", "text_encoder_2", names.UMT5_TENSORS),
-        Stranger("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),
+        UnsupportedCheckpoint("the UMT5 text encoder of Wan", "text_encoder_2", names.UMT5_TENSORS),
+        UnsupportedCheckpoint("the VAE of FLUX.2", "vae", names.FLUX_2_VAE_TENSORS),
     ),
 )

@@ -17,8 +17,8 @@ from diffsynth_core.families.interface import (
     Medium,
     References,
     Shapes,
-    Stranger,
     TokenizerFacts,
+    UnsupportedCheckpoint,
     Variant,
 )
 from diffsynth_core.families.shapes import count_blocks
@@ -150,9 +150,11 @@ FLUX2 = FamilyFacts(
         Fit("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
     ),
     not_trained={"black-forest-labs/FLUX.2-dev:t*": "FLUX.2-dev"},
-    strangers=(
-        Stranger("the Mistral text encoder of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_SIGNATURE),
-        Stranger(
+    lookalikes=(
+        UnsupportedCheckpoint(
+            "the Mistral text encoder of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_SIGNATURE
+        ),
+        UnsupportedCheckpoint(
             "a Mistral text encoder such as that of FLUX.2-dev", "text_encoder", names.DEV_TEXT_ENCODER_MODULE_SIGNATURE
         ),
     ),

@@ -1,7 +1,14 @@
 """What Qwen-Image is made of. No torch."""
 
 from diffsynth_core.families.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Fit, Layout, Stranger, TokenizerFacts
+from diffsynth_core.families.interface import (
+    ComponentFacts,
+    FamilyFacts,
+    Fit,
+    Layout,
+    TokenizerFacts,
+    UnsupportedCheckpoint,
+)
 from diffsynth_core.families.qwen_image.memory import MEMORY
 from diffsynth_core.families.qwen_image.names import (
     DIT_BLOCKS,
@@ -131,13 +138,13 @@ QWEN_IMAGE = FamilyFacts(
             way_out="use a ControlNet with only a control image, not one for inpainting",
         ),
     ),
-    strangers=(
-        Stranger(
+    lookalikes=(
+        UnsupportedCheckpoint(
             "a blockwise ControlNet, which is not supported yet",
             CONTROLNET,
             frozenset({"controlnet_blocks.0.x_rms.weight", "controlnet_blocks.0.y_rms.weight"}),
         ),
-        Stranger(
+        UnsupportedCheckpoint(
             "a FLUX.1 ControlNet",
             CONTROLNET,
             frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight"}),

@@ -12,8 +12,8 @@ from diffsynth_core.families.interface import (
     Layout,
     Medium,
     Shapes,
-    Stranger,
     TokenizerFacts,
+    UnsupportedCheckpoint,
     Variant,
 )
 from diffsynth_core.families.size_facts import LatentFacts, StateFacts
@@ -241,18 +241,18 @@ WAN = FamilyFacts(
         "meituan-longcat/LongCat-Video:*": "LongCat-Video",
         "krea/krea-realtime-video:*": "Krea Realtime",
     },
-    strangers=(
-        Stranger(
+    lookalikes=(
+        UnsupportedCheckpoint(
             "a Wan Fun Control-Camera transformer (camera control), which is not supported yet",
             "dit",
             frozenset({"control_adapter.conv.weight"}),
         ),
-        Stranger(
+        UnsupportedCheckpoint(
             "a Wan Fun Control transformer with a reference image, which is not supported yet",
             "dit",
             frozenset({"ref_conv.weight", "head.modulation"}),
         ),
-        Stranger(
+        UnsupportedCheckpoint(
             "a Wan VACE transformer, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
         ),
     ),

@@ -1,0 +1,43 @@
+"""Words that docs/terminology.md replaces stay out of code, messages, recipes and pages."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = ("core/**/*.py", "diffsynth_cli/**/*.py", "recipes/**/*.yaml", "tests/**/*.py", "tests/**/*.ambr", "docs/*.py",
+         "docs/*.md", "README.md")  # fmt: skip
+AVOIDED = {
+    "picture": r"(?i)picture",
+    "number format": r"(?i)number formats?\b",
+    "mend": r"(?i)\bmend(s|ed|ing)?\b",
+    "anew": r"(?i)\banew\b",
+    "half a character": r"(?i)\bhalf a character\b",
+    "stands twice": r"(?i)\bstands? (there )?twice\b",
+    "goes over": r"(?i)\bgoes over\b",
+    "means nothing": r"(?i)\bmeans nothing\b",
+    "stranger": r"(?i)stranger",
+}
+ALLOWED = re.compile(
+    r"Picture \{+number\}|\"Picture\"|`Picture`|Picture [12]:"  # the prompt of Qwen-Image-Edit-2509
+    r"|`pictures` is the name|\"pictures\": self|\"pictures\"\] == "  # a key of JSON that scripts know
+)
+PAGE = ROOT / "docs/terminology.md"
+
+
+def paths() -> list[Path]:
+    found = [path for pattern in FILES for path in ROOT.glob(pattern) if "fixtures" not in path.parts]
+    return [path for path in found if path not in (PAGE, Path(__file__))]
+
+
+@pytest.mark.parametrize("word", AVOIDED)
+def test_a_word_to_avoid_is_on_the_page_and_nowhere_else(word):
+    assert word in PAGE.read_text()
+    places = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in paths()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(AVOIDED[word], ALLOWED.sub("", line))
+    ]
+    assert not places, "\n".join(places)
