@@ -6,8 +6,8 @@ from tests.conftest import ENTRIES
 
 LORA_RNK = ("`lora_rnk` (command line) is not a parameter", "did you mean `lora_rank`?")
 NO_FOLDER = (
-    "the dataset folder `nowhere` (`dataset_base_path`) is not there",
-    "name the folder with `--dataset_base_path`",
+    "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
+    "pass the folder with `--dataset_base_path`",
 )
 TO_QQ = ("`lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?")
 

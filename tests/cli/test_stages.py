@@ -68,8 +68,8 @@ def test_problems_of_both_stages_come_in_one_report_and_common_ones_once(refuse,
             ("`seed` takes an integer, got `x` (`--seed`)", None),
             ("stage last: `lora_target_modules`: no module of dit ends with `to_qq`", "did you mean `to_q`?"),
             (
-                "the dataset folder `nowhere` (`dataset_base_path`) is not there",
-                "name the folder with `--dataset_base_path`",
+                "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
+                "pass the folder with `--dataset_base_path`",
             ),
         ]
     )

@@ -352,7 +352,7 @@ def test_a_rehearsal_of_a_dataset_that_is_missing(cli, tmp_path, config, monkeyp
     monkeypatch.chdir(tmp_path)
     message = (
         "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
-        "set the folder with `--dataset_base_path`",
+        "pass the folder with `--dataset_base_path`",
     )
     path = config("parameters:\n  dataset_base_path: nowhere\n")
     for named in (

@@ -12,8 +12,8 @@ NO_SUCH_FILE = "correct the path (relative to `dataset_base_path`), or take the 
 
 
 def test_no_folder(refuse):
-    message = "the dataset folder `nowhere` (`dataset_base_path`) is not there"
-    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "name the folder with `--dataset_base_path`")])
+    message = "the dataset folder `nowhere` (`dataset_base_path`) does not exist"
+    assert refuse("--dataset_base_path", "nowhere") == (1, [(message, "pass the folder with `--dataset_base_path`")])
 
 
 def test_no_metadata_file(refuse):

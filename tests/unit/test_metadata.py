@@ -158,7 +158,7 @@ def test_a_byte_that_is_not_utf8_is_told_by_its_place_in_the_file(tmp_path, name
 
 
 def test_a_folder_or_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DiffSynthError, match=r"`dataset_base_path`\) is not there"):
+    with pytest.raises(DiffSynthError, match=r"`dataset_base_path`\) does not exist"):
         read_metadata(tmp_path / "gone", None, "prompt", "image")
     with pytest.raises(DiffSynthError, match=r"gone\.csv.*is not there"):
         read_metadata(tmp_path, tmp_path / "gone.csv", "prompt", "image")

@@ -78,8 +78,8 @@ def locate_metadata(base: Path, given: Path | None) -> Path | None:
     """
     if not base.is_dir():
         raise DiffSynthError(
-            f"the dataset folder `{base}` (`dataset_base_path`) is not there",
-            "name the folder with `--dataset_base_path`",
+            f"the dataset folder `{base}` (`dataset_base_path`) does not exist",
+            "pass the folder with `--dataset_base_path`",
         )
     path = find_metadata(base, given)
     if path and not path.is_file():

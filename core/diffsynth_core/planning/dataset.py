@@ -101,7 +101,7 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
     if base.is_dir():
         return []
     what = f"the dataset folder `{base}` (`dataset_base_path`) does not exist"
-    return [MissingDataset(what, "set the folder with `--dataset_base_path`")]
+    return [MissingDataset(what, "pass the folder with `--dataset_base_path`")]
 
 
 def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
