@@ -14,10 +14,10 @@ def test_a_fresh_download_and_a_second_one(environment, hub, source, tmp_path, f
     """In a process of its own, where the SDKs read the environment themselves."""
     command = ("download", RECIPE, "--source", source)
     out, err = start(environment, tmp_path, *command).communicate(timeout=60)
-    assert out == f"Fetched 8 files, {TOTAL}, below `{tmp_path}/models`\n", err
+    assert out == f"Downloaded 8 files, {TOTAL}, below `{tmp_path}/models`\n", err
     assert f"  missing     400.0 kB  {SHARDS[0]}" in err.splitlines()
     assert f"8 files, {TOTAL}: 8 missing" in err.splitlines()
-    assert f"8 files in all: {TOTAL} of {TOTAL}" in err
+    assert f"8 files in total: {TOTAL} of {TOTAL}" in err
     assert files_below(folder) == FILES
     assert any("secret" in token for token in hub.tokens) and "secret" not in out + err
     transfers = len(hub.transfers)
@@ -110,7 +110,7 @@ def test_train_brings_nothing_for_a_command_that_is_refused(here, hub, tmp_path,
 def test_a_dry_run_of_train_brings_nothing(here, hub, photographs, models):
     outcome = here("train", *SETTINGS, "--dataset_base_path", photographs, "--dry_run")
     assert outcome.code == 0 and "error" not in outcome.err
-    assert "57.7 GB to download; `diffsynth download qwen-image-lora` fetches them" in outcome.out
+    assert "57.7 GB to download; `diffsynth download qwen-image-lora` downloads them" in outcome.out
     assert hub.requests.total() == 0 and not models.exists()
 
 

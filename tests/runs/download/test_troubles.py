@@ -39,7 +39,7 @@ def test_a_hub_that_answers_no_more(download, hub, folder):
     hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1)
     hub.troubles[SHARDS[1]] = Trouble(after=0, times=100)
     outcome = download(RECIPE)
-    message = f"error: cannot fetch `{SHARDS[1]}` of `{MODEL}` from "
+    message = f"error: cannot download `{SHARDS[1]}` of `{MODEL}` from "
     assert outcome.code == 1 and message in outcome.err
     assert "  hint: run the command again to resume the download" in outcome.err
     assert len(hub.starts(SHARDS[1])) == 6
@@ -66,7 +66,7 @@ def test_a_stop_leaves_what_came(environment, hub, source, tmp_path, folder):
     hub.troubles.clear()
     again = start(environment, tmp_path, *command)
     out, err = again.communicate(timeout=60)
-    assert (again.returncode, out.split()[0]) == (0, "Fetched"), err
+    assert (again.returncode, out.split()[0]) == (0, "Downloaded"), err
     assert hub.starts(SHARDS[0]) == [0, kept]
     assert (folder / SHARDS[0]).read_bytes() == FILES[SHARDS[0]] and not part.exists()
 
@@ -114,7 +114,7 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
         f"  hint: check {page}someone/nothing, log in with `{login}` if it is private, or {ANOTHER[source]}\n"
         f"error: {title} has no file that matches `{MODEL}:gone/*`; it has `README.md`, `model_index.json`, "
         "`text_encoder/`, `tokenizer/`, `transformer/` and 1 more\n"
-        f"  hint: compare with {page}{MODEL}\n"
+        f"  hint: check {page}{MODEL}\n"
         "2 problems\n"
     )
 
@@ -179,7 +179,7 @@ def test_two_processes_at_once(environment, hub, source, tmp_path, folder):
     both = [start(environment, tmp_path, *command) for _ in range(2)]
     ended = sorted(process.communicate(timeout=60) for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert [out.split()[0] for out, _ in ended] == ["All", "Fetched"]
+    assert [out.split()[0] for out, _ in ended] == ["All", "Downloaded"]
     assert f"Waiting for another process that is downloading into `{tmp_path}/models`" in ended[0][1]
     assert sorted(path for path, _ in hub.transfers) == sorted(FILES)
     assert files_below(folder) == FILES
