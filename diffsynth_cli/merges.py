@@ -120,7 +120,7 @@ def _tell(
     for summary in summaries:
         if summary.differences:
             reporter.info(
-                f"`{summary.path}`: full weight differences are added to {count_of(summary.differences, 'tensor')}"
+                f"`{summary.path}`: full-weight differences are added to {count_of(summary.differences, 'tensor')}"
             )
         if summary.unmatched:
             left_out = f"{count_of(len(summary.unmatched), 'key')} skipped: {shorten(sorted(summary.unmatched))}"

@@ -16,7 +16,7 @@ HELP = """Merge LoRAs into a base, or into one LoRA.
 With --base, W' = W + sum of weight x (alpha / rank) B A is computed in float32 and rounded once; tensors that the LoRAs
 do not change are copied byte for byte, into the same files. Without --base, the LoRAs become one, exactly: their ranks
 add up. --rank takes the nearest LoRA of that rank instead, and reports how much is lost. Files with several key formats
-are written in the format of the first; full weight differences (.diff) can only be merged into a base.
+are written in the format of the first; full-weight differences (.diff) can only be merged into a base.
 
 A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. An existing file
 with the full text as its name takes precedence, so names may contain colons."""

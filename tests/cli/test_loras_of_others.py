@@ -137,7 +137,7 @@ def test_whole_differences_are_taken_as_a_preset(lightx2v, plan, name):
     outcome = plan(lightx2v, "--preset_lora_path", f"{name}.safetensors", "--preset_lora_model", "dit")
     assert outcome.code == 0, outcome.err
     modules = "1 module and " if name == "lightx2v" else ""
-    assert f"`{name}.safetensors` merged into {modules}6 tensors by full weight differences" in outcome.out
+    assert f"`{name}.safetensors` merged into {modules}6 tensors by full-weight differences" in outcome.out
 
 
 def test_no_lora_starts_from_whole_differences(lightx2v, cli, plan, says):
@@ -145,7 +145,7 @@ def test_no_lora_starts_from_whole_differences(lightx2v, cli, plan, says):
     refused = plan(lightx2v, "--lora_checkpoint", "lightx2v.safetensors")
     [(message, hint)] = read_problems(refused.err)
     assert message.startswith(
-        "`lightx2v.safetensors` changes 6 tensors by full weight differences, which a LoRA cannot be initialized"
+        "`lightx2v.safetensors` changes 6 tensors by full-weight differences, which a LoRA cannot be initialized"
     )
     says(refused, *SIZES)
     assert plan(lightx2v, *hint_command(hint, 0)).code == 0

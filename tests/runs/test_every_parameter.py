@@ -152,7 +152,7 @@ EFFECTS: dict[str, Effect] = {
         ("--save_dtype", "bfloat16"), lambda run: {tensor.dtype for tensor in run.tensors.values()}, {torch.bfloat16}
     ),
     "tokenizer_path": Effect(
-        ("--tokenizer_path", "{work}/none"), lambda run: "there is no tokenizer" in (run.refusal or ""), True
+        ("--tokenizer_path", "{work}/none"), lambda run: "no tokenizer found" in (run.refusal or ""), True
     ),
 }
 """What shows of each parameter in one run, and not without it."""

@@ -30,7 +30,7 @@ class PresetLora:
         """What it changes, in words."""
         modules, tensors = len(self.file.modules), len(self.file.tensors)
         told = count_of(modules, "module") if modules or not tensors else ""
-        whole = f"{count_of(tensors, 'tensor')} by full weight differences" if tensors else ""
+        whole = f"{count_of(tensors, 'tensor')} by full-weight differences" if tensors else ""
         return " and ".join(filter(None, (told, whole)))
 
 
@@ -114,7 +114,7 @@ def _without_the_rest(path: Path, component: str, found: FoundComponents) -> str
 def _differences_problem(path: Path, component: str, file: LoraFile, way_out: str) -> Problem:
     """The problem that a file changes tensors by whole differences, with which no LoRA can start."""
     what = (
-        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by full weight differences, which a LoRA cannot be initialized "
+        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "
         f"from: {shorten(sorted(file.tensors))}"
     )
     merge = f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"
