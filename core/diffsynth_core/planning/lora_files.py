@@ -76,13 +76,13 @@ def check_lora_checkpoint(
     naming = found.facts.component(component).lora_naming
     shapes = _tensor_shapes(component, found)
     try:
-        way_out = _without_the_rest(path, component, found)
-        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
+        removal = _removal(path, component, found)
+        file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=_or_another(removal))
     except DiffSynthError as error:
         problems += error.problems
         return None
     if file.tensors:
-        problems.append(_differences_problem(path, component, file, way_out))
+        problems.append(_differences_problem(path, component, file, removal))
         return None
     ranks = ranks_of(file)
     if "lora_rank" not in invalid:
@@ -100,25 +100,32 @@ def check_lora_checkpoint(
     return LoraStart(path, own, joined)
 
 
-def _without_the_rest(path: Path, component: str, found: FoundComponents) -> str:
-    """What to do about keys that are not of the component: the command that leaves them out."""
+def _removal(path: Path, component: str, found: FoundComponents) -> str | None:
+    """The hint to convert a LoRA without the keys that are not of the component; None where that is not possible."""
     if component != found.facts.denoiser:
-        return ANOTHER
+        return None
     output = path.with_name(f"{path.stem}-{component}{path.suffix}")
     return (
-        f"use a LoRA of this model, or remove these keys with `diffsynth convert-lora {shlex.quote(str(path))} "
-        f"--to diffsynth --family {found.facts.name} --allow_unmatched -o {shlex.quote(str(output))}`, and pass that file"
+        f"remove these keys with `diffsynth convert-lora {shlex.quote(str(path))} --to diffsynth "
+        f"--family {found.facts.name} --allow_unmatched -o {shlex.quote(str(output))}`, and pass that file"
     )
 
 
-def _differences_problem(path: Path, component: str, file: LoraFile, way_out: str) -> Problem:
-    """The problem that a file changes tensors by whole differences, with which no LoRA can start."""
+def _or_another(removal: str | None) -> str:
+    """What to do about keys that are not of the component."""
+    return f"use a LoRA of this model, or {removal}" if removal else ANOTHER
+
+
+def _differences_problem(path: Path, component: str, file: LoraFile, removal: str | None) -> Problem:
+    """The problem that a file changes tensors by full-weight differences, which a LoRA cannot be initialized from."""
     what = (
         f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "
         f"from: {shorten(sorted(file.tensors))}"
     )
-    merge = f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"
-    return Problem(what, f"{merge}, or {way_out.partition(', or ')[2]}" if file.modules else merge, wrong_use=True)
+    hints = [f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"]
+    if file.modules and removal:
+        hints.append(removal)
+    return Problem(what, ", or ".join(hints), wrong_use=True)
 
 
 def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Problem]:
@@ -162,7 +169,7 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
         )
         return None
     shapes, naming = _tensor_shapes(component, found), found.facts.component(component).lora_naming
-    way_out = _without_the_rest(path, component, found)
+    way_out = _or_another(_removal(path, component, found))
     try:
         file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
         return PresetLora(component, file, shapes)
