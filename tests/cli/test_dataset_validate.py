@@ -38,7 +38,7 @@ def test_the_table_is_as_wide_as_the_terminal(cli, dataset, monkeypatch):
     lines = cli("dataset", "validate", dataset, "--depth", "paths").out.splitlines()
     assert max(map(len, lines)) <= 40
     begin = lines.index("      2 column `image` names `no.png`, ")
-    assert lines[begin + 1] == "        which is not there"
+    assert lines[begin + 1] == "        which does not exist"
 
 
 def test_what_could_steer_the_terminal_is_spelled_out(cli, dataset):

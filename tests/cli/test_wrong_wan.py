@@ -74,7 +74,7 @@ def test_an_image_to_video_recipe_without_its_image_encoder(refuse):
         2,
         [
             (
-                "no image_encoder weights (image encoder CLIP) given for Wan (image to video)",
+                "no image_encoder weights (CLIP image encoder) given for Wan (image to video)",
                 "add them to `--model_paths` or `--model_id_with_origin_paths`",
             )
         ],
