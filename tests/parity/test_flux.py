@@ -219,10 +219,10 @@ def test_several_reference_images_follow_each_other_as_image_1(flux_pairs):
     with recorded(ours.transformer) as calls:
         prediction = ours.predict(noisy, sigma, batch)
     (told, (output,)), shown = calls[0], shown_latents(batch)
-    images = [noisy, *shown]
-    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in images], dim=1))
+    sequence = [noisy, *shown]
+    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in sequence], dim=1))
     assert torch.equal(
-        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(images, (0, 1, 1), strict=True)])
+        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(sequence, (0, 1, 1), strict=True)])
     )
     assert [count.item() for count in told["img_ids"][:, 0].int().bincount()] == [4 * 6, 6 * 9 + 10 * 6]
     assert torch.equal(told["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))
