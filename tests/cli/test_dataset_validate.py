@@ -55,7 +55,12 @@ def test_a_set_without_errors(cli, dataset):
     assert outcome.out.splitlines()[-1] == "exit code 0: no errors"
 
 
-def test_half_a_character_in_json(cli, dataset):
+def test_the_count_of_images_keeps_its_first_key_in_json(cli, dataset):
+    summary = json.loads(cli("dataset", "validate", dataset, "--workers", 1, "--format", "json").out)["summary"]
+    assert summary["pictures"] == summary["images"] == 4
+
+
+def test_an_unpaired_surrogate_in_json(cli, dataset):
     (dataset / "metadata.csv").unlink()
     (dataset / "metadata.json").write_text(json.dumps([{"image": "\ud83d.png", "prompt": "a"}]))
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
