@@ -305,7 +305,10 @@ def test_the_command_rehearses(cli, family, recipe):
     assert outcome.code == 0, outcome.err
     for component in components:
         assert f"tensors of {component} are in the checkpoint" in outcome.out
-    assert "shown controlnet_image: 3 of 160 x 112" in outcome.err and "do not lie over it" not in outcome.err
+    assert (
+        "reference images (controlnet_image): 3 of 160 x 112" in outcome.err
+        and "do not align with it" not in outcome.err
+    )
     assert "controlnet" in outcome.err and "keys matches one of" in outcome.out
 
 
