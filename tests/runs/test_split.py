@@ -182,7 +182,7 @@ def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypa
     going_on = train(*first_half(QWEN, datasets["images"], "encoded"))
     assert "Encoding latents: 2 of 2 samples" in going_on.err and "Loading text_encoder" not in going_on.err
     again = train(*first_half(QWEN, datasets["images"], "encoded"))
-    assert "All 4 samples are encoded already" in again.err and "Loading" not in again.err
+    assert "All 4 samples are already encoded" in again.err and "Loading" not in again.err
     train(*second_half(QWEN, "encoded", "run", "--max_steps", 1))
 
 
