@@ -167,7 +167,10 @@ def test_a_dry_run_writes_nothing(cli):
     assert outcome.code == 0, outcome.err
     assert "LoRA of rank 32 on 21 modules" in outcome.out
     assert f"{len(DRAWN)} samples from" in outcome.out
-    assert "EXIF orientation is applied to 1 of 8 images" in outcome.out and "1 of 8 images have transparency" in outcome.out
+    assert (
+        "EXIF orientation is applied to 1 of 8 images" in outcome.out
+        and "1 of 8 images have transparency" in outcome.out
+    )
     assert not list(Path().iterdir())
 
 

@@ -66,7 +66,7 @@ def test_a_lock_can_be_taken_again(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "no file"])
+@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "not a regular file"])
 def test_what_is_no_lock_file_is_told_and_left_alone(tmp_path, kind):
     precious, lock = tmp_path / "precious", tmp_path / LOCK
     precious.write_text("years of work")
@@ -74,7 +74,7 @@ def test_what_is_no_lock_file_is_told_and_left_alone(tmp_path, kind):
         "a link": lambda: lock.symlink_to(precious),
         "a link to nothing": lambda: lock.symlink_to(tmp_path / "nothing"),
         "a folder": lock.mkdir,
-        "no file": lambda: os.mkfifo(lock),
+        "not a regular file": lambda: os.mkfifo(lock),
     }
     make[kind]()
     for take in (lambda: locked(lock), lambda: claim_folder(tmp_path)):

@@ -119,7 +119,7 @@ def test_a_csv_row_may_be_short_and_blank_lines_count_for_nothing(tmp_path):
         ("metadata.jsonl", "\n \n", "has no rows"),
         ("metadata.json", '[\n{"image": "a.png"},\n{"image" "b"}\n]', "line 3: Expecting ':'"),
         ("metadata.json", '{"image": "a.png"}', "holds an object, expected a list"),
-        ("metadata.json", '[{"image": "a.png"}, "b.png"]', "row 2 is a text, expected an object"),
+        ("metadata.json", '[{"image": "a.png"}, "b.png"]', "row 2 is a string, expected an object"),
         ("metadata.jsonl", '{"image": "a"}\n\n{"image": }\n', "line 3: Expecting value"),
         ("metadata.jsonl", '{"image": "a"}\n[1]\n', "row 2 is a list, expected an object"),
         ("other.txt", "image,prompt\na.png,x\n", "expected .csv, .json or .jsonl"),
