@@ -17,8 +17,6 @@ def run() -> int:
     if sys.platform == "win32":  # before the engine is imported, which needs locks and signals that Windows lacks
         sys.stderr.write(ON_WINDOWS)
         return 1
-    # Else pydantic searches the metadata of every installed package for plugins, a tenth of what completion takes.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         from diffsynth_cli.main import main
         from diffsynth_cli.streams import open_closed_descriptors

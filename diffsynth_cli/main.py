@@ -49,7 +49,7 @@ def build_app(named: str | None) -> typer.Typer:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version  # its import is a tenth of what completion takes
+        from importlib.metadata import version  # `--help` does not need its import
 
         echo(f"diffsynth {version('diffsynth-cli')}")
         raise typer.Exit()
