@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-test  ## ratios of speed and memory, measured in one r
 
 docs: $(VENV)/.installed-test  ## regenerate the reference pages, the JSON schema and the images of the README
 	$(BIN)/python -m diffsynth_core.config.documents docs
-	$(BIN)/python -m diffsynth_core.validation.documents docs
+	$(BIN)/python -m diffsynth_core.dataset_report.documents docs
 	$(BIN)/python -m diffsynth_core.planning.documents docs
 	$(BIN)/python docs/make_images.py docs
 	$(BIN)/python -m docs.make_report_images docs

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from diffsynth_cli.printing import printable
+from diffsynth_core.dataset_report.findings import CODES, Finding, Level, Report, Summary
 from diffsynth_core.progress import count_of
-from diffsynth_core.validation.findings import CODES, Finding, Level, Report, Summary
 
 SHOWN_OF_A_CODE = 5
 STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from diffsynth_core.hub.download_plan import DownloadPlan, ListedFile
 from diffsynth_core.progress import count_of, format_bytes
-from diffsynth_core.sources.download_plan import DownloadPlan, ListedFile
 
 LINES_SHOWN = 60
 """Files told of each repository: more than a model has, fewer than a dataset may have."""

@@ -10,13 +10,13 @@ from diffsynth_cli.download_text import plan_lines
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.files import model_base_path
-from diffsynth_core.planning.wanted_files import wanted_of_stages
+from diffsynth_core.hub.client import downloads_are_off
+from diffsynth_core.hub.download import download_absent
+from diffsynth_core.hub.download_plan import DownloadPlan
+from diffsynth_core.hub.file_requests import absent
+from diffsynth_core.hub.model_files import MissingFiles
+from diffsynth_core.planning.required_files import wanted_of_stages
 from diffsynth_core.progress import Reporter, SilentReporter, Task
-from diffsynth_core.sources.download import download_absent
-from diffsynth_core.sources.download_plan import DownloadPlan
-from diffsynth_core.sources.hub import downloads_are_off
-from diffsynth_core.sources.model_files import MissingFiles
-from diffsynth_core.sources.wanted import absent
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.stopping import stopping_cleanly
     from diffsynth_core.errors import raise_if_any
-    from diffsynth_core.state_dicts.rewriting import output_problems, write_outputs
+    from diffsynth_core.weights.weight_writer import output_problems, write_outputs
 
     reporter = ConsoleReporter()
     if dry_run:

@@ -10,16 +10,16 @@ from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table, total_line
 from diffsynth_cli.printing import echo, printable
 from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_core.conversion.add_plan import SumPlan, output_of, plan_sum
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of, plan_merge
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.provenance import InputHashes
-from diffsynth_core.conversion.sum_plan import SumPlan, output_of, plan_sum
 from diffsynth_core.errors import raise_if_any, shorten
 from diffsynth_core.files import model_base_path
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.rewriting import output_problems
+from diffsynth_core.weights.weight_writer import output_problems
 
 if TYPE_CHECKING:
     from diffsynth_core.adapters.merge import Loss
@@ -85,7 +85,7 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
     raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
     if not how.dry_run:
         hashes = InputHashes(plan.inputs)
-        from diffsynth_core.conversion.summing import add_loras
+        from diffsynth_core.conversion.add_loras import add_loras
 
         with stopping_cleanly():
             result = add_loras(plan, hashes, ConsoleReporter(), how.overwrite)

@@ -26,7 +26,7 @@ HELP_WIDTH = 80
 
 
 class DialectName(StrEnum):
-    """The programs whose names LoRA files can have (`state_dicts/lora_names.py`)."""
+    """The programs whose names LoRA files can have (`weights/lora_names.py`)."""
 
     DIFFSYNTH = "diffsynth"
     DIFFUSERS = "diffusers"

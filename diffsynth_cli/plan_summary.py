@@ -14,6 +14,7 @@ from diffsynth_cli.plan_text import (
     steps_in_words,
 )
 from diffsynth_core.files import disk_of, free_bytes
+from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.planning.memory import (
     count_trained,
     device_and_precision,
@@ -23,7 +24,6 @@ from diffsynth_core.planning.memory import (
 )
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import format_bytes, format_count, format_memory
-from diffsynth_core.sources.model_files import MissingFiles
 
 PRECISIONS = {"no": "float32"}
 """`mixed_precision` as a dtype, where that is another word."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import shorten
-from diffsynth_core.families.interface import ComponentFiles
+from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales

@@ -44,10 +44,10 @@ from diffsynth_core.errors import (
     raise_if_any,
 )
 from diffsynth_core.files import model_base_path
+from diffsynth_core.hub.client import downloads_are_off
+from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
 from diffsynth_core.planning.dataset import MissingDataset
 from diffsynth_core.progress import Reporter, SilentReporter, count_of, format_bytes
-from diffsynth_core.sources.hub import downloads_are_off
-from diffsynth_core.sources.model_files import MissingFiles, missing_in_one
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -134,8 +134,8 @@ def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:
 
 
 def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_files: bool) -> "Plan":
+    from diffsynth_core.dataset_report.preflight import quick_check
     from diffsynth_core.planning.plan import make_plan
-    from diffsynth_core.validation.quick import quick_check
 
     base = model_base_path()
     if resolved.parameters.rehearse:
@@ -249,7 +249,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
 def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
     """Train, or encode for a training to come; returns what tells of it, in the process that wrote files."""
     if not plan.task.trains:
-        from diffsynth_core.training.process_data import process_data
+        from diffsynth_core.training.precompute import process_data
 
         return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan, reporter)
     from diffsynth_core.training.checkpointing import how_to_use
@@ -311,8 +311,8 @@ def _own_command() -> str:
 
 def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
     """Rehearse one stage and tell what that proved."""
+    from diffsynth_core.dataset_report.preflight import quick_check
     from diffsynth_core.training.rehearsal import how_to_repeat, rehearse
-    from diffsynth_core.validation.quick import quick_check
 
     stage = resolved.stage
     try:

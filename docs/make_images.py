@@ -85,7 +85,7 @@ def take(command: str, name: str, title: str, target: Path, folder: Path, enviro
 
 def prepare(folder: Path) -> dict[str, str]:
     """Images with captions in `my_images`, tiny model files in `models`; returns the environment."""
-    from diffsynth_core.families.table import load_family
+    from diffsynth_core.models.registry import load_family
 
     (folder / "my_images").mkdir()
     for name, caption in CAPTIONS.items():

@@ -53,7 +53,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model base path that holds a tiny random Qwen-Image."""
-    from diffsynth_core.families.table import load_family
+    from diffsynth_core.models.registry import load_family
 
     base = tmp_path_factory.mktemp("models")
     for component, place in PLACES.items():
@@ -64,8 +64,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def entry_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write tiny models of what entries `model_id:file` name; returns the model base path, one for all."""
-    from diffsynth_core.families.table import component_at, family_of_model, load_family
-    from diffsynth_core.sources.model_files import split_entry
+    from diffsynth_core.hub.model_files import split_entry
+    from diffsynth_core.models.registry import component_at, family_of_model, load_family
 
     base = tmp_path_factory.mktemp("entry_models")
     written: set[str] = set()
@@ -98,7 +98,7 @@ def recipe_models(entry_models: Callable[..., Path]) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model base path with tiny models of Wan, each in the layout of its repository."""
-    from diffsynth_core.families.table import load_family
+    from diffsynth_core.models.registry import load_family
 
     base = tmp_path_factory.mktemp("wan")
     for model_id, places in PLACES_OF_WAN.items():

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diffsynth_core.adapters.lora import LoraWeights, name_lora
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.interface import FamilyFacts
-from diffsynth_core.families.table import FAMILIES, component_at, load_family
+from diffsynth_core.hub.model_files import split_entry
+from diffsynth_core.models.registry import FAMILIES, component_at, load_family
+from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.sources.model_files import split_entry
 
 RECIPES = {
     "qwen-image": "qwen-image-lora",
@@ -59,7 +59,7 @@ class TinyFamily:
 
     def module_shapes(self, component: str = "dit", **more: Any) -> dict[str, tuple[int, ...]]:
         """Weight shapes of the modules that the documented targets address, by documented name."""
-        from diffsynth_core.families.loading import module_shapes
+        from diffsynth_core.models.loading import module_shapes
 
         plan = self.plan(output_path="unused", **more)
         files = plan.components[component]

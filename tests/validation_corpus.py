@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.validation.recipe_rules import rules_of_run
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.thresholds import Thresholds
+from diffsynth_core.dataset_report.recipe_rules import rules_of_run
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.thresholds import Thresholds
 from tests.clips import write_clip
 
 IMAGES, CLIPS = 200, 20

@@ -25,7 +25,7 @@ class Problem:
 
     `message` names file, row, key or value in backticks, what was expected and what is there; `hint` is an imperative.
     `wrong_use` marks problems of the command itself (exit code 2) apart from faults in files (exit code 1).
-    `code` names the check of `dataset validate` that finds the same (validation/findings.py); None: it is none of a
+    `code` names the check of `dataset validate` that finds the same (dataset_report/findings.py); None: it is none of a
     dataset. Problems of one code are reported together.
     """
 

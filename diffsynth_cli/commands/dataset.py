@@ -14,14 +14,14 @@ from diffsynth_cli.printing import echo
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
+from diffsynth_core.dataset_report.thresholds import Thresholds, threshold_facts
 from diffsynth_core.errors import Problem, raise_if_any, suggest
 from diffsynth_core.progress import count_of, format_bytes
-from diffsynth_core.validation.thresholds import Thresholds, threshold_facts
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_core.validation.findings import Report
-    from diffsynth_core.validation.fix import Fixed
+    from diffsynth_core.dataset_report.findings import Report
+    from diffsynth_core.dataset_report.fix import Fixed
 
 
 WHOLE_LINES = 1_000_000
@@ -108,11 +108,11 @@ def validate_dataset(
     """
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve_stages
-    from diffsynth_core.validation.dataset_of_run import as_flags, choose_stage
-    from diffsynth_core.validation.fix import check_target, write_fixed
-    from diffsynth_core.validation.recipe_rules import rules_of_run
-    from diffsynth_core.validation.report_page import THUMBNAIL_SIDE, check_page_path, write_page
-    from diffsynth_core.validation.validate import Wish, validate
+    from diffsynth_core.dataset_report.dataset_of_run import as_flags, choose_stage
+    from diffsynth_core.dataset_report.fix import check_target, write_fixed
+    from diffsynth_core.dataset_report.recipe_rules import rules_of_run
+    from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, check_page_path, write_page
+    from diffsynth_core.dataset_report.validate import Wish, validate
 
     thresholds = Thresholds(**{name: values.pop(name) for name in threshold_facts()})
     raise_if_any(_unknown_options(context.args))

@@ -12,8 +12,8 @@ from diffsynth_cli.printing import echo, printable
 from diffsynth_cli.wrapping import help_with_examples
 
 if TYPE_CHECKING:
+    from diffsynth_core.hub.download_plan import DownloadPlan
     from diffsynth_core.planning.download_request import DownloadRequest
-    from diffsynth_core.sources.download_plan import DownloadPlan
 
 HELP = """Download the files of recipes, models and datasets from the hubs.
 
@@ -79,8 +79,8 @@ def download(
     ] = Format.TABLE,
 ) -> int:
     """List what is wanted and what of it is here, then bring the rest."""
+    from diffsynth_core.hub.client import downloads_are_off
     from diffsynth_core.planning.download_request import request_download
-    from diffsynth_core.sources.hub import downloads_are_off
 
     request = request_download(names or [], dataset, include or [], local_dir, local_model_path)
     as_json = output_format is Format.JSON
@@ -96,7 +96,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
     """The list alone, on stdout."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.download_text import plan_as_data, plan_lines
-    from diffsynth_core.sources.download import list_download
+    from diffsynth_core.hub.download import list_download
 
     plan = list_download(request.wanted, request.base, source, ConsoleReporter(), verify)
     echo(json.dumps(plan_as_data(plan), indent=2) if as_json else "\n".join(map(printable, plan_lines(plan))))
@@ -108,7 +108,7 @@ def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json
     """The list, then the files."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.download_text import plan_as_data, plan_lines, result_line
-    from diffsynth_core.sources.download import download
+    from diffsynth_core.hub.download import download
 
     reporter = ConsoleReporter()
 

@@ -81,7 +81,7 @@ def split_checkpoint(
     from diffsynth_core.conversion.join import plan_join
     from diffsynth_core.conversion.plans import DEFAULT_SHARD_SIZE, parse_size
     from diffsynth_core.conversion.split import SplitChoices, plan_split, plan_split_by_size
-    from diffsynth_core.state_dicts.weight_sets import open_weights
+    from diffsynth_core.weights.weight_sets import open_weights
 
     given = {
         "by size": by is By.SIZE,

@@ -10,7 +10,7 @@ import statistics
 
 import pytest
 
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.registry import FAMILIES
 from tests.bench.weight_files import GIGABYTE, copy_seconds, run, write_two_shards, write_weights
 
 ROUNDS = 3

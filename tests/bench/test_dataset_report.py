@@ -13,9 +13,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.validate import Wish, validate
 
 ROUNDS = 5
 SIDE = 1024

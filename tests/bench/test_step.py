@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.qwen_image.rehearsal import TinySizes, write_tiny_weights
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter

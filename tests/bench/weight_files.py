@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffsynth_core.state_dicts.headers import make_header
+from diffsynth_core.weights.headers import make_header
 
 GIGABYTE = 10**9
 BLOCK = 64 * 1024**2

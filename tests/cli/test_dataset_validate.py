@@ -185,7 +185,7 @@ def test_no_torch_is_imported(dataset, recipe):
     ended = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip() for line in lines}
-    assert "diffsynth_core.validation.validate" in imported, ended.stderr[-500:]
+    assert "diffsynth_core.dataset_report.validate" in imported, ended.stderr[-500:]
     assert "exit code" in ended.stdout
     assert imported & {"torch", "transformers", "diffusers", "peft", "accelerate"} == set()
 

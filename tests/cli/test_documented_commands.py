@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.sources.model_files import split_entry
+from diffsynth_core.hub.model_files import split_entry
 
 UNKNOWN_HERE = (
     "quant_options",

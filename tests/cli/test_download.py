@@ -149,7 +149,7 @@ def test_train_opens_no_socket_when_downloads_are_off(refuse, models, no_socket)
 def test_no_torch_and_no_terminal_library_for_offline_and_for_both_hubs():
     """The SDKs are imported for a download alone, and bring no torch."""
     offline = "from diffsynth_cli.main import main; main(['download', 'wan2.2-i2v-a14b-lora'])"
-    hubs = "from diffsynth_core.sources.hub import HUBS, open_hub; [open_hub(source) for source in HUBS]"
+    hubs = "from diffsynth_core.hub.client import HUBS, open_hub; [open_hub(source) for source in HUBS]"
     for code, banned in (
         (offline, {"torch", "modelscope_hub", "huggingface_hub", "rich"}),
         (hubs, {"torch", "modelscope"}),

@@ -16,16 +16,16 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from diffsynth_core.data.captioned_folder import CaptionedFolder, expected_caption, sort_folder
+from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.images import SizeRule
-from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.media import FrameRule, MediaRule, load_excerpt
 from diffsynth_core.data.metadata import METADATA_NAMES, UNREAD_NAMES, read_metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.validate import Wish, validate
 
 FOREIGN = {
     "iphone/IMG_0001.HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",

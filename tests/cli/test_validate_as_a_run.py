@@ -12,11 +12,11 @@ from PIL import Image
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import resolve
+from diffsynth_core.dataset_report.preflight import quick_check
 from diffsynth_core.errors import FaultsFound
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.planning.dataset import column_hints, read_dataset
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation.quick import quick_check
 from tests.cli.conftest import read_problems
 
 KLEIN = "flux.2-klein-4b-lora"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.flux import rehearsal as tiny_flux
-from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
+from diffsynth_core.models.flux import tiny as tiny_flux
+from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from tests.conftest import ENTRIES
 
 CONTROLNET = "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors"

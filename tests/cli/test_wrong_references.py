@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.flux2.names import DIT_ORIGINAL
+from diffsynth_core.models.flux2.keys import DIT_ORIGINAL
 from tests.documented_recipes import REFERENCE
 
 EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2-klein-4b-lora"

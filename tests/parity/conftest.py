@@ -19,11 +19,11 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family, recognise
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import load_family, recognise
+from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.headers import read_headers
+from diffsynth_core.weights.headers import read_headers
 from tests.conftest import MODEL_ID, PLACES
 from tests.parity import flux2_models as flux2_repositories
 from tests.parity import flux_models as flux_repository

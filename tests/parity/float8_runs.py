@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffsynth_core.adapters.lora import lora_layers
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.loading import build_empty, float8_weights
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.loading import build_empty, float8_weights
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter

@@ -11,7 +11,7 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from torch import Tensor
 
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from tests.parity import models
 from tests.parity.models import Ours
 from tests.parity.photographs import photograph, pixels_of

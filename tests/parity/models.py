@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.family import Encoded, Family
-from diffsynth_core.families.interface import ComponentFiles, Variant
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.family import Encoded, Family
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.spec import ComponentFiles, Variant
 from diffsynth_core.planning.components import find_components
 from diffsynth_core.progress import SilentReporter
 from tests.parity.photographs import photograph, pixels_of

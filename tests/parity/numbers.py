@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from diffsynth_core.families.family import Encoded
+from diffsynth_core.models.family import Encoded
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.models import Ours
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from tests.conftest import MODEL_ID, PLACES
 from tests.parity import models
 from tests.parity.models import Ours

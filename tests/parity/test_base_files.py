@@ -20,15 +20,15 @@ from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import merge
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.families.flux2.names import DIT_ORIGINAL
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import FAMILIES, load_family
-from diffsynth_core.families.wan.names import VAE_2_1
+from diffsynth_core.hub.model_files import locate
+from diffsynth_core.models.flux2.keys import DIT_ORIGINAL
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import FAMILIES, load_family
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.wan.keys import VAE_2_1
 from diffsynth_core.planning.components import FoundComponents, find_components
 from diffsynth_core.planning.recognition import read_file_set
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.sources.model_files import locate
 from tests.loras import RECIPES, random_lora, save_lora, write_tiny_family
 
 Tensors = Mapping[str, Tensor]

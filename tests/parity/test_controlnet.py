@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffsynth_core.data.images import load_image
-from diffsynth_core.families.flux import rehearsal as tiny_flux
-from diffsynth_core.families.patches import pack
-from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
+from diffsynth_core.models.flux import tiny as tiny_flux
+from diffsynth_core.models.patches import pack
+from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from diffsynth_core.training.objective import add_noise
 from tests.parity import flux_models
 from tests.parity.models import Ours, load_ours

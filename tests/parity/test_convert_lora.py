@@ -13,13 +13,13 @@ from torch import Tensor
 
 from diffsynth_core.adapters.changes import Factors, read_factors
 from diffsynth_core.conversion.convert import plan_conversion
-from diffsynth_core.families.interface import modules_with_weights
-from diffsynth_core.families.loading import module_shapes
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.loading import module_shapes
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.lora_files import read_lora_file
-from diffsynth_core.state_dicts.lora_names import DIALECTS, LoraNaming, stem_keys
-from diffsynth_core.state_dicts.rewriting import write_outputs
+from diffsynth_core.weights.lora_files import read_lora_file
+from diffsynth_core.weights.lora_names import DIALECTS, LoraNaming, stem_keys
+from diffsynth_core.weights.weight_writer import write_outputs
 from tests.loras import RECIPES, TinyFamily
 from tests.parity.models import load_files
 

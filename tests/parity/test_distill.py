@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter

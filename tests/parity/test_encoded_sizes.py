@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.encoded_sizes import EncodedSize
-from diffsynth_core.families.table import load_family
+from diffsynth_core.dataset_report.rules import CaptionRule, rules_of
+from diffsynth_core.dataset_report.set_checks import encoded_bytes, shapes_of
+from diffsynth_core.dataset_report.thresholds import Thresholds
+from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.sizes import run_sizes
@@ -16,10 +20,6 @@ from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.rehearsal import prepare
 from diffsynth_core.training.stop import StopRequest
-from diffsynth_core.validation.rules import CaptionRule, rules_of
-from diffsynth_core.validation.set_checks import encoded_bytes, shapes_of
-from diffsynth_core.validation.thresholds import Thresholds
-from diffsynth_core.validation.validate import Wish, validate
 
 RECIPES = (
     "qwen-image-lora",

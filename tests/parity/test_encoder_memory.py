@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffsynth_core.families.size_facts import LatentFacts
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.size_facts import LatentFacts
 
 WITHIN = 0.1
 BYTES = 2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffsynth_core.adapters.float8 import Float8Linear
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.encode import load_columns, load_tokenizers, scale_pixels
 from tests.parity.float8_runs import RECIPES, Step, counting_saved, plan_step, round_weights

@@ -13,9 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from torch import Tensor
 
-from diffsynth_core.families.flux.facts import kontext_size
-from diffsynth_core.families.flux.inputs import token_ids
-from diffsynth_core.families.patches import numbered, pack
+from diffsynth_core.models.flux.forward import token_ids
+from diffsynth_core.models.flux.spec import kontext_size
+from diffsynth_core.models.patches import numbered, pack
 from diffsynth_core.training.objective import add_noise
 from tests.parity.flux_models import FluxPair
 from tests.parity.models import FEW_PIXELS, PUBLISHED_PIXELS, SIZE

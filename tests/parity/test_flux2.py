@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import Excerpt, ReferenceRule, choose_reference, load_excerpt
-from diffsynth_core.families.flux2.encode import caption_left_out
-from diffsynth_core.families.flux2.facts import FLUX2
-from diffsynth_core.families.flux2.inputs import image_positions, pack, text_positions, unpack
-from diffsynth_core.families.patches import numbered
+from diffsynth_core.models.flux2.encode import caption_left_out
+from diffsynth_core.models.flux2.forward import image_positions, pack, text_positions, unpack
+from diffsynth_core.models.flux2.spec import FLUX2
+from diffsynth_core.models.patches import numbered
 from diffsynth_core.training.objective import add_noise
 from tests.parity.flux2_models import (
     PROMPT,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth_core.adapters.lora import lora_weights
-from diffsynth_core.families.flux2.facts import FLUX2
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES
+from diffsynth_core.models.flux2.spec import FLUX2
+from diffsynth_core.weights.key_maps import SAME_NAMES
 from tests.conftest import CAPTIONS
 from tests.parity.flux2_models import MODEL_IDS, SINGLE_BLOCKS, entries_of, find_files, load_files, load_pipeline
 from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora

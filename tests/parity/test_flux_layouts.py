@@ -12,21 +12,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.rehearsal import write_tiny_weights
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.state_dicts.tensors import iterate_tensors
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.tiny import write_tiny_weights
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.weights.tensors import iterate_tensors
 from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files
 
 LAYOUTS: dict[str, tuple[str, str, KeyMap]] = {
-    "original transformer": ("dit", ORIGINAL_PLACES["dit"], names.DIT_ORIGINAL),
+    "original transformer": ("dit", ORIGINAL_PLACES["dit"], keys.DIT_ORIGINAL),
     "transformer of diffusers": ("dit", "transformer/diffusion_pytorch_model.safetensors", SAME_NAMES),
-    "transformer of the reference trainer": ("dit", "epoch-0.safetensors", names.DIT),
-    "original VAE": ("vae", ORIGINAL_PLACES["vae"], names.VAE_ORIGINAL),
+    "transformer of the reference trainer": ("dit", "epoch-0.safetensors", keys.DIT),
+    "original VAE": ("vae", ORIGINAL_PLACES["vae"], keys.VAE_ORIGINAL),
     "VAE of diffusers": ("vae", DIFFUSERS_PLACES["vae"], SAME_NAMES),
-    "CLIP": ("text_encoder_1", DIFFUSERS_PLACES["text_encoder_1"], names.CLIP),
+    "CLIP": ("text_encoder_1", DIFFUSERS_PLACES["text_encoder_1"], keys.CLIP),
     "CLIP without the level above": ("text_encoder_1", "text_encoder/flat.safetensors", SAME_NAMES),
-    "T5": ("text_encoder_2", "text_encoder_2/model.safetensors", names.T5),
+    "T5": ("text_encoder_2", "text_encoder_2/model.safetensors", keys.T5),
 }
 """Component, its file, and the names in it."""
 CLASSES = {
@@ -100,13 +100,13 @@ def test_documented_and_written_names_lead_back(written):
         found = find_files(folder.parents[1], written.component, "x/y:model.safetensors")
         assert_same(load_files(found).state_dict(), written.tensors)
     published = {
-        "dit": names.DIT_ORIGINAL,
-        "vae": names.VAE_ORIGINAL,
-        "text_encoder_1": names.CLIP,
-        "text_encoder_2": names.T5,
+        "dit": keys.DIT_ORIGINAL,
+        "vae": keys.VAE_ORIGINAL,
+        "text_encoder_1": keys.CLIP,
+        "text_encoder_2": keys.T5,
     }
     assert layout.in_checkpoints == published[written.component]
-    assert layout.documented == (names.DIT if written.component == "dit" else layout.in_checkpoints)
+    assert layout.documented == (keys.DIT if written.component == "dit" else layout.in_checkpoints)
 
 
 def test_what_the_classes_save_themselves_loads(written, tmp_path):

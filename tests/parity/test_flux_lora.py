@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffsynth_core.adapters.lora import LoraWeights, lora_weights, name_lora
-from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.components import build
-from diffsynth_core.families.flux.facts import FLUX
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.components import build
+from diffsynth_core.models.flux.spec import FLUX
 from tests.conftest import CAPTIONS, write_metadata
 from tests.loras import RANK
 from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files, load_pipeline
@@ -44,7 +44,7 @@ MODULES = documented_modules(2)
 
 
 def own_names(modules: Collection[str]) -> set[str]:
-    return {own for module in modules for own in names.DIT.ours(module) or ()}
+    return {own for module in modules for own in keys.DIT.ours(module) or ()}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def train_lora(
             "dataset_metadata_path": str(folder / "metadata.csv"),
             "height": "32",
             "width": "32",
-            "lora_target_modules": ",".join(names.LORA_TARGETS),
+            "lora_target_modules": ",".join(keys.LORA_TARGETS),
             "learning_rate": "0.02",
         }
         return train_file(flux_models, folder / layout / dialect, dialect, flags)
@@ -103,7 +103,7 @@ def test_the_diffusers_dialect_loads_through_the_pipeline_and_computes_the_same(
     assert carriers.keys() == own_names(MODULES)
     loaded = predict(pipeline.transformer)
     ours = predict(
-        with_lora(load_transformer(flux_models, layout), train_lora(layout, "diffsynth"), MODULES, NAMING, names.DIT)
+        with_lora(load_transformer(flux_models, layout), train_lora(layout, "diffsynth"), MODULES, NAMING, keys.DIT)
     )
     check_outputs(f"{layout}: {len(carriers)} modules", loaded, ours, base)
 
@@ -124,7 +124,7 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for module in modules:
-        rows, columns = names.DIT.join_shape(f"{module}.weight", shapes)
+        rows, columns = keys.DIT.join_shape(f"{module}.weight", shapes)
         down = torch.randn(RANK, columns, generator=generator) * columns**-0.5
         weights[module] = LoraWeights(down, torch.randn(rows, RANK, generator=generator))
     tensors = name_lora(weights, "kohya", NAMING)
@@ -140,7 +140,7 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
     loaded = predict(transformer)
     pipeline.unload_lora_weights()
     assert torch.equal(predict(transformer), base)
-    ours = predict(with_lora(transformer, path, modules, NAMING, names.DIT))
+    ours = predict(with_lora(transformer, path, modules, NAMING, keys.DIT))
     check_outputs(f"kohya: {len(carriers)} modules", loaded, ours, base, scale=float(loaded.abs().max()))
 
 
@@ -206,10 +206,10 @@ def test_both_layouts_train_the_same(train_lora):
 
 def test_all_dialects_read_back_to_the_same_weights(train_lora, flux_models):
     loaded = [
-        with_lora(load_transformer(flux_models), train_lora("original", dialect), MODULES, NAMING, names.DIT)
+        with_lora(load_transformer(flux_models), train_lora("original", dialect), MODULES, NAMING, keys.DIT)
         for dialect in DIALECTS
     ]
-    check_same_weights([lora_weights(transformer, names.DIT) for transformer in loaded], MODULES)
+    check_same_weights([lora_weights(transformer, keys.DIT) for transformer in loaded], MODULES)
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights, name
 from diffsynth_core.checkpoints.saved_states import Position
 from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.key_maps import Chain, TableMap
-from diffsynth_core.state_dicts.lora_names import LoraNaming, find_lora_keys
+from diffsynth_core.weights.key_maps import Chain, TableMap
+from diffsynth_core.weights.lora_names import LoraNaming, find_lora_keys
 
 ORIGINAL = TableMap(
     {"double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj"},

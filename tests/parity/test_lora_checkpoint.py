@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import LoraWeights, add_lora, load_lora, lora_weights
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.stop import StopRequest

@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffsynth_core.families.loading import build_empty
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.loading import build_empty
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.memory import (
     UPDATE_BYTES,
@@ -30,7 +30,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import run_sizes, sizes_of_sample
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.process_data import process_data
+from diffsynth_core.training.precompute import process_data
 from diffsynth_core.training.stop import StopRequest
 from tests.parity.float8_runs import Step, plan_step
 

@@ -19,10 +19,10 @@ from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import merge
 from diffsynth_core.conversion.provenance import InputHashes
-from diffsynth_core.families.interface import Layout
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import Layout
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS
+from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS
 from tests.loras import TinyFamily, random_lora, save_lora
 from tests.parity.models import load_files
 

@@ -5,8 +5,8 @@ import math
 import pytest
 from accelerate import init_empty_weights
 
-from diffsynth_core.families.size_facts import Published
-from diffsynth_core.families.table import FAMILIES, load_family
+from diffsynth_core.models.registry import FAMILIES, load_family
+from diffsynth_core.models.size_facts import Published
 
 SHAPED = [(name, known) for name, facts in FAMILIES.items() for known in facts.published if known.shapes()]
 BLOCKS = {"blocks": 2, "single_blocks": 2}

@@ -7,9 +7,9 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.patches import pack
-from diffsynth_core.families.qwen_image.inputs import edit_latents
-from diffsynth_core.families.qwen_image.variants import prompt_size, vae_size
+from diffsynth_core.models.patches import pack
+from diffsynth_core.models.qwen_image.forward import edit_latents
+from diffsynth_core.models.qwen_image.variants import prompt_size, vae_size
 from diffsynth_core.training.objective import add_noise
 from tests.parity.models import FEW_PIXELS, PUBLISHED_PIXELS, SIZE
 from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights, name_lora
-from diffsynth_core.families.interface import match_targets, modules_with_weights
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.spec import match_targets, modules_with_weights
 from tests.loras import RANK
 from tests.parity.loras import adapter_modules, check_outputs, load_into
 from tests.parity.qwen_edit_models import KINDS, load_pipeline

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth_core.data.drawn_images import draw_images
 from diffsynth_core.data.images import load_image
-from diffsynth_core.families.patches import pack
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
+from diffsynth_core.data.synthetic_images import draw_images
+from diffsynth_core.models.patches import pack
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from tests.parity.numbers import TOLERANCE, difference
 from tests.parity.photographs import PHOTOGRAPHS, photograph, pixels_of
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from diffsynth_core.families.wan.encode import clean_caption
+from diffsynth_core.models.wan.encode import clean_caption
 from diffsynth_core.training.objective import add_noise, velocity_loss
 from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
 from tests.parity.photographs import PHOTOGRAPHS, pixels_of

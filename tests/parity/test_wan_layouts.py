@@ -11,11 +11,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffsynth_core.families.table import load_family
-from diffsynth_core.families.wan import names
-from diffsynth_core.families.wan.facts import CONVERTED
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES
-from diffsynth_core.state_dicts.tensors import iterate_tensors
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.wan import keys
+from diffsynth_core.models.wan.spec import CONVERTED
+from diffsynth_core.weights.key_maps import SAME_NAMES
+from diffsynth_core.weights.tensors import iterate_tensors
 from tests.parity.wan_models import DIFFUSERS_PLACES, KINDS, find_files, load_files
 
 DIT = "diffusion_pytorch_model.safetensors"
@@ -67,7 +67,7 @@ class OwnFile:
         place = DIFFUSERS_PLACES[self.component].replace("*", "")
         folder = (base / model_id / place).parent
         folder.mkdir(parents=True)
-        table = names.IMAGE_ENCODER_DIFFUSERS if self.component == "image_encoder" else SAME_NAMES
+        table = keys.IMAGE_ENCODER_DIFFUSERS if self.component == "image_encoder" else SAME_NAMES
         renamed = {table.theirs(name): tensor for name, tensor in self.in_module_names.items()}
         save_file({str(name): tensor for name, tensor in renamed.items()}, base / model_id / place)
         config: Any = self.module.config

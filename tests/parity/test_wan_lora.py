@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth_core.adapters.lora import lora_weights
-from diffsynth_core.families.table import load_family
-from diffsynth_core.families.wan import names
-from diffsynth_core.families.wan.facts import WAN
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.wan import keys
+from diffsynth_core.models.wan.spec import WAN
 from tests.conftest import CAPTIONS, write_metadata
 from tests.loras import RANK
 from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 from tests.parity.wan_models import KINDS, Kind, find_files, load_files, load_pipeline
 
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
-DOCUMENTED = ",".join(names.LORA_TARGETS)
+DOCUMENTED = ",".join(keys.LORA_TARGETS)
 EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 SECOND_EXPERT = f"{EXPERTS}:transformer_2/diffusion_pytorch_model*.safetensors"
 PLACES_OF_A_BLOCK = [
@@ -57,7 +57,7 @@ RUNS = {
 
 
 def own_names(modules: Collection[str]) -> set[str]:
-    return {own for module in modules for own in names.DIT.ours(module) or ()}
+    return {own for module in modules for own in keys.DIT.ours(module) or ()}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
 def load_with_lora(base: Path, run: LoraRun, path: Path) -> Any:
     """The transformer of a run as we load it, with a LoRA from a file."""
     transformer = load_files(find_files(base, "dit", run.dit))
-    return with_lora(transformer, path, run.modules, WAN.component("dit").lora_naming, names.DIT)
+    return with_lora(transformer, path, run.modules, WAN.component("dit").lora_naming, keys.DIT)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_documented_keys(train_lora, name):
 def test_all_dialects_read_back_to_the_same_weights(train_lora, models, name):
     run = RUNS[name]
     loaded = [load_with_lora(models, run, train_lora(name, dialect)) for dialect in DIALECTS]
-    check_same_weights([lora_weights(transformer, names.DIT) for transformer in loaded], run.modules)
+    check_same_weights([lora_weights(transformer, keys.DIT) for transformer in loaded], run.modules)
 
 
 def test_kohya_stores_its_scale(train_lora):

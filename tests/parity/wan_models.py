@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from tests.parity import models
 from tests.parity.models import Ours
 from tests.parity.photographs import photograph, pixels_of

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.qwen_image.names import TEXT_ENCODER_FILES
-from diffsynth_core.state_dicts import rewriting
+from diffsynth_core.models.qwen_image.keys import TEXT_ENCODER_FILES
+from diffsynth_core.weights import weight_writer as rewriting
 from tests.conftest import MODEL_ID
 from tests.corruption import corrupt
 from tests.loras import RANK

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from diffsynth_core.families.qwen_image.rehearsal import TinySizes, write_tiny_weights
+from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from tests.conftest import CAPTIONS, MODEL_ID, PLACES, write_metadata
 
 SIGMAS = (0.35, 0.5, 0.65, 0.8, 0.9, 0.95)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth_core.data.media import Excerpt
-from diffsynth_core.families.flux.family import Flux
-from diffsynth_core.families.table import FAMILIES, load_family
+from diffsynth_core.models.flux.family import Flux
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.training.encode import load_pixels
 from diffsynth_core.training.objective import draw_noise
 from tests.clips import detailed, write_clip

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError, FaultsFound
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncoderPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter

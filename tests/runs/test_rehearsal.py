@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diffsynth_core.config.recipes import load_recipe, recipe_names
-from diffsynth_core.data.drawn_images import DRAWN
+from diffsynth_core.data.synthetic_images import DRAWN
 from tests.conftest import ENTRIES, MODEL_ID
 
 PROOFS = {

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.table import FAMILIES, load_family
-from diffsynth_core.state_dicts.headers import make_header
-from diffsynth_core.state_dicts.writing import DTYPE_NAMES
+from diffsynth_core.models.registry import FAMILIES, load_family
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.weights.headers import make_header
+from diffsynth_core.weights.writing import DTYPE_NAMES
 from tests.checkpoints import REHEARSED, rehearse
 from tests.conftest import MODEL_ID
 

@@ -133,7 +133,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(cli, photo
 
 def test_text_encoder_in_full_beside_a_lora(cli, photographs):
     """One file: the LoRA without the removed prefix, all of the text encoder's weights with theirs, both moved."""
-    from diffsynth_core.state_dicts.headers import read_headers
+    from diffsynth_core.weights.headers import read_headers
 
     settings = ("--trainable_models", "text_encoder", "--lora_rank", 4, "--learning_rate", 1e-3)
     outcome = cli(*common(photographs, "--output_path", "out", *settings))

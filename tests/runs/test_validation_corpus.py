@@ -12,14 +12,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from diffsynth_core.config.resolve import resolve
+from diffsynth_core.dataset_report import validate as validation
+from diffsynth_core.dataset_report.findings import CODES
+from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
+from diffsynth_core.dataset_report.recipe_rules import rules_of_run
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.thresholds import Thresholds
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation import validate as validation
-from diffsynth_core.validation.findings import CODES
-from diffsynth_core.validation.inspect import EXAMINERS, Job
-from diffsynth_core.validation.recipe_rules import rules_of_run
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.thresholds import Thresholds
-from diffsynth_core.validation.validate import Wish, validate
 from tests import faults_of_files, faults_of_rows
 from tests.faults_of_files import Expected, Plant
 from tests.validation_corpus import CLIPS, IMAGES, Draft, add_clips, add_images, rules_of_recipe

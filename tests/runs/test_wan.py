@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffsynth_core.families.wan import names
+from diffsynth_core.models.wan import keys
 from tests.clips import detailed, write_clip
 from tests.wan import EXPERTS, I2V, PLACES, T2V, TI2V, entries
 
@@ -82,9 +82,9 @@ def test_a_full_checkpoint_is_the_base_file_trained(train, tiny_wan):
 @pytest.mark.parametrize(
     ("component", "table", "model"),
     [
-        ("text_encoder", names.TEXT_ENCODER, entries(T2V)),
-        ("vae", names.VAE_2_1, entries(T2V)),
-        ("image_encoder", names.IMAGE_ENCODER, (*entries(I2V), "--extra_inputs", "input_image")),
+        ("text_encoder", keys.TEXT_ENCODER, entries(T2V)),
+        ("vae", keys.VAE_2_1, entries(T2V)),
+        ("image_encoder", keys.IMAGE_ENCODER, (*entries(I2V), "--extra_inputs", "input_image")),
     ],
 )
 def test_the_other_components_train_and_are_written_by_their_own_names(train, component, table, model):

@@ -7,10 +7,10 @@ from PIL import Image
 from diffsynth_core.data.animations import is_animation
 from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.media import FrameRule, MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
+from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.validation.inspect import EXAMINERS, Job
 from tests.clips import numbered, numbers
 from tests.icc import rgb_profile
 

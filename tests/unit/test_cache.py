@@ -9,7 +9,7 @@ import torch
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.sources.file_memory import FileMemory
+from diffsynth_core.hub.hash_cache import FileMemory
 
 PARTS = {
     "encoder": "latents",

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from diffsynth_core.data.captioned_folder import sort_folder
+from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.formats import kind_of_file, kind_of_name, media_kind
 from diffsynth_core.data.images import SizeRule, read_image_header
-from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.samples import Columns, build_samples
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.validate import Wish, validate
 
 NFC, NFD = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
 

@@ -12,10 +12,10 @@ from torch import nn
 from diffsynth_core.adapters.lora import add_lora
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
+from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
 from diffsynth_core.planning.targets import Training
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.training.checkpointing import checkpoint_content
+from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 
 FILE = TableMap({"o": "to_out"}, stacked={"qkv": ("to_q", "to_k")}, swapped={"mod": "norm"})
 TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, stacked={"typed_qkv": ("to_q", "to_k")})

@@ -12,8 +12,8 @@ from PIL import Image, ImageCms
 
 from diffsynth_core.data.images import SizeRule, load_image, read_image_header
 from diffsynth_core.data.media import MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.video_memory import VideoMemory
-from diffsynth_core.validation.images import examine_image
+from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.dataset_report.images import examine_image
 from tests.icc import grey_profile, ink_profile, rgb_profile
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families import control
-from diffsynth_core.families.control import count_added
-from diffsynth_core.families.flux import names as flux_names
-from diffsynth_core.families.flux import rehearsal as tiny_flux
-from diffsynth_core.families.flux.inputs import predict_velocity as predict_flux
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.qwen_image import names as qwen_names
-from diffsynth_core.families.qwen_image import rehearsal as tiny_qwen
-from diffsynth_core.families.qwen_image.inputs import predict_velocity as predict_qwen
-from diffsynth_core.families.table import FAMILIES, find_unsupported, load_family, recognise, recognise_family
-from diffsynth_core.families.tiny_weights import fill
+from diffsynth_core.models import control
+from diffsynth_core.models.control import count_added
+from diffsynth_core.models.flux import keys as flux_names
+from diffsynth_core.models.flux import tiny as tiny_flux
+from diffsynth_core.models.flux.forward import predict_velocity as predict_flux
+from diffsynth_core.models.qwen_image import keys as qwen_names
+from diffsynth_core.models.qwen_image import tiny as tiny_qwen
+from diffsynth_core.models.qwen_image.forward import predict_velocity as predict_qwen
+from diffsynth_core.models.registry import FAMILIES, find_unsupported, load_family, recognise, recognise_family
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.tiny import fill
 
 NAMES = {"qwen-image": qwen_names, "flux": flux_names}
 TINY: dict[str, Any] = {"qwen-image": tiny_qwen, "flux": tiny_flux}

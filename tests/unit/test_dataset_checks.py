@@ -12,18 +12,18 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from diffsynth_core.families.size_facts import CaptionFacts
-from diffsynth_core.families.token_counts import CaptionRule, count_tokens
+from diffsynth_core.dataset_report import caption_checks, documents
+from diffsynth_core.dataset_report import validate as module
+from diffsynth_core.dataset_report.facts import ImageFacts
+from diffsynth_core.dataset_report.findings import CODES
+from diffsynth_core.dataset_report.images import difference_hash, examine_image, scaled_down
+from diffsynth_core.dataset_report.near_duplicates import near_images
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.thresholds import Thresholds
+from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.models.size_facts import CaptionFacts
+from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 from diffsynth_core.progress import SilentReporter, format_bytes
-from diffsynth_core.validation import caption_checks, documents
-from diffsynth_core.validation import validate as module
-from diffsynth_core.validation.facts import ImageFacts
-from diffsynth_core.validation.findings import CODES
-from diffsynth_core.validation.images import difference_hash, examine_image, scaled_down
-from diffsynth_core.validation.likeness import near_images
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.thresholds import Thresholds
-from diffsynth_core.validation.validate import Wish, validate
 from tests.validation_corpus import rules_of_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_tokens_are_counted_from_pairs_as_well(tmp_path):
     """The published Qwen-Image has no tokenizer.json."""
     from transformers import Qwen2Tokenizer
 
-    from diffsynth_core.families.qwen_image.captions import TEXT
+    from diffsynth_core.models.qwen_image.captions import TEXT
     from tests.qwen_pairs import write_qwen_pairs
 
     write_qwen_pairs(tmp_path)
@@ -333,7 +333,7 @@ def test_the_size_of_the_cache(tmp_path, found, recipe, latents, states):
 
 
 def test_a_cache_without_room_is_a_warning(found, monkeypatch):
-    monkeypatch.setattr("diffsynth_core.validation.set_checks.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("diffsynth_core.dataset_report.set_checks.free_bytes", lambda folder: 1000)
     _, report = found(CLEAN, CLEAN_ROWS, rules=rules_of_recipe("qwen-image-lora", Thresholds()))
     assert [one.level for one in report.findings if one.code == "CACHE_SIZE"] == ["warning"]
 
@@ -372,6 +372,6 @@ def test_the_codes_are_those_of_the_documentation():
 
 
 def _place(code: str) -> tuple[int, int]:
-    from diffsynth_core.validation.findings import SUBJECTS
+    from diffsynth_core.dataset_report.findings import SUBJECTS
 
     return list(SUBJECTS).index(CODES[code].subject), list(CODES).index(code)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diffsynth_core.data.drawn_clips import DRAWN, draw_clips
+from diffsynth_core.data.synthetic_videos import DRAWN, draw_clips
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 
 

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.errors import DiffSynthError, FaultsFound
-from diffsynth_core.progress import SilentReporter
-from diffsynth_core.sources import fetching
-from diffsynth_core.sources.download_plan import DownloadPlan, plan_download
-from diffsynth_core.sources.fetching import fetch
-from diffsynth_core.sources.hub import (
+from diffsynth_core.hub import fetching
+from diffsynth_core.hub.client import (
     Checksum,
     Interruption,
     RemoteFile,
@@ -23,9 +20,12 @@ from diffsynth_core.sources.hub import (
     downloads_are_off,
     unknown,
 )
-from diffsynth_core.sources.identity import FileIdentities
-from diffsynth_core.sources.ranges import first_byte, range_headers
-from diffsynth_core.sources.wanted import Place, Wanted
+from diffsynth_core.hub.download_plan import DownloadPlan, plan_download
+from diffsynth_core.hub.fetching import fetch
+from diffsynth_core.hub.file_requests import Place, Wanted
+from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.ranges import first_byte, range_headers
+from diffsynth_core.progress import SilentReporter
 
 MODEL, OTHER = Repository("model", "a/b"), Repository("model", "a/other")
 CONTENT = b"0123456789"

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth_core.adapters.float8 import Float8Linear
-from diffsynth_core.families import loading
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.loading import build_empty, load_component, shape_problems, stored_dtypes
-from diffsynth_core.families.table import load_family, recognise
+from diffsynth_core.models import loading
+from diffsynth_core.models.loading import build_empty, load_component, shape_problems, stored_dtypes
+from diffsynth_core.models.registry import load_family, recognise
+from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.headers import read_headers
-from diffsynth_core.state_dicts.tensors import iterate_weights
+from diffsynth_core.weights.headers import read_headers
+from diffsynth_core.weights.tensors import iterate_weights
 from tests.conftest import MODEL_ID, PLACES
 
 CPU = torch.device("cpu")

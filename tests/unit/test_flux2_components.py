@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux2.components import (
+from diffsynth_core.models.flux2.components import (
     build,
     checkpoint_gradients,
     config_of,
@@ -19,8 +19,8 @@ from diffsynth_core.families.flux2.components import (
     load_tokenizer,
     rope_axes,
 )
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.tiny_tokenizers import write_tokenizer
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.tiny_tokenizers import write_tokenizer
 
 KLEIN = {"attention_head_dim": 128, "mlp_ratio": 3.0, "axes_dims_rope": [32, 32, 32, 32], "guidance_embeds": False}
 SMALL = KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux2 import names
-from diffsynth_core.families.flux2.components import build
-from diffsynth_core.families.flux2.facts import FLUX2, reference_size, variant
-from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
-from diffsynth_core.families.table import FAMILIES, component_at, family_of_model, recognise, recognise_family
-from diffsynth_core.state_dicts.lora_names import DIALECTS
+from diffsynth_core.models.flux2 import keys
+from diffsynth_core.models.flux2.components import build
+from diffsynth_core.models.flux2.spec import FLUX2, reference_size, variant
+from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
+from diffsynth_core.weights.lora_names import DIALECTS
 
 DIT = {
     "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
@@ -96,10 +96,10 @@ def test_encodings_depend_on_the_chat_template():
 
 def test_the_documented_lora_targets():
     modules = modules_with_weights(shapes_of(module_of("dit")))
-    found = match_targets(modules, names.LORA_TARGETS)
+    found = match_targets(modules, keys.LORA_TARGETS)
     blocks, single_blocks = 2, 3
     assert {target: len(addressed) for target, addressed in found.items()} == {
-        **dict.fromkeys(names.LORA_TARGETS[:8], blocks),
+        **dict.fromkeys(keys.LORA_TARGETS[:8], blocks),
         **dict.fromkeys(("linear_in", "linear_out"), 2 * blocks),
         **dict.fromkeys(("to_qkv_mlp_proj", "to_out"), single_blocks),
     }
@@ -138,12 +138,12 @@ def silent_parameters(component: str, output: Callable[[nn.Module], torch.Tensor
 def test_untrainable_of_the_text_encoder_is_what_the_transformer_does_not_read():
     def states(module: nn.Module) -> torch.Tensor:
         layers = module.model(torch.arange(6)[None], output_hidden_states=True, use_cache=False).hidden_states
-        return torch.cat([layers[layer] for layer in names.TEXT_LAYERS])
+        return torch.cat([layers[layer] for layer in keys.TEXT_LAYERS])
 
     silent = silent_parameters("text_encoder", states)
     module = module_of("text_encoder")
     for known in (module.named_modules(), module.named_parameters()):
-        unused = names.unused_in_text_encoder(frozenset(name for name, _ in known))
+        unused = keys.unused_in_text_encoder(frozenset(name for name, _ in known))
         assert unused >= {"model.norm", "lm_head", "model.layers.27", "model.layers.28", "model.layers.29"}
         assert silent and silent == {name for name, _ in module.named_parameters() if is_below(name, unused)}
 
@@ -151,7 +151,7 @@ def test_untrainable_of_the_text_encoder_is_what_the_transformer_does_not_read()
 def test_untrainable_of_the_vae_is_what_encoding_does_not_use():
     silent = silent_parameters("vae", lambda module: module.encode(torch.rand(1, 3, 16, 16)).latent_dist.mode())
     module = module_of("vae")
-    unused = names.unused_in_vae(frozenset(name for name, _ in module.named_modules()))
+    unused = keys.unused_in_vae(frozenset(name for name, _ in module.named_modules()))
     assert silent and silent == {name for name, _ in module.named_parameters() if is_below(name, unused)}
     assert "bn" in unused
 

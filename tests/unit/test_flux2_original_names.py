@@ -4,7 +4,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from diffsynth_core.families.flux2.names import DIT_MODULES, DIT_ORIGINAL
+from diffsynth_core.models.flux2.keys import DIT_MODULES, DIT_ORIGINAL
 
 
 def tensors_of(tiny_families) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.families.flux2.components import build, config_of, load_tokenizer
-from diffsynth_core.families.flux2.encode import apply_template
-from diffsynth_core.families.flux2.rehearsal import TinySizes, write_tiny_weights
-from diffsynth_core.families.interface import ComponentFiles
 from diffsynth_core.json_files import read_json
+from diffsynth_core.models.flux2.components import build, config_of, load_tokenizer
+from diffsynth_core.models.flux2.encode import apply_template
+from diffsynth_core.models.flux2.tiny import TinySizes, write_tiny_weights
+from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.components import find_components, shape_faults
 
 PLACES = {

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.components import (
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.components import (
     build,
     checkpoint_gradients,
     config_of,
@@ -19,11 +19,11 @@ from diffsynth_core.families.flux.components import (
     infer_vae,
     load_tokenizer,
 )
-from diffsynth_core.families.flux.facts import FLUX, KONTEXT_SIZES, kontext_size
-from diffsynth_core.families.flux.rehearsal import write_tiny_weights
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.shapes import infer_t5_encoder
-from diffsynth_core.state_dicts.key_maps import KeyMap
+from diffsynth_core.models.flux.spec import FLUX, KONTEXT_SIZES, kontext_size
+from diffsynth_core.models.flux.tiny import write_tiny_weights
+from diffsynth_core.models.shapes import infer_t5_encoder
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.weights.key_maps import KeyMap
 
 TRANSFORMER = {
     "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
@@ -56,10 +56,10 @@ INFER = {
     "text_encoder_2": infer_t5_encoder,
 }
 OTHER_LAYOUTS: dict[str, tuple[str, KeyMap]] = {
-    "original transformer": ("dit", names.DIT_ORIGINAL),
-    "documented transformer": ("dit", names.DIT),
-    "original vae": ("vae", names.VAE_ORIGINAL),
-    "clip": ("text_encoder_1", names.CLIP),
+    "original transformer": ("dit", keys.DIT_ORIGINAL),
+    "documented transformer": ("dit", keys.DIT),
+    "original vae": ("vae", keys.VAE_ORIGINAL),
+    "clip": ("text_encoder_1", keys.CLIP),
 }
 
 
@@ -131,14 +131,14 @@ def test_files_of_other_layouts_hold_as_many_numbers_and_infer_the_same(case):
 
 def test_the_original_files_have_the_published_shapes():
     shapes = shapes_of(published("dit"))
-    table = names.DIT_ORIGINAL
+    table = keys.DIT_ORIGINAL
     assert table.join_shape("double_blocks.18.img_attn.qkv.weight", shapes) == (9216, 3072)
     assert table.join_shape("single_blocks.37.linear1.weight", shapes) == (21504, 3072)
     assert table.join_shape("single_blocks.37.linear2.weight", shapes) == (3072, 15360)
     assert table.join_shape("final_layer.adaLN_modulation.1.weight", shapes) == (6144, 3072)
     attention = shapes_of(published("vae"))
-    assert names.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.weight", attention) == (512, 512, 1, 1)
-    assert names.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.bias", attention) == (512,)
+    assert keys.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.weight", attention) == (512, 512, 1, 1)
+    assert keys.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.bias", attention) == (512,)
 
 
 @pytest.mark.parametrize("component", INFER)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.components import build
-from diffsynth_core.families.flux.facts import FLUX
-from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
-from diffsynth_core.families.table import FAMILIES, recognise
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap, TableMap
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.components import build
+from diffsynth_core.models.flux.spec import FLUX
+from diffsynth_core.models.registry import FAMILIES, recognise
+from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap, TableMap
 
 TRANSFORMER = {
     "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 64,
@@ -33,11 +33,11 @@ T5 = {
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, object]] = {"dit": TRANSFORMER, "text_encoder_1": CLIP, "text_encoder_2": T5, "vae": VAE}
 TABLES: dict[str, tuple[str, KeyMap]] = {
-    "original transformer": ("dit", names.DIT_ORIGINAL),
-    "documented transformer": ("dit", names.DIT),
-    "original vae": ("vae", names.VAE_ORIGINAL),
-    "clip": ("text_encoder_1", names.CLIP),
-    "t5": ("text_encoder_2", names.T5),
+    "original transformer": ("dit", keys.DIT_ORIGINAL),
+    "documented transformer": ("dit", keys.DIT),
+    "original vae": ("vae", keys.VAE_ORIGINAL),
+    "clip": ("text_encoder_1", keys.CLIP),
+    "t5": ("text_encoder_2", keys.T5),
 }
 
 
@@ -82,10 +82,10 @@ def test_tensors_go_there_and_back_bit_for_bit(case):
 @pytest.mark.parametrize(
     ("table", "theirs"),
     [
-        (names.DIT_ORIGINAL, in_names_of(names.DIT_ORIGINAL, tensors_of("dit"))),
-        (names.DIT_DOCUMENTED, in_names_of(names.DIT, tensors_of("dit"))),
-        (names.VAE_ORIGINAL, in_names_of(names.VAE_ORIGINAL, tensors_of("vae"))),
-        (names.T5, tensors_of("text_encoder_2")),
+        (keys.DIT_ORIGINAL, in_names_of(keys.DIT_ORIGINAL, tensors_of("dit"))),
+        (keys.DIT_DOCUMENTED, in_names_of(keys.DIT, tensors_of("dit"))),
+        (keys.VAE_ORIGINAL, in_names_of(keys.VAE_ORIGINAL, tensors_of("vae"))),
+        (keys.T5, tensors_of("text_encoder_2")),
     ],
     ids=["original transformer", "documented transformer", "original vae", "t5"],
 )
@@ -105,14 +105,14 @@ def test_diffusers_converts_the_transformer_alike():
         name: torch.randint(1 << 30, (tensor.shape[0],), generator=generator)[(...,) + (None,) * (tensor.ndim - 1)]
         for name, tensor in module.state_dict().items()
     }
-    converted = convert_flux_transformer_checkpoint_to_diffusers(in_names_of(names.DIT_ORIGINAL, tensors))
+    converted = convert_flux_transformer_checkpoint_to_diffusers(in_names_of(keys.DIT_ORIGINAL, tensors))
     check_equal(converted, tensors)
 
 
 def test_diffusers_converts_the_vae_alike():
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    original = in_names_of(names.VAE_ORIGINAL, tensors_of("vae"))
+    original = in_names_of(keys.VAE_ORIGINAL, tensors_of("vae"))
     assert original["encoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
     check_equal(convert_ldm_vae_checkpoint(original, VAE), tensors_of("vae"))
 
@@ -123,34 +123,34 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_the_documented_names_hold_the_original_tensors():
-    original = in_names_of(names.DIT_ORIGINAL, tensors_of("dit"))
-    documented = in_names_of(names.DIT, tensors_of("dit"))
+    original = in_names_of(keys.DIT_ORIGINAL, tensors_of("dit"))
+    documented = in_names_of(keys.DIT, tensors_of("dit"))
     assert len(documented) == len(original)
     for name, tensor in documented.items():
-        (theirs,) = names.DIT_DOCUMENTED.ours(name)
+        (theirs,) = keys.DIT_DOCUMENTED.ours(name)
         assert torch.equal(tensor, original[theirs])
 
 
 @pytest.mark.parametrize(
     ("table", "theirs", "ours"),
     [
-        (names.DIT_ORIGINAL, "double_blocks.18.txt_attn.norm.key_norm.scale", ("transformer_blocks.18.attn.norm_added_k.weight",)),
-        (names.DIT_ORIGINAL, "double_blocks.3.txt_mod.lin.bias", ("transformer_blocks.3.norm1_context.linear.bias",)),
-        (names.DIT_ORIGINAL, "vector_in.out_layer.weight", ("time_text_embed.text_embedder.linear_2.weight",)),
-        (names.DIT_ORIGINAL, "final_layer.linear.bias", ("proj_out.bias",)),
-        (names.DIT, "blocks.0.attn.a_to_qkv", tuple(f"transformer_blocks.0.attn.to_{part}" for part in "qkv")),
-        (names.DIT, "blocks.7.attn.b_to_qkv.bias", tuple(f"transformer_blocks.7.attn.add_{part}_proj.bias" for part in "qkv")),
-        (names.DIT, "blocks.7.attn.b_to_out.weight", ("transformer_blocks.7.attn.to_add_out.weight",)),
-        (names.DIT, "blocks.2.ff_b.2", ("transformer_blocks.2.ff_context.net.2",)),
-        (names.DIT, "blocks.2.norm1_a.linear", ("transformer_blocks.2.norm1.linear",)),
-        (names.DIT, "single_blocks.37.proj_out", ("single_transformer_blocks.37.proj_out",)),
-        (names.DIT, "single_blocks.37.norm.linear", ("single_transformer_blocks.37.norm.linear",)),
-        (names.DIT, "final_norm_out.linear.weight", ("norm_out.linear.weight",)),
-        (names.VAE_ORIGINAL, "decoder.up.3.block.2.conv1.weight", ("decoder.up_blocks.0.resnets.2.conv1.weight",)),
-        (names.VAE_ORIGINAL, "decoder.up.0.block.0.nin_shortcut.bias", ("decoder.up_blocks.3.resnets.0.conv_shortcut.bias",)),
-        (names.VAE_ORIGINAL, "encoder.mid.block_2.norm1.weight", ("encoder.mid_block.resnets.1.norm1.weight",)),
-        (names.VAE_ORIGINAL, "encoder.down.2.downsample.conv.bias", ("encoder.down_blocks.2.downsamplers.0.conv.bias",)),
-        (names.CLIP, "text_model.final_layer_norm.weight", ("final_layer_norm.weight",)),
+        (keys.DIT_ORIGINAL, "double_blocks.18.txt_attn.norm.key_norm.scale", ("transformer_blocks.18.attn.norm_added_k.weight",)),
+        (keys.DIT_ORIGINAL, "double_blocks.3.txt_mod.lin.bias", ("transformer_blocks.3.norm1_context.linear.bias",)),
+        (keys.DIT_ORIGINAL, "vector_in.out_layer.weight", ("time_text_embed.text_embedder.linear_2.weight",)),
+        (keys.DIT_ORIGINAL, "final_layer.linear.bias", ("proj_out.bias",)),
+        (keys.DIT, "blocks.0.attn.a_to_qkv", tuple(f"transformer_blocks.0.attn.to_{part}" for part in "qkv")),
+        (keys.DIT, "blocks.7.attn.b_to_qkv.bias", tuple(f"transformer_blocks.7.attn.add_{part}_proj.bias" for part in "qkv")),
+        (keys.DIT, "blocks.7.attn.b_to_out.weight", ("transformer_blocks.7.attn.to_add_out.weight",)),
+        (keys.DIT, "blocks.2.ff_b.2", ("transformer_blocks.2.ff_context.net.2",)),
+        (keys.DIT, "blocks.2.norm1_a.linear", ("transformer_blocks.2.norm1.linear",)),
+        (keys.DIT, "single_blocks.37.proj_out", ("single_transformer_blocks.37.proj_out",)),
+        (keys.DIT, "single_blocks.37.norm.linear", ("single_transformer_blocks.37.norm.linear",)),
+        (keys.DIT, "final_norm_out.linear.weight", ("norm_out.linear.weight",)),
+        (keys.VAE_ORIGINAL, "decoder.up.3.block.2.conv1.weight", ("decoder.up_blocks.0.resnets.2.conv1.weight",)),
+        (keys.VAE_ORIGINAL, "decoder.up.0.block.0.nin_shortcut.bias", ("decoder.up_blocks.3.resnets.0.conv_shortcut.bias",)),
+        (keys.VAE_ORIGINAL, "encoder.mid.block_2.norm1.weight", ("encoder.mid_block.resnets.1.norm1.weight",)),
+        (keys.VAE_ORIGINAL, "encoder.down.2.downsample.conv.bias", ("encoder.down_blocks.2.downsamplers.0.conv.bias",)),
+        (keys.CLIP, "text_model.final_layer_norm.weight", ("final_layer_norm.weight",)),
     ],
 )  # fmt: skip
 def test_names_of_the_published_files(table: KeyMap, theirs, ours):
@@ -162,11 +162,11 @@ def test_names_of_the_published_files(table: KeyMap, theirs, ours):
 def test_fused_projections_hold_their_parts_in_this_order(module, parts):
     tensors = tensors_of("dit")
     if parts:
-        fused = in_names_of(names.DIT_ORIGINAL, tensors)[f"{parts}.weight"]
+        fused = in_names_of(keys.DIT_ORIGINAL, tensors)[f"{parts}.weight"]
         prefix, rows = "single_transformer_blocks.1.", (32, 32, 32, 128)
         ours = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     else:
-        fused = in_names_of(names.DIT, tensors)[f"blocks.1.attn.{module}.weight"]
+        fused = in_names_of(keys.DIT, tensors)[f"blocks.1.attn.{module}.weight"]
         prefix, rows, ours = "transformer_blocks.1.", (32, 32, 32), ("attn.to_q", "attn.to_k", "attn.to_v")
     assert fused.shape == (sum(rows), 32)
     for part, name in zip(fused.split(rows), ours, strict=True):
@@ -176,33 +176,33 @@ def test_fused_projections_hold_their_parts_in_this_order(module, parts):
 def test_the_last_modulation_has_the_shift_first():
     tensors = tensors_of("dit")
     scale, shift = tensors["norm_out.linear.bias"].chunk(2)
-    original = in_names_of(names.DIT_ORIGINAL, tensors)["final_layer.adaLN_modulation.1.bias"]
+    original = in_names_of(keys.DIT_ORIGINAL, tensors)["final_layer.adaLN_modulation.1.bias"]
     assert torch.equal(original, torch.cat([shift, scale]))
-    assert torch.equal(in_names_of(names.DIT, tensors)["final_norm_out.linear.bias"], original)
+    assert torch.equal(in_names_of(keys.DIT, tensors)["final_norm_out.linear.bias"], original)
 
 
 def test_the_embedding_of_t5_has_one_name():
     """Its second one is read over in files, and not written."""
     module = module_of("text_encoder_2")
-    assert names.T5.ours("encoder.embed_tokens.weight") == ()
-    assert names.T5.theirs_of(module.state_dict()) == list(tensors_of("text_encoder_2"))
+    assert keys.T5.ours("encoder.embed_tokens.weight") == ()
+    assert keys.T5.theirs_of(module.state_dict()) == list(tensors_of("text_encoder_2"))
 
 
 def test_names_of_other_models_are_unknown():
     """FLUX.2 has one modulation for all blocks, ControlNets have blocks of their own."""
-    assert names.DIT_ORIGINAL.ours("double_stream_modulation_img.lin.weight") is None
-    assert names.DIT_ORIGINAL.theirs("controlnet_blocks.0.weight") is None
-    assert names.VAE_ORIGINAL.ours("encoder.quant_conv.weight") is None
+    assert keys.DIT_ORIGINAL.ours("double_stream_modulation_img.lin.weight") is None
+    assert keys.DIT_ORIGINAL.theirs("controlnet_blocks.0.weight") is None
+    assert keys.VAE_ORIGINAL.ours("encoder.quant_conv.weight") is None
 
 
 LAYOUTS = {
-    ("dit", "original"): (0, names.DIT_ORIGINAL),
+    ("dit", "original"): (0, keys.DIT_ORIGINAL),
     ("dit", "diffusers"): (1, SAME_NAMES),
-    ("dit", "documented"): (2, names.DIT),
-    ("text_encoder_1", "published"): (0, names.CLIP),
+    ("dit", "documented"): (2, keys.DIT),
+    ("text_encoder_1", "published"): (0, keys.CLIP),
     ("text_encoder_1", "flat"): (1, SAME_NAMES),
-    ("text_encoder_2", "published"): (0, names.T5),
-    ("vae", "original"): (0, names.VAE_ORIGINAL),
+    ("text_encoder_2", "published"): (0, keys.T5),
+    ("vae", "original"): (0, keys.VAE_ORIGINAL),
     ("vae", "diffusers"): (1, SAME_NAMES),
 }
 
@@ -275,24 +275,24 @@ def test_the_decoder_is_all_of_the_vae_that_an_image_does_not_reach():
     vae.zero_grad()
     vae.encode(torch.randn(1, 3, 16, 16)).latent_dist.mode().pow(2).sum().backward()
     silent = {name for name, parameter in vae.named_parameters() if parameter.grad is None}
-    unused = names.unused_in_vae(frozenset(name for name, _ in vae.named_modules()))
+    unused = keys.unused_in_vae(frozenset(name for name, _ in vae.named_modules()))
     assert silent and silent == {name for name, _ in vae.named_parameters() if is_below(name, unused)}
 
 
 def test_the_documented_lora_targets():
-    assert ",".join(names.LORA_TARGETS) == (
+    assert ",".join(keys.LORA_TARGETS) == (
         "a_to_qkv,b_to_qkv,ff_a.0,ff_a.2,ff_b.0,ff_b.2,a_to_out,b_to_out,proj_out,norm.linear,norm1_a.linear,"
         "norm1_b.linear,to_qkv_mlp"
     )
-    documented = in_names_of(names.DIT, tensors_of("dit"))
+    documented = in_names_of(keys.DIT, tensors_of("dit"))
     modules = modules_with_weights({name: tuple(tensor.shape) for name, tensor in documented.items()})
-    found = match_targets(modules, names.LORA_TARGETS)
+    found = match_targets(modules, keys.LORA_TARGETS)
     double, single = 2, 3
     assert {target: len(addressed) for target, addressed in found.items()} == {
-        **dict.fromkeys(names.LORA_TARGETS, double),
+        **dict.fromkeys(keys.LORA_TARGETS, double),
         **dict.fromkeys(("proj_out", "norm.linear", "to_qkv_mlp"), single),
     }
-    own = {module for addressed in found.values() for name in addressed for module in names.DIT.ours(name)}
+    own = {module for addressed in found.values() for name in addressed for module in keys.DIT.ours(name)}
     linear = {name for name, module in module_of("dit").named_modules() if isinstance(module, nn.Linear)}
     outside = {name for name in linear if "blocks" not in name}
     assert own == linear - outside, "every linear layer of every block"

@@ -10,20 +10,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffsynth_core.families.flux import names
-from diffsynth_core.families.flux.components import SCALING_FACTOR, SHIFT_FACTOR, build, config_of, load_tokenizer
-from diffsynth_core.families.flux.rehearsal import TinySizes, write_tiny_weights
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.components import SCALING_FACTOR, SHIFT_FACTOR, build, config_of, load_tokenizer
+from diffsynth_core.models.flux.tiny import TinySizes, write_tiny_weights
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
 DEV = "black-forest-labs/FLUX.1-dev"
 CASES: dict[str, tuple[str, str, KeyMap, bool]] = {
-    "transformer": ("dit", "flux1-dev.safetensors", names.DIT_ORIGINAL, False),
+    "transformer": ("dit", "flux1-dev.safetensors", keys.DIT_ORIGINAL, False),
     "transformer, diffusers": ("dit", "transformer/*.safetensors", SAME_NAMES, True),
-    "vae": ("vae", "ae.safetensors", names.VAE_ORIGINAL, False),
+    "vae": ("vae", "ae.safetensors", keys.VAE_ORIGINAL, False),
     "vae, diffusers": ("vae", "vae/diffusion_pytorch_model.safetensors", SAME_NAMES, True),
-    "clip": ("text_encoder_1", "text_encoder/model.safetensors", names.CLIP, True),
-    "t5": ("text_encoder_2", "text_encoder_2/*.safetensors", names.T5, True),
+    "clip": ("text_encoder_1", "text_encoder/model.safetensors", keys.CLIP, True),
+    "t5": ("text_encoder_2", "text_encoder_2/*.safetensors", keys.T5, True),
 }
 """Component, its place in the repository, the names in its file, and whether a config.json lies beside it."""
 CAPTIONS = ("a cat", "a dog", "the cat and the hat", "A CAT!", "")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.headers import read_header, read_headers
+from diffsynth_core.weights.headers import read_header, read_headers
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from diffsynth_core.hub.identity import FileIdentities
 from diffsynth_core.progress import SilentReporter, SilentTask
-from diffsynth_core.sources.identity import FileIdentities
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, Chain, PrefixMap, TableMap
+from diffsynth_core.weights.key_maps import SAME_NAMES, Chain, PrefixMap, TableMap
 
 TABLE = TableMap(
     {

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_layers, lora_weights, name_lora
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.lora_names import DIALECTS
+from diffsynth_core.weights.lora_names import DIALECTS
 
 SHAPES = {"first": (3, 4), "blocks.0.q": (2, 3), "norm": (3,)}
 RANK = 2

@@ -7,8 +7,8 @@ from torch import nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.lora_files import check_lora_file
-from diffsynth_core.state_dicts.lora_names import LoraNaming
+from diffsynth_core.weights.lora_files import check_lora_file
+from diffsynth_core.weights.lora_names import LoraNaming
 
 BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
 

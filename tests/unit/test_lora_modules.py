@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from diffsynth_core.families.interface import modules_with_weights
-from diffsynth_core.families.table import FAMILIES
-from diffsynth_core.state_dicts.lora_names import DIALECTS, find_lora_keys, spell
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import modules_with_weights
+from diffsynth_core.weights.lora_names import DIALECTS, find_lora_keys, spell
 
 FLUX = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
 KLEIN = {"attention_head_dim": 128, "guidance_embeds": False}

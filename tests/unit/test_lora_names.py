@@ -3,8 +3,8 @@
 import pytest
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.key_maps import TableMap
-from diffsynth_core.state_dicts.lora_names import (
+from diffsynth_core.weights.key_maps import TableMap
+from diffsynth_core.weights.lora_names import (
     DIALECTS,
     DIT,
     PREFIXES,
@@ -247,8 +247,8 @@ def test_whole_differences_find_weights_biases_and_modulations(prefix):
 
 
 def test_the_module_names_of_qwen_image_stay_distinct_with_underscores(tiny_models):
-    from diffsynth_core.families.interface import modules_with_weights
-    from diffsynth_core.state_dicts.headers import read_headers
+    from diffsynth_core.models.spec import modules_with_weights
+    from diffsynth_core.weights.headers import read_headers
 
     paths = sorted(tiny_models.glob("*/*/transformer/*.safetensors"))
     modules = modules_with_weights({name: tensor.shape for name, tensor in read_headers(paths).items()})

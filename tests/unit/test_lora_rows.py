@@ -8,13 +8,13 @@ import torch
 
 from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux import names as flux
-from diffsynth_core.families.flux2 import names as flux2
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
-from diffsynth_core.state_dicts.lora_names import LoraNaming
-from diffsynth_core.state_dicts.lora_rows import RowSpan, StoredLora, StoredTensor, joint_rank
-from diffsynth_core.state_dicts.lora_rows import translate as translate_names
-from diffsynth_core.state_dicts.weight_sets import Span
+from diffsynth_core.models.flux import keys as flux
+from diffsynth_core.models.flux2 import keys as flux2
+from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
+from diffsynth_core.weights.lora_names import LoraNaming
+from diffsynth_core.weights.lora_rows import RowSpan, StoredLora, StoredTensor, joint_rank
+from diffsynth_core.weights.lora_rows import translate as translate_names
+from diffsynth_core.weights.weight_sets import Span
 
 FUSED = TableMap({"out": "o"}, stacked={"qkv": ("q", "k", "v")}, swapped={"mod": "m"})
 NAMING = LoraNaming("dit", {"diffusers": FUSED}, {"kohya": TableMap({}, stacked={"all": ("qkv", "out")})})

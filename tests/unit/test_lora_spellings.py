@@ -25,13 +25,13 @@ from diffsynth_core.conversion.convert import plan_conversion
 from diffsynth_core.conversion.lora_inputs import open_lora_file
 from diffsynth_core.conversion.lora_source import open_lora
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.interface import FamilyFacts, Layout, modules_with_weights
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import FamilyFacts, Layout, modules_with_weights
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.state_dicts.lora_files import ADAPTER_CONFIG, read_lora_file
-from diffsynth_core.state_dicts.lora_names import DIALECTS
-from diffsynth_core.state_dicts.rewriting import write_outputs
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.weights.lora_files import ADAPTER_CONFIG, read_lora_file
+from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.weight_writer import write_outputs
 
 RANK = 2
 HEAD = {"attention_head_dim": 8, "num_attention_heads": 1}
@@ -57,9 +57,9 @@ TOLERANCE = 1e-6
 
 def vocabularies(family: str) -> dict[str, KeyMap]:
     """Sets of names that programs have for the modules of a family -> names in diffusers' module."""
-    from diffsynth_core.families.flux import names as flux
-    from diffsynth_core.families.flux2 import names as flux2
-    from diffsynth_core.families.wan import names as wan
+    from diffsynth_core.models.flux import keys as flux
+    from diffsynth_core.models.flux2 import keys as flux2
+    from diffsynth_core.models.wan import keys as wan
 
     return {
         "qwen-image": {"diffusers": SAME_NAMES},

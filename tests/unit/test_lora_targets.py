@@ -11,9 +11,9 @@ from diffsynth_core.adapters.lora import add_lora, lora_weights
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import FaultsFound
-from diffsynth_core.families.blocks import linear_layers_of_blocks
-from diffsynth_core.families.loading import load_component
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.blocks import linear_layers_of_blocks
+from diffsynth_core.models.loading import load_component
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter

@@ -11,9 +11,9 @@ from diffsynth_core.adapters.changes import Factors, open_changes, read_factors
 from diffsynth_core.adapters.lora import add_lora, lora_weights
 from diffsynth_core.adapters.merge import Loss, Workspace, merge_rows
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
-from diffsynth_core.state_dicts.lora_files import read_lora_file
-from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming
+from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
+from diffsynth_core.weights.lora_files import read_lora_file
+from diffsynth_core.weights.lora_names import DIT, LoraNaming
 
 
 def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import find_metadata, read_metadata
 from diffsynth_core.data.samples import Columns, build_samples
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 

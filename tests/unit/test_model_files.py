@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.sources.model_files import (
+from diffsynth_core.hub.model_files import (
     MissingFiles,
     expand_entry,
     expand_local,

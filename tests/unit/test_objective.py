@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffsynth_core.families.qwen_image.inputs import sigmas
+from diffsynth_core.models.qwen_image.forward import sigmas
 from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
 
 SHAPE = torch.Size([16, 1, 8, 8])

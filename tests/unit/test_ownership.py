@@ -5,8 +5,8 @@ import pytest
 from diffsynth_core.conversion.ownership import Origin, components_that_fit, find_family, find_owners, misnamed
 from diffsynth_core.conversion.translation import find_reading
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.flux import names as flux
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.flux import keys as flux
+from diffsynth_core.models.registry import FAMILIES
 
 LORA = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.headers import read_headers
-from diffsynth_core.state_dicts.pickled import read_pickled
-from diffsynth_core.state_dicts.tensors import iterate_tensors
+from diffsynth_core.weights.headers import read_headers
+from diffsynth_core.weights.pickled import read_pickled
+from diffsynth_core.weights.tensors import iterate_tensors
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3).bfloat16(), "b": torch.tensor([1.5])}
 

@@ -11,9 +11,9 @@ from diffsynth_core.config.resolve import Resolved, resolve
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.components import FoundComponents, find_components
-from diffsynth_core.planning.halves import components_of
 from diffsynth_core.planning.replaced import without_replaced
-from diffsynth_core.planning.wanted_files import wanted_of_stages
+from diffsynth_core.planning.required_files import wanted_of_stages
+from diffsynth_core.planning.two_stage import components_of
 from tests.cli.test_documented_commands import ACCEPTED, Command, named
 from tests.conftest import ENTRIES, MODEL_ID
 

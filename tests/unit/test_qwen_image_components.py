@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.qwen_image.components import (
+from diffsynth_core.models.qwen_image.components import (
     build,
     config_of,
     infer_text_encoder,
     infer_transformer,
     infer_vae,
 )
-from diffsynth_core.families.qwen_image.names import TEXT_ENCODER_FILES
-from diffsynth_core.families.shapes import count_blocks, split_even
+from diffsynth_core.models.qwen_image.keys import TEXT_ENCODER_FILES
+from diffsynth_core.models.shapes import count_blocks, split_even
+from diffsynth_core.models.spec import ComponentFiles
 
 TRANSFORMER = {
     "num_layers": 60,
@@ -209,8 +209,8 @@ def test_a_configuration_beside_the_files_goes_first(tmp_path, component):
 
 @pytest.mark.parametrize("component", ["dit", "vae"])  # a text encoder's head size shows in no shape: it is 128
 def test_the_configuration_of_the_tiny_models_is_inferred_where_shapes_tell(tiny_models, component):
-    from diffsynth_core.families.table import load_family
-    from diffsynth_core.state_dicts.headers import read_headers
+    from diffsynth_core.models.registry import load_family
+    from diffsynth_core.weights.headers import read_headers
 
     folder = {"dit": "transformer"}.get(component, component)
     paths = sorted(tiny_models.glob(f"*/*/{folder}/*.safetensors"))

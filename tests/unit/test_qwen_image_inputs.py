@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffsynth_core.families.patches import pack, unpack
-from diffsynth_core.families.qwen_image.inputs import collate, edit_latents, predict_velocity, sigmas
+from diffsynth_core.models.patches import pack, unpack
+from diffsynth_core.models.qwen_image.forward import collate, edit_latents, predict_velocity, sigmas
 
 
 def test_the_training_sigmas():

@@ -2,10 +2,9 @@
 
 import pytest
 
-from diffsynth_core.families.interface import match_targets, modules_with_weights
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.qwen_image.names import LAST_TEXT_MODULES, LORA_TARGETS, TEXT_ENCODER_FILES, dead_modules
-from diffsynth_core.families.table import (
+from diffsynth_core.models.qwen_image.keys import LAST_TEXT_MODULES, LORA_TARGETS, TEXT_ENCODER_FILES, dead_modules
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.registry import (
     FAMILIES,
     component_at,
     family_of_model,
@@ -13,6 +12,7 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
+from diffsynth_core.models.spec import match_targets, modules_with_weights
 
 DIT = {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"}
 CONTROLNET = DIT - {"proj_out.weight"} | {"controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
@@ -40,9 +40,9 @@ def test_text_encoder_names_of_both_styles_become_ours(old, new):
 def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
     import torch
 
-    from diffsynth_core.families.qwen_image.components import build
     from diffsynth_core.json_files import read_json
-    from diffsynth_core.state_dicts.headers import read_headers
+    from diffsynth_core.models.qwen_image.components import build
+    from diffsynth_core.weights.headers import read_headers
 
     folder = next(tiny_models.glob("*/*/text_encoder"))
     names = read_headers(sorted(folder.glob("*.safetensors")))
@@ -72,9 +72,9 @@ def test_without_blocks_nothing_is_dead(names):
 def test_dead_modules_are_exactly_those_that_no_gradient_reaches(tiny_models):
     import torch
 
-    from diffsynth_core.families.qwen_image.components import build
-    from diffsynth_core.families.qwen_image.inputs import predict_velocity
     from diffsynth_core.json_files import read_json
+    from diffsynth_core.models.qwen_image.components import build
+    from diffsynth_core.models.qwen_image.forward import predict_velocity
 
     torch.manual_seed(0)
     config = read_json(next(tiny_models.glob("*/*/transformer")) / "config.json", dict, "")

@@ -4,18 +4,18 @@ import pytest
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.families.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
-from diffsynth_core.families.qwen_image.components import build, load_processor, load_tokenizer
-from diffsynth_core.families.qwen_image.encode import (
+from diffsynth_core.json_files import read_json
+from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
+from diffsynth_core.models.qwen_image.components import build, load_processor, load_tokenizer
+from diffsynth_core.models.qwen_image.encode import (
     DROPPED_EDIT_TOKENS,
     DROPPED_TOKENS,
     EDIT_TEMPLATE,
     PROMPT_TEMPLATE,
     announce_images,
 )
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.qwen_image.rehearsal import write_tiny_weights
-from diffsynth_core.json_files import read_json
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.qwen_image.tiny import write_tiny_weights
 from diffsynth_core.planning.tokenizers import find_tokenizers
 
 SHARDS = "transformer/diffusion_pytorch_model*.safetensors"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from diffsynth_core.families.interface import is_below
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.qwen_image.variants import edit_model, edit_size, prompt_size, vae_size
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.qwen_image.variants import edit_model, edit_size, prompt_size, vae_size
+from diffsynth_core.models.spec import is_below
 
 MILLION = 1024 * 1024
 SHARDS = "diffusion_pytorch_model*.safetensors"

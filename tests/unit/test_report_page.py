@@ -15,12 +15,12 @@ from PIL import Image
 
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
+from diffsynth_core.dataset_report import report_data
+from diffsynth_core.dataset_report.report_figures import bucket_lines, histograms
+from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, page_html, write_page
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation import report_data
-from diffsynth_core.validation.report_figures import bucket_lines, histograms
-from diffsynth_core.validation.report_page import THUMBNAIL_SIDE, page_html, write_page
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.validate import Wish, validate
 from tests.browser import REQUIRED, Browser, browser, missing
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_the_wheel_carries_the_template(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"diffsynth_core/validation/page/{part}" for part in PARTS} <= set(names)
+    assert {f"diffsynth_core/dataset_report/page/{part}" for part in PARTS} <= set(names)
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts import rewriting
-from diffsynth_core.state_dicts.rewriting import (
+from diffsynth_core.weights import weight_writer as rewriting
+from diffsynth_core.weights.weight_sets import open_weights
+from diffsynth_core.weights.weight_writer import (
     OutputFile,
     OutputTensor,
     output_problems,
     plan_shards,
     write_outputs,
 )
-from diffsynth_core.state_dicts.weight_sets import open_weights
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import translate
-from diffsynth_core.families.flux.names import DIT, DIT_ORIGINAL
+from diffsynth_core.models.flux.keys import DIT, DIT_ORIGINAL
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, TableMap
-from diffsynth_core.state_dicts.rewriting import OutputFile, write_outputs
-from diffsynth_core.state_dicts.weight_sets import Span, open_weights
+from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
+from diffsynth_core.weights.weight_sets import Span, open_weights
+from diffsynth_core.weights.weight_writer import OutputFile, write_outputs
 
 NAMES = TableMap(
     {"plain.{}": "renamed.{}"},

@@ -13,7 +13,7 @@ from diffsynth_core.data.images import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.progress import SilentReporter
 

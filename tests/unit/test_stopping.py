@@ -14,7 +14,7 @@ from pathlib import Path
 from diffsynth_cli.errors import exit_code_of
 from diffsynth_cli.stopping import stopping_cleanly
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, write_outputs
+from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, write_outputs
 
 def slowly():
     yield bytes(2)
@@ -73,8 +73,8 @@ def test_names_are_given_all_together(tmp_path, monkeypatch):
     """A signal that comes between two renames is too late: all files are there."""
     from diffsynth_cli.stopping import stopping_cleanly
     from diffsynth_core.progress import SilentReporter
-    from diffsynth_core.state_dicts import rewriting
-    from diffsynth_core.state_dicts.rewriting import OutputFile, write_outputs
+    from diffsynth_core.weights import weight_writer as rewriting
+    from diffsynth_core.weights.weight_writer import OutputFile, write_outputs
 
     real = rewriting._give_names
 

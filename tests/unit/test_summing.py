@@ -14,10 +14,10 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.changes import Factors
 from diffsynth_core.adapters.merge import truncate
+from diffsynth_core.conversion.add_loras import SumResult, add_loras
+from diffsynth_core.conversion.add_plan import plan_sum
 from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.provenance import MERGED, InputHashes
-from diffsynth_core.conversion.sum_plan import plan_sum
-from diffsynth_core.conversion.summing import SumResult, add_loras
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffsynth_core.families.tape import Network, StepSizes, Tape
-from diffsynth_core.families.token_counts import estimate_tokens
+from diffsynth_core.models.tape import Network, StepSizes, Tape
+from diffsynth_core.models.token_counts import estimate_tokens
 from diffsynth_core.planning.sizes import shrink
 
 SHAPES = {"first.weight": (8, 4), "first.bias": (8,), "second.weight": (4, 8), "norm.weight": (4,)}

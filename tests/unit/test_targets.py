@@ -7,13 +7,13 @@ import pytest
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, Layout
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.table import FAMILIES
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.targets import Training, find_training
-from diffsynth_core.state_dicts.key_maps import TableMap
-from diffsynth_core.state_dicts.lora_names import DIALECTS
+from diffsynth_core.weights.key_maps import TableMap
+from diffsynth_core.weights.lora_names import DIALECTS
 
 NAMES = TableMap(
     {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffsynth_core.dataset_report import inspect
+from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, found, in_order
+from diffsynth_core.dataset_report.inspect import Job, inspect_files
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation import inspect
-from diffsynth_core.validation.findings import CODES, LEVELS, SUBJECTS, found, in_order
-from diffsynth_core.validation.inspect import Job, inspect_files
-from diffsynth_core.validation.rules import Rules
-from diffsynth_core.validation.validate import Wish, validate
 
 
 def test_every_code_has_a_subject_a_level_and_an_explanation() -> None:

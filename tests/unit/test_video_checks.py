@@ -18,15 +18,15 @@ from PIL import Image
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.data.videos import count_frames
+from diffsynth_core.dataset_report.examined import Examined, Record
+from diffsynth_core.dataset_report.facts import Fault, VideoFacts
+from diffsynth_core.dataset_report.image_checks import check_sizes
+from diffsynth_core.dataset_report.inspect import Job, inspect_files
+from diffsynth_core.dataset_report.rules import Rules, columns_of
+from diffsynth_core.dataset_report.table import Table
+from diffsynth_core.dataset_report.video_checks import check_rates, check_videos
+from diffsynth_core.dataset_report.videos import examine_video, mean_rate, spacing
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.validation.examined import Examined, Record
-from diffsynth_core.validation.facts import Fault, VideoFacts
-from diffsynth_core.validation.image_checks import check_sizes
-from diffsynth_core.validation.inspect import Job, inspect_files
-from diffsynth_core.validation.rules import Rules, columns_of
-from diffsynth_core.validation.table import Table
-from diffsynth_core.validation.video_checks import check_rates, check_videos
-from diffsynth_core.validation.videos import examine_video, mean_rate, spacing
 from tests.clips import detailed, numbered, write_clip
 
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")

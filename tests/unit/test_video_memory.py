@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diffsynth_core.data import video_memory
-from diffsynth_core.data.drawn_clips import draw_clips
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data import video_probe_cache as video_memory
+from diffsynth_core.data.synthetic_videos import draw_clips
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.errors import DiffSynthError
 
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.shapes import infer_t5_encoder
-from diffsynth_core.families.table import load_family
-from diffsynth_core.families.wan import names
-from diffsynth_core.families.wan.components import (
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.shapes import infer_t5_encoder
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.wan import keys
+from diffsynth_core.models.wan.components import (
     build,
     checkpoint_gradients,
     config_of,
@@ -23,7 +23,7 @@ from diffsynth_core.families.wan.components import (
     load_tokenizer,
 )
 from diffsynth_core.planning.components import find_components
-from diffsynth_core.state_dicts.key_maps import TableMap
+from diffsynth_core.weights.key_maps import TableMap
 
 TRANSFORMER = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 SMALL = {
@@ -84,10 +84,10 @@ INFER = {
     "image_encoder": infer_image_encoder,
 }
 TABLES = {
-    "2.1 vae": names.VAE_2_1,
-    "2.2 vae": names.VAE_2_2,
-    "umt5-xxl": names.TEXT_ENCODER,
-    "clip-h vision": names.IMAGE_ENCODER,
+    "2.1 vae": keys.VAE_2_1,
+    "2.2 vae": keys.VAE_2_2,
+    "umt5-xxl": keys.TEXT_ENCODER,
+    "clip-h vision": keys.IMAGE_ENCODER,
 }
 
 
@@ -119,7 +119,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def original_shapes(case: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of Wan's own file."""
-    table: TableMap = TABLES.get(case, names.DIT)
+    table: TableMap = TABLES.get(case, keys.DIT)
     tensors = published(case).state_dict()
     theirs = {table.theirs(name) for name in shapes_of(published(case))}
     return {name: tuple(table.join(name, tensors).shape) for name in theirs if name}
@@ -154,7 +154,7 @@ def test_the_published_configuration_is_inferred_and_builds_the_same_module(case
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_files_in_wan_s_own_names_infer_the_same(case):
     component = PUBLISHED[case][0]
-    table = TABLES.get(case, names.DIT)
+    table = TABLES.get(case, keys.DIT)
     theirs = original_shapes(case)
     assert theirs.keys() != shapes_of(published(case)).keys()
     ours: dict[str, tuple[int, ...]] = {}

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.interface import is_below, match_targets, modules_with_weights
-from diffsynth_core.families.qwen_image.facts import QWEN_IMAGE
-from diffsynth_core.families.table import recognise
-from diffsynth_core.families.wan import names
-from diffsynth_core.families.wan.components import build
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap, TableMap
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.registry import recognise
+from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
+from diffsynth_core.models.wan import keys
+from diffsynth_core.models.wan.components import build
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap, TableMap
 
 TRANSFORMER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 24}
 IMAGE = {"in_channels": 36, "image_dim": 12, "added_kv_proj_dim": 32}
@@ -38,15 +38,15 @@ MODULES: dict[str, tuple[str, dict[str, object]]] = {
     "clip": ("image_encoder", CLIP),
 }
 TABLES = {
-    "t2v": names.DIT,
-    "i2v 2.1": names.DIT,
-    "flf2v": names.DIT,
-    "i2v 2.2": names.DIT,
-    "ti2v": names.DIT,
-    "vae 2.1": names.VAE_2_1,
-    "vae 2.2": names.VAE_2_2,
-    "umt5": names.TEXT_ENCODER,
-    "clip": names.IMAGE_ENCODER,
+    "t2v": keys.DIT,
+    "i2v 2.1": keys.DIT,
+    "flf2v": keys.DIT,
+    "i2v 2.2": keys.DIT,
+    "ti2v": keys.DIT,
+    "vae 2.1": keys.VAE_2_1,
+    "vae 2.2": keys.VAE_2_2,
+    "umt5": keys.TEXT_ENCODER,
+    "clip": keys.IMAGE_ENCODER,
 }
 
 
@@ -95,7 +95,7 @@ def test_tensors_go_there_and_back_bit_for_bit(case):
 
 @pytest.mark.parametrize("name", ["DIT", "TEXT_ENCODER", "VAE_2_1", "VAE_2_2", "IMAGE_ENCODER"])
 def test_every_row_of_a_table_names_a_part_of_a_real_module(name):
-    table = getattr(names, name)
+    table = getattr(keys, name)
     used = {table.rule(name) for case, own in TABLES.items() if own is table for name in original(case)}
     assert used == table.rules.keys()
 
@@ -128,26 +128,26 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("table", "theirs", "ours"),
     [
-        (names.DIT, "blocks.39.norm3.bias", "blocks.39.norm2.bias"),
-        (names.DIT, "blocks.7.modulation", "blocks.7.scale_shift_table"),
-        (names.DIT, "head.modulation", "scale_shift_table"),
-        (names.DIT, "blocks.0.self_attn.o", "blocks.0.attn1.to_out.0"),
-        (names.DIT, "blocks.0.ffn.2.weight", "blocks.0.ffn.net.2.weight"),
-        (names.DIT, "img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-        (names.TEXT_ENCODER, "token_embedding.weight", "shared.weight"),
-        (names.TEXT_ENCODER, "blocks.23.ffn.gate.0.weight", "encoder.block.23.layer.1.DenseReluDense.wi_0.weight"),
-        (names.TEXT_ENCODER, "blocks.23.ffn.fc1.weight", "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"),
-        (names.TEXT_ENCODER, "blocks.23.ffn.fc2.weight", "encoder.block.23.layer.1.DenseReluDense.wo.weight"),
-        (names.TEXT_ENCODER, "blocks.2.norm2.weight", "encoder.block.2.layer.1.layer_norm.weight"),
-        (names.TEXT_ENCODER, "norm.weight", "encoder.final_layer_norm.weight"),
-        (names.VAE_2_2, "encoder.downsamples.1.downsamples.0.residual.3.gamma", "encoder.down_blocks.1.resnets.0.norm2.gamma"),
-        (names.VAE_2_2, "encoder.downsamples.0.downsamples.2.resample.1.bias", "encoder.down_blocks.0.downsampler.resample.1.bias"),
-        (names.VAE_2_2, "decoder.upsamples.1.upsamples.3.time_conv.weight", "decoder.up_blocks.1.upsampler.time_conv.weight"),
-        (names.VAE_2_2, "decoder.upsamples.3.upsamples.2.residual.6.weight", "decoder.up_blocks.3.resnets.2.conv2.weight"),
-        (names.VAE_2_2, "conv1.weight", "quant_conv.weight"),
-        (names.IMAGE_ENCODER, "visual.transformer.31.mlp.2.bias", "encoder.layers.31.mlp.fc2.bias"),
-        (names.IMAGE_ENCODER, "visual.cls_embedding", "embeddings.class_embedding"),
-        (names.IMAGE_ENCODER, "visual.pre_norm.weight", "pre_layrnorm.weight"),
+        (keys.DIT, "blocks.39.norm3.bias", "blocks.39.norm2.bias"),
+        (keys.DIT, "blocks.7.modulation", "blocks.7.scale_shift_table"),
+        (keys.DIT, "head.modulation", "scale_shift_table"),
+        (keys.DIT, "blocks.0.self_attn.o", "blocks.0.attn1.to_out.0"),
+        (keys.DIT, "blocks.0.ffn.2.weight", "blocks.0.ffn.net.2.weight"),
+        (keys.DIT, "img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+        (keys.TEXT_ENCODER, "token_embedding.weight", "shared.weight"),
+        (keys.TEXT_ENCODER, "blocks.23.ffn.gate.0.weight", "encoder.block.23.layer.1.DenseReluDense.wi_0.weight"),
+        (keys.TEXT_ENCODER, "blocks.23.ffn.fc1.weight", "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"),
+        (keys.TEXT_ENCODER, "blocks.23.ffn.fc2.weight", "encoder.block.23.layer.1.DenseReluDense.wo.weight"),
+        (keys.TEXT_ENCODER, "blocks.2.norm2.weight", "encoder.block.2.layer.1.layer_norm.weight"),
+        (keys.TEXT_ENCODER, "norm.weight", "encoder.final_layer_norm.weight"),
+        (keys.VAE_2_2, "encoder.downsamples.1.downsamples.0.residual.3.gamma", "encoder.down_blocks.1.resnets.0.norm2.gamma"),
+        (keys.VAE_2_2, "encoder.downsamples.0.downsamples.2.resample.1.bias", "encoder.down_blocks.0.downsampler.resample.1.bias"),
+        (keys.VAE_2_2, "decoder.upsamples.1.upsamples.3.time_conv.weight", "decoder.up_blocks.1.upsampler.time_conv.weight"),
+        (keys.VAE_2_2, "decoder.upsamples.3.upsamples.2.residual.6.weight", "decoder.up_blocks.3.resnets.2.conv2.weight"),
+        (keys.VAE_2_2, "conv1.weight", "quant_conv.weight"),
+        (keys.IMAGE_ENCODER, "visual.transformer.31.mlp.2.bias", "encoder.layers.31.mlp.fc2.bias"),
+        (keys.IMAGE_ENCODER, "visual.cls_embedding", "embeddings.class_embedding"),
+        (keys.IMAGE_ENCODER, "visual.pre_norm.weight", "pre_layrnorm.weight"),
     ],
 )  # fmt: skip
 def test_names_of_the_published_files(table: TableMap, theirs, ours):
@@ -172,39 +172,39 @@ def test_clip_s_embeddings_have_their_original_dimensions():
 
 def test_what_nobody_reads_of_clip_is_left_and_what_is_unknown_is_told():
     for name in ("visual.head", "textual.token_embedding.weight", "textual.blocks.3.norm1.bias", "log_scale"):
-        assert names.IMAGE_ENCODER.ours(name) == ()
-    assert names.IMAGE_ENCODER.ours("visual.transformer.0.attn.to_q.weight") is None
-    assert names.DIT.ours("vace_blocks.0.self_attn.q.weight") is None
-    assert names.TEXT_ENCODER.theirs("encoder.embed_tokens.weight") is None
+        assert keys.IMAGE_ENCODER.ours(name) == ()
+    assert keys.IMAGE_ENCODER.ours("visual.transformer.0.attn.to_q.weight") is None
+    assert keys.DIT.ours("vace_blocks.0.self_attn.q.weight") is None
+    assert keys.TEXT_ENCODER.theirs("encoder.embed_tokens.weight") is None
 
 
 def test_clip_s_files_of_diffusers_repositories_stand_one_level_deeper():
     tensors = tensors_of("clip")
-    theirs = in_names_of(names.IMAGE_ENCODER_DIFFUSERS, tensors)
+    theirs = in_names_of(keys.IMAGE_ENCODER_DIFFUSERS, tensors)
     assert "vision_model.post_layernorm.weight" in theirs
     assert all(name.startswith("vision_model.") for name in theirs)
-    assert {own for name in theirs for own in names.IMAGE_ENCODER_DIFFUSERS.ours(name)} == tensors.keys()
+    assert {own for name in theirs for own in keys.IMAGE_ENCODER_DIFFUSERS.ours(name)} == tensors.keys()
 
 
 SIGNATURES = {
-    ("t2v", "original"): names.DIT_ORIGINAL_SIGNATURE,
-    ("t2v", "diffusers"): names.DIT_DIFFUSERS_SIGNATURE,
-    ("umt5", "original"): names.TEXT_ENCODER_ORIGINAL_SIGNATURE,
-    ("umt5", "diffusers"): names.TEXT_ENCODER_DIFFUSERS_SIGNATURE,
-    ("vae 2.1", "original"): names.VAE_2_1_ORIGINAL_SIGNATURE,
-    ("vae 2.1", "diffusers"): names.VAE_2_1_DIFFUSERS_SIGNATURE,
-    ("vae 2.2", "original"): names.VAE_2_2_ORIGINAL_SIGNATURE,
-    ("vae 2.2", "diffusers"): names.VAE_2_2_DIFFUSERS_SIGNATURE,
-    ("clip", "original"): names.IMAGE_ENCODER_ORIGINAL_SIGNATURE,
-    ("clip", "diffusers"): names.IMAGE_ENCODER_DIFFUSERS_SIGNATURE,
-    ("clip", "flat"): names.IMAGE_ENCODER_FLAT_SIGNATURE,
+    ("t2v", "original"): keys.DIT_ORIGINAL_SIGNATURE,
+    ("t2v", "diffusers"): keys.DIT_DIFFUSERS_SIGNATURE,
+    ("umt5", "original"): keys.TEXT_ENCODER_ORIGINAL_SIGNATURE,
+    ("umt5", "diffusers"): keys.TEXT_ENCODER_DIFFUSERS_SIGNATURE,
+    ("vae 2.1", "original"): keys.VAE_2_1_ORIGINAL_SIGNATURE,
+    ("vae 2.1", "diffusers"): keys.VAE_2_1_DIFFUSERS_SIGNATURE,
+    ("vae 2.2", "original"): keys.VAE_2_2_ORIGINAL_SIGNATURE,
+    ("vae 2.2", "diffusers"): keys.VAE_2_2_DIFFUSERS_SIGNATURE,
+    ("clip", "original"): keys.IMAGE_ENCODER_ORIGINAL_SIGNATURE,
+    ("clip", "diffusers"): keys.IMAGE_ENCODER_DIFFUSERS_SIGNATURE,
+    ("clip", "flat"): keys.IMAGE_ENCODER_FLAT_SIGNATURE,
 }
 
 
 def names_in(case: str, layout: str) -> frozenset[str]:
     if layout == "original":
         return frozenset(original(case))
-    table = names.IMAGE_ENCODER_DIFFUSERS if (case, layout) == ("clip", "diffusers") else SAME_NAMES
+    table = keys.IMAGE_ENCODER_DIFFUSERS if (case, layout) == ("clip", "diffusers") else SAME_NAMES
     return frozenset(in_names_of(table, tensors_of(case)))
 
 
@@ -279,7 +279,7 @@ def test_the_decoder_is_all_of_a_vae_that_a_clip_does_not_reach():
         vae.zero_grad()
         vae.encode(torch.randn(1, 3, 5, side, side)).latent_dist.mean.pow(2).sum().backward()
         silent = {name for name, parameter in vae.named_parameters() if parameter.grad is None}
-        unused = names.unused_in_vae(frozenset(name for name, _ in vae.named_modules()))
+        unused = keys.unused_in_vae(frozenset(name for name, _ in vae.named_modules()))
         assert silent and silent == {name for name, _ in vae.named_parameters() if is_below(name, unused)}
 
 
@@ -289,28 +289,28 @@ def test_the_last_layer_is_all_of_clip_that_the_transformer_does_not_read():
     clip(torch.randn(1, 3, 28, 28), output_hidden_states=True).hidden_states[-2].pow(2).sum().backward()
     silent = {name for name, parameter in clip.named_parameters() if parameter.grad is None}
     for known in (clip.named_modules(), clip.named_parameters()):
-        unused = names.unused_in_image_encoder(frozenset(name for name, _ in known))
+        unused = keys.unused_in_image_encoder(frozenset(name for name, _ in known))
         assert unused == {"encoder.layers.2", "post_layernorm"}
         assert silent and silent == {name for name, _ in clip.named_parameters() if is_below(name, unused)}
 
 
 def test_layers_are_counted_as_numbers():
-    assert names.unused_in_image_encoder(frozenset({"encoder.layers.9.mlp", "encoder.layers.10.mlp"})) == {
+    assert keys.unused_in_image_encoder(frozenset({"encoder.layers.9.mlp", "encoder.layers.10.mlp"})) == {
         "encoder.layers.10",
         "post_layernorm",
     }
 
 
 def test_the_documented_lora_targets():
-    assert ",".join(names.LORA_TARGETS) == "q,k,v,o,ffn.0,ffn.2"
+    assert ",".join(keys.LORA_TARGETS) == "q,k,v,o,ffn.0,ffn.2"
     modules = modules_with_weights({name: tuple(tensor.shape) for name, tensor in original("i2v 2.1").items()})
-    found = match_targets(modules, names.LORA_TARGETS)
+    found = match_targets(modules, keys.LORA_TARGETS)
     blocks = 2
     assert {target: len(addressed) for target, addressed in found.items()} == {
         **dict.fromkeys(("q", "k", "v", "o"), 2 * blocks),
         **dict.fromkeys(("ffn.0", "ffn.2"), blocks),
     }
-    assert all(names.DIT.ours(name) for addressed in found.values() for name in addressed)
+    assert all(keys.DIT.ours(name) for addressed in found.values() for name in addressed)
 
 
 def test_the_tiny_tensors_are_told_apart():

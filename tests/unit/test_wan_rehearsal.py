@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.families.interface import ComponentFiles
-from diffsynth_core.families.wan import names
-from diffsynth_core.families.wan.components import build, config_of, load_tokenizer
-from diffsynth_core.families.wan.rehearsal import TinySizes, write_tiny_weights
 from diffsynth_core.json_files import read_json
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.wan import keys
+from diffsynth_core.models.wan.components import build, config_of, load_tokenizer
+from diffsynth_core.models.wan.tiny import TinySizes, write_tiny_weights
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
 SHARDS = "diffusion_pytorch_model*.safetensors"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
@@ -29,17 +29,17 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, object]]] = {
     "i2v low diffusers": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", f"transformer_2/{SHARDS}", {"in_channels": 36}),
 }
 OTHERS: dict[str, tuple[str, str, str, KeyMap]] = {
-    "t5": ("text_encoder", I2V, "models_t5_umt5-xxl-enc-bf16.pth", names.TEXT_ENCODER),
-    "t5 converted": ("text_encoder", I2V, "models_t5_umt5-xxl-enc-bf16.safetensors", names.TEXT_ENCODER),
+    "t5": ("text_encoder", I2V, "models_t5_umt5-xxl-enc-bf16.pth", keys.TEXT_ENCODER),
+    "t5 converted": ("text_encoder", I2V, "models_t5_umt5-xxl-enc-bf16.safetensors", keys.TEXT_ENCODER),
     "t5 diffusers": ("text_encoder", f"{I2V}-Diffusers", "text_encoder/model*.safetensors", SAME_NAMES),
-    "vae 2.1": ("vae", "Wan-AI/Wan2.2-T2V-A14B", "Wan2.1_VAE.pth", names.VAE_2_1),
-    "vae 2.1 converted": ("vae", "DiffSynth-Studio/Wan-Series-Converted-Safetensors", "Wan2.1_VAE.safetensors", names.VAE_2_1),
+    "vae 2.1": ("vae", "Wan-AI/Wan2.2-T2V-A14B", "Wan2.1_VAE.pth", keys.VAE_2_1),
+    "vae 2.1 converted": ("vae", "DiffSynth-Studio/Wan-Series-Converted-Safetensors", "Wan2.1_VAE.safetensors", keys.VAE_2_1),
     "vae 2.1 diffusers": ("vae", f"{I2V}-Diffusers", "vae/diffusion_pytorch_model.safetensors", SAME_NAMES),
-    "vae 2.2": ("vae", "Wan-AI/Wan2.2-TI2V-5B", "Wan2.2_VAE.pth", names.VAE_2_2),
-    "vae 2.2 converted": ("vae", "DiffSynth-Studio/Wan-Series-Converted-Safetensors", "Wan2.2_VAE.safetensors", names.VAE_2_2),
+    "vae 2.2": ("vae", "Wan-AI/Wan2.2-TI2V-5B", "Wan2.2_VAE.pth", keys.VAE_2_2),
+    "vae 2.2 converted": ("vae", "DiffSynth-Studio/Wan-Series-Converted-Safetensors", "Wan2.2_VAE.safetensors", keys.VAE_2_2),
     "vae 2.2 diffusers": ("vae", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "vae/diffusion_pytorch_model.safetensors", SAME_NAMES),
-    "clip": ("image_encoder", I2V, f"{CLIP}.pth", names.IMAGE_ENCODER),
-    "clip diffusers": ("image_encoder", f"{I2V}-Diffusers", "image_encoder/model.safetensors", names.IMAGE_ENCODER_DIFFUSERS),
+    "clip": ("image_encoder", I2V, f"{CLIP}.pth", keys.IMAGE_ENCODER),
+    "clip diffusers": ("image_encoder", f"{I2V}-Diffusers", "image_encoder/model.safetensors", keys.IMAGE_ENCODER_DIFFUSERS),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def settings_of(module: nn.Module) -> dict[str, object]:
 @pytest.mark.parametrize("case", TRANSFORMERS)
 def test_transformers_are_those_of_their_repositories(tmp_path, case):
     model_id, pattern, expected = TRANSFORMERS[case]
-    module = load(tmp_path, "dit", model_id, pattern, SAME_NAMES if "diffusers" in case else names.DIT)
+    module = load(tmp_path, "dit", model_id, pattern, SAME_NAMES if "diffusers" in case else keys.DIT)
     assert {name: module.config[name] for name in expected} == expected
     assert (module.config.num_attention_heads, module.config.attention_head_dim) == (2, 16)
     config = read_json((tmp_path / model_id / pattern).parent / "config.json", dict, "")
@@ -118,7 +118,7 @@ def test_each_layout_holds_the_same_weights(tmp_path, cases):
 
 def test_transformers_of_different_folders_and_repositories_differ(tmp_path):
     weights = [
-        load(tmp_path, "dit", *TRANSFORMERS[case][:2], names.DIT).proj_out.weight
+        load(tmp_path, "dit", *TRANSFORMERS[case][:2], keys.DIT).proj_out.weight
         for case in ("t2v", "t2v high", "t2v low")
     ]
     assert not any(torch.equal(left, right) for left, right in ((weights[0], weights[1]), (weights[1], weights[2])))
@@ -230,7 +230,7 @@ def test_images_stay_apart_in_clip_as_its_processor_prepares_them(tmp_path):
 @pytest.mark.parametrize("case", ["t2v", "i2v", "flf2v", "ti2v"])
 def test_a_first_loss_is_near_that_of_predicting_nothing(tmp_path, case):
     torch.manual_seed(0)
-    transformer = load(tmp_path, "dit", *TRANSFORMERS[case][:2], names.DIT)
+    transformer = load(tmp_path, "dit", *TRANSFORMERS[case][:2], keys.DIT)
     config = transformer.config
     clean, noise = torch.randn(2, 4, config.out_channels, 3, 8, 8)
     given = torch.randn(4, config.in_channels - config.out_channels, 3, 8, 8)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.families.wan.facts import WAN
+from diffsynth_core.models.wan.spec import WAN
 
 WAN_2_1 = {"text_encoder": {}, "vae": {"post_quant_conv.weight": (16, 16, 1, 1, 1)}}
 WAN_2_2_5B = {"text_encoder": {}, "vae": {"post_quant_conv.weight": (48, 48, 1, 1, 1)}}

@@ -4,15 +4,15 @@ import pytest
 
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.families.wan.facts import CONVERTED, WAN
-from diffsynth_core.planning.wanted_files import (
+from diffsynth_core.hub.client import Repository
+from diffsynth_core.hub.file_requests import Place, Wanted, absent, paths_below
+from diffsynth_core.models.wan.spec import CONVERTED, WAN
+from diffsynth_core.planning.required_files import (
     command_that_brings,
     wanted_files,
     wanted_of_entry,
     wanted_of_recipe,
 )
-from diffsynth_core.sources.hub import Repository
-from diffsynth_core.sources.wanted import Place, Wanted, absent, paths_below
 
 MODEL = Repository("model", "a/b")
 

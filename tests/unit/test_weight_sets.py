@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.weight_sets import open_weights
+from diffsynth_core.weights.weight_sets import open_weights
 
 
 def write_shards(folder, index=True):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.lora_files import LoraFile
-from diffsynth_core.state_dicts.lora_rows import ModuleLora, StoredLora, group_by_down, loras_of
+from diffsynth_core.weights.key_maps import KeyMap
+from diffsynth_core.weights.lora_files import LoraFile
+from diffsynth_core.weights.lora_rows import ModuleLora, StoredLora, group_by_down, loras_of
 
 ROWS_TAKEN_AT_ONCE = 2**20
 """Elements of a change that are computed at once."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.changes import lora_factors
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.randomness import key_of
-from diffsynth_core.state_dicts.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.state_dicts.lora_files import read_lora_file
-from diffsynth_core.state_dicts.lora_names import DIT, LoraNaming, lora_keys
-from diffsynth_core.state_dicts.lora_rows import joint_rank
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.weights.lora_files import read_lora_file
+from diffsynth_core.weights.lora_names import DIT, LoraNaming, lora_keys
+from diffsynth_core.weights.lora_rows import joint_rank
 
 ADAPTER = "default"
 

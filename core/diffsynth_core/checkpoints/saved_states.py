@@ -14,7 +14,7 @@ from typing import Any
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import write_json
 from diffsynth_core.json_files import read_json
-from diffsynth_core.state_dicts.headers import read_header
+from diffsynth_core.weights.headers import read_header
 
 STATE_FOLDER = "state"
 TRAINED, OPTIMIZER, POSITION = "trained.safetensors", "optimizer.safetensors", "state.json"

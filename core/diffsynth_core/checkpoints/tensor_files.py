@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.files import replacing
-from diffsynth_core.state_dicts.writing import write_safetensors
+from diffsynth_core.weights.writing import write_safetensors
 
 
 def write_tensors(

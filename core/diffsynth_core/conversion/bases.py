@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffsynth_core.errors import DiffSynthError, shorten
-from diffsynth_core.families.bases import recognise_component, shapes_in
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout, modules_with_weights
-from diffsynth_core.families.table import FAMILIES
 from diffsynth_core.files import stem_of_shard
-from diffsynth_core.sources.model_files import expand_entry, locate_folder
-from diffsynth_core.state_dicts.base_files import Scale, find_weights, parts_of
-from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet, open_weights
+from diffsynth_core.hub.model_files import expand_entry, locate_folder
+from diffsynth_core.models.bases import recognise_component, shapes_in
+from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout, modules_with_weights
+from diffsynth_core.weights.base_files import Scale, find_weights, parts_of
+from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet, open_weights
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
-from diffsynth_core.families.table import unread_note
+from diffsynth_core.models.registry import unread_note
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import TensorHeader
-from diffsynth_core.state_dicts.lora_files import ADAPTER_SETTINGS, fit_lora
-from diffsynth_core.state_dicts.lora_rows import translate
-from diffsynth_core.state_dicts.rewriting import OutputFile, aligned
-from diffsynth_core.state_dicts.weight_sets import ENDING
+from diffsynth_core.weights.headers import TensorHeader
+from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, fit_lora
+from diffsynth_core.weights.lora_rows import translate
+from diffsynth_core.weights.weight_sets import ENDING
+from diffsynth_core.weights.weight_writer import OutputFile, aligned
 
 NO_LONGER_TRUE = (
     *(ADAPTER_SETTINGS, "ss_network_dim", "ss_network_alpha"),

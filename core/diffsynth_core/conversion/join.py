@@ -12,9 +12,9 @@ from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
-from diffsynth_core.state_dicts.rewriting import OutputFile, OutputTensor, aligned
-from diffsynth_core.state_dicts.weight_sets import ENDING, INDEX_ENDING, WeightSet, open_weights
+from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, WeightSet, open_weights
+from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, aligned
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.errors import DiffSynthError, shorten
 from diffsynth_core.files import stem_of_shard
-from diffsynth_core.state_dicts.lora_files import LoraFile, read_lora_file
-from diffsynth_core.state_dicts.lora_rows import StoredLora
-from diffsynth_core.state_dicts.weight_sets import WeightSet, open_weights
+from diffsynth_core.weights.lora_files import LoraFile, read_lora_file
+from diffsynth_core.weights.lora_rows import StoredLora
+from diffsynth_core.weights.weight_sets import WeightSet, open_weights
 
 TEXT_ENCODERS = ("lora_te", "text_encoder", "pipe.text_encoder")
 """How keys of LoRAs of text encoders begin in the dialects."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
-from diffsynth_core.families.interface import FamilyFacts
-from diffsynth_core.families.table import FAMILIES, unknown_family
+from diffsynth_core.models.registry import FAMILIES, unknown_family
+from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.headers import TensorHeader, read_header
-from diffsynth_core.state_dicts.lora_files import read_stored
-from diffsynth_core.state_dicts.lora_names import (
+from diffsynth_core.weights.headers import TensorHeader, read_header
+from diffsynth_core.weights.lora_files import read_stored
+from diffsynth_core.weights.lora_names import (
     LoraKeys,
     LoraMatch,
     LoraNaming,
@@ -25,9 +25,9 @@ from diffsynth_core.state_dicts.lora_names import (
     is_lora_key,
     refuse_other_adapters,
 )
-from diffsynth_core.state_dicts.lora_rows import StoredLora
-from diffsynth_core.state_dicts.values import all_finite
-from diffsynth_core.state_dicts.weight_sets import WeightSet
+from diffsynth_core.weights.lora_rows import StoredLora
+from diffsynth_core.weights.values import all_finite
+from diffsynth_core.weights.weight_sets import WeightSet
 
 _COMPONENT = re.compile(r"^pipe\.(\w+)\.")
 _NUMBER = re.compile(r"\d+")

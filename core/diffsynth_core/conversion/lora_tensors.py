@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
-from diffsynth_core.state_dicts.lora_names import DIALECTS, AlphaKeys, stem_keys
-from diffsynth_core.state_dicts.lora_rows import (
+from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.lora_names import DIALECTS, AlphaKeys, stem_keys
+from diffsynth_core.weights.lora_rows import (
     ModuleLora,
     RowSpan,
     StoredLora,
@@ -21,9 +21,9 @@ from diffsynth_core.state_dicts.lora_rows import (
     group_by_down,
     loras_of,
 )
-from diffsynth_core.state_dicts.rewriting import OutputTensor, Pieces
-from diffsynth_core.state_dicts.values import FLOATS, pack_floats, read_bytes, unpack_floats
-from diffsynth_core.state_dicts.weight_sets import Span
+from diffsynth_core.weights.values import FLOATS, pack_floats, read_bytes, unpack_floats
+from diffsynth_core.weights.weight_sets import Span
+from diffsynth_core.weights.weight_writer import OutputTensor, Pieces
 
 WIDE_EXPONENTS = ("F32", "BF16", "F64")
 """Dtypes with so many exponents that a power of two never takes a weight out of them."""

@@ -11,9 +11,10 @@ from diffsynth_core.conversion.provenance import merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.base_files import QUANT_METADATA, is_float8_marker
-from diffsynth_core.state_dicts.headers import FLOATING_POINT, TensorHeader
-from diffsynth_core.state_dicts.rewriting import (
+from diffsynth_core.weights.base_files import QUANT_METADATA, is_float8_marker
+from diffsynth_core.weights.headers import FLOATING_POINT, TensorHeader
+from diffsynth_core.weights.weight_sets import ENDING
+from diffsynth_core.weights.weight_writer import (
     Output,
     OutputFile,
     OutputIndex,
@@ -23,7 +24,6 @@ from diffsynth_core.state_dicts.rewriting import (
     make_index,
     plan_shards,
 )
-from diffsynth_core.state_dicts.weight_sets import ENDING
 
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `--dtype` takes -> the format in safetensors' words."""

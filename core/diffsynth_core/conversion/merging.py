@@ -25,11 +25,11 @@ from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import Reporter
-from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.rewriting import write_outputs
-from diffsynth_core.state_dicts.tensors import dequantize, read_scale
-from diffsynth_core.state_dicts.weight_sets import Span
-from diffsynth_core.state_dicts.writing import DTYPE_NAMES
+from diffsynth_core.weights.key_maps import KeyMap
+from diffsynth_core.weights.tensors import dequantize, read_scale
+from diffsynth_core.weights.weight_sets import Span
+from diffsynth_core.weights.weight_writer import write_outputs
+from diffsynth_core.weights.writing import DTYPE_NAMES
 
 ELEMENTS_AT_ONCE = 2**18
 """Of a weight: 1 MB in float32, which stays in the cache of a core; measured the fastest of 2^17 to 2^20."""

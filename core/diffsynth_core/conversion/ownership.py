@@ -10,12 +10,12 @@ from itertools import chain
 from diffsynth_core.checkpoints.keys import split_key, uncounted
 from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Layout
-from diffsynth_core.families.table import FAMILIES, find_unsupported, unknown_family
+from diffsynth_core.models.registry import FAMILIES, find_unsupported, unknown_family
+from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.key_maps import KeyMap
-from diffsynth_core.state_dicts.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
-from diffsynth_core.state_dicts.weight_sets import WeightSet
+from diffsynth_core.weights.key_maps import KeyMap
+from diffsynth_core.weights.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
+from diffsynth_core.weights.weight_sets import WeightSet
 
 SECOND_NAMES = {"dit2": "dit"}
 """Components that are another of the same kind."""

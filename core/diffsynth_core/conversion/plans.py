@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.state_dicts.rewriting import Output, OutputFile, output_bytes
+from diffsynth_core.weights.weight_writer import Output, OutputFile, output_bytes
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 """Most bytes of a shard where nothing else is asked for, as transformers has it."""

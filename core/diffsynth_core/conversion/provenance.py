@@ -9,8 +9,8 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import default_cache_path
+from diffsynth_core.hub.identity import FileIdentities
 from diffsynth_core.json_files import InvalidJson, parse_json
-from diffsynth_core.sources.identity import FileIdentities
 
 MERGED = "diffsynth.merged"
 """Key in the metadata of a header: a JSON list, an entry for each merge that made the file, the last one last."""

@@ -1,6 +1,6 @@
 """Tensors as places in files: renamed, cut by rows, stacked and reshaped without reading a byte. No torch.
 
-A tensor's rows stand one after the other in its file, so what layouts do to tensors (state_dicts/key_maps.py) is a
+A tensor's rows stand one after the other in its file, so what layouts do to tensors (weights/key_maps.py) is a
 choice of byte ranges. `RowSpans` has the few verbs of a tensor that key maps use.
 """
 
@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
-from diffsynth_core.state_dicts.rewriting import OutputTensor
-from diffsynth_core.state_dicts.weight_sets import Span, WeightSet
+from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.weight_sets import Span, WeightSet
+from diffsynth_core.weights.weight_writer import OutputTensor
 
 
 @dataclass

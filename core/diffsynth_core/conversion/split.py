@@ -22,12 +22,12 @@ from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import Translated, find_reading, translate
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
-from diffsynth_core.families.interface import FamilyFacts
 from diffsynth_core.files import stem_of_shard
+from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.lora_rows import translate as translate_lora
-from diffsynth_core.state_dicts.rewriting import Output, OutputTensor, plan_shards
-from diffsynth_core.state_dicts.weight_sets import INDEX_ENDING, WeightSet
+from diffsynth_core.weights.lora_rows import translate as translate_lora
+from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
+from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shards
 
 LORA_ENDING = ".lora"
 TAKEN_FROM = "taken_from"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from diffsynth_core.conversion.ownership import has_place, layout_of, readings
 from diffsynth_core.conversion.row_spans import RowSpans
-from diffsynth_core.families.interface import ComponentFacts, Layout
-from diffsynth_core.state_dicts.headers import BITS_PER_ELEMENT
-from diffsynth_core.state_dicts.key_maps import KeyMap
+from diffsynth_core.models.spec import ComponentFacts, Layout
+from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.key_maps import KeyMap
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
-from diffsynth_core.sources.file_memory import FileMemory, file_stamp
-from diffsynth_core.state_dicts.headers import Header, make_header, read_header
+from diffsynth_core.hub.hash_cache import FileMemory, file_stamp
+from diffsynth_core.weights.headers import Header, make_header, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ class EncodingCache:
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
         """Keep what an encoder made of one sample."""
-        from diffsynth_core.state_dicts.writing import safetensors_bytes, write_safetensors
+        from diffsynth_core.weights.writing import safetensors_bytes, write_safetensors
 
         digest = hashlib.sha256(key.encode())
         for part in safetensors_bytes(encoded, {}):

@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from diffsynth_core.data.file_index import Listing
 from diffsynth_core.data.formats import CONVERSIONS, Kind, ending_of, kind_of_file, leftover_of
-from diffsynth_core.data.listing import Listing
 from diffsynth_core.errors import Problem, shorten
 from diffsynth_core.progress import count_of
 

@@ -18,7 +18,7 @@ from diffsynth_core.data.images import (
     load_image,
     read_image_header,
 )
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, load_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.randomness import key_of

@@ -14,8 +14,8 @@ from diffsynth_core.data.captioned_folder import (
     sort_folder,
     unsupported_problem,
 )
+from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.formats import kind_of_name
-from diffsynth_core.data.listing import list_files
 from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
 from diffsynth_core.errors import (
     DiffSynthError,

@@ -29,7 +29,7 @@ from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_colu
 from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.progress import Reporter

@@ -10,21 +10,21 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
-from diffsynth_core.families.interface import (
+from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
+from diffsynth_core.models.registry import (
+    FAMILIES,
+    component_at,
+    load_family,
+)
+from diffsynth_core.models.shapes import layers_of_blocks
+from diffsynth_core.models.size_facts import Published, unknown_size
+from diffsynth_core.models.spec import (
     ComponentFacts,
     ComponentFiles,
     FamilyFacts,
     Shapes,
     Variant,
 )
-from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.size_facts import Published, unknown_size
-from diffsynth_core.families.table import (
-    FAMILIES,
-    component_at,
-    load_family,
-)
-from diffsynth_core.planning.halves import changed_encoders, components_of, kind_problems
 from diffsynth_core.planning.recognition import (
     AssignedFiles,
     FoundPart,
@@ -34,9 +34,9 @@ from diffsynth_core.planning.recognition import (
     read_file_set,
     refused_models,
 )
+from diffsynth_core.planning.required_files import command_that_brings, needed_entries
 from diffsynth_core.planning.tokenizers import find_tokenizers
-from diffsynth_core.planning.wanted_files import command_that_brings, needed_entries
-from diffsynth_core.sources.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
+from diffsynth_core.planning.two_stage import changed_encoders, components_of, kind_problems
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _missing(component: ComponentFacts, variant: Variant) -> Problem:
 
 def shape_faults(found: FoundComponents) -> list[Problem]:
     """How files and configurations disagree; imports the model libraries to ask them."""
-    from diffsynth_core.families.loading import shape_problems
+    from diffsynth_core.models.loading import shape_problems
 
     family = load_family(found.facts.name)
     there = [files for name, files in found.components.items() if name not in found.published]
@@ -303,7 +303,7 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
 
 def float8_shares(found: FoundComponents) -> dict[str, float | None]:
     """The share of the weights of each component kept in 8-bit floats that are really stored so; None: unknown."""
-    from diffsynth_core.families.loading import build_empty, float8_weights
+    from diffsynth_core.models.loading import build_empty, float8_weights
 
     family = load_family(found.facts.name)
     shares: dict[str, float | None] = {}

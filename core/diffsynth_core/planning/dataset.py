@@ -9,12 +9,12 @@ from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import LEAVE_OUT, Metadata, read_metadata, unread_column
 from diffsynth_core.data.samples import Columns, SampleSet, build_samples, check_columns
-from diffsynth_core.data.video_memory import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoMemory
 from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
-from diffsynth_core.families.interface import FamilyFacts, Medium, Variant
-from diffsynth_core.families.table import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.planning.halves import encoded_in_place_of_dataset
+from diffsynth_core.models.registry import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
+from diffsynth_core.models.spec import FamilyFacts, Medium, Variant
+from diffsynth_core.planning.two_stage import encoded_in_place_of_dataset
 from diffsynth_core.progress import Reporter, count_of
 
 

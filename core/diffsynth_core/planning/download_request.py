@@ -8,12 +8,12 @@ from pathlib import Path
 
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.errors import FaultsFound, Problem, raise_if_any, suggest
-from diffsynth_core.families.table import family_of_model
 from diffsynth_core.files import model_base_path
-from diffsynth_core.planning.wanted_files import wanted_of_entry, wanted_of_recipe
-from diffsynth_core.sources.hub import Repository
-from diffsynth_core.sources.model_files import split_entry
-from diffsynth_core.sources.wanted import Place, Wanted, absent
+from diffsynth_core.hub.client import Repository
+from diffsynth_core.hub.file_requests import Place, Wanted, absent
+from diffsynth_core.hub.model_files import split_entry
+from diffsynth_core.models.registry import family_of_model
+from diffsynth_core.planning.required_files import wanted_of_entry, wanted_of_recipe
 
 DATA_FOLDER = Path("data")
 EVERYTHING = "*"

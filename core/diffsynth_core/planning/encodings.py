@@ -11,11 +11,11 @@ from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.interface import EncoderFacts
+from diffsynth_core.hub.hash_cache import FileMemory
+from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, FileIdentities
+from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of
-from diffsynth_core.sources.file_memory import FileMemory
-from diffsynth_core.sources.identity import HASHING_THREADS, IDENTITIES, FileIdentities
 
 ENTRIES = "encodings.jsonl"
 """The file below the cache folder in which it is remembered which encodings are whole."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
-from diffsynth_core.families.interface import modules_with_weights
+from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.trained import check_component
 from diffsynth_core.progress import count_of
-from diffsynth_core.state_dicts.lora_files import ANOTHER, LoraFile, ranks_of, read_lora_file
-from diffsynth_core.state_dicts.lora_rows import group_by_down, loras_of
+from diffsynth_core.weights.lora_files import ANOTHER, LoraFile, ranks_of, read_lora_file
+from diffsynth_core.weights.lora_rows import group_by_down, loras_of
 
 
 @dataclass(frozen=True)

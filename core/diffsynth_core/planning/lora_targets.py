@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, shorten, suggest
-from diffsynth_core.families.interface import (
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.shapes import layers_of_blocks
+from diffsynth_core.models.spec import (
     ComponentFacts,
     ComponentFiles,
     Layout,
@@ -16,8 +18,6 @@ from diffsynth_core.families.interface import (
     match_targets,
     modules_with_weights,
 )
-from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.table import load_family
 from diffsynth_core.planning.components import FoundComponents
 
 _SPECIAL = frozenset("\\^$*+?{}[]|()")
@@ -75,7 +75,7 @@ def find_lora_targets(
 
 def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> list[Problem]:
     """The problem that modules by their documented names are of a kind that carries no LoRA; one for each kind."""
-    from diffsynth_core.families.blocks import kinds_without_lora
+    from diffsynth_core.models.blocks import kinds_without_lora
 
     files, shapes = found.components[component], found.shapes[component]
     documented = files.layout.documented
@@ -120,7 +120,7 @@ def _layers_of_blocks(found: FoundComponents, files: ComponentFiles) -> Collecti
     """Linear layers of repeated blocks, as the module has them, or as published shapes tell them."""
     if files.component in found.published:
         return layers_of_blocks(found.shapes[files.component])
-    from diffsynth_core.families.blocks import find_linear_layers_of_blocks
+    from diffsynth_core.models.blocks import find_linear_layers_of_blocks
 
     return find_linear_layers_of_blocks(load_family(found.facts.name), files)
 

@@ -8,14 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diffsynth_core.families.bases import part_of
-from diffsynth_core.families.encoded_sizes import EncodedSize
-from diffsynth_core.families.interface import Shapes, is_below
-from diffsynth_core.families.shapes import layers_of_blocks
-from diffsynth_core.families.tape import BYTES, MediaSize, Network, StepSizes, Tape
-from diffsynth_core.planning.halves import components_of
+from diffsynth_core.models.bases import part_of
+from diffsynth_core.models.encoded_sizes import EncodedSize
+from diffsynth_core.models.shapes import layers_of_blocks
+from diffsynth_core.models.spec import Shapes, is_below
+from diffsynth_core.models.tape import BYTES, MediaSize, Network, StepSizes, Tape
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.state_dicts.base_files import FLOAT8
+from diffsynth_core.planning.two_stage import components_of
+from diffsynth_core.weights.base_files import FLOAT8
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The dtype of frozen weights and of the computation, by `mixed_precision`."""

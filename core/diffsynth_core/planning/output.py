@@ -17,8 +17,8 @@ from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
 from diffsynth_core.files import default_cache_path
+from diffsynth_core.hub.identity import IDENTITIES, FileIdentities
 from diffsynth_core.progress import Reporter, count_of
-from diffsynth_core.sources.identity import IDENTITIES, FileIdentities
 
 FINISHED = ("completed", "interrupted")
 """Statuses of a run whose record was brought to its end."""

@@ -11,18 +11,18 @@ from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, Variant
-from diffsynth_core.families.size_facts import Published
-from diffsynth_core.families.table import unread_note
 from diffsynth_core.files import default_cache_path, model_base_path
+from diffsynth_core.models.registry import unread_note
+from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, Variant
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
-from diffsynth_core.planning.halves import check_target, find_encoded, known_origin
 from diffsynth_core.planning.lora_files import PresetLora, find_preset
 from diffsynth_core.planning.output import Start, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.replaced import without_replaced
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
+from diffsynth_core.planning.two_stage import check_target, find_encoded, known_origin
 from diffsynth_core.progress import Reporter
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.bases import shapes_in
-from diffsynth_core.families.interface import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
-from diffsynth_core.families.table import (
+from diffsynth_core.hub.model_files import FileSet, split_entry
+from diffsynth_core.json_files import UnreadableFile, read_json
+from diffsynth_core.models.bases import shapes_in
+from diffsynth_core.models.registry import (
     FAMILIES,
     component_at,
     family_of_model,
@@ -21,10 +22,9 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
-from diffsynth_core.json_files import UnreadableFile, read_json
-from diffsynth_core.sources.model_files import FileSet, split_entry
-from diffsynth_core.state_dicts.base_files import Part, read_parts
-from diffsynth_core.state_dicts.headers import TensorHeader
+from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
+from diffsynth_core.weights.base_files import Part, read_parts
+from diffsynth_core.weights.headers import TensorHeader
 
 
 @dataclass(frozen=True)

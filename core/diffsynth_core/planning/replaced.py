@@ -7,12 +7,12 @@ from dataclasses import replace
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.families.bases import recognise_component
-from diffsynth_core.families.interface import FamilyFacts
-from diffsynth_core.families.table import FAMILIES, component_at
 from diffsynth_core.files import model_base_path
+from diffsynth_core.hub.model_files import FileSet, locate, split_entry
+from diffsynth_core.models.bases import recognise_component
+from diffsynth_core.models.registry import FAMILIES, component_at
+from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.planning.recognition import read_file_set
-from diffsynth_core.sources.model_files import FileSet, locate, split_entry
 
 
 def without_replaced(resolved: Resolved) -> Resolved:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
-from diffsynth_core.families.encoded_sizes import (
+from diffsynth_core.models.encoded_sizes import (
     NARROW,
     EncodedSize,
     Shown,
@@ -16,8 +16,8 @@ from diffsynth_core.families.encoded_sizes import (
     encoded_size,
     state_width,
 )
-from diffsynth_core.families.interface import EncoderFacts, References
-from diffsynth_core.families.tape import BYTES, MediaSize, StepSizes
+from diffsynth_core.models.spec import EncoderFacts, References
+from diffsynth_core.models.tape import BYTES, MediaSize, StepSizes
 from diffsynth_core.planning.plan import Plan
 
 ASSUMED_CAPTION = 300

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Layout
+from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
-from diffsynth_core.state_dicts.lora_names import DIALECTS
+from diffsynth_core.weights.lora_names import DIALECTS
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
-from diffsynth_core.families.interface import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
+from diffsynth_core.hub.model_files import MissingFiles, download_command, locate_folder, split_entry
 from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_json, read_text
-from diffsynth_core.sources.model_files import MissingFiles, download_command, locate_folder, split_entry
+from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
 
 SETTINGS_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 """Files that transformers reads beside the vocabulary, where they are there."""

@@ -4,7 +4,7 @@ from itertools import takewhile
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, shorten, suggest
-from diffsynth_core.families.interface import FamilyFacts, Layout, Shapes, is_below
+from diffsynth_core.models.spec import FamilyFacts, Layout, Shapes, is_below
 from diffsynth_core.planning.components import FoundComponents
 
 PARAMETER = "trainable_models"

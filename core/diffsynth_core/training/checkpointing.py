@@ -15,8 +15,8 @@ from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.state_dicts.writing import DTYPE_NAMES
 from diffsynth_core.training.model import TrainingModule
+from diffsynth_core.weights.writing import DTYPE_NAMES
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.data.sampling import Sampling
-from diffsynth_core.families.family import Encoded
+from diffsynth_core.models.family import Encoded
 from diffsynth_core.training.objective import Objective, Turn, Velocity, mean_square
 
 

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.media import Excerpt, load_excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, raise_if_any
-from diffsynth_core.families.family import Encoded, Family, encoder_dtype
-from diffsynth_core.families.interface import EncoderFacts
+from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.models.family import Encoded, Family, encoder_dtype
+from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, identity_memory
 from diffsynth_core.planning.output import place_faults
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, count_of
-from diffsynth_core.sources.identity import FileIdentities
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffsynth_core.data.batches import Occurrence
-from diffsynth_core.families.family import Encoded
+from diffsynth_core.models.family import Encoded
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.training.encode import load_columns

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from diffsynth_core.adapters.changes import open_changes
 from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
-from diffsynth_core.families.family import Family
-from diffsynth_core.families.loading import load_component, module_shapes
+from diffsynth_core.models.family import Family
+from diffsynth_core.models.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import PresetLora
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter

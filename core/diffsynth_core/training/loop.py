@@ -29,7 +29,7 @@ from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, Position
 from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
-from diffsynth_core.families.table import load_family
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora
-from diffsynth_core.families.family import Encoded, Family, frozen_dtype
-from diffsynth_core.families.loading import stored_dtypes
+from diffsynth_core.models.family import Encoded, Family, frozen_dtype
+from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter

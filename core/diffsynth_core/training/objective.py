@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.data.sampling import Sampling
-from diffsynth_core.families.family import Encoded
+from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
 
 TABLE_SIZE = 1000

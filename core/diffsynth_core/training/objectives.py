@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.families.family import Family
+from diffsynth_core.models.family import Family
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.training.distillation import DirectDistillation
 from diffsynth_core.training.objective import FlowMatching, Objective

@@ -15,13 +15,14 @@ from diffsynth_core.checkpoints.run_folder import read_record
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.data.drawn_clips import draw_clips
-from diffsynth_core.data.drawn_images import draw_images
+from diffsynth_core.data.synthetic_images import draw_images
+from diffsynth_core.data.synthetic_videos import draw_clips
 from diffsynth_core.errors import DiffSynthError, Problem, shorten
-from diffsynth_core.families.bases import shapes_in
-from diffsynth_core.families.interface import ComponentFacts, FamilyFacts, Variant
-from diffsynth_core.families.loading import module_shapes
-from diffsynth_core.families.table import (
+from diffsynth_core.files import default_cache_path, fresh_folder
+from diffsynth_core.hub.model_files import expand_local, locate, split_entry
+from diffsynth_core.models.bases import shapes_in
+from diffsynth_core.models.loading import module_shapes
+from diffsynth_core.models.registry import (
     FAMILIES,
     component_at,
     family_of_model,
@@ -30,7 +31,7 @@ from diffsynth_core.families.table import (
     recognise_family,
     unknown_family,
 )
-from diffsynth_core.files import default_cache_path, fresh_folder
+from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Variant
 from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
@@ -38,12 +39,11 @@ from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.recognition import FoundPart, read_file_set, refused_models
 from diffsynth_core.planning.replaced import without_replaced
 from diffsynth_core.progress import Reporter
-from diffsynth_core.sources.model_files import expand_local, locate, split_entry
-from diffsynth_core.state_dicts.headers import read_headers
-from diffsynth_core.state_dicts.lora_files import check_lora_file
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult, train
 from diffsynth_core.training.stop import StopRequest
+from diffsynth_core.weights.headers import read_headers
+from diffsynth_core.weights.lora_files import check_lora_file
 
 REHEARSAL_STEPS = 8
 REHEARSAL_PIXELS = 128 * 160

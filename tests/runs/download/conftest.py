@@ -87,7 +87,7 @@ def here(
     template = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", environment["HF_TOKEN_PATH"])
-    monkeypatch.setattr("diffsynth_core.sources.fetching.BACK_OFF_SECONDS", (0.01,) * 5)
+    monkeypatch.setattr("diffsynth_core.hub.fetching.BACK_OFF_SECONDS", (0.01,) * 5)
     return cli
 
 

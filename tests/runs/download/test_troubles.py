@@ -199,7 +199,7 @@ def test_bytes_of_what_is_here_are_compared_when_asked_for(download, hub, source
 
 
 def test_a_disk_that_is_too_small(download, hub, models, monkeypatch):
-    monkeypatch.setattr("diffsynth_core.sources.download_plan.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("diffsynth_core.hub.download_plan.free_bytes", lambda folder: 1000)
     outcome = download(RECIPE)
     assert outcome.code == 1
     assert outcome.err.endswith(

@@ -1,0 +1,70 @@
+"""What videos hold, found out by decoding once and remembered: their headers, and how many frames they have."""
+
+import threading
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+from diffsynth_core.data.clips import VideoHeader
+from diffsynth_core.data.videos import VIDEO_TRANSFORM, count_frames, read_video_header
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.hub.hash_cache import FileMemory, Stamp, file_stamp
+
+
+class VideoMemory:
+    """Headers and counts of frames. Threads may ask at the same time: one decodes a file, the others wait for it."""
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = FileMemory(memory)
+        self._changing = threading.Lock()
+        self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """As `FileMemory.alone`."""
+        return self._memory.alone()
+
+    def header(self, path: Path) -> VideoHeader:
+        """The header of a video; decodes its first frame unless it is remembered.
+
+        Raises:
+            DiffSynthError: as `read_video_header`.
+        """
+        question = f"video header {VIDEO_TRANSFORM}"
+        with self._asked_once(path, question):
+            stamp = _stamp(path)
+            known = self._memory.answer(path, question, VideoHeader, stamp)
+            if known is not None:
+                return known
+            header = read_video_header(path)
+            self._memory.remember(path, question, stamp, asdict(header))
+            return header
+
+    def count(self, path: Path, frame_rate: float | None, limit: int | None) -> int:
+        """Number of frames of a video, or `limit` when it has more; decodes only what is not remembered.
+
+        Raises:
+            DiffSynthError: as `count_frames`.
+        """
+        rate = "their own rate" if frame_rate is None else float(frame_rate)
+        question = f"video frames {VIDEO_TRANSFORM} at {rate}"
+        with self._asked_once(path, question):
+            stamp = _stamp(path)
+            frames, ended = self._memory.answer(path, question, tuple[int, bool], stamp) or (0, False)
+            if limit is not None and frames >= limit:
+                return limit
+            if not ended:
+                frames = count_frames(path, frame_rate, limit)
+                self._memory.remember(path, question, stamp, [frames, limit is None or frames < limit])
+            return frames
+
+    def _asked_once(self, path: Path, question: str) -> threading.Lock:
+        with self._changing:
+            return self._asking[path, question]
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        return file_stamp(path)
+    except OSError as error:
+        raise DiffSynthError(f"`{path}` cannot be read as a video: {error.strerror}") from error

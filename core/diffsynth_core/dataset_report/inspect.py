@@ -1,0 +1,212 @@
+"""Files looked into by worker processes: one bad file never ends the run. No torch.
+
+Each worker has one file in work and one in its line. A file that takes too long, or that brings its worker down,
+becomes facts with a fault, and another worker goes on.
+"""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from diffsynth_core.data.formats import ending_of, kind_of_ending
+from diffsynth_core.data.media import is_clip
+from diffsynth_core.dataset_report.facts import Fault, ImageFacts, VideoFacts
+from diffsynth_core.dataset_report.images import examine_image
+from diffsynth_core.dataset_report.videos import examine_video
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.processes import end_with_parent
+from diffsynth_core.progress import Reporter
+
+START_SECONDS = 120.0
+"""A worker that is not there by then does not come."""
+Kind = Literal["image", "video"]
+Facts = ImageFacts | VideoFacts
+
+
+@dataclass(frozen=True)
+class Job:
+    """How files are looked into; sent to each worker when it starts.
+
+    `frame_rate`: that of training, in frames per second; None: the file's own. `thumbnails`: longer side in pixels.
+    """
+
+    base: Path
+    frame_rate: float | None = None
+    thumbnails: int | None = None
+
+
+EXAMINERS: Mapping[Kind, Callable[[Job, str], Facts]] = {
+    "image": lambda job, name: examine_image(job.base, name, job.thumbnails),
+    "video": lambda job, name: _examine_target(job, name),
+}
+UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
+    "image": lambda name, reason: ImageFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
+    "video": lambda name, reason: (
+        ImageFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason))
+        if kind_of_ending(ending_of(name)) == "image"
+        else VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason))
+    ),
+}
+"""What is known of a file whose worker did not come back."""
+
+
+def _examine_target(job: Job, name: str) -> Facts:
+    """The facts of what is trained on where clips are: those of a clip, or of the image that stands for one frame."""
+    try:
+        if is_clip(job.base / name):
+            return examine_video(job.base, name, job.frame_rate, job.thumbnails)
+    except (DiffSynthError, OSError):
+        return VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", "neither a video nor an image"))
+    return examine_image(job.base, name, job.thumbnails)
+
+
+def work(job: Job, line: Connection, parent: int) -> None:
+    """A worker's life: it says that it is there, then takes a file in and gives its facts out, until `parent` ends."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    warnings.simplefilter("ignore")  # what decoders think of a file is not for the terminal
+    line.send(None)
+    while True:
+        try:
+            name, kind = line.recv()
+        except (EOFError, OSError):  # the process that started this one is gone
+            return
+        line.send(EXAMINERS[kind](job, name))
+
+
+WORK: Callable[[Job, Connection, int], None] = work
+"""What a worker runs."""
+
+
+def inspect_files(
+    job: Job, files: Mapping[str, Kind], workers: int, timeout: float, reporter: Reporter
+) -> dict[str, Facts]:
+    """The facts of `files` (path -> kind), in their order.
+
+    `workers`: processes; 0: as many as there are cores for this one. `timeout`: seconds for one file.
+    """
+    found: dict[str, Facts] = {}
+    count = min(workers or usable_cores(), len(files))
+    with reporter.task("Decoding", len(files), "files") as task:
+        for name, facts in _in_workers(job, files, count, timeout):
+            found[name] = facts
+            task.advance()
+    return {name: found[name] for name in files}
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell, as on macOS, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class _Worker:
+    """A process, the file it has in work, and when it is given up (`time.monotonic`); without a file it is starting.
+
+    `following`: the file that waits in its line, so that it need not wait for this process between two files.
+    """
+
+    process: BaseProcess
+    line: Connection
+    until: float
+    name: str = ""
+    following: str = ""
+
+
+def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float) -> Iterator[tuple[str, Facts]]:
+    """Facts as they come."""
+    context = multiprocessing.get_context("spawn")  # a bar's thread runs here, and forking beside threads is unsafe
+    waiting = deque(files)
+    workers = {worker.line: worker for worker in (_start(context, job) for _ in range(count))}
+    left = len(files)
+    try:
+        while left:
+            for worker, facts, reason in _answers(workers, timeout):
+                if worker.name:
+                    yield worker.name, facts or UNREADABLE[files[worker.name]](worker.name, reason)
+                    left -= 1
+                elif reason:
+                    what = f"cannot start a process to decode files: {reason}"
+                    raise DiffSynthError(what, "free some memory, or skip decoding with `--depth paths`")
+                if reason:
+                    _end(workers.pop(worker.line))
+                    waiting.extendleft(name for name in (worker.following,) if name)
+                    if waiting:
+                        started = _start(context, job)
+                        workers[started.line] = started
+                    continue
+                _give(worker, waiting, files, timeout, ahead=len(waiting) > len(workers))
+                if not worker.name:
+                    _end(workers.pop(worker.line))
+    finally:
+        for worker in workers.values():
+            _end(worker)
+
+
+def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tuple[_Worker, Facts | None, str]]:
+    """Workers that have something to say or are given up: their facts, or the reason why there are none."""
+    soonest = min(worker.until for worker in workers.values())
+    arrived = wait(list(workers), max(0.0, soonest - time.monotonic()))
+    answers: list[tuple[_Worker, Facts | None, str]] = []
+    for line, worker in workers.items():
+        if line in arrived:
+            try:
+                answers.append((worker, line.recv(), ""))
+            except (EOFError, OSError):
+                answers.append((worker, None, "the decoder crashed" if worker.name else "it exited immediately"))
+        elif worker.until <= time.monotonic():
+            limit = f"{timeout:g} seconds (`--file_timeout`)" if worker.name else f"{START_SECONDS:g} seconds"
+            answers.append((worker, None, f"timed out after {limit}"))
+    return answers
+
+
+def _start(context: SpawnContext, job: Job) -> _Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=WORK, args=(job, theirs, os.getpid()), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours, time.monotonic() + START_SECONDS)
+
+
+def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeout: float, ahead: bool) -> None:
+    """Have a worker go on with the file in its line, and send it what it lacks: a file, and with `ahead` another."""
+    worker.name, worker.following = worker.following, ""
+    worker.until = time.monotonic() + timeout
+    if waiting and not worker.name:
+        worker.name = _send(worker, waiting, files)
+    if waiting and ahead:
+        worker.following = _send(worker, waiting, files)
+
+
+def _send(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind]) -> str:
+    name = waiting.popleft()
+    worker.line.send((name, files[name]))
+    return name
+
+
+def _end(worker: _Worker) -> None:
+    """End a worker, and the decoder that it waits for: that one would go on alone."""
+    decoders = []
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(worker.process.pid)
+        process.suspend()  # it must not start another one now
+        decoders = process.children(recursive=True)
+    worker.process.kill()
+    for decoder in decoders:
+        with suppress(psutil.NoSuchProcess):
+            decoder.kill()
+    worker.process.join()
+    worker.line.close()

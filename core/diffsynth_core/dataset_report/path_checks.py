@@ -1,0 +1,136 @@
+"""Codes of paths: PATH_MISSING to URL. Paths are looked up in the listing; nothing that leaves the dataset is opened.
+No torch.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unicodedata import normalize
+
+from diffsynth_core.data.file_index import Listing, letters
+from diffsynth_core.data.formats import kind_of_name
+from diffsynth_core.data.metadata import SHOWN_OF_A_PATH
+from diffsynth_core.data.samples import WRITE_SLASHES
+from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.findings import Finding, Level, found
+from diffsynth_core.errors import beginning, suggest
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+SUGGESTED = 20
+SUGGESTED_FROM = 2000
+"""Near names are looked for so many times, and among so many files: comparing names is slow."""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    code: str
+    what: str
+    hint: str
+
+
+def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
+    """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
+    listing = examined.listing
+    assert listing is not None
+    named = _named(examined)
+    present: set[str] = set()
+    findings: list[Finding] = []
+    for record in examined.records:
+        for column, names in record.files.items():
+            for name in names:
+                if name in present:
+                    continue
+                fault = _fault(name, listing, len(findings) < SUGGESTED, named)
+                if fault is None:
+                    present.add(name)
+                else:
+                    what = (
+                        f"row {record.row}: column `{column}` names `{beginning(name, SHOWN_OF_A_PATH)}`, {fault.what}"
+                    )
+                    findings.append(found(fault.code, what, fault.hint, row=record.row, path=name))
+    return frozenset(present), findings
+
+
+def _fault(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault | None:
+    """Why a path is not opened; `near`: whether to look for one that may have been meant, and is not `named` itself."""
+    if name in listing.files:
+        return None
+    if ADDRESS.match(name):
+        return _Fault("URL", "a URL", "download the file and use its path")
+    if name.startswith("/") or WINDOWS_ROOT.match(name):
+        return _Fault("PATH_OUTSIDE", "which is absolute", "make it relative to the dataset folder")
+    if name == ".." or name.startswith("../"):
+        return _Fault("PATH_OUTSIDE", "which is outside the dataset", "move the file into the dataset")
+    leaving = next((link for link in listing.leaving if name == link or name.startswith(f"{link}/")), None)
+    if leaving:
+        return _Fault("PATH_OUTSIDE", f"a link to outside the dataset (`{leaving}`)", "replace the link with the file")
+    unread = next((folder for folder in listing.unread if name.startswith(f"{folder}/")), None)
+    if unread:
+        return _Fault("PATH_MISSING", f"in the folder `{unread}`, which is not readable", "check its permissions")
+    return _missing(name, listing, near, named)
+
+
+def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault:
+    other = listing.by_letters.get(letters(name))
+    if other:
+        return _Fault("PATH_CASE", f"but the file on disk is {_spelled(other, name)}", "use the exact file name")
+    if "\\" in name and listing.find(name.replace("\\", "/")):
+        return _Fault("PATH_MISSING", "which does not exist: it uses `\\` between folders", WRITE_SLASHES)
+    meant = _meant(name, listing.in_folder(name.rpartition("/")[0]), named) if near else None
+    if meant:
+        return _Fault("PATH_MISSING", "which does not exist", f"did you mean `{meant}`?")
+    reads_as_caption = " " in name and kind_of_name(name) not in ("image", "clip")
+    hint = (
+        "write a file name here: this looks like a caption"
+        if reads_as_caption
+        else f"correct the path (relative to `{listing.base}`)"
+    )
+    return _Fault("PATH_MISSING", "which does not exist", hint)
+
+
+def _spelled(other: str, name: str) -> str:
+    """A path on the disk, told apart from `name` where both look the same."""
+    alike = normalize("NFC", other) == normalize("NFC", name)
+    if alike:
+        return f"one of several files of this name, such as `{other}`, with other combining characters"
+    return f"`{other}`, with leading or trailing spaces in its name" if other.strip() == name else f"`{other}`"
+
+
+def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
+    """The file of its folder that a path may mean: names are compared without their endings, which many files share."""
+    stems = {os.path.splitext(one)[0]: one for one in there if one not in named}  # noqa: PTH122 - relative names
+    meant = suggest(os.path.splitext(name)[0], stems) if len(stems) <= SUGGESTED_FROM else None  # noqa: PTH122
+    return stems[meant] if meant else None
+
+
+def _named(examined: Examined) -> frozenset[str]:
+    """The paths that rows name."""
+    return frozenset(name for record in examined.records for names in record.files.values() for name in names)
+
+
+def check_folders(examined: Examined) -> Iterator[Finding]:
+    """FOLDER_UNREADABLE."""
+    for folder, reason in sorted(examined.listing.unread.items() if examined.listing else ()):
+        what = f"the folder `{folder}` cannot be read: {reason}"
+        hint = "check its permissions, or move it out of the dataset"
+        level: Level = "error" if examined.table.beside else "warning"
+        yield found("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
+
+
+def check_unreferenced(examined: Examined) -> Iterator[Finding]:
+    """FILE_UNREFERENCED: media that no row of the metadata names; of captions beside files, table.py tells."""
+    listing = examined.listing
+    if listing is None or not examined.records or examined.table.beside:
+        return
+    named = _named(examined)
+    used = named | {listing.links[name] for name in named if name in listing.links}
+    for name in sorted(listing.files.keys() - used):
+        if kind_of_name(name) in ("image", "clip", "unsupported"):
+            yield found(
+                "FILE_UNREFERENCED",
+                f"no row uses `{name}`",
+                "add a row for it, or move it out of the dataset",
+                path=name,
+            )

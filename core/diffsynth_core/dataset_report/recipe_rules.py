@@ -1,0 +1,88 @@
+"""The rules of a run, from its resolved parameters: what training would ask of the dataset. No torch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from diffsynth_core.config.parameters import SETTINGS, Parameters
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.dataset_report.rules import Rules, general_rules, rules_of
+from diffsynth_core.dataset_report.thresholds import Thresholds
+from diffsynth_core.errors import FaultsFound, Problem, raise_if_any
+from diffsynth_core.files import model_base_path
+from diffsynth_core.hub.model_files import locate_folder, split_entry
+from diffsynth_core.models.encoded_sizes import caption_encoder
+from diffsynth_core.models.registry import FAMILIES, component_at, unknown_family
+from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts, Variant
+from diffsynth_core.models.token_counts import CaptionRule
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.dataset import setting_problems
+
+
+def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
+    """What a run asks of its dataset; rules that hold in every family where nothing tells which one it is.
+
+    Raises:
+        FaultsFound: what is wrong with the parameters, as training finds it; of model files only that they are of a
+            kind that is not trained.
+    """
+    raise_if_any(resolved.problems)
+    parameters = resolved.parameters
+    of_files: list[Problem] = []
+    if parameters.model_paths or parameters.model_id_with_origin_paths:
+        found = find_components(parameters, resolved.family, model_base_path(), of_files, without_files=True)
+        if found is None:
+            raise FaultsFound(of_files)
+        facts, variant = found.facts, found.variant
+    elif resolved.family in FAMILIES:
+        facts = FAMILIES[resolved.family]
+        variant = facts.variant({}, parameters.extra_inputs, "")
+    else:
+        unknown = [unknown_family(resolved.family)] if resolved.family else []
+        raise_if_any([*unknown, *_without_family(resolved)])
+        return general_rules(parameters, thresholds)
+    raise_if_any(setting_problems(parameters, variant))
+    name = parameters.recipe or (str(parameters.config) if parameters.config else variant.title)
+    rules = rules_of(parameters, facts, variant, thresholds, name)
+    return replace(rules, captions=caption_rule(parameters, facts, variant))
+
+
+def _without_family(resolved: Resolved) -> list[Problem]:
+    """Parameters that were given and tell nothing as long as the family is not known."""
+    names = [
+        name
+        for name, setting in SETTINGS.items()
+        if resolved.given(name) and (setting.families or name in ("extra_inputs", "task"))
+    ]
+    return [
+        Problem(
+            f"`{name}` depends on the model, but none is given ({resolved.origins[name]})",
+            "pass `--recipe` or `--config`",
+            wrong_use=True,
+        )
+        for name in names
+    ]
+
+
+def caption_rule(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> CaptionRule | None:
+    """How the text encoder of a run reads captions, and where its tokenizer lies; None when the family does not say."""
+    encoder = caption_encoder(variant.encoders)
+    caption = encoder.caption if encoder else None
+    if caption is None:
+        return None
+    tokenizer = facts.tokenizers[caption.tokenizer]
+    given: str | None = getattr(parameters, caption.tokenizer)
+    places = [given] if given else [*_beside(parameters, facts, tokenizer), tokenizer.default]
+    base = model_base_path()
+    return CaptionRule(caption, next((folder for place in places if (folder := locate_folder(place, base))), None))
+
+
+def _beside(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
+    """Where the tokenizer lies beside the files that a recipe names for its text encoder."""
+    folders = []
+    for entry in parameters.model_id_with_origin_paths:
+        model_id, pattern = split_entry(entry) or ("", "")
+        component = component_at(pattern, facts, model_id)
+        if component and component.name == tokenizer.component:
+            here = Path(pattern).parent
+            folders += [f"{model_id}:{(here / folder).as_posix()}" for folder in tokenizer.folders]
+    return folders

@@ -1,0 +1,203 @@
+"""What the page of a report shows of the whole set, as HTML that needs no script: histograms and buckets. No torch."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import inf, log
+
+from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.set_checks import Size, header_of, shapes_of
+from diffsynth_core.progress import count_of
+
+MEGAPIXELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+CHARACTERS = (1, 10, 20, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200)
+"""Where one bar ends and the next begins."""
+RATIOS = {
+    f"{width}:{height}": width / height
+    for width, height in (
+        *((1, 4), (1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (4, 5), (1, 1)),
+        *((5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1), (4, 1)),
+    )
+}
+"""Width to height; an image is counted at the nearest one."""
+SHOWN_BUCKETS = 200
+
+WIDTH, HEIGHT = 360, 170
+"""Of a histogram, in units of its own that are about a pixel each."""
+LEFT, RIGHT, TOP, BOTTOM = 8, 8, 18, 24
+MOST_TICKS = 10
+LEAST_BARS = 6
+LEAST_TALL = 2
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a histogram: what it counts, and the text below it."""
+
+    meaning: str
+    tick: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bars from left to right.
+
+    `end`: the text below the end of the last bar, when the ticks stand where bars begin; None: below their middle.
+    """
+
+    title: str
+    note: str
+    bars: tuple[Bar, ...]
+    end: str | None
+
+
+def histograms(examined: Examined) -> tuple[Histogram, ...]:
+    """Size and aspect of what is trained on, and the length of captions; without those that would be empty."""
+    targets = {name for record in examined.records for name in record.files.get(examined.columns.target, ())}
+    headers = [header for header in (header_of(examined, name) for name in targets) if header]
+    megapixels = [header.width * header.height / 1e6 for header in headers]
+    lengths = [len(record.caption) for record in examined.records if record.caption is not None]
+    every = (
+        _between("Size", "megapixels", megapixels, MEGAPIXELS),
+        Histogram("Aspect", "width to height", _nearest(header.width / header.height for header in headers), None),
+        _between("Caption length", "characters", lengths, CHARACTERS),
+    )
+    return tuple(one for one in every if one.bars)
+
+
+def _between(title: str, unit: str, values: Sequence[float], edges: Sequence[float]) -> Histogram:
+    """Bars of what lies below the first edge, from each edge to the next, and from the last on."""
+    counted = Counter(bisect_right(edges, value) for value in values)
+    bounds = [0, *edges, inf]
+    bars = []
+    for place in _stretch(counted):
+        low, high = bounds[place : place + 2]
+        meaning = f"{low:g} {unit} or more" if high == inf else f"{low:g} to less than {high:g} {unit}"
+        bars.append(Bar(meaning, f"{low:g}", counted[place]))
+    last = bounds[max(counted) + 1] if counted else inf
+    return Histogram(title, unit, tuple(bars), "" if last == inf else f"{last:g}")
+
+
+def _nearest(values: Iterable[float]) -> tuple[Bar, ...]:
+    """Bars of the ratios that values are nearest to, by what they would have to be stretched."""
+    names = list(RATIOS)
+    counted: Counter[int] = Counter()
+    for value, count in Counter(values).items():
+        counted[min(range(len(names)), key=lambda place: abs(log(value / RATIOS[names[place]])))] += count
+    return tuple(Bar(f"about {names[place]}", names[place], counted[place]) for place in _stretch(counted))
+
+
+def _stretch(counted: Counter[int]) -> range:
+    """The places from the first to the last that anything was counted at."""
+    return range(min(counted), max(counted) + 1) if counted else range(0)
+
+
+def histogram_html(histogram: Histogram) -> str:
+    """A figure with an inline SVG, whose numbers a screen reader can read."""
+    told = "; ".join(f"{bar.meaning}: {bar.count}" for bar in histogram.bars if bar.count)
+    most = max(bar.count for bar in histogram.bars)
+    step = (WIDTH - LEFT - RIGHT) / max(len(histogram.bars), LEAST_BARS)
+    floor = HEIGHT - BOTTOM
+    drawn = [_bar_svg(bar, LEFT + place * step, step, most, floor) for place, bar in enumerate(histogram.bars)]
+    return (
+        f'<figure class="histogram"><figcaption><b>{escape(histogram.title)}</b> <span>{escape(histogram.note)}</span>'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor + 0.5}" y2="{floor + 0.5}"/>{"".join(drawn)}'
+        f"{''.join(_ticks_svg(histogram, step))}</svg></figure>"
+    )
+
+
+def _bar_svg(bar: Bar, x: float, step: float, most: int, floor: int) -> str:
+    """One bar with its number above it; its meaning shows wherever its column is pointed at."""
+    tall = max(bar.count / most * (floor - TOP), LEAST_TALL) if bar.count else 0
+    value = f'<text class="value" x="{x + step / 2:.1f}" y="{floor - tall - 5:.1f}">{bar.count}</text>'
+    return (
+        f"<g><title>{escape(bar.meaning)}: {bar.count}</title>"
+        f'<rect class="hit" x="{x:.1f}" y="0" width="{step:.1f}" height="{floor}"/>'
+        f'<rect class="bar" x="{x + 1.5:.1f}" y="{floor - tall:.1f}" width="{step - 3:.1f}" height="{tall:.1f}" rx="2"/>'
+        f"{value if bar.count else ''}</g>"
+    )
+
+
+def _ticks_svg(histogram: Histogram, step: float) -> Iterator[str]:
+    """The texts below the bars, as many as have room."""
+    texts = [bar.tick for bar in histogram.bars]
+    texts += [histogram.end] if histogram.end else []
+    shift = step / 2 if histogram.end is None else 0
+    every = -(-len(texts) // MOST_TICKS)
+    for place in range(0, len(texts), every):
+        yield f'<text x="{LEFT + place * step + shift:.1f}" y="{HEIGHT - 7}">{escape(texts[place])}</text>'
+
+
+@dataclass(frozen=True)
+class BucketLine:
+    """The samples that can stand in one batch.
+
+    `shape`: the size that is trained on. `shown`: sizes of the images that the model is shown beside.
+    `batches`: of an epoch, of which the last has `last` samples.
+    """
+
+    shape: Size
+    shown: tuple[Size, ...]
+    samples: int
+    batches: int
+    last: int
+
+
+def bucket_lines(examined: Examined) -> list[BucketLine]:
+    """The most frequent first."""
+    rules = examined.rules
+    lines = []
+    counted = Counter(tuple(sizes.items()) for sizes in shapes_of(examined).values())
+    for ((_, (shape,)), *others), samples in counted.most_common():
+        shown = tuple(size for _, sizes in others for size in sizes)
+        batches = -(-samples * rules.repeat // rules.batch_size)
+        last = samples * rules.repeat - (batches - 1) * rules.batch_size
+        lines.append(BucketLine(shape, shown, samples, batches, last))
+    return lines
+
+
+def buckets_html(examined: Examined) -> str:
+    """The table of buckets, short ones marked; empty where no size is known."""
+    lines = bucket_lines(examined)
+    if not lines:
+        return ""
+    rules = examined.rules
+    short = sum(line.last < rules.batch_size for line in lines)
+    what = f"{count_of(len(lines), 'bucket')}, {count_of(sum(line.batches for line in lines), 'batch', 'batches')} "
+    what += f"per epoch at batch size {rules.batch_size}"
+    what += f", the data repeated {rules.repeat} times" if rules.repeat > 1 else ""
+    what += f"; the last batch of {short} of them is short" if short else "; no batch is short"
+    rows = "".join(_bucket_row(line, lines[0].samples, rules.batch_size) for line in lines[:SHOWN_BUCKETS])
+    if len(lines) > SHOWN_BUCKETS:
+        rest = sum(line.samples for line in lines[SHOWN_BUCKETS:])
+        rows += f'<tr><th scope="row">{len(lines) - SHOWN_BUCKETS} more</th><td class="n">{rest}</td></tr>'
+    return (
+        f'<p>{what}</p><div class="scroll" tabindex="0" role="region" aria-label="Buckets"><table><thead><tr>'
+        '<th scope="col">Width &times; height</th><th scope="col" class="n">Samples</th><td></td>'
+        '<th scope="col" class="n">Batches</th><th scope="col">Last batch</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _bucket_row(line: BucketLine, most: int, batch_size: int) -> str:
+    size = _size(line.shape)
+    if line.shown:
+        size += f" <small>reference {', '.join(map(_size, line.shown))}</small>"
+    bar = f'<svg class="share" aria-hidden="true"><rect width="{100 * line.samples / most:.1f}%" height="100%"/></svg>'
+    full = line.last == batch_size
+    last = "full" if full else f'<span class="short">short</span> {line.last} of {batch_size}'
+    kind = "" if full else ' class="is-short"'
+    return (
+        f'<tr{kind}><th scope="row">{size}</th><td class="n">{line.samples}</td><td class="wide">{bar}</td>'
+        f'<td class="n">{line.batches}</td><td>{last}</td></tr>'
+    )
+
+
+def _size(shape: Size) -> str:
+    """As HTML."""
+    frames, height, width = shape
+    return f"{width} &times; {height}" + (f" &times; {frames} frames" if frames > 1 else "")

@@ -1,0 +1,161 @@
+"""The report of a dataset as one HTML page that needs nothing else: no file, no network. No torch.
+
+What holds of the whole set is HTML (it can be read without a script); findings and samples are JSON that the script of
+the page shows a few dozen at a time. The template, its style and its script lie in the folder `page`.
+"""
+
+from base64 import b64encode
+from collections.abc import Iterator
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, Report, Summary
+from diffsynth_core.dataset_report.report_data import PageData, page_data
+from diffsynth_core.dataset_report.report_figures import buckets_html, histogram_html, histograms
+from diffsynth_core.errors import FaultsFound, Problem
+from diffsynth_core.files import write_text
+from diffsynth_core.progress import count_of, format_bytes
+
+THUMBNAIL_SIDE = 160
+"""The longer side, in pixels, of the images that the page is made for; for `Wish.thumbnails`."""
+ENDINGS = (".html", ".htm")
+MARK = '<meta name="generator" content="diffsynth dataset validate">'
+"""Stands in the head of every page."""
+
+
+def check_page_path(path: Path) -> None:
+    """See, before anything is checked, that a page can be written there; only a page of ours is ever overwritten.
+
+    Raises:
+        FaultsFound: when it does not end as a page does, or something else is there already.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise FaultsFound(
+            [Problem(f"`--report` writes an .html file, got `{path}`", "pass an .html path", wrong_use=True)]
+        )
+    if (path.exists() or path.is_symlink()) and not _is_ours(path):
+        what = f"`{path}` (`--report`) exists and is not a report, so it is not overwritten"
+        raise FaultsFound([Problem(what, "choose a new file name", wrong_use=True)])
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a page that was written here lies there."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as stream:
+        return MARK.encode() in stream.read(2000)
+
+
+def write_page(path: Path, report: Report, examined: Examined) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        DiffSynthError: when the disk refuses.
+    """
+    page = page_html(report, examined)
+    write_text(path, page.encode("utf-8", "xmlcharrefreplace").decode())  # paths can hold bytes that are no text
+
+
+def page_html(report: Report, examined: Examined) -> str:
+    """The page as a text."""
+    style, script = _part("report.css"), _part("report.js")
+    data = page_data(report, examined)
+    summary = report.summary
+    return Template(_part("report.html")).substitute(
+        mark=MARK,
+        policy=_policy(style, script),
+        style=style,
+        script=script,
+        data=data.json,
+        title=escape(examined.table.base.resolve().name or summary.origin),
+        origin=escape(summary.origin),
+        recipe=f"checked for <b>{escape(summary.recipe)}</b>" if summary.recipe else "checked with the general rules",
+        fingerprint=report.fingerprint,
+        verdict=_verdict(summary),
+        verdict_level="error" if summary.errors else "good",
+        numbers=_numbers(summary),
+        figures="".join(map(histogram_html, histograms(examined))),
+        buckets=buckets_html(examined) or "<p>No training sizes are known.</p>",
+        levels="".join(_level_buttons(summary)),
+        codes="".join(_code_buttons(summary)),
+        held=_held(data, summary),
+    )
+
+
+def _part(name: str) -> str:
+    return (files("diffsynth_core.dataset_report") / "page" / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """A policy under which the page loads nothing, and runs nothing but its own script."""
+    allowed = {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": _hash_source(style),
+        "script-src": _hash_source(script),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in allowed.items())
+
+
+def _hash_source(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+def _verdict(summary: Summary) -> str:
+    if summary.errors:
+        return f"{count_of(summary.errors, 'error')} to fix before training"
+    if summary.warnings:
+        return f"Ready to train; {count_of(summary.warnings, 'warning')} to review"
+    return "Ready to train: no problems found"
+
+
+def _numbers(summary: Summary) -> str:
+    numbers = {"rows": summary.rows}
+    numbers |= {"images": summary.images} if summary.images else {}
+    numbers |= {"videos": summary.videos} if summary.videos else {}
+    numbers |= {"errors": summary.errors, "warnings": summary.warnings, "infos": summary.infos}
+    return "".join(
+        f'<div class="number {name if number else "none"}"><dt>{name}</dt><dd>{number:,}</dd></div>'
+        for name, number in numbers.items()
+    )
+
+
+def _level_buttons(summary: Summary) -> Iterator[str]:
+    counts = {"error": summary.errors, "warning": summary.warnings, "info": summary.infos}
+    for level in LEVELS:
+        yield (
+            f'<button type="button" class="level" data-level="{level}" aria-pressed="false">'
+            f'<i class="dot {level}"></i>{level} <span class="n">{counts[level]:,}</span></button>'
+        )
+
+
+def _code_buttons(summary: Summary) -> Iterator[str]:
+    """The codes that were found, by subject, each with its count and what it means."""
+    for subject, title in SUBJECTS.items():
+        codes = [code for code in summary.codes if CODES[code].subject == subject]
+        if not codes:
+            continue
+        yield f"<h3>{escape(title)}</h3><ul>"
+        for code in codes:
+            yield (
+                f'<li><button type="button" class="code" data-code="{code}" aria-pressed="false">'
+                f'<i class="dot {CODES[code].level}"></i><span class="name">{code}</span>'
+                f'<span class="n">{summary.codes[code]:,}</span>'
+                f"<small>{escape(CODES[code].explanation)}</small></button></li>"
+            )
+        yield "</ul>"
+
+
+def _held(data: PageData, summary: Summary) -> str:
+    """What the page holds of what there is; its size is bounded."""
+    text = f"This page contains {data.findings} findings, {data.samples} samples"
+    text += f" and {data.thumbnails} thumbnails" if summary.decoded else "; files were not decoded"
+    text += f" ({format_bytes(len(data.json))})"
+    complete = all(one.held == one.of for one in (data.findings, data.samples, data.thumbnails))
+    return text if complete else f"{text}; samples with findings come first"

@@ -1,0 +1,170 @@
+"""Codes BUCKETS and CACHE_SIZE: facts of the whole set, for people and for the page of the report. No torch.
+
+`sizes_of` gives the size each row is trained at, by the arithmetic of training (data/media.py); the histogram of
+buckets, their batches and the crops of the page are made from it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.images import ImageHeader
+from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference, scale_of
+from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.rules import Rules
+from diffsynth_core.files import free_bytes
+from diffsynth_core.models.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
+from diffsynth_core.progress import count_of, format_bytes
+
+SHOWN_SIZES = 8
+ASSUMED_PRECISION = "bf16"
+"""The `mixed_precision` of training, where it is not known: that of GPUs."""
+Size = tuple[int, int, int]
+"""(frames, height in pixels, width in pixels)"""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of an upright image or video that training sees, in its own pixels, and the size it becomes."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    width: int
+    height: int
+
+
+def sizes_of(examined: Examined) -> dict[int, Excerpt]:
+    """Row -> what is trained on of its file; rows whose file is faulty or too small are left out."""
+    sizes = {}
+    for row, _, files in examined.records:
+        for name in files.get(examined.columns.target, ())[:1]:
+            header = header_of(examined, name)
+            if header is None:
+                continue
+            excerpt = choose_excerpt(Path(name), header, examined.rules.media, row)
+            if min(excerpt.height, excerpt.width) > 0:
+                sizes[row] = excerpt
+    return sizes
+
+
+def header_of(examined: Examined, name: str) -> MediaHeader | None:
+    """A file as data/media.py knows it; None where it is faulty or has not been looked into."""
+    image, video = examined.images.get(name), examined.videos.get(name)
+    if image and not image.fault:
+        rotated = image.orientation != 1
+        return MediaHeader(image.width, image.height, 1, False, rotated, image.transparent)
+    if video and not video.fault:
+        frames = video.frames if video.resampled is None else video.resampled
+        return MediaHeader(video.width, video.height, frames, True, video.rotated, False, video.frame_rate)
+    return None
+
+
+def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
+    """What training cuts out of a file: scaled until it covers the size, then cut at the centre."""
+    scale = scale_of(excerpt, header.width, header.height)
+    width, height = excerpt.width / scale, excerpt.height / scale
+    left, top = (header.width - width) / 2, (header.height - height) / 2
+    return Crop(left, top, left + width, top + height, excerpt.width, excerpt.height)
+
+
+def shapes_of(examined: Examined) -> dict[int, Shown]:
+    """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their rule.
+
+    A row with a file that is missing, faulty or too small is left out.
+    """
+    shapes: dict[int, Shown] = {}
+    records = {record.row: record for record in examined.records}
+    for row, target in sizes_of(examined).items():
+        sizes: dict[str, tuple[Size, ...]] = {examined.columns.target: (target.shape,)}
+        for rule in examined.rules.references:
+            shown = [_shown(examined, name, rule, target) for name in records[row].files.get(rule.column, ())]
+            sizes[rule.name] = tuple(excerpt.shape for excerpt in shown if excerpt)
+            if not shown or not all(shown):
+                break
+        else:
+            shapes[row] = sizes
+    return shapes
+
+
+def _shown(examined: Examined, name: str, rule: ReferenceRule, target: Excerpt) -> Excerpt | None:
+    """How an image is shown to the model beside `target`; None where it cannot be."""
+    image = examined.images.get(name)
+    if image is None or image.fault:
+        return None
+    header = ImageHeader(image.width, image.height, image.orientation != 1, image.transparent)
+    excerpt = choose_reference(Path(name), header, rule, target)
+    return excerpt if min(excerpt.height, excerpt.width) > 0 else None
+
+
+def check_buckets(examined: Examined) -> Iterator[Finding]:
+    """BUCKETS: how many samples there are of each size, the most frequent first; batches that are not full; steps."""
+    sizes = list(shapes_of(examined).values())
+    if not sizes:
+        return
+    rules = examined.rules
+    plan = BatchPlan([tuple(shape.items()) for shape in sizes], rules.repeat, rules.batch_size, seed=0)
+    steps = StepPlan(plan, rules.accumulation, num_epochs=1, max_steps=None)
+    counted = Counter(shape[examined.columns.target][0] for shape in sizes)
+    listed = ", ".join(f"{count} of {_size(shape)}" for shape, count in counted.most_common(SHOWN_SIZES))
+    more = f" and {len(counted) - SHOWN_SIZES} more sizes" if len(counted) > SHOWN_SIZES else ""
+    what = f"{count_of(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
+    short = [bucket for bucket in plan.buckets if len(bucket.members) * rules.repeat % rules.batch_size]
+    if short:
+        what += f", the last batch of {len(short)} of {count_of(len(plan.buckets), 'bucket')} is short"
+    yield found("BUCKETS", what)
+
+
+def _size(shape: Size) -> str:
+    frames, height, width = shape
+    return f"{width} x {height}" + (f" x {frames} frames" if frames > 1 else "")
+
+
+def _steps(rules: Rules, steps: int) -> str:
+    """Steps of an epoch, and what they are counted for."""
+    given = [f"batch size {rules.batch_size}"]
+    given += [f"{rules.accumulation} batches a step"] if rules.accumulation > 1 else []
+    given += [f"the data repeated {rules.repeat} times"] if rules.repeat > 1 else []
+    return f"{count_of(steps, 'step')} per epoch ({', '.join(given)})"
+
+
+def check_cache(examined: Examined) -> Iterator[Finding]:
+    """CACHE_SIZE: what the encodings of all samples take on disk, and whether so much is free."""
+    encoders, cache = examined.rules.encoders, examined.rules.cache
+    shapes = shapes_of(examined)
+    if not encoders or cache is None or not shapes:
+        return
+    needed, counted = encoded_bytes(examined, shapes)
+    free = free_bytes(cache)
+    how = "" if counted else ", caption tokens estimated from their length"
+    what = (
+        f"the encodings need about {format_bytes(needed)} in `{cache}` ({format_bytes(needed / len(shapes))} per "
+        f"sample{how}), {format_bytes(free)} are free"
+    )
+    if needed > free:
+        hint = "free some space, or choose another folder with `--cache_path`"
+        yield found("CACHE_SIZE", what, hint, level="warning")
+    else:
+        yield found("CACHE_SIZE", what)
+
+
+def encoded_bytes(examined: Examined, shapes: Mapping[int, Shown]) -> tuple[int, bool]:
+    """About how many bytes the cache holds of these rows, and whether the tokens of their captions were counted.
+
+    `shapes`: as `shapes_of` has them.
+    """
+    rules = examined.rules
+    texts = {record.row: record.caption or "" for record in examined.records}
+    tokenizer = rules.captions.tokenizer if rules.captions else None
+    captions = [texts[row] for row in shapes]
+    states, counted = count_text_states(rules.encoders, tokenizer, captions, list(shapes.values()))
+    step = rules.media.frames.step if rules.media.frames else 1
+    each = (
+        encoded_size(rules.encoders, {}, text, shown, step) for text, shown in zip(states, shapes.values(), strict=True)
+    )
+    total = sum(each, EncodedSize())
+    return total.bytes_in(ASSUMED_PRECISION), counted

@@ -1,0 +1,109 @@
+"""Hugging Face, through its SDK."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from diffsynth_core.hub.client import (
+    SKIP_VARIABLE,
+    Checksum,
+    Interruption,
+    Refusal,
+    RemoteFile,
+    Repository,
+    reading_list,
+    refused,
+    silence,
+    status_interruption,
+    unknown,
+)
+from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
+
+NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+
+class HuggingFace:
+    """The hub at `$HF_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
+
+    title = "Hugging Face"
+    login = "hf auth login"
+
+    def __init__(self, another: str) -> None:
+        self.another = another
+        silence("huggingface_hub", unless="HF_HUB_VERBOSITY")
+        self._api = HfApi()
+
+    def page(self, repository: Repository) -> str:
+        folder = "datasets/" if repository.kind == "dataset" else ""
+        return f"{self._api.endpoint}/{folder}{repository.name}"
+
+    def files(self, repository: Repository) -> list[RemoteFile]:
+        with reading_list(), self._translated(repository):
+            entries = self._api.list_repo_tree(repository.name, recursive=True, repo_type=repository.kind)
+            return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
+
+    @contextmanager
+    def read(self, repository: Repository, file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        url = hf_hub_url(repository.name, file.path, repo_type=repository.kind, endpoint=self._api.endpoint)
+        headers = {**build_hf_headers(), **range_headers(start)}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with ExitStack() as stack:
+            with self._translated(repository, file.path):
+                response = stack.enter_context(get_session().stream("GET", url, headers=headers, timeout=timeout))
+                hf_raise_for_status(response)
+            yield (
+                first_byte(response.status_code, response.headers, file.size),
+                chunks_within(self._translated(repository, file.path), response.iter_bytes(CHUNK_BYTES)),
+            )
+
+    @contextmanager
+    def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
+        """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
+        try:
+            yield
+        except GatedRepoError as error:
+            raise refused(self, repository) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise unknown(self, repository) from error
+        except EntryNotFoundError as error:
+            raise unknown(self, repository, path) from error
+        except OfflineModeIsEnabled as error:
+            raise Refusal(
+                "HF_HUB_OFFLINE is set, so Hugging Face cannot be accessed", f"unset it, or set {SKIP_VARIABLE}=1"
+            ) from error
+        except UnicodeEncodeError as error:
+            raise Refusal(
+                "the Hugging Face token contains invalid characters", f"set a valid one with `{self.login}`"
+            ) from error
+        except ImportError as error:  # its client finds out when it is made
+            raise Refusal(
+                "a SOCKS proxy is set, but the package that supports it is not installed",
+                "install `socksio`, or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY",
+            ) from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status == HTTPStatus.NOT_FOUND:
+                raise unknown(self, repository, path) from error
+            if status in NOT_ALLOWED:
+                raise refused(self, repository) from error
+            raise status_interruption(status) from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise Interruption(f"the connection was lost ({type(error).__name__})") from error
+
+
+def _remote_file(entry: RepoFile) -> RemoteFile:
+    checksum = Checksum("sha256", entry.lfs.sha256) if entry.lfs else Checksum("git", entry.blob_id)
+    return RemoteFile(entry.path, entry.size, checksum)

@@ -1,0 +1,123 @@
+"""How much the encoders make of a sample, told by sizes and caption alone. No torch."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from diffsynth_core.models.size_facts import CaptionFacts, LatentFacts, StateFacts
+from diffsynth_core.models.spec import EncoderFacts, Shapes
+from diffsynth_core.models.tape import BYTES, MediaSize
+from diffsynth_core.models.token_counts import CaptionRule, count_tokens
+
+NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
+"""The dtype that text encoders compute in, by `mixed_precision`."""
+Shown = Mapping[str, tuple[MediaSize, ...]]
+"""Sizes of what is trained on, by its column, and of images shown, by the name of their `References`."""
+
+
+@dataclass(frozen=True)
+class EncodedSize:
+    """How many numbers encoders make: in float32, and in the format that text encoders compute in."""
+
+    wide: int = 0
+    narrow: int = 0
+
+    def __add__(self, other: "EncodedSize") -> "EncodedSize":
+        return EncodedSize(self.wide + other.wide, self.narrow + other.narrow)
+
+    def __mul__(self, count: int) -> "EncodedSize":
+        return EncodedSize(self.wide * count, self.narrow * count)
+
+    def bytes_in(self, precision: str) -> int:
+        """Bytes, with what text encoders make in their own format at this `mixed_precision`."""
+        return self.wide * BYTES["float32"] + self.narrow * BYTES[NARROW[precision]]
+
+
+def encoded_size(
+    encoders: Iterable[EncoderFacts], denoiser: Shapes, text_states: int, shown: Shown, frame_step: int
+) -> EncodedSize:
+    """What the encoders make of one sample.
+
+    Not counted are marks of a number for each latent frame.
+
+    Args:
+        denoiser: its shapes, which tell how wide states are; without them they are as wide as the published ones.
+        text_states: of the caption and the images read with it, as `count_text_states` counts them.
+        frame_step: frames of a clip in one latent frame (`Medium`).
+    """
+    total = EncodedSize()
+    for encoder in encoders:
+        if encoder.caption:
+            total += EncodedSize(narrow=text_states * state_width(encoder.caption, denoiser))
+        if encoder.states:
+            total += EncodedSize(narrow=encoder.states.count * state_width(encoder.states, denoiser))
+        if encoder.latents:
+            numbers = partial(_latent_numbers, encoder.latents, frame_step)
+            total += EncodedSize(wide=sum(map(numbers, _read(encoder, shown))))
+    return total
+
+
+def state_width(states: CaptionFacts | StateFacts, denoiser: Shapes) -> int:
+    """Values of a state, as many as the denoiser reads; of the published one where its shapes are not known."""
+    tensor, axis = states.side
+    return denoiser[tensor][axis] if tensor in denoiser else states.width
+
+
+def caption_encoder(encoders: Iterable[EncoderFacts]) -> EncoderFacts | None:
+    """The encoder that reads captions to their end."""
+    return next((encoder for encoder in encoders if encoder.caption), None)
+
+
+def count_text_states(
+    encoders: Iterable[EncoderFacts], tokenizer: Path | None, captions: Sequence[str], shown: Sequence[Shown]
+) -> tuple[list[int], bool]:
+    """States kept of each caption with the images that are read with it, and whether tokens were counted rather than
+    estimated by letters.
+
+    Args:
+        tokenizer: its folder; None where it is not on disk.
+        shown: of each caption's sample.
+    """
+    encoder = caption_encoder(encoders)
+    if encoder is None or encoder.caption is None:
+        return [0] * len(captions), True
+    facts = encoder.caption
+    if facts.padded:
+        return [facts.most] * len(captions), True
+    images = [_read(encoder, sizes) for sizes in shown]
+    texts = [_announce(facts, len(seen)) + text for seen, text in zip(images, captions, strict=True)]
+    counts, counted = count_tokens(texts, CaptionRule(facts, tokenizer))
+    states = [count + _image_tokens(facts, seen) for count, seen in zip(counts, images, strict=True)]
+    return [min(count, facts.most) for count in states], counted
+
+
+def _announce(facts: CaptionFacts, images: int) -> str:
+    """What stands before a caption for so many images, but for their own tokens."""
+    return "".join(facts.announced.format(number=number, image="") for number in range(1, images + 1))
+
+
+def _image_tokens(facts: CaptionFacts, images: Iterable[MediaSize]) -> int:
+    """Tokens of images, whose sides are rounded to whole ones; those of too few are enlarged before.
+
+    Source: `smart_resize` of transformers' Qwen2-VL.
+    """
+    total = 0
+    for _, *sides in images:
+        tokens = math.prod(max(1, round(side / facts.image_side)) for side in sides)
+        if tokens < facts.image_tokens:
+            scale = math.sqrt(facts.image_tokens / math.prod(sides))
+            tokens = math.prod(math.ceil(side * scale) for side in sides)
+        total += tokens
+    return total
+
+
+def _read(encoder: EncoderFacts, shown: Shown) -> list[MediaSize]:
+    return [size for column in encoder.columns for size in shown.get(column, ())]
+
+
+def _latent_numbers(latents: LatentFacts, frame_step: int, size: MediaSize) -> int:
+    frames, height, width = size
+    latent_frames = (frames - 1) // frame_step + 1
+    return latents.channels * latent_frames * (height // latents.factor) * (width // latents.factor)

@@ -1,0 +1,161 @@
+"""Building FLUX.1's components, and reading their configuration off shapes when no config.json lies beside them.
+
+Shapes are given by the names in our modules, whichever layout the files have.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.models.configs import read_config
+from diffsynth_core.models.control import CONTROLNET
+from diffsynth_core.models.shapes import ROPE_PROPORTION, count_blocks, infer_t5_encoder, split_even
+from diffsynth_core.models.spec import ComponentFiles, Shapes
+
+CLIP_HEAD_SIZE = 64
+"""Size of an attention head of CLIP's text half: shapes give only heads times size."""
+NORM_GROUPS = 32
+"""Groups of channels that the VAE's norms take together."""
+SCALING_FACTOR = 0.3611
+SHIFT_FACTOR = 0.1159
+"""Of the published VAE's latents. Source: black-forest-labs/flux, src/flux/util.py."""
+
+
+def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+    """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
+    if files.config_path:
+        return read_config(files.config_path, shapes)
+    infer = {
+        "dit": infer_transformer,
+        "text_encoder_1": infer_clip,
+        "text_encoder_2": infer_t5_encoder,
+        "vae": infer_vae,
+        CONTROLNET: infer_controlnet,
+    }[files.component]
+    return infer(shapes)
+
+
+def build(component: str, config: Mapping[str, Any]) -> nn.Module:
+    """The diffusers or transformers module of a component; text encoders without dropout."""
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    if component == "text_encoder_1":
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**{**settings, "attention_dropout": 0.0}))  # type: ignore[no-any-return]
+    if component == "text_encoder_2":
+        from transformers import T5Config, T5EncoderModel
+
+        return T5EncoderModel(T5Config(**{**settings, "dropout_rate": 0.0}))  # type: ignore[no-any-return]
+    if component == "vae":
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        return AutoencoderKL.from_config(settings)  # type: ignore[no-any-return]
+    if component == CONTROLNET:
+        from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+
+        with warnings.catch_warnings():
+            # diffusers 0.42 builds it with a class of its own that it calls deprecated.
+            warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
+            return FluxControlNetModel.from_config(settings)  # type: ignore[no-any-return]
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    return FluxTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(parameter: str, folder: Path) -> Any:
+    """The tokenizer of CLIP, or that of T5 exactly as its tokenizer.json says, from local files.
+
+    transformers 5 rebuilds what it takes for a T5 tokenizer, without what tokenizer.json says of normalisation.
+    """
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
+    loader = CLIPTokenizer if parameter == "tokenizer_1_path" else PreTrainedTokenizerFast
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise DiffSynthError(
+            f"cannot read the tokenizer in `{folder}`: {error}",
+            f"download the folder again, or pass another with `--{parameter}`",
+        ) from error
+
+
+def infer_transformer(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `FluxTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion."""
+    made, blocks = shapes["proj_out.weight"][0], infer_controlnet(shapes)
+    return {**blocks, "out_channels": made if made != blocks["in_channels"] else None}
+
+
+def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `FluxControlNetModel`, as those of the transformer."""
+    head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    width, taken = shapes["x_embedder.weight"]
+    return {
+        "patch_size": 1,
+        "in_channels": taken,
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
+        "num_single_layers": count_blocks(shapes, "single_transformer_blocks."),
+        "attention_head_dim": head_size,
+        "num_attention_heads": width // head_size,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": list(split_even(head_size, ROPE_PROPORTION)),
+    }
+
+
+def infer_clip(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `CLIPTextModel`; the last token of the vocabulary ends a text, and the pooled state is taken there.
+
+    The size of a head is 64 where it divides the width, else the largest power of two that does.
+    """
+    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "projection_dim": width,
+        "num_hidden_layers": count_blocks(shapes, "encoder.layers."),
+        "num_attention_heads": width // math.gcd(width, CLIP_HEAD_SIZE),
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
+        "hidden_act": "quick_gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+def infer_vae(shapes: Shapes) -> dict[str, Any]:
+    """Settings of `AutoencoderKL`; scale and shift of its latents are those of the published VAE.
+
+    Norms have 32 groups, or as many as the largest power of two below that divides all widths into.
+    """
+    levels = count_blocks(shapes, "encoder.down_blocks.")
+    widths = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)]
+    return {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": widths,
+        "layers_per_block": count_blocks(shapes, "encoder.down_blocks.0.resnets."),
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "norm_num_groups": math.gcd(NORM_GROUPS, *widths),
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "scaling_factor": SCALING_FACTOR,
+        "shift_factor": SHIFT_FACTOR,
+    }
+
+
+def checkpoint_gradients(component: str, module: nn.Module) -> None:
+    """Recompute activations in the backward pass."""
+    if component in ("text_encoder_1", "text_encoder_2"):
+        # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
+        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        module.train()
+    else:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -1,0 +1,63 @@
+"""FLUX.1's answers to the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth_core.models import control
+from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.flux import components as building
+from diffsynth_core.models.flux import encode, forward
+from diffsynth_core.models.flux import tiny as rehearsal
+from diffsynth_core.models.flux.spec import FLUX, KONTEXT_IMAGES
+from diffsynth_core.models.patches import stack_samples
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+
+
+class Flux(Family):
+    """Each method is one call into the module of its name."""
+
+    facts = FLUX
+
+    def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+        return building.config_of(files, shapes)
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        return building.build(component, config)
+
+    def load_tokenizer(self, parameter: str, folder: Path) -> Any:
+        return building.load_tokenizer(parameter, folder)
+
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        match encoder.name:
+            case "text_1":
+                return encode.encode_pooled_text(components, sample["prompt"])
+            case "text_2":
+                return encode.encode_text(components, sample["prompt"])
+            case "kontext_latents":
+                return encode.encode_references(components["vae"], sample[KONTEXT_IMAGES])
+            case control.CONTROL_LATENTS:
+                (image,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], image)
+            case _:
+                return encode.encode_latents(components["vae"], sample["image"])
+
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
+
+    def collate(self, encoded: Sequence[Encoded]) -> Encoded:
+        return stack_samples(encoded)
+
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        return forward.sigmas(steps)
+
+    def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
+
+    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
+        building.checkpoint_gradients(component, module)
+
+    def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
+        rehearsal.write_tiny_weights(base, component, model_id, pattern)

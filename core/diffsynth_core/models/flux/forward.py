@@ -1,0 +1,95 @@
+"""Batches, sigmas and the prediction of FLUX.1's transformer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.flux.encode import KONTEXT_LATENTS
+from diffsynth_core.models.patches import numbered, pack, unpack
+
+TRAINING_STEPS = 1000
+SHIFT = 3.0
+"""Shift of the training sigmas."""
+LAST_SIGMA = 0.003 / 1.002
+"""Where the grid ends that is shifted: 1/1000, shifted once itself."""
+GUIDANCE = 1.0
+"""What the guidance embedder is told in training: the prediction is to be that of the data itself."""
+
+
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00893.
+
+    s = linspace(1, 0.003 / 1.002, steps); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers
+    with shift 3).
+    """
+    base = torch.linspace(1, LAST_SIGMA, steps, dtype=torch.float64)
+    return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
+
+
+def token_ids(latents: Tensor, image: int) -> Tensor:
+    """What the rotary embedding is told of each token of an image: image, row, column; `[(h/2)(w/2), 3]` float32.
+
+    Source: `_prepare_latent_image_ids` of diffusers' `FluxPipeline`.
+    """
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    ids = torch.zeros(rows, columns, 3, device=latents.device)
+    ids[..., 0] = image
+    ids[..., 1] = torch.arange(rows, device=ids.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=ids.device)[None, :]
+    return ids.flatten(0, 1)
+
+
+def predict_velocity(
+    transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
+) -> Tensor:
+    """The transformer called as `FluxPipeline` and `FluxKontextPipeline` call it: packed latents, timestep = sigma.
+
+    The tokens of reference images follow those of the latents, and all of them say image 1. Source for several
+    images: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is
+    called as `FluxControlNetPipeline` does it, at scale 1; one without an embedder of guidance is not told any.
+
+    Args:
+        noisy: `[B, 16, 1, h, w]` float32.
+        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the dtype it computes in.
+        batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
+            `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the size of
+            `noisy`.
+
+    Returns: `[B, 16, 1, h, w]`.
+    """
+    *_, height, width = noisy.shape
+    shown = numbered(batch, KONTEXT_LATENTS)
+    tokens = pack(noisy)
+    states = torch.cat([tokens, *(pack(image) for image in shown)], dim=1)
+    ids = torch.cat([token_ids(noisy, 0), *(token_ids(image, 1) for image in shown)])
+    text = batch["prompt_embeds"]
+    given = {
+        "hidden_states": states,
+        "timestep": sigma,
+        "guidance": torch.full_like(sigma, GUIDANCE),
+        "pooled_projections": batch["pooled_prompt_embeds"],
+        "encoder_hidden_states": text,
+        "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
+        "img_ids": ids,
+        "return_dict": False,
+    }
+    added, added_single = None, None
+    if controlnet is not None:
+        told = given if controlnet.config.guidance_embeds else {**given, "guidance": None}
+        followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
+        added, added_single = controlnet(controlnet_cond=followed, **_states_as(told, controlnet))
+    (prediction,) = transformer(
+        controlnet_block_samples=added,
+        controlnet_single_block_samples=added_single,
+        **_states_as(given, transformer),
+    )
+    return unpack(prediction[:, : tokens.shape[1]], height, width)
+
+
+def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
+    """Inputs with the states among them in the dtype of the module that is to read them."""
+    states = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    return {**given, **{name: given[name].to(module.dtype) for name in states}}

@@ -1,0 +1,257 @@
+"""What FLUX.1's models are made of. No torch."""
+
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from functools import partial
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.captions import POOLED, TEXT
+from diffsynth_core.models.flux.memory import MEMORY
+from diffsynth_core.models.flux.sizes import PUBLISHED
+from diffsynth_core.models.shapes import count_blocks
+from diffsynth_core.models.size_facts import LatentFacts
+from diffsynth_core.models.spec import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Fit,
+    Layout,
+    Medium,
+    References,
+    Shapes,
+    TokenizerFacts,
+    UnsupportedCheckpoint,
+    Variant,
+)
+
+KINDS = (
+    ("*kontext*", "FLUX.1 Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+    ("*krea*", "FLUX.1 Krea", "black-forest-labs/FLUX.1-Krea-dev"),
+    ("*", "FLUX.1", "black-forest-labs/FLUX.1-dev"),
+)
+"""(pattern of what the user wrote for the transformer's files, its title, its repository); all have the same shapes."""
+
+PATCH = 4
+"""Latent values in a token: patches of 2 x 2."""
+SIZE_FACTOR = 16
+"""Pixels of a token's side."""
+KONTEXT_IMAGES = "kontext_images"
+KONTEXT_SIZES = (
+    *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
+    (1024, 1024),
+    *((1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)),
+)
+"""(width, height) that Kontext was trained with. Source: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers'
+`FluxKontextPipeline`."""
+KONTEXT_AREA = 1024 * 1024
+
+OF_VAE = LatentFacts(channels=16, factor=8)
+ENCODERS = (
+    EncoderFacts(name="text_1", component="text_encoder_1", columns=("prompt",), states=POOLED),
+    EncoderFacts(name="text_2", component="text_encoder_2", columns=("prompt",), caption=TEXT),
+    EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE),
+)
+KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=(KONTEXT_IMAGES,), latents=OF_VAE)
+
+
+def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) at which a reference image is read: of those Kontext was trained with the closest in shape.
+
+    `max_pixels` below 1024 x 1024 makes it smaller in proportion; a side is 0 where nothing is left.
+    """
+    _, best_width, best_height = min((abs(width / height - w / h), w, h) for w, h in KONTEXT_SIZES)
+    scale = math.sqrt(min(1.0, max_pixels / KONTEXT_AREA))
+    return (
+        int(best_height * scale) // SIZE_FACTOR * SIZE_FACTOR,
+        int(best_width * scale) // SIZE_FACTOR * SIZE_FACTOR,
+    )
+
+
+REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size)
+
+
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
+    """FLUX.1-dev, Krea and Kontext: any of them can be shown images, or follow one, but none must.
+
+    Raises:
+        DiffSynthError: for a transformer without guidance, or one that takes more than latents.
+    """
+    guidance = "time_text_embed.guidance_embedder.linear_1.weight"
+    transformer = shapes.get("dit", {})
+    if transformer and guidance not in transformer:
+        raise DiffSynthError(
+            "the transformer has no guidance embedder: few-step distilled models such as FLUX.1-schnell are not supported",
+            "use the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev",
+        )
+    taken = transformer.get("x_embedder.weight", (0, 16 * PATCH))[1]
+    made = transformer.get("proj_out.weight", (16 * PATCH,))[0]
+    if taken != made:
+        raise DiffSynthError(
+            f"the transformer has {taken} input and {made} output channels: this variant of FLUX.1 is not supported yet",
+            "use the transformer of FLUX.1-dev, FLUX.1-Krea-dev or FLUX.1-Kontext-dev (64, 64)",
+        )
+    controlled = CONTROLNET_IMAGE in inputs
+    shown = KONTEXT_IMAGES in inputs and not controlled
+    title, model_id = next((title, model) for pattern, title, model in KINDS if fnmatch(origin.lower(), pattern))
+    plain = Variant(
+        title=title,
+        model_id=model_id,
+        components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
+        encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
+        medium=Medium("image", "image", size_factor=SIZE_FACTOR),
+        references=(REFERENCES,) if shown else (),
+        takes=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+    )
+    return with_controlnet(plain, _unreached_in_controlnet(transformer)) if controlled else plain
+
+
+def _unreached_in_controlnet(shapes: Shapes) -> Callable[[frozenset[str]], frozenset[str]]:
+    blocks, single_blocks = (
+        count_blocks(shapes, f"{kind}transformer_blocks.") if shapes else None for kind in ("", "single_")
+    )
+    return partial(keys.dead_in_controlnet, blocks=blocks, single_blocks=single_blocks)
+
+
+FLUX = FamilyFacts(
+    name="flux",
+    title="FLUX.1",
+    model_ids=("black-forest-labs/FLUX.1-*",),
+    components=(
+        ComponentFacts(
+            name="dit",
+            title="diffusion transformer",
+            layouts=(
+                Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT_ORIGINAL, keys.DIT, keys.DIT_ORIGINAL),
+                Layout(keys.DIT_DIFFUSERS_SIGNATURE, documented=keys.DIT, written=keys.DIT_ORIGINAL),
+                Layout(keys.DIT_DOCUMENTED_SIGNATURE, keys.DIT, keys.DIT, keys.DIT_ORIGINAL),
+            ),
+            places=("transformer/*", "flux1-*"),
+            config_classes=("FluxTransformer2DModel",),
+            lora_targets=keys.LORA_TARGETS,
+            modules=keys.DIT_MODULES,
+            sides=keys.DIT_SIDES,
+            blocks=keys.DIT_BLOCKS,
+            unread=("diffsynth",),
+            dialects={"diffusers": keys.DIT, "comfyui": keys.DIT_DOCUMENTED, "kohya": keys.DIT_DOCUMENTED},
+            published={"original": keys.DIT_ORIGINAL},
+        ),
+        ComponentFacts(
+            name="text_encoder_1",
+            title="CLIP text encoder",
+            layouts=(
+                Layout(keys.CLIP_SIGNATURE, keys.CLIP, keys.CLIP),
+                Layout(keys.CLIP_FLAT_SIGNATURE, documented=keys.CLIP),
+            ),
+            places=("text_encoder/*",),
+        ),
+        ComponentFacts(
+            name="text_encoder_2",
+            title="T5 text encoder",
+            layouts=(Layout(keys.T5_SIGNATURE, keys.T5, keys.T5),),
+            places=("text_encoder_2/*",),
+        ),
+        ComponentFacts(
+            name="vae",
+            title="VAE",
+            layouts=(
+                Layout(keys.VAE_ORIGINAL_SIGNATURE, keys.VAE_ORIGINAL, keys.VAE_ORIGINAL),
+                Layout(keys.VAE_DIFFUSERS_SIGNATURE, documented=keys.VAE_ORIGINAL),
+            ),
+            places=("vae/*", "ae.*"),
+            config_classes=("AutoencoderKL",),
+            untrainable=keys.unused_in_vae,
+            parts={"vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"},
+        ),
+        ComponentFacts(
+            name=CONTROLNET,
+            title="ControlNet",
+            layouts=(Layout(keys.CONTROLNET_SIGNATURE),),
+            places=PLACES,
+            config_classes=("FluxControlNetModel",),
+            inputs=(CONTROLNET_IMAGE,),
+        ),
+    ),
+    denoiser="dit",
+    variant=variant,
+    text_column="prompt",
+    reference_columns=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+    later_inputs=(
+        *("controlnet_inpaint_mask", "controlnet_processor_id", "flux_fill_image", "flux_fill_mask"),
+        *("flux_redux_image", "ipadapter_images", "infinityou_id_image", "infinityou_guidance"),
+        *("eligen_entity_prompts", "eligen_entity_masks", "step1x_reference_image", "nexus_gen_reference_image"),
+        *("value_controller_inputs", "lora_encoder_inputs"),
+    ),
+    memory=MEMORY,
+    published=PUBLISHED,
+    tokenizers={
+        "tokenizer_1_path": TokenizerFacts(
+            "text_encoder_1",
+            ("../tokenizer",),
+            "black-forest-labs/FLUX.1-dev:tokenizer",
+            what="CLIP tokenizer",
+            model="BPE",
+            embedding="embeddings.token_embedding.weight",
+        ),
+        "tokenizer_2_path": TokenizerFacts(
+            "text_encoder_2",
+            ("../tokenizer_2",),
+            "black-forest-labs/FLUX.1-dev:tokenizer_2",
+            layouts=(("tokenizer.json",),),
+            what="T5 tokenizer",
+            model="Unigram",
+            embedding="shared.weight",
+        ),
+    },
+    fits=(
+        Fit(
+            "text_encoder_1",
+            ("final_layer_norm.weight", 0),
+            ("time_text_embed.text_embedder.linear_1.weight", 1),
+            "text states",
+        ),
+        Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
+        Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
+        Fit(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("x_embedder.weight", 0), "states"),
+        Fit(CONTROLNET, ("context_embedder.weight", 1), ("context_embedder.weight", 1), "text states", verb="takes"),
+        Fit(
+            CONTROLNET,
+            ("controlnet_x_embedder.weight", 1),
+            ("x_embedder.weight", 1),
+            "patches",
+            verb="takes",
+            way_out="use a ControlNet with only a control image, not one for inpainting",
+        ),
+    ),
+    not_trained={
+        "black-forest-labs/FLUX.1-Fill-*:flux1-*": "FLUX.1 Fill",
+        "black-forest-labs/FLUX.1-Redux-*:*": "FLUX.1 Redux",
+        "black-forest-labs/FLUX.1-schnell:flux1-*": "FLUX.1-schnell (few-step distilled)",
+        "ostris/Flex.2-*:*": "FLEX.2",
+        "DiffSynth-Studio/AttriCtrl-FLUX.1-*:*": "AttriCtrl",
+        "DiffSynth-Studio/LoRA-Encoder-FLUX.1-*:*": "LoRA-Encoder",
+        "DiffSynth-Studio/Nexus-Gen*:*": "Nexus-Gen",
+        "stepfun-ai/Step1X-Edit:step1x-*": "Step1X-Edit",
+        "InstantX/FLUX.1-dev-IP-Adapter:*": "the FLUX.1 IP-Adapter",
+        "ByteDance/InfiniteYou:*": "InfiniteYou",
+    },
+    lookalikes=(
+        UnsupportedCheckpoint(
+            "a union ControlNet, which is not supported yet",
+            CONTROLNET,
+            keys.UNION_TENSORS,
+        ),
+        UnsupportedCheckpoint(
+            "a ControlNet with pixel inputs, which is not supported yet", CONTROLNET, keys.HINT_TENSORS
+        ),
+        UnsupportedCheckpoint(
+            "a Qwen-Image ControlNet",
+            CONTROLNET,
+            frozenset({"controlnet_x_embedder.weight", "transformer_blocks.0.img_mod.1.weight"}),
+        ),
+        UnsupportedCheckpoint("the UMT5 text encoder of Wan", "text_encoder_2", keys.UMT5_TENSORS),
+        UnsupportedCheckpoint("the VAE of FLUX.2", "vae", keys.FLUX_2_VAE_TENSORS),
+    ),
+)

@@ -1,0 +1,172 @@
+"""Tiny random FLUX.1 components: the same classes, file layouts and key names as the published ones."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.models.control import CONTROLNET
+from diffsynth_core.models.flux import keys
+from diffsynth_core.models.flux.captions import CLIP_TOKENS
+from diffsynth_core.models.flux.components import CLIP_HEAD_SIZE, SCALING_FACTOR, SHIFT_FACTOR, build
+from diffsynth_core.models.shapes import ROPE_PROPORTION, split_even
+from diffsynth_core.models.tiny import (
+    GAINS,
+    diffusers_config,
+    fill,
+    published_name,
+    tiny_t5,
+    write_json,
+    write_weights,
+)
+from diffsynth_core.models.tiny_tokenizers import unigram_vocabulary, write_pairs, write_unigram_tokenizer
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+
+DIFFUSERS_FOLDERS = ("transformer", "vae")
+"""Transformers and VAEs in folders of these names have the layout of diffusers repositories, others the original."""
+LATENT_SPREAD = 0.62
+"""Spread of the random VAE's raw latents of photographs."""
+CLIP_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+"""The last two of the vocabulary, as in CLIP's."""
+CLIP_MERGES = (("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("a", "n</w>"), ("o", "n</w>"), ("i", "n</w>"))
+
+
+@dataclass(frozen=True)
+class TinySizes:
+    """Sizes of the random components; widths in channels."""
+
+    blocks: int = 2
+    heads: int = 2
+    head_size: int = 16
+    text_width: int = 64
+    pooled_width: int = 32
+    vae_width: int = 8
+
+
+def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
+    """Write one component below `base`/`model_id`, where `pattern` finds it, in the layout that `pattern` asks for.
+
+    Text encoders bring their tokenizers. Beside the original files of a transformer and a VAE lies no config.json.
+    """
+    place = PurePosixPath(pattern)
+    folder = base / model_id / place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIGS[component](sizes)
+    module = build(component, config).eval()
+    fill(module, GAINS[component], seed=0)
+    if component == "vae":
+        _spread_latents(module)
+    tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
+    if component == "text_encoder_1":
+        _write_clip_tokenizer(folder.parent / "tokenizer")
+    elif component == "text_encoder_2":
+        write_unigram_tokenizer(folder.parent / "tokenizer_2", byte_fallback=False)
+    diffusers = component == CONTROLNET or place.parent.name in DIFFUSERS_FOLDERS
+    if component in TEXT_ENCODER_CONFIGS:
+        write_json(folder / "config.json", TEXT_ENCODER_CONFIGS[component] | config)
+    elif diffusers:
+        write_json(folder / "config.json", diffusers_config(module))
+    renamed = _in_layout(_key_map(component, diffusers), tensors)
+    write_weights(folder, published_name(component, place.name), renamed)
+
+
+def _transformer(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "num_layers": sizes.blocks,
+        "num_single_layers": sizes.blocks,
+        "attention_head_dim": sizes.head_size,
+        "num_attention_heads": sizes.heads,
+        "joint_attention_dim": sizes.text_width,
+        "pooled_projection_dim": sizes.pooled_width,
+        "guidance_embeds": True,
+        "axes_dims_rope": list(split_even(sizes.head_size, ROPE_PROPORTION)),
+    }
+
+
+def _clip(sizes: TinySizes) -> dict[str, Any]:
+    """Published token numbers, too, are not those of the vocabulary: `eos_token_id` 2 means the highest in a text."""
+    return {
+        "vocab_size": len(clip_vocabulary()),
+        "hidden_size": sizes.pooled_width,
+        "intermediate_size": 4 * sizes.pooled_width,
+        "projection_dim": sizes.pooled_width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": sizes.pooled_width // math.gcd(sizes.pooled_width, CLIP_HEAD_SIZE),
+        "max_position_embeddings": CLIP_TOKENS,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def _t5(sizes: TinySizes) -> dict[str, Any]:
+    return tiny_t5(sizes.text_width, len(unigram_vocabulary(byte_fallback=False)))
+
+
+def _vae(sizes: TinySizes) -> dict[str, Any]:
+    width = sizes.vae_width
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [width, 2 * width, 2 * width, 2 * width],
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "norm_num_groups": width,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": SCALING_FACTOR,
+        "shift_factor": SHIFT_FACTOR,
+    }
+
+
+CONFIGS = {"dit": _transformer, "text_encoder_1": _clip, "text_encoder_2": _t5, "vae": _vae, CONTROLNET: _transformer}
+TEXT_ENCODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "text_encoder_1": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+    "text_encoder_2": {"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False},
+}
+"""What the published config.json of the text encoders say besides their settings."""
+
+
+@torch.no_grad()
+def _spread_latents(module: Any) -> None:
+    """Give latents the published mean and spread, which the original file cannot tell: normalised, 0 and 1."""
+    channels = module.config.latent_channels
+    module.encoder.conv_out.weight[:channels] /= SCALING_FACTOR * LATENT_SPREAD
+    module.encoder.conv_out.bias[:channels] = SHIFT_FACTOR
+
+
+def _key_map(component: str, diffusers: bool) -> KeyMap:
+    originals = {"dit": keys.DIT_ORIGINAL, "vae": keys.VAE_ORIGINAL}
+    if component in originals:
+        return SAME_NAMES if diffusers else originals[component]
+    return {"text_encoder_1": keys.CLIP, "text_encoder_2": keys.T5, CONTROLNET: SAME_NAMES}[component]
+
+
+def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a module under the names of a layout."""
+    return {name: table.join(name, tensors) for name in table.theirs_of(tensors)}
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """Bytes, bytes that end a word, some merged words, and the special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    merged = [left + right for left, right in CLIP_MERGES]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *merged, *CLIP_SPECIAL_TOKENS]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _write_clip_tokenizer(folder: Path) -> None:
+    """A tokenizer in the published layout: vocab.json, merges.txt and their configuration."""
+    write_pairs(folder, clip_vocabulary(), CLIP_MERGES)
+    start, end = CLIP_SPECIAL_TOKENS
+    special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    write_json(folder / "special_tokens_map.json", special)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_TOKENS, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", {**special, **config})

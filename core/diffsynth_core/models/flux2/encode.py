@@ -1,0 +1,75 @@
+"""What FLUX.2's frozen encoders make of captions and images, as diffusers' `Flux2KleinPipeline` does it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.models.flux2.captions import MAX_TOKENS
+from diffsynth_core.models.flux2.keys import TEXT_LAYERS
+
+REFERENCE_LATENTS = "edit_latents_{}"
+"""What the latents of reference images are called, counted from 0."""
+
+
+def apply_template(tokenizer: Any, caption: str) -> str:
+    """The caption as a user's message, and the beginning of an answer without thinking."""
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return text
+
+
+def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+    """States behind layers 9, 18 and 27 of Qwen3 over the templated caption, padded to 512 tokens.
+
+    Returns: `prompt_embeds`, `[512, 3 x width]` in the text encoder's dtype.
+    """
+    text_encoder, tokenizer = components["text_encoder"], components["tokenizer_path"]
+    tokens = tokenizer(
+        apply_template(tokenizer, caption),
+        padding="max_length",
+        max_length=MAX_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    states = text_encoder.model(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return {"prompt_embeds": torch.cat([states[layer][0] for layer in TEXT_LAYERS], dim=-1)}
+
+
+def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
+    """Words for a caption whose end is cut off, None for one that is taken whole."""
+    tokenizer = components["tokenizer_path"]
+    tokens = tokenizer(apply_template(tokenizer, caption))["input_ids"]
+    return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
+
+
+def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Mean of the VAE's posterior in patches of 2 x 2, normalised by the VAE's running statistics.
+
+    Args:
+        pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
+
+    Returns: `[128, 1, H / 16, W / 16]` float32.
+    """
+    posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
+    latents = patchify(posterior.mode().float())
+    mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
+    variance = vae.bn.running_var.float().view(1, -1, 1, 1)
+    normalised: Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+    return normalised[0, :, None]
+
+
+def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The latents of each reference image, in order: `edit_latents_0`, `edit_latents_1` and so on."""
+    return {REFERENCE_LATENTS.format(number): encode_latents(vae, image) for number, image in enumerate(images)}
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """Patches of 2 x 2 as channels: `[B, C, h, w]` -> `[B, 4C, h/2, w/2]` (`Flux2KleinPipeline._patchify_latents`)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
+    return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * 4, height // 2, width // 2)

@@ -1,0 +1,57 @@
+"""FLUX.2's answers to the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.flux2 import components as building
+from diffsynth_core.models.flux2 import encode, forward
+from diffsynth_core.models.flux2 import tiny as rehearsal
+from diffsynth_core.models.flux2.spec import FLUX2
+from diffsynth_core.models.patches import stack_samples
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+
+
+class Flux2(Family):
+    """Each method is one call into the module of its name."""
+
+    facts = FLUX2
+
+    def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+        return building.config_of(files, shapes)
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        return building.build(component, config)
+
+    def load_tokenizer(self, parameter: str, folder: Path) -> Any:
+        return building.load_tokenizer(folder)
+
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        match encoder.name:
+            case "text":
+                return encode.encode_text(components, sample["prompt"])
+            case "edit_image":
+                return encode.encode_references(components["vae"], sample["edit_image"])
+            case _:
+                return {"latents": encode.encode_latents(components["vae"], sample["image"])}
+
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def collate(self, encoded: Sequence[Encoded]) -> Encoded:
+        return stack_samples(encoded)
+
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        return forward.sigmas(steps)
+
+    def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        return forward.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
+        building.checkpoint_gradients(component, module)
+
+    def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
+        rehearsal.write_tiny_weights(base, component, model_id, pattern)

@@ -1,0 +1,90 @@
+"""Batches, sigmas and the prediction of FLUX.2's transformer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.models.flux2.encode import REFERENCE_LATENTS
+from diffsynth_core.models.patches import numbered
+
+TRAINING_STEPS = 1000
+SHIFT_MU = 0.8
+"""Exponential shift of the training sigmas (shift = e^mu)."""
+REFERENCE_POSITION = 10
+"""Position of the first reference image on the axis of images, and their distance there; the target is at 0."""
+
+
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.002223.
+
+    s = linspace(1, 1 / steps, steps); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of
+    diffusers).
+    """
+    base = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return (math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)).float()
+
+
+def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The transformer called as `Flux2KleinPipeline` calls it: reference images as further tokens, timestep = sigma.
+
+    Args:
+        noisy: `[B, 128, 1, h, w]` float32.
+        sigma: `[B]` float32.
+        batch: `prompt_embeds` `[B, 512, 3 x width]`: texts always have 512 tokens, so that nothing is padded; and the
+            latents of reference images `[B, 128, 1, h', w']`.
+
+    Returns: `[B, 128, 1, h, w]`.
+    """
+    _, _, _, height, width = noisy.shape
+    images = [noisy, *numbered(batch, REFERENCE_LATENTS)]
+    (prediction,) = transformer(
+        hidden_states=torch.cat([pack(image.float()) for image in images], dim=1).to(input_dtype(transformer)),
+        timestep=sigma,
+        guidance=None,
+        encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
+        txt_ids=text_positions(batch["prompt_embeds"].shape[1], noisy.device),
+        img_ids=image_positions(images),
+        return_dict=False,
+    )
+    return unpack(prediction[:, : height * width], height, width)
+
+
+def input_dtype(transformer: Any) -> torch.dtype:
+    """The dtype of the tokens given, to which the transformer rounds the timestep: float32 where that computes.
+
+    Under autocast the first layer casts tokens itself, so that sigma need not be rounded with them.
+    """
+    dtype: torch.dtype = transformer.dtype
+    return torch.float32 if torch.is_autocast_enabled(transformer.device.type) else dtype
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents as tokens: `[B, C, 1, h, w]` -> `[B, h w, C]` (`Flux2KleinPipeline._pack_latents`)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`: `[B, h w, C]` -> `[B, C, 1, h, w]`."""
+    batch, _, channels = tokens.shape
+    return tokens.transpose(1, 2).reshape(batch, channels, 1, height, width)
+
+
+def text_positions(length: int, device: torch.device) -> Tensor:
+    """Positions (image, row, column, text) of text tokens, `[L, 4]`: only the last counts up."""
+    positions = torch.zeros(length, 4, dtype=torch.int64, device=device)
+    positions[:, 3] = torch.arange(length, device=device)
+    return positions
+
+
+def image_positions(images: Sequence[Tensor]) -> Tensor:
+    """Positions (image, row, column, text) of the tokens of the target and the references behind it, `[N, 4]`."""
+    parts = []
+    for number, latents in enumerate(images):
+        height, width = latents.shape[-2:]
+        axes = [torch.arange(length, device=latents.device) for length in (height, width, 1)]
+        image = torch.tensor([number * REFERENCE_POSITION], device=latents.device)
+        parts.append(torch.cartesian_prod(image, *axes))
+    return torch.cat(parts)

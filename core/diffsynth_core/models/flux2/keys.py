@@ -1,0 +1,118 @@
+"""Names of FLUX.2's tensors and modules. No torch.
+
+Files, documented names and modules agree: they are those of diffusers (transformer, VAE) and transformers (Qwen3).
+LoRA files for ComfyUI and those of kohya's trainers hold the names of black-forest-labs/flux2, src/flux2/model.py.
+"""
+
+import re
+
+from diffsynth_core.weights.key_maps import TableMap
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "linear_in", "linear_out", "to_qkv_mlp_proj", "to_out",
+)  # fmt: skip
+"""The documented `lora_target_modules` of the transformer.
+
+Recipes name the last one block by block, `single_transformer_blocks.N.attn.to_out`. As an ending it addresses the same
+modules: what the double blocks call `to_out` is a list, whose first is `to_out.0`.
+"""
+
+DIT_ORIGINAL = TableMap(
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+        "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
+        "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
+        "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.linear_in",
+        "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.linear_out",
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+        "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
+        "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.linear_in",
+        "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.linear_out",
+        "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+        "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
+        "single_blocks.{}.linear1": "single_transformer_blocks.{}.attn.to_qkv_mlp_proj",
+        "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
+        "final_layer.linear": "proj_out",
+    },
+    stacked={
+        "double_blocks.{}.img_attn.qkv": (
+            "transformer_blocks.{}.attn.to_q",
+            "transformer_blocks.{}.attn.to_k",
+            "transformer_blocks.{}.attn.to_v",
+        ),
+        "double_blocks.{}.txt_attn.qkv": (
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
+"""Original names of the transformer's modules, and of norms, whose leaves differ -> documented ones. Of the last
+modulation the original has the shift first, diffusers the scale."""
+
+DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names if not name.endswith(".weight"))
+"""Documented names of all modules of the transformer that are matrices."""
+
+DIT_SIDES = {
+    **{f"transformer_blocks.{{}}.{half}.linear_in": (6, 1) for half in ("ff", "ff_context")},
+    **{f"transformer_blocks.{{}}.{half}.linear_out": (1, 3) for half in ("ff", "ff_context")},
+    "single_transformer_blocks.{}.attn.to_qkv_mlp_proj": (9, 1),
+    "single_transformer_blocks.{}.attn.to_out": (1, 4),
+}
+"""Rows and columns of weights, in widths of the transformer: its MLPs are three widths wide, twice where gated."""
+DIT_BLOCKS = {"transformer_blocks.": 8, "single_transformer_blocks.": 48}
+"""Blocks of the largest published transformer."""
+
+TEXT_LAYERS = (9, 18, 27)
+"""The transformer reads what has passed through as many layers of Qwen3."""
+
+TRANSFORMER_SIGNATURE = frozenset(
+    {
+        "transformer_blocks.0.attn.add_q_proj.weight",
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
+        "double_stream_modulation_img.linear.weight",
+    }
+)
+TEXT_ENCODER_SIGNATURE = frozenset(
+    {
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+    }
+)
+VAE_SIGNATURE = frozenset({"encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight", "bn.running_mean"})
+
+TRANSFORMER_ORIGINAL_SIGNATURE = frozenset(
+    {"double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"}
+)
+DEV_TEXT_ENCODER_SIGNATURE = frozenset(
+    {"language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight"}
+)
+DEV_TEXT_ENCODER_MODULE_SIGNATURE = frozenset(
+    {"model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"}
+)
+"""Files of Mistral 3 carry names of earlier transformers releases, or those of today's module."""
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
+    """Nothing reads what stands behind the last layer whose states the transformer is given."""
+    layers = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    behind = {f"model.layers.{layer}" for layer in layers if layer >= max(TEXT_LAYERS)}
+    return frozenset({"model.norm", "lm_head", *behind})
+
+
+def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
+    """Training reads latents, so nothing is decoded, and the statistics of latents are constants."""
+    return frozenset({"decoder", "post_quant_conv", "bn"})

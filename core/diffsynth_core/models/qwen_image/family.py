@@ -1,0 +1,65 @@
+"""Qwen-Image's answers to the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth_core.models import control
+from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.qwen_image import components as building
+from diffsynth_core.models.qwen_image import encode, forward
+from diffsynth_core.models.qwen_image import tiny as rehearsal
+from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
+from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
+from diffsynth_core.models.qwen_image.variants import EDIT_IMAGE
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+
+
+class QwenImage(Family):
+    """Each method is one call into the module of its name."""
+
+    facts = QWEN_IMAGE
+
+    def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+        return building.config_of(files, shapes)
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        return building.build(component, config)
+
+    def load_tokenizer(self, parameter: str, folder: Path) -> Any:
+        return building.load_processor(folder) if parameter == "processor_path" else building.load_tokenizer(folder)
+
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        match encoder.name:
+            case "text":
+                return encode.encode_text(components, sample["prompt"])
+            case "edit_text" | "edit_plus_text":
+                announced = (EDIT_TEXT if encoder.name == "edit_text" else EDIT_PLUS_TEXT).announced
+                return encode.encode_edit_text(components, sample["prompt"], sample[encoder.columns[1]], announced)
+            case "edit_latents":
+                return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
+            case control.CONTROL_LATENTS:
+                (image,) = sample[control.CONTROLNET_IMAGE]
+                return encode.encode_controlnet_latents(components["vae"], image)
+            case _:
+                return encode.encode_latents(components["vae"], sample["image"])
+
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def collate(self, encoded: Sequence[Encoded]) -> Encoded:
+        return forward.collate(encoded)
+
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        return forward.sigmas(steps)
+
+    def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
+
+    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
+        building.checkpoint_gradients(component, module)
+
+    def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
+        rehearsal.write_tiny_weights(base, component, model_id, pattern)

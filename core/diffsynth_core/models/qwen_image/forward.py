@@ -1,0 +1,96 @@
+"""Batches, sigmas and the prediction of Qwen-Image's transformer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.patches import numbered, pack, unpack
+
+TRAINING_STEPS = 1000
+SHIFT_MU = 0.8
+"""Exponential shift of the training sigmas (shift = e^mu)."""
+LAST_SIGMA = 0.02
+"""`shift_terminal` of the published scheduler configuration."""
+EDIT_LATENTS = "edit_latents_{}"
+"""Name of the latents of an image to edit, with its number, from 0."""
+
+
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.02.
+
+    s = linspace(1, 0, steps + 1) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the
+    last is 0.02 (`FlowMatchEulerDiscreteScheduler.time_shift` and `stretch_shift_to_terminal` of diffusers).
+    """
+    base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    shifted = math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)
+    if steps == 1:
+        return shifted.float()  # one sigma cannot be both the first and the last
+    stretch = (1 - shifted[-1]) / (1 - LAST_SIGMA)
+    return (1 - (1 - shifted) / stretch).float()
+
+
+def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded samples of one latent shape -> a batch.
+
+    Returns: `latents` `[B, 16, 1, h, w]`, those of images to edit or to follow likewise, each in its size;
+    `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]`
+    bool, True where there is a token.
+    """
+    texts = [sample["prompt_embeds"] for sample in encoded]
+    stacked = [name for name in encoded[0] if name != "prompt_embeds"]
+    batch = {name: torch.stack([sample[name] for sample in encoded]) for name in stacked}
+    batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    if lengths.min() < lengths.max():
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        batch["prompt_mask"] = mask.to(batch["prompt_embeds"].device)
+    return batch
+
+
+def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The latents of the images to edit in their order, each `[B, 16, 1, h, w]`."""
+    return numbered(batch, EDIT_LATENTS)
+
+
+def predict_velocity(
+    transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
+) -> Tensor:
+    """The transformer called as diffusers' pipelines call it: packed latents, timestep = sigma, text mask if needed.
+
+    The tokens of images to edit stand behind those of the image that is made; what is said of them is cut off. A
+    ControlNet is called as `QwenImageControlNetPipeline` does it, at scale 1.
+
+    Args:
+        noisy: `[B, 16, 1, h, w]` float32.
+        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the dtype it computes in.
+
+    Returns: `[B, 16, 1, h, w]`.
+    """
+    images = [noisy, *edit_latents(batch)]
+    tokens = [pack(latents) for latents in images]
+    shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in images]
+    given = {
+        "hidden_states": torch.cat(tokens, dim=1),
+        "timestep": sigma,
+        "encoder_hidden_states": batch["prompt_embeds"],
+        "encoder_hidden_states_mask": batch.get("prompt_mask"),
+        "img_shapes": [shapes] * len(noisy),
+        "return_dict": False,
+    }
+    added = None
+    if controlnet is not None:
+        added = controlnet(
+            controlnet_cond=pack(batch[CONTROL_LATENTS]).to(controlnet.dtype), **_states_as(given, controlnet)
+        )
+    (prediction,) = transformer(controlnet_block_samples=added, **_states_as(given, transformer))
+    return unpack(prediction[:, : tokens[0].shape[1]], *noisy.shape[-2:])
+
+
+def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
+    """Inputs with the states among them in the dtype of the module that is to read them."""
+    states = ("hidden_states", "encoder_hidden_states")
+    return {**given, **{name: given[name].to(module.dtype) for name in states}}

@@ -1,0 +1,62 @@
+"""What names and shapes of tensors tell of an architecture, and rules for what they do not tell. No torch."""
+
+from collections.abc import Collection, Mapping
+
+from diffsynth_core.models.spec import Shapes
+
+ROPE_PROPORTION = (16, 56, 56)
+"""Rotary axes (image, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
+that proportion, each even."""
+BLOCK_DIGITS = 4
+"""No model has 10,000 blocks, and a name of a tensor may claim a billion."""
+
+
+def count_blocks(shapes: Collection[str], prefix: str) -> int:
+    """How many numbered blocks stand below `prefix`; one whose number has more than `BLOCK_DIGITS` digits is none."""
+    numbers = (name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix))
+    return 1 + max(
+        (int(number) for number in numbers if number.isdecimal() and len(number) <= BLOCK_DIGITS), default=-1
+    )
+
+
+def layers_of_blocks(shapes: Shapes) -> list[str]:
+    """Names of the linear layers of numbered blocks."""
+    matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    return [name.removesuffix(".weight") for name in matrices if any(map(str.isdecimal, name.split(".")[:-2]))]
+
+
+def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`total` in three even parts in the given proportion; the first takes what rounding leaves."""
+    second = round(total * proportion[1] / sum(proportion) / 2) * 2
+    third = round(total * proportion[2] / sum(proportion) / 2) * 2
+    spare = max(0, 2 - (total - second - third))
+    second, third = second - spare, third - spare
+    return total - second - third, second, third
+
+
+def infer_t5_encoder(shapes: Shapes) -> dict[str, object]:
+    """Settings of `T5EncoderModel` and `UMT5EncoderModel`; the position bias tells the number of heads."""
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    vocabulary, width = shapes["shared.weight"]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": count_blocks(shapes, "encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def layer_shapes(layers: Mapping[str, tuple[int, int]], bias: bool = True) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of linear layers, given by (channels out, channels in)."""
+    weights: dict[str, tuple[int, ...]] = {f"{name}.weight": sizes for name, sizes in layers.items()}
+    return weights | ({f"{name}.bias": sizes[:1] for name, sizes in layers.items()} if bias else {})
+
+
+def repeat_block(prefix: str, count: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of numbered blocks that are all alike."""
+    return {f"{prefix}.{number}.{name}": shape for number in range(count) for name, shape in shapes.items()}

@@ -1,0 +1,60 @@
+"""Wan's answers to the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.models.wan import components as building
+from diffsynth_core.models.wan import encode, forward
+from diffsynth_core.models.wan import tiny as rehearsal
+from diffsynth_core.models.wan.spec import WAN
+
+
+class Wan(Family):
+    """Each method is one call into the module of its name."""
+
+    facts = WAN
+
+    def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
+        return building.config_of(files, shapes)
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        return building.build(component, config)
+
+    def load_tokenizer(self, parameter: str, folder: Path) -> Any:
+        return building.load_tokenizer(folder)
+
+    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
+        match encoder.name:
+            case "text":
+                return encode.encode_text(components, sample["prompt"])
+            case "image":
+                return encode.encode_image(components["image_encoder"], sample["video"], encoder.inputs)
+            case "latents_with_condition":
+                return encode.encode_with_condition(components["vae"], sample["video"], encoder.inputs)
+            case "latents_with_first_given":
+                return encode.encode_with_first_given(components["vae"], sample["video"])
+            case _:
+                return encode.encode_latents(components["vae"], sample["video"])
+
+    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def collate(self, encoded: Sequence[Encoded]) -> Encoded:
+        return forward.collate(encoded)
+
+    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+        return forward.sigmas(steps)
+
+    def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
+        return forward.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
+        building.checkpoint_gradients(component, module)
+
+    def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
+        rehearsal.write_tiny_weights(base, component, model_id, pattern)

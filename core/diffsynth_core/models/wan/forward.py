@@ -1,0 +1,76 @@
+"""Batches, sigmas and the prediction of Wan's transformer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffsynth_core.models.wan.captions import MAX_TOKENS
+
+TRAINING_STEPS = 1000
+SHIFT = 5.0
+"""Shift of the training sigmas."""
+STACKED = ("latents", "condition", "image_embeds", "given")
+
+
+def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00498.
+
+    s = linspace(1, 0, steps + 1) without its last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers with
+    shift 5).
+    """
+    base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
+
+
+def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Encoded samples of one latent shape -> a batch.
+
+    Returns: `prompt_embeds` `[B, 512, 4096]`, zero behind each caption; what the samples hold of `latents`
+    `[B, C, F, h, w]`, `condition` `[B, 20, F, h, w]`, `image_embeds` `[B, 257 N, 1280]`, `given` `[B, 1, F, 1, 1]`.
+    """
+    texts = [pad(text, (0, 0, 0, MAX_TOKENS - len(text))) for text in (sample["prompt_embeds"] for sample in encoded)]
+    batch = {"prompt_embeds": torch.stack(texts)}
+    return batch | {name: torch.stack([sample[name] for sample in encoded]) for name in STACKED if name in encoded[0]}
+
+
+def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The transformer called as diffusers' pipelines call it: timestep = 1000 sigma, 0 for latents that are given.
+
+    Args:
+        noisy: `[B, C, F, h, w]` float32.
+        sigma: `[B]` float32.
+
+    Returns: `[B, C, F, h, w]`.
+    """
+    states = torch.cat([noisy, batch["condition"].float()], dim=1) if "condition" in batch else noisy
+    timestep = sigma * TRAINING_STEPS
+    if "given" in batch:
+        timestep = token_timesteps(timestep, batch["given"], noisy.shape, transformer.config.patch_size)
+    images = batch.get("image_embeds")
+    if images is not None:
+        images = _one_by_one(images, transformer.config.pos_embed_seq_len).to(transformer.dtype)
+    (prediction,) = transformer(
+        hidden_states=states.to(transformer.dtype),
+        timestep=timestep,
+        encoder_hidden_states=batch["prompt_embeds"].to(transformer.dtype),
+        encoder_hidden_states_image=images,
+        return_dict=False,
+    )
+    return prediction  # type: ignore[no-any-return]
+
+
+def token_timesteps(timestep: Tensor, given: Tensor, shape: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """A timestep for every token, 0 for those of latents that are given: `[B]` -> `[B, F (h / 2) (w / 2)]`."""
+    _, _, frames, height, width = shape
+    by_frame = timestep[:, None] * (1 - given.float().view(len(timestep), frames))  # [B, F]
+    return by_frame.repeat_interleave((height // patch_size[1]) * (width // patch_size[2]), dim=1)
+
+
+def _one_by_one(images: Tensor, two_images_tokens: int | None) -> Tensor:
+    """The states of two images as a batch of images, which is how the transformer with two of them wants them."""
+    if two_images_tokens is None:
+        return images
+    return images.reshape(-1, two_images_tokens // 2, images.shape[-1])

@@ -1,0 +1,260 @@
+"""What Wan's models are made of. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.models.size_facts import LatentFacts, StateFacts
+from diffsynth_core.models.spec import (
+    ComponentFacts,
+    EncoderFacts,
+    FamilyFacts,
+    Fit,
+    Layout,
+    Medium,
+    Shapes,
+    TokenizerFacts,
+    UnsupportedCheckpoint,
+    Variant,
+)
+from diffsynth_core.models.wan import captions, keys
+from diffsynth_core.models.wan.memory import EMBEDDER, FRAMES_PER_LATENT, IMAGE_TOKENS, MEMORY
+from diffsynth_core.models.wan.sizes import PUBLISHED
+
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
+"""Repository with safetensors copies of the files that Wan's own repositories hold pickled."""
+
+PICKLED_FILES = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "Wan2.1_VAE.pth",
+    "Wan2.2_VAE.pth",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+)
+
+TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=captions.TEXT)
+OF_VAE = LatentFacts(channels=16, factor=8)
+LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
+MASK_CHANNELS = FRAMES_PER_LATENT
+"""Beside the latents of the frames shown: a bit for each of the frames in a latent one."""
+CLIPS = Medium("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT, usual_pixels=832 * 480)
+TI2V_NAME = "-TI2V-"
+"""In the names of repositories of TI2V."""
+PATCH = 4
+"""Latent values in a token: patches of 1 x 2 x 2."""
+FRAMES = ("input_image", "end_image")
+"""Extra inputs: the first and the last frame of the clip, which the model is shown."""
+TEXT_TO_VIDEO = Variant(
+    title="Wan (text to video)",
+    model_id="Wan-AI/Wan2.1-T2V-1.3B",
+    components=("dit", "text_encoder", "vae"),
+    encoders=(TEXT, LATENTS),
+    medium=CLIPS,
+)
+
+
+def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
+    """What a transformer is trained for, told by the channels it takes and makes, and by its image embedder.
+
+    16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
+    the VAE of Wan 2.2. Without the transformer the components around it and what is shown to it tell.
+
+    Raises:
+        DiffSynthError: for a kind that is not trained here, such as those led by a control video.
+    """
+    if "dit" not in shapes:
+        return _without_transformer(shapes, inputs, origin)
+    transformer = shapes["dit"]
+    taken = transformer.get("patch_embedding.weight", (0, 16))[1]
+    made = transformer.get("proj_out.weight", (16 * PATCH,))[0] // PATCH
+    if (taken, made) == (48, 48):
+        return _text_and_image_to_video(inputs)
+    if (taken, made) == (36, 16):
+        return _image_to_video(
+            inputs,
+            image_encoder=f"{EMBEDDER}.image_embedder.norm1.weight" in transformer,
+            two_images=f"{EMBEDDER}.image_embedder.pos_embed" in transformer,
+        )
+    if (taken, made) != (16, 16):
+        raise DiffSynthError(
+            f"the transformer has {taken} input and {made} output channels: this variant of Wan is not supported yet",
+            "use a transformer of text to video (16, 16), image to video (36, 16) or Wan 2.2 TI2V (48, 48)",
+        )
+    return TEXT_TO_VIDEO
+
+
+def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
+    """The kind of model that has these other components and is shown these frames: Wan 2.1 is the one with an image
+    encoder, and of Wan 2.2 only TI2V has a VAE of 48 channels, which its name tells where no file does."""
+    if "image_encoder" in shapes:
+        return _image_to_video(inputs, image_encoder=True, two_images="end_image" in inputs)
+    vae = shapes.get("vae", {})
+    if vae.get("post_quant_conv.weight", (0,))[0] == 48 or (not vae and TI2V_NAME in origin):
+        return _text_and_image_to_video(inputs)
+    if "input_image" in inputs:
+        return _image_to_video(inputs, image_encoder=False, two_images=False)
+    return TEXT_TO_VIDEO
+
+
+def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bool) -> Variant:
+    """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
+    shown = tuple(name for name in FRAMES if name in inputs)
+    channels = 2 * OF_VAE.channels + MASK_CHANNELS
+    latents = EncoderFacts(
+        name="latents_with_condition",
+        component="vae",
+        columns=("video",),
+        inputs=shown,
+        latents=LatentFacts(channels, OF_VAE.factor),
+    )
+    image = EncoderFacts(
+        name="image",
+        component="image_encoder",
+        columns=("video",),
+        inputs=shown if two_images else (),
+        first_frame_only=not two_images,
+        states=StateFacts(
+            IMAGE_TOKENS * (max(1, len(shown)) if two_images else 1),
+            1280,
+            (f"{EMBEDDER}.image_embedder.norm1.weight", 0),
+        ),
+    )
+    return Variant(
+        title="Wan (image to video)",
+        model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_encoder else "Wan-AI/Wan2.2-I2V-A14B",
+        components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
+        encoders=(TEXT, latents, *((image,) if image_encoder else ())),
+        medium=CLIPS,
+        takes=FRAMES,
+        needs=FRAMES if two_images else FRAMES[:1],
+    )
+
+
+def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
+    """TI2V: the first latent frame, when it is shown, stands clean among the others."""
+    shown = "input_image" in inputs
+    latents = LatentFacts(channels=48, factor=16)
+    given = EncoderFacts(
+        name="latents_with_first_given", component="vae", columns=("video",), inputs=FRAMES[:1], latents=latents
+    )
+    return Variant(
+        title="Wan 2.2 TI2V",
+        model_id="Wan-AI/Wan2.2-TI2V-5B",
+        components=("dit", "text_encoder", "vae"),
+        encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
+        medium=Medium("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
+        takes=FRAMES[:1],
+        given_frames=1 if shown else 0,
+    )
+
+
+WAN = FamilyFacts(
+    name="wan",
+    title="Wan",
+    model_ids=("Wan-AI/Wan2.?-*", "PAI/Wan2.?-Fun-*InP"),
+    components=(
+        ComponentFacts(
+            name="dit",
+            title="diffusion transformer",
+            layouts=(
+                Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT, keys.DIT),
+                Layout(keys.DIT_DIFFUSERS_SIGNATURE, documented=keys.DIT),
+            ),
+            places=(
+                *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
+                *("transformer/*", "transformer_2/*"),
+            ),
+            config_classes=("*WanModel", "WanTransformer3DModel"),
+            lora_targets=keys.LORA_TARGETS,
+            modules=keys.DIT_MODULES,
+            dialects={"diffusers": keys.DIT},
+        ),
+        ComponentFacts(
+            name="text_encoder",
+            title="UMT5 text encoder",
+            layouts=(
+                Layout(keys.TEXT_ENCODER_ORIGINAL_SIGNATURE, keys.TEXT_ENCODER, keys.TEXT_ENCODER),
+                Layout(keys.TEXT_ENCODER_DIFFUSERS_SIGNATURE, documented=keys.TEXT_ENCODER),
+            ),
+            places=("models_t5*", "text_encoder/*"),
+        ),
+        ComponentFacts(
+            name="vae",
+            title="VAE",
+            layouts=(
+                Layout(keys.VAE_2_1_ORIGINAL_SIGNATURE, keys.VAE_2_1, keys.VAE_2_1),
+                Layout(keys.VAE_2_1_DIFFUSERS_SIGNATURE, documented=keys.VAE_2_1),
+                Layout(keys.VAE_2_2_ORIGINAL_SIGNATURE, keys.VAE_2_2, keys.VAE_2_2),
+                Layout(keys.VAE_2_2_DIFFUSERS_SIGNATURE, documented=keys.VAE_2_2),
+            ),
+            places=("Wan2.?_VAE*", "vae/*"),
+            config_classes=("AutoencoderKLWan",),
+            untrainable=keys.unused_in_vae,
+        ),
+        ComponentFacts(
+            name="image_encoder",
+            title="CLIP image encoder",
+            layouts=(
+                Layout(keys.IMAGE_ENCODER_ORIGINAL_SIGNATURE, keys.IMAGE_ENCODER, keys.IMAGE_ENCODER),
+                Layout(keys.IMAGE_ENCODER_DIFFUSERS_SIGNATURE, keys.IMAGE_ENCODER_DIFFUSERS, keys.IMAGE_ENCODER),
+                Layout(keys.IMAGE_ENCODER_FLAT_SIGNATURE, documented=keys.IMAGE_ENCODER),
+            ),
+            places=("models_clip*", "image_encoder/*"),
+            untrainable=keys.unused_in_image_encoder,
+        ),
+    ),
+    denoiser="dit",
+    second_denoiser="dit2",
+    variant=variant,
+    text_column="prompt",
+    frame_inputs=FRAMES,
+    later_inputs=(
+        *("control_video", "reference_image", "vace_video", "vace_video_mask", "vace_reference_image"),
+        *("camera_control_direction", "camera_control_speed", "motion_bucket_id", "vap_video"),
+        *("input_audio", "s2v_pose_video", "animate_pose_video", "animate_face_video"),
+    ),
+    memory=MEMORY,
+    published=PUBLISHED,
+    tokenizers={
+        "tokenizer_path": TokenizerFacts(
+            "text_encoder",
+            ("google/umt5-xxl", "../tokenizer"),
+            "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl",
+            layouts=(("tokenizer.json",),),
+            model="Unigram",
+            embedding="shared.weight",
+        )
+    },
+    fits=(
+        Fit("text_encoder", ("shared.weight", 1), (f"{EMBEDDER}.text_embedder.linear_1.weight", 1), "text states"),
+        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=PATCH),
+        Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
+    ),
+    not_trained={
+        "*Wan*-Camera*:*diffusion_pytorch_model*": "Wan Fun Control-Camera (camera control)",
+        "*Wan*-Fun-*Control*:*diffusion_pytorch_model*": "Wan Fun Control (control video)",
+        "*VACE*:*diffusion_pytorch_model*": "Wan VACE",
+        "Wan-AI/Wan*-S2V-*:*diffusion_pytorch_model*": "Wan S2V (speech to video)",
+        "Wan-AI/Wan*-Animate-*:*": "Wan Animate",
+        "Wan-AI/Wan-Dancer-*:*": "Wan Dancer",
+        "ByteDance/Video-As-Prompt-Wan*:*diffusion_pytorch_model*": "Video-As-Prompt",
+        "DiffSynth-Studio/Wan*-speedcontrol-*:*": "Wan with a motion controller",
+        "meituan-longcat/LongCat-Video:*": "LongCat-Video",
+        "krea/krea-realtime-video:*": "Krea Realtime",
+    },
+    lookalikes=(
+        UnsupportedCheckpoint(
+            "a Wan Fun Control-Camera transformer (camera control), which is not supported yet",
+            "dit",
+            frozenset({"control_adapter.conv.weight"}),
+        ),
+        UnsupportedCheckpoint(
+            "a Wan Fun Control transformer with a reference image, which is not supported yet",
+            "dit",
+            frozenset({"ref_conv.weight", "head.modulation"}),
+        ),
+        UnsupportedCheckpoint(
+            "a Wan VACE transformer, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
+        ),
+    ),
+    copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
+)

@@ -1,0 +1,148 @@
+"""Which files of the hubs a run needs: weights, their config.json, tokenizers and processors. No torch."""
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.recipes import recipe_names
+from diffsynth_core.config.resolve import Resolved, resolve_stages
+from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.errors import raise_if_any
+from diffsynth_core.hub.client import Repository
+from diffsynth_core.hub.file_requests import Place, Wanted
+from diffsynth_core.hub.model_files import download_command, expand_local, split_entry
+from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model
+from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts
+from diffsynth_core.planning.replaced import local_components, without_replaced
+from diffsynth_core.planning.two_stage import components_of
+
+CONFIG = "config.json"
+
+
+def wanted_files(parameters: Parameters, family: str | None) -> list[Wanted]:
+    """What a run with these parameters needs of the hubs; nothing of what it names by paths of its own.
+
+    `family`: the one of the recipe; None: that of the repositories.
+    """
+    facts = _facts(parameters.model_id_with_origin_paths, family)
+    wanted = [item for entry in needed_entries(parameters, family) for item in wanted_of_entry(entry, facts)]
+    if facts and TASKS[parameters.task].encodes:
+        wanted += _wanted_tokenizers(parameters, facts)
+    return list(dict.fromkeys(wanted))
+
+
+def wanted_of_stages(stages: Sequence[Resolved]) -> list[Wanted]:
+    """What the runs of one command need, each file once."""
+    used = map(without_replaced, stages)
+    found = [item for resolved in used for item in wanted_files(resolved.parameters, resolved.family)]
+    return list(dict.fromkeys(found))
+
+
+def wanted_of_recipe(recipe: str) -> list[Wanted]:
+    """What all stages of a recipe need.
+
+    Raises:
+        FaultsFound: when there is no such recipe.
+    """
+    stages = resolve_stages({"recipe": recipe})
+    raise_if_any([problem for resolved in stages for problem in resolved.problems])
+    return wanted_of_stages(stages)
+
+
+def wanted_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[Wanted]:
+    """The files of one `model_id:glob`, with the config.json beside them; none of a path of one's own.
+
+    A copy that the family knows stands in where nothing but the copy is on disk, or on the hub.
+    """
+    parts = split_entry(entry)
+    if parts is None or expand_local(entry):
+        return []
+    model_id, pattern = parts
+    name = pattern.rpartition("/")[2]
+    copy = split_entry(facts.copies.get(name, "")) if facts else None
+    weights = Wanted(tuple(_place(*place) for place in (parts, copy) if place))
+    folder = posixpath.dirname(pattern)
+    if any(character in folder for character in "*?["):
+        return [weights]
+    return [weights, Wanted((_place(model_id, posixpath.join(folder, CONFIG)),), optional=True)]
+
+
+def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
+    """The entries whose files a run cannot do without: the first half of split training does without the transformer,
+    the second without what has encoded."""
+    entries, task = parameters.model_id_with_origin_paths, TASKS[parameters.task]
+    facts = FAMILIES.get(family or "")
+    if facts is None or (task.encodes and task.trains):
+        return list(entries)
+    needed = components_of(task, facts.variant({}, parameters.extra_inputs, ""))
+
+    def is_idle(entry: str) -> bool:
+        model_id, place = split_entry(entry) or ("", entry)
+        component = component_at(place, facts, model_id)
+        if component is None:
+            return False
+        return component.name not in needed if task.trains else component.name == facts.denoiser
+
+    return [entry for entry in entries if not is_idle(entry)]
+
+
+def command_that_brings(entry: str, recipe: str | None) -> str:
+    """The command that downloads the files of an entry: with all others of the recipe, where it is one of them."""
+    if recipe in recipe_names():
+        stages = resolve_stages({"recipe": recipe})
+        if any(entry in resolved.parameters.model_id_with_origin_paths for resolved in stages):
+            return f"diffsynth download {recipe}"
+    return download_command(entry)
+
+
+def _facts(entries: tuple[str, ...], family: str | None) -> FamilyFacts | None:
+    """The family named, else the first that has one of the repositories."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    parts = (split_entry(entry) for entry in entries)
+    return next((facts for part in parts if part and (facts := family_of_model(part[0]))), None)
+
+
+def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[Wanted]:
+    """Tokenizers and processors: of each the folder that is named, else those beside the component's files, and the
+    family's own."""
+    for parameter, tokenizer in facts.tokenizers.items():
+        if tokenizer.inputs and not set(tokenizer.inputs) & set(parameters.extra_inputs):
+            continue
+        given: str | None = getattr(parameters, parameter)
+        if given:
+            named = [] if Path(given).expanduser().is_dir() else [given]
+        else:
+            named = _named_tokenizers(parameters, facts, tokenizer)
+        if places := [_folder(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
+            yield Wanted(tuple(places))
+
+
+def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
+    """Where a tokenizer is looked for that is not named; nowhere on the hubs when one lies beside files of one's own,
+    or when nothing of its component is named."""
+    beside = [
+        f"{model_id}:{path}"
+        for model_id, place in filter(None, map(split_entry, parameters.model_id_with_origin_paths))
+        if (component := component_at(place, facts, model_id)) and component.name == tokenizer.component
+        for folder in tokenizer.folders
+        if not (path := posixpath.normpath(posixpath.join(posixpath.dirname(place), folder))).startswith("..")
+    ]
+    files = local_components(parameters, facts).get(tokenizer.component)
+    own = [files.paths[0].parent / folder for folder in tokenizer.folders] if files else []
+    if any(folder.is_dir() for folder in own) or not (beside or files):
+        return []
+    return list(dict.fromkeys([*beside, tokenizer.default]))
+
+
+def _place(model_id: str, pattern: str) -> Place:
+    """The place of a glob; one that ends in `/` stands for what is in the folder."""
+    return Place(Repository("model", model_id), (pattern + "*" if pattern.endswith("/") else pattern,))
+
+
+def _folder(model_id: str, folder: str, tokenizer: TokenizerFacts) -> Place:
+    """The place of a tokenizer: all of its folder, and nothing where no layout of it is whole."""
+    folder = folder.rstrip("/")
+    layouts = tuple(tuple(f"{folder}/{name}" for name in layout) for layout in tokenizer.layouts)
+    return Place(Repository("model", model_id), (f"{folder}/*",), layouts)

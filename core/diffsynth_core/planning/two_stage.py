@@ -1,0 +1,250 @@
+"""The two halves of split training: what the first may write into, and what the second finds there. No torch."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.config.documents import format_value
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.config.tasks import TASKS, Task
+from diffsynth_core.data.encoded_samples import (
+    MANIFEST,
+    EncodedSamples,
+    holds_encoded_samples,
+    read_encoded,
+    unexpected_files,
+)
+from diffsynth_core.data.metadata import find_metadata
+from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.models.spec import FamilyFacts, Variant
+from diffsynth_core.planning.output import place_faults
+
+IMAGE_SIZES = ("height", "width", "max_pixels")
+VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
+
+
+def sizes_of(parameters: Parameters, variant: Variant) -> dict[str, Any]:
+    """The parameters that decide at which size and length samples are encoded."""
+    names = VIDEO_SIZES if variant.medium.kind == "video" else IMAGE_SIZES
+    return {name: getattr(parameters, name) for name in names}
+
+
+def encoders_of(variant: Variant) -> dict[str, list[Any]]:
+    """What tells the encodings of one kind of model from those of another: encoder -> version and extra inputs."""
+    return {encoder.name: [encoder.version, list(encoder.inputs)] for encoder in variant.encoders}
+
+
+def encoding_components(variant: Variant) -> frozenset[str]:
+    """The components that encode samples."""
+    return frozenset(encoder.component for encoder in variant.encoders)
+
+
+def components_of(task: Task, variant: Variant) -> frozenset[str]:
+    """The components that a task loads, of those that the kind of model has."""
+    encoding = encoding_components(variant)
+    if not task.trains:
+        return encoding
+    return frozenset(variant.components) - (frozenset() if task.encodes else encoding)
+
+
+def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
+    """Components that are named to train, or to be changed, although what they make is kept between the halves."""
+    if task.encodes and task.trains:
+        return []
+    named = {"trainable_models": parameters.trainable_models, "lora_base_model": (parameters.lora_base_model,)}
+    hints = dict.fromkeys(named, f"train it with `--task {task.objective}`, or remove it")
+    if not task.encodes:
+        named["preset_lora_model"] = (parameters.preset_lora_model,)
+        hints["preset_lora_model"] = f"pass it to `{task.first_half}` instead"
+    encoding = encoding_components(variant)
+    return [
+        Problem(
+            f"`{parameter}` names `{component}`, but `{task.first_half}` precomputes the encodings of all samples with it",
+            hints[parameter],
+            wrong_use=True,
+        )
+        for parameter, components in named.items()
+        for component in (name.partition(".")[0] for name in components if name)
+        if component in encoding
+    ]
+
+
+def encoded_in_place_of_dataset(parameters: Parameters) -> Problem | None:
+    """The problem that the dataset folder of a task which reads media holds encoded samples."""
+    folder, task = parameters.dataset_base_path, TASKS[parameters.task]
+    if not holds_encoded_samples(folder):
+        return None
+    what = f"`dataset_base_path` `{folder}` contains encoded samples, but `{task.name}` reads images or videos"
+    return Problem(what, f"train on them with `--task {task.second_half}`, or pass the dataset", wrong_use=True)
+
+
+def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples | None:
+    """What the first half wrote, for the second; None when it is not there, not whole or for another task.
+
+    Adds to `problems`.
+    """
+    parameters = resolved.parameters
+    folder, task = parameters.dataset_base_path, TASKS[parameters.task]
+    if parameters.dataset_metadata_path:
+        what = f"`dataset_metadata_path` has no effect with `{task.name}`, which reads no metadata"
+        problems.append(Problem(what, "remove it", wrong_use=True))
+    refusal = _refusal(folder, task)
+    if refusal:
+        problems.append(refusal)
+        return None
+    try:
+        encoded = read_encoded(folder)
+    except DiffSynthError as error:
+        problems += error.problems
+        return None
+    if not encoded.complete or encoded.origin.objective != task.objective:
+        problems.append(_unfit(encoded, task))
+        return None
+    problems += _damage(encoded)
+    problems += _other_values(resolved, encoded)
+    if _same(parameters.output_path, folder):
+        what = f"`output_path` is the folder `{folder}` of encoded samples that the run reads"
+        problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
+    return encoded
+
+
+def _refusal(folder: Path, task: Task) -> Problem | None:
+    """Why a folder can hold no encoded samples."""
+    if holds_encoded_samples(folder):
+        return None
+    make = f"create them with `--task {task.first_half} --output_path {folder}`"
+    if not folder.is_dir():
+        what = f"the folder of encoded samples `{folder}` (`dataset_base_path`) does not exist"
+        return Problem(what, make)
+    if find_metadata(folder, None):
+        what = f"`dataset_base_path` `{folder}` is a dataset, but `{task.name}` reads encoded samples"
+        return Problem(
+            what, f"encode it with `--task {task.first_half}`, or pass `--task {task.objective}`", wrong_use=True
+        )
+    what = f"`dataset_base_path` `{folder}` contains no encoded samples: `{MANIFEST}` is missing"
+    return Problem(what, make, wrong_use=True)
+
+
+def _unfit(encoded: EncodedSamples, task: Task) -> Problem:
+    """The problem that encoded samples are not all there, or made for another objective."""
+    folder, made_by = encoded.folder, TASKS[encoded.origin.objective]
+    if made_by.objective != task.objective:
+        what = f"`{folder}` was written by `{made_by.first_half}`, but `{task.name}` reads the output of `{task.first_half}`"
+        hint = f"pass `--task {made_by.second_half}`, or encode the dataset with `--task {task.first_half}`"
+        return Problem(what, hint, wrong_use=True)
+    what = f"precomputation in `{folder}` did not finish: `{task.first_half}` was interrupted"
+    return Problem(what, f"run the command of `{task.first_half}` again to resume it")
+
+
+def _damage(encoded: EncodedSamples) -> list[Problem]:
+    """How the files of a folder differ from those that belong to it."""
+    folder, expected = encoded.folder, dict(encoded.paths())
+    faults = {
+        "are missing": [path for path in expected if not path.is_file()],
+        "have the wrong size": [
+            path for path, size in expected.items() if path.is_file() and path.stat().st_size != size
+        ],
+    }
+    problems = [
+        Problem(
+            f"`{folder}`: {len(paths)} of {len(expected)} encodings {what}; the first is "
+            f"`{paths[0].relative_to(folder)}`",
+            "run the `:data_process` command again to encode what is missing",
+        )
+        for what, paths in faults.items()
+        if paths
+    ]
+    unexpected = unexpected_files(folder, {*expected, folder / MANIFEST})
+    if unexpected:
+        what = f"`{folder}` contains {len(unexpected)} files that are not part of its encoded samples: {shorten(unexpected)}"
+        problems.append(Problem(what, "move them elsewhere, or encode into a separate folder"))
+    return problems
+
+
+def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
+    """Flags, and keys of a file, that ask for something else than what was encoded; a recipe is for both halves."""
+    origin, parameters = encoded.origin, resolved.parameters
+    made: dict[str, Any] = {**origin.sizes, "extra_inputs": tuple(origin.extra_inputs)}
+    return [
+        Problem(
+            f"`{name}` is `{format_value(getattr(parameters, name))}`, but the samples in `{encoded.folder}` were "
+            f"encoded with {_shown(value)}",
+            "remove it, or encode them again",
+            wrong_use=True,
+        )
+        for name, value in made.items()
+        if resolved.given(name) and not resolved.origins[name].startswith("recipe ")
+        if getattr(parameters, name) != value
+    ]
+
+
+def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant) -> list[Problem]:
+    """Why samples that were encoded for one model cannot be trained on with another."""
+    origin = encoded.origin
+    if origin.family == facts.name and origin.encoders == encoders_of(variant):
+        return []
+    what = f"the samples in `{encoded.folder}` were encoded for {origin.kind}, but the model is {variant.title}"
+    return [Problem(what, "use a model of that kind, or encode them for this one", wrong_use=True)]
+
+
+def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str, fingerprint: str) -> dict[str, Any]:
+    """What of the origin of encoded samples is known before files are hashed, by the names of `Origin`."""
+    return {
+        "objective": TASKS[parameters.task].objective,
+        "kind": variant.title,
+        "encoders": encoders_of(variant),
+        "extra_inputs": list(parameters.extra_inputs),
+        "sizes": sizes_of(parameters, variant),
+        "precision": mixed_precision,
+        "dataset_fingerprint": fingerprint,
+    }
+
+
+def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[Problem]) -> None:
+    """Add to `problems` when the folder that encoded samples are to be written into is neither empty nor theirs.
+
+    `now`: what of their origin is known before files are hashed.
+    """
+    folder = parameters.output_path
+    faults = place_faults(folder, "output_path")
+    problems += faults
+    if faults or not folder.is_dir():
+        return
+    if not holds_encoded_samples(folder):
+        if unexpected_files(folder, set()):
+            what = f"`output_path` `{folder}` is not empty and contains no encoded samples"
+            problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
+        return
+    try:
+        origin = read_encoded(folder).origin
+    except DiffSynthError as error:
+        problems += error.problems
+        return
+    before = origin.sizes | {name: getattr(origin, name) for name in now if name != "sizes"}
+    after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
+    for name, value in after.items():
+        if before.get(name) != value:
+            what = f"`output_path` `{folder}` contains samples encoded with other settings: {_difference(name, before.get(name), value)}"
+            problems.append(
+                Problem(what, "choose another `--output_path`, or encode with the same settings", wrong_use=True)
+            )
+            return
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    """One difference between two origins, in words."""
+    if name == "dataset_fingerprint":
+        return "the dataset has changed"
+    if name == "encoders":
+        return "they were encoded for another kind of model"
+    return f"`{name}` was {_shown(before)}, now it is {_shown(after)}"
+
+
+def _shown(value: Any) -> str:
+    return "blank" if value in (None, (), []) else f"`{format_value(value)}`"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,0 +1,235 @@
+"""What weight files of a model hold: components apart by prefix, weights apart from what only tells how to read them.
+
+Files that ComfyUI and its tools write put several components into one file, each below a prefix, and store matrices as
+8-bit floats with a scale beside them (W = stored x scale), in two spellings: `<layer>.scale_weight` with the marker
+`scaled_fp8`, and `<layer>.weight_scale` with `<layer>.comfy_quant`. Sources: comfy/utils.py (`convert_old_quants`) and
+QUANTIZATION.md of Comfy-Org/ComfyUI. No torch.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.json_files import as_type, parse_json
+from diffsynth_core.weights.headers import TensorHeader, read_header, read_headers
+from diffsynth_core.weights.values import read_bytes
+from diffsynth_core.weights.weight_sets import Span
+
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+"""Ends of the names of scales; the weight `<layer>.weight` stands before them."""
+QUANT_CONFIG = ".comfy_quant"
+QUANT_METADATA = "_quantization_metadata"
+"""Where files say how a layer is stored: a tensor of JSON bytes beside it, or the metadata of the file."""
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise")
+CHANGES_OF_BASIS = ("convrot", "hadamard", "pre_quant_scale")
+"""Settings of a layer's format under which its weight is more than its stored numbers times a scale."""
+
+FLOAT8_MARKERS = ("scaled_fp8", "comfy_quant", "input_scale", "scale_input")
+"""Last parts of the names of tensors that only say that weights are 8-bit floats, or scale activations for products of
+such: they mean nothing once the weights are wide."""
+NOT_WEIGHTS = (*FLOAT8_MARKERS, "spiece_model", "tekken_model", "logit_scale", "position_ids")
+"""Last parts of the names of tensors that no model computes with: tokenizers too, which ComfyUI puts beside their
+encoders, and what CLIP keeps for its training."""
+PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
+"""Ends of the names of what CLIP has behind its states, which nothing here reads."""
+QUANTISED = (
+    *("absmax", "quant_map", "SCB", "weight_format", "qweight", "qzeros", "wscales", "_weight_qdata"),
+    *("nested_absmax", "nested_quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
+    *("weight_scale_2", "pre_quant_scale", "weight_scalar", "weight_s_rel"),
+)
+"""Last parts of the names of tensors that stand beside weights in fewer bits: bitsandbytes, GPTQ, AWQ, SVDQuant, and
+ComfyUI's formats of 4 bits."""
+
+_PREFIX = re.compile(
+    r"model\.diffusion_model\.|diffusion_model\.|transformer\.|"
+    r"text_encoders\.\w+\.transformer\.|text_encoders\.|text_encoder(_\d)?\.|"
+    r"vae\.|first_stage_model\.|clip_vision\.|image_encoder\."
+)
+"""How the names of a component begin in files that hold others too, or that ComfyUI and diffusers' tools write."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a stored weight is to be multiplied by; `name` in the files."""
+
+    name: str
+    header: TensorHeader
+
+
+@dataclass(frozen=True)
+class BaseTensors:
+    """The weights among the tensors of files, by their names there, and the scales of those that have one."""
+
+    weights: Mapping[str, TensorHeader]
+    scales: Mapping[str, Scale]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands below one prefix in files: a component, as a rule.
+
+    `tensors` and `scales`: of weights, by their names behind the prefix.
+    """
+
+    prefix: str
+    tensors: Mapping[str, TensorHeader]
+    scales: Mapping[str, Scale]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as they are stored, with their scales."""
+        scales = [scale.header for scale in self.scales.values()]
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *scales))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold its weights."""
+        return tuple(dict.fromkeys(tensor.path for tensor in self.tensors.values()))
+
+
+def read_parts(paths: Sequence[Path], origin: str | None = None) -> list[Part]:
+    """The parts of one model's files.
+
+    Raises:
+        DiffSynthError: as `read_headers` and `find_weights`.
+    """
+    origin = ", ".join(map(str, paths)) if origin is None else origin
+    return parts_of(find_weights(origin, read_headers(paths)))
+
+
+def find_weights(origin: str, tensors: Mapping[str, TensorHeader]) -> BaseTensors:
+    """Tell weights from their scales and from what is none.
+
+    Raises:
+        DiffSynthError: when weights are stored in fewer bits than can be read, or a scale fits no weight.
+    """
+    quantised = [name for name in tensors if name.rpartition(".")[2] in QUANTISED]
+    if quantised:
+        raise _quantised(origin, quantised)
+    scales: dict[str, Scale] = {}
+    for name in tensors:
+        ending = next((ending for ending in WEIGHT_SCALES if name.endswith(ending)), None)
+        if ending is None:
+            continue
+        weight = name.removesuffix(ending) + ".weight"
+        _check_scale(origin, weight, name, tensors)
+        if weight in scales:
+            raise DiffSynthError(
+                f"`{origin}` has two scales for `{weight}`: `{scales[weight].name}` and `{name}`",
+                "download the file again",
+            )
+        scales[weight] = Scale(name, tensors[name])
+    if scales or any(name.endswith(QUANT_CONFIG) for name in tensors):
+        _check_formats(origin, scales, tensors)
+    left_out = {*(scale.name for scale in scales.values()), *filter(_is_no_weight, tensors)}
+    return BaseTensors({name: tensor for name, tensor in tensors.items() if name not in left_out}, scales)
+
+
+def parts_of(found: BaseTensors) -> list[Part]:
+    """The weights by prefix, in the order in which the prefixes come; names without a known one are together."""
+    weights: dict[str, dict[str, TensorHeader]] = {}
+    scales: dict[str, dict[str, Scale]] = {}
+    for name, tensor in found.weights.items():
+        match = _PREFIX.match(name)
+        prefix = match[0] if match else ""
+        weights.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+        if name in found.scales:
+            scales.setdefault(prefix, {})[name.removeprefix(prefix)] = found.scales[name]
+    return [Part(prefix, tensors, scales.get(prefix, {})) for prefix, tensors in weights.items()]
+
+
+def scale_grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, int] | None:
+    """Into how many blocks of (rows, columns) a scale divides a weight `[rows, ...]`; None where it does not fit.
+
+    One number is for all, `[rows]` and `[rows, 1]` for each row, `[row blocks, column blocks]` and
+    `[rows, column blocks, 1]` (musubi-tuner) for each block.
+    """
+    sides = list(scale)
+    while len(sides) > 2 and sides[-1] == 1:
+        sides.pop()
+    if all(side == 1 for side in sides):
+        return 1, 1
+    if not weight or len(sides) > 2:
+        return None
+    rows, columns = weight[0], math.prod(weight[1:])
+    down, across = (*sides, 1) if len(sides) == 1 else sides
+    if len(sides) == 1 and down != rows:
+        return None
+    return (down, across) if rows % down == 0 and columns % across == 0 else None
+
+
+def is_float8_marker(name: str) -> bool:
+    """Whether a tensor of the files has no use once no weight is stored in 8-bit floats."""
+    return name.rpartition(".")[2] in FLOAT8_MARKERS
+
+
+def _is_no_weight(name: str) -> bool:
+    return name.rpartition(".")[2] in NOT_WEIGHTS or f".{name}".endswith(tuple(f".{end}" for end in PROJECTIONS))
+
+
+def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, TensorHeader]) -> None:
+    """Refuse a scale without a weight in 8-bit floats, and one of a shape that says nothing."""
+    if weight not in tensors:
+        raise DiffSynthError(
+            f"`{origin}` has the scale `{scale}`, but no `{weight}`", "download the file again, or pass all its shards"
+        )
+    stored, by = tensors[weight], tensors[scale]
+    if stored.dtype not in FLOAT8 or by.dtype not in ("F32", "F16", "BF16", "F64"):
+        raise _quantised(origin, [scale], f"; `{weight}` is {stored.dtype}, its scale {by.dtype}")
+    if scale_grid(by.shape, stored.shape) is None:
+        raise DiffSynthError(
+            f"`{origin}`: the scale `{scale}` of shape {list(by.shape)} does not match `{weight}` of shape {list(stored.shape)}",
+            "use the original weights in bfloat16",
+        )
+
+
+def _quantised(origin: str, names: list[str], more: str = "") -> DiffSynthError:
+    return DiffSynthError(
+        f"`{origin}` contains quantized weights ({shorten(names, 1)}){more}: only scaled fp8 is supported",
+        "use the original weights in bfloat16, or a file in scaled fp8",
+    )
+
+
+def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[str, TensorHeader]) -> None:
+    """Refuse layers of which the file itself says that they are stored in another way than with a scale."""
+    layers = {weight.removesuffix(".weight"): tensors[weight].path for weight in scales}
+    for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
+        for layer, config in _formats_in(path).items():
+            config = {"format": config} if isinstance(config, str) else config
+            told = config.get("format") if isinstance(config, dict) else None
+            turned = [name for name in CHANGES_OF_BASIS if isinstance(config, dict) and config.get(name)]
+            if told not in FLOAT8_FORMATS or turned:
+                name = ", ".join([str(told), *turned])
+                raise _quantised(origin, [f"{layer}{QUANT_CONFIG}"], f"; the format of this layer is `{name}`")
+            if layer not in layers and f"{layer}.weight" in tensors:
+                raise DiffSynthError(
+                    f"`{origin}` declares `{layer}` as {told} with a scale, but contains no scale for it",
+                    "download the file again",
+                )
+
+
+def _formats_in(path: Path) -> dict[str, object]:
+    """What a file says of the formats of its layers."""
+    if path.suffix in PICKLED_ENDINGS:
+        return {}
+    header = read_header(path)
+    found: dict[str, object] = {}
+    try:
+        if QUANT_METADATA in header.metadata:
+            said = as_type(parse_json(header.metadata[QUANT_METADATA]), dict[str, Any])
+            found |= as_type(said.get("layers"), dict[str, Any], "layers")
+        for name in header.tensors:
+            if name.endswith(QUANT_CONFIG):
+                data = read_bytes(Span(path, *header.spans[name]))
+                found[name.removesuffix(QUANT_CONFIG)] = parse_json(data.rstrip(b"\0").decode())
+    except ValueError as error:  # neither UTF-8 nor JSON, or of another type
+        raise DiffSynthError(
+            f"`{path}`: cannot read the layer formats that it declares: {error}", "download the file again"
+        ) from error
+    return found

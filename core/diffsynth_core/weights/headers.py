@@ -1,0 +1,206 @@
+"""What weight files say of their tensors: safetensors headers, read, checked and made without torch, and pickled files.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensor bytes
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.json_files import parse_json
+from diffsynth_core.weights.pickled import read_pickled
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses longer headers."""
+HEADER_ALIGNMENT = 8
+LARGEST_SIDE = 2**63
+"""No side of a tensor can be as long; beside a side of 0 a header could say so."""
+METADATA = "__metadata__"
+GGUF = b"GGUF"
+"""The first bytes of a file of llama.cpp's format. Source: docs/gguf.md of ggml-org/ggml."""
+
+BITS_PER_ELEMENT = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOATING_POINT = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""Formats of weights as they were trained or rounded; `F8_E8M0` holds powers of two alone, which are scales."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of one tensor; `dtype` in safetensors' words, such as `BF16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * BITS_PER_ELEMENT[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """All tensors of one file, its text metadata, and where in the file the bytes of each tensor begin and end."""
+
+    tensors: Mapping[str, TensorHeader]
+    metadata: Mapping[str, str]
+    spans: Mapping[str, tuple[int, int]]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the size of the file.
+
+    Raises:
+        DiffSynthError: when the file is no safetensors file, is cut short, or its header lies about offsets.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            begin = stream.read(8)
+            if begin.startswith(GGUF):
+                raise _gguf(path)
+            length = int.from_bytes(begin, "little")
+            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise _damaged(path, size)
+            content = parse_json(stream.read(length).decode("utf-8"))
+    except OSError as error:
+        raise DiffSynthError(f"cannot read `{path}`: {error.strerror}") from error
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise _damaged(path, size) from error
+    return _parse(path, content, 8 + length, size)
+
+
+def _all_utf8(texts: Iterable[str]) -> bool:
+    """Whether other programs can read and write all texts: JSON may contain an unpaired surrogate."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _gguf(path: Path) -> DiffSynthError:
+    return DiffSynthError(
+        f"`{path}` is a GGUF file, quantized for inference: training and merging do not support it",
+        "use the safetensors file it was made from, in bfloat16 or scaled fp8",
+    )
+
+
+def _damaged(path: Path, size: int) -> DiffSynthError:
+    return DiffSynthError(
+        f"`{path}` ({size} bytes) is not a valid safetensors file: cannot read its header", "download the file again"
+    )
+
+
+def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
+    data_bytes = size - data_begin
+    if not isinstance(content, dict):
+        raise _damaged(path, size)
+    metadata = content.pop(METADATA, {})
+    if not _all_utf8(content):
+        raise _damaged(path, size)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DiffSynthError(f"`{path}`: the metadata in its header must be strings", "download the file again")
+    if not _all_utf8([*metadata, *metadata.values()]):
+        raise _damaged(path, size)
+    tensors: dict[str, TensorHeader] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for name, entry in content.items():
+        try:
+            dtype, shape, (begin, end) = (
+                str(entry["dtype"]),
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            sound = (
+                all(type(side) is int and 0 <= side < LARGEST_SIDE for side in (*shape, begin, end))
+                and end - begin == math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
+            )
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise DiffSynthError(f"`{path}`: the header entry of `{name}` is inconsistent", "download the file again")
+        tensors[name] = TensorHeader(dtype, shape, path)
+        spans[name] = (begin, end)
+    end_of_data = 0
+    for begin, end in sorted(spans.values()):
+        if begin != end_of_data:
+            raise DiffSynthError(
+                f"`{path}`: the tensors in its header overlap or leave gaps", "download the file again"
+            )
+        end_of_data = end
+    if end_of_data != data_bytes:
+        raise DiffSynthError(
+            f"`{path}` is truncated: its header declares {end_of_data} bytes of tensors, found {data_bytes}"
+            if end_of_data > data_bytes
+            else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not declare",
+            "download the file again",
+        )
+    return Header(
+        tensors, metadata, {name: (data_begin + begin, data_begin + end) for name, (begin, end) in spans.items()}
+    )
+
+
+def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The 8 bytes of length and the JSON header, padded with blanks, of a file that holds tensors in this order.
+
+    Args:
+        tensors: (name, dtype in safetensors' words, shape).
+    """
+    content: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shapes_of(tensors: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """Shapes alone, by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
+    """The tensors of several shards together.
+
+    Raises:
+        DiffSynthError: as `read_header`, and when two shards hold the same tensor.
+    """
+    tensors: dict[str, TensorHeader] = {}
+    for path in paths:
+        for name, tensor in _tensors_of(path).items():
+            if name in tensors:
+                raise DiffSynthError(
+                    f"`{name}` is in both `{tensors[name].path}` and `{path}`",
+                    "pass each shard of one model once",
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _tensors_of(path: Path) -> Mapping[str, TensorHeader]:
+    if path.suffix not in PICKLED_ENDINGS:
+        return read_header(path).tensors
+    from diffsynth_core.weights.writing import DTYPE_NAMES
+
+    try:
+        return {
+            name: TensorHeader(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path)
+            for name, tensor in read_pickled(path).items()
+        }
+    except KeyError as error:
+        raise DiffSynthError(f"`{path}` contains tensors of dtype {error}, which is not a dtype of weights") from error

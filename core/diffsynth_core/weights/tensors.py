@@ -1,0 +1,53 @@
+"""Tensors of weight files one by one, whatever the format."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.weights.base_files import Part, Scale, scale_grid
+from diffsynth_core.weights.pickled import read_pickled
+
+
+def iterate_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, on the CPU; each is read when it is asked for. `wanted`: None for all."""
+    from safetensors import safe_open
+
+    if path.suffix in PICKLED_ENDINGS:
+        yield from ((key, tensor) for key, tensor in read_pickled(path).items() if wanted is None or key in wanted)
+        return
+    with safe_open(path, framework="pt", device="cpu") as stream:
+        for key in stream.keys():  # noqa: SIM118 - not a mapping
+            if wanted is None or key in wanted:
+                yield key, stream.get_tensor(key)
+
+
+def iterate_weights(part: Part) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Names behind the prefix, weights as they are stored, and what each is to be multiplied by (`dequantize`)."""
+    scales = {name: read_scale(scale, part.tensors[name].shape) for name, scale in part.scales.items()}
+    names = {part.prefix + name: name for name in part.tensors}
+    for path in part.paths:
+        for key, tensor in iterate_tensors(path, names):
+            yield names[key], tensor, scales.get(names[key])
+
+
+def read_scale(scale: Scale, weight: tuple[int, ...]) -> Tensor:
+    """A scale as float32 `[row blocks, column blocks]` of a weight of this shape."""
+    grid = scale_grid(scale.header.shape, weight)
+    assert grid, "checked when the header was read"
+    (_, tensor), *_ = iterate_tensors(scale.header.path, (scale.name,))
+    return tensor.to(torch.float32).reshape(grid)
+
+
+def dequantize(stored: Tensor, scale: Tensor, rows: int | None = None, begin: int = 0) -> Tensor:
+    """A weight in float32: each block of it times its scale.
+
+    `stored` may be a piece of the weight: rows from `begin` of `rows` in all.
+    """
+    matrix = stored.to(torch.float32).flatten(1) if stored.ndim > 1 else stored.to(torch.float32)[:, None]
+    height = (len(matrix) if rows is None else rows) // len(scale)
+    of_rows = scale[torch.arange(begin, begin + len(matrix)) // height]
+    matrix.view(len(matrix), of_rows.shape[1], -1).mul_(of_rows[:, :, None])
+    return matrix.view(stored.shape)
