@@ -20,7 +20,7 @@ from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_folder, recipe_
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.planning.documents import PAGE, write_documents
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def read_command_line(values) -> Parameters:

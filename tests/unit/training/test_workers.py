@@ -79,7 +79,7 @@ import sys
 from pathlib import Path
 from diffsynth_core.locks import locked
 from diffsynth_core.training.workers import iterate
-from tests.unit.test_workers import Endless
+from tests.unit.training.test_workers import Endless
 
 with locked(Path(sys.argv[1])):
     items = iterate(Endless(), range(4), 2)

@@ -23,7 +23,7 @@ from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.progress import SilentReporter
 from tests.browser import REQUIRED, Browser, browser, missing
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PARTS = ("report.html", "report.css", "report.js")
 EVIL = (
     """</script><script>document.title = "taken"</script><img src=x onerror='document.title="taken"'><!-- "a" & 'b'"""

@@ -26,7 +26,7 @@ from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 from diffsynth_core.progress import SilentReporter, format_bytes
 from tests.validation_corpus import rules_of_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VALIDATION = Path(module.__file__).parent
 COFFEE = Image.fromarray(skimage.data.coffee())
 CHELSEA = Image.fromarray(skimage.data.chelsea())
