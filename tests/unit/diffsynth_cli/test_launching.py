@@ -31,7 +31,7 @@ def test_our_place_of_the_default_configuration_is_that_of_accelerate():
 
     ours = launching.default_config()
     assert ours.name == Path(default_yaml_config_file).name
-    assert Path(default_yaml_config_file).relative_to(hf_cache_home) == ours.relative_to(ours.parents[2])
+    assert Path(default_yaml_config_file).relative_to(hf_cache_home) == ours.relative_to(ours.parents[1])
 
 
 def test_presets_and_files_are_found_by_name(tmp_path, home):
