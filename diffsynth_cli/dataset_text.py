@@ -8,7 +8,7 @@ from rich.text import Text
 
 from diffsynth_cli.printing import printable
 from diffsynth_core.dataset_report.findings import CODES, Finding, Level, Report, Summary
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 
 SHOWN_OF_A_CODE = 5
 STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -60,17 +60,17 @@ def _without_row(finding: Finding) -> str:
 
 def _sum(summary: Summary) -> Iterator[str]:
     """What was looked at, what was found, and why the exit code is what it is."""
-    looked_at = [count_of(summary.rows, "row")]
+    looked_at = [pluralize(summary.rows, "row")]
     if summary.decoded:
         looked_at += [
-            f"{count_of(number, noun)} decoded"
+            f"{pluralize(number, noun)} decoded"
             for number, noun in ((summary.images, "image"), (summary.videos, "video"))
             if number
         ]
     rules = f"the rules of `{summary.recipe}`" if summary.recipe else "rules common to all families (no --recipe given)"
     yield f"{printable(summary.origin)}: {', '.join(looked_at)}; {rules}"
     counts = ((summary.errors, "error"), (summary.warnings, "warning"), (summary.infos, "info"))
-    yield ", ".join(count_of(number, noun) for number, noun in counts)
+    yield ", ".join(pluralize(number, noun) for number, noun in counts)
     if summary.errors:
         yield "exit code 1: the errors would stop or degrade training"
     else:

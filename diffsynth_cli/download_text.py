@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from diffsynth_core.hub.download_plan import DownloadPlan, ListedFile
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 LINES_SHOWN = 60
 """Files told of each repository: more than a model has, fewer than a dataset may have."""
@@ -25,7 +25,7 @@ def plan_lines(plan: DownloadPlan) -> Iterator[str]:
     counts = Counter(listed.state for listed in plan.files)
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
     total = sum(listed.file.size for listed in plan.files)
-    yield f"{count_of(len(plan.files), 'file')}, {format_bytes(total)}: {states}"
+    yield f"{pluralize(len(plan.files), 'file')}, {format_bytes(total)}: {states}"
     for refusal in plan.refusals:
         yield f"Not checked against the hub: {refusal}"
     yield f"To download: {format_bytes(plan.missing_bytes)}; free at `{plan.base}`: {format_bytes(plan.free_bytes)}"
@@ -36,7 +36,9 @@ def result_line(plan: DownloadPlan) -> str:
     if not plan.to_fetch:
         are = "1 file is" if len(plan.files) == 1 else f"All {len(plan.files)} files are"
         return f"{are} already present below `{plan.base}`"
-    return f"Downloaded {count_of(len(plan.to_fetch), 'file')}, {format_bytes(plan.missing_bytes)}, below `{plan.base}`"
+    return (
+        f"Downloaded {pluralize(len(plan.to_fetch), 'file')}, {format_bytes(plan.missing_bytes)}, below `{plan.base}`"
+    )
 
 
 def plan_as_data(plan: DownloadPlan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from diffsynth_core.hub.download import download_absent
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.hub.file_requests import absent
 from diffsynth_core.hub.model_files import MissingFiles
-from diffsynth_core.planning.required_files import wanted_of_stages
+from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.progress import Reporter, SilentReporter, Task
 
 
@@ -29,7 +29,7 @@ def stopped_in_order() -> Iterator[None]:
         raise Interrupted(signal.SIGINT, "the download was interrupted", how) from None
 
 
-def bring_files(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Callable[[Reporter], Any]) -> None:
+def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Callable[[Reporter], Any]) -> None:
     """Fetch what stages name and what is not on disk, once nothing else is wrong with them.
 
     `plan` makes their plans, and raises all that is wrong. Nothing is fetched for a command that would then be refused.
@@ -38,7 +38,7 @@ def bring_files(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Cal
         FaultsFound: all problems, missing files among them, when there are others; what the hub does not give.
     """
     base = model_base_path()
-    wanted = wanted_of_stages(stages)
+    wanted = files_of_stages(stages)
     if downloads_are_off() or any(resolved.incomplete for resolved in stages) or not absent(wanted, base):
         return
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diffsynth_cli.printing import echo, echo_styled, printable
-from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem, beginning
+from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Interrupted, Problem, truncate
 from diffsynth_core.files import default_cache_path
 
 SHOWN_OF_A_NAME = 200
@@ -124,7 +124,7 @@ def _file_problem(error: OSError) -> Problem:
     if isinstance(error, PermissionError):
         what = f"cannot open `{name}`: {error.strerror}"
         return Problem(what, "change its permissions, or remove it from the command")
-    where = f"cannot access `{beginning(str(name), SHOWN_OF_A_NAME)}`" if name else "cannot write a file"
+    where = f"cannot access `{truncate(str(name), SHOWN_OF_A_NAME)}`" if name else "cannot write a file"
     what = f"{where}: {error.strerror}"
     return Problem(what, HINTS_FOR_FILES.get(error.errno or 0, "check the path and the disk it is on"))
 

@@ -20,7 +20,7 @@ from diffsynth_core.planning.memory import (
 )
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, RunSizes, run_sizes
-from diffsynth_core.progress import count_of, format_bytes, format_memory
+from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
         yield f"  {_amount(fetched)}  model files to download, in `{base}`{_free(base, fetched)}"
     if not plan.encoded:
         where = plan.cache if plan.task.trains else plan.parameters.output_path
-        what = f"encodings of {count_of(samples, 'sample')}" if samples else "encodings of each sample"
+        what = f"encodings of {pluralize(samples, 'sample')}" if samples else "encodings of each sample"
         how = "" if run.counted else f", {_letters(plan)}"
         yield f"  {_amount(disk.cache)}  {what}{how}, in `{where}`{_free(where, disk.cache)}"
     if plan.task.trains:
-        many = f"{count_of(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
+        many = f"{pluralize(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint)}"
         what = many if disk.checkpoints else "each checkpoint"
         written = disk.written
-        state = f"{count_of(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, including the one being written)"
+        state = f"{pluralize(disk.states, 'state')} to resume from ({format_bytes(disk.state)} each, including the one being written)"
         where = plan.parameters.output_path
         yield f"  {_amount(written)}  {what} and {state}, in `{where}`{_free(where, written)}"
     yield "  encoding time depends on the GPU and is not estimated"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffsynth_cli.printing import echo, printable
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 if TYPE_CHECKING:
     from diffsynth_core.conversion.plans import FilePlan
@@ -36,7 +36,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
         DiffSynthError: when something cannot be written; nothing is left then.
     """
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_cli.stopping import stopping_cleanly
+    from diffsynth_cli.stopping import handle_sigint
     from diffsynth_core.errors import raise_if_any
     from diffsynth_core.weights.weight_writer import output_problems, write_outputs
 
@@ -44,7 +44,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
     if dry_run:
         raise_if_any(output_problems(plan.outputs, plan.inputs, overwrite))
     else:
-        with stopping_cleanly():
+        with handle_sigint():
             write_outputs(plan.outputs, plan.inputs, reporter, overwrite)
     for note in plan.notes:
         reporter.info(note)
@@ -55,7 +55,7 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
 
 def total_line(plan: "FilePlan", dry_run: bool) -> str:
     """How many files, and their bytes in all."""
-    total = f"{count_of(len(plan.outputs), 'file')}, {format_bytes(sum(plan.sizes.values()))}"
+    total = f"{pluralize(len(plan.outputs), 'file')}, {format_bytes(sum(plan.sizes.values()))}"
     return f"{total} would be written (dry run)" if dry_run else f"{total} written"
 
 
@@ -65,7 +65,7 @@ def files_table(plan: "FilePlan") -> str:
     rows = []
     for output in plan.outputs:
         file = tensors.get(output.path)
-        what = count_of(len(file.tensors), "tensor") if file else "index"
+        what = pluralize(len(file.tensors), "tensor") if file else "index"
         rows.append((printable(str(output.path)), what, format_bytes(plan.sizes[output.path])))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows)

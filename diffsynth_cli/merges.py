@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table, total_line
 from diffsynth_cli.printing import echo, printable
-from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_cli.stopping import handle_sigint
 from diffsynth_core.conversion.add_plan import SumPlan, output_of, plan_sum
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of, plan_merge
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.provenance import InputHashes
-from diffsynth_core.errors import raise_if_any, shorten
+from diffsynth_core.errors import list_names, raise_if_any
 from diffsynth_core.files import model_base_path
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.weight_writer import output_problems
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_
         hashes = InputHashes(plan.hashed)  # which takes its time beside that of importing torch
         from diffsynth_core.conversion.merging import merge
 
-        with stopping_cleanly():
+        with handle_sigint():
             result = merge(plan, hashes, ConsoleReporter(), how.overwrite)
         losses = result.losses
         facts["lost"] = result.loss.share
-    changed = f"{count_of(len(plan.changed), 'tensor')} of {len(base.weights.tensors)} changed"
+    changed = f"{pluralize(len(plan.changed), 'tensor')} of {len(base.weights.tensors)} changed"
     lines = [f"{base.weights.origin}: {base.title}, {changed}"]
     _tell(lines, _summaries(plan), losses, written, facts, how)
 
@@ -78,7 +78,7 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
     ranks = sorted({module.rank for module in plan.modules})
     facts: dict[str, Any] = {"modules": len(plan.modules), "ranks": ranks}
     written = FilePlan((output_of(plan),), plan.inputs)
-    lines = [f"{count_of(len(plan.modules), 'module')} of rank {_span(ranks)}"]
+    lines = [f"{pluralize(len(plan.modules), 'module')} of rank {_span(ranks)}"]
     if plan.dialect:
         facts["to"] = plan.dialect
         lines.append(f"the files have several key formats; written in the format `{plan.dialect}`")
@@ -87,7 +87,7 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
         hashes = InputHashes(plan.inputs)
         from diffsynth_core.conversion.add_loras import add_loras
 
-        with stopping_cleanly():
+        with handle_sigint():
             result = add_loras(plan, hashes, ConsoleReporter(), how.overwrite)
         if rank is not None:
             shares = {name: loss.share for name, loss in result.losses.items()}
@@ -120,10 +120,10 @@ def _tell(
     for summary in summaries:
         if summary.differences:
             reporter.info(
-                f"`{summary.path}`: full-weight differences are added to {count_of(summary.differences, 'tensor')}"
+                f"`{summary.path}`: full-weight differences are added to {pluralize(summary.differences, 'tensor')}"
             )
         if summary.unmatched:
-            left_out = f"{count_of(len(summary.unmatched), 'key')} skipped: {shorten(sorted(summary.unmatched))}"
+            left_out = f"{pluralize(len(summary.unmatched), 'key')} skipped: {list_names(sorted(summary.unmatched))}"
             reporter.warn(f"`{summary.path}`: {left_out}")
     if how.output_format is PlanFormat.JSON:
         loras = [_described(summary, loss) for summary, loss in _with_losses(summaries, losses)]
@@ -170,7 +170,7 @@ def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> l
             _span(summary.scales),
             summary.alpha,
         )
-        left_out = count_of(len(summary.unmatched), "key")
+        left_out = pluralize(len(summary.unmatched), "key")
         rows.append((str(summary.path), *facts, left_out, *([f"{loss.share:.1%}"] if loss else [])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
-from diffsynth_core.errors import shorten
+from diffsynth_core.errors import list_names
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter, count_of, format_bytes, format_count
+from diffsynth_core.progress import Reporter, format_bytes, format_count, pluralize
 
 SHOWN_SIZES = 6
 WARNING = "warning: "
@@ -72,9 +72,9 @@ def _machine_lines(plan: Plan, estimated: bool) -> Iterator[str]:
 def _component_lines(plan: Plan) -> Iterator[str]:
     for name, files in plan.components.items():
         yield f"  {name:<15} {_where(plan, name, files)}{_part(plan, name)}"
-    for name, files in plan.idle.items():
+    for name, files in plan.unused_components.items():
         yield f"  {name:<15} {files.origin}, not loaded by `{plan.task.name}`"
-    if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.idle:
+    if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.unused_components:
         yield f"  without a {plan.facts.denoiser}, the kind of model is inferred from the files and `extra_inputs`: {plan.variant.title}"
     if plan.training.lora_rule:
         yield f"  LoRA is applied to {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
@@ -83,7 +83,7 @@ def _component_lines(plan: Plan) -> Iterator[str]:
     if plan.training.left_out:
         yield f"  excluded: {len(plan.training.left_out)} LoRA modules that receive no gradient: {', '.join(plan.training.left_out)}"
     if plan.training.passed_over:
-        yield f"  no LoRA on {len(plan.training.passed_over)} modules of the same kinds: {shorten(plan.training.passed_over)}"
+        yield f"  no LoRA on {len(plan.training.passed_over)} modules of the same kinds: {list_names(plan.training.passed_over)}"
     if VAE in plan.training.components:
         yield f"  the {VAE} is trained: the prediction target is computed from its latents and changes with them"
 
@@ -93,7 +93,7 @@ def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
     size = format_bytes(file_bytes(plan, component))
     if component not in plan.published:
         below = f" below `{files.prefix}`" if files.prefix else ""
-        there = f"{count_of(len(files.paths), 'file')}{below}, {size}"
+        there = f"{pluralize(len(files.paths), 'file')}{below}, {size}"
     elif plan.published[component].parameters:
         there = f"missing, {size} as published"
     else:
@@ -107,7 +107,7 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         yield f"No dataset: `{parameters.dataset_base_path}` does not exist, so buckets and steps are unknown"
         return
     sizes = Counter(sample.target.shape for sample in samples)
-    yield f"{count_of(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {list_sizes(sizes)}"
+    yield f"{pluralize(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {list_sizes(sizes)}"
     if plan.encoded:
         origin = plan.encoded.origin
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
@@ -165,8 +165,8 @@ def steps_in_words(plan: Plan) -> str:
     """How many optimizer steps a run has, and what they are made of."""
     parameters, steps = plan.parameters, plan.steps
     return (
-        f"{count_of(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
-        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {count_of(plan.world_size, 'process', 'processes')})"
+        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.world_size, 'process', 'processes')})"
     )
 
 
@@ -187,7 +187,7 @@ def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         loads = f"{part.encoder.component} is loaded" if part.missing else f"{part.encoder.component} is not loaded"
         yield f"  {part.encoder.name:<14} " + (
             "encoded in every step (the encoder is being trained)"
-            if part.live
+            if part.online
             else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
         )
 
@@ -211,8 +211,8 @@ def _part(plan: Plan, component: str) -> str:
         parts.append(_kept_in_float8(plan.float8[component]))
     elif has_scales(plan, component):
         parts.append("upcast from scaled 8-bit floats when loaded")
-    if plan.preset and component == plan.preset.component:
-        parts.append(f"`{plan.preset.file.path}` merged into {plan.preset.changes}")
+    if plan.fused_lora and component == plan.fused_lora.component:
+        parts.append(f"`{plan.fused_lora.file.path}` merged into {plan.fused_lora.changes}")
     if component in plan.training.full:
         parts.append("trained in full")
     if modules := plan.training.parts.get(component):
@@ -237,4 +237,4 @@ def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:
 
 def format_size(shape: tuple[int, int, int]) -> str:
     frames, height, width = shape
-    return f"{width} x {height}" + (f" x {count_of(frames, 'frame')}" if frames > 1 else "")
+    return f"{width} x {height}" + (f" x {pluralize(frames, 'frame')}" if frames > 1 else "")

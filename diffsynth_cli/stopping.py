@@ -9,7 +9,7 @@ from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
 
 
 @contextmanager
-def stopping_cleanly() -> Iterator[None]:
+def handle_sigint() -> Iterator[None]:
     """While the block runs, the first signal that asks to stop ends it as an exception, which lets files be cleaned up.
 
     Further ones have no effect: cleaning up takes a moment. A signal that is ignored already (a program started with

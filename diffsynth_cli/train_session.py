@@ -14,7 +14,7 @@ import typer
 
 from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.downloading import bring_files
+from diffsynth_cli.downloading import ensure_downloaded
 from diffsynth_cli.errors import exit_code_of, lines_for_log
 from diffsynth_cli.estimate_text import (
     Estimate,
@@ -47,7 +47,7 @@ from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import downloads_are_off
 from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
 from diffsynth_core.planning.dataset import MissingDataset
-from diffsynth_core.progress import Reporter, SilentReporter, count_of, format_bytes
+from diffsynth_core.progress import Reporter, SilentReporter, format_bytes, pluralize
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -100,7 +100,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
     Raises:
         FaultsFound: all that is wrong with any stage.
     """
-    from diffsynth_core.planning.output import NothingLeft
+    from diffsynth_core.planning.output import RunComplete
 
     plans: Plans = {}
     faults: dict[str | None, Sequence[Problem]] = {}
@@ -109,7 +109,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
         try:
             plans[resolved.stage] = _make_plan(resolved, reporter, world_size, without_files)
         except DiffSynthError as error:
-            if all(isinstance(problem, NothingLeft) for problem in error.problems):
+            if all(isinstance(problem, RunComplete) for problem in error.problems):
                 done[resolved.stage] = error.problems[0]
             else:
                 faults[resolved.stage] = error.problems
@@ -212,7 +212,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
     from diffsynth_core.planning.states_on_disk import state_problems
     from diffsynth_core.training.stop import listen_for_stop
 
-    bring_files(stages, reporter, lambda quiet: _make_plans(stages, quiet, world_size))
+    ensure_downloaded(stages, reporter, lambda quiet: _make_plans(stages, quiet, world_size))
     plans = _make_plans(stages, reporter, world_size)
     if not plans:
         return 0
@@ -249,9 +249,9 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
 def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
     """Train, or encode for a training to come; returns what tells of it, in the process that wrote files."""
     if not plan.task.trains:
-        from diffsynth_core.training.precompute import process_data
+        from diffsynth_core.training.precompute import precompute
 
-        return partial(_tell_encoded, stage, process_data(plan, reporter, stop), plan, reporter)
+        return partial(_tell_encoded, stage, precompute(plan, reporter, stop), plan, reporter)
     from diffsynth_core.training.checkpointing import how_to_use
     from diffsynth_core.training.loop import train
 
@@ -356,5 +356,5 @@ def _tell_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan", re
     if stage:
         reporter.result(f"Stage       {stage}")
     size = sum(dict(encoded.paths()).values())
-    reporter.result(f"Encoded     {encoded.folder} ({count_of(len(encoded.samples), 'sample')}, {format_bytes(size)})")
-    reporter.result(f"Train with  --task {plan.task.second_half} --dataset_base_path {encoded.folder}")
+    reporter.result(f"Encoded     {encoded.folder} ({pluralize(len(encoded.samples), 'sample')}, {format_bytes(size)})")
+    reporter.result(f"Train with  --task {plan.task.train_task} --dataset_base_path {encoded.folder}")

@@ -74,7 +74,7 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def beginning(text: str, limit: int = 60) -> str:
+def truncate(text: str, limit: int = 60) -> str:
     """A text, or its first `limit` characters where it is longer: a message must not fill the terminal."""
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -96,7 +96,7 @@ def kind_of(value: object) -> str:
     return KINDS.get(type(value), "something else")
 
 
-def shorten(names: Sequence[str], limit: int = 5) -> str:
+def list_names(names: Sequence[str], limit: int = 5) -> str:
     """The first names in backticks, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

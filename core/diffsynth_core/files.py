@@ -164,7 +164,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def not_stopping() -> Iterator[None]:
+def ignore_signals() -> Iterator[None]:
     """Within it signals that ask to stop have no effect: for moments alone, such as several renames that belong
     together."""
     if threading.current_thread() is not threading.main_thread():

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from diffsynth_core.errors import DiffSynthError, beginning, kind_of, shorten
+from diffsynth_core.errors import DiffSynthError, kind_of, list_names, truncate
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidJson(f"duplicate key `{beginning(twice)}` in an object")
+        raise InvalidJson(f"duplicate key `{truncate(twice)}` in an object")
     return content
 
 
@@ -165,7 +165,7 @@ def _refuse_constant(name: str) -> Any:
 def _finite_float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise InvalidJson(f"the number {beginning(digits)} is too large")
+        raise InvalidJson(f"the number {truncate(digits)} is too large")
     return number
 
 
@@ -243,11 +243,11 @@ def _convert_to_dataclass(value: Any, kind: Any, place: str) -> Any:
         for name, field in fields.items()
         if name not in value and field.default is field.default_factory is dataclasses.MISSING
     ]
-    where = f" in `{beginning(place)}`" if place else ""
+    where = f" in `{truncate(place)}`" if place else ""
     if missing:
-        raise WrongType(f"{shorten(missing)} {'is' if len(missing) == 1 else 'are'} missing{where}")
+        raise WrongType(f"{list_names(missing)} {'is' if len(missing) == 1 else 'are'} missing{where}")
     if unknown:
-        raise WrongType(f"unknown {'key' if len(unknown) == 1 else 'keys'} {shorten(unknown)}{where}")
+        raise WrongType(f"unknown {'key' if len(unknown) == 1 else 'keys'} {list_names(unknown)}{where}")
     below = f"{place}." if place else ""
     return kind(**{name: _convert(part, types_of[name], f"{below}{name}") for name, part in value.items()})
 
@@ -272,6 +272,6 @@ def _expect(value: Any, fits: bool, expected: str, place: str) -> Any:
     if isinstance(value, dict | list):
         there = kind_of(value)
     else:
-        there = f"`{beginning(json.dumps(value, ensure_ascii=False), SHOWN_OF_A_VALUE)}`"
-    where = f"`{beginning(place)}`" if place else "the top level"
+        there = f"`{truncate(json.dumps(value, ensure_ascii=False), SHOWN_OF_A_VALUE)}`"
+    where = f"`{truncate(place)}`" if place else "the top level"
     raise WrongType(f"{where} is {there}, expected {expected}")

@@ -56,7 +56,7 @@ class SilentReporter:
         yield SilentTask()
 
 
-def count_of(number: int, noun: str, plural: str | None = None) -> str:
+def pluralize(number: int, noun: str, plural: str | None = None) -> str:
     """`1 file`, `2 files`."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 

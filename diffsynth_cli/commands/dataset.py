@@ -11,12 +11,12 @@ import typer
 
 from diffsynth_cli.options import BOTH_SPELLINGS, setting_option
 from diffsynth_cli.printing import echo
-from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_cli.stopping import handle_sigint
 from diffsynth_cli.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.dataset_report.thresholds import Thresholds, threshold_facts
 from diffsynth_core.errors import Problem, raise_if_any, suggest
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter
@@ -126,7 +126,7 @@ def validate_dataset(
     base, given = resolved.parameters.dataset_base_path, resolved.parameters.dataset_metadata_path
     reporter = ConsoleReporter()
     wish = Wish(depth.value, workers, THUMBNAIL_SIDE if page else None)
-    with stopping_cleanly():  # so that no worker is left behind
+    with handle_sigint():  # so that no worker is left behind
         report, examined = validate(base, rules, wish, reporter, given)
     _print(report, output_format)
     if page:
@@ -209,7 +209,7 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
 
 def _tell_fixed(fixed: "Fixed", reporter: "ConsoleReporter") -> None:
     """What was written, and how to train on it."""
-    reporter.info(f"wrote `{fixed.path}`: {count_of(fixed.kept, 'row')}, {count_of(fixed.left_out, 'row')} removed")
+    reporter.info(f"wrote `{fixed.path}`: {pluralize(fixed.kept, 'row')}, {pluralize(fixed.left_out, 'row')} removed")
     where = (
         ""
         if fixed.beside_files

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-Refusal = tuple[int, list[tuple[str, str | None]]]
+HubAccessError = tuple[int, list[tuple[str, str | None]]]
 """Exit code, and (message, hint) of every problem in the order of the report."""
 
 
 @pytest.fixture
-def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., Refusal]:
+def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., HubAccessError]:
     """Start a LoRA run that must be refused: before any weight is read, with no traceback, with nothing written."""
 
-    def run(*arguments: object, recipe: str | None = "qwen-image-lora") -> Refusal:
+    def run(*arguments: object, recipe: str | None = "qwen-image-lora") -> HubAccessError:
         start = ("--recipe", recipe) if recipe else ()
         settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 1, "--dataset_base_path", dataset)
         before = stamps(tmp_path)

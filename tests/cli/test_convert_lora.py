@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.cli.conftest import Refusal, read_problems, stamps
+from tests.cli.conftest import HubAccessError, read_problems, stamps
 from tests.conftest import MODEL_ID, PLACES
 
 Q, K, V = (f"transformer_blocks.0.attn.to_{name}" for name in "qkv")
@@ -67,10 +67,10 @@ def convert(cli) -> Callable[..., tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def refuse(cli, tmp_path: Path) -> Callable[..., Refusal]:
+def refuse(cli, tmp_path: Path) -> Callable[..., HubAccessError]:
     """As `convert`, where it must be refused and nothing be written."""
 
-    def run(*arguments: object) -> Refusal:
+    def run(*arguments: object) -> HubAccessError:
         before = stamps(tmp_path)
         outcome = cli("convert-lora", "mine.safetensors", "-o", "out.safetensors", *arguments)
         assert outcome.code != 0 and outcome.out == "" and "Traceback" not in outcome.err, outcome

@@ -21,7 +21,7 @@ from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule, load_excerpt
 from diffsynth_core.data.metadata import METADATA_NAMES, UNREAD_NAMES, read_metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.errors import DiffSynthError
@@ -205,7 +205,7 @@ def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_pat
     column = "image" if kind == "image" else "video"
     metadata = read_metadata(zoo, None, "prompt", column, kind)
     columns = Columns("prompt", column, RULES[kind])
-    samples, problems = build_samples(metadata, zoo, columns, VideoMemory(tmp_path / "memory"), SilentReporter())
+    samples, problems = build_samples(metadata, zoo, columns, VideoProbeCache(tmp_path / "memory"), SilentReporter())
     rules = Rules(target=column, media=RULES[kind])
     report, examined = validate(zoo, rules, Wish("files", workers=2), SilentReporter())
     assert [record.files[column][0] for record in examined.records] == [row[column] for row in metadata.rows]

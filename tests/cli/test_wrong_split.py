@@ -11,7 +11,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.encoded_samples import EncodedSamples, read_encoded, write_encoded
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.training.precompute import process_data
+from diffsynth_core.training.precompute import precompute
 from diffsynth_core.training.stop import StopRequest
 from tests.conftest import ENTRIES
 from tests.wan import T2V, entries
@@ -32,7 +32,7 @@ def written(tiny_models, photographs, tmp_path_factory) -> Path:
         "device": "cpu",
         "output_path": str(folder / "encoded"),
     }
-    process_data(make_plan(resolve(flags), SilentReporter(), base=tiny_models), SilentReporter(), StopRequest())
+    precompute(make_plan(resolve(flags), SilentReporter(), base=tiny_models), SilentReporter(), StopRequest())
     return folder / "encoded"
 
 

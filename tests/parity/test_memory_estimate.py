@@ -30,7 +30,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import run_sizes, sizes_of_sample
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loader import iterate_micro_batches
-from diffsynth_core.training.precompute import process_data
+from diffsynth_core.training.precompute import precompute
 from diffsynth_core.training.stop import StopRequest
 from tests.parity.float8_runs import Step, plan_step
 
@@ -226,7 +226,7 @@ def split_step(recipe: str, folder: Path) -> Step:
     """A second half on the longest text of what a first half has encoded, in micro-batches of 2."""
     split = {"use_gradient_checkpointing": False, "batch_size": 2, **SIZES["160 x 128"]}
     first = plan_step(recipe, folder, task="sft:data_process", output_path=folder / "encoded" / recipe, **split)
-    encoded = process_data(first, SilentReporter(), StopRequest())
+    encoded = precompute(first, SilentReporter(), StopRequest())
     second = {"task": "sft:train", "dataset_base_path": encoded.folder, "max_steps": len(encoded.samples)}
     plan = plan_step(recipe, folder, **second, **split)
     step = Step(plan)
@@ -261,17 +261,17 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self.before = {tensor.untyped_storage().data_ptr() for tensor in before}
-        self.live: dict[int, int] = {}
+        self.online: dict[int, int] = {}
         self.most = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.before | self.live.keys():
-                self.live[storage.data_ptr()] = storage.nbytes()
-                finalize(storage, self.live.pop, storage.data_ptr())
-                self.most = max(self.most, sum(self.live.values()))
+            if storage is not None and storage.data_ptr() not in self.before | self.online.keys():
+                self.online[storage.data_ptr()] = storage.nbytes()
+                finalize(storage, self.online.pop, storage.data_ptr())
+                self.most = max(self.most, sum(self.online.values()))
         return result
 
 

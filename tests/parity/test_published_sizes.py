@@ -6,13 +6,13 @@ import pytest
 from accelerate import init_empty_weights
 
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 
 SHAPED = [(name, known) for name, facts in FAMILIES.items() for known in facts.published if known.shapes()]
 BLOCKS = {"blocks": 2, "single_blocks": 2}
 
 
-def few_blocks(known: Published) -> dict[str, tuple[int, ...]]:
+def few_blocks(known: HubModelSize) -> dict[str, tuple[int, ...]]:
     """The tensors of the same model with two blocks of each kind: the others are alike."""
     function, keywords = known.shapes.func, known.shapes.keywords
     return dict(function(**{**keywords, **{name: count for name, count in BLOCKS.items() if name in keywords}}))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import Problem
-from diffsynth_core.planning.output import Start, check_output
+from diffsynth_core.planning.output import ResumePoint, check_output
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
@@ -43,7 +43,7 @@ class Stopped:
     def copy(self, folder: Path) -> Path:
         return Path(shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns(".lock")))
 
-    def resume(self, folder: Path) -> tuple[Start, list[Problem]]:
+    def resume(self, folder: Path) -> tuple[ResumePoint, list[Problem]]:
         """Where a copy of the run would go on."""
         problems: list[Problem] = []
         parameters = self.plan.parameters.model_copy(update={"output_path": folder, "resume": "auto"})
@@ -168,7 +168,7 @@ def test_a_damaged_state_is_never_gone_on_from(stopped, tmp_path, file, damage):
 
     damage(run / "state/step-4" / file, stopped.other / "state/step-4" / file)
     start, [problem] = stopped.resume(run)
-    assert start == Start()
+    assert start == ResumePoint()
     assert problem.message.startswith(f"the run in `{run}` cannot be resumed: it has no intact state: step 5 (`")
     assert ", step 4 (`" in problem.message
     assert problem.hint == (
@@ -200,7 +200,7 @@ def test_a_run_without_its_states_does_not_begin_anew(stopped, tmp_path, left):
     if left == "the empty folder":
         (run / "state").mkdir()
     start, [problem] = stopped.resume(run)
-    assert start == Start()
+    assert start == ResumePoint()
     assert problem.message == f"the run in `{run}` cannot be resumed: its state after step 5 is missing"
     assert problem.hint and problem.hint.endswith(f"or delete `{run}`")
 
@@ -212,7 +212,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_at_step_0(stopped, t
     (run / "run.json").write_text(json.dumps(record | {"step": 0, "status": "running", "checkpoints": []}))
     start, problems = stopped.resume(run)
     assert not problems
-    assert start == Start(0, ("starts at step 0: the previous run was stopped before its first save",))
+    assert start == ResumePoint(0, ("starts at step 0: the previous run was stopped before its first save",))
 
 
 def test_from_the_state_before_it_the_run_ends_with_the_same_weights(stopped, tmp_path, tiny_models, says):

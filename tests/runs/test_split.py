@@ -48,7 +48,7 @@ def tensor_bytes(path: Path) -> int:
         return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - it is no dict
 
 
-def first_half(kind: Kind, dataset: Path, folder: str, objective: str = "sft") -> tuple[object, ...]:
+def precompute_task(kind: Kind, dataset: Path, folder: str, objective: str = "sft") -> tuple[object, ...]:
     """The command of the first half, as scripts write it: without the transformer, with the LoRA's flags."""
     files = [entry for entry in entries_of(kind.recipe) if component_of(kind.recipe, entry) != "dit"]
     told = ("--processor_path", "Qwen/Qwen-Image-Edit:processor") if kind.recipe == "qwen-image-edit-lora" else ()
@@ -65,7 +65,7 @@ def first_half(kind: Kind, dataset: Path, folder: str, objective: str = "sft") -
     )
 
 
-def second_half(kind: Kind, cache: str, folder: str, *more: object, objective: str = "sft") -> tuple[object, ...]:
+def train_task(kind: Kind, cache: str, folder: str, *more: object, objective: str = "sft") -> tuple[object, ...]:
     """The command of the second half: the transformer alone."""
     return (
         *("--task", f"{objective}:train", "--model_id_with_origin_paths", entries_of(kind.recipe)[0], *lora(kind)),
@@ -97,14 +97,14 @@ ROADS = [*((name, "sft") for name in KINDS), *((name, "direct_distill") for name
 def test_the_halves_train_what_the_whole_does(name, objective, train, datasets, tmp_path):
     kind = KINDS[name]
     dataset = Path(shutil.copytree(datasets[kind.data], tmp_path / "dataset"))
-    first = train(*first_half(kind, dataset, "encoded", objective))
+    first = train(*precompute_task(kind, dataset, "encoded", objective))
     assert "Loading dit" not in first.err and "\n  dit " not in first.err
     assert [f"Loading {component} (" in first.err for component in kind.components] == [True] * len(kind.components)
     whole = ("--task", objective, "--model_id_with_origin_paths", ",".join(entries_of(kind.recipe)), *inputs_of(kind))
     train(*whole, *kind.sizes, *lora(kind), "--dataset_base_path", dataset, "--output_path", "whole", *HOW)
     shutil.rmtree(dataset)
     shutil.rmtree(tmp_path / "own_cache" / "encodings")
-    second = train(*second_half(kind, "encoded", "halves", *HOW, objective=objective))
+    second = train(*train_task(kind, "encoded", "halves", *HOW, objective=objective))
     # A slow machine tells more than once how far a component is.
     assert {line.split()[1] for line in second.err.splitlines() if line.startswith("Loading ")} == {"dit"}
     expected, found = losses_of("whole"), losses_of("halves")
@@ -141,7 +141,7 @@ def test_a_first_half_that_names_the_transformer_does_not_load_it(train, dataset
 
 def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
     train("--recipe", QWEN.recipe, "--dataset_base_path", datasets["images"], "--max_steps", 2, "--output_path", "run")
-    partly = train(*first_half(QWEN, datasets["images"], "partly"))
+    partly = train(*precompute_task(QWEN, datasets["images"], "partly"))
     encoded = int(partly.err.rpartition("Encoding latents: ")[2].partition(" of")[0])
     assert encoded == 2, "a run of two steps encodes two samples"
     train(
@@ -156,7 +156,7 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
         "--output_path",
         "all",
     )
-    wholly = train(*first_half(QWEN, datasets["images"], "wholly"))
+    wholly = train(*precompute_task(QWEN, datasets["images"], "wholly"))
     assert "Loading" not in wholly.err
     assert "All 4 samples are already encoded: no encoder is loaded" in wholly.err
     assert all(path.stat().st_nlink > 1 for path in Path("wholly/encodings").rglob("*.safetensors")), "not copied"
@@ -174,23 +174,23 @@ def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypa
         return real(excerpt)
 
     monkeypatch.setattr(encode, "load_pixels", failing)
-    train(*first_half(QWEN, datasets["images"], "encoded"), code=1)
+    train(*precompute_task(QWEN, datasets["images"], "encoded"), code=1)
     assert not manifest_of("encoded")["complete"]
     monkeypatch.setattr(encode, "load_pixels", real)
-    refused = train(*second_half(QWEN, "encoded", "run"), code=1)
+    refused = train(*train_task(QWEN, "encoded", "run"), code=1)
     assert "precomputation in `encoded` did not finish: `sft:data_process` was interrupted" in refused.err
-    going_on = train(*first_half(QWEN, datasets["images"], "encoded"))
+    going_on = train(*precompute_task(QWEN, datasets["images"], "encoded"))
     assert "Encoding latents: 2 of 2 samples" in going_on.err and "Loading text_encoder" not in going_on.err
-    again = train(*first_half(QWEN, datasets["images"], "encoded"))
+    again = train(*precompute_task(QWEN, datasets["images"], "encoded"))
     assert "All 4 samples are already encoded" in again.err and "Loading" not in again.err
-    train(*second_half(QWEN, "encoded", "run", "--max_steps", 1))
+    train(*train_task(QWEN, "encoded", "run", "--max_steps", 1))
 
 
 def test_a_second_half_goes_on_where_it_stopped(train, datasets):
-    train(*first_half(QWEN, datasets["images"], "encoded"))
-    train(*second_half(QWEN, "encoded", "straight", *HOW, "--save_steps", 3))
-    train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--max_steps", 3))
-    train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--resume", "auto"))
+    train(*precompute_task(QWEN, datasets["images"], "encoded"))
+    train(*train_task(QWEN, "encoded", "straight", *HOW, "--save_steps", 3))
+    train(*train_task(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--max_steps", 3))
+    train(*train_task(QWEN, "encoded", "run", *HOW, "--save_steps", 3, "--resume", "auto"))
     assert losses_of("run") == losses_of("straight")
     record, other = (json.loads(Path(folder, "run.json").read_text()) for folder in ("run", "straight"))
     assert [entry["sha256"] for entry in record["checkpoints"]] == [entry["sha256"] for entry in other["checkpoints"]]
@@ -201,20 +201,20 @@ def test_a_second_half_goes_on_where_it_stopped(train, datasets):
 
 
 def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets):
-    train(*first_half(QWEN, datasets["images"], "encoded"))
-    train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 1, "--max_steps", 1))
+    train(*precompute_task(QWEN, datasets["images"], "encoded"))
+    train(*train_task(QWEN, "encoded", "run", *HOW, "--save_steps", 1, "--max_steps", 1))
     found = read_encoded(Path("encoded"))
     components = {**found.origin.components, "vae": {"vae/diffusion_pytorch_model.safetensors": "0" * 64}}
     write_encoded(replace(found, origin=replace(found.origin, components=components)))
-    outcome = train(*second_half(QWEN, "encoded", "run", *HOW, "--save_steps", 1, "--resume", "auto"), code=1)
+    outcome = train(*train_task(QWEN, "encoded", "run", *HOW, "--save_steps", 1, "--resume", "auto"), code=1)
     assert "the files of vae changed since the run in `run` started" in outcome.err
 
 
 def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path):
     """Each sample is encoded once, and the folder is the one that a single process writes."""
-    alone = train(*first_half(QWEN, datasets["images"], "by_1"))
+    alone = train(*precompute_task(QWEN, datasets["images"], "by_1"))
     command = ["-m", "diffsynth_cli", "train", "--device", "cpu", "--num_processes", 2]
-    command += [*first_half(QWEN, datasets["images"], "by_2"), "--cache_path", tmp_path / "other_cache"]
+    command += [*precompute_task(QWEN, datasets["images"], "by_2"), "--cache_path", tmp_path / "other_cache"]
     environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
     shared = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=400

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Interrupted, Problem, raise_if_any, shorten, suggest
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Interrupted, Problem, list_names, raise_if_any, suggest
 from diffsynth_core.progress import format_bytes
 
 
@@ -48,7 +48,7 @@ def test_the_nearest_name_is_suggested(name, near):
     ],
 )
 def test_long_lists_are_shortened(names, shown):
-    assert shorten(names) == shown
+    assert list_names(names) == shown
 
 
 @pytest.mark.parametrize(

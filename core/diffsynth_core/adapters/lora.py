@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.changes import lora_factors
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.randomness import key_of
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_files import read_lora_file
@@ -64,7 +64,7 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, doc
     if layers.keys() != set(targets):
         missing = sorted(set(targets) - layers.keys())
         raise DiffSynthError(
-            f"{len(missing)} of {len(targets)} LoRA target modules do not exist: {shorten(missing)}",
+            f"{len(missing)} of {len(targets)} LoRA target modules do not exist: {list_names(missing)}",
             "choose modules of the model in `--lora_target_modules`",
         )
     for module, names in own_names.items():

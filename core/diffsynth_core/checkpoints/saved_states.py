@@ -36,7 +36,7 @@ class OptimizerValues:
 
 
 @dataclass(frozen=True)
-class Position:
+class LoopState:
     """`state.json`: how far a run is, what is kept beside its tensors, and what says that the state is whole.
 
     `step`: optimizer steps done. `scaler`: of mixed precision in float16. `files`: name -> sha256. `run`: the `id` of
@@ -62,7 +62,7 @@ class SavedState:
     """A whole state."""
 
     path: Path
-    position: Position
+    position: LoopState
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def _without(state: Path, message: str) -> str:
     return message.replace(f"`{state}/", "`")
 
 
-def read_whole(state: Path, run: str, hashes: Hashes) -> Position:
+def read_whole(state: Path, run: str, hashes: Hashes) -> LoopState:
     """The position of a state of the run of that `id`, whose files are read back and compared with their hashes.
 
     Raises:
         DiffSynthError: names the file that is damaged.
     """
-    position = read_json(state / POSITION, Position, "resume from another state")
+    position = read_json(state / POSITION, LoopState, "resume from another state")
     if position.step != _number(state) or position.samples_seen < 0:
         raise DiffSynthError(f"`{state / POSITION}`: it belongs to step {position.step}")
     if position.run != run:
@@ -132,7 +132,7 @@ def read_whole(state: Path, run: str, hashes: Hashes) -> Position:
     for name in (TRAINED, OPTIMIZER):
         if not (state / name).is_file():
             raise DiffSynthError(f"`{state / name}` is missing")
-    if position == Position(position.step, position.samples_seen, position.scaler):
+    if position == LoopState(position.step, position.samples_seen, position.scaler):
         for name in (TRAINED, OPTIMIZER):
             read_header(state / name)
         return position
@@ -149,6 +149,6 @@ def read_whole(state: Path, run: str, hashes: Hashes) -> Position:
     return position
 
 
-def write_position(state: Path, position: Position) -> None:
+def write_position(state: Path, position: LoopState) -> None:
     """Write `state.json`, with its own hash, whole or not at all."""
     write_json(state / POSITION, asdict(replace(position, sha256=position.digest())))

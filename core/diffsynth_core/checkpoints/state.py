@@ -18,8 +18,8 @@ from diffsynth_core.checkpoints.saved_states import (
     OPTIMIZER,
     STATE_FOLDER,
     TRAINED,
+    LoopState,
     OptimizerValues,
-    Position,
     state_folders,
     write_position,
 )
@@ -32,7 +32,7 @@ SET_EVERY_STEP = ("params", "lr", "initial_lr")
 
 
 def save_state(
-    folder: Path, position: Position, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path, position: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
     """Write the state of a run below `folder`; of those before it, keep so many that there are `keep` in all.
 
@@ -64,7 +64,7 @@ def save_state(
 
 
 def restore_state(
-    state: Path, position: Position, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    state: Path, position: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """Put trained weights and optimizer back as they were.
 

@@ -31,7 +31,7 @@ NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "
 
 
 @dataclass(frozen=True)
-class Layer:
+class Overrides:
     """The values of one source, as they stand there: those for all stages, and by stage those that go over them."""
 
     parameters: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Recipe:
     name: str
     description: str
     family: str | None
-    layers: tuple[Layer, ...]
+    layers: tuple[Overrides, ...]
     stages: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
@@ -132,7 +132,7 @@ def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
     family = content.get("family", parent.family)
     stages = _known_stages(content.get("stages"))
     described = {name: str(stage.get("description", parent.stages.get(name, ""))) for name, stage in stages.items()}
-    layer = Layer(
+    layer = Overrides(
         _known_parameters(content.get("parameters")),
         {name: _known_parameters(stage.get("parameters")) for name, stage in stages.items()},
     )

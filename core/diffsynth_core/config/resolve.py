@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from diffsynth_core.config.arguments import StrayWord, unknown_arguments
 from diffsynth_core.config.gpu_memory import nearest_memory
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import Layer, Recipe, load_config, load_recipe
+from diffsynth_core.config.recipes import Overrides, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
 COMMAND_LINE = "command line"
 ALIGN, LORA_FORMAT, ALIGNED_FORMAT = "align_to_opensource_format", "lora_format", "kohya"
 """A documented switch that is another spelling of one value of a setting."""
-Source = tuple[str, Layer]
+ConfigSource = tuple[str, Overrides]
 """Where values come from, as a report names it, and the values."""
 
 
@@ -89,13 +89,13 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
     incomplete = incomplete or not slipped.isdisjoint({"config", "recipe"})
     if not (config or recipe):  # with a stray word that was to be one, what else is missing is no fault of its own
         incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
-    sources: list[Source] = []
+    sources: list[ConfigSource] = []
     stages: list[str] = []
     for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):
         if loaded:
             sources += [(origin, layer) for layer in loaded.layers]
             stages += [name for name in loaded.stages if name not in stages]
-    sources.append((COMMAND_LINE, Layer(flags)))
+    sources.append((COMMAND_LINE, Overrides(flags)))
     chosen = _choose_stages(flags.get("only"), stages, incomplete, problems)
     problems += [] if flags.get("only") else _conflicts(sources, chosen)
     named = flags.get("recipe") or (config.name if config else None)
@@ -107,7 +107,7 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
 
 
 def _resolve_one(
-    sources: Sequence[Source],
+    sources: Sequence[ConfigSource],
     stage: str | None,
     named: str | None,
     family: str | None,
@@ -116,7 +116,7 @@ def _resolve_one(
     slipped: AbstractSet[str],
 ) -> Resolved:
     """The parameters of one stage, or of a run without stages; `slipped` names flags without a value, told already."""
-    values, origins = _stack(sources, stage)
+    values, origins = _merge(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
     misspelt = _settle_lora_format(_levels(sources, stage), values, origins)
@@ -138,14 +138,14 @@ def _resolve_one(
     return resolved.with_defaults_of(family) if family else resolved
 
 
-def _levels(sources: Sequence[Source], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _levels(sources: Sequence[ConfigSource], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Sources of values, those that take precedence last: the name of the source as a report has it, and its values."""
     for origin, layer in sources:
         yield origin, layer.parameters
         yield f"{origin}{_of_stage(stage)}", layer.stages.get(stage or "", {})
 
 
-def _stack(sources: Sequence[Source], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge(sources: Sequence[ConfigSource], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of all sources, later ones over earlier ones, and the origin of each."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -198,14 +198,14 @@ def _choose_stages(only: str | None, stages: list[str], incomplete: bool, proble
     return stages
 
 
-def _conflicts(sources: Sequence[Source], stages: Sequence[str]) -> list[Problem]:
+def _conflicts(sources: Sequence[ConfigSource], stages: Sequence[str]) -> list[Problem]:
     """Values for all stages that would go over what sources before them set differently by stage.
 
     `output_path` is the folder above those of the stages, whatever they say.
     """
     found: dict[str, Problem] = {}
     for place, (origin, layer) in enumerate(sources):
-        below = {stage: _stack(sources[:place], stage)[0] for stage in stages}
+        below = {stage: _merge(sources[:place], stage)[0] for stage in stages}
         for name in layer.parameters:
             before = [_read(name, values.get(name, SETTINGS[name].default)) for values in below.values()]
             same = all(value == before[0] for value in before)

@@ -19,12 +19,12 @@ class Task:
     trains: bool = True
 
     @property
-    def first_half(self) -> str:
+    def precompute_task(self) -> str:
         """The task whose output is what the second half reads."""
         return f"{self.objective}:data_process"
 
     @property
-    def second_half(self) -> str:
+    def train_task(self) -> str:
         """The task that reads what the first half writes."""
         return f"{self.objective}:train"
 

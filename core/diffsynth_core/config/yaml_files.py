@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from diffsynth_core.errors import DiffSynthError, beginning, kind_of
+from diffsynth_core.errors import DiffSynthError, kind_of, truncate
 
 MAX_BYTES = 256 * 2**10
 """Largest YAML file that is read: 256 KiB. A recipe has some 2 kB."""
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if len(node.value) > MAX_DIGITS:
         raise yaml.MarkedYAMLError(
-            problem=f"`{beginning(node.value, MAX_DIGITS)}` has too many digits", problem_mark=node.start_mark
+            problem=f"`{truncate(node.value, MAX_DIGITS)}` has too many digits", problem_mark=node.start_mark
         )
     return int(node.value)
 

@@ -14,7 +14,7 @@ from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile, ope
 from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.weights.headers import Header, read_header
 from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, read_stored
@@ -183,7 +183,7 @@ def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
     refuse_other_adapters(one.path, header.tensors)
     keys, unmatched = _group(header.tensors)
     if not keys or (unmatched and not allow_unmatched):
-        told = f"{len(unmatched)} of {len(header.tensors)} keys are not LoRA keys: {shorten(sorted(unmatched))}"
+        told = f"{len(unmatched)} of {len(header.tensors)} keys are not LoRA keys: {list_names(sorted(unmatched))}"
         whole_tensors = any(map(is_difference_key, unmatched))
         raise DiffSynthError(
             f"`{one.path}`: {told}",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.hub.model_files import expand_entry, locate_folder
 from diffsynth_core.models.bases import recognise_component, shapes_in
@@ -86,11 +86,11 @@ def _unknown(weights: WeightSet) -> DiffSynthError:
     names = list(weights.tensors)
     if any(name.startswith("pipe.") for name in names):
         return DiffSynthError(
-            f"`{weights.origin}` is a checkpoint whose keys have component prefixes: {shorten(names, 3)}",
+            f"`{weights.origin}` is a checkpoint whose keys have component prefixes: {list_names(names, 3)}",
             "split it with `diffsynth split-ckpt`, and pass one of its parts",
         )
     known = ", ".join(facts.title for facts in FAMILIES.values())
     return DiffSynthError(
-        f"`{weights.origin}` matches no component of {known}; its tensors are {shorten(names, 3)}",
+        f"`{weights.origin}` matches no component of {known}; its tensors are {list_names(names, 3)}",
         "pass the weights of one component",
     )

@@ -9,9 +9,9 @@ from diffsynth_core.conversion.lora_inputs import open_lora_file
 from diffsynth_core.conversion.lora_source import LoraSource, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
 from diffsynth_core.conversion.plans import FilePlan
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import unread_note
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader
 from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, fit_lora
 from diffsynth_core.weights.lora_rows import translate
@@ -115,26 +115,26 @@ def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base
     """What a user should know."""
     notes = [
         f"{source.weights.origin}: {source.title}, {source.spelling} -> {target}, "
-        f"{count_of(len(source.loras), 'module')} read, {len(written)} written"
+        f"{pluralize(len(source.loras), 'module')} read, {len(written)} written"
     ]
     if raised := _raised(written):
         sums = sorted({f"{' + '.join(map(str, lora.ranks))} -> {lora.rank}" for lora in raised})
         notes.append(
-            f"rank increased for {count_of(len(raised), 'module')} that {target} fuses, as the file has separate LoRAs "
-            f"({shorten([lora.module for lora in raised])}): {', '.join(sums)}"
+            f"rank increased for {pluralize(len(raised), 'module')} that {target} fuses, as the file has separate LoRAs "
+            f"({list_names([lora.module for lora in raised])}): {', '.join(sums)}"
         )
     for exact, how in ((True, "exactly"), (False, "in float32, rounded once")):
         scaled = [lora for lora in written if lora.scales and lora.exact is exact]
         if scaled:
             scales = sorted({scale for lora in scaled for scale in lora.scales})
             notes.append(
-                f"{target} stores no alpha: lora_B of {count_of(len(scaled), 'module')} is multiplied by "
+                f"{target} stores no alpha: lora_B of {pluralize(len(scaled), 'module')} is multiplied by "
                 f"{', '.join(f'{scale:g}' for scale in scales[:5])}{' …' if len(scales) > 5 else ''}, {how}"
             )
     if note := unread_note(source.facts, target, "--to"):
         notes.append(note)
     if source.unmatched:
-        notes.append(f"{count_of(len(source.unmatched), 'key')} skipped: {shorten(sorted(source.unmatched))}")
+        notes.append(f"{pluralize(len(source.unmatched), 'key')} skipped: {list_names(sorted(source.unmatched))}")
     if base is not None:
         notes.append(f"every key matches a module and its shape in {base}, before and after conversion")
     return notes

@@ -8,10 +8,10 @@ from pathlib import Path
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.row_spans import row_spans
 from diffsynth_core.conversion.split import TAKEN_FROM, common_metadata, stem_of
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import BITS_PER_ELEMENT
 from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, WeightSet, open_weights
 from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, aligned
@@ -39,7 +39,7 @@ def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
         return _join_parts(sets, known, folder)
     if len(sets) > 1:
         raise DiffSynthError(
-            f"{shorten([weights.origin for weights in sets])} are not shards of one model, and not all of them are "
+            f"{list_names([weights.origin for weights in sets])} are not shards of one model, and not all of them are "
             "parts written by `diffsynth split-ckpt`",
             "pass the shards of one model, or its index",
         )
@@ -47,7 +47,7 @@ def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
     metadata, notes = common_metadata(sets), []
     lost = sorted({key for texts in weights.metadata.values() for key in texts} - metadata.keys())
     if lost:
-        notes.append(f"metadata dropped because the shards disagree on it: {shorten(lost)}")
+        notes.append(f"metadata dropped because the shards disagree on it: {list_names(lost)}")
     tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
     output = OutputFile(folder / f"{stem_of(weights)}{ENDING}", aligned(tensors), metadata)
     return FilePlan((output,), weights.inputs, tuple(notes))
@@ -87,7 +87,7 @@ def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: P
     """The checkpoint that parts were taken from, its tensors in the order in which checkpoints are written."""
     if len({(part.file, json.dumps(dict(part.metadata), sort_keys=True)) for part in parts}) > 1:
         raise DiffSynthError(
-            f"{shorten([weights.origin for weights in sets])} are parts of different checkpoints",
+            f"{list_names([weights.origin for weights in sets])} are parts of different checkpoints",
             "pass the parts of one checkpoint",
         )
     tensors: dict[str, OutputTensor] = {}
@@ -99,7 +99,7 @@ def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: P
             tensors[key] = row_spans(weights, name).output(key)
     if twice:
         raise DiffSynthError(
-            f"{count_of(len(twice), 'tensor')} would be duplicated: {shorten(twice)}", "pass each part once"
+            f"{pluralize(len(twice), 'tensor')} would be duplicated: {list_names(twice)}", "pass each part once"
         )
     order = sorted(tensors.values(), key=lambda tensor: (-BITS_PER_ELEMENT[tensor.dtype], tensor.name))
     output = OutputFile(folder / f"{parts[0].file}{ENDING}", tuple(order), parts[0].metadata)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.conversion.bases import Base
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.weights.lora_files import LoraFile, read_lora_file
 from diffsynth_core.weights.lora_rows import StoredLora
@@ -106,7 +106,7 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Matche
         told = f", {encoder} of them for a text encoder" if encoder else ""
         raise DiffSynthError(
             f"`{given.path}`: {len(file.unmatched)} of {len(keys)} keys match no module of {base.title}{told}: "
-            f"{shorten(sorted(file.unmatched))}",
+            f"{list_names(sorted(file.unmatched))}",
             "pass a LoRA for this model, or skip these keys with `--allow_unmatched`",
         )
     return MatchedLora(file, summarise(given, file.loras, file.unmatched, len(file.tensors)))

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader, read_header
 from diffsynth_core.weights.lora_files import read_stored
 from diffsynth_core.weights.lora_names import (
@@ -168,11 +168,11 @@ def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFac
         if all(map(is_difference_key, weights.tensors)):
             raise DiffSynthError(
                 f"`{weights.origin}` contains only full-weight differences, which no LoRA format can store: "
-                f"{shorten(sorted(weights.tensors))}",
+                f"{list_names(sorted(weights.tensors))}",
                 "merge the file into its base with `diffsynth merge-lora --base`",
             )
         raise DiffSynthError(
-            f"`{weights.origin}`: none of its {fewest} keys matches a module of {known}: {shorten(sorted(weights.tensors))}",
+            f"`{weights.origin}`: none of its {fewest} keys matches a module of {known}: {list_names(sorted(weights.tensors))}",
             "pass a LoRA file" if not any(map(is_lora_key, weights.tensors)) else "pass a LoRA for one of them",
         )
     possible = [reading for reading in best if not _is_ruled_out(reading, weights.tensors)] or best
@@ -225,13 +225,13 @@ def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
     component = f"the {reading.facts.title} {reading.naming.component}"
     message = (
         f"`{weights.origin}`: {len(unmatched)} of {len(weights.tensors)} keys match no module of {component}: "
-        f"{shorten(unmatched)}"
+        f"{list_names(unmatched)}"
     )
     differences = [key for key in unmatched if is_difference_key(key)]
     if len(differences) == len(unmatched):
         return DiffSynthError(
-            f"`{weights.origin}` contains {count_of(len(differences), 'full-weight difference')} besides the LoRA of "
-            f"{component}, which no LoRA format can store: {shorten(differences)}",
+            f"`{weights.origin}` contains {pluralize(len(differences), 'full-weight difference')} besides the LoRA of "
+            f"{component}, which no LoRA format can store: {list_names(differences)}",
             "merge the file into its base with `diffsynth merge-lora --base`, or skip them with `--allow_unmatched`",
         )
     if not any(map(is_lora_key, unmatched)):
@@ -252,7 +252,7 @@ def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
     ]
     if not_finite:
         raise DiffSynthError(
-            f"`{weights.origin}`: {count_of(len(not_finite), 'tensor')} with NaN or Inf: {shorten(not_finite)}",
+            f"`{weights.origin}`: {pluralize(len(not_finite), 'tensor')} with NaN or Inf: {list_names(not_finite)}",
             "use an earlier checkpoint",
         )
     return loras

@@ -8,9 +8,9 @@ from typing import Any
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.conversion.lora_inputs import MatchedLora, WeightedFile, match_lora
 from diffsynth_core.conversion.provenance import merge_entry, with_entry
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import stem_of_shard
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.base_files import QUANT_METADATA, is_float8_marker
 from diffsynth_core.weights.headers import FLOATING_POINT, TensorHeader
 from diffsynth_core.weights.weight_sets import ENDING
@@ -111,8 +111,8 @@ def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> 
     if integers:
         problems.append(
             Problem(
-                f"cannot merge into {count_of(len(integers), 'weight')} of dtype {changed[integers[0]].dtype}, "
-                f"which is not floating point: {shorten(integers)}",
+                f"cannot merge into {pluralize(len(integers), 'weight')} of dtype {changed[integers[0]].dtype}, "
+                f"which is not floating point: {list_names(integers)}",
                 "use the original weights",
             )
         )
@@ -122,7 +122,7 @@ def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> 
         why = "rounding would lose most of the change" if stored != "F64" else "merging computes in float32"
         problems.append(
             Problem(
-                f"cannot merge into {count_of(len(narrow), 'weight')} of dtype {stored}, as {why}: {shorten(narrow)}",
+                f"cannot merge into {pluralize(len(narrow), 'weight')} of dtype {stored}, as {why}: {list_names(narrow)}",
                 "set the dtype to write, such as `--dtype bfloat16`",
             )
         )

@@ -9,10 +9,10 @@ from itertools import chain
 
 from diffsynth_core.checkpoints.keys import split_key, uncounted
 from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import FAMILIES, find_unsupported, unknown_family
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.key_maps import KeyMap
 from diffsynth_core.weights.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
 from diffsynth_core.weights.weight_sets import WeightSet
@@ -117,7 +117,7 @@ def find_owners(keys: Iterable[str], origin: Origin) -> Ownership:
     twice = [keys for keys in owned.values() if len(keys) > 1]
     if twice:
         raise DiffSynthError(
-            f"{count_of(len(twice), 'duplicate tensor')}: {shorten(list(chain(*twice)))}",
+            f"{pluralize(len(twice), 'duplicate tensor')}: {list_names(list(chain(*twice)))}",
             "pass a file that has each tensor once",
         )
     full: dict[str, dict[str, str]] = {}
@@ -247,15 +247,15 @@ def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) ->
             continue
         other = next((known.name for known in family.components if layout_of(known, names)), None)
         if other:
-            problems.append(Problem(f"the tensors under `{component}` belong to `{other}`: {shorten(list(names))}"))
+            problems.append(Problem(f"the tensors under `{component}` belong to `{other}`: {list_names(list(names))}"))
     return problems
 
 
 def unmatched_problem(origin: str, ownership: Ownership, total: int) -> Problem:
     """The problem that keys belong to no component."""
-    fits = f"; their names match {shorten(ownership.fits)}" if ownership.fits else "; they match no known component"
+    fits = f"; their names match {list_names(ownership.fits)}" if ownership.fits else "; they match no known component"
     return Problem(
         f"`{origin}`: {len(ownership.unmatched)} of {total} keys have no component prefix: "
-        f"{shorten(ownership.unmatched)}{fits}",
+        f"{list_names(ownership.unmatched)}{fits}",
         "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 MERGED = "diffsynth.merged"
@@ -41,7 +41,7 @@ class InputHashes:
         return self._found
 
     def _run(self) -> None:
-        identities = FileIdentities(default_cache_path() / "identities.jsonl")
+        identities = HashCache(default_cache_path() / "identities.jsonl")
         try:
             for path in self._paths:
                 self._found[path] = identities.sha256(path)

@@ -21,10 +21,10 @@ from diffsynth_core.conversion.ownership import (
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import Translated, find_reading, translate
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.lora_rows import translate as translate_lora
 from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
 from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shards
@@ -227,7 +227,7 @@ def _translation_problems(component: str, translated: Translated, choices: Split
     for what, names in faults.items():
         if names:
             yield Problem(
-                f"{count_of(len(names), 'tensor')} of `{component}` {what}: {shorten(names)}", "remove `--layout`"
+                f"{pluralize(len(names), 'tensor')} of `{component}` {what}: {list_names(names)}", "remove `--layout`"
             )
     if not translated.tensors:
         yield Problem(f"no tensor of `{component}` has a name in the layout `{choices.layout}`", "remove `--layout`")
@@ -239,7 +239,7 @@ def _translation_notes(component: str, translated: Translated) -> list[str]:
 
 
 def _counted(names: Sequence[str]) -> str:
-    return f"{count_of(len(names), 'tensor')}, {shorten(names)}"
+    return f"{pluralize(len(names), 'tensor')}, {list_names(names)}"
 
 
 def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, choices: SplitChoices) -> dict[str, str]:

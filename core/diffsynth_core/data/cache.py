@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import replacing
-from diffsynth_core.hub.hash_cache import FileMemory, file_stamp
+from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.weights.headers import Header, make_header, read_header
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class EncodingCache:
     which entries were read back whole; without it each is read back whenever it is asked for.
     """
 
-    def __init__(self, folder: Path, behind: "EncodingCache | None" = None, memory: FileMemory | None = None) -> None:
+    def __init__(self, folder: Path, behind: "EncodingCache | None" = None, memory: FileCache | None = None) -> None:
         self._folder, self._behind, self._memory = folder, behind, memory
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from diffsynth_core.data.file_index import Listing
 from diffsynth_core.data.formats import CONVERSIONS, Kind, ending_of, kind_of_file, leftover_of
-from diffsynth_core.errors import Problem, shorten
-from diffsynth_core.progress import count_of
+from diffsynth_core.errors import Problem, list_names
+from diffsynth_core.progress import pluralize
 
 NOT_SAMPLES: Mapping[str, frozenset[str]] = {"image": frozenset({"clip"}), "video": frozenset()}
 """What is trained on -> kinds of media that are no samples of it."""
@@ -119,7 +119,7 @@ def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
     """One line that says what was passed over."""
     count = sum(map(len, leftovers.values()))
     listed = ", ".join(f"{len(names)} from {what} (`{names[0]}`)" for what, names in leftovers.items())
-    return f"{count_of(count, 'file or folder', 'files and folders')} skipped: {listed}"
+    return f"{pluralize(count, 'file or folder', 'files and folders')} skipped: {listed}"
 
 
 def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
@@ -151,4 +151,4 @@ def _are(names: tuple[str, ...]) -> str:
 
 
 def _listed(names: tuple[str, ...], noun: str) -> str:
-    return f"{count_of(len(names), noun)} ({shorten(names, SHOWN_FILES)})"
+    return f"{pluralize(len(names), noun)} ({list_names(names, SHOWN_FILES)})"

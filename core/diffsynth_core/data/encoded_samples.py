@@ -15,7 +15,7 @@ from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.data.sampling import Sampling
-from diffsynth_core.errors import DiffSynthError, beginning
+from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.files import write_text
 from diffsynth_core.json_files import WrongType, as_type, read_json
 
@@ -144,7 +144,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
     path = folder / MANIFEST
     content = read_json(path, dict[str, Any], ENCODE_AGAIN, MAX_MANIFEST_BYTES)
     if content.get("format") != FORMAT:
-        found = beginning(json.dumps(content.get("format")))
+        found = truncate(json.dumps(content.get("format")))
         raise DiffSynthError(f"`{path}` has format {found}, but this version reads {FORMAT}", ENCODE_AGAIN)
     try:
         manifest = as_type(content, _Manifest)

@@ -18,7 +18,7 @@ from diffsynth_core.data.images import (
     load_image,
     read_image_header,
 )
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, load_clip
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.randomness import key_of
@@ -138,7 +138,7 @@ class Excerpt:
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
-def read_media_header(path: Path, rule: MediaRule, videos: VideoMemory) -> MediaHeader:
+def read_media_header(path: Path, rule: MediaRule, videos: VideoProbeCache) -> MediaHeader:
     """What a file holds; a video is decoded for it, once ever.
 
     Raises:

@@ -21,11 +21,11 @@ from diffsynth_core.errors import (
     DiffSynthError,
     FaultsFound,
     Problem,
-    beginning,
     kind_of,
+    list_names,
     raise_if_any,
-    shorten,
     suggest,
+    truncate,
 )
 from diffsynth_core.files import replacing
 from diffsynth_core.json_files import InvalidJson, parse_json
@@ -101,7 +101,7 @@ def unused_metadata(base: Path, path: Path | None) -> Problem | None:
     others = [name for name in names if (path is None or name != path.name) and (base / name).is_file()]
     if not others:
         return None
-    what = f"`{base}` contains {shorten(others)}, which is not read"
+    what = f"`{base}` contains {list_names(others)}, which is not read"
     if path:
         return Problem(f"{what} because `{path.name}` exists", "remove the file that you do not use")
     return Problem(f"{what}: expected {', '.join(METADATA_NAMES)}", "export it as metadata.csv")
@@ -171,7 +171,7 @@ def missing_column(
         listed = ", ".join(f"`{one}`" for one in dict.fromkeys(needed))
         what = f"`{origin}` has no column `{name}`, which requires a metadata file"
         return Problem(what, f"write a metadata.csv with the columns {listed}", code=code)
-    what = f"`{origin}` has no column `{name}`; it has {shorten([beginning(one) for one in present])}"
+    what = f"`{origin}` has no column `{name}`; it has {list_names([truncate(one) for one in present])}"
     if near:
         return Problem(what, f"rename `{near}`", code=code)
     if lacks_header(present):
@@ -181,9 +181,7 @@ def missing_column(
 
 def unread_column(origin: str, name: str, known: Sequence[str], hint: str) -> Problem:
     """What to say of a column that is not read; `known`: those that are."""
-    what = (
-        f"`{origin}` has the column `{beginning(name)}`, which is not read; columns that are read: {shorten(known, 12)}"
-    )
+    what = f"`{origin}` has the column `{truncate(name)}`, which is not read; columns that are read: {list_names(known, 12)}"
     return Problem(what, hint, code="COLUMN_UNKNOWN")
 
 
@@ -219,7 +217,7 @@ def split_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict[str, st
 def unnamed_column(origin: str, place: int, value: str) -> Problem:
     """What to say of a column without a name that holds values."""
     return Problem(
-        f"`{origin}` has values in column {place}, which has no name (`{beginning(value)}`): it is not read",
+        f"`{origin}` has values in column {place}, which has no name (`{truncate(value)}`): it is not read",
         "name it in the first line, or remove it (pandas: `to_csv(…, index=False)`)",
     )
 
@@ -364,7 +362,7 @@ def _folder_problems(
 
 def rival_captions(name: str, captions: Sequence[str]) -> Problem:
     """The problem that an image or clip has several captions beside it."""
-    what = f"`{name}` has {len(captions)} caption files: {shorten(captions)}"
+    what = f"`{name}` has {len(captions)} caption files: {list_names(captions)}"
     return Problem(what, "keep one of them", code="CAPTION_AMBIGUOUS")
 
 

@@ -29,8 +29,8 @@ from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_colu
 from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
-from diffsynth_core.data.video_probe_cache import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, beginning, shorten
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, truncate
 from diffsynth_core.json_files import InvalidJson, parse_json
 from diffsynth_core.progress import Reporter
 
@@ -193,7 +193,7 @@ def build_samples(
     metadata: Metadata,
     base: Path,
     columns: Columns,
-    videos: VideoMemory,
+    videos: VideoProbeCache,
     reporter: Reporter,
     refused: frozenset[int] = frozenset(),
 ) -> tuple[SampleSet, list[Problem]]:
@@ -241,7 +241,7 @@ class _Headers:
 
 
 def _measure(
-    rows: list[_Row], columns: Columns, videos: VideoMemory, problems: list[Problem], reporter: Reporter
+    rows: list[_Row], columns: Columns, videos: VideoProbeCache, problems: list[Problem], reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
     """Read the headers of all files and settle the sizes and frames that are trained on."""
     samples: list[Sample] = []
@@ -332,7 +332,7 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
     """What is worth saying of profiles and marks that say that colours are not sRGB."""
     profiles = list(dict.fromkeys(one.profile for one in colours if one.profile))
     if profiles:
-        yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {shorten(profiles, 3)}"
+        yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {list_names(profiles, 3)}"
     doubts = [one.doubt for one in colours if one.doubt]
     if doubts:
         yield f"the colours of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
@@ -392,7 +392,7 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
 
 
 def _headers_or_problem(
-    row: _Row, rule: MediaRule, videos: VideoMemory, read_shown: Callable[[Path], ImageHeader]
+    row: _Row, rule: MediaRule, videos: VideoProbeCache, read_shown: Callable[[Path], ImageHeader]
 ) -> _Headers | Problem:
     """What the files of a row hold, or why the first of those that cannot be read cannot."""
     try:
@@ -431,7 +431,7 @@ def _caption(value: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DiffSynthError(
-            f"{where}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a string",
+            f"{where}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a string",
             "write the caption as a string",
             "CELL_TYPE",
         )
@@ -467,7 +467,7 @@ def _media_paths(
             raise DiffSynthError(what, "add the file, or remove the row", empty)
         if not isinstance(name, str):
             raise DiffSynthError(
-                f"{where}: column `{column}` holds `{beginning(json.dumps(name))}`, expected a path",
+                f"{where}: column `{column}` holds `{truncate(json.dumps(name))}`, expected a path",
                 "write the path as a string",
                 "CELL_TYPE",
             )
@@ -480,7 +480,7 @@ def _media_paths(
 
 def _missing(base: Path, name: str, where: str, folders: Folders) -> tuple[str, str]:
     """What to say of a file that is not there, and what to do."""
-    what = f"{where} names `{beginning(str(base / name), SHOWN_OF_A_PATH)}`, which does not exist"
+    what = f"{where} names `{truncate(str(base / name), SHOWN_OF_A_PATH)}`, which does not exist"
     if "\\" in name and folders.find(base, name.replace("\\", "/")):
         return f"{what}: it uses `\\` between folders", WRITE_SLASHES
     return what, "correct the path (relative to `dataset_base_path`), or remove the row"

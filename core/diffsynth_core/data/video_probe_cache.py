@@ -9,14 +9,14 @@ from pathlib import Path
 from diffsynth_core.data.clips import VideoHeader
 from diffsynth_core.data.videos import VIDEO_TRANSFORM, count_frames, read_video_header
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.hub.hash_cache import FileMemory, Stamp, file_stamp
+from diffsynth_core.hub.file_cache import FileCache, Stamp, file_stamp
 
 
-class VideoMemory:
+class VideoProbeCache:
     """Headers and counts of frames. Threads may ask at the same time: one decodes a file, the others wait for it."""
 
     def __init__(self, memory: Path) -> None:
-        self._memory = FileMemory(memory)
+        self._memory = FileCache(memory)
         self._changing = threading.Lock()
         self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
 

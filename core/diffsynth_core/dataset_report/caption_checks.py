@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from diffsynth_core.dataset_report.examined import Examined
 from diffsynth_core.dataset_report.findings import Finding, found
-from diffsynth_core.errors import beginning
+from diffsynth_core.errors import truncate
 from diffsynth_core.models.size_facts import CaptionFacts
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens, may_be_longer
 
@@ -71,13 +71,13 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
     if len(rows) == 1 and not examined.columns.references:
         ((caption, sharing),) = rows.items()
         if len(sharing) == len(examined.records) > 1:
-            what = f"all {len(sharing)} captions are `{beginning(caption)}`"
+            what = f"all {len(sharing)} captions are `{truncate(caption)}`"
             yield found("CAPTION_ALL_SAME", what, "describe each image or video")
             return
     for caption, sharing in rows.items():
         listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
         more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
-        what = f"rows {listed}{more} share the caption `{beginning(caption)}`"
+        what = f"rows {listed}{more} share the caption `{truncate(caption)}`"
         yield found("CAPTION_DUPLICATE", what, row=sharing[0])
 
 

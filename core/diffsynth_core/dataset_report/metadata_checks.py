@@ -25,7 +25,7 @@ from diffsynth_core.dataset_report.examined import Examined, Record
 from diffsynth_core.dataset_report.findings import Finding, found
 from diffsynth_core.dataset_report.rules import Columns
 from diffsynth_core.dataset_report.table import Table
-from diffsynth_core.errors import DiffSynthError, beginning
+from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 
@@ -88,7 +88,7 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
         findings.append(found(code, what, "add the file, or remove the row", row=row))
         return ()
     if not all(isinstance(name, str) for name in names):
-        what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a path"
+        what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a path"
         findings.append(found("CELL_TYPE", what, "write the path as a string", row=row))
         return ()
     return tuple(map(normalised, names))
@@ -121,7 +121,7 @@ def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str 
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
         return str(value)
-    what = f"row {row}: column `{column}` holds `{beginning(json.dumps(value))}`, expected a string"
+    what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a string"
     findings.append(found("CELL_TYPE", what, "write the caption as a string", row=row))
     return None
 

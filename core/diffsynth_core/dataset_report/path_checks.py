@@ -14,7 +14,7 @@ from diffsynth_core.data.metadata import SHOWN_OF_A_PATH
 from diffsynth_core.data.samples import WRITE_SLASHES
 from diffsynth_core.dataset_report.examined import Examined
 from diffsynth_core.dataset_report.findings import Finding, Level, found
-from diffsynth_core.errors import beginning, suggest
+from diffsynth_core.errors import suggest, truncate
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -47,7 +47,7 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
                     present.add(name)
                 else:
                     what = (
-                        f"row {record.row}: column `{column}` names `{beginning(name, SHOWN_OF_A_PATH)}`, {fault.what}"
+                        f"row {record.row}: column `{column}` names `{truncate(name, SHOWN_OF_A_PATH)}`, {fault.what}"
                     )
                     findings.append(found(fault.code, what, fault.hint, row=record.row, path=name))
     return frozenset(present), findings

@@ -15,7 +15,7 @@ from diffsynth_core.dataset_report.examined import Examined, Record
 from diffsynth_core.dataset_report.facts import ImageFacts, VideoFacts
 from diffsynth_core.dataset_report.findings import LEVELS, Finding, Report
 from diffsynth_core.dataset_report.set_checks import crop_of, header_of, sizes_of
-from diffsynth_core.errors import beginning
+from diffsynth_core.errors import truncate
 
 FINDINGS_BYTES = 8_000_000
 SAMPLES_BYTES = 8_000_000
@@ -126,7 +126,7 @@ def _sample(record: Record, examined: Examined, sizes: Mapping[int, Excerpt]) ->
     columns = sorted(record.files, key=lambda column: column != target)
     sample: dict[str, Any] = {
         "row": record.row,
-        "caption": None if record.caption is None else beginning(record.caption, SHOWN_CHARACTERS),
+        "caption": None if record.caption is None else truncate(record.caption, SHOWN_CHARACTERS),
         "files": [[column, _shown_path(name, examined)] for column in columns for name in record.files[column]],
     }
     names = record.files.get(target, ())
@@ -149,4 +149,4 @@ def _sample(record: Record, examined: Examined, sizes: Mapping[int, Excerpt]) ->
 
 def _shown_path(name: str, examined: Examined) -> str:
     """A path as the page shows it; that of a file stays whole, for its thumbnail is found by it."""
-    return name if name in examined.present else beginning(name, SHOWN_CHARACTERS)
+    return name if name in examined.present else truncate(name, SHOWN_CHARACTERS)

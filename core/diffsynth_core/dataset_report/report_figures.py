@@ -9,7 +9,7 @@ from math import inf, log
 
 from diffsynth_core.dataset_report.examined import Examined
 from diffsynth_core.dataset_report.set_checks import Size, header_of, shapes_of
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 
 MEGAPIXELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 CHARACTERS = (1, 10, 20, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200)
@@ -167,7 +167,7 @@ def buckets_html(examined: Examined) -> str:
         return ""
     rules = examined.rules
     short = sum(line.last < rules.batch_size for line in lines)
-    what = f"{count_of(len(lines), 'bucket')}, {count_of(sum(line.batches for line in lines), 'batch', 'batches')} "
+    what = f"{pluralize(len(lines), 'bucket')}, {pluralize(sum(line.batches for line in lines), 'batch', 'batches')} "
     what += f"per epoch at batch size {rules.batch_size}"
     what += f", the data repeated {rules.repeat} times" if rules.repeat > 1 else ""
     what += f"; the last batch of {short} of them is short" if short else "; no batch is short"

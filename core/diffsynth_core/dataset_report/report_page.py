@@ -18,7 +18,7 @@ from diffsynth_core.dataset_report.report_data import PageData, page_data
 from diffsynth_core.dataset_report.report_figures import buckets_html, histogram_html, histograms
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.files import write_text
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 THUMBNAIL_SIDE = 160
 """The longer side, in pixels, of the images that the page is made for; for `Wish.thumbnails`."""
@@ -109,9 +109,9 @@ def _hash_source(text: str) -> str:
 
 def _verdict(summary: Summary) -> str:
     if summary.errors:
-        return f"{count_of(summary.errors, 'error')} to fix before training"
+        return f"{pluralize(summary.errors, 'error')} to fix before training"
     if summary.warnings:
-        return f"Ready to train; {count_of(summary.warnings, 'warning')} to review"
+        return f"Ready to train; {pluralize(summary.warnings, 'warning')} to review"
     return "Ready to train: no problems found"
 
 

@@ -17,7 +17,7 @@ from diffsynth_core.dataset_report.findings import Finding, found
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.files import free_bytes
 from diffsynth_core.models.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 SHOWN_SIZES = 8
 ASSUMED_PRECISION = "bf16"
@@ -112,10 +112,10 @@ def check_buckets(examined: Examined) -> Iterator[Finding]:
     counted = Counter(shape[examined.columns.target][0] for shape in sizes)
     listed = ", ".join(f"{count} of {_size(shape)}" for shape, count in counted.most_common(SHOWN_SIZES))
     more = f" and {len(counted) - SHOWN_SIZES} more sizes" if len(counted) > SHOWN_SIZES else ""
-    what = f"{count_of(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
+    what = f"{pluralize(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
     short = [bucket for bucket in plan.buckets if len(bucket.members) * rules.repeat % rules.batch_size]
     if short:
-        what += f", the last batch of {len(short)} of {count_of(len(plan.buckets), 'bucket')} is short"
+        what += f", the last batch of {len(short)} of {pluralize(len(plan.buckets), 'bucket')} is short"
     yield found("BUCKETS", what)
 
 
@@ -129,7 +129,7 @@ def _steps(rules: Rules, steps: int) -> str:
     given = [f"batch size {rules.batch_size}"]
     given += [f"{rules.accumulation} batches a step"] if rules.accumulation > 1 else []
     given += [f"the data repeated {rules.repeat} times"] if rules.repeat > 1 else []
-    return f"{count_of(steps, 'step')} per epoch ({', '.join(given)})"
+    return f"{pluralize(steps, 'step')} per epoch ({', '.join(given)})"
 
 
 def check_cache(examined: Examined) -> Iterator[Finding]:

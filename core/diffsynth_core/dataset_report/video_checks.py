@@ -13,7 +13,7 @@ from diffsynth_core.dataset_report.facts import VideoFacts
 from diffsynth_core.dataset_report.findings import Finding, found
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import header_of
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or remove its row"),
@@ -48,7 +48,7 @@ def check_single_frames(examined: Examined) -> Iterator[Finding]:
     single = [path for path, frames in lengths.items() if frames == 1 and not _all_given(frames, rules)]
     if not single:
         return
-    of_all = f"training uses one frame of {len(single)} of {count_of(len(lengths), 'file')}"
+    of_all = f"training uses one frame of {len(single)} of {pluralize(len(lengths), 'file')}"
     if rules.shown_frames:
         what = f"{of_all}, which is also the condition ({', '.join(rules.shown_frames)}): the model learns to copy it"
         yield found("VIDEO_STILL", what, "replace them with videos, or remove their rows")
@@ -114,7 +114,7 @@ def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     asked = rules.media.frames.num_frames if rules.media.frames else 2
     available = _available(facts)
     if available < asked and not _all_given(_used(available, rules), rules):
-        what = f"`{facts.path}` has {count_of(available, 'frame')}, expected {asked}"
+        what = f"`{facts.path}` has {pluralize(available, 'frame')}, expected {asked}"
         hint = (
             f"replace it, or train with `--num_frames {_used(available, rules)}`"
             if rules.media.frames

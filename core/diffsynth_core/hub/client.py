@@ -74,16 +74,16 @@ class RemoteFile:
             raise ValueError(f"a size of {self.size} bytes")
 
 
-class Interruption(Exception):
+class TransientHubError(Exception):
     """A transfer broke in a way that another attempt may fix; the text says how."""
 
 
-class Refusal(DiffSynthError):
+class HubAccessError(DiffSynthError):
     """A hub does not have what is asked for, or does not give it to this user."""
 
 
 class Hub(Protocol):
-    """A hub; all errors are `Refusal`, which is final, or `Interruption`."""
+    """A hub; all errors are `HubAccessError`, which is final, or `TransientHubError`."""
 
     title: str
     login: str
@@ -137,19 +137,19 @@ def downloads_are_off() -> bool:
     return os.environ.get(SKIP_VARIABLE, "").strip().lower() not in UNSET
 
 
-def unknown(hub: Hub, repository: Repository, path: str | None = None) -> Refusal:
+def unknown(hub: Hub, repository: Repository, path: str | None = None) -> HubAccessError:
     """The error that a hub has no such repository, as far as this user sees, or no such file in it."""
     if path:
         what = f"{hub.title} has no file `{path}` in `{repository.name}`"
     else:
         what = f"{hub.title} has no {repository.kind} `{repository.name}` that you have access to"
     private = "" if path else f" log in with `{hub.login}` if it is private,"
-    return Refusal(what, f"check {hub.page(repository)},{private} or {hub.another}")
+    return HubAccessError(what, f"check {hub.page(repository)},{private} or {hub.another}")
 
 
-def refused(hub: Hub, repository: Repository) -> Refusal:
+def refused(hub: Hub, repository: Repository) -> HubAccessError:
     """The error that a hub does not let this user read a repository."""
-    return Refusal(
+    return HubAccessError(
         f"{hub.title} denied access to `{repository.name}`: its licence is not accepted, or it is private",
         f"accept the licence at {hub.page(repository)}, and log in with `{hub.login}`",
     )
@@ -164,7 +164,7 @@ def reading_list() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Interruption("unexpected response") from error
+        raise TransientHubError("unexpected response") from error
 
 
 def silence(sdk: str, unless: str) -> None:
@@ -176,6 +176,6 @@ def silence(sdk: str, unless: str) -> None:
         logging.getLogger(sdk).setLevel(logging.CRITICAL)
 
 
-def status_interruption(status: int) -> Interruption:
+def status_interruption(status: int) -> TransientHubError:
     """The interruption that a hub answered with an HTTP status."""
-    return Interruption(f"the hub responded with status {status}")
+    return TransientHubError(f"the hub responded with status {status}")

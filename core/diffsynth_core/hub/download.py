@@ -8,14 +8,14 @@ from diffsynth_core.files import default_cache_path
 from diffsynth_core.hub.client import Hub, open_hub
 from diffsynth_core.hub.download_plan import LOCK, DownloadPlan, compared, plan_download
 from diffsynth_core.hub.fetching import fetch
-from diffsynth_core.hub.file_requests import Wanted, absent
-from diffsynth_core.hub.identity import IDENTITIES, FileIdentities
+from diffsynth_core.hub.file_requests import FileRequest, absent
+from diffsynth_core.hub.identity import IDENTITIES, HashCache
 from diffsynth_core.locks import locked
 from diffsynth_core.progress import Reporter
 
 
 def list_download(
-    wanted: Sequence[Wanted], base: Path, source: str | None, reporter: Reporter, verify: bool = False
+    wanted: Sequence[FileRequest], base: Path, source: str | None, reporter: Reporter, verify: bool = False
 ) -> DownloadPlan:
     """What a download would do; asks the hub, and writes nothing.
 
@@ -25,7 +25,7 @@ def list_download(
 
 
 def download(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[FileRequest],
     base: Path,
     source: str | None,
     reporter: Reporter,
@@ -47,7 +47,7 @@ def download(
 
 
 def download_absent(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[FileRequest],
     base: Path,
     waiting: Reporter,
     reporter: Reporter,
@@ -64,7 +64,7 @@ def download_absent(
 
 
 def _download(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[FileRequest],
     base: Path,
     source: str | None,
     reporter: Reporter,
@@ -81,10 +81,10 @@ def _download(
 
 
 def _plan(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[FileRequest],
     hub: Hub,
     base: Path,
-    identities: FileIdentities,
+    identities: HashCache,
     reporter: Reporter,
     verify: bool,
 ) -> DownloadPlan:
@@ -97,9 +97,9 @@ def _plan(
     return compared(plan, identities)
 
 
-def _identities() -> FileIdentities:
+def _identities() -> HashCache:
     """The hashes that runs remember too."""
-    return FileIdentities(default_cache_path() / IDENTITIES)
+    return HashCache(default_cache_path() / IDENTITIES)
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 from unicodedata import category
 
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import free_bytes
-from diffsynth_core.hub.client import Hub, Interruption, Refusal, RemoteFile, Repository
-from diffsynth_core.hub.file_requests import Place, Wanted, paths_below
-from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.client import Hub, HubAccessError, RemoteFile, Repository, TransientHubError
+from diffsynth_core.hub.file_requests import FileRequest, RepoFiles, paths_below
+from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.progress import format_bytes
 
 LOCK = ".download.lock"
@@ -81,7 +81,7 @@ class DownloadPlan:
             )
 
 
-def plan_download(wanted: Iterable[Wanted], hub: Hub, base: Path, identities: FileIdentities) -> DownloadPlan:
+def plan_download(wanted: Iterable[FileRequest], hub: Hub, base: Path, identities: HashCache) -> DownloadPlan:
     """Ask the hub for the files of what is wanted, and compare sizes with what is here, and hashes as far as known.
 
     Raises:
@@ -95,7 +95,7 @@ def plan_download(wanted: Iterable[Wanted], hub: Hub, base: Path, identities: Fi
     for item in wanted:
         try:
             found = _find(item, lists, base)
-        except Refusal as error:
+        except HubAccessError as error:
             problems += [] if item.optional else error.problems
             continue
         if found.refusal and not item.optional:
@@ -113,7 +113,7 @@ def plan_download(wanted: Iterable[Wanted], hub: Hub, base: Path, identities: Fi
     return DownloadPlan(hub.title, base, tuple(ordered), free_bytes(base), tuple(dict.fromkeys(refusals)))
 
 
-def compared(plan: DownloadPlan, identities: FileIdentities) -> DownloadPlan:
+def compared(plan: DownloadPlan, identities: HashCache) -> DownloadPlan:
     """A plan again, with hashes that have become known since."""
     files = (
         listed if listed.state == "unchecked" else _listed(listed.repository, listed.file, listed.target, identities)
@@ -127,21 +127,21 @@ class _Lists:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
-        self._known: dict[Repository, list[RemoteFile] | Refusal] = {}
+        self._known: dict[Repository, list[RemoteFile] | HubAccessError] = {}
 
     def files(self, repository: Repository) -> list[RemoteFile]:
         if repository not in self._known:
             try:
                 self._known[repository] = self.hub.files(repository)
-            except Refusal as error:
+            except HubAccessError as error:
                 self._known[repository] = error
-            except Interruption as error:
+            except TransientHubError as error:
                 raise DiffSynthError(
                     f"cannot get the file list of `{repository.name}` from {self.hub.title}: {error}",
                     f"check the connection to {self.hub.page(repository)}, or {self.hub.another}",
                 ) from error
         known = self._known[repository]
-        if isinstance(known, Refusal):
+        if isinstance(known, HubAccessError):
             raise known
         return known
 
@@ -158,7 +158,7 @@ class _Found:
     refusal: str | None = None
 
 
-def _find(item: Wanted, lists: _Lists, base: Path) -> _Found:
+def _find(item: FileRequest, lists: _Lists, base: Path) -> _Found:
     """The place that is on disk, else the first on the hub.
 
     A model that is on disk and not on the hub is taken as it is; of a dataset the hub alone knows the files.
@@ -167,18 +167,18 @@ def _find(item: Wanted, lists: _Lists, base: Path) -> _Found:
     if here and here.repository.kind == "model":
         try:
             return _Found(here.repository, _chosen(here, lists))
-        except Refusal as error:
+        except HubAccessError as error:
             return _Found(here.repository, _on_disk(here, base), error.problems[0].message)
     refusals = []
     for place in item.places:
         try:
             return _Found(place.repository, _chosen(place, lists))
-        except Refusal as error:
+        except HubAccessError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _chosen(place: Place, lists: _Lists) -> list[RemoteFile]:
+def _chosen(place: RepoFiles, lists: _Lists) -> list[RemoteFile]:
     """The files of a place on the hub.
 
     Raises:
@@ -192,17 +192,17 @@ def _chosen(place: Place, lists: _Lists) -> list[RemoteFile]:
     return [file for file in files if file.path in chosen]
 
 
-def _nothing_matches(place: Place, paths: Sequence[str], hub: Hub) -> Refusal:
+def _nothing_matches(place: RepoFiles, paths: Sequence[str], hub: Hub) -> HubAccessError:
     folders = sorted({f"{path.split('/')[0]}/" if "/" in path else path for path in paths})
     without = [f"{place.repository.name}:{pattern}" for pattern in place.unmatched(paths)]
-    nothing = f"no file that matches {shorten(without)}" if without else f"no complete file that matches `{place}`"
-    return Refusal(
-        f"{hub.title} has {nothing}; it has {shorten(folders) or 'no files'}",
+    nothing = f"no file that matches {list_names(without)}" if without else f"no complete file that matches `{place}`"
+    return HubAccessError(
+        f"{hub.title} has {nothing}; it has {list_names(folders) or 'no files'}",
         f"check {hub.page(place.repository)}",
     )
 
 
-def _on_disk(place: Place, base: Path) -> list[RemoteFile]:
+def _on_disk(place: RepoFiles, base: Path) -> list[RemoteFile]:
     folder = place.repository.folder(base)
     return [RemoteFile(path, (folder / path).stat().st_size, None) for path in place.choose(paths_below(folder))]
 
@@ -234,7 +234,7 @@ def _blocked(target: Path, base: Path) -> Problem | None:
     return None
 
 
-def _listed(repository: Repository, file: RemoteFile, target: Path, identities: FileIdentities) -> ListedFile:
+def _listed(repository: Repository, file: RemoteFile, target: Path, identities: HashCache) -> ListedFile:
     """A file with how much of it is here: whole, cut short, in its part, or not at all."""
     missing = ListedFile(repository, file, target, "missing", 0)
     size = target.stat().st_size if target.is_file() else None
@@ -256,7 +256,7 @@ def bytes_begun(target: Path) -> int:
     return status.st_size if status.st_nlink == 1 else 0
 
 
-def _has_other_bytes(target: Path, file: RemoteFile, identities: FileIdentities) -> bool:
+def _has_other_bytes(target: Path, file: RemoteFile, identities: HashCache) -> bool:
     """Whether a file that was read once has other bytes than the hub says; of one never read it is not known."""
     known = identities.known(target)
     if file.checksum is None or known is None:

@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
 from diffsynth_core.files import put_in_place
-from diffsynth_core.hub.client import Hub, Interruption
+from diffsynth_core.hub.client import Hub, TransientHubError
 from diffsynth_core.hub.download_plan import PART_NAME, DownloadPlan, ListedFile, bytes_begun
-from diffsynth_core.hub.identity import FileIdentities
-from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, count_of
+from diffsynth_core.hub.identity import HashCache
+from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, pluralize
 
 THREADS = 4
 """Files fetched at once: one connection seldom gets all that a line carries."""
@@ -26,7 +26,7 @@ BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes read at a time of what is here already."""
 
 
-def fetch(plan: DownloadPlan, hub: Hub, identities: FileIdentities, reporter: Reporter) -> None:
+def fetch(plan: DownloadPlan, hub: Hub, identities: HashCache, reporter: Reporter) -> None:
     """Bring what is missing; a stop at any moment leaves parts that the next download goes on from.
 
     The hashes of whole files are remembered, so that a run need not read them again.
@@ -40,14 +40,14 @@ def fetch(plan: DownloadPlan, hub: Hub, identities: FileIdentities, reporter: Re
     for listed in plan.to_fetch:
         queue.put(listed)
     total = sum(listed.file.size for listed in plan.to_fetch)
-    label = f"{count_of(len(plan.to_fetch), 'file')} in total"
+    label = f"{pluralize(len(plan.to_fetch), 'file')} in total"
     with reporter.task(label, total, BYTES, done=total - plan.missing_bytes) as whole:
-        crew = _Crew(queue, hub, identities, reporter, whole)
+        crew = _DownloadPool(queue, hub, identities, reporter, whole)
         crew.work()
     raise_if_any(crew.problems)
 
 
-class _Crew:
+class _DownloadPool:
     """Threads that fetch the files of a queue.
 
     They are not waited for when the process is stopped: what they have written is a beginning of the file at any
@@ -55,7 +55,7 @@ class _Crew:
     """
 
     def __init__(
-        self, queue: SimpleQueue[ListedFile], hub: Hub, identities: FileIdentities, reporter: Reporter, whole: Task
+        self, queue: SimpleQueue[ListedFile], hub: Hub, identities: HashCache, reporter: Reporter, whole: Task
     ) -> None:
         self._queue, self._hub, self._identities, self._reporter, self._whole = queue, hub, identities, reporter, whole
         self._stopped = threading.Event()
@@ -87,7 +87,7 @@ class _Crew:
                 self._fetch(listed)
             except _Stopped:
                 return
-            except _NotBrought as error:
+            except _DownloadFailed as error:
                 self.problems += error.problems
             except OSError as error:
                 self._stop(_unwritable(listed.target, error))
@@ -115,7 +115,7 @@ class _Crew:
                         f"`{listed.target}`: checksum mismatch with {self._hub.title}; the download is discarded"
                     )
                 else:
-                    raise _NotBrought(
+                    raise _DownloadFailed(
                         f"checksum mismatch for `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}",
                         f"try again later, or {self._hub.another}",
                     )
@@ -130,10 +130,10 @@ class _Crew:
             before = part.size
             try:
                 self._transfer(listed, part, task)
-            except Interruption as error:
+            except TransientHubError as error:
                 failures, most = 1 if part.size > before else failures + 1, len(BACK_OFF_SECONDS)
                 if failures > most:
-                    raise _NotBrought(
+                    raise _DownloadFailed(
                         f"cannot download `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}: {error}",
                         "run the command again to resume the download",
                     ) from error
@@ -141,24 +141,24 @@ class _Crew:
                 self._reporter.warn(f"`{listed.file.path}`: {error}; retrying in {delay} s ({failures} of {most})")
                 self._pause(delay)
             except DiffSynthError as error:
-                raise _NotBrought(error.problems[0].message, error.problems[0].hint) from error
+                raise _DownloadFailed(error.problems[0].message, error.problems[0].hint) from error
 
     def _transfer(self, listed: ListedFile, part: "_Part", task: Task) -> None:
         """One answer of the hub, appended to the part."""
         with self._hub.read(listed.repository, listed.file, part.size) as (start, chunks):
             if start != part.size:
                 if start:
-                    raise Interruption("the hub sent a different part of the file than requested")
+                    raise TransientHubError("the hub sent a different part of the file than requested")
                 self._advance(task, -part.size)
                 part.restart()
             for chunk in chunks:
                 self._pause(0)
                 if part.size + len(chunk) > listed.file.size:
-                    raise Interruption("the hub sent more bytes than its file list declares")
+                    raise TransientHubError("the hub sent more bytes than its file list declares")
                 part.append(chunk)
                 self._advance(task, len(chunk))
         if part.size < listed.file.size:
-            raise Interruption("the hub ended the transfer early")
+            raise TransientHubError("the hub ended the transfer early")
 
     def _advance(self, task: Task, amount: int) -> None:
         task.advance(amount)
@@ -170,7 +170,7 @@ class _Crew:
             raise _Stopped
 
 
-class _NotBrought(DiffSynthError):
+class _DownloadFailed(DiffSynthError):
     """One file could not be brought; the others go on."""
 
 

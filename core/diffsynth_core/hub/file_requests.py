@@ -10,7 +10,7 @@ from diffsynth_core.hub.client import Repository
 
 
 @dataclass(frozen=True)
-class Place:
+class RepoFiles:
     """Files of one repository: those that match one of `patterns`, as `Path.glob` has them (`*` stops at `/`).
 
     `layouts`: sets of paths of which one must be whole; blank: every pattern must match something.
@@ -48,13 +48,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileRequest:
     """Files that something cannot do without, in the first of `places` that has them.
 
     `optional`: they come along where the hub has them, and nobody misses them elsewhere.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[RepoFiles, ...]
     optional: bool = False
 
     def __str__(self) -> str:
@@ -64,14 +64,14 @@ class Wanted:
         """Whether they are on disk, as far as names tell, below `base`."""
         return self.place_here(base) is not None
 
-    def place_here(self, base: Path) -> Place | None:
+    def place_here(self, base: Path) -> RepoFiles | None:
         """The first place that is on disk."""
         return next(
             (place for place in self.places if place.is_whole(paths_below(place.repository.folder(base)))), None
         )
 
 
-def absent(wanted: Iterable[Wanted], base: Path) -> list[Wanted]:
+def absent(wanted: Iterable[FileRequest], base: Path) -> list[FileRequest]:
     """What of the wanted files is not on disk, as far as names tell, below the folder of downloaded models."""
     return [item for item in wanted if not item.optional and not item.is_here(base)]
 

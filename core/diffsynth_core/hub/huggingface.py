@@ -20,10 +20,10 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from diffsynth_core.hub.client import (
     SKIP_VARIABLE,
     Checksum,
-    Interruption,
-    Refusal,
+    HubAccessError,
     RemoteFile,
     Repository,
+    TransientHubError,
     reading_list,
     refused,
     silence,
@@ -81,15 +81,15 @@ class HuggingFace:
         except EntryNotFoundError as error:
             raise unknown(self, repository, path) from error
         except OfflineModeIsEnabled as error:
-            raise Refusal(
+            raise HubAccessError(
                 "HF_HUB_OFFLINE is set, so Hugging Face cannot be accessed", f"unset it, or set {SKIP_VARIABLE}=1"
             ) from error
         except UnicodeEncodeError as error:
-            raise Refusal(
+            raise HubAccessError(
                 "the Hugging Face token contains invalid characters", f"set a valid one with `{self.login}`"
             ) from error
         except ImportError as error:  # its client finds out when it is made
-            raise Refusal(
+            raise HubAccessError(
                 "a SOCKS proxy is set, but the package that supports it is not installed",
                 "install `socksio`, or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY",
             ) from error
@@ -101,7 +101,7 @@ class HuggingFace:
                 raise refused(self, repository) from error
             raise status_interruption(status) from error
         except (httpx2.HTTPError, OSError) as error:
-            raise Interruption(f"the connection was lost ({type(error).__name__})") from error
+            raise TransientHubError(f"the connection was lost ({type(error).__name__})") from error
 
 
 def _remote_file(entry: RepoFile) -> RemoteFile:

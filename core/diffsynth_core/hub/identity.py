@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from diffsynth_core.hub.hash_cache import FileMemory, file_stamp
+from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.progress import Reporter
 
 HASHING_THREADS = 8
@@ -15,11 +15,11 @@ IDENTITIES = "identities.jsonl"
 """The file below the cache folder in which hashes are remembered."""
 
 
-class FileIdentities:
+class HashCache:
     """sha256 of files; a changed size, modification or status-change time makes the file be read again."""
 
     def __init__(self, memory: Path) -> None:
-        self._memory = FileMemory(memory)
+        self._memory = FileCache(memory)
 
     def known(self, path: Path) -> str | None:
         """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""

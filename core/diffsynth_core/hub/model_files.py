@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_core.errors import Problem, shorten
+from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.files import GGUF_ENDING, PICKLED_ENDINGS, SAFETENSORS_ENDINGS, absent_shards, stem_of_shard
 
 PIPELINE_INDEX = "model_index.json"
@@ -39,7 +39,7 @@ def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
     of_recipe = next((problem.command for problem in missing if problem.entry not in problem.command), None)
     command = of_recipe or f"diffsynth download {shlex.join(entries)}"
     merged = MissingFiles(
-        f"{len(entries)} model files are missing: {shorten(entries)}",
+        f"{len(entries)} model files are missing: {list_names(entries)}",
         f"download them with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where they are, or rehearse with `--rehearse`",
         command=command,
     )

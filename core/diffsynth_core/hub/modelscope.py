@@ -10,9 +10,9 @@ from modelscope_hub.errors import APIError, AuthenticationError, HubError, NotEx
 
 from diffsynth_core.hub.client import (
     Checksum,
-    Interruption,
     RemoteFile,
     Repository,
+    TransientHubError,
     reading_list,
     refused,
     silence,
@@ -69,7 +69,7 @@ class ModelScope:
         except APIError as error:
             raise status_interruption(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
         except (HubError, OSError) as error:  # what `requests` raises are errors of the system
-            raise Interruption(f"the connection was lost ({type(error).__name__})") from error
+            raise TransientHubError(f"the connection was lost ({type(error).__name__})") from error
 
 
 def _remote_file(entry: dict[str, object]) -> RemoteFile:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 
-from diffsynth_core.hub.client import Interruption
+from diffsynth_core.hub.client import TransientHubError
 
 CHUNK_BYTES = 64 * 1024
 """Bytes read at a time: what a broken connection loses at most, and enough for a fast one."""
@@ -30,12 +30,12 @@ def first_byte(status: int, headers: Mapping[str, str], size: int) -> int:
     if status == HTTPStatus.PARTIAL_CONTENT:
         match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
         if match is None:
-            raise Interruption("the hub sent a part of the file without declaring which")
+            raise TransientHubError("the hub sent a part of the file without declaring which")
         start, told = int(match[1]), match[2]
     elif "Content-Encoding" in headers:  # the length is that of the encoded bytes
         told = ""
     if told.isdecimal() and int(told) != size:
-        raise Interruption(f"the hub sent a file of {told} bytes, but its file list declares {size}")
+        raise TransientHubError(f"the hub sent a file of {told} bytes, but its file list declares {size}")
     return start
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.errors import DiffSynthError, beginning
+from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.json_files import read_json
 from diffsynth_core.models.spec import Shapes
 
@@ -43,7 +43,7 @@ def read_config(path: Path, shapes: Shapes) -> dict[str, Any]:
     for place, name, value in _numbers(config):
         limit = _limit(name, layers)
         if limit is not None and abs(value) > limit:
-            what = f"`{path}`: `{place}` is {beginning(str(value), 20)}, expected at most {limit}"
+            what = f"`{path}`: `{place}` is {truncate(str(value), 20)}, expected at most {limit}"
             raise DiffSynthError(what, "put the config.json of these files next to them")
     return config
 

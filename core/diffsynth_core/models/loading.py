@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.float8 import FLOAT8, LARGEST, Float8Linear, fits, float8_layers
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.spec import ComponentFiles
-from diffsynth_core.progress import Reporter, count_of, format_bytes
+from diffsynth_core.progress import Reporter, format_bytes, pluralize
 from diffsynth_core.weights.tensors import dequantize, iterate_weights
 
 
@@ -70,10 +70,10 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     problems = []
     missing = sorted((expected.keys() & required) - names.keys())
     if missing:
-        what = f"is missing {len(missing)} tensors that {source} requires: {shorten(missing)}"
+        what = f"is missing {len(missing)} tensors that {source} requires: {list_names(missing)}"
         problems.append(Problem(f"{where} {what}", "pass all files of the component"))
     if surplus:
-        what = f"has {len(surplus)} tensors that {source} does not define: {shorten(sorted(surplus))}"
+        what = f"has {len(surplus)} tensors that {source} does not define: {list_names(sorted(surplus))}"
         problems.append(Problem(f"{where} {what}", "pass only the files of one component"))
     placed = {name: original for name, original in names.items() if original not in surplus}
     wrong = list(dict.fromkeys(placed[name] for name in sorted(placed) if expected[name] != shapes[name]))
@@ -137,8 +137,8 @@ def load_component(
     beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
     if beyond:
         reporter.info(
-            f"{files.component}: {count_of(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
-            f"kept in {str(dtype).removeprefix('torch.')}: {shorten(beyond)}"
+            f"{files.component}: {pluralize(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
+            f"kept in {str(dtype).removeprefix('torch.')}: {list_names(beyond)}"
         )
     _tie(module)
     return module.to(device)

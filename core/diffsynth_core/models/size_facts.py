@@ -62,7 +62,7 @@ class StateFacts:
 
 
 @dataclass(frozen=True)
-class Published:
+class HubModelSize:
     """The size of a published component, for when its files are not there.
 
     `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once; 0
@@ -78,9 +78,9 @@ class Published:
     shapes: Callable[[], Mapping[str, tuple[int, ...]]] = dict
 
 
-def unknown_size(component: str, entry: str) -> Published:
+def unknown_size(component: str, entry: str) -> HubModelSize:
     """A component of which nothing tells the size."""
-    return Published(component, entry, 0, "bfloat16")
+    return HubModelSize(component, entry, 0, "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from diffsynth_core.models.size_facts import CaptionFacts, LatentFacts, MemoryFacts, Published, StateFacts
+from diffsynth_core.models.size_facts import CaptionFacts, HubModelSize, LatentFacts, MemoryFacts, StateFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_names import LoraNaming
 
@@ -277,7 +277,7 @@ class FamilyFacts:
     text_column: str
     tokenizers: Mapping[str, "TokenizerFacts"]
     memory: MemoryFacts
-    published: tuple[Published, ...]
+    published: tuple[HubModelSize, ...]
     fits: tuple[Fit, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     second_denoiser: str = ""
@@ -290,7 +290,7 @@ class FamilyFacts:
     def component(self, name: str) -> ComponentFacts:
         return next(component for component in self.components if component.name == name)
 
-    def published_sizes(self, component: str, model_id: str, place: str) -> Published | None:
+    def published_sizes(self, component: str, model_id: str, place: str) -> HubModelSize | None:
         """The published component that an entry `model_id:place` means, if its size is known."""
         named = f"{model_id}:{place}"
         return next(

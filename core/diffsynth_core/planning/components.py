@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
-from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
 from diffsynth_core.models.registry import (
     FAMILIES,
@@ -17,7 +17,7 @@ from diffsynth_core.models.registry import (
     load_family,
 )
 from diffsynth_core.models.shapes import layers_of_blocks
-from diffsynth_core.models.size_facts import Published, unknown_size
+from diffsynth_core.models.size_facts import HubModelSize, unknown_size
 from diffsynth_core.models.spec import (
     ComponentFacts,
     ComponentFiles,
@@ -34,7 +34,7 @@ from diffsynth_core.planning.recognition import (
     read_file_set,
     refused_models,
 )
-from diffsynth_core.planning.required_files import command_that_brings, needed_entries
+from diffsynth_core.planning.required_files import download_hint, needed_entries
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.two_stage import changed_encoders, components_of, kind_problems
 
@@ -44,7 +44,7 @@ class FoundComponents:
     """The components of a run, the shapes of their tensors (by the names of our modules), and tokenizer folders.
 
     `variant`: what the denoiser is trained for; when it is missing, what the other components tell.
-    `idle`: components that are named and that the task does not load.
+    `unused_components`: components that are named and that the task does not load.
     `published`: components whose files are not there, and of which the published size stands in.
     `missing`: what is not there, where the run is to be looked at without it.
     """
@@ -54,8 +54,8 @@ class FoundComponents:
     components: Mapping[str, ComponentFiles]
     shapes: Mapping[str, Shapes]
     tokenizers: Mapping[str, Path]
-    idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
-    published: Mapping[str, Published] = field(default_factory=dict)
+    unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
+    published: Mapping[str, HubModelSize] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
 
 
@@ -120,12 +120,12 @@ def find_components(
         _check_entries(parameters, parameter, problems)
     whole = task.encodes and task.trains
     used = {name: files for name, files in components.items() if whole or name in needed}
-    idle = {name: files for name, files in components.items() if name not in used}
+    unused_components = {name: files for name, files in components.items() if name not in used}
     untold: list[Problem] = []
     tokenizers = find_tokenizers(parameters, facts, used, shapes, base, untold) if task.encodes else {}
     (missing if without_files else problems).extend(untold if files.clear else _without_fetched(untold))
     kept = {name: shapes[name] for name in used}
-    return FoundComponents(facts, variant, used, kept, tokenizers, idle, published, tuple(missing))
+    return FoundComponents(facts, variant, used, kept, tokenizers, unused_components, published, tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, ba
     Where a path of one's own is wrong, it is not known which entries its file replaces, so none is missed.
     """
     local, gone = locate(parameters.model_paths, (), base)
-    brings = partial(command_that_brings, recipe=parameters.recipe)
+    brings = partial(download_hint, recipe=parameters.recipe)
     fetched, not_here = locate((), asked, base, _copies(family), brings)
     local_parts, unread = _read(local)
     parts, damaged = _read(fetched)
@@ -173,10 +173,10 @@ def _without_fetched(problems: Iterable[Problem]) -> list[Problem]:
 
 def _stand_in(
     entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles
-) -> dict[str, Published]:
+) -> dict[str, HubModelSize]:
     """The published components that stand in for entries whose files are not there, of unknown size where nothing tells
     it; added to `assigned`."""
-    found: dict[str, Published] = {}
+    found: dict[str, HubModelSize] = {}
     for entry in entries:
         parts = split_entry(entry)
         component = component_at(parts[1], facts, parts[0]) if parts else None
@@ -342,7 +342,7 @@ def _check_entries(parameters: Parameters, parameter: str, problems: list[Proble
     for entry in getattr(parameters, parameter):
         if entry not in named:
             near = suggest(entry, named)
-            hint = f"did you mean `{near}`?" if near else f"the entries are {shorten(named)}"
+            hint = f"did you mean `{near}`?" if near else f"the entries are {list_names(named)}"
             problems.append(
                 Problem(
                     f"`{parameter}` names `{entry}`, which is not an entry of the model parameters",

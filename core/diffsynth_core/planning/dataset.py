@@ -9,13 +9,13 @@ from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import LEAVE_OUT, Metadata, read_metadata, unread_column
 from diffsynth_core.data.samples import Columns, SampleSet, build_samples, check_columns
-from diffsynth_core.data.video_probe_cache import VideoMemory
-from diffsynth_core.errors import DiffSynthError, Problem, shorten, suggest
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.models.registry import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.models.spec import FamilyFacts, Medium, Variant
 from diffsynth_core.planning.two_stage import encoded_in_place_of_dataset
-from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.progress import Reporter, pluralize
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read_dataset(
     row_faults = check(parameters, facts, variant)
     problems += [fault.problem for fault in row_faults]
     refused = frozenset(fault.row for fault in row_faults if fault.row is not None)
-    videos = VideoMemory((parameters.cache_path or default_cache_path()) / "videos.jsonl")
+    videos = VideoProbeCache((parameters.cache_path or default_cache_path()) / "videos.jsonl")
     samples, row_problems = build_samples(metadata, base, columns, videos, reporter, refused)
     problems += row_problems
     problems += _nothing_to_learn(samples, variant)
@@ -158,7 +158,7 @@ def _unread_columns(metadata: Metadata, known: Sequence[str], hints: Mapping[str
     meant = [unread_column(metadata.origin, name, known, hints[name]) for name in unread if name in hints]
     others = [name for name in unread if name not in hints]
     if others:
-        what = f"`{metadata.origin}` has unused columns: {shorten(others)}"
+        what = f"`{metadata.origin}` has unused columns: {list_names(others)}"
         meant.append(Problem(what, code="COLUMN_UNKNOWN"))
     return meant
 
@@ -251,7 +251,7 @@ def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -
     if not single or not shown:
         return []
     return [
-        f"{count_of(single, 'sample')} with a single frame: the model is conditioned on all of it ({shown}) and learns to copy it"
+        f"{pluralize(single, 'sample')} with a single frame: the model is conditioned on all of it ({shown}) and learns to copy it"
     ]
 
 

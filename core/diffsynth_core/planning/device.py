@@ -5,7 +5,7 @@ import os
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import Problem
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 
 PRECISIONS_BY_DEVICE = {
     "cpu": ("no", "bf16"),
@@ -96,7 +96,7 @@ def noise_problems(samples: SampleSet) -> list[Problem]:
         return []
     return [
         Problem(
-            f"`rand_device` is `cuda` for {count_of(len(drawn), 'sample')}, but there is no such device to draw the noise; "
+            f"`rand_device` is `cuda` for {pluralize(len(drawn), 'sample')}, but there is no such device to draw the noise; "
             f"the first is {drawn[0].name}",
             "train on a machine that has one, or generate the images again with `cpu`",
         )

@@ -10,10 +10,10 @@ from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.errors import FaultsFound, Problem, raise_if_any, suggest
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import Repository
-from diffsynth_core.hub.file_requests import Place, Wanted, absent
+from diffsynth_core.hub.file_requests import FileRequest, RepoFiles, absent
 from diffsynth_core.hub.model_files import split_entry
 from diffsynth_core.models.registry import family_of_model
-from diffsynth_core.planning.required_files import wanted_of_entry, wanted_of_recipe
+from diffsynth_core.planning.required_files import files_of_entry, files_of_recipe
 
 DATA_FOLDER = Path("data")
 EVERYTHING = "*"
@@ -25,11 +25,11 @@ _ID = re.compile(r"(?!\.+(/|$))[\w.-]+(/(?!\.+$)[\w.-]+)?")
 class DownloadRequest:
     """What is wanted, the folder it belongs below, and the command that asks for it."""
 
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[FileRequest, ...]
     base: Path
     command: str
 
-    def missing(self) -> list[Wanted]:
+    def missing(self) -> list[FileRequest]:
         """What is not here, as far as names tell."""
         return absent(self.wanted, self.base)
 
@@ -51,12 +51,12 @@ def request_download(
     problems = _misuses(names, dataset, include, local_dir, local_model_path)
     problems += _id_problems(dataset, "dataset") if dataset else []
     if dataset and not problems:
-        place = Place(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
+        place = RepoFiles(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
         folder = local_dir or DATA_FOLDER / dataset.rpartition("/")[2]
         words = ["--dataset", dataset, *(word for glob in include for word in ("--include", glob))]
         words += ["--local_dir", str(local_dir)] if local_dir else []
-        return DownloadRequest((Wanted((place,)),), folder, _command(words))
-    wanted: list[Wanted] = []
+        return DownloadRequest((FileRequest((place,)),), folder, _command(words))
+    wanted: list[FileRequest] = []
     for name in names:
         try:
             wanted += _wanted(name)
@@ -73,14 +73,14 @@ def offline_problems(request: DownloadRequest) -> list[Problem]:
     return [Problem(f"no complete file matches `{item}` below `{request.base}`", hint) for item in request.missing()]
 
 
-def _wanted(name: str) -> list[Wanted]:
+def _wanted(name: str) -> list[FileRequest]:
     """The files of a recipe, or of an entry."""
     if name in recipe_names():
-        return wanted_of_recipe(name)
+        return files_of_recipe(name)
     parts = split_entry(name)
     if parts:
         raise_if_any(_id_problems(parts[0], "model"))
-        return wanted_of_entry(name, family_of_model(parts[0]))
+        return files_of_entry(name, family_of_model(parts[0]))
     near = suggest(name, recipe_names())
     if near:
         hint = f"did you mean `{near}`?"

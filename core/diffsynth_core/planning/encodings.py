@@ -11,11 +11,11 @@ from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.hub.hash_cache import FileMemory
-from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, FileIdentities
+from diffsynth_core.hub.file_cache import FileCache
+from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, HashCache
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.progress import Reporter, pluralize
 
 ENTRIES = "encodings.jsonl"
 """The file below the cache folder in which it is remembered which encodings are whole."""
@@ -25,13 +25,13 @@ ENTRIES = "encodings.jsonl"
 class EncoderPlan:
     """One encoder's part in a run.
 
-    `live`: its component trains, so its output changes and is computed in every step. Otherwise `keys` names the cache
-    entry of each needed sample (by index), and `missing` those that are still to be made, some of which are there but
-    `damaged`. What a first half makes goes into its own folder, and what the cache has of it already is brought there.
+    `online`: its component trains, so its output changes and is computed in every step. Otherwise `keys` holds the
+    cache entry of each needed sample (by index), and `missing` those still to be encoded, some of which exist but are
+    `damaged`. A precompute task writes into its own folder, and copies what the cache already holds.
     """
 
     encoder: EncoderFacts
-    live: bool
+    online: bool
     cache: EncodingCache
     keys: Mapping[int, str]
     missing: tuple[int, ...]
@@ -54,14 +54,14 @@ class EncodingsPlan:
         return tuple(dict.fromkeys(part.encoder.component for part in self.encoders if part.missing))
 
 
-def identity_memory(plan: Plan) -> FileIdentities:
+def hash_cache(plan: Plan) -> HashCache:
     """The remembered hashes of files, beside the cache."""
-    return FileIdentities(plan.cache / IDENTITIES)
+    return HashCache(plan.cache / IDENTITIES)
 
 
 def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     """Find every needed encoding by the content it depends on; reads files whose hash is not remembered."""
-    memory = identity_memory(plan)
+    memory = hash_cache(plan)
     identities = _identify(plan, memory, reporter)
     if plan.encoded:
         return _already_encoded(plan, plan.encoded, identities, reporter)
@@ -79,7 +79,7 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     return EncodingsPlan(encoders, identities)
 
 
-def _identify(plan: Plan, memory: FileIdentities, reporter: Reporter) -> dict[str, dict[str, str]]:
+def _identify(plan: Plan, memory: HashCache, reporter: Reporter) -> dict[str, dict[str, str]]:
     """sha256 by component and file."""
     component_files = {name: _files_of(plan, name) for name in plan.components}
     memory.read_all(
@@ -96,9 +96,9 @@ def _needed(plan: Plan) -> list[int]:
     return plan.steps.samples_needed(plan.first_step, count) if plan.task.trains else list(range(count))
 
 
-def _entry_memory(plan: Plan) -> FileMemory:
+def _entry_memory(plan: Plan) -> FileCache:
     """Where it is remembered which encodings were read back whole, beside the cache."""
-    return FileMemory(plan.cache / ENTRIES)
+    return FileCache(plan.cache / ENTRIES)
 
 
 def _already_encoded(
@@ -115,9 +115,9 @@ def _already_encoded(
         keys = {index: files[encoder.name].key for index, files in enumerate(encoded.files)}
         if missing := _missing(cache, keys, encoder, reporter):
             raise DiffSynthError(
-                f"{len(missing)} of {count_of(len(keys), 'encoding')} in `{encoded.folder}` "
+                f"{len(missing)} of {pluralize(len(keys), 'encoding')} in `{encoded.folder}` "
                 f"{'is' if len(missing) == 1 else 'are'} damaged; the first is `{cache.path(keys[missing[0]])}`",
-                f"run the command of `{plan.task.first_half}` again to encode them again",
+                f"run the command of `{plan.task.precompute_task}` again to encode them again",
             )
         encoders.append(EncoderPlan(encoder, False, cache, keys, ()))
     return EncodingsPlan(tuple(encoders), {**encoded.origin.components, **identities})
@@ -142,7 +142,7 @@ def _missing(
 
 def encodings_are_known(plan: Plan) -> bool:
     """Whether all hashes are remembered, so that planning the encodings reads no file."""
-    memory = identity_memory(plan)
+    memory = hash_cache(plan)
     return all(memory.known(path) for path in _all_files(plan))
 
 
@@ -161,8 +161,12 @@ def _files_of(plan: Plan, component: str) -> dict[str, Path]:
         if tokenizer.component == component and parameter in plan.tokenizers:
             folder = plan.tokenizers[parameter]
             paths += [folder / name for name in tokenizer.files if (folder / name).is_file()]
-    preset = {"preset_lora_path": plan.preset.file.path} if plan.preset and plan.preset.component == component else {}
-    return {f"{path.parent.name}/{path.name}": path for path in paths} | preset
+    fused_lora = (
+        {"preset_lora_path": plan.fused_lora.file.path}
+        if plan.fused_lora and plan.fused_lora.component == component
+        else {}
+    )
+    return {f"{path.parent.name}/{path.name}": path for path in paths} | fused_lora
 
 
 def _plan_encoder(
@@ -170,8 +174,8 @@ def _plan_encoder(
     encoder: EncoderFacts,
     identity: Mapping[str, str],
     samples: Mapping[int, Sample],
-    memory: FileIdentities,
-    entries: FileMemory,
+    memory: HashCache,
+    entries: FileCache,
     reporter: Reporter,
 ) -> EncoderPlan:
     cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name, memory=entries)
@@ -200,7 +204,7 @@ def _precision(plan: Plan, component: str) -> str:
     return f"{plan.mixed_precision}, float8 weights" if plan.float8.get(component) else plan.mixed_precision
 
 
-def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdentities) -> dict[str, object]:
+def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: HashCache) -> dict[str, object]:
     """The content an encoding depends on: captions as text, media as the hash of their bytes and the part used."""
     inputs: dict[str, object] = {"extra_inputs": encoder.inputs}
     for column in encoder.columns:
@@ -213,5 +217,5 @@ def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: FileIdent
     return inputs
 
 
-def _content(excerpt: Excerpt, memory: FileIdentities) -> list[object]:
+def _content(excerpt: Excerpt, memory: HashCache) -> list[object]:
     return [memory.sha256(excerpt.path), *excerpt.transform]

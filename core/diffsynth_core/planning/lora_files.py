@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.trained import check_component
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.lora_files import ANOTHER, LoraFile, ranks_of, read_lora_file
 from diffsynth_core.weights.lora_rows import group_by_down, loras_of
 
 
 @dataclass(frozen=True)
-class PresetLora:
+class FusedLora:
     """A LoRA that is merged into a component before training; `shapes`: of the component's tensors by documented
     name."""
 
@@ -29,8 +29,8 @@ class PresetLora:
     def changes(self) -> str:
         """What it changes, in words."""
         modules, tensors = len(self.file.modules), len(self.file.tensors)
-        told = count_of(modules, "module") if modules or not tensors else ""
-        whole = f"{count_of(tensors, 'tensor')} by full-weight differences" if tensors else ""
+        told = pluralize(modules, "module") if modules or not tensors else ""
+        whole = f"{pluralize(tensors, 'tensor')} by full-weight differences" if tensors else ""
         return " and ".join(filter(None, (told, whole)))
 
 
@@ -48,7 +48,7 @@ class LoraStart:
     @property
     def note(self) -> str:
         """What a user should know of it."""
-        text = f"LoRA initialized from `{self.path}`: {count_of(len(self.ranks), 'module')}"
+        text = f"LoRA initialized from `{self.path}`: {pluralize(len(self.ranks), 'module')}"
         if self.joined:
             text += f"; at {self.joined} of them, the LoRAs of separate q, k, v are fused into one with the sum of their ranks"
         if len(set(self.ranks.values())) > 1:
@@ -90,7 +90,7 @@ def check_lora_checkpoint(
     if trained and not ranks.keys() & set(trained):
         problems.append(
             Problem(
-                f"`{path}` has no LoRA for any of the {len(trained)} trained modules; it has {shorten(sorted(ranks))}",
+                f"`{path}` has no LoRA for any of the {len(trained)} trained modules; it has {list_names(sorted(ranks))}",
                 "use a LoRA of these modules, or other `--lora_target_modules`",
                 wrong_use=True,
             )
@@ -119,8 +119,8 @@ def _or_another(removal: str | None) -> str:
 def _differences_problem(path: Path, component: str, file: LoraFile, removal: str | None) -> Problem:
     """The problem that a file changes tensors by full-weight differences, which a LoRA cannot be initialized from."""
     what = (
-        f"`{path}` changes {count_of(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "
-        f"from: {shorten(sorted(file.tensors))}"
+        f"`{path}` changes {pluralize(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "
+        f"from: {list_names(sorted(file.tensors))}"
     )
     hints = [f"merge it into the base with `--preset_lora_path {path} --preset_lora_model {component}`"]
     if file.modules and removal:
@@ -142,7 +142,7 @@ def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Pro
     return [Problem(what, f"pass `--lora_rank {rank}`", wrong_use=True)]
 
 
-def find_preset(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> PresetLora | None:
+def find_fused_lora(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> FusedLora | None:
     """The LoRA that `preset_lora_path` names, proven to fit its component. Adds to `problems`."""
     path, component = parameters.preset_lora_path, parameters.preset_lora_model
     if path is None and component is not None:
@@ -172,7 +172,7 @@ def find_preset(parameters: Parameters, found: FoundComponents, problems: list[P
     way_out = _or_another(_removal(path, component, found))
     try:
         file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
-        return PresetLora(component, file, shapes)
+        return FusedLora(component, file, shapes)
     except DiffSynthError as error:
         problems += error.problems
         return None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem, shorten, suggest
+from diffsynth_core.errors import Problem, list_names, suggest
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.spec import (
@@ -91,7 +91,7 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
     return [
         Problem(
             f"`lora_target_modules` matches modules of {component} {kind}, which do not support LoRA: "
-            f"{shorten(sorted(set(unfit)))}",
+            f"{list_names(sorted(set(unfit)))}",
             "use linear layers or plain convolutions",
             wrong_use=True,
         )
@@ -144,7 +144,7 @@ def _reachable(
     dead = found.variant.untrainable(found.facts.component(component), frozenset(found.shapes[component]))
     alive = {name for name in names if not all(is_below(part, dead) for part in documented.ours(name) or ())}
     if names and not alive:
-        what = f"`lora_target_modules` matches only modules that receive no gradient: {shorten(sorted(names))}"
+        what = f"`lora_target_modules` matches only modules that receive no gradient: {list_names(sorted(names))}"
         problems.append(Problem(what, "choose other modules", wrong_use=True))
     modules = modules_with_weights(found.components[component].layout.documented_shapes(found.shapes[component]))
     kinds = {kind for name in alive if (kind := _kind_in_blocks(name))}
@@ -174,7 +174,7 @@ def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Sha
     endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
     near = suggest(target, endings)
     if addressing:
-        hint = f"in the documented names this is {shorten(addressing)}"
+        hint = f"in the documented names this is {list_names(addressing)}"
     elif near:
         hint = f"did you mean `{near}`?"
     else:

@@ -151,8 +151,8 @@ def unknown_parts(plan: Plan) -> list[str]:
     """What takes memory and is not in the estimate, as words."""
     needed = components_of(plan.task, plan.variant) | plan.components.keys()
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
-    live = sorted(plan.training.components - {plan.facts.denoiser})
-    unknown += [f"activations that autograd keeps of {name}" for name in {*live, *plan.variant.in_step}]
+    online = sorted(plan.training.components - {plan.facts.denoiser})
+    unknown += [f"activations that autograd keeps of {name}" for name in {*online, *plan.variant.in_step}]
     if plan.world_size > 1 and plan.task.trains:
         unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)

@@ -15,10 +15,10 @@ from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_
 from diffsynth_core.data.batches import StepPlan
 from diffsynth_core.data.media import Excerpt
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.files import default_cache_path
-from diffsynth_core.hub.identity import IDENTITIES, FileIdentities
-from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.hub.identity import IDENTITIES, HashCache
+from diffsynth_core.progress import Reporter, pluralize
 
 FINISHED = ("completed", "interrupted")
 """Statuses of a run whose record was brought to its end."""
@@ -27,12 +27,12 @@ REPEAT_REHEARSAL = "delete `{folder}`, or choose another `--output_path`"
 
 
 @dataclass(frozen=True)
-class NothingLeft(Problem):
+class RunComplete(Problem):
     """The run to resume has done all its steps."""
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run begins: the steps it has behind it, the state that holds them, and what is worth saying of going on.
 
     `warnings`: what a resumed run loses.
@@ -52,7 +52,7 @@ def check_output(
     float8_components: Sequence[str],
     reporter: Reporter,
     problems: list[Problem],
-) -> Start:
+) -> ResumePoint:
     """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`.
 
     `fingerprint`: that of the dataset, when it could be read. Reads the state back whole, once, to be sure of it.
@@ -61,19 +61,19 @@ def check_output(
     place_problems = place_faults(folder, "output_path")
     problems += place_problems
     if any(problem.wrong_use for problem in place_problems):
-        return Start()
+        return ResumePoint()
     try:
         record = read_record(folder)
         if parameters.resume is None or record is None:
             _check_free(parameters, record, problems)
-            return Start()
+            return ResumePoint()
         _check_same_run(parameters, record, fingerprint, problems)
         _check_same_steps(folder, record, steps, mixed_precision, problems)
         _check_same_storage(folder, record, float8_components, problems)
         return _resumed(parameters, record, steps, reporter, problems)
     except DiffSynthError as error:
         problems += error.problems
-        return Start()
+        return ResumePoint()
 
 
 def place_faults(folder: Path, parameter: str) -> list[Problem]:
@@ -103,20 +103,20 @@ def cache_faults(cache: Path) -> list[Problem]:
 
 def _resumed(
     parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter, problems: list[Problem]
-) -> Start:
+) -> ResumePoint:
     """The position of the run in the folder."""
     folder, total = parameters.output_path, steps.total_steps if steps else None
     if total is not None and record.status in FINISHED and record.step >= total:
-        problems.append(_nothing_left(folder, record.step, total))
-        return Start()
+        problems.append(_run_complete(folder, record.step, total))
+        return ResumePoint()
     found = _find_states(parameters, record, reporter)
     if found.newest is None and (found.damaged or record.step):
         problems.append(_no_whole_state(folder, record, found.damaged))
-        return Start()
+        return ResumePoint()
     done = found.newest.position.step if found.newest else 0
     # A run killed between its last state and the end of its record has only its record to finish.
     if total is not None and done > total:
-        problems.append(_nothing_left(folder, done, total))
+        problems.append(_run_complete(folder, done, total))
     notes = [
         f"resumed after step {done}" if done else "starts at step 0: the previous run was stopped before its first save"
     ]
@@ -131,15 +131,15 @@ def _resumed(
             f"before at {record.total_steps}: the learning rate jumps here"
         )
     lost = [
-        f"the state after step {state.step} is damaged ({state.reason}): {count_of(state.step - done, 'step')} "
+        f"the state after step {state.step} is damaged ({state.reason}): {pluralize(state.step - done, 'step')} "
         f"{'is' if state.step - done == 1 else 'are'} lost"
         for state in found.damaged
     ]
-    return Start(done, tuple(notes), found.newest, tuple(lost))
+    return ResumePoint(done, tuple(notes), found.newest, tuple(lost))
 
 
 def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) -> FoundStates:
-    identities = FileIdentities((parameters.cache_path or default_cache_path()) / IDENTITIES)
+    identities = HashCache((parameters.cache_path or default_cache_path()) / IDENTITIES)
 
     def hashes(paths: Sequence[Path]) -> list[str]:
         identities.read_all(paths, reporter, "Verifying the state")
@@ -150,9 +150,9 @@ def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) 
     return find_states(parameters.output_path, record.id, hashes, below)
 
 
-def _nothing_left(folder: Path, done: int, total: int) -> NothingLeft:
-    return NothingLeft(
-        f"the run in `{folder}` has completed {count_of(done, 'step')} and the parameters request {total}; "
+def _run_complete(folder: Path, done: int, total: int) -> RunComplete:
+    return RunComplete(
+        f"the run in `{folder}` has completed {pluralize(done, 'step')} and the parameters request {total}; "
         "request more with `--num_epochs` or `--max_steps`"
     )
 
@@ -211,7 +211,7 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
     if checkpoints:
         problems.append(
             Problem(
-                f"`output_path` `{folder}` already holds checkpoints of another program: {shorten(checkpoints)}",
+                f"`output_path` `{folder}` already holds checkpoints of another program: {list_names(checkpoints)}",
                 "choose another `--output_path`",
                 wrong_use=True,
             )

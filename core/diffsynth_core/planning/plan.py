@@ -13,13 +13,13 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, Variant
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
-from diffsynth_core.planning.lora_files import PresetLora, find_preset
-from diffsynth_core.planning.output import Start, cache_faults, check_output, dataset_fingerprint
+from diffsynth_core.planning.lora_files import FusedLora, find_fused_lora
+from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.replaced import without_replaced
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
 from diffsynth_core.planning.two_stage import check_target, find_encoded, known_origin
@@ -33,8 +33,8 @@ class Plan:
     `world_size` counts processes.
     `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names;
     None: not known without its files.
-    `preset`: what is merged into a component before training.
-    `idle`: components that are named and that the task does not load.
+    `fused_lora`: what is merged into a component before training.
+    `unused_components`: components that are named and that the task does not load.
     `encoded`: what the second half of split training trains on.
     `shapes`: of the tensors of each component, by the names of our modules; blank where nothing tells them.
     `published`: components whose files are not there, and of which the published size stands in.
@@ -52,16 +52,16 @@ class Plan:
     training: Training
     samples: SampleSet
     steps: StepPlan
-    start: Start
+    start: ResumePoint
     device: str
     mixed_precision: str
     world_size: int
     float8: Mapping[str, float | None] = field(default_factory=dict)
-    preset: PresetLora | None = None
-    idle: Mapping[str, ComponentFiles] = field(default_factory=dict)
+    fused_lora: FusedLora | None = None
+    unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
     encoded: EncodedSamples | None = None
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
-    published: Mapping[str, Published] = field(default_factory=dict)
+    published: Mapping[str, HubModelSize] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
     warnings: tuple[Problem, ...] = ()
@@ -123,7 +123,7 @@ def make_plan(
         resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
         parameters = resolved.parameters
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
-    preset = find_preset(parameters, found, problems) if found else None
+    fused_lora = find_fused_lora(parameters, found, problems) if found else None
     no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
     missing += no_dataset
     samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems, check)
@@ -155,8 +155,8 @@ def make_plan(
         mixed_precision,
         world_size,
         float8_shares(found),
-        preset,
-        found.idle,
+        fused_lora,
+        found.unused_components,
         encoded,
         found.shapes,
         found.published,
@@ -219,14 +219,14 @@ def _find_start(
     mixed_precision: str,
     reporter: Reporter,
     problems: list[Problem],
-) -> Start:
+) -> ResumePoint:
     """Where in its output folder a run begins; a first half writes encoded samples there, from their beginning."""
     if TASKS[parameters.task].trains:
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
         return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter, problems)
     if found and fingerprint:
         check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
-    return Start()
+    return ResumePoint()
 
 
 def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Parameters:

@@ -10,7 +10,7 @@ from diffsynth_core.config.resolve import Resolved, resolve_stages
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import raise_if_any
 from diffsynth_core.hub.client import Repository
-from diffsynth_core.hub.file_requests import Place, Wanted
+from diffsynth_core.hub.file_requests import FileRequest, RepoFiles
 from diffsynth_core.hub.model_files import download_command, expand_local, split_entry
 from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts
@@ -20,26 +20,26 @@ from diffsynth_core.planning.two_stage import components_of
 CONFIG = "config.json"
 
 
-def wanted_files(parameters: Parameters, family: str | None) -> list[Wanted]:
+def required_files(parameters: Parameters, family: str | None) -> list[FileRequest]:
     """What a run with these parameters needs of the hubs; nothing of what it names by paths of its own.
 
     `family`: the one of the recipe; None: that of the repositories.
     """
     facts = _facts(parameters.model_id_with_origin_paths, family)
-    wanted = [item for entry in needed_entries(parameters, family) for item in wanted_of_entry(entry, facts)]
+    wanted = [item for entry in needed_entries(parameters, family) for item in files_of_entry(entry, facts)]
     if facts and TASKS[parameters.task].encodes:
         wanted += _wanted_tokenizers(parameters, facts)
     return list(dict.fromkeys(wanted))
 
 
-def wanted_of_stages(stages: Sequence[Resolved]) -> list[Wanted]:
+def files_of_stages(stages: Sequence[Resolved]) -> list[FileRequest]:
     """What the runs of one command need, each file once."""
     used = map(without_replaced, stages)
-    found = [item for resolved in used for item in wanted_files(resolved.parameters, resolved.family)]
+    found = [item for resolved in used for item in required_files(resolved.parameters, resolved.family)]
     return list(dict.fromkeys(found))
 
 
-def wanted_of_recipe(recipe: str) -> list[Wanted]:
+def files_of_recipe(recipe: str) -> list[FileRequest]:
     """What all stages of a recipe need.
 
     Raises:
@@ -47,10 +47,10 @@ def wanted_of_recipe(recipe: str) -> list[Wanted]:
     """
     stages = resolve_stages({"recipe": recipe})
     raise_if_any([problem for resolved in stages for problem in resolved.problems])
-    return wanted_of_stages(stages)
+    return files_of_stages(stages)
 
 
-def wanted_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[Wanted]:
+def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileRequest]:
     """The files of one `model_id:glob`, with the config.json beside them; none of a path of one's own.
 
     A copy that the family knows stands in where nothing but the copy is on disk, or on the hub.
@@ -61,11 +61,11 @@ def wanted_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[Wanted
     model_id, pattern = parts
     name = pattern.rpartition("/")[2]
     copy = split_entry(facts.copies.get(name, "")) if facts else None
-    weights = Wanted(tuple(_place(*place) for place in (parts, copy) if place))
+    weights = FileRequest(tuple(_place(*place) for place in (parts, copy) if place))
     folder = posixpath.dirname(pattern)
     if any(character in folder for character in "*?["):
         return [weights]
-    return [weights, Wanted((_place(model_id, posixpath.join(folder, CONFIG)),), optional=True)]
+    return [weights, FileRequest((_place(model_id, posixpath.join(folder, CONFIG)),), optional=True)]
 
 
 def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
@@ -87,7 +87,7 @@ def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
     return [entry for entry in entries if not is_idle(entry)]
 
 
-def command_that_brings(entry: str, recipe: str | None) -> str:
+def download_hint(entry: str, recipe: str | None) -> str:
     """The command that downloads the files of an entry: with all others of the recipe, where it is one of them."""
     if recipe in recipe_names():
         stages = resolve_stages({"recipe": recipe})
@@ -104,7 +104,7 @@ def _facts(entries: tuple[str, ...], family: str | None) -> FamilyFacts | None:
     return next((facts for part in parts if part and (facts := family_of_model(part[0]))), None)
 
 
-def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[Wanted]:
+def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[FileRequest]:
     """Tokenizers and processors: of each the folder that is named, else those beside the component's files, and the
     family's own."""
     for parameter, tokenizer in facts.tokenizers.items():
@@ -116,7 +116,7 @@ def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[W
         else:
             named = _named_tokenizers(parameters, facts, tokenizer)
         if places := [_folder(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
-            yield Wanted(tuple(places))
+            yield FileRequest(tuple(places))
 
 
 def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
@@ -136,13 +136,13 @@ def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: Tok
     return list(dict.fromkeys([*beside, tokenizer.default]))
 
 
-def _place(model_id: str, pattern: str) -> Place:
+def _place(model_id: str, pattern: str) -> RepoFiles:
     """The place of a glob; one that ends in `/` stands for what is in the folder."""
-    return Place(Repository("model", model_id), (pattern + "*" if pattern.endswith("/") else pattern,))
+    return RepoFiles(Repository("model", model_id), (pattern + "*" if pattern.endswith("/") else pattern,))
 
 
-def _folder(model_id: str, folder: str, tokenizer: TokenizerFacts) -> Place:
+def _folder(model_id: str, folder: str, tokenizer: TokenizerFacts) -> RepoFiles:
     """The place of a tokenizer: all of its folder, and nothing where no layout of it is whole."""
     folder = folder.rstrip("/")
     layouts = tuple(tuple(f"{folder}/{name}" for name in layout) for layout in tokenizer.layouts)
-    return Place(Repository("model", model_id), (f"{folder}/*",), layouts)
+    return RepoFiles(Repository("model", model_id), (f"{folder}/*",), layouts)

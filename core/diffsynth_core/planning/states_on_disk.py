@@ -7,7 +7,7 @@ from diffsynth_core.errors import Problem
 from diffsynth_core.files import free_bytes
 from diffsynth_core.planning.memory import checkpoint_bytes, most_states, state_bytes
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import count_of, format_bytes
+from diffsynth_core.progress import format_bytes, pluralize
 
 
 def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
@@ -32,7 +32,7 @@ def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
         else "free "
     )
     what = (
-        f"{count_of(most_states(plan, keep), 'state')} to resume from ({format_bytes(state)} each, including the one being "
+        f"{pluralize(most_states(plan, keep), 'state')} to resume from ({format_bytes(state)} each, including the one being "
         f"written) and a checkpoint take {format_bytes(needed)} on the disk of `{folder}`, which has {format_bytes(room)} free"
     )
     return [Problem(what, f"{way}some space, or choose another `--output_path`")]

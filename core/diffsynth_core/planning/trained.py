@@ -3,7 +3,7 @@
 from itertools import takewhile
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem, shorten, suggest
+from diffsynth_core.errors import Problem, list_names, suggest
 from diffsynth_core.models.spec import FamilyFacts, Layout, Shapes, is_below
 from diffsynth_core.planning.components import FoundComponents
 
@@ -76,7 +76,7 @@ def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]
         f"pipe.{name}.": f"pipe.{part}." for component in facts.components for name, part in component.parts.items()
     }
     near = parts.get(f"{asked.removesuffix('.')}.") or suggest(asked, begins)
-    hint = f"did you mean `{near}`?" if near else f"keys start with {shorten(begins)}"
+    hint = f"did you mean `{near}`?" if near else f"keys start with {list_names(begins)}"
     return [Problem(f"`remove_prefix_in_ckpt`: no key of {facts.title} starts with `{asked}`", hint, wrong_use=True)]
 
 
@@ -110,4 +110,4 @@ def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
     modules = {".".join(name.split(".")[:depth]) for name in documented for depth in range(1, name.count(".") + 1)}
     near = suggest(module, modules)
     outermost = dict.fromkeys(name.partition(".")[0] for name in documented)
-    return f"did you mean `{component}.{near}`?" if near else f"its modules are {shorten(list(outermost))}"
+    return f"did you mean `{component}.{near}`?" if near else f"its modules are {list_names(list(outermost))}"

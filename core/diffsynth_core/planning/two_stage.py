@@ -17,7 +17,7 @@ from diffsynth_core.data.encoded_samples import (
     unexpected_files,
 )
 from diffsynth_core.data.metadata import find_metadata
-from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.output import place_faults
 
@@ -57,11 +57,11 @@ def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> li
     hints = dict.fromkeys(named, f"train it with `--task {task.objective}`, or remove it")
     if not task.encodes:
         named["preset_lora_model"] = (parameters.preset_lora_model,)
-        hints["preset_lora_model"] = f"pass it to `{task.first_half}` instead"
+        hints["preset_lora_model"] = f"pass it to `{task.precompute_task}` instead"
     encoding = encoding_components(variant)
     return [
         Problem(
-            f"`{parameter}` names `{component}`, but `{task.first_half}` precomputes the encodings of all samples with it",
+            f"`{parameter}` names `{component}`, but `{task.precompute_task}` precomputes the encodings of all samples with it",
             hints[parameter],
             wrong_use=True,
         )
@@ -77,7 +77,7 @@ def encoded_in_place_of_dataset(parameters: Parameters) -> Problem | None:
     if not holds_encoded_samples(folder):
         return None
     what = f"`dataset_base_path` `{folder}` contains encoded samples, but `{task.name}` reads images or videos"
-    return Problem(what, f"train on them with `--task {task.second_half}`, or pass the dataset", wrong_use=True)
+    return Problem(what, f"train on them with `--task {task.train_task}`, or pass the dataset", wrong_use=True)
 
 
 def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples | None:
@@ -114,14 +114,14 @@ def _refusal(folder: Path, task: Task) -> Problem | None:
     """Why a folder can hold no encoded samples."""
     if holds_encoded_samples(folder):
         return None
-    make = f"create them with `--task {task.first_half} --output_path {folder}`"
+    make = f"create them with `--task {task.precompute_task} --output_path {folder}`"
     if not folder.is_dir():
         what = f"the folder of encoded samples `{folder}` (`dataset_base_path`) does not exist"
         return Problem(what, make)
     if find_metadata(folder, None):
         what = f"`dataset_base_path` `{folder}` is a dataset, but `{task.name}` reads encoded samples"
         return Problem(
-            what, f"encode it with `--task {task.first_half}`, or pass `--task {task.objective}`", wrong_use=True
+            what, f"encode it with `--task {task.precompute_task}`, or pass `--task {task.objective}`", wrong_use=True
         )
     what = f"`dataset_base_path` `{folder}` contains no encoded samples: `{MANIFEST}` is missing"
     return Problem(what, make, wrong_use=True)
@@ -131,11 +131,11 @@ def _unfit(encoded: EncodedSamples, task: Task) -> Problem:
     """The problem that encoded samples are not all there, or made for another objective."""
     folder, made_by = encoded.folder, TASKS[encoded.origin.objective]
     if made_by.objective != task.objective:
-        what = f"`{folder}` was written by `{made_by.first_half}`, but `{task.name}` reads the output of `{task.first_half}`"
-        hint = f"pass `--task {made_by.second_half}`, or encode the dataset with `--task {task.first_half}`"
+        what = f"`{folder}` was written by `{made_by.precompute_task}`, but `{task.name}` reads the output of `{task.precompute_task}`"
+        hint = f"pass `--task {made_by.train_task}`, or encode the dataset with `--task {task.precompute_task}`"
         return Problem(what, hint, wrong_use=True)
-    what = f"precomputation in `{folder}` did not finish: `{task.first_half}` was interrupted"
-    return Problem(what, f"run the command of `{task.first_half}` again to resume it")
+    what = f"precomputation in `{folder}` did not finish: `{task.precompute_task}` was interrupted"
+    return Problem(what, f"run the command of `{task.precompute_task}` again to resume it")
 
 
 def _damage(encoded: EncodedSamples) -> list[Problem]:
@@ -158,7 +158,7 @@ def _damage(encoded: EncodedSamples) -> list[Problem]:
     ]
     unexpected = unexpected_files(folder, {*expected, folder / MANIFEST})
     if unexpected:
-        what = f"`{folder}` contains {len(unexpected)} files that are not part of its encoded samples: {shorten(unexpected)}"
+        what = f"`{folder}` contains {len(unexpected)} files that are not part of its encoded samples: {list_names(unexpected)}"
         problems.append(Problem(what, "move them elsewhere, or encode into a separate folder"))
     return problems
 

@@ -21,7 +21,7 @@ from diffsynth_core.weights.writing import DTYPE_NAMES
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class MadeOnDemand(Mapping[str, Tensor]):
+class LazyStateDict(Mapping[str, Tensor]):
     """Tensors, each made when it is asked for and kept by nobody: the fused matrices of FLUX.1 are 14 GB together."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
@@ -67,7 +67,7 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
             makers |= {key: partial(lora.__getitem__, key) for key in lora}
     if plan.parameters.save_dtype:
         dtypes = dict.fromkeys(makers, getattr(torch, plan.parameters.save_dtype))
-    return CheckpointContent(MadeOnDemand(makers), dtypes)
+    return CheckpointContent(LazyStateDict(makers), dtypes)
 
 
 def _key(plan: Plan, component: str, name: str) -> str:

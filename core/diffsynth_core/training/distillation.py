@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.models.family import Encoded
-from diffsynth_core.training.objective import Objective, Turn, Velocity, mean_square
+from diffsynth_core.training.objective import Objective, SampleDraw, Velocity, mean_square
 
 
 class DirectDistillation(Objective):
@@ -25,9 +25,9 @@ class DirectDistillation(Objective):
         super().__init__()
         self._sigmas = sigmas
 
-    def forward(self, predict: Velocity, batch: Encoded, turns: Sequence[Turn]) -> Tensor:
+    def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, given = batch["latents"].float(), batch.get("given")
-        settings = [turn.sampling for turn in turns if turn.sampling]
+        settings = [draw.sampling for draw in draws if draw.sampling]
         (steps,) = {sampling.steps for sampling in settings}  # those of one batch, as the samples of a bucket have them
         noise = torch.stack([draw_sampler_noise(sampling, latents.shape[1:]) for sampling in settings])
         states = noise.to(latents.device)

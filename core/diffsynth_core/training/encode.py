@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.media import Excerpt, load_excerpt
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, raise_if_any
-from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, identity_memory
+from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, hash_cache
 from diffsynth_core.planning.output import place_faults
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.progress import Reporter, count_of
+from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
@@ -87,7 +87,7 @@ def fill_cache(
         if part.damaged:
             first = part.cache.path(part.keys[part.damaged[0]])
             reporter.warn(
-                f"{count_of(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
+                f"{pluralize(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
                 f"{'is' if len(part.damaged) == 1 else 'are'} damaged and will be encoded again; the first is `{first}`"
             )
     for component in encodings.components_to_load:
@@ -101,7 +101,7 @@ def fill_cache(
                 share = [
                     index for index in part.missing if index % accelerator.num_processes == accelerator.process_index
                 ]
-                _encode(plan, part, family, components, share, identity_memory(plan), reporter, stop)
+                _encode(plan, part, family, components, share, hash_cache(plan), reporter, stop)
         del components
         free_device_memory(accelerator.device)
     accelerator.wait_for_everyone()
@@ -123,7 +123,7 @@ def _encode(
     family: Family,
     components: dict[str, Any],
     indices: list[int],
-    memory: FileIdentities,
+    memory: HashCache,
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
@@ -146,10 +146,10 @@ def _encode(
                 remarks.setdefault(remark, []).append(plan.samples.samples[index].row)
             task.advance()
     for remark, rows in remarks.items():
-        reporter.warn(f"{remark}: {count_of(len(rows), 'sample')}, the first is row {rows[0]}")
+        reporter.warn(f"{remark}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 
 
-def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, memory: FileIdentities) -> None:
+def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, memory: HashCache) -> None:
     """Refuse what must not come into the cache: it would be taken from there for ever.
 
     Raises:

@@ -60,7 +60,7 @@ class _MicroBatches(Dataset[MicroBatch]):
     def _read(self, sample: int) -> Encoded:
         merged: Encoded = {}
         for part in self._encodings.encoders:
-            if not part.live:
+            if not part.online:
                 merged.update(part.cache.read(part.keys[sample]))
         return merged
 
@@ -68,7 +68,7 @@ class _MicroBatches(Dataset[MicroBatch]):
         return {
             part.encoder.name: load_columns(self._plan, part.encoder, self._plan.samples.samples[sample])
             for part in self._encodings.encoders
-            if part.live
+            if part.online
         }
 
 

@@ -7,7 +7,7 @@ from diffsynth_core.adapters.changes import open_changes
 from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import load_component, module_shapes
-from diffsynth_core.planning.lora_files import PresetLora
+from diffsynth_core.planning.lora_files import FusedLora
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
 
@@ -22,10 +22,10 @@ def load_for_run(
     Raises:
         FaultsFound: as `load_component`.
     """
-    if plan.preset is None or plan.preset.component != component:
+    if plan.fused_lora is None or plan.fused_lora.component != component:
         masters = _masters(plan, component)
         return load_component(family, plan.components[component], dtype, device, reporter, float32=masters)
-    return _load_merged(plan, plan.preset, family, dtype, device, reporter)
+    return _load_merged(plan, plan.fused_lora, family, dtype, device, reporter)
 
 
 def _masters(plan: Plan, component: str) -> frozenset[str]:
@@ -35,11 +35,11 @@ def _masters(plan: Plan, component: str) -> frozenset[str]:
 
 
 def _load_merged(
-    plan: Plan, preset: PresetLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    plan: Plan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
-    files = plan.components[preset.component]
+    files = plan.components[fused_lora.component]
     loss = Loss()
-    with open_changes(preset.file, preset.shapes, files.layout.documented) as changes:
+    with open_changes(fused_lora.file, fused_lora.shapes, files.layout.documented) as changes:
 
         def merged(name: str, value: Tensor, kept: torch.dtype) -> Tensor:
             change = changes.of(name)
@@ -49,9 +49,9 @@ def _load_merged(
             loss.add(Loss(lost, change.squared_norm))
             return result.reshape(value.shape)
 
-        masters = _masters(plan, preset.component)
+        masters = _masters(plan, fused_lora.component)
         module = load_component(family, files, dtype, device, reporter, merged, masters)
-    reporter.info(f"Preset LoRA `{preset.file.path}` merged into {preset.changes} of {files.component}")
+    reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {files.component}")
     if loss.share > LOSS_WORTH_A_WARNING:
         reporter.warn(
             f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of the change of {files.component} by the "

@@ -25,7 +25,7 @@ from diffsynth_core.checkpoints.run_folder import (
     package_versions,
     read_record,
 )
-from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, Position
+from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
@@ -137,10 +137,8 @@ class Run:
         self.folder = plan.parameters.output_path
         self.model = model
         self.trained = model.trained()
-        settings = plan.parameters
-        optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        params = plan.parameters
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=params.learning_rate, weight_decay=params.weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.done = self.saved = plan.first_step
         """Steps that the weights have behind them, and of those the steps in the newest state on disk."""
@@ -186,7 +184,7 @@ class Run:
 
     def _loop(self, metrics: MetricsFile | None, stop: StopRequest, stop_after: int | None) -> None:
         """Top to bottom: fetch, forward, backward, check, step, tell, save."""
-        settings, steps = self.plan.parameters, self.plan.steps
+        params, steps = self.plan.parameters, self.plan.steps
         first, total = self.plan.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
         average = 0.0
@@ -200,9 +198,7 @@ class Run:
                 fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.world_size))
                 data_seconds = time.perf_counter() - started
 
-                rate = learning_rate(
-                    step, settings.learning_rate, settings.lr_scheduler, settings.lr_warmup_steps, total
-                )
+                rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
@@ -334,7 +330,7 @@ class Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            position = Position(self.done, self.samples_seen, scaler, run=self.record.id)
+            position = LoopState(self.done, self.samples_seen, scaler, run=self.record.id)
             save_state(self.folder, position, self.trained, optimizer, self.plan.parameters.keep_states)
         # Only now: the record promises no step that a kill before this line would lose.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done

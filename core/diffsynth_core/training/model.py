@@ -17,7 +17,7 @@ from diffsynth_core.training.activations import HostActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
-from diffsynth_core.training.objective import Turn
+from diffsynth_core.training.objective import SampleDraw
 from diffsynth_core.training.objectives import make_objective
 
 
@@ -38,7 +38,7 @@ class TrainingModule(nn.Module):
         self.stored_dtypes = {name: stored_dtypes(plan.components[name]) for name in components}
         self._family = family
         self._parameters_of_run, self._samples = plan.parameters, plan.samples.samples
-        self._live = tuple(part.encoder for part in encodings.encoders if part.live)
+        self._live = tuple(part.encoder for part in encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
 
@@ -50,8 +50,8 @@ class TrainingModule(nn.Module):
             with HostActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
                 return self._family.predict_velocity(self._known(), noisy, sigma, batch)
 
-        turns = [
-            Turn(
+        draws = [
+            SampleDraw(
                 settings.seed,
                 micro_batch.epoch,
                 occurrence.sample,
@@ -60,7 +60,7 @@ class TrainingModule(nn.Module):
             )
             for occurrence in micro_batch.occurrences
         ]
-        losses: Tensor = self.objective(predict, batch, turns)
+        losses: Tensor = self.objective(predict, batch, draws)
         return losses
 
     def trained(self) -> dict[str, nn.Parameter]:

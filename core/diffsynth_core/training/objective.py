@@ -17,10 +17,10 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One sample in one pass of an epoch: all that its random numbers depend on.
+class SampleDraw:
+    """Key of the random numbers of one sample in one repeat of an epoch.
 
-    `sampling`: what its row says of a sampler, where the objective has one.
+    `sampling`: the sampler settings of its row, for objectives that run a sampler.
     """
 
     seed: int
@@ -35,16 +35,16 @@ class Turn:
 
 
 class Objective(nn.Module, ABC):
-    """What training minimises; the model is only asked for velocities. It has nothing to train of its own."""
+    """The loss to minimize, given a model that predicts velocities. It has no trainable parameters of its own."""
 
     @abstractmethod
-    def forward(self, predict: Velocity, batch: Encoded, turns: Sequence[Turn]) -> Tensor:
+    def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         """The loss of each sample, `[B]` float32.
 
         Args:
-            predict: the model, asked about the samples of `batch`.
-            batch: what the family's `collate` made.
-            turns: one for each sample of the batch.
+            predict: the model, for the samples of `batch`.
+            batch: the output of the family's `collate`.
+            draws: one for each sample of the batch.
         """
 
 
@@ -63,10 +63,10 @@ class FlowMatching(Objective):
         self.sigmas: Tensor
         self.weights: Tensor
 
-    def forward(self, predict: Velocity, batch: Encoded, turns: Sequence[Turn]) -> Tensor:
+    def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, given = batch["latents"].float(), batch.get("given")
-        noise = torch.stack([draw_noise(*turn.key, shape=latents.shape[1:]) for turn in turns]).to(latents.device)
-        drawn = [draw_timestep(*turn.key, low=self._low, high=self._high) for turn in turns]
+        noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws]).to(latents.device)
+        drawn = [draw_timestep(*draw.key, low=self._low, high=self._high) for draw in draws]
         timesteps = torch.tensor(drawn, device=latents.device)
         sigma = self.sigmas[timesteps]
         prediction = predict(add_noise(latents, noise, sigma, given), sigma)

@@ -25,13 +25,13 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
-from diffsynth_core.progress import Reporter, SilentReporter, count_of
+from diffsynth_core.progress import Reporter, SilentReporter, pluralize
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.stop import StopRequest
 
 
-def process_data(plan: Plan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
+def precompute(plan: Plan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     """Encode all samples; the processes share them out, and one writes what the folder holds, last.
 
     Raises:
@@ -50,7 +50,7 @@ def _process(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: Sto
     begun = EncodedSamples(folder, _origin(plan, encodings))
     _check_same(begun)
     if not encodings.components_to_load:
-        reporter.info(f"All {count_of(len(plan.samples.samples), 'sample')} are already encoded: no encoder is loaded")
+        reporter.info(f"All {pluralize(len(plan.samples.samples), 'sample')} are already encoded: no encoder is loaded")
     accelerator.wait_for_everyone()  # what is written from here on is not taken for something else's by another process
     if accelerator.is_main_process:
         for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote

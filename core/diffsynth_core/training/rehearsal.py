@@ -17,7 +17,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
 from diffsynth_core.data.synthetic_videos import draw_clips
-from diffsynth_core.errors import DiffSynthError, Problem, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.files import default_cache_path, fresh_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
 from diffsynth_core.models.bases import shapes_in
@@ -357,7 +357,7 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
     wrong = [name for name, shape in full.items() if name not in tensors or tensors[name].shape != shape]
     if wrong:
         raise DiffSynthError(
-            f"`{path}` is missing {len(wrong)} tensors, or has them with other shapes: {shorten(wrong)}"
+            f"`{path}` is missing {len(wrong)} tensors, or has them with other shapes: {list_names(wrong)}"
         )
     lora = plan.training.lora_component
     if lora:

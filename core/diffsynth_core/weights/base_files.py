@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import PICKLED_ENDINGS
 from diffsynth_core.json_files import as_type, parse_json
 from diffsynth_core.weights.headers import TensorHeader, read_header, read_headers
@@ -191,7 +191,7 @@ def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, Ten
 
 def _quantised(origin: str, names: list[str], more: str = "") -> DiffSynthError:
     return DiffSynthError(
-        f"`{origin}` contains quantized weights ({shorten(names, 1)}){more}: only scaled fp8 is supported",
+        f"`{origin}` contains quantized weights ({list_names(names, 1)}){more}: only scaled fp8 is supported",
         "use the original weights in bfloat16, or a file in scaled fp8",
     )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json, read_json
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import FLOATING_POINT, Header, TensorHeader, read_header
 from diffsynth_core.weights.lora_names import (
     DIT,
@@ -311,18 +311,18 @@ def _unmatched(
     if known and len(full) == len(match.unmatched) < len(keys):
         components = {name.split(".")[1] if name.startswith("pipe.") else naming.component for name in full}
         return DiffSynthError(
-            f"`{path}` contains {count_of(len(full), 'full weight')} of {', '.join(sorted(components))} besides the LoRA "
+            f"`{path}` contains {pluralize(len(full), 'full weight')} of {', '.join(sorted(components))} besides the LoRA "
             f"of {naming.component}, but only a LoRA is supported here",
             "use a file with only the LoRA, or resume the run that wrote this one with `--resume auto`",
         )
     if match.repeated:
         return DiffSynthError(
-            f"`{path}` contains {count_of(len(match.repeated), 'tensor')} twice, under different keys: "
-            f"{shorten(sorted(match.repeated))}",
+            f"`{path}` contains {pluralize(len(match.repeated), 'tensor')} twice, under different keys: "
+            f"{list_names(sorted(match.repeated))}",
             WRITE_ANEW,
         )
     return DiffSynthError(
-        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys match no module: {shorten(sorted(match.unmatched))}",
+        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys match no module: {list_names(sorted(match.unmatched))}",
         way_out if match.loras else ANOTHER,
     )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal, NamedTuple
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap, Shape
 
 TRANSFORMER_PREFIXES = (
@@ -222,7 +222,7 @@ def refuse_other_adapters(path: object, keys: Iterable[str]) -> None:
         found = sorted(key for key in present if not is_lora_key(key) and pattern.fullmatch(key))
         if found:
             raise DiffSynthError(
-                f"`{path}`: {title} adapters are not supported yet: {shorten(found)}",
+                f"`{path}`: {title} adapters are not supported yet: {list_names(found)}",
                 "extract a plain LoRA with the program that wrote it",
             )
 

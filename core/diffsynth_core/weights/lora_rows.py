@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.weights.key_maps import KeyMap, count_rows
 from diffsynth_core.weights.lora_names import Vocabulary
 from diffsynth_core.weights.values import read_bytes
@@ -156,7 +156,7 @@ def _cut_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
         if any((_count(lora) * share).denominator > 1 for share in shares.values()):
             raise DiffSynthError(
                 f"{_origin([lora])}: lora_B of `{module}` has {_count(lora)} rows, which cannot be split among "
-                f"{shorten(list(shares))}",
+                f"{list_names(list(shares))}",
                 ANOTHER_FAMILY,
             )
         for own, rows in names.cut_rows(module, _count(lora)).items():
@@ -183,7 +183,7 @@ def _join(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
     sizes = {span.lora.row_shape for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
         raise DiffSynthError(
-            f"{_origin(parts.values())}: the LoRAs of {shorten(list(parts))}, which `{name}` fuses, do not "
+            f"{_origin(parts.values())}: the LoRAs of {list_names(list(parts))}, which `{name}` fuses, do not "
             f"match: lora_B has {', '.join(str(_count(part)) for part in parts.values())} rows, lora_A "
             f"{', '.join(str(*size[:1]) for size in sorted(sizes))} columns",
             ANOTHER_FAMILY,
@@ -202,7 +202,7 @@ def _join(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
 
 def _origin(loras: Iterable[Rows[Any]]) -> str:
     """The files that LoRAs come from."""
-    return shorten(sorted({str(span.lora.path) for lora in loras for span in lora if span.lora}))
+    return list_names(sorted({str(span.lora.path) for lora in loras for span in lora if span.lora}))
 
 
 def _count(lora: Rows[Any]) -> int:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth_core.errors import DiffSynthError, shorten
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import PICKLED_ENDINGS, absent_shards, stem_of_shard
 from diffsynth_core.json_files import WrongType, as_type, read_json
-from diffsynth_core.progress import count_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader, read_header
 
 ENDING = ".safetensors"
@@ -111,14 +111,14 @@ def _open_folder(folder: Path) -> WeightSet:
         below = sorted({path.parent.name for path in folder.glob(f"*/*{ENDING}")})
         if below:
             raise DiffSynthError(
-                f"`{folder}` contains no weights, but its subfolders do: {shorten(below)}", "pass one of them"
+                f"`{folder}` contains no weights, but its subfolders do: {list_names(below)}", "pass one of them"
             )
-        what = f"only pickled files: {shorten(pickled)}" if pickled else "no safetensors files"
+        what = f"only pickled files: {list_names(pickled)}" if pickled else "no safetensors files"
         raise DiffSynthError(f"`{folder}` contains {what}", "pass a folder with safetensors files")
     stems = {stem_of_shard(path.name) or path.name for path in files}
     if len(indexes) > 1 or len(stems) > 1:
         names = [path.name for path in (indexes or files)]
-        raise DiffSynthError(f"`{folder}` contains several models: {shorten(names)}", "pass the file of one model")
+        raise DiffSynthError(f"`{folder}` contains several models: {list_names(names)}", "pass the file of one model")
     _check_shards(files)
     return _read(str(folder), files)
 
@@ -129,7 +129,9 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise DiffSynthError(f"`{path}` lists files in other folders: {shorten(outside)}", "download the index again")
+        raise DiffSynthError(
+            f"`{path}` lists files in other folders: {list_names(outside)}", "download the index again"
+        )
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise _missing_shards(path.parent, missing)
@@ -146,8 +148,8 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
     )
     if contradicted:
         raise DiffSynthError(
-            f"`{path}` and its shards disagree on the place of {count_of(len(contradicted), 'tensor')}: "
-            f"{shorten(contradicted)}",
+            f"`{path}` and its shards disagree on the place of {pluralize(len(contradicted), 'tensor')}: "
+            f"{list_names(contradicted)}",
             "download the index and the shards again, or pass the shards themselves",
         )
     return WeightSet(found.origin, found.files, found.tensors, found.spans, found.metadata, path, metadata)
@@ -176,13 +178,16 @@ def _check_shards(paths: Iterable[Path]) -> None:
         if missing := [name for name in unnamed if not (folder / name).is_file()]:
             raise _missing_shards(folder, missing)
         if unnamed:
-            what = f"{count_of(len(unnamed), 'shard')} of the same model in `{folder}` not listed: {shorten(unnamed)}"
+            what = (
+                f"{pluralize(len(unnamed), 'shard')} of the same model in `{folder}` not listed: {list_names(unnamed)}"
+            )
             raise DiffSynthError(what, "list all of them, or pass their index")
 
 
 def _missing_shards(folder: Path, names: Sequence[str]) -> DiffSynthError:
     return DiffSynthError(
-        f"{count_of(len(names), 'shard')} missing in `{folder}`: {shorten(names)}", "download them, or pass all of them"
+        f"{pluralize(len(names), 'shard')} missing in `{folder}`: {list_names(names)}",
+        "download them, or pass all of them",
     )
 
 
@@ -203,7 +208,7 @@ def _read(origin: str, files: Sequence[Path]) -> WeightSet:
     if twice:
         first, second = next(iter(twice.values()))
         raise DiffSynthError(
-            f"{count_of(len(twice), 'duplicate tensor')} in `{first}` and `{second}`: {shorten(list(twice))}",
+            f"{pluralize(len(twice), 'duplicate tensor')} in `{first}` and `{second}`: {list_names(list(twice))}",
             "pass each shard of one model once",
         )
     if not tensors:

@@ -17,10 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any, shorten
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import (
+    ignore_signals,
     new_folder,
-    not_stopping,
     remove_leftovers,
     stem_of_shard,
     sync_file,
@@ -169,7 +169,7 @@ def _mixed_formats(outputs: Sequence[Output], inputs: Collection[Path]) -> list[
             problems.append(
                 Problem(
                     f"`{folder}` contains other files of a model `{stem}`, which would be read as parts of this one: "
-                    f"{shorten(others)}",
+                    f"{list_names(others)}",
                     "delete them, or choose another `--output_path`",
                 )
             )
@@ -237,10 +237,10 @@ def write_outputs(
         changed = [path for path in inputs if _stamp(path) != stamps[path]]
         if changed:
             raise DiffSynthError(
-                f"{shorten([str(path) for path in changed])} changed while it was read",
+                f"{list_names([str(path) for path in changed])} changed while it was read",
                 "wait until nothing writes to it, then rerun the command",
             )
-        with not_stopping():
+        with ignore_signals():
             _give_names(ordered, places)
 
 
@@ -387,4 +387,6 @@ def _verify(file: OutputFile, place: Path) -> None:
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in written.tensors.items()}
     if found != planned or dict(written.metadata) != dict(file.metadata):
         wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
-        raise DiffSynthError(f"verification of `{file.path}` failed after writing: {shorten(wrong)}", "check the disk")
+        raise DiffSynthError(
+            f"verification of `{file.path}` failed after writing: {list_names(wrong)}", "check the disk"
+        )

@@ -71,10 +71,10 @@ def test_a_folder_named_goes_over_the_environment(download, tmp_path):
 
 
 def test_hashes_are_remembered_for_runs(download, folder, tmp_path):
-    from diffsynth_core.hub.identity import FileIdentities
+    from diffsynth_core.hub.identity import HashCache
 
     download(RECIPE)
-    identities = FileIdentities(tmp_path / "cache/diffsynth/identities.jsonl")
+    identities = HashCache(tmp_path / "cache/diffsynth/identities.jsonl")
     assert identities.known(folder / SHARDS[0]) == sha256(FILES[SHARDS[0]])
 
 

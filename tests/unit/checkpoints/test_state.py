@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffsynth_core.checkpoints.saved_states import Position, SavedState, find_states
+from diffsynth_core.checkpoints.saved_states import LoopState, SavedState, find_states
 from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.errors import DiffSynthError
 
@@ -48,7 +48,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 def saved(folder, steps: int = 3, keep: int = 1, **changes):
     trained, optimizer = training(**changes)
     take_steps(trained, optimizer, 0, steps)
-    save_state(folder, Position(steps, 4 * steps, {}), trained, optimizer, keep)
+    save_state(folder, LoopState(steps, 4 * steps, {}), trained, optimizer, keep)
     return trained, optimizer
 
 
@@ -62,7 +62,7 @@ def newest(folder) -> SavedState:
     return found
 
 
-def restore(folder, trained, optimizer) -> Position:
+def restore(folder, trained, optimizer) -> LoopState:
     state = newest(folder)
     restore_state(state.path, state.position, trained, optimizer)
     return state.position
@@ -103,7 +103,7 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
     first, second = trained.values()
     first.grad = torch.ones_like(first)
     optimizer.step()
-    save_state(tmp_path, Position(1, 1, {}), trained, optimizer, keep=1)
+    save_state(tmp_path, LoopState(1, 1, {}), trained, optimizer, keep=1)
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
     assert len(everything(other, other_optimizer)) == 2 + 3
@@ -112,7 +112,7 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
 
 @pytest.mark.parametrize("scaler", [{}, {"scale": 65536.0, "growth_tracker": 3}])
 def test_the_position_comes_back(tmp_path, scaler):
-    position = Position(12, 48, scaler)
+    position = LoopState(12, 48, scaler)
     save_state(tmp_path, position, *training(), keep=1)
     found = newest(tmp_path)
     assert found.path == tmp_path / "state" / "step-12"
@@ -176,7 +176,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     trained, optimizer = saved(tmp_path, 3)
     expected = everything(trained, optimizer)
     with pytest.raises(RuntimeError):
-        save_state(tmp_path, Position(4, 16, {}), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer, keep=1)
+        save_state(tmp_path, LoopState(4, 16, {}), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer, keep=1)
     assert states_in(tmp_path) == ["step-3"]
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
@@ -190,7 +190,7 @@ def test_what_an_optimizer_keeps_beside_tensors_comes_back(tmp_path):
     first = next(iter(trained.values()))
     optimizer.state[first]["restarts"] = 3
     optimizer.param_groups[0].update({"k": 7, "weight_sum": 0.1, "betas": (0.8, 0.9), "train_mode": True})
-    save_state(tmp_path, Position(5, 20, {}), trained, optimizer, keep=1)
+    save_state(tmp_path, LoopState(5, 20, {}), trained, optimizer, keep=1)
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
     assert other_optimizer.state[next(iter(other.values()))]["restarts"] == 3
@@ -237,7 +237,7 @@ def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
     saved(tmp_path)
     path = tmp_path / "state/step-3/state.json"
     path.write_text('{"step": 3, "samples_seen": 12, "scaler": {"scale": 2.0, "_growth_tracker": 1}}')
-    assert newest(tmp_path).position == Position(3, 12, {"scale": 2.0, "_growth_tracker": 1})
+    assert newest(tmp_path).position == LoopState(3, 12, {"scale": 2.0, "_growth_tracker": 1})
     (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
     [damaged] = find_states(tmp_path, "", hashes).damaged
     assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a valid safetensors file")

@@ -6,7 +6,7 @@ from diffsynth_core.config.recipes import (
     NOT_IN_RECIPES,
     RECIPE_KEYS,
     STAGE_KEYS,
-    Layer,
+    Overrides,
     load_recipe,
     load_recipe_file,
     recipe_folder,
@@ -177,7 +177,7 @@ def test_stages_stand_in_their_order_with_their_values(write):
     assert recipe.problems == ()
     assert list(recipe.stages.items()) == [("high", "the first"), ("low", "")]
     values = {"high": {"max_timestep_boundary": 0.4}, "low": {"min_timestep_boundary": 0.4, "seed": 2}}
-    assert recipe.layers == (Layer({"seed": 1}, values),)
+    assert recipe.layers == (Overrides({"seed": 1}, values),)
     assert recipe.parameters == {"seed": 1}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.parameters import SETTINGS, Parameters
-from diffsynth_core.config.recipes import NOT_IN_RECIPES, Layer, Recipe
+from diffsynth_core.config.recipes import NOT_IN_RECIPES, Overrides, Recipe
 from diffsynth_core.config.resolve import resolve, resolve_stages
 
 
@@ -254,7 +254,7 @@ def test_the_nearer_spelling_of_the_lora_s_format_goes(
     given = {spelt[name]: value for name, value in flags.items()}
     if recipe:
         values = {spelt[name]: value for name, value in recipe.items()}
-        loaded = Recipe("aligned", "", "flux", (Layer({"lora_rank": 8}), Layer(values)))
+        loaded = Recipe("aligned", "", "flux", (Overrides({"lora_rank": 8}), Overrides(values)))
         monkeypatch.setattr("diffsynth_core.config.resolve.load_recipe", lambda name: loaded)
         given["recipe"] = "aligned"
     if config_text:
@@ -274,7 +274,7 @@ def test_a_stage_and_a_file_that_extends_another_are_nearer(config, monkeypatch)
     assert (one.problems, one.parameters.lora_format, two.parameters.lora_format) == ((), "diffusers", "kohya")
     assert two.origins["lora_format"] == f"`{path}`"
 
-    layers = (Layer({"align_to_opensource_format": True}), Layer({"lora_format": "diffusers"}))
+    layers = (Overrides({"align_to_opensource_format": True}), Overrides({"lora_format": "diffusers"}))
     extended = Recipe("extended", "", "flux", layers)
     monkeypatch.setattr("diffsynth_core.config.resolve.load_recipe", lambda name: extended)
     resolved = resolve({"recipe": "extended"})

@@ -7,7 +7,7 @@ from PIL import Image
 from diffsynth_core.data.animations import is_animation
 from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.media import FrameRule, MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
 from diffsynth_core.errors import DiffSynthError
@@ -58,7 +58,7 @@ def test_a_file_that_ends_early_is_told(tmp_path):
     path = write(tmp_path / "moves.webp", np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8), 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DiffSynthError, match=r"moves\.webp` cannot be read"):
-        read_media_header(path, MediaRule(SizeRule(None, None, 1 << 20, 16), FRAMES), VideoMemory(tmp_path / "m"))
+        read_media_header(path, MediaRule(SizeRule(None, None, 1 << 20, 16), FRAMES), VideoProbeCache(tmp_path / "m"))
 
 
 FRAMES = FrameRule(9, 4, None, "first", 0)
@@ -68,7 +68,7 @@ FRAMES = FrameRule(9, 4, None, "first", 0)
 def test_a_model_of_videos_trains_on_its_frames(tmp_path, name):
     path = write(tmp_path / name, format="WEBP" if name.endswith("jpg") else None, lossless=True)
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16), FRAMES)
-    header = read_media_header(path, rule, VideoMemory(tmp_path / "memory"))
+    header = read_media_header(path, rule, VideoProbeCache(tmp_path / "memory"))
     assert (header.video, header.frames) == (True, 9)
     excerpt = choose_excerpt(path, header, rule, 1)
     assert numbers(load_excerpt(excerpt)) == list(range(9))

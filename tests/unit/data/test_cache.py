@@ -9,7 +9,7 @@ import torch
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.hub.hash_cache import FileMemory
+from diffsynth_core.hub.file_cache import FileCache
 
 PARTS = {
     "encoder": "latents",
@@ -113,11 +113,11 @@ def test_an_entry_from_before_entries_had_hashes_is_whole(cache):
 
 def test_a_whole_entry_is_read_back_once(tmp_path):
     """What was written or read back is remembered by size and times; a change of the file is noticed."""
-    memory = FileMemory(tmp_path / "memory.jsonl")
+    memory = FileCache(tmp_path / "memory.jsonl")
     cache = EncodingCache(tmp_path / "encodings", memory=memory)
     cache.write(KEY, ENCODED)
     assert cache.is_known(KEY)
-    again = EncodingCache(tmp_path / "encodings", memory=FileMemory(tmp_path / "memory.jsonl"))
+    again = EncodingCache(tmp_path / "encodings", memory=FileCache(tmp_path / "memory.jsonl"))
     assert again.is_known(KEY) and again.has(KEY)
     content = bytearray(cache.path(KEY).read_bytes())
     content[-1] ^= 1

@@ -15,7 +15,7 @@ from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.samples import Columns, build_samples
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import Wish, validate
 from diffsynth_core.errors import DiffSynthError
@@ -196,7 +196,9 @@ def rows_of(folder, *names, separator="\n"):
     )
     columns = Columns("prompt", "image", MediaRule(SizeRule(None, None, 1 << 20, 16)))
     metadata = read_metadata(folder, None, "prompt", "image")
-    found, problems = build_samples(metadata, folder, columns, VideoMemory(folder.parent / "memory"), SilentReporter())
+    found, problems = build_samples(
+        metadata, folder, columns, VideoProbeCache(folder.parent / "memory"), SilentReporter()
+    )
     files = [str(sample.target.path.relative_to(folder)) for sample in found.samples]
     return files or [(problem.message.replace(f"{folder}/", ""), problem.hint) for problem in problems]
 

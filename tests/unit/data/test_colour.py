@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from diffsynth_core.data.images import SizeRule, load_image, read_image_header
 from diffsynth_core.data.media import MediaRule, choose_excerpt, load_excerpt, read_media_header
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.images import examine_image
 from tests.icc import grey_profile, ink_profile, rgb_profile
 
@@ -153,7 +153,7 @@ def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
     colours().save(tmp_path / "p3.png", icc_profile=rgb_profile("Display P3"))
     colours().save(tmp_path / "srgb.png", icc_profile=SRGB)
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
-    videos = VideoMemory(tmp_path / "memory")
+    videos = VideoProbeCache(tmp_path / "memory")
     excerpts = {
         name: choose_excerpt(tmp_path / name, read_media_header(tmp_path / name, rule, videos), rule, 1)
         for name in ("p3.png", "srgb.png")

@@ -8,7 +8,7 @@ from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import find_metadata, read_metadata
 from diffsynth_core.data.samples import Columns, build_samples
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 
@@ -33,7 +33,7 @@ def caption_of(folder, name, content):
 
     Image.new("RGB", (32, 32)).save(folder / "a.png")
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
-    counts = VideoMemory(folder / "frames")
+    counts = VideoProbeCache(folder / "frames")
     metadata = read(folder, name, content)
     found, problems = build_samples(metadata, folder, Columns("prompt", "image", rule), counts, SilentReporter())
     assert not problems

@@ -13,7 +13,7 @@ from diffsynth_core.data.images import EXIF_ORIENTATION, SizeRule
 from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
-from diffsynth_core.data.video_probe_cache import VideoMemory
+from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.progress import SilentReporter
 
@@ -24,7 +24,7 @@ def build(folder, *rows, rule=RULE, references=()):
     names = tuple(dict.fromkeys(column for row in rows for column in row))
     metadata = Metadata("metadata.csv", names, rows)
     columns = Columns("prompt", "image", MediaRule(rule), references)
-    return build_samples(metadata, folder, columns, VideoMemory(folder / "frames"), SilentReporter())
+    return build_samples(metadata, folder, columns, VideoProbeCache(folder / "frames"), SilentReporter())
 
 
 def row(image="a.png", prompt="x"):

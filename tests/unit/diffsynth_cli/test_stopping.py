@@ -71,7 +71,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 def test_names_are_given_all_together(tmp_path, monkeypatch):
     """A signal that comes between two renames is too late: all files are there."""
-    from diffsynth_cli.stopping import stopping_cleanly
+    from diffsynth_cli.stopping import handle_sigint
     from diffsynth_core.progress import SilentReporter
     from diffsynth_core.weights import weight_writer as rewriting
     from diffsynth_core.weights.weight_writer import OutputFile, write_outputs
@@ -84,7 +84,7 @@ def test_names_are_given_all_together(tmp_path, monkeypatch):
         real(outputs, places)
 
     monkeypatch.setattr(rewriting, "_give_names", give)
-    with stopping_cleanly():
+    with handle_sigint():
         write_outputs(
             [OutputFile(tmp_path / name, ()) for name in ("a.safetensors", "b.safetensors")], [], SilentReporter()
         )

@@ -13,17 +13,17 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.hub import fetching
 from diffsynth_core.hub.client import (
     Checksum,
-    Interruption,
     RemoteFile,
     Repository,
+    TransientHubError,
     download_source,
     downloads_are_off,
     unknown,
 )
 from diffsynth_core.hub.download_plan import DownloadPlan, plan_download
 from diffsynth_core.hub.fetching import fetch
-from diffsynth_core.hub.file_requests import Place, Wanted
-from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.file_requests import FileRequest, RepoFiles
+from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.hub.ranges import first_byte, range_headers
 from diffsynth_core.progress import SilentReporter
 
@@ -91,8 +91,8 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def identities(tmp_path: Path) -> FileIdentities:
-    return FileIdentities(tmp_path / "identities.jsonl")
+def identities(tmp_path: Path) -> HashCache:
+    return HashCache(tmp_path / "identities.jsonl")
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def plan(hub: PlayedHub, base: Path, identities: FileIdentities, *places: Place) -> DownloadPlan:
-    return plan_download([Wanted(places or (Place(MODEL, ("*",)),))], hub, base, identities)
+def plan(hub: PlayedHub, base: Path, identities: HashCache, *places: RepoFiles) -> DownloadPlan:
+    return plan_download([FileRequest(places or (RepoFiles(MODEL, ("*",)),))], hub, base, identities)
 
 
 def test_a_hub_without_ranges_sends_all_again_and_progress_goes_back(base, identities):
@@ -240,10 +240,10 @@ def test_a_file_known_to_have_other_bytes_is_damaged(base, identities):
 
 def test_the_next_place_is_asked_where_the_first_has_nothing(base, identities):
     hub = PlayedHub({"x": None, "y": None})
-    listed = plan(hub, base, identities, Place(OTHER, ("x",)), Place(MODEL, ("z",)), Place(MODEL, ("y",)))
+    listed = plan(hub, base, identities, RepoFiles(OTHER, ("x",)), RepoFiles(MODEL, ("z",)), RepoFiles(MODEL, ("y",)))
     assert [file.target for file in listed.files] == [base / "a/b/y"]
     with pytest.raises(FaultsFound) as failed:
-        plan(hub, base, identities, Place(OTHER, ("x",)), Place(MODEL, ("z",)))
+        plan(hub, base, identities, RepoFiles(OTHER, ("x",)), RepoFiles(MODEL, ("z",)))
     assert [problem.message for problem in failed.value.problems] == [
         "Played has no model `a/other` that you have access to"
     ]
@@ -252,7 +252,7 @@ def test_the_next_place_is_asked_where_the_first_has_nothing(base, identities):
 def test_what_is_here_and_not_on_the_hub_stays(base, identities):
     (base / "a/other").mkdir(parents=True)
     (base / "a/other/x").write_bytes(b"mine")
-    listed = plan(PlayedHub({"x": None}), base, identities, Place(OTHER, ("x",)), Place(MODEL, ("x",)))
+    listed = plan(PlayedHub({"x": None}), base, identities, RepoFiles(OTHER, ("x",)), RepoFiles(MODEL, ("x",)))
     assert [(file.target, file.state) for file in listed.files] == [(base / "a/other/x", "unchecked")]
     assert listed.refusals == ("Played has no model `a/other` that you have access to",)
 
@@ -260,7 +260,7 @@ def test_what_is_here_and_not_on_the_hub_stays(base, identities):
 def test_a_hub_that_cannot_be_reached(base, identities):
     class Unreachable(PlayedHub):
         def files(self, repository: Repository) -> list[RemoteFile]:
-            raise Interruption("the connection was lost (ConnectError)")
+            raise TransientHubError("the connection was lost (ConnectError)")
 
     with pytest.raises(DiffSynthError, match=r"cannot get the file list of `a/b` from Played: the connection was lost"):
         plan(Unreachable({}), base, identities)
@@ -273,7 +273,7 @@ def test_ranges():
     assert first_byte(200, {"Content-Length": "7", "Content-Encoding": "gzip"}, 10) == 0
     for total in ("10", "*"):
         assert first_byte(206, {"Content-Range": f"bytes 5-9/{total}", "Content-Length": "5"}, 10) == 5
-    with pytest.raises(Interruption, match="without declaring which"):
+    with pytest.raises(TransientHubError, match="without declaring which"):
         first_byte(206, {}, 10)
 
 
@@ -281,7 +281,7 @@ def test_ranges():
     ("status", "headers"), [(200, {"Content-Length": "18"}), (206, {"Content-Range": "bytes 5-17/18"})]
 )
 def test_an_answer_of_another_size_is_no_beginning(status, headers):
-    with pytest.raises(Interruption, match="a file of 18 bytes, but its file list declares 10"):
+    with pytest.raises(TransientHubError, match="a file of 18 bytes, but its file list declares 10"):
         first_byte(status, headers, 10)
 
 

@@ -5,20 +5,20 @@ import pytest
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.hub.client import Repository
-from diffsynth_core.hub.file_requests import Place, Wanted, absent, paths_below
+from diffsynth_core.hub.file_requests import FileRequest, RepoFiles, absent, paths_below
 from diffsynth_core.models.wan.spec import CONVERTED, WAN
 from diffsynth_core.planning.required_files import (
-    command_that_brings,
-    wanted_files,
-    wanted_of_entry,
-    wanted_of_recipe,
+    download_hint,
+    files_of_entry,
+    files_of_recipe,
+    required_files,
 )
 
 MODEL = Repository("model", "a/b")
 
 
-def place(*patterns: str, **settings) -> Place:
-    return Place(MODEL, patterns, **settings)
+def place(*patterns: str, **settings) -> RepoFiles:
+    return RepoFiles(MODEL, patterns, **settings)
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,18 @@ def test_what_is_absent(tmp_path):
     (tmp_path / "a/b/.gone.pth.123.part").touch()
     here, gone = place("here.pth"), place("*gone.pth*")
     assert paths_below(tmp_path / "a/b") == ["here.pth"]
-    assert absent([Wanted((here,))], tmp_path) == []
-    assert absent([Wanted((gone, here))], tmp_path) == []
-    assert absent([Wanted((gone,))], tmp_path) == [Wanted((gone,))]
-    assert absent([Wanted((gone,), optional=True)], tmp_path) == []
+    assert absent([FileRequest((here,))], tmp_path) == []
+    assert absent([FileRequest((gone, here))], tmp_path) == []
+    assert absent([FileRequest((gone,))], tmp_path) == [FileRequest((gone,))]
+    assert absent([FileRequest((gone,), optional=True)], tmp_path) == []
 
 
-def shown(wanted: list[Wanted]) -> list[str]:
+def shown(wanted: list[FileRequest]) -> list[str]:
     return [" or ".join(map(str, item.places)) + ("?" if item.optional else "") for item in wanted]
 
 
 def test_weights_come_with_their_config_and_tokenizer_and_the_processor_where_images_are_shown():
-    assert shown(wanted_of_recipe("qwen-image-edit-lora")) == [
+    assert shown(files_of_recipe("qwen-image-edit-lora")) == [
         "Qwen/Qwen-Image-Edit:transformer/diffusion_pytorch_model*.safetensors",
         "Qwen/Qwen-Image-Edit:transformer/config.json?",
         "Qwen/Qwen-Image:text_encoder/model*.safetensors",
@@ -96,7 +96,7 @@ def test_weights_come_with_their_config_and_tokenizer_and_the_processor_where_im
 
 def test_all_stages_of_a_recipe_and_the_copies_of_pickled_files():
     model = "Wan-AI/Wan2.2-T2V-A14B"
-    assert shown(wanted_of_recipe("wan2.2-t2v-a14b-full")) == [
+    assert shown(files_of_recipe("wan2.2-t2v-a14b-full")) == [
         f"{model}:high_noise_model/diffusion_pytorch_model*.safetensors",
         f"{model}:high_noise_model/config.json?",
         f"{model}:models_t5_umt5-xxl-enc-bf16.pth or {CONVERTED}:models_t5_umt5-xxl-enc-bf16.safetensors",
@@ -110,7 +110,7 @@ def test_all_stages_of_a_recipe_and_the_copies_of_pickled_files():
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_wants_its_entries_and_a_tokenizer(recipe):
-    wanted = wanted_of_recipe(recipe)
+    wanted = files_of_recipe(recipe)
     assert len(wanted) == len(set(wanted))
     assert any(item.places[-1].layouts for item in wanted)
     assert not any(".." in pattern for item in wanted for place in item.places for pattern in place.patterns)
@@ -126,7 +126,7 @@ def test_every_recipe_wants_its_entries_and_a_tokenizer(recipe):
 )
 def test_what_a_run_does_not_need_is_not_wanted(flags, gone):
     resolved = resolve({"recipe": "qwen-image-lora", **flags})
-    found = shown(wanted_files(resolved.parameters, resolved.family))
+    found = shown(required_files(resolved.parameters, resolved.family))
     assert not [item for item in found if any(part in item for part in gone)]
     assert ("elsewhere/mine:tok/*" in found) == ("tokenizer_path" in flags)
 
@@ -137,17 +137,17 @@ def test_paths_of_ones_own_are_not_wanted(tmp_path, monkeypatch):
     (tmp_path / "mine/dit.safetensors").touch()
     (tmp_path / "tokenizer").mkdir()
     flags = {"model_paths": '["mine/dit.safetensors"]', "model_id_with_origin_paths": "mine/dit.safetensors"}
-    assert wanted_files(resolve(flags).parameters, "qwen-image") == []
+    assert required_files(resolve(flags).parameters, "qwen-image") == []
 
 
 def test_a_folder_and_a_glob_in_the_folder():
-    assert shown(wanted_of_entry("a/b:tokenizer/")) == ["a/b:tokenizer/*", "a/b:tokenizer/config.json?"]
-    assert shown(wanted_of_entry("a/b:*/x.safetensors")) == ["a/b:*/x.safetensors"]
-    assert shown(wanted_of_entry("a/b:Wan2.1_VAE.pth", WAN))[0].endswith(f"or {CONVERTED}:Wan2.1_VAE.safetensors")
+    assert shown(files_of_entry("a/b:tokenizer/")) == ["a/b:tokenizer/*", "a/b:tokenizer/config.json?"]
+    assert shown(files_of_entry("a/b:*/x.safetensors")) == ["a/b:*/x.safetensors"]
+    assert shown(files_of_entry("a/b:Wan2.1_VAE.pth", WAN))[0].endswith(f"or {CONVERTED}:Wan2.1_VAE.safetensors")
 
 
 def test_the_command_that_brings_an_entry():
     entry = "Wan-AI/Wan2.2-T2V-A14B:low_noise_model/diffusion_pytorch_model*.safetensors"
-    assert command_that_brings(entry, "wan2.2-t2v-a14b-lora") == "diffsynth download wan2.2-t2v-a14b-lora"
-    assert command_that_brings(entry, "qwen-image-lora") == f"diffsynth download '{entry}'"
-    assert command_that_brings("a/b:c.pth", None) == "diffsynth download a/b:c.pth"
+    assert download_hint(entry, "wan2.2-t2v-a14b-lora") == "diffsynth download wan2.2-t2v-a14b-lora"
+    assert download_hint(entry, "qwen-image-lora") == f"diffsynth download '{entry}'"
+    assert download_hint("a/b:c.pth", None) == "diffsynth download a/b:c.pth"

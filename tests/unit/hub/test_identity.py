@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from diffsynth_core.hub.identity import FileIdentities
+from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.progress import SilentReporter, SilentTask
 
 
@@ -35,32 +35,32 @@ def spoil(memory) -> None:
 
 
 def test_a_hash_is_right_and_remembered_by_the_next_instance(memory, file):
-    assert FileIdentities(memory).known(file) is None
-    assert FileIdentities(memory).sha256(file) == sha(b"one")
-    assert FileIdentities(memory).known(file) == sha(b"one")
+    assert HashCache(memory).known(file) is None
+    assert HashCache(memory).sha256(file) == sha(b"one")
+    assert HashCache(memory).known(file) == sha(b"one")
     spoil(memory)
-    assert FileIdentities(memory).sha256(file) == "remembered"
+    assert HashCache(memory).sha256(file) == "remembered"
 
 
 def test_a_path_is_remembered_however_it_is_written(memory, file, monkeypatch):
-    FileIdentities(memory).sha256(file)
+    HashCache(memory).sha256(file)
     monkeypatch.chdir(file.parent)
     from pathlib import Path
 
-    assert FileIdentities(memory).known(Path("weights.safetensors")) == sha(b"one")
-    assert FileIdentities(memory).known(file.parent / "cache" / ".." / "weights.safetensors") == sha(b"one")
+    assert HashCache(memory).known(Path("weights.safetensors")) == sha(b"one")
+    assert HashCache(memory).known(file.parent / "cache" / ".." / "weights.safetensors") == sha(b"one")
 
 
 def test_a_changed_file_is_read_again(memory, file):
-    identities = FileIdentities(memory)
+    identities = HashCache(memory)
     identities.sha256(file)
     file.write_bytes(b"longer than before")
     assert identities.known(file) is None
-    assert identities.sha256(file) == FileIdentities(memory).known(file) == sha(b"longer than before")
+    assert identities.sha256(file) == HashCache(memory).known(file) == sha(b"longer than before")
 
 
 def test_a_change_of_the_same_size_under_the_old_time_is_seen(memory, file):
-    identities = FileIdentities(memory)
+    identities = HashCache(memory)
     identities.sha256(file)
     before = file.stat()
     file.write_bytes(b"two")
@@ -71,7 +71,7 @@ def test_a_change_of_the_same_size_under_the_old_time_is_seen(memory, file):
 
 
 def test_a_file_put_in_its_place_is_seen(memory, file, tmp_path):
-    identities = FileIdentities(memory)
+    identities = HashCache(memory)
     identities.sha256(file)
     other = tmp_path / "other"
     other.write_bytes(b"two")
@@ -83,35 +83,35 @@ def test_a_file_put_in_its_place_is_seen(memory, file, tmp_path):
 def test_the_last_of_several_lines_counts(memory, file):
     for content in (b"one", b"two", b"six"):
         file.write_bytes(content)
-        FileIdentities(memory).sha256(file)
+        HashCache(memory).sha256(file)
     assert len(memory.read_text().splitlines()) == 3
-    assert FileIdentities(memory).known(file) == sha(b"six")
+    assert HashCache(memory).known(file) == sha(b"six")
 
 
 @pytest.mark.parametrize("rest", ['{"path": "/x", "sta', "{", "\0\0\0\0", '{"path": "/x"}', "[1]", "7", "null"])
 def test_a_torn_line_is_passed_over(memory, file, rest):
-    FileIdentities(memory).sha256(file)
+    HashCache(memory).sha256(file)
     with memory.open("a") as stream:
         stream.write(rest)
-    assert FileIdentities(memory).known(file) == sha(b"one")
+    assert HashCache(memory).known(file) == sha(b"one")
 
 
 def test_what_is_remembered_behind_a_torn_line_is_not_lost(memory, file, tmp_path):
-    FileIdentities(memory).sha256(file)
+    HashCache(memory).sha256(file)
     whole = memory.read_text()
     memory.write_text(whole + whole[: len(whole) // 2])
     other = tmp_path / "other"
     other.write_bytes(b"two")
-    FileIdentities(memory).sha256(other)
-    assert FileIdentities(memory).known(other) == sha(b"two")
-    assert FileIdentities(memory).known(file) == sha(b"one")
+    HashCache(memory).sha256(other)
+    assert HashCache(memory).known(other) == sha(b"two")
+    assert HashCache(memory).known(file) == sha(b"one")
 
 
 def test_instances_may_append_at_the_same_time(memory, tmp_path):
     paths = [tmp_path / f"file {number}" for number in range(60)]
     for number, path in enumerate(paths):
         path.write_bytes(b"%d" % number)
-    instances = [FileIdentities(memory) for _ in range(3)]
+    instances = [HashCache(memory) for _ in range(3)]
     threads = [
         threading.Thread(target=lambda each=each, part=part: [each.sha256(path) for path in paths[part::3]])
         for part, each in enumerate(instances)
@@ -120,7 +120,7 @@ def test_instances_may_append_at_the_same_time(memory, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    everything = FileIdentities(memory)
+    everything = HashCache(memory)
     assert [everything.known(path) for path in paths] == [sha(b"%d" % number) for number in range(60)]
 
 
@@ -146,7 +146,7 @@ def test_read_all_reads_each_unknown_file_once_and_tells_how_many(memory, tmp_pa
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode())
-    identities = FileIdentities(memory)
+    identities = HashCache(memory)
     identities.sha256(paths[0])
     reporter = Counting()
     identities.read_all([*paths, paths[1]], reporter, "Hashing")

@@ -12,7 +12,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.components import FoundComponents, find_components
 from diffsynth_core.planning.replaced import without_replaced
-from diffsynth_core.planning.required_files import wanted_of_stages
+from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.planning.two_stage import components_of
 from tests.cli.test_documented_commands import ACCEPTED, Command, named
 from tests.conftest import ENTRIES, MODEL_ID
@@ -86,15 +86,15 @@ def test_what_is_replaced_is_told_by_what_files_hold_not_by_their_names(given, m
 
 
 def test_nothing_is_wanted_of_the_hubs_that_is_not_used(given, mine):
-    assert wanted_of_stages([given("transformer", "text_encoder", "vae")]) == []
-    some = wanted_of_stages([given("transformer", "vae")])
+    assert files_of_stages([given("transformer", "text_encoder", "vae")]) == []
+    some = files_of_stages([given("transformer", "vae")])
     assert {str(item) for item in some} == {
         ENTRIES["text_encoder"],
         f"{MODEL_ID}:text_encoder/config.json",
         f"{MODEL_ID}:tokenizer/*",
     }
     shutil.rmtree(mine / "tokenizer")
-    (last,) = wanted_of_stages([given("transformer", "text_encoder", "vae")])
+    (last,) = files_of_stages([given("transformer", "text_encoder", "vae")])
     assert str(last) == f"{MODEL_ID}:tokenizer/*"
 
 

@@ -53,10 +53,10 @@ def chosen(plan: Plan, **changes: object) -> tuple[Choice, RunSizes]:
 
 
 def test_a_component_that_trains_does_not_come_and_go_as_an_encoder(plan):
-    frozen, live = plan(), plan(trainable_models=["dit", "text_encoder_1"])
+    frozen, online = plan(), plan(trainable_models=["dit", "text_encoder_1"])
     names = [part.component for part in encoding_memory(frozen, chosen(frozen)[0])]
     assert names == ["text_encoder_1", "text_encoder_2", "vae"]
-    assert [part.component for part in encoding_memory(live, chosen(live)[0])] == names[1:]
+    assert [part.component for part in encoding_memory(online, chosen(online)[0])] == names[1:]
 
 
 def test_the_peak_is_that_of_the_fullest_stage():

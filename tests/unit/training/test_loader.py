@@ -7,7 +7,7 @@ import pytest
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, Occurrence, StepPlan
 from diffsynth_core.planning.encodings import EncodingsPlan
-from diffsynth_core.planning.output import Start
+from diffsynth_core.planning.output import ResumePoint
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 
@@ -20,7 +20,7 @@ def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: in
     nothing: Any = None
     parameters = Parameters(dataset_num_workers=workers)
     return Plan(
-        parameters, nothing, nothing, {}, {}, nothing, nothing, steps, Start(first_step), device="cpu", mixed_precision="no", world_size=world_size
+        parameters, nothing, nothing, {}, {}, nothing, nothing, steps, ResumePoint(first_step), device="cpu", mixed_precision="no", world_size=world_size
     )  # fmt: skip
 
 

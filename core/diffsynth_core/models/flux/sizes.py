@@ -3,7 +3,7 @@
 from functools import partial
 
 from diffsynth_core.models.shapes import layer_shapes, repeat_block
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import Shapes
 
 
@@ -44,11 +44,11 @@ def transformer_shapes(
 
 
 PUBLISHED = (
-    Published(
+    HubModelSize(
         "dit", "*", 11_901_408_320, "bfloat16", partial(transformer_shapes, blocks=19, single_blocks=38, heads=24)
     ),
-    Published("text_encoder_1", "*", 123_060_480, "bfloat16"),
-    Published("text_encoder_2", "*", 4_762_310_656, "bfloat16"),
-    Published("vae", "*", 83_819_683, "float32"),
-    Published("controlnet", "jasperai/Flux.1-dev-Controlnet-*:*", 1_791_605_248, "bfloat16"),
+    HubModelSize("text_encoder_1", "*", 123_060_480, "bfloat16"),
+    HubModelSize("text_encoder_2", "*", 4_762_310_656, "bfloat16"),
+    HubModelSize("vae", "*", 83_819_683, "float32"),
+    HubModelSize("controlnet", "jasperai/Flux.1-dev-Controlnet-*:*", 1_791_605_248, "bfloat16"),
 )

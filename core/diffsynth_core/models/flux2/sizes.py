@@ -3,7 +3,7 @@
 from functools import partial
 
 from diffsynth_core.models.shapes import layer_shapes, repeat_block
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import Shapes
 
 
@@ -43,21 +43,21 @@ def transformer_shapes(
 
 
 PUBLISHED = (
-    Published(
+    HubModelSize(
         "dit",
         "*-9B:*",
         9_078_581_248,
         "bfloat16",
         partial(transformer_shapes, blocks=8, single_blocks=24, heads=32, text_width=12288),
     ),
-    Published(
+    HubModelSize(
         "dit",
         "*",
         3_875_544_576,
         "bfloat16",
         partial(transformer_shapes, blocks=5, single_blocks=20, heads=24, text_width=7680),
     ),
-    Published("text_encoder", "*-9B:*", 7_568_405_504, "bfloat16"),
-    Published("text_encoder", "*", 4_022_468_096, "bfloat16"),
-    Published("vae", "*", 84_046_115, "bfloat16"),
+    HubModelSize("text_encoder", "*-9B:*", 7_568_405_504, "bfloat16"),
+    HubModelSize("text_encoder", "*", 4_022_468_096, "bfloat16"),
+    HubModelSize("vae", "*", 84_046_115, "bfloat16"),
 )

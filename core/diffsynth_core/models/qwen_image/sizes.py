@@ -3,7 +3,7 @@
 from functools import partial
 
 from diffsynth_core.models.shapes import layer_shapes, repeat_block
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import Shapes
 
 TEXT_WIDTH = 3584
@@ -36,7 +36,7 @@ def transformer_shapes(blocks: int, heads: int, head_size: int = HEAD_SIZE, text
 
 
 PUBLISHED = (
-    Published("dit", "*", 20_430_401_088, "bfloat16", partial(transformer_shapes, blocks=60, heads=24)),
-    Published("text_encoder", "*", 8_292_166_656, "bfloat16"),
-    Published("vae", "*", 126_892_531, "bfloat16"),
+    HubModelSize("dit", "*", 20_430_401_088, "bfloat16", partial(transformer_shapes, blocks=60, heads=24)),
+    HubModelSize("text_encoder", "*", 8_292_166_656, "bfloat16"),
+    HubModelSize("vae", "*", 126_892_531, "bfloat16"),
 )

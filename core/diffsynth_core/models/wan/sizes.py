@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from diffsynth_core.models.shapes import layer_shapes, repeat_block
-from diffsynth_core.models.size_facts import Published
+from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import Shapes
 
 LARGEST_HEAD_SIZE = 128
@@ -70,29 +70,33 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 LARGE = partial(transformer_shapes, blocks=40, width=5120, hidden=13824)
 SMALL = partial(transformer_shapes, blocks=30, width=1536, hidden=8960)
 PUBLISHED = (
-    Published("dit", "*T2V-1.3B:*", 1_418_996_800, "float32", SMALL),
-    Published("dit", "*Wan2.1-I2V-14B*:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)),
-    Published(
+    HubModelSize("dit", "*T2V-1.3B:*", 1_418_996_800, "float32", SMALL),
+    HubModelSize("dit", "*Wan2.1-I2V-14B*:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)),
+    HubModelSize(
         "dit",
         "*Wan2.1-FLF2V-14B*:*",
         16_395_536_704,
         "bfloat16",
         partial(LARGE, taken=36, image_width=1280, image_positions=514),
     ),
-    Published("dit", "*Wan2.2-I2V-A14B:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
-    Published("dit", "*Wan2.2-Fun-A14B-InP:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
-    Published("dit", "*Wan2.1-Fun-*14B-InP:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)),
-    Published("dit", "*Wan2.1-Fun-*1.3B-InP:*", 1_564_428_608, "bfloat16", partial(SMALL, taken=36, image_width=1280)),
-    Published(
+    HubModelSize("dit", "*Wan2.2-I2V-A14B:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
+    HubModelSize("dit", "*Wan2.2-Fun-A14B-InP:*", 14_288_901_184, "bfloat16", partial(LARGE, taken=36)),
+    HubModelSize(
+        "dit", "*Wan2.1-Fun-*14B-InP:*", 16_394_878_784, "bfloat16", partial(LARGE, taken=36, image_width=1280)
+    ),
+    HubModelSize(
+        "dit", "*Wan2.1-Fun-*1.3B-InP:*", 1_564_428_608, "bfloat16", partial(SMALL, taken=36, image_width=1280)
+    ),
+    HubModelSize(
         "dit",
         "*TI2V-5B:*",
         4_999_787_712,
         "bfloat16",
         partial(transformer_shapes, blocks=30, width=3072, hidden=14336, taken=48, made=48),
     ),
-    Published("dit", "*T2V*14B:*", 14_288_491_584, "bfloat16", LARGE),
-    Published("text_encoder", "*", 5_680_910_336, "bfloat16"),
-    Published("vae", "*Wan2.2_VAE*", 704_688_668, "float32"),
-    Published("vae", "*", 126_892_531, "float32"),
-    Published("image_encoder", "*", 632_076_801, "bfloat16"),
+    HubModelSize("dit", "*T2V*14B:*", 14_288_491_584, "bfloat16", LARGE),
+    HubModelSize("text_encoder", "*", 5_680_910_336, "bfloat16"),
+    HubModelSize("vae", "*Wan2.2_VAE*", 704_688_668, "float32"),
+    HubModelSize("vae", "*", 126_892_531, "float32"),
+    HubModelSize("image_encoder", "*", 632_076_801, "bfloat16"),
 )

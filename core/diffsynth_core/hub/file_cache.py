@@ -30,7 +30,7 @@ class _Line:
     answer: Any
 
 
-class FileMemory:
+class FileCache:
     """Answers to questions about files, by path, stamp and question, in one append-only file.
 
     Each line is written by one call, so that several processes can share the file; a line that a crash cut short is
