@@ -21,7 +21,7 @@ class VideoProbeCache:
         self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
 
     def alone(self) -> AbstractContextManager[None]:
-        """As `FileMemory.alone`."""
+        """As `FileCache.alone`."""
         return self._memory.alone()
 
     def header(self, path: Path) -> VideoHeader:

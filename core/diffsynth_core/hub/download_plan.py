@@ -182,7 +182,7 @@ def _chosen(place: RepoFiles, lists: _Lists) -> list[RemoteFile]:
     """The files of a place on the hub.
 
     Raises:
-        Refusal: when there are none, or not all.
+        HubAccessError: when there are none, or not all.
     """
     files = lists.files(place.repository)
     paths = [file.path for file in files]

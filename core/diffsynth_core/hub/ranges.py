@@ -24,7 +24,7 @@ def first_byte(status: int, headers: Mapping[str, str], size: int) -> int:
     the beginning of a file whose hash is wrong when all of it has come.
 
     Raises:
-        Interruption: when it sends a part and does not say which, or of a file of another size.
+        TransientHubError: when it sends a part and does not say which, or of a file of another size.
     """
     start, told = 0, headers.get("Content-Length", "")
     if status == HTTPStatus.PARTIAL_CONTENT:

@@ -12,7 +12,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from diffsynth_cli.errors import exit_code_of
-from diffsynth_cli.stopping import stopping_cleanly
+from diffsynth_cli.stopping import handle_sigint
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, write_outputs
 
@@ -27,7 +27,7 @@ outputs = [
     for name, source in (("a.safetensors", lambda: [bytes(4)]), ("b.safetensors", slowly))
 ]
 try:
-    with stopping_cleanly():
+    with handle_sigint():
         write_outputs(outputs, [], SilentReporter())
 except Exception as error:
     sys.exit(exit_code_of(error))
