@@ -3,7 +3,6 @@
 import inspect
 import textwrap
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -23,15 +22,6 @@ METAVARS = {
     "json list": "JSON",
 }
 HELP_WIDTH = 80
-
-
-class DialectName(StrEnum):
-    """The programs whose names LoRA files can have (`weights/lora_names.py`)."""
-
-    DIFFSYNTH = "diffsynth"
-    DIFFUSERS = "diffusers"
-    COMFYUI = "comfyui"
-    KOHYA = "kohya"
 
 
 SPELLINGS: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}

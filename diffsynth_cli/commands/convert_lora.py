@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat, carry_out
-from diffsynth_cli.options import SPELLINGS, DialectName
+from diffsynth_cli.options import SPELLINGS
 from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_core.config.choices import LoraFormat
 
 HELP = """Convert a LoRA to the key format of another program, with the same effect on the weights.
 
@@ -29,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 def convert_lora(
     lora: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, in the format of any of these programs")],
-    to: Annotated[DialectName, typer.Option("--to", help="Key format to write")],
+    to: Annotated[LoraFormat, typer.Option("--to", help="Key format to write")],
     output_path: Annotated[Path, typer.Option("--output_path", "-o", metavar="OUT", help="Output file")],
     family: FamilyName = None,
     component: Annotated[
@@ -53,5 +54,5 @@ def convert_lora(
     from diffsynth_core.conversion.convert import plan_conversion
     from diffsynth_core.files import model_base_path
 
-    plan = plan_conversion(lora, to.value, output_path, model_base_path(), family, component, check, allow_unmatched)
+    plan = plan_conversion(lora, to, output_path, model_base_path(), family, component, check, allow_unmatched)
     carry_out(plan, overwrite, dry_run, output_format)

@@ -1,6 +1,5 @@
 """`diffsynth merge-lora`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
 from diffsynth_cli.options import SPELLINGS
 from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.errors import Problem, raise_if_any
 
 HELP = """Merge LoRAs into a base, or into one LoRA.
@@ -27,12 +27,6 @@ EXAMPLES = (
 )
 
 
-class NumberFormat(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 def add_to(app: typer.Typer) -> None:
     app.command(
         "merge-lora", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
@@ -49,7 +43,7 @@ def merge_lora(
         typer.Option("--base", metavar="WEIGHTS", help="A file, a folder, a shard index, or model_id:glob"),
     ] = None,
     dtype: Annotated[
-        NumberFormat | None,
+        WeightDtype | None,
         typer.Option(
             "--dtype",
             help="Dtype of all floating-point tensors; default: as in the base, float32 for a merged LoRA",
@@ -77,7 +71,7 @@ def merge_lora(
     raise_if_any(_use_problems(base, rank, max_shard_size, family))
     most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
     files = [parse_lora(text) for text in lora]
-    how = merges.Manner(dtype.value if dtype else None, allow_unmatched, overwrite, dry_run, output_format)
+    how = merges.Manner(dtype, allow_unmatched, overwrite, dry_run, output_format)
     if base is None:
         merges.into_one(files, output_path, rank, family, how)
     else:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, OutputFormat, Overwrite, PlanFormat, carry_out
-from diffsynth_cli.options import SPELLINGS, DialectName
+from diffsynth_cli.options import SPELLINGS
 from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.errors import FaultsFound, Problem
 
 if TYPE_CHECKING:
@@ -35,12 +36,6 @@ class By(StrEnum):
     SIZE = "size"
 
 
-class LayoutName(StrEnum):
-    DOCUMENTED = "documented"
-    DIFFUSERS = "diffusers"
-    ORIGINAL = "original"
-
-
 def add_to(app: typer.Typer) -> None:
     app.command(
         "split-ckpt", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
@@ -62,7 +57,7 @@ def split_checkpoint(
         typer.Option("--layout", help="Key names of full weights; default: unchanged", show_default=False),
     ] = None,
     lora_format: Annotated[
-        DialectName | None,
+        LoraFormat | None,
         typer.Option("--lora_format", help="Key format of LoRAs; default: unchanged", show_default=False),
     ] = None,
     max_shard_size: Annotated[
@@ -105,8 +100,8 @@ def split_checkpoint(
         choices = SplitChoices(
             unprefixed=unprefixed,
             family=family,
-            layout=layout.value if layout else None,
-            lora_format=lora_format.value if lora_format else None,
+            layout=layout,
+            lora_format=lora_format,
             most_bytes=most_bytes,
             allow_unmatched=allow_unmatched,
         )

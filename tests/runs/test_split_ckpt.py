@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.weights.dtypes import safetensors_dtype
 from diffsynth_core.weights.headers import make_header
-from diffsynth_core.weights.writing import DTYPE_NAMES
 from tests.checkpoints import REHEARSED, rehearse
 from tests.conftest import MODEL_ID
 
@@ -160,7 +160,9 @@ def test_the_record_of_the_run_tells_where_the_file_does_not(cli, checkpoint):
 
 def write_in_order(path, tensors, metadata):
     """The library's own writer sorts."""
-    header = make_header([(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors], metadata)
+    header = make_header(
+        [(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors], metadata
+    )
     path.write_bytes(header + b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for _, tensor in tensors))
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
+from diffsynth_core.config.choices import LoraFormat, WeightDtype
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.json_files import InvalidJson, parse_json
 
@@ -567,7 +568,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="state",
     )
-    lora_format: Literal["diffsynth", "diffusers", "comfyui", "kohya"] = _setting(
+    lora_format: LoraFormat = _setting(
         "diffsynth",
         "lora",
         "choice",
@@ -659,7 +660,7 @@ class Parameters(BaseModel):
         documented=False,
         ge=1,
     )
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
+    save_dtype: WeightDtype | None = _setting(
         None,
         "output",
         "choice",

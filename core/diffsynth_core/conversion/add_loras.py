@@ -14,9 +14,10 @@ from safetensors import safe_open
 from diffsynth_core.adapters.changes import Factors, add_factors, finite, lora_factors
 from diffsynth_core.adapters.merge import Loss, truncate
 from diffsynth_core.conversion.add_plan import SummedModule, SumPlan, output_of
-from diffsynth_core.conversion.merging import DTYPES, as_bytes
+from diffsynth_core.conversion.merging import as_bytes
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.progress import Reporter
+from diffsynth_core.weights.dtypes import torch_dtype
 from diffsynth_core.weights.weight_writer import Pieces, write_outputs
 
 
@@ -69,7 +70,7 @@ class _Summing:
         """The bytes of A or B; both come of one computation."""
         if self._last is None or self._last[0] != module.name:
             self._last = (module.name, self._factors(module))
-        value = getattr(self._last[1], half).to(DTYPES[self._plan.dtype])
+        value = getattr(self._last[1], half).to(torch_dtype(self._plan.dtype))
         yield as_bytes(finite(value, self._plan.output, module.name).contiguous())
 
     def _factors(self, module: SummedModule) -> Factors:

@@ -12,7 +12,7 @@ from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, WeightSet, open_weights
 from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, aligned
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.lora_names import DIALECTS, AlphaKeys, stem_keys
 from diffsynth_core.weights.lora_rows import (
     ModuleLora,

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.conversion.lora_inputs import MatchedLora, WeightedFile, match_lora
 from diffsynth_core.conversion.provenance import merge_entry, with_entry
@@ -12,7 +13,8 @@ from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.base_files import QUANT_METADATA, is_float8_marker
-from diffsynth_core.weights.headers import FLOATING_POINT, TensorHeader
+from diffsynth_core.weights.dtypes import FLOATING_POINT, SAFETENSORS_NAMES
+from diffsynth_core.weights.headers import TensorHeader
 from diffsynth_core.weights.weight_sets import ENDING
 from diffsynth_core.weights.weight_writer import (
     Output,
@@ -25,8 +27,8 @@ from diffsynth_core.weights.weight_writer import (
     plan_shards,
 )
 
-FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What `--dtype` takes -> the format in safetensors' words."""
+FORMATS = {name: SAFETENSORS_NAMES[name] for name in get_args(WeightDtype)}
+"""What `--dtype` takes -> its name in safetensors."""
 MERGED_IN_PLACE = frozenset(FORMATS.values())
 """Formats that a merged weight may keep."""
 

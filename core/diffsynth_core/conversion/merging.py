@@ -25,16 +25,15 @@ from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import Reporter
+from diffsynth_core.weights.dtypes import safetensors_dtype, torch_dtype
 from diffsynth_core.weights.key_maps import KeyMap
 from diffsynth_core.weights.tensors import dequantize, read_scale
 from diffsynth_core.weights.weight_sets import Span
 from diffsynth_core.weights.weight_writer import write_outputs
-from diffsynth_core.weights.writing import DTYPE_NAMES
 
 ELEMENTS_AT_ONCE = 2**18
 """Of a weight: 1 MB in float32, which stays in the cache of a core; measured the fastest of 2^17 to 2^20."""
 MOST_THREADS = 8
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ class _Merging:
             self._sources[span.path],
             span,
             columns,
-            DTYPES[header.dtype],
-            DTYPES[self._plan.format_of(name)],
+            torch_dtype(header.dtype),
+            torch_dtype(self._plan.format_of(name)),
             factors,
             rows,
             read_scale(scale, header.shape) if scale else None,
@@ -239,7 +238,7 @@ class _Piece:
     def _checked(self, result: Tensor) -> Tensor:
         if not bool(torch.isfinite(result.float()).all()):
             raise DiffSynthError(
-                f"`{self.name}` would contain NaN or Inf in {DTYPE_NAMES[self.written]}",
+                f"`{self.name}` would contain NaN or Inf in {safetensors_dtype(self.written)}",
                 "use a wider `--dtype` such as `float32`, or check the base for NaN and Inf",
             )
         return result

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.weight_sets import Span, WeightSet
 from diffsynth_core.weights.weight_writer import OutputTensor
 

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.conversion.lora_source import open_lora
 from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.conversion.ownership import (
@@ -36,14 +37,14 @@ TAKEN_FROM = "taken_from"
 
 @dataclass(frozen=True)
 class SplitChoices:
-    """What a user chose. `layout`: names of full weights, one of `LAYOUT_NAMES`; None: as they are.
-    `lora_format`: names of LoRAs, one of `DIALECTS`; None: as they are.
+    """What a user chose. `layout`: names of full weights, None: as they are.
+    `lora_format`: names of LoRAs, None: as they are.
     `most_bytes`: of the tensors of one file; None: any number."""
 
     unprefixed: str | None = None
     family: str | None = None
-    layout: str | None = None
-    lora_format: str | None = None
+    layout: LayoutName | None = None
+    lora_format: LoraFormat | None = None
     most_bytes: int | None = None
     allow_unmatched: bool = False
 
@@ -164,7 +165,7 @@ def _full_parts(
 
 
 def _lora_part(
-    weights: WeightSet, component: str, names: Mapping[str, str], family: FamilyFacts | None, dialect: str | None
+    weights: WeightSet, component: str, names: Mapping[str, str], family: FamilyFacts | None, dialect: LoraFormat | None
 ) -> Part:
     """The LoRA of a component, in the names of a dialect if one is asked for.
 
@@ -199,7 +200,7 @@ def _lora_part(
 
 
 def _translate(
-    component: str, tensors: Mapping[str, RowSpans], family: FamilyFacts | None, layout_name: str
+    component: str, tensors: Mapping[str, RowSpans], family: FamilyFacts | None, layout_name: LayoutName
 ) -> Translated | Problem:
     facts = facts_of(component, family)
     if facts is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffsynth_core.conversion.ownership import has_place, layout_of, readings
 from diffsynth_core.conversion.row_spans import RowSpans
 from diffsynth_core.models.spec import ComponentFacts, Layout
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.key_maps import KeyMap
 
 

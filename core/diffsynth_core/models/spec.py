@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from diffsynth_core.config.choices import LayoutName
 from diffsynth_core.models.size_facts import CaptionFacts, HubModelSize, LatentFacts, MemoryFacts, StateFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_names import LoraNaming
@@ -68,11 +69,6 @@ class Layout:
         return {name: self.in_checkpoints.join_shape(name, shapes) for name in self.in_checkpoints.theirs_of(shapes)}
 
 
-LAYOUT_NAMES = ("documented", "diffusers", "original")
-"""What the names of full weights can be: those that users type, those of diffusers' and transformers' modules, and
-those of the files that the makers of a model publish."""
-
-
 @dataclass(frozen=True)
 class ComponentFacts:
     """One network of a family.
@@ -118,8 +114,8 @@ class ComponentFacts:
     parts: Mapping[str, str] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
 
-    def names_in(self, layout_name: str, layout: Layout) -> KeyMap | None:
-        """Names in files of a layout (`LAYOUT_NAMES`) -> names in our module; None: there is no table of them."""
+    def names_in(self, layout_name: LayoutName, layout: Layout) -> KeyMap | None:
+        """Names in files of a layout -> names in our module; None: there is no table of them."""
         if layout_name == "diffusers":
             return SAME_NAMES
         return layout.documented if layout_name == "documented" else self.published.get(layout_name, layout.documented)

@@ -16,9 +16,7 @@ from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.training.model import TrainingModule
-from diffsynth_core.weights.writing import DTYPE_NAMES
-
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from diffsynth_core.weights.dtypes import torch_dtype
 
 
 class LazyStateDict(Mapping[str, Tensor]):
@@ -61,7 +59,7 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
         for name in names.theirs_of(own):
             key = _key(plan, component, name)
             makers[key] = partial(names.join, name, own)
-            dtypes[key] = TORCH_DTYPES[stored[(names.ours(name) or ())[0]]]
+            dtypes[key] = torch_dtype(stored[(names.ours(name) or ())[0]])
         if component == plan.training.lora_component:
             lora = _lora_tensors(plan, component, module)
             makers |= {key: partial(lora.__getitem__, key) for key in lora}

@@ -14,6 +14,7 @@ from typing import Any
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import PICKLED_ENDINGS
 from diffsynth_core.json_files import parse_json
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT, safetensors_dtype
 from diffsynth_core.weights.pickled import read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
@@ -24,15 +25,6 @@ LARGEST_SIDE = 2**63
 METADATA = "__metadata__"
 GGUF = b"GGUF"
 """The first bytes of a file of llama.cpp's format. Source: docs/gguf.md of ggml-org/ggml."""
-
-BITS_PER_ELEMENT = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-FLOATING_POINT = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-"""Formats of weights as they were trained or rounded; `F8_E8M0` holds powers of two alone, which are scales."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +187,12 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
 def _tensors_of(path: Path) -> Mapping[str, TensorHeader]:
     if path.suffix not in PICKLED_ENDINGS:
         return read_header(path).tensors
-    from diffsynth_core.weights.writing import DTYPE_NAMES
-
     try:
         return {
-            name: TensorHeader(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path)
+            name: TensorHeader(safetensors_dtype(tensor.dtype), tuple(tensor.shape), path)
             for name, tensor in read_pickled(path).items()
         }
     except KeyError as error:
-        raise DiffSynthError(f"`{path}` contains tensors of dtype {error}, which is not a dtype of weights") from error
+        raise DiffSynthError(
+            f"`{path}` contains tensors of dtype torch.{error.args[0]}, which is not a dtype of weights"
+        ) from error

@@ -11,7 +11,8 @@ from typing import Any
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json, read_json
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.headers import FLOATING_POINT, Header, TensorHeader, read_header
+from diffsynth_core.weights.dtypes import FLOATING_POINT
+from diffsynth_core.weights.headers import Header, TensorHeader, read_header
 from diffsynth_core.weights.lora_names import (
     DIT,
     PEFT_PREFIX,

@@ -28,7 +28,8 @@ from diffsynth_core.files import (
     temporary_beside,
 )
 from diffsynth_core.progress import BYTES, Reporter, Task, format_bytes
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT, TensorHeader, make_header, read_header
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
+from diffsynth_core.weights.headers import TensorHeader, make_header, read_header
 from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, Span
 
 COPIED_AT_ONCE = 64 * 1024**2

@@ -11,14 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffsynth_core.weights.dtypes import safetensors_dtype
 from diffsynth_core.weights.headers import make_header
-
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""Dtypes by their name in safetensors."""
 
 
 def write_safetensors(
@@ -54,7 +48,7 @@ def safetensors_bytes(
     wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
     # Wide formats first, so that every tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
-    yield make_header(((name, DTYPE_NAMES[wanted[name]], kinds[name][0]) for name in order), metadata)
+    yield make_header(((name, safetensors_dtype(wanted[name]), kinds[name][0]) for name in order), metadata)
     for name in order:
         yield _bytes(tensors[name], wanted[name])
 

@@ -13,7 +13,7 @@ from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import translate
 from diffsynth_core.models.flux.keys import DIT, DIT_ORIGINAL
 from diffsynth_core.progress import SilentReporter
-from diffsynth_core.weights.headers import BITS_PER_ELEMENT
+from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.weights.weight_sets import Span, open_weights
 from diffsynth_core.weights.weight_writer import OutputFile, write_outputs
