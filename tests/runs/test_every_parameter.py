@@ -1,7 +1,7 @@
 """Each parameter has its effect: two runs that differ in it alone, and what differs between them.
 
-A parameter that were ignored would leave both alike. Those whose effect is proved by a test of their own are named in
-`tests/proofs.yaml`, from which the reference page takes its last column.
+A parameter that is ignored would leave both alike. `tests/proofs.yaml` names the test of each parameter,
+which for some of them stands elsewhere.
 """
 
 import json

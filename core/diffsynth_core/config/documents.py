@@ -8,11 +8,7 @@ from typing import Any
 
 from diffsynth_core.config.parameters import GROUPS, SETTINGS, Parameters, Setting, as_plain
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, RECIPE_KEYS, STAGE_KEYS, STAGE_NAME
-from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.files import write_json, write_text
-
-PROOFS = Path("tests/proofs.yaml")
-"""Of a checkout: by parameter, the test that fails when it is ignored."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -92,8 +88,8 @@ def documented_values(parameters: Parameters) -> dict[str, Any]:
     return {name: value for name, value in as_plain(parameters).items() if SETTINGS[name].documented}
 
 
-def reference_page(proofs: Mapping[str, str]) -> str:
-    """`docs/parameters.md`; `proofs`: parameter -> the test that fails when it is ignored."""
+def reference_page() -> str:
+    """The text of `docs/parameters.md`."""
     lines = [
         "# Parameters",
         "",
@@ -105,23 +101,21 @@ def reference_page(proofs: Mapping[str, str]) -> str:
         "",
         "Names marked ¹ are those of DiffSynth-Studio. The column *changes* states what a different value changes in a run:",
         "the numbers computed in a step, the files written, speed and memory, or nothing. A resumed run may change all",
-        "but numbers; of these, it may change what is compared by its effect (in brackets) if the effect is the same. The last",
-        "column names the test that fails when the parameter is ignored.",
+        "but numbers; of these, it may change what is compared by its effect (in brackets) if the effect is the same.",
     ]
     for group, title in GROUPS.items():
         lines += [
             "",
             f"## {title}",
             "",
-            "| parameter | type | default | what it does | changes | proved by |",
-            "|---|---|---|---|---|---|",
+            "| parameter | type | default | what it does | changes |",
+            "|---|---|---|---|---|",
         ]
-        rows = [setting for setting in SETTINGS.values() if setting.group == group]
-        lines += [_reference_row(setting, proofs.get(setting.name, "")) for setting in rows]
+        lines += [_reference_row(setting) for setting in SETTINGS.values() if setting.group == group]
     return "\n".join(lines) + "\n"
 
 
-def _reference_row(setting: Setting, proof: str) -> str:
+def _reference_row(setting: Setting) -> str:
     marks = "¹" if setting.documented else ""
     kind = " \\| ".join(setting.choices) if setting.choices else setting.type_name
     default = "" if setting.default in (None, ()) else f"`{format_value(setting.default)}`"
@@ -129,12 +123,12 @@ def _reference_row(setting: Setting, proof: str) -> str:
     unit = f" ({setting.unit})" if setting.unit else ""
     families = f" Only for: {', '.join(setting.families)}." if setting.families else ""
     changes = setting.changes + (f" ({setting.compared.replace('_', '-')})" if setting.compared != "value" else "")
-    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {changes} | {f'`{proof}`' if proof else ''} |"
+    return f"| `{setting.name}` {marks} | {kind}{unit} | {default} | {setting.help_text}.{families} | {changes} |"
 
 
 def write_documents(folder: Path) -> None:
     """Write the reference page and the schema into the documentation folder of a checkout."""
-    write_text(folder / "parameters.md", reference_page(read_yaml(folder.parent / PROOFS)))
+    write_text(folder / "parameters.md", reference_page())
     write_json(folder / "recipe.schema.json", recipe_schema())
 
 
