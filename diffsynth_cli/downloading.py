@@ -10,8 +10,8 @@ from diffsynth_cli.download_text import plan_lines
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.files import model_base_path
-from diffsynth_core.hub.client import downloads_are_off
-from diffsynth_core.hub.download import download_absent
+from diffsynth_core.hub.client import downloads_disabled
+from diffsynth_core.hub.download import download_missing
 from diffsynth_core.hub.download_plan import DownloadPlan
 from diffsynth_core.hub.file_requests import absent
 from diffsynth_core.hub.model_files import MissingFiles
@@ -39,7 +39,7 @@ def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, pla
     """
     base = model_base_path()
     wanted = files_of_stages(stages)
-    if downloads_are_off() or any(resolved.incomplete for resolved in stages) or not absent(wanted, base):
+    if downloads_disabled() or any(resolved.incomplete for resolved in stages) or not absent(wanted, base):
         return
     try:
         plan(_WithoutWords(reporter))
@@ -54,7 +54,7 @@ def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, pla
                 teller.info(line)
 
         with stopped_in_order():
-            download_absent(wanted, base, reporter, teller, tell)
+            download_missing(wanted, base, reporter, teller, tell)
 
 
 class _WithoutWords(SilentReporter):

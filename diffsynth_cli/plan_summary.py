@@ -13,7 +13,7 @@ from diffsynth_cli.plan_text import (
     start_lines,
     steps_in_words,
 )
-from diffsynth_core.files import disk_of, free_bytes
+from diffsynth_core.files import disk_id, free_bytes
 from diffsynth_core.hub.model_files import MissingFiles
 from diffsynth_core.planning.memory import (
     count_trained,
@@ -132,7 +132,7 @@ def _disk(plan: Plan, estimate: Estimate) -> str:
     needed: dict[int, int] = {}
     folders: dict[int, Path] = {}
     for folder, size in parts.values():
-        disk = disk_of(folder)
+        disk = disk_id(folder)
         needed[disk] = needed.get(disk, 0) + size
         folders.setdefault(disk, folder)
     free = [_free(folders[disk], size, len(needed) > 1) for disk, size in needed.items()]

@@ -44,7 +44,7 @@ from diffsynth_core.errors import (
     raise_if_any,
 )
 from diffsynth_core.files import model_base_path
-from diffsynth_core.hub.client import downloads_are_off
+from diffsynth_core.hub.client import downloads_disabled
 from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
 from diffsynth_core.planning.dataset import MissingDataset
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes, pluralize
@@ -174,7 +174,7 @@ def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
     if resolved.stage not in plans:
         return []
     missing = plans[resolved.stage].missing
-    if not downloads_are_off():
+    if not downloads_disabled():
         missing = tuple(problem for problem in missing if not isinstance(problem, MissingFiles))
     named = resolved.given("dataset_base_path") or resolved.given("dataset_metadata_path")
     return [problem for problem in missing if named or not isinstance(problem, MissingDataset)]

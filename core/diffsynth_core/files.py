@@ -41,7 +41,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_nearest_folder(folder)).free
 
 
-def disk_of(folder: Path) -> int:
+def disk_id(folder: Path) -> int:
     """What tells the disk that a folder is on, or will be, from others."""
     return _nearest_folder(folder).stat().st_dev
 
@@ -51,11 +51,11 @@ def _nearest_folder(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-SAFETENSORS_ENDINGS = (".safetensors", ".sft")
-PICKLED_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
-GGUF_ENDING = ".gguf"
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+GGUF_SUFFIX = ".gguf"
 """Endings of weight files, by format."""
-TEMPORARY_ENDING = ".tmp"
+TEMPORARY_SUFFIX = ".tmp"
 _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
 
 
@@ -65,7 +65,7 @@ def stem_of_shard(name: str) -> str | None:
     return match["stem"] if match else None
 
 
-def absent_shards(names: Iterable[str]) -> list[str]:
+def missing_shards(names: Iterable[str]) -> list[str]:
     """The shards that the names of others promise and that are not among `names`."""
     present = dict.fromkeys(names)
     promised = [
@@ -78,7 +78,7 @@ def absent_shards(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well.
 
     The file is fsynced before it is renamed and the folder after, so that the final name only ever shows a whole file.
@@ -86,19 +86,19 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DiffSynthError: when the disk refuses; nothing is left under either name.
     """
-    with temporary_beside(path) as temporary:
+    with temporary_sibling(path) as temporary:
         yield temporary
-        put_in_place(temporary, path)
+        move_into_place(temporary, path)
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_sibling(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what still stands under it when the block ends is deleted.
 
     Raises:
         DiffSynthError: when the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_ENDING}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -111,16 +111,16 @@ def temporary_beside(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def move_into_place(temporary: Path, path: Path) -> None:
     """Give a finished file its final name, durably."""
     sync_file(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_stale_files(path: Path) -> None:
     """Delete what processes that were killed while they wrote `path` left beside it."""
-    for leftover in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY_ENDING}"):
+    for leftover in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         number = leftover.name.removeprefix(f".{path.name}.").partition("-")[0]
         if number.isdigit() and not _is_alive(int(number)):
             leftover.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
+def created_folder(folder: Path) -> Iterator[None]:
     """Within it `folder` is there; one that was made for the block goes again, with its parents, if the block fails."""
     missing = []
     while not folder.exists():
@@ -227,7 +227,7 @@ def write_text(path: Path, text: str) -> None:
     Bytes of a file name that are not UTF-8, which Python keeps as halves of characters, become escapes such as
     `\\udcff`: in JSON they are read back as they were.
     """
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -236,7 +236,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def fresh_folder(parent: Path, name: Callable[[int], str]) -> Path:
+def make_numbered_folder(parent: Path, name: Callable[[int], str]) -> Path:
     """Make and return the first of `parent/name(1)`, `parent/name(2)` … that does not exist yet."""
     number = 1
     while True:

@@ -26,7 +26,7 @@ MAX_TOKENIZER_BYTES = 512 * 2**20
 """Largest file of a tokenizer: 512 MiB; the largest published ones have some 40 MB."""
 MAX_DEPTH = 64
 """Brackets within brackets. Real files have fewer than 10, and whatever walks through a value may recurse."""
-LARGEST_FLOAT = int(sys.float_info.max)
+MAX_FLOAT = int(sys.float_info.max)
 SHOWN_OF_A_VALUE = 40
 """Characters of a wrong value that a message shows."""
 TYPE_NAMES = {str: "a string", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}
@@ -216,7 +216,7 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
         inner = parts[1] if parts else Any
         return {name: _convert(part, inner, f"{place}.{name}" if place else name) for name, part in value.items()}
     if origin is float and type(value) is int:
-        _expect(value, abs(value) < LARGEST_FLOAT, "a smaller number", place)
+        _expect(value, abs(value) < MAX_FLOAT, "a smaller number", place)
         return float(value)
     scalar = type(None) if origin is None else origin
     return _expect(value, type(value) is scalar, TYPE_NAMES[scalar], place)

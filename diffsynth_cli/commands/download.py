@@ -79,12 +79,12 @@ def download(
     ] = Format.TABLE,
 ) -> int:
     """List what is wanted and what of it is here, then bring the rest."""
-    from diffsynth_core.hub.client import downloads_are_off
+    from diffsynth_core.hub.client import downloads_disabled
     from diffsynth_core.planning.download_request import request_download
 
     request = request_download(names or [], dataset, include or [], local_dir, local_model_path)
     as_json = output_format is Format.JSON
-    if downloads_are_off() if offline is None else offline:
+    if downloads_disabled() if offline is None else offline:
         return _check_offline(request, as_json)
     from diffsynth_cli.downloading import stopped_in_order
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import default_cache_path, fresh_folder, model_base_path, replacing, write_json, write_text
+from diffsynth_core.files import (
+    atomic_write,
+    default_cache_path,
+    make_numbered_folder,
+    model_base_path,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> list[str]:
@@ -17,7 +24,7 @@ def names(folder) -> list[str]:
 @pytest.mark.parametrize("deep", ["a.txt", "new/folder/a.txt"])
 def test_a_file_appears_under_its_name_when_the_block_ends(tmp_path, deep):
     path = tmp_path / deep
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists()
         assert temporary.parent == path.parent  # the same volume, so that renaming is one step
@@ -30,7 +37,7 @@ def test_a_file_appears_under_its_name_when_the_block_ends(tmp_path, deep):
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -42,7 +49,7 @@ def test_an_exception_leaves_neither_name(tmp_path, error, existed):
     path = tmp_path / "a.txt"
     if existed:
         path.write_text("old")
-    with pytest.raises(type(error)), replacing(path) as temporary:
+    with pytest.raises(type(error)), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise error
     assert names(tmp_path) == (["a.txt"] if existed else [])
@@ -50,7 +57,10 @@ def test_an_exception_leaves_neither_name(tmp_path, error, existed):
 
 
 def test_a_block_that_writes_nothing_is_told_and_leaves_nothing(tmp_path):
-    with pytest.raises(DiffSynthError, match=r"cannot write `.*a\.txt`: No such file"), replacing(tmp_path / "a.txt"):
+    with (
+        pytest.raises(DiffSynthError, match=r"cannot write `.*a\.txt`: No such file"),
+        atomic_write(tmp_path / "a.txt"),
+    ):
         pass
     assert names(tmp_path) == []
 
@@ -89,7 +99,7 @@ def test_the_longest_file_name_can_be_written(tmp_path):
 
 
 def test_two_writers_of_one_name_do_not_meet(tmp_path):
-    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -113,22 +123,22 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
 
 def test_a_fresh_folder_is_the_first_that_is_not_there(tmp_path):
     parent = tmp_path / "rehearsals"
-    made = [fresh_folder(parent, lambda number: f"run-{number}") for _ in range(3)]
+    made = [make_numbered_folder(parent, lambda number: f"run-{number}") for _ in range(3)]
     assert made == [parent / "run-1", parent / "run-2", parent / "run-3"]
     made[1].rmdir()
-    assert fresh_folder(parent, lambda number: f"run-{number}") == parent / "run-2"
+    assert make_numbered_folder(parent, lambda number: f"run-{number}") == parent / "run-2"
 
 
 def test_a_fresh_folder_passes_over_files_too(tmp_path):
     (tmp_path / "run-1").write_text("x")
-    assert fresh_folder(tmp_path, lambda number: f"run-{number}") == tmp_path / "run-2"
+    assert make_numbered_folder(tmp_path, lambda number: f"run-{number}") == tmp_path / "run-2"
 
 
 @pytest.mark.timeout(20)
 def test_a_file_in_place_of_the_parent_of_a_fresh_folder_is_told(tmp_path):
     (tmp_path / "rehearsals").write_text("x")
     with pytest.raises(DiffSynthError, match="rehearsals"):
-        fresh_folder(tmp_path / "rehearsals", lambda number: f"run-{number}")
+        make_numbered_folder(tmp_path / "rehearsals", lambda number: f"run-{number}")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth_core.files import replacing
+from diffsynth_core.files import atomic_write
 from diffsynth_core.weights.writing import write_safetensors
 
 
@@ -20,5 +20,5 @@ def write_tensors(
 
     `dtypes` names dtypes to convert to while writing; tensors may be on any device.
     """
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         return write_safetensors(temporary, tensors, {"format": "pt", **metadata}, dtypes)

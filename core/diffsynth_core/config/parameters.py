@@ -85,9 +85,9 @@ def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
     return [group[0] if len(group) == 1 else list(group) for group in groups]
 
 
-LARGEST_INTEGER = 2**53
+MAX_INTEGER = 2**53
 """Of every setting that has no bound of its own: up to here a float, as JSON and other programs read it, is exact."""
-LARGEST_RATE = 1e30
+MAX_RATE = 1e30
 """Of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
@@ -169,7 +169,7 @@ def _setting(
         "reads_data": reads_data,
     }
     if type_name == "int":
-        constraints.setdefault("le", LARGEST_INTEGER)
+        constraints.setdefault("le", MAX_INTEGER)
     return Field(default=default, description=help_text, json_schema_extra={"x-setting": facts}, **constraints)
 
 
@@ -489,7 +489,7 @@ class Parameters(BaseModel):
         changes="numbers",
         compared="course",
         ge=0,
-        le=LARGEST_RATE,
+        le=MAX_RATE,
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _setting(
         "constant",
@@ -537,7 +537,7 @@ class Parameters(BaseModel):
         changes="nothing",
     )
     weight_decay: Number = _setting(
-        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=LARGEST_RATE
+        0.01, "training", "float", "AdamW weight decay", changes="numbers", compared="course", ge=0, le=MAX_RATE
     )
     task: Literal[
         "sft", "sft:data_process", "sft:train", "direct_distill", "direct_distill:data_process", "direct_distill:train"

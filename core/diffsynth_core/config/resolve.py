@@ -57,7 +57,7 @@ class Resolved:
         parameters = self.parameters.model_copy(update=changed)
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
-    def goes_over(self, name: str, other: str) -> bool:
+    def takes_precedence(self, name: str, other: str) -> bool:
         """Whether one parameter was given nearer to the user than another, as a flag is to one beside a recipe."""
         return self.levels.get(name, -1) > self.levels.get(other, -1)
 
@@ -129,8 +129,8 @@ def _resolve_one(
         folder = parameters.output_path if of_stage else parameters.output_path / stage
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
     consequences = _cross_problems(parameters, invalid)
-    consequences += settings_of_others(parameters, family, origins) if family else []
-    faults += without_consequences(consequences, invalid)
+    consequences += parameters_of_other_families(parameters, family, origins) if family else []
+    faults += independent_problems(consequences, invalid)
     levels = {name: place for place, (_, level) in enumerate(_levels(sources, stage)) for name in level}
     resolved = Resolved(
         parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage, levels=levels
@@ -309,7 +309,7 @@ def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
     return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", hint, wrong_use=True)
 
 
-def without_consequences(problems: Iterable[Problem], invalid: AbstractSet[str]) -> list[Problem]:
+def independent_problems(problems: Iterable[Problem], invalid: AbstractSet[str]) -> list[Problem]:
     """Of problems that checks found, those that do not concern a parameter whose value was wrong.
 
     Such a parameter is at its default for the checks, of which nobody knows whether it is what was meant. What a
@@ -372,7 +372,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
     return problems
 
 
-def settings_of_others(parameters: Parameters, family: str, origins: Mapping[str, str]) -> list[Problem]:
+def parameters_of_other_families(parameters: Parameters, family: str, origins: Mapping[str, str]) -> list[Problem]:
     """Settings that were given and that mean nothing to this family."""
     return [
         Problem(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import replacing
+from diffsynth_core.files import atomic_write
 from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.weights.headers import Header, make_header, read_header
 
@@ -114,7 +114,7 @@ class EncodingCache:
         if self._behind is None or self._is_whole(key):
             return
         source = self._behind.path(key)
-        with replacing(self.path(key)) as temporary:
+        with atomic_write(self.path(key)) as temporary:
             try:
                 temporary.hardlink_to(source)
             except OSError:  # another disk, or one without links
@@ -127,7 +127,7 @@ class EncodingCache:
         digest = hashlib.sha256(key.encode())
         for part in safetensors_bytes(encoded, {}):
             digest.update(part)
-        with replacing(self.path(key)) as temporary:
+        with atomic_write(self.path(key)) as temporary:
             write_safetensors(temporary, encoded, {CONTENT_HASH: digest.hexdigest()})
         if self._memory:
             self._memory.remember(self.path(key), WHOLE, file_stamp(self.path(key)), True)

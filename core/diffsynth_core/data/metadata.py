@@ -27,7 +27,7 @@ from diffsynth_core.errors import (
     suggest,
     truncate,
 )
-from diffsynth_core.files import replacing
+from diffsynth_core.files import atomic_write
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
@@ -374,7 +374,7 @@ def shared_caption(first: str, second: str, caption: str) -> Problem:
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a metadata.csv, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
         writer.writerows(rows)

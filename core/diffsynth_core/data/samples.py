@@ -247,7 +247,7 @@ def _measure(
     samples: list[Sample] = []
     headers: list[_Headers] = []
     label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading image headers", "samples")
-    alone = videos.alone() if columns.rule.frames else nullcontext()
+    alone = videos.exclusive() if columns.rule.frames else nullcontext()
     shown = cache(read_image_header)  # many rows may show one image
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(

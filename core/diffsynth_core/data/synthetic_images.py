@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from diffsynth_core.data.images import EXIF_ORIENTATION
 from diffsynth_core.data.metadata import write_metadata
-from diffsynth_core.files import replacing
+from diffsynth_core.files import atomic_write
 
 DRAWN = (
     ("sun.jpg", (320, 240), "circle", "orange", "blue", "an orange sun over a blue sea"),
@@ -112,5 +112,5 @@ def _save(image: Image.Image, path: Path) -> None:
         image = image.rotate(90, expand=True)
         exif[EXIF_ORIENTATION] = 6  # to be turned 90 degrees clockwise for viewing
     formats = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format=formats[path.suffix], exif=exif)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from diffsynth_core.data.metadata import write_metadata
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import replacing
+from diffsynth_core.files import atomic_write
 
 FRAME_RATE = 16
 DRAWN = (
@@ -87,7 +87,7 @@ def _save(images: list[Image.Image], path: Path) -> None:
     form, *coding = CODING[path.suffix]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FRAME_RATE), "-i", "-"]
     pixels = b"".join(np.asarray(image).tobytes() for image in images)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         command = [*_quiet(), *note, *source, *coding, "-threads", "1", "-fflags", "+bitexact", "-f", form]
         try:
             subprocess.run([*command, f"file:{temporary}"], input=pixels, capture_output=True, check=True)

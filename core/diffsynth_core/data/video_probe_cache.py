@@ -20,9 +20,9 @@ class VideoProbeCache:
         self._changing = threading.Lock()
         self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
 
-    def alone(self) -> AbstractContextManager[None]:
-        """As `FileCache.alone`."""
-        return self._memory.alone()
+    def exclusive(self) -> AbstractContextManager[None]:
+        """As `FileCache.exclusive`."""
+        return self._memory.exclusive()
 
     def header(self, path: Path) -> VideoHeader:
         """The header of a video; decodes its first frame unless it is remembered.

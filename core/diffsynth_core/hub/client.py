@@ -132,12 +132,12 @@ def open_hub(given: str | None) -> Hub:
     return hub
 
 
-def downloads_are_off() -> bool:
+def downloads_disabled() -> bool:
     """Whether `$DIFFSYNTH_SKIP_DOWNLOAD` forbids to ask a hub."""
     return os.environ.get(SKIP_VARIABLE, "").strip().lower() not in UNSET
 
 
-def unknown(hub: Hub, repository: Repository, path: str | None = None) -> HubAccessError:
+def not_found(hub: Hub, repository: Repository, path: str | None = None) -> HubAccessError:
     """The error that a hub has no such repository, as far as this user sees, or no such file in it."""
     if path:
         what = f"{hub.title} has no file `{path}` in `{repository.name}`"
@@ -147,7 +147,7 @@ def unknown(hub: Hub, repository: Repository, path: str | None = None) -> HubAcc
     return HubAccessError(what, f"check {hub.page(repository)},{private} or {hub.another}")
 
 
-def refused(hub: Hub, repository: Repository) -> HubAccessError:
+def access_denied(hub: Hub, repository: Repository) -> HubAccessError:
     """The error that a hub does not let this user read a repository."""
     return HubAccessError(
         f"{hub.title} denied access to `{repository.name}`: its licence is not accepted, or it is private",
@@ -156,7 +156,7 @@ def refused(hub: Hub, repository: Repository) -> HubAccessError:
 
 
 @contextmanager
-def reading_list() -> Iterator[None]:
+def parsing_response() -> Iterator[None]:
     """Around the reading of a list by an SDK, which trusts its form: an answer that is none becomes an interruption.
 
     A proxy, or a page to log in at, may answer in the place of the hub.
@@ -176,6 +176,6 @@ def silence(sdk: str, unless: str) -> None:
         logging.getLogger(sdk).setLevel(logging.CRITICAL)
 
 
-def status_interruption(status: int) -> TransientHubError:
+def status_error(status: int) -> TransientHubError:
     """The interruption that a hub answered with an HTTP status."""
     return TransientHubError(f"the hub responded with status {status}")

@@ -46,7 +46,7 @@ def download(
         return _download(wanted, base, source, reporter, tell, verify)
 
 
-def download_absent(
+def download_missing(
     wanted: Sequence[FileRequest],
     base: Path,
     waiting: Reporter,

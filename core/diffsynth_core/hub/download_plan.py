@@ -163,14 +163,14 @@ def _find(item: FileRequest, lists: _Lists, base: Path) -> _Found:
 
     A model that is on disk and not on the hub is taken as it is; of a dataset the hub alone knows the files.
     """
-    here = item.place_here(base)
+    here = item.source_on_disk(base)
     if here and here.repository.kind == "model":
         try:
             return _Found(here.repository, _chosen(here, lists))
         except HubAccessError as error:
             return _Found(here.repository, _on_disk(here, base), error.problems[0].message)
     refusals = []
-    for place in item.places:
+    for place in item.sources:
         try:
             return _Found(place.repository, _chosen(place, lists))
         except HubAccessError as error:
@@ -186,7 +186,7 @@ def _chosen(place: RepoFiles, lists: _Lists) -> list[RemoteFile]:
     """
     files = lists.files(place.repository)
     paths = [file.path for file in files]
-    if not place.is_whole(paths):
+    if not place.is_complete(paths):
         raise _nothing_matches(place, paths, lists.hub)
     chosen = set(place.choose(paths))
     return [file for file in files if file.path in chosen]
@@ -241,13 +241,13 @@ def _listed(repository: Repository, file: RemoteFile, target: Path, identities: 
     part = missing.part.stat().st_size if missing.part.is_file() else 0
     if size == file.size and not _has_other_bytes(target, file, identities):
         return ListedFile(repository, file, target, "here", file.size)
-    begun = bytes_begun(target)
+    begun = resumable_bytes(target)
     kept = max(part if part <= file.size else 0, begun if begun < file.size else 0)
     state: State = "incomplete" if kept else "missing" if size is None else "damaged"
     return ListedFile(repository, file, target, state, kept)
 
 
-def bytes_begun(target: Path) -> int:
+def resumable_bytes(target: Path) -> int:
     """Bytes of a file under its final name that a download may go on from: none of a link, nor of a file with a second
     name, which others read."""
     if not target.is_file() or target.is_symlink():

@@ -7,9 +7,9 @@ from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, Problem, raise_if_any
-from diffsynth_core.files import put_in_place
+from diffsynth_core.files import move_into_place
 from diffsynth_core.hub.client import Hub, TransientHubError
-from diffsynth_core.hub.download_plan import PART_NAME, DownloadPlan, ListedFile, bytes_begun
+from diffsynth_core.hub.download_plan import PART_NAME, DownloadPlan, ListedFile, resumable_bytes
 from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, pluralize
 
@@ -119,7 +119,7 @@ class _DownloadPool:
                         f"checksum mismatch for `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}",
                         f"try again later, or {self._hub.another}",
                     )
-            put_in_place(listed.part, listed.target)
+            move_into_place(listed.part, listed.target)
         if listed.file.checksum and listed.file.checksum.kind == "sha256":
             self._identities.tell(listed.target, listed.file.checksum.hexdigest)
 
@@ -249,7 +249,7 @@ def _unwritable(path: Path, error: OSError) -> DiffSynthError:
 def _keep_beginning(listed: ListedFile) -> None:
     """Before a file is fetched: one that was cut short under its final name becomes its part, if it is the longer
     beginning."""
-    size = bytes_begun(listed.target)
+    size = resumable_bytes(listed.target)
     if 0 < size < listed.file.size and size >= listed.bytes_here:
         listed.target.replace(listed.part)
 

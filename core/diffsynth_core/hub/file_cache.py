@@ -16,7 +16,7 @@ T = TypeVar("T")
 Stamp = list[int]
 """Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""
 
-LARGEST_MEMORY = 2**30
+MAX_CACHE_BYTES = 2**30
 """Bytes of a memory that is read: some 3 million answers."""
 
 
@@ -74,7 +74,7 @@ class FileCache:
             self._start = ""
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Within it no other process asks: of those that begin together one reads, the others find its answers."""
         with locked(self._memory.with_suffix(".lock")):
             self._read()
@@ -82,7 +82,7 @@ class FileCache:
 
     def _read(self) -> None:
         self._start = "" if self._ends_with_a_line() else "\n"
-        for value in read_json_lines(self._memory, LARGEST_MEMORY):
+        for value in read_json_lines(self._memory, MAX_CACHE_BYTES):
             with suppress(WrongType):
                 line = as_type(value, _Line)
                 self._known[line.path, line.question] = (line.stamp, line.answer)

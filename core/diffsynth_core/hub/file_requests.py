@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from diffsynth_core.files import absent_shards
+from diffsynth_core.files import missing_shards
 from diffsynth_core.hub.client import Repository
 
 
@@ -26,12 +26,12 @@ class RepoFiles:
         """Those of the paths that are meant."""
         return [path for path in paths if any(self._matches(path, pattern) for pattern in self.patterns)]
 
-    def is_whole(self, paths: Collection[str]) -> bool:
+    def is_complete(self, paths: Collection[str]) -> bool:
         """Whether files with these paths in the repository are all that is wanted, as far as names tell."""
         if self.layouts:
             return any(set(layout) <= set(paths) for layout in self.layouts)
         found = [self._chosen_by(pattern, paths) for pattern in self.patterns]
-        return all(found) and not any(absent_shards(chosen) for chosen in found)
+        return all(found) and not any(missing_shards(chosen) for chosen in found)
 
     def unmatched(self, paths: Collection[str]) -> list[str]:
         """The patterns that none of the paths match."""
@@ -49,31 +49,31 @@ class RepoFiles:
 
 @dataclass(frozen=True)
 class FileRequest:
-    """Files that something cannot do without, in the first of `places` that has them.
+    """Files that something cannot do without, in the first of `sources` that has them.
 
     `optional`: they come along where the hub has them, and nobody misses them elsewhere.
     """
 
-    places: tuple[RepoFiles, ...]
+    sources: tuple[RepoFiles, ...]
     optional: bool = False
 
     def __str__(self) -> str:
-        return str(self.places[0])
+        return str(self.sources[0])
 
-    def is_here(self, base: Path) -> bool:
+    def is_on_disk(self, base: Path) -> bool:
         """Whether they are on disk, as far as names tell, below `base`."""
-        return self.place_here(base) is not None
+        return self.source_on_disk(base) is not None
 
-    def place_here(self, base: Path) -> RepoFiles | None:
+    def source_on_disk(self, base: Path) -> RepoFiles | None:
         """The first place that is on disk."""
         return next(
-            (place for place in self.places if place.is_whole(paths_below(place.repository.folder(base)))), None
+            (place for place in self.sources if place.is_complete(paths_below(place.repository.folder(base)))), None
         )
 
 
 def absent(wanted: Iterable[FileRequest], base: Path) -> list[FileRequest]:
     """What of the wanted files is not on disk, as far as names tell, below the folder of downloaded models."""
-    return [item for item in wanted if not item.optional and not item.is_here(base)]
+    return [item for item in wanted if not item.optional and not item.is_on_disk(base)]
 
 
 def paths_below(folder: Path) -> list[str]:

@@ -24,11 +24,11 @@ from diffsynth_core.hub.client import (
     RemoteFile,
     Repository,
     TransientHubError,
-    reading_list,
-    refused,
+    access_denied,
+    not_found,
+    parsing_response,
     silence,
-    status_interruption,
-    unknown,
+    status_error,
 )
 from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
@@ -51,7 +51,7 @@ class HuggingFace:
         return f"{self._api.endpoint}/{folder}{repository.name}"
 
     def files(self, repository: Repository) -> list[RemoteFile]:
-        with reading_list(), self._translated(repository):
+        with parsing_response(), self._translated(repository):
             entries = self._api.list_repo_tree(repository.name, recursive=True, repo_type=repository.kind)
             return [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
 
@@ -75,11 +75,11 @@ class HuggingFace:
         try:
             yield
         except GatedRepoError as error:
-            raise refused(self, repository) from error
+            raise access_denied(self, repository) from error
         except (RepositoryNotFoundError, HFValidationError) as error:
-            raise unknown(self, repository) from error
+            raise not_found(self, repository) from error
         except EntryNotFoundError as error:
-            raise unknown(self, repository, path) from error
+            raise not_found(self, repository, path) from error
         except OfflineModeIsEnabled as error:
             raise HubAccessError(
                 "HF_HUB_OFFLINE is set, so Hugging Face cannot be accessed", f"unset it, or set {SKIP_VARIABLE}=1"
@@ -96,10 +96,10 @@ class HuggingFace:
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status == HTTPStatus.NOT_FOUND:
-                raise unknown(self, repository, path) from error
+                raise not_found(self, repository, path) from error
             if status in NOT_ALLOWED:
-                raise refused(self, repository) from error
-            raise status_interruption(status) from error
+                raise access_denied(self, repository) from error
+            raise status_error(status) from error
         except (httpx2.HTTPError, OSError) as error:
             raise TransientHubError(f"the connection was lost ({type(error).__name__})") from error
 

@@ -45,7 +45,7 @@ class HashCache:
         unknown = [path for path in dict.fromkeys(paths) if self.known(path) is None]
         if not unknown:
             return
-        with self._memory.alone():
+        with self._memory.exclusive():
             unknown = [path for path in unknown if self.known(path) is None]
             with reporter.task(label, len(unknown), "files") as task, ThreadPoolExecutor(HASHING_THREADS) as pool:
                 for _ in pool.map(self.sha256, unknown):

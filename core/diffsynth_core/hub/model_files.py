@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.errors import Problem, list_names
-from diffsynth_core.files import GGUF_ENDING, PICKLED_ENDINGS, SAFETENSORS_ENDINGS, absent_shards, stem_of_shard
+from diffsynth_core.files import GGUF_SUFFIX, PICKLED_SUFFIXES, SAFETENSORS_SUFFIXES, missing_shards, stem_of_shard
 
 PIPELINE_INDEX = "model_index.json"
 """What diffusers keeps in the folder of a pipeline, whose components are its subfolders."""
-OLDER_BEGINNING = "pytorch_"
+PICKLED_PREFIX = "pytorch_"
 """Of pickled files: `pytorch_model.bin` holds what `model.safetensors` does."""
 
 
@@ -50,7 +50,7 @@ def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of one model; `origin` is what the user wrote for them, `copy` the entry read in its place, if any.
+    """The files of one model; `origin` is what the user wrote for them, `mirror` the entry read in its place, if any.
 
     `entries`: what other parameters may call them: the entry, or any element of a list of shards.
     """
@@ -58,14 +58,14 @@ class FileSet:
     origin: str
     paths: tuple[Path, ...]
     entries: tuple[str, ...] = ()
-    copy: str | None = None
+    mirror: str | None = None
     home: Path | None = None
     """The folder of the repository that the user named, where a copy is read in its place."""
 
     @property
     def source(self) -> str:
         """Where the files come from, in words."""
-        return f"{self.origin}, read from its mirror {self.copy}" if self.copy else self.origin
+        return f"{self.origin}, read from its mirror {self.mirror}" if self.mirror else self.origin
 
 
 def download_command(entry: str) -> str:
@@ -77,13 +77,13 @@ def locate(
     path_groups: Sequence[Sequence[str]],
     entries: Sequence[str],
     base: Path,
-    copies: Mapping[str, str] | None = None,
-    brings: Callable[[str], str] = download_command,
+    mirrors: Mapping[str, str] | None = None,
+    command_for: Callable[[str], str] = download_command,
 ) -> tuple[list[FileSet], list[Problem]]:
     """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there.
 
-    `copies`: file name -> entry that holds the same weights; read when nothing but the copy is there.
-    `brings`: entry -> the command that brings its files, for hints.
+    `mirrors`: file name -> entry that holds the same weights; read when nothing but the copy is there.
+    `command_for`: entry -> the command that brings its files, for hints.
     """
     file_sets: list[FileSet] = []
     problems: list[Problem] = []
@@ -93,18 +93,18 @@ def locate(
         file_sets += [] if missing else _local_sets(group)
     for entry in entries:
         parts = split_entry(entry)  # a path of one's own stands for that file and for no other
-        copy = (copies or {}).get(parts[1].rpartition("/")[2]) if parts else None
+        mirror = (mirrors or {}).get(parts[1].rpartition("/")[2]) if parts else None
         paths = tuple(expand_entry(entry, base))
-        copied = tuple(expand_entry(copy, base)) if copy and not paths else ()
+        copied = tuple(expand_entry(mirror, base)) if mirror and not paths else ()
         if paths and (parts is None or expand_local(entry)):
             file_sets += _local_sets((entry,))
         elif paths or copied:
             home = (base / parts[0] / parts[1]).parent if parts and copied else None
-            file_sets.append(FileSet(entry, paths or copied, (entry,), copy if copied else None, home))
+            file_sets.append(FileSet(entry, paths or copied, (entry,), mirror if copied else None, home))
         else:
-            problems.append(_nothing_matches(entry, copy, base, brings))
+            problems.append(_nothing_matches(entry, mirror, base, command_for))
     file_sets = _with_joined_shards(file_sets)
-    faults = {file_set.origin: _shard_problems(file_set, brings) for file_set in file_sets}
+    faults = {file_set.origin: _shard_problems(file_set, command_for) for file_set in file_sets}
     problems += [problem for found in faults.values() for problem in found]
     return [file_set for file_set in file_sets if not faults[file_set.origin]], problems
 
@@ -139,10 +139,10 @@ def _models_beside(folder: Path) -> dict[str, list[Path]]:
     it in safetensors, and a GGUF file wherever there is another."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_seen(path)]
     models: dict[str, list[Path]] = {}
-    for endings in (SAFETENSORS_ENDINGS, PICKLED_ENDINGS, (GGUF_ENDING,)):
+    for endings in (SAFETENSORS_SUFFIXES, PICKLED_SUFFIXES, (GGUF_SUFFIX,)):
         known = {_stem(models[name][0]) for name in models}
         for path in files:
-            if path.suffix not in endings or _stem(path) in known or (endings == (GGUF_ENDING,) and known):
+            if path.suffix not in endings or _stem(path) in known or (endings == (GGUF_SUFFIX,) and known):
                 continue
             shard = stem_of_shard(path.name)
             models.setdefault(f"{shard}*{path.suffix}" if shard else path.name, []).append(path)
@@ -155,7 +155,7 @@ def _is_seen(path: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    return (stem_of_shard(path.name) or path.stem).removeprefix(OLDER_BEGINNING)
+    return (stem_of_shard(path.name) or path.stem).removeprefix(PICKLED_PREFIX)
 
 
 def _with_joined_shards(file_sets: Sequence[FileSet]) -> list[FileSet]:
@@ -173,7 +173,7 @@ def _with_joined_shards(file_sets: Sequence[FileSet]) -> list[FileSet]:
             f"{before.origin}, {file_set.origin}",
             (*before.paths, *file_set.paths),
             (*before.entries, *file_set.entries),
-            before.copy,
+            before.mirror,
             before.home,
         )
     return list(joined.values())
@@ -239,14 +239,14 @@ def _not_there(item: str) -> Problem:
     return Problem(f"`model_paths` names `{item}`, which does not exist", "correct the path")
 
 
-def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[[str], str]) -> Problem:
+def _nothing_matches(entry: str, mirror: str | None, base: Path, command_for: Callable[[str], str]) -> Problem:
     parts = split_entry(entry)
     if parts is None:
         return Problem(
             f"`model_id_with_origin_paths`: nothing matches `{entry}`", "correct the path, or use `model_id:file`"
         )
-    nor = f", nor its mirror `{copy}`" if copy else ""
-    command = brings(entry)
+    nor = f", nor its mirror `{mirror}`" if mirror else ""
+    command = command_for(entry)
     return MissingFiles(
         f"`model_id_with_origin_paths`: nothing matches `{entry}`{nor} below `{base}`",
         f"download it with `{command}`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, or rehearse with `--rehearse`",
@@ -255,16 +255,16 @@ def _nothing_matches(entry: str, copy: str | None, base: Path, brings: Callable[
     )
 
 
-def _shard_problems(file_set: FileSet, brings: Callable[[str], str]) -> list[Problem]:
+def _shard_problems(file_set: FileSet, command_for: Callable[[str], str]) -> list[Problem]:
     """Shards that the names of the others promise and that are not among the files."""
-    missing = absent_shards(path.name for path in file_set.paths)
+    missing = missing_shards(path.name for path in file_set.paths)
     if not missing:
         return []
     what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
     if split_entry(file_set.origin) is None or any(map(expand_local, file_set.entries)):
         return [Problem(what, "pass all shards of the model, or their folder")]
-    if file_set.copy or file_set.origin not in file_set.entries:
+    if file_set.mirror or file_set.origin not in file_set.entries:
         return [Problem(what, "download them, or fix the glob")]
-    command = brings(file_set.origin)
+    command = command_for(file_set.origin)
     hint = f"download them with `{command}`, or fix the glob"
     return [MissingFiles(what, hint, entry=file_set.origin, command=command)]

@@ -13,11 +13,11 @@ from diffsynth_core.hub.client import (
     RemoteFile,
     Repository,
     TransientHubError,
-    reading_list,
-    refused,
+    access_denied,
+    not_found,
+    parsing_response,
     silence,
-    status_interruption,
-    unknown,
+    status_error,
 )
 from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
@@ -39,7 +39,7 @@ class ModelScope:
         return f"{self._api.endpoint}/{repository.kind}s/{repository.name}"
 
     def files(self, repository: Repository) -> list[RemoteFile]:
-        with reading_list(), self._translated(repository):
+        with parsing_response(), self._translated(repository):
             entries = self._api.list_repo_files(repository.name, repository.kind, REVISION)
             return [_remote_file(entry) for entry in entries if entry.get("Type") != "tree"]
 
@@ -60,14 +60,14 @@ class ModelScope:
         """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
         try:
             yield
-        except JSONDecodeError:  # one of `requests` is an error of the system too; `reading_list` knows it
+        except JSONDecodeError:  # one of `requests` is an error of the system too; `parsing_response` knows it
             raise
         except NotExistError as error:
-            raise unknown(self, repository, path) from error
+            raise not_found(self, repository, path) from error
         except (PermissionDeniedError, AuthenticationError) as error:
-            raise refused(self, repository) from error
+            raise access_denied(self, repository) from error
         except APIError as error:
-            raise status_interruption(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
+            raise status_error(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
         except (HubError, OSError) as error:  # what `requests` raises are errors of the system
             raise TransientHubError(f"the connection was lost ({type(error).__name__})") from error
 

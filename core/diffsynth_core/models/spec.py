@@ -256,7 +256,7 @@ class FamilyFacts:
     here -> what they are.
     `published`: sizes of published components; the first that fits counts.
     `fits`: what of the components must fit the denoiser.
-    `copies`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
+    `mirrors`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
     `reference_columns`: extra inputs that are metadata columns of reference images, of any kind of its models.
@@ -275,7 +275,7 @@ class FamilyFacts:
     memory: MemoryFacts
     published: tuple[HubModelSize, ...]
     fits: tuple[Fit, ...] = ()
-    copies: Mapping[str, str] = field(default_factory=dict)
+    mirrors: Mapping[str, str] = field(default_factory=dict)
     second_denoiser: str = ""
     lookalikes: tuple["UnsupportedCheckpoint", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)

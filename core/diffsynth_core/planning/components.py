@@ -150,8 +150,8 @@ def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, ba
     Where a path of one's own is wrong, it is not known which entries its file replaces, so none is missed.
     """
     local, gone = locate(parameters.model_paths, (), base)
-    brings = partial(download_hint, recipe=parameters.recipe)
-    fetched, not_here = locate((), asked, base, _copies(family), brings)
+    command_for = partial(download_hint, recipe=parameters.recipe)
+    fetched, not_here = locate((), asked, base, _copies(family), command_for)
     local_parts, unread = _read(local)
     parts, damaged = _read(fetched)
     clear = not (gone or unread)
@@ -228,7 +228,7 @@ def _variant(
 def _copies(family: str | None) -> dict[str, str]:
     """Copies of files that the family knows; those of all families while it is not known."""
     known: Iterable[FamilyFacts] = [FAMILIES[family]] if family in FAMILIES else FAMILIES.values()
-    return {name: copy for facts in known for name, copy in facts.copies.items()}
+    return {name: copy for facts in known for name, copy in facts.mirrors.items()}
 
 
 def _misfits(

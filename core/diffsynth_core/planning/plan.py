@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.config.resolve import Resolved, settings_of_others, without_consequences
+from diffsynth_core.config.resolve import Resolved, independent_problems, parameters_of_other_families
 from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
@@ -119,7 +119,7 @@ def make_plan(
     found = _find_components(resolved, parameters, base or model_base_path(), encoded, without_files, problems)
     missing += found.missing if found else ()
     if found and resolved.family is None:  # by a recipe it was known before
-        problems += settings_of_others(parameters, found.facts.name, resolved.origins)
+        problems += parameters_of_other_families(parameters, found.facts.name, resolved.origins)
         resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
         parameters = resolved.parameters
     training = _find_training(parameters, found, resolved.invalid, problems) if found else None
@@ -139,7 +139,7 @@ def make_plan(
     )
     if problems or not (found and training and samples and steps):
         told, found_here = resolved.problems, [*problems[len(resolved.problems) :], *missing]
-        told = (*told, *without_consequences(found_here, resolved.invalid))
+        told = (*told, *independent_problems(found_here, resolved.invalid))
         raise FaultsFound(told or [Problem("the run cannot be planned")])
     return Plan(
         parameters,

@@ -20,7 +20,7 @@ def without_replaced(resolved: Resolved) -> Resolved:
     nearer to the user; told by what the files hold. What other parameters call such an entry, such as `fp8_models`,
     means the files in its place."""
     parameters = resolved.parameters
-    if not resolved.goes_over("model_paths", "model_id_with_origin_paths"):
+    if not resolved.takes_precedence("model_paths", "model_id_with_origin_paths"):
         return resolved
     in_place = _replaced(parameters, FAMILIES.get(resolved.family or ""))
     if not in_place:

@@ -60,7 +60,7 @@ def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileReq
         return []
     model_id, pattern = parts
     name = pattern.rpartition("/")[2]
-    copy = split_entry(facts.copies.get(name, "")) if facts else None
+    copy = split_entry(facts.mirrors.get(name, "")) if facts else None
     weights = FileRequest(tuple(_place(*place) for place in (parts, copy) if place))
     folder = posixpath.dirname(pattern)
     if any(character in folder for character in "*?["):

@@ -18,7 +18,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
 from diffsynth_core.data.synthetic_videos import draw_clips
 from diffsynth_core.errors import DiffSynthError, Problem, list_names
-from diffsynth_core.files import default_cache_path, fresh_folder
+from diffsynth_core.files import default_cache_path, make_numbered_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
 from diffsynth_core.models.bases import shapes_in
 from diffsynth_core.models.loading import module_shapes
@@ -209,7 +209,7 @@ def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
         return plan
     name = resolved.parameters.recipe or plan.facts.name
     name += f"-{resolved.stage}" if resolved.stage else ""
-    folder = fresh_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
+    folder = make_numbered_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
     return replace(plan, parameters=plan.parameters.model_copy(update={"output_path": folder}))
 
 
@@ -330,7 +330,7 @@ def _folder_of(component: ComponentFacts) -> str:
 
 def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: FamilyFacts) -> None:
     """Write aside, then move file by file: another rehearsal at the same time finds whole files only."""
-    aside = fresh_folder(base, lambda number: f".writing-{number}")
+    aside = make_numbered_folder(base, lambda number: f".writing-{number}")
     load_family(facts.name).write_tiny_weights(aside, component, model_id, pattern)
     for path in sorted(aside.rglob("*")):
         if path.is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, list_names
-from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.files import PICKLED_SUFFIXES
 from diffsynth_core.json_files import as_type, parse_json
 from diffsynth_core.weights.headers import TensorHeader, read_header, read_headers
 from diffsynth_core.weights.values import read_bytes
@@ -216,7 +216,7 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
 
 def _formats_in(path: Path) -> dict[str, object]:
     """What a file says of the formats of its layers."""
-    if path.suffix in PICKLED_ENDINGS:
+    if path.suffix in PICKLED_SUFFIXES:
         return {}
     header = read_header(path)
     found: dict[str, object] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.files import PICKLED_SUFFIXES
 from diffsynth_core.json_files import parse_json
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT, safetensors_dtype
 from diffsynth_core.weights.pickled import read_pickled
@@ -185,7 +185,7 @@ def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
 
 
 def _tensors_of(path: Path) -> Mapping[str, TensorHeader]:
-    if path.suffix not in PICKLED_ENDINGS:
+    if path.suffix not in PICKLED_SUFFIXES:
         return read_header(path).tensors
     try:
         return {

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth_core.files import PICKLED_ENDINGS
+from diffsynth_core.files import PICKLED_SUFFIXES
 from diffsynth_core.weights.base_files import Part, Scale, scale_grid
 from diffsynth_core.weights.pickled import read_pickled
 
@@ -15,7 +15,7 @@ def iterate_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterat
     """Names and tensors of a file, on the CPU; each is read when it is asked for. `wanted`: None for all."""
     from safetensors import safe_open
 
-    if path.suffix in PICKLED_ENDINGS:
+    if path.suffix in PICKLED_SUFFIXES:
         yield from ((key, tensor) for key, tensor in read_pickled(path).items() if wanted is None or key in wanted)
         return
     with safe_open(path, framework="pt", device="cpu") as stream:

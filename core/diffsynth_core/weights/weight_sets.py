@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, list_names
-from diffsynth_core.files import PICKLED_ENDINGS, absent_shards, stem_of_shard
+from diffsynth_core.files import PICKLED_SUFFIXES, missing_shards, stem_of_shard
 from diffsynth_core.json_files import WrongType, as_type, read_json
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader, read_header
@@ -93,7 +93,7 @@ def _check_kind(path: Path) -> None:
         raise DiffSynthError(f"`{path}` does not exist", "correct the path")
     if path.is_dir():
         raise DiffSynthError(f"`{path}` is a folder, listed together with files", "list its files, or only the folder")
-    if path.suffix in PICKLED_ENDINGS:
+    if path.suffix in PICKLED_SUFFIXES:
         raise DiffSynthError(
             f"`{path}` is a pickled file, but only safetensors files are supported here",
             "convert it to safetensors first",
@@ -107,7 +107,7 @@ def _open_folder(folder: Path) -> WeightSet:
     if len(indexes) == 1:
         return _open_index(indexes[0], str(folder))
     if not files:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_ENDINGS)
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
         below = sorted({path.parent.name for path in folder.glob(f"*/*{ENDING}")})
         if below:
             raise DiffSynthError(
@@ -174,7 +174,7 @@ def _check_shards(paths: Iterable[Path]) -> None:
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path.name)
     for folder, names in by_folder.items():
-        unnamed = absent_shards(names)
+        unnamed = missing_shards(names)
         if missing := [name for name in unnamed if not (folder / name).is_file()]:
             raise _missing_shards(folder, missing)
         if unnamed:

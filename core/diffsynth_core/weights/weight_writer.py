@@ -19,13 +19,13 @@ from typing import BinaryIO
 
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import (
+    created_folder,
     ignore_signals,
-    new_folder,
-    remove_leftovers,
+    remove_stale_files,
     stem_of_shard,
     sync_file,
     sync_folder,
-    temporary_beside,
+    temporary_sibling,
 )
 from diffsynth_core.progress import BYTES, Reporter, Task, format_bytes
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
@@ -225,12 +225,12 @@ def write_outputs(
     ordered = sorted(outputs, key=lambda output: isinstance(output, OutputIndex))
     with ExitStack() as cleaning:
         for folder in dict.fromkeys(output.path.parent for output in ordered):
-            cleaning.enter_context(new_folder(folder))
+            cleaning.enter_context(created_folder(folder))
         places = {}
         with reporter.task("Writing", sum(output_bytes(output) for output in ordered), BYTES) as task:
             for output in ordered:
-                remove_leftovers(output.path)
-                places[output.path] = cleaning.enter_context(temporary_beside(output.path))
+                remove_stale_files(output.path)
+                places[output.path] = cleaning.enter_context(temporary_sibling(output.path))
                 _put(output, places[output.path], task)
         for output in ordered:
             if isinstance(output, OutputFile) and output.late:

@@ -17,7 +17,7 @@ from diffsynth_core.hub.client import (
     Repository,
     TransientHubError,
     download_source,
-    downloads_are_off,
+    downloads_disabled,
     unknown,
 )
 from diffsynth_core.hub.download_plan import DownloadPlan, plan_download
@@ -296,4 +296,4 @@ def test_where_is_downloaded_from(monkeypatch):
 @pytest.mark.parametrize(("value", "off"), [("", False), ("0", False), ("False", False), ("1", True), ("true", True)])
 def test_the_switch_in_the_environment(monkeypatch, value, off):
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", value)
-    assert downloads_are_off() is off
+    assert downloads_disabled() is off

@@ -52,17 +52,17 @@ def test_globs_of_datasets_go_over_folders():
 
 def test_a_place_is_whole_when_every_pattern_finds_something_and_no_shard_is_missed():
     shards = [f"x/model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert place("x/*").is_whole(shards)
-    assert not place("x/*").is_whole(shards[:2])
-    assert not place("x/*", "y/*").is_whole(shards)
-    assert not place("y/*").is_whole([])
+    assert place("x/*").is_complete(shards)
+    assert not place("x/*").is_complete(shards[:2])
+    assert not place("x/*", "y/*").is_complete(shards)
+    assert not place("y/*").is_complete([])
 
 
 def test_a_layout_must_be_whole():
     tokenizer = place("t/*", layouts=(("t/tokenizer.json",), ("t/vocab.json", "t/merges.txt")))
-    assert tokenizer.is_whole(["t/tokenizer.json"])
-    assert tokenizer.is_whole(["t/vocab.json", "t/merges.txt"])
-    assert not tokenizer.is_whole(["t/vocab.json", "t/other.json"])
+    assert tokenizer.is_complete(["t/tokenizer.json"])
+    assert tokenizer.is_complete(["t/vocab.json", "t/merges.txt"])
+    assert not tokenizer.is_complete(["t/vocab.json", "t/other.json"])
 
 
 def test_what_is_absent(tmp_path):

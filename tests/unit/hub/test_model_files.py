@@ -190,19 +190,19 @@ def test_a_folder_may_be_named_as_a_path(base, monkeypatch):
 
 def test_a_copy_is_read_only_for_the_entry_of_a_repository(tmp_path):
     """A path of one's own stands for that file and for no other."""
-    copies = {"VAE.pth": "Copies/All:VAE.safetensors"}
+    mirrors = {"VAE.pth": "Copies/All:VAE.safetensors"}
     place = tmp_path / "Copies/All/VAE.safetensors"
     place.parent.mkdir(parents=True)
     place.write_bytes(b"")
-    ([found], problems) = locate([], ["Owner/Model:VAE.pth"], tmp_path, copies)
-    assert (found.paths, found.copy, problems) == ((place,), "Copies/All:VAE.safetensors", [])
+    ([found], problems) = locate([], ["Owner/Model:VAE.pth"], tmp_path, mirrors)
+    assert (found.paths, found.mirror, problems) == ((place,), "Copies/All:VAE.safetensors", [])
     assert found.source == "Owner/Model:VAE.pth, read from its mirror Copies/All:VAE.safetensors"
     assert found.home == tmp_path / "Owner/Model"
     for entry in ("mine/VAE.pth", "VAE.pth"):
-        found, [problem] = locate([], [entry], tmp_path, copies)
+        found, [problem] = locate([], [entry], tmp_path, mirrors)
         assert found == [] and "Copies" not in problem.message
     own = tmp_path / "Owner/Model/VAE.pth"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"")
-    ([found], _) = locate([], ["Owner/Model:VAE.pth"], tmp_path, copies)
-    assert (found.paths, found.copy) == ((own,), None)
+    ([found], _) = locate([], ["Owner/Model:VAE.pth"], tmp_path, mirrors)
+    assert (found.paths, found.mirror) == ((own,), None)

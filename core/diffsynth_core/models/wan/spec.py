@@ -256,5 +256,5 @@ WAN = FamilyFacts(
             "a Wan VACE transformer, which is not supported yet", "dit", frozenset({"vace_patch_embedding.weight"})
         ),
     ),
-    copies={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
+    mirrors={name: f"{CONVERTED}:{name.removesuffix('.pth')}.safetensors" for name in PICKLED_FILES},
 )
