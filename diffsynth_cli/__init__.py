@@ -1,6 +1,6 @@
-"""The command line of `diffsynth`: options, terminal, error boundary. The work is done by `diffsynth_core`."""
+"""The command line of `diffsynth`: options, terminal output and the error boundary. `diffsynth_core` does the work."""
 
 STOPPED = 130
-"""The exit code after Ctrl-C: 128 and the number of the signal, as shells have it."""
+"""The exit code after Ctrl-C: 128 plus the signal number, as in shells."""
 REPORTS = "DIFFSYNTH_RANK_REPORTS"
-"""Environment variable that our launcher gives the processes of a run: the folder for how each of them ended."""
+"""Environment variable that the launcher sets for the processes of a run: the folder for their exit reports."""

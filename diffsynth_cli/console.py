@@ -1,4 +1,4 @@
-"""The terminal: messages, progress bars, and plain lines where there is no terminal."""
+"""Terminal output of the engine: messages, progress bars, and plain lines where there is no terminal."""
 
 import os
 import sys
@@ -24,23 +24,23 @@ from diffsynth_core.files import LineFile
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes, format_duration
 
 STATUS_COLUMNS = 80
-"""A narrower terminal gets plain lines, which may wrap."""
+"""Narrower terminals get plain lines, which may wrap."""
 BAR_COLUMNS = 100
-"""A narrower terminal gets no bar: it would push the remaining time out."""
+"""Narrower terminals get no bar, which would push out the remaining time."""
 PLAIN_SECONDS = 5.0
-"""Least time between two plain lines of one task."""
+"""Minimum time between two plain lines of one task."""
 
 
 def color_system() -> Literal["auto"] | None:
-    """None where NO_COLOR is set: rich then leaves out bold and dim too, as the lines of errors.py do."""
+    """None if NO_COLOR is set: rich then also drops bold and dim, as the lines of errors.py do."""
     return None if os.environ.get("NO_COLOR") else "auto"
 
 
 class ConsoleReporter:
-    """Tells the engine's progress on stderr, and keeps every message in the log of the run."""
+    """Shows the engine's progress on stderr and writes every message to the log of the run."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        """`quiet` is for every process of a run but the first."""
+        """`quiet`: for all processes of a run but the first."""
         self.quiet = quiet
         self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet, color_system=color_system())
         self._log: LineFile | None = None
@@ -60,7 +60,7 @@ class ConsoleReporter:
         self.keep(f"warning: {message}")
 
     def _show_warning(self, message: str) -> None:
-        # In one piece: bars that are shown would be drawn over a line that has not ended.
+        # In one piece: live bars would be drawn over an unfinished line.
         self.console.print(Text.assemble(("warning: ", "yellow"), printable_message(message)), soft_wrap=True)
 
     def log_to(self, path: Path) -> None:
@@ -81,12 +81,12 @@ class ConsoleReporter:
             self._log = None
 
     def result(self, line: str) -> None:
-        """Print a line of the results on stdout."""
+        """Print a line of results to stdout."""
         echo_line(line)
         self.keep(line)
 
     def keep(self, message: str) -> None:
-        """Put a message into the log alone."""
+        """Write a message to the log only."""
         self._write(log_line(message))
 
     @contextmanager
@@ -105,7 +105,7 @@ class ConsoleReporter:
 
     @contextmanager
     def _shared_bars(self) -> Iterator[Progress]:
-        """The bars of all tasks that run at the same time, in several threads too: a terminal shows one set of them."""
+        """The bars of all tasks that run at the same time, also in threads: a terminal shows only one live display."""
         with self._changing:
             if self._bars is None:
                 self._bars = _progress(self.console)
@@ -133,7 +133,7 @@ class ConsoleReporter:
             self._lost_log(self._log_path, error)
 
     def _lost_log(self, path: Path, error: OSError) -> None:
-        """A log that cannot be written is no reason to lose the run."""
+        """Write to the log, ignoring errors: a log that cannot be written must not end a run."""
         self._show_warning(f"`{path}` cannot be written: {error.strerror}; the run continues without it")
 
 
@@ -162,12 +162,12 @@ class _Rate:
 
 
 def _count(done: int, total: int, unit: str, of: str) -> str:
-    """How much of a task is done, in units, or in kB, MB … where those are bytes."""
+    """The completed amount of a task, in units, or in kB, MB … if the unit is bytes."""
     return f"{format_bytes(done)}{of}{format_bytes(total)}" if unit == BYTES else f"{done}{of}{total} {unit}"
 
 
 def _time_left(count: int, rate: float) -> str:
-    """How long the rest of a task takes at the rate so far."""
+    """The estimated remaining time at the average rate so far."""
     return format_duration(count / rate) if rate else "unknown"
 
 
@@ -176,7 +176,8 @@ def _speed(rate: float, unit: str) -> str:
 
 
 class _Bar:
-    """A task as a progress bar, which goes when the task is done and others are not, and as lines of the log."""
+    """A task shown as a progress bar, which disappears once the task has finished and others have not, and logged as
+    lines."""
 
     def __init__(self, progress: Progress, lines: "_Lines", label: str, total: int, unit: str, done: int) -> None:
         self._lines = lines
@@ -200,12 +201,12 @@ class _Bar:
         )
 
     def leave(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.remove_task(self._task)
 
 
 class _Lines:
-    """A task as lines of text, one every few seconds and one at its end."""
+    """A task shown as lines of text: one every few seconds and one at the end."""
 
     def __init__(self, say: Callable[[str], None], label: str, total: int, unit: str, done: int) -> None:
         self._say, self._label, self._total, self._unit, self._done = say, label, total, unit, done
@@ -223,7 +224,7 @@ class _Lines:
             self.finish()
 
     def finish(self) -> None:
-        """Print the line of the last advance, once."""
+        """Print the line of the last update, once."""
         if self._line:
             self._say(self._line)
             self._last, self._line = time.monotonic(), ""
@@ -231,7 +232,7 @@ class _Lines:
 
 @contextmanager
 def _lines(say: Callable[[str], None], label: str, total: int, unit: str, done: int) -> Iterator[_Lines]:
-    """Such lines while the block runs; how far it came is said however it ends."""
+    """Show a task as lines while the block runs; the last line states the progress however the block ends."""
     lines = _Lines(say, label, total, unit, done)
     try:
         yield lines

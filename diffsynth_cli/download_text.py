@@ -1,4 +1,4 @@
-"""The list of a download as lines of text, and as data."""
+"""The file list of a download, as text and as JSON."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from diffsynth_core.hub.download_plan import DownloadPlan, ListedFile
 from diffsynth_core.progress import format_bytes, pluralize
 
 LINES_SHOWN = 60
-"""Files told of each repository: more than a model has, fewer than a dataset may have."""
+"""Maximum number of files listed per repository: more than a model has, fewer than a dataset may have."""
 NUMBER_WIDTH = 9
 STATE_WIDTH = 10
 
 
 def plan_lines(plan: DownloadPlan) -> Iterator[str]:
-    """The files by repository, each with its size and what of it is here; then the sums."""
+    """The files by repository, each with its size and what is on disk; then the totals."""
     for repository, files in groupby(plan.files, key=lambda listed: listed.repository):
         yield f"{repository.name} on {plan.hub}, to `{repository.folder(plan.base)}`"
         listed = list(files)
@@ -32,7 +32,7 @@ def plan_lines(plan: DownloadPlan) -> Iterator[str]:
 
 
 def result_line(plan: DownloadPlan) -> str:
-    """How a download ended."""
+    """The result of a download."""
     if not plan.to_fetch:
         are = "1 file is" if len(plan.files) == 1 else f"All {len(plan.files)} files are"
         return f"{are} already present below `{plan.base}`"
@@ -42,7 +42,7 @@ def result_line(plan: DownloadPlan) -> str:
 
 
 def plan_as_data(plan: DownloadPlan) -> dict[str, Any]:
-    """The list for programs; sizes in bytes."""
+    """The list as JSON; sizes in bytes."""
     return {
         "hub": plan.hub,
         "base": str(plan.base),

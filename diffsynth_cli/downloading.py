@@ -1,4 +1,4 @@
-"""Downloads in the terminal: how a stop is told, and what `train` fetches before it plans."""
+"""Downloads in the terminal: the message after Ctrl-C, and the files that `train` fetches before it plans."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from diffsynth_core.progress import Reporter, SilentReporter, Task
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """Within it Ctrl-C ends with the message that nothing is lost."""
+    """Turn Ctrl-C in the block into a message that the downloaded parts are kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -30,12 +30,12 @@ def stopped_in_order() -> Iterator[None]:
 
 
 def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, plan: Callable[[Reporter], Any]) -> None:
-    """Fetch what stages name and what is not on disk, once nothing else is wrong with them.
+    """Download the missing files of the stages, once everything else about the command has been checked.
 
-    `plan` makes their plans, and raises all that is wrong. Nothing is fetched for a command that would then be refused.
+    `plan` plans all stages and raises all problems. Nothing is downloaded for a command that would then be rejected.
 
     Raises:
-        FaultsFound: all problems, missing files among them, when there are others; what the hub does not give.
+        FaultsFound: with all problems, missing files included, if there are others; or if a download fails.
     """
     base = model_base_path()
     wanted = files_of_stages(stages)
@@ -46,7 +46,7 @@ def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, pla
     except DiffSynthError as error:
         if not all(isinstance(problem, MissingFiles) for problem in error.problems):
             raise
-        # The process that fetches tells of it, whichever of a run it is.
+        # The process that downloads reports progress, whichever rank it has.
         teller = ConsoleReporter() if reporter.quiet else reporter
 
         def tell(download: DownloadPlan) -> None:
@@ -58,7 +58,7 @@ def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, pla
 
 
 class _WithoutWords(SilentReporter):
-    """Shows the progress of what is done twice, whose messages are for the second time."""
+    """Shows progress but drops messages, for work that is done a second time with them."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter

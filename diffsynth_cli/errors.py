@@ -23,17 +23,17 @@ HINTS_FOR_FILES = {
     errno.EDQUOT: "free some space",
     errno.ELOOP: "fix the symbolic links in its path",
 }
-"""What to do about an error of the system that names a file."""
+"""Hints for operating system errors that name a file."""
 SHOWN_OF_A_KIND = 10
-"""Messages of a dataset: thousands of rows may have the same fault."""
+"""Maximum number of dataset messages of one kind that are printed: thousands of rows may have the same problem."""
 CONTINUED = " " * len("error: ")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command ended that did not do what it was asked to: its exit code, and what is told of it.
+    """Why a command failed or was stopped: its exit code and its message.
 
-    `sentence` is told in place of problems where nothing went wrong, as after a signal.
+    `sentence` replaces the list of problems if nothing went wrong, as after a signal.
     """
 
     code: int
@@ -41,7 +41,7 @@ class Ending:
     sentence: str = ""
 
     def lines(self) -> Iterator[str]:
-        """What is told, without colours, as it stands in the log of a run."""
+        """The message without colors, as written to the log of a run."""
         if self.sentence:
             yield self.sentence
         for problem in self.problems:
@@ -50,7 +50,7 @@ class Ending:
                 yield f"  hint: {problem.hint}"
 
     def tell(self) -> None:
-        """Print it on stderr."""
+        """Print the message to stderr."""
         if self.sentence:
             echo(self.sentence, err=True)
         print_problems(self.problems)
@@ -59,16 +59,16 @@ class Ending:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Print what went wrong on stderr; returns the exit code."""
+    """Print an error to stderr and return the exit code."""
     ending = ending_of(error)
     ending.tell()
     return ending.code
 
 
 def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
-    """What an error is to the user; only one of ours leaves a traceback, and that in a file.
+    """Convert an exception into what the user sees; only internal errors have a traceback, which is saved to a file.
 
-    `command`: the one that was given, whose help is offered where it was used wrongly.
+    `command`: the command that was called, whose help is suggested after wrong use.
     """
     if isinstance(error, Interrupted):
         return Ending(error.exit_code, sentence=_interruption(error))
@@ -76,7 +76,7 @@ def ending_of(error: Exception, command: str = "diffsynth") -> Ending:
         return Ending(error.exit_code, error.problems)
     usage = getattr(error, "format_message", None)
     if callable(usage) and str(usage()).startswith("Usage: "):
-        # A command that was left out: the help says what there is.
+        # No command was given: show the help.
         return Ending(EXIT_WRONG_USE, sentence=str(usage()))
     if callable(usage):
         return Ending(EXIT_WRONG_USE, (_usage_problem(error, str(usage()).rstrip("."), command),))
@@ -96,11 +96,11 @@ _EXPECTED = {
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
 }
-"""What pydantic, which converts Typer's values, wanted instead of a text, by the type of its error."""
+"""What pydantic, which converts Typer's values, expected instead of a string, by error type."""
 
 
 def _usage_problem(error: Exception, message: str, command: str) -> Problem:
-    """One of Typer's own errors of use: an unknown command, an option without its value, a value of another type."""
+    """A usage error raised by Typer: an unknown command, a missing value, a value of another type."""
     from diffsynth_core.config.parameters import SETTINGS
 
     cause = error.__cause__
@@ -118,8 +118,8 @@ def _usage_problem(error: Exception, message: str, command: str) -> Problem:
 
 
 def _file_problem(error: OSError) -> Problem:
-    """What the system says of a file, where no command knows better: it was deleted or locked while that ran, its name
-    is too long, its disk is gone."""
+    """An operating system error on a file that no command handled: it was deleted or locked meanwhile, its name is too
+    long, or its disk has gone."""
     name = error.filename.decode("utf-8", "surrogateescape") if isinstance(error.filename, bytes) else error.filename
     if isinstance(error, PermissionError):
         what = f"cannot open `{name}`: {error.strerror}"
@@ -130,14 +130,14 @@ def _file_problem(error: OSError) -> Problem:
 
 
 def _interruption(error: Interrupted) -> str:
-    """What a signal led to, as one sentence."""
+    """The effect of a signal, in one sentence."""
     (problem,) = error.problems
     sentence = "; ".join(part for part in (problem.message, problem.hint) if part)
     return sentence[0].upper() + sentence[1:]
 
 
 def lines_for_log(error: BaseException) -> Iterator[str]:
-    """How a run ended, for its log: what the terminal is told, and the traceback of a fault of ours."""
+    """How a run ended, for its log: the message printed to the terminal, and the traceback of an internal error."""
     if isinstance(error, DiffSynthError):
         yield from ending_of(error).lines()
     else:
@@ -145,13 +145,13 @@ def lines_for_log(error: BaseException) -> Iterator[str]:
 
 
 def print_problems(problems: Iterable[Problem]) -> None:
-    """Problems on stderr; those of a dataset by their kind, with one hint for all of a kind."""
+    """Print problems to stderr; those of a dataset grouped by kind, with one hint per group."""
     for kind in _by_kind(problems):
         print_problem(kind[0], [problem.message for problem in kind[1:SHOWN_OF_A_KIND]], len(kind))
 
 
 def _by_kind(problems: Iterable[Problem]) -> Iterable[list[Problem]]:
-    """Problems with the same code and hint together, at the place of the first of them; those without a code alone."""
+    """Group problems with the same code and hint, in order of first occurrence; those without a code stay single."""
     kinds: dict[object, list[Problem]] = {}
     for place, problem in enumerate(problems):
         kinds.setdefault((problem.code, problem.hint) if problem.code else place, []).append(problem)
@@ -159,9 +159,9 @@ def _by_kind(problems: Iterable[Problem]) -> Iterable[list[Problem]]:
 
 
 def print_problem(problem: Problem, others: Sequence[str] = (), of: int = 1) -> None:
-    """One problem on stderr: `error: …`, and `hint: …` below it.
+    """Print one problem to stderr: `error: …`, and `hint: …` below it.
 
-    `others`: messages of the same kind, which stand between. `of`: how many of that kind there are.
+    `others`: messages of the same kind, printed in between. `of`: the total number of that kind.
     """
     colours = "NO_COLOR" not in os.environ
     echo_styled("error: ", "red" if colours else None, bold=colours, newline=False, err=True)
@@ -177,7 +177,7 @@ def print_problem(problem: Problem, others: Sequence[str] = (), of: int = 1) -> 
 
 
 def _write_traceback(error: Exception) -> Path:
-    """Keep the traceback in the cache folder, else in the system's folder for temporary files."""
+    """Write the traceback to the cache folder, or to the system's temporary folder if that fails."""
     name = f"diffsynth-error-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
     text = "".join(traceback.format_exception(error))
     try:

@@ -1,4 +1,4 @@
-"""The estimate of a plan as lines of text: memory, disk, and whether it fits."""
+"""The estimate of a plan as text: memory, disk space, and whether the run fits."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is made of, what its memory depends on, and whether it fits where `gpu_memory` is given."""
+    """The estimate of a run, what its memory depends on, and the options that make it fit if `gpu_memory` is set."""
 
     run: RunSizes
     choice: Choice
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def make_estimate(plan: Plan) -> Estimate:
-    """Estimate a run, and try what makes it fit."""
+    """Estimate a run, and search for options that make it fit."""
     run = run_sizes(plan)
     choice = choice_of(plan, run.largest)
     limit = plan.parameters.gpu_memory
@@ -41,7 +41,7 @@ def make_estimate(plan: Plan) -> Estimate:
 
 
 def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
-    """What a run takes of memory and disk, a part a line, with what is not counted, and what was tried."""
+    """Memory and disk space of a run by part, what is not included, and the options that were tried."""
     run, choice = estimate.run, estimate.choice
     sizes, memory = run.largest, device_memory(plan, choice)
     shown = " and ".join(format_size(image) for image in sizes.images)
@@ -64,7 +64,8 @@ def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
 
 
 def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
-    """What is on the device while training, and their sum; of what comes one after the other the larger counts."""
+    """Device memory during training by part, and the total; of parts that are never needed together, the larger one
+    counts."""
     kept = "recomputed block by block" if choice.recompute else "all stored"
     waiting = ", block inputs offloaded to host memory" if training.on_host else ""
     moved = ", when all activations are offloaded to host memory" if training.on_host else ""
@@ -109,7 +110,7 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
 
 
 def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
-    """What a run writes, in words, the folder it lies in, and its bytes; only what there is."""
+    """Each output of a run: a label, its folder and its size in bytes; outputs that do not exist are omitted."""
     disk = disk_use(plan, estimate.choice, estimate.run.encoded)
     output = plan.parameters.output_path
     many = "encodings" if plan.samples.samples else "encodings of each sample"
@@ -122,20 +123,20 @@ def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
 
 
 def _letters(plan: Plan) -> str:
-    """How the tokens of captions were told without a tokenizer."""
+    """How caption tokens were counted without a tokenizer."""
     if plan.samples.samples:
         return "caption tokens estimated from characters, as the tokenizer is missing"
     return f"for a caption of {ASSUMED_CAPTION} characters"
 
 
 def _free(folder: Path, needed: int) -> str:
-    """How much the disk below a folder has free, and whether that is enough."""
+    """The free space of the disk that holds a folder, and whether it is enough."""
     free = free_bytes(folder)
     return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
 
 
 def trial_lines(fit: Fit) -> Iterator[str]:
-    """What was tried to make a run fit."""
+    """The options that were tried to make a run fit."""
     if fit.as_it_is:
         return
     yield f"Options to fit in {format_memory(fit.limit)}, cheapest first"
@@ -156,7 +157,7 @@ def verdict_line(fit: Fit) -> str:
 
 
 def change_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
-    """The flags that make a run fit, as they are typed."""
+    """The flags that make a run fit, as typed on the command line."""
     if fit.as_it_is or not fit.fits:
         return
     last = fit.tried[-1]
@@ -172,10 +173,10 @@ def _table(parts: Mapping[str, int]) -> Iterator[str]:
 
 
 def _memory(size: int) -> str:
-    """Bytes of memory as a column."""
+    """Memory in bytes, formatted as a column."""
     return f"{format_memory(size):>9}"
 
 
 def _amount(size: int) -> str:
-    """Bytes on disk as a column."""
+    """Disk space in bytes, formatted as a column."""
     return f"{format_bytes(size):>9}"

@@ -1,4 +1,4 @@
-"""Carrying out plans of weight files, and telling of them: for people as a table, for programs as JSON."""
+"""Carrying out plans that write weight files, and reporting them as a table or as JSON."""
 
 import json
 from enum import StrEnum
@@ -30,10 +30,10 @@ LeaveKeysOut = Annotated[
 
 
 def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: PlanFormat) -> None:
-    """Write what a plan says, and say it on stdout; a dry run looks after places and space alone.
+    """Write the files of a plan and print a summary to stdout; a dry run only checks paths and disk space.
 
     Raises:
-        DiffSynthError: when something cannot be written; nothing is left then.
+        DiffSynthError: if something cannot be written; no files are left then.
     """
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.stopping import handle_sigint
@@ -54,13 +54,13 @@ def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: P
 
 
 def total_line(plan: "FilePlan", dry_run: bool) -> str:
-    """How many files, and their bytes in all."""
+    """The number of files and their total size."""
     total = f"{pluralize(len(plan.outputs), 'file')}, {format_bytes(sum(plan.sizes.values()))}"
     return f"{total} would be written (dry run)" if dry_run else f"{total} written"
 
 
 def files_table(plan: "FilePlan") -> str:
-    """A line for each file: its place, how many tensors it holds, and its bytes."""
+    """One line per file: its path, number of tensors and size."""
     tensors = {file.path: file for file in plan.files}
     rows = []
     for output in plan.outputs:
@@ -72,7 +72,7 @@ def files_table(plan: "FilePlan") -> str:
 
 
 def describe_files(plan: "FilePlan") -> list[dict[str, Any]]:
-    """The files of a plan, for programs."""
+    """The files of a plan, for JSON output."""
     tensors = {file.path: file for file in plan.files}
     files = []
     for output in plan.outputs:

@@ -1,4 +1,5 @@
-"""A plan in about ten lines: what is trained on what, how long, and what it takes. `--verbose` tells the rest."""
+"""A plan in about ten lines: what is trained on what, for how long, and what it needs. `--verbose` prints the full
+plan."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,15 +27,15 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import format_bytes, format_count, format_memory
 
 PRECISIONS = {"no": "float32"}
-"""`mixed_precision` as a dtype, where that is another word."""
+"""Names of `mixed_precision` values as dtypes, where they differ."""
 ALL = "`--verbose` prints the rest: files, modules, parameters, memory and disk usage by part"
 
 
 def summary_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
-    """What a run will do, a fact a line behind its label.
+    """The summary of a plan: one line per fact, after its label.
 
     Args:
-        estimate: what it takes, where that is asked for; it is for a GPU even where this machine has none.
+        estimate: memory and disk space, if requested; it is for a GPU even if this machine has none.
     """
     yield _labelled("Model", _model(plan, estimate is not None))
     if plan.task.trains:
@@ -62,7 +63,7 @@ def _labelled(label: str, text: str) -> str:
 
 
 def _model(plan: Plan, estimated: bool) -> str:
-    """The kind of model, and where it runs: what is planned for, and apart what this machine would do instead."""
+    """The model variant and the device: the planned one and, separately, that of this machine."""
     title, here = plan.variant.title, f"on {plan.device} in {_dtype(plan.mixed_precision)}"
     if not estimated:
         return f"{title} {here}"
@@ -87,7 +88,7 @@ def _trained(plan: Plan) -> str:
 
 
 def _missing(plan: Plan, number: int) -> str:
-    """The model files that are to be downloaded, in one line for all."""
+    """The model files to download, in one line."""
     names = list(plan.published)
     names += ["tokenizer"] if number > len(names) else []
     size = f", {format_bytes(download_bytes(plan))} to download" if plan.published else ""
@@ -126,7 +127,7 @@ def _memory(plan: Plan, estimate: Estimate) -> str:
 
 
 def _disk(plan: Plan, estimate: Estimate) -> str:
-    """What is written in all, of which parts, and what the disks have free that it is written to."""
+    """The total size of all outputs, its main parts, and the free space of the disks they are written to."""
     parts = disk_parts(plan, estimate)
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, (_, size) in parts.items())
     needed: dict[int, int] = {}
@@ -140,7 +141,7 @@ def _disk(plan: Plan, estimate: Estimate) -> str:
 
 
 def _free(folder: Path, needed: int, named: bool) -> str:
-    """How much the disk of a folder has free, and whether that is enough."""
+    """The free space of the disk that holds a folder, and whether it is enough."""
     free = free_bytes(folder)
     where = f" for `{folder}`" if named else ""
     return f"{format_bytes(free)} free{where}{': not enough' if needed > free else ''}"

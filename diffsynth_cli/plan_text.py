@@ -1,4 +1,4 @@
-"""A plan as lines of text."""
+"""A plan as text."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ VAE = "vae"
 
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-"""What an estimate is for, in words; `cuda` stands for all accelerators."""
+"""Descriptions of device types; `cuda` stands for all accelerators."""
 
 
 def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Iterator[str]:
-    """What a run will do, a fact a line.
+    """The full plan: one line per fact.
 
-    `estimated`: an estimate follows, which is for a GPU even where this machine has none.
+    `estimated`: an estimate follows, which is for a GPU even if this machine has none.
     """
     yield from _machine_lines(plan, estimated)
     yield from _component_lines(plan)
@@ -39,7 +39,7 @@ def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Itera
 
 
 def parameter_lines(plan: Plan) -> Iterator[str]:
-    """The parameters that are not at their defaults, one a line, and where all are shown."""
+    """The parameters with values other than their defaults, one per line, and how to show all."""
     yield "Parameters that differ from their defaults"
     plain = as_plain(plan.parameters)
     for name, setting in SETTINGS.items():
@@ -58,7 +58,7 @@ def parameter_lines(plan: Plan) -> Iterator[str]:
 
 
 def _machine_lines(plan: Plan, estimated: bool) -> Iterator[str]:
-    """The kind of model, and where it runs: apart what is planned for, and what this machine would do."""
+    """The model variant and the device: the planned one and, separately, that of this machine."""
     title, seed, here = plan.variant.title, plan.parameters.seed, plan.device.partition(":")[0]
     device, precision = device_and_precision(plan)
     if not estimated or ((here == "cpu") == (device == "cpu") and precision == plan.mixed_precision):
@@ -89,7 +89,7 @@ def _component_lines(plan: Plan) -> Iterator[str]:
 
 
 def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
-    """Where a component comes from, and how large it is there."""
+    """The source of a component and its size on disk."""
     size = format_bytes(file_bytes(plan, component))
     if component not in plan.published:
         below = f" below `{files.prefix}`" if files.prefix else ""
@@ -124,7 +124,7 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
 
 
 def warning_lines(plan: Plan) -> Iterator[str]:
-    """What is worth a look; whoever prints it gives the first word a colour."""
+    """The notes of a plan; the caller colors the first word."""
     for warning in plan.warnings:
         yield f"{WARNING}{warning.message}"
         if warning.hint:
@@ -141,7 +141,7 @@ def _transform_lines(plan: Plan) -> Iterator[str]:
 
 
 def family_default_lines(plan: Plan) -> Iterator[str]:
-    """Switches that nobody turned on."""
+    """Options that were enabled automatically."""
     for name in plan.family_defaults:
         if getattr(plan.parameters, name) is True:
             yield f"`{name}` is on by default for {plan.facts.title}; `--no-{name}` turns it off"
@@ -162,7 +162,7 @@ def _step_lines(plan: Plan) -> Iterator[str]:
 
 
 def steps_in_words(plan: Plan) -> str:
-    """How many optimizer steps a run has, and what they are made of."""
+    """The number of optimizer steps, and how it is computed."""
     parameters, steps = plan.parameters, plan.steps
     return (
         f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
@@ -171,7 +171,7 @@ def steps_in_words(plan: Plan) -> str:
 
 
 def start_lines(plan: Plan) -> Iterator[str]:
-    """What is worth saying of where a run begins."""
+    """Notes on where a run starts or resumes."""
     yield from (*plan.start.notes, *plan.start.warnings)
 
 
@@ -193,13 +193,13 @@ def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
 
 
 def _parameters(plan: Plan, component: str) -> str:
-    """How many numbers the weights of a component are."""
+    """The number of parameters of a component."""
     count = count_parameters(plan, component)
     return f"{format_count(count)} parameters" if count else "parameters unknown"
 
 
 def _kinds(modules: Sequence[str]) -> str:
-    """How many modules there are in which blocks, and of which kinds."""
+    """The number of LoRA modules by block and kind."""
     return "; ".join(
         f"{names.total()} in {blocks or 'no block'} ({', '.join(names)})" for blocks, names in kinds_of(modules).items()
     )
@@ -229,7 +229,7 @@ def _kept_in_float8(share: float | None) -> str:
 
 
 def list_sizes(sizes: Counter[tuple[int, int, int]]) -> str:
-    """How many there are of each size, the first few of them."""
+    """The number of samples of each size; the first few sizes."""
     listed = ", ".join(f"{number} of {format_size(size)}" for size, number in list(sizes.items())[:SHOWN_SIZES])
     more = len(sizes) - SHOWN_SIZES
     return f"{listed} and {more} more sizes" if more > 0 else listed

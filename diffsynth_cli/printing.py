@@ -1,8 +1,8 @@
-"""The one way of text to the terminal: what would steer it is spelled out, whoever wrote it.
+"""All output to the terminal goes through here, with control characters escaped, whatever their source.
 
-Names of files and tensors, captions, keys of YAML and answers of hubs come from elsewhere, and end up in messages. An
-escape sequence in one could clear the screen, retitle the window or hide what is shown; marks of writing direction
-could make one name look like another. They are shown as `\\u001b` and the like, which JSON reads back as they were.
+File names, tensor names, captions, YAML keys and responses of hubs are foreign text that ends up in messages. An escape
+sequence in it could clear the screen, change the title or hide text, and bidirectional marks could make one name look
+like another. They are printed as `\\u001b` and the like, which JSON reads back unchanged.
 """
 
 import re
@@ -10,8 +10,9 @@ import re
 import typer
 
 _STEERING = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-"""Control characters, line separators, marks that override the direction of writing, and halves of characters: bytes of
-a file name that are not UTF-8 are kept as such halves, which no stream can encode."""
+"""Control characters, line separators, bidirectional overrides and unpaired surrogates. Python decodes bytes of a file
+name that are not UTF-8 to such surrogates, which no stream can encode.
+"""
 _IN_A_LINE = re.compile(rf"[\t\n{_STEERING}]")
 _IN_A_MESSAGE = re.compile(rf"\n(?! )|[\t{_STEERING}]")
 _IN_A_TEXT = re.compile(rf"[{_STEERING}]")
@@ -22,34 +23,34 @@ def _spell_out(match: re.Match[str]) -> str:
 
 
 def printable(line: str) -> str:
-    """A line whose control characters, tabs and line breaks among them, are spelled out."""
+    """Escape all control characters in a line, tabs and line breaks included."""
     return _IN_A_LINE.sub(_spell_out, line)
 
 
 def printable_message(message: str) -> str:
-    """As `printable`, but a message may go on in lines that are set in: no name can feign a line of its own."""
+    """As `printable`, but keep line breaks that are followed by an indent: a name cannot pass for a line of its own."""
     return _IN_A_MESSAGE.sub(_spell_out, message)
 
 
 def printable_text(text: str) -> str:
-    """As `printable`, but with line breaks and tabs kept: for texts of many lines that were made as such, and JSON."""
+    """As `printable`, but keep line breaks and tabs: for multi-line output composed here, and JSON."""
     return _IN_A_TEXT.sub(_spell_out, text)
 
 
 def echo(text: str = "", err: bool = False) -> None:
-    """Print a text of any number of lines."""
+    """Print text of any number of lines."""
     typer.echo(printable_text(text), err=err)
 
 
 def echo_line(line: str, err: bool = False) -> None:
-    """Print a line, which may go on in lines that are set in."""
+    """Print a line, which may have indented continuation lines."""
     typer.echo(printable_message(line), err=err)
 
 
 def echo_styled(
     text: str, color: str | None, bold: bool | None = None, newline: bool = True, err: bool = False
 ) -> None:
-    """Print a line in a colour; None: in none, and then without any escape sequence."""
+    """Print a line in a color; None: without any escape sequence."""
     if color is None and not bold:
         typer.echo(printable_message(text), nl=newline, err=err)
         return

@@ -1,4 +1,4 @@
-"""Commands that write files, stopped by a signal: what is half written goes, and the exit code tells the signal."""
+"""Commands that write files, stopped by a signal: partial files are removed, and the exit code names the signal."""
 
 import signal
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
 
 @contextmanager
 def handle_sigint() -> Iterator[None]:
-    """While the block runs, the first signal that asks to stop ends it as an exception, which lets files be cleaned up.
+    """While the block runs, turn the first stop signal into an exception, so that files can be cleaned up.
 
-    Further ones have no effect: cleaning up takes a moment. A signal that is ignored already (a program started with
-    `nohup`) stays so.
+    Later signals are ignored: cleaning up takes a moment. A signal that is already ignored (a program started with
+    `nohup`) stays ignored.
 
     Raises:
         Interrupted: with the exit code of the signal.

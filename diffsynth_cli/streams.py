@@ -1,7 +1,7 @@
-"""stdout and stderr where their reader is gone or their disk is full.
+"""stdout and stderr when their reader has exited or their disk is full.
 
-Messages must never end what they tell of: on stderr what cannot be written is left out. Data on stdout that cannot be
-written is the failure of a command whose purpose is that data.
+A message must never end the work that it reports: what stderr cannot write is dropped. Data that cannot be written to
+stdout is a failure, because it is the purpose of the command.
 """
 
 import errno
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ReaderGone(DiffSynthError):
-    """The program that read stdout, such as `head`, has what it wanted. Nothing is to be said, as with other tools."""
+    """The program that read stdout, such as `head`, has exited. Nothing is printed, as with other tools."""
 
     exit_code = SIGNAL_EXIT_BASE + signal.SIGPIPE
 
@@ -30,7 +30,7 @@ class ReaderGone(DiffSynthError):
 
 
 class MessageStream:
-    """A text stream that never fails: once the system refuses to write, what follows is left out."""
+    """A text stream that never fails: after the first write error, everything is dropped."""
 
     def __init__(self, stream: "TextIO") -> None:
         self._stream = stream
@@ -60,11 +60,11 @@ class MessageStream:
         except OSError:
             self._turn_off()
         except RuntimeError:
-            pass  # a signal came in the midst of a write, and its handler writes too
+            pass  # a signal arrived during a write, and its handler writes too
 
     def _turn_off(self) -> None:
         self._off = True
-        # What is still in the buffer would fail again when Python ends, and turn the exit code into 120.
+        # Buffered text would fail again when Python exits, and turn the exit code into 120.
         with suppress(OSError, ValueError):
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, self._stream.fileno())
@@ -72,12 +72,12 @@ class MessageStream:
 
 
 class DataStream(MessageStream):
-    """A text stream whose failure is an error of ours: `ReaderGone` when a pipe was closed, else a DiffSynthError."""
+    """A text stream whose write errors become our errors: `ReaderGone` for a closed pipe, else a DiffSynthError."""
 
     _failure: DiffSynthError | None = None
 
     def _try(self, act: Callable[[], object]) -> None:
-        if self._failure:  # typer tries a stream out before it prints, and passes over what is raised then
+        if self._failure:  # typer probes a stream before it prints, and ignores what that raises
             raise self._failure
         try:
             act()
@@ -94,10 +94,10 @@ def _cannot_write(error: OSError) -> DiffSynthError:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """While the block runs, stdout and stderr fail as this module says."""
+    """While the block runs, make stdout and stderr fail as described in this module."""
     before = sys.stdout, sys.stderr
     for stream in before:
-        if isinstance(stream, io.TextIOWrapper):  # of a terminal in another encoding, which lacks some characters
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in another encoding, which lacks some characters
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = DataStream(before[0]) if before[0] else before[0]
     sys.stderr = MessageStream(before[1]) if before[1] else before[1]
@@ -109,7 +109,8 @@ def guarded_streams() -> Iterator[None]:
 
 @contextmanager
 def stdout_as_messages() -> Iterator[None]:
-    """While the block runs, stdout fails as quietly as stderr: for runs, which are worth more than what they tell."""
+    """While the block runs, make stdout drop what it cannot write, as stderr does: a run is worth more than its
+    messages."""
     before = sys.stdout
     stream = before._stream if isinstance(before, DataStream) else before
     sys.stdout = MessageStream(stream) if stream else stream
@@ -120,10 +121,10 @@ def stdout_as_messages() -> Iterator[None]:
 
 
 def open_closed_descriptors() -> None:
-    """Open the null device as stdin, stdout and stderr where those were closed (`2>&-`): else the next files that are
-    opened, weights among them, take their numbers, and what libraries tell is written into them."""
+    """Open the null device for closed stdin, stdout or stderr (`2>&-`). Otherwise the next files opened, weights among
+    them, would get their descriptors, and output of libraries would be written into them."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # returns the lowest free descriptor

@@ -1,4 +1,4 @@
-"""One training command in the terminal: plan, rehearse or train stage after stage, and tell how each ended."""
+"""One `train` command in the terminal: plan, rehearse or train stage by stage, and report how each ended."""
 
 import os
 import shlex
@@ -57,14 +57,14 @@ if TYPE_CHECKING:
 
 NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device", "verbose")
 Plans = dict[str | None, "Plan"]
-"""Name of a stage, None where there are none -> what it will do, in the order of the runs."""
+"""Stage name (None without stages) -> its plan, in the order of execution."""
 
 
 def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
-    """Carry out one `diffsynth train`; returns the exit code.
+    """Run one `diffsynth train` command and return the exit code.
 
-    All stages are planned before the first one runs, so that what is wrong with any of them comes in one report. Where
-    several processes are asked for, this one plans, and starts them.
+    All stages are planned before the first one starts, so that their problems come in one report. For several
+    processes, this one plans, and starts the others.
     """
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     first = stages[0].parameters
@@ -92,13 +92,13 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
 
 
 def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int, without_files: bool = False) -> Plans:
-    """The plans of the stages to run; those with nothing left to do are passed over, which is no fault: what starts a
-    run again until it succeeds must come to an end.
+    """Plan the stages to run. Completed stages are skipped without an error, so that a loop that restarts a run until
+    it succeeds ends.
 
-    `without_files`: what is not there is told in the plans.
+    `without_files`: report missing files in the plans instead of raising.
 
     Raises:
-        FaultsFound: all that is wrong with any stage.
+        FaultsFound: with the problems of all stages.
     """
     from diffsynth_core.planning.output import RunComplete
 
@@ -124,7 +124,7 @@ def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int,
 
 
 def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:
-    """What is wrong with the stages; a problem that not all of them have names its own."""
+    """The problems of all stages; a problem that only some stages have names its stage."""
     shared = frozenset[Problem].intersection(*map(frozenset[Problem], found.values()))
     return [
         problem if problem in shared else replace(problem, message=f"stage {stage}: {problem.message}")
@@ -146,10 +146,10 @@ def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_
 
 
 def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
-    """Print of each stage whether it fits, what it will do and take; last, the flags that make it fit.
+    """Print for each stage whether it fits, its plan and estimate; last, the flags that make it fit.
 
-    Returns the exit code: 0, that of a failure when something is missing that the run would not fetch itself, else
-    `EXIT_DOES_NOT_FIT` when a stage does not fit in `gpu_memory`.
+    Returns the exit code: 0; that of a failure if something is missing that the run would not download; else
+    `EXIT_DOES_NOT_FIT` if a stage does not fit in `gpu_memory`.
     """
     plans = _make_plans(stages, reporter, world_size, without_files=True)
     faults = _of_stages({resolved.stage: _faults(resolved, plans) for resolved in stages})
@@ -170,7 +170,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
 
 
 def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
-    """What a stage lacks, apart from files that the run downloads and a dataset that nobody has named yet."""
+    """What a stage lacks, except files that the run downloads and a dataset that has not been named yet."""
     if resolved.stage not in plans:
         return []
     missing = plans[resolved.stage].missing
@@ -183,7 +183,7 @@ def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
 def _tell_plan(
     stage: str | None, plan: "Plan", estimate: Estimate | None, reporter: ConsoleReporter, width: int | None
 ) -> None:
-    """Print the plan of a stage, whether it fits first and in the colour of the answer."""
+    """Print the plan of a stage, beginning with whether it fits, in the matching color."""
     if stage:
         echo_line(f"Stage {stage}")
     if estimate and estimate.fit:
@@ -201,7 +201,7 @@ def _tell_plan(
 
 
 def _echo(line: str) -> None:
-    """A line of the plan on stdout, a warning in its colour."""
+    """Print a line of the plan to stdout, warnings in color."""
     told = line.removeprefix(WARNING)
     if told != line:
         echo_styled(WARNING, None if "NO_COLOR" in os.environ else "yellow", newline=False)
@@ -221,7 +221,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
     accelerate_config = plans[first].parameters.accelerate_config
     if launching.needs_launch(world_size, accelerate_config):
         return launching.launch(flags, world_size, accelerate_config, plans[first].device)
-    # Our launcher ends all processes when one has died, and the command that started it tells of the user's signals.
+    # The launcher ends all processes if one has died, and the command that started it reports signals of the user.
     tell_stop = reporter.keep if REPORTS in os.environ else reporter.info
     with listen_for_stop(tell_stop, insist=not launching.is_launched()) as stop:
         for stage, plan in plans.items():
@@ -237,7 +237,8 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
             except Interrupted as error:
                 if stage == first:
                     raise
-                # Before its first step a run says to give the same command again; the stages before hold runs by now.
+                # Before its first step, a run suggests rerunning the command; here, earlier stages have already written
+                # runs.
                 stopped_by = error.exit_code - SIGNAL_EXIT_BASE
                 what = f"stage {stage}: {error.problems[0].message}"
                 raise Interrupted(stopped_by, what, "continue with `--resume auto`") from error
@@ -247,7 +248,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
 
 
 def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
-    """Train, or encode for a training to come; returns what tells of it, in the process that wrote files."""
+    """Train, or precompute encodings; return a function that reports the result in the process that wrote files."""
     if not plan.task.trains:
         from diffsynth_core.training.precompute import precompute
 
@@ -257,7 +258,7 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
 
     result = train(plan, reporter, stop)
 
-    def tell() -> None:  # checkpoints are in the record of the first process alone
+    def tell() -> None:  # only the record of the first process lists checkpoints
         checkpoint = result.folder / result.record.checkpoints[-1].file
         _tell_results(stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
 
@@ -265,7 +266,7 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
-    """Before the next stage: free what the last one held, whose log is not that of the next."""
+    """Between stages: free the memory of the last stage, and close its log."""
     import torch
 
     from diffsynth_core.training.encode import free_device_memory
@@ -284,7 +285,7 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
         raise DiffSynthError(
             f"a rehearsal runs in one process, but this is one of {world_size}", "rehearse without the launcher"
         )
-    if len(stages) > 1:  # each is planned and told again when its turn comes
+    if len(stages) > 1:  # each is planned and printed again before it starts
         _make_plans(stages, SilentReporter(), world_size)
     drew = None
     with listen_for_stop(reporter.info) as stop:
@@ -302,7 +303,7 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
 
 
 def _own_command() -> str:
-    """What calls this program again: `diffsynth`, or its path where that name is not, or not this one, on PATH."""
+    """The command that runs this program again: `diffsynth`, or its path if PATH has no or another `diffsynth`."""
     called, found = Path(sys.argv[0]), shutil.which("diffsynth")
     if called.name != "diffsynth" or (found and Path(found).resolve() == called.resolve()):
         return "diffsynth"
@@ -310,7 +311,7 @@ def _own_command() -> str:
 
 
 def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
-    """Rehearse one stage and tell what that proved."""
+    """Rehearse one stage and print what that verified."""
     from diffsynth_core.dataset_report.preflight import quick_check
     from diffsynth_core.training.rehearsal import how_to_repeat, rehearse
 
@@ -319,7 +320,7 @@ def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRe
         stop.raise_if_set()
         rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(stage, plan, reporter), quick_check)
     except Interrupted as error:
-        # What a stopped run says of resuming does not hold here: every rehearsal is a run of its own.
+        # A rehearsal always starts over, so the hint to resume does not apply.
         stopped_by = error.exit_code - SIGNAL_EXIT_BASE
         raise Interrupted(stopped_by, "the rehearsal was interrupted", how_to_repeat(resolved)) from error
     reporter.result(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
@@ -330,7 +331,7 @@ def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRe
 
 
 def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> None:
-    """Tell the plan of a run; what is told only if asked for is in the log all the same."""
+    """Print the summary of a plan; the full plan goes to the log."""
     for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
         reporter.info(line)
     for line in warning_lines(plan):

@@ -1,4 +1,4 @@
-"""Lines as wide as the terminal, with what goes on below set in to where its value begins."""
+"""Wrapping lines to the width of the terminal, with continuation lines indented to the start of the value."""
 
 import re
 import shutil
@@ -6,18 +6,18 @@ import sys
 import textwrap
 
 MARGIN = re.compile(r" *(?:[\d.]+ \w+  |\S+  +)?")
-"""What the value of a line begins behind: blanks, and an amount or a name in a column of its own."""
+"""What precedes the value of a line: an indent, and a number or label in a column of its own."""
 SET_IN = 6
-"""Columns that lines are set in by where a word of the value has no room behind its margin."""
+"""The indent of continuation lines if a word does not fit behind that of the value."""
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal; None where stdout is none, so that lines stay whole for programs."""
+    """The width of the terminal; None if stdout is not one, so that lines stay whole for other programs."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def wrap_line(line: str, width: int | None) -> str:
-    """A line, or several, of at most `width` columns as far as its words allow; None: as it is."""
+    """Wrap a line to `width` columns as far as its words allow; None: unchanged."""
     if width is None or len(line) <= width:
         return line
     margin = MARGIN.match(line)
@@ -28,15 +28,15 @@ def wrap_line(line: str, width: int | None) -> str:
 
 
 HELP_COLUMNS = 80
-"""Help is no wider than that, however wide the terminal."""
+"""Maximum width of help, however wide the terminal."""
 _PIECE = re.compile(r"--?[a-z_-]+(?: +(?!-)(?:'[^']*'|\S+))*|'[^']*'|\S+")
-"""An option with its values, or another word: what an example is not broken within."""
+"""An option with its values, or another word: examples are never broken inside one."""
 
 
 def help_with_examples(text: str, *examples: str) -> str:
-    """The help of a command, with examples that can be pasted: long ones go on behind a backslash.
+    """Format the help of a command, with examples that can be pasted: long ones are continued after a backslash.
 
-    A line that is `\\b` alone keeps what follows from being wrapped again.
+    A line with `\\b` alone prevents the following lines from being wrapped again.
     """
     width = min(shutil.get_terminal_size().columns, HELP_COLUMNS) - 4
     shown = ["\b\n  " + "\n  ".join(_break_command(example, width)) for example in examples]
@@ -44,7 +44,7 @@ def help_with_examples(text: str, *examples: str) -> str:
 
 
 def _break_command(command: str, width: int) -> list[str]:
-    """The lines of a command, of at most `width` columns as far as its words allow."""
+    """Wrap a command to `width` columns as far as its words allow."""
     lines: list[str] = []
     room = width - len("     \\")
     pieces = [

@@ -78,7 +78,7 @@ def download(
         Format, typer.Option("--format", help="table: for reading, json: for other programs, on stdout")
     ] = Format.TABLE,
 ) -> int:
-    """List what is wanted and what of it is here, then bring the rest."""
+    """List the files and what is on disk, then download the rest."""
     from diffsynth_core.hub.client import downloads_disabled
     from diffsynth_core.planning.download_request import request_download
 
@@ -93,7 +93,7 @@ def download(
 
 
 def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
-    """The list alone, on stdout."""
+    """Print the list only."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.download_text import plan_as_data, plan_lines
     from diffsynth_core.hub.download import list_download
@@ -105,7 +105,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
 
 
 def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
-    """The list, then the files."""
+    """Print the list, then download."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.download_text import plan_as_data, plan_lines, result_line
     from diffsynth_core.hub.download import download
@@ -126,7 +126,7 @@ def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json
 
 
 def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
-    """Without a hub: what is not here, as far as names tell, and the command that brings it."""
+    """Offline: list the missing files, judged by name, and the download command."""
     from diffsynth_core.errors import raise_if_any
     from diffsynth_core.planning.download_request import offline_problems
 

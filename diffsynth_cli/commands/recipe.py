@@ -113,7 +113,7 @@ def print_schema() -> None:
 
 
 def _as_yaml(content: dict[str, Any]) -> str:
-    """A recipe file: the name goes into the first line, as the file's own name says it otherwise."""
+    """Format a recipe file; its name goes into the first line, since a file's name is not part of its content."""
     import yaml
 
     fields = {key: value for key, value in content.items() if key != "name"}
