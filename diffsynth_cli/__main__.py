@@ -1,4 +1,4 @@
-"""`diffsynth`, and `python -m diffsynth_cli`: Ctrl-C while modules are imported is told as it is later."""
+"""`diffsynth`, and `python -m diffsynth_cli`: handles Ctrl-C also while modules are being imported."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ error: diffsynth does not run natively on Windows
 
 
 def run() -> int:
-    """As `diffsynth_cli.main.main`, whose import is part of what can be stopped."""
+    """Run `diffsynth_cli.main.main`; its import can be interrupted too."""
     if sys.platform == "win32":  # before the engine is imported, which needs locks and signals that Windows lacks
         sys.stderr.write(ON_WINDOWS)
         return 1
@@ -24,12 +24,12 @@ def run() -> int:
         open_closed_descriptors()
         return main()
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted\n")  # typer may not be there yet
+        sys.stderr.write("Interrupted\n")  # typer may not be imported yet
         return STOPPED
 
 
 def end(code: int) -> NoReturn:
-    """End a process of a run in several; what is left of a broken process group can wait for ever while Python ends."""
+    """End a process of a run with several; a broken process group can block the interpreter's shutdown forever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -47,14 +47,14 @@ def ensure_downloaded(stages: Sequence[Resolved], reporter: ConsoleReporter, pla
         if not all(isinstance(problem, MissingFiles) for problem in error.problems):
             raise
         # The process that downloads reports progress, whichever rank it has.
-        teller = ConsoleReporter() if reporter.quiet else reporter
+        messages = ConsoleReporter() if reporter.quiet else reporter
 
-        def tell(download: DownloadPlan) -> None:
+        def show(download: DownloadPlan) -> None:
             for line in plan_lines(download):
-                teller.info(line)
+                messages.info(line)
 
         with stopped_in_order():
-            download_missing(wanted, base, reporter, teller, tell)
+            download_missing(wanted, base, reporter, messages, show)
 
 
 class _WithoutWords(SilentReporter):

@@ -49,7 +49,7 @@ class Ending:
             if problem.hint:
                 yield f"  hint: {problem.hint}"
 
-    def tell(self) -> None:
+    def show(self) -> None:
         """Print the message to stderr."""
         if self.sentence:
             echo(self.sentence, err=True)
@@ -61,7 +61,7 @@ class Ending:
 def exit_code_of(error: Exception) -> int:
     """Print an error to stderr and return the exit code."""
     ending = ending_of(error)
-    ending.tell()
+    ending.show()
     return ending.code
 
 

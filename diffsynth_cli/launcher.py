@@ -1,7 +1,7 @@
 """accelerate's launcher as a program of its own: `python -m diffsynth_cli.launcher OPTIONS -m diffsynth_cli train …`.
 
-It ends its processes when the command that started it is gone, and says in one sentence how they ended, where
-accelerate and torch show tracebacks of their own.
+It ends its processes if the command that started it is gone, and reports how they ended in one sentence instead of the
+tracebacks of accelerate and torch.
 """
 
 import logging
@@ -25,24 +25,24 @@ from diffsynth_core.processes import watch_parent
 
 
 def main(words: Sequence[str]) -> int:
-    """Launch; returns the exit code of the run. How it ended is left for the command that started this one."""
+    """Launch and return the exit code of the run. How it ended is left for the command that started this one."""
     outer, reports = os.getppid(), Path(os.environ[REPORTS])
     watch_parent(outer, _stop_processes)
-    logging.disable(logging.ERROR)  # torch logs that processes failed and how it ends the others
+    logging.disable(logging.ERROR)  # torch logs failed processes, and how it ends the others
     ending = _launch(words, reports)
     if ending is None:
         return 0
     if os.getppid() == outer:
         write_ending(reports / f"{LAUNCHER}.json", ending)
-    else:  # nobody else is left to tell it, or to clean up
-        ending.tell()
+    else:  # nobody else is left to report it, or to clean up
+        ending.show()
         keep_in_log(ending, reports)
         shutil.rmtree(reports, ignore_errors=True)
     return ending.code
 
 
 def _launch(words: Sequence[str], reports: Path) -> Ending | None:
-    """How the processes ended; None when they did what they were to do."""
+    """How the processes ended; None if they succeeded."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -53,10 +53,10 @@ def _launch(words: Sequence[str], reports: Path) -> Ending | None:
         launch_command(arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    except subprocess.CalledProcessError as error:  # of a single process, which it starts in another way
+    except subprocess.CalledProcessError as error:  # a single process, which accelerate starts in another way
         codes = {0: error.returncode}
     except SignalException:
-        pass  # the processes have been stopped, and have said so
+        pass  # the processes were stopped, and have reported it
     except Exception as error:
         return ending_of(error)
     else:
@@ -65,7 +65,7 @@ def _launch(words: Sequence[str], reports: Path) -> Ending | None:
 
 
 def _stop_processes() -> None:
-    """Have the processes save and end, as a signal of the user does; torch's launcher itself would give them half a
+    """Let the processes save and end, as after a signal of the user; torch's launcher itself would give them half a
     minute."""
     with suppress(psutil.Error):
         if not (processes := psutil.Process().children()):

@@ -1,4 +1,4 @@
-"""One command in several processes: the same `diffsynth train` again, through the launcher of accelerate."""
+"""Several processes: the same `diffsynth train` command again, started by accelerate's launcher."""
 
 import os
 import signal
@@ -25,25 +25,27 @@ from diffsynth_core.training.stop import FINISHING
 
 LAUNCHER = (sys.executable, "-m", "diffsynth_cli.launcher")
 LAUNCHERS = (LAUNCHER[-1], "accelerate.commands.launch")
-"""Modules that start processes: ours, and the one that it is made of."""
+"""Modules that start processes: our launcher and the one it builds on."""
 STARTED_ALONE = ("NO", "MULTI_CPU")
-"""Kinds of distribution in a configuration of accelerate that its launcher starts a single process for."""
+"""Values of `distributed_type` in an accelerate configuration for which its launcher starts a single process."""
 SHARDED_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
-"""Kinds of distribution that share weights, gradients or optimizer out."""
+"""Values of `distributed_type` that shard weights, gradients or optimizer states."""
 UNCONFIGURED = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-"""What the launcher would take, and complain of, without a configuration; the precision is the plan's business."""
+"""Defaults that the launcher would use, with a warning, without a configuration; the plan decides the precision."""
 
 
 def world_size() -> int:
-    """How many processes there are.
+    """The number of processes.
 
     Raises:
-        FaultsFound: when the environment says what is no number.
+        FaultsFound: if `WORLD_SIZE` is not a positive integer.
     """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if not told.isdecimal() or int(told) < 1:
-        raise FaultsFound([Problem(f"WORLD_SIZE is `{told}`, expected a positive integer", "unset it", wrong_use=True)])
-    return int(told)
+    stated = os.environ.get("WORLD_SIZE", "1")
+    if not stated.isdecimal() or int(stated) < 1:
+        raise FaultsFound(
+            [Problem(f"WORLD_SIZE is `{stated}`, expected a positive integer", "unset it", wrong_use=True)]
+        )
+    return int(stated)
 
 
 def is_launched() -> bool:
@@ -52,10 +54,10 @@ def is_launched() -> bool:
 
 
 def check_launched() -> None:
-    """See whether what told this process that it is one of several told it all that it needs to find the others.
+    """Check that the environment of a process of several has everything needed to find the others.
 
     Raises:
-        FaultsFound: when `WORLD_SIZE` stands alone, as in the environment of some containers.
+        FaultsFound: if only `WORLD_SIZE` is set, as in the environment of some containers.
     """
     if world_size() == 1:
         return
@@ -67,10 +69,10 @@ def check_launched() -> None:
 
 
 def check_world_size(num_processes: int | None) -> None:
-    """Compare how many processes there are with how many were asked for, by the parameter or of the launcher.
+    """Compare the number of processes with the number requested, by the parameter or from the launcher.
 
     Raises:
-        DiffSynthError: when they differ: in some cases the launcher starts one, whatever it is told.
+        DiffSynthError: if they differ: in some cases the launcher starts only one process.
     """
     for asked, where in ((num_processes, "`num_processes`"), (asked_of_launcher(), "the launcher")):
         if asked is not None and asked != world_size():
@@ -83,10 +85,10 @@ def check_world_size(num_processes: int | None) -> None:
 
 
 def find_config(name: str | None) -> Path | None:
-    """The configuration of accelerate that is meant: a preset by its name, a file, else the user's default if any.
+    """The accelerate configuration to use: a preset by name, a file, or the user's default, if any.
 
     Raises:
-        DiffSynthError: when there is neither a preset nor a file of that name.
+        DiffSynthError: if there is neither a preset nor a file of that name.
     """
     if name is None:
         default = default_config()
@@ -107,10 +109,11 @@ def default_config() -> Path:
 
 
 def processes_asked(num_processes: int | None, accelerate_config: str | None) -> int:
-    """How many processes the flags ask for; 1 without any, whatever the user's default configuration says.
+    """The number of processes requested by the flags; 1 without flags, whatever the user's default configuration
+    states.
 
     Raises:
-        DiffSynthError: when the configuration that is meant is not there, or asks for what is not supported.
+        DiffSynthError: if the configuration is missing, or requests what is not supported.
     """
     if not accelerate_config and num_processes in (None, 1):
         return 1
@@ -123,18 +126,18 @@ def processes_asked(num_processes: int | None, accelerate_config: str | None) ->
 
 
 def needs_launch(processes: int, accelerate_config: str | None) -> bool:
-    """Whether this process is to start those that train: several, or one under a configuration that was named."""
+    """Whether this process has to start the training processes: several, or one with an explicit configuration."""
     return not is_launched() and (processes > 1 or accelerate_config is not None)
 
 
 def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | None, device: str) -> int:
-    """Run the same command in so many processes, and tell how they ended; returns the exit code.
+    """Run the same command in several processes, report how they ended, and return the exit code.
 
-    A signal to this process is handed on to the processes that train, which save and end; the launcher itself would
-    give them half a minute. A second one ends them at once.
+    Signals to this process are forwarded to the training processes, which save and end; the launcher itself would give
+    them half a minute. A second signal ends them at once.
 
     Raises:
-        DiffSynthError: when there are fewer GPUs.
+        DiffSynthError: if there are fewer GPUs than processes.
     """
     import torch
 
@@ -151,9 +154,9 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
             f"request {there * machines} in total",
         )
     options = ["--num_processes", str(processes), *(["--config_file", str(config)] if config else UNCONFIGURED)]
-    # `--multi_gpu` stands for any kind of several processes; without it the launcher starts one and says nothing.
+    # `--multi_gpu` means several processes of any kind; without it, the launcher silently starts one.
     options += ["--multi_gpu"] if configured.get("distributed_type", "NO") in STARTED_ALONE and processes > 1 else []
-    # A free port, so that another run on this machine is not in the way.
+    # a free port, so that runs on one machine do not collide
     options += ["--main_process_port", "0"] if machines == 1 and not configured.get("main_process_port") else []
     command = [*LAUNCHER, *options, "-m", "diffsynth_cli", "train", *as_words(flags)]
     with TemporaryDirectory(prefix="diffsynth-") as folder:
@@ -164,7 +167,7 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
             _handing_on(launcher, reports) as stopped,
         ):
             code = launcher.wait()
-            while ranks.alive(reports):  # the launcher was killed: they save and end by themselves
+            while ranks.alive(reports):  # the launcher was killed: the processes save and end by themselves
                 time.sleep(0.2)
         if code == 0 and not stopped:
             return 0
@@ -173,13 +176,13 @@ def launch(flags: Mapping[str, Any], processes: int, accelerate_config: str | No
             ending = replace(ending, code=SIGNAL_EXIT_BASE + stopped[0])
         elif code < 0:
             ending = ranks.killed("the process launcher", -code)
-        ending.tell()
+        ending.show()
         ranks.keep_in_log(ending, reports)
     return ending.code
 
 
 def as_words(flags: Mapping[str, Any]) -> Iterator[str]:
-    """Flags by name as words of a command line."""
+    """Flags by name, as words of a command line."""
     for name, value in flags.items():
         if isinstance(value, bool):
             yield f"--{name}" if value else f"--no_{name}"
@@ -189,7 +192,7 @@ def as_words(flags: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def _handing_on(launcher: "subprocess.Popen[bytes]", reports: Path) -> Iterator[Sequence[int]]:
-    """While the block runs, hand stopping signals on to what the launcher started; gives those that came."""
+    """While the block runs, forward stop signals to the launcher; yields the signals received."""
     came: list[int] = []
 
     def hand_on(number: int, frame: object) -> None:
@@ -199,7 +202,7 @@ def _handing_on(launcher: "subprocess.Popen[bytes]", reports: Path) -> Iterator[
         processes = {process.pid: process for process in ranks.alive(reports)}
         with suppress(psutil.Error):
             processes |= {process.pid: process for process in psutil.Process(launcher.pid).children()}
-        if not processes and launcher.poll() is None:  # it has not come so far yet
+        if not processes and launcher.poll() is None:  # not started yet
             launcher.send_signal(number)
         for process in processes.values():
             with suppress(psutil.Error):
@@ -214,7 +217,7 @@ def _handing_on(launcher: "subprocess.Popen[bytes]", reports: Path) -> Iterator[
 
 
 def asked_of_launcher() -> int | None:
-    """How many processes `accelerate launch` was asked for, by its command line or configuration; None: not told."""
+    """Number of processes requested from `accelerate launch`, by its command line or configuration; None: unknown."""
     with suppress(psutil.Error):
         for parent in psutil.Process().parents()[:2]:
             words = parent.cmdline()
@@ -224,7 +227,7 @@ def asked_of_launcher() -> int | None:
 
 
 def _asked(words: Sequence[str]) -> int | None:
-    """The number of processes in a command line of `accelerate launch`, or in the configuration that it names."""
+    """The number of processes in a command line of `accelerate launch`, or in the configuration file it names."""
     own = list(words[: words.index("-m", 3)] if "-m" in words[3:] else words)
     own = [part for word in own for part in (word.split("=", 1) if word.startswith("--") else [word])]
     pairs = zip(own, [*own[1:], ""], strict=True)
@@ -233,7 +236,7 @@ def _asked(words: Sequence[str]) -> int | None:
     if number:
         return int(number)
     named = given.get("__config_file")
-    # The launcher looks for no default configuration where it is told to use the CPU.
+    # With `--cpu`, the launcher reads no default configuration.
     config = Path(named) if named else None if "__cpu" in given else default_config()
     if config is None or not config.is_file():
         return None

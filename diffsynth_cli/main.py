@@ -14,7 +14,7 @@ from diffsynth_cli.printing import echo
 from diffsynth_cli.streams import guarded_streams
 
 GROUPS = ("dataset", "recipe")
-"""Commands that have commands of their own."""
+"""Commands that have subcommands."""
 OPTION = re.compile(r"(?<= --)[\w-]+")
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 def build_app(named: str | None) -> typer.Typer:
-    """The application; only the named command is imported, so that `diffsynth --help` costs nothing."""
+    """The application; only the requested command is imported, so that `diffsynth --help` is fast."""
     app = typer.Typer(
         name="diffsynth",
         help="Train diffusion transformers (Qwen-Image, FLUX, Wan) from YAML recipes.",
@@ -49,7 +49,7 @@ def build_app(named: str | None) -> typer.Typer:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version  # `--help` does not need its import
+        from importlib.metadata import version  # not imported for `--help`
 
         echo(f"diffsynth {version('diffsynth-cli')}")
         raise typer.Exit()
@@ -64,7 +64,7 @@ def _root(
 
 
 def _not_named() -> None:
-    """Stands for a command in the help of the others."""
+    """A placeholder for a command in the help of the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _report(error, words, named)
     except KeyboardInterrupt:
         outcome = STOPPED
-    if outcome == STOPPED:  # Typer makes this exit code of Ctrl-C too, and says nothing
+    if outcome == STOPPED:  # Typer uses this exit code for Ctrl-C too, without a message
         echo("Interrupted", err=True)
     return outcome if isinstance(outcome, int) else 0
 
@@ -102,7 +102,8 @@ def _typed_words() -> list[str]:
 
 
 def _report(error: Exception, words: Sequence[str], named: str | None) -> int:
-    """Tell an error on stderr, or to the launcher that tells it for all processes of a run; returns the exit code."""
+    """Print an error to stderr, or report it to the launcher that prints it once for all processes; returns the exit
+    code."""
     from diffsynth_cli.errors import ending_of
 
     given = list(words[words.index(named) :][: 2 if named in GROUPS else 1]) if named in COMMANDS else []
@@ -112,5 +113,5 @@ def _report(error: Exception, words: Sequence[str], named: str | None) -> int:
 
         if report_ending(ending):
             return ending.code
-    ending.tell()
+    ending.show()
     return ending.code

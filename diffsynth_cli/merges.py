@@ -1,4 +1,4 @@
-"""Carrying out `merge-lora`, and telling of it: for people as tables, for programs as JSON."""
+"""Carrying out `merge-lora` and reporting the result, as tables or as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "skipped")
 WORST_SHOWN = 3
-"""Modules named of those that lose most."""
+"""Maximum number of modules listed as losing most."""
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a merge is to be carried out and told."""
+    """Options of a merge."""
 
     dtype: str | None
     allow_unmatched: bool
@@ -41,10 +41,10 @@ class Manner:
 
 
 def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_bytes: int | None, how: Manner) -> None:
-    """Merge LoRAs into a base, or tell what that would do.
+    """Merge LoRAs into a base, or report what that would do.
 
     Raises:
-        DiffSynthError: when something does not fit or cannot be written; nothing is left then.
+        DiffSynthError: if something does not fit or cannot be written; no files are left then.
     """
     base = open_base(base_text, model_base_path())
     plan = plan_merge(base, files, output, how.dtype, most_bytes, how.allow_unmatched)
@@ -56,7 +56,7 @@ def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_
     written = FilePlan(tuple(outputs_of(plan, lambda name: tuple)), plan.inputs)
     raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
     if not how.dry_run:
-        hashes = InputHashes(plan.hashed)  # which takes its time beside that of importing torch
+        hashes = InputHashes(plan.hashed)  # takes about as long as importing torch
         from diffsynth_core.conversion.merging import merge
 
         with handle_sigint():
@@ -69,10 +69,10 @@ def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_
 
 
 def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, family: str | None, how: Manner) -> None:
-    """Make one LoRA of several, or tell what that would do.
+    """Combine LoRAs into one, or report what that would do.
 
     Raises:
-        DiffSynthError: when something does not fit or cannot be written; nothing is left then.
+        DiffSynthError: if something does not fit or cannot be written; no files are left then.
     """
     plan = plan_sum(files, output, rank, how.dtype, how.allow_unmatched, family)
     ranks = sorted({module.rank for module in plan.modules})
@@ -97,10 +97,10 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
 
 
 def _lost_to_rank(rank: int, share: float, shares: Mapping[str, float]) -> list[str]:
-    """What a lower rank loses, in all and at worst."""
+    """The loss of rank reduction, in total and for the worst modules."""
     worst = sorted(shares, key=lambda name: -shares[name])[:WORST_SHOWN]
-    told = ", ".join(f"`{name}` {shares[name]:.3%}" for name in worst)
-    return [f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||); most: {told}"]
+    shown = ", ".join(f"`{name}` {shares[name]:.3%}" for name in worst)
+    return [f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||); most: {shown}"]
 
 
 def _summaries(plan: "MergePlan | SumPlan") -> tuple[LoraSummary, ...]:
@@ -115,7 +115,7 @@ def _tell(
     facts: Mapping[str, Any],
     how: Manner,
 ) -> None:
-    """All of it on stdout; what was left out also as a note."""
+    """Print the result to stdout; skipped tensors also as a note."""
     reporter = ConsoleReporter()
     for summary in summaries:
         if summary.differences:
@@ -160,7 +160,7 @@ def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
 
 
 def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[str]:
-    """A line for each LoRA, below their headings."""
+    """One line per LoRA, below a header."""
     rows = [(*HEADINGS, *(["rounding error"] if losses else []))]
     for summary, loss in _with_losses(summaries, losses):
         facts = (
@@ -177,7 +177,7 @@ def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> l
 
 
 def _span(numbers: Sequence[float]) -> str:
-    """One number, or the least and the greatest; a dash where there are none."""
+    """One number, or the minimum and maximum; a dash if there are none."""
     if not numbers:
         return "-"
     return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"

@@ -1,4 +1,4 @@
-"""The options of `train`, made from the one declaration of parameters."""
+"""The options of `train`, generated from the declaration of parameters."""
 
 import inspect
 import textwrap
@@ -25,13 +25,13 @@ HELP_WIDTH = 80
 
 
 SPELLINGS: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}
-"""`--lora-rank` is `--lora_rank`."""
+"""Treat `--lora-rank` as `--lora_rank`."""
 BOTH_SPELLINGS = SPELLINGS | {"allow_extra_args": True, "ignore_unknown_options": True}
-"""And what no option takes is left for our own report, beside all other problems."""
+"""Unknown options are left for our own report, with all other problems."""
 
 
 def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int]) -> Callable[..., int]:
-    """A command with one option per setting, which calls `function` with the values that were given."""
+    """A command with one option per parameter, which calls `function` with the values that were given."""
 
     def command(context: typer.Context, **values: Any) -> int:
         return function(context, {name: value for name, value in values.items() if value is not None})
@@ -50,7 +50,7 @@ def with_setting_options(function: Callable[[typer.Context, dict[str, Any]], int
 
 
 def setting_option(setting: Setting) -> Any:
-    """The option's type for Typer; values other than flags stay text, which the declaration itself converts."""
+    """The option's type for Typer; values other than flags stay strings, which the declaration itself converts."""
     short = [f"-{setting.short}"] if setting.short else []
     if setting.type_name == "bool":
         names = (f"--{setting.name}/--no_{setting.name}", *short)
@@ -69,7 +69,7 @@ def setting_option(setting: Setting) -> Any:
 
 
 def _completions(setting: Setting) -> Callable[[str], list[str]]:
-    """What offers a shell the values of an option that begin as typed; none where the shell may offer files."""
+    """The shell completion of an option's values; None if the shell completes file names."""
     if setting.name == "recipe":
         return complete_recipe
 
@@ -81,12 +81,12 @@ def _completions(setting: Setting) -> Callable[[str], list[str]]:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """The recipes that a shell offers."""
+    """The recipe names for shell completion."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def metavar(setting: Setting) -> str:
-    """What stands behind an option's name in the help."""
+    """What follows an option's name in the help."""
     return "|".join(setting.choices) if setting.choices else METAVARS[setting.type_name]
 
 
@@ -105,12 +105,12 @@ class GroupedHelp(TyperCommand):
 
 
 def _switched(value: Any) -> str:
-    """A default as the help shows it; flags are on or off."""
+    """A default as shown in the help; flags are on or off."""
     return ("on" if value else "off") if isinstance(value, bool) else format_value(value)
 
 
 def option_help(setting: Setting) -> list[str]:
-    """The lines of one setting in the help."""
+    """The help of one parameter."""
     if setting.type_name == "bool":
         head = [f"  --{setting.name}, --no-{setting.name}{f', -{setting.short}' if setting.short else ''}"]
     else:

@@ -1,7 +1,7 @@
-"""The processes ("ranks") of a run in several: none outlives the others, and together they say one thing.
+"""The processes ("ranks") of one run: none outlives the others, and together they report once.
 
-Each hands how it ended to our launcher, which tells it once. One that is alone, because another has died, cannot go on:
-what it waits for in a collective never comes.
+Each reports how it ended to our launcher, which prints it once. If one has died, the others cannot continue: the
+collective they wait in never completes.
 """
 
 import json
@@ -25,13 +25,13 @@ from diffsynth_core.files import LineFile
 from diffsynth_core.processes import LOOK_SECONDS, watch_parent
 
 LAUNCHER = "launcher"
-"""Whose report is that of the launcher."""
+"""The name under which the launcher itself reports."""
 PEER_LOST = 76
-"""Exit code of a process that could not go on because another had died; that one is the cause."""
+"""Exit code of a process that could not continue because another one died, which is the cause."""
 ALONE_SECONDS = 15.0
-"""How long a process may take to end by itself when another has died; some collectives wait for ever."""
+"""How long a process may take to end by itself after another one died; some collectives wait forever."""
 NOTICE_SECONDS = 5.0
-"""A connection can break this much before the system shows that the process at its other end has died."""
+"""A connection can break this long before the system shows that the process at its other end has died."""
 
 
 class PeerLost(DiffSynthError):
@@ -42,12 +42,12 @@ class PeerLost(DiffSynthError):
 
 @contextmanager
 def in_company() -> Iterator[None]:
-    """For the body of each process of a run in several: it stops, and saves, when its launcher is gone; it ends when
-    another process has died, with nothing to say of the collectives that broke off. Without a launcher of ours or of
-    torch it does nothing: another parent, such as a shell, may go.
+    """Context for the body of each process of a run: stop and save if the launcher is gone, and end if another process
+    has died, without reporting the collectives that failed because of it. Without our launcher or torch's, this does
+    nothing: another parent process, such as a shell, may exit.
 
     Raises:
-        PeerLost: in place of what such a collective raises.
+        PeerLost: in place of the error of such a collective.
     """
     if REPORTS not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
@@ -80,7 +80,7 @@ class _Peers:
             threading.Thread(target=self._watch, name="watch peers", daemon=True).start()
 
     def wait_for_loss(self) -> list[int]:
-        """The ranks of those that have died; none where all are alive for a while."""
+        """The ranks that have died; none if all stay alive for a while."""
         until = time.monotonic() + NOTICE_SECONDS
         while self._count > 0 and time.monotonic() < until:
             if lost := self._lost():
@@ -89,7 +89,7 @@ class _Peers:
         return []
 
     def let_go(self) -> None:
-        """From here on others may end as they like."""
+        """After this, other processes may end as they like."""
         self._done.set()
 
     def _watch(self) -> None:
@@ -106,7 +106,7 @@ class _Peers:
 
 
 def _started_beside_us() -> dict[int, psutil.Process]:
-    """The other processes of the same launcher, by their ranks."""
+    """The other processes of the same launcher, by rank."""
     found = {}
     with suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
@@ -124,13 +124,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _report_begin() -> None:
-    """Tell our launcher, if one started this process, which process it is."""
+    """Report the rank of this process to our launcher, if it started this process."""
     if REPORTS in os.environ:
         _report_file("pid").write_text(str(os.getpid()), encoding="utf-8")
 
 
 def report_log(path: Path) -> None:
-    """Tell our launcher, if one started this process, which file the messages of the run are kept in."""
+    """Report the log file of the run to our launcher, if it started this process."""
     if REPORTS in os.environ:
         with suppress(OSError):
             _report_file("log").write_text(str(path.absolute()), encoding="utf-8")
@@ -141,14 +141,14 @@ def _report_file(kind: str) -> Path:
 
 
 def report_ending(ending: Ending) -> bool:
-    """Hand how this process ended to our launcher; False where none started it, or where that one is gone."""
+    """Report how this process ended to our launcher; False if none started it, or if it is gone."""
     if REPORTS not in os.environ:
         return False
     return write_ending(_report_file("json"), ending)
 
 
 def write_ending(path: Path, ending: Ending) -> bool:
-    """Write an ending for others to read; False where that fails."""
+    """Write an ending for the launcher to read; False if that fails."""
     try:
         path.write_text(json.dumps(asdict(ending)), encoding="utf-8")
     except OSError:
@@ -157,7 +157,7 @@ def write_ending(path: Path, ending: Ending) -> bool:
 
 
 def read_endings(reports: Path) -> dict[str, Ending]:
-    """What was reported, by `rank-N` or `launcher`; half a report of a process that was killed is none."""
+    """The reports, by `rank-N` or `launcher`; a partial report of a killed process is ignored."""
     found = {}
     for path in sorted(reports.glob("*.json")):
         with suppress(ValueError, TypeError, KeyError):
@@ -168,7 +168,7 @@ def read_endings(reports: Path) -> dict[str, Ending]:
 
 
 def keep_in_log(ending: Ending, reports: Path) -> None:
-    """Put how a run ended into its log, where the process that writes it has not done so."""
+    """Write how a run ended to its log, if the process that writes the log has not done so."""
     if read_endings(reports).get("rank-0", ending).code != PEER_LOST and (reports / "rank-0.json").exists():
         return
     with suppress(OSError):
@@ -179,12 +179,12 @@ def keep_in_log(ending: Ending, reports: Path) -> None:
 
 
 def log_line(message: str) -> str:
-    """A message as the log of a run has it."""
+    """A message in the format of the log."""
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {printable_text(message)}"
 
 
 def alive(reports: Path) -> list[psutil.Process]:
-    """The processes of a run that have begun and not ended."""
+    """The processes of a run that have started and not ended."""
     found = []
     for path in reports.glob("rank-*.pid"):
         with suppress(ValueError, psutil.Error):
@@ -195,22 +195,22 @@ def alive(reports: Path) -> list[psutil.Process]:
 
 
 def join_endings(codes: Mapping[int, int], reports: Path, world_size: int) -> Ending:
-    """One ending for a run in several processes.
+    """Reduce the endings of all processes to one.
 
-    `codes`: the exit codes of those that failed first, by rank; negative: the signal that killed one.
+    `codes`: the exit codes of the processes that failed first, by rank; negative: the signal that killed one.
     """
     endings = {name: ending for name, ending in read_endings(reports).items() if name != LAUNCHER}
     for rank, code in codes.items():
         if code < 0 and f"rank-{rank}" not in endings:
             return killed(_name(rank, world_size), -code)
-    told = [ending for ending in endings.values() if ending.code != PEER_LOST]
-    problems = tuple(dict.fromkeys(problem for ending in told for problem in ending.problems))
+    reported = [ending for ending in endings.values() if ending.code != PEER_LOST]
+    problems = tuple(dict.fromkeys(problem for ending in reported for problem in ending.problems))
     if problems:
-        wrong_use = any(ending.code == EXIT_WRONG_USE for ending in told)
+        wrong_use = any(ending.code == EXIT_WRONG_USE for ending in reported)
         return Ending(EXIT_WRONG_USE if wrong_use else EXIT_FAILED, problems)
-    if told:
-        return told[0]
-    # Those that broke off did so because of one on another machine, or one that the system ended without a signal.
+    if reported:
+        return reported[0]
+    # These failed because of a process on another machine, or one that the system ended without a signal.
     rank, code = next(((rank, code) for rank, code in codes.items() if code != PEER_LOST), (0, PEER_LOST))
     what = (
         "a process on another machine has died" if code == PEER_LOST else f"{_name(rank, world_size)} ended with {code}"
@@ -219,7 +219,7 @@ def join_endings(codes: Mapping[int, int], reports: Path, world_size: int) -> En
 
 
 def killed(who: str, number: int) -> Ending:
-    """How a run ended of which a process was killed."""
+    """The ending of a run one of whose processes was killed."""
     return Ending(EXIT_FAILED, (Problem(f"{who} was killed (signal {number}); continue with `--resume auto`"),))
 
 

@@ -202,10 +202,10 @@ def _tell_plan(
 
 def _echo(line: str) -> None:
     """Print a line of the plan to stdout, warnings in color."""
-    told = line.removeprefix(WARNING)
-    if told != line:
+    text = line.removeprefix(WARNING)
+    if text != line:
         echo_styled(WARNING, None if "NO_COLOR" in os.environ else "yellow", newline=False)
-    echo_line(told)
+    echo_line(text)
 
 
 def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
@@ -233,7 +233,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                 if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
                     for line in (verdict_line(fit), *trial_lines(fit), *change_lines(fit)):
                         reporter.info(line)
-                tell = _carry_out(stage, plan, reporter, stop)
+                report = _carry_out(stage, plan, reporter, stop)
             except Interrupted as error:
                 if stage == first:
                     raise
@@ -243,7 +243,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
                 what = f"stage {stage}: {error.problems[0].message}"
                 raise Interrupted(stopped_by, what, "continue with `--resume auto`") from error
             if not reporter.quiet:
-                tell()
+                report()
     return 0
 
 
@@ -258,11 +258,11 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
 
     result = train(plan, reporter, stop)
 
-    def tell() -> None:  # only the record of the first process lists checkpoints
+    def report() -> None:  # only the record of the first process lists checkpoints
         checkpoint = result.folder / result.record.checkpoints[-1].file
         _tell_results(stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
 
-    return tell
+    return report
 
 
 def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
@@ -335,8 +335,8 @@ def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Non
     for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
         reporter.info(line)
     for line in warning_lines(plan):
-        told = line.removeprefix(WARNING)
-        (reporter.info if told == line else reporter.warn)(told)
+        text = line.removeprefix(WARNING)
+        (reporter.info if text == line else reporter.warn)(text)
     for line in plan_lines(plan, reporter):
         (reporter.info if plan.parameters.verbose else reporter.keep)(line)
 

@@ -112,14 +112,14 @@ def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json
 
     reporter = ConsoleReporter()
 
-    def tell(plan: "DownloadPlan") -> None:
+    def show(plan: "DownloadPlan") -> None:
         if as_json:
             echo(json.dumps(plan_as_data(plan), indent=2))
         else:
             for line in plan_lines(plan):
                 reporter.info(line)
 
-    plan = download(request.wanted, request.base, source, reporter, tell, verify)
+    plan = download(request.wanted, request.base, source, reporter, show, verify)
     if not as_json:
         echo(result_line(plan))
     return 0
