@@ -117,8 +117,8 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
     if not plan.encoded:
         yield from _transform_lines(plan)
     for shown in plan.variant.references:
-        images = [excerpt for sample in samples for excerpt in sample.references[shown.name]]
-        yield f"  reference images ({shown.name}): {list_sizes(Counter(excerpt.shape for excerpt in images))}"
+        images = [crop for sample in samples for crop in sample.references[shown.name]]
+        yield f"  reference images ({shown.name}): {list_sizes(Counter(crop.shape for crop in images))}"
     for note in plan.samples.notes:
         yield f"  {note}"
 
@@ -135,7 +135,7 @@ def _transform_lines(plan: Plan) -> Iterator[str]:
     parameters = plan.parameters
     if parameters.height and parameters.width:
         yield f"  each is resized to cover {parameters.width} x {parameters.height} and center-cropped"
-    if plan.variant.medium.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
+    if plan.variant.target.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
         rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
         yield f"  {rate}part used of longer videos: {parameters.clip_start}"
 

@@ -287,15 +287,15 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
         )
     if len(stages) > 1:  # each is planned and printed again before it starts
         _make_plans(stages, SilentReporter(), world_size)
-    drew = None
+    synthetic_media = None
     with listen_for_stop(reporter.info) as stop:
         for resolved in stages:
             rehearsal = _rehearse_stage(resolved, reporter, stop)
-            drew = rehearsal.drew
+            synthetic_media = rehearsal.synthetic_media
             reporter.close()
     real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
-    if drew:
-        real["dataset_base_path"] = f"YOUR_{drew.upper()}"
+    if synthetic_media:
+        real["dataset_base_path"] = f"YOUR_{synthetic_media.upper()}"
     echo("The real run:")
     line = command_line(real, f"{_own_command()} train", overriding=True)
     echo(f"  {line}".replace("\n", "\n  "))

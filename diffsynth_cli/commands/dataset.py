@@ -112,7 +112,7 @@ def validate_dataset(
     from diffsynth_core.dataset_report.fix import check_target, write_fixed
     from diffsynth_core.dataset_report.recipe_rules import rules_of_run
     from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, check_page_path, write_page
-    from diffsynth_core.dataset_report.validate import Wish, validate
+    from diffsynth_core.dataset_report.validate import CheckOptions, validate
 
     thresholds = Thresholds(**{name: values.pop(name) for name in threshold_facts()})
     raise_if_any(_unknown_options(context.args))
@@ -125,15 +125,15 @@ def validate_dataset(
     rules = rules_of_run(resolved, thresholds)
     base, given = resolved.parameters.dataset_base_path, resolved.parameters.dataset_metadata_path
     reporter = ConsoleReporter()
-    wish = Wish(depth.value, workers, THUMBNAIL_SIDE if page else None)
+    options = CheckOptions(depth.value, workers, THUMBNAIL_SIDE if page else None)
     with handle_sigint():  # so that no worker is left behind
-        report, examined = validate(base, rules, wish, reporter, given)
+        report, dataset = validate(base, rules, options, reporter, given)
     _print(report, output_format)
     if page:
-        write_page(page, report, examined)
+        write_page(page, report, dataset)
         reporter.info(f"wrote `{page}` ({format_bytes(page.stat().st_size)})")
     if fix:
-        _tell_fixed(write_fixed(fix, examined, report), reporter)
+        _tell_fixed(write_fixed(fix, dataset, report), reporter)
     return report.exit_code
 
 

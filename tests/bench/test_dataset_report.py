@@ -14,7 +14,7 @@ import skimage.data
 from PIL import Image
 
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
 
 ROUNDS = 5
@@ -92,7 +92,7 @@ def test_checking_images_takes_at_most_1_3_of_decoding_them(photographs, bench):
     print(f"\n{len(sizes)} JPEGs of {SIDE} x {SIDE}, {statistics.mean(sizes) / 1000:.0f} kB each")
     assert 250e3 < statistics.mean(sizes) < 310e3
     ratio, detail = _ratio(
-        lambda: validate(photographs, Rules(), Wish("files", workers=2), SilentReporter()),
+        lambda: validate(photographs, Rules(), CheckOptions("files", workers=2), SilentReporter()),
         lambda: _decode_all(photographs),
         bench.rounds(ROUNDS),
     )
@@ -101,7 +101,7 @@ def test_checking_images_takes_at_most_1_3_of_decoding_them(photographs, bench):
 
 def test_checking_rows_takes_less_than_twice_reading_them(rows, bench):
     ratio, detail = _ratio(
-        lambda: validate(rows, Rules(), Wish("metadata"), SilentReporter()),
+        lambda: validate(rows, Rules(), CheckOptions("metadata"), SilentReporter()),
         lambda: _read_rows(rows),
         bench.rounds(ROUNDS),
     )

@@ -18,12 +18,12 @@ from PIL import Image
 from diffsynth_core.data.captioned_folder import CaptionedFolder, expected_caption, sort_folder
 from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.images import SizeRule
-from diffsynth_core.data.media import FrameRule, MediaRule, load_excerpt
+from diffsynth_core.data.media import FrameRule, MediaRule, load_pixels
 from diffsynth_core.data.metadata import METADATA_NAMES, UNREAD_NAMES, read_metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 
@@ -207,8 +207,8 @@ def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_pat
     columns = Columns("prompt", column, RULES[kind])
     samples, problems = build_samples(metadata, zoo, columns, VideoProbeCache(tmp_path / "memory"), SilentReporter())
     rules = Rules(target=column, media=RULES[kind])
-    report, examined = validate(zoo, rules, Wish("files", workers=2), SilentReporter())
-    assert [record.files[column][0] for record in examined.records] == [row[column] for row in metadata.rows]
+    report, dataset = validate(zoo, rules, CheckOptions("files", workers=2), SilentReporter())
+    assert [record.files[column][0] for record in dataset.records] == [row[column] for row in metadata.rows]
     names = dict(enumerate((row[column] for row in metadata.rows), start=1))
     refused = set(names.values()) - {str(sample.target.path.relative_to(zoo)) for sample in samples.samples}
     undecoded = {
@@ -228,7 +228,7 @@ def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_pat
 
 def decodes(sample: Sample) -> bool:
     try:
-        return load_excerpt(sample.target).size > 0
+        return load_pixels(sample.target).size > 0
     except DiffSynthError:
         return False
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.data.batches import Occurrence
+from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
@@ -44,8 +44,8 @@ def micro_batch(encodings, samples: list[int]) -> MicroBatch:
         encoded.append(
             {name: tensor for part in encodings.encoders for name, tensor in part.cache.read(part.keys[sample]).items()}
         )
-    occurrences = tuple(Occurrence(sample, repeat=0) for sample in samples)
-    return MicroBatch(0, occurrences, tuple(encoded), tuple({} for _ in samples), counts=True)
+    refs = tuple(SampleRef(sample, repeat=0) for sample in samples)
+    return MicroBatch(0, refs, tuple(encoded), tuple({} for _ in samples), counts=True)
 
 
 def losses_and_gradients(model, batches: list[MicroBatch]):

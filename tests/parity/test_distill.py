@@ -132,8 +132,8 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
     with torch.no_grad():  # LoRA starts with B = 0, which would hide the gradients of A
         for parameter in model.trained().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    micro_batch = max(iterate_micro_batches(plan, encodings, 0), key=lambda one: len(one.occurrences))
-    settings = [plan.samples.samples[occurrence.sample].sampling for occurrence in micro_batch.occurrences]
+    micro_batch = max(iterate_micro_batches(plan, encodings, 0), key=lambda one: len(one.refs))
+    settings = [plan.samples.samples[ref.sample].sampling for ref in micro_batch.refs]
     assert len(settings) == 2
     losses = model(micro_batch)
     losses.mean().backward()
@@ -161,7 +161,7 @@ def test_samples_of_other_numbers_of_steps_are_in_other_batches(models, datasets
     samples = plan.samples.samples
     seen = set()
     for number in range(plan.batches.batches_per_epoch):
-        steps = {samples[occurrence.sample].sampling.steps for occurrence in plan.batches.batch(0, number)}
+        steps = {samples[ref.sample].sampling.steps for ref in plan.batches.batch(0, number)}
         assert len(steps) == 1
         seen |= steps
     assert seen == {3, 4}

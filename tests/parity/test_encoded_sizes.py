@@ -9,7 +9,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.dataset_report.rules import CaptionRule, rules_of
 from diffsynth_core.dataset_report.set_checks import encoded_bytes, shapes_of
 from diffsynth_core.dataset_report.thresholds import Thresholds
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
@@ -72,7 +72,9 @@ def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
     foretold, measured = run_sizes(plan), made(plan, encodings)
     assert foretold.counted
     assert foretold.encoded.narrow == measured.narrow
-    assert foretold.encoded.wide == pytest.approx(measured.wide, rel=TI2V_MARKS if plan.variant.given_frames else 0)
+    assert foretold.encoded.wide == pytest.approx(
+        measured.wide, rel=TI2V_MARKS if plan.variant.num_conditioning_frames else 0
+    )
 
 
 def test_the_report_of_the_dataset_foretells_the_same(encoded):
@@ -81,6 +83,6 @@ def test_the_report_of_the_dataset_foretells_the_same(encoded):
     rules = rules_of(parameters, plan.facts, plan.variant, Thresholds(), "a recipe")
     (caption,) = (encoder.caption for encoder in plan.variant.encoders if encoder.caption)
     rules = replace(rules, captions=CaptionRule(caption, plan.tokenizers.get(caption.tokenizer)))
-    _, examined = validate(parameters.dataset_base_path, rules, Wish("files", workers=1), SilentReporter())
+    _, dataset = validate(parameters.dataset_base_path, rules, CheckOptions("files", workers=1), SilentReporter())
     published = run_sizes(replace(plan, shapes={})).encoded
-    assert encoded_bytes(examined, shapes_of(examined)) == (published.wide * 4 + published.narrow * 2, True)
+    assert encoded_bytes(dataset, shapes_of(dataset)) == (published.wide * 4 + published.narrow * 2, True)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth_core.data.images import read_image_header
-from diffsynth_core.data.media import Excerpt, ReferenceRule, choose_reference, load_excerpt
+from diffsynth_core.data.media import MediaCrop, ReferenceRule, choose_reference, load_pixels
 from diffsynth_core.models.flux2.encode import caption_left_out
 from diffsynth_core.models.flux2.forward import image_positions, pack, text_positions, unpack
 from diffsynth_core.models.flux2.spec import FLUX2
@@ -120,10 +120,10 @@ def test_reference_images_are_read_as_the_pipeline_reads_them(klein, tmp_path, n
     image_of(name, *size).save(tmp_path / "shown.png")
     (reference,) = FLUX2.variant({}, ("edit_image",), "").references
     rule = ReferenceRule(reference.name, reference.column, reference.size, 1024 * 1024, reference.factor)
-    excerpt = choose_reference(
-        tmp_path / "shown.png", read_image_header(tmp_path / "shown.png"), rule, Excerpt(tmp_path, 0, 0)
+    crop = choose_reference(
+        tmp_path / "shown.png", read_image_header(tmp_path / "shown.png"), rule, MediaCrop(tmp_path, 0, 0)
     )
-    ours = torch.tensor(load_excerpt(excerpt)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    ours = torch.tensor(load_pixels(crop)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     processor = klein.pipeline.image_processor
     image = processor._resize_if_exceeds_area(Image.open(tmp_path / "shown.png"), 1024 * 1024)

@@ -157,7 +157,7 @@ def measure(step: Step, plan: Plan) -> dict[str, int]:
 def estimate(plan: Plan, step: Step) -> dict[str, int]:
     """The same parts from sizes alone; of the texts only how many tokens they are."""
     micro_batch = step.micro_batch
-    sample = plan.samples.samples[micro_batch.occurrences[0].sample]
+    sample = plan.samples.samples[micro_batch.refs[0].sample]
     tokens = max(len(encoded["prompt_embeds"]) for encoded in micro_batch.encoded)
     sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
     choice = choice_of(plan, sizes)

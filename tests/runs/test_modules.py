@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffsynth_core.data.media import Excerpt
+from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.models.flux.family import Flux
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.training.encode import load_pixels
+from diffsynth_core.training.encode import load_pixel_tensor
 from diffsynth_core.training.objective import draw_noise
 from tests.clips import detailed, write_clip
 from tests.wan import I2V, T2V
@@ -423,7 +423,7 @@ def test_a_vae_s_gradient_comes_through_what_the_model_reads_and_through_its_tar
         for name, parameter in model.components.named_parameters():
             parameter.copy_(watch.before[name])
     vae = model.components["vae"]
-    pixels = load_pixels(Excerpt(pairs / "coffee.png", 64, 64)).float()[None, :, 0] / 127.5 - 1
+    pixels = load_pixel_tensor(MediaCrop(pairs / "coffee.png", 64, 64)).float()[None, :, 0] / 127.5 - 1
     sampled = vae.encode(pixels).latent_dist.mode()
     latents = ((sampled - vae.config.shift_factor) * vae.config.scaling_factor)[:, :, None]
     noise = draw_noise(0, 0, 0, 0, latents.shape[1:])[None]

@@ -165,18 +165,18 @@ def test_what_the_cache_holds_is_not_encoded_again(train, datasets):
 def test_a_stopped_first_half_goes_on_where_it_stopped(train, datasets, monkeypatch):
     from diffsynth_core.training import encode
 
-    real, calls = encode.load_pixels, []
+    real, calls = encode.load_pixel_tensor, []
 
-    def failing(excerpt):
-        calls.append(excerpt.path)
+    def failing(crop):
+        calls.append(crop.path)
         if len(calls) == 3:
             raise MemoryError("as the system would")
-        return real(excerpt)
+        return real(crop)
 
-    monkeypatch.setattr(encode, "load_pixels", failing)
+    monkeypatch.setattr(encode, "load_pixel_tensor", failing)
     train(*precompute_task(QWEN, datasets["images"], "encoded"), code=1)
     assert not manifest_of("encoded")["complete"]
-    monkeypatch.setattr(encode, "load_pixels", real)
+    monkeypatch.setattr(encode, "load_pixel_tensor", real)
     refused = train(*train_task(QWEN, "encoded", "run"), code=1)
     assert "precomputation in `encoded` did not finish: `sft:data_process` was interrupted" in refused.err
     going_on = train(*precompute_task(QWEN, datasets["images"], "encoded"))

@@ -84,20 +84,20 @@ def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_
     from diffsynth_core.training import encode
 
     cache = ("--cache_path", tmp_path / "own_cache")
-    real = encode.load_pixels
+    real = encode.load_pixel_tensor
     calls = []
 
-    def failing(excerpt):
-        calls.append(excerpt.path)
+    def failing(crop):
+        calls.append(crop.path)
         if len(calls) == 3:
             raise MemoryError("as the system would")
-        return real(excerpt)
+        return real(crop)
 
-    monkeypatch.setattr(encode, "load_pixels", failing)
+    monkeypatch.setattr(encode, "load_pixel_tensor", failing)
     assert cli(*common(photographs, "--output_path", "first", *cache)).code == 1
     assert len(encodings_below(tmp_path / "own_cache")["latents"]) == 2
     assert not Path("first").exists()
-    monkeypatch.setattr(encode, "load_pixels", real)
+    monkeypatch.setattr(encode, "load_pixel_tensor", real)
     second = cli(*common(photographs, "--output_path", "second", *cache))
     assert second.code == 0, second.err
     assert "Encoding latents: 2 of 2 samples" in second.err
@@ -273,14 +273,14 @@ def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):
 def test_an_image_that_changes_while_it_is_encoded_stays_out_of_the_cache(cli, dataset, tmp_path, monkeypatch):
     from diffsynth_core.training import encode
 
-    real = encode.load_pixels
+    real = encode.load_pixel_tensor
 
-    def changing(excerpt):
-        pixels = real(excerpt)
-        excerpt.path.touch()
+    def changing(crop):
+        pixels = real(crop)
+        crop.path.touch()
         return pixels
 
-    monkeypatch.setattr(encode, "load_pixels", changing)
+    monkeypatch.setattr(encode, "load_pixel_tensor", changing)
     outcome = cli(*common(dataset, "--output_path", "out", "--cache_path", tmp_path / "own_cache"))
     assert outcome.code == 1 and "changed while it was encoded" in outcome.err
     assert encodings_below(tmp_path / "own_cache")["latents"] == set()

@@ -18,7 +18,7 @@ from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
 from diffsynth_core.dataset_report.recipe_rules import rules_of_run
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.thresholds import Thresholds
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
 from tests import faults_of_files, faults_of_rows
 from tests.faults_of_files import Expected, Plant
@@ -60,7 +60,7 @@ def root_may_open_no_more_than_others(monkeypatch):
 def found_in(folder: Path, recipe: str | None = None) -> Expected:
     """What is found in a dataset, but for what is told of every set."""
     rules = rules_of_recipe(recipe, ANY_SIZE) if recipe else Rules()
-    report, _ = validate(folder, rules, Wish(), SilentReporter())
+    report, _ = validate(folder, rules, CheckOptions(), SilentReporter())
     findings = [one for one in report.findings if one.code not in ALWAYS or one.level != "info"]
     places = [(one.code, one.row, one.path) for one in findings]
     assert len(set(places)) == len(places), "something is told twice"
@@ -199,7 +199,7 @@ def test_a_fault_among_clips(tmp_path, in_this_process, two_clips, plant: Plant)
 def test_of_clean_clips_for_a_recipe_the_sizes_are_told(tmp_path, in_this_process, two_clips) -> None:
     draft = copied(two_clips, tmp_path / "set")
     draft.write()
-    report, _ = validate(draft.folder, rules_of_recipe(WAN, ANY_SIZE), Wish(), SilentReporter())
+    report, _ = validate(draft.folder, rules_of_recipe(WAN, ANY_SIZE), CheckOptions(), SilentReporter())
     assert report.summary.codes == dict.fromkeys(sorted(ALWAYS), 1)
 
 
@@ -210,7 +210,7 @@ def test_an_image_that_is_small_for_the_run(tmp_path, in_this_process, case) -> 
     expected = plant(draft)
     draft.write()
     rules = rules_of_run(resolve({"recipe": "qwen-image-lora", **sizes}), Thresholds(max_crop_loss=1))
-    report, _ = validate(draft.folder, rules, Wish(), SilentReporter())
+    report, _ = validate(draft.folder, rules, CheckOptions(), SilentReporter())
     assert {(one.code, one.row, one.path) for one in report.findings if one.code not in ALWAYS} == expected
 
 
@@ -253,7 +253,7 @@ def test_an_image_among_clips_by_what_training_makes_of_it(
     draft.photograph((160, 96)).save(draft.folder / "an image.png")
     draft.row("an image.png")
     draft.write()
-    report, _ = validate(draft.folder, rules_of_recipe(recipe, ANY_SIZE), Wish(), SilentReporter())
+    report, _ = validate(draft.folder, rules_of_recipe(recipe, ANY_SIZE), CheckOptions(), SilentReporter())
     told = [(one.code, one.level, one.row, one.message) for one in report.findings if one.code.startswith("VIDEO_")]
     of_clips = [one for one in told if "`clip_" in one[3]]  # TI2V uses fewer of their frames
     assert [one for one in told if one not in of_clips] == [expected]

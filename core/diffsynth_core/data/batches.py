@@ -15,7 +15,7 @@ from diffsynth_core.randomness import key_of, permute
 
 
 @dataclass(frozen=True)
-class Occurrence:
+class SampleRef:
     """One sample (its index in the dataset) in one pass of an epoch."""
 
     sample: int
@@ -31,7 +31,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Pass:
     """About one pass over all buckets: its first batch, and where each bucket's batches end among its own."""
 
     number: int
@@ -53,9 +53,9 @@ class BatchPlan:
         self._seed = seed
         self._batches = [-(-len(bucket.members) * repeat // batch_size) for bucket in self.buckets]
         self.batches_per_epoch = sum(self._batches)
-        self._last_turn: _Turn | None = None
+        self._last_pass: _Pass | None = None
 
-    def batch(self, epoch: int, number: int) -> list[Occurrence]:
+    def batch(self, epoch: int, number: int) -> list[SampleRef]:
         """The samples of batch `number` (from 0) of an epoch.
 
         Raises:
@@ -63,12 +63,12 @@ class BatchPlan:
         """
         bucket_number, start, stop = self._locate(epoch, number)
         members = self.buckets[bucket_number].members
-        occurrences = []
+        refs = []
         for position in range(start, stop):
             repeat, place = divmod(position, len(members))
             order = key_of("order", self._seed, epoch, bucket_number, repeat)
-            occurrences.append(Occurrence(members[permute(place, len(members), order)], repeat))
-        return occurrences
+            refs.append(SampleRef(members[permute(place, len(members), order)], repeat))
+        return refs
 
     def size(self, epoch: int, number: int) -> int:
         """How many samples batch `number` of an epoch has."""
@@ -79,33 +79,33 @@ class BatchPlan:
         """(bucket, first position, position behind the last) of a batch."""
         if not 0 <= number < self.batches_per_epoch:
             raise IndexError(f"batch {number} of {self.batches_per_epoch}")
-        turn = self._turn_with(number)
-        place = permute(number - turn.first, turn.ends[-1], key_of("mix", self._seed, epoch, turn.number))
-        bucket_number = bisect_right(turn.ends, place)
-        place_in_bucket = place - (turn.ends[bucket_number - 1] if bucket_number else 0)
-        batch_in_bucket = self._share(self._batches[bucket_number], turn.number) + place_in_bucket
+        current = self._pass_with(number)
+        place = permute(number - current.first, current.ends[-1], key_of("mix", self._seed, epoch, current.number))
+        bucket_number = bisect_right(current.ends, place)
+        place_in_bucket = place - (current.ends[bucket_number - 1] if bucket_number else 0)
+        batch_in_bucket = self._share(self._batches[bucket_number], current.number) + place_in_bucket
         start = batch_in_bucket * self._batch_size
         end_of_bucket = len(self.buckets[bucket_number].members) * self._repeat
         return bucket_number, start, min(start + self._batch_size, end_of_bucket)
 
-    def _turn_with(self, number: int) -> "_Turn":
-        """The turn that a batch belongs to; the last one is remembered, since batches are asked for in order."""
-        turn = self._last_turn
-        if turn is None or not turn.first <= number < turn.first + turn.ends[-1]:
-            turn_number = self._turn_of(number)
-            shares = (self._share(count, turn_number + 1) - self._share(count, turn_number) for count in self._batches)
-            turn = _Turn(turn_number, self._batches_before(turn_number), tuple(accumulate(shares)))
-            self._last_turn = turn
-        return turn
+    def _pass_with(self, number: int) -> "_Pass":
+        """The pass that a batch belongs to; the last one is cached, since batches are asked for in order."""
+        current = self._last_pass
+        if current is None or not current.first <= number < current.first + current.ends[-1]:
+            pass_number = self._pass_at(number)
+            shares = (self._share(count, pass_number + 1) - self._share(count, pass_number) for count in self._batches)
+            current = _Pass(pass_number, self._batches_before(pass_number), tuple(accumulate(shares)))
+            self._last_pass = current
+        return current
 
-    def _share(self, count: int, turn: int) -> int:
-        """How many of a bucket's `count` batches lie before a turn; the epoch has `repeat` turns of about one pass."""
-        return count * turn // self._repeat
+    def _share(self, count: int, pass_number: int) -> int:
+        """How many of a bucket's `count` batches precede a pass; an epoch has `repeat` passes."""
+        return count * pass_number // self._repeat
 
-    def _batches_before(self, turn: int) -> int:
-        return sum(self._share(count, turn) for count in self._batches)
+    def _batches_before(self, pass_number: int) -> int:
+        return sum(self._share(count, pass_number) for count in self._batches)
 
-    def _turn_of(self, number: int) -> int:
+    def _pass_at(self, number: int) -> int:
         low, high = 0, self._repeat - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -163,7 +163,7 @@ class StepPlan:
         for step in range(first_step, self.total_steps):
             part = self.slice(step)
             for number in range(part.start, part.stop):
-                seen.update(occurrence.sample for occurrence in self.batches.batch(part.epoch, number))
+                seen.update(ref.sample for ref in self.batches.batch(part.epoch, number))
             if len(seen) == sample_count:
                 break
         return sorted(seen)

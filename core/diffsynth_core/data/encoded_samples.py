@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.data.cache import EncodingCache
-from diffsynth_core.data.media import Excerpt
+from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.errors import DiffSynthError, truncate
@@ -185,10 +185,10 @@ def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any
 
 def _sample(entry: _Entry) -> Sample:
     path = Path(entry.file)
-    shown = {name: tuple(_excerpt(path, shape) for shape in shapes) for name, shapes in entry.shown.items()}
-    return Sample(entry.row, "", _excerpt(path, entry.shape), shown, entry.sampling)
+    shown = {name: tuple(_crop(path, shape) for shape in shapes) for name, shapes in entry.shown.items()}
+    return Sample(entry.row, "", _crop(path, entry.shape), shown, entry.sampling)
 
 
-def _excerpt(path: Path, shape: tuple[int, int, int]) -> Excerpt:
+def _crop(path: Path, shape: tuple[int, int, int]) -> MediaCrop:
     frames, height, width = shape
-    return Excerpt(path, height, width, video=frames > 1, frames=frames)
+    return MediaCrop(path, height, width, video=frames > 1, frames=frames)

@@ -102,8 +102,8 @@ class MediaHeader:
 
 
 @dataclass(frozen=True)
-class Excerpt:
-    """The part of a media file that is trained on or shown, and the size it is read at, in pixels.
+class MediaCrop:
+    """Which frames of a media file are loaded, and at which size in pixels: of a target or of a reference image.
 
     `scaled`: (height, width) that an image is scaled to before its centre is cut out; None: until it covers the size.
     `converted`: its colours are converted to sRGB from a profile in the file.
@@ -125,7 +125,7 @@ class Excerpt:
         return self.frames, self.height, self.width
 
     @property
-    def first_frame(self) -> "Excerpt":
+    def first_frame(self) -> "MediaCrop":
         """Its first frame alone."""
         return replace(self, frames=1)
 
@@ -174,38 +174,38 @@ def is_clip(path: Path) -> bool:
     return kind == "clip" or ending_of(path.name) == ".gif" or is_animation(path)
 
 
-def choose_excerpt(path: Path, header: MediaHeader, rule: MediaRule, row: int) -> Excerpt:
+def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) -> MediaCrop:
     """What of a file is trained on; a side of 0 means that it is too small."""
     height, width = rule.size.target(header.width, header.height)
     if not header.video or rule.frames is None:
-        return Excerpt(path, height, width, converted=bool(header.colours.profile))
+        return MediaCrop(path, height, width, converted=bool(header.colours.profile))
     frames = rule.frames.length(header.frames)
     start = rule.frames.first(header.frames, row)
-    return Excerpt(path, height, width, True, start, frames, rule.frames.frame_rate)
+    return MediaCrop(path, height, width, True, start, frames, rule.frames.frame_rate)
 
 
-def choose_reference(path: Path, header: ImageHeader, rule: ReferenceRule, target: Excerpt) -> Excerpt:
+def choose_reference(path: Path, header: ImageHeader, rule: ReferenceRule, target: MediaCrop) -> MediaCrop:
     """How an image is shown to the model beside `target`; a side of 0 means that it is too small."""
     if rule.size is None:
-        return Excerpt(path, target.height, target.width, converted=bool(header.colours.profile))
+        return MediaCrop(path, target.height, target.width, converted=bool(header.colours.profile))
     scaled = rule.size(header.width, header.height, rule.max_pixels)
     height, width = (side // rule.factor * rule.factor for side in scaled)
-    return Excerpt(path, height, width, scaled=scaled, converted=bool(header.colours.profile))
+    return MediaCrop(path, height, width, scaled=scaled, converted=bool(header.colours.profile))
 
 
-def scale_of(excerpt: Excerpt, width: int, height: int) -> float:
-    """The factor by which a file of `width` x `height` pixels is scaled for an excerpt; above 1 it is scaled up."""
-    covered = excerpt.scaled or (excerpt.height, excerpt.width)
+def scale_of(crop: MediaCrop, width: int, height: int) -> float:
+    """The factor by which a file of `width` x `height` pixels is scaled for a crop; above 1 it is scaled up."""
+    covered = crop.scaled or (crop.height, crop.width)
     return max(covered[1] / width, covered[0] / height)
 
 
-def load_excerpt(excerpt: Excerpt) -> NDArray[np.uint8]:
-    """The pixels of an excerpt, `[F, H, W, 3]`, RGB, 0..255; one decoding pass.
+def load_pixels(crop: MediaCrop) -> NDArray[np.uint8]:
+    """Pixels of a media file, `[F, H, W, 3]`, RGB, 0..255; one decoding pass.
 
     Raises:
-        DiffSynthError: when the file cannot be decoded, or ends before the excerpt does.
+        DiffSynthError: when the file cannot be decoded, or ends before the last frame asked for.
     """
-    if not excerpt.video:
-        return load_image(excerpt.path, excerpt.height, excerpt.width, excerpt.scaled)[None]
-    start, frames = excerpt.start, excerpt.frames
-    return load_clip(excerpt.path, start, frames, excerpt.height, excerpt.width, excerpt.frame_rate)
+    if not crop.video:
+        return load_image(crop.path, crop.height, crop.width, crop.scaled)[None]
+    start, frames = crop.start, crop.frames
+    return load_clip(crop.path, start, frames, crop.height, crop.width, crop.frame_rate)

@@ -16,12 +16,12 @@ from diffsynth_core.data.colour import Colours
 from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.images import ImageHeader, read_image_header
 from diffsynth_core.data.media import (
-    Excerpt,
+    MediaCrop,
     MediaHeader,
     MediaRule,
     ReferenceRule,
-    choose_excerpt,
     choose_reference,
+    choose_target,
     read_media_header,
     scale_of,
 )
@@ -57,8 +57,8 @@ class Sample:
 
     row: int
     caption: str
-    target: Excerpt
-    references: Mapping[str, tuple[Excerpt, ...]] = field(default_factory=dict)
+    target: MediaCrop
+    references: Mapping[str, tuple[MediaCrop, ...]] = field(default_factory=dict)
     sampling: Sampling | None = None
 
     @property
@@ -69,7 +69,7 @@ class Sample:
     @property
     def shape(self) -> tuple[tuple[int, int, int], ...]:
         """(frames, height in pixels, width in pixels) of what is trained on, then of each image shown."""
-        shown = (excerpt.shape for excerpts in self.references.values() for excerpt in excerpts)
+        shown = (crop.shape for crops in self.references.values() for crop in crops)
         return self.target.shape, *shown
 
     @property
@@ -80,7 +80,7 @@ class Sample:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of its media files."""
-        shown = (excerpt.path for excerpts in self.references.values() for excerpt in excerpts)
+        shown = (crop.path for crops in self.references.values() for crop in crops)
         return tuple(dict.fromkeys((self.target.path, *shown)))
 
     @property
@@ -275,14 +275,14 @@ def _portions(rows: list[_Row], most: int) -> list[list[_Row]]:
 
 def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
     """What of a row's files is trained on and shown, or that one of them is too small for it."""
-    target, factor = choose_excerpt(row.target, headers.target, columns.rule, row.number), columns.rule.size.factor
+    target, factor = choose_target(row.target, headers.target, columns.rule, row.number), columns.rule.size.factor
     if min(target.height, target.width) < factor or min(headers.target.height, headers.target.width) < factor:
         return _too_small(row, headers.target, columns.rule)
     references = {}
     for rule in columns.references:
         images = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
         references[rule.name] = tuple(choose_reference(path, header, rule, target) for path, header in images)
-        small = next((excerpt for excerpt in references[rule.name] if not excerpt.height or not excerpt.width), None)
+        small = next((crop for crop in references[rule.name] if not crop.height or not crop.width), None)
         if small:
             return Problem(
                 f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow as a reference image of this model",
@@ -340,19 +340,19 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
 
 def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns) -> Iterator[Problem]:
     """How many files are scaled up to the size they are trained or shown at, and by how much at most."""
-    scaled: list[tuple[float, Sample, Excerpt, MediaHeader | ImageHeader]] = []
+    scaled: list[tuple[float, Sample, MediaCrop, MediaHeader | ImageHeader]] = []
     for sample, headers in zip(samples, read, strict=True):
-        pairs: list[tuple[Excerpt, MediaHeader | ImageHeader]] = [(sample.target, headers.target)]
+        pairs: list[tuple[MediaCrop, MediaHeader | ImageHeader]] = [(sample.target, headers.target)]
         for rule in columns.references:
             pairs += zip(sample.references[rule.name], headers.shown[rule.column], strict=True)
-        scaled += [(scale_of(excerpt, one.width, one.height), sample, excerpt, one) for excerpt, one in pairs]
+        scaled += [(scale_of(crop, one.width, one.height), sample, crop, one) for crop, one in pairs]
     small = [one for one in scaled if one[0] > MAX_UPSCALE]
     if small:
-        factor, sample, excerpt, header = max(small, key=lambda one: one[0])
-        size = "x".join(str(side) for side in (excerpt.scaled or (excerpt.height, excerpt.width))[::-1])
+        factor, sample, crop, header = max(small, key=lambda one: one[0])
+        size = "x".join(str(side) for side in (crop.scaled or (crop.height, crop.width))[::-1])
         yield Problem(
             f"{len(small)} of {len(scaled)} {_kinds(columns.rule)} are upscaled, up to {factor:.3g}x: row {sample.row} "
-            f"`{excerpt.path}` from {header.width}x{header.height} to {size}",
+            f"`{crop.path}` from {header.width}x{header.height} to {size}",
             "use larger files, or train at a smaller size",
             code="IMAGE_UPSCALED",
         )

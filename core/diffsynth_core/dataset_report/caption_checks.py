@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from diffsynth_core.dataset_report.examined import Examined
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.errors import truncate
 from diffsynth_core.models.size_facts import CaptionFacts
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens, may_be_longer
@@ -26,40 +26,40 @@ SHOWN_ROWS = 5
 WRITE_CAPTION = "write a caption, or remove the row"
 
 
-def check_captions(examined: Examined) -> Iterator[Finding]:
+def check_captions(dataset: DatasetFacts) -> Iterator[Finding]:
     """CAPTION_MISSING of cells, CAPTION_EMPTY and CAPTION_NAN."""
-    for row, caption, _ in examined.records:
+    for row, caption, _ in dataset.records:
         if caption is None:
             continue
         stripped = caption.strip()
-        if not caption and not examined.table.beside:
-            yield found("CAPTION_MISSING", f"row {row} has no caption", WRITE_CAPTION, row=row, level="warning")
+        if not caption and not dataset.table.beside:
+            yield finding("CAPTION_MISSING", f"row {row} has no caption", WRITE_CAPTION, row=row, level="warning")
         elif not stripped:
-            yield found("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)
+            yield finding("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)
         elif len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
             what = f"row {row}: the caption is `{stripped}`, a placeholder for a missing value"
-            yield found("CAPTION_NAN", what, "write the caption", row=row)
+            yield finding("CAPTION_NAN", what, "write the caption", row=row)
 
 
-def check_characters(examined: Examined) -> Iterator[Finding]:
+def check_characters(dataset: DatasetFacts) -> Iterator[Finding]:
     """CAPTION_CONTROL_CHARS."""
-    for row, caption, _ in examined.records:
+    for row, caption, _ in dataset.records:
         if not caption or (caption.isascii() and caption.isprintable()):
             continue
         half = HALF.search(caption)
         if half:
             what = f"row {row}: the caption contains an unpaired surrogate (U+{ord(half[0]):04X})"
-            yield found("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error")
+            yield finding("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error")
             continue
         codes = dict.fromkeys(f"U+{ord(character):04X}" for character in CONTROL.findall(caption))
         if codes:
             what = f"row {row}: the caption contains invisible characters ({', '.join(codes)})"
-            yield found("CAPTION_CONTROL_CHARS", what, "remove them", row=row)
+            yield finding("CAPTION_CONTROL_CHARS", what, "remove them", row=row)
 
 
-def check_repeated(examined: Examined) -> Iterator[Finding]:
+def check_repeated(dataset: DatasetFacts) -> Iterator[Finding]:
     """CAPTION_DUPLICATE and CAPTION_ALL_SAME; one instruction for all edits is the first, an info."""
-    captions = {row: caption.strip() for row, caption, _ in examined.records if caption}
+    captions = {row: caption.strip() for row, caption, _ in dataset.records if caption}
     counted = Counter(captions.values())
     counted.pop("", None)
     if len(counted) == len(captions):
@@ -68,27 +68,27 @@ def check_repeated(examined: Examined) -> Iterator[Finding]:
     for row, caption in captions.items():
         if counted[caption] > 1:
             rows.setdefault(caption, []).append(row)
-    if len(rows) == 1 and not examined.columns.references:
+    if len(rows) == 1 and not dataset.columns.references:
         ((caption, sharing),) = rows.items()
-        if len(sharing) == len(examined.records) > 1:
+        if len(sharing) == len(dataset.records) > 1:
             what = f"all {len(sharing)} captions are `{truncate(caption)}`"
-            yield found("CAPTION_ALL_SAME", what, "describe each image or video")
+            yield finding("CAPTION_ALL_SAME", what, "describe each image or video")
             return
     for caption, sharing in rows.items():
         listed = ", ".join(str(row) for row in sharing[:SHOWN_ROWS])
         more = f" and {len(sharing) - SHOWN_ROWS} more" if len(sharing) > SHOWN_ROWS else ""
         what = f"rows {listed}{more} share the caption `{truncate(caption)}`"
-        yield found("CAPTION_DUPLICATE", what, row=sharing[0])
+        yield finding("CAPTION_DUPLICATE", what, row=sharing[0])
 
 
-def check_lengths(examined: Examined) -> Iterator[Finding]:
+def check_lengths(dataset: DatasetFacts) -> Iterator[Finding]:
     """CAPTION_TOO_LONG, by the tokenizer of the recipe where it is on disk."""
-    rules = examined.rules
+    rules = dataset.rules
     rule = rules.captions or CaptionRule(CaptionFacts("", rules.thresholds.max_tokens, 0))
     surely_short = rule.facts.most // MOST_BYTES - len(rule.facts.template)
     long = [
         (row, text)
-        for row, text, _ in examined.records
+        for row, text, _ in dataset.records
         if text and len(text) > surely_short and may_be_longer(text, rule.facts)
     ]
     whole = [(row, text) for row, text in long if not HALF.search(text)]
@@ -97,4 +97,4 @@ def check_lengths(examined: Examined) -> Iterator[Finding]:
         if tokens > rule.facts.most:
             how = "has" if counted else "has an estimated"
             what = f"row {row}: the caption {how} {tokens} tokens, but only {rule.facts.most} are used"
-            yield found("CAPTION_TOO_LONG", what, "shorten the caption", row=row)
+            yield finding("CAPTION_TOO_LONG", what, "shorten the caption", row=row)

@@ -1,7 +1,7 @@
 """What the checks of a dataset find: every code that there is, and findings as values. No torch.
 
 `CODES` is the one declaration of the codes; docs/dataset_checks.md is generated from it. A check makes a finding with
-`found`, which takes the level from the table.
+`finding`, which takes the level from the table.
 """
 
 from collections import Counter
@@ -162,7 +162,7 @@ class Finding:
     hint: str | None
 
 
-def found(
+def finding(
     code: str,
     message: str,
     hint: str | None = None,

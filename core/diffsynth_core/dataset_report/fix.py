@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.data.metadata import write_metadata
-from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.findings import Report
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 
@@ -43,7 +43,7 @@ def check_target(path: Path) -> None:
         raise FaultsFound(problems)
 
 
-def write_fixed(path: Path, examined: Examined, report: Report) -> Fixed:
+def write_fixed(path: Path, dataset: DatasetFacts, report: Report) -> Fixed:
     """Write the rows that have no error, with all of their columns.
 
     Raises:
@@ -57,7 +57,7 @@ def write_fixed(path: Path, examined: Examined, report: Report) -> Fixed:
             of_all[0].hint,
         )
     faulty = {finding.row for finding in errors}
-    table = examined.table
+    table = dataset.table
     rows = [cells for number, cells in table.rows.items() if number not in faulty]
     if not rows:
         raise DiffSynthError(f"every row has errors; `{path}` was not written", "fix the rows")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from diffsynth_core.data.formats import ending_of, format_of_ending
 from diffsynth_core.data.images import EXTRACT_FRAME, ImageHeader
-from diffsynth_core.data.media import Excerpt, MediaHeader, choose_excerpt, choose_reference, scale_of
+from diffsynth_core.data.media import MediaCrop, MediaHeader, choose_reference, choose_target, scale_of
 from diffsynth_core.data.samples import LOW_RESOLUTION_HINT
-from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import ImageFacts
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.near_duplicates import near_images, same_images
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.set_checks import Crop, crop_of, header_of, sizes_of
+from diffsynth_core.dataset_report.set_checks import CropBox, crop_box, header_of, sizes_of
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_UNREADABLE": ("cannot be read as an image", "replace the file or remove its row"),
@@ -33,140 +33,140 @@ LOSING_MODES: Mapping[tuple[str, ...], str] = {
 """Pillow's modes of pixels -> what is lost of them."""
 
 
-def check_images(examined: Examined) -> Iterator[Finding]:
+def check_images(dataset: DatasetFacts) -> Iterator[Finding]:
     """All that is to be said of single images, told at the first row that names them."""
-    rows = examined.first_rows()
-    targets = examined.of_columns((examined.columns.target,))
-    for path, facts in examined.images.items():
+    rows = dataset.first_rows()
+    targets = dataset.of_columns((dataset.columns.target,))
+    for path, facts in dataset.images.items():
         if facts.fault and facts.fault.code == "FORMAT_UNSUPPORTED":
             what, hint = f"`{path}` has an unsupported format", facts.fault.reason
-            yield found("FORMAT_UNSUPPORTED", what, hint, row=rows[path], path=path, level="error")
+            yield finding("FORMAT_UNSUPPORTED", what, hint, row=rows[path], path=path, level="error")
             continue
         if facts.fault:
             what, hint = FAULTS[facts.fault.code]
-            yield found(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
+            yield finding(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
             continue
         for check in (*IMAGE_CHECKS, *(TARGET_CHECKS if path in targets else ())):
-            yield from check(facts, rows[path], examined.rules)
+            yield from check(facts, rows[path], dataset.rules)
 
 
-def check_same(examined: Examined) -> Iterator[Finding]:
+def check_same(dataset: DatasetFacts) -> Iterator[Finding]:
     """IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE among the images that are trained on; a pair is told at its later row.
 
     Images that are shown may repeat: one is shown beside many.
     """
-    rows = examined.first_rows()
-    targets = examined.of_columns((examined.columns.target,))
-    images = [facts for path, facts in examined.images.items() if path in targets and not facts.fault]
-    same = same_images(examined.table.base, images)
+    rows = dataset.first_rows()
+    targets = dataset.of_columns((dataset.columns.target,))
+    images = [facts for path, facts in dataset.images.items() if path in targets and not facts.fault]
+    same = same_images(dataset.table.base, images)
     for path, other in same.items():
         what = f"`{path}` has the same pixels as `{other}` (row {rows[other]})"
-        yield found("IMAGE_DUPLICATE", what, "remove one of the rows", row=rows[path], path=path)
-    thresholds = examined.rules.thresholds
+        yield finding("IMAGE_DUPLICATE", what, "remove one of the rows", row=rows[path], path=path)
+    thresholds = dataset.rules.thresholds
     single = [facts for facts in images if facts.path not in same and facts.spread]
     near = near_images(single, thresholds.near_duplicate_distance, thresholds.near_duplicate_colour)
     for path, (other, bits) in near.items():
         what = f"`{path}` is nearly identical to `{other}` (row {rows[other]}): {bits} of 64 hash bits differ"
         hint = "keep the better one, or lower `--near_duplicate_distance`"
-        yield found("IMAGE_NEAR_DUPLICATE", what, hint, row=rows[path], path=path)
+        yield finding("IMAGE_NEAR_DUPLICATE", what, hint, row=rows[path], path=path)
 
 
-def check_sizes(examined: Examined) -> Iterator[Finding]:
+def check_sizes(dataset: DatasetFacts) -> Iterator[Finding]:
     """IMAGE_TOO_SMALL, IMAGE_CROP_LOSS, IMAGE_UPSCALED and IMAGE_LOW_RESOLUTION, of videos too: what becomes of files
     at the size they are trained at."""
-    rows = examined.first_rows()
+    rows = dataset.first_rows()
     for path in dict.fromkeys(
-        name for record in examined.records for name in record.files.get(examined.columns.target, ())
+        name for record in dataset.records for name in record.files.get(dataset.columns.target, ())
     ):
-        header = header_of(examined, path)
+        header = header_of(dataset, path)
         if header is None:
             continue
-        excerpt = choose_excerpt(Path(path), header, examined.rules.media, rows[path])
-        small = _too_small(header, excerpt, examined.rules)
+        crop = choose_target(Path(path), header, dataset.rules.media, rows[path])
+        small = _too_small(header, crop, dataset.rules)
         if small:
             what = f"`{path}` is {header.width} x {header.height} pixels{small}"
-            yield found("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=rows[path], path=path)
+            yield finding("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=rows[path], path=path)
         else:
-            yield from _crop_loss(path, rows[path], header, crop_of(header, excerpt), examined.rules)
-            yield from _resolution(path, rows[path], header, excerpt, examined.rules)
+            yield from _crop_loss(path, rows[path], header, crop_box(header, crop), dataset.rules)
+            yield from _resolution(path, rows[path], header, crop, dataset.rules)
 
 
-def check_references(examined: Examined) -> Iterator[Finding]:
+def check_references(dataset: DatasetFacts) -> Iterator[Finding]:
     """IMAGE_TOO_SMALL and IMAGE_UPSCALED of reference images; a file is named once for each size it is shown at."""
-    targets, seen = sizes_of(examined), set[tuple[str, str]]()
-    for row, _, files in examined.records:
-        for rule in examined.rules.references if row in targets else ():
+    targets, seen = sizes_of(dataset), set[tuple[str, str]]()
+    for row, _, files in dataset.records:
+        for rule in dataset.rules.references if row in targets else ():
             for name in files.get(rule.column, ()):
-                header = header_of(examined, name)
+                header = header_of(dataset, name)
                 if header is None or (rule.name, name) in seen:
                     continue
                 seen.add((rule.name, name))
                 size = ImageHeader(header.width, header.height, header.rotated, header.transparent)
-                excerpt = choose_reference(Path(name), size, rule, targets[row])
-                if min(excerpt.height, excerpt.width) == 0:
+                crop = choose_reference(Path(name), size, rule, targets[row])
+                if min(crop.height, crop.width) == 0:
                     what = f"`{name}` is {header.width} x {header.height} pixels, too small or too narrow for a reference image"
-                    yield found("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=row, path=name)
+                    yield finding("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=row, path=name)
                 else:
-                    yield from _resolution(name, row, header, excerpt, examined.rules, shown=True)
+                    yield from _resolution(name, row, header, crop, dataset.rules, shown=True)
 
 
 def _resolution(
-    path: str, row: int, header: MediaHeader, excerpt: Excerpt, rules: Rules, shown: bool = False
+    path: str, row: int, header: MediaHeader, crop: MediaCrop, rules: Rules, shown: bool = False
 ) -> Iterator[Finding]:
     """IMAGE_UPSCALED, and IMAGE_LOW_RESOLUTION of files that are trained on (not `shown`)."""
-    factor, size = scale_of(excerpt, header.width, header.height), f"{header.width} x {header.height} pixels"
+    factor, size = scale_of(crop, header.width, header.height), f"{header.width} x {header.height} pixels"
     if factor > rules.thresholds.max_upscale:
-        height, width = excerpt.scaled or (excerpt.height, excerpt.width)
+        height, width = crop.scaled or (crop.height, crop.width)
         what = (
             f"`{path}` is {size}, upscaled {factor:.3g}x to {'the reference size ' if shown else ''}{width} x {height}"
         )
         hint = "use a larger file, or train at a smaller size"
-        yield found("IMAGE_UPSCALED", what, hint, row=row, path=path)
+        yield finding("IMAGE_UPSCALED", what, hint, row=row, path=path)
     area, usual = header.width * header.height, rules.media.usual_pixels
     if not shown and area < rules.thresholds.min_area_share * usual:
         what = f"`{path}` is {size}, {area / usual:.2%} of the {usual:,} pixels of the usual training size"
-        yield found("IMAGE_LOW_RESOLUTION", what, LOW_RESOLUTION_HINT, row=row, path=path)
+        yield finding("IMAGE_LOW_RESOLUTION", what, LOW_RESOLUTION_HINT, row=row, path=path)
 
 
-def _too_small(header: MediaHeader, excerpt: Excerpt, rules: Rules) -> str:
+def _too_small(header: MediaHeader, crop: MediaCrop, rules: Rules) -> str:
     """Why an image or video cannot be trained on for its size; blank when it can."""
     factor = rules.media.size.factor
     least = max(factor, rules.thresholds.min_side)
     if min(header.width, header.height) < least:
         return f"; a side is below the minimum of {least}"
-    if min(excerpt.width, excerpt.height) < factor:
+    if min(crop.width, crop.height) < factor:
         return f"; with `max_pixels` {rules.media.size.max_pixels} a side falls below the minimum of {factor}"
     return ""
 
 
-def _crop_loss(path: str, row: int, header: MediaHeader, crop: Crop, rules: Rules) -> Iterator[Finding]:
-    lost = 1 - (crop.right - crop.left) * (crop.bottom - crop.top) / (header.width * header.height)
+def _crop_loss(path: str, row: int, header: MediaHeader, box: CropBox, rules: Rules) -> Iterator[Finding]:
+    lost = 1 - (box.right - box.left) * (box.bottom - box.top) / (header.width * header.height)
     if lost > rules.thresholds.max_crop_loss:
-        what = f"`{path}` is {header.width} x {header.height} pixels, {lost:.0%} of which are cropped for {crop.width} x {crop.height}"
+        what = f"`{path}` is {header.width} x {header.height} pixels, {lost:.0%} of which are cropped for {box.width} x {box.height}"
         hint = f"crop it yourself, or raise `--max_crop_loss` (now {rules.thresholds.max_crop_loss:g})"
-        yield found("IMAGE_CROP_LOSS", what, hint, row=row, path=path)
+        yield finding("IMAGE_CROP_LOSS", what, hint, row=row, path=path)
 
 
 def _rotated(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.orientation != 1:
         what = f"`{facts.path}` : EXIF orientation {facts.orientation} is applied"
-        yield found("IMAGE_EXIF_ROTATED", what, row=row, path=facts.path)
+        yield finding("IMAGE_EXIF_ROTATED", what, row=row, path=facts.path)
 
 
 def _animated(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.frames > 1:
         what = f"`{facts.path}` is animated ({facts.frames} frames)"
-        yield found("IMAGE_ANIMATED", what, EXTRACT_FRAME, row=row, path=facts.path)
+        yield finding("IMAGE_ANIMATED", what, EXTRACT_FRAME, row=row, path=facts.path)
     if facts.pages > 1:
         what = f"`{facts.path}` has {facts.pages} pages; only the first is used"
         hint = "save the page to train on as an image"
-        yield found("IMAGE_ANIMATED", what, hint, row=row, path=facts.path, level="warning")
+        yield finding("IMAGE_ANIMATED", what, hint, row=row, path=facts.path, level="warning")
 
 
 def _transparent(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.transparent:
         what = f"`{facts.path}` has transparent pixels, which are composited on white"
-        yield found("IMAGE_ALPHA", what, "save it on the background it should have", row=row, path=facts.path)
+        yield finding("IMAGE_ALPHA", what, "save it on the background it should have", row=row, path=facts.path)
 
 
 def _aspect(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -174,13 +174,13 @@ def _aspect(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if aspect > rules.thresholds.max_aspect:
         what = f"`{facts.path}` is {facts.width} x {facts.height} pixels, {aspect:.3g} : 1"
         hint = f"crop it, or raise `--max_aspect` (now {rules.thresholds.max_aspect:g})"
-        yield found("IMAGE_ASPECT", what, hint, row=row, path=facts.path)
+        yield finding("IMAGE_ASPECT", what, hint, row=row, path=facts.path)
 
 
 def _blank(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if not facts.spread:
         what = f"`{facts.path}` has a single colour"
-        yield found("IMAGE_BLANK", what, "replace the file or remove its row", row=row, path=facts.path)
+        yield finding("IMAGE_BLANK", what, "replace the file or remove its row", row=row, path=facts.path)
 
 
 def _type_mismatch(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -188,23 +188,23 @@ def _type_mismatch(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Findin
     expected = format_of_ending(ending)
     if expected and ALSO_CALLED.get(facts.format, facts.format) != ALSO_CALLED.get(expected, expected):
         what = f"`{facts.path}` is a {facts.format} file, but its extension is `{ending}`"
-        yield found("IMAGE_TYPE_MISMATCH", what, "rename the file", row=row, path=facts.path)
+        yield finding("IMAGE_TYPE_MISMATCH", what, "rename the file", row=row, path=facts.path)
 
 
 def _mode(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     lost = next((lost for modes, lost in LOSING_MODES.items() if facts.mode in modes), None)
     if lost and not (facts.colour_profile.profile and facts.mode in ("CMYK", "LAB")):
         what = f"`{facts.path}` has the colour mode {facts.mode}: {lost}"
-        yield found("IMAGE_MODE", what, "convert it to 8-bit RGB", row=row, path=facts.path)
+        yield finding("IMAGE_MODE", what, "convert it to 8-bit RGB", row=row, path=facts.path)
 
 
 def _colours(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.colour_profile.profile:
         what = f"`{facts.path}` is converted from `{facts.colour_profile.profile}` to sRGB"
-        yield found("IMAGE_COLOURS", what, row=row, path=facts.path)
+        yield finding("IMAGE_COLOURS", what, row=row, path=facts.path)
     if facts.colour_profile.doubt:
         what = f"the colours of `{facts.path}` are treated as sRGB: {facts.colour_profile.doubt}"
-        yield found("IMAGE_COLOURS", what, "save it as sRGB", row=row, path=facts.path, level="warning")
+        yield finding("IMAGE_COLOURS", what, "save it as sRGB", row=row, path=facts.path, level="warning")
 
 
 Check = Callable[[ImageFacts, int, Rules], Iterator[Finding]]

@@ -21,8 +21,8 @@ from diffsynth_core.data.metadata import (
 )
 from diffsynth_core.data.sampling import SAMPLING_CODE, read_sampling
 from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
-from diffsynth_core.dataset_report.examined import Examined, Record
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.rules import Columns
 from diffsynth_core.dataset_report.table import Table
 from diffsynth_core.errors import DiffSynthError, truncate
@@ -33,7 +33,7 @@ def check_unused(base: Path, metadata: Path | None) -> Iterator[Finding]:
     """METADATA_UNUSED."""
     unused = unused_metadata(base, metadata)
     if unused:
-        yield found("METADATA_UNUSED", unused.message, unused.hint)
+        yield finding("METADATA_UNUSED", unused.message, unused.hint)
 
 
 def check_columns(table: Table, columns: Columns, hints: Mapping[str, str]) -> Iterator[Finding]:
@@ -49,10 +49,10 @@ def check_columns(table: Table, columns: Columns, hints: Mapping[str, str]) -> I
         if near:
             unknown.remove(near)
         problem = missing_column(table.origin, table.columns, name, columns.needed, near, table.beside)
-        yield found("COLUMN_MISSING", problem.message, problem.hint)
+        yield finding("COLUMN_MISSING", problem.message, problem.hint)
     for name in unknown if not lacks_header(table.columns) else ():
         problem = unread_column(table.origin, name, columns.known, hints.get(name, LEAVE_OUT))
-        yield found("COLUMN_UNKNOWN", problem.message, problem.hint)
+        yield finding("COLUMN_UNKNOWN", problem.message, problem.hint)
 
 
 def read_records(table: Table, columns: Columns) -> tuple[tuple[Record, ...], list[Finding]]:
@@ -85,11 +85,11 @@ def _names(value: Any, row: int, column: str, columns: Columns, findings: list[F
     if not names or any(is_empty(name) or (isinstance(name, str) and not name.strip()) for name in names):
         code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"
         what = f"row {row}: column `{column}` is empty"
-        findings.append(found(code, what, "add the file, or remove the row", row=row))
+        findings.append(finding(code, what, "add the file, or remove the row", row=row))
         return ()
     if not all(isinstance(name, str) for name in names):
         what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a path"
-        findings.append(found("CELL_TYPE", what, "write the path as a string", row=row))
+        findings.append(finding("CELL_TYPE", what, "write the path as a string", row=row))
         return ()
     return tuple(map(normalised, names))
 
@@ -115,14 +115,14 @@ def _caption(value: Any, row: int, column: str, findings: list[Finding]) -> str 
         return value
     if isinstance(value, str):
         what = f"row {row}: column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
-        findings.append(found("CELL_TYPE", what, "shorten the caption", row=row))
+        findings.append(finding("CELL_TYPE", what, "shorten the caption", row=row))
         return None
     if value is None:
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
         return str(value)
     what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a string"
-    findings.append(found("CELL_TYPE", what, "write the caption as a string", row=row))
+    findings.append(finding("CELL_TYPE", what, "write the caption as a string", row=row))
     return None
 
 
@@ -138,16 +138,16 @@ def normalised(name: str) -> str:
     return normpath(name) if "." in name[:2] or "//" in name or "/." in name else name
 
 
-def check_sampling(examined: Examined) -> Iterator[Finding]:
+def check_sampling(dataset: DatasetFacts) -> Iterator[Finding]:
     """CELL_TYPE of the columns that say how a sampler makes the image, where those are read."""
-    if not examined.columns.required:
+    if not dataset.columns.required:
         return
-    for row, cells in examined.table.rows.items():
+    for row, cells in dataset.table.rows.items():
         try:
             read_sampling(cells, f"row {row}")
         except DiffSynthError as error:
             for problem in error.problems:
-                yield found(SAMPLING_CODE, problem.message, problem.hint, row=row)
+                yield finding(SAMPLING_CODE, problem.message, problem.hint, row=row)
 
 
 def check_rows(table: Table) -> Iterator[Finding]:
@@ -159,7 +159,7 @@ def check_rows(table: Table) -> Iterator[Finding]:
     for row, key in keys.items():
         other = first.setdefault(key, row)
         if other != row:
-            yield found("ROW_DUPLICATE", f"row {row} is a duplicate of row {other}", "remove one of them", row=row)
+            yield finding("ROW_DUPLICATE", f"row {row} is a duplicate of row {other}", "remove one of them", row=row)
 
 
 def _key(cells: Mapping[str, Any]) -> Any:

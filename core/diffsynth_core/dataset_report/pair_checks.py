@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from diffsynth_core.data.media import MediaHeader
 from diffsynth_core.data.samples import SHAPE_SPREAD
-from diffsynth_core.dataset_report.examined import Examined, Record
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
 from diffsynth_core.dataset_report.facts import FLAT_SPREAD
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.near_duplicates import are_same
 from diffsynth_core.dataset_report.set_checks import header_of
 
@@ -17,27 +17,27 @@ OVERLAID_COLUMNS = ("controlnet_image",)
 """Columns whose images, without a recipe, are taken to lie over what is trained on."""
 
 
-def check_counts(examined: Examined) -> Iterator[Finding]:
+def check_counts(dataset: DatasetFacts) -> Iterator[Finding]:
     """PAIR_COUNT: more images to show than the model takes, or several files where one is trained on."""
-    most = {rule.column: rule.most for rule in examined.rules.references} | {examined.columns.target: 1}
-    for row, _, files in examined.records:
+    most = {rule.column: rule.most for rule in dataset.rules.references} | {dataset.columns.target: 1}
+    for row, _, files in dataset.records:
         for column, names in files.items():
             limit = most.get(column) if len(names) > 1 else None
             if limit is not None and len(names) > limit:
                 what = f"row {row}: column `{column}` lists {len(names)} files, expected {limit}"
-                yield found("PAIR_COUNT", what, "write one row per file", row=row)
+                yield finding("PAIR_COUNT", what, "write one row per file", row=row)
 
 
-def check_shapes(examined: Examined) -> Iterator[Finding]:
+def check_shapes(dataset: DatasetFacts) -> Iterator[Finding]:
     """PAIR_ASPECT: an image that is to lie over what is trained on is wider or higher than that."""
-    rules = examined.rules
+    rules = dataset.rules
     recipe = {rule.column for rule in rules.references if rule.size is None}
-    overlaid = [name for name in examined.columns.references if name in (recipe if rules.recipe else OVERLAID_COLUMNS)]
-    for record in examined.records:
-        target = _header(examined, record, examined.columns.target)
+    overlaid = [name for name in dataset.columns.references if name in (recipe if rules.recipe else OVERLAID_COLUMNS)]
+    for record in dataset.records:
+        target = _header(dataset, record, dataset.columns.target)
         for column in overlaid if target else ():
             for name in record.files.get(column, ()):
-                shown = header_of(examined, name)
+                shown = header_of(dataset, name)
                 if target is None or shown is None:
                     continue
                 ratio = shown.width * target.height / (shown.height * target.width)
@@ -46,45 +46,45 @@ def check_shapes(examined: Examined) -> Iterator[Finding]:
                         f"row {record.row}: `{name}` ({shown.width} x {shown.height}) has another aspect ratio than its "
                         f"{target.width} x {target.height} target"
                     )
-                    yield found("PAIR_ASPECT", what, "crop it to the same aspect ratio", row=record.row, path=name)
+                    yield finding("PAIR_ASPECT", what, "crop it to the same aspect ratio", row=record.row, path=name)
 
 
-def check_identical(examined: Examined) -> Iterator[Finding]:
+def check_identical(dataset: DatasetFacts) -> Iterator[Finding]:
     """PAIR_IDENTICAL: an image that is shown is what is to be made of it."""
-    images = examined.images
-    for row, _, files in examined.records:
-        target = images.get(next(iter(files.get(examined.columns.target, ())), ""))
+    images = dataset.images
+    for row, _, files in dataset.records:
+        target = images.get(next(iter(files.get(dataset.columns.target, ())), ""))
         if target is None or target.fault:
             continue
-        for column in examined.columns.references:
+        for column in dataset.columns.references:
             for name in files.get(column, ()):
                 shown = images.get(name)
-                if shown and are_same(examined.table.base, target, shown):
+                if shown and are_same(dataset.table.base, target, shown):
                     what = f"row {row}: column `{column}` names `{name}`, which has the same pixels as its target `{target.path}`"
-                    yield found("PAIR_IDENTICAL", what, "use the image from before the edit", row=row, path=name)
+                    yield finding("PAIR_IDENTICAL", what, "use the image from before the edit", row=row, path=name)
 
 
-def check_masks(examined: Examined) -> Iterator[Finding]:
+def check_masks(dataset: DatasetFacts) -> Iterator[Finding]:
     """MASK_EMPTY, told once of a file, and MASK_SIZE, told at each row."""
-    rows = examined.first_rows()
-    for name in sorted(examined.of_columns(examined.columns.masks), key=lambda name: rows[name]):
-        mask = examined.images.get(name)
+    rows = dataset.first_rows()
+    for name in sorted(dataset.of_columns(dataset.columns.masks), key=lambda name: rows[name]):
+        mask = dataset.images.get(name)
         if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
             what = f"the mask `{name}` has a single colour: it selects nothing, or everything"
-            yield found("MASK_EMPTY", what, "draw the area it should select", row=rows[name], path=name)
-    for record in examined.records:
-        target = _header(examined, record, examined.columns.target)
-        for name in (name for column in examined.columns.masks for name in record.files.get(column, ())):
-            mask_header = header_of(examined, name)
+            yield finding("MASK_EMPTY", what, "draw the area it should select", row=rows[name], path=name)
+    for record in dataset.records:
+        target = _header(dataset, record, dataset.columns.target)
+        for name in (name for column in dataset.columns.masks for name in record.files.get(column, ())):
+            mask_header = header_of(dataset, name)
             if target and mask_header and (mask_header.width, mask_header.height) != (target.width, target.height):
                 what = (
                     f"row {record.row}: the mask `{name}` is {mask_header.width} x {mask_header.height} pixels, but its "
                     f"image is {target.width} x {target.height}"
                 )
-                yield found("MASK_SIZE", what, "scale it to the same size", row=record.row, path=name)
+                yield finding("MASK_SIZE", what, "scale it to the same size", row=record.row, path=name)
 
 
-def _header(examined: Examined, record: Record, column: str) -> MediaHeader | None:
+def _header(dataset: DatasetFacts, record: Record, column: str) -> MediaHeader | None:
     """What the first file of a column holds, where that is known."""
     names = record.files.get(column, ())
-    return header_of(examined, names[0]) if names else None
+    return header_of(dataset, names[0]) if names else None

@@ -12,8 +12,8 @@ from diffsynth_core.data.file_index import Listing, letters
 from diffsynth_core.data.formats import kind_of_name
 from diffsynth_core.data.metadata import SHOWN_OF_A_PATH
 from diffsynth_core.data.samples import WRITE_SLASHES
-from diffsynth_core.dataset_report.examined import Examined
-from diffsynth_core.dataset_report.findings import Finding, Level, found
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
+from diffsynth_core.dataset_report.findings import Finding, Level, finding
 from diffsynth_core.errors import suggest, truncate
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -30,14 +30,14 @@ class _Fault:
     hint: str
 
 
-def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
+def present_paths(dataset: DatasetFacts) -> tuple[frozenset[str], list[Finding]]:
     """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
-    listing = examined.listing
+    listing = dataset.listing
     assert listing is not None
-    named = _named(examined)
+    named = _named(dataset)
     present: set[str] = set()
     findings: list[Finding] = []
-    for record in examined.records:
+    for record in dataset.records:
         for column, names in record.files.items():
             for name in names:
                 if name in present:
@@ -49,7 +49,7 @@ def present_paths(examined: Examined) -> tuple[frozenset[str], list[Finding]]:
                     what = (
                         f"row {record.row}: column `{column}` names `{truncate(name, SHOWN_OF_A_PATH)}`, {fault.what}"
                     )
-                    findings.append(found(fault.code, what, fault.hint, row=record.row, path=name))
+                    findings.append(finding(fault.code, what, fault.hint, row=record.row, path=name))
     return frozenset(present), findings
 
 
@@ -105,30 +105,30 @@ def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
     return stems[meant] if meant else None
 
 
-def _named(examined: Examined) -> frozenset[str]:
+def _named(dataset: DatasetFacts) -> frozenset[str]:
     """The paths that rows name."""
-    return frozenset(name for record in examined.records for names in record.files.values() for name in names)
+    return frozenset(name for record in dataset.records for names in record.files.values() for name in names)
 
 
-def check_folders(examined: Examined) -> Iterator[Finding]:
+def check_folders(dataset: DatasetFacts) -> Iterator[Finding]:
     """FOLDER_UNREADABLE."""
-    for folder, reason in sorted(examined.listing.unread.items() if examined.listing else ()):
+    for folder, reason in sorted(dataset.listing.unread.items() if dataset.listing else ()):
         what = f"the folder `{folder}` cannot be read: {reason}"
         hint = "check its permissions, or move it out of the dataset"
-        level: Level = "error" if examined.table.beside else "warning"
-        yield found("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
+        level: Level = "error" if dataset.table.beside else "warning"
+        yield finding("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
 
 
-def check_unreferenced(examined: Examined) -> Iterator[Finding]:
+def check_unreferenced(dataset: DatasetFacts) -> Iterator[Finding]:
     """FILE_UNREFERENCED: media that no row of the metadata names; of captions beside files, table.py tells."""
-    listing = examined.listing
-    if listing is None or not examined.records or examined.table.beside:
+    listing = dataset.listing
+    if listing is None or not dataset.records or dataset.table.beside:
         return
-    named = _named(examined)
+    named = _named(dataset)
     used = named | {listing.links[name] for name in named if name in listing.links}
     for name in sorted(listing.files.keys() - used):
         if kind_of_name(name) in ("image", "clip", "unsupported"):
-            yield found(
+            yield finding(
                 "FILE_UNREFERENCED",
                 f"no row uses `{name}`",
                 "add a row for it, or move it out of the dataset",

@@ -6,7 +6,7 @@ from diffsynth_core.dataset_report.caption_checks import check_captions
 from diffsynth_core.dataset_report.path_checks import check_folders
 from diffsynth_core.dataset_report.rules import rules_of
 from diffsynth_core.dataset_report.thresholds import Thresholds
-from diffsynth_core.dataset_report.validate import Wish, examine
+from diffsynth_core.dataset_report.validate import CheckOptions, examine
 from diffsynth_core.errors import Problem
 from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.dataset import RowFault
@@ -23,11 +23,11 @@ def quick_check(parameters: Parameters, facts: FamilyFacts, variant: Variant) ->
     base = parameters.dataset_base_path
     metadata = locate_metadata(base, parameters.dataset_metadata_path)
     rules = rules_of(parameters, facts, variant, Thresholds(), variant.title)
-    examined, findings = examine(base, metadata, rules, Wish("named"), SilentReporter())
-    findings += [*check_captions(examined), *check_folders(examined)]
+    dataset, findings = examine(base, metadata, rules, CheckOptions("named"), SilentReporter())
+    findings += [*check_captions(dataset), *check_folders(dataset)]
     return [
         RowFault(
-            Problem(f"`{examined.table.origin}` {finding.message}", finding.hint, code=finding.code),
+            Problem(f"`{dataset.table.origin}` {finding.message}", finding.hint, code=finding.code),
             finding.row if finding.code in OF_PATHS else None,
         )
         for finding in findings

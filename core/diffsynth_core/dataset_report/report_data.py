@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diffsynth_core.data.media import Excerpt
-from diffsynth_core.dataset_report.examined import Examined, Record
+from diffsynth_core.data.media import MediaCrop
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
 from diffsynth_core.dataset_report.facts import ImageFacts, VideoFacts
 from diffsynth_core.dataset_report.findings import LEVELS, Finding, Report
-from diffsynth_core.dataset_report.set_checks import crop_of, header_of, sizes_of
+from diffsynth_core.dataset_report.set_checks import crop_box, header_of, sizes_of
 from diffsynth_core.errors import truncate
 
 FINDINGS_BYTES = 8_000_000
@@ -26,7 +26,7 @@ SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
-class Held:
+class ShownCount:
     """How many of a thing the page holds, of how many."""
 
     held: int
@@ -43,18 +43,18 @@ class PageData:
     """JSON that may stand in a script element, and what it holds."""
 
     json: str
-    findings: Held
-    samples: Held
-    thumbnails: Held
+    findings: ShownCount
+    samples: ShownCount
+    thumbnails: ShownCount
 
 
-def page_data(report: Report, examined: Examined) -> PageData:
+def page_data(report: Report, dataset: DatasetFacts) -> PageData:
     """What the page shows one by one: the worst findings, samples with findings before those without."""
-    findings = _within(FINDINGS_BYTES, (_as_json(_finding(one, examined)) for one in report.findings))
-    records = _worst_first(examined, report.findings)
-    sizes = sizes_of(examined)
-    samples = _within(SAMPLES_BYTES, (_as_json(_sample(record, examined, sizes)) for record in records))
-    images = thumbnails_of(examined)
+    findings = _within(FINDINGS_BYTES, (_as_json(_finding(one, dataset)) for one in report.findings))
+    records = _worst_first(dataset, report.findings)
+    sizes = sizes_of(dataset)
+    samples = _within(SAMPLES_BYTES, (_as_json(_sample(record, dataset, sizes)) for record in records))
+    images = thumbnails_of(dataset)
     shown = {name: images[name] for record in records[: len(samples)] for name in _names(record) if name in images}
     thumbnails = _within(THUMBNAILS_BYTES, (f"{_as_json(name)}:{_base64(one)}" for name, one in shown.items()))
     text = (
@@ -62,21 +62,21 @@ def page_data(report: Report, examined: Examined) -> PageData:
     )
     return PageData(
         text,
-        Held(len(findings), len(report.findings)),
-        Held(len(samples), len(records)),
-        Held(len(thumbnails), len(images)),
+        ShownCount(len(findings), len(report.findings)),
+        ShownCount(len(samples), len(records)),
+        ShownCount(len(thumbnails), len(images)),
     )
 
 
-def _finding(finding: Finding, examined: Examined) -> dict[str, Any]:
+def _finding(finding: Finding, dataset: DatasetFacts) -> dict[str, Any]:
     """A finding as the page shows it."""
-    path = None if finding.path is None else _shown_path(finding.path, examined)
+    path = None if finding.path is None else _shown_path(finding.path, dataset)
     return asdict(replace(finding, path=path))
 
 
-def thumbnails_of(examined: Examined) -> Mapping[str, bytes]:
+def thumbnails_of(dataset: DatasetFacts) -> Mapping[str, bytes]:
     """JPEGs by path."""
-    every: dict[str, ImageFacts | VideoFacts] = {**examined.images, **examined.videos}
+    every: dict[str, ImageFacts | VideoFacts] = {**dataset.images, **dataset.videos}
     return {name: facts.thumbnail for name, facts in every.items() if facts.thumbnail}
 
 
@@ -100,14 +100,14 @@ def _within(budget: int, texts: Iterable[str]) -> list[str]:
     return taken
 
 
-def _worst_first(examined: Examined, findings: Iterable[Finding]) -> list[Record]:
+def _worst_first(dataset: DatasetFacts, findings: Iterable[Finding]) -> list[Record]:
     """The rows with errors, those with warnings, and so on, each in their order; then those without findings."""
     worst: dict[int, int] = {}
     for finding in findings:
         if finding.row is not None:
             level = LEVELS.index(finding.level)
             worst[finding.row] = min(level, worst.get(finding.row, level))
-    return sorted(examined.records, key=lambda record: (worst.get(record.row, len(LEVELS)), record.row))
+    return sorted(dataset.records, key=lambda record: (worst.get(record.row, len(LEVELS)), record.row))
 
 
 def _names(record: Record) -> Iterator[str]:
@@ -115,38 +115,38 @@ def _names(record: Record) -> Iterator[str]:
         yield from names
 
 
-def _sample(record: Record, examined: Examined, sizes: Mapping[int, Excerpt]) -> dict[str, Any]:
+def _sample(record: Record, dataset: DatasetFacts, sizes: Mapping[int, MediaCrop]) -> dict[str, Any]:
     """A row as the page shows it.
 
     `files`: [column, path], that of what is trained on first. `width`, `height`: of that file, in pixels.
     `crop`: [left, top, width, height] of what training sees of it, as shares of the file's sides.
     `size`: [width, height, frames] that this becomes. `lost`: the share that is cut away.
     """
-    target = examined.columns.target
+    target = dataset.columns.target
     columns = sorted(record.files, key=lambda column: column != target)
     sample: dict[str, Any] = {
         "row": record.row,
         "caption": None if record.caption is None else truncate(record.caption, SHOWN_CHARACTERS),
-        "files": [[column, _shown_path(name, examined)] for column in columns for name in record.files[column]],
+        "files": [[column, _shown_path(name, dataset)] for column in columns for name in record.files[column]],
     }
     names = record.files.get(target, ())
-    header = header_of(examined, names[0]) if names else None
+    header = header_of(dataset, names[0]) if names else None
     if header is None:
         return sample
     sample |= {"width": header.width, "height": header.height}
-    excerpt = sizes.get(record.row)
-    if excerpt is None:
+    crop = sizes.get(record.row)
+    if crop is None:
         return sample
-    crop = crop_of(header, excerpt)
-    wide, high = (crop.right - crop.left) / header.width, (crop.bottom - crop.top) / header.height
-    shares = (crop.left / header.width, crop.top / header.height, wide, high)
+    box = crop_box(header, crop)
+    wide, high = (box.right - box.left) / header.width, (box.bottom - box.top) / header.height
+    shares = (box.left / header.width, box.top / header.height, wide, high)
     return sample | {
         "crop": [round(share, 4) for share in shares],
-        "size": [excerpt.width, excerpt.height, excerpt.frames],
+        "size": [crop.width, crop.height, crop.frames],
         "lost": round(1 - wide * high, 4),
     }
 
 
-def _shown_path(name: str, examined: Examined) -> str:
+def _shown_path(name: str, dataset: DatasetFacts) -> str:
     """A path as the page shows it; that of a file stays whole, for its thumbnail is found by it."""
-    return name if name in examined.present else truncate(name, SHOWN_CHARACTERS)
+    return name if name in dataset.present else truncate(name, SHOWN_CHARACTERS)

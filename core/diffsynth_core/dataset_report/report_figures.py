@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from math import inf, log
 
-from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.set_checks import Size, header_of, shapes_of
 from diffsynth_core.progress import pluralize
 
@@ -54,12 +54,12 @@ class Histogram:
     end: str | None
 
 
-def histograms(examined: Examined) -> tuple[Histogram, ...]:
+def histograms(dataset: DatasetFacts) -> tuple[Histogram, ...]:
     """Size and aspect of what is trained on, and the length of captions; without those that would be empty."""
-    targets = {name for record in examined.records for name in record.files.get(examined.columns.target, ())}
-    headers = [header for header in (header_of(examined, name) for name in targets) if header]
+    targets = {name for record in dataset.records for name in record.files.get(dataset.columns.target, ())}
+    headers = [header for header in (header_of(dataset, name) for name in targets) if header]
     megapixels = [header.width * header.height / 1e6 for header in headers]
-    lengths = [len(record.caption) for record in examined.records if record.caption is not None]
+    lengths = [len(record.caption) for record in dataset.records if record.caption is not None]
     every = (
         _between("Size", "megapixels", megapixels, MEGAPIXELS),
         Histogram("Aspect", "width to height", _nearest(header.width / header.height for header in headers), None),
@@ -147,11 +147,11 @@ class BucketLine:
     last: int
 
 
-def bucket_lines(examined: Examined) -> list[BucketLine]:
+def bucket_lines(dataset: DatasetFacts) -> list[BucketLine]:
     """The most frequent first."""
-    rules = examined.rules
+    rules = dataset.rules
     lines = []
-    counted = Counter(tuple(sizes.items()) for sizes in shapes_of(examined).values())
+    counted = Counter(tuple(sizes.items()) for sizes in shapes_of(dataset).values())
     for ((_, (shape,)), *others), samples in counted.most_common():
         shown = tuple(size for _, sizes in others for size in sizes)
         batches = -(-samples * rules.repeat // rules.batch_size)
@@ -160,12 +160,12 @@ def bucket_lines(examined: Examined) -> list[BucketLine]:
     return lines
 
 
-def buckets_html(examined: Examined) -> str:
+def buckets_html(dataset: DatasetFacts) -> str:
     """The table of buckets, short ones marked; empty where no size is known."""
-    lines = bucket_lines(examined)
+    lines = bucket_lines(dataset)
     if not lines:
         return ""
-    rules = examined.rules
+    rules = dataset.rules
     short = sum(line.last < rules.batch_size for line in lines)
     what = f"{pluralize(len(lines), 'bucket')}, {pluralize(sum(line.batches for line in lines), 'batch', 'batches')} "
     what += f"per epoch at batch size {rules.batch_size}"

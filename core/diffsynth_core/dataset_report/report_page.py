@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, Report, Summary
 from diffsynth_core.dataset_report.report_data import PageData, page_data
 from diffsynth_core.dataset_report.report_figures import buckets_html, histogram_html, histograms
@@ -21,7 +21,7 @@ from diffsynth_core.files import write_text
 from diffsynth_core.progress import format_bytes, pluralize
 
 THUMBNAIL_SIDE = 160
-"""The longer side, in pixels, of the images that the page is made for; for `Wish.thumbnails`."""
+"""The longer side, in pixels, of the images that the page is made for; for `CheckOptions.thumbnails`."""
 ENDINGS = (".html", ".htm")
 MARK = '<meta name="generator" content="diffsynth dataset validate">'
 """Stands in the head of every page."""
@@ -50,20 +50,20 @@ def _is_ours(path: Path) -> bool:
         return MARK.encode() in stream.read(2000)
 
 
-def write_page(path: Path, report: Report, examined: Examined) -> None:
+def write_page(path: Path, report: Report, dataset: DatasetFacts) -> None:
     """Write the page, whole or not at all.
 
     Raises:
         DiffSynthError: when the disk refuses.
     """
-    page = page_html(report, examined)
+    page = page_html(report, dataset)
     write_text(path, page.encode("utf-8", "xmlcharrefreplace").decode())  # paths can hold bytes that are no text
 
 
-def page_html(report: Report, examined: Examined) -> str:
+def page_html(report: Report, dataset: DatasetFacts) -> str:
     """The page as a text."""
     style, script = _part("report.css"), _part("report.js")
-    data = page_data(report, examined)
+    data = page_data(report, dataset)
     summary = report.summary
     return Template(_part("report.html")).substitute(
         mark=MARK,
@@ -71,15 +71,15 @@ def page_html(report: Report, examined: Examined) -> str:
         style=style,
         script=script,
         data=data.json,
-        title=escape(examined.table.base.resolve().name or summary.origin),
+        title=escape(dataset.table.base.resolve().name or summary.origin),
         origin=escape(summary.origin),
         recipe=f"checked for <b>{escape(summary.recipe)}</b>" if summary.recipe else "checked with the general rules",
         fingerprint=report.fingerprint,
         verdict=_verdict(summary),
         verdict_level="error" if summary.errors else "good",
         numbers=_numbers(summary),
-        figures="".join(map(histogram_html, histograms(examined))),
-        buckets=buckets_html(examined) or "<p>No training sizes are known.</p>",
+        figures="".join(map(histogram_html, histograms(dataset))),
+        buckets=buckets_html(dataset) or "<p>No training sizes are known.</p>",
         levels="".join(_level_buttons(summary)),
         codes="".join(_code_buttons(summary)),
         held=_held(data, summary),

@@ -29,7 +29,7 @@ class Rules:
     `target`: the column of what is trained on; None: the first of `TARGET_COLUMNS` that there is.
     `masks`: columns of masks. `other`: columns beside these that training reads.
     `batch_size`, `repeat`, `accumulation`: how batches, epochs and steps are made of the samples.
-    `given_frames`: latent frames that the model is given, as models/spec.py has them. `shown_frames`: extra
+    `num_conditioning_frames`: latent frames that the model is given, as models/spec.py has them. `shown_frames`: extra
     inputs that show it frames of what is trained on, which it must learn to bring forth.
     `captions`: how they are read; None: by `Thresholds.max_tokens` alone. `encoders`: what is kept in the cache below
     `cache`; empty: unknown.
@@ -48,7 +48,7 @@ class Rules:
     batch_size: int = 1
     repeat: int = 1
     accumulation: int = 1
-    given_frames: int = 0
+    num_conditioning_frames: int = 0
     shown_frames: tuple[str, ...] = ()
     captions: CaptionRule | None = None
     encoders: tuple[EncoderFacts, ...] = ()
@@ -101,15 +101,15 @@ def rules_of(
     return Rules(
         thresholds=thresholds,
         text=facts.text_column,
-        target=variant.medium.column,
-        media=media_rule(parameters, variant.medium),
+        target=variant.target.column,
+        media=media_rule(parameters, variant.target),
         references=reference_rules(parameters, variant),
         masks=(),
         other=TASKS[parameters.task].columns,
         batch_size=parameters.batch_size,
         repeat=parameters.dataset_repeat,
         accumulation=parameters.gradient_accumulation_steps,
-        given_frames=variant.given_frames,
+        num_conditioning_frames=variant.num_conditioning_frames,
         shown_frames=shown_frames(parameters, variant),
         encoders=variant.encoders,
         cache=parameters.cache_path or default_cache_path(),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.images import ImageHeader
-from diffsynth_core.data.media import Excerpt, MediaHeader, ReferenceRule, choose_excerpt, choose_reference, scale_of
-from diffsynth_core.dataset_report.examined import Examined
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.data.media import MediaCrop, MediaHeader, ReferenceRule, choose_reference, choose_target, scale_of
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.files import free_bytes
 from diffsynth_core.models.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
@@ -27,7 +27,7 @@ Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Crop:
+class CropBox:
     """The part of an upright image or video that training sees, in its own pixels, and the size it becomes."""
 
     left: float
@@ -38,23 +38,23 @@ class Crop:
     height: int
 
 
-def sizes_of(examined: Examined) -> dict[int, Excerpt]:
+def sizes_of(dataset: DatasetFacts) -> dict[int, MediaCrop]:
     """Row -> what is trained on of its file; rows whose file is faulty or too small are left out."""
     sizes = {}
-    for row, _, files in examined.records:
-        for name in files.get(examined.columns.target, ())[:1]:
-            header = header_of(examined, name)
+    for row, _, files in dataset.records:
+        for name in files.get(dataset.columns.target, ())[:1]:
+            header = header_of(dataset, name)
             if header is None:
                 continue
-            excerpt = choose_excerpt(Path(name), header, examined.rules.media, row)
-            if min(excerpt.height, excerpt.width) > 0:
-                sizes[row] = excerpt
+            crop = choose_target(Path(name), header, dataset.rules.media, row)
+            if min(crop.height, crop.width) > 0:
+                sizes[row] = crop
     return sizes
 
 
-def header_of(examined: Examined, name: str) -> MediaHeader | None:
+def header_of(dataset: DatasetFacts, name: str) -> MediaHeader | None:
     """A file as data/media.py knows it; None where it is faulty or has not been looked into."""
-    image, video = examined.images.get(name), examined.videos.get(name)
+    image, video = dataset.images.get(name), dataset.videos.get(name)
     if image and not image.fault:
         rotated = image.orientation != 1
         return MediaHeader(image.width, image.height, 1, False, rotated, image.transparent)
@@ -64,26 +64,26 @@ def header_of(examined: Examined, name: str) -> MediaHeader | None:
     return None
 
 
-def crop_of(header: MediaHeader, excerpt: Excerpt) -> Crop:
+def crop_box(header: MediaHeader, crop: MediaCrop) -> CropBox:
     """What training cuts out of a file: scaled until it covers the size, then cut at the centre."""
-    scale = scale_of(excerpt, header.width, header.height)
-    width, height = excerpt.width / scale, excerpt.height / scale
+    scale = scale_of(crop, header.width, header.height)
+    width, height = crop.width / scale, crop.height / scale
     left, top = (header.width - width) / 2, (header.height - height) / 2
-    return Crop(left, top, left + width, top + height, excerpt.width, excerpt.height)
+    return CropBox(left, top, left + width, top + height, crop.width, crop.height)
 
 
-def shapes_of(examined: Examined) -> dict[int, Shown]:
+def shapes_of(dataset: DatasetFacts) -> dict[int, Shown]:
     """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their rule.
 
     A row with a file that is missing, faulty or too small is left out.
     """
     shapes: dict[int, Shown] = {}
-    records = {record.row: record for record in examined.records}
-    for row, target in sizes_of(examined).items():
-        sizes: dict[str, tuple[Size, ...]] = {examined.columns.target: (target.shape,)}
-        for rule in examined.rules.references:
-            shown = [_shown(examined, name, rule, target) for name in records[row].files.get(rule.column, ())]
-            sizes[rule.name] = tuple(excerpt.shape for excerpt in shown if excerpt)
+    records = {record.row: record for record in dataset.records}
+    for row, target in sizes_of(dataset).items():
+        sizes: dict[str, tuple[Size, ...]] = {dataset.columns.target: (target.shape,)}
+        for rule in dataset.rules.references:
+            shown = [_shown(dataset, name, rule, target) for name in records[row].files.get(rule.column, ())]
+            sizes[rule.name] = tuple(crop.shape for crop in shown if crop)
             if not shown or not all(shown):
                 break
         else:
@@ -91,32 +91,32 @@ def shapes_of(examined: Examined) -> dict[int, Shown]:
     return shapes
 
 
-def _shown(examined: Examined, name: str, rule: ReferenceRule, target: Excerpt) -> Excerpt | None:
+def _shown(dataset: DatasetFacts, name: str, rule: ReferenceRule, target: MediaCrop) -> MediaCrop | None:
     """How an image is shown to the model beside `target`; None where it cannot be."""
-    image = examined.images.get(name)
+    image = dataset.images.get(name)
     if image is None or image.fault:
         return None
     header = ImageHeader(image.width, image.height, image.orientation != 1, image.transparent)
-    excerpt = choose_reference(Path(name), header, rule, target)
-    return excerpt if min(excerpt.height, excerpt.width) > 0 else None
+    crop = choose_reference(Path(name), header, rule, target)
+    return crop if min(crop.height, crop.width) > 0 else None
 
 
-def check_buckets(examined: Examined) -> Iterator[Finding]:
+def check_buckets(dataset: DatasetFacts) -> Iterator[Finding]:
     """BUCKETS: how many samples there are of each size, the most frequent first; batches that are not full; steps."""
-    sizes = list(shapes_of(examined).values())
+    sizes = list(shapes_of(dataset).values())
     if not sizes:
         return
-    rules = examined.rules
+    rules = dataset.rules
     plan = BatchPlan([tuple(shape.items()) for shape in sizes], rules.repeat, rules.batch_size, seed=0)
     steps = StepPlan(plan, rules.accumulation, num_epochs=1, max_steps=None)
-    counted = Counter(shape[examined.columns.target][0] for shape in sizes)
+    counted = Counter(shape[dataset.columns.target][0] for shape in sizes)
     listed = ", ".join(f"{count} of {_size(shape)}" for shape, count in counted.most_common(SHOWN_SIZES))
     more = f" and {len(counted) - SHOWN_SIZES} more sizes" if len(counted) > SHOWN_SIZES else ""
     what = f"{pluralize(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
     short = [bucket for bucket in plan.buckets if len(bucket.members) * rules.repeat % rules.batch_size]
     if short:
         what += f", the last batch of {len(short)} of {pluralize(len(plan.buckets), 'bucket')} is short"
-    yield found("BUCKETS", what)
+    yield finding("BUCKETS", what)
 
 
 def _size(shape: Size) -> str:
@@ -132,13 +132,13 @@ def _steps(rules: Rules, steps: int) -> str:
     return f"{pluralize(steps, 'step')} per epoch ({', '.join(given)})"
 
 
-def check_cache(examined: Examined) -> Iterator[Finding]:
+def check_cache(dataset: DatasetFacts) -> Iterator[Finding]:
     """CACHE_SIZE: what the encodings of all samples take on disk, and whether so much is free."""
-    encoders, cache = examined.rules.encoders, examined.rules.cache
-    shapes = shapes_of(examined)
+    encoders, cache = dataset.rules.encoders, dataset.rules.cache
+    shapes = shapes_of(dataset)
     if not encoders or cache is None or not shapes:
         return
-    needed, counted = encoded_bytes(examined, shapes)
+    needed, counted = encoded_bytes(dataset, shapes)
     free = free_bytes(cache)
     how = "" if counted else ", caption tokens estimated from their length"
     what = (
@@ -147,18 +147,18 @@ def check_cache(examined: Examined) -> Iterator[Finding]:
     )
     if needed > free:
         hint = "free some space, or choose another folder with `--cache_path`"
-        yield found("CACHE_SIZE", what, hint, level="warning")
+        yield finding("CACHE_SIZE", what, hint, level="warning")
     else:
-        yield found("CACHE_SIZE", what)
+        yield finding("CACHE_SIZE", what)
 
 
-def encoded_bytes(examined: Examined, shapes: Mapping[int, Shown]) -> tuple[int, bool]:
+def encoded_bytes(dataset: DatasetFacts, shapes: Mapping[int, Shown]) -> tuple[int, bool]:
     """About how many bytes the cache holds of these rows, and whether the tokens of their captions were counted.
 
     `shapes`: as `shapes_of` has them.
     """
-    rules = examined.rules
-    texts = {record.row: record.caption or "" for record in examined.records}
+    rules = dataset.rules
+    texts = {record.row: record.caption or "" for record in dataset.records}
     tokenizer = rules.captions.tokenizer if rules.captions else None
     captions = [texts[row] for row in shapes]
     states, counted = count_text_states(rules.encoders, tokenizer, captions, list(shapes.values()))

@@ -31,7 +31,7 @@ from diffsynth_core.data.metadata import (
     unnamed_column,
 )
 from diffsynth_core.data.texts import decode_text, likely_encoding, read_caption
-from diffsynth_core.dataset_report.findings import Finding, Level, found
+from diffsynth_core.dataset_report.findings import Finding, Level, finding
 from diffsynth_core.dataset_report.rules import TARGET_COLUMNS, Rules
 from diffsynth_core.errors import Problem, kind_of
 from diffsynth_core.json_files import InvalidJson, parse_json
@@ -65,10 +65,10 @@ def read_table(base: Path, metadata: Path | None, rules: Rules, listing: Listing
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         what = f"`{metadata}` line {line} is not UTF-8 (byte {error.start}){likely_encoding(error)}"
-        return empty, [found("NOT_UTF8", what, SAVE_AS_UTF8, path=metadata.name)]
+        return empty, [finding("NOT_UTF8", what, SAVE_AS_UTF8, path=metadata.name)]
     columns, rows, findings = READERS[metadata.suffix.lower()](metadata, text)
     if not rows and not findings:
-        findings = [found("EMPTY", f"`{metadata}` has no rows", "add one row per sample", path=metadata.name)]
+        findings = [finding("EMPTY", f"`{metadata}` has no rows", "add one row per sample", path=metadata.name)]
     return Table(str(metadata), base, columns, rows), findings
 
 
@@ -79,7 +79,7 @@ _Read = tuple[tuple[str, ...], dict[int, Mapping[str, Any]], list[Finding]]
 def _read_csv(path: Path, text: str) -> _Read:
     separated = other_separator(path, text)
     if separated:
-        return (), {}, [found("PARSE_ERROR", separated.message, separated.hint, path=path.name)]
+        return (), {}, [finding("PARSE_ERROR", separated.message, separated.hint, path=path.name)]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: dict[int, Mapping[str, Any]] = {}
     findings: list[Finding] = []
@@ -91,7 +91,7 @@ def _read_csv(path: Path, text: str) -> _Read:
         twice = repeated_column(header)
         if twice:
             what = f"`{path}` has the column `{twice}` twice"
-            findings.append(found("PARSE_ERROR", what, "rename one of them", path=path.name))
+            findings.append(finding("PARSE_ERROR", what, "rename one of them", path=path.name))
         width = len(header)
         line = reader.line_num + 1
         for cells in reader:
@@ -103,7 +103,7 @@ def _read_csv(path: Path, text: str) -> _Read:
             if split is None:
                 what = f"`{path}` line {reader.line_num}: {len(cells)} cells, but the header has {width}"
                 hint = "quote values that contain commas"
-                findings.append(found("PARSE_ERROR", what, hint, row=number, path=path.name))
+                findings.append(finding("PARSE_ERROR", what, hint, row=number, path=path.name))
                 continue
             rows[number], place = split
             if place and place not in unnamed:
@@ -111,8 +111,8 @@ def _read_csv(path: Path, text: str) -> _Read:
     except csv.Error as error:
         problem = csv_problem(path, error, line, reader.line_num)
         what = f"{problem.message}; nothing after it was read"
-        findings.append(found("PARSE_ERROR", what, problem.hint, path=path.name))
-    findings += [found("COLUMN_UNKNOWN", one.message, one.hint, path=path.name) for one in unnamed.values()]
+        findings.append(finding("PARSE_ERROR", what, problem.hint, path=path.name))
+    findings += [finding("COLUMN_UNKNOWN", one.message, one.hint, path=path.name) for one in unnamed.values()]
     return tuple(filter(None, header)), rows, findings
 
 
@@ -121,10 +121,10 @@ def _read_json(path: Path, text: str) -> _Read:
         content = parse_json(text, finite=False)
     except InvalidJson as error:
         problem = json_problem(path, error)
-        return (), {}, [found("PARSE_ERROR", problem.message, problem.hint, path=path.name)]
+        return (), {}, [finding("PARSE_ERROR", problem.message, problem.hint, path=path.name)]
     if not isinstance(content, list):
         what = f"`{path}` holds {kind_of(content)}, expected a list of objects"
-        return (), {}, [found("PARSE_ERROR", what, "write one object per sample", path=path.name)]
+        return (), {}, [finding("PARSE_ERROR", what, "write one object per sample", path=path.name)]
     return _from_objects(path, dict(enumerate(content, start=1)), [])
 
 
@@ -140,7 +140,7 @@ def _read_jsonl(path: Path, text: str) -> _Read:
             objects[number] = parse_json(line, finite=False)
         except InvalidJson as error:
             problem = json_problem(path, error, line_number)
-            findings.append(found("PARSE_ERROR", problem.message, problem.hint, row=number, path=path.name))
+            findings.append(finding("PARSE_ERROR", problem.message, problem.hint, row=number, path=path.name))
     return _from_objects(path, objects, findings)
 
 
@@ -153,7 +153,7 @@ def _from_objects(path: Path, objects: dict[int, Any], findings: list[Finding]) 
             rows[number] = value
         else:
             what = f"`{path}` row {number} is {kind_of(value)}, expected an object"
-            findings.append(found("PARSE_ERROR", what, "write one object per sample", row=number, path=path.name))
+            findings.append(finding("PARSE_ERROR", what, "write one object per sample", row=number, path=path.name))
     return tuple(columns), rows, findings
 
 
@@ -171,7 +171,7 @@ def _read_beside(base: Path, rules: Rules, listing: Listing) -> tuple[Table, lis
     if not folder.rows:
         what = f"`{base}` contains neither {', '.join(METADATA_NAMES)} nor {kind}s"
         hint = f"write a metadata.csv with the columns `{media}` and `{rules.text}`"
-        empty = [] if any(one.level == "error" for one in findings) else [found("EMPTY", what, hint)]
+        empty = [] if any(one.level == "error" for one in findings) else [finding("EMPTY", what, hint)]
         return table, [*findings, *empty]
     rows: dict[int, Mapping[str, Any]] = {}
     for number, (name, captions) in enumerate(folder.rows.items(), start=1):
@@ -188,22 +188,22 @@ def _read_beside_of(
     """The caption of an image or clip, or why there is none."""
     if len(captions) > 1:
         rivals = rival_captions(name, captions)
-        return None, found("CAPTION_AMBIGUOUS", rivals.message, rivals.hint, row=row, path=name)
+        return None, finding("CAPTION_AMBIGUOUS", rivals.message, rivals.hint, row=row, path=name)
     if not captions:
         caption = expected_caption(name)
         if caption in listing.leaving:
             return None, _leads_out(caption, row)
         what = f"`{name}` has no caption: `{caption}` is missing"
         hint = "write the caption to a .txt file of the same name, or all captions to a metadata.csv"
-        return None, found("CAPTION_MISSING", what, hint, row=row, path=name)
+        return None, finding("CAPTION_MISSING", what, hint, row=row, path=name)
     try:
         return read_caption(base / captions[0]), None
     except UnicodeDecodeError as error:
         (problem,) = not_utf8(Path(captions[0]), error).problems
-        return None, found("NOT_UTF8", problem.message, problem.hint, row=row, path=captions[0])
+        return None, finding("NOT_UTF8", problem.message, problem.hint, row=row, path=captions[0])
     except OSError as error:
         what = f"`{captions[0]}` cannot be read: {error.strerror}"
-        return None, found("PATH_MISSING", what, "check its permissions", row=row, path=captions[0])
+        return None, finding("PATH_MISSING", what, "check its permissions", row=row, path=captions[0])
 
 
 def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
@@ -212,20 +212,20 @@ def check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
         for name in names:
             problem = unsupported_problem((name,), captioned)
             level: Level | None = "error" if captioned else None
-            yield found("FORMAT_UNSUPPORTED", problem.message, problem.hint, path=name, level=level)
+            yield finding("FORMAT_UNSUPPORTED", problem.message, problem.hint, path=name, level=level)
     for name in folder.other_media:
         what = f"`{name}` is not used: training uses {kind}s"
-        yield found(
+        yield finding(
             "FILE_UNREFERENCED", what, "move it out of the dataset, or pass the recipe that it is for", path=name
         )
     for name in folder.lone_captions:
         hint = "add its media file in a supported format, or move it out of the dataset"
-        yield found("FILE_UNREFERENCED", f"`{name}` is a caption file without an image or clip", hint, path=name)
+        yield finding("FILE_UNREFERENCED", f"`{name}` is a caption file without an image or clip", hint, path=name)
     for name in folder.unknown:
         what = f"`{name}` is not read: not an image, clip or caption"
-        yield found("FILE_UNKNOWN", what, "move it out of the dataset if it does not belong there", path=name)
+        yield finding("FILE_UNKNOWN", what, "move it out of the dataset if it does not belong there", path=name)
     if folder.leftovers:
-        yield found("FILE_LEFTOVER", leftovers_note(folder.leftovers))
+        yield finding("FILE_LEFTOVER", leftovers_note(folder.leftovers))
 
 
 def _links_out(listing: Listing) -> Iterator[Finding]:
@@ -241,11 +241,11 @@ def _links_out(listing: Listing) -> Iterator[Finding]:
 def _leads_out(name: str, row: int | None, level: Level | None = None) -> Finding:
     what = f"`{name}` is a link to outside the dataset"
     hint = "replace the link with the file" if level is None else "replace the link with its target, or remove it"
-    return found("PATH_OUTSIDE", what, hint, row=row, path=name, level=level)
+    return finding("PATH_OUTSIDE", what, hint, row=row, path=name, level=level)
 
 
 def _shared_captions(folder: CaptionedFolder) -> Iterator[Finding]:
     numbers = {name: number for number, name in enumerate(folder.rows, start=1)}
     for names in folder.shared_captions():
         problem = shared_caption(*names)
-        yield found("STEM_COLLISION", problem.message, problem.hint, row=numbers[names[1]], path=names[1])
+        yield finding("STEM_COLLISION", problem.message, problem.hint, row=numbers[names[1]], path=names[1])

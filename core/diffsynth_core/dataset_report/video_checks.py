@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 
 from diffsynth_core.data.samples import RATE_SPREAD
-from diffsynth_core.dataset_report.examined import Examined
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import VideoFacts
-from diffsynth_core.dataset_report.findings import Finding, found
+from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import header_of
 from diffsynth_core.progress import pluralize
@@ -24,62 +24,62 @@ USUAL_RATES = (5.0, 61.0)
 """Frames per second between which videos are filmed and shown; others are slow motion, slides, or a wrong header."""
 
 
-def check_videos(examined: Examined) -> Iterator[Finding]:
+def check_videos(dataset: DatasetFacts) -> Iterator[Finding]:
     """All that is to be said of single videos, told at the first row that names them."""
-    rows = examined.first_rows()
-    for path, facts in examined.videos.items():
+    rows = dataset.first_rows()
+    for path, facts in dataset.videos.items():
         if facts.fault:
             what, hint = FAULTS[facts.fault.code]
-            yield found(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
+            yield finding(facts.fault.code, f"`{path}` {what}: {facts.fault.reason}", hint, row=rows[path], path=path)
             continue
         for check in VIDEO_CHECKS:
-            yield from check(facts, rows[path], examined.rules)
+            yield from check(facts, rows[path], dataset.rules)
 
 
-def check_single_frames(examined: Examined) -> Iterator[Finding]:
+def check_single_frames(dataset: DatasetFacts) -> Iterator[Finding]:
     """What a model of videos has of files of which one frame is used: VIDEO_TOO_SHORT where it is given that frame,
     else VIDEO_STILL where it learns to copy or learns no motion, else VIDEO_FRAMES."""
-    rules, rows, lengths = examined.rules, examined.first_rows(), _lengths(examined)
+    rules, rows, lengths = dataset.rules, dataset.first_rows(), _lengths(dataset)
     for path, frames in lengths.items():
         if _all_given(frames, rules):
             what = f"`{path}` has one frame, and the model conditions on the first frame: nothing is left to predict"
             hint = "remove its row"
-            yield found("VIDEO_TOO_SHORT", what, hint, row=rows[path], path=path, level="error")
+            yield finding("VIDEO_TOO_SHORT", what, hint, row=rows[path], path=path, level="error")
     single = [path for path, frames in lengths.items() if frames == 1 and not _all_given(frames, rules)]
     if not single:
         return
     of_all = f"training uses one frame of {len(single)} of {pluralize(len(lengths), 'file')}"
     if rules.shown_frames:
         what = f"{of_all}, which is also the condition ({', '.join(rules.shown_frames)}): the model learns to copy it"
-        yield found("VIDEO_STILL", what, "replace them with videos, or remove their rows")
+        yield finding("VIDEO_STILL", what, "replace them with videos, or remove their rows")
     elif len(single) == len(lengths):
-        yield found("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos if the model should learn motion")
-    elif any(path in examined.images for path in single):
-        yield found("VIDEO_FRAMES", of_all)
+        yield finding("VIDEO_STILL", f"{of_all}: no motion is learned", "add videos if the model should learn motion")
+    elif any(path in dataset.images for path in single):
+        yield finding("VIDEO_FRAMES", of_all)
 
 
 def _all_given(frames: int, rules: Rules) -> bool:
     """Whether the model is given, and so need not learn, all of so many frames."""
-    return rules.media.frames is not None and (frames - 1) // rules.media.frames.step < rules.given_frames
+    return rules.media.frames is not None and (frames - 1) // rules.media.frames.step < rules.num_conditioning_frames
 
 
-def _lengths(examined: Examined) -> dict[str, int]:
+def _lengths(dataset: DatasetFacts) -> dict[str, int]:
     """How many frames are trained on of each file that can be; empty where images are trained on."""
-    if examined.rules.media.frames is None:
+    if dataset.rules.media.frames is None:
         return {}
     lengths = {}
-    for path in sorted(examined.of_columns((examined.columns.target,))):
-        header = header_of(examined, path)
+    for path in sorted(dataset.of_columns((dataset.columns.target,))):
+        header = header_of(dataset, path)
         if header:
-            lengths[path] = _used(header.frames, examined.rules)
+            lengths[path] = _used(header.frames, dataset.rules)
     return lengths
 
 
-def check_rates(examined: Examined) -> Iterator[Finding]:
+def check_rates(dataset: DatasetFacts) -> Iterator[Finding]:
     """VIDEO_FPS: rates unlike the others' where each frame counts as the next step in time, and odd ones anywhere."""
-    rows = examined.first_rows()
-    videos = [facts for facts in examined.videos.values() if facts.frame_rate]
-    frames = examined.rules.media.frames
+    rows = dataset.first_rows()
+    videos = [facts for facts in dataset.videos.values() if facts.frame_rate]
+    frames = dataset.rules.media.frames
     trained_at = frames.frame_rate if frames else None
     others = statistics.median_low([facts.frame_rate for facts in videos]) if videos else 0.0
     for facts in videos:
@@ -87,7 +87,7 @@ def check_rates(examined: Examined) -> Iterator[Finding]:
         if told:
             what, hint = told
             message = f"`{facts.path}` has {facts.frame_rate:g} frames per second{what}"
-            yield found("VIDEO_FPS", message, hint, row=rows[facts.path], path=facts.path)
+            yield finding("VIDEO_FPS", message, hint, row=rows[facts.path], path=facts.path)
 
 
 def _odd_rate(rate: float, trained_at: float | None, others: float) -> tuple[str, str] | None:
@@ -106,7 +106,7 @@ def _odd_rate(rate: float, trained_at: float | None, others: float) -> tuple[str
 
 def _rotated(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.rotated:
-        yield found("VIDEO_ROTATED", f"`{facts.path}`: rotation metadata is applied", row=row, path=facts.path)
+        yield finding("VIDEO_ROTATED", f"`{facts.path}`: rotation metadata is applied", row=row, path=facts.path)
 
 
 def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -120,7 +120,7 @@ def _too_short(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
             if rules.media.frames
             else "replace it"
         )
-        yield found("VIDEO_TOO_SHORT", what, hint, row=row, path=facts.path)
+        yield finding("VIDEO_TOO_SHORT", what, hint, row=row, path=facts.path)
 
 
 def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if used < available:
         rate = "" if facts.resampled is None else f" at {rules.media.frames.frame_rate:g} per second"
         what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} dropped"
-        yield found("VIDEO_FRAMES", what, row=row, path=facts.path)
+        yield finding("VIDEO_FRAMES", what, row=row, path=facts.path)
 
 
 def _variable(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
@@ -141,13 +141,13 @@ def _variable(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
         what = f"`{facts.path}` has a variable frame rate: {shortest} to {longest} ms per frame"
         hint = "resample it to a constant rate with `--frame_rate`"
         if rules.media.frames is None or rules.media.frames.frame_rate is None:
-            yield found("VIDEO_VARIABLE_RATE", what, hint, row=row, path=facts.path)
+            yield finding("VIDEO_VARIABLE_RATE", what, hint, row=row, path=facts.path)
 
 
 def _still(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     if facts.still:
         what = f"nothing moves in `{facts.path}`"
-        yield found("VIDEO_STILL", what, "train on it as an image, or remove its row", row=row, path=facts.path)
+        yield finding("VIDEO_STILL", what, "train on it as an image, or remove its row", row=row, path=facts.path)
 
 
 def _available(facts: VideoFacts) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from diffsynth_core.models.size_facts import CaptionFacts, LatentFacts, StateFacts
+from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, LatentFacts
 from diffsynth_core.models.spec import EncoderFacts, Shapes
 from diffsynth_core.models.tape import BYTES, MediaSize
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens
@@ -45,21 +45,21 @@ def encoded_size(
     Args:
         denoiser: its shapes, which tell how wide states are; without them they are as wide as the published ones.
         text_states: of the caption and the images read with it, as `count_text_states` counts them.
-        frame_step: frames of a clip in one latent frame (`Medium`).
+        frame_step: frames of a clip in one latent frame (`TargetSpec`).
     """
     total = EncodedSize()
     for encoder in encoders:
         if encoder.caption:
-            total += EncodedSize(narrow=text_states * state_width(encoder.caption, denoiser))
+            total += EncodedSize(narrow=text_states * embedding_dim(encoder.caption, denoiser))
         if encoder.states:
-            total += EncodedSize(narrow=encoder.states.count * state_width(encoder.states, denoiser))
+            total += EncodedSize(narrow=encoder.states.count * embedding_dim(encoder.states, denoiser))
         if encoder.latents:
             numbers = partial(_latent_numbers, encoder.latents, frame_step)
             total += EncodedSize(wide=sum(map(numbers, _read(encoder, shown))))
     return total
 
 
-def state_width(states: CaptionFacts | StateFacts, denoiser: Shapes) -> int:
+def embedding_dim(states: CaptionFacts | EmbeddingSpec, denoiser: Shapes) -> int:
     """Values of a state, as many as the denoiser reads; of the published one where its shapes are not known."""
     tensor, axis = states.side
     return denoiser[tensor][axis] if tensor in denoiser else states.width

@@ -53,7 +53,7 @@ class LatentFacts:
 
 
 @dataclass(frozen=True)
-class StateFacts:
+class EmbeddingSpec:
     """So many states of the encoder's dtype, of `width` values in published models; `side` as in CaptionFacts."""
 
     count: int

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffsynth_core.config.choices import LayoutName
-from diffsynth_core.models.size_facts import CaptionFacts, HubModelSize, LatentFacts, MemoryFacts, StateFacts
+from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts, MemoryFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_names import LoraNaming
 
@@ -146,12 +146,12 @@ class EncoderFacts:
     version: int = 1
     caption: CaptionFacts | None = None
     latents: LatentFacts | None = None
-    states: StateFacts | None = None
+    states: EmbeddingSpec | None = None
 
 
 @dataclass(frozen=True)
-class Medium:
-    """A metadata column whose files the model is trained on.
+class TargetSpec:
+    """The metadata column of what the model is trained on.
 
     `size_factor`: sides are multiples of it, in pixels.
     `frame_step`: a video has a multiple of it, and one more, as its number of frames.
@@ -194,21 +194,21 @@ class Variant:
     `reached`: modules by component that this kind's training does reach, of those that are `untrainable` in others.
     `unreached`: by component, names of our modules or tensors -> those that this kind's training does not reach.
     `takes` and `needs`: extra inputs (`extra_inputs`) that it can use, and those it cannot do without.
-    `given_frames`: latent frames that the model is given clean, at the start of a clip: not noised, not in the loss.
+    `num_conditioning_frames`: latent frames at the start of a clip that stay clean: not noised, not in the loss.
     """
 
     title: str
     model_id: str
     components: tuple[str, ...]
     encoders: tuple[EncoderFacts, ...]
-    medium: Medium
+    target: TargetSpec
     references: tuple[References, ...] = ()
     in_step: tuple[str, ...] = ()
     reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
     unreached: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    given_frames: int = 0
+    num_conditioning_frames: int = 0
 
     def untrainable(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
         """Modules of a component that no gradient can reach, given the names of its modules or tensors."""

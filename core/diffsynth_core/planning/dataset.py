@@ -13,7 +13,7 @@ from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.models.registry import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
-from diffsynth_core.models.spec import FamilyFacts, Medium, Variant
+from diffsynth_core.models.spec import FamilyFacts, TargetSpec, Variant
 from diffsynth_core.planning.two_stage import encoded_in_place_of_dataset
 from diffsynth_core.progress import Reporter, pluralize
 
@@ -44,7 +44,7 @@ def read_dataset(
     check: DatasetCheck = no_check,
 ) -> SampleSet | None:
     """The samples of the dataset; None when there is no telling them. Adds to `problems`."""
-    medium = variant.medium
+    target = variant.target
     problems += setting_problems(parameters, variant)
     problems += _idle_parameters(parameters, facts)
     base = parameters.dataset_base_path
@@ -53,15 +53,15 @@ def read_dataset(
         problems.append(encoded)
         return None
     try:
-        metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, medium.column, medium.kind)
+        metadata = read_metadata(base, parameters.dataset_metadata_path, facts.text_column, target.column, target.kind)
     except DiffSynthError as error:
         problems += error.problems
         return None
     of_objective = TASKS[parameters.task].columns
     columns = Columns(
         facts.text_column,
-        medium.column,
-        media_rule(parameters, medium),
+        target.column,
+        media_rule(parameters, target),
         reference_rules(parameters, variant),
         sampled=bool(of_objective),
     )
@@ -104,15 +104,15 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
     return [MissingDataset(what, "pass the folder with `--dataset_base_path`")]
 
 
-def media_rule(parameters: Parameters, medium: Medium) -> MediaRule:
+def media_rule(parameters: Parameters, target: TargetSpec) -> MediaRule:
     """How the files that are trained on are read."""
-    size = SizeRule(parameters.height, parameters.width, parameters.max_pixels, medium.size_factor)
+    size = SizeRule(parameters.height, parameters.width, parameters.max_pixels, target.size_factor)
     # A fixed size was chosen, as was an area below the usual one.
-    usual = 0 if parameters.height and parameters.width else min(medium.usual_pixels, parameters.max_pixels)
+    usual = 0 if parameters.height and parameters.width else min(target.usual_pixels, parameters.max_pixels)
     frames = FrameRule(
-        parameters.num_frames, medium.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
+        parameters.num_frames, target.frame_step, parameters.frame_rate, parameters.clip_start, parameters.seed
     )
-    return MediaRule(size, frames if medium.kind == "video" else None, usual)
+    return MediaRule(size, frames if target.kind == "video" else None, usual)
 
 
 def reference_rules(parameters: Parameters, variant: Variant) -> tuple[ReferenceRule, ...]:
@@ -125,7 +125,7 @@ def reference_rules(parameters: Parameters, variant: Variant) -> tuple[Reference
 
 def shown_frames(parameters: Parameters, variant: Variant) -> tuple[str, ...]:
     """The extra inputs that show a model of videos frames which it must bring forth all the same."""
-    if variant.medium.kind != "video" or variant.given_frames:
+    if variant.target.kind != "video" or variant.num_conditioning_frames:
         return ()
     return tuple(parameters.extra_inputs)
 
@@ -165,7 +165,7 @@ def _unread_columns(metadata: Metadata, known: Sequence[str], hints: Mapping[str
 
 def _file_key_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     """Columns of files that the model needs and that `data_file_keys` leaves out."""
-    needed = dict.fromkeys((variant.medium.column, *(shown.column for shown in variant.references)))
+    needed = dict.fromkeys((variant.target.column, *(shown.column for shown in variant.references)))
     keys = dict.fromkeys((*parameters.data_file_keys, *needed))
     return [
         Problem(
@@ -181,7 +181,7 @@ def _file_key_problems(parameters: Parameters, variant: Variant) -> list[Problem
 def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     """Sides and numbers of frames that the model cannot take."""
     problems = []
-    factor, step = variant.medium.size_factor, variant.medium.frame_step
+    factor, step = variant.target.size_factor, variant.target.frame_step
     for side in ("height", "width"):
         value = getattr(parameters, side)
         if value is not None and value % factor:
@@ -193,7 +193,7 @@ def _size_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
                     wrong_use=True,
                 )
             )
-    if variant.medium.kind == "video" and parameters.num_frames % step != 1:
+    if variant.target.kind == "video" and parameters.num_frames % step != 1:
         nearest = max(0, parameters.num_frames - 1) // step * step + 1
         problems.append(
             Problem(
@@ -257,7 +257,7 @@ def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -
 
 def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
     """Samples whose frames the model is all given."""
-    if not variant.given_frames:
+    if not variant.num_conditioning_frames:
         return []
     return [
         Problem(
@@ -266,5 +266,5 @@ def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
             code="VIDEO_TOO_SHORT",
         )
         for sample in samples.samples
-        if (sample.frames - 1) // variant.medium.frame_step < variant.given_frames
+        if (sample.frames - 1) // variant.target.frame_step < variant.num_conditioning_frames
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffsynth_core.data.cache import EncodingCache, encoding_key
 from diffsynth_core.data.encoded_samples import EncodedSamples, encodings_folder
-from diffsynth_core.data.media import Excerpt
+from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.hub.file_cache import FileCache
@@ -69,7 +69,7 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
     memory.read_all(
         (path for sample in samples.values() for path in sample.files),
         reporter,
-        f"Hashing {plan.variant.medium.kind}s",
+        f"Hashing {plan.variant.target.kind}s",
     )
     entries = _entry_memory(plan)
     encoders = tuple(
@@ -211,11 +211,11 @@ def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: HashCache
         if column == plan.facts.text_column:
             inputs[column] = sample.caption
         elif column in sample.references:
-            inputs[column] = [_content(excerpt, memory) for excerpt in sample.references[column]]
+            inputs[column] = [_content(crop, memory) for crop in sample.references[column]]
         else:
             inputs[column] = _content(sample.target.first_frame if encoder.first_frame_only else sample.target, memory)
     return inputs
 
 
-def _content(excerpt: Excerpt, memory: HashCache) -> list[object]:
-    return [memory.sha256(excerpt.path), *excerpt.transform]
+def _content(crop: MediaCrop, memory: HashCache) -> list[object]:
+    return [memory.sha256(crop.path), *crop.transform]

@@ -127,15 +127,15 @@ def _entry(plan: Plan, component: str) -> str:
 
 def _smaller(plan: Plan, choice: Choice) -> Iterator[Change]:
     """Shorter clips, then smaller images."""
-    parameters, medium, sizes = plan.parameters, plan.variant.medium, choice.sizes
+    parameters, target, sizes = plan.parameters, plan.variant.target, choice.sizes
     longest = sizes.images[0][0]
     for share in SHARES if longest > 1 else ():
-        frames = int(longest * share) // medium.frame_step * medium.frame_step + 1
+        frames = int(longest * share) // target.frame_step * target.frame_step + 1
         shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.images)
         fewer = replace(choice, sizes=replace(sizes, images=shorter))
         yield Change(f"{frames} frames", f"--num_frames {frames}", fewer)
     for share in SHARES:
-        smaller = shrink(sizes, share, medium.size_factor)
+        smaller = shrink(sizes, share, target.size_factor)
         _, height, width = smaller.images[0]
         fixed = parameters.height and parameters.width
         flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"

@@ -13,7 +13,7 @@ from diffsynth_core.checkpoints.saved_states import DamagedState, FoundStates, S
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.data.batches import StepPlan
-from diffsynth_core.data.media import Excerpt
+from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.files import default_cache_path
@@ -185,12 +185,12 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
         """Asked once of a file that several rows show, or one at two sizes: disks far away take their time."""
         return os.path.relpath(path, parameters.dataset_base_path), path.stat().st_size
 
-    def described(excerpt: Excerpt) -> list[object]:
-        return [*named(excerpt.path), excerpt.transform]
+    def described(crop: MediaCrop) -> list[object]:
+        return [*named(crop.path), crop.transform]
 
     digest = hashlib.sha256()
     for sample in samples.samples:
-        shown = {name: [described(excerpt) for excerpt in excerpts] for name, excerpts in sample.references.items()}
+        shown = {name: [described(crop) for crop in crops] for name, crops in sample.references.items()}
         told = [sample.row, sample.caption, described(sample.target), shown]
         digest.update(json.dumps([*told, asdict(sample.sampling)] if sample.sampling else told).encode())
     return digest.hexdigest()

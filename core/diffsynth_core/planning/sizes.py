@@ -13,8 +13,8 @@ from diffsynth_core.models.encoded_sizes import (
     Shown,
     caption_encoder,
     count_text_states,
+    embedding_dim,
     encoded_size,
-    state_width,
 )
 from diffsynth_core.models.spec import EncoderFacts, References
 from diffsynth_core.models.tape import BYTES, MediaSize, StepSizes
@@ -69,15 +69,15 @@ def cached_encoders(plan: Plan) -> list[EncoderFacts]:
 
 
 def _shown(plan: Plan, sample: Sample) -> Shown:
-    shown = {name: tuple(excerpt.shape for excerpt in found) for name, found in sample.references.items()}
-    return {plan.variant.medium.column: (sample.target.shape,), **shown}
+    shown = {name: tuple(crop.shape for crop in found) for name, found in sample.references.items()}
+    return {plan.variant.target.column: (sample.target.shape,), **shown}
 
 
 def _text_states(plan: Plan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[int], bool]:
     """States of each sample's text, and whether they were counted: with the tokenizer, or when they were encoded."""
     encoder = caption_encoder(plan.variant.encoders)
     if plan.encoded and encoder and encoder.caption and encoder.name in plan.encoded.origin.encoders:
-        width = state_width(encoder.caption, plan.shapes.get(plan.facts.denoiser, {}))
+        width = embedding_dim(encoder.caption, plan.shapes.get(plan.facts.denoiser, {}))
         return _states_in_files(plan.encoded, encoder.name, width), True
     tokenizer = plan.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
     return count_text_states(plan.variant.encoders, tokenizer, [sample.caption for sample in samples], shown)
@@ -91,7 +91,7 @@ def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[
 
 def _encoded(plan: Plan, text_states: int, shown: Shown) -> EncodedSize:
     denoiser = plan.shapes.get(plan.facts.denoiser, {})
-    return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.variant.medium.frame_step)
+    return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.variant.target.frame_step)
 
 
 def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
@@ -107,15 +107,15 @@ def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
 
 def _assumed(plan: Plan) -> RunSizes:
     """Of the largest sample that the parameters allow, with an image of each kind that the model is shown."""
-    parameters, medium = plan.parameters, plan.variant.medium
-    side = math.isqrt(parameters.max_pixels) // medium.size_factor * medium.size_factor
+    parameters, target = plan.parameters, plan.variant.target
+    side = math.isqrt(parameters.max_pixels) // target.size_factor * target.size_factor
     height, width = parameters.height or side, parameters.width or side
-    frames = parameters.num_frames if medium.kind == "video" else 1
+    frames = parameters.num_frames if target.kind == "video" else 1
     images = {
         reference.name: (_assumed_reference(reference, height, width, parameters.max_pixels),)
         for reference in plan.variant.references
     }
-    shown = {medium.column: ((frames, height, width),), **images}
+    shown = {target.column: ((frames, height, width),), **images}
     (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
     largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
     return RunSizes(largest, _encoded(plan, states, shown), counted)
@@ -130,8 +130,8 @@ def _assumed_reference(reference: References, height: int, width: int, max_pixel
 def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: int) -> StepSizes:
     variant, text_column = plan.variant, plan.facts.text_column
     encoded = {name for part in variant.encoders if text_column not in part.columns for name in part.columns}
-    target = shown[variant.medium.column]
-    others = {name: found for name, found in shown.items() if name in encoded and name != variant.medium.column}
+    target = shown[variant.target.column]
+    others = {name: found for name, found in shown.items() if name in encoded and name != variant.target.column}
     beside = () if variant.in_step else tuple(image for found in others.values() for image in found)
     settings = plan.components[plan.facts.denoiser].settings if plan.facts.denoiser in plan.components else {}
-    return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.given_frames))
+    return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.num_conditioning_frames))

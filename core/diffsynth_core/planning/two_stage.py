@@ -27,7 +27,7 @@ VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
 
 def sizes_of(parameters: Parameters, variant: Variant) -> dict[str, Any]:
     """The parameters that decide at which size and length samples are encoded."""
-    names = VIDEO_SIZES if variant.medium.kind == "video" else IMAGE_SIZES
+    names = VIDEO_SIZES if variant.target.kind == "video" else IMAGE_SIZES
     return {name: getattr(parameters, name) for name in names}
 
 

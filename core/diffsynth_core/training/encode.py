@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffsynth_core.data.media import Excerpt, load_excerpt
+from diffsynth_core.data.media import MediaCrop, load_pixels
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.errors import DiffSynthError, raise_if_any
 from diffsynth_core.hub.identity import HashCache
@@ -32,15 +32,15 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
         if column == plan.facts.text_column:
             loaded[column] = sample.caption
         elif column in sample.references:
-            loaded[column] = [load_pixels(excerpt) for excerpt in sample.references[column]]
+            loaded[column] = [load_pixel_tensor(crop) for crop in sample.references[column]]
         else:
-            loaded[column] = load_pixels(sample.target.first_frame if encoder.first_frame_only else sample.target)
+            loaded[column] = load_pixel_tensor(sample.target.first_frame if encoder.first_frame_only else sample.target)
     return loaded
 
 
-def load_pixels(excerpt: Excerpt) -> Tensor:
+def load_pixel_tensor(crop: MediaCrop) -> Tensor:
     """An image or clip at its training size, `[3, F, H, W]` uint8: a quarter of the bytes between processes."""
-    return torch.from_numpy(np.ascontiguousarray(load_excerpt(excerpt).transpose(3, 0, 1, 2)))
+    return torch.from_numpy(np.ascontiguousarray(load_pixels(crop).transpose(3, 0, 1, 2)))
 
 
 def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

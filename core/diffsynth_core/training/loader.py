@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from diffsynth_core.data.batches import Occurrence
+from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
@@ -23,7 +23,7 @@ class MicroBatch:
     """
 
     epoch: int
-    occurrences: tuple[Occurrence, ...]
+    refs: tuple[SampleRef, ...]
     encoded: tuple[Encoded, ...]
     raw: tuple[dict[str, dict[str, Any]], ...]
     counts: bool
@@ -52,10 +52,10 @@ class _MicroBatches(Dataset[MicroBatch]):
         self._plan, self._encodings = plan, encodings
 
     def __getitem__(self, place: _Place) -> MicroBatch:
-        occurrences = self._plan.batches.batch(place.epoch, place.number)
-        encoded = tuple(self._read(occurrence.sample) for occurrence in occurrences)
-        raw = tuple(self._load(occurrence.sample) for occurrence in occurrences)
-        return MicroBatch(place.epoch, tuple(occurrences), encoded, raw, place.counts)
+        refs = self._plan.batches.batch(place.epoch, place.number)
+        encoded = tuple(self._read(ref.sample) for ref in refs)
+        raw = tuple(self._load(ref.sample) for ref in refs)
+        return MicroBatch(place.epoch, tuple(refs), encoded, raw, place.counts)
 
     def _read(self, sample: int) -> Encoded:
         merged: Encoded = {}

@@ -279,7 +279,7 @@ class Run:
         # Those of all processes, as the loss is: each of them raises the same.
         part = self.plan.steps.slice(step)
         batches = (self.plan.batches.batch(part.epoch, number) for number in range(part.start, part.stop))
-        names = ", ".join(samples[occurrence.sample].name for batch in batches for occurrence in batch)
+        names = ", ".join(samples[ref.sample].name for batch in batches for ref in batch)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
         self.record.diverged_step = step + 1
         kept = f"the state after step {self.saved} is saved in `{self.folder / STATE_FOLDER}`"

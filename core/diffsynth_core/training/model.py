@@ -38,7 +38,7 @@ class TrainingModule(nn.Module):
         self.stored_dtypes = {name: stored_dtypes(plan.components[name]) for name in components}
         self._family = family
         self._parameters_of_run, self._samples = plan.parameters, plan.samples.samples
-        self._live = tuple(part.encoder for part in encodings.encoders if part.online)
+        self._online = tuple(part.encoder for part in encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
 
@@ -54,11 +54,11 @@ class TrainingModule(nn.Module):
             SampleDraw(
                 settings.seed,
                 micro_batch.epoch,
-                occurrence.sample,
-                occurrence.repeat,
-                self._samples[occurrence.sample].sampling,
+                ref.sample,
+                ref.repeat,
+                self._samples[ref.sample].sampling,
             )
-            for occurrence in micro_batch.occurrences
+            for ref in micro_batch.refs
         ]
         losses: Tensor = self.objective(predict, batch, draws)
         return losses
@@ -73,7 +73,7 @@ class TrainingModule(nn.Module):
         samples = []
         for encoded, raw in zip(micro_batch.encoded, micro_batch.raw, strict=True):
             sample = {name: tensor.to(device, non_blocking=True) for name, tensor in encoded.items()}
-            for encoder in self._live:
+            for encoder in self._online:
                 sample.update(self._family.encode(encoder, self._known(), scale_pixels(raw[encoder.name], device)))
             samples.append(sample)
         return self._family.collate(samples)

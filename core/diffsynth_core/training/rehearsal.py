@@ -61,11 +61,11 @@ WEIGHTS_VERSION = 5
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal did, what that proved, and what it drew to train on, if anything: images, videos."""
+    """What a rehearsal did, what that proved, and the kind of synthetic media it trained on, if any: images, videos."""
 
     result: RunResult
     proofs: tuple[str, ...]
-    drew: str | None
+    synthetic_media: str | None
 
     @property
     def checkpoint(self) -> Path:
@@ -112,8 +112,8 @@ def rehearse(
         proofs.append("the resumed run read all encodings from the cache and loaded no encoder")
     result = train(resumed, reporter, stop)
     proofs += _prove_checkpoint(resumed, result)
-    drew = None if resolved.given("dataset_base_path") else f"{plan.variant.medium.kind}s"
-    return Rehearsal(result, tuple(proofs), drew)
+    synthetic_media = None if resolved.given("dataset_base_path") else f"{plan.variant.target.kind}s"
+    return Rehearsal(result, tuple(proofs), synthetic_media)
 
 
 def how_to_repeat(resolved: Resolved) -> str:
@@ -173,7 +173,7 @@ def _is_flag(resolved: Resolved, name: str) -> bool:
 
 def _draw(folder: Path, variant: Variant) -> Path:
     """A dataset of the kind that a model is trained on, with images in the columns that it is shown."""
-    if variant.medium.kind == "video":
+    if variant.target.kind == "video":
         return draw_clips(folder / "clips")
     shown = {
         shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) if shown.size else 0
@@ -195,7 +195,7 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
     scaled = not (now.height and now.width) or any(shown.size for shown in variant.references)
     if scaled and now.max_pixels > REHEARSAL_PIXELS and not _is_flag(resolved, "max_pixels"):
         changes["max_pixels"] = REHEARSAL_PIXELS
-    if variant.medium.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
+    if variant.target.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not _is_flag(resolved, "num_frames"):
         changes["num_frames"] = REHEARSAL_FRAMES
     if changes:
         said = ", ".join(f"`{name}` {value} (instead of {getattr(now, name)})" for name, value in changes.items())

@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffsynth_core.data.animations import is_animation
 from diffsynth_core.data.images import SizeRule, read_image_header
-from diffsynth_core.data.media import FrameRule, MediaRule, choose_excerpt, load_excerpt, read_media_header
+from diffsynth_core.data.media import FrameRule, MediaRule, choose_target, load_pixels, read_media_header
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.data.videos import count_frames, load_clip, read_video_header
 from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
@@ -70,8 +70,8 @@ def test_a_model_of_videos_trains_on_its_frames(tmp_path, name):
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16), FRAMES)
     header = read_media_header(path, rule, VideoProbeCache(tmp_path / "memory"))
     assert (header.video, header.frames) == (True, 9)
-    excerpt = choose_excerpt(path, header, rule, 1)
-    assert numbers(load_excerpt(excerpt)) == list(range(9))
+    crop = choose_target(path, header, rule, 1)
+    assert numbers(load_pixels(crop)) == list(range(9))
     facts = EXAMINERS["video"](Job(tmp_path), name)
     assert (facts.frames, facts.fault, facts.still) == (12, None, False)
 

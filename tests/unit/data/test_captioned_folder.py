@@ -17,7 +17,7 @@ from diffsynth_core.data.metadata import read_metadata
 from diffsynth_core.data.samples import Columns, build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 
@@ -44,7 +44,7 @@ def files_of(folder):
 
 def found_in(folder, depth="paths"):
     """(code, level, message) of what validate finds beside the caches and buckets."""
-    report, _ = validate(folder, Rules(), Wish(depth, workers=1), SilentReporter())
+    report, _ = validate(folder, Rules(), CheckOptions(depth, workers=1), SilentReporter())
     return [(one.code, one.level, one.message) for one in report.findings if one.code not in ("BUCKETS", "CACHE_SIZE")]
 
 

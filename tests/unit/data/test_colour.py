@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageCms
 
 from diffsynth_core.data.images import SizeRule, load_image, read_image_header
-from diffsynth_core.data.media import MediaRule, choose_excerpt, load_excerpt, read_media_header
+from diffsynth_core.data.media import MediaRule, choose_target, load_pixels, read_media_header
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.images import examine_image
 from tests.icc import grey_profile, ink_profile, rgb_profile
@@ -154,13 +154,13 @@ def test_encodings_of_converted_images_are_new_and_all_others_stay(tmp_path):
     colours().save(tmp_path / "srgb.png", icc_profile=SRGB)
     rule = MediaRule(SizeRule(None, None, 1 << 20, 16))
     videos = VideoProbeCache(tmp_path / "memory")
-    excerpts = {
-        name: choose_excerpt(tmp_path / name, read_media_header(tmp_path / name, rule, videos), rule, 1)
+    crops = {
+        name: choose_target(tmp_path / name, read_media_header(tmp_path / name, rule, videos), rule, 1)
         for name in ("p3.png", "srgb.png")
     }
-    assert excerpts["srgb.png"].transform == [48, 64, 1]  # as before there were conversions
-    assert excerpts["p3.png"].transform == [48, 64, 1, "sRGB", 1]
-    assert np.abs(load_excerpt(excerpts["p3.png"])[0] - by_pillow(tmp_path / "p3.png")).max() <= 2
+    assert crops["srgb.png"].transform == [48, 64, 1]  # as before there were conversions
+    assert crops["p3.png"].transform == [48, 64, 1, "sRGB", 1]
+    assert np.abs(load_pixels(crops["p3.png"])[0] - by_pillow(tmp_path / "p3.png")).max() <= 2
 
 
 def test_integers_of_thirty_two_bits_are_refused_and_not_clipped(tmp_path):

@@ -7,13 +7,13 @@ import pytest
 
 from diffsynth_core.data.images import ImageHeader, SizeRule
 from diffsynth_core.data.media import (
-    Excerpt,
     FrameRule,
+    MediaCrop,
     MediaHeader,
     MediaRule,
     ReferenceRule,
-    choose_excerpt,
     choose_reference,
+    choose_target,
 )
 
 
@@ -51,40 +51,40 @@ def test_frames_are_counted_no_further_than_needed(start, limit):
     assert rule(start=start).frames_to_count == limit
 
 
-def test_an_excerpt_of_a_video():
+def test_the_crop_of_a_video():
     media = MediaRule(SizeRule(64, 96, 1 << 20, 16), rule(17, "middle", frame_rate=16))
     header = MediaHeader(320, 240, 30, video=True, rotated=False, transparent=False)
-    excerpt = choose_excerpt(Path("a.mp4"), header, media, row=1)
-    assert excerpt == Excerpt(Path("a.mp4"), 64, 96, True, start=6, frames=17, frame_rate=16)
-    assert excerpt.shape == (17, 64, 96)
-    assert excerpt.first_frame.shape == (1, 64, 96)
+    crop = choose_target(Path("a.mp4"), header, media, row=1)
+    assert crop == MediaCrop(Path("a.mp4"), 64, 96, True, start=6, frames=17, frame_rate=16)
+    assert crop.shape == (17, 64, 96)
+    assert crop.first_frame.shape == (1, 64, 96)
 
 
 def test_an_image_among_videos_is_one_frame():
     media = MediaRule(SizeRule(None, None, 1 << 20, 16), rule(17))
     header = MediaHeader(100, 50, 1, video=False, rotated=False, transparent=False)
-    assert choose_excerpt(Path("a.png"), header, media, row=1) == Excerpt(Path("a.png"), 48, 96)
+    assert choose_target(Path("a.png"), header, media, row=1) == MediaCrop(Path("a.png"), 48, 96)
 
 
 def test_whatever_changes_the_pixels_changes_the_identity():
-    base = Excerpt(Path("a.mp4"), 64, 96, True, 0, 17, None)
+    base = MediaCrop(Path("a.mp4"), 64, 96, True, 0, 17, None)
     others = [
-        Excerpt(Path("a.mp4"), 64, 96, True, 1, 17, None),
-        Excerpt(Path("a.mp4"), 64, 96, True, 0, 13, None),
-        Excerpt(Path("a.mp4"), 64, 96, True, 0, 17, 16.0),
-        Excerpt(Path("a.mp4"), 80, 96, True, 0, 17, None),
-        Excerpt(Path("a.mp4"), 64, 96, False),
+        MediaCrop(Path("a.mp4"), 64, 96, True, 1, 17, None),
+        MediaCrop(Path("a.mp4"), 64, 96, True, 0, 13, None),
+        MediaCrop(Path("a.mp4"), 64, 96, True, 0, 17, 16.0),
+        MediaCrop(Path("a.mp4"), 80, 96, True, 0, 17, None),
+        MediaCrop(Path("a.mp4"), 64, 96, False),
     ]
     assert all(other.transform != base.transform for other in others)
-    assert Excerpt(Path("b.mp4"), 64, 96, True, 0, 17, None).transform == base.transform
+    assert MediaCrop(Path("b.mp4"), 64, 96, True, 0, 17, None).transform == base.transform
 
 
 def test_a_reference_is_read_at_the_size_of_its_rule():
     shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, factor=16)
     header = ImageHeader(100, 50, rotated=False, transparent=False)
-    target = Excerpt(Path("b.png"), 32, 48)
+    target = MediaCrop(Path("b.png"), 32, 48)
     found = choose_reference(Path("a.png"), header, shown, target)
-    assert found == Excerpt(Path("a.png"), 96, 96, scaled=(100, 107))
+    assert found == MediaCrop(Path("a.png"), 96, 96, scaled=(100, 107))
     assert len({str(replace(found, scaled=scaled).transform) for scaled in (None, (100, 107), (107, 100))}) == 3
     over = choose_reference(Path("a.png"), header, replace(shown, size=None), target)
-    assert over == Excerpt(Path("a.png"), 32, 48), "that of what is trained on"
+    assert over == MediaCrop(Path("a.png"), 32, 48), "that of what is trained on"

@@ -10,7 +10,7 @@ from PIL import Image
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data import samples
 from diffsynth_core.data.images import EXIF_ORIENTATION, SizeRule
-from diffsynth_core.data.media import Excerpt, MediaRule, ReferenceRule
+from diffsynth_core.data.media import MediaCrop, MediaRule, ReferenceRule
 from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.data.samples import Columns, Sample, build_samples, check_columns
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
@@ -166,7 +166,7 @@ def test_order_and_rows_stay_with_many_images(folder):
 
 
 def test_a_sample_is_named_by_row_and_file(tmp_path):
-    assert Sample(7, "x", Excerpt(tmp_path / "a.png", 16, 16)).name == f"row 7 `{tmp_path / 'a.png'}`"
+    assert Sample(7, "x", MediaCrop(tmp_path / "a.png", 16, 16)).name == f"row 7 `{tmp_path / 'a.png'}`"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_references_are_one_or_a_list(folder, cell, names):
     assert problems == []
     (sample,) = found.samples
     assert sample.references == {
-        "shown": tuple(Excerpt(folder / name, 16, 24, scaled=(16, 24)) for name in names),
-        "shown small": tuple(Excerpt(folder / name, 16, 5, scaled=(16, 5)) for name in names),
+        "shown": tuple(MediaCrop(folder / name, 16, 24, scaled=(16, 24)) for name in names),
+        "shown small": tuple(MediaCrop(folder / name, 16, 5, scaled=(16, 5)) for name in names),
     }
     assert sample.shape == ((1, 32, 48), *[(1, 16, 24)] * len(names), *[(1, 16, 5)] * len(names))
     assert set(sample.files) == {folder / name for name in ("a.png", *names)}
@@ -289,7 +289,7 @@ def test_an_image_to_follow_has_the_size_of_what_is_trained_on(folder):
     found, problems = build(folder, *rows, references=(over,))
     assert problems == []
     assert [sample.references["shown"][0] for sample in found.samples] == [
-        Excerpt(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
+        MediaCrop(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
     ]
     (note,) = found.notes
     assert note.startswith("1 of 3 images of `edit_image` have another aspect ratio than their target")

@@ -20,7 +20,7 @@ from diffsynth_core.dataset_report.images import difference_hash, examine_image,
 from diffsynth_core.dataset_report.near_duplicates import near_images
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.thresholds import Thresholds
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.models.size_facts import CaptionFacts
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 from diffsynth_core.progress import SilentReporter, format_bytes
@@ -43,7 +43,7 @@ def found(tmp_path):
             (image if callable(image) else image.save)(tmp_path / name)
         with (tmp_path / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
             csv.writer(stream).writerows([columns, *rows])
-        report, _ = validate(tmp_path, rules or Rules(), Wish(depth, workers=1), SilentReporter())
+        report, _ = validate(tmp_path, rules or Rules(), CheckOptions(depth, workers=1), SilentReporter())
         facts = ("BUCKETS", "CACHE_SIZE")
         return [(one.code, one.row) for one in report.findings if one.code not in facts], report
 
@@ -151,7 +151,7 @@ def test_one_instruction_for_all_edits_is_no_fault(found):
 
 def test_half_a_character_is_an_error(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps([{"image": "a.png", "prompt": "a \ud83d"}]))
-    report, _ = validate(tmp_path, Rules(), Wish("metadata"), SilentReporter())
+    report, _ = validate(tmp_path, Rules(), CheckOptions("metadata"), SilentReporter())
     (finding,) = report.findings
     assert (finding.code, finding.level, report.exit_code) == ("CAPTION_CONTROL_CHARS", "error", 1)
 
@@ -347,12 +347,12 @@ def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
     (inside / "coffee.png").symlink_to(outside / "coffee.png")
     (inside / "metadata.csv").write_text("image,prompt\nlinked/coffee.png,a\ncoffee.png,b\n")
     for depth in ("named", "paths", "files"):
-        report, examined = validate(inside, Rules(), Wish(depth, workers=1), SilentReporter())
+        report, dataset = validate(inside, Rules(), CheckOptions(depth, workers=1), SilentReporter())
         assert [(one.code, one.row) for one in report.findings] == [("PATH_OUTSIDE", 1), ("PATH_OUTSIDE", 2)], depth
-        assert examined.images == {}
+        assert dataset.images == {}
     (inside / "metadata.csv").unlink()
     (inside / "coffee.txt").write_text("a cup")
-    report, _ = validate(inside, Rules(), Wish(workers=1), SilentReporter())
+    report, _ = validate(inside, Rules(), CheckOptions(workers=1), SilentReporter())
     assert [(one.code, one.path, one.level) for one in report.findings] == [
         ("PATH_OUTSIDE", "coffee.png", "error"),
         ("PATH_OUTSIDE", "linked", "warning"),

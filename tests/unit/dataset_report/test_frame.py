@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from diffsynth_core.dataset_report import inspect
-from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, found, in_order
+from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, finding, in_order
 from diffsynth_core.dataset_report.inspect import Job, inspect_files
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.progress import SilentReporter
 
@@ -24,8 +24,8 @@ def test_every_code_has_a_subject_a_level_and_an_explanation() -> None:
 
 
 def test_the_worst_comes_first() -> None:
-    findings = [found("BUCKETS", "c"), found("IMAGE_ALPHA", "b", row=2), found("PATH_MISSING", "a", row=9)]
-    findings.append(found("IMAGE_ALPHA", "b", row=1))
+    findings = [finding("BUCKETS", "c"), finding("IMAGE_ALPHA", "b", row=2), finding("PATH_MISSING", "a", row=9)]
+    findings.append(finding("IMAGE_ALPHA", "b", row=1))
     assert [(one.code, one.row) for one in in_order(findings)] == [
         ("PATH_MISSING", 9),
         ("IMAGE_ALPHA", 1),
@@ -82,10 +82,10 @@ def test_a_folder_with_captions_is_checked_to_the_pixels(tmp_path: Path) -> None
     (tmp_path / "a.txt").write_text("a noise")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
     (tmp_path / "b.txt").write_text("another")
-    report, examined = validate(tmp_path, Rules(), Wish(), SilentReporter())
+    report, dataset = validate(tmp_path, Rules(), CheckOptions(), SilentReporter())
     assert {(one.code, one.row, one.path) for one in report.findings} == {
         ("IMAGE_TRUNCATED", 2, "b.png"),
         ("BUCKETS", None, None),
     }
-    assert (examined.images["a.png"].width, examined.images["a.png"].height) == (96, 64)
+    assert (dataset.images["a.png"].width, dataset.images["a.png"].height) == (96, 64)
     assert report.exit_code == 1

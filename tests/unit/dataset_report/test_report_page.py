@@ -19,7 +19,7 @@ from diffsynth_core.dataset_report import report_data
 from diffsynth_core.dataset_report.report_figures import bucket_lines, histograms
 from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, page_html, write_page
 from diffsynth_core.dataset_report.rules import Rules
-from diffsynth_core.dataset_report.validate import Wish, validate
+from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
 from tests.browser import REQUIRED, Browser, browser, missing
 
@@ -33,7 +33,7 @@ SQUARE = Rules(media=MediaRule(SizeRule(64, 64, 4096, 16)), batch_size=2)
 
 
 def _examine(folder: Path, rules: Rules = SQUARE, depth="files"):
-    return validate(folder, rules, Wish(depth, 1, THUMBNAIL_SIDE), SilentReporter())
+    return validate(folder, rules, CheckOptions(depth, 1, THUMBNAIL_SIDE), SilentReporter())
 
 
 def _data(page: str) -> dict:
@@ -90,12 +90,12 @@ def test_names_that_are_no_text_are_written(tmp_path: Path) -> None:
 
 
 def test_the_page_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, examined = _examine(folder)
-    thumbnails = _data(page_html(report, examined))["thumbnails"]
+    report, dataset = _examine(folder)
+    thumbnails = _data(page_html(report, dataset))["thumbnails"]
     first = thumbnails["high.png"]
     monkeypatch.setattr(report_data, "THUMBNAILS_BYTES", len(first) + 20)
     monkeypatch.setattr(report_data, "FINDINGS_BYTES", 400)
-    text = page_html(report, examined)
+    text = page_html(report, dataset)
     data = _data(text)
     assert list(data["thumbnails"]) == ["high.png"]
     assert 0 < len(data["findings"]) < len(report.findings)
@@ -105,10 +105,10 @@ def test_the_page_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_buckets_and_histograms_count_everything(folder: Path) -> None:
-    _, examined = _examine(folder)
-    (line,) = bucket_lines(examined)
+    _, dataset = _examine(folder)
+    (line,) = bucket_lines(dataset)
     assert (line.shape, line.samples, line.batches, line.last) == ((1, 64, 64), 3, 2, 1)
-    size, aspect, captions = histograms(examined)
+    size, aspect, captions = histograms(dataset)
     assert {bar.tick: bar.count for bar in aspect.bars if bar.count} == {"1:2": 1, "1:1": 1, "2:1": 1}
     assert [(bar.meaning, bar.count) for bar in size.bars] == [("0 to less than 0.1 megapixels", 3)]
     assert sum(bar.count for bar in captions.bars) == 5

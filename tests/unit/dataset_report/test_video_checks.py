@@ -18,7 +18,7 @@ from PIL import Image
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule
 from diffsynth_core.data.videos import count_frames
-from diffsynth_core.dataset_report.examined import Examined, Record
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
 from diffsynth_core.dataset_report.facts import Fault, VideoFacts
 from diffsynth_core.dataset_report.image_checks import check_sizes
 from diffsynth_core.dataset_report.inspect import Job, inspect_files
@@ -217,11 +217,11 @@ def findings(media: MediaRule | None, *videos: VideoFacts) -> list[tuple[str, in
     columns = columns_of(rules, ("video", "prompt"))
     records = tuple(Record(row, "x", {"video": (facts.path,)}) for row, facts in enumerate(videos, start=1))
     table = Table("metadata.csv", Path(), ("video", "prompt"), {})
-    examined = Examined(table, columns, records, rules, videos={facts.path: facts for facts in videos})
+    dataset = DatasetFacts(table, columns, records, rules, videos={facts.path: facts for facts in videos})
     return [
         (one.code, one.row, one.message, one.hint)
         for check in (check_videos, check_rates, check_sizes)
-        for one in check(examined)
+        for one in check(dataset)
     ]
 
 

@@ -176,7 +176,7 @@ def test_changes_keep_what_was_changed_before(plan):
     made = plan(batch_size=4, use_gradient_checkpointing=False)
     choice, _ = chosen(made)
     last = find_fit(made, choice, 0).tried[-1]
-    quarter = shrink(choice.sizes, 0.25, made.variant.medium.size_factor)
+    quarter = shrink(choice.sizes, 0.25, made.variant.target.size_factor)
     everything = replace(
         choice,
         recompute=True,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.data.batches import BatchPlan, Occurrence, StepPlan
+from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.output import ResumePoint
 from diffsynth_core.planning.plan import Plan
@@ -28,7 +28,7 @@ def batches_of(plan: Plan, process: int) -> list[MicroBatch]:
     return list(iterate_micro_batches(plan, EncodingsPlan((), {}), process))
 
 
-def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[Occurrence, ...]]]]:
+def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[SampleRef, ...]]]]:
     """For each step, the micro-batches that count, over all processes, in the order of the plan."""
     plan = plan_of(accumulation, world_size)
     streams = [iter(batches_of(plan, process)) for process in range(world_size)]
@@ -37,7 +37,7 @@ def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[O
         part = plan.steps.slice(step)
         rounds = -(-(part.stop - part.start) // world_size)
         fetched = [next(stream) for _ in range(rounds) for stream in streams]
-        steps.append([(batch.epoch, batch.occurrences) for batch in fetched if batch.counts])
+        steps.append([(batch.epoch, batch.refs) for batch in fetched if batch.counts])
     assert [next(stream, None) for stream in streams] == [None] * world_size
     return steps
 

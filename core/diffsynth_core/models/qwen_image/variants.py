@@ -11,7 +11,7 @@ from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT,
 from diffsynth_core.models.qwen_image.keys import dead_in_controlnet
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
-from diffsynth_core.models.spec import EncoderFacts, Medium, References, Shapes, Variant
+from diffsynth_core.models.spec import EncoderFacts, References, Shapes, TargetSpec, Variant
 
 EDIT_IMAGE = "edit_image"
 """The extra input and metadata column of the images to edit, and what the VAE's encoder calls them."""
@@ -19,7 +19,7 @@ EDIT_IMAGE_SMALL = "edit_image_small"
 """The same images at the size at which the text encoder of the later models looks at them."""
 
 COMPONENTS = ("dit", "text_encoder", "vae")
-IMAGE = Medium("image", "image", size_factor=16)
+IMAGE = TargetSpec("image", "image", size_factor=16)
 OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
 EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,), latents=OF_VAE)
@@ -29,7 +29,7 @@ TEXT_TO_IMAGE = Variant(
     model_id="Qwen/Qwen-Image",
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
-    medium=IMAGE,
+    target=IMAGE,
     takes=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 
@@ -120,7 +120,7 @@ def edit_variant(model: EditModel) -> Variant:
         model_id=model.model_id,
         components=COMPONENTS,
         encoders=(text, LATENTS, EDIT_LATENTS),
-        medium=IMAGE,
+        target=IMAGE,
         references=(shown,) if model.one_image else (shown, small),
         reached={"text_encoder": frozenset({"model.visual"})},
         takes=(EDIT_IMAGE,),

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.models.size_facts import LatentFacts, StateFacts
+from diffsynth_core.models.size_facts import EmbeddingSpec, LatentFacts
 from diffsynth_core.models.spec import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
     Fit,
     Layout,
-    Medium,
     Shapes,
+    TargetSpec,
     TokenizerFacts,
     UnsupportedCheckpoint,
     Variant,
@@ -36,7 +36,7 @@ OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
 MASK_CHANNELS = FRAMES_PER_LATENT
 """Beside the latents of the frames shown: a bit for each of the frames in a latent one."""
-CLIPS = Medium("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT, usual_pixels=832 * 480)
+CLIPS = TargetSpec("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT, usual_pixels=832 * 480)
 TI2V_NAME = "-TI2V-"
 """In the names of repositories of TI2V."""
 PATCH = 4
@@ -48,7 +48,7 @@ TEXT_TO_VIDEO = Variant(
     model_id="Wan-AI/Wan2.1-T2V-1.3B",
     components=("dit", "text_encoder", "vae"),
     encoders=(TEXT, LATENTS),
-    medium=CLIPS,
+    target=CLIPS,
 )
 
 
@@ -112,7 +112,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         columns=("video",),
         inputs=shown if two_images else (),
         first_frame_only=not two_images,
-        states=StateFacts(
+        states=EmbeddingSpec(
             IMAGE_TOKENS * (max(1, len(shown)) if two_images else 1),
             1280,
             (f"{EMBEDDER}.image_embedder.norm1.weight", 0),
@@ -123,7 +123,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         model_id="Wan-AI/Wan2.1-I2V-14B-480P" if image_encoder else "Wan-AI/Wan2.2-I2V-A14B",
         components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
         encoders=(TEXT, latents, *((image,) if image_encoder else ())),
-        medium=CLIPS,
+        target=CLIPS,
         takes=FRAMES,
         needs=FRAMES if two_images else FRAMES[:1],
     )
@@ -141,9 +141,9 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         model_id="Wan-AI/Wan2.2-TI2V-5B",
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
-        medium=Medium("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
+        target=TargetSpec("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
         takes=FRAMES[:1],
-        given_frames=1 if shown else 0,
+        num_conditioning_frames=1 if shown else 0,
     )
 
 

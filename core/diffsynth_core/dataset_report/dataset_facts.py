@@ -23,7 +23,7 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Examined:
+class DatasetFacts:
     """A dataset as far as it has been looked into.
 
     `listing`: None where paths are not checked. `present`: the paths, of those that rows name, whose files are there
