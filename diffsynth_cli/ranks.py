@@ -22,7 +22,7 @@ from diffsynth_cli.errors import Ending
 from diffsynth_cli.printing import printable_text
 from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, Problem
 from diffsynth_core.files import LineFile
-from diffsynth_core.processes import LOOK_SECONDS, watch_parent
+from diffsynth_core.processes import POLL_SECONDS, watch_parent
 
 LAUNCHER = "launcher"
 """The name under which the launcher itself reports."""
@@ -93,7 +93,7 @@ class _Peers:
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(LOOK_SECONDS):
+        while not self._done.wait(POLL_SECONDS):
             if self._lost():
                 break
         if not self._done.wait(ALONE_SECONDS):

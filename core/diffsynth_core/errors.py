@@ -1,7 +1,7 @@
-"""What can go wrong, as values and as exceptions.
+"""Problems as values, and the exceptions that carry them.
 
-A `Problem` is one thing a user can fix. Checks return lists of them; `FaultsFound` carries a whole list to the one
-error boundary in the command line, so that all problems of a command come in one report.
+A `Problem` is one thing that a user can fix. Checks return lists of problems; `FaultsFound` carries a whole list to
+the error boundary of the command line, so that all problems of a command are reported together.
 """
 
 import difflib
@@ -10,23 +10,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_FAILED = 1
+"""Exit code for faults in files and for failures at run time."""
 EXIT_WRONG_USE = 2
+"""Exit code for a wrong command: flags, parameters, recipes."""
 EXIT_DOES_NOT_FIT = 3
-"""Of a dry run: nothing is wrong, and the run does not fit in `--gpu_memory`."""
+"""Exit code of a dry run without problems whose run does not fit in `--gpu_memory`."""
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, the end of a job, and a terminal that goes away."""
+"""Signals that ask a process to stop: Ctrl-C, the end of a batch job, a closed terminal."""
 SIGNAL_EXIT_BASE = 128
-"""A shell's exit code for a program ended by a signal is this plus the signal's number."""
+"""A process that was ended by a signal exits with this plus the number of the signal, as in a shell."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong, and one thing to do about it.
 
-    `message` names file, row, key or value in backticks, what was expected and what is there; `hint` is an imperative.
-    `wrong_use` marks problems of the command itself (exit code 2) apart from faults in files (exit code 1).
-    `code` names the check of `dataset validate` that finds the same (dataset_report/findings.py); None: it is none of a
-    dataset. Problems of one code are reported together.
+    Attributes:
+        message: names the file, row, key or value in backticks, what was expected and what was found.
+        hint: an imperative: a flag, a command or an edit.
+        wrong_use: the command itself is wrong (exit code 2), as opposed to a fault in a file (exit code 1).
+        code: the finding of `dataset validate` for the same fault (dataset_report/findings.py); None if the problem
+            does not concern a dataset. Problems with the same code are grouped in the report.
     """
 
     message: str
@@ -36,7 +40,7 @@ class Problem:
 
 
 class DiffSynthError(Exception):
-    """A failure that has one clear message and, where there is one, a way out."""
+    """A failure with one clear message and, if possible, a hint."""
 
     exit_code = EXIT_FAILED
 
@@ -46,7 +50,7 @@ class DiffSynthError(Exception):
 
 
 class FaultsFound(DiffSynthError):
-    """All the problems of one command, to be reported together."""
+    """All problems of one command, reported together."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(problem.message for problem in problems))
@@ -55,7 +59,7 @@ class FaultsFound(DiffSynthError):
 
 
 class Interrupted(DiffSynthError):
-    """A signal asked the run to stop; what was worth keeping has been saved."""
+    """A signal stopped the run; everything worth keeping has been saved."""
 
     def __init__(self, signal_number: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
@@ -63,19 +67,23 @@ class Interrupted(DiffSynthError):
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
-    """Raises: FaultsFound: when `problems` is not empty."""
+    """Raise all `problems` together, if there are any.
+
+    Raises:
+        FaultsFound: if `problems` is not empty.
+    """
     if problems:
         raise FaultsFound(problems)
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
-    """The known name nearest to `name`, or None when nothing is near."""
+    """Return the known name closest to `name`, or None if no name is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
 
 
 def truncate(text: str, limit: int = 60) -> str:
-    """A text, or its first `limit` characters where it is longer: a message must not fill the terminal."""
+    """Return `text`, cut after `limit` characters: a message must not fill the terminal."""
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
@@ -88,15 +96,15 @@ KINDS: dict[type, str] = {
     float: "a number",
     type(None): "nothing",
 }
-"""What YAML and JSON files hold, in words."""
+"""Type of a value from a YAML or JSON file -> its name in messages."""
 
 
 def kind_of(value: object) -> str:
-    """What a value from a YAML or JSON file is, for a message that something else was expected."""
+    """Return what a value from a YAML or JSON file is, in words, for messages about unexpected types."""
     return KINDS.get(type(value), "something else")
 
 
 def list_names(names: Sequence[str], limit: int = 5) -> str:
-    """The first names in backticks, and how many more there are."""
+    """Return the first `limit` names in backticks, and the number of the remaining ones."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

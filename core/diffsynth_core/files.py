@@ -1,4 +1,4 @@
-"""Folders of the tool, and writing files so that a stop at any moment leaves no half file under a final name."""
+"""Folders used by diffsynth, and atomic file writes: an interruption never leaves a partial file under a final name."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError
 
 
 def default_cache_path() -> Path:
-    """`$XDG_CACHE_HOME/diffsynth`, else `~/.cache/diffsynth`.
+    """Return `$XDG_CACHE_HOME/diffsynth`, or `~/.cache/diffsynth`.
 
     Raises:
-        DiffSynthError: when the user has no home folder.
+        DiffSynthError: if the user has no home folder.
     """
     root = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -32,41 +32,44 @@ def default_cache_path() -> Path:
 
 
 def model_base_path() -> Path:
-    """Folder of downloaded models: `$DIFFSYNTH_MODEL_BASE_PATH`, else `./models`."""
+    """Return the folder of downloaded models: `$DIFFSYNTH_MODEL_BASE_PATH`, or `./models`."""
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models")
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that a folder is on, or will be."""
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_nearest_folder(folder)).free
 
 
 def disk_id(folder: Path) -> int:
-    """What tells the disk that a folder is on, or will be, from others."""
+    """Return the device number of the disk of a folder, which need not exist yet."""
     return _nearest_folder(folder).stat().st_dev
 
 
 def _nearest_folder(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """Return the folder, or its nearest existing parent."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+"""Suffixes of safetensors files."""
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+"""Suffixes of files that PyTorch pickled."""
 GGUF_SUFFIX = ".gguf"
-"""Endings of weight files, by format."""
+"""Suffix of GGUF files."""
 TEMPORARY_SUFFIX = ".tmp"
+"""Suffix of files that are still being written."""
 _SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)$")
 
 
 def stem_of_shard(name: str) -> str | None:
-    """`"model"` for `"model-00001-of-00003.safetensors"`; None for a name that promises no other shards."""
+    """Return `"model"` for `"model-00001-of-00003.safetensors"`, and None for a name that is not that of a shard."""
     match = _SHARD_NAME.match(name)
     return match["stem"] if match else None
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
-    """The shards that the names of others promise and that are not among `names`."""
+    """Return the shards that the numbers in `names` imply but that are not in `names`."""
     present = dict.fromkeys(names)
     promised = [
         f"{match['stem']}-{number:05d}-of-{match['count']}{match['ending']}"
@@ -79,12 +82,13 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place when the block ends well.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    The file is fsynced before it is renamed and the folder after, so that the final name only ever shows a whole file.
+    The file is fsynced before the rename and the folder after it, so that `path` only ever refers to a complete file,
+    even after a power failure.
 
     Raises:
-        DiffSynthError: when the disk refuses; nothing is left under either name.
+        DiffSynthError: if the disk refuses; an existing `path` is unchanged then.
     """
     with temporary_sibling(path) as temporary:
         yield temporary
@@ -93,10 +97,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what still stands under it when the block ends is deleted.
+    """Yield a temporary path next to `path`; a file that is still there at the end of the block is deleted.
+
+    The name contains the process id, so that `remove_stale_files` recognises abandoned files.
 
     Raises:
-        DiffSynthError: when the disk refuses.
+        DiffSynthError: if the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
@@ -112,14 +118,14 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a finished file its final name, durably."""
+    """Rename a finished temporary file to its final name, and make both its bytes and its name durable."""
     sync_file(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
 
 def remove_stale_files(path: Path) -> None:
-    """Delete what processes that were killed while they wrote `path` left beside it."""
+    """Delete temporary files of `path` that killed processes left next to it."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         number = leftover.name.removeprefix(f".{path.name}.").partition("-")[0]
         if number.isdigit() and not _is_alive(int(number)):
@@ -131,21 +137,26 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # the process exists, but belongs to another user
         return True
     return True
 
 
 @contextmanager
 def created_folder(folder: Path) -> Iterator[None]:
-    """Within it `folder` is there; one that was made for the block goes again, with its parents, if the block fails."""
+    """Create `folder` for the block. If the block fails, remove the folders that were created, as long as they are
+    empty.
+
+    Raises:
+        DiffSynthError: if the disk refuses.
+    """
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     try:
-        for place in reversed(missing):
-            place.mkdir(exist_ok=True)
+        for created in reversed(missing):
+            created.mkdir(exist_ok=True)
         yield
     except OSError as error:
         _remove_empty(missing)
@@ -158,15 +169,17 @@ def created_folder(folder: Path) -> Iterator[None]:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    for place in folders:
+    for folder in folders:
         with suppress(OSError):
-            place.rmdir()
+            folder.rmdir()
 
 
 @contextmanager
 def ignore_signals() -> Iterator[None]:
-    """Within it signals that ask to stop have no effect: for moments alone, such as several renames that belong
-    together."""
+    """Ignore stop signals within the block.
+
+    For short sections only, such as several renames that belong together: a signal that arrives meanwhile is lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,13 +192,13 @@ def ignore_signals() -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Make the bytes of a file durable."""
+    """Flush the bytes of a file to disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Flush the names in a folder to disk: without it a rename can be lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,22 +207,26 @@ def sync_folder(folder: Path) -> None:
 
 
 class LineFile:
-    """A text file that lines are appended to, each whole and on its way to the disk when `write` returns."""
+    """An append-only text file; each line has reached the operating system when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: OSError: when it cannot be opened or made."""
+        """Open the file, or create it.
+
+        Raises:
+            OSError: if it can be neither opened nor created.
+        """
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self, line: str) -> None:
-        """Append a line; where the disk refuses, nothing of it stays.
+        """Append a line, or nothing of it if the disk refuses.
 
         Raises:
-            OSError: when the disk refuses.
+            OSError: if the disk refuses.
         """
         size = os.fstat(self._descriptor).st_size
         data = f"{line}\n".encode("utf-8", "backslashreplace")
         try:
-            while data:  # a disk that is nearly full takes a part before it refuses
+            while data:  # a nearly full disk accepts a part before it refuses
                 data = data[os.write(self._descriptor, data) :]
         except OSError:
             with suppress(OSError):
@@ -217,27 +234,28 @@ class LineFile:
             raise
 
     def close(self) -> None:
+        """Close the file."""
         with suppress(OSError):
             os.close(self._descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) at `path`, whole or not at all.
+    """Write `text` to `path` as UTF-8, atomically.
 
-    Bytes of a file name that are not UTF-8, which Python keeps as halves of characters, become escapes such as
-    `\\udcff`: in JSON they are read back as they were.
+    Bytes of a file name that are not UTF-8 (lone surrogates in Python) are written as escapes such as `\\udcff`, which
+    a JSON parser reads back unchanged.
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put `value` at `path` as JSON, whole or not at all."""
+    """Write `value` to `path` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def make_numbered_folder(parent: Path, name: Callable[[int], str]) -> Path:
-    """Make and return the first of `parent/name(1)`, `parent/name(2)` … that does not exist yet."""
+    """Create and return the first of `parent/name(1)`, `parent/name(2)` … that does not exist yet."""
     number = 1
     while True:
         folder = parent / name(number)

@@ -1,4 +1,4 @@
-"""Lock files: one process at a time; the system lets go of them however that process ends. No torch."""
+"""Lock files between processes, released by the system however a process ends. No torch."""
 
 import fcntl
 import os
@@ -16,12 +16,13 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within it no other process holds the lock file `path`; without effect where it cannot be made.
+    """Hold the lock file `path` within the block; no effect if it cannot be created, as on a read-only disk.
 
-    `waiting` is called once when another process holds it.
+    Args:
+        waiting: called once if another process holds the lock.
 
     Raises:
-        DiffSynthError: when `path` is a link, a folder or the like.
+        DiffSynthError: if `path` is a link, a folder or another special file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +35,14 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, made if it is missing. A link is not followed and nothing is truncated: the name may have been
-    put there to have us empty another file.
+    """Open a lock file, creating it if it is missing, and return its descriptor.
+
+    Links are not followed and nothing is truncated: in a shared folder, somebody could have placed a link to one of
+    the user's files at this name.
 
     Raises:
-        DiffSynthError: when `path` is no plain file.
-        OSError: when it cannot be opened or made.
+        DiffSynthError: if `path` is not a regular file.
+        OSError: if it can be neither opened nor created.
     """
     try:
         status = path.lstat()
@@ -59,13 +62,15 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def holding(descriptor: int, waiting: Callable[[], None]) -> Iterator[None]:
-    """Within it this process, and none that it forks, holds the lock of an open lock file, which is closed at the end.
+    """Hold the lock of an open lock file within the block, and close the file at its end.
 
-    `waiting` is called once when another process holds it, and gives up by raising.
+    `flock` belongs to the open file description, which forked processes share: a data worker that outlives a killed
+    run would still hold its lock. Record locks (`lockf`) are not inherited, but a process loses them as soon as
+    anything in it closes the same file, and they do not exclude threads of one process. So forked children close the
+    descriptor first.
 
-    `flock` belongs to the open file, which forked processes share: a data worker that outlives a killed run would hold
-    its lock. Record locks (`lockf`) are not inherited, but a process loses them as soon as anything in it closes the
-    same file, and does not keep itself out. So forked children close the descriptor before anything else.
+    Args:
+        waiting: called once if another process holds the lock; may raise to give up.
     """
     _close_in_forked_children()
     _held.add(descriptor)
@@ -85,12 +90,12 @@ def _acquire(descriptor: int, waiting: Callable[[], None]) -> None:
         waiting()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
-        pass  # a file system without locks, as some of clusters are
+        pass  # a file system without locks, as on some clusters
 
 
 @cache
 def _close_in_forked_children() -> None:
-    """Have forked children close what is held; said to the system once."""
+    """Register closing the held descriptors in forked children; cached, so that it happens once."""
     os.register_at_fork(after_in_child=_close_held)
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends. No torch."""
+"""Child processes that end with their parent, however that ends. No torch."""
 
 import ctypes
 import os
@@ -9,23 +9,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-LOOK_SECONDS = 1.0
-"""How often a process looks whether the one that started it is still there."""
+POLL_SECONDS = 1.0
+"""Interval at which a process checks whether its parent still exists."""
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's `prctl`: the signal that a process gets when its parent is gone."""
+"""Option of Linux's `prctl`: the signal to receive when the parent ends."""
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process, which `parent` started, killed when that one is gone: alone it is of no use to anybody."""
+    """Have this process killed when its parent, the process `parent`, ends: it is of no use alone."""
     if _kernel_ends_with_parent():
-        if os.getppid() != parent:  # gone before the kernel was asked
+        if os.getppid() != parent:  # the parent ended before prctl was called
             os._exit(1)
         return
     watch_parent(parent, lambda: os._exit(1))
 
 
 def _kernel_ends_with_parent() -> bool:
-    """Ask Linux for it; False where it cannot. It goes by the *thread* that started this process."""
+    """Request the signal from Linux; return False if that is not possible.
+
+    The kernel sends it when the *thread* that started this process ends.
+    """
     if sys.platform != "linux":
         return False
     with suppress(OSError, AttributeError):
@@ -34,11 +37,11 @@ def _kernel_ends_with_parent() -> bool:
 
 
 def watch_parent(parent: int, gone: Callable[[], None]) -> None:
-    """Call `gone` in a thread of its own, once, when the process `parent`, which started this one, is gone."""
+    """Call `gone` once, in a daemon thread, when `parent`, the parent of this process, has ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         gone()
 
     threading.Thread(target=watch, name="watch parent", daemon=True).start()

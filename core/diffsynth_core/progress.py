@@ -1,4 +1,4 @@
-"""How the engine tells what it is doing, without knowing the terminal."""
+"""Messages and progress of the engine, independent of the terminal, and how numbers are formatted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,41 +6,43 @@ from pathlib import Path
 from typing import Protocol
 
 BYTES = "bytes"
-"""The unit of work that is counted in bytes, which are shown as kB, MB …"""
+"""Unit of work counted in bytes, displayed in kB, MB …"""
 
 
 class Task(Protocol):
-    """One piece of work whose progress can be shown."""
+    """A piece of work whose progress can be displayed."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        """Tell that `amount` more of the work is done; `fields` are short texts to show beside it."""
+        """Report `amount` more units of work as done; `fields` are short texts to display with the progress."""
 
 
 class Reporter(Protocol):
-    """Where messages and progress of the engine go."""
+    """Receiver of the engine's messages and progress."""
 
-    def info(self, message: str) -> None: ...
+    def info(self, message: str) -> None:
+        """Report what happens."""
 
-    def warn(self, message: str) -> None: ...
+    def warn(self, message: str) -> None:
+        """Report what the user should look at."""
 
     def log_to(self, path: Path) -> None:
-        """Keep all messages, those already told too, in a file from here on."""
+        """Write all messages to a file, including those reported so far."""
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        """Show a piece of work of `total` units, `done` of them behind it, while the block runs."""
+        """Display the progress of `total` units of work, of which `done` are complete, during the block."""
         yield SilentTask()
 
 
 class SilentTask:
-    """A task nobody watches."""
+    """A task without display."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         pass
 
 
 class SilentReporter:
-    """A reporter for programs that use the engine as a library, and for every process but the first."""
+    """A reporter that discards everything: for use as a library, and on all ranks but the first."""
 
     def info(self, message: str) -> None:
         pass
@@ -57,12 +59,12 @@ class SilentReporter:
 
 
 def pluralize(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 file`, `2 files`."""
+    """Return a number with its noun: `1 file`, `2 files`."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as people read them, in powers of 1000 as disks and download pages count."""
+    """Format a size on disk in powers of 1000, as disks and download pages count."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -71,7 +73,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in its two largest units: `8 s`, `12 min`, `1 h 8 min`, `2 d 3 h`."""
+    """Format a duration in its two largest units: `8 s`, `12 min`, `1 h 8 min`, `2 d 3 h`."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -82,7 +84,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_memory(count: float) -> str:
-    """Memory of a GPU as nvidia-smi and PyTorch count it, in powers of 1024."""
+    """Format an amount of GPU memory in powers of 1024, as nvidia-smi and PyTorch count."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -91,7 +93,7 @@ def format_memory(count: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """A number of parameters as people say it: `20.4 billion`, `126.9 million`."""
+    """Format a number of parameters: `20.4 billion`, `126.9 million`."""
     for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if count >= size:
             return f"{count / size:.1f} {word}"

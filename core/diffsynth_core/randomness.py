@@ -1,22 +1,29 @@
-"""Random order and random seeds as pure functions of their keys: nothing depends on what was drawn before."""
+"""Random order and random seeds as pure functions of a key, independent of earlier draws: a resumed run draws the
+same.
+"""
 
 import hashlib
 
 _MASK = (1 << 64) - 1
 FEISTEL_ROUNDS = 6
+"""Rounds of the network; from 4 on it is a strong pseudorandom permutation (Luby and Rackoff, 1988)."""
 
 
 def key_of(*parts: int | str) -> int:
-    """A 64-bit key from numbers and texts (BLAKE2b), the same on every machine."""
+    """Hash numbers and strings to a 64-bit key (BLAKE2b), identical on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the permutation of `range(size)` that `key` names.
+    """Return the position of `index` in the permutation of `range(size)` selected by `key`.
 
-    A balanced Feistel network over the next even number of bits, walked until it falls inside the range: constant
-    time and memory at any size (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A balanced Feistel network over the next even number of bits, repeated until the result lies in the range (cycle
+    walking): constant time and memory for any size, so that shuffling a dataset of any length costs nothing (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+    Raises:
+        IndexError: if `index` is out of range.
     """
     if not 0 <= index < size:
         raise IndexError(f"{index} is out of range for size {size}")

@@ -1,4 +1,4 @@
-"""Words of a command line that no option takes."""
+"""Words of a command line that belong to no option."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ from diffsynth_core.config.unknown_names import find_unsupported, unknown_parame
 from diffsynth_core.errors import Problem, suggest
 
 WHERE = " (command line)"
+"""Suffix of messages about the command line."""
 
 
 @dataclass(frozen=True)
 class StrayWord(Problem):
-    """A word without a flag, which may have been meant to be the recipe."""
+    """A word without a flag, possibly a recipe name whose `--recipe` was forgotten."""
 
 
 def unknown_arguments(words: Sequence[str]) -> list[Problem]:
-    """The problems with words that no option took: unknown flags, and strays.
+    """Return the problems with words that no option consumed: unknown flags and stray words.
 
-    What follows an unknown flag that may take a value is its value.
+    The word after an unknown flag counts as the value of that flag, unless the flag is known to be a switch.
     """
     return [
         unknown_parameter(word.lstrip("-"), WHERE) if is_flag else _stray(word)
@@ -28,27 +29,27 @@ def unknown_arguments(words: Sequence[str]) -> list[Problem]:
 
 
 def _without_values(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Each word that is a flag or a stray, and whether it is a flag."""
-    takes_value = False
+    """Yield each word that is a flag or a stray, and whether it is a flag."""
+    expects_value = False
     for word in words:
         if _is_flag(word):
             name, assigned, _ = word.partition("=")
             known = find_unsupported(name.lstrip("-"))
-            takes_value = not assigned and not (known and known.is_switch)
+            expects_value = not assigned and not (known and known.is_switch)
             yield name, True
-        elif takes_value:
-            takes_value = False
+        elif expects_value:
+            expects_value = False
         else:
             yield word, False
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word is a flag, not a negative number."""
+    """Return whether a word is a flag and not a negative number."""
     return word.startswith("-") and not word.lstrip("-").replace(".", "", 1).isdigit()
 
 
 def _stray(word: str) -> StrayWord:
-    """The problem of a word without a flag, with the flag that it lacks where the word tells which."""
+    """Return the problem of a word without a flag, with a suggested flag."""
     return StrayWord(f"`{word}`{WHERE} is not a flag or the value of one", _flag_for(word), wrong_use=True)
 
 

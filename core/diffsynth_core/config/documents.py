@@ -1,4 +1,4 @@
-"""What is written from the declaration: the JSON schema for editors, the reference page, command lines."""
+"""Documents generated from the declarations of parameters: JSON schema, reference page, command lines."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from diffsynth_core.files import write_json, write_text
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe or `--config` file."""
+    """Return the JSON schema (draft 2020-12) of a recipe or `--config` file."""
     parameters = Parameters.model_json_schema(mode="validation")["properties"]
     for name in NOT_IN_RECIPES:
         del parameters[name]
@@ -45,16 +45,21 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _name_bounds(schema: dict[str, Any]) -> None:
-    """Give bounds their JSON schema names; pydantic leaves its own on optional numbers."""
-    for ours, theirs in (("ge", "minimum"), ("gt", "exclusiveMinimum"), ("le", "maximum"), ("lt", "exclusiveMaximum")):
-        if ours in schema:
-            schema[theirs] = schema.pop(ours)
+    """Rename bounds to their JSON schema names: pydantic keeps its own names on optional numbers."""
+    for pydantic_name, schema_name in (
+        ("ge", "minimum"),
+        ("gt", "exclusiveMinimum"),
+        ("le", "maximum"),
+        ("lt", "exclusiveMaximum"),
+    ):
+        if pydantic_name in schema:
+            schema[schema_name] = schema.pop(pydantic_name)
     for branch in schema.get("anyOf", ()):
         _name_bounds(branch)
 
 
 def format_value(value: Any) -> str:
-    """A value as one argument of a command line, before quoting."""
+    """Format a value as one argument of a command line, before quoting."""
     if isinstance(value, (list, tuple)):
         flat = all(isinstance(item, str) for item in value)
         return ",".join(value) if flat else json.dumps(value)
@@ -62,10 +67,10 @@ def format_value(value: Any) -> str:
 
 
 def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overriding: bool = False) -> str:
-    """A command line over several lines that gives `values` (in the plain form of `as_plain`).
+    """Return a command line, one flag per line, that sets `values` (in the plain form of `as_plain`).
 
-    Values of None are left out. A flag that is off is written `--no-…` when its default is on, be it that of a family
-    alone, and always in a command line that is `overriding` the values of a recipe.
+    Values of None are omitted. A boolean that is off is written as `--no-…` if its default is on, in general or in
+    some family, and always if the command line is `overriding` the values of a recipe.
     """
     lines = [lead]
     for name, value in values.items():
@@ -76,7 +81,7 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overr
             if value != setting.default or setting.family_defaults or overriding:
                 lines.append(f"--{name}" if value else f"--no-{name}")
         elif setting.type_name == "json list":
-            text = value if isinstance(value, str) else json.dumps(value)  # as it was typed, or as a list
+            text = value if isinstance(value, str) else json.dumps(value)  # a string as the user typed it, or a list
             lines += [f"--{name} {shlex.quote(text)}"] if value else []
         elif value != [] or setting.default != ():
             lines.append(f"--{name} {shlex.quote(format_value(value))}")
@@ -84,7 +89,7 @@ def command_line(values: Mapping[str, Any], lead: str = "diffsynth train", overr
 
 
 def documented_values(parameters: Parameters) -> dict[str, Any]:
-    """The documented parameters alone, plain."""
+    """Return the plain values of the parameters that DiffSynth-Studio documents."""
     return {name: value for name, value in as_plain(parameters).items() if SETTINGS[name].documented}
 
 

@@ -1,13 +1,15 @@
-"""Memory of GPUs as people say it: an amount, or the name of a card."""
+"""GPU memory as users write it: an amount, or the name of a card."""
 
 import re
 
 from diffsynth_core.errors import suggest
 
 MEMORY_WORDS = "an amount of memory such as 24GB, or a GPU such as 4090 or A100-40"
+"""What a memory parameter accepts, in messages."""
 UNITS = {"g": 2**30, "m": 2**20}
-"""A GPU of 24 GB has 24 GiB: makers, nvidia-smi and PyTorch count its memory in powers of 1024, with or without `i`."""
+"""Bytes per unit, with or without `i`: vendors, nvidia-smi and PyTorch count GPU memory in powers of 1024."""
 AMOUNT = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[gm])(i?b)?", re.IGNORECASE)
+"""An amount of memory: `24GB`, `24576 MiB`."""
 
 CARDS = {
     "T4": 15360,
@@ -37,21 +39,26 @@ CARDS = {
     "PRO 6000": 97887,
     "TITAN RTX": 24576,
 }
-"""MiB of each card, the total that nvidia-smi shows for it: less than its maker says where ECC takes some. Cards that
-come in several sizes have theirs in the name; the 3060 is that with 12 GB."""
+"""Card -> total memory in MiB as shown by nvidia-smi, which is less than the vendor's figure where ECC reserves a
+part.
+
+The names of cards that exist in several sizes contain the size; `3060` is the one with 12 GB.
+"""
 BRANDS = re.compile(r"nvidia|geforce|tesla|quadro|rtx|blackwell|generation|server|workstation|edition|gpu|[^a-z0-9]")
-"""What is written about a card's name or left out, with all that is neither letter nor digit."""
+"""Parts of a card's name that users may omit, and all characters but letters and digits."""
 BUILD = re.compile(r"[- ](sxm\d?|pcie|hbm\d\w?)\b")
+"""Form factors in a card's name, which do not change its memory."""
 SIZE = re.compile(r"[- ](?P<size>\d+) ?gb\b")
+"""A memory size in a card's name."""
 NEAR = 0.1
-"""By which share a card's memory may differ from the size in its name."""
+"""Maximum relative difference between a card's memory and the size in its name."""
 
 
 def memory_bytes(text: str) -> int:
-    """Bytes of `24GB` (24 x 2^30), `24576MiB` or of a card such as `RTX 4090`.
+    """Return the bytes of an amount such as `24GB` (24 x 2^30) or `24576MiB`, or of a card such as `RTX 4090`.
 
     Raises:
-        ValueError: when it is neither.
+        ValueError: if `text` is neither.
     """
     if found := AMOUNT.fullmatch(text.strip()):
         size = int(float(found["number"]) * UNITS[found["unit"].lower()])
@@ -63,7 +70,7 @@ def memory_bytes(text: str) -> int:
 
 
 def _memory_of_card(text: str) -> int:
-    """Bytes of a card, with or without its size in the name; 0 when it is unknown, or not known to have that size."""
+    """Return the bytes of a card, named with or without its size; 0 if the card or that size of it is unknown."""
     if known := _BY_PLAIN_NAME.get(_plain(text)):
         return known * 2**20
     sized = SIZE.search(text.lower())
@@ -72,7 +79,7 @@ def _memory_of_card(text: str) -> int:
 
 
 def nearest_memory(text: str) -> str | None:
-    """What was meant by a text that is neither an amount nor a card: a number without unit, part of a card's name."""
+    """Return what `text` may mean: a number without a unit, part of a card's name, a misspelt card."""
     if re.fullmatch(r"[1-9]\d{0,2}(\.\d+)?", text.strip()):
         return f"{text.strip()}GB"
     if not re.fullmatch(r"\w[\w -]+", text):
@@ -82,7 +89,7 @@ def nearest_memory(text: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A card's name without brand, blanks and dashes: `NVIDIA A100-SXM4-40GB` -> `a10040`."""
+    """Return a card's name without brand, spaces and dashes: `NVIDIA A100-SXM4-40GB` -> `a10040`."""
     lower = BUILD.sub("", name.lower())
     return BRANDS.sub("", SIZE.sub(r" \g<size>", lower))
 

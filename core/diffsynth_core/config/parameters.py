@@ -1,8 +1,8 @@
-"""The one declaration of every setting: name, type, default, group, unit, families, help.
+"""The single declaration of all parameters: name, type, default, group, unit, families, help text.
 
 The options of `diffsynth train`, the recipe schema, the JSON schema for editors, `recipe show` and the reference page
-are made from it. Documented parameters are those of the public trainer DiffSynth-Studio, under its names; the others
-(`documented=False`) are ours.
+are generated from it. Parameters with `documented=True` exist in DiffSynth-Studio under the same names; the others
+exist only here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,17 +28,18 @@ GROUPS = {
     "output": "Output",
     "family": "Only some families",
 }
+"""Group -> its title in help and documentation."""
 
 
 def _reject_bool(value: object) -> object:
-    """Python counts True as 1; a setting that takes a number does not."""
+    """Reject booleans as numbers: in Python, True is an int."""
     if isinstance(value, bool):
         raise ValueError("is not a number")
     return value
 
 
 def _reject_empty(value: object) -> object:
-    """An empty text names no file; pathlib takes it for the working folder. No name of a file holds a NUL."""
+    """Reject an empty path, which pathlib takes for the working folder, and a NUL, which no file name contains."""
     if value == "":
         raise ValueError("is empty")
     if isinstance(value, str) and "\0" in value:
@@ -47,7 +48,7 @@ def _reject_empty(value: object) -> object:
 
 
 def _split_commas(value: object) -> object:
-    """`"a, b"` or `[a, b]` -> `(a, b)`; blanks around commas are harmless, empty text is an empty list."""
+    """Convert `"a, b"` or `[a, b]` to `(a, b)`; spaces are stripped, an empty string is an empty list."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
@@ -56,7 +57,7 @@ def _split_commas(value: object) -> object:
 
 
 def _read_path_groups(value: object) -> object:
-    """JSON text or a list whose elements are a path or a list of shard paths -> a tuple of tuples of paths."""
+    """Convert JSON or a list of paths and lists of shard paths to a tuple of tuples of paths."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -73,7 +74,7 @@ def _read_path_groups(value: object) -> object:
 
 
 def _check_memory(value: object) -> object:
-    """A text that `memory_bytes` can read; a number alone has no unit."""
+    """Accept a string that `memory_bytes` can read; a bare number has no unit."""
     if not isinstance(value, str):
         raise ValueError(f"is not {MEMORY_WORDS}")
     memory_bytes(value)
@@ -81,27 +82,32 @@ def _check_memory(value: object) -> object:
 
 
 def _ungroup(groups: tuple[tuple[str, ...], ...]) -> list[str | list[str]]:
-    """The inverse of `_read_path_groups`."""
+    """Invert `_read_path_groups`."""
     return [group[0] if len(group) == 1 else list(group) for group in groups]
 
 
 MAX_INTEGER = 2**53
-"""Of every setting that has no bound of its own: up to here a float, as JSON and other programs read it, is exact."""
+"""Maximum of parameters without a bound of their own: floats, as JSON readers use them, are exact up to it."""
 MAX_RATE = 1e30
-"""Of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
+"""Maximum of learning rate and weight decay: the optimizer divides by small numbers, and float32 ends at 3e38."""
 Integer = Annotated[int, BeforeValidator(_reject_bool)]
+"""An int; booleans are rejected."""
 Number = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
+"""A finite float; booleans are rejected."""
 FilePath = Annotated[Path, BeforeValidator(_reject_empty)]
+"""A path that is not empty."""
 FolderName = Annotated[str, BeforeValidator(_reject_empty)]
-"""A folder's path or `model_id:folder`."""
+"""Path of a folder, or `model_id:folder`."""
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split_commas, json_schema_input_type=str | list[str])]
+"""A list of strings, or one string of comma-separated items."""
 MemorySize = Annotated[str, BeforeValidator(_check_memory)]
-"""Memory of a GPU: an amount such as `24GB`, or the name of a card such as `4090`."""
+"""GPU memory: an amount such as `24GB`, or a card such as `4090`."""
 PathGroups = Annotated[
     tuple[tuple[str, ...], ...],
     BeforeValidator(_read_path_groups, json_schema_input_type=str | list[str | list[str]]),
     PlainSerializer(_ungroup),
 ]
+"""Groups of paths: the files of each model."""
 
 TYPE_WORDS = {
     "int": "an integer",
@@ -113,22 +119,29 @@ TYPE_WORDS = {
     "comma list": "a comma-separated list of strings",
     "json list": "a JSON list of paths, or of lists of shard paths",
 }
+"""Type of a parameter -> what it accepts, in messages."""
 
 
 Changes = Literal["numbers", "files", "speed", "nothing"]
-"""What another value of a parameter changes in a run.
+"""What a different value of a parameter changes in a run.
 
-numbers: what a step computes; files: which files are written, when, in which form, and where the run ends; speed: time
-and memory; nothing: neither.
+- numbers: what a step computes
+- files: which files are written, when, in which form, and where the run ends
+- speed: time and memory
+- nothing: none of these
 """
 
 Compared = Literal["value", "course", "dataset", "weights", "precision", "storage", "micro_batches", "state"]
-"""What a resumed run must have in common with the run it goes on with, for a parameter that changes numbers.
+"""What must be equal for a run to be resumed, for a parameter that changes numbers.
 
-value: the value itself; course: the same, unless the run before ended in a loss that is not finite, after which
-another course of the optimizer is the way out; otherwise what comes of it: the fingerprint of the dataset, the sha256
-of the files of all components, the effective precision, the components stored in 8-bit floats, the micro-batches per
-step (accumulation x processes), or nothing but the state, which holds what the parameter started from.
+- value: the value itself
+- course: the value, unless the previous run ended in a non-finite loss, which other optimizer parameters may avoid
+- dataset: the fingerprint of the dataset
+- weights: the sha256 of the files of all components
+- precision: the effective mixed precision
+- storage: the components stored in 8-bit floats
+- micro_batches: micro-batches per step (accumulation x processes)
+- state: nothing, because the state contains what the parameter initialized
 """
 
 
@@ -148,13 +161,20 @@ def _setting(
     reads_data: bool = False,
     **constraints: Any,
 ) -> Any:
-    """Declare one setting.
+    """Declare one parameter.
 
-    `type_name` is a key of `TYPE_WORDS` or `choice`; `families` limits the setting to some families;
-    `family_defaults` are defaults of single families, by name, that replace `default` there; `short` is a letter for
-    the flag, as in `-v`. `reads_data`: it decides how a run sees its dataset, and so is an option of `dataset validate`
-    too. `compared` says what resuming compares of a parameter that changes numbers. A run from before a parameter was
-    declared counts as one with its default: give a new parameter the default that keeps to what was done without it.
+    A run recorded before a parameter was declared counts as one with its default: choose the default of a new
+    parameter such that it preserves the previous behaviour.
+
+    Args:
+        type_name: a key of `TYPE_WORDS`, or `choice`.
+        changes: what a different value changes in a run.
+        compared: what resuming compares if the parameter changes numbers.
+        families: the families that the parameter applies to; default: all.
+        documented: whether DiffSynth-Studio has the parameter.
+        family_defaults: family -> default that replaces `default` there.
+        short: letter of the short flag, as in `-v`.
+        reads_data: whether it affects how a run reads its dataset, which makes it an option of `dataset validate` too.
     """
     facts: dict[str, Any] = {
         "group": group,
@@ -174,7 +194,7 @@ def _setting(
 
 
 class Parameters(BaseModel):
-    """The expanded settings of one training run."""
+    """The resolved parameters of one training run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -749,13 +769,13 @@ class Parameters(BaseModel):
     )
 
     def given(self, name: str) -> bool:
-        """Whether a flag, a file or a recipe set the parameter, be it to its default."""
+        """Return whether a flag, a file or a recipe sets the parameter, possibly to its default."""
         return name in self.model_fields_set
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One declared setting, as the option, schema and page makers see it."""
+    """The declaration of one parameter, as the generators of options, schema and documentation use it."""
 
     name: str
     type_name: str
@@ -773,7 +793,7 @@ class Setting:
     reads_data: bool
 
     def default_of(self, family: str | None) -> Any:
-        """The default, which single families may have otherwise."""
+        """Return the default for a family."""
         return self.family_defaults.get(family or "", self.default)
 
     @property
@@ -783,12 +803,12 @@ class Setting:
 
     @property
     def type_words(self) -> str:
-        """What the setting takes, as an error message says it."""
+        """What the parameter accepts, in words."""
         return f"one of {', '.join(self.choices)}" if self.choices else TYPE_WORDS[self.type_name]
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:
-    """The values of a `Literal`, None left out."""
+    """Return the values of a `Literal` other than None."""
     options = getattr(field.annotation, "__args__", ())
     nested = [getattr(option, "__args__", (option,)) for option in options]
     return tuple(value for group in nested for value in group if isinstance(value, str))
@@ -818,12 +838,13 @@ def _read_settings() -> Iterator[Setting]:
 
 
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _read_settings()}
+"""Name -> declaration."""
 
 
 def as_plain(parameters: Parameters) -> dict[str, Any]:
-    """Values as JSON and YAML hold them: lists for tuples, texts for paths."""
+    """Return the values as JSON and YAML represent them: lists for tuples, strings for paths."""
     return parameters.model_dump(mode="json")
 
 
 DEFAULTS: dict[str, Any] = as_plain(Parameters())
-"""The default of every setting, plain."""
+"""The default of every parameter, plain."""

@@ -1,4 +1,4 @@
-"""Recipes: named YAML files that supply parameters, with single inheritance, stages and a closed schema."""
+"""Recipes: named YAML files of parameters, with single inheritance, stages and a closed schema."""
 
 import re
 from collections.abc import Mapping
@@ -20,19 +20,21 @@ RECIPE_KEYS = {
     "parameters": "Parameter values",
     "stages": "Runs of one command, by name and in order; the parameters of a stage take precedence over those of the recipe",
 }
+"""Key of a recipe -> its description in the JSON schema."""
 STAGE_KEYS = {
     "description": "One-line description of what the stage trains",
     "parameters": "Parameter values for this stage",
 }
+"""Key of a stage -> its description in the JSON schema."""
 STAGE_NAME = r"[a-z0-9][a-z0-9_-]*"
-"""A stage names a folder; capitals are left out, since some file systems do not tell them apart."""
+"""Pattern of stage names. Each names a folder, so it is in lower case: some file systems ignore case."""
 NOT_IN_RECIPES = frozenset({"recipe", "config", "only", "rehearse", "dry_run", "verbose", "resume"})
-"""Settings that say what one command does; a recipe describes every run made from it."""
+"""Parameters of a single command, not allowed in a recipe, which describes all runs that use it."""
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """The values of one source, as they stand there: those for all stages, and by stage those that go over them."""
+    """The values in one source: those for all stages, and by stage those that take precedence over them."""
 
     parameters: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -42,8 +44,11 @@ class Overrides:
 class Recipe:
     """A recipe with its inheritance resolved.
 
-    `layers` holds the values of the file last, before it those of the recipe it extends, and so on: a later layer goes
-    over all of an earlier one. `stages` holds the description of each stage, in the order in which they run.
+    Attributes:
+        layers: values of each file in the inheritance chain, the base first; a later layer overrides all earlier ones,
+            including their values by stage.
+        stages: description of each stage, in the order in which the stages run.
+        problems: wrong keys, whose values are omitted from `layers`.
     """
 
     name: str
@@ -60,12 +65,12 @@ class Recipe:
 
 
 def launcher_presets() -> dict[str, Path]:
-    """The configurations for accelerate's launcher that come with the recipes, by name."""
+    """Return the configurations for accelerate's launcher that are shipped with the recipes, by name."""
     return {path.stem: path for path in sorted((recipe_folder() / "accelerate").glob("*.yaml"))}
 
 
 def recipe_folder() -> Path:
-    """Where the recipes lie: in the installed package, else in the checkout of an editable install."""
+    """Return the folder of the recipes: in the installed package, or in the checkout of an editable install."""
     package = Path(str(files("diffsynth_core")))
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
@@ -73,15 +78,15 @@ def recipe_folder() -> Path:
 
 @cache
 def recipe_names() -> tuple[str, ...]:
-    """Names of all recipes, sorted."""
+    """Return the names of all recipes, sorted."""
     return tuple(sorted(path.stem for path in recipe_folder().glob("*.yaml")))
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called `name`.
+    """Load the recipe called `name`.
 
     Raises:
-        FaultsFound: when there is none (the nearest name is offered) or its file is faulty.
+        FaultsFound: if there is no such recipe (the hint is the closest name), or its file is invalid.
     """
     if name not in recipe_names():
         hint = f"pass your own file as `--config {name}`" if Path(name).is_file() else _nearest_recipe(name)
@@ -92,16 +97,16 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _nearest_recipe(name: str) -> str:
-    """The hint for a name that no recipe has."""
+    """Return the hint for an unknown recipe name."""
     near = suggest(name, recipe_names())
     return f"did you mean `{near}`?" if near else "see `diffsynth recipe list`"
 
 
 def load_config(name: str) -> Recipe:
-    """The values in a file of the user's own, given as `--config`.
+    """Load a file given as `--config`.
 
     Raises:
-        DiffSynthError: when the file cannot be read, or only a recipe has that name.
+        DiffSynthError: if the file cannot be read, or `name` is that of a recipe.
     """
     if name in recipe_names() and not Path(name).exists():
         what = f"`--config` takes a file, but `{name}` is a recipe"
@@ -110,23 +115,23 @@ def load_config(name: str) -> Recipe:
 
 
 def load_recipe_file(path: Path) -> Recipe:
-    """The recipe in a YAML file, the recipe it extends filled in; wrong keys are left out and told in its `problems`.
+    """Load a YAML file and the recipe that it extends; invalid keys are omitted and reported in `Recipe.problems`.
 
     Raises:
-        DiffSynthError: when the file cannot be read.
+        DiffSynthError: if the file cannot be read.
     """
     return _load(path, ())
 
 
-def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
-    if path in below:
+def _load(path: Path, extended_by: tuple[Path, ...]) -> Recipe:
+    if path in extended_by:
         raise DiffSynthError(f"`{path}` extends itself", "extend another recipe")
     content = read_yaml(path)
     problems = _key_problems(path, content)
     parent = Recipe("", "", None, ())
     try:
         if isinstance(content.get("extends"), str):
-            parent = _load(_parent_path(path, content["extends"]), (*below, path))
+            parent = _load(_parent_path(path, content["extends"]), (*extended_by, path))
     except DiffSynthError as error:
         problems += error.problems
     family = content.get("family", parent.family)
@@ -147,14 +152,14 @@ def _load(path: Path, below: tuple[Path, ...]) -> Recipe:
 
 
 def _known_parameters(given: Any) -> dict[str, Any]:
-    """Of what a file gives as parameters, those that a file may set."""
+    """Return those of the given parameters that a file may set."""
     if not isinstance(given, dict):
         return {}
     return {name: value for name, value in given.items() if name in SETTINGS and name not in NOT_IN_RECIPES}
 
 
 def _known_stages(given: Any) -> dict[str, dict[str, Any]]:
-    """Of what a file gives as stages, those with a proper name; one that is blank or no object has no keys."""
+    """Return the stages with a valid name; an empty or malformed stage counts as one without keys."""
     if not isinstance(given, dict):
         return {}
     return {name: stage if isinstance(stage, dict) else {} for name, stage in given.items() if _is_stage_name(name)}
@@ -172,7 +177,7 @@ def _parent_path(path: Path, name: str) -> Path:
 
 
 def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
-    """What in a recipe file is no part of the closed schema."""
+    """Return the keys of a recipe file that are not part of the schema."""
     if not content:
         return [Problem(f"`{path}` is empty", "add `parameters:` with the values below it", wrong_use=True)]
     problems = []
@@ -189,7 +194,7 @@ def _key_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
 
 
 def _stages_problems(stages: Any, where: str) -> list[Problem]:
-    """What below `stages:` is no part of the closed schema."""
+    """Return what is wrong below `stages:`."""
     if stages is not None and not isinstance(stages, dict):
         what = f"`stages` is {kind_of(stages)}, expected stage names and their keys"
         return [Problem(f"{where}: {what}", wrong_use=True)]
@@ -203,7 +208,7 @@ def _stages_problems(stages: Any, where: str) -> list[Problem]:
 
 
 def _stage_problems(stage: Any, where: str) -> list[Problem]:
-    """What in one stage is no part of the closed schema."""
+    """Return what is wrong in one stage."""
     if stage is not None and not isinstance(stage, dict):
         what = f"is {kind_of(stage)}, expected the keys {' and '.join(STAGE_KEYS)}"
         return [Problem(f"{where} {what}", wrong_use=True)]
@@ -224,7 +229,7 @@ def _unknown_key(key: str, kind: str, keys: Mapping[str, str], where: str) -> Pr
 
 
 def _parameter_problems(given: Any, where: str) -> list[Problem]:
-    """What below `parameters:` is no parameter, or none for a file."""
+    """Return the names below `parameters:` that are not parameters, or not allowed in a file."""
     if given is not None and not isinstance(given, dict):
         what = f"`parameters` is {kind_of(given)}, expected names and values"
         return [Problem(f"{where}: {what}", wrong_use=True)]

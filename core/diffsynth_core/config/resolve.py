@@ -1,4 +1,4 @@
-"""From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems at once."""
+"""From flags, a config file, a recipe and defaults to the parameters of each stage, with all problems collected."""
 
 import json
 import math
@@ -18,19 +18,24 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import DiffSynthError, Problem, suggest
 
 COMMAND_LINE = "command line"
+"""Name of the command line as a source of values."""
 ALIGN, LORA_FORMAT, ALIGNED_FORMAT = "align_to_opensource_format", "lora_format", "kohya"
-"""A documented switch that is another spelling of one value of a setting."""
+"""`align_to_opensource_format`, a switch of DiffSynth-Studio, is equivalent to `lora_format` = `kohya`."""
 ConfigSource = tuple[str, Overrides]
-"""Where values come from, as a report names it, and the values."""
+"""Name of a source for reports, and its values."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Parameters of one run, what was wrong with them, and where each value came from.
+    """Parameters of one run, their problems, and the origin of each value.
 
-    `stage` is None where there are no stages. Values that were wrong are left at the default and named in `invalid`,
-    so that the checks behind can go on. `family_defaults` names the values that are a default of the family alone.
-    `levels`: how near to the user each value was given; a flag is the nearest.
+    Attributes:
+        invalid: names of parameters with a wrong value, which are at their default so that later checks can continue.
+        incomplete: a recipe or config file is missing, so that more values may be missing too.
+        origins: name -> source of the value, for parameters that are set.
+        stage: None if there are no stages.
+        family_defaults: names of parameters that are at a default of this family only.
+        levels: name -> rank of the source by precedence; flags have the highest.
     """
 
     parameters: Parameters
@@ -44,11 +49,11 @@ class Resolved:
     levels: Mapping[str, int] = field(default_factory=dict)
 
     def given(self, name: str) -> bool:
-        """Whether a flag, a file or a recipe set the parameter."""
+        """Return whether a flag, a file or a recipe sets the parameter."""
         return name in self.origins
 
     def with_defaults_of(self, family: str) -> "Resolved":
-        """The same with the defaults of a family where nothing else is given."""
+        """Return a copy with the defaults of a family for all parameters that are not set."""
         changed = {
             name: setting.default_of(family)
             for name, setting in SETTINGS.items()
@@ -58,36 +63,38 @@ class Resolved:
         return replace(self, parameters=parameters, family_defaults=tuple(changed))
 
     def takes_precedence(self, name: str, other: str) -> bool:
-        """Whether one parameter was given nearer to the user than another, as a flag is to one beside a recipe."""
+        """Return whether `name` was set in a source that takes precedence over the source of `other`."""
         return self.levels.get(name, -1) > self.levels.get(other, -1)
 
 
 def resolve(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> Resolved:
-    """Put the parameters of a single run together, as `resolve_stages` does.
+    """Resolve the parameters of a run without stages, or of a single stage; see `resolve_stages`.
 
     Raises:
-        ValueError: when there are several stages to run.
+        ValueError: if there are several stages to run.
     """
     (resolved,) = resolve_stages(flags, unknown)
     return resolved
 
 
 def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tuple[Resolved, ...]:
-    """Put the parameters of each stage together: flags > `--config` file > recipe > default.
+    """Resolve the parameters of each stage: flags > `--config` file > recipe > default.
 
-    Within a file the values of the stage go over those for all stages, and both over those of the recipe it extends.
-    Without stages there is one entry. Problems that concern all stages stand in every entry.
+    Within a file, values of a stage override those for all stages, and both override those of the extended recipe.
+    Without stages the result has one entry. Problems that concern all stages are in every entry.
 
-    `flags` holds the values given on the command line by name, `unknown` the words that no option took, in their order.
+    Args:
+        flags: values given on the command line, by name.
+        unknown: words that no option consumed, in order.
     """
     problems = unknown_arguments(unknown)
-    slipped = frozenset(name for name, value in flags.items() if _slipped(name, value, problems))
-    flags = {name: value for name, value in flags.items() if name not in slipped}
+    valueless = frozenset(name for name, value in flags.items() if _has_no_value(name, value, problems))
+    flags = {name: value for name, value in flags.items() if name not in valueless}
     config = _load_quietly(load_config, flags.get("config"), problems)
     recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
     incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
-    incomplete = incomplete or not slipped.isdisjoint({"config", "recipe"})
-    if not (config or recipe):  # with a stray word that was to be one, what else is missing is no fault of its own
+    incomplete = incomplete or not valueless.isdisjoint({"config", "recipe"})
+    if not (config or recipe):  # a stray word may be the recipe: do not report what else is missing
         incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
     sources: list[ConfigSource] = []
     stages: list[str] = []
@@ -101,9 +108,10 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
     named = flags.get("recipe") or (config.name if config else None)
     family = (config.family if config else None) or (recipe.family if recipe else None)
     found = tuple(
-        _resolve_one(sources, stage, named, family, tuple(problems), incomplete, slipped) for stage in chosen or (None,)
+        _resolve_one(sources, stage, named, family, tuple(problems), incomplete, valueless)
+        for stage in chosen or (None,)
     )
-    return _told_shared_folders(found)
+    return _check_shared_folders(found)
 
 
 def _resolve_one(
@@ -113,25 +121,25 @@ def _resolve_one(
     family: str | None,
     problems: tuple[Problem, ...],
     incomplete: bool,
-    slipped: AbstractSet[str],
+    valueless: AbstractSet[str],
 ) -> Resolved:
-    """The parameters of one stage, or of a run without stages; `slipped` names flags without a value, told already."""
+    """Resolve one stage, or a run without stages; `valueless` names flags without a value, reported already."""
     values, origins = _merge(sources, stage)
     if named and "output_path" not in values:
         values["output_path"] = f"models/train/{named}"
     misspelt = _settle_lora_format(_levels(sources, stage), values, origins)
     parameters, invalid, faults = _validate(values, origins)
-    invalid |= slipped
+    invalid |= valueless
     faults += misspelt
     if stage:
-        # A folder that the stage names itself is its own; any other is the one above those of all stages.
+        # A folder set in the stage itself is used as is; any other is the parent of the folders of all stages.
         of_stage = origins.get("output_path", "").endswith(_of_stage(stage))
         folder = parameters.output_path if of_stage else parameters.output_path / stage
         parameters = parameters.model_copy(update={"only": stage, "output_path": folder})
     consequences = _cross_problems(parameters, invalid)
     consequences += parameters_of_other_families(parameters, family, origins) if family else []
     faults += independent_problems(consequences, invalid)
-    levels = {name: place for place, (_, level) in enumerate(_levels(sources, stage)) for name in level}
+    levels = {name: rank for rank, (_, level) in enumerate(_levels(sources, stage)) for name in level}
     resolved = Resolved(
         parameters, family, (*problems, *faults), frozenset(invalid), incomplete, origins, stage, levels=levels
     )
@@ -139,14 +147,14 @@ def _resolve_one(
 
 
 def _levels(sources: Sequence[ConfigSource], stage: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Sources of values, those that take precedence last: the name of the source as a report has it, and its values."""
+    """Yield the sources by increasing precedence: the name of each for reports, and its values."""
     for origin, layer in sources:
         yield origin, layer.parameters
         yield f"{origin}{_of_stage(stage)}", layer.stages.get(stage or "", {})
 
 
 def _merge(sources: Sequence[ConfigSource], stage: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of all sources, later ones over earlier ones, and the origin of each."""
+    """Return the values of all sources, later ones overriding earlier ones, and the origin of each."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, level in _levels(sources, stage):
@@ -159,7 +167,9 @@ def _merge(sources: Sequence[ConfigSource], stage: str | None) -> tuple[dict[str
 def _settle_lora_format(
     levels: Iterable[tuple[str, Mapping[str, Any]]], values: dict[str, Any], origins: dict[str, str]
 ) -> list[Problem]:
-    """Make one of the two spellings of the LoRA's format: the nearer goes; in one place they must agree."""
+    """Reconcile the two spellings of the LoRA format: the source with the highest precedence wins; in one source both
+    must agree.
+    """
     problems = []
     aligned = False
     for origin, level in levels:
@@ -169,7 +179,7 @@ def _settle_lora_format(
         other = level.get(LORA_FORMAT, ALIGNED_FORMAT)
         if aligned and other != ALIGNED_FORMAT:
             aligned = False
-            if other in SETTINGS[LORA_FORMAT].choices:  # what is none is told as any wrong value
+            if other in SETTINGS[LORA_FORMAT].choices:  # any other value is reported as wrong by validation
                 what = f"`{ALIGN}` implies `{LORA_FORMAT}` `{ALIGNED_FORMAT}`, but `{LORA_FORMAT}` is `{other}`"
                 problems.append(Problem(f"{what} ({origin})", "remove one of them", wrong_use=True))
     if aligned:
@@ -180,12 +190,12 @@ def _settle_lora_format(
 
 
 def _of_stage(stage: str | None) -> str:
-    """What an origin says of a value that belongs to one stage."""
+    """Return the suffix of an origin for a value that belongs to one stage."""
     return f", stage `{stage}`"
 
 
 def _choose_stages(only: str | None, stages: list[str], incomplete: bool, problems: list[Problem]) -> list[str]:
-    """The stages to run; all of them when the one asked for is unknown."""
+    """Return the stages to run; all of them if the requested one is unknown."""
     if only is None or only in stages:
         return [only] if only else stages
     if stages:
@@ -199,13 +209,13 @@ def _choose_stages(only: str | None, stages: list[str], incomplete: bool, proble
 
 
 def _conflicts(sources: Sequence[ConfigSource], stages: Sequence[str]) -> list[Problem]:
-    """Values for all stages that would go over what sources before them set differently by stage.
+    """Return the values for all stages that would override what sources of lower precedence set differently per stage.
 
-    `output_path` is the folder above those of the stages, whatever they say.
+    `output_path` is exempt: it is the parent folder of the stages.
     """
     found: dict[str, Problem] = {}
-    for place, (origin, layer) in enumerate(sources):
-        below = {stage: _merge(sources[:place], stage)[0] for stage in stages}
+    for rank, (origin, layer) in enumerate(sources):
+        below = {stage: _merge(sources[:rank], stage)[0] for stage in stages}
         for name in layer.parameters:
             before = [_read(name, values.get(name, SETTINGS[name].default)) for values in below.values()]
             same = all(value == before[0] for value in before)
@@ -222,15 +232,15 @@ def _conflicts(sources: Sequence[ConfigSource], stages: Sequence[str]) -> list[P
 
 
 def _read(name: str, value: Any) -> Any:
-    """A value as the declaration reads it; one that is wrong stays as it is."""
+    """Return a value as the declaration converts it; an invalid one unchanged."""
     try:
         return getattr(Parameters.model_validate({name: value}), name)
     except ValidationError:
         return value
 
 
-def _told_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
-    """Add the problem that two stages would write to one folder."""
+def _check_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
+    """Return the stages, with a problem added to each if two of them would write to the same folder."""
     folders = [resolved.parameters.output_path.absolute() for resolved in stages]
     shared = [resolved for resolved, folder in zip(stages, folders, strict=True) if folders.count(folder) > 1]
     if not shared:
@@ -241,8 +251,8 @@ def _told_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
     return tuple(replace(resolved, problems=(*resolved.problems, problem)) for resolved in stages)
 
 
-def _slipped(name: str, value: Any, problems: list[Problem]) -> bool:
-    """Whether a flag's value is empty, or is the next flag."""
+def _has_no_value(name: str, value: Any, problems: list[Problem]) -> bool:
+    """Return whether a flag's value is empty, or is the next flag; adds the problem."""
     setting = SETTINGS[name]
     flag = isinstance(value, str) and value.startswith("--")
     if not flag and not (value == "" and (setting.type_name == "path" or name in ("recipe", "only"))):
@@ -253,7 +263,7 @@ def _slipped(name: str, value: Any, problems: list[Problem]) -> bool:
 
 
 def _load_quietly(load: Any, name: Any, problems: list[Problem]) -> Recipe | None:
-    """Load a recipe or collect what is wrong with it."""
+    """Load a recipe, or add its problems to `problems` and return None."""
     if not name:
         return None
     try:
@@ -266,7 +276,7 @@ def _load_quietly(load: Any, name: Any, problems: list[Problem]) -> Recipe | Non
 
 
 def _validate(values: dict[str, Any], origins: Mapping[str, str]) -> tuple[Parameters, set[str], list[Problem]]:
-    """Parameters from `values`; wrong ones fall back to the default and are told."""
+    """Return the parameters, the names of wrong ones (which are at their default), and their problems."""
     try:
         return Parameters.model_validate(values), set(), []
     except ValidationError as error:
@@ -290,7 +300,7 @@ _BOUNDS = {
 
 
 def _is_nan(value: Any) -> bool:
-    """Whether a value is no number, which is within no bounds."""
+    """Return whether a value is NaN, for which a message about bounds would be misleading."""
     try:
         return math.isnan(float(value))
     except (TypeError, ValueError):
@@ -310,10 +320,10 @@ def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
 
 
 def independent_problems(problems: Iterable[Problem], invalid: AbstractSet[str]) -> list[Problem]:
-    """Of problems that checks found, those that do not concern a parameter whose value was wrong.
+    """Return the problems that do not concern a parameter in `invalid`.
 
-    Such a parameter is at its default for the checks, of which nobody knows whether it is what was meant. What a
-    problem concerns is what its message and its hint name, as `lora_rank` or `--lora_rank`.
+    Checks see the default of such a parameter, which may not be what the user meant, so their findings about it would
+    mislead. A problem concerns the parameters that its message and hint name, as `lora_rank` or `--lora_rank`.
     """
     return (
         [problem for problem in problems if invalid.isdisjoint(_parameters_named(problem))] if invalid else [*problems]
@@ -321,13 +331,13 @@ def independent_problems(problems: Iterable[Problem], invalid: AbstractSet[str])
 
 
 def _parameters_named(problem: Problem) -> set[str]:
-    """The parameters that a problem is about or has to do with."""
+    """Return the parameters that a problem mentions."""
     words = re.findall(r"`(?:--(?:no-)?)?(\w+)\b", f"{problem.message} {problem.hint or ''}")
     return set(words) & SETTINGS.keys()
 
 
 def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
-    """Combinations that cannot work, whatever the family."""
+    """Return combinations of values that cannot work in any family."""
     problems = []
     if (parameters.height is None) != (parameters.width is None) and not invalid & {"height", "width"}:
         given, missing = ("height", "width") if parameters.width is None else ("width", "height")
@@ -373,7 +383,7 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
 
 
 def parameters_of_other_families(parameters: Parameters, family: str, origins: Mapping[str, str]) -> list[Problem]:
-    """Settings that were given and that mean nothing to this family."""
+    """Return the parameters that are set but do not apply to this family."""
     return [
         Problem(
             f"`{name}` does not apply to {family}, only to {', '.join(setting.families)} ({origins[name]})",

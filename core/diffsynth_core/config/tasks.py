@@ -1,4 +1,4 @@
-"""The documented tasks: what each minimises, and which half of the road it goes. No torch."""
+"""The tasks: the objective of each, and which stages of two-stage training it performs. No torch."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 class Task:
     """What one value of `task` does.
 
-    `encodes`: it reads the dataset, and makes of its samples what the encoders make of them. `trains`: it trains on
-    that. The two halves of a road are two tasks, with a folder of encoded samples between them.
-    `columns`: metadata columns that its objective reads of each sample, besides those of the model.
+    Two-stage training consists of a precompute task and a train task, with a folder of encoded samples between them.
+
+    Attributes:
+        objective: what training minimizes.
+        columns: metadata columns that the objective requires, besides those of the model.
+        encodes: whether the task reads a dataset and encodes its samples.
+        trains: whether the task trains on encoded samples.
     """
 
     name: str
@@ -20,12 +24,12 @@ class Task:
 
     @property
     def precompute_task(self) -> str:
-        """The task whose output is what the second half reads."""
+        """Name of the task whose output the train task reads."""
         return f"{self.objective}:data_process"
 
     @property
     def train_task(self) -> str:
-        """The task that reads what the first half writes."""
+        """Name of the task that reads the output of the precompute task."""
         return f"{self.objective}:train"
 
 
@@ -33,7 +37,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "sft": (),
     "direct_distill": ("seed", "rand_device", "num_inference_steps", "cfg_scale"),
 }
-"""Objective -> the metadata columns that it reads."""
+"""Objective -> metadata columns that it requires."""
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -44,3 +48,4 @@ TASKS: dict[str, Task] = {
         Task(f"{objective}:train", objective, columns, encodes=False),
     )
 }
+"""Name -> task."""

@@ -1,4 +1,4 @@
-"""A file to start from: a recipe with comments, its values set and all other parameters commented out."""
+"""A commented configuration file: the values of a recipe, with all other parameters commented out."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,18 +13,19 @@ from diffsynth_core.config.resolve import Resolved, resolve_stages
 from diffsynth_core.errors import raise_if_any
 
 WIDTH = 100
-"""Columns of comments."""
+"""Line width of comments."""
 Values = dict[str, Any]
+"""Parameters by name, in the plain form of `as_plain`."""
 
 
 def template_of(name: str) -> str:
-    """A file for `--config` that gives the run of a recipe.
+    """Return a `--config` file that reproduces a recipe.
 
-    Values of the recipe are set. Parameters that it leaves out are commented out with their defaults, so that each can
-    be changed where it stands; `output_path` is one of them, as a run is named by its file.
+    Values of the recipe are set. All other parameters are commented out with their defaults, to be changed in place;
+    one of them is `output_path`, because a run is named after its file.
 
     Raises:
-        FaultsFound: when there is no such recipe.
+        FaultsFound: if there is no such recipe.
     """
     recipe = load_recipe(name)
     stages = resolve_stages({"recipe": name})
@@ -49,12 +50,12 @@ def template_of(name: str) -> str:
 
 
 def _given(resolved: Resolved) -> Values:
-    """The values that a recipe gives a stage, plain."""
+    """Return the plain values that the recipe sets for a stage."""
     return {name: value for name, value in as_plain(resolved.parameters).items() if resolved.origins.get(name, "")}
 
 
 def _shared_values(stages: Iterable[Resolved]) -> Values:
-    """The values that are the same in all stages."""
+    """Return the values that are equal in all stages."""
     first, *others = (_given(resolved) for resolved in stages)
     return {
         name: value for name, value in first.items() if all(name in other and other[name] == value for other in others)
@@ -62,7 +63,7 @@ def _shared_values(stages: Iterable[Resolved]) -> Values:
 
 
 def _parameter_lines(values: Mapping[str, Any], family: str | None) -> Iterator[str]:
-    """All parameters of a family in their groups, each below what it does."""
+    """Yield all parameters that apply to a family by group, each below its description."""
     for group, title in GROUPS.items():
         members = [setting for setting in SETTINGS.values() if setting.group == group and _belongs(setting, family)]
         if members:
@@ -80,13 +81,13 @@ def _belongs(setting: Setting, family: str | None) -> bool:
 
 
 def _explained(setting: Setting) -> str:
-    """What a parameter does, its unit, and what it takes."""
+    """Return the description, type and unit of a parameter."""
     unit = [f"unit: {setting.unit}"] if setting.unit else []
     return f"{setting.help_text} [{'; '.join([setting.type_words, *unit])}]"
 
 
 def _shown_default(setting: Setting, family: str | None) -> str:
-    """A default as YAML on one line; nothing where there is none."""
+    """Return a default as YAML on one line; empty if there is none."""
     default = setting.default_of(family)
     if default is None:
         return ""
@@ -95,12 +96,12 @@ def _shown_default(setting: Setting, family: str | None) -> str:
 
 
 def _dumped(values: Mapping[str, Any]) -> list[str]:
-    """Keys and values as YAML, a key a line."""
+    """Return keys and values as YAML, one key per line."""
     return [f"{key}: {_inline(value)}" for key, value in values.items()]
 
 
 def _inline(value: Any) -> str:
-    """A value as YAML on one line: what stands between the brackets of a list of it alone."""
+    """Return a value as YAML on one line: dumped as the only item of a list, without the brackets."""
     text: str = yaml.safe_dump([value], allow_unicode=True, width=10**6, default_flow_style=True)
     return text.strip()[1:-1]
 

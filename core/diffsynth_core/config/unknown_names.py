@@ -1,4 +1,4 @@
-"""What to say of a name that is no parameter: one of another trainer, or a misspelt one."""
+"""Messages about names that are not parameters: names of other trainers, and misspelt ones."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,24 +7,36 @@ from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.errors import Problem, suggest
 
 METRICS = "remove it; `metrics.jsonl` in the output folder records loss, learning rate and gradient norm of each step"
+"""Hint for options of trackers."""
 MEMORY = (
     "remove it; `--fp8_models` and `--use_gradient_checkpointing_offload` save GPU memory, "
     "and `--dry_run --gpu_memory 24GB` finds what fits"
 )
+"""Hint for options that save memory."""
 ADAMW = "remove it; the optimizer is AdamW"
+"""Hint for options that choose an optimizer."""
 DISTILLATION = "remove it; the supported distillation is `--task direct_distill`"
+"""Hint for options of other distillation methods."""
 CONTINUE = "`--resume auto` resumes the run in `--output_path` at its last step, including the optimizer state"
+"""How to resume a run."""
 START_FROM = "`--lora_checkpoint FILE` starts a new run from LoRA weights"
+"""How to start from LoRA weights."""
 FULL_CHECKPOINT = "to start from a full checkpoint, pass it in `--model_paths` instead of the base"
+"""How to start from a full checkpoint."""
 RESUME = f"{CONTINUE}; {START_FROM}; {FULL_CHECKPOINT}"
+"""Hint for options that resume a run or load a checkpoint."""
 LORA = f"{START_FROM}; `--preset_lora_path FILE` merges one into the base before training; {CONTINUE}"
+"""Hint for options that load a LoRA."""
 
 
 @dataclass(frozen=True)
 class UnsupportedName:
     """A name that users of other trainers know, and what to use instead.
 
-    `is_switch`: as a flag it takes no value. `documented`: DiffSynth-Studio documents it.
+    Attributes:
+        instead: the hint.
+        is_switch: whether the flag takes no value.
+        documented: whether DiffSynth-Studio documents the name.
     """
 
     instead: str
@@ -61,19 +73,22 @@ UNSUPPORTED: dict[str, UnsupportedName] = {
         UnsupportedName(LORA, documented=False),
     ),
 }
-"""Name, or pattern of names -> the answer to it. Documented ones are those of DiffSynth-Studio's
-`diffsynth/diffusion/parsers.py` and `examples/*/model_training/train.py` that are no parameters here; the others are
-what kohya's scripts, musubi-tuner and the examples of diffusers call the same."""
+"""Name, or pattern of names -> what to use instead.
+
+The documented ones are parameters in `diffsynth/diffusion/parsers.py` and `examples/*/model_training/train.py` of
+DiffSynth-Studio without a counterpart here; the others are the names of the same things in kohya's scripts,
+musubi-tuner and the examples of diffusers.
+"""
 
 
 def find_unsupported(name: str) -> UnsupportedName | None:
-    """The entry for a flag or key in either spelling, `--no-` before it or not."""
+    """Return the entry for a flag or key, spelled with `-` or `_`, with or without `--no-`."""
     plain = name.lower().replace("-", "_").removeprefix("no_")
     return next((known for pattern, known in UNSUPPORTED.items() if fnmatchcase(plain, pattern)), None)
 
 
 def unknown_parameter(name: str, where: str) -> Problem:
-    """The problem that `name` is no parameter, with what to use instead, else with the nearest name."""
+    """Return the problem that `name` is not a parameter, with a replacement or the closest name as the hint."""
     if known := find_unsupported(name):
         why = "is a DiffSynth-Studio parameter that is not supported yet" if known.documented else "is not a parameter"
         return Problem(f"`{name}`{where} {why}", known.instead, wrong_use=True)

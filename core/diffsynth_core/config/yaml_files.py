@@ -1,7 +1,7 @@
-"""Reading YAML as people write it: `1e-4` is a number, a repeated key is an error.
+"""Reading YAML with limits, with YAML 1.2 numbers (`1e-4` is a float), and with duplicate keys as errors.
 
-A file from elsewhere may be made to cost: aliases of aliases that expand to billions of nodes, brackets that nest
-deeper than Python recurses, an alias within its own anchor. Each is refused while the file is parsed, before it costs.
+An untrusted file can be made expensive: aliases of aliases that expand to billions of nodes, nesting beyond Python's
+recursion limit, an alias inside its own anchor. Each is rejected while parsing, before it costs anything.
 """
 
 import re
@@ -14,28 +14,32 @@ import yaml
 from diffsynth_core.errors import DiffSynthError, kind_of, truncate
 
 MAX_BYTES = 256 * 2**10
-"""Largest YAML file that is read: 256 KiB. A recipe has some 2 kB."""
+"""Maximum size of a YAML file: 256 KiB. A recipe has about 2 kB."""
 MAX_NODES = 10_000
-"""Keys and values with aliases expanded; `CHARACTERS_PER_NODE` of a text count as one more. A recipe has some 100."""
+"""Maximum number of keys and values with aliases expanded; each `CHARACTERS_PER_NODE` of a string count as one more.
+
+A recipe has about 100.
+"""
 CHARACTERS_PER_NODE = 100
+"""Length of a string that counts as one node."""
 MAX_DEPTH = 32
-"""Lists and mappings within each other. No parameter nests deeper than 3."""
+"""Maximum nesting of lists and mappings. No parameter nests deeper than 3."""
 MAX_DIGITS = 40
-"""Of an integer."""
+"""Maximum number of digits of an integer: converting a string to an integer takes quadratic time."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with limits and YAML 1.2's floats; plain PyYAML reads `1e-4` as text."""
+    """Safe loader with limits and the floats of YAML 1.2: plain PyYAML reads `1e-4` as a string."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
         self._nodes = 0
         self._sizes: dict[yaml.Node, int] = {}
-        """Of each finished node, with aliases expanded."""
+        """Size of each finished node, with aliases expanded."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """A node and those below it; called for each as the text is parsed."""
+        """Compose a node and its descendants, counting them; called for every node during parsing."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = event.start_mark
         self._depth += 1
@@ -55,7 +59,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _below(self, node: yaml.Node) -> int:
-        """The sizes of all parts of a list or a mapping together."""
+        """Return the total size of the items of a list or mapping."""
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         return sum(self._sizes[part] for part in parts)
 
@@ -81,6 +85,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 YAML_12 = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int", "timestamp")}
+"""Tags whose YAML 1.1 patterns are replaced."""
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in YAML_12]
@@ -101,10 +106,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
-        DiffSynthError: when the file cannot be read, is not YAML, or holds something else than a mapping.
+        DiffSynthError: if the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         with path.open("rb") as stream:
@@ -116,7 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "correct the path") from error
     except UnicodeDecodeError as error:
         raise DiffSynthError(f"`{path}` is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # a NUL character in the path
         raise DiffSynthError(f"cannot read `{path}`: {error}", "correct the path") from error
     try:
         value = yaml.load(text, Loader=_Loader)

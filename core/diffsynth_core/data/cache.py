@@ -88,7 +88,7 @@ class EncodingCache:
 
     def _is_remembered(self, key: str) -> bool:
         try:
-            return bool(self._memory and self._memory.answer(self.path(key), WHOLE, bool))
+            return bool(self._memory and self._memory.get(self.path(key), WHOLE, bool))
         except OSError:
             return False
 
@@ -102,7 +102,7 @@ class EncodingCache:
         except (DiffSynthError, OSError):
             return False
         if self._memory:
-            self._memory.remember(path, WHOLE, stamp, True)
+            self._memory.put(path, WHOLE, stamp, True)
         return True
 
     def fetch(self, key: str) -> None:
@@ -130,7 +130,7 @@ class EncodingCache:
         with atomic_write(self.path(key)) as temporary:
             write_safetensors(temporary, encoded, {CONTENT_HASH: digest.hexdigest()})
         if self._memory:
-            self._memory.remember(self.path(key), WHOLE, file_stamp(self.path(key)), True)
+            self._memory.put(self.path(key), WHOLE, file_stamp(self.path(key)), True)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
         """An entry's tensors, on the CPU. A damaged entry is removed, so that the next run encodes it again.

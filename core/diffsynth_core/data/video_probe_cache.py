@@ -33,11 +33,11 @@ class VideoProbeCache:
         question = f"video header {VIDEO_TRANSFORM}"
         with self._asked_once(path, question):
             stamp = _stamp(path)
-            known = self._memory.answer(path, question, VideoHeader, stamp)
+            known = self._memory.get(path, question, VideoHeader, stamp)
             if known is not None:
                 return known
             header = read_video_header(path)
-            self._memory.remember(path, question, stamp, asdict(header))
+            self._memory.put(path, question, stamp, asdict(header))
             return header
 
     def count(self, path: Path, frame_rate: float | None, limit: int | None) -> int:
@@ -50,12 +50,12 @@ class VideoProbeCache:
         question = f"video frames {VIDEO_TRANSFORM} at {rate}"
         with self._asked_once(path, question):
             stamp = _stamp(path)
-            frames, ended = self._memory.answer(path, question, tuple[int, bool], stamp) or (0, False)
+            frames, ended = self._memory.get(path, question, tuple[int, bool], stamp) or (0, False)
             if limit is not None and frames >= limit:
                 return limit
             if not ended:
                 frames = count_frames(path, frame_rate, limit)
-                self._memory.remember(path, question, stamp, [frames, limit is None or frames < limit])
+                self._memory.put(path, question, stamp, [frames, limit is None or frames < limit])
             return frames
 
     def _asked_once(self, path: Path, question: str) -> threading.Lock:

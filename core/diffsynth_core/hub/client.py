@@ -1,9 +1,9 @@
-"""What is asked of a hub, whichever it is: the files of a repository, and the bytes of one from a place on.
+"""The interface of a hub: list the files of a repository, and read the bytes of one from an offset.
 
-Both SDKs could fetch files themselves. They are asked for lists, addresses, credentials and open streams only, because
-`huggingface_hub` (2.4) throws away what it has of a file when it is stopped and compares no hash, and `modelscope_hub`
-(0.5) draws bars of its own, tells nobody else how far it is, and gives up on a file after an hour. What is done with
-the bytes stands in `fetching`, once for both.
+The SDKs could download files themselves. They are used only for file lists, addresses, credentials and open streams:
+`huggingface_hub` (2.4) discards the received bytes of a file when it is stopped and compares no hash; `modelscope_hub`
+(0.5) draws its own progress bars, reports progress to no one else, and gives up on a file after an hour. `fetching`
+does the rest, once for both.
 """
 
 import hashlib
@@ -22,40 +22,43 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 SOURCE_VARIABLE = "DIFFSYNTH_DOWNLOAD_SOURCE"
+"""Environment variable that selects a hub."""
 SKIP_VARIABLE = "DIFFSYNTH_SKIP_DOWNLOAD"
+"""Environment variable that disables downloads."""
 HUBS = {
     "modelscope": ("diffsynth_core.hub.modelscope", "ModelScope"),
     "huggingface": ("diffsynth_core.hub.huggingface", "HuggingFace"),
 }
-"""Name of a hub -> module and class; the first is asked where none is named."""
+"""Name of a hub -> module and class; the first is the default."""
 UNSET = ("", "0", "false", "no", "off")
-"""Values of a switch in the environment that leave it off."""
+"""Values of a boolean environment variable that mean false."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or a dataset on a hub; `name` is `owner/name`."""
+    """A model or dataset on a hub; `name` is `owner/name`."""
 
     kind: Literal["model", "dataset"]
     name: str
 
     def folder(self, base: Path) -> Path:
-        """Where its files lie: models below the folder of all models, a dataset in the folder named for it."""
+        """Return the local folder of the repository: a subfolder of `base` for a model, `base` for a dataset."""
         return base / self.name if self.kind == "model" else base
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a hub says that the bytes of a file sum up to.
+    """The checksum of a file according to a hub.
 
-    `kind`: `sha256` of the bytes, or `git`: the id of the blob in git, sha1 of a header with the size and the bytes.
+    Attributes:
+        kind: `sha256` of the bytes, or `git`: the blob id, sha1 of a header with the size followed by the bytes.
     """
 
     kind: Literal["sha256", "git"]
     hexdigest: str
 
     def start(self, size: int) -> "_Hash":
-        """A hash to put the bytes of a file of `size` bytes into."""
+        """Return a hash object for the bytes of a file of `size` bytes."""
         if self.kind == "sha256":
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -63,7 +66,7 @@ class Checksum:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its path there, its size in bytes, and what its bytes sum up to where that is known."""
+    """A file of a repository: its path there, its size in bytes, and its checksum if known."""
 
     path: str
     size: int
@@ -75,39 +78,43 @@ class RemoteFile:
 
 
 class TransientHubError(Exception):
-    """A transfer broke in a way that another attempt may fix; the text says how."""
+    """A transfer failed in a way that a retry may fix; the message is the reason."""
 
 
 class HubAccessError(DiffSynthError):
-    """A hub does not have what is asked for, or does not give it to this user."""
+    """A hub does not have what is requested, or denies this user access to it."""
 
 
 class Hub(Protocol):
-    """A hub; all errors are `HubAccessError`, which is final, or `TransientHubError`."""
+    """A hub. Methods raise `HubAccessError`, which is final, or `TransientHubError`."""
 
     title: str
+    """Name for messages."""
     login: str
-    """The command that keeps a token."""
+    """The command that stores a token."""
     another: str
-    """How a user asks another hub instead, for hints."""
+    """How to use another hub instead, for hints."""
 
     def page(self, repository: Repository) -> str:
-        """The address of a repository for people."""
+        """Return the URL of the web page of a repository."""
 
     def files(self, repository: Repository) -> list[RemoteFile]:
-        """All files of a repository."""
+        """Return all files of a repository."""
 
     def read(
         self, repository: Repository, file: RemoteFile, start: int
     ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """The bytes of a file from `start` on, or from the beginning: gives where they begin, and the bytes."""
+        """Open the bytes of a file from `start`, or from 0 if the hub does not support ranges.
+
+        Yields the offset of the first byte, and an iterator of chunks.
+        """
 
 
 def download_source(given: str | None) -> str:
-    """The hub to ask: the one given, else `$DIFFSYNTH_DOWNLOAD_SOURCE`, else ModelScope.
+    """Return the name of the hub to use: the given one, `$DIFFSYNTH_DOWNLOAD_SOURCE`, or ModelScope.
 
     Raises:
-        DiffSynthError: when there is no hub of that name.
+        DiffSynthError: if there is no hub of that name.
     """
     source = (given or os.environ.get(SOURCE_VARIABLE) or next(iter(HUBS))).lower()
     if source not in HUBS:
@@ -120,9 +127,9 @@ def download_source(given: str | None) -> str:
 
 
 def open_hub(given: str | None) -> Hub:
-    """The hub to ask, as of `download_source`; imports its SDK, and opens no connection.
+    """Return the hub to use, chosen as by `download_source`; imports its SDK but opens no connection.
 
-    Another one is offered in the way in which this one was chosen.
+    Hints suggest the other hub in the same way in which this one was chosen: with a flag or the environment variable.
     """
     source = download_source(given)
     module, name = HUBS[source]
@@ -133,12 +140,12 @@ def open_hub(given: str | None) -> Hub:
 
 
 def downloads_disabled() -> bool:
-    """Whether `$DIFFSYNTH_SKIP_DOWNLOAD` forbids to ask a hub."""
+    """Return whether `$DIFFSYNTH_SKIP_DOWNLOAD` forbids access to hubs."""
     return os.environ.get(SKIP_VARIABLE, "").strip().lower() not in UNSET
 
 
 def not_found(hub: Hub, repository: Repository, path: str | None = None) -> HubAccessError:
-    """The error that a hub has no such repository, as far as this user sees, or no such file in it."""
+    """Return the error for a repository that is missing or hidden from this user, or for a missing file in it."""
     if path:
         what = f"{hub.title} has no file `{path}` in `{repository.name}`"
     else:
@@ -148,7 +155,7 @@ def not_found(hub: Hub, repository: Repository, path: str | None = None) -> HubA
 
 
 def access_denied(hub: Hub, repository: Repository) -> HubAccessError:
-    """The error that a hub does not let this user read a repository."""
+    """Return the error for a repository that this user may not read."""
     return HubAccessError(
         f"{hub.title} denied access to `{repository.name}`: its licence is not accepted, or it is private",
         f"accept the licence at {hub.page(repository)}, and log in with `{hub.login}`",
@@ -157,9 +164,9 @@ def access_denied(hub: Hub, repository: Repository) -> HubAccessError:
 
 @contextmanager
 def parsing_response() -> Iterator[None]:
-    """Around the reading of a list by an SDK, which trusts its form: an answer that is none becomes an interruption.
+    """Convert errors of parsing a response into `TransientHubError`: the SDKs trust its structure.
 
-    A proxy, or a page to log in at, may answer in the place of the hub.
+    A proxy or a login page may answer instead of the hub.
     """
     try:
         yield
@@ -168,14 +175,16 @@ def parsing_response() -> Iterator[None]:
 
 
 def silence(sdk: str, unless: str) -> None:
-    """Keep the log lines of an SDK (each page of a list, each new try) from stderr: what they lead to is told by us.
+    """Keep the log messages of an SDK (each page of a list, each retry) off stderr: diffsynth reports their
+    consequences.
 
-    `unless`: the variable in which a user asks the SDK for its log.
+    Args:
+        unless: environment variable with which a user requests the log of the SDK.
     """
     if unless not in os.environ:
         logging.getLogger(sdk).setLevel(logging.CRITICAL)
 
 
 def status_error(status: int) -> TransientHubError:
-    """The interruption that a hub answered with an HTTP status."""
+    """Return the transient error for an HTTP status."""
     return TransientHubError(f"the hub responded with status {status}")

@@ -1,4 +1,4 @@
-"""A download from its list to its last file, one process at a time."""
+"""Downloading: file list, disk space check and transfer, in one process at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,65 +15,68 @@ from diffsynth_core.progress import Reporter
 
 
 def list_download(
-    wanted: Sequence[FileRequest], base: Path, source: str | None, reporter: Reporter, verify: bool = False
+    requests: Sequence[FileRequest], base: Path, source: str | None, reporter: Reporter, verify: bool = False
 ) -> DownloadPlan:
-    """What a download would do; asks the hub, and writes nothing.
+    """Plan a download without writing anything; accesses the hub.
 
-    `verify`: read what is here, and compare its hashes too; else only those that are known are compared.
+    Args:
+        verify: hash the files on disk and compare them too; otherwise only hashes that are cached are compared.
     """
-    return _plan(wanted, open_hub(source), base, _identities(), reporter, verify)
+    return _plan(requests, open_hub(source), base, _identities(), reporter, verify)
 
 
 def download(
-    wanted: Sequence[FileRequest],
+    requests: Sequence[FileRequest],
     base: Path,
     source: str | None,
     reporter: Reporter,
-    tell: Callable[[DownloadPlan], None],
+    on_plan: Callable[[DownloadPlan], None],
     verify: bool = False,
 ) -> DownloadPlan:
-    """Bring what is wanted below `base`; gives what was to be done.
+    """Download the requested files below `base`, and return the plan.
 
-    `source`: the name of a hub; None: that of the environment, else the usual one. `verify`: as for `list_download`.
-    `tell` is given the list before anything is fetched. A list made while another process downloads would be out of
-    date: it is made when that one has ended.
+    Args:
+        source: name of the hub; None: chosen by `download_source`.
+        on_plan: called with the plan before anything is downloaded.
+        verify: see `list_download`.
 
     Raises:
-        FaultsFound: what the hub does not have or give, before anything is fetched; files that could not be brought.
-        DiffSynthError: when the hub cannot be reached, or the disk is full.
+        FaultsFound: files that the hub lacks or denies, before anything is downloaded; files whose download failed.
+        DiffSynthError: if the hub cannot be reached, or the disk is full.
     """
-    with _alone(base, reporter):
-        return _download(wanted, base, source, reporter, tell, verify)
+    with _exclusive(base, reporter):  # planned inside: a plan made while another process downloads would be outdated
+        return _download(requests, base, source, reporter, on_plan, verify)
 
 
 def download_missing(
-    wanted: Sequence[FileRequest],
+    requests: Sequence[FileRequest],
     base: Path,
     waiting: Reporter,
     reporter: Reporter,
-    tell: Callable[[DownloadPlan], None],
+    on_plan: Callable[[DownloadPlan], None],
 ) -> None:
-    """Bring what is wanted when any of it is not on disk; of several processes that ask for the same one does it.
+    """Download the requested files if any of them are not on disk; only one of several concurrent processes does.
 
-    `waiting` is told of another process that downloads; `reporter` and `tell` are as for `download`, which also says
-    what is raised.
+    Args:
+        waiting: reporter of a message if another process is downloading.
+        reporter, on_plan: see `download`, also for the exceptions.
     """
-    with _alone(base, waiting):
-        if absent(wanted, base):
-            _download(wanted, base, None, reporter, tell, verify=False)
+    with _exclusive(base, waiting):
+        if absent(requests, base):
+            _download(requests, base, None, reporter, on_plan, verify=False)
 
 
 def _download(
-    wanted: Sequence[FileRequest],
+    requests: Sequence[FileRequest],
     base: Path,
     source: str | None,
     reporter: Reporter,
-    tell: Callable[[DownloadPlan], None],
+    on_plan: Callable[[DownloadPlan], None],
     verify: bool,
 ) -> DownloadPlan:
     hub, identities = open_hub(source), _identities()
-    plan = _plan(wanted, hub, base, identities, reporter, verify)
-    tell(plan)
+    plan = _plan(requests, hub, base, identities, reporter, verify)
+    on_plan(plan)
     plan.check_disk()
     if plan.to_fetch:
         fetch(plan, hub, identities, reporter)
@@ -81,29 +84,29 @@ def _download(
 
 
 def _plan(
-    wanted: Sequence[FileRequest],
+    requests: Sequence[FileRequest],
     hub: Hub,
     base: Path,
     identities: HashCache,
     reporter: Reporter,
     verify: bool,
 ) -> DownloadPlan:
-    reporter.info(f"Requesting the file list from {hub.title}")  # a hub that does not answer is asked for half a minute
-    plan = plan_download(wanted, hub, base, identities)
+    reporter.info(f"Requesting the file list from {hub.title}")  # an unreachable hub takes half a minute to time out
+    plan = plan_download(requests, hub, base, identities)
     if not verify:
         return plan
-    here = (listed.target for listed in plan.files if listed.state == "here")
-    identities.read_all(here, reporter, "Hashing files")
+    on_disk = (listed.target for listed in plan.files if listed.state == "here")
+    identities.read_all(on_disk, reporter, "Hashing files")
     return compared(plan, identities)
 
 
 def _identities() -> HashCache:
-    """The hashes that runs remember too."""
+    """Return the cache of file hashes, which training runs use too."""
     return HashCache(default_cache_path() / IDENTITIES)
 
 
 @contextmanager
-def _alone(base: Path, reporter: Reporter) -> Iterator[None]:
-    """Within it no other process downloads into `base`."""
+def _exclusive(base: Path, reporter: Reporter) -> Iterator[None]:
+    """Keep other processes from downloading into `base` during the block."""
     with locked(base / LOCK, lambda: reporter.info(f"Waiting for another process that is downloading into `{base}`")):
         yield

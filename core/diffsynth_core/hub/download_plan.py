@@ -1,4 +1,4 @@
-"""What a download will do: the files, their sizes, what of them is here, and whether the rest fits on the disk."""
+"""Plan of a download: the files, their sizes, what is already on disk, and the disk space for the rest."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,19 +15,20 @@ from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.progress import format_bytes
 
 LOCK = ".download.lock"
-"""The file below a base that the process which downloads there holds."""
+"""Name of the lock file of the process that downloads into a base folder."""
 PART_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.part")
-"""What the bytes of a file `name` are kept in until all are here."""
+"""Name of the file that holds the bytes of `name` until it is complete."""
 State = Literal["here", "unchecked", "incomplete", "damaged", "missing"]
+"""What is on disk of a file; see `ListedFile`."""
 
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file to have, where it belongs, and how much of it is here, in bytes.
+    """A file to download, its local path, and the number of its bytes on disk.
 
-    `damaged`: a file of that name is here, and it is longer, has other bytes, or is a link to a beginning; nothing of
-    it is used.
-    `unchecked`: a file is here, and the hub tells nothing to compare it with.
+    States: `here`: complete. `unchecked`: on disk, but the hub offers nothing to compare it with. `incomplete`: can be
+    resumed. `damaged`: longer than on the hub, with another hash, or a link to an incomplete file; none of it is used.
+    `missing`.
     """
 
     repository: Repository
@@ -38,13 +39,14 @@ class ListedFile:
 
     @property
     def missing_bytes(self) -> int:
+        """Bytes left to download."""
         return self.file.size - self.bytes_here
 
     @property
     def part(self) -> Path:
-        """Where its bytes are kept until all are here; a file that the hub has changed since has another.
+        """Path of the partial file, which matches `PART_NAME`.
 
-        Its name is one that `PART_NAME` matches.
+        It contains the checksum, so that a partial file of an older version on the hub is not resumed.
         """
         tag = self.file.checksum.hexdigest[:12] if self.file.checksum else self.file.size
         return self.target.with_name(f".{self.target.name}.{tag}.part")
@@ -52,9 +54,12 @@ class ListedFile:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """All files of a download below `base`, the hub's title, and the free bytes of the disk.
+    """All files of a download below `base`.
 
-    `refusals`: why the hub tells nothing of the files that are unchecked.
+    Attributes:
+        hub: title of the hub.
+        free_bytes: free bytes of the disk.
+        refusals: why the hub provides no file list for the files in state `unchecked`.
     """
 
     hub: str
@@ -65,14 +70,20 @@ class DownloadPlan:
 
     @property
     def to_fetch(self) -> tuple[ListedFile, ...]:
+        """Files to download or to resume."""
         return tuple(listed for listed in self.files if listed.state not in ("here", "unchecked"))
 
     @property
     def missing_bytes(self) -> int:
+        """Bytes left to download, of all files."""
         return sum(listed.missing_bytes for listed in self.to_fetch)
 
     def check_disk(self) -> None:
-        """Raises: DiffSynthError: when what is missing does not fit on the disk."""
+        """Check that the missing bytes fit on the disk.
+
+        Raises:
+            DiffSynthError: if they do not.
+        """
         if self.missing_bytes > self.free_bytes:
             raise DiffSynthError(
                 f"not enough disk space: {format_bytes(self.missing_bytes)} to download, {format_bytes(self.free_bytes)} free at "
@@ -81,18 +92,18 @@ class DownloadPlan:
             )
 
 
-def plan_download(wanted: Iterable[FileRequest], hub: Hub, base: Path, identities: HashCache) -> DownloadPlan:
-    """Ask the hub for the files of what is wanted, and compare sizes with what is here, and hashes as far as known.
+def plan_download(requests: Iterable[FileRequest], hub: Hub, base: Path, identities: HashCache) -> DownloadPlan:
+    """Get the file lists from the hub and compare them with the disk: sizes, and hashes as far as they are cached.
 
     Raises:
-        FaultsFound: all that the hub does not have, or does not give.
-        DiffSynthError: when the hub cannot be reached.
+        FaultsFound: everything that the hub lacks or denies.
+        DiffSynthError: if the hub cannot be reached.
     """
-    lists = _Lists(hub)
+    lists = _FileLists(hub)
     files: dict[Path, ListedFile] = {}
     problems: list[Problem] = []
     refusals: list[str] = []
-    for item in wanted:
+    for item in requests:
         try:
             found = _find(item, lists, base)
         except HubAccessError as error:
@@ -114,7 +125,7 @@ def plan_download(wanted: Iterable[FileRequest], hub: Hub, base: Path, identitie
 
 
 def compared(plan: DownloadPlan, identities: HashCache) -> DownloadPlan:
-    """A plan again, with hashes that have become known since."""
+    """Return the plan, compared again with hashes that have become known since."""
     files = (
         listed if listed.state == "unchecked" else _listed(listed.repository, listed.file, listed.target, identities)
         for listed in plan.files
@@ -122,8 +133,8 @@ def compared(plan: DownloadPlan, identities: HashCache) -> DownloadPlan:
     return replace(plan, files=tuple(files))
 
 
-class _Lists:
-    """The files of repositories, each asked for once."""
+class _FileLists:
+    """File lists of repositories, each requested once."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
@@ -148,9 +159,10 @@ class _Lists:
 
 @dataclass(frozen=True)
 class _Found:
-    """The repository that what is wanted comes from, and the files.
+    """The repository that serves a request, and the files.
 
-    `refusal`: why the files are those on disk: the hub has no list of them.
+    Attributes:
+        refusal: why the files are those on disk: the hub provides no list of them.
     """
 
     repository: Repository
@@ -158,58 +170,61 @@ class _Found:
     refusal: str | None = None
 
 
-def _find(item: FileRequest, lists: _Lists, base: Path) -> _Found:
-    """The place that is on disk, else the first on the hub.
+def _find(item: FileRequest, lists: _FileLists, base: Path) -> _Found:
+    """Return the source that is on disk, or the first one on the hub.
 
-    A model that is on disk and not on the hub is taken as it is; of a dataset the hub alone knows the files.
+    A model that is on disk but not on the hub is used as it is; for a dataset only the hub knows the complete list.
     """
-    here = item.source_on_disk(base)
-    if here and here.repository.kind == "model":
+    local = item.source_on_disk(base)
+    if local and local.repository.kind == "model":
         try:
-            return _Found(here.repository, _chosen(here, lists))
+            return _Found(local.repository, _chosen(local, lists))
         except HubAccessError as error:
-            return _Found(here.repository, _on_disk(here, base), error.problems[0].message)
+            return _Found(local.repository, _on_disk(local, base), error.problems[0].message)
     refusals = []
-    for place in item.sources:
+    for source in item.sources:
         try:
-            return _Found(place.repository, _chosen(place, lists))
+            return _Found(source.repository, _chosen(source, lists))
         except HubAccessError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _chosen(place: RepoFiles, lists: _Lists) -> list[RemoteFile]:
-    """The files of a place on the hub.
+def _chosen(source: RepoFiles, lists: _FileLists) -> list[RemoteFile]:
+    """Return the files of a source on the hub.
 
     Raises:
-        HubAccessError: when there are none, or not all.
+        HubAccessError: if there are none, or not all.
     """
-    files = lists.files(place.repository)
+    files = lists.files(source.repository)
     paths = [file.path for file in files]
-    if not place.is_complete(paths):
-        raise _nothing_matches(place, paths, lists.hub)
-    chosen = set(place.choose(paths))
+    if not source.is_complete(paths):
+        raise _nothing_matches(source, paths, lists.hub)
+    chosen = set(source.choose(paths))
     return [file for file in files if file.path in chosen]
 
 
-def _nothing_matches(place: RepoFiles, paths: Sequence[str], hub: Hub) -> HubAccessError:
+def _nothing_matches(source: RepoFiles, paths: Sequence[str], hub: Hub) -> HubAccessError:
     folders = sorted({f"{path.split('/')[0]}/" if "/" in path else path for path in paths})
-    without = [f"{place.repository.name}:{pattern}" for pattern in place.unmatched(paths)]
-    nothing = f"no file that matches {list_names(without)}" if without else f"no complete file that matches `{place}`"
+    without = [f"{source.repository.name}:{pattern}" for pattern in source.unmatched(paths)]
+    nothing = f"no file that matches {list_names(without)}" if without else f"no complete file that matches `{source}`"
     return HubAccessError(
         f"{hub.title} has {nothing}; it has {list_names(folders) or 'no files'}",
-        f"check {hub.page(place.repository)}",
+        f"check {hub.page(source.repository)}",
     )
 
 
-def _on_disk(place: RepoFiles, base: Path) -> list[RemoteFile]:
-    folder = place.repository.folder(base)
-    return [RemoteFile(path, (folder / path).stat().st_size, None) for path in place.choose(paths_below(folder))]
+def _on_disk(source: RepoFiles, base: Path) -> list[RemoteFile]:
+    folder = source.repository.folder(base)
+    return [RemoteFile(path, (folder / path).stat().st_size, None) for path in source.choose(paths_below(folder))]
 
 
 def _name_problem(repository: Repository, file: RemoteFile) -> Problem | None:
-    """A hub does not choose a place outside the folder of the repository, nor a name that a terminal obeys or that
-    downloads need for themselves."""
+    """Reject a path that leaves the folder of the repository, contains control characters, or is reserved for
+    downloads.
+
+    The names come from the hub, and may be hostile to the file system or the terminal.
+    """
     parts = file.path.split("/")
     hint = "choose other files, or report it to the owner"
     if ".." in parts or file.path.startswith("/"):
@@ -221,7 +236,7 @@ def _name_problem(repository: Repository, file: RemoteFile) -> Problem | None:
 
 
 def _blocked(target: Path, base: Path) -> Problem | None:
-    """A folder where a file belongs, or a file where one of its folders does."""
+    """Return the problem of a folder at the path of a file, or of a file at the path of one of its folders."""
     if target.is_dir():
         return Problem(
             f"`{target}` is a folder, but a file is to be written there", "move it elsewhere, or choose another folder"
@@ -235,21 +250,23 @@ def _blocked(target: Path, base: Path) -> Problem | None:
 
 
 def _listed(repository: Repository, file: RemoteFile, target: Path, identities: HashCache) -> ListedFile:
-    """A file with how much of it is here: whole, cut short, in its part, or not at all."""
+    """Return a file with its state on disk."""
     missing = ListedFile(repository, file, target, "missing", 0)
     size = target.stat().st_size if target.is_file() else None
     part = missing.part.stat().st_size if missing.part.is_file() else 0
     if size == file.size and not _has_other_bytes(target, file, identities):
         return ListedFile(repository, file, target, "here", file.size)
-    begun = resumable_bytes(target)
-    kept = max(part if part <= file.size else 0, begun if begun < file.size else 0)
+    resumable = resumable_bytes(target)
+    kept = max(part if part <= file.size else 0, resumable if resumable < file.size else 0)
     state: State = "incomplete" if kept else "missing" if size is None else "damaged"
     return ListedFile(repository, file, target, state, kept)
 
 
 def resumable_bytes(target: Path) -> int:
-    """Bytes of a file under its final name that a download may go on from: none of a link, nor of a file with a second
-    name, which others read."""
+    """Return the bytes of an incomplete file under its final name that a download may resume from.
+
+    None of a link, and none of a file with a second hard link: appending would change a file that others read.
+    """
     if not target.is_file() or target.is_symlink():
         return 0
     status = target.stat()
@@ -257,11 +274,11 @@ def resumable_bytes(target: Path) -> int:
 
 
 def _has_other_bytes(target: Path, file: RemoteFile, identities: HashCache) -> bool:
-    """Whether a file that was read once has other bytes than the hub says; of one never read it is not known."""
+    """Return whether the cached hash of a file differs from the hub's; False if it was never hashed."""
     known = identities.known(target)
     if file.checksum is None or known is None:
         return False
-    if file.checksum.kind == "git":  # of small files only: those outside of Git LFS
+    if file.checksum.kind == "git":  # only small files, outside Git LFS, have this kind
         digest = file.checksum.start(file.size)
         digest.update(target.read_bytes())
         known = digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Carrying a download out: several files at once, each resumed, compared with the hub's hash, and named at the end."""
+"""Transfer of files: several in parallel, each resumed, verified against the hub's checksum, and renamed at the end."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,26 +14,27 @@ from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.progress import BYTES, Reporter, SilentReporter, Task, pluralize
 
 THREADS = 4
-"""Files fetched at once: one connection seldom gets all that a line carries."""
+"""Parallel transfers: one connection rarely uses the full bandwidth."""
 BACK_OFF_SECONDS = (1, 2, 4, 8, 15)
-"""Waits before the attempts after one that brought nothing; one that brought bytes starts the count again."""
+"""Delays before retries after attempts without progress; an attempt that receives bytes resets them."""
 WRONG_HASHES = 2
-"""Times that a whole file may have other bytes than the hub says before it is given up."""
+"""Attempts per file that may end in a checksum mismatch."""
 SHOWN_BYTES = 1_000_000
-"""Size from which a file's own progress is shown: smaller ones end before it is read, and a dataset has thousands."""
+"""Minimum size for a progress bar of its own: smaller files end too soon, and a dataset has thousands."""
 LABEL_WIDTH = 32
+"""Maximum width of the label of a progress bar."""
 BLOCK_BYTES = 4 * 1024 * 1024
-"""Bytes read at a time of what is here already."""
+"""Block size for hashing bytes that are already on disk."""
 
 
 def fetch(plan: DownloadPlan, hub: Hub, identities: HashCache, reporter: Reporter) -> None:
-    """Bring what is missing; a stop at any moment leaves parts that the next download goes on from.
+    """Download what is missing; an interruption at any moment leaves partial files that the next download resumes.
 
-    The hashes of whole files are remembered, so that a run need not read them again.
+    The hashes of complete files are cached, so that a run need not hash them again.
 
     Raises:
-        FaultsFound: every file that could not be brought; the others are there.
-        DiffSynthError: when the disk refuses.
+        FaultsFound: all files whose download failed; the others are complete.
+        DiffSynthError: if the disk refuses.
     """
     _remove_old_parts(plan.to_fetch)
     queue: SimpleQueue[ListedFile] = SimpleQueue()
@@ -42,16 +43,16 @@ def fetch(plan: DownloadPlan, hub: Hub, identities: HashCache, reporter: Reporte
     total = sum(listed.file.size for listed in plan.to_fetch)
     label = f"{pluralize(len(plan.to_fetch), 'file')} in total"
     with reporter.task(label, total, BYTES, done=total - plan.missing_bytes) as whole:
-        crew = _DownloadPool(queue, hub, identities, reporter, whole)
-        crew.work()
-    raise_if_any(crew.problems)
+        pool = _DownloadPool(queue, hub, identities, reporter, whole)
+        pool.work()
+    raise_if_any(pool.problems)
 
 
 class _DownloadPool:
-    """Threads that fetch the files of a queue.
+    """Threads that download the files of a queue.
 
-    They are not waited for when the process is stopped: what they have written is a beginning of the file at any
-    moment.
+    The threads are daemons and not joined when the process is stopped: at every moment the bytes on disk are a valid
+    prefix of the file.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class _DownloadPool:
         self.problems: list[Problem] = []
 
     def work(self) -> None:
-        """Fetch all; a fault of ours, or a disk that refuses, ends it at once."""
+        """Download all files; a bug or a disk error stops all threads at once."""
         threads = [threading.Thread(target=self._run, daemon=True) for _ in range(min(THREADS, self._queue.qsize()))]
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
                 while thread.is_alive():
-                    thread.join(timeout=0.2)  # a join without an end would not see Ctrl-C on all systems
+                    thread.join(timeout=0.2)  # a join without a timeout blocks Ctrl-C on some systems
         finally:
             self._stopped.set()
         if self._failure:
@@ -95,19 +96,19 @@ class _DownloadPool:
                 self._stop(error)
 
     def _stop(self, failure: BaseException) -> None:
-        """End the work of all threads; what the first of them failed of is told."""
+        """Stop all threads; the first failure is the one that is raised."""
         self._failure = self._failure or failure
         self._stopped.set()
 
     def _fetch(self, listed: ListedFile) -> None:
         listed.target.parent.mkdir(parents=True, exist_ok=True)
-        _keep_beginning(listed)
+        _adopt_truncated_file(listed)
         reporter = self._reporter if listed.file.size >= SHOWN_BYTES else SilentReporter()
         with reporter.task(_label(listed), listed.file.size, BYTES, done=listed.bytes_here) as task:
             with _Part(listed) as part:
                 for _ in range(WRONG_HASHES):
                     self._fill(listed, part, task)
-                    if part.is_right():
+                    if part.is_valid():
                         break
                     self._advance(task, -part.size)
                     part.restart()
@@ -121,30 +122,30 @@ class _DownloadPool:
                     )
             move_into_place(listed.part, listed.target)
         if listed.file.checksum and listed.file.checksum.kind == "sha256":
-            self._identities.tell(listed.target, listed.file.checksum.hexdigest)
+            self._identities.store(listed.target, listed.file.checksum.hexdigest)
 
     def _fill(self, listed: ListedFile, part: "_Part", task: Task) -> None:
-        """Append to the part until it has all bytes; what breaks is tried again."""
+        """Append to the partial file until it is complete; transient errors are retried."""
         failures = 0
         while part.size < listed.file.size:
             before = part.size
             try:
                 self._transfer(listed, part, task)
             except TransientHubError as error:
-                failures, most = 1 if part.size > before else failures + 1, len(BACK_OFF_SECONDS)
-                if failures > most:
+                failures, attempts = 1 if part.size > before else failures + 1, len(BACK_OFF_SECONDS)
+                if failures > attempts:
                     raise _DownloadFailed(
                         f"cannot download `{listed.file.path}` of `{listed.repository.name}` from {self._hub.title}: {error}",
                         "run the command again to resume the download",
                     ) from error
                 delay = BACK_OFF_SECONDS[failures - 1]
-                self._reporter.warn(f"`{listed.file.path}`: {error}; retrying in {delay} s ({failures} of {most})")
+                self._reporter.warn(f"`{listed.file.path}`: {error}; retrying in {delay} s ({failures} of {attempts})")
                 self._pause(delay)
             except DiffSynthError as error:
                 raise _DownloadFailed(error.problems[0].message, error.problems[0].hint) from error
 
     def _transfer(self, listed: ListedFile, part: "_Part", task: Task) -> None:
-        """One answer of the hub, appended to the part."""
+        """Append one response of the hub to the partial file."""
         with self._hub.read(listed.repository, listed.file, part.size) as (start, chunks):
             if start != part.size:
                 if start:
@@ -171,7 +172,7 @@ class _DownloadPool:
 
 
 class _DownloadFailed(DiffSynthError):
-    """One file could not be brought; the others go on."""
+    """The download of one file failed; the others continue."""
 
 
 class _Stopped(BaseException):
@@ -179,7 +180,7 @@ class _Stopped(BaseException):
 
 
 class _Part:
-    """The beginning of a file on disk, and the hash of it."""
+    """The partial file on disk, with its hash so far."""
 
     def __init__(self, listed: ListedFile) -> None:
         self._path, self._file = listed.part, listed.file
@@ -205,8 +206,8 @@ class _Part:
         self._stream.truncate(0)
         self._begin()
 
-    def is_right(self) -> bool:
-        """Whether the bytes are those that the hub's hash stands for; where it tells none, the size decides."""
+    def is_valid(self) -> bool:
+        """Return whether the bytes match the hub's checksum; without one, the size decides."""
         checksum = self._file.checksum
         return not (checksum and self._hash) or self._hash.hexdigest() == checksum.hexdigest
 
@@ -227,7 +228,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _remove_old_parts(files: Iterable[ListedFile]) -> None:
-    """Remove the parts of what the hub had before; each folder is read once, since it may hold a whole dataset."""
+    """Remove partial files of older versions on the hub.
+
+    Each folder is listed once, since it may contain a whole dataset.
+    """
     by_target = {listed.target: listed for listed in files}
     for folder in {target.parent for target in by_target}:
         for part in folder.glob(".*.part"):
@@ -246,15 +250,14 @@ def _unwritable(path: Path, error: OSError) -> DiffSynthError:
     )
 
 
-def _keep_beginning(listed: ListedFile) -> None:
-    """Before a file is fetched: one that was cut short under its final name becomes its part, if it is the longer
-    beginning."""
+def _adopt_truncated_file(listed: ListedFile) -> None:
+    """Turn a truncated file under the final name into the partial file, if it is the longer prefix."""
     size = resumable_bytes(listed.target)
     if 0 < size < listed.file.size and size >= listed.bytes_here:
         listed.target.replace(listed.part)
 
 
 def _label(listed: ListedFile) -> str:
-    """The end of a file's path, which tells one shard from the others."""
+    """Return the end of a file's path, by which shards differ."""
     path = listed.file.path
     return path if len(path) <= LABEL_WIDTH else f"…{path[1 - LABEL_WIDTH :]}"

@@ -1,4 +1,4 @@
-"""What was found out of files by reading them whole, remembered beside the cache."""
+"""Results of reading files in full, cached on disk."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from diffsynth_core.locks import locked
 
 T = TypeVar("T")
 Stamp = list[int]
-"""Size in bytes, modification and status-change time in nanoseconds: another stamp means another content."""
+"""Size in bytes, modification and status-change time in nanoseconds: a file with the same stamp is unchanged."""
 
 MAX_CACHE_BYTES = 2**30
-"""Bytes of a memory that is read: some 3 million answers."""
+"""Maximum size of a cache file that is read: about 3 million entries."""
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line of the file."""
+class _Entry:
+    """One line of the cache file."""
 
     path: str
     question: str
@@ -31,24 +31,24 @@ class _Line:
 
 
 class FileCache:
-    """Answers to questions about files, by path, stamp and question, in one append-only file.
+    """Results about files, by path, stamp and kind of result (`question`), in one append-only file.
 
-    Each line is written by one call, so that several processes can share the file; a line that a crash cut short is
-    passed over. Threads may ask and tell at the same time. Where nothing can be written, nothing is remembered: all
-    that costs is the work again.
+    Each line is appended with a single `write` call, so that several processes can share the file; a line that a crash
+    truncated is skipped. Thread-safe. If the cache file is not writable, results are kept in memory only, at the cost
+    of computing them again in the next process.
     """
 
-    def __init__(self, memory: Path) -> None:
-        self._memory = memory
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._known: dict[tuple[str, str], tuple[Stamp, Any]] = {}
         self._changing = Lock()
         self._start = ""
         self._read()
 
-    def answer(self, path: Path, question: str, kind: type[T], stamp: Stamp | None = None) -> T | None:
-        """What is remembered of a file that has not changed since, as `kind`; None when nothing is, or something else.
+    def get(self, path: Path, question: str, kind: type[T], stamp: Stamp | None = None) -> T | None:
+        """Return the cached result as `kind`; None if there is none, it has another type, or the file has changed.
 
-        Reads no content.
+        Does not read the file.
         """
         known = self._known.get((_absolute(path), question))
         if known is None or known[0] != (stamp or file_stamp(path)):
@@ -58,15 +58,15 @@ class FileCache:
         except WrongType:
             return None
 
-    def remember(self, path: Path, question: str, stamp: Stamp, answer: Any) -> None:
-        """Keep the answer to a question about a file, as JSON; `stamp` is that of before it was read."""
+    def put(self, path: Path, question: str, stamp: Stamp, answer: Any) -> None:
+        """Store a result as JSON; `stamp` is that from before the file was read."""
         name = _absolute(path)
         line = json.dumps({"path": name, "question": question, "stamp": stamp, "answer": answer}) + "\n"
         with self._changing:
             self._known[name, question] = (stamp, answer)
             with suppress(OSError):
-                self._memory.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
                 try:
                     os.write(descriptor, (self._start + line).encode())
                 finally:
@@ -75,33 +75,36 @@ class FileCache:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Within it no other process asks: of those that begin together one reads, the others find its answers."""
-        with locked(self._memory.with_suffix(".lock")):
+        """Keep other processes from computing results within the block, and reload the cache at its start.
+
+        Of several processes that start together, one reads the files and the others find its results.
+        """
+        with locked(self._path.with_suffix(".lock")):
             self._read()
             yield
 
     def _read(self) -> None:
         self._start = "" if self._ends_with_a_line() else "\n"
-        for value in read_json_lines(self._memory, MAX_CACHE_BYTES):
+        for value in read_json_lines(self._path, MAX_CACHE_BYTES):
             with suppress(WrongType):
-                line = as_type(value, _Line)
+                line = as_type(value, _Entry)
                 self._known[line.path, line.question] = (line.stamp, line.answer)
 
     def _ends_with_a_line(self) -> bool:
-        """Whether a new line can begin at the end of the file: a crash may have cut the last one short."""
+        """Return whether the file ends with a newline: a crash may have truncated the last line."""
         try:
-            with self._memory.open("rb") as stream:
+            with self._path.open("rb") as stream:
                 stream.seek(-1, os.SEEK_END)
                 return stream.read(1) == b"\n"
-        except OSError:  # missing or empty
+        except OSError:  # the file is missing or empty
             return True
 
 
 def file_stamp(path: Path) -> Stamp:
-    """The stamp of a file as it is now."""
+    """Return the current stamp of a file."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _absolute(path: Path) -> str:
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and ask the disk for every part
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and access the disk for every part

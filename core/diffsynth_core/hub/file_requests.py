@@ -1,4 +1,4 @@
-"""What a run or a command wants of the hubs, and whether it is on disk. No connection is opened here."""
+"""Files that a run or command requires from hubs, and whether they are on disk. Opens no connection."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from diffsynth_core.hub.client import Repository
 
 @dataclass(frozen=True)
 class RepoFiles:
-    """Files of one repository: those that match one of `patterns`, as `Path.glob` has them (`*` stops at `/`).
+    """Files of one repository that match one of `patterns`, with `*` not matching `/`, as in `Path.glob`.
 
-    `layouts`: sets of paths of which one must be whole; blank: every pattern must match something.
-    `anywhere`: a `*` matches `/` too, as it does in the hubs' own commands.
+    Attributes:
+        layouts: alternative sets of paths, one of which must be complete; if empty, every pattern must match.
+        anywhere: let `*` match `/` too, as in the hubs' own command-line tools.
     """
 
     repository: Repository
@@ -23,21 +24,21 @@ class RepoFiles:
     anywhere: bool = False
 
     def choose(self, paths: Iterable[str]) -> list[str]:
-        """Those of the paths that are meant."""
+        """Return the paths that match."""
         return [path for path in paths if any(self._matches(path, pattern) for pattern in self.patterns)]
 
     def is_complete(self, paths: Collection[str]) -> bool:
-        """Whether files with these paths in the repository are all that is wanted, as far as names tell."""
+        """Return whether `paths` in the repository include everything required, judged by their names."""
         if self.layouts:
             return any(set(layout) <= set(paths) for layout in self.layouts)
-        found = [self._chosen_by(pattern, paths) for pattern in self.patterns]
+        found = [self._matches_of(pattern, paths) for pattern in self.patterns]
         return all(found) and not any(missing_shards(chosen) for chosen in found)
 
     def unmatched(self, paths: Collection[str]) -> list[str]:
-        """The patterns that none of the paths match."""
-        return [pattern for pattern in self.patterns if not self._chosen_by(pattern, paths)]
+        """Return the patterns that match none of the paths."""
+        return [pattern for pattern in self.patterns if not self._matches_of(pattern, paths)]
 
-    def _chosen_by(self, pattern: str, paths: Iterable[str]) -> list[str]:
+    def _matches_of(self, pattern: str, paths: Iterable[str]) -> list[str]:
         return [path for path in paths if self._matches(path, pattern)]
 
     def _matches(self, path: str, pattern: str) -> bool:
@@ -49,9 +50,10 @@ class RepoFiles:
 
 @dataclass(frozen=True)
 class FileRequest:
-    """Files that something cannot do without, in the first of `sources` that has them.
+    """Required files, from the first of `sources` that has them.
 
-    `optional`: they come along where the hub has them, and nobody misses them elsewhere.
+    Attributes:
+        optional: download the files if the hub has them, without requiring them.
     """
 
     sources: tuple[RepoFiles, ...]
@@ -61,29 +63,29 @@ class FileRequest:
         return str(self.sources[0])
 
     def is_on_disk(self, base: Path) -> bool:
-        """Whether they are on disk, as far as names tell, below `base`."""
+        """Return whether the files are on disk below `base`, judged by their names."""
         return self.source_on_disk(base) is not None
 
     def source_on_disk(self, base: Path) -> RepoFiles | None:
-        """The first place that is on disk."""
+        """Return the first source whose files are on disk."""
         return next(
-            (place for place in self.sources if place.is_complete(paths_below(place.repository.folder(base)))), None
+            (source for source in self.sources if source.is_complete(paths_below(source.repository.folder(base)))), None
         )
 
 
-def absent(wanted: Iterable[FileRequest], base: Path) -> list[FileRequest]:
-    """What of the wanted files is not on disk, as far as names tell, below the folder of downloaded models."""
-    return [item for item in wanted if not item.optional and not item.is_on_disk(base)]
+def absent(requests: Iterable[FileRequest], base: Path) -> list[FileRequest]:
+    """Return the required files that are not on disk below `base`, judged by their names."""
+    return [item for item in requests if not item.optional and not item.is_on_disk(base)]
 
 
 def paths_below(folder: Path) -> list[str]:
-    """Paths of the files below a folder, relative to it, hidden ones left out; none where there is no folder."""
+    """Return the relative paths of the files below a folder, without hidden ones; empty if there is no folder."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether a path matches a glob, part by part; `**` stands for any number of folders."""
+    """Return whether a path matches a glob, part by part; `**` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

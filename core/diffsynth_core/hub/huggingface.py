@@ -33,10 +33,11 @@ from diffsynth_core.hub.client import (
 from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
 NOT_ALLOWED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+"""HTTP statuses that deny access."""
 
 
 class HuggingFace:
-    """The hub at `$HF_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
+    """The hub at `$HF_ENDPOINT`, with the token stored by its SDK or set in the environment."""
 
     title = "Hugging Face"
     login = "hf auth login"
@@ -71,7 +72,7 @@ class HuggingFace:
 
     @contextmanager
     def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
-        """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
+        """Convert errors of the SDK to ours, without their messages, which can contain signed URLs."""
         try:
             yield
         except GatedRepoError as error:
@@ -88,7 +89,7 @@ class HuggingFace:
             raise HubAccessError(
                 "the Hugging Face token contains invalid characters", f"set a valid one with `{self.login}`"
             ) from error
-        except ImportError as error:  # its client finds out when it is made
+        except ImportError as error:  # raised when the HTTP client is created
             raise HubAccessError(
                 "a SOCKS proxy is set, but the package that supports it is not installed",
                 "install `socksio`, or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY",

@@ -1,4 +1,4 @@
-"""What identifies a file: the sha256 of its bytes, computed once and remembered."""
+"""Identity of a file: the sha256 of its bytes, computed once and cached."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,43 +9,49 @@ from diffsynth_core.hub.file_cache import FileCache, file_stamp
 from diffsynth_core.progress import Reporter
 
 HASHING_THREADS = 8
-"""hashlib lets other threads run while it hashes, and a fast disk feeds several."""
+"""hashlib releases the GIL while it hashes, and a fast disk serves several threads."""
 SHA256 = "sha256"
+"""Kind of result in the file cache."""
 IDENTITIES = "identities.jsonl"
-"""The file below the cache folder in which hashes are remembered."""
+"""File in the cache folder with the hashes."""
 
 
 class HashCache:
-    """sha256 of files; a changed size, modification or status-change time makes the file be read again."""
+    """Cache of the sha256 of files.
 
-    def __init__(self, memory: Path) -> None:
-        self._memory = FileCache(memory)
+    A file is hashed again if its size, modification time or status-change time differs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._cache = FileCache(path)
 
     def known(self, path: Path) -> str | None:
-        """The sha256 of `path` when it is remembered and the file is unchanged; reads no content."""
-        return self._memory.answer(path, SHA256, str)
+        """Return the cached sha256 of `path` in hex; None if it is unknown or the file has changed. Does not read the
+        file.
+        """
+        return self._cache.get(path, SHA256, str)
 
     def sha256(self, path: Path) -> str:
-        """The sha256 of `path` in hex, read only when it is not known."""
+        """Return the sha256 of `path` in hex, reading the file if it is not cached."""
         known = self.known(path)
         if known:
             return known
         stamp = file_stamp(path)
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        self._memory.remember(path, SHA256, stamp, digest)
+        self._cache.put(path, SHA256, stamp, digest)
         return digest
 
-    def tell(self, path: Path, digest: str) -> None:
-        """Keep the sha256 of a file that was computed while it was written."""
-        self._memory.remember(path, SHA256, file_stamp(path), digest)
+    def store(self, path: Path, digest: str) -> None:
+        """Store the sha256 of a file that was computed while it was written."""
+        self._cache.put(path, SHA256, file_stamp(path), digest)
 
     def read_all(self, paths: Iterable[Path], reporter: Reporter, label: str) -> None:
-        """Make all of `paths` known, showing progress in files when any must be read."""
+        """Hash all of `paths` that are not cached, showing progress in files."""
         unknown = [path for path in dict.fromkeys(paths) if self.known(path) is None]
         if not unknown:
             return
-        with self._memory.exclusive():
+        with self._cache.exclusive():
             unknown = [path for path in unknown if self.known(path) is None]
             with reporter.task(label, len(unknown), "files") as task, ThreadPoolExecutor(HASHING_THREADS) as pool:
                 for _ in pool.map(self.sha256, unknown):

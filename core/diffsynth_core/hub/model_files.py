@@ -1,7 +1,7 @@
 """From the two documented model parameters to files on disk.
 
-`model_paths` names files; `model_id_with_origin_paths` names `model_id:glob` below the model base path, or a local
-path. Nothing is fetched here: what is missing is told, and whoever fetches calls this again afterwards.
+`model_paths` contains paths; `model_id_with_origin_paths` contains `model_id:glob` below the model base path, or local
+paths. Nothing is downloaded here: missing files are returned as problems, and the caller calls again after a download.
 """
 
 import shlex
@@ -14,16 +14,18 @@ from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.files import GGUF_SUFFIX, PICKLED_SUFFIXES, SAFETENSORS_SUFFIXES, missing_shards, stem_of_shard
 
 PIPELINE_INDEX = "model_index.json"
-"""What diffusers keeps in the folder of a pipeline, whose components are its subfolders."""
+"""File in the folder of a diffusers pipeline, whose components are its subfolders."""
 PICKLED_PREFIX = "pytorch_"
-"""Of pickled files: `pytorch_model.bin` holds what `model.safetensors` does."""
+"""Prefix of pickled files: `pytorch_model.bin` contains the same weights as `model.safetensors`."""
 
 
 @dataclass(frozen=True)
 class MissingFiles(Problem):
-    """The problem that files of a hub's repository are not on disk.
+    """Files of a repository are not on disk.
 
-    `entry` is what names them, `command` what downloads them, perhaps with others.
+    Attributes:
+        entry: the entry that names them.
+        command: the command that downloads them, possibly with others.
     """
 
     entry: str = ""
@@ -31,7 +33,7 @@ class MissingFiles(Problem):
 
 
 def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
-    """The same problems, those of files that are not on disk as one, at the place of the first."""
+    """Return the problems with all `MissingFiles` merged into one, at the position of the first."""
     missing = [problem for problem in problems if isinstance(problem, MissingFiles)]
     if len(missing) < 2:
         return list(problems)
@@ -50,9 +52,12 @@ def missing_in_one(problems: Sequence[Problem]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of one model; `origin` is what the user wrote for them, `mirror` the entry read in its place, if any.
+    """The files of one model.
 
-    `entries`: what other parameters may call them: the entry, or any element of a list of shards.
+    Attributes:
+        origin: what the user wrote for them.
+        entries: what other parameters may call them: the entry, or any element of a list of shards.
+        mirror: the entry that is read instead, if any.
     """
 
     origin: str
@@ -60,7 +65,7 @@ class FileSet:
     entries: tuple[str, ...] = ()
     mirror: str | None = None
     home: Path | None = None
-    """The folder of the repository that the user named, where a copy is read in its place."""
+    """The folder of the repository that the user named, if a mirror is read instead."""
 
     @property
     def source(self) -> str:
@@ -69,7 +74,7 @@ class FileSet:
 
 
 def download_command(entry: str) -> str:
-    """The command that brings the files of an entry."""
+    """Return the command that downloads the files of an entry."""
     return f"diffsynth download {shlex.quote(entry)}"
 
 
@@ -80,19 +85,20 @@ def locate(
     mirrors: Mapping[str, str] | None = None,
     command_for: Callable[[str], str] = download_command,
 ) -> tuple[list[FileSet], list[Problem]]:
-    """File sets of `model_paths` and `model_id_with_origin_paths`, and what of them is not there.
+    """Return the file sets of `model_paths` and `model_id_with_origin_paths`, and the problems of missing files.
 
-    `mirrors`: file name -> entry that holds the same weights; read when nothing but the copy is there.
-    `command_for`: entry -> the command that brings its files, for hints.
+    Args:
+        mirrors: file name -> entry with the same weights, which is read if only the mirror is on disk.
+        command_for: entry -> the command that downloads its files, for hints.
     """
     file_sets: list[FileSet] = []
     problems: list[Problem] = []
     for group in path_groups:
         missing = [item for item in group if not expand_local(item)]
-        problems += map(_not_there, missing)
+        problems += map(_missing_path, missing)
         file_sets += [] if missing else _local_sets(group)
     for entry in entries:
-        parts = split_entry(entry)  # a path of one's own stands for that file and for no other
+        parts = split_entry(entry)  # None for a local path, which has no mirror
         mirror = (mirrors or {}).get(parts[1].rpartition("/")[2]) if parts else None
         paths = tuple(expand_entry(entry, base))
         copied = tuple(expand_entry(mirror, base)) if mirror and not paths else ()
@@ -110,7 +116,7 @@ def locate(
 
 
 def _local_sets(group: Sequence[str]) -> list[FileSet]:
-    """The models that paths of one's own name together; a folder may hold several."""
+    """Return the models of a group of local paths; a folder may contain several."""
     if len(group) == 1 and _path(group[0]).is_dir():
         models = _models_in(_path(group[0]))
         folder = group[0].rstrip("/") or group[0]
@@ -121,12 +127,13 @@ def _local_sets(group: Sequence[str]) -> list[FileSet]:
 
 
 def _models_in(folder: Path) -> dict[str, list[Path]]:
-    """The weight files in a folder by the model they are of: those of a component, those that lie side by side in one
-    folder, or those of the subfolders of a pipeline."""
-    beside = {} if (folder / PIPELINE_INDEX).is_file() else _models_beside(folder)
-    if beside:
-        return beside
-    below = {sub.name: _models_beside(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and _is_seen(sub)}
+    """Return the weight files in a folder by model: those of one component, of several in one folder, or of the
+    subfolders of a pipeline.
+    """
+    models_here = {} if (folder / PIPELINE_INDEX).is_file() else _models_directly_in(folder)
+    if models_here:
+        return models_here
+    below = {sub.name: _models_directly_in(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and _is_seen(sub)}
     return {
         name if len(models) == 1 else f"{name}/{model}": paths
         for name, models in below.items()
@@ -134,9 +141,11 @@ def _models_in(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def _models_beside(folder: Path) -> dict[str, list[Path]]:
-    """Weight files in a folder itself, shards together. A pickled file is passed over where the same model lies beside
-    it in safetensors, and a GGUF file wherever there is another."""
+def _models_directly_in(folder: Path) -> dict[str, list[Path]]:
+    """Return the weight files in a folder itself by model, shards together.
+
+    A pickled file is skipped if the same model exists as safetensors, and a GGUF file if there is any other.
+    """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_seen(path)]
     models: dict[str, list[Path]] = {}
     for endings in (SAFETENSORS_SUFFIXES, PICKLED_SUFFIXES, (GGUF_SUFFIX,)):
@@ -150,7 +159,7 @@ def _models_beside(folder: Path) -> dict[str, list[Path]]:
 
 
 def _is_seen(path: Path) -> bool:
-    """Whether a file or folder is not hidden: systems keep notes under the names of files, with a dot before."""
+    """Return whether a file or folder is visible: macOS stores metadata of `x` in `._x`."""
     return not path.name.startswith(".")
 
 
@@ -159,15 +168,15 @@ def _stem(path: Path) -> str:
 
 
 def _with_joined_shards(file_sets: Sequence[FileSet]) -> list[FileSet]:
-    """The same, where shards of one model that were named one by one are one set."""
+    """Return the file sets, with shards of one model that were given one by one joined."""
     joined: dict[object, FileSet] = {}
-    for place, file_set in enumerate(file_sets):
+    for position, file_set in enumerate(file_sets):
         models = {(path.parent, stem_of_shard(path.name)) for path in file_set.paths}
         one = next(iter(models)) if len(models) == 1 else (None, None)
-        key: object = one if one[1] else place
+        key: object = one if one[1] else position
         before = joined.get(key)
         if before is None or set(before.paths) & set(file_set.paths):
-            joined[key if before is None else place] = file_set
+            joined[key if before is None else position] = file_set
             continue
         joined[key] = FileSet(
             f"{before.origin}, {file_set.origin}",
@@ -180,13 +189,13 @@ def _with_joined_shards(file_sets: Sequence[FileSet]) -> list[FileSet]:
 
 
 def split_entry(entry: str) -> tuple[str, str] | None:
-    """`"owner/name:glob"` -> `("owner/name", "glob")`; None for a local path."""
+    """Split `"owner/name:glob"` into `("owner/name", "glob")`; return None for a local path."""
     model_id, colon, pattern = entry.partition(":")
     return (model_id.strip(), pattern.strip()) if colon and pattern.strip() else None
 
 
 def expand_entry(entry: str, base: Path) -> list[Path]:
-    """The files that an element of `model_id_with_origin_paths` stands for, sorted by name."""
+    """Return the files of one element of `model_id_with_origin_paths`, sorted by name."""
     parts = split_entry(entry)
     if parts is None or expand_local(entry):
         return expand_local(entry)
@@ -196,7 +205,7 @@ def expand_entry(entry: str, base: Path) -> list[Path]:
 
 
 def expand_local(text: str) -> list[Path]:
-    """A file, the weight files of a folder or of a pipeline's subfolders, or the matches of a glob."""
+    """Return a file, the weight files of a folder or of a pipeline's subfolders, or the matches of a glob."""
     path = _path(text)
     if path.is_file():
         return [path]
@@ -209,7 +218,7 @@ def expand_local(text: str) -> list[Path]:
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    """The files that match; none when the pattern is none (pathlib refuses some)."""
+    """Return the files that match; none if the pattern is invalid for pathlib."""
     try:
         return sorted(path for path in folder.glob(pattern) if path.is_file())
     except (ValueError, NotImplementedError):
@@ -217,20 +226,20 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
 
 
 def _path(text: str) -> Path:
-    with suppress(RuntimeError):  # a home folder that is not there
+    with suppress(RuntimeError):  # there is no home folder
         return Path(text).expanduser()
     return Path(text)
 
 
 def locate_folder(text: str, base: Path) -> Path | None:
-    """A folder named as a path or as `model_id:folder`; None when it is not there."""
+    """Return a folder given as a path or as `model_id:folder`; None if it does not exist."""
     parts = split_entry(text)
     candidates = [_path(text)] + ([base / parts[0] / parts[1]] if parts else [])
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _not_there(item: str) -> Problem:
-    """The problem that `model_paths` names what is no weight file, nor a folder of such."""
+def _missing_path(item: str) -> Problem:
+    """Return the problem of a path in `model_paths` that is neither a weight file nor a folder with weights."""
     if _path(item).is_dir():
         return Problem(
             f"`model_paths` names the folder `{item}`, which contains no weights",
@@ -256,7 +265,7 @@ def _nothing_matches(entry: str, mirror: str | None, base: Path, command_for: Ca
 
 
 def _shard_problems(file_set: FileSet, command_for: Callable[[str], str]) -> list[Problem]:
-    """Shards that the names of the others promise and that are not among the files."""
+    """Return the problem of shards that the names of the others imply but that are missing."""
     missing = missing_shards(path.name for path in file_set.paths)
     if not missing:
         return []

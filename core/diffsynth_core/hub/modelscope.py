@@ -1,4 +1,4 @@
-"""ModelScope, through its SDK: `modelscope_hub`, which unlike `modelscope.hub` imports no torch."""
+"""ModelScope, through its SDK `modelscope_hub`, which imports no torch, in contrast to `modelscope.hub`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ from diffsynth_core.hub.client import (
 from diffsynth_core.hub.ranges import CHUNK_BYTES, chunks_within, first_byte, range_headers
 
 REVISION = "master"
+"""Branch that files are downloaded from."""
 
 
 class ModelScope:
-    """The hub at `$MODELSCOPE_ENDPOINT`, with the token that its SDK keeps or finds in the environment."""
+    """The hub at `$MODELSCOPE_ENDPOINT`, with the token stored by its SDK or set in the environment."""
 
     title = "ModelScope"
     login = "modelscope login"
@@ -57,10 +58,10 @@ class ModelScope:
 
     @contextmanager
     def _translated(self, repository: Repository, path: str | None = None) -> Iterator[None]:
-        """Errors of the SDK as ours; their own texts can hold signed addresses, and are not told."""
+        """Convert errors of the SDK to ours, without their messages, which can contain signed URLs."""
         try:
             yield
-        except JSONDecodeError:  # one of `requests` is an error of the system too; `parsing_response` knows it
+        except JSONDecodeError:  # that of `requests` is an OSError too; left to `parsing_response`
             raise
         except NotExistError as error:
             raise not_found(self, repository, path) from error
@@ -68,7 +69,7 @@ class ModelScope:
             raise access_denied(self, repository) from error
         except APIError as error:
             raise status_error(error.status_code or HTTPStatus.INTERNAL_SERVER_ERROR) from error
-        except (HubError, OSError) as error:  # what `requests` raises are errors of the system
+        except (HubError, OSError) as error:  # errors of `requests` are OSErrors
             raise TransientHubError(f"the connection was lost ({type(error).__name__})") from error
 
 

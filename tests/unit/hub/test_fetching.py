@@ -18,7 +18,7 @@ from diffsynth_core.hub.client import (
     TransientHubError,
     download_source,
     downloads_disabled,
-    unknown,
+    not_found,
 )
 from diffsynth_core.hub.download_plan import DownloadPlan, plan_download
 from diffsynth_core.hub.fetching import fetch
@@ -50,7 +50,7 @@ class PlayedHub:
 
     def files(self, repository: Repository) -> list[RemoteFile]:
         if repository == OTHER:
-            raise unknown(self, repository)
+            raise not_found(self, repository)
         return [RemoteFile(path, len(CONTENT), checksum) for path, checksum in self._files.items()]
 
     @contextmanager

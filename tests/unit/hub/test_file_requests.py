@@ -78,7 +78,7 @@ def test_what_is_absent(tmp_path):
 
 
 def shown(wanted: list[FileRequest]) -> list[str]:
-    return [" or ".join(map(str, item.places)) + ("?" if item.optional else "") for item in wanted]
+    return [" or ".join(map(str, item.sources)) + ("?" if item.optional else "") for item in wanted]
 
 
 def test_weights_come_with_their_config_and_tokenizer_and_the_processor_where_images_are_shown():
@@ -112,8 +112,8 @@ def test_all_stages_of_a_recipe_and_the_copies_of_pickled_files():
 def test_every_recipe_wants_its_entries_and_a_tokenizer(recipe):
     wanted = files_of_recipe(recipe)
     assert len(wanted) == len(set(wanted))
-    assert any(item.places[-1].layouts for item in wanted)
-    assert not any(".." in pattern for item in wanted for place in item.places for pattern in place.patterns)
+    assert any(item.sources[-1].layouts for item in wanted)
+    assert not any(".." in pattern for item in wanted for place in item.sources for pattern in place.patterns)
 
 
 @pytest.mark.parametrize(
