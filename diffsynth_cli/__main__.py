@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from diffsynth_cli import REPORTS, STOPPED
+from diffsynth_cli import COMPLETION, REPORTS, STOPPED
 
 ON_WINDOWS = """\
 error: diffsynth does not run natively on Windows
@@ -18,6 +18,12 @@ def run() -> int:
         sys.stderr.write(ON_WINDOWS)
         return 1
     try:
+        if COMPLETION in os.environ:
+            from diffsynth_cli.completion import complete
+
+            code = complete()
+            if code is not None:
+                return code
         from diffsynth_cli.main import main
         from diffsynth_cli.streams import open_closed_descriptors
 

@@ -1,7 +1,6 @@
 """Entry point: the commands, and the one boundary where errors become messages and exit codes."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,12 +9,12 @@ from typing import Annotated
 import typer
 
 from diffsynth_cli import REPORTS, STOPPED
+from diffsynth_cli.completion import LINE_VARIABLES, typed_line
 from diffsynth_cli.printing import echo
 from diffsynth_cli.streams import guarded_streams
 
 GROUPS = ("dataset", "recipe")
 """Commands that have subcommands."""
-OPTION = re.compile(r"(?<= --)[\w-]+")
 COMMANDS = {
     "train": ("diffsynth_cli.commands.train", "Train from a recipe: LoRA, full, or both"),
     "dataset": ("diffsynth_cli.commands.dataset", "Check a dataset before training"),
@@ -89,14 +88,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _typed_words() -> list[str]:
-    """The words behind `diffsynth` of a line that a shell asks completions for.
-
-    Typer reads them from the environment and knows options by their names alone, so `--lora-rank` becomes `--lora_rank`
-    there.
-    """
-    for variable in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # bash's, and that of other shells
-        if line := os.environ.get(variable):
-            os.environ[variable] = line = OPTION.sub(lambda option: option[0].replace("-", "_"), line)
+    """The words behind `diffsynth` of a line that a shell asks completions for; typer reads them as changed here."""
+    for variable in LINE_VARIABLES:
+        if os.environ.get(variable):
+            os.environ[variable] = line = typed_line()
             return line.split()[1:]
     return []
 

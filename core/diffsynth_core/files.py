@@ -13,22 +13,20 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.cache_folder import cache_folder
 from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError
 
 
 def default_cache_path() -> Path:
-    """Return `$XDG_CACHE_HOME/diffsynth`, or `~/.cache/diffsynth`.
+    """Return the path of `cache_folder`.
 
     Raises:
         DiffSynthError: if the user has no home folder.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(root) if root else Path.home() / ".cache") / "diffsynth"
-    except RuntimeError as error:
-        raise DiffSynthError(
-            "there is no home folder for the cache", "set XDG_CACHE_HOME or pass `--cache_path`"
-        ) from error
+    folder = cache_folder()
+    if folder is None:
+        raise DiffSynthError("there is no home folder for the cache", "set XDG_CACHE_HOME or pass `--cache_path`")
+    return folder
 
 
 def model_base_path() -> Path:

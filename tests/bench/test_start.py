@@ -24,6 +24,24 @@ def test_help_takes_less_than_4_times_the_import_of_typer_and_rich(bench):
     bench.at_most("`diffsynth --help` / `import typer, rich`", ratio, 4)
 
 
+def test_a_completion_takes_less_than_5_times_the_start_of_python(bench, tmp_path, monkeypatch):
+    for variable, value in {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "_DIFFSYNTH_COMPLETE": "complete_bash",
+        "COMP_WORDS": "diffsynth train --recipe flux",
+        "COMP_CWORD": "3",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    command = [sys.executable, "-m", "diffsynth_cli"]
+    timed_process(command)  # writes the table
+    answers, starts = [], []
+    for _ in range(bench.rounds(4 * ROUNDS)):
+        answers.append(timed_process(command)[0])
+        starts.append(timed_process([sys.executable, "-c", "pass"])[0])
+    ratio = statistics.median(answers) / statistics.median(starts)
+    bench.at_most("a completion / `python -c pass`", ratio, 5)
+
+
 def test_a_second_run_starts_within_1_5_times_its_imports(start_to_first_step, bench):
     runs, imports = [], []
     for _ in range(bench.rounds(ROUNDS)):

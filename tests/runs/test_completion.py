@@ -1,4 +1,4 @@
-"""Completion as a user sees it: bash and zsh on a pseudo-terminal, the script of `--show-completion`, the Tab key."""
+"""Completion as a user sees it: bash, zsh and fish on a pseudo-terminal, with the script of `--show-completion`."""
 
 import os
 import pty
@@ -6,6 +6,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,21 @@ from pathlib import Path
 import pyte
 import pytest
 
+from diffsynth_cli.__main__ import run
+from diffsynth_cli.main import main
 from diffsynth_core.config.recipes import recipe_names
 
 SHELLS = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],
     "zsh": ["zsh", "-f", "-i"],
+    "fish": ["fish", "--no-config", "-i"],
 }
 SET_UP = {
     "bash": "PS1='$ '; bind 'set bell-style none'; bind 'set show-all-if-ambiguous on'; bind 'set page-completions off'; \n",
     "zsh": "PS1='$ '; autoload -Uz compinit; compinit -u -D\n",
+    "fish": "function fish_prompt; echo '$ '; end\n",
 }
-COLUMNS, LINES = 100, 60
+COLUMNS, LINES = 160, 60
 SECONDS = 60
 
 
@@ -32,10 +37,11 @@ class Shell:
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
         self._parent, child = pty.openpty()
+        termios.tcsetwinsize(child, (LINES, COLUMNS))
         self._screen = pyte.Screen(COLUMNS, LINES)
         self._stream = pyte.ByteStream(self._screen)
         self._process = subprocess.Popen(
-            command, stdin=child, stdout=child, stderr=child, env=environment, cwd=folder, start_new_session=True
+            ["setsid", "--ctty", *command], stdin=child, stdout=child, stderr=child, env=environment, cwd=folder
         )
         os.close(child)
 
@@ -83,7 +89,8 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shell]:
 
 def test_recipes_options_and_values_are_offered(shell: Shell):
     shell.send("diffsynth train --recipe flux.2-klein-base-\t")
-    shell.wait_for(*(name for name in recipe_names() if name.startswith("flux.2-klein-base-")))
+    names = [name for name in recipe_names() if name.startswith("flux.2-klein-base-")]
+    shell.wait_for(*(name.removeprefix("flux.2-klein-base-") for name in names))  # fish shortens what is typed already
     shell.send("4b-l\t")
     shell.wait_for("--recipe flux.2-klein-base-4b-lora")
     shell.send("--lora_fo\t")
@@ -117,28 +124,32 @@ def test_a_command_and_a_file_are_completed(shell: Shell, tmp_path: Path):
         ("diffsynth train --output_path mod", []),
     ],
 )
-def test_what_bash_is_told(monkeypatch, capsys, line, expected):
-    """As the script of bash asks, in this process."""
-    assert offered(monkeypatch, capsys, line) == expected
-
-
-def offered(monkeypatch, capsys, line: str) -> list[str]:
-    from diffsynth_cli.main import main
-
-    monkeypatch.setenv("_DIFFSYNTH_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", line)
-    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+def test_what_bash_is_told(monkeypatch, capsys, tmp_path, line, expected):
+    """As the script of bash asks, in this process: from the table, and by typer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for variable, value in request_of_bash(line).items():
+        monkeypatch.setenv(variable, value)
+    assert run() == 0
+    assert capsys.readouterr().out.split() == expected
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 0
-    return capsys.readouterr().out.split()
+    assert capsys.readouterr().out.split() == expected
 
 
-def test_nothing_heavy_is_imported_for_a_completion():
-    for line in ("diffsynth train --recipe qwen", "diffsynth dataset validate --dep", "diffsynth download fl"):
+def request_of_bash(line: str) -> dict[str, str]:
+    return {"_DIFFSYNTH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+
+
+def test_nothing_heavy_is_imported_for_a_completion(tmp_path):
+    def imported(line: str) -> set[str]:
         command = [sys.executable, "-X", "importtime", "-m", "diffsynth_cli"]
-        asking = {"_DIFFSYNTH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-        ended = subprocess.run(command, env=os.environ | asking, capture_output=True, text=True, check=True)
-        imported = {text.rpartition("|")[2].strip() for text in ended.stderr.splitlines()}
-        assert "typer" in imported
-        assert imported & {"torch", "numpy", "rich", "PIL", "transformers"} == set(), line
+        environment = os.environ | request_of_bash(line) | {"XDG_CACHE_HOME": str(tmp_path)}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return {text.rpartition("|")[2].strip() for text in ended.stderr.splitlines()}
+
+    first = imported("diffsynth train --recipe qwen")
+    assert "typer" in first  # for the table
+    assert first & {"torch", "numpy", "PIL", "transformers"} == set()
+    for line in ("diffsynth train --recipe qwen", "diffsynth dataset validate --dep", "diffsynth download fl"):
+        assert imported(line) & {"typer", "rich", "pydantic", "yaml", "diffsynth_core.errors"} == set(), line
