@@ -223,7 +223,7 @@ def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleR
         return launching.launch(flags, world_size, accelerate_config, plans[first].device)
     # The launcher ends all processes if one has died, and the command that started it reports signals of the user.
     tell_stop = reporter.keep if REPORTS in os.environ else reporter.info
-    with listen_for_stop(tell_stop, insist=not launching.is_launched()) as stop:
+    with listen_for_stop(tell_stop, second_signal_stops=not launching.is_launched()) as stop:
         for stage, plan in plans.items():
             try:
                 if stage != first:
@@ -253,14 +253,14 @@ def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop:
         from diffsynth_core.training.precompute import precompute
 
         return partial(_tell_encoded, stage, precompute(plan, reporter, stop), plan, reporter)
-    from diffsynth_core.training.checkpointing import how_to_use
+    from diffsynth_core.training.checkpointing import conversion_hint
     from diffsynth_core.training.loop import train
 
     result = train(plan, reporter, stop)
 
     def report() -> None:  # only the record of the first process lists checkpoints
         checkpoint = result.folder / result.record.checkpoints[-1].file
-        _tell_results(stage, checkpoint, result.folder, reporter, how_to_use(plan, checkpoint))
+        _tell_results(stage, checkpoint, result.folder, reporter, conversion_hint(plan, checkpoint))
 
     return report
 

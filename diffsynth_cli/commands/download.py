@@ -98,7 +98,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
     from diffsynth_cli.download_text import plan_as_data, plan_lines
     from diffsynth_core.hub.download import list_download
 
-    plan = list_download(request.wanted, request.base, source, ConsoleReporter(), verify)
+    plan = list_download(request.files, request.base, source, ConsoleReporter(), verify)
     echo(json.dumps(plan_as_data(plan), indent=2) if as_json else "\n".join(map(printable, plan_lines(plan))))
     plan.check_disk()
     return 0
@@ -119,7 +119,7 @@ def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json
             for line in plan_lines(plan):
                 reporter.info(line)
 
-    plan = download(request.wanted, request.base, source, reporter, show, verify)
+    plan = download(request.files, request.base, source, reporter, show, verify)
     if not as_json:
         echo(result_line(plan))
     return 0
@@ -134,7 +134,7 @@ def _check_offline(request: "DownloadRequest", as_json: bool) -> int:
     if as_json:
         shown = [
             {"wanted": str(item), "state": "missing" if item in missing else "here"}
-            for item in request.wanted
+            for item in request.files
             if not item.optional
         ]
         echo(json.dumps({"base": str(request.base), "wanted": shown}, indent=2))

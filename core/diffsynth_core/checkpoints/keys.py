@@ -5,7 +5,7 @@ import re
 _KEY = re.compile(r"pipe\.(?P<component>\w{1,64})\.(?P<name>.+)", re.DOTALL | re.ASCII)
 
 
-def uncounted(text: str) -> str:
+def strip_controlnet_index(text: str) -> str:
     """A key or a prefix of keys without the number of the ControlNet.
 
     The reference trainer counts ControlNets, of which a run here has one.
@@ -15,5 +15,5 @@ def uncounted(text: str) -> str:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(component, name in it) of a whole key; None for one without the beginning of keys."""
-    match = _KEY.fullmatch(uncounted(key))
+    match = _KEY.fullmatch(strip_controlnet_index(key))
     return (match["component"], match["name"]) if match else None

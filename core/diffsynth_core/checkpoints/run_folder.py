@@ -76,7 +76,7 @@ class RunRecord:
     def has_checkpoint_of(self, step: int) -> bool:
         return any(entry.step == step for entry in self.checkpoints)
 
-    def forget_missing_checkpoints(self, folder: Path) -> None:
+    def drop_missing_checkpoints(self, folder: Path) -> None:
         """Leave out checkpoints that are no longer in the folder."""
         self.checkpoints = [entry for entry in self.checkpoints if (folder / entry.file).exists()]
 
@@ -141,7 +141,7 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def holds_checkpoints(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
     """Names of checkpoint files in a folder, whoever wrote them."""
     return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
 

@@ -17,7 +17,7 @@ from diffsynth_core.json_files import read_json
 from diffsynth_core.weights.headers import read_header
 
 STATE_FOLDER = "state"
-TRAINED, OPTIMIZER, POSITION = "trained.safetensors", "optimizer.safetensors", "state.json"
+TRAINED, OPTIMIZER, LOOP_STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
 Hashes = Callable[[Sequence[Path]], Sequence[str]]
 """The sha256 of each of some files."""
@@ -62,7 +62,7 @@ class SavedState:
     """A whole state."""
 
     path: Path
-    position: LoopState
+    loop_state: LoopState
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def find_states(folder: Path, run: str, hashes: Hashes, below: int | None = None
         if below is not None and (_number(path) or 0) >= below:
             continue
         try:
-            return FoundStates(SavedState(path, read_whole(path, run, hashes)), tuple(damaged))
+            return FoundStates(SavedState(path, read_complete_state(path, run, hashes)), tuple(damaged))
         except DiffSynthError as error:
             damaged.append(DamagedState(_number(path) or 0, _without(path, error.problems[0].message)))
     return FoundStates(None, tuple(damaged))
@@ -118,27 +118,27 @@ def _without(state: Path, message: str) -> str:
     return message.replace(f"`{state}/", "`")
 
 
-def read_whole(state: Path, run: str, hashes: Hashes) -> LoopState:
+def read_complete_state(state: Path, run: str, hashes: Hashes) -> LoopState:
     """The position of a state of the run of that `id`, whose files are read back and compared with their hashes.
 
     Raises:
         DiffSynthError: names the file that is damaged.
     """
-    position = read_json(state / POSITION, LoopState, "resume from another state")
-    if position.step != _number(state) or position.samples_seen < 0:
-        raise DiffSynthError(f"`{state / POSITION}`: it belongs to step {position.step}")
-    if position.run != run:
-        raise DiffSynthError(f"`{state / POSITION}`: it belongs to another run")
+    loop_state = read_json(state / LOOP_STATE, LoopState, "resume from another state")
+    if loop_state.step != _number(state) or loop_state.samples_seen < 0:
+        raise DiffSynthError(f"`{state / LOOP_STATE}`: it belongs to step {loop_state.step}")
+    if loop_state.run != run:
+        raise DiffSynthError(f"`{state / LOOP_STATE}`: it belongs to another run")
     for name in (TRAINED, OPTIMIZER):
         if not (state / name).is_file():
             raise DiffSynthError(f"`{state / name}` is missing")
-    if position == LoopState(position.step, position.samples_seen, position.scaler):
+    if loop_state == LoopState(loop_state.step, loop_state.samples_seen, loop_state.scaler):
         for name in (TRAINED, OPTIMIZER):
             read_header(state / name)
-        return position
-    if position.sha256 != position.digest() or set(position.files or ()) != {TRAINED, OPTIMIZER}:
-        raise DiffSynthError(f"`{state / POSITION}`: checksum mismatch")
-    expected: Mapping[str, str] = position.files or {}
+        return loop_state
+    if loop_state.sha256 != loop_state.digest() or set(loop_state.files or ()) != {TRAINED, OPTIMIZER}:
+        raise DiffSynthError(f"`{state / LOOP_STATE}`: checksum mismatch")
+    expected: Mapping[str, str] = loop_state.files or {}
     try:
         found = hashes([state / name for name in expected])
     except OSError as error:
@@ -146,9 +146,9 @@ def read_whole(state: Path, run: str, hashes: Hashes) -> LoopState:
     for name, digest in zip(expected, found, strict=True):
         if digest != expected[name]:
             raise DiffSynthError(f"`{state / name}`: checksum mismatch")
-    return position
+    return loop_state
 
 
-def write_position(state: Path, position: LoopState) -> None:
+def write_loop_state(state: Path, loop_state: LoopState) -> None:
     """Write `state.json`, with its own hash, whole or not at all."""
-    write_json(state / POSITION, asdict(replace(position, sha256=position.digest())))
+    write_json(state / LOOP_STATE, asdict(replace(loop_state, sha256=loop_state.digest())))

@@ -21,7 +21,7 @@ from diffsynth_core.checkpoints.saved_states import (
     LoopState,
     OptimizerValues,
     state_folders,
-    write_position,
+    write_loop_state,
 )
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
@@ -32,7 +32,11 @@ SET_EVERY_STEP = ("params", "lr", "initial_lr")
 
 
 def save_state(
-    folder: Path, position: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    loop_state: LoopState,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> None:
     """Write the state of a run below `folder`; of those before it, keep so many that there are `keep` in all.
 
@@ -41,7 +45,7 @@ def save_state(
     Raises:
         DiffSynthError: when the disk refuses; the states that are there stay.
     """
-    target = folder / STATE_FOLDER / f"step-{position.step}"
+    target = folder / STATE_FOLDER / f"step-{loop_state.step}"
     fresh = target.with_name(f".{target.name}.new")
     for unfinished in (folder / STATE_FOLDER).glob(".step-*.new"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,7 +54,7 @@ def save_state(
             TRAINED: write_tensors(fresh / TRAINED, trained, {}),
             OPTIMIZER: write_tensors(fresh / OPTIMIZER, _tensors(trained, optimizer), {}),
         }
-        write_position(fresh, replace(position, optimizer=_values(trained, optimizer), files=files))
+        write_loop_state(fresh, replace(loop_state, optimizer=_values(trained, optimizer), files=files))
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -64,7 +68,7 @@ def save_state(
 
 
 def restore_state(
-    state: Path, position: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    state: Path, loop_state: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """Put trained weights and optimizer back as they were.
 
@@ -88,8 +92,8 @@ def restore_state(
             f"the state `{state}` has `{wrong[0]}` with shape {list(weights[wrong[0]].shape)}, but this run has {list(trained[wrong[0]].shape)}",
             "resume with the original parameters of the run",
         )
-    unknown = [name for name in _names_in(moments, position.optimizer) if name not in trained]
-    if unknown or len(position.optimizer.groups) not in (0, len(optimizer.param_groups)):
+    unknown = [name for name in _names_in(moments, loop_state.optimizer) if name not in trained]
+    if unknown or len(loop_state.optimizer.groups) not in (0, len(optimizer.param_groups)):
         raise DiffSynthError(
             f"the state `{state}` has the optimizer state of another run{f': `{unknown[0]}`' if unknown else ''}",
             "resume with the original parameters of the run",
@@ -97,7 +101,7 @@ def restore_state(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    _restore_optimizer(trained, optimizer, moments, position.optimizer)
+    _restore_optimizer(trained, optimizer, moments, loop_state.optimizer)
 
 
 def _names_in(moments: Mapping[str, Tensor], values: OptimizerValues) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from diffsynth_core.checkpoints.keys import split_key, uncounted
+from diffsynth_core.checkpoints.keys import split_key, strip_controlnet_index
 from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import FAMILIES, find_unsupported, unknown_family
@@ -60,7 +60,7 @@ def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str |
         )
     removed = weights.said("removed_prefix")
     if removed is None and record:
-        removed = uncounted(str(parameters.get("remove_prefix_in_ckpt") or ""))
+        removed = strip_controlnet_index(str(parameters.get("remove_prefix_in_ckpt") or ""))
     known_family = family if family is not None else told
     return Origin(
         FAMILIES.get(known_family) if known_family else None,

@@ -36,7 +36,7 @@ from diffsynth_core.planning.recognition import (
 )
 from diffsynth_core.planning.required_files import download_hint, needed_entries
 from diffsynth_core.planning.tokenizers import find_tokenizers
-from diffsynth_core.planning.two_stage import changed_encoders, components_of, kind_problems
+from diffsynth_core.planning.two_stage import components_of, kind_problems, modified_encoders
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_components(
     problems += refused
     if refused:
         return None
-    asked = _asked_for(parameters, family, base)
+    asked = _requested_entries(parameters, family, base)
     files = _locate(parameters, asked, family, base)
     problems += files.problems
     missing = list(files.missing) if without_files else []
@@ -101,29 +101,33 @@ def find_components(
         problems += missing
         return None
     assigned = assign_files(parts, facts, parameters, problems)
-    published = _stand_in([entry for entry in asked if entry not in files.entries], facts, parameters, assigned)
+    published = _use_published_sizes(
+        [entry for entry in asked if entry not in files.entries], facts, parameters, assigned
+    )
     components, shapes = assigned.components, assigned.shapes
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
     needed = components_of(task, variant)
-    absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.told}]
+    absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.reported}]
     # Files that became no component, of which nothing tells what they were meant to be: they explain as many absences.
-    unplaced = len(parts) - (len(components) - len(published)) - len(assigned.told)
+    unplaced = len(parts) - (len(components) - len(published)) - len(assigned.reported)
     if complete and len(absent) > unplaced:
         problems += [_missing(facts.component(name), variant) for name in absent]
-    problems += changed_encoders(parameters, task, variant)
+    problems += modified_encoders(parameters, task, variant)
     here = {name: files.origin for name, files in components.items() if name not in published}
-    problems += _misfits(facts, variant, here, {name: shapes[name] for name in here})
-    problems += _encoded_misfits(facts, variant, shapes, encoded) if encoded else []
-    problems += _without_meaning(facts, parameters.extra_inputs, components)
+    problems += _mismatches(facts, variant, here, {name: shapes[name] for name in here})
+    problems += _encoded_mismatches(facts, variant, shapes, encoded) if encoded else []
+    problems += _unused_components(facts, parameters.extra_inputs, components)
     for parameter in ("fp8_models", "offload_models"):
         _check_entries(parameters, parameter, problems)
     whole = task.encodes and task.trains
     used = {name: files for name, files in components.items() if whole or name in needed}
     unused_components = {name: files for name, files in components.items() if name not in used}
-    untold: list[Problem] = []
-    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, untold) if task.encodes else {}
-    (missing if without_files else problems).extend(untold if files.clear else _without_fetched(untold))
+    tokenizer_problems: list[Problem] = []
+    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, tokenizer_problems) if task.encodes else {}
+    (missing if without_files else problems).extend(
+        tokenizer_problems if files.clear else _not_downloadable(tokenizer_problems)
+    )
     kept = {name: shapes[name] for name in used}
     return FoundComponents(facts, variant, used, kept, tokenizers, unused_components, published, tuple(missing))
 
@@ -151,11 +155,11 @@ def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, ba
     """
     local, gone = locate(parameters.model_paths, (), base)
     command_for = partial(download_hint, recipe=parameters.recipe)
-    fetched, not_here = locate((), asked, base, _copies(family), command_for)
+    fetched, not_here = locate((), asked, base, _mirrors(family), command_for)
     local_parts, unread = _read(local)
     parts, damaged = _read(fetched)
     clear = not (gone or unread)
-    wrong = _without_fetched(not_here)
+    wrong = _not_downloadable(not_here)
     return _Located(
         [*local_parts, *parts],
         frozenset(entry for file_set in fetched for entry in file_set.entries),
@@ -166,12 +170,12 @@ def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, ba
     )
 
 
-def _without_fetched(problems: Iterable[Problem]) -> list[Problem]:
+def _not_downloadable(problems: Iterable[Problem]) -> list[Problem]:
     """The problems that no download would end."""
     return [problem for problem in problems if not isinstance(problem, MissingFiles)]
 
 
-def _stand_in(
+def _use_published_sizes(
     entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles
 ) -> dict[str, HubModelSize]:
     """The published components that stand in for entries whose files are not there, of unknown size where nothing tells
@@ -198,7 +202,7 @@ def _stand_in(
     return found
 
 
-def _asked_for(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
+def _requested_entries(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
     """The entries whose files must be there, and those that are there without need."""
     needed = needed_entries(parameters, family)
     return tuple(
@@ -225,13 +229,13 @@ def _variant(
         return facts.variant({}, parameters.extra_inputs, origin)
 
 
-def _copies(family: str | None) -> dict[str, str]:
+def _mirrors(family: str | None) -> dict[str, str]:
     """Copies of files that the family knows; those of all families while it is not known."""
     known: Iterable[FamilyFacts] = [FAMILIES[family]] if family in FAMILIES else FAMILIES.values()
     return {name: copy for facts in known for name, copy in facts.mirrors.items()}
 
 
-def _misfits(
+def _mismatches(
     facts: FamilyFacts, variant: Variant, origins: Mapping[str, str], shapes: Mapping[str, Shapes]
 ) -> list[Problem]:
     """Components that make what the denoiser cannot read: files of different models."""
@@ -253,7 +257,7 @@ def _misfits(
     return problems
 
 
-def _encoded_misfits(
+def _encoded_mismatches(
     facts: FamilyFacts, variant: Variant, shapes: Mapping[str, Shapes], encoded: EncodedSamples
 ) -> list[Problem]:
     """Why the denoiser cannot be trained on samples that were encoded already: they are for another kind of model, or
@@ -266,11 +270,11 @@ def _encoded_misfits(
         for name, recorded in encoded.origin.shapes.items()
     }
     origins = dict.fromkeys(made, str(encoded.folder))
-    misfits = _misfits(facts, variant, origins, {**made, facts.denoiser: shapes[facts.denoiser]})
-    return [replace(problem, hint="encode the samples with the components of the same model") for problem in misfits]
+    mismatches = _mismatches(facts, variant, origins, {**made, facts.denoiser: shapes[facts.denoiser]})
+    return [replace(problem, hint="encode the samples with the components of the same model") for problem in mismatches]
 
 
-def _without_meaning(
+def _unused_components(
     facts: FamilyFacts, inputs: tuple[str, ...], components: Mapping[str, ComponentFiles]
 ) -> Iterator[Problem]:
     """Components whose files are named, and which do nothing without an input that is not asked for."""

@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.models.registry import FRAME_INPUTS, LATER_INPUTS, REFERENCE_COLUMNS
 from diffsynth_core.models.spec import FamilyFacts, TargetSpec, Variant
-from diffsynth_core.planning.two_stage import encoded_in_place_of_dataset
+from diffsynth_core.planning.two_stage import encoded_instead_of_dataset
 from diffsynth_core.progress import Reporter, pluralize
 
 
@@ -48,7 +48,7 @@ def read_dataset(
     problems += setting_problems(parameters, variant)
     problems += _idle_parameters(parameters, facts)
     base = parameters.dataset_base_path
-    encoded = encoded_in_place_of_dataset(parameters)
+    encoded = encoded_instead_of_dataset(parameters)
     if encoded:
         problems.append(encoded)
         return None

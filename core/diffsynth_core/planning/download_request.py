@@ -25,13 +25,13 @@ _ID = re.compile(r"(?!\.+(/|$))[\w.-]+(/(?!\.+$)[\w.-]+)?")
 class DownloadRequest:
     """What is wanted, the folder it belongs below, and the command that asks for it."""
 
-    wanted: tuple[FileRequest, ...]
+    files: tuple[FileRequest, ...]
     base: Path
     command: str
 
     def missing(self) -> list[FileRequest]:
         """What is not here, as far as names tell."""
-        return absent(self.wanted, self.base)
+        return absent(self.files, self.base)
 
 
 def request_download(
@@ -56,15 +56,15 @@ def request_download(
         words = ["--dataset", dataset, *(word for glob in include for word in ("--include", glob))]
         words += ["--local_dir", str(local_dir)] if local_dir else []
         return DownloadRequest((FileRequest((place,)),), folder, _command(words))
-    wanted: list[FileRequest] = []
+    files: list[FileRequest] = []
     for name in names:
         try:
-            wanted += _wanted(name)
+            files += _requests_of(name)
         except FaultsFound as error:
             problems += error.problems
     raise_if_any(problems)
     words = [*names, *(["--local_model_path", str(local_model_path)] if local_model_path else [])]
-    return DownloadRequest(tuple(dict.fromkeys(wanted)), local_model_path or model_base_path(), _command(words))
+    return DownloadRequest(tuple(dict.fromkeys(files)), local_model_path or model_base_path(), _command(words))
 
 
 def offline_problems(request: DownloadRequest) -> list[Problem]:
@@ -73,7 +73,7 @@ def offline_problems(request: DownloadRequest) -> list[Problem]:
     return [Problem(f"no complete file matches `{item}` below `{request.base}`", hint) for item in request.missing()]
 
 
-def _wanted(name: str) -> list[FileRequest]:
+def _requests_of(name: str) -> list[FileRequest]:
     """The files of a recipe, or of an entry."""
     if name in recipe_names():
         return files_of_recipe(name)

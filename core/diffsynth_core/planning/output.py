@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from diffsynth_core.checkpoints.run_folder import RunRecord, holds_checkpoints, read_record
+from diffsynth_core.checkpoints.run_folder import RunRecord, checkpoint_files, read_record
 from diffsynth_core.checkpoints.saved_states import DamagedState, FoundStates, SavedState, find_states, state_folders
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
@@ -58,7 +58,7 @@ def check_output(
     `fingerprint`: that of the dataset, when it could be read. Reads the state back whole, once, to be sure of it.
     """
     folder = parameters.output_path
-    place_problems = place_faults(folder, "output_path")
+    place_problems = folder_faults(folder, "output_path")
     problems += place_problems
     if any(problem.wrong_use for problem in place_problems):
         return ResumePoint()
@@ -76,7 +76,7 @@ def check_output(
         return ResumePoint()
 
 
-def place_faults(folder: Path, parameter: str) -> list[Problem]:
+def folder_faults(folder: Path, parameter: str) -> list[Problem]:
     """Why nothing can be written at the place that a parameter names."""
     if folder.exists() and not folder.is_dir():
         return [Problem(f"`{parameter}` `{folder}` is a file", "choose a folder", wrong_use=True)]
@@ -96,7 +96,7 @@ def place_faults(folder: Path, parameter: str) -> list[Problem]:
 
 def cache_faults(cache: Path) -> list[Problem]:
     """Why a cache cannot be used. One that can only be read may hold all that is needed: that shows later."""
-    faults = place_faults(cache, "cache_path")
+    faults = folder_faults(cache, "cache_path")
     only_read = faults and not faults[0].wrong_use and (cache / "encodings").is_dir()
     return [] if only_read else faults
 
@@ -111,9 +111,9 @@ def _resumed(
         return ResumePoint()
     found = _find_states(parameters, record, reporter)
     if found.newest is None and (found.damaged or record.step):
-        problems.append(_no_whole_state(folder, record, found.damaged))
+        problems.append(_no_intact_state(folder, record, found.damaged))
         return ResumePoint()
-    done = found.newest.position.step if found.newest else 0
+    done = found.newest.loop_state.step if found.newest else 0
     # A run killed between its last state and the end of its record has only its record to finish.
     if total is not None and done > total:
         problems.append(_run_complete(folder, done, total))
@@ -157,7 +157,7 @@ def _run_complete(folder: Path, done: int, total: int) -> RunComplete:
     )
 
 
-def _no_whole_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
+def _no_intact_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
     """The run cannot be resumed, and does not start over unasked: its checkpoints still have a value."""
     states = ", ".join(f"step {state.step} ({state.reason})" for state in damaged)
     what = f"it has no intact state: {states}" if damaged else f"its state after step {record.step} is missing"
@@ -207,7 +207,7 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
         what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
         problems.append(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
-    checkpoints = holds_checkpoints(folder) if folder.is_dir() else []
+    checkpoints = checkpoint_files(folder) if folder.is_dir() else []
     if checkpoints:
         problems.append(
             Problem(

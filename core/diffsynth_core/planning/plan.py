@@ -20,9 +20,9 @@ from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_ch
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.lora_files import FusedLora, find_fused_lora
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
-from diffsynth_core.planning.replaced import without_replaced
+from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
-from diffsynth_core.planning.two_stage import check_target, find_encoded, known_origin
+from diffsynth_core.planning.two_stage import check_precompute_output, find_encoded, known_origin
 from diffsynth_core.progress import Reporter
 
 
@@ -110,7 +110,7 @@ def make_plan(
         FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
             it what is missing, where that alone would be no reason.
     """
-    resolved = without_replaced(resolved)
+    resolved = drop_replaced_entries(resolved)
     problems, missing = list(resolved.problems), list[Problem]()
     absent = missing if without_files else problems
     task = TASKS[resolved.parameters.task]
@@ -138,9 +138,9 @@ def make_plan(
         parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems
     )
     if problems or not (found and training and samples and steps):
-        told, found_here = resolved.problems, [*problems[len(resolved.problems) :], *missing]
-        told = (*told, *independent_problems(found_here, resolved.invalid))
-        raise FaultsFound(told or [Problem("the run cannot be planned")])
+        from_parameters, from_files = resolved.problems, [*problems[len(resolved.problems) :], *missing]
+        from_parameters = (*from_parameters, *independent_problems(from_files, resolved.invalid))
+        raise FaultsFound(from_parameters or [Problem("the run cannot be planned")])
     return Plan(
         parameters,
         found.facts,
@@ -225,7 +225,9 @@ def _find_start(
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
         return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter, problems)
     if found and fingerprint:
-        check_target(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems)
+        check_precompute_output(
+            parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems
+        )
     return ResumePoint()
 
 

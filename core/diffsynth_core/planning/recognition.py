@@ -53,11 +53,11 @@ def read_file_set(file_set: FileSet) -> list[FoundPart]:
 
 @dataclass(frozen=True)
 class AssignedFiles:
-    """Files by component; `told`: components whose absence a problem has explained already."""
+    """Files by component; `reported`: components whose absence a problem has explained already."""
 
     components: dict[str, ComponentFiles]
     shapes: dict[str, Shapes]
-    told: set[str]
+    reported: set[str]
 
 
 def find_family(
@@ -132,11 +132,11 @@ def assign_files(
             unsupported, other = find_unsupported(tensors, facts), recognise_family(tensors)
             problems.append(_unrecognised(stored, facts, unsupported, other))
             expected = _expected(file_set, facts) or (facts.denoiser if other else None)
-            assigned.told.update(name for name in (unsupported.component if unsupported else expected,) if name)
+            assigned.reported.update(name for name in (unsupported.component if unsupported else expected,) if name)
             continue
         component, layout = found
         if component.name in taken:
-            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.told))
+            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.reported))
             continue
         taken[component.name] = file_set
         config = _config_beside(stored.part.paths[0], component, facts) if stored.alone else None
@@ -158,12 +158,12 @@ def assign_files(
     return assigned
 
 
-def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, told: set[str]) -> Problem:
+def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, reported: set[str]) -> Problem:
     """Two file sets are one component; if one of them is named like another component, that is the mistake."""
     for file_set in both:
         expected = _expected(file_set, facts)
         if expected and expected != component.name:
-            told.add(expected)
+            reported.add(expected)
             return Problem(
                 f"`{file_set.origin}` holds the {component.name} of {facts.title}, not its {expected}",
                 f"put the {expected} ({facts.component(expected).title}) there, or pass its files",

@@ -15,19 +15,19 @@ from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.planning.recognition import read_file_set
 
 
-def without_replaced(resolved: Resolved) -> Resolved:
+def drop_replaced_entries(resolved: Resolved) -> Resolved:
     """The same run, without the entries of `model_id_with_origin_paths` whose components `model_paths` holds, given
     nearer to the user; told by what the files hold. What other parameters call such an entry, such as `fp8_models`,
     means the files in its place."""
     parameters = resolved.parameters
     if not resolved.takes_precedence("model_paths", "model_id_with_origin_paths"):
         return resolved
-    in_place = _replaced(parameters, FAMILIES.get(resolved.family or ""))
-    if not in_place:
+    replacements = _replacements(parameters, FAMILIES.get(resolved.family or ""))
+    if not replacements:
         return resolved
-    kept = tuple(entry for entry in parameters.model_id_with_origin_paths if entry not in in_place)
+    kept = tuple(entry for entry in parameters.model_id_with_origin_paths if entry not in replacements)
     changed = {
-        name: tuple(dict.fromkeys(in_place.get(entry, entry) for entry in getattr(parameters, name)))
+        name: tuple(dict.fromkeys(replacements.get(entry, entry) for entry in getattr(parameters, name)))
         for name in ("fp8_models", "offload_models")
         if getattr(parameters, name)
     }
@@ -46,7 +46,7 @@ def local_components(parameters: Parameters, family: FamilyFacts | None) -> dict
     return found
 
 
-def _replaced(parameters: Parameters, family: FamilyFacts | None) -> Mapping[str, str]:
+def _replacements(parameters: Parameters, family: FamilyFacts | None) -> Mapping[str, str]:
     """Entries -> what the files in their place are called."""
     local = local_components(parameters, family)
     families = [family] if family else list(FAMILIES.values())

@@ -14,7 +14,7 @@ from diffsynth_core.hub.file_requests import FileRequest, RepoFiles
 from diffsynth_core.hub.model_files import download_command, expand_local, split_entry
 from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts
-from diffsynth_core.planning.replaced import local_components, without_replaced
+from diffsynth_core.planning.replaced import drop_replaced_entries, local_components
 from diffsynth_core.planning.two_stage import components_of
 
 CONFIG = "config.json"
@@ -28,13 +28,13 @@ def required_files(parameters: Parameters, family: str | None) -> list[FileReque
     facts = _facts(parameters.model_id_with_origin_paths, family)
     wanted = [item for entry in needed_entries(parameters, family) for item in files_of_entry(entry, facts)]
     if facts and TASKS[parameters.task].encodes:
-        wanted += _wanted_tokenizers(parameters, facts)
+        wanted += _tokenizer_requests(parameters, facts)
     return list(dict.fromkeys(wanted))
 
 
 def files_of_stages(stages: Sequence[Resolved]) -> list[FileRequest]:
     """What the runs of one command need, each file once."""
-    used = map(without_replaced, stages)
+    used = map(drop_replaced_entries, stages)
     found = [item for resolved in used for item in required_files(resolved.parameters, resolved.family)]
     return list(dict.fromkeys(found))
 
@@ -61,11 +61,11 @@ def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileReq
     model_id, pattern = parts
     name = pattern.rpartition("/")[2]
     copy = split_entry(facts.mirrors.get(name, "")) if facts else None
-    weights = FileRequest(tuple(_place(*place) for place in (parts, copy) if place))
+    weights = FileRequest(tuple(_repo_files(*place) for place in (parts, copy) if place))
     folder = posixpath.dirname(pattern)
     if any(character in folder for character in "*?["):
         return [weights]
-    return [weights, FileRequest((_place(model_id, posixpath.join(folder, CONFIG)),), optional=True)]
+    return [weights, FileRequest((_repo_files(model_id, posixpath.join(folder, CONFIG)),), optional=True)]
 
 
 def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
@@ -77,14 +77,14 @@ def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
         return list(entries)
     needed = components_of(task, facts.variant({}, parameters.extra_inputs, ""))
 
-    def is_idle(entry: str) -> bool:
+    def is_unused(entry: str) -> bool:
         model_id, place = split_entry(entry) or ("", entry)
         component = component_at(place, facts, model_id)
         if component is None:
             return False
         return component.name not in needed if task.trains else component.name == facts.denoiser
 
-    return [entry for entry in entries if not is_idle(entry)]
+    return [entry for entry in entries if not is_unused(entry)]
 
 
 def download_hint(entry: str, recipe: str | None) -> str:
@@ -104,7 +104,7 @@ def _facts(entries: tuple[str, ...], family: str | None) -> FamilyFacts | None:
     return next((facts for part in parts if part and (facts := family_of_model(part[0]))), None)
 
 
-def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[FileRequest]:
+def _tokenizer_requests(parameters: Parameters, facts: FamilyFacts) -> Iterator[FileRequest]:
     """Tokenizers and processors: of each the folder that is named, else those beside the component's files, and the
     family's own."""
     for parameter, tokenizer in facts.tokenizers.items():
@@ -115,14 +115,14 @@ def _wanted_tokenizers(parameters: Parameters, facts: FamilyFacts) -> Iterator[F
             named = [] if Path(given).expanduser().is_dir() else [given]
         else:
             named = _named_tokenizers(parameters, facts, tokenizer)
-        if places := [_folder(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
+        if places := [_tokenizer_files(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
             yield FileRequest(tuple(places))
 
 
 def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
     """Where a tokenizer is looked for that is not named; nowhere on the hubs when one lies beside files of one's own,
     or when nothing of its component is named."""
-    beside = [
+    adjacent = [
         f"{model_id}:{path}"
         for model_id, place in filter(None, map(split_entry, parameters.model_id_with_origin_paths))
         if (component := component_at(place, facts, model_id)) and component.name == tokenizer.component
@@ -131,17 +131,17 @@ def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: Tok
     ]
     files = local_components(parameters, facts).get(tokenizer.component)
     own = [files.paths[0].parent / folder for folder in tokenizer.folders] if files else []
-    if any(folder.is_dir() for folder in own) or not (beside or files):
+    if any(folder.is_dir() for folder in own) or not (adjacent or files):
         return []
-    return list(dict.fromkeys([*beside, tokenizer.default]))
+    return list(dict.fromkeys([*adjacent, tokenizer.default]))
 
 
-def _place(model_id: str, pattern: str) -> RepoFiles:
+def _repo_files(model_id: str, pattern: str) -> RepoFiles:
     """The place of a glob; one that ends in `/` stands for what is in the folder."""
     return RepoFiles(Repository("model", model_id), (pattern + "*" if pattern.endswith("/") else pattern,))
 
 
-def _folder(model_id: str, folder: str, tokenizer: TokenizerFacts) -> RepoFiles:
+def _tokenizer_files(model_id: str, folder: str, tokenizer: TokenizerFacts) -> RepoFiles:
     """The place of a tokenizer: all of its folder, and nothing where no layout of it is whole."""
     folder = folder.rstrip("/")
     layouts = tuple(tuple(f"{folder}/{name}" for name in layout) for layout in tokenizer.layouts)

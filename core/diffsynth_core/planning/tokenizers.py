@@ -11,7 +11,7 @@ from diffsynth_core.hub.model_files import MissingFiles, download_command, locat
 from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_json, read_text
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
 
-SETTINGS_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+CONFIG_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 """Files that transformers reads beside the vocabulary, where they are there."""
 
 
@@ -33,7 +33,7 @@ def find_tokenizers(
         files = components.get(tokenizer.component)
         if given is None and files is None:
             continue
-        places = [given] if given else [*_beside(files, tokenizer), tokenizer.default] if files else []
+        places = [given] if given else [*_adjacent_folders(files, tokenizer), tokenizer.default] if files else []
         folder = next((folder for place in places if (folder := locate_folder(place, base))), None)
         if folder:
             found[parameter] = folder
@@ -42,11 +42,11 @@ def find_tokenizers(
         else:
             shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
             there = " or at ".join(f"`{place}`" for place in shown)
-            problems.append(_not_there(f"no {tokenizer.what} found at {there}", parameter, places[-1]))
+            problems.append(_missing_tokenizer(f"no {tokenizer.what} found at {there}", parameter, places[-1]))
     return found
 
 
-def _not_there(message: str, parameter: str, place: str) -> Problem:
+def _missing_tokenizer(message: str, parameter: str, place: str) -> Problem:
     """The problem that there is no tokenizer; one that a repository has can be fetched."""
     hint = f"set its folder with `--{parameter}`"
     if split_entry(place) is None:
@@ -56,7 +56,7 @@ def _not_there(message: str, parameter: str, place: str) -> Problem:
     return MissingFiles(message, f"download it with `{command}`, or {hint}", entry=entry, command=command)
 
 
-def _beside(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
+def _adjacent_folders(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
     return [os.path.normpath(place / folder) for place in files.folders for folder in tokenizer.folders]
 
 
@@ -76,12 +76,12 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
         wanted = " or ".join(" and ".join(f"`{name}`" for name in layout) for layout in tokenizer.layouts)
         return [Problem(f"cannot read the {tokenizer.what} in `{folder}`: missing {wanted}", hint)]
     try:
-        contents = {name: _read(folder / name) for name in (*layout, *SETTINGS_FILES) if (folder / name).exists()}
+        contents = {name: _read(folder / name) for name in (*layout, *CONFIG_FILES) if (folder / name).exists()}
     except UnreadableFile as error:
         return [Problem(f"cannot read the {tokenizer.what}: {error}", hint)]
     for name in layout:
         content = contents.get(name)
-        fault = _misfit(name, content, tokenizer, rows)
+        fault = _mismatch(name, content, tokenizer, rows)
         if fault:
             return [
                 Problem(
@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path, dict[str, Any], "", MAX_TOKENIZER_BYTES, byte_order_mark=False)
 
 
-def _misfit(name: str, content: dict[str, Any] | None, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
+def _mismatch(name: str, content: dict[str, Any] | None, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
     """Why a file of a tokenizer is that of another model: its kind, or tokens that the text encoder has no row for."""
     if content is None or name not in ("tokenizer.json", "vocab.json"):
         return None

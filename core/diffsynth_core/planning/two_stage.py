@@ -19,19 +19,19 @@ from diffsynth_core.data.encoded_samples import (
 from diffsynth_core.data.metadata import find_metadata
 from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.models.spec import FamilyFacts, Variant
-from diffsynth_core.planning.output import place_faults
+from diffsynth_core.planning.output import folder_faults
 
 IMAGE_SIZES = ("height", "width", "max_pixels")
 VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
 
 
-def sizes_of(parameters: Parameters, variant: Variant) -> dict[str, Any]:
+def size_parameters(parameters: Parameters, variant: Variant) -> dict[str, Any]:
     """The parameters that decide at which size and length samples are encoded."""
     names = VIDEO_SIZES if variant.target.kind == "video" else IMAGE_SIZES
     return {name: getattr(parameters, name) for name in names}
 
 
-def encoders_of(variant: Variant) -> dict[str, list[Any]]:
+def encoder_versions(variant: Variant) -> dict[str, list[Any]]:
     """What tells the encodings of one kind of model from those of another: encoder -> version and extra inputs."""
     return {encoder.name: [encoder.version, list(encoder.inputs)] for encoder in variant.encoders}
 
@@ -49,7 +49,7 @@ def components_of(task: Task, variant: Variant) -> frozenset[str]:
     return frozenset(variant.components) - (frozenset() if task.encodes else encoding)
 
 
-def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
+def modified_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
     """Components that are named to train, or to be changed, although what they make is kept between the halves."""
     if task.encodes and task.trains:
         return []
@@ -71,7 +71,7 @@ def changed_encoders(parameters: Parameters, task: Task, variant: Variant) -> li
     ]
 
 
-def encoded_in_place_of_dataset(parameters: Parameters) -> Problem | None:
+def encoded_instead_of_dataset(parameters: Parameters) -> Problem | None:
     """The problem that the dataset folder of a task which reads media holds encoded samples."""
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if not holds_encoded_samples(folder):
@@ -90,7 +90,7 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
     if parameters.dataset_metadata_path:
         what = f"`dataset_metadata_path` has no effect with `{task.name}`, which reads no metadata"
         problems.append(Problem(what, "remove it", wrong_use=True))
-    refusal = _refusal(folder, task)
+    refusal = _not_encoded(folder, task)
     if refusal:
         problems.append(refusal)
         return None
@@ -100,9 +100,9 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
         problems += error.problems
         return None
     if not encoded.complete or encoded.origin.objective != task.objective:
-        problems.append(_unfit(encoded, task))
+        problems.append(_incomplete_or_other(encoded, task))
         return None
-    problems += _damage(encoded)
+    problems += _damaged_files(encoded)
     problems += _other_values(resolved, encoded)
     if _same(parameters.output_path, folder):
         what = f"`output_path` is the folder `{folder}` of encoded samples that the run reads"
@@ -110,7 +110,7 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
     return encoded
 
 
-def _refusal(folder: Path, task: Task) -> Problem | None:
+def _not_encoded(folder: Path, task: Task) -> Problem | None:
     """Why a folder can hold no encoded samples."""
     if holds_encoded_samples(folder):
         return None
@@ -127,7 +127,7 @@ def _refusal(folder: Path, task: Task) -> Problem | None:
     return Problem(what, make, wrong_use=True)
 
 
-def _unfit(encoded: EncodedSamples, task: Task) -> Problem:
+def _incomplete_or_other(encoded: EncodedSamples, task: Task) -> Problem:
     """The problem that encoded samples are not all there, or made for another objective."""
     folder, made_by = encoded.folder, TASKS[encoded.origin.objective]
     if made_by.objective != task.objective:
@@ -138,7 +138,7 @@ def _unfit(encoded: EncodedSamples, task: Task) -> Problem:
     return Problem(what, f"run the command of `{task.precompute_task}` again to resume it")
 
 
-def _damage(encoded: EncodedSamples) -> list[Problem]:
+def _damaged_files(encoded: EncodedSamples) -> list[Problem]:
     """How the files of a folder differ from those that belong to it."""
     folder, expected = encoded.folder, dict(encoded.paths())
     faults = {
@@ -170,7 +170,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
     return [
         Problem(
             f"`{name}` is `{format_value(getattr(parameters, name))}`, but the samples in `{encoded.folder}` were "
-            f"encoded with {_shown(value)}",
+            f"encoded with {_in_backticks(value)}",
             "remove it, or encode them again",
             wrong_use=True,
         )
@@ -183,7 +183,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
 def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant) -> list[Problem]:
     """Why samples that were encoded for one model cannot be trained on with another."""
     origin = encoded.origin
-    if origin.family == facts.name and origin.encoders == encoders_of(variant):
+    if origin.family == facts.name and origin.encoders == encoder_versions(variant):
         return []
     what = f"the samples in `{encoded.folder}` were encoded for {origin.kind}, but the model is {variant.title}"
     return [Problem(what, "use a model of that kind, or encode them for this one", wrong_use=True)]
@@ -194,21 +194,21 @@ def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str,
     return {
         "objective": TASKS[parameters.task].objective,
         "kind": variant.title,
-        "encoders": encoders_of(variant),
+        "encoders": encoder_versions(variant),
         "extra_inputs": list(parameters.extra_inputs),
-        "sizes": sizes_of(parameters, variant),
+        "sizes": size_parameters(parameters, variant),
         "precision": mixed_precision,
         "dataset_fingerprint": fingerprint,
     }
 
 
-def check_target(parameters: Parameters, now: Mapping[str, Any], problems: list[Problem]) -> None:
+def check_precompute_output(parameters: Parameters, now: Mapping[str, Any], problems: list[Problem]) -> None:
     """Add to `problems` when the folder that encoded samples are to be written into is neither empty nor theirs.
 
     `now`: what of their origin is known before files are hashed.
     """
     folder = parameters.output_path
-    faults = place_faults(folder, "output_path")
+    faults = folder_faults(folder, "output_path")
     problems += faults
     if faults or not folder.is_dir():
         return
@@ -239,10 +239,10 @@ def _difference(name: str, before: Any, after: Any) -> str:
         return "the dataset has changed"
     if name == "encoders":
         return "they were encoded for another kind of model"
-    return f"`{name}` was {_shown(before)}, now it is {_shown(after)}"
+    return f"`{name}` was {_in_backticks(before)}, now it is {_in_backticks(after)}"
 
 
-def _shown(value: Any) -> str:
+def _in_backticks(value: Any) -> str:
     return "blank" if value in (None, (), []) else f"`{format_value(value)}`"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.lora import lora_weights, name_lora
-from diffsynth_core.checkpoints.keys import uncounted
+from diffsynth_core.checkpoints.keys import strip_controlnet_index
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
@@ -75,7 +75,7 @@ def _key(plan: Plan, component: str, name: str) -> str:
 
 def removed_prefix(parameters: Parameters) -> str:
     """The text that is taken off keys."""
-    return uncounted(parameters.remove_prefix_in_ckpt)
+    return strip_controlnet_index(parameters.remove_prefix_in_ckpt)
 
 
 def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
     return metadata
 
 
-def how_to_use(plan: Plan, path: Path) -> str | None:
+def conversion_hint(plan: Plan, path: Path) -> str | None:
     """The command that writes a checkpoint of the denoiser in the names that ComfyUI detects, where it has others."""
     denoiser = plan.facts.denoiser
     if denoiser not in plan.training.full:

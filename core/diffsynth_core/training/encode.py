@@ -16,7 +16,7 @@ from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, hash_cache
-from diffsynth_core.planning.output import place_faults
+from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.loading import load_for_run
@@ -82,7 +82,7 @@ def fill_cache(
         Interrupted: when a stop is asked for; finished entries are kept.
     """
     if plan.task.trains and encodings.components_to_load:
-        raise_if_any(place_faults(plan.cache, "cache_path"))
+        raise_if_any(folder_faults(plan.cache, "cache_path"))
     for part in encodings.encoders:
         if part.damaged:
             first = part.cache.path(part.keys[part.damaged[0]])

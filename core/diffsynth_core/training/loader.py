@@ -30,19 +30,19 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BatchIndex:
     epoch: int
     number: int
     counts: bool
 
 
-def _places(plan: Plan, process: int) -> Iterator[_Place]:
+def _batch_indices(plan: Plan, process: int) -> Iterator[_BatchIndex]:
     """The micro-batches of one process from the plan's first step on; lazily, so that their number costs nothing."""
     for step in range(plan.first_step, plan.steps.total_steps):
         part = plan.steps.slice(step)
         for start in range(part.start, part.stop, plan.world_size):
             own = start + process
-            yield _Place(part.epoch, own, True) if own < part.stop else _Place(part.epoch, part.start, False)
+            yield _BatchIndex(part.epoch, own, True) if own < part.stop else _BatchIndex(part.epoch, part.start, False)
 
 
 class _MicroBatches(Dataset[MicroBatch]):
@@ -51,7 +51,7 @@ class _MicroBatches(Dataset[MicroBatch]):
     def __init__(self, plan: Plan, encodings: EncodingsPlan) -> None:
         self._plan, self._encodings = plan, encodings
 
-    def __getitem__(self, place: _Place) -> MicroBatch:
+    def __getitem__(self, place: _BatchIndex) -> MicroBatch:
         refs = self._plan.batches.batch(place.epoch, place.number)
         encoded = tuple(self._read(ref.sample) for ref in refs)
         raw = tuple(self._load(ref.sample) for ref in refs)
@@ -74,4 +74,4 @@ class _MicroBatches(Dataset[MicroBatch]):
 
 def iterate_micro_batches(plan: Plan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
     """The micro-batches of one process, from the plan's first step to its last."""
-    return iterate(_MicroBatches(plan, encodings), _places(plan, process), plan.parameters.dataset_num_workers)
+    return iterate(_MicroBatches(plan, encodings), _batch_indices(plan, process), plan.parameters.dataset_num_workers)

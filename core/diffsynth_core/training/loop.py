@@ -92,7 +92,7 @@ def _train(
     model = build_training_module(plan, encodings, family, accelerator.device, reporter)
     stop.raise_if_set()
     run = Run(plan, encodings, model, accelerator, reporter)
-    return run.carry_out(stop, stop_after)
+    return run.execute(stop, stop_after)
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
@@ -147,17 +147,17 @@ class Run:
         self.skipped_in_a_row = 0
         if plan.start.state:
             # After prepare(), which would move the optimizer's step counters to the device and make every step wait.
-            position = plan.start.state.position
-            restore_state(plan.start.state.path, position, self.trained, optimizer)
-            self.samples_seen = position.samples_seen
+            loop_state = plan.start.state.loop_state
+            restore_state(plan.start.state.path, loop_state, self.trained, optimizer)
+            self.samples_seen = loop_state.samples_seen
             if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(position.scaler)
+                accelerator.scaler.load_state_dict(loop_state.scaler)
         for warning in plan.start.warnings:
             reporter.warn(warning)
         self.record = self._open_record()
         self.place = folder_identity(self.folder)
 
-    def carry_out(self, stop: StopRequest, stop_after: int | None) -> RunResult:
+    def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to its last; every way out leaves the record telling how it ended."""
         metrics = (
             MetricsFile(self.folder, self.plan.first_step, self.reporter.warn)
@@ -330,8 +330,8 @@ class Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            position = LoopState(self.done, self.samples_seen, scaler, run=self.record.id)
-            save_state(self.folder, position, self.trained, optimizer, self.plan.parameters.keep_states)
+            loop_state = LoopState(self.done, self.samples_seen, scaler, run=self.record.id)
+            save_state(self.folder, loop_state, self.trained, optimizer, self.plan.parameters.keep_states)
         # Only now: the record promises no step that a kill before this line would lose.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         if self.accelerator.is_main_process:
@@ -353,7 +353,7 @@ class Run:
     def _check_folder(self) -> None:
         """Files that are open go on being written where nobody finds them."""
         if self.accelerator.is_main_process and folder_identity(self.folder) != self.place:
-            self.record.forget_missing_checkpoints(self.folder)
+            self.record.drop_missing_checkpoints(self.folder)
             self.saved = 0
             raise DiffSynthError(
                 f"`{self.folder}` was removed or renamed during the run, which stopped after step {self.done}",

@@ -37,7 +37,7 @@ from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.recognition import FoundPart, read_file_set, refused_models
-from diffsynth_core.planning.replaced import without_replaced
+from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult, train
@@ -126,7 +126,7 @@ def how_to_repeat(resolved: Resolved) -> str:
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     """The parameters of the rehearsal and the folder of its models; writes the tiny weights and media it needs."""
-    resolved = without_replaced(resolved)
+    resolved = drop_replaced_entries(resolved)
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
     problems: list[Problem] = []

@@ -31,7 +31,7 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop(tell: Callable[[str], None], insist: bool = True) -> Iterator[StopRequest]:
+def listen_for_stop(tell: Callable[[str], None], second_signal_stops: bool = True) -> Iterator[StopRequest]:
     """While the block runs, stopping signals ask to stop; a second one acts at once.
 
     A signal that is ignored already (a program started with `nohup`) stays so.
@@ -43,11 +43,11 @@ def listen_for_stop(tell: Callable[[str], None], insist: bool = True) -> Iterato
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request and not insist:
+        if request and not second_signal_stops:
             return
         request.signal_number = number
         tell(FINISHING)
-        if insist:
+        if second_signal_stops:
             signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
 
     before = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}

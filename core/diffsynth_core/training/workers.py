@@ -55,7 +55,7 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
         DiffSynthError: when the system gives no more processes, or no room for what they share.
     """
     if workers:
-        _check_room(workers)
+        _check_shared_memory(workers)
     with warnings.catch_warnings():
         # The number of workers is the user's choice; torch would advise against more than there are cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -64,8 +64,8 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
             batch_size=None,
             sampler=places,
             num_workers=workers,
-            multiprocessing_context=_Forking() if workers and get_start_method() == "fork" else None,
-            worker_init_fn=partial(_begin, parent=os.getpid()),
+            multiprocessing_context=_WorkerContext() if workers and get_start_method() == "fork" else None,
+            worker_init_fn=partial(_init_worker, parent=os.getpid()),
         )
         items = iter(loader)
     for item in items:
@@ -74,7 +74,7 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
         yield pickle.loads(item) if isinstance(item, bytes) else item
 
 
-def _check_room(workers: int) -> None:
+def _check_shared_memory(workers: int) -> None:
     """Queues between processes have locks in /dev/shm, whatever is handed on through them. They are tried out first:
     where torch fails over them halfway, what it has begun says so too when it is let go.
 
@@ -91,20 +91,20 @@ def _check_room(workers: int) -> None:
     locks.clear()
 
 
-class _Forked(context.ForkProcess):
+class _WorkerProcess(context.ForkProcess):
     """A worker. torch asks one that is slow to end with SIGTERM, which workers leave to the training process."""
 
     def terminate(self) -> None:
         self.kill()
 
 
-class _Forking(context.ForkContext):
+class _WorkerContext(context.ForkContext):
     """Starts such workers."""
 
-    Process = _Forked
+    Process = _WorkerProcess
 
 
-def _begin(worker: int, parent: int) -> None:
+def _init_worker(worker: int, parent: int) -> None:
     """Let a signal to the whole group reach the training process alone, which saves first and then ends its workers;
     where that process is killed, end with it."""
     for number in STOPPING_SIGNALS:

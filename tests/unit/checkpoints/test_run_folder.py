@@ -8,7 +8,7 @@ from diffsynth_core.checkpoints.run_folder import (
     CheckpointEntry,
     MetricsFile,
     RunRecord,
-    holds_checkpoints,
+    checkpoint_files,
     read_record,
 )
 from diffsynth_core.errors import DiffSynthError, Problem
@@ -127,7 +127,7 @@ def test_a_folder_whose_name_is_not_utf8_is_recorded(tmp_path):
 def test_checkpoints_are_known_by_their_names(tmp_path, names, found):
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    assert holds_checkpoints(tmp_path) == found
+    assert checkpoint_files(tmp_path) == found
 
 
 def lines(folder) -> list[dict]:

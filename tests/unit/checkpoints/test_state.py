@@ -64,8 +64,8 @@ def newest(folder) -> SavedState:
 
 def restore(folder, trained, optimizer) -> LoopState:
     state = newest(folder)
-    restore_state(state.path, state.position, trained, optimizer)
-    return state.position
+    restore_state(state.path, state.loop_state, trained, optimizer)
+    return state.loop_state
 
 
 def states_in(folder) -> list[str]:
@@ -116,7 +116,7 @@ def test_the_position_comes_back(tmp_path, scaler):
     save_state(tmp_path, position, *training(), keep=1)
     found = newest(tmp_path)
     assert found.path == tmp_path / "state" / "step-12"
-    assert replace(found.position, files=None, sha256=None, optimizer=position.optimizer) == position
+    assert replace(found.loop_state, files=None, sha256=None, optimizer=position.optimizer) == position
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [4, 9]), (3, [3, 4, 9]), (9, [2, 3, 4, 9])])
@@ -136,7 +136,7 @@ def test_a_state_is_written_in_place_of_a_damaged_one_of_its_step(tmp_path):
     (tmp_path / "state/step-3/trained.safetensors").write_bytes(b"")
     assert find_states(tmp_path, "", hashes).newest is None
     saved(tmp_path, 3)
-    assert newest(tmp_path).position.step == 3
+    assert newest(tmp_path).loop_state.step == 3
 
 
 def test_there_is_no_state_in_a_new_folder(tmp_path):
@@ -181,7 +181,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
     assert_same_bits(expected, everything(other, other_optimizer))
-    assert newest(tmp_path).position.samples_seen == 12
+    assert newest(tmp_path).loop_state.samples_seen == 12
 
 
 def test_what_an_optimizer_keeps_beside_tensors_comes_back(tmp_path):
@@ -237,7 +237,7 @@ def test_a_state_from_before_states_had_hashes_is_whole(tmp_path):
     saved(tmp_path)
     path = tmp_path / "state/step-3/state.json"
     path.write_text('{"step": 3, "samples_seen": 12, "scaler": {"scale": 2.0, "_growth_tracker": 1}}')
-    assert newest(tmp_path).position == LoopState(3, 12, {"scale": 2.0, "_growth_tracker": 1})
+    assert newest(tmp_path).loop_state == LoopState(3, 12, {"scale": 2.0, "_growth_tracker": 1})
     (tmp_path / "state/step-3/optimizer.safetensors").write_bytes(b"cut")
     [damaged] = find_states(tmp_path, "", hashes).damaged
     assert damaged.reason.startswith("`optimizer.safetensors` (3 bytes) is not a valid safetensors file")

@@ -11,7 +11,7 @@ from diffsynth_core.config.resolve import Resolved, resolve
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.components import FoundComponents, find_components
-from diffsynth_core.planning.replaced import without_replaced
+from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.planning.two_stage import components_of
 from tests.cli.test_documented_commands import ACCEPTED, Command, named
@@ -56,7 +56,7 @@ def given(mine: Path) -> Callable[..., Resolved]:
 
     def run(*paths: object, **more: object) -> Resolved:
         text = json.dumps([str(mine / str(path)) for path in paths])
-        return without_replaced(resolve({"recipe": "qwen-image-lora", "model_paths": text, **more}))
+        return drop_replaced_entries(resolve({"recipe": "qwen-image-lora", "model_paths": text, **more}))
 
     return run
 
