@@ -22,7 +22,7 @@ from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.weight_writer import output_problems
 
 if TYPE_CHECKING:
-    from diffsynth_core.adapters.merge import Loss
+    from diffsynth_core.adapters.merge import RelativeError
 
 HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "skipped")
 WORST_SHOWN = 3
@@ -40,15 +40,17 @@ class Manner:
     output_format: PlanFormat
 
 
-def into_base(base_text: str, files: Sequence[WeightedFile], output: Path, most_bytes: int | None, how: Manner) -> None:
+def into_base(
+    base_text: str, files: Sequence[WeightedFile], output: Path, max_shard_bytes: int | None, how: Manner
+) -> None:
     """Merge LoRAs into a base, or report what that would do.
 
     Raises:
         DiffSynthError: if something does not fit or cannot be written; no files are left then.
     """
     base = open_base(base_text, model_base_path())
-    plan = plan_merge(base, files, output, how.dtype, most_bytes, how.allow_unmatched)
-    losses: tuple[Loss, ...] = ()
+    plan = plan_merge(base, files, output, how.dtype, max_shard_bytes, how.allow_unmatched)
+    losses: tuple[RelativeError, ...] = ()
     facts: dict[str, Any] = {
         "base": {"path": base.weights.origin, "family": base.facts.name, "component": base.component.name},
         "changed": len(plan.changed),
@@ -110,7 +112,7 @@ def _summaries(plan: "MergePlan | SumPlan") -> tuple[LoraSummary, ...]:
 def _tell(
     lines: Sequence[str],
     summaries: Sequence[LoraSummary],
-    losses: Sequence["Loss"],
+    losses: Sequence["RelativeError"],
     written: FilePlan,
     facts: Mapping[str, Any],
     how: Manner,
@@ -141,11 +143,13 @@ def _outputs(written: FilePlan) -> list[dict[str, Any]]:
     return [{name: fact for name, fact in file.items() if name != "metadata"} for file in describe_files(written)]
 
 
-def _with_losses(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[tuple[LoraSummary, "Loss | None"]]:
+def _with_losses(
+    summaries: Sequence[LoraSummary], losses: Sequence["RelativeError"]
+) -> list[tuple[LoraSummary, "RelativeError | None"]]:
     return [(summary, losses[place] if losses else None) for place, summary in enumerate(summaries)]
 
 
-def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
+def _described(summary: LoraSummary, loss: "RelativeError | None") -> dict[str, Any]:
     return {
         "path": str(summary.path),
         "weight": summary.weight,
@@ -159,7 +163,7 @@ def _described(summary: LoraSummary, loss: "Loss | None") -> dict[str, Any]:
     }
 
 
-def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["Loss"]) -> list[str]:
+def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["RelativeError"]) -> list[str]:
     """One line per LoRA, below a header."""
     rows = [(*HEADINGS, *(["rounding error"] if losses else []))]
     for summary, loss in _with_losses(summaries, losses):

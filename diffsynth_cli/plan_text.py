@@ -80,10 +80,10 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  LoRA is applied to {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.start:
         yield f"  {plan.training.start.note}"
-    if plan.training.left_out:
-        yield f"  excluded: {len(plan.training.left_out)} LoRA modules that receive no gradient: {', '.join(plan.training.left_out)}"
-    if plan.training.passed_over:
-        yield f"  no LoRA on {len(plan.training.passed_over)} modules of the same kinds: {list_names(plan.training.passed_over)}"
+    if plan.training.untrainable_targets:
+        yield f"  excluded: {len(plan.training.untrainable_targets)} LoRA modules that receive no gradient: {', '.join(plan.training.untrainable_targets)}"
+    if plan.training.skipped_modules:
+        yield f"  no LoRA on {len(plan.training.skipped_modules)} modules of the same kinds: {list_names(plan.training.skipped_modules)}"
     if VAE in plan.training.components:
         yield f"  the {VAE} is trained: the prediction target is computed from its latents and changes with them"
 

@@ -63,7 +63,7 @@ class TinyFamily:
 
         plan = self.plan(output_path="unused", **more)
         files = plan.components[component]
-        shapes = files.layout.documented_shapes(module_shapes(files))
+        shapes = files.layout.public_shapes(module_shapes(files))
         return {name: shapes[f"{name}.weight"] for name in plan.training.lora_modules}
 
 

@@ -69,13 +69,13 @@ def merge_lora(
     from diffsynth_core.conversion.plans import parse_size
 
     raise_if_any(_use_problems(base, rank, max_shard_size, family))
-    most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
+    max_shard_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
     files = [parse_lora(text) for text in lora]
     how = merges.Manner(dtype, allow_unmatched, overwrite, dry_run, output_format)
     if base is None:
         merges.into_one(files, output_path, rank, family, how)
     else:
-        merges.into_base(base, files, output_path, most_bytes, how)
+        merges.into_base(base, files, output_path, max_shard_bytes, how)
 
 
 def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None, family: str | None) -> list[Problem]:

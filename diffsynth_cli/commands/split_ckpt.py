@@ -89,20 +89,20 @@ def split_checkpoint(
         "allow_unmatched": allow_unmatched,
     }
     _check_together(given)
-    most_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
+    max_shard_bytes = parse_size(max_shard_size, "--max_shard_size") if max_shard_size else None
 
     def plan() -> "FilePlan":
         if join:
             return plan_join(checkpoint, output_path)
         weights = open_weights(checkpoint)
         if by is By.SIZE:
-            return plan_split_by_size(weights, output_path, most_bytes or DEFAULT_SHARD_SIZE)
+            return plan_split_by_size(weights, output_path, max_shard_bytes or DEFAULT_SHARD_SIZE)
         choices = SplitChoices(
             unprefixed=unprefixed,
             family=family,
             layout=layout,
             lora_format=lora_format,
-            most_bytes=most_bytes,
+            max_shard_bytes=max_shard_bytes,
             allow_unmatched=allow_unmatched,
         )
         return plan_split(weights, output_path, choices)

@@ -181,10 +181,10 @@ def test_what_a_hint_about_a_condition_names_is_taken(recipe, column):
     if flags:
         inputs = tuple(flags["extra_inputs"].split(","))
         after = facts.variant({}, inputs, named)
-        assert set(inputs) <= set(after.takes) and column in {shown.column for shown in after.references}
+        assert set(inputs) <= set(after.conditions) and column in {shown.column for shown in after.references}
         assert {shown.column for shown in after.references} <= set(flags["data_file_keys"].split(","))
     else:
-        together = facts.variant({}, (*parameters.extra_inputs, column), named).takes
+        together = facts.variant({}, (*parameters.extra_inputs, column), named).conditions
         assert column not in facts.reference_columns or not {*parameters.extra_inputs, column} <= set(together)
 
 

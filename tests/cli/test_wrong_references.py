@@ -171,7 +171,7 @@ def test_a_part_of_klein_in_its_other_layout(refuse, models):
     """Its names are known; what it lacks is told by the names of the module."""
     whole = [load_file(path) for path in sorted((models / KLEIN_4B / "transformer").glob("*.safetensors"))]
     tensors = {name: tensor for part in whole for name, tensor in part.items()}
-    original = {key: DIT_ORIGINAL.join(key, tensors).contiguous() for key in DIT_ORIGINAL.theirs_of(tensors)}
+    original = {key: DIT_ORIGINAL.fuse(key, tensors).contiguous() for key in DIT_ORIGINAL.to_sources(tensors)}
     del original["img_in.weight"]
     save_file(original, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
     wrong = f"{KLEIN_4B}:flux-2-klein-4b.safetensors"

@@ -42,10 +42,10 @@ def adapter_modules(transformer: Any) -> dict[str, Any]:
     return {name: module for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
 
 
-def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: LoraNaming, documented: KeyMap) -> Any:
+def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: LoraNaming, public_keys: KeyMap) -> Any:
     """A transformer with a LoRA from a file on modules of documented names, as we load it."""
-    add_lora(transformer, sorted(modules), RANK, seed=0, documented=documented)
-    filled = load_lora(transformer, path, naming, documented)
+    add_lora(transformer, sorted(modules), RANK, seed=0, public_keys=public_keys)
+    filled = load_lora(transformer, path, naming, public_keys)
     assert filled == len(modules), (filled, len(modules))
     return transformer
 

@@ -90,6 +90,6 @@ def check_batch_equals_singles(ours: Ours, samples: Sequence[Encoded]) -> None:
     told = f"gradients differ by {worst:.1e}, the largest is {scale:.1e}"
     print(told)
     assert worst < TOLERANCE < scale / 100, told
-    dead = ours.family.untrainable_parameters("dit", ours.transformer, ours.variant)
+    dead = ours.family.unused_parameters("dit", ours.transformer, ours.variant)
     silent = {name for name, gradient in gradients.items() if not gradient.any()}
     assert silent == dead, f"other parameters than expected get no gradient: {sorted(silent ^ dead)}"

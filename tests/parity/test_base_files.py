@@ -109,7 +109,7 @@ def expected(family: str, tensors: Tensors) -> dict[str, Tensor]:
     facts = FAMILIES[family]
     layouts = facts.component("dit").layouts
     layout = next(layout for layout in layouts if layout.signature <= tensors.keys())
-    return {name: part for key, tensor in tensors.items() for name, part in layout.names.cut(key, tensor).items()}
+    return {name: part for key, tensor in tensors.items() for name, part in layout.names.split(key, tensor).items()}
 
 
 def assert_equal(found: Tensors, wanted: Tensors) -> None:
@@ -257,7 +257,7 @@ def test_folders_files_and_shards_listed_flat(family, stored, tmp_path):
 
 def test_flux_2_in_the_names_of_its_makers(stored, tmp_path):
     tensors = stored("flux2")["dit"]
-    original = {key: DIT_ORIGINAL.join(key, tensors) for key in DIT_ORIGINAL.theirs_of(tensors)}
+    original = {key: DIT_ORIGINAL.fuse(key, tensors) for key in DIT_ORIGINAL.to_sources(tensors)}
     path = tmp_path / "flux-2-klein-4b.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in original.items()}, path)
     files, _ = transformer_of("flux2", path)
@@ -268,7 +268,7 @@ def test_flux_2_in_the_names_of_its_makers(stored, tmp_path):
 def test_the_vae_of_qwen_image_in_the_names_of_wan(stored, base, tmp_path):
     """As ComfyUI has it: the same network. Without a family it is Wan's."""
     tensors = stored("qwen-image")["vae"]
-    original = {key: VAE_2_1.join(key, tensors).contiguous() for key in VAE_2_1.theirs_of(tensors)}
+    original = {key: VAE_2_1.fuse(key, tensors).contiguous() for key in VAE_2_1.to_sources(tensors)}
     path = tmp_path / "qwen_image_vae.safetensors"
     save_file(original, path)
     problems: list[Problem] = []

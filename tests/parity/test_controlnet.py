@@ -233,7 +233,7 @@ def test_gradients_reach_the_controlnet_through_a_frozen_transformer(pairs, foll
     reached = {
         name for name, gradient in zip(names, found["ours"], strict=True) if gradient is not None and gradient.any()
     }
-    dead = family.untrainable_parameters("controlnet", ours["controlnet"], pair.ours.variant)
+    dead = family.unused_parameters("controlnet", ours["controlnet"], pair.ours.variant)
     assert reached == set(names) - dead
     worst = max(
         difference(one, other)

@@ -37,7 +37,7 @@ def naming_of(family: str) -> LoraNaming:
 def all_modules(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
     """Weight shapes of all modules of the tiny transformer, by documented name."""
     files = tiny.plan(output_path="unused").components["dit"]
-    shapes = files.layout.documented_shapes(module_shapes(files))
+    shapes = files.layout.public_shapes(module_shapes(files))
     return {name: shapes[f"{name}.weight"] for name in sorted(modules_with_weights(shapes))}
 
 
@@ -45,11 +45,13 @@ def shapes_in(dialect: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tup
     """Weight shapes of the same modules as a dialect has them, by its names."""
     if dialect in naming.fused:
         fused = naming.fused[dialect]
-        return {name: fused.join_shape(name, shapes) for name in fused.theirs_of(shapes)}
+        return {name: fused.fuse_shape(name, shapes) for name in fused.to_sources(shapes)}
     names = naming.vocabulary(dialect).names
     found = {}
     for module, shape in shapes.items():
-        found |= {part.removesuffix(".weight"): cut for part, cut in names.cut_shape(f"{module}.weight", shape).items()}
+        found |= {
+            part.removesuffix(".weight"): cut for part, cut in names.split_shape(f"{module}.weight", shape).items()
+        }
     return found
 
 
@@ -141,11 +143,11 @@ def targets(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
 
 def own_changes(tiny: TinyFamily, documented: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Changes by the modules of diffusers."""
-    names = tiny.plan(output_path="unused").components["dit"].layout.documented
+    names = tiny.plan(output_path="unused").components["dit"].layout.public_keys
     return {
         own.removesuffix(".weight"): change
         for module, whole in documented.items()
-        for own, change in names.cut(f"{module}.weight", whole).items()
+        for own, change in names.split(f"{module}.weight", whole).items()
     }
 
 

@@ -44,7 +44,7 @@ class Written:
         self.base = base
         self.component, self.place, self.table = LAYOUTS[case]
         self.tensors = random_tensors(base / "first", self.component)
-        self.in_file = {name: self.table.join(name, self.tensors) for name in self.table.theirs_of(self.tensors)}
+        self.in_file = {name: self.table.fuse(name, self.tensors) for name in self.table.to_sources(self.tensors)}
         self.path = base / MODEL_ID / self.place
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.in_file.items()}, self.path)
@@ -63,7 +63,7 @@ def random_tensors(base: Path, component: str) -> dict[str, Tensor]:
         own: torch.randn(part.shape, generator=generator)
         for path in files.paths
         for name, tensor in iterate_tensors(path)
-        for own, part in files.layout.names.cut(name, tensor).items()
+        for own, part in files.layout.names.split(name, tensor).items()
     }
 
 
@@ -90,8 +90,8 @@ def test_every_layout_loads_to_the_same_tensors(written):
 def test_documented_and_written_names_lead_back(written):
     """What any layout holds, under the documented names and under those of checkpoints, loads to the same tensors."""
     layout = written.files.layout
-    for number, table in enumerate((layout.documented, layout.in_checkpoints)):
-        tensors = {name: table.join(name, written.tensors) for name in table.theirs_of(written.tensors)}
+    for number, table in enumerate((layout.public_keys, layout.checkpoint_keys)):
+        tensors = {name: table.fuse(name, written.tensors) for name in table.to_sources(written.tensors)}
         folder = written.base / f"again-{number}" / "x" / "y"
         folder.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -105,8 +105,8 @@ def test_documented_and_written_names_lead_back(written):
         "text_encoder_1": keys.CLIP,
         "text_encoder_2": keys.T5,
     }
-    assert layout.in_checkpoints == published[written.component]
-    assert layout.documented == (keys.DIT if written.component == "dit" else layout.in_checkpoints)
+    assert layout.checkpoint_keys == published[written.component]
+    assert layout.public_keys == (keys.DIT if written.component == "dit" else layout.checkpoint_keys)
 
 
 def test_what_the_classes_save_themselves_loads(written, tmp_path):

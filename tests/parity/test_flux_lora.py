@@ -44,7 +44,7 @@ MODULES = documented_modules(2)
 
 
 def own_names(modules: Collection[str]) -> set[str]:
-    return {own for module in modules for own in keys.DIT.ours(module) or ()}
+    return {own for module in modules for own in keys.DIT.to_targets(module) or ()}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for module in modules:
-        rows, columns = keys.DIT.join_shape(f"{module}.weight", shapes)
+        rows, columns = keys.DIT.fuse_shape(f"{module}.weight", shapes)
         down = torch.randn(RANK, columns, generator=generator) * columns**-0.5
         weights[module] = LoraWeights(down, torch.randn(rows, RANK, generator=generator))
     tensors = name_lora(weights, "kohya", NAMING)

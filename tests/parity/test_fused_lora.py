@@ -20,12 +20,12 @@ from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights, name
 from diffsynth_core.checkpoints.saved_states import LoopState
 from diffsynth_core.checkpoints.state import restore_state, save_state
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.weights.key_maps import Chain, TableMap
+from diffsynth_core.weights.key_maps import ComposedKeyMap, TableMap
 from diffsynth_core.weights.lora_names import LoraNaming, find_lora_keys
 
 ORIGINAL = TableMap(
     {"double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj"},
-    stacked={
+    fused={
         "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
         "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv"),
         "single_blocks.{}.linear1": (
@@ -33,7 +33,7 @@ ORIGINAL = TableMap(
             ("single_transformer_blocks.{}.proj_mlp", 4),
         ),
     },
-    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+    swap_halves={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
 TYPED = TableMap(
     {
@@ -44,7 +44,7 @@ TYPED = TableMap(
         "final_norm_out.linear": "final_layer.adaLN_modulation.1",
     }
 )
-DOCUMENTED = Chain(TYPED, ORIGINAL)
+DOCUMENTED = ComposedKeyMap(TYPED, ORIGINAL)
 NAMING = LoraNaming("dit", {"diffusers": DOCUMENTED, "comfyui": TYPED, "kohya": TYPED})
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
 RANK, WIDTH = 3, 32

@@ -30,14 +30,14 @@ def with_lora(tiny: TinyFamily, modules: Mapping[str, object]) -> tuple[nn.Modul
     """The transformer with a fresh LoRA, and its documented names."""
     files = tiny.plan(output_path="unused").components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())
-    add_lora(module, sorted(modules), RANK, 0, files.layout.documented)
-    return module, files.layout.documented
+    add_lora(module, sorted(modules), RANK, 0, files.layout.public_keys)
+    return module, files.layout.public_keys
 
 
 def start(tiny: TinyFamily, path: Path, modules: Mapping[str, object]) -> dict[str, LoraWeights]:
-    module, documented = with_lora(tiny, modules)
-    assert load_lora(module, path, tiny.facts.component("dit").lora_naming, documented) == len(modules)
-    return lora_weights(module, documented)
+    module, public_keys = with_lora(tiny, modules)
+    assert load_lora(module, path, tiny.facts.component("dit").lora_naming, public_keys) == len(modules)
+    return lora_weights(module, public_keys)
 
 
 def check(found: Mapping[str, LoraWeights], expected: Mapping[str, LoraWeights], scale: float = 1.0) -> None:

@@ -48,7 +48,7 @@ class Case:
         merge(plan, InputHashes(plan.hashed), SilentReporter())
         merged: dict[str, Tensor] = {}
         for name, tensor in load_file(output / self.base.name).items():
-            merged |= self.layout.names.cut(name, tensor)
+            merged |= self.layout.names.split(name, tensor)
         return merged
 
 
@@ -66,7 +66,7 @@ def case(tiny_families: Callable[[str], TinyFamily], tmp_path) -> Callable[[str,
         layout = FAMILIES[family].component("dit").layouts[place]
         state = model.state_dict()
         base = tmp_path / "base.safetensors"
-        save_file({name: layout.names.join(name, state).contiguous() for name in layout.names.theirs_of(state)}, base)
+        save_file({name: layout.names.fuse(name, state).contiguous() for name in layout.names.to_sources(state)}, base)
         loras = []
         for number, (rank, alpha) in enumerate(zip(RANKS, ALPHAS, strict=True)):
             halves = random_lora(tiny.module_shapes(), rank, seed=number)

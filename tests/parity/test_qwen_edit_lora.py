@@ -32,7 +32,7 @@ def documented_modules(transformer: nn.Module) -> list[str]:
     shapes = {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}
     modules = modules_with_weights(shapes)
     found = {module for names in match_targets(modules, DIT.lora_targets).values() for module in names}
-    return sorted(found - DIT.untrainable(frozenset(shapes)))
+    return sorted(found - DIT.unused_params(frozenset(shapes)))
 
 
 def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:

@@ -58,7 +58,7 @@ class OwnFile:
         return {
             own: part.contiguous()
             for name, tensor in self.tensors.items()
-            for own, part in table.cut(name, tensor).items()
+            for own, part in table.split(name, tensor).items()
         }
 
     def write_folder(self, base: Path) -> str:
@@ -68,7 +68,7 @@ class OwnFile:
         folder = (base / model_id / place).parent
         folder.mkdir(parents=True)
         table = keys.IMAGE_ENCODER_DIFFUSERS if self.component == "image_encoder" else SAME_NAMES
-        renamed = {table.theirs(name): tensor for name, tensor in self.in_module_names.items()}
+        renamed = {table.to_source(name): tensor for name, tensor in self.in_module_names.items()}
         save_file({str(name): tensor for name, tensor in renamed.items()}, base / model_id / place)
         config: Any = self.module.config
         content = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -115,10 +115,10 @@ def test_the_table_leads_back_to_the_file(own, tmp_path):
         name: part
         for path in files.paths
         for key, tensor in iterate_tensors(path)
-        for name, part in files.layout.names.cut(key, tensor).items()
+        for name, part in files.layout.names.split(key, tensor).items()
     }
-    documented = files.layout.documented
-    joined = {name: documented.join(name, parts) for name in {documented.theirs(part): 0 for part in parts}}
+    public_keys = files.layout.public_keys
+    joined = {name: public_keys.fuse(name, parts) for name in {public_keys.to_source(part): 0 for part in parts}}
     unneeded = ("visual.head", "textual.", "log_scale")
     assert_same(joined, {name: tensor for name, tensor in own.tensors.items() if not name.startswith(unneeded)})
 

@@ -57,7 +57,7 @@ RUNS = {
 
 
 def own_names(modules: Collection[str]) -> set[str]:
-    return {own for module in modules for own in keys.DIT.ours(module) or ()}
+    return {own for module in modules for own in keys.DIT.to_targets(module) or ()}
 
 
 @pytest.fixture(scope="module")

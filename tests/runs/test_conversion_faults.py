@@ -67,7 +67,7 @@ def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
     tensors = {}
     for file in sorted((base / MODEL_ID / "text_encoder").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            (key,) = TEXT_ENCODER_FILES.ours(name)
+            (key,) = TEXT_ENCODER_FILES.to_targets(name)
             tensors[f"pipe.text_encoder.{key}"] = tensor.repeat(copies, *[1] * (tensor.dim() - 1)).contiguous()
     lora = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
     tensors |= {lora.format("A"): torch.ones(RANK, 8), lora.format("B"): torch.zeros(8 * copies, RANK)}

@@ -166,7 +166,7 @@ def test_one_step_changes_exactly_what_was_asked_for(train, watch, family):
     )
     for component in (*TEXT_ENCODERS[family], "controlnet"):
         module = model.components[component]
-        dead = load_family(family).untrainable_parameters(component, module, variant)
+        dead = load_family(family).unused_parameters(component, module, variant)
         expected |= {f"{component}.{name}" for name, _ in module.named_parameters() if name not in dead}
     lora = {name for name in watch.before if ".lora_" in name}
     assert all(name.startswith("dit.") for name in lora)

@@ -55,8 +55,8 @@ def load(plan: Plan, component: str = "dit", dtype: torch.dtype = torch.float32,
 
 def documented_weights(plan: Plan, module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a component by documented name, those without one by their own."""
-    names, own = plan.components["dit"].layout.documented, module.state_dict()
-    return {name: names.join(name, own) for name in names.theirs_of(own)}
+    names, own = plan.components["dit"].layout.public_keys, module.state_dict()
+    return {name: names.fuse(name, own) for name in names.to_sources(own)}
 
 
 def changes_of(file: Path) -> dict[str, Tensor]:
@@ -156,11 +156,11 @@ def test_the_chain_of_two_loras(tiny, tmp_path, trained_model):
 
 def put(plan: Plan, module: nn.Module, *files: Path) -> None:
     """Add the LoRAs of files to a model's weights, by hand."""
-    names = plan.components["dit"].layout.documented
+    names = plan.components["dit"].layout.public_keys
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
     for file in files:
         for name, change in changes_of(file).items():
-            for part, rows in names.cut(name, change.float()).items():
+            for part, rows in names.split(name, change.float()).items():
                 own[part].add_(rows)
 
 
@@ -182,10 +182,10 @@ def test_a_full_training_starts_from_the_merged_weights(tiny, tmp_path):
     own = load(base).state_dict()
     put(base, module := load(base), first)
     written = load_file(tmp_path / "full" / "epoch-0.safetensors")
-    names = files.layout.in_checkpoints
-    assert written.keys() == set(names.theirs_of(own))
+    names = files.layout.checkpoint_keys
+    assert written.keys() == set(names.to_sources(own))
     for name, tensor in written.items():
-        assert_close(tensor, names.join(name, module.state_dict()), rtol=1e-6, atol=1e-6)
+        assert_close(tensor, names.fuse(name, module.state_dict()), rtol=1e-6, atol=1e-6)
 
 
 def save_for(component: str, tiny: TinyFamily, path: Path, seed: int = 0, **more: Any) -> Path:

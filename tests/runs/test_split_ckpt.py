@@ -88,9 +88,9 @@ def test_layouts_hold_the_same_weights(cli, checkpoint, name, layout):
     for component in rehearsed.full:
         held = in_checkpoint(path, component)
         own_layout = next(known for known in facts.component(component).layouts if known.signature <= held.keys())
-        own = {key: part for name in held for key, part in own_layout.names.cut(name, held[name]).items()}
+        own = {key: part for name in held for key, part in own_layout.names.split(name, held[name]).items()}
         names = facts.component(component).names_in(layout, own_layout)
-        wanted = {name: names.join(name, own) for name in names.theirs_of(own)}
+        wanted = {name: names.fuse(name, own) for name in names.to_sources(own)}
         written = load_file(Path("parts", f"{component}.safetensors"))
         assert written.keys() == wanted.keys()
         assert all(torch.equal(written[name], wanted[name]) for name in wanted)

@@ -91,7 +91,7 @@ def test_the_other_components_train_and_are_written_by_their_own_names(train, co
     train(*model, "--trainable_models", component, "--max_steps", 2, "--learning_rate", 1e-3, "--output_path", "out")
     written = load_file("out/epoch-0.safetensors")
     assert all(name.startswith(f"pipe.{component}.") for name in written)
-    assert all(table.ours(name.removeprefix(f"pipe.{component}.")) for name in written)
+    assert all(table.to_targets(name.removeprefix(f"pipe.{component}.")) for name in written)
 
 
 def test_a_second_run_loads_no_encoder(train):

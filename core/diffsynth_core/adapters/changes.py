@@ -161,23 +161,23 @@ class LoraChanges:
         documented: documented names -> names in the module.
     """
 
-    def __init__(self, file: LoraFile, stream: Any, shapes: Mapping[str, tuple[int, ...]], documented: KeyMap) -> None:
-        self._file, self._stream, self._shapes, self._documented = file, stream, shapes, documented
+    def __init__(self, file: LoraFile, stream: Any, shapes: Mapping[str, tuple[int, ...]], public_keys: KeyMap) -> None:
+        self._file, self._stream, self._shapes, self._public_keys = file, stream, shapes, public_keys
 
     def of(self, name: str) -> Factors | None:
         """The change of a tensor, by its name in the module; None where the file has none."""
-        weight = self._documented.theirs(name)
+        weight = self._public_keys.to_source(name)
         if weight is None or weight not in self._file.weights:
             return None
         whole = read_factors(self._file, self._stream, weight, self._shapes[weight])
-        return cut_factors(whole, weight, name, self._documented, self._shapes[weight])
+        return cut_factors(whole, weight, name, self._public_keys, self._shapes[weight])
 
 
 def cut_factors(whole: Factors, weight: str, part: str, names: KeyMap, shape: tuple[int, ...]) -> Factors:
     """Of the change of a tensor of theirs that of one of ours, which has some of its rows."""
 
     def cut(tensor: Tensor, row: Sequence[int]) -> Tensor:
-        own: Tensor = names.cut(weight, tensor.reshape(shape[0], *row))[part]
+        own: Tensor = names.split(weight, tensor.reshape(shape[0], *row))[part]
         return own.reshape(len(own), -1)
 
     kernel = (1,) * len(shape[2:])
@@ -186,9 +186,9 @@ def cut_factors(whole: Factors, weight: str, part: str, names: KeyMap, shape: tu
 
 
 @contextmanager
-def open_changes(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], documented: KeyMap) -> Iterator[LoraChanges]:
+def open_changes(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], public_keys: KeyMap) -> Iterator[LoraChanges]:
     """The changes of a LoRA file, which stays open meanwhile."""
     from safetensors import safe_open
 
     with safe_open(file.path, framework="pt", device="cpu") as stream:
-        yield LoraChanges(file, stream, shapes, documented)
+        yield LoraChanges(file, stream, shapes, public_keys)

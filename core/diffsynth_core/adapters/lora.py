@@ -35,7 +35,7 @@ class LoraWeights:
     up: Tensor
 
 
-def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, documented: KeyMap = SAME_NAMES) -> None:
+def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, public_keys: KeyMap = SAME_NAMES) -> None:
     """Put a fresh LoRA on modules of a model; only the LoRA takes gradients.
 
     The initial weights of a module depend on the seed and its documented name alone.
@@ -50,7 +50,7 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, doc
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    own_names = {module: documented.ours(module) or () for module in modules}
+    own_names = {module: public_keys.to_targets(module) or () for module in modules}
     targets = [own for names in own_names.values() for own in names]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0)
     try:
@@ -92,20 +92,20 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
-def lora_weights(model: nn.Module, documented: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
+def lora_weights(model: nn.Module, public_keys: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
     """The LoRA of every module that carries one, by its documented name."""
     return {
-        module: LoraWeights(down, documented.join(f"{module}.weight", ups))
-        for module, (down, ups) in _halves(model, documented).items()
+        module: LoraWeights(down, public_keys.fuse(f"{module}.weight", ups))
+        for module, (down, ups) in _halves(model, public_keys).items()
     }
 
 
-def _halves(model: nn.Module, documented: KeyMap) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+def _halves(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """A and B as the model holds them, by documented module; B by the names of the weights that its parts change."""
     layers = lora_layers(model)
     found = {}
-    for module in documented.theirs_of(layers):
-        own = documented.ours(module) or ()
+    for module in public_keys.to_sources(layers):
+        own = public_keys.to_targets(module) or ()
         ups = {f"{name}.weight": layers[name].lora_B[ADAPTER].weight for name in own}
         found[module] = (layers[own[0]].lora_A[ADAPTER].weight, ups)
     return found
@@ -119,7 +119,7 @@ def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNami
     tensors: dict[str, Tensor] = {}
     names = naming.vocabulary(dialect).names
     for module, halves in weights.items():
-        ups = names.cut(f"{module}.weight", halves.up.detach())
+        ups = names.split(f"{module}.weight", halves.up.detach())
         for keys, up in zip(lora_keys(module, dialect, naming), ups.values(), strict=True):
             assert keys.down and keys.up
             tensors[keys.down], tensors[keys.up] = halves.down.detach(), up
@@ -128,7 +128,7 @@ def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNami
     return tensors
 
 
-def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented: KeyMap = SAME_NAMES) -> int:
+def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_keys: KeyMap = SAME_NAMES) -> int:
     """Start the LoRA of a model from a file in any dialect; returns how many documented modules it filled.
 
     Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
@@ -141,8 +141,8 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     """
     from safetensors import safe_open
 
-    targets = _halves(model, documented)
-    file = read_lora_file(path, _weight_shapes(model, documented), naming)
+    targets = _halves(model, public_keys)
+    file = read_lora_file(path, _weight_shapes(model, public_keys), naming)
     filled = targets.keys() & file.modules.keys()
     ranks = {module: joint_rank(file.modules[module]) for module in sorted(filled)}
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
@@ -156,7 +156,7 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
             factors = lora_factors(file.modules[module], stream)
             down[: factors.rank] = factors.down.reshape(factors.rank, *down.shape[1:])
             kernel = next(iter(ups.values())).shape[2:]
-            cut = documented.cut(f"{module}.weight", factors.up.reshape(len(factors.up), factors.rank, *kernel))
+            cut = public_keys.split(f"{module}.weight", factors.up.reshape(len(factors.up), factors.rank, *kernel))
             for own, rows in cut.items():
                 ups[own].zero_()
                 ups[own][:, : factors.rank] = rows.reshape(len(rows), factors.rank, *ups[own].shape[2:])
@@ -168,7 +168,7 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, documented
     return len(filled)
 
 
-def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int, ...]]:
+def _weight_shapes(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of a model's modules, by their documented names, without peft's layers in between."""
     own = {
         f"{name.removesuffix('.base_layer')}.weight": tuple(module.weight.shape)
@@ -176,7 +176,7 @@ def _weight_shapes(model: nn.Module, documented: KeyMap) -> dict[str, tuple[int,
         if ".lora_" not in name and isinstance(getattr(module, "weight", None), Tensor)
     }
     return {
-        name.removesuffix(".weight"): documented.join_shape(name, own)
-        for name in documented.theirs_of(own)
+        name.removesuffix(".weight"): public_keys.fuse_shape(name, own)
+        for name in public_keys.to_sources(own)
         if name.endswith(".weight")
     }

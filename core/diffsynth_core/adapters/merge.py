@@ -12,14 +12,14 @@ from torch import Tensor
 
 from diffsynth_core.adapters.changes import Factors
 
-LOSS_WORTH_A_WARNING = 0.1
+MAX_SILENT_ERROR = 0.1
 """Share of a change that rounding may lose in silence."""
 SUMMED_AT_ONCE = 2**20
 """Squares added up in float32; their sums are added in float64."""
 
 
 @dataclass
-class Loss:
+class RelativeError:
     """How much of changes is lost: ||D' - D|| / ||D|| over all weights, D being what was asked for, D' what came of it.
 
     Rounding to bfloat16 loses a third of a change of spread 1e-4 on weights of spread 0.02.
@@ -28,7 +28,7 @@ class Loss:
     lost_squared: float = 0.0
     asked_squared: float = 0.0
 
-    def add(self, other: "Loss") -> None:
+    def add(self, other: "RelativeError") -> None:
         """Take in the weights of another."""
         self.lost_squared += other.lost_squared
         self.asked_squared += other.asked_squared
@@ -39,7 +39,7 @@ class Loss:
         return (self.lost_squared / self.asked_squared) ** 0.5 if self.asked_squared else 0.0
 
 
-def truncate(change: Factors, rank: int) -> tuple[Factors, Loss]:
+def truncate(change: Factors, rank: int) -> tuple[Factors, RelativeError]:
     """The nearest change of at most this rank (Eckart and Young 1936), and what it loses; in float64.
 
     By QR of both factors and the singular values of what is left between them, `[rank, rank]`: those of the whole.
@@ -52,7 +52,7 @@ def truncate(change: Factors, rank: int) -> tuple[Factors, Loss]:
         (roots[:, None] * v[: len(roots)] @ right.T).float(), (left @ (u[:, : len(roots)] * roots)).float()
     )
     squares = values.square()
-    return factors, Loss(float(squares[rank:].sum()), float(squares.sum()))
+    return factors, RelativeError(float(squares[rank:].sum()), float(squares.sum()))
 
 
 class Workspace:

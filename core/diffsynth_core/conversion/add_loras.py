@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from diffsynth_core.adapters.changes import Factors, add_factors, finite, lora_factors
-from diffsynth_core.adapters.merge import Loss, truncate
+from diffsynth_core.adapters.merge import RelativeError, truncate
 from diffsynth_core.conversion.add_plan import SummedModule, SumPlan, output_of
 from diffsynth_core.conversion.merging import as_bytes
 from diffsynth_core.conversion.provenance import InputHashes
@@ -25,8 +25,8 @@ from diffsynth_core.weights.weight_writer import Pieces, write_outputs
 class SumResult:
     """What a lower rank loses: of all modules together, and of each."""
 
-    loss: Loss
-    losses: dict[str, Loss] = field(default_factory=dict)
+    loss: RelativeError
+    losses: dict[str, RelativeError] = field(default_factory=dict)
 
 
 def add_loras(plan: SumPlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> SumResult:
@@ -39,7 +39,7 @@ def add_loras(plan: SumPlan, hashes: InputHashes, reporter: Reporter, overwrite:
     with ExitStack() as opened:
         summing = _Summing(plan, opened)
         write_outputs([output_of(plan, summing.sources(), hashes)], plan.inputs, reporter, overwrite)
-    total = Loss()
+    total = RelativeError()
     for loss in summing.losses.values():
         total.add(loss)
     return SumResult(total, summing.losses)
@@ -52,7 +52,7 @@ class _Summing:
         self._plan = plan
         self._streams = [opened.enter_context(safe_open(one.path, framework="pt")) for one in plan.files]
         self._last: tuple[str, Factors] | None = None
-        self.losses: dict[str, Loss] = {}
+        self.losses: dict[str, RelativeError] = {}
 
     def sources(self) -> dict[str, Pieces]:
         """What makes the bytes of each tensor of the result."""

@@ -37,8 +37,8 @@ class Base:
 
     def names_of(self, tensor: str) -> frozenset[str]:
         """Names in the files of what holds a documented tensor."""
-        own = self.layout.documented.ours(tensor) or ()
-        return frozenset(self.prefix + name for part in own if (name := self.layout.names.theirs(part)) is not None)
+        own = self.layout.public_keys.to_targets(tensor) or ()
+        return frozenset(self.prefix + name for part in own if (name := self.layout.names.to_source(part)) is not None)
 
 
 def open_base(text: str, models: Path, option: str = "--base") -> Base:
@@ -57,9 +57,9 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
         raise _unknown(weights)
     denoisers = [(part, of) for part, of in known if of[1].name == of[0].denoiser]
     part, (facts, component, layout) = (denoisers or known)[0]
-    documented = layout.documented_shapes(shapes_in(part, layout))
-    shapes = {name: documented[f"{name}.weight"] for name in modules_with_weights(documented)}
-    return Base(weights, facts, component, layout, shapes, part.prefix, documented, found.scales)
+    public_shapes = layout.public_shapes(shapes_in(part, layout))
+    shapes = {name: public_shapes[f"{name}.weight"] for name in modules_with_weights(public_shapes)}
+    return Base(weights, facts, component, layout, shapes, part.prefix, public_shapes, found.scales)
 
 
 def _paths(text: str, models: Path, option: str) -> list[Path]:

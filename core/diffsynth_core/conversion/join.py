@@ -18,7 +18,7 @@ from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, align
 
 
 @dataclass(frozen=True)
-class TakenFrom:
+class SplitSource:
     """What a part was in the checkpoint that it was taken from."""
 
     file: str
@@ -33,7 +33,7 @@ def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
         DiffSynthError: when the files do not belong together, or hold a tensor twice.
     """
     sets = _open(paths)
-    parts = [_taken_from(weights) for weights in sets]
+    parts = [_split_source(weights) for weights in sets]
     known = [part for part in parts if part]
     if len(known) == len(sets):
         return _join_parts(sets, known, folder)
@@ -60,7 +60,7 @@ def _open(paths: Sequence[Path]) -> list[WeightSet]:
     for path in listed:
         stem = stem_of_shard(path.name)
         groups.setdefault((path.parent, stem) if stem else path, []).append(path)
-    if len(groups) > 1 and not all(_taken_from(open_weights(group)) for group in groups.values()):
+    if len(groups) > 1 and not all(_split_source(open_weights(group)) for group in groups.values()):
         return [open_weights(listed)]
     return [open_weights(group) for group in groups.values()]
 
@@ -74,16 +74,16 @@ def _sets_in(folder: Path) -> list[Path]:
     return found or [folder]
 
 
-def _taken_from(weights: WeightSet) -> TakenFrom | None:
+def _split_source(weights: WeightSet) -> SplitSource | None:
     """What a part says of the checkpoint it was taken from; None: it says nothing, or nothing that can be read."""
     try:
-        found = as_type(parse_json(weights.said(TAKEN_FROM) or ""), TakenFrom)
+        found = as_type(parse_json(weights.metadata_value(TAKEN_FROM) or ""), SplitSource)
     except (InvalidJson, WrongType):
         return None
     return found if Path(found.file).name == found.file else None
 
 
-def _join_parts(sets: Sequence[WeightSet], parts: Sequence[TakenFrom], folder: Path) -> FilePlan:
+def _join_parts(sets: Sequence[WeightSet], parts: Sequence[SplitSource], folder: Path) -> FilePlan:
     """The checkpoint that parts were taken from, its tensors in the order in which checkpoints are written."""
     if len({(part.file, json.dumps(dict(part.metadata), sort_keys=True)) for part in parts}) > 1:
         raise DiffSynthError(

@@ -110,7 +110,7 @@ def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:
     """Those that a file may be of."""
     if family is not None and family not in FAMILIES:
         raise FaultsFound([unknown_family(family)])
-    said = weights.said("family")
+    said = weights.metadata_value("family")
     if family and said in FAMILIES and said != family:
         raise DiffSynthError(
             f"the metadata of `{weights.origin}` states the family `{said}`, but `--family` is `{family}`",
@@ -123,7 +123,7 @@ def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:
 def _component(weights: WeightSet, component: str | None) -> str | None:
     """The component that is named, in the command, the metadata or the keys."""
     in_keys = {match[1] for match in map(_COMPONENT.match, filter(is_lora_key, weights.tensors)) if match}
-    return component or weights.said("lora_component") or (in_keys.pop() if len(in_keys) == 1 else None)
+    return component or weights.metadata_value("lora_component") or (in_keys.pop() if len(in_keys) == 1 else None)
 
 
 def _namings(families: list[FamilyFacts], component: str | None) -> list[tuple[FamilyFacts, LoraNaming]]:

@@ -156,7 +156,7 @@ def outputs_of(
     if plan.max_shard_bytes is not None:
         stem = stem_of_shard(weights.files[0].name) or weights.files[0].stem
         said = _metadata(plan, weights.files[0])
-        common = {key: value for key in said if (value := weights.said(key)) is not None}
+        common = {key: value for key in said if (value := weights.metadata_value(key)) is not None}
         files, indexes = plan_shards(plan.output, stem, list(tensors.values()), common, plan.max_shard_bytes)
         return [*(_with_provenance(plan, file, late) for file in files), *indexes]
     files = []

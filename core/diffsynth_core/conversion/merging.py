@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffsynth_core.adapters.changes import Factors, add_factors, cut_factors, read_factors
-from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
+from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
 from diffsynth_core.conversion.lora_inputs import MatchedLora
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
 from diffsynth_core.conversion.provenance import InputHashes
@@ -40,8 +40,8 @@ MOST_THREADS = 8
 class MergeResult:
     """What rounding lost of what LoRAs asked for: of all together, and over the weights that each of them changes."""
 
-    loss: Loss
-    losses: tuple[Loss, ...]
+    loss: RelativeError
+    losses: tuple[RelativeError, ...]
 
 
 def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> MergeResult:
@@ -55,7 +55,7 @@ def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: b
         merging = _Merging(plan, pool, opened)
         write_outputs(outputs_of(plan, merging.pieces, hashes.wait), plan.inputs, reporter, overwrite)
     result = merging.result()
-    if result.loss.share > LOSS_WORTH_A_WARNING:
+    if result.loss.share > MAX_SILENT_ERROR:
         formats = sorted({plan.format_of(name) for name in plan.changed})
         reporter.warn(
             f"rounding to {', '.join(formats)} loses {result.loss.share:.0%} of the change; `--dtype float32` preserves it"
@@ -97,7 +97,7 @@ class _Merging:
 
     def __init__(self, plan: MergePlan, pool: ThreadPoolExecutor, opened: ExitStack) -> None:
         self._plan, self._pool = plan, pool
-        self._losses: dict[str, Loss] = {}
+        self._losses: dict[str, RelativeError] = {}
         self._streams = [
             (lora, opened.enter_context(safe_open(lora.file.path, framework="pt", device="cpu"))) for lora in plan.loras
         ]
@@ -110,12 +110,12 @@ class _Merging:
         return lambda: self._make(name)
 
     def result(self) -> MergeResult:
-        total = Loss()
+        total = RelativeError()
         for loss in self._losses.values():
             total.add(loss)
         each = []
         for lora in self._plan.loras:
-            own = Loss()
+            own = RelativeError()
             for name in sorted({name for tensor in lora.file.weights for name in self._plan.base.names_of(tensor)}):
                 own.add(self._losses[name])
             each.append(own)
@@ -129,7 +129,7 @@ class _Merging:
         columns = math.prod(header.shape[1:]) if factors or scale else 1
         rows = math.prod(header.shape) // max(columns, 1)
         height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
-        loss = self._losses[name] = Loss(asked_squared=factors.squared_norm if factors else 0.0)
+        loss = self._losses[name] = RelativeError(asked_squared=factors.squared_norm if factors else 0.0)
         piece = _Piece(
             name,
             self._sources[span.path],
@@ -153,18 +153,18 @@ class _Merging:
     def _of_one(self, lora: MatchedLora, stream: Any, name: str) -> Iterator[Factors]:
         """What one LoRA adds to a tensor in the files: a change for each documented tensor that it is a part of."""
         base = self._plan.base
-        names, documented = base.layout.names, base.layout.documented
+        names, public_keys = base.layout.names, base.layout.public_keys
         of_component = name.removeprefix(base.prefix)
-        own = names.ours(of_component) or ()
-        weights = dict.fromkeys(weight for part in own if (weight := documented.theirs(part)) is not None)
-        shapes = names.cut_shape(of_component, base.weights.tensors[name].shape)
+        own = names.to_targets(of_component) or ()
+        weights = dict.fromkeys(weight for part in own if (weight := public_keys.to_source(part)) is not None)
+        shapes = names.split_shape(of_component, base.weights.tensors[name].shape)
         for weight in weights:
             if weight in lora.file.weights:
                 whole = read_factors(lora.file, stream, weight, base.tensor_shapes[weight])
                 parts = {
-                    part: cut_factors(whole, weight, part, documented, base.tensor_shapes[weight])
+                    part: cut_factors(whole, weight, part, public_keys, base.tensor_shapes[weight])
                     for part in own
-                    if documented.theirs(part) == weight
+                    if public_keys.to_source(part) == weight
                 }
                 yield _join(parts, of_component, names, shapes).scaled(lora.weight)
 
@@ -177,7 +177,7 @@ def _join(parts: Mapping[str, Factors], name: str, names: KeyMap, shapes: Mappin
         whole = {
             part: tensors[part] if part in tensors else torch.zeros(shape[0], width) for part, shape in shapes.items()
         }
-        joined: Tensor = names.join(name, whole)
+        joined: Tensor = names.fuse(name, whole)
         return joined.flatten(1)
 
     up = join({part: factors.up for part, factors in parts.items()}, first.rank)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.choices import LayoutName, LoraFormat
-from diffsynth_core.conversion.lora_source import open_lora
-from diffsynth_core.conversion.lora_tensors import write_lora
-from diffsynth_core.conversion.ownership import (
-    Ownership,
+from diffsynth_core.conversion.key_owners import (
+    KeyOwners,
     facts_of,
     find_family,
     find_owners,
@@ -19,6 +17,8 @@ from diffsynth_core.conversion.ownership import (
     read_origin,
     unmatched_problem,
 )
+from diffsynth_core.conversion.lora_source import open_lora
+from diffsynth_core.conversion.lora_tensors import write_lora
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import Translated, find_reading, translate
@@ -39,13 +39,13 @@ TAKEN_FROM = "taken_from"
 class SplitChoices:
     """What a user chose. `layout`: names of full weights, None: as they are.
     `lora_format`: names of LoRAs, None: as they are.
-    `most_bytes`: of the tensors of one file; None: any number."""
+    `max_shard_bytes`: of the tensors of one file; None: any number."""
 
     unprefixed: str | None = None
     family: str | None = None
     layout: LayoutName | None = None
     lora_format: LoraFormat | None = None
-    most_bytes: int | None = None
+    max_shard_bytes: int | None = None
     allow_unmatched: bool = False
 
 
@@ -68,20 +68,19 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
             of what there is none of.
     """
     origin = read_origin(weights, choices.family, choices.unprefixed)
-    ownership = find_owners(weights.tensors, origin)
-    if ownership.unmatched and not (choices.allow_unmatched and (ownership.full or ownership.lora)):
-        raise_if_any([unmatched_problem(weights.origin, ownership, len(weights.tensors))])
-    raise_if_any(_without_effect(weights, ownership, choices))
-    family = origin.family or find_family(ownership.full)
-    raise_if_any(misnamed(ownership.full, family))
-    parts, problems, notes = _full_parts(weights, ownership, family, choices)
+    owners = find_owners(weights.tensors, origin)
+    if owners.unmatched and not (choices.allow_unmatched and (owners.full or owners.lora)):
+        raise_if_any([unmatched_problem(weights.origin, owners, len(weights.tensors))])
+    raise_if_any(_without_effect(weights, owners, choices))
+    family = origin.family or find_family(owners.full)
+    raise_if_any(misnamed(owners.full, family))
+    parts, problems, notes = _full_parts(weights, owners, family, choices)
     raise_if_any(problems)
     parts += [
-        _lora_part(weights, component, names, family, choices.lora_format)
-        for component, names in ownership.lora.items()
+        _lora_part(weights, component, names, family, choices.lora_format) for component, names in owners.lora.items()
     ]
-    if ownership.unmatched:
-        notes.append(f"skipped, not part of any component: {_counted(ownership.unmatched)}")
+    if owners.unmatched:
+        notes.append(f"skipped, not part of any component: {_counted(owners.unmatched)}")
     outputs: list[Output] = []
     for part in sorted(parts, key=lambda part: part.stem):
         files, indexes = plan_shards(
@@ -89,17 +88,17 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
             part.stem,
             part.tensors,
             _metadata(weights, part, family, choices),
-            choices.most_bytes,
+            choices.max_shard_bytes,
         )
         outputs += [*files, *indexes]
     return FilePlan(tuple(outputs), weights.inputs, tuple(notes))
 
 
-def _without_effect(weights: WeightSet, ownership: Ownership, choices: SplitChoices) -> list[Problem]:
+def _without_effect(weights: WeightSet, owners: KeyOwners, choices: SplitChoices) -> list[Problem]:
     """Names that are asked for of full weights, or of LoRAs, where a checkpoint holds none."""
     asked = (
-        ("layout", choices.layout, "full weights", ownership.full, "rename a LoRA with `--lora_format`"),
-        ("lora_format", choices.lora_format, "LoRAs", ownership.lora, "rename full weights with `--layout`"),
+        ("layout", choices.layout, "full weights", owners.full, "rename a LoRA with `--lora_format`"),
+        ("lora_format", choices.lora_format, "LoRAs", owners.lora, "rename full weights with `--layout`"),
     )
     return [
         Problem(f"`--{option}` applies to {what}, but `{weights.origin}` contains none", hint, wrong_use=True)
@@ -108,10 +107,10 @@ def _without_effect(weights: WeightSet, ownership: Ownership, choices: SplitChoi
     ]
 
 
-def plan_split_by_size(weights: WeightSet, folder: Path, most_bytes: int) -> FilePlan:
-    """Shards of at most `most_bytes` of tensors, with the names and the metadata that there are."""
+def plan_split_by_size(weights: WeightSet, folder: Path, max_shard_bytes: int) -> FilePlan:
+    """Shards of at most `max_shard_bytes` of tensors, with the names and the metadata that there are."""
     tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
-    files, indexes = plan_shards(folder, stem_of(weights), tensors, common_metadata([weights]), most_bytes)
+    files, indexes = plan_shards(folder, stem_of(weights), tensors, common_metadata([weights]), max_shard_bytes)
     return FilePlan((*files, *indexes), weights.inputs)
 
 
@@ -143,11 +142,11 @@ def _prefix(names: Mapping[str, str]) -> str | None:
 
 
 def _full_parts(
-    weights: WeightSet, ownership: Ownership, family: FamilyFacts | None, choices: SplitChoices
+    weights: WeightSet, owners: KeyOwners, family: FamilyFacts | None, choices: SplitChoices
 ) -> tuple[list[Part], list[Problem], list[str]]:
     """The full weights of each component, under the names asked for."""
     parts, problems, notes = [], [], []
-    for component, names in ownership.full.items():
+    for component, names in owners.full.items():
         tensors, prefix = _tensors(weights, names), _prefix(names)
         if choices.layout:
             translated = _translate(component, tensors, family, choices.layout)
@@ -255,7 +254,7 @@ def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, choice
             "metadata": common_metadata([weights]),
         }
         metadata[TAKEN_FROM] = json.dumps(taken, sort_keys=True)
-    lora_format = choices.lora_format or weights.said("lora_format")
+    lora_format = choices.lora_format or weights.metadata_value("lora_format")
     if part.stem.endswith(LORA_ENDING) and lora_format:
         metadata |= {"lora_component": part.component, "lora_format": lora_format}
     return metadata

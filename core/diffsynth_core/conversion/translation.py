@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from diffsynth_core.conversion.ownership import has_place, layout_of, readings
+from diffsynth_core.conversion.key_owners import has_place, layout_of, readings
 from diffsynth_core.conversion.row_spans import RowSpans
 from diffsynth_core.models.spec import ComponentFacts, Layout
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
@@ -47,7 +47,7 @@ def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap)
     source: dict[str, str] = {}
     unknown, misshapen, unneeded = [], [], []
     for name, tensor in tensors.items():
-        parts = reading.ours(name)
+        parts = reading.to_targets(name)
         if parts is None:
             unknown.append(name)
         elif not parts:
@@ -55,23 +55,23 @@ def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap)
         elif not _can_cut(reading, name, tensor) or any(part in own for part in parts):
             misshapen.append(name)
         else:
-            own |= reading.cut(name, tensor)
+            own |= reading.split(name, tensor)
             source |= dict.fromkeys(parts, name)
     written = {}
-    for name in writing.theirs_of(own):
-        parts = writing.ours(name) or ()
+    for name in writing.to_sources(own):
+        parts = writing.to_targets(name) or ()
         if all(own[part].shape for part in parts) or len(parts) == 1:
-            written[name] = writing.join(name, own)
+            written[name] = writing.fuse(name, own)
         if name not in written or not _is_whole(written[name]):
             misshapen += [source[part] for part in parts]
-    placed = {part for name in written for part in writing.ours(name) or ()}
+    placed = {part for name in written for part in writing.to_targets(name) or ()}
     unknown += [source[part] for part in own if part not in placed and source[part] not in misshapen]
     return Translated(written, _once(unknown), _once(misshapen), _once(unneeded))
 
 
 def _can_cut(reading: KeyMap, name: str, tensor: RowSpans) -> bool:
     """Whether a tensor has rows where it is cut, and as many as its parts have together."""
-    shapes = reading.cut_shape(name, tensor.shape)
+    shapes = reading.split_shape(name, tensor.shape)
     return bool(tensor.shape or len(shapes) == 1) and (
         sum(math.prod(shape) for shape in shapes.values()) == math.prod(tensor.shape)
     )

@@ -16,7 +16,7 @@ CONTROLNET_IMAGE = "controlnet_image"
 """The extra input and metadata column of the image to follow."""
 CONTROL_LATENTS = "controlnet_latents"
 """Name of its latents, and of the encoder that makes them."""
-PLACES = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
+FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 """Where repositories keep a ControlNet: in a folder, or in one of its own that says so in its name."""
 
 IMAGE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
@@ -25,10 +25,10 @@ LATENTS = EncoderFacts(
 )
 
 
-def with_controlnet(variant: Variant, unreached: Callable[[frozenset[str]], frozenset[str]]) -> Variant:
+def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], frozenset[str]]) -> Variant:
     """A kind of model with a ControlNet beside it, which is shown the image to follow and nothing else.
 
-    `unreached`: names of modules or tensors of the ControlNet -> those that its training does not reach.
+    `extra_unused`: names of modules or tensors of the ControlNet -> those that its training does not reach.
     """
     return replace(
         variant,
@@ -36,9 +36,9 @@ def with_controlnet(variant: Variant, unreached: Callable[[frozenset[str]], froz
         components=(*variant.components, CONTROLNET),
         encoders=(*variant.encoders, LATENTS),
         references=(IMAGE,),
-        takes=(CONTROLNET_IMAGE,),
-        in_step=(CONTROLNET,),
-        unreached={CONTROLNET: unreached},
+        conditions=(CONTROLNET_IMAGE,),
+        step_components=(CONTROLNET,),
+        extra_unused={CONTROLNET: extra_unused},
     )
 
 

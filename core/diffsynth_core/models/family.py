@@ -90,10 +90,10 @@ class Family(ABC):
         """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
         return None
 
-    def untrainable_parameters(self, component: str, module: nn.Module, variant: Variant) -> frozenset[str]:
+    def unused_parameters(self, component: str, module: nn.Module, variant: Variant) -> frozenset[str]:
         """Names of parameters that no gradient can reach."""
         names = [name for name, _ in module.named_parameters()]
-        dead = variant.untrainable(self.facts.component(component), frozenset(names))
+        dead = variant.unused_params(self.facts.component(component), frozenset(names))
         return frozenset(name for name in names if is_below(name, dead))
 
 

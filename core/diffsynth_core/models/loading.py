@@ -60,10 +60,10 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     names: dict[str, str] = {}
     surplus = set()
     for original, tensor in found.items():
-        cut = files.layout.names.cut_shape(original, tensor.shape)
+        cut = files.layout.names.split_shape(original, tensor.shape)
         shapes |= cut
         names |= dict.fromkeys(cut, original)
-        if files.layout.names.ours(original) is None or not cut.keys() <= expected.keys():
+        if files.layout.names.to_targets(original) is None or not cut.keys() <= expected.keys():
             surplus.add(original)
     source = f"`{files.config_path}`" if files.config_path else "the config inferred from its shapes"
     where = f"{files.component} from `{files.origin}`"
@@ -81,7 +81,7 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
         first = wrong[0]
         what = (
             f"the shapes of {len(wrong)} tensors differ from those that {source} requires; "
-            f"`{first}` is {list(found[first].shape)}, expected {list(files.layout.names.join_shape(first, expected))}"
+            f"`{first}` is {list(found[first].shape)}, expected {list(files.layout.names.fuse_shape(first, expected))}"
         )
         problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
     return problems
@@ -125,7 +125,7 @@ def load_component(
                 task.advance()
                 continue
             tensor = stored if scale is None else dequantize(stored, scale)
-            for name, value in files.layout.names.cut(key, tensor).items():
+            for name, value in files.layout.names.split(key, tensor).items():
                 wide = name in float32 or _stays_float32(module, name)
                 kept = torch.float32 if wide else dtype
                 changed = change(name, value, kept) if change else value
@@ -147,15 +147,15 @@ def load_component(
 def _keeps_scale(files: ComponentFiles, narrow: Collection[str], key: str, stored: Tensor, scale: Tensor) -> bool:
     """Whether a weight of the files is kept in the 8-bit floats that it is stored in: what has one scale a row, and
     becomes whole weights that are to be kept so."""
-    names = files.layout.names.ours(key) or ()
+    names = files.layout.names.to_targets(key) or ()
     return stored.dtype == FLOAT8 and scale.shape[1] == 1 and bool(names) and set(names) <= set(narrow)
 
 
 def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """A stored weight of the files as those of our module, each with the float32 scales of its rows, `[out, 1]`."""
     of_rows = scale.repeat_interleave(len(stored) // len(scale), 0)
-    scales = files.layout.names.cut(key, of_rows)
-    pieces = files.layout.names.cut(key, stored.view(torch.uint8))  # few operations know 8-bit floats
+    scales = files.layout.names.split(key, of_rows)
+    pieces = files.layout.names.split(key, stored.view(torch.uint8))  # few operations know 8-bit floats
     return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
 
 
@@ -215,5 +215,5 @@ def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
     dtypes: dict[str, str] = {}
     for name, tensor in part_of(files).tensors.items():
         told = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
-        dtypes |= dict.fromkeys(files.layout.names.ours(name) or (), told)
+        dtypes |= dict.fromkeys(files.layout.names.to_targets(name) or (), told)
     return dtypes

@@ -97,7 +97,7 @@ def component_at(place: str, facts: FamilyFacts, model_id: str = "") -> Componen
 
     Where the place tells nothing, such as `diffusion_pytorch_model.safetensors`, the repository's name may.
     """
-    named = [(component, pattern) for component in facts.components for pattern in component.places]
+    named = [(component, pattern) for component in facts.components for pattern in component.file_patterns]
     return next(
         (component for component, pattern in named if ":" in pattern and fnmatch(f"{model_id}:{place}", pattern)),
         next((component for component, pattern in named if fnmatch(place, pattern)), None),

@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes."""
 
 
-def nothing_untrainable(names: frozenset[str]) -> frozenset[str]:
+def nothing_unused(names: frozenset[str]) -> frozenset[str]:
     """For components all of whose modules count."""
     return frozenset()
 
@@ -30,51 +30,51 @@ def is_below(name: str, modules: Collection[str]) -> bool:
 class Layout:
     """One way in which files hold a component.
 
-    `signature`: tensor names that are all there in a file of this layout and in no other component's.
+    `signature`: tensor names that are all present in a file of this layout and in no other component's.
     `names`: names in the file -> names in our module.
-    `documented`: documented names, which users type and LoRA files hold -> names in our module.
-    `written`: names in full checkpoints -> names in our module; None: the documented ones.
-    `borrowed`: another family publishes its files in these names too, and has them where neither is named.
+    `public_keys`: the names that users type and LoRA files contain, those of DiffSynth-Studio -> names in our module.
+    `saved_keys`: names in full checkpoints -> names in our module; None: the public ones.
+    `borrowed`: another family publishes its files with these names too, and takes precedence if neither is specified.
     """
 
     signature: frozenset[str]
     names: KeyMap = SAME_NAMES
-    documented: KeyMap = SAME_NAMES
-    written: KeyMap | None = None
+    public_keys: KeyMap = SAME_NAMES
+    saved_keys: KeyMap | None = None
     borrowed: bool = False
 
     @property
-    def in_checkpoints(self) -> KeyMap:
+    def checkpoint_keys(self) -> KeyMap:
         """Names in full checkpoints -> names in our module."""
-        return self.documented if self.written is None else self.written
+        return self.public_keys if self.saved_keys is None else self.saved_keys
 
     def module_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by the names of our module, from those in the files; what has no place in it is left out."""
         ours: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
-            ours |= self.names.cut_shape(name, shape)
+            ours |= self.names.split_shape(name, shape)
         return ours
 
-    def documented_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def public_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by documented name, from those of our module; what has no documented name is left out."""
-        return {name: self.documented.join_shape(name, shapes) for name in self.documented.theirs_of(shapes)}
+        return {name: self.public_keys.fuse_shape(name, shapes) for name in self.public_keys.to_sources(shapes)}
 
     def below(self, modules: Collection[str], names: Collection[str]) -> frozenset[str]:
         """Of the `names` of our tensors those that are, or stand below, one of `modules`, by documented name."""
-        known = [name for name in self.documented.theirs_of(names) if is_below(name, modules)]
-        return frozenset(own for name in known for own in self.documented.ours(name) or ())
+        known = [name for name in self.public_keys.to_sources(names) if is_below(name, modules)]
+        return frozenset(own for name in known for own in self.public_keys.to_targets(name) or ())
 
     def checkpoint_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by the names in full checkpoints, from those of our module."""
-        return {name: self.in_checkpoints.join_shape(name, shapes) for name in self.in_checkpoints.theirs_of(shapes)}
+        return {name: self.checkpoint_keys.fuse_shape(name, shapes) for name in self.checkpoint_keys.to_sources(shapes)}
 
 
 @dataclass(frozen=True)
 class ComponentFacts:
     """One network of a family.
 
-    `places`: patterns (fnmatch) of the file names that recipes and repositories use for it; one with a colon is of
-    the repository and the file name (`model_id:file`), and counts before those of file names alone.
+    `file_patterns`: patterns (fnmatch) of the file names that recipes and repositories use for it; those of repository
+    and file name (`model_id:file`) take precedence over those of file names alone.
     `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
     its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
@@ -99,7 +99,7 @@ class ComponentFacts:
     name: str
     title: str
     layouts: tuple[Layout, ...]
-    places: tuple[str, ...]
+    file_patterns: tuple[str, ...]
     config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ class ComponentFacts:
     blocks: Mapping[str, int] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
-    untrainable: Callable[[frozenset[str]], frozenset[str]] = nothing_untrainable
+    unused_params: Callable[[frozenset[str]], frozenset[str]] = nothing_unused
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
@@ -118,7 +118,9 @@ class ComponentFacts:
         """Names in files of a layout -> names in our module; None: there is no table of them."""
         if layout_name == "diffusers":
             return SAME_NAMES
-        return layout.documented if layout_name == "documented" else self.published.get(layout_name, layout.documented)
+        return (
+            layout.public_keys if layout_name == "documented" else self.published.get(layout_name, layout.public_keys)
+        )
 
     @property
     def lora_naming(self) -> LoraNaming:
@@ -190,10 +192,10 @@ class Variant:
     `model_id`: the published model that stands for it.
     `components`: all that must be there.
     `references`: images shown; each of their columns is one of the extra inputs asked for.
-    `in_step`: components that take part in every step beside the denoiser, whether they train or not.
-    `reached`: modules by component that this kind's training does reach, of those that are `untrainable` in others.
-    `unreached`: by component, names of our modules or tensors -> those that this kind's training does not reach.
-    `takes` and `needs`: extra inputs (`extra_inputs`) that it can use, and those it cannot do without.
+    `step_components`: components besides the denoiser that run in every training step, whether they train or not.
+    `extra_trainable`: by component, modules that are `unused_params` of the component but trainable in this variant.
+    `extra_unused`: by component, names of our modules or tensors -> those without gradient in this variant only.
+    `conditions`: extra inputs (`extra_inputs`) that it accepts. `required_conditions`: those of them that it requires.
     `num_conditioning_frames`: latent frames at the start of a clip that stay clean: not noised, not in the loss.
     """
 
@@ -203,31 +205,32 @@ class Variant:
     encoders: tuple[EncoderFacts, ...]
     target: TargetSpec
     references: tuple[References, ...] = ()
-    in_step: tuple[str, ...] = ()
-    reached: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    unreached: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)
-    takes: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    step_components: tuple[str, ...] = ()
+    extra_trainable: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    extra_unused: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
+    required_conditions: tuple[str, ...] = ()
     num_conditioning_frames: int = 0
 
-    def untrainable(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
-        """Modules of a component that no gradient can reach, given the names of its modules or tensors."""
-        unreached = self.unreached.get(component.name, nothing_untrainable)(names)
-        return (component.untrainable(names) | unreached) - self.reached.get(component.name, frozenset())
+    def unused_params(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
+        """Modules of a component that receive no gradient, given the names of its modules or tensors."""
+        extra_unused = self.extra_unused.get(component.name, nothing_unused)(names)
+        return (component.unused_params(names) | extra_unused) - self.extra_trainable.get(component.name, frozenset())
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Two sides that must be equal: one of a component, and one of the denoiser, which reads what the component makes,
-    or takes the same as it.
+class ShapeConstraint:
+    """A dimension of a component that must equal one of the denoiser, which reads the component's output or takes the
+    same input.
 
-    `side` and `denoiser_side` are (tensor of our module, axis); the denoiser's holds `parts` of it.
+    `source`, of the component, and `target`, of the denoiser, are (tensor of our module, axis); the target is `parts`
+    times the source.
     `verb`: what the component does with `what`. `way_out`: the hint; None: to name the component of the same model.
     """
 
     component: str
-    side: tuple[str, int]
-    denoiser_side: tuple[str, int]
+    source: tuple[str, int]
+    target: tuple[str, int]
     what: str
     parts: int = 1
     verb: Literal["makes", "takes"] = "makes"
@@ -255,7 +258,7 @@ class FamilyFacts:
     `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
     here -> what they are.
     `published`: sizes of published components; the first that fits counts.
-    `fits`: what of the components must fit the denoiser.
+    `shape_constraints`: what of the components must fit the denoiser.
     `mirrors`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
@@ -274,7 +277,7 @@ class FamilyFacts:
     tokenizers: Mapping[str, "TokenizerFacts"]
     memory: MemoryFacts
     published: tuple[HubModelSize, ...]
-    fits: tuple[Fit, ...] = ()
+    shape_constraints: tuple[ShapeConstraint, ...] = ()
     mirrors: Mapping[str, str] = field(default_factory=dict)
     second_denoiser: str = ""
     lookalikes: tuple["UnsupportedCheckpoint", ...] = ()

@@ -240,17 +240,17 @@ def _mismatches(
 ) -> list[Problem]:
     """Components that make what the denoiser cannot read: files of different models."""
     problems = []
-    for fit in facts.fits:
-        side, denoiser_side = (
+    for constraint in facts.shape_constraints:
+        source, target = (
             shapes.get(name, {}).get(tensor, ())[axis : axis + 1]
-            for name, (tensor, axis) in ((fit.component, fit.side), (facts.denoiser, fit.denoiser_side))
+            for name, (tensor, axis) in ((constraint.component, constraint.source), (facts.denoiser, constraint.target))
         )
-        if side and denoiser_side and denoiser_side != (side[0] * fit.parts,):
+        if source and target and target != (source[0] * constraint.parts,):
             problems.append(
                 Problem(
-                    f"the {fit.component} from `{origins[fit.component]}` {fit.verb} {fit.what} with {side[0]} channels, "
-                    f"but the {facts.denoiser} of {variant.title} expects {denoiser_side[0] // fit.parts}",
-                    fit.way_out or f"use the {fit.component} of the same model",
+                    f"the {constraint.component} from `{origins[constraint.component]}` {constraint.verb} {constraint.what} with {source[0]} channels, "
+                    f"but the {facts.denoiser} of {variant.title} expects {target[0] // constraint.parts}",
+                    constraint.way_out or f"use the {constraint.component} of the same model",
                     wrong_use=True,
                 )
             )

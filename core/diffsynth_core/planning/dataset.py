@@ -143,10 +143,10 @@ def column_hints(parameters: Parameters, facts: FamilyFacts, variant: Variant) -
     for name in facts.reference_columns:
         inputs = tuple(dict.fromkeys((*parameters.extra_inputs, name)))
         keys = dict.fromkeys((*parameters.data_file_keys, name))
-        together = set(inputs) <= set(facts.variant({}, inputs, "").takes)
+        together = set(inputs) <= set(facts.variant({}, inputs, "").conditions)
         hints[name] = (
             f"to train on it, pass `--data_file_keys {','.join(keys)} --extra_inputs {','.join(inputs)}`"
-            if name in variant.takes and together
+            if name in variant.conditions and together
             else f"{variant.title} does not read it; {LEAVE_OUT}"
         )
     return hints
@@ -210,9 +210,9 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
     problems = []
     of_objective = TASKS[parameters.task].columns
     for name in parameters.extra_inputs:
-        if name not in (*variant.takes, *of_objective):
-            near = suggest(name, set(variant.takes) - set(parameters.extra_inputs))
-            known = f"it takes {', '.join(variant.takes)}" if variant.takes else "remove it"
+        if name not in (*variant.conditions, *of_objective):
+            near = suggest(name, set(variant.conditions) - set(parameters.extra_inputs))
+            known = f"it takes {', '.join(variant.conditions)}" if variant.conditions else "remove it"
             hint = f"did you mean `{near}`?" if near else known
             problems.append(
                 Problem(f"`extra_inputs` names `{name}`, which {variant.title} does not support", hint, wrong_use=True)
@@ -223,7 +223,7 @@ def _input_problems(parameters: Parameters, variant: Variant) -> list[Problem]:
             f"pass `--extra_inputs {','.join((*parameters.extra_inputs, name))}`",
             wrong_use=True,
         )
-        for name in variant.needs
+        for name in variant.required_conditions
         if name not in parameters.extra_inputs
     ]
     return problems

@@ -187,7 +187,7 @@ def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
 
 def _tensor_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
     """Shapes of a component's tensors, by their documented names."""
-    return found.components[component].layout.documented_shapes(found.shapes[component])
+    return found.components[component].layout.public_shapes(found.shapes[component])
 
 
 def _module_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -29,14 +29,14 @@ _BLOCK = re.compile(r"(.*?)\.\d+\.(.+)")
 class LoraTargets:
     """The modules that receive LoRA, by their documented names.
 
-    `left_out`: modules that are asked for and that no gradient can reach.
-    `passed_over`: modules of the same kinds in other blocks, which are not asked for.
+    `untrainable_targets`: modules that are asked for and that no gradient can reach.
+    `skipped_modules`: modules of the same kinds in other blocks, which are not asked for.
     `rule`: how they were chosen where their ends were not named, as words.
     """
 
     modules: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    passed_over: tuple[str, ...] = ()
+    untrainable_targets: tuple[str, ...] = ()
+    skipped_modules: tuple[str, ...] = ()
     rule: str | None = None
 
 
@@ -59,7 +59,7 @@ def find_lora_targets(
         problems.append(Problem(f"`{component}` has no documented LoRA targets", hint, wrong_use=True))
         return LoraTargets()
     layout, shapes = found.components[component].layout, found.shapes[component]
-    modules = modules_with_weights(layout.documented_shapes(shapes))
+    modules = modules_with_weights(layout.public_shapes(shapes))
     matches, rule = match_targets(modules, targets), None
     if len(targets) == 1 and not matches[targets[0]]:
         (pattern,) = targets
@@ -78,15 +78,15 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
     from diffsynth_core.models.blocks import kinds_without_lora
 
     files, shapes = found.components[component], found.shapes[component]
-    documented = files.layout.documented
-    own = {part: name for name in names for part in documented.ours(name) or ()}
+    public_keys = files.layout.public_keys
+    own = {part: name for name in names for part in public_keys.to_targets(name) or ()}
     kinds = kinds_without_lora(load_family(found.facts.name), files, own)
     of_kind: dict[str, list[str]] = defaultdict(list)
     for part, kind in kinds.items():
         of_kind[f"of type `{kind}`"].append(own[part])
     for part, name in own.items():
         weight = f"{name}.weight"
-        if len(shapes[f"{part}.weight"]) != len(documented.join_shape(weight, shapes)):
+        if len(shapes[f"{part}.weight"]) != len(public_keys.fuse_shape(weight, shapes)):
             of_kind["that are convolutions in the files but linear layers here"].append(name)
     return [
         Problem(
@@ -109,7 +109,7 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
     layers = _layers_of_blocks(found, files)
     if layers is None:
         return LoraTargets()  # what is wrong with the files is told elsewhere
-    names = set(files.layout.documented.theirs_of(layers))
+    names = set(files.layout.public_keys.to_sources(layers))
     if not names:
         what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose from"
         problems.append(Problem(what, "set its modules", wrong_use=True))
@@ -140,18 +140,20 @@ def _reachable(
     found: FoundComponents, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
 ) -> LoraTargets:
     """Modules by their documented names, apart from those that no gradient can reach."""
-    documented = found.components[component].layout.documented
-    dead = found.variant.untrainable(found.facts.component(component), frozenset(found.shapes[component]))
-    alive = {name for name in names if not all(is_below(part, dead) for part in documented.ours(name) or ())}
+    public_keys = found.components[component].layout.public_keys
+    dead = found.variant.unused_params(found.facts.component(component), frozenset(found.shapes[component]))
+    alive = {name for name in names if not all(is_below(part, dead) for part in public_keys.to_targets(name) or ())}
     if names and not alive:
         what = f"`lora_target_modules` matches only modules that receive no gradient: {list_names(sorted(names))}"
         problems.append(Problem(what, "choose other modules", wrong_use=True))
-    modules = modules_with_weights(found.components[component].layout.documented_shapes(found.shapes[component]))
+    modules = modules_with_weights(found.components[component].layout.public_shapes(found.shapes[component]))
     kinds = {kind for name in alive if (kind := _kind_in_blocks(name))}
     alike = {name for name in modules - set(names) if _kind_in_blocks(name) in kinds}
-    passed_over = {name for name in alike if not all(is_below(part, dead) for part in documented.ours(name) or ())}
+    skipped_modules = {
+        name for name in alike if not all(is_below(part, dead) for part in public_keys.to_targets(name) or ())
+    }
     return LoraTargets(
-        tuple(sorted(alive)), tuple(sorted(set(names) - alive)), tuple(sorted(passed_over, key=_by_number)), rule
+        tuple(sorted(alive)), tuple(sorted(set(names) - alive)), tuple(sorted(skipped_modules, key=_by_number)), rule
     )
 
 
@@ -169,7 +171,7 @@ def _by_number(module: str) -> list[tuple[int, str]]:
 def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:
     """The problem that a target addresses nothing, with what it is called here, or the nearest ending of a name."""
     parts = match_targets(modules_with_weights(shapes), (target,))[target]
-    called = frozenset(filter(None, map(layout.documented.theirs, parts)))
+    called = frozenset(filter(None, map(layout.public_keys.to_source, parts)))
     addressing = [name for name, found in match_targets(called, facts.lora_targets).items() if found]
     endings = {".".join(name.split(".")[depth:]) for name in modules for depth in (-1, -2)}
     near = suggest(target, endings)

@@ -152,7 +152,7 @@ def unknown_parts(plan: Plan) -> list[str]:
     needed = components_of(plan.task, plan.variant) | plan.components.keys()
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
     online = sorted(plan.training.components - {plan.facts.denoiser})
-    unknown += [f"activations that autograd keeps of {name}" for name in {*online, *plan.variant.in_step}]
+    unknown += [f"activations that autograd keeps of {name}" for name in {*online, *plan.variant.step_components}]
     if plan.world_size > 1 and plan.task.trains:
         unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
@@ -170,7 +170,7 @@ def trained_weights(plan: Plan, component: str) -> frozenset[str]:
     """Names of a component's tensors that take gradients, without LoRA."""
     shapes = plan.shapes.get(component, {})
     asked = _masters(plan, component)
-    dead = plan.variant.untrainable(plan.facts.component(component), frozenset(shapes))
+    dead = plan.variant.unused_params(plan.facts.component(component), frozenset(shapes))
     return frozenset(name for name in asked if not is_below(name, dead))
 
 
@@ -184,10 +184,10 @@ def lora_numbers(plan: Plan, rank: int) -> int:
     component = plan.training.lora_component
     if not component:
         return 0
-    documented, shapes = plan.components[component].layout.documented, plan.shapes.get(component, {})
+    public_keys, shapes = plan.components[component].layout.public_keys, plan.shapes.get(component, {})
     total = 0
     for module in plan.training.lora_modules:
-        parts = [shapes[f"{name}.weight"] for name in documented.ours(module) or ()]
+        parts = [shapes[f"{name}.weight"] for name in public_keys.to_targets(module) or ()]
         total += rank * (math.prod(parts[0][1:]) + sum(part[0] for part in parts))
     return total
 
@@ -204,7 +204,7 @@ def count_trained(plan: Plan) -> int:
 
 def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
     """Memory of the largest micro-batch's step."""
-    names = {plan.facts.denoiser, *plan.variant.in_step, *plan.training.components} & plan.components.keys()
+    names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components} & plan.components.keys()
     networks = {name: _network(plan, name, choice) for name in sorted(names)}
     adapters = lora_numbers(plan, choice.rank)
     trained = adapters + full_numbers(plan)
@@ -245,9 +245,9 @@ def _network(plan: Plan, component: str, choice: Choice) -> Network:
         shapes = {"all": (count_parameters(plan, component),)}
     denoiser = component == plan.facts.denoiser
     wide = plan.facts.memory.wide if denoiser else frozenset[str]()
-    documented = plan.components[component].layout.documented
+    public_keys = plan.components[component].layout.public_keys
     modules = plan.training.lora_modules if component == plan.training.lora_component else ()
-    lora = {own: choice.rank for module in modules for own in documented.ours(module) or ()}
+    lora = {own: choice.rank for module in modules for own in public_keys.to_targets(module) or ()}
     trained, masters = trained_weights(plan, component), _masters(plan, component)
     float8 = {name for name in layers_of_blocks(shapes) if wide.isdisjoint(name.split("."))}
     narrow = frozenset(float8) if component in choice.float8 else frozenset[str]()

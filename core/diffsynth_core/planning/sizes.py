@@ -132,6 +132,6 @@ def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: 
     encoded = {name for part in variant.encoders if text_column not in part.columns for name in part.columns}
     target = shown[variant.target.column]
     others = {name: found for name, found in shown.items() if name in encoded and name != variant.target.column}
-    beside = () if variant.in_step else tuple(image for found in others.values() for image in found)
+    beside = () if variant.step_components else tuple(image for found in others.values() for image in found)
     settings = plan.components[plan.facts.denoiser].settings if plan.facts.denoiser in plan.components else {}
     return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.num_conditioning_frames))

@@ -20,18 +20,18 @@ class Training:
     `full`: components trained as a whole. `parts`: documented names of modules (or single weights) of other components,
     which alone are trained of them.
     `lora_modules`: by their documented names.
-    `left_out`: modules that the LoRA targets address and that no gradient can reach.
+    `untrainable_targets`: modules that the LoRA targets address and that no gradient can reach.
     `start`: the file that the LoRA starts from.
-    `passed_over`: modules of the kinds that receive LoRA, in blocks that the targets leave out.
+    `skipped_modules`: modules of the kinds that receive LoRA, in blocks that the targets leave out.
     `lora_rule`: how the modules were chosen where the ends of their names were not given, as words.
     """
 
     full: tuple[str, ...]
     lora_component: str | None
     lora_modules: tuple[str, ...]
-    left_out: tuple[str, ...]
+    untrainable_targets: tuple[str, ...]
     lora_rule: str | None = None
-    passed_over: tuple[str, ...] = ()
+    skipped_modules: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     start: LoraStart | None = None
 
@@ -75,7 +75,14 @@ def find_training(
             targets = find_lora_targets(parameters, lora_component, found, problems)
         start = check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
     return Training(
-        full, lora_component, targets.modules, targets.left_out, targets.rule, targets.passed_over, parts, start
+        full,
+        lora_component,
+        targets.modules,
+        targets.untrainable_targets,
+        targets.rule,
+        targets.skipped_modules,
+        parts,
+        start,
     )
 
 

@@ -87,7 +87,7 @@ def _module_problem(component: str, module: str, found: FoundComponents) -> Prob
     if not own:
         hint = _called(component, module, layout, shapes)
         return Problem(f"`{PARAMETER}`: {component} has no module `{module}` with weights", hint, wrong_use=True)
-    dead = found.variant.untrainable(found.facts.component(component), frozenset(shapes))
+    dead = found.variant.unused_params(found.facts.component(component), frozenset(shapes))
     if all(is_below(name, dead) for name in own):
         return Problem(
             f"`{PARAMETER}` names `{component}.{module}`, which receives no gradient in this setup",
@@ -99,15 +99,15 @@ def _module_problem(component: str, module: str, found: FoundComponents) -> Prob
 
 def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
     """What a module is called in documented names, when it was typed by that of the model in memory; or the nearest."""
-    documented = layout.documented.theirs_of(shapes)
-    typed = [layout.documented.theirs(own) or "" for own in shapes if is_below(own, [module])]
+    public_names = layout.public_keys.to_sources(shapes)
+    typed = [layout.public_keys.to_source(own) or "" for own in shapes if is_below(own, [module])]
     levels = zip(*(name.split(".") for name in typed), strict=False)
     common = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
-    if common in documented and module not in shapes:
+    if common in public_names and module not in shapes:
         common = common.rpartition(".")[0]  # one tensor: a module was typed
     if common:
         return f"in the documented names this is `{component}.{common}`"
-    modules = {".".join(name.split(".")[:depth]) for name in documented for depth in range(1, name.count(".") + 1)}
+    modules = {".".join(name.split(".")[:depth]) for name in public_names for depth in range(1, name.count(".") + 1)}
     near = suggest(module, modules)
-    outermost = dict.fromkeys(name.partition(".")[0] for name in documented)
+    outermost = dict.fromkeys(name.partition(".")[0] for name in public_names)
     return f"did you mean `{component}.{near}`?" if near else f"its modules are {list_names(list(outermost))}"

@@ -54,12 +54,12 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
-        names, own = plan.components[component].layout.in_checkpoints, _trained_tensors(plan, model, component)
+        names, own = plan.components[component].layout.checkpoint_keys, _trained_tensors(plan, model, component)
         stored = model.stored_dtypes[component]
-        for name in names.theirs_of(own):
+        for name in names.to_sources(own):
             key = _key(plan, component, name)
-            makers[key] = partial(names.join, name, own)
-            dtypes[key] = torch_dtype(stored[(names.ours(name) or ())[0]])
+            makers[key] = partial(names.fuse, name, own)
+            dtypes[key] = torch_dtype(stored[(names.to_targets(name) or ())[0]])
         if component == plan.training.lora_component:
             lora = _lora_tensors(plan, component, module)
             makers |= {key: partial(lora.__getitem__, key) for key in lora}
@@ -92,7 +92,7 @@ def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
     dialect, naming = plan.parameters.lora_format, plan.facts.component(component).lora_naming
-    named = name_lora(lora_weights(module, plan.components[component].layout.documented), dialect, naming)
+    named = name_lora(lora_weights(module, plan.components[component].layout.public_keys), dialect, naming)
     if dialect != "diffsynth":
         return named
     return {_key(plan, component, name): tensor for name, tensor in named.items()}
@@ -112,7 +112,7 @@ def conversion_hint(plan: Plan, path: Path) -> str | None:
     if denoiser not in plan.training.full:
         return None
     published = plan.facts.component(denoiser).published.get("original")
-    if published in (None, plan.components[denoiser].layout.in_checkpoints):
+    if published in (None, plan.components[denoiser].layout.checkpoint_keys):
         return None
     output = path.with_name(f"{path.stem}-original")
     return f"diffsynth split-ckpt {shlex.quote(str(path))} --layout original --output_path {shlex.quote(str(output))}"

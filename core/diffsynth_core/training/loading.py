@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.adapters.changes import open_changes
-from diffsynth_core.adapters.merge import LOSS_WORTH_A_WARNING, Loss, Workspace, merge_rows
+from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import load_component, module_shapes
 from diffsynth_core.planning.lora_files import FusedLora
@@ -38,21 +38,21 @@ def _load_merged(
     plan: Plan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
     files = plan.components[fused_lora.component]
-    loss = Loss()
-    with open_changes(fused_lora.file, fused_lora.shapes, files.layout.documented) as changes:
+    loss = RelativeError()
+    with open_changes(fused_lora.file, fused_lora.shapes, files.layout.public_keys) as changes:
 
         def merged(name: str, value: Tensor, kept: torch.dtype) -> Tensor:
             change = changes.of(name)
             if change is None:
                 return value
             result, lost = merge_rows(value.reshape(value.shape[0], -1), change, kept, Workspace())
-            loss.add(Loss(lost, change.squared_norm))
+            loss.add(RelativeError(lost, change.squared_norm))
             return result.reshape(value.shape)
 
         masters = _masters(plan, fused_lora.component)
         module = load_component(family, files, dtype, device, reporter, merged, masters)
     reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {files.component}")
-    if loss.share > LOSS_WORTH_A_WARNING:
+    if loss.share > MAX_SILENT_ERROR:
         reporter.warn(
             f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of the change of {files.component} by the "
             f"preset LoRA; `--mixed_precision no` preserves it"

@@ -94,15 +94,15 @@ def build_training_module(
     tokenizers: dict[str, Any] = {}
     load_device = torch.device("cpu") if settings.initialize_model_on_cpu else device
     for name in plan.facts.component_names:
-        if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.in_step):
+        if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.step_components):
             continue
         module = load_for_run(plan, family, name, frozen_dtype(plan.mixed_precision), load_device, reporter).to(device)
         _train_weights(plan, family, name, module)
         if name == training.lora_component:
-            documented, naming = plan.components[name].layout.documented, plan.facts.component(name).lora_naming
-            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed, documented)
+            public_keys, naming = plan.components[name].layout.public_keys, plan.facts.component(name).lora_naming
+            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed, public_keys)
             if settings.lora_checkpoint:
-                filled = load_lora(module, settings.lora_checkpoint, naming, documented)
+                filled = load_lora(module, settings.lora_checkpoint, naming, public_keys)
                 reporter.info(
                     f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
                 )
@@ -117,6 +117,6 @@ def _train_weights(plan: Plan, family: Family, name: str, module: nn.Module) -> 
     """Let those of a component's weights take gradients that are to train and that a gradient can reach."""
     parameters = dict(module.named_parameters())
     asked = plan.training.weights(name, plan.components[name].layout, parameters)
-    alive = asked - family.untrainable_parameters(name, module, plan.variant)
+    alive = asked - family.unused_parameters(name, module, plan.variant)
     for parameter_name, parameter in parameters.items():
         parameter.requires_grad_(parameter_name in alive)

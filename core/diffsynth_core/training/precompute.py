@@ -86,11 +86,11 @@ def _origin(plan: Plan, encodings: EncodingsPlan) -> Origin:
 def _fitting_shapes(plan: Plan) -> dict[str, dict[str, list[int]]]:
     """Shapes of the tensors that say which denoiser can read what a component makes."""
     shapes: dict[str, dict[str, list[int]]] = {}
-    for fit in plan.facts.fits:
-        if fit.component in plan.components:
-            tensor, _ = fit.side
-            found = module_shapes(plan.components[fit.component])
-            shapes.setdefault(fit.component, {})[tensor] = list(found[tensor])
+    for constraint in plan.facts.shape_constraints:
+        if constraint.component in plan.components:
+            tensor, _ = constraint.source
+            found = module_shapes(plan.components[constraint.component])
+            shapes.setdefault(constraint.component, {})[tensor] = list(found[tensor])
     return shapes
 
 

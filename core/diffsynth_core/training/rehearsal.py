@@ -325,7 +325,7 @@ def _stand_in(component: ComponentFacts, model_id: str, pattern: str, facts: Fam
 
 def _folder_of(component: ComponentFacts) -> str:
     """A folder that repositories keep the component in."""
-    return next(place.removesuffix("/*") for place in component.places if place.endswith("/*"))
+    return next(place.removesuffix("/*") for place in component.file_patterns if place.endswith("/*"))
 
 
 def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: FamilyFacts) -> None:
@@ -362,7 +362,7 @@ def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
     lora = plan.training.lora_component
     if lora:
         files = plan.components[lora]
-        shapes = files.layout.documented_shapes(module_shapes(files))
+        shapes = files.layout.public_shapes(module_shapes(files))
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
         ranks = check_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full)
         if ranks.keys() != set(plan.training.lora_modules):

@@ -1,8 +1,9 @@
-"""Two ways of naming the same weights, from one literal table that is read in both directions. No torch.
+"""Maps between two sets of names for the same weights, from one table that is read in both directions. No torch.
 
-`theirs` are the names of a file layout or the names a user types; `ours` those of the module in memory. In a table `{}`
-stands for a number; a table names modules, and the leaf behind them (`weight`, `bias`, `gamma`) stays as it is. Where
-the leaves differ (`scale` of theirs, `weight` of ours) a row names the tensors.
+Sources are the names of a file layout, or those that users type; targets, as a rule, those of the module in memory. A
+source may fuse several targets (q, k, v in one matrix), never the reverse. In a table `{}` stands for a number; a table
+names modules, and the leaf behind them (`weight`, `bias`, `gamma`) stays unchanged. Where the leaves differ (`scale` of
+the source, `weight` of the target) a row names the tensors.
 """
 
 import re
@@ -15,18 +16,18 @@ Tensor = Any
 """A `torch.Tensor`; a table of names does not import torch."""
 Shape = tuple[int, ...]
 Rows = tuple[tuple[int, int], ...]
-"""Rows of a matrix in an order: from each first number up to the second."""
+"""Rows of a matrix, in order: ranges from the first number up to the second."""
 
 LEAVES = ("weight", "bias", "gamma")
 ONE_PIXEL = (1, 1)
-"""Height and width of the kernel of a convolution that looks at one pixel."""
+"""Height and width of the kernel of a pointwise convolution."""
 
 
 class KeyMap:
-    """Names that are the same on both sides; the base of the maps that translate.
+    """The identity map, and the base of the maps that translate.
 
     Args:
-        arguments: what the map is made of: maps of equal arguments are equal, and are pickled by them.
+        arguments: those of the subclass: maps with equal arguments are equal, and are pickled by them.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -44,46 +45,43 @@ class KeyMap:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
 
-    def ours(self, name: str) -> tuple[str, ...] | None:
-        """The names in our module of what `theirs` calls `name`.
-
-        Several when it holds several of our tensors one under the other, none when nobody needs it, None when unknown.
-        """
+    def to_targets(self, name: str) -> tuple[str, ...] | None:
+        """The targets of a source name: several if it is fused, () if it is ignored on purpose, None if unknown."""
         return (name,)
 
-    def theirs(self, name: str) -> str | None:
-        """The inverse of `ours`; tensors that stand one under the other share their name. None when unknown."""
+    def to_source(self, name: str) -> str | None:
+        """The source that contains a target, alone or fused with others; None if unknown."""
         return name
 
-    def theirs_of(self, names: Collection[str]) -> list[str]:
-        """What `theirs` calls our `names`; what is not there whole, or has no name there, is left out."""
-        found = dict.fromkeys(name for own in names if (name := self.theirs(own)) is not None)
-        return [name for name in found if all(own in names for own in self.ours(name) or ())]
+    def to_sources(self, names: Collection[str]) -> list[str]:
+        """The sources of target names; those of which a target is missing are left out, as are unknown targets."""
+        found = dict.fromkeys(name for own in names if (name := self.to_source(own)) is not None)
+        return [name for name in found if all(own in names for own in self.to_targets(name) or ())]
 
-    def shares(self, name: str) -> dict[str, Fraction]:
-        """How much of the rows of `theirs` each of our tensors has."""
-        return dict.fromkeys(self.ours(name) or (), Fraction(1))
+    def row_fractions(self, name: str) -> dict[str, Fraction]:
+        """The fraction of the rows of a source that each of its targets has."""
+        return dict.fromkeys(self.to_targets(name) or (), Fraction(1))
 
-    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
-        """Which of the rows of `theirs`, `rows` in all, are those of each of our tensors, in the order of ours."""
-        return dict.fromkeys(self.ours(name) or (), ((0, rows),))
+    def split_rows(self, name: str, rows: int) -> dict[str, Rows]:
+        """Which of the `rows` rows of a source belong to each target, in the order of the target."""
+        return dict.fromkeys(self.to_targets(name) or (), ((0, rows),))
 
-    def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
-        """Shapes of our tensors, given that of `theirs`; of one that cannot be cut, shapes that fit no module."""
-        return dict.fromkeys(self.ours(name) or (), shape)
+    def split_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
+        """Shapes of the targets, given that of the source; if it cannot be split, shapes that fit no module."""
+        return dict.fromkeys(self.to_targets(name) or (), shape)
 
-    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensors, given `theirs`; views of it where they can be."""
-        return dict.fromkeys(self.ours(name) or (), tensor)
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The target tensors of a source tensor; views of it where possible."""
+        return dict.fromkeys(self.to_targets(name) or (), tensor)
 
-    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
-        """The inverse of `cut_shape`: the shape of `theirs`, given those of all of our tensors."""
-        (own,) = self.ours(name) or ()
+    def fuse_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        """The inverse of `split_shape`: the shape of a source, given those of all of its targets."""
+        (own,) = self.to_targets(name) or ()
         return shapes[own]
 
-    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `cut`: `theirs`, given all of our tensors."""
-        (own,) = self.ours(name) or ()
+    def fuse(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`: the source tensor, given all of its targets."""
+        (own,) = self.to_targets(name) or ()
         return tensors[own]
 
 
@@ -91,17 +89,17 @@ SAME_NAMES = KeyMap()
 
 
 class PrefixMap(KeyMap):
-    """Prefixes that differ, as (theirs, ours), first match wins in each direction; other names stay."""
+    """Prefixes that differ, as (source, target); the first match wins in each direction. Other names stay unchanged."""
 
     def __init__(self, *prefixes: tuple[str, str]) -> None:
         super().__init__(*prefixes)
         self._prefixes = prefixes
 
-    def ours(self, name: str) -> tuple[str, ...]:
+    def to_targets(self, name: str) -> tuple[str, ...]:
         return (_swap_prefix(name, self._prefixes),)
 
-    def theirs(self, name: str) -> str:
-        return _swap_prefix(name, [(ours, theirs) for theirs, ours in self._prefixes])
+    def to_source(self, name: str) -> str:
+        return _swap_prefix(name, [(target, source) for source, target in self._prefixes])
 
 
 def _swap_prefix(name: str, prefixes: "tuple[tuple[str, str], ...] | list[tuple[str, str]]") -> str:
@@ -115,71 +113,71 @@ class TableMap(KeyMap):
     """A table of names.
 
     Args:
-        renamed: module or tensor of theirs -> of ours.
-        stacked: module of theirs -> modules of ours, whose tensors stand one under the other in it (fused q, k, v):
-            each has as many rows, or as many as its share says where it is given as (module, share).
-        unsqueezed: tensor of theirs -> (tensor of ours, how many leading dimensions of one theirs has before it).
-        unneeded: modules or tensors of theirs that we have no place for, on purpose; all below them too.
-        swapped: module of theirs -> module of ours, whose tensors have the upper and the lower half of the rows
-            exchanged (shift and scale in the other order).
-        pointwise: convolution of theirs whose kernel is one pixel -> linear layer of ours.
+        renamed: source module or tensor -> target.
+        fused: source module -> target modules whose tensors are concatenated in it by rows (fused q, k, v), in equal
+            parts, or in proportion to their shares if given as (module, share).
+        unsqueezed: source tensor -> (target tensor, number of leading dimensions of size one that the source adds).
+        ignored: source modules or tensors without a target, on purpose, with all below them.
+        swap_halves: source module -> target module whose upper and lower half of the rows are exchanged (shift and
+            scale in the other order).
+        pointwise: source convolution with a kernel of one pixel -> target linear layer.
     """
 
     def __init__(
         self,
         renamed: Mapping[str, str],
-        stacked: Mapping[str, tuple[str | tuple[str, int], ...]] | None = None,
+        fused: Mapping[str, tuple[str | tuple[str, int], ...]] | None = None,
         unsqueezed: Mapping[str, tuple[str, int]] | None = None,
-        unneeded: tuple[str, ...] = (),
-        swapped: Mapping[str, str] | None = None,
+        ignored: tuple[str, ...] = (),
+        swap_halves: Mapping[str, str] | None = None,
         pointwise: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(renamed, stacked, unsqueezed, unneeded, swapped, pointwise)
-        one_to_one = {**renamed, **(swapped or {}), **(pointwise or {})}
-        rules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in one_to_one.items()}
+        super().__init__(renamed, fused, unsqueezed, ignored, swap_halves, pointwise)
+        one_to_one = {**renamed, **(swap_halves or {}), **(pointwise or {})}
+        rules: dict[str, tuple[str, ...]] = {source: (target,) for source, target in one_to_one.items()}
         self._shares: dict[str, tuple[int, ...]] = {}
-        for theirs, parts in (stacked or {}).items():
+        for source, parts in (fused or {}).items():
             shared = [(part, 1) if isinstance(part, str) else part for part in parts]
-            rules[theirs] = tuple(name for name, _ in shared)
-            self._shares[theirs] = tuple(share for _, share in shared)
-        rules |= {theirs: (ours,) for theirs, (ours, _) in (unsqueezed or {}).items()}
+            rules[source] = tuple(name for name, _ in shared)
+            self._shares[source] = tuple(share for _, share in shared)
+        rules |= {source: (target,) for source, (target, _) in (unsqueezed or {}).items()}
         self.rules: Mapping[str, tuple[str, ...]] = rules
-        self._leading = {theirs: count for theirs, (_, count) in (unsqueezed or {}).items()}
-        self._unneeded = unneeded
-        self._swapped = frozenset(swapped or ())
+        self._leading = {source: count for source, (_, count) in (unsqueezed or {}).items()}
+        self._ignored = ignored
+        self._swapped_rules = frozenset(swap_halves or ())
         self._pointwise = frozenset(pointwise or ())
-        self._from_theirs = [(_pattern(theirs), theirs) for theirs in rules]
-        self._from_ours = [(_pattern(name), theirs) for theirs, ours in rules.items() for name in ours]
-        self.ours = lru_cache(maxsize=None)(self._ours)  # type: ignore[method-assign]
-        self.theirs = lru_cache(maxsize=None)(self._theirs)  # type: ignore[method-assign]
+        self._source_patterns = [(_pattern(source), source) for source in rules]
+        self._target_patterns = [(_pattern(target), source) for source, targets in rules.items() for target in targets]
+        self.to_targets = lru_cache(maxsize=None)(self._to_targets)  # type: ignore[method-assign]
+        self.to_source = lru_cache(maxsize=None)(self._to_source)  # type: ignore[method-assign]
 
     def rule(self, name: str) -> str | None:
-        """The row of the table that translates `name` of theirs."""
-        found = _find(name, self._from_theirs)
+        """The row of the table that translates a source name."""
+        found = _find(name, self._source_patterns)
         return found[0] if found else None
 
-    def _ours(self, name: str) -> tuple[str, ...] | None:
-        found = _find(name, self._from_theirs)
+    def _to_targets(self, name: str) -> tuple[str, ...] | None:
+        found = _find(name, self._source_patterns)
         if found is None:
-            return () if any(name == part or name.startswith(f"{part}.") for part in self._unneeded) else None
+            return () if any(name == part or name.startswith(f"{part}.") for part in self._ignored) else None
         rule, numbers, leaf = found
-        return tuple(ours.format(*numbers) + leaf for ours in self.rules[rule])
+        return tuple(target.format(*numbers) + leaf for target in self.rules[rule])
 
-    def _theirs(self, name: str) -> str | None:
-        found = _find(name, self._from_ours)
+    def _to_source(self, name: str) -> str | None:
+        found = _find(name, self._target_patterns)
         if found is None:
             return None
         rule, numbers, leaf = found
         return rule.format(*numbers) + leaf
 
-    def shares(self, name: str) -> dict[str, Fraction]:
-        names = self.ours(name) or ()
+    def row_fractions(self, name: str) -> dict[str, Fraction]:
+        names = self.to_targets(name) or ()
         shares = self._shares.get(self.rule(name) or "", (1,) * len(names))
         return {own: Fraction(share, sum(shares)) for own, share in zip(names, shares, strict=True)}
 
-    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
-        names, rule = self.ours(name) or (), self.rule(name) or ""
-        if rule in self._swapped:
+    def split_rows(self, name: str, rows: int) -> dict[str, Rows]:
+        names, rule = self.to_targets(name) or (), self.rule(name) or ""
+        if rule in self._swapped_rules:
             return dict.fromkeys(names, ((rows - rows // 2, rows), (0, rows - rows // 2)))
         found: dict[str, Rows] = {}
         begin = 0
@@ -188,8 +186,8 @@ class TableMap(KeyMap):
             begin += count
         return found
 
-    def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
-        names, rule = self.ours(name) or (), self.rule(name) or ""
+    def split_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
+        names, rule = self.to_targets(name) or (), self.rule(name) or ""
         if rule in self._shares and shape:
             rows = _rows(self._shares[rule], shape[0])
             return {own: (count, *shape[1:]) for own, count in zip(names, rows, strict=True)}
@@ -198,86 +196,86 @@ class TableMap(KeyMap):
         leading = self._leading.get(rule, 0)
         return dict.fromkeys(names, shape[leading:] if shape[:leading] == (1,) * leading else shape)
 
-    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        names, rule = self.ours(name) or (), self.rule(name) or ""
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        names, rule = self.to_targets(name) or (), self.rule(name) or ""
         if rule in self._shares:
             return dict(zip(names, tensor.split(_rows(self._shares[rule], len(tensor))), strict=True))
-        if rule in self._swapped:
+        if rule in self._swapped_rules:
             return dict.fromkeys(names, _swap_halves(tensor))
-        return {own: tensor.reshape(shape) for own, shape in self.cut_shape(name, tuple(tensor.shape)).items()}
+        return {own: tensor.reshape(shape) for own, shape in self.split_shape(name, tuple(tensor.shape)).items()}
 
-    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
-        parts, rule = [shapes[own] for own in self.ours(name) or ()], self.rule(name) or ""
+    def fuse_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        parts, rule = [shapes[own] for own in self.to_targets(name) or ()], self.rule(name) or ""
         if rule in self._shares and all(parts):
             return (sum(part[0] for part in parts), *parts[0][1:])
         if rule in self._pointwise and len(parts[0]) == 2:
             return (*parts[0], *ONE_PIXEL)
         return (1,) * self._leading.get(rule, 0) + parts[0]
 
-    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        names, rule = self.ours(name) or (), self.rule(name) or ""
+    def fuse(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        names, rule = self.to_targets(name) or (), self.rule(name) or ""
         parts = [tensors[own] for own in names]
         if rule in self._shares:
-            whole = parts[0].new_empty(self.join_shape(name, {own: tensors[own].shape for own in names}))
+            whole = parts[0].new_empty(self.fuse_shape(name, {own: tensors[own].shape for own in names}))
             rows = 0
             for part in parts:
                 whole[rows : rows + len(part)] = part
                 rows += len(part)
             return whole
-        if rule in self._swapped:
+        if rule in self._swapped_rules:
             return _swap_halves(parts[0])
         if rule in self._leading or rule in self._pointwise:
-            return parts[0].reshape(self.join_shape(name, {own: tuple(tensors[own].shape) for own in names}))
+            return parts[0].reshape(self.fuse_shape(name, {own: tuple(tensors[own].shape) for own in names}))
         return parts[0]
 
 
-class Chain(KeyMap):
-    """Two maps one after the other: theirs -> names between -> ours."""
+class ComposedKeyMap(KeyMap):
+    """Two maps in sequence: source -> intermediate names -> target."""
 
     def __init__(self, first: KeyMap, second: KeyMap) -> None:
         super().__init__(first, second)
         self._first, self._second = first, second
 
-    def ours(self, name: str) -> tuple[str, ...] | None:
-        between = self._first.ours(name)
-        parts = [self._second.ours(part) for part in between or ()]
+    def to_targets(self, name: str) -> tuple[str, ...] | None:
+        between = self._first.to_targets(name)
+        parts = [self._second.to_targets(part) for part in between or ()]
         if between is None or None in parts:
             return None
         return tuple(own for part in parts for own in part or ())
 
-    def theirs(self, name: str) -> str | None:
-        between = self._second.theirs(name)
-        return None if between is None else self._first.theirs(between)
+    def to_source(self, name: str) -> str | None:
+        between = self._second.to_source(name)
+        return None if between is None else self._first.to_source(between)
 
-    def shares(self, name: str) -> dict[str, Fraction]:
+    def row_fractions(self, name: str) -> dict[str, Fraction]:
         return {
             own: share * part
-            for between, share in self._first.shares(name).items()
-            for own, part in self._second.shares(between).items()
+            for between, share in self._first.row_fractions(name).items()
+            for own, part in self._second.row_fractions(between).items()
         }
 
-    def cut_rows(self, name: str, rows: int) -> dict[str, Rows]:
+    def split_rows(self, name: str, rows: int) -> dict[str, Rows]:
         found: dict[str, Rows] = {}
-        for between, outer in self._first.cut_rows(name, rows).items():
-            for own, inner in self._second.cut_rows(between, count_rows(outer)).items():
+        for between, outer in self._first.split_rows(name, rows).items():
+            for own, inner in self._second.split_rows(between, count_rows(outer)).items():
                 found[own] = tuple(span for begin, end in inner for span in take_rows(outer, begin, end))
         return found
 
-    def cut_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
-        between = self._first.cut_shape(name, shape)
-        return {own: cut for part in between for own, cut in self._second.cut_shape(part, between[part]).items()}
+    def split_shape(self, name: str, shape: Shape) -> dict[str, Shape]:
+        between = self._first.split_shape(name, shape)
+        return {own: value for part in between for own, value in self._second.split_shape(part, between[part]).items()}
 
-    def cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        between = self._first.cut(name, tensor)
-        return {own: cut for part in between for own, cut in self._second.cut(part, between[part]).items()}
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        between = self._first.split(name, tensor)
+        return {own: value for part in between for own, value in self._second.split(part, between[part]).items()}
 
-    def join_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
-        parts = self._first.ours(name) or ()
-        return self._first.join_shape(name, {part: self._second.join_shape(part, shapes) for part in parts})
+    def fuse_shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
+        parts = self._first.to_targets(name) or ()
+        return self._first.fuse_shape(name, {part: self._second.fuse_shape(part, shapes) for part in parts})
 
-    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        parts = self._first.ours(name) or ()
-        return self._first.join(name, {part: self._second.join(part, tensors) for part in parts})
+    def fuse(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        parts = self._first.to_targets(name) or ()
+        return self._first.fuse(name, {part: self._second.fuse(part, tensors) for part in parts})
 
 
 def count_rows(rows: Rows) -> int:

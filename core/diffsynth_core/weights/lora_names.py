@@ -93,15 +93,15 @@ class Vocabulary:
     def parts(self, name: str) -> tuple[str, ...]:
         """What a documented module or tensor is called here: one name, or those of its parts; none if it has none."""
         if not self.fused:
-            return self.names.ours(name) or ()
-        whole = self.names.theirs(name)
+            return self.names.to_targets(name) or ()
+        whole = self.names.to_source(name)
         return () if whole is None else (whole,)
 
     def documented(self, name: str) -> tuple[str, ...]:
         """The documented modules or tensors that a name here is of."""
         if self.fused:
-            return self.names.ours(name) or ()
-        whole = self.names.theirs(name)
+            return self.names.to_targets(name) or ()
+        whole = self.names.to_source(name)
         return () if whole is None else (whole,)
 
     def shape(self, name: str, shapes: Mapping[str, Shape]) -> Shape:
@@ -110,8 +110,8 @@ class Vocabulary:
         if not wholes or any(not shapes.get(whole) for whole in wholes):
             return ()
         if self.fused:
-            return self.names.join_shape(name, shapes)
-        return self.names.cut_shape(wholes[0], shapes[wholes[0]]).get(name, ())
+            return self.names.fuse_shape(name, shapes)
+        return self.names.split_shape(wholes[0], shapes[wholes[0]]).get(name, ())
 
 
 @dataclass(frozen=True)

@@ -152,14 +152,14 @@ def _cut_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
     """Of modules of theirs -> of ours, apart from parts that nothing changes."""
     found = {}
     for module, lora in loras.items():
-        shares = names.shares(module)
+        shares = names.row_fractions(module)
         if any((_count(lora) * share).denominator > 1 for share in shares.values()):
             raise DiffSynthError(
                 f"{_origin([lora])}: lora_B of `{module}` has {_count(lora)} rows, which cannot be split among "
                 f"{list_names(list(shares))}",
                 ANOTHER_FAMILY,
             )
-        for own, rows in names.cut_rows(module, _count(lora)).items():
+        for own, rows in names.split_rows(module, _count(lora)).items():
             part = _merge(span for begin, end in rows for span in _take(lora, begin, end))
             if any(span.lora for span in part):
                 found[own] = part
@@ -168,18 +168,19 @@ def _cut_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
 
 def _join_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]]:
     """Of modules of ours -> of theirs, of which some parts may have none."""
-    wholes = dict.fromkeys(filter(None, map(names.theirs, loras)))
+    wholes = dict.fromkeys(filter(None, map(names.to_source, loras)))
     return {
-        name: _join(name, {own: loras[own] for own in names.ours(name) or () if own in loras}, names) for name in wholes
+        name: _join(name, {own: loras[own] for own in names.to_targets(name) or () if own in loras}, names)
+        for name in wholes
     }
 
 
 def _join(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
     """The LoRA of one module of theirs."""
-    shares = names.shares(name)
+    shares = names.row_fractions(name)
     known, lora = next(iter(parts.items()))
     total = Fraction(_count(lora)) / shares[known]
-    rows = names.cut_rows(name, int(total))
+    rows = names.split_rows(name, int(total))
     sizes = {span.lora.row_shape for part in parts.values() for span in part if span.lora}
     if total.denominator > 1 or len(sizes) > 1 or any(count_rows(rows[own]) != _count(parts[own]) for own in parts):
         raise DiffSynthError(

@@ -55,7 +55,7 @@ class WeightSet:
         """Bytes of all tensors."""
         return sum(span.end - span.begin for span in self.spans.values())
 
-    def said(self, key: str) -> str | None:
+    def metadata_value(self, key: str) -> str | None:
         """What the metadata of the files say under a key; None where they say nothing, or different things."""
         values = {metadata[key] for metadata in self.metadata.values() if key in metadata}
         return values.pop() if len(values) == 1 else None

@@ -94,16 +94,16 @@ def plan_shards(
     stem: str,
     tensors: Sequence[OutputTensor],
     metadata: Mapping[str, str],
-    most_bytes: int | None,
+    max_shard_bytes: int | None,
 ) -> tuple[list[OutputFile], list[OutputIndex]]:
-    """`<stem>.safetensors`, or, where that would be more than `most_bytes` of tensors, shards and their index.
+    """`<stem>.safetensors`, or, where that would be more than `max_shard_bytes` of tensors, shards and their index.
 
-    Tensors keep their order; one that is larger than `most_bytes` has a shard of its own.
+    Tensors keep their order; one that is larger than `max_shard_bytes` has a shard of its own.
     """
     parts: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if most_bytes is not None and filled and filled + tensor.nbytes > most_bytes:
+        if max_shard_bytes is not None and filled and filled + tensor.nbytes > max_shard_bytes:
             parts.append([])
             filled = 0
         parts[-1].append(tensor)

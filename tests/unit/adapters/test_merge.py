@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.changes import Factors, open_changes, read_factors
 from diffsynth_core.adapters.lora import add_lora, lora_weights
-from diffsynth_core.adapters.merge import Loss, Workspace, merge_rows
+from diffsynth_core.adapters.merge import RelativeError, Workspace, merge_rows
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.weights.lora_files import read_lora_file
@@ -25,11 +25,11 @@ def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.
 
 def merge(
     weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, Loss]:
+) -> tuple[torch.Tensor, RelativeError]:
     """A whole weight merged, in its own shape, and what the rounding loses."""
     factors = Factors(down.float().flatten(1), up.float().flatten(1))
     merged, lost = merge_rows(weight.flatten(1), factors, dtype, Workspace())
-    return merged.view(weight.shape), Loss(lost, factors.squared_norm)
+    return merged.view(weight.shape), RelativeError(lost, factors.squared_norm)
 
 
 def test_one_element_of_each_half_goes_where_the_formula_says():
@@ -92,7 +92,7 @@ def test_what_rounding_loses_by_hand():
     change = torch.tensor([[0.75 * STEP], [STEP]])
     _, loss = merge(torch.ones(2, 1).bfloat16(), torch.ones(1, 1), change, torch.bfloat16)
     assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
-    loss.add(Loss(0.0, 0.75**2 * STEP**2))
+    loss.add(RelativeError(0.0, 0.75**2 * STEP**2))
     assert loss.share == pytest.approx(0.25 / (2 * 0.75**2 + 1) ** 0.5)
 
 
@@ -109,7 +109,7 @@ def test_the_norm_of_a_change_without_the_change():
 
 
 def test_nothing_asked_for_loses_nothing():
-    assert Loss().share == 0
+    assert RelativeError().share == 0
 
 
 @pytest.mark.parametrize(("spread", "dtype", "share"), [(1e-4, torch.bfloat16, 0.32), (1e-4, torch.float32, 0.0)])
@@ -122,7 +122,7 @@ def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
     assert loss.share == pytest.approx(share, abs=0.01)
 
 
-FUSED = TableMap({"blocks.{}.out": "blocks.{}.to_out"}, stacked={"blocks.{}.qkv": ("blocks.{}.q", "blocks.{}.k")})
+FUSED = TableMap({"blocks.{}.out": "blocks.{}.to_out"}, fused={"blocks.{}.qkv": ("blocks.{}.q", "blocks.{}.k")})
 SHAPES = {"blocks.0.qkv": (4, 3), "blocks.0.out": (2, 4)}
 
 
@@ -131,7 +131,7 @@ def tensors_of(shapes):
     return {f"{module}.weight": shape for module, shape in shapes.items()}
 
 
-def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming: LoraNaming = DIT):
+def changes(tmp_path, tensors: dict[str, torch.Tensor], public_keys=FUSED, naming: LoraNaming = DIT):
     save_file(tensors, tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
     names = [
@@ -142,7 +142,7 @@ def changes(tmp_path, tensors: dict[str, torch.Tensor], documented=FUSED, naming
         "norm.weight",
         "table",
     ]
-    with open_changes(file, tensors_of(SHAPES), documented) as opened:
+    with open_changes(file, tensors_of(SHAPES), public_keys) as opened:
         return {name: factors.up @ factors.down for name in names if (factors := opened.of(name)) is not None}
 
 
@@ -174,7 +174,7 @@ def test_parts_may_have_loras_of_their_own(tmp_path, both):
 @pytest.mark.parametrize(("ends", "rows"), [(".default.weight", [2, 3, 0, 1]), (".weight", [0, 1, 2, 3])])
 def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
     """Of FLUX.1's last modulation: documented files have the shift first, the module and diffusers' files the scale."""
-    swapped = TableMap({}, swapped={"last": "norm_out"})
+    swapped = TableMap({}, swap_halves={"last": "norm_out"})
     name = "last" if ends == ".default.weight" else "transformer.norm_out"
     down, up = torch.randn(1, 3), torch.randn(4, 1)
     save_file({f"{name}.lora_A{ends}": down, f"{name}.lora_B{ends}": up}, tmp_path / "lora.safetensors")

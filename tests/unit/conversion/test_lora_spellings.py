@@ -80,12 +80,12 @@ class Model:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By documented name."""
-        return self.layout.documented_shapes({name: tuple(tensor.shape) for name, tensor in self.weights.items()})
+        return self.layout.public_shapes({name: tuple(tensor.shape) for name, tensor in self.weights.items()})
 
     def modules(self, names: KeyMap) -> dict[str, tuple[int, ...]]:
         """Weight shapes of the modules that can carry a LoRA, by the names of a vocabulary."""
         own = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
-        shapes = {name: names.join_shape(name, own) for name in names.theirs_of(own)}
+        shapes = {name: names.fuse_shape(name, own) for name in names.to_sources(own)}
         return {module: shapes[f"{module}.weight"] for module in sorted(modules_with_weights(shapes))}
 
 
@@ -142,7 +142,7 @@ def write(spelling: Spelling, path: Path, seed: int) -> dict[str, Tensor]:
         if not by_peft:
             tensors[f"{stem}.alpha"] = torch.tensor(0.5 * RANK)
         product = 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(shape)
-        changes |= names.cut(f"{module}.weight", product)
+        changes |= names.split(f"{module}.weight", product)
     if by_peft:
         path.with_name(ADAPTER_CONFIG).write_text(
             json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 0.5 * RANK})
@@ -158,7 +158,7 @@ def merged(model: Model, path: Path) -> dict[str, Tensor]:
     naming = model.facts.component("dit").lora_naming
     file = read_lora_file(path, modules, naming, tensor_shapes=shapes)
     weights = {}
-    with open_changes(file, shapes, model.layout.documented) as changes:
+    with open_changes(file, shapes, model.layout.public_keys) as changes:
         for name, weight in model.weights.items():
             change = changes.of(name)
             if change is not None:
@@ -233,14 +233,14 @@ def test_whole_differences_are_added(tmp_path, errors, family, names, prefix, mi
     changes = write(spelling, path, seed=3) if mixed else {}
     tensors = load_file(path) if mixed else {}
     own = {name: tuple(tensor.shape) for name, tensor in model.weights.items()}
-    for name in names_map.theirs_of(own):
+    for name in names_map.to_sources(own):
         stem, _, leaf = name.rpartition(".")
         if not stem or leaf not in DIFFERENCES or (mixed and stem in model.modules(names_map) and leaf == "weight"):
             continue
-        difference = torch.randn(names_map.join_shape(name, own))
+        difference = torch.randn(names_map.fuse_shape(name, own))
         written = stem.replace(".", "_") if prefix in UNDERSCORED else stem
         tensors[f"{prefix}{written}{DIFFERENCES[leaf]}"] = difference
-        changes |= names_map.cut(name, difference)
+        changes |= names_map.split(name, difference)
     if family == "wan":
         assert f"{prefix}blocks{'_' if prefix in UNDERSCORED else '.'}0.diff_m" in tensors
     save_file(tensors, path)

@@ -20,11 +20,11 @@ from diffsynth_core.weights.weight_writer import OutputFile, write_outputs
 
 NAMES = TableMap(
     {"plain.{}": "renamed.{}"},
-    stacked={"qkv": ("q", "k", "v"), "wide": (("a", 1), ("b", 4))},
+    fused={"qkv": ("q", "k", "v"), "wide": (("a", 1), ("b", 4))},
     unsqueezed={"position": ("embedding", 2)},
-    swapped={"modulation": "norm"},
+    swap_halves={"modulation": "norm"},
     pointwise={"convolution": "linear"},
-    unneeded=("second",),
+    ignored=("second",),
 )
 THEIRS = {
     "plain.3.weight": (2, 3),
@@ -60,7 +60,7 @@ def test_places_are_what_tensors_are(tmp_path, seed):
     places = {name: row_spans(weights, name) for name in tensors}
     cut = translate(places, NAMES, SAME_NAMES)
     assert (cut.unknown, cut.misshapen, cut.unneeded) == ((), (), ())
-    expected = {key: part for name in tensors for key, part in NAMES.cut(name, tensors[name]).items()}
+    expected = {key: part for name in tensors for key, part in NAMES.split(name, tensors[name]).items()}
     ours = write(tmp_path, tensors, cut.tensors)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)

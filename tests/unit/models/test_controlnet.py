@@ -140,7 +140,7 @@ def test_exactly_the_parameters_that_are_known_to_be_dead_get_no_gradient(sizes)
     reached = {name for name, tensor in controlnet.named_parameters() if tensor.grad is not None and tensor.grad.any()}
     names = {name for name, _ in controlnet.named_parameters()}
     variant = FAMILIES[family].variant({"dit": shapes_of(transformer)}, (control.CONTROLNET_IMAGE,), "")
-    dead = load_family(family).untrainable_parameters("controlnet", controlnet, variant)
+    dead = load_family(family).unused_parameters("controlnet", controlnet, variant)
     assert names - reached == dead
     if family == "qwen-image" or sizes[3] == 0:
         assert dead, "the text ends somewhere"
@@ -165,11 +165,13 @@ def predict(family: str, transformer: nn.Module, controlnet: nn.Module) -> Tenso
 def test_with_an_image_to_follow_the_controlnet_takes_part_in_every_step(family, other):
     facts = FAMILIES[family]
     plain = facts.variant({}, (), "")
-    assert "controlnet" not in plain.components and "controlnet_image" in plain.takes and plain.in_step == ()
+    assert (
+        "controlnet" not in plain.components and "controlnet_image" in plain.conditions and plain.step_components == ()
+    )
     for inputs in (("controlnet_image",), ("controlnet_image", other)):
         found = facts.variant({}, inputs, "")
         assert found.components == (*plain.components, "controlnet")
-        assert (found.in_step, found.takes) == (("controlnet",), ("controlnet_image",)), (
+        assert (found.step_components, found.conditions) == (("controlnet",), ("controlnet_image",)), (
             f"{other} is told to be too much"
         )
         (shown,) = found.references

@@ -47,9 +47,7 @@ def shapes_of(family: str) -> list[dict[str, tuple[int, ...]]]:
     for settings in sizes:
         with torch.device("meta"):
             module = getattr(diffusers, class_name)(**settings)
-        found.append(
-            layout.documented_shapes({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-        )
+        found.append(layout.public_shapes({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}))
     return found
 
 

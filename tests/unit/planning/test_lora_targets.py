@@ -75,14 +75,14 @@ def problems_of(tiny: TinyFamily, targets: str, component: str = "dit") -> list[
 
 def test_an_empty_list_chooses_all_linear_layers_of_blocks(tiny):
     plan = tiny.plan(output_path="unused", lora_target_modules="")
-    kinds = kinds_of((*plan.training.lora_modules, *plan.training.left_out))
+    kinds = kinds_of((*plan.training.lora_modules, *plan.training.untrainable_targets))
     assert {blocks: set(names) for blocks, names in kinds.items()} == LAYERS[tiny.name]
     for blocks, number in BLOCKS[tiny.name].items():
         assert set(kinds[blocks].values()) == {number}
     assert plan.training.lora_rule == "the linear layers of repeated blocks"
     dead = {"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
     expected = {f"transformer_blocks.1.{name}" for name in dead} if tiny.name == "qwen-image" else set()
-    assert set(plan.training.left_out) == expected
+    assert set(plan.training.untrainable_targets) == expected
 
 
 def test_not_given_is_the_documented_list_not_that_choice(tiny):
@@ -181,5 +181,5 @@ def test_every_chosen_module_takes_a_lora(tiny):
     plan = tiny.plan(output_path="unused", lora_target_modules="")
     files = plan.components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())
-    add_lora(module, plan.training.lora_modules, 2, 0, files.layout.documented)
-    assert lora_weights(module, files.layout.documented).keys() == set(plan.training.lora_modules)
+    add_lora(module, plan.training.lora_modules, 2, 0, files.layout.public_keys)
+    assert lora_weights(module, files.layout.public_keys).keys() == set(plan.training.lora_modules)

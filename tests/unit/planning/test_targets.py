@@ -17,7 +17,7 @@ from diffsynth_core.weights.lora_names import DIALECTS
 
 NAMES = TableMap(
     {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},
-    stacked={
+    fused={
         "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
         "single_blocks.{}.linear1": (
             *((f"single_transformer_blocks.{{}}.attn.to_{part}", 1) for part in "qkv"),
@@ -36,8 +36,8 @@ SHAPES = {
 DIT = ComponentFacts(
     name="dit",
     title="diffusion transformer",
-    layouts=(Layout(frozenset(), documented=NAMES),),
-    places=(),
+    layouts=(Layout(frozenset(), public_keys=NAMES),),
+    file_patterns=(),
     lora_targets=("qkv", "proj", "linear1"),
     dialects={"kohya": None, "comfyui": None},
 )
@@ -65,7 +65,7 @@ def test_a_typed_module_that_is_several_here_is_one():
         "double_blocks.1.img_attn.qkv",
         "single_blocks.0.linear1",
     )
-    assert result.left_out == ()
+    assert result.untrainable_targets == ()
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,17 @@ def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(target, 
 
 
 @pytest.mark.parametrize(
-    ("dead", "left_out"),
+    ("dead", "untrainable_targets"),
     [
         ({"transformer_blocks.1.attn"}, ("double_blocks.1.img_attn.proj", "double_blocks.1.img_attn.qkv")),
         ({"transformer_blocks.1.attn.to_v", "transformer_blocks.1.attn.to_out"}, ("double_blocks.1.img_attn.proj",)),
     ],
 )
-def test_a_module_none_of_whose_parts_gets_a_gradient_is_left_out(dead, left_out):
-    result, problems = training(found(replace(DIT, untrainable=lambda names: frozenset(dead))))
+def test_a_module_none_of_whose_parts_gets_a_gradient_is_left_out(dead, untrainable_targets):
+    result, problems = training(found(replace(DIT, unused_params=lambda names: frozenset(dead))))
     assert problems == []
-    assert result.left_out == left_out
-    assert len(result.lora_modules) == 5 - len(left_out)
+    assert result.untrainable_targets == untrainable_targets
+    assert len(result.lora_modules) == 5 - len(untrainable_targets)
 
 
 def test_a_module_that_the_files_lack_a_part_of_is_none():
@@ -213,7 +213,7 @@ def test_a_module_that_is_not_there_is_told_with_what_it_is_called(module, hint)
 
 
 def test_a_module_that_no_gradient_reaches_is_refused():
-    dead = replace(DIT, untrainable=lambda names: frozenset({"transformer_blocks.1.attn.to_out"}))
+    dead = replace(DIT, unused_params=lambda names: frozenset({"transformer_blocks.1.attn.to_out"}))
     message = "`trainable_models` names `dit.double_blocks.1.img_attn.proj`, which receives no gradient in this setup"
     problem = Problem(message, "remove it", wrong_use=True)
     assert trained("dit.double_blocks.1.img_attn.proj", found(dead))[1] == [problem]

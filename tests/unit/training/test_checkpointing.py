@@ -17,9 +17,9 @@ from diffsynth_core.planning.targets import Training
 from diffsynth_core.training.checkpointing import checkpoint_content
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 
-FILE = TableMap({"o": "to_out"}, stacked={"qkv": ("to_q", "to_k")}, swapped={"mod": "norm"})
-TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, stacked={"typed_qkv": ("to_q", "to_k")})
-PAIRS = TableMap({}, stacked={"one": ("to_q", "to_k"), "other": ("to_out", "norm")})
+FILE = TableMap({"o": "to_out"}, fused={"qkv": ("to_q", "to_k")}, swap_halves={"mod": "norm"})
+TYPED = TableMap({"typed_o": "to_out", "typed_mod": "norm"}, fused={"typed_qkv": ("to_q", "to_k")})
+PAIRS = TableMap({}, fused={"one": ("to_q", "to_k"), "other": ("to_out", "norm")})
 NAMES = ("to_q", "to_k", "to_out", "norm")
 
 
@@ -37,7 +37,7 @@ def content(
     facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
     model = module()
     if lora:
-        add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.documented)
+        add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.public_keys)
     plan = SimpleNamespace(
         training=training,
         components={"dit": ComponentFiles("dit", "x", (), None, layout)},
@@ -48,7 +48,7 @@ def content(
     return checkpoint_content(plan, SimpleNamespace(components={"dit": model}, stored_dtypes={"dit": stored}))
 
 
-LAYOUT = Layout(frozenset(), documented=TYPED)
+LAYOUT = Layout(frozenset(), public_keys=TYPED)
 
 
 def test_without_more_full_weights_have_their_documented_names():
@@ -57,13 +57,13 @@ def test_without_more_full_weights_have_their_documented_names():
 
 
 def test_a_layout_states_the_names_of_full_checkpoints():
-    found, weights = content(replace(LAYOUT, written=FILE)), module().state_dict()
+    found, weights = content(replace(LAYOUT, saved_keys=FILE)), module().state_dict()
     assert set(found.tensors) == {"o.weight", "qkv.weight", "mod.weight"}
     assert torch.equal(found.tensors["o.weight"], weights["to_out.weight"])
     assert torch.equal(found.tensors["qkv.weight"], torch.cat((weights["to_q.weight"], weights["to_k.weight"])))
     assert torch.equal(found.tensors["mod.weight"], weights["norm.weight"].flip(0))
     assert found.dtypes == dict.fromkeys(found.tensors, torch.bfloat16)
-    same = content(replace(LAYOUT, written=SAME_NAMES)).tensors
+    same = content(replace(LAYOUT, saved_keys=SAME_NAMES)).tensors
     assert set(same) == weights.keys()
 
 
@@ -71,18 +71,18 @@ def test_matrices_are_joined_one_by_one(monkeypatch, tmp_path):
     """Twice each, for shape and values, and never two of them at a time."""
     joined: list[str] = []
     alive: list[weakref.ref[torch.Tensor]] = []
-    join = TableMap.join
+    join = TableMap.fuse
 
     def counted(table, name, tensors):
         assert not any(tensor() is not None for tensor in alive), "the last one is still held"
         tensor = join(table, name, tensors)
         joined.append(name)
-        if len(table.ours(name)) > 1:
+        if len(table.to_targets(name)) > 1:
             alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(TableMap, "join", counted)
-    found = content(replace(LAYOUT, documented=PAIRS), remove_prefix_in_ckpt="pipe.dit.")
+    monkeypatch.setattr(TableMap, "fuse", counted)
+    found = content(replace(LAYOUT, public_keys=PAIRS), remove_prefix_in_ckpt="pipe.dit.")
     assert joined == []
     write_tensors(tmp_path / "full.safetensors", found.tensors, {}, found.dtypes)
     assert sorted(joined) == ["one.weight", "one.weight", "other.weight", "other.weight"]
@@ -99,7 +99,7 @@ def test_what_the_base_file_lacks_is_another_name_of_what_it_has_and_left_out():
 @pytest.mark.parametrize(("written", "name"), [(None, "typed_qkv"), (FILE, "qkv")])
 def test_of_a_component_that_trains_in_part_that_part_alone_is_held(written, name):
     """Named as it is typed, written as full checkpoints are."""
-    found = content(replace(LAYOUT, written=written), part="typed_qkv")
+    found = content(replace(LAYOUT, saved_keys=written), part="typed_qkv")
     assert set(found.tensors) == {f"{name}.weight"}
     assert found.dtypes == {f"{name}.weight": torch.bfloat16}
 
@@ -115,7 +115,7 @@ def test_a_part_with_a_lora_holds_its_weights_and_the_lora():
 
 @pytest.mark.parametrize("written", [None, FILE])
 def test_a_lora_has_its_documented_names_whatever_full_checkpoints_have(written):
-    tensors = content(replace(LAYOUT, written=written), lora=True, remove_prefix_in_ckpt="pipe.").tensors
+    tensors = content(replace(LAYOUT, saved_keys=written), lora=True, remove_prefix_in_ckpt="pipe.").tensors
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "dit.typed_qkv.lora_A.default.weight": (1, 2),
         "dit.typed_qkv.lora_B.default.weight": (4, 1),

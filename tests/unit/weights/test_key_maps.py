@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from diffsynth_core.weights.key_maps import SAME_NAMES, Chain, PrefixMap, TableMap
+from diffsynth_core.weights.key_maps import SAME_NAMES, ComposedKeyMap, PrefixMap, TableMap
 
 TABLE = TableMap(
     {
@@ -14,16 +14,16 @@ TABLE = TableMap(
         "blocks.{}.mod": "layers.{}.table",
         "blocks.{}.query_norm.scale": "layers.{}.norm_q.weight",
     },
-    stacked={
+    fused={
         "blocks.{}.qkv": ("layers.{}.a", "layers.{}.b", "layers.{}.c"),
         "blocks.{}.both": (("layers.{}.short", 1), ("layers.{}.long", 4)),
     },
     unsqueezed={"cls": ("embeddings.cls", 2), "pos": ("embeddings.position.weight", 1)},
-    unneeded=("text", "scale"),
-    swapped={"head.mod": "out.linear"},
+    ignored=("text", "scale"),
+    swap_halves={"head.mod": "out.linear"},
     pointwise={"attn.{}.proj": "attention.{}.out"},
 )
-CHAIN = Chain(
+CHAIN = ComposedKeyMap(
     TableMap({"typed.{}.fused": "blocks.{}.qkv", "typed.{}.wide": "blocks.{}.both", "typed.last": "head.mod"}), TABLE
 )
 
@@ -45,8 +45,8 @@ CHAIN = Chain(
     ],
 )
 def test_both_directions_come_from_one_row(theirs, ours):
-    assert TABLE.ours(theirs) == ours
-    assert {TABLE.theirs(name) for name in ours} == {theirs}
+    assert TABLE.to_targets(theirs) == ours
+    assert {TABLE.to_source(name) for name in ours} == {theirs}
 
 
 @pytest.mark.parametrize(
@@ -57,21 +57,21 @@ def test_both_directions_come_from_one_row(theirs, ours):
     ],
 )
 def test_an_unknown_name_is_told_from_one_that_nobody_needs(name):
-    assert TABLE.ours(name) is None
-    assert TABLE.ours("text.layers.0.weight") == TABLE.ours("scale") == ()
-    assert TABLE.ours("texture") is None
-    assert TABLE.theirs("layers.0.to_k") is None
+    assert TABLE.to_targets(name) is None
+    assert TABLE.to_targets("text.layers.0.weight") == TABLE.to_targets("scale") == ()
+    assert TABLE.to_targets("texture") is None
+    assert TABLE.to_source("layers.0.to_k") is None
 
 
 def check_there_and_back(table, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cut tensors, shape them alike, join them again; returns ours."""
-    ours = {name: part for key, tensor in theirs.items() for name, part in table.cut(key, tensor).items()}
+    ours = {name: part for key, tensor in theirs.items() for name, part in table.split(key, tensor).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    assert table.theirs_of(ours) == list(theirs)
+    assert table.to_sources(ours) == list(theirs)
     for key, tensor in theirs.items():
-        assert table.cut_shape(key, tuple(tensor.shape)) == {name: shapes[name] for name in table.ours(key)}
-        assert table.join_shape(key, shapes) == tuple(tensor.shape)
-        assert torch.equal(table.join(key, ours), tensor)
+        assert table.split_shape(key, tuple(tensor.shape)) == {name: shapes[name] for name in table.to_targets(key)}
+        assert table.fuse_shape(key, shapes) == tuple(tensor.shape)
+        assert torch.equal(table.fuse(key, ours), tensor)
     return ours
 
 
@@ -102,11 +102,11 @@ def test_tensors_and_shapes_are_cut_and_joined():
 
 
 def test_a_chain_translates_twice():
-    assert CHAIN.ours("typed.3.fused.bias") == ("layers.3.a.bias", "layers.3.b.bias", "layers.3.c.bias")
-    assert CHAIN.theirs("layers.3.b.bias") == "typed.3.fused.bias"
-    assert CHAIN.ours("typed.3.other") is CHAIN.theirs("layers.0.to_q") is CHAIN.theirs("strange") is None
-    assert Chain(PrefixMap(("typed.", "else.")), TABLE).ours("typed.0.fused") is None
-    assert Chain(SAME_NAMES, TABLE).ours("text.weight") == ()
+    assert CHAIN.to_targets("typed.3.fused.bias") == ("layers.3.a.bias", "layers.3.b.bias", "layers.3.c.bias")
+    assert CHAIN.to_source("layers.3.b.bias") == "typed.3.fused.bias"
+    assert CHAIN.to_targets("typed.3.other") is CHAIN.to_source("layers.0.to_q") is CHAIN.to_source("strange") is None
+    assert ComposedKeyMap(PrefixMap(("typed.", "else.")), TABLE).to_targets("typed.0.fused") is None
+    assert ComposedKeyMap(SAME_NAMES, TABLE).to_targets("text.weight") == ()
     ours = check_there_and_back(
         CHAIN,
         {
@@ -121,8 +121,8 @@ def test_a_chain_translates_twice():
 
 def test_what_is_not_there_whole_has_no_name():
     ours = ["layers.0.a.weight", "layers.0.b.weight", "layers.1.c.bias", "layers.0.to_q.weight", "strange"]
-    assert TABLE.theirs_of(ours) == ["blocks.0.q.weight"]
-    assert TABLE.theirs_of([*ours, "layers.0.c.weight"]) == ["blocks.0.qkv.weight", "blocks.0.q.weight"]
+    assert TABLE.to_sources(ours) == ["blocks.0.q.weight"]
+    assert TABLE.to_sources([*ours, "layers.0.c.weight"]) == ["blocks.0.qkv.weight", "blocks.0.q.weight"]
 
 
 @pytest.mark.parametrize(
@@ -137,20 +137,20 @@ def test_what_is_not_there_whole_has_no_name():
         ("attn.0.proj.weight", (3, 2, 3, 3)),
     ],
 )
-@pytest.mark.parametrize("table", [TABLE, Chain(SAME_NAMES, TABLE)], ids=["table", "chain"])
+@pytest.mark.parametrize("table", [TABLE, ComposedKeyMap(SAME_NAMES, TABLE)], ids=["table", "chain"])
 def test_what_cannot_be_cut_comes_out_in_shapes_that_do_not_fit(table, name, shape):
     """Neither rounded in silence nor an error in the middle: the module asks for other shapes."""
     whole = {"blocks.0.qkv.weight": (6, 3), "blocks.0.both.weight": (10, 3), "cls": (1, 1, 5)}.get(name, (3, 2, 1, 1))
-    assert table.cut_shape(name, shape).keys() == table.cut_shape(name, whole).keys()
-    assert table.cut_shape(name, shape) != table.cut_shape(name, whole)
+    assert table.split_shape(name, shape).keys() == table.split_shape(name, whole).keys()
+    assert table.split_shape(name, shape) != table.split_shape(name, whole)
 
 
 def test_prefixes_are_swapped_in_both_directions():
     names = PrefixMap(("visual.", "model.visual."), ("model.", "model.language_model."))
-    assert names.ours("visual.x") == ("model.visual.x",)
-    assert names.ours("model.x") == ("model.language_model.x",)
-    assert names.theirs("model.visual.x") == "visual.x"
-    assert names.theirs("other") == "other"
+    assert names.to_targets("visual.x") == ("model.visual.x",)
+    assert names.to_targets("model.x") == ("model.language_model.x",)
+    assert names.to_source("model.visual.x") == "visual.x"
+    assert names.to_source("other") == "other"
 
 
 @pytest.mark.parametrize("names", [SAME_NAMES, PrefixMap(("a.", "b.")), TABLE, CHAIN])
@@ -158,5 +158,5 @@ def test_maps_are_equal_by_what_they_are_made_of(names):
     copy = pickle.loads(pickle.dumps(names))
     assert copy == names
     assert hash(copy) == hash(names)
-    assert copy.ours("blocks.0.q") == names.ours("blocks.0.q")
+    assert copy.to_targets("blocks.0.q") == names.to_targets("blocks.0.q")
     assert names != PrefixMap(("c.", "d."))

@@ -110,7 +110,7 @@ def test_a_spelling_that_no_program_writes_is_no_dialect():
 PARTS = LoraNaming(
     "dit",
     {
-        "diffusers": TableMap({"img_in": "x_embedder"}, stacked={"a.{}.qkv": ("b.{}.q", "b.{}.k")}),
+        "diffusers": TableMap({"img_in": "x_embedder"}, fused={"a.{}.qkv": ("b.{}.q", "b.{}.k")}),
         "kohya": TableMap({"img_in": "img_in", "a.{}.qkv": "c.{}.qkv"}),
         "comfyui": None,
     },
@@ -291,7 +291,7 @@ def test_a_plain_lora_is_not_refused_but_for_one_key_more(dialect):
 
 FUSED = LoraNaming(
     "dit",
-    fused={"kohya": TableMap({"img_in": "x"}, stacked={"a.{}.qkv": ("b.{}.q", "b.{}.k")})},
+    fused={"kohya": TableMap({"img_in": "x"}, fused={"a.{}.qkv": ("b.{}.q", "b.{}.k")})},
     modules=("b.{}.q", "b.{}.k", "x"),
 )
 

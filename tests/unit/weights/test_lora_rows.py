@@ -16,8 +16,8 @@ from diffsynth_core.weights.lora_rows import RowSpan, StoredLora, StoredTensor, 
 from diffsynth_core.weights.lora_rows import translate as translate_names
 from diffsynth_core.weights.weight_sets import Span
 
-FUSED = TableMap({"out": "o"}, stacked={"qkv": ("q", "k", "v")}, swapped={"mod": "m"})
-NAMING = LoraNaming("dit", {"diffusers": FUSED}, {"kohya": TableMap({}, stacked={"all": ("qkv", "out")})})
+FUSED = TableMap({"out": "o"}, fused={"qkv": ("q", "k", "v")}, swap_halves={"mod": "m"})
+NAMING = LoraNaming("dit", {"diffusers": FUSED}, {"kohya": TableMap({}, fused={"all": ("qkv", "out")})})
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ NAMING = LoraNaming("dit", {"diffusers": FUSED}, {"kohya": TableMap({}, stacked=
 )
 def test_rows_are_those_that_a_tensor_is_cut_into(names, name):
     tensor = torch.arange(42)[:, None]
-    cut = names.cut(name, tensor)
-    rows = names.cut_rows(name, 42)
-    assert rows.keys() == cut.keys() == names.shares(name).keys()
+    cut = names.split(name, tensor)
+    rows = names.split_rows(name, 42)
+    assert rows.keys() == cut.keys() == names.row_fractions(name).keys()
     for own, spans in rows.items():
         assert [row for begin, end in spans for row in range(begin, end)] == cut[own][:, 0].tolist()
-        assert names.shares(name)[own] == Fraction(len(cut[own]), 42) == Fraction(count_rows(spans), 42)
-    assert sum(names.shares(name).values()) == 1
+        assert names.row_fractions(name)[own] == Fraction(len(cut[own]), 42) == Fraction(count_rows(spans), 42)
+    assert sum(names.row_fractions(name).values()) == 1
 
 
 def test_rows_are_taken_in_their_order():

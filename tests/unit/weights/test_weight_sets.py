@@ -29,7 +29,11 @@ def test_shards_are_one_set(tmp_path, named):
     assert list(found.tensors) == ["b", "a"]
     assert found.files == tuple(shards)
     assert found.nbytes == 16
-    assert (found.said("format"), found.said("shard"), found.said("none")) == ("pt", None, None)
+    assert (found.metadata_value("format"), found.metadata_value("shard"), found.metadata_value("none")) == (
+        "pt",
+        None,
+        None,
+    )
     assert (found.index_metadata == {"total_size": 16}) is (named in ("folder", "index"))
 
 

@@ -8,7 +8,7 @@ modules in memory, which are diffusers' and transformers'.
 
 from diffsynth_core.models.control import count_added
 from diffsynth_core.models.shapes import count_blocks
-from diffsynth_core.weights.key_maps import Chain, PrefixMap, TableMap
+from diffsynth_core.weights.key_maps import ComposedKeyMap, PrefixMap, TableMap
 
 LORA_TARGETS = (
     "a_to_qkv", "b_to_qkv", "ff_a.0", "ff_a.2", "ff_b.0", "ff_b.2", "a_to_out", "b_to_out",
@@ -44,7 +44,7 @@ DIT_ORIGINAL = TableMap(
         "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
         "final_layer.linear": "proj_out",
     },
-    stacked={
+    fused={
         "double_blocks.{}.img_attn.qkv": (
             "transformer_blocks.{}.attn.to_q",
             "transformer_blocks.{}.attn.to_k",
@@ -62,7 +62,7 @@ DIT_ORIGINAL = TableMap(
             ("single_transformer_blocks.{}.proj_mlp", 4),
         ),
     },
-    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+    swap_halves={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
 """Of a modulation with two halves the original has the shift first, diffusers the scale."""
 
@@ -105,7 +105,7 @@ Files of the reference trainer's first major version have the halves of `final_n
 their names do not tell.
 """
 
-DIT = Chain(DIT_DOCUMENTED, DIT_ORIGINAL)
+DIT = ComposedKeyMap(DIT_DOCUMENTED, DIT_ORIGINAL)
 """Documented names -> those of the module."""
 
 DIT_MODULES = tuple(name for name in DIT_DOCUMENTED.rules if not name.endswith(".weight"))
@@ -193,7 +193,7 @@ T5 = TableMap(
             "encoder.final_layer_norm",
         )
     },
-    unneeded=("encoder.embed_tokens",),
+    ignored=("encoder.embed_tokens",),
 )
 """All but the module's second name for `shared.weight`, which some files have too."""
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from functools import partial
 
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, PLACES, with_controlnet
+from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS, with_controlnet
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.captions import POOLED, TEXT
 from diffsynth_core.models.flux.memory import MEMORY
@@ -17,9 +17,9 @@ from diffsynth_core.models.spec import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
-    Fit,
     Layout,
     References,
+    ShapeConstraint,
     Shapes,
     TargetSpec,
     TokenizerFacts,
@@ -103,7 +103,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
         references=(REFERENCES,) if shown else (),
-        takes=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+        conditions=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
     )
     return with_controlnet(plain, _unreached_in_controlnet(transformer)) if controlled else plain
 
@@ -125,10 +125,10 @@ FLUX = FamilyFacts(
             title="diffusion transformer",
             layouts=(
                 Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT_ORIGINAL, keys.DIT, keys.DIT_ORIGINAL),
-                Layout(keys.DIT_DIFFUSERS_SIGNATURE, documented=keys.DIT, written=keys.DIT_ORIGINAL),
+                Layout(keys.DIT_DIFFUSERS_SIGNATURE, public_keys=keys.DIT, saved_keys=keys.DIT_ORIGINAL),
                 Layout(keys.DIT_DOCUMENTED_SIGNATURE, keys.DIT, keys.DIT, keys.DIT_ORIGINAL),
             ),
-            places=("transformer/*", "flux1-*"),
+            file_patterns=("transformer/*", "flux1-*"),
             config_classes=("FluxTransformer2DModel",),
             lora_targets=keys.LORA_TARGETS,
             modules=keys.DIT_MODULES,
@@ -143,33 +143,33 @@ FLUX = FamilyFacts(
             title="CLIP text encoder",
             layouts=(
                 Layout(keys.CLIP_SIGNATURE, keys.CLIP, keys.CLIP),
-                Layout(keys.CLIP_FLAT_SIGNATURE, documented=keys.CLIP),
+                Layout(keys.CLIP_FLAT_SIGNATURE, public_keys=keys.CLIP),
             ),
-            places=("text_encoder/*",),
+            file_patterns=("text_encoder/*",),
         ),
         ComponentFacts(
             name="text_encoder_2",
             title="T5 text encoder",
             layouts=(Layout(keys.T5_SIGNATURE, keys.T5, keys.T5),),
-            places=("text_encoder_2/*",),
+            file_patterns=("text_encoder_2/*",),
         ),
         ComponentFacts(
             name="vae",
             title="VAE",
             layouts=(
                 Layout(keys.VAE_ORIGINAL_SIGNATURE, keys.VAE_ORIGINAL, keys.VAE_ORIGINAL),
-                Layout(keys.VAE_DIFFUSERS_SIGNATURE, documented=keys.VAE_ORIGINAL),
+                Layout(keys.VAE_DIFFUSERS_SIGNATURE, public_keys=keys.VAE_ORIGINAL),
             ),
-            places=("vae/*", "ae.*"),
+            file_patterns=("vae/*", "ae.*"),
             config_classes=("AutoencoderKL",),
-            untrainable=keys.unused_in_vae,
+            unused_params=keys.unused_in_vae,
             parts={"vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"},
         ),
         ComponentFacts(
             name=CONTROLNET,
             title="ControlNet",
             layouts=(Layout(keys.CONTROLNET_SIGNATURE),),
-            places=PLACES,
+            file_patterns=FILE_PATTERNS,
             config_classes=("FluxControlNetModel",),
             inputs=(CONTROLNET_IMAGE,),
         ),
@@ -205,18 +205,20 @@ FLUX = FamilyFacts(
             embedding="shared.weight",
         ),
     },
-    fits=(
-        Fit(
+    shape_constraints=(
+        ShapeConstraint(
             "text_encoder_1",
             ("final_layer_norm.weight", 0),
             ("time_text_embed.text_embedder.linear_1.weight", 1),
             "text states",
         ),
-        Fit("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
-        Fit("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
-        Fit(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("x_embedder.weight", 0), "states"),
-        Fit(CONTROLNET, ("context_embedder.weight", 1), ("context_embedder.weight", 1), "text states", verb="takes"),
-        Fit(
+        ShapeConstraint("text_encoder_2", ("shared.weight", 1), ("context_embedder.weight", 1), "text states"),
+        ShapeConstraint("vae", ("decoder.conv_in.weight", 1), ("proj_out.weight", 0), "latents", parts=PATCH),
+        ShapeConstraint(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("x_embedder.weight", 0), "states"),
+        ShapeConstraint(
+            CONTROLNET, ("context_embedder.weight", 1), ("context_embedder.weight", 1), "text states", verb="takes"
+        ),
+        ShapeConstraint(
             CONTROLNET,
             ("controlnet_x_embedder.weight", 1),
             ("x_embedder.weight", 1),

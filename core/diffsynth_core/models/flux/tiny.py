@@ -149,7 +149,7 @@ def _key_map(component: str, diffusers: bool) -> KeyMap:
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a module under the names of a layout."""
-    return {name: table.join(name, tensors) for name in table.theirs_of(tensors)}
+    return {name: table.fuse(name, tensors) for name in table.to_sources(tensors)}
 
 
 def clip_vocabulary() -> dict[str, int]:

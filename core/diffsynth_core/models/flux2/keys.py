@@ -43,7 +43,7 @@ DIT_ORIGINAL = TableMap(
         "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
         "final_layer.linear": "proj_out",
     },
-    stacked={
+    fused={
         "double_blocks.{}.img_attn.qkv": (
             "transformer_blocks.{}.attn.to_q",
             "transformer_blocks.{}.attn.to_k",
@@ -55,7 +55,7 @@ DIT_ORIGINAL = TableMap(
             "transformer_blocks.{}.attn.add_v_proj",
         ),
     },
-    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+    swap_halves={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
 """Original names of the transformer's modules, and of norms, whose leaves differ -> documented ones. Of the last
 modulation the original has the shift first, diffusers the scale."""

@@ -14,9 +14,9 @@ from diffsynth_core.models.spec import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
-    Fit,
     Layout,
     References,
+    ShapeConstraint,
     Shapes,
     TargetSpec,
     TokenizerFacts,
@@ -81,7 +81,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         encoders=(replace(TEXT, caption=captions.TEXT[size]), LATENTS, *((EDIT,) if shown else ())),
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
         references=(EDIT_IMAGES,) if shown else (),
-        takes=(EDIT_IMAGES.column,),
+        conditions=(EDIT_IMAGES.column,),
     )
 
 
@@ -97,7 +97,7 @@ FLUX2 = FamilyFacts(
                 Layout(keys.TRANSFORMER_SIGNATURE),
                 Layout(keys.TRANSFORMER_ORIGINAL_SIGNATURE, keys.DIT_ORIGINAL),
             ),
-            places=("transformer/*", "flux-2-*", "flux2-*"),
+            file_patterns=("transformer/*", "flux-2-*", "flux2-*"),
             config_classes=("Flux2Transformer2DModel",),
             lora_targets=keys.LORA_TARGETS,
             modules=keys.DIT_MODULES,
@@ -110,17 +110,17 @@ FLUX2 = FamilyFacts(
             name="text_encoder",
             title="Qwen3 text encoder",
             layouts=(Layout(keys.TEXT_ENCODER_SIGNATURE),),
-            places=("text_encoder/*",),
-            untrainable=keys.unused_in_text_encoder,
+            file_patterns=("text_encoder/*",),
+            unused_params=keys.unused_in_text_encoder,
         ),
         ComponentFacts(
             name="vae",
             title="VAE",
             layouts=(Layout(keys.VAE_SIGNATURE),),
-            places=("vae/*",),
+            file_patterns=("vae/*",),
             config_classes=("AutoencoderKLFlux2",),
             published={"original": None},
-            untrainable=keys.unused_in_vae,
+            unused_params=keys.unused_in_vae,
         ),
     ),
     denoiser="dit",
@@ -139,15 +139,15 @@ FLUX2 = FamilyFacts(
             embedding="model.embed_tokens.weight",
         )
     },
-    fits=(
-        Fit(
+    shape_constraints=(
+        ShapeConstraint(
             "text_encoder",
             ("model.embed_tokens.weight", 1),
             ("context_embedder.weight", 1),
             "text states",
             parts=len(keys.TEXT_LAYERS),
         ),
-        Fit("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
+        ShapeConstraint("vae", ("bn.running_mean", 0), ("x_embedder.weight", 1), "latents"),
     ),
     not_trained={"black-forest-labs/FLUX.2-dev:t*": "FLUX.2-dev"},
     lookalikes=(

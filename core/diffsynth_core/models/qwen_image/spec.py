@@ -1,6 +1,6 @@
 """What Qwen-Image is made of. No torch."""
 
-from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, PLACES
+from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS
 from diffsynth_core.models.qwen_image.keys import (
     DIT_BLOCKS,
     DIT_MODULES,
@@ -18,8 +18,8 @@ from diffsynth_core.models.qwen_image.variants import EDIT_IMAGE, variant
 from diffsynth_core.models.spec import (
     ComponentFacts,
     FamilyFacts,
-    Fit,
     Layout,
+    ShapeConstraint,
     TokenizerFacts,
     UnsupportedCheckpoint,
 )
@@ -40,13 +40,13 @@ QWEN_IMAGE = FamilyFacts(
                     )
                 ),
             ),
-            places=("transformer/*", "diffusion_pytorch_model*"),
+            file_patterns=("transformer/*", "diffusion_pytorch_model*"),
             config_classes=("QwenImageTransformer2DModel",),
             lora_targets=LORA_TARGETS,
             modules=DIT_MODULES,
             sides=DIT_SIDES,
             blocks=DIT_BLOCKS,
-            untrainable=dead_modules,
+            unused_params=dead_modules,
             settings={"zero_cond_t": (EDIT_IMAGE,)},
         ),
         ComponentFacts(
@@ -59,9 +59,9 @@ QWEN_IMAGE = FamilyFacts(
                     TEXT_ENCODER_FILES,
                 ),
             ),
-            places=("text_encoder/*",),
+            file_patterns=("text_encoder/*",),
             published={"original": TEXT_ENCODER_PUBLISHED},
-            untrainable=unused_in_text_encoder,
+            unused_params=unused_in_text_encoder,
         ),
         ComponentFacts(
             name="vae",
@@ -70,8 +70,8 @@ QWEN_IMAGE = FamilyFacts(
                 Layout(frozenset({"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weight"})),
                 Layout(VAE_2_1_ORIGINAL_SIGNATURE, VAE_2_1, borrowed=True),  # ComfyUI's file: it is a VAE of Wan 2.1
             ),
-            places=("vae/*",),
-            untrainable=unused_in_vae,
+            file_patterns=("vae/*",),
+            unused_params=unused_in_vae,
         ),
         ComponentFacts(
             name=CONTROLNET,
@@ -87,7 +87,7 @@ QWEN_IMAGE = FamilyFacts(
                     )
                 ),
             ),
-            places=PLACES,
+            file_patterns=FILE_PATTERNS,
             config_classes=("QwenImageControlNetModel",),
             inputs=(CONTROLNET_IMAGE,),
         ),
@@ -124,12 +124,14 @@ QWEN_IMAGE = FamilyFacts(
         "*Qwen-Image-Layered*:transformer*": "Qwen-Image-Layered",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-*:*": "the Qwen-Image blockwise ControlNet",
     },
-    fits=(
-        Fit("text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"),
-        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
-        Fit(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("img_in.weight", 0), "states"),
-        Fit(CONTROLNET, ("txt_in.weight", 1), ("txt_in.weight", 1), "text states", verb="takes"),
-        Fit(
+    shape_constraints=(
+        ShapeConstraint(
+            "text_encoder", ("model.language_model.embed_tokens.weight", 1), ("txt_in.weight", 1), "text states"
+        ),
+        ShapeConstraint("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=4),
+        ShapeConstraint(CONTROLNET, ("controlnet_blocks.0.weight", 0), ("img_in.weight", 0), "states"),
+        ShapeConstraint(CONTROLNET, ("txt_in.weight", 1), ("txt_in.weight", 1), "text states", verb="takes"),
+        ShapeConstraint(
             CONTROLNET,
             ("controlnet_x_embedder.weight", 1),
             ("img_in.weight", 1),

@@ -30,7 +30,7 @@ TEXT_TO_IMAGE = Variant(
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
     target=IMAGE,
-    takes=(EDIT_IMAGE, CONTROLNET_IMAGE),
+    conditions=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 
 VAE_AREA = 1024 * 1024
@@ -106,7 +106,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 
 def edit_variant(model: EditModel) -> Variant:
-    """What an editing model needs: the image half of its text encoder is in use."""
+    """What an editing model required_conditions: the image half of its text encoder is in use."""
     shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_image else None)
     small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     name, read, facts = (
@@ -122,6 +122,6 @@ def edit_variant(model: EditModel) -> Variant:
         encoders=(text, LATENTS, EDIT_LATENTS),
         target=IMAGE,
         references=(shown,) if model.one_image else (shown, small),
-        reached={"text_encoder": frozenset({"model.visual"})},
-        takes=(EDIT_IMAGE,),
+        extra_trainable={"text_encoder": frozenset({"model.visual"})},
+        conditions=(EDIT_IMAGE,),
     )

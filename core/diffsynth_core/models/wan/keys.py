@@ -189,7 +189,7 @@ IMAGE_ENCODER = TableMap(
         "visual.transformer.{}.mlp.2": "encoder.layers.{}.mlp.fc2",
         "visual.post_norm": "post_layernorm",
     },
-    stacked={
+    fused={
         "visual.transformer.{}.attn.to_qkv": (
             "encoder.layers.{}.self_attn.q_proj",
             "encoder.layers.{}.self_attn.k_proj",
@@ -200,7 +200,7 @@ IMAGE_ENCODER = TableMap(
         "visual.cls_embedding": ("embeddings.class_embedding", 2),
         "visual.pos_embedding": ("embeddings.position_embedding.weight", 1),
     },
-    unneeded=("visual.head", "textual", "log_scale"),
+    ignored=("visual.head", "textual", "log_scale"),
 )
 """The image half of CLIP; its projection, the text half and the scale between them are not read."""
 

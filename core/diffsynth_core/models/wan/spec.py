@@ -9,8 +9,8 @@ from diffsynth_core.models.spec import (
     ComponentFacts,
     EncoderFacts,
     FamilyFacts,
-    Fit,
     Layout,
+    ShapeConstraint,
     Shapes,
     TargetSpec,
     TokenizerFacts,
@@ -124,8 +124,8 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
         encoders=(TEXT, latents, *((image,) if image_encoder else ())),
         target=CLIPS,
-        takes=FRAMES,
-        needs=FRAMES if two_images else FRAMES[:1],
+        conditions=FRAMES,
+        required_conditions=FRAMES if two_images else FRAMES[:1],
     )
 
 
@@ -142,7 +142,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
         target=TargetSpec("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
-        takes=FRAMES[:1],
+        conditions=FRAMES[:1],
         num_conditioning_frames=1 if shown else 0,
     )
 
@@ -157,9 +157,9 @@ WAN = FamilyFacts(
             title="diffusion transformer",
             layouts=(
                 Layout(keys.DIT_ORIGINAL_SIGNATURE, keys.DIT, keys.DIT),
-                Layout(keys.DIT_DIFFUSERS_SIGNATURE, documented=keys.DIT),
+                Layout(keys.DIT_DIFFUSERS_SIGNATURE, public_keys=keys.DIT),
             ),
-            places=(
+            file_patterns=(
                 *("diffusion_pytorch_model*", "high_noise_model/*", "low_noise_model/*"),
                 *("transformer/*", "transformer_2/*"),
             ),
@@ -173,22 +173,22 @@ WAN = FamilyFacts(
             title="UMT5 text encoder",
             layouts=(
                 Layout(keys.TEXT_ENCODER_ORIGINAL_SIGNATURE, keys.TEXT_ENCODER, keys.TEXT_ENCODER),
-                Layout(keys.TEXT_ENCODER_DIFFUSERS_SIGNATURE, documented=keys.TEXT_ENCODER),
+                Layout(keys.TEXT_ENCODER_DIFFUSERS_SIGNATURE, public_keys=keys.TEXT_ENCODER),
             ),
-            places=("models_t5*", "text_encoder/*"),
+            file_patterns=("models_t5*", "text_encoder/*"),
         ),
         ComponentFacts(
             name="vae",
             title="VAE",
             layouts=(
                 Layout(keys.VAE_2_1_ORIGINAL_SIGNATURE, keys.VAE_2_1, keys.VAE_2_1),
-                Layout(keys.VAE_2_1_DIFFUSERS_SIGNATURE, documented=keys.VAE_2_1),
+                Layout(keys.VAE_2_1_DIFFUSERS_SIGNATURE, public_keys=keys.VAE_2_1),
                 Layout(keys.VAE_2_2_ORIGINAL_SIGNATURE, keys.VAE_2_2, keys.VAE_2_2),
-                Layout(keys.VAE_2_2_DIFFUSERS_SIGNATURE, documented=keys.VAE_2_2),
+                Layout(keys.VAE_2_2_DIFFUSERS_SIGNATURE, public_keys=keys.VAE_2_2),
             ),
-            places=("Wan2.?_VAE*", "vae/*"),
+            file_patterns=("Wan2.?_VAE*", "vae/*"),
             config_classes=("AutoencoderKLWan",),
-            untrainable=keys.unused_in_vae,
+            unused_params=keys.unused_in_vae,
         ),
         ComponentFacts(
             name="image_encoder",
@@ -196,10 +196,10 @@ WAN = FamilyFacts(
             layouts=(
                 Layout(keys.IMAGE_ENCODER_ORIGINAL_SIGNATURE, keys.IMAGE_ENCODER, keys.IMAGE_ENCODER),
                 Layout(keys.IMAGE_ENCODER_DIFFUSERS_SIGNATURE, keys.IMAGE_ENCODER_DIFFUSERS, keys.IMAGE_ENCODER),
-                Layout(keys.IMAGE_ENCODER_FLAT_SIGNATURE, documented=keys.IMAGE_ENCODER),
+                Layout(keys.IMAGE_ENCODER_FLAT_SIGNATURE, public_keys=keys.IMAGE_ENCODER),
             ),
-            places=("models_clip*", "image_encoder/*"),
-            untrainable=keys.unused_in_image_encoder,
+            file_patterns=("models_clip*", "image_encoder/*"),
+            unused_params=keys.unused_in_image_encoder,
         ),
     ),
     denoiser="dit",
@@ -224,10 +224,14 @@ WAN = FamilyFacts(
             embedding="shared.weight",
         )
     },
-    fits=(
-        Fit("text_encoder", ("shared.weight", 1), (f"{EMBEDDER}.text_embedder.linear_1.weight", 1), "text states"),
-        Fit("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=PATCH),
-        Fit("image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"),
+    shape_constraints=(
+        ShapeConstraint(
+            "text_encoder", ("shared.weight", 1), (f"{EMBEDDER}.text_embedder.linear_1.weight", 1), "text states"
+        ),
+        ShapeConstraint("vae", ("post_quant_conv.weight", 0), ("proj_out.weight", 0), "latents", parts=PATCH),
+        ShapeConstraint(
+            "image_encoder", ("pre_layrnorm.weight", 0), (f"{EMBEDDER}.image_embedder.norm1.weight", 0), "states"
+        ),
     ),
     not_trained={
         "*Wan*-Camera*:*diffusion_pytorch_model*": "Wan Fun Control-Camera (camera control)",

@@ -186,8 +186,8 @@ def _key_map(component: str, diffusers: bool, config: Mapping[str, Any]) -> KeyM
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a module under the names of a layout; CLIP in Wan's own has parts that nobody reads."""
-    found = [(name, table.theirs(name)) for name in tensors]
-    renamed = {theirs: table.join(theirs, tensors) for theirs in dict.fromkeys(theirs for _, theirs in found if theirs)}
+    found = [(name, table.to_source(name)) for name in tensors]
+    renamed = {theirs: table.fuse(theirs, tensors) for theirs in dict.fromkeys(theirs for _, theirs in found if theirs)}
     if table is keys.IMAGE_ENCODER:
         width = tensors["post_layernorm.weight"].numel()
         renamed["visual.head"] = torch.zeros(width, width, dtype=torch.bfloat16)

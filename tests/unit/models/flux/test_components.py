@@ -119,12 +119,12 @@ def test_the_published_configuration_is_inferred_and_builds_the_same_module(comp
 def test_files_of_other_layouts_hold_as_many_numbers_and_infer_the_same(case):
     component, table = OTHER_LAYOUTS[case]
     shapes = shapes_of(published(component))
-    theirs = {name: table.join_shape(name, shapes) for name in table.theirs_of(shapes)}
+    theirs = {name: table.fuse_shape(name, shapes) for name in table.to_sources(shapes)}
     assert theirs.keys() != shapes.keys()
     assert sum(torch.Size(shape).numel() for shape in theirs.values()) == PUBLISHED[component][1]
     ours: dict[str, tuple[int, ...]] = {}
     for name, shape in theirs.items():
-        ours |= table.cut_shape(name, shape)
+        ours |= table.split_shape(name, shape)
     assert ours == shapes
     assert INFER[component](ours) == INFER[component](shapes)
 
@@ -132,13 +132,13 @@ def test_files_of_other_layouts_hold_as_many_numbers_and_infer_the_same(case):
 def test_the_original_files_have_the_published_shapes():
     shapes = shapes_of(published("dit"))
     table = keys.DIT_ORIGINAL
-    assert table.join_shape("double_blocks.18.img_attn.qkv.weight", shapes) == (9216, 3072)
-    assert table.join_shape("single_blocks.37.linear1.weight", shapes) == (21504, 3072)
-    assert table.join_shape("single_blocks.37.linear2.weight", shapes) == (3072, 15360)
-    assert table.join_shape("final_layer.adaLN_modulation.1.weight", shapes) == (6144, 3072)
+    assert table.fuse_shape("double_blocks.18.img_attn.qkv.weight", shapes) == (9216, 3072)
+    assert table.fuse_shape("single_blocks.37.linear1.weight", shapes) == (21504, 3072)
+    assert table.fuse_shape("single_blocks.37.linear2.weight", shapes) == (3072, 15360)
+    assert table.fuse_shape("final_layer.adaLN_modulation.1.weight", shapes) == (6144, 3072)
     attention = shapes_of(published("vae"))
-    assert keys.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.weight", attention) == (512, 512, 1, 1)
-    assert keys.VAE_ORIGINAL.join_shape("encoder.mid.attn_1.q.bias", attention) == (512,)
+    assert keys.VAE_ORIGINAL.fuse_shape("encoder.mid.attn_1.q.weight", attention) == (512, 512, 1, 1)
+    assert keys.VAE_ORIGINAL.fuse_shape("encoder.mid.attn_1.q.bias", attention) == (512,)
 
 
 @pytest.mark.parametrize("component", INFER)
@@ -220,7 +220,7 @@ def test_all_transformers_with_guidance_can_be_shown_images(origin, title, model
         variant = FLUX.variant({"dit": shapes}, inputs, origin)
         assert (variant.title, variant.model_id) == (title, model_id)
         assert variant.components == ("dit", "text_encoder_1", "text_encoder_2", "vae")
-        assert (variant.takes, variant.needs) == (("kontext_images", "controlnet_image"), ())
+        assert (variant.conditions, variant.required_conditions) == (("kontext_images", "controlnet_image"), ())
         assert tuple(reference.column for reference in variant.references) == inputs
         made = [encoder.name for encoder in variant.encoders]
         assert made == ["text_1", "text_2", "latents", *(["kontext_latents"] if inputs else [])]

@@ -58,8 +58,8 @@ def tensors_of(component: str) -> dict[str, Tensor]:
 
 
 def in_names_of(table: KeyMap, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    assert all(table.theirs(name) for name in tensors)
-    return {name: table.join(name, tensors) for name in table.theirs_of(tensors)}
+    assert all(table.to_source(name) for name in tensors)
+    return {name: table.fuse(name, tensors) for name in table.to_sources(tensors)}
 
 
 @pytest.mark.parametrize("case", TABLES)
@@ -69,13 +69,13 @@ def test_tensors_go_there_and_back_bit_for_bit(case):
     theirs = in_names_of(table, tensors)
     back: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
-        cut = table.cut(name, tensor)
-        assert {key: tuple(part.shape) for key, part in cut.items()} == table.cut_shape(name, tuple(tensor.shape))
+        cut = table.split(name, tensor)
+        assert {key: tuple(part.shape) for key, part in cut.items()} == table.split_shape(name, tuple(tensor.shape))
         assert not back.keys() & cut.keys()
         back |= cut
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
-    again = {name: table.join(name, back) for name in theirs}
+    again = {name: table.fuse(name, back) for name in theirs}
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 
@@ -127,7 +127,7 @@ def test_the_documented_names_hold_the_original_tensors():
     documented = in_names_of(keys.DIT, tensors_of("dit"))
     assert len(documented) == len(original)
     for name, tensor in documented.items():
-        (theirs,) = keys.DIT_DOCUMENTED.ours(name)
+        (theirs,) = keys.DIT_DOCUMENTED.to_targets(name)
         assert torch.equal(tensor, original[theirs])
 
 
@@ -154,8 +154,8 @@ def test_the_documented_names_hold_the_original_tensors():
     ],
 )  # fmt: skip
 def test_names_of_the_published_files(table: KeyMap, theirs, ours):
-    assert table.ours(theirs) == ours
-    assert {table.theirs(name) for name in ours} == {theirs}
+    assert table.to_targets(theirs) == ours
+    assert {table.to_source(name) for name in ours} == {theirs}
 
 
 @pytest.mark.parametrize(("module", "parts"), [("to_qkv_mlp", "single_blocks.1.linear1"), ("a_to_qkv", None)])
@@ -184,15 +184,15 @@ def test_the_last_modulation_has_the_shift_first():
 def test_the_embedding_of_t5_has_one_name():
     """Its second one is read over in files, and not written."""
     module = module_of("text_encoder_2")
-    assert keys.T5.ours("encoder.embed_tokens.weight") == ()
-    assert keys.T5.theirs_of(module.state_dict()) == list(tensors_of("text_encoder_2"))
+    assert keys.T5.to_targets("encoder.embed_tokens.weight") == ()
+    assert keys.T5.to_sources(module.state_dict()) == list(tensors_of("text_encoder_2"))
 
 
 def test_names_of_other_models_are_unknown():
     """FLUX.2 has one modulation for all blocks, ControlNets have blocks of their own."""
-    assert keys.DIT_ORIGINAL.ours("double_stream_modulation_img.lin.weight") is None
-    assert keys.DIT_ORIGINAL.theirs("controlnet_blocks.0.weight") is None
-    assert keys.VAE_ORIGINAL.ours("encoder.quant_conv.weight") is None
+    assert keys.DIT_ORIGINAL.to_targets("double_stream_modulation_img.lin.weight") is None
+    assert keys.DIT_ORIGINAL.to_source("controlnet_blocks.0.weight") is None
+    assert keys.VAE_ORIGINAL.to_targets("encoder.quant_conv.weight") is None
 
 
 LAYOUTS = {
@@ -267,7 +267,7 @@ def test_every_parameter_of_the_transformer_and_the_text_encoders_is_reached():
         getattr(encoder(tokens), output).pow(2).sum().backward()
     for component in ("dit", "text_encoder_1", "text_encoder_2"):
         silent = [name for name, parameter in module_of(component).named_parameters() if parameter.grad is None]
-        assert silent == [] == list(FLUX.component(component).untrainable(frozenset({"transformer_blocks.1.attn"})))
+        assert silent == [] == list(FLUX.component(component).unused_params(frozenset({"transformer_blocks.1.attn"})))
 
 
 def test_the_decoder_is_all_of_the_vae_that_an_image_does_not_reach():
@@ -292,7 +292,7 @@ def test_the_documented_lora_targets():
         **dict.fromkeys(keys.LORA_TARGETS, double),
         **dict.fromkeys(("proj_out", "norm.linear", "to_qkv_mlp"), single),
     }
-    own = {module for addressed in found.values() for name in addressed for module in keys.DIT.ours(name)}
+    own = {module for addressed in found.values() for name in addressed for module in keys.DIT.to_targets(name)}
     linear = {name for name, module in module_of("dit").named_modules() if isinstance(module, nn.Linear)}
     outside = {name for name in linear if "blocks" not in name}
     assert own == linear - outside, "every linear layer of every block"

@@ -36,8 +36,8 @@ def load(base: Path, case: str) -> nn.Module:
     ours: dict[str, Tensor] = {}
     for path in sorted((base / DEV).glob(pattern)):
         for name, tensor in load_file(path).items():
-            assert table.ours(name) is not None
-            ours |= table.cut(name, tensor.float())
+            assert table.to_targets(name) is not None
+            ours |= table.split(name, tensor.float())
     config_path = (base / DEV / pattern).parent / "config.json"
     assert config_path.exists() == configured
     files = ComponentFiles(component, "x", (), config_path if configured else None)

@@ -169,7 +169,7 @@ def test_every_parameter_of_the_transformer_gets_a_gradient():
         )[0]
 
     assert silent_parameters("dit", prediction) == set()
-    assert FLUX2.component("dit").untrainable(frozenset(shapes_of(module_of("dit")))) == frozenset()
+    assert FLUX2.component("dit").unused_params(frozenset(shapes_of(module_of("dit")))) == frozenset()
 
 
 # Kinds
@@ -186,7 +186,7 @@ def test_reference_images_are_there_when_asked_for():
     assert without.references == () and [encoder.name for encoder in without.encoders] == ["text", "latents"]
     assert [reference.column for reference in shown.references] == ["edit_image"]
     assert [encoder.name for encoder in shown.encoders] == ["text", "latents", "edit_image"]
-    assert without.takes == shown.takes == ("edit_image",)
+    assert without.conditions == shown.conditions == ("edit_image",)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
     }
     assert recognise_family(tensors) is FLUX2
     component, layout = recognise(tensors, FLUX2)
-    assert component.name == "dit" and all(layout.names.ours(name) for name in tensors)
+    assert component.name == "dit" and all(layout.names.to_targets(name) for name in tensors)
 
 
 # Sizes of reference images

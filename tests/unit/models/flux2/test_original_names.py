@@ -33,6 +33,6 @@ def test_diffusers_reads_the_original_names_back(cli, tiny_families):
 def test_norms_carry_no_lora():
     assert not [name for name in DIT_MODULES if "norm_q" in name or "norm_k" in name]
     assert (
-        DIT_ORIGINAL.theirs("transformer_blocks.0.attn.norm_q.weight")
+        DIT_ORIGINAL.to_source("transformer_blocks.0.attn.norm_q.weight")
         == "double_blocks.0.img_attn.norm.query_norm.scale"
     )

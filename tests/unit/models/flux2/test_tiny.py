@@ -17,7 +17,7 @@ from diffsynth_core.models.flux2.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.components import find_components, shape_faults
 
-PLACES = {
+FILE_PATTERNS = {
     "dit": "transformer/*.safetensors",
     "text_encoder": "text_encoder/*.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -42,8 +42,8 @@ def names_in(folder: Path) -> set[str]:
 
 def load(base: Path, component: str, model_id: str) -> nn.Module:
     """Written and read back with nothing missing."""
-    write_tiny_weights(base, component, model_id, PLACES[component])
-    folder = (base / model_id / PLACES[component]).parent
+    write_tiny_weights(base, component, model_id, FILE_PATTERNS[component])
+    folder = (base / model_id / FILE_PATTERNS[component]).parent
     tensors = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -67,8 +67,8 @@ def test_transformers_have_all_the_single_blocks_that_recipes_name(tmp_path, mod
 
 @pytest.mark.parametrize(("component", "stem"), [("dit", "diffusion_pytorch_model"), ("text_encoder", "model")])
 def test_files_are_named_as_the_published_ones(tmp_path, component, stem):
-    write_tiny_weights(tmp_path, component, KLEIN_9B, PLACES[component])
-    folder = (tmp_path / KLEIN_9B / PLACES[component]).parent
+    write_tiny_weights(tmp_path, component, KLEIN_9B, FILE_PATTERNS[component])
+    folder = (tmp_path / KLEIN_9B / FILE_PATTERNS[component]).parent
     shards = [f"{stem}-{number:05d}-of-00002.safetensors" for number in (1, 2)]
     assert {path.name for path in folder.iterdir()} == {"config.json", f"{stem}.safetensors.index.json", *shards}
     index = json.loads((folder / f"{stem}.safetensors.index.json").read_text())["weight_map"]
@@ -86,7 +86,7 @@ def test_only_the_large_text_encoder_has_a_vocabulary_head_of_its_own(tmp_path, 
 def test_the_vae_s_statistics_are_written_exactly(tmp_path):
     vae = load(tmp_path, "vae", KLEIN_4B)
     assert len(vae.bn.running_mean.unique()) == len(vae.bn.running_var.unique()) == 128
-    with safe_open(tmp_path / KLEIN_4B / PLACES["vae"], "pt") as file:
+    with safe_open(tmp_path / KLEIN_4B / FILE_PATTERNS["vae"], "pt") as file:
         dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - no mapping
     statistics = {name: dtypes.pop(name) for name in list(dtypes) if name.startswith("bn.")}
     assert statistics == {
@@ -97,10 +97,10 @@ def test_the_vae_s_statistics_are_written_exactly(tmp_path):
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("component", PLACES)
+@pytest.mark.parametrize("component", FILE_PATTERNS)
 def test_the_same_command_writes_the_same_bytes(tmp_path, component):
     for number in range(2):
-        write_tiny_weights(tmp_path / str(number), component, KLEIN_4B, PLACES[component])
+        write_tiny_weights(tmp_path / str(number), component, KLEIN_4B, FILE_PATTERNS[component])
     first, again = (
         {path.relative_to(base): path.read_bytes() for path in base.rglob("*") if path.is_file()}
         for base in (tmp_path / "0", tmp_path / "1")
@@ -109,7 +109,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path, component):
 
 
 def test_the_template_is_qwen3_s(tmp_path):
-    write_tiny_weights(tmp_path, "text_encoder", KLEIN_4B, PLACES["text_encoder"])
+    write_tiny_weights(tmp_path, "text_encoder", KLEIN_4B, FILE_PATTERNS["text_encoder"])
     tokenizer = load_tokenizer(tmp_path / KLEIN_4B / "tokenizer")
     expected = "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert apply_template(tokenizer, "a cat") == expected
@@ -123,16 +123,16 @@ def test_the_template_is_qwen3_s(tmp_path):
 
 def find(base: Path, problems: list, **models: str):
     """What a run finds where models are named by component."""
-    entries = tuple(f"{model_id}:{PLACES[component]}" for component, model_id in models.items())
+    entries = tuple(f"{model_id}:{FILE_PATTERNS[component]}" for component, model_id in models.items())
     return find_components(Parameters(model_id_with_origin_paths=entries), "flux2", base, problems)
 
 
 @pytest.mark.parametrize("model_id", [KLEIN_4B, KLEIN_9B])
 def test_a_run_finds_all_of_it(tmp_path, model_id):
-    for component, place in PLACES.items():
+    for component, place in FILE_PATTERNS.items():
         write_tiny_weights(tmp_path, component, model_id, place)
     problems: list = []
-    found = find(tmp_path, problems, **dict.fromkeys(PLACES, model_id))
+    found = find(tmp_path, problems, **dict.fromkeys(FILE_PATTERNS, model_id))
     assert problems == [] and shape_faults(found) == []
     assert found.variant.model_id == model_id
     assert found.tokenizers == {"tokenizer_path": tmp_path / model_id / "tokenizer"}
@@ -140,8 +140,8 @@ def test_a_run_finds_all_of_it(tmp_path, model_id):
 
 def test_a_text_encoder_of_another_size_is_refused(tmp_path):
     for component, model_id in (("dit", KLEIN_4B), ("vae", KLEIN_4B)):
-        write_tiny_weights(tmp_path, component, model_id, PLACES[component])
-    write_tiny_weights(tmp_path, "text_encoder", KLEIN_9B, PLACES["text_encoder"], TinySizes(text_width=64))
+        write_tiny_weights(tmp_path, component, model_id, FILE_PATTERNS[component])
+    write_tiny_weights(tmp_path, "text_encoder", KLEIN_9B, FILE_PATTERNS["text_encoder"], TinySizes(text_width=64))
     problems: list = []
     find(tmp_path, problems, dit=KLEIN_4B, vae=KLEIN_4B, text_encoder=KLEIN_9B)
     (problem,) = problems
@@ -153,24 +153,24 @@ def test_a_text_encoder_of_another_size_is_refused(tmp_path):
 
 
 def test_a_vae_of_other_latents_is_refused(tmp_path):
-    for component, place in PLACES.items():
+    for component, place in FILE_PATTERNS.items():
         write_tiny_weights(tmp_path, component, KLEIN_4B, place)
-    path = tmp_path / KLEIN_4B / PLACES["vae"]
+    path = tmp_path / KLEIN_4B / FILE_PATTERNS["vae"]
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     save_file(tensors | {"bn.running_mean": torch.zeros(64)}, path)
     problems: list = []
-    find(tmp_path, problems, **dict.fromkeys(PLACES, KLEIN_4B))
+    find(tmp_path, problems, **dict.fromkeys(FILE_PATTERNS, KLEIN_4B))
     assert [problem.message for problem in problems] == [
-        f"the vae from `{KLEIN_4B}:{PLACES['vae']}` makes latents with 64 channels, but the dit of FLUX.2 klein expects 128"
+        f"the vae from `{KLEIN_4B}:{FILE_PATTERNS['vae']}` makes latents with 64 channels, but the dit of FLUX.2 klein expects 128"
     ]
 
 
 @pytest.mark.parametrize(("component", "other"), [("dit", "vae"), ("vae", "dit")])
 def test_the_configuration_of_another_component_is_not_taken(tmp_path, component, other):
     for name in (component, other):
-        write_tiny_weights(tmp_path, name, KLEIN_4B, PLACES[name])
-    folders = {name: (tmp_path / KLEIN_4B / PLACES[name]).parent for name in (component, other)}
+        write_tiny_weights(tmp_path, name, KLEIN_4B, FILE_PATTERNS[name])
+    folders = {name: (tmp_path / KLEIN_4B / FILE_PATTERNS[name]).parent for name in (component, other)}
     problems: list = []
     assert find(tmp_path, problems, **{component: KLEIN_4B}).components[component].config_path is not None
     (folders[component] / "config.json").write_bytes((folders[other] / "config.json").read_bytes())
@@ -180,7 +180,7 @@ def test_the_configuration_of_another_component_is_not_taken(tmp_path, component
 def test_flux2_dev_is_told(tmp_path):
     dev = "mine/FLUX.2-dev"
     for component in ("dit", "vae"):
-        write_tiny_weights(tmp_path, component, dev, PLACES[component])
+        write_tiny_weights(tmp_path, component, dev, FILE_PATTERNS[component])
     (tmp_path / dev / "text_encoder").mkdir()
     mistral = ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight")
     save_file({name: torch.zeros(1) for name in mistral}, tmp_path / dev / "text_encoder" / "model.safetensors")

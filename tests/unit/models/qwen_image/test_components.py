@@ -133,7 +133,7 @@ def test_the_names_of_older_files_infer_the_same(modules):
     }
     assert older.keys() != shapes.keys()
     assert infer_text_encoder(
-        {TEXT_ENCODER_FILES.ours(name)[0]: shape for name, shape in older.items()}
+        {TEXT_ENCODER_FILES.to_targets(name)[0]: shape for name, shape in older.items()}
     ) == infer_text_encoder(shapes)
 
 

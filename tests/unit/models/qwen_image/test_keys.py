@@ -33,8 +33,8 @@ VAE = {"encoder.conv_in.weight", "encoder.norm_out.gamma", "post_quant_conv.weig
     ],
 )
 def test_text_encoder_names_of_both_styles_become_ours(old, new):
-    assert TEXT_ENCODER_FILES.ours(old) == (new,)
-    assert TEXT_ENCODER_FILES.ours(new) == (new,)
+    assert TEXT_ENCODER_FILES.to_targets(old) == (new,)
+    assert TEXT_ENCODER_FILES.to_targets(new) == (new,)
 
 
 def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
@@ -49,7 +49,7 @@ def test_all_names_of_the_tiny_text_encoder_find_their_place(tiny_models):
     assert any(name.startswith("visual.") for name in names)  # the style of the published files
     with torch.device("meta"):
         module = build("text_encoder", read_json(folder / "config.json", dict, ""))
-    assert sorted(own for name in names for own in TEXT_ENCODER_FILES.ours(name)) == sorted(module.state_dict())
+    assert sorted(own for name in names for own in TEXT_ENCODER_FILES.to_targets(name)) == sorted(module.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_without_images_to_edit_every_model_makes_images_from_text():
     variants = {QWEN_IMAGE.variant({}, (), f"Qwen/Qwen-Image{name}:x").model_id for name in ("", "-Edit", "-Edit-2511")}
     assert variants == {"Qwen/Qwen-Image"}
     found = QWEN_IMAGE.variant({}, (), "")
-    assert (found.takes, found.needs, found.references, dict(found.reached)) == (
+    assert (found.conditions, found.required_conditions, found.references, dict(found.extra_trainable)) == (
         ("edit_image", "controlnet_image"),
         (),
         (),
@@ -89,8 +89,8 @@ def test_the_later_models_are_shown_any_number_at_two_sizes(origin):
 @pytest.mark.parametrize("origin", ["Qwen/Qwen-Image-Edit:x", "Qwen/Qwen-Image-Edit-2511:x"])
 def test_editing_reaches_the_image_half_of_the_text_encoder_alone(origin):
     found = QWEN_IMAGE.variant({}, ("edit_image",), origin)
-    unused = QWEN_IMAGE.component("text_encoder").untrainable(frozenset())
-    assert {name for name in unused if not is_below(name, found.reached["text_encoder"])} == {"lm_head"}
+    unused = QWEN_IMAGE.component("text_encoder").unused_params(frozenset())
+    assert {name for name in unused if not is_below(name, found.extra_trainable["text_encoder"])} == {"lm_head"}
 
 
 @pytest.mark.parametrize(

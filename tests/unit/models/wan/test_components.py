@@ -121,8 +121,8 @@ def original_shapes(case: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of Wan's own file."""
     table: TableMap = TABLES.get(case, keys.DIT)
     tensors = published(case).state_dict()
-    theirs = {table.theirs(name) for name in shapes_of(published(case))}
-    return {name: tuple(table.join(name, tensors).shape) for name in theirs if name}
+    theirs = {table.to_source(name) for name in shapes_of(published(case))}
+    return {name: tuple(table.fuse(name, tensors).shape) for name in theirs if name}
 
 
 def plain(config: object, keys: dict[str, object]) -> dict[str, object]:
@@ -159,7 +159,7 @@ def test_files_in_wan_s_own_names_infer_the_same(case):
     assert theirs.keys() != shapes_of(published(case)).keys()
     ours: dict[str, tuple[int, ...]] = {}
     for name, shape in theirs.items():
-        ours |= table.cut_shape(name, shape)
+        ours |= table.split_shape(name, shape)
     assert ours == shapes_of(published(case))
     assert INFER[component](ours) == INFER[component](shapes_of(published(case)))
 

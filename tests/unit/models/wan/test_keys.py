@@ -68,9 +68,9 @@ def tensors_of(case: str) -> dict[str, Tensor]:
 
 
 def in_names_of(table: KeyMap, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {table.theirs(name) for name in tensors}
+    found = {table.to_source(name) for name in tensors}
     assert None not in found
-    return {name: table.join(name, tensors) for name in sorted(filter(None, found))}
+    return {name: table.fuse(name, tensors) for name in sorted(filter(None, found))}
 
 
 def original(case: str) -> dict[str, Tensor]:
@@ -83,13 +83,13 @@ def test_tensors_go_there_and_back_bit_for_bit(case):
     theirs = original(case)
     back: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
-        cut = table.cut(name, tensor)
-        assert {key: tuple(part.shape) for key, part in cut.items()} == table.cut_shape(name, tuple(tensor.shape))
+        cut = table.split(name, tensor)
+        assert {key: tuple(part.shape) for key, part in cut.items()} == table.split_shape(name, tuple(tensor.shape))
         assert not back.keys() & cut.keys()
         back |= cut
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) and back[name].shape == tensors[name].shape for name in tensors)
-    again = {name: table.join(name, back) for name in theirs}
+    again = {name: table.fuse(name, back) for name in theirs}
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 
@@ -151,8 +151,8 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ],
 )  # fmt: skip
 def test_names_of_the_published_files(table: TableMap, theirs, ours):
-    assert table.ours(theirs) == (ours,)
-    assert table.theirs(ours) == theirs
+    assert table.to_targets(theirs) == (ours,)
+    assert table.to_source(ours) == theirs
 
 
 def test_clip_s_fused_projection_holds_query_key_and_value_in_this_order():
@@ -172,10 +172,10 @@ def test_clip_s_embeddings_have_their_original_dimensions():
 
 def test_what_nobody_reads_of_clip_is_left_and_what_is_unknown_is_told():
     for name in ("visual.head", "textual.token_embedding.weight", "textual.blocks.3.norm1.bias", "log_scale"):
-        assert keys.IMAGE_ENCODER.ours(name) == ()
-    assert keys.IMAGE_ENCODER.ours("visual.transformer.0.attn.to_q.weight") is None
-    assert keys.DIT.ours("vace_blocks.0.self_attn.q.weight") is None
-    assert keys.TEXT_ENCODER.theirs("encoder.embed_tokens.weight") is None
+        assert keys.IMAGE_ENCODER.to_targets(name) == ()
+    assert keys.IMAGE_ENCODER.to_targets("visual.transformer.0.attn.to_q.weight") is None
+    assert keys.DIT.to_targets("vace_blocks.0.self_attn.q.weight") is None
+    assert keys.TEXT_ENCODER.to_source("encoder.embed_tokens.weight") is None
 
 
 def test_clip_s_files_of_diffusers_repositories_stand_one_level_deeper():
@@ -183,7 +183,7 @@ def test_clip_s_files_of_diffusers_repositories_stand_one_level_deeper():
     theirs = in_names_of(keys.IMAGE_ENCODER_DIFFUSERS, tensors)
     assert "vision_model.post_layernorm.weight" in theirs
     assert all(name.startswith("vision_model.") for name in theirs)
-    assert {own for name in theirs for own in keys.IMAGE_ENCODER_DIFFUSERS.ours(name)} == tensors.keys()
+    assert {own for name in theirs for own in keys.IMAGE_ENCODER_DIFFUSERS.to_targets(name)} == tensors.keys()
 
 
 SIGNATURES = {
@@ -310,7 +310,7 @@ def test_the_documented_lora_targets():
         **dict.fromkeys(("q", "k", "v", "o"), 2 * blocks),
         **dict.fromkeys(("ffn.0", "ffn.2"), blocks),
     }
-    assert all(keys.DIT.ours(name) for addressed in found.values() for name in addressed)
+    assert all(keys.DIT.to_targets(name) for addressed in found.values() for name in addressed)
 
 
 def test_the_tiny_tensors_are_told_apart():

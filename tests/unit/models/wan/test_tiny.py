@@ -59,8 +59,8 @@ def load(base: Path, component: str, model_id: str, pattern: str, table: KeyMap)
     write_tiny_weights(base, component, model_id, pattern)
     ours: dict[str, Tensor] = {}
     for name, tensor in read_tensors(base / model_id, pattern).items():
-        assert table.ours(name) is not None
-        ours |= table.cut(name, tensor.float())
+        assert table.to_targets(name) is not None
+        ours |= table.split(name, tensor.float())
     config_path = (base / model_id / pattern).parent / "config.json"
     files = ComponentFiles(component, "x", (), config_path if config_path.exists() else None)
     module = build(component, config_of(files, {name: tuple(tensor.shape) for name, tensor in ours.items()}))

@@ -51,21 +51,21 @@ def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str |
     if unprefixed is not None and unprefixed not in COMPONENTS:
         known = ", ".join(sorted(COMPONENTS))
         raise FaultsFound([Problem(f"unknown component `{unprefixed}`", f"known: {known}", wrong_use=True)])
-    record = None if weights.said("removed_prefix") is not None else _record_of(weights)
+    record = None if weights.metadata_value("removed_prefix") is not None else _record_of(weights)
     parameters = record.parameters if record else {}
-    told = weights.said("family") or (record.family if record else None)
+    told = weights.metadata_value("family") or (record.family if record else None)
     if told in FAMILIES and family not in (None, told):
         raise DiffSynthError(
             f"`{weights.origin}` is recorded as family `{told}`, but `--family` is `{family}`", "remove `--family`"
         )
-    removed = weights.said("removed_prefix")
+    removed = weights.metadata_value("removed_prefix")
     if removed is None and record:
         removed = strip_controlnet_index(str(parameters.get("remove_prefix_in_ckpt") or ""))
     known_family = family if family is not None else told
     return Origin(
         FAMILIES.get(known_family) if known_family else None,
         removed,
-        weights.said("lora_component") or parameters.get("lora_base_model"),
+        weights.metadata_value("lora_component") or parameters.get("lora_base_model"),
         unprefixed,
     )
 
@@ -82,7 +82,7 @@ def _record_of(weights: WeightSet) -> RunRecord | None:
 
 
 @dataclass(frozen=True)
-class Ownership:
+class KeyOwners:
     """The keys of a checkpoint by component: `components` has, for each, its names -> keys; full weights and LoRA
     apart. `unmatched`: keys that belong to none, `fits` the components that they could be of."""
 
@@ -92,7 +92,7 @@ class Ownership:
     fits: tuple[str, ...] = ()
 
 
-def find_owners(keys: Iterable[str], origin: Origin) -> Ownership:
+def find_owners(keys: Iterable[str], origin: Origin) -> KeyOwners:
     """Group the keys of a checkpoint by component.
 
     Raises:
@@ -124,7 +124,7 @@ def find_owners(keys: Iterable[str], origin: Origin) -> Ownership:
     lora: dict[str, dict[str, str]] = {}
     for (component, name), (key,) in owned.items():
         (lora if is_lora_key(name) else full).setdefault(component, {})[name] = key
-    return Ownership(full, lora, tuple(bare), fits)
+    return KeyOwners(full, lora, tuple(bare), fits)
 
 
 def _told(key: str, origin: Origin) -> tuple[str, str] | None:
@@ -187,7 +187,7 @@ def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
     found = [
         (names, layout)
         for layout in component.layouts
-        for names in (layout.names, layout.documented, layout.in_checkpoints)
+        for names in (layout.names, layout.public_keys, layout.checkpoint_keys)
     ]
     return sorted(found, key=lambda pair: not is_strict(pair[0]))
 
@@ -198,9 +198,9 @@ def has_place(names: KeyMap, layout: Layout, name: str) -> bool:
     Of one that takes any name the table of the documented ones tells, and where that takes any too, how it begins.
     """
     if is_strict(names):
-        return names.ours(name) is not None
-    if is_strict(layout.documented):
-        return any(layout.documented.theirs(own) is not None for own in layout.names.ours(name) or ())
+        return names.to_targets(name) is not None
+    if is_strict(layout.public_keys):
+        return any(layout.public_keys.to_source(own) is not None for own in layout.names.to_targets(name) or ())
     return _top(name) in {_top(signed) for signed in layout.signature}
 
 
@@ -210,7 +210,7 @@ def _top(name: str) -> str:
 
 def is_strict(names: KeyMap) -> bool:
     """Whether a map knows which tensors there are."""
-    return names.ours("no such tensor") is None
+    return names.to_targets("no such tensor") is None
 
 
 def kind_of(component: str) -> str:
@@ -251,11 +251,11 @@ def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) ->
     return problems
 
 
-def unmatched_problem(origin: str, ownership: Ownership, total: int) -> Problem:
+def unmatched_problem(origin: str, owners: KeyOwners, total: int) -> Problem:
     """The problem that keys belong to no component."""
-    fits = f"; their names match {list_names(ownership.fits)}" if ownership.fits else "; they match no known component"
+    fits = f"; their names match {list_names(owners.fits)}" if owners.fits else "; they match no known component"
     return Problem(
-        f"`{origin}`: {len(ownership.unmatched)} of {total} keys have no component prefix: "
-        f"{list_names(ownership.unmatched)}{fits}",
+        f"`{origin}`: {len(owners.unmatched)} of {total} keys have no component prefix: "
+        f"{list_names(owners.unmatched)}{fits}",
         "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffsynth_core.conversion.ownership import Origin, components_that_fit, find_family, find_owners, misnamed
+from diffsynth_core.conversion.key_owners import Origin, components_that_fit, find_family, find_owners, misnamed
 from diffsynth_core.conversion.translation import find_reading
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux import keys as flux
@@ -118,4 +118,4 @@ def test_names_of_another_component_are_told():
 )
 def test_parts_of_components_are_read_by_the_map_that_knows_them(family, component, name, ours):
     reading, _ = find_reading(FAMILIES[family].component(component), [name])
-    assert reading.ours(name) == (f"{ours}.weight",)
+    assert reading.to_targets(name) == (f"{ours}.weight",)
