@@ -16,7 +16,7 @@ from pathlib import Path
 import skimage
 from PIL import Image
 
-from tests.browser import browser
+from tests.browser import browser, open_page
 
 BATCH_SIZE = 4
 QUALITY = 82
@@ -126,14 +126,14 @@ def main(target: Path) -> None:
         dataset.mkdir()
         write_dataset(dataset)
         write_page(page, dataset.name, "--batch_size", str(BATCH_SIZE))
-        window.resize(WIDTH, OVERVIEW_HEIGHT)
-        window.open(page.as_uri())
-        save(window.image(), target / "report-overview.webp")
+        window.set_window_size(WIDTH, OVERVIEW_HEIGHT)
+        open_page(window, page.as_uri())
+        save(window.get_screenshot_as_png(), target / "report-overview.webp")
         write_page(page, f"{dataset.name}/for_video.csv", "--recipe", "wan2.1-t2v-1.3b-lora")
-        window.resize(WIDTH, CROPS_HEIGHT)
-        window.open(f"{page.as_uri()}#samples")
-        window.run(MOST_CUT_FIRST)
-        save(window.image(), target / "report-crops.webp")
+        window.set_window_size(WIDTH, CROPS_HEIGHT)
+        open_page(window, f"{page.as_uri()}#samples")
+        window.execute_script(MOST_CUT_FIRST)
+        save(window.get_screenshot_as_png(), target / "report-crops.webp")
 
 
 if __name__ == "__main__":

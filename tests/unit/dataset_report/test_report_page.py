@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import MediaRule
@@ -21,7 +24,7 @@ from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, page_html,
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
-from tests.browser import REQUIRED, Browser, browser, missing
+from tests.browser import REQUIRED, browser, console, missing, open_page
 
 ROOT = Path(__file__).parents[3]
 PARTS = ("report.html", "report.css", "report.js")
@@ -130,7 +133,7 @@ def test_the_wheel_carries_the_template(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
+def window() -> Iterator[Chrome]:
     if missing():
         if os.environ.get(REQUIRED):
             pytest.fail("chromium and chromium-driver are not installed")
@@ -140,25 +143,31 @@ def window() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def opened(window: Browser, page: Path) -> Browser:
-    window.log()
-    window.open(page.as_uri())
+def opened(window: Chrome, page: Path) -> Chrome:
+    console(window)
+    open_page(window, page.as_uri())
     return window
 
 
-def _turn_to(opened: Browser, view: str) -> None:
-    opened.click(f"[data-view={view}]")
-    opened.wait(f"[data-view={view}][aria-current]")
+def _find(window: Chrome, selector: str) -> WebElement:
+    return window.find_element(By.CSS_SELECTOR, selector)
 
 
-def test_a_browser_asks_for_nothing_and_runs_nothing_else(opened: Browser) -> None:
+def _turn_to(opened: Chrome, view: str) -> None:
+    _find(opened, f"[data-view={view}]").click()
+    _find(opened, f"[data-view={view}][aria-current]")
+
+
+@pytest.mark.browser
+def test_a_browser_asks_for_nothing_and_runs_nothing_else(opened: Chrome) -> None:
     for view in ("findings", "samples"):
         _turn_to(opened, view)
-    assert opened.run("return performance.getEntriesByType('resource').length") == 0
-    assert opened.run("return document.title") == "photos <i>&amp; - dataset report"
-    assert opened.log() == []
+    assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert opened.execute_script("return document.title") == "photos <i>&amp; - dataset report"
+    assert console(opened) == []
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(
     "attempt",
     [
@@ -166,31 +175,33 @@ def test_a_browser_asks_for_nothing_and_runs_nothing_else(opened: Browser) -> No
         "fetch('http://127.0.0.1:9/').catch(() => done('refused'))",
     ],
 )
-def test_the_policy_forbids_requests(opened: Browser, attempt: str) -> None:
-    assert opened.run(f"return new Promise((done) => {{ {attempt} }})") == "refused"
-    assert any("Content Security Policy" in message for message in opened.log())
+def test_the_policy_forbids_requests(opened: Chrome, attempt: str) -> None:
+    assert opened.execute_script(f"return new Promise((done) => {{ {attempt} }})") == "refused"
+    assert any("Content Security Policy" in message for message in console(opened))
 
 
-def test_filters_count(opened: Browser) -> None:
-    every = opened.run("return report.findings.length")
-    assert opened.text("#count") == f"{every} of {every} findings"
-    opened.click("[data-code=IMAGE_TRUNCATED]")
-    assert opened.text("#count") == f"1 of {every} findings"
-    opened.click("[data-code=CAPTION_NAN]")
-    assert opened.text("#count") == f"2 of {every} findings"
-    opened.type("#search", "HIGH.p")
-    assert opened.text("#count") == f"1 of {every} findings"
+@pytest.mark.browser
+def test_filters_count(opened: Chrome) -> None:
+    every = opened.execute_script("return report.findings.length")
+    assert _find(opened, "#count").text == f"{every} of {every} findings"
+    _find(opened, "[data-code=IMAGE_TRUNCATED]").click()
+    assert _find(opened, "#count").text == f"1 of {every} findings"
+    _find(opened, "[data-code=CAPTION_NAN]").click()
+    assert _find(opened, "#count").text == f"2 of {every} findings"
+    _find(opened, "#search").send_keys("HIGH.p")
+    assert _find(opened, "#count").text == f"1 of {every} findings"
     _turn_to(opened, "samples")
-    assert opened.text("#count") == "1 of 5 samples"
-    opened.click("#reset")
-    assert opened.text("#count") == "5 of 5 samples"
-    opened.click("[data-level=error]")
-    assert opened.text("#count") == "3 of 5 samples"
+    assert _find(opened, "#count").text == "1 of 5 samples"
+    _find(opened, "#reset").click()
+    assert _find(opened, "#count").text == "5 of 5 samples"
+    _find(opened, "[data-level=error]").click()
+    assert _find(opened, "#count").text == "3 of 5 samples"
 
 
-def test_thumbnails_are_drawn_with_their_crops(opened: Browser) -> None:
+@pytest.mark.browser
+def test_thumbnails_are_drawn_with_their_crops(opened: Chrome) -> None:
     _turn_to(opened, "samples")
-    drawn = opened.run(
+    drawn = opened.execute_script(
         """
         const frame = document.querySelector('#samples-view img[alt="wide.png"]').parentElement;
         const image = frame.firstChild;
@@ -202,29 +213,31 @@ def test_thumbnails_are_drawn_with_their_crops(opened: Browser) -> None:
     assert drawn == [160, 160, 40, 80, 80]
 
 
-def test_what_has_no_thumbnail_says_why(window: Browser, folder: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.browser
+def test_what_has_no_thumbnail_says_why(window: Chrome, folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(report_data, "THUMBNAILS_BYTES", 0)
     write_page(tmp_path / "report.html", *_examine(folder))
-    window.open((tmp_path / "report.html").as_uri() + "#samples")
+    open_page(window, (tmp_path / "report.html").as_uri() + "#samples")
     told = "return [...document.querySelectorAll('#samples-view .nothing')].map((one) => one.textContent)"
     left_out, none = "thumbnail omitted", "no image"
-    assert window.run(told) == [left_out, none, none, left_out, left_out]
+    assert window.execute_script(told) == [left_out, none, none, left_out, left_out]
 
 
-def test_many_rows_are_shown_a_page_at_a_time(window: Browser, tmp_path: Path) -> None:
+@pytest.mark.browser
+def test_many_rows_are_shown_a_page_at_a_time(window: Chrome, tmp_path: Path) -> None:
     rows = [(f"missing/{number}.png", f"caption {number}") for number in range(20_000)]
     with (tmp_path / "metadata.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("image", "prompt"), *rows])
     path = tmp_path / "report.html"
     write_page(path, *_examine(tmp_path, depth="paths"))
     assert path.stat().st_size < 12_000_000
-    window.open(path.as_uri())
-    assert window.text("#count").startswith("20,000 of 20,00")
-    assert window.run("return document.querySelectorAll('#findings-view li').length") == 50
-    window.click("#next")
-    assert window.text("#page").startswith("2 of 40")
-    spent = window.run(
+    open_page(window, path.as_uri())
+    assert _find(window, "#count").text.startswith("20,000 of 20,00")
+    assert window.execute_script("return document.querySelectorAll('#findings-view li').length") == 50
+    _find(window, "#next").click()
+    assert _find(window, "#page").text.startswith("2 of 40")
+    spent = window.execute_script(
         "const before = performance.now(); change({ words: 'g/1234' }); return performance.now() - before"
     )
-    assert window.text("#count").startswith("11 of 20,00")
+    assert _find(window, "#count").text.startswith("11 of 20,00")
     assert spent < 1000
