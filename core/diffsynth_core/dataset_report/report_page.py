@@ -4,6 +4,7 @@ What holds of the whole set is HTML (it can be read without a script); findings 
 the page shows a few dozen at a time. The template, its style and its script lie in the folder `page`.
 """
 
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from hashlib import sha256
@@ -147,9 +148,14 @@ def _code_buttons(summary: Summary) -> Iterator[str]:
                 f'<li><button type="button" class="code" data-code="{code}" aria-pressed="false">'
                 f'<i class="dot {CODES[code].level}"></i><span class="name">{code}</span>'
                 f'<span class="n">{summary.codes[code]:,}</span>'
-                f"<small>{escape(CODES[code].explanation)}</small></button></li>"
+                f"<small>{_with_code(CODES[code].explanation)}</small></button></li>"
             )
         yield "</ul>"
+
+
+def _with_code(text: str) -> str:
+    """What stands between backticks as code, as `withCode` of the script has it."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _held(data: PageData, summary: Summary) -> str:

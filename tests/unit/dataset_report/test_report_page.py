@@ -24,7 +24,7 @@ from diffsynth_core.dataset_report.report_page import THUMBNAIL_SIDE, page_html,
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.progress import SilentReporter
-from tests.browser import REQUIRED, browser, console, missing, open_page
+from tests.browser import REQUIRED, browser, console, missing, open_page, use_color_scheme
 
 ROOT = Path(__file__).parents[3]
 PARTS = ("report.html", "report.css", "report.js")
@@ -211,6 +211,48 @@ def test_thumbnails_are_drawn_with_their_crops(opened: Chrome) -> None:
         """
     )
     assert drawn == [160, 160, 40, 80, 80]
+
+
+LOW_CONTRAST = """
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+const luminance = (color) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, place) => {
+  const value = rgb(color)[place] / 255;
+  return sum + weight * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+}, 0);
+function ground(element) {
+  const color = getComputedStyle(element).backgroundColor;
+  return rgb(color)[3] === 0 && element.parentElement ? ground(element.parentElement) : color;
+}
+const low = [];
+const seen = new Set();
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const element = texts.currentNode.parentElement;
+  if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest("title, script, style")) continue;
+  const style = getComputedStyle(element);
+  const color = element instanceof SVGElement ? style.fill : style.color;
+  const [dark, light] = [luminance(color), luminance(ground(element))].sort((one, other) => one - other);
+  seen.add(texts.currentNode.data.trim());
+  if ((light + 0.05) / (dark + 0.05) < 4.5) low.push([texts.currentNode.data.trim(), color, ground(element)]);
+}
+return [low, seen.size, getComputedStyle(document.body).backgroundColor];
+"""
+"""The texts that are seen whose contrast with what is behind them is below that of WCAG's level AA."""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(246, 246, 244)"), ("dark", "rgb(22, 23, 24)")])
+def test_all_text_can_be_read_in_light_and_dark(opened: Chrome, scheme: str, ground: str) -> None:
+    use_color_scheme(opened, scheme)
+    for view in ("findings", "samples"):
+        _turn_to(opened, view)
+        for state in ("", "[data-code=CAPTION_NAN]"):
+            if state:
+                _find(opened, state).click()
+            low, seen, shown = opened.execute_script(LOW_CONTRAST)
+            assert (low, shown) == ([], ground)
+            assert seen > 40
+        _find(opened, "#reset").click()
 
 
 @pytest.mark.browser

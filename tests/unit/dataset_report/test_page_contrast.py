@@ -1,0 +1,59 @@
+"""The colours of the page, light and dark: https://www.w3.org/TR/WCAG22/, level AA."""
+
+import re
+from importlib.resources import files
+
+import pytest
+
+TEXT, GRAPHICS = 4.5, 3.0
+"""Least contrasts: of text of any size, and of what shows where a control or a bar is."""
+GROUNDS = ("ground", "panel")
+PAIRS = {
+    **{(color, ground): TEXT for color in ("text", "soft", "error", "warning", "info", "good") for ground in GROUNDS},
+    **{(color, "accent-soft"): TEXT for color in ("text", "soft", "error", "warning", "info")},
+    **{("accent", ground): GRAPHICS for ground in (*GROUNDS, "accent-soft")},
+    **{("edge", ground): GRAPHICS for ground in GROUNDS},
+    ("bar", "panel"): GRAPHICS,
+}
+"""(colour, what it stands on) -> least contrast: a chosen filter stands on `accent-soft`, bars on panels."""
+DECORATION = {"line", "crop"}
+"""Lines between rows, and the frame of a crop, which lies on images of any colour and has a dark line around it."""
+
+
+def schemes() -> dict[str, dict[str, str]]:
+    """The variables of the style sheet by colour scheme; the dark one leaves the rest as in the light one."""
+    style = (files("diffsynth_core.dataset_report") / "page" / "report.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    found = [dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in (light, dark)]
+    return {"light": found[0], "dark": found[0] | found[1]}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of `#rrggbb`, as WCAG defines it."""
+    channels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_contrast_of_black_and_white_is_21():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_pair_has_the_contrast_of_level_aa(scheme):
+    colors = schemes()[scheme]
+    low = {pair: contrast(colors[pair[0]], colors[pair[1]]) for pair in PAIRS}
+    assert {pair: round(value, 2) for pair, value in low.items() if value < PAIRS[pair]} == {}
+
+
+def test_every_colour_is_held_against_what_it_stands_on():
+    for colors in schemes().values():
+        assert set(colors) == {name for pair in PAIRS for name in pair} | DECORATION
+    light, dark = schemes().values()
+    assert {name for name in light if light[name] == dark[name]} == {"crop"}
