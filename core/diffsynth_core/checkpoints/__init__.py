@@ -1,1 +1,1 @@
-"""What a run writes: checkpoints, the record of the run, metrics, and the state that resume needs."""
+"""Files of a run: checkpoints, the run record, metrics, and the state for resuming."""

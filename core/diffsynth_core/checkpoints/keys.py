@@ -1,4 +1,4 @@
-"""Keys of checkpoints: `pipe.<component>.<parameter>`, from some of which a prefix was taken off. No torch."""
+"""Keys of checkpoints: `pipe.<component>.<parameter>`, some of them with a prefix removed. No torch."""
 
 import re
 
@@ -6,14 +6,14 @@ _KEY = re.compile(r"pipe\.(?P<component>\w{1,64})\.(?P<name>.+)", re.DOTALL | re
 
 
 def strip_controlnet_index(text: str) -> str:
-    """A key or a prefix of keys without the number of the ControlNet.
+    """Remove the index of the ControlNet from a key or a prefix of keys.
 
-    The reference trainer counts ControlNets, of which a run here has one.
+    DiffSynth-Studio numbers ControlNets (`models.0.`); a run here has one.
     """
     return text.replace("pipe.controlnet.models.0.", "pipe.controlnet.", 1)
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(component, name in it) of a whole key; None for one without the beginning of keys."""
+    """Split a full key into component and parameter name; None if it does not start with `pipe.`."""
     match = _KEY.fullmatch(strip_controlnet_index(key))
     return (match["component"], match["name"]) if match else None

@@ -1,4 +1,4 @@
-"""The folder of one run: its record `run.json`, its metrics, its log. No torch."""
+"""The folder of a run: `run.json`, metrics, log, lock. No torch."""
 
 import json
 import math
@@ -18,16 +18,22 @@ from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_jso
 from diffsynth_core.locks import holding, open_lock
 
 RECORD = "run.json"
+"""Name of the run record."""
 METRICS = "metrics.jsonl"
+"""Name of the metrics file."""
 LOG = "train.log"
+"""Name of the copy of the console output."""
 LOCK = ".lock"
+"""Name of the lock file."""
 RECORDED_PACKAGES = ("diffsynth-cli", "torch", "accelerate", "diffusers", "transformers", "peft", "safetensors")
+"""Packages whose versions are recorded."""
 CHECKPOINT_NAMES = ("epoch-*.safetensors", "step-*.safetensors")
+"""Patterns of checkpoint files."""
 
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """One written checkpoint."""
+    """One saved checkpoint."""
 
     file: str
     step: int
@@ -38,7 +44,7 @@ class CheckpointEntry:
 
 @dataclass
 class RunRecord:
-    """`run.json`: everything that says what a run is and how far it came.
+    """`run.json`: what a run is, and how far it got.
 
     status: running | completed | interrupted | failed.
     """
@@ -53,59 +59,63 @@ class RunRecord:
     micro_batches_per_step: int
     """Over all processes: gradient accumulation times processes."""
     id: str = ""
-    """What tells its states from those of every other run; blank in a record from before runs had one."""
+    """Identifies the run in its states; empty in records of versions without it."""
     float8_components: list[str] = field(default_factory=list)
-    """Those whose weights are stored in 8-bit floats, sorted."""
+    """Components whose weights are stored in 8-bit floats, sorted."""
     status: str = "running"
     step: int = 0
-    """Steps in the newest state that was written."""
+    """Step of the latest saved state."""
     total_steps: int = 0
     samples_seen: int = 0
     checkpoints: list[CheckpointEntry] = field(default_factory=list)
     failure: str | None = None
     diverged_step: int | None = None
-    """The step whose loss or gradient was not finite, when that ended the run."""
+    """The step whose loss or gradient was not finite, if that ended the run."""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     updated: str = ""
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
     def save(self, folder: Path) -> None:
+        """Write `run.json` atomically."""
         self.updated = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / RECORD, asdict(self))
 
     def has_checkpoint_of(self, step: int) -> bool:
+        """Return whether a checkpoint of `step` was saved."""
         return any(entry.step == step for entry in self.checkpoints)
 
     def drop_missing_checkpoints(self, folder: Path) -> None:
-        """Leave out checkpoints that are no longer in the folder."""
+        """Remove checkpoints whose files no longer exist."""
         self.checkpoints = [entry for entry in self.checkpoints if (folder / entry.file).exists()]
 
     def add_checkpoint(self, entry: CheckpointEntry) -> None:
-        """Note a checkpoint; one of the same name has been replaced by it."""
+        """Add a checkpoint, replacing one of the same name."""
         self.checkpoints = [known for known in self.checkpoints if known.file != entry.file] + [entry]
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of the run in a folder; None when there is none.
+    """Return the record of the run in a folder; None if there is no record.
 
     Raises:
-        DiffSynthError: when the file is damaged.
+        DiffSynthError: if the file is damaged.
     """
     path = folder / RECORD
     return read_json(path, RunRecord, "choose another `--output_path`") if os.path.lexists(path) else None
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's numbers depend on."""
+    """Return the versions of Python and of the packages that affect a run's numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
 
 
 @contextmanager
 def claim_folder(folder: Path) -> Iterator[None]:
-    """Keep every other run out of a folder while the block runs; the system lets go when the process ends, however.
+    """Exclude other runs from a folder within the block; the lock is released however the process ends.
+
+    Temporary files of killed runs are deleted. A folder that has no record at the end is removed if it is empty.
 
     Raises:
-        DiffSynthError: when another run is at work there.
+        DiffSynthError: if another run uses the folder.
     """
 
     def busy() -> None:
@@ -121,19 +131,19 @@ def claim_folder(folder: Path) -> Iterator[None]:
             f"cannot write to `{folder}`: {error.strerror}", "choose another `--output_path`"
         ) from error
     with holding(descriptor, busy):
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while writing
             leftover.unlink(missing_ok=True)
         try:
             yield
         finally:
             if not (folder / RECORD).exists():
                 (folder / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # not empty: something else is in it
+                with suppress(OSError):  # not empty
                     folder.rmdir()
 
 
 def folder_identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of its name: device and inode; None when it is missing."""
+    """Return device and inode, which differ for another folder of the same name; None if it is missing."""
     try:
         status = folder.stat()
     except OSError:
@@ -142,17 +152,19 @@ def folder_identity(folder: Path) -> tuple[int, int] | None:
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """Names of checkpoint files in a folder, whoever wrote them."""
+    """Return the names of checkpoint files in a folder, whichever program wrote them."""
     return sorted(path.name for pattern in CHECKPOINT_NAMES for path in folder.glob(pattern))
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line per step, whole as soon as the step is done."""
+    """`metrics.jsonl`: one line per step, written when the step is complete."""
 
     def __init__(self, folder: Path, done_steps: int, warn: Callable[[str], None]) -> None:
-        """Go on behind step `done_steps`: lines of later steps, from before an interruption, are taken out.
+        """Open the file to append after step `done_steps`; lines of later steps, from before an interruption, are
+        removed.
 
-        `warn` is given one message when a line cannot be written, which is no reason to lose the run.
+        Args:
+            warn: called once if a line cannot be written, which does not stop the run.
         """
         self._path, self._warn, self._warned = folder / METRICS, warn, False
         if self._path.exists():
@@ -165,6 +177,7 @@ class MetricsFile:
         self._lines = LineFile(self._path)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
+        """Append the values of a step; non-finite ones become null."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -179,11 +192,12 @@ class MetricsFile:
                 )
 
     def close(self) -> None:
+        """Close the file."""
         self._lines.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; one that a crash cut short counts as later than all."""
+    """Return the step of a line; infinity for a truncated line, so that it is removed."""
     try:
         return as_type(as_type(parse_json(line), dict[str, Any]).get("step"), int)
     except (InvalidJson, WrongType):

@@ -1,7 +1,7 @@
-"""The states of a run on disk: which there are, whether one is whole, and which one to go on from. No torch.
+"""The saved states of a run: which exist, which are intact, and which one to resume from. No torch.
 
-`state/step-N/` holds `trained.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the sha256 of
-both and of itself.
+`state/step-N/` contains `trained.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the sha256
+of both and of itself.
 """
 
 import hashlib
@@ -17,18 +17,22 @@ from diffsynth_core.json_files import read_json
 from diffsynth_core.weights.headers import read_header
 
 STATE_FOLDER = "state"
+"""Folder of the states in the folder of a run."""
 TRAINED, OPTIMIZER, LOOP_STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
 Hashes = Callable[[Sequence[Path]], Sequence[str]]
-"""The sha256 of each of some files."""
+"""Computes the sha256 of files."""
 Scalar = None | bool | int | float | str
+"""A value of JSON without structure."""
 
 
 @dataclass(frozen=True)
 class OptimizerValues:
-    """What an optimizer holds beside tensors.
+    """The state of an optimizer other than tensors.
 
-    `parameters`: parameter -> kind -> value. `groups`: of each group of parameters, what is no longer as it was made.
+    Attributes:
+        parameters: parameter -> kind -> value.
+        groups: of each parameter group, the options that differ from their initial values.
     """
 
     parameters: dict[str, dict[str, Scalar]]
@@ -37,10 +41,14 @@ class OptimizerValues:
 
 @dataclass(frozen=True)
 class LoopState:
-    """`state.json`: how far a run is, what is kept beside its tensors, and what says that the state is whole.
+    """`state.json`: the progress of a run, its state other than tensors, and checksums.
 
-    `step`: optimizer steps done. `scaler`: of mixed precision in float16. `files`: name -> sha256. `run`: the `id` of
-    the run's record. `sha256`: of all the rest. One from before states had hashes has none of the three.
+    Attributes:
+        step: completed optimizer steps.
+        scaler: state of the gradient scaler of float16.
+        files: name -> sha256; None, like `sha256` and an empty `run`, in states of versions without checksums.
+        run: the `id` of the run's record.
+        sha256: checksum of all other attributes.
     """
 
     step: int
@@ -52,14 +60,14 @@ class LoopState:
     sha256: str | None = None
 
     def digest(self) -> str:
-        """What `sha256` must be."""
+        """Return the expected value of `sha256`."""
         content: dict[str, Any] = asdict(replace(self, sha256=None))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A whole state."""
+    """An intact state."""
 
     path: Path
     loop_state: LoopState
@@ -67,7 +75,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class DamagedState:
-    """A state that cannot be gone on from, and why: the file, and what is wrong with it."""
+    """A state that cannot be resumed from; `reason` names the file and its fault."""
 
     step: int
     reason: str
@@ -75,14 +83,14 @@ class DamagedState:
 
 @dataclass(frozen=True)
 class FoundStates:
-    """The newest whole state, if any, and the damaged ones after it, the newest first."""
+    """The latest intact state, if any, and the damaged ones after it, latest first."""
 
     newest: SavedState | None
     damaged: tuple[DamagedState, ...]
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """The states of the run in `folder`, whole or not, the newest first; what else lies beside them is not ours."""
+    """Return the state folders of a run, intact or not, latest first; other names are ignored."""
     found = [path for path in (folder / STATE_FOLDER).glob("step-*") if path.is_dir() and _number(path) is not None]
     return sorted(found, key=lambda path: _number(path) or 0, reverse=True)
 
@@ -93,14 +101,15 @@ def _number(path: Path) -> int | None:
 
 
 def find_states(folder: Path, run: str, hashes: Hashes, below: int | None = None) -> FoundStates:
-    """Read states back from the newest to the first whole one.
+    """Verify states from the latest to the first intact one.
 
     Args:
-        run: the `id` of the record of the run.
-        below: pass over states of this step and later ones.
+        run: the `id` of the run's record.
+        hashes: computes the sha256 of files.
+        below: ignore states of this step and later ones.
 
     Raises:
-        DiffSynthError: when the folder cannot be read.
+        DiffSynthError: if the folder cannot be read.
     """
     damaged: list[DamagedState] = []
     for path in state_folders(folder):
@@ -114,15 +123,16 @@ def find_states(folder: Path, run: str, hashes: Hashes, below: int | None = None
 
 
 def _without(state: Path, message: str) -> str:
-    """What is wrong with a file of a state, without the folder, which is told once."""
+    """Remove the folder of a state from a message that is shown with it."""
     return message.replace(f"`{state}/", "`")
 
 
 def read_complete_state(state: Path, run: str, hashes: Hashes) -> LoopState:
-    """The position of a state of the run of that `id`, whose files are read back and compared with their hashes.
+    """Return the loop state of a saved state, after verifying that it belongs to the run and that its files are
+    intact.
 
     Raises:
-        DiffSynthError: names the file that is damaged.
+        DiffSynthError: names the damaged file.
     """
     loop_state = read_json(state / LOOP_STATE, LoopState, "resume from another state")
     if loop_state.step != _number(state) or loop_state.samples_seen < 0:
@@ -132,6 +142,7 @@ def read_complete_state(state: Path, run: str, hashes: Hashes) -> LoopState:
     for name in (TRAINED, OPTIMIZER):
         if not (state / name).is_file():
             raise DiffSynthError(f"`{state / name}` is missing")
+    # A state of a version without checksums: check at least that the files are not truncated.
     if loop_state == LoopState(loop_state.step, loop_state.samples_seen, loop_state.scaler):
         for name in (TRAINED, OPTIMIZER):
             read_header(state / name)
@@ -150,5 +161,5 @@ def read_complete_state(state: Path, run: str, hashes: Hashes) -> LoopState:
 
 
 def write_loop_state(state: Path, loop_state: LoopState) -> None:
-    """Write `state.json`, with its own hash, whole or not at all."""
+    """Write `state.json` with its own checksum, atomically."""
     write_json(state / LOOP_STATE, asdict(replace(loop_state, sha256=loop_state.digest())))

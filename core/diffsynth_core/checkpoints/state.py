@@ -1,6 +1,6 @@
-"""Saving and restoring what resume needs: trained weights, optimizer, position.
+"""Saving and restoring the state of a run: trained weights, optimizer, loop state.
 
-The next state is complete before an older one is removed.
+A new state is complete before an older one is removed.
 """
 
 import shutil
@@ -28,7 +28,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import sync_folder
 
 SET_EVERY_STEP = ("params", "lr", "initial_lr")
-"""What of an optimizer's groups the training loop sets itself."""
+"""Options of the optimizer's parameter groups that the training loop sets itself."""
 
 
 def save_state(
@@ -38,14 +38,15 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> None:
-    """Write the state of a run below `folder`; of those before it, keep so many that there are `keep` in all.
+    """Write the state of a run below `folder`, and remove all but the latest `keep` states.
 
-    States of later steps, of a run that went back to an earlier one, are removed.
+    States of later steps, left by a run that was resumed from an earlier one, are removed too.
 
     Raises:
-        DiffSynthError: when the disk refuses; the states that are there stay.
+        DiffSynthError: if the disk refuses; existing states are unchanged.
     """
     target = folder / STATE_FOLDER / f"step-{loop_state.step}"
+    # Written under a hidden name and renamed: `state_folders` never sees an incomplete state.
     fresh = target.with_name(f".{target.name}.new")
     for unfinished in (folder / STATE_FOLDER).glob(".step-*.new"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,18 +63,18 @@ def save_state(
     fresh.rename(target)
     sync_folder(target.parent)
     states = state_folders(folder)
-    place = states.index(target)
-    for other in (*states[:place], *states[place + keep :]):
+    index = states.index(target)
+    for other in (*states[:index], *states[index + keep :]):
         shutil.rmtree(other, ignore_errors=True)
 
 
 def restore_state(
     state: Path, loop_state: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put trained weights and optimizer back as they were.
+    """Restore trained weights and optimizer in place.
 
     Raises:
-        DiffSynthError: when the state cannot be read or belongs to other parameters.
+        DiffSynthError: if the state cannot be read, or belongs to other parameters.
     """
     try:
         weights, moments = load_file(state / TRAINED), load_file(state / OPTIMIZER)
@@ -105,12 +106,12 @@ def restore_state(
 
 
 def _names_in(moments: Mapping[str, Tensor], values: OptimizerValues) -> list[str]:
-    """The parameters that an optimizer's state speaks of."""
+    """Return the parameters that an optimizer's state mentions."""
     return [*(key.rpartition("/")[0] for key in moments), *values.parameters]
 
 
 def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `<parameter>/<kind>`, such as `…/exp_avg`."""
+    """Return the optimizer's tensors as `<parameter>/<kind>`, such as `…/exp_avg`."""
     return {
         f"{name}/{kind}": value
         for name, parameter in trained.items()
@@ -120,7 +121,7 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
 
 
 def _values(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> OptimizerValues:
-    """What the optimizer keeps beside tensors: of each parameter, and of its groups what steps have changed."""
+    """Return the optimizer's state other than tensors: per parameter, and changed options of its groups."""
     parameters = {
         name: {kind: value for kind, value in state.items() if not isinstance(value, Tensor)}
         for name, parameter in trained.items()
@@ -146,8 +147,8 @@ def _restore_optimizer(
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = trained[name]
-        # AdamW keeps its step count on the CPU.
-        # Copies: what load_file gives is tied to a file that a later save removes.
+        # AdamW keeps its step count on the CPU. Copied, because tensors of load_file are mapped to a file that a
+        # later save removes.
         optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
     for name, kinds in values.parameters.items():
         optimizer.state[trained[name]].update(kinds)
@@ -156,12 +157,12 @@ def _restore_optimizer(
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON holds it, which has neither tuples nor tensors."""
+    """Convert a value to JSON, which has neither tuples nor tensors."""
     return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
 
 
 def _like(before: Any, value: Any) -> Any:
-    """The inverse of `_plain`, for a value that takes the place of `before`."""
+    """Invert `_plain`, for a value that replaces `before`."""
     if isinstance(before, Tensor):
         return before.new_tensor(value)
     return tuple(value) if isinstance(before, tuple) else value

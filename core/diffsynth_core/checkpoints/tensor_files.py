@@ -1,4 +1,4 @@
-"""Writing tensors so that a stop at any moment leaves no half file."""
+"""Atomic writing of tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,11 @@ def write_tensors(
     metadata: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> str:
-    """Write a safetensors file, whole or not at all; returns the sha256 of its bytes.
+    """Write a safetensors file atomically, and return the sha256 of its bytes.
 
-    `dtypes` names dtypes to convert to while writing; tensors may be on any device.
+    Args:
+        tensors: on any device.
+        dtypes: key -> dtype to convert to while writing.
     """
     with atomic_write(path) as temporary:
         return write_safetensors(temporary, tensors, {"format": "pt", **metadata}, dtypes)

@@ -1,4 +1,4 @@
-"""Which files are which component, and where the tokenizers lie."""
+"""Assignment of files to components, and the folders of tokenizers."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,12 +41,13 @@ from diffsynth_core.planning.two_stage import components_of, kind_problems, modi
 
 @dataclass(frozen=True)
 class FoundComponents:
-    """The components of a run, the shapes of their tensors (by the names of our modules), and tokenizer folders.
+    """The components of a run, the shapes of their tensors (by module key), and the folders of tokenizers.
 
-    `variant`: what the denoiser is trained for; when it is missing, what the other components tell.
-    `unused_components`: components that are named and that the task does not load.
-    `published`: components whose files are not there, and of which the published size stands in.
-    `missing`: what is not there, where the run is to be looked at without it.
+    Attributes:
+        variant: determined by the denoiser or, if its files are missing, by the other components.
+        unused_components: components that the parameters name but the task does not load.
+        published: components whose files are missing -> size of the published model, used instead.
+        missing: problems of missing files, for a plan without files.
     """
 
     facts: FamilyFacts
@@ -67,14 +68,14 @@ def find_components(
     encoded: EncodedSamples | None = None,
     without_files: bool = False,
 ) -> FoundComponents | None:
-    """Recognise the components in the files that the model parameters name.
+    """Recognise the components in the files of the model parameters.
 
-    Adds to `problems`; None when not even the family can be told. Published sizes stand in for files that are not
-    there, so that what else is wrong or missing comes in the same report.
+    Adds to `problems`; returns None if not even the family is known. Published sizes are used for missing files, so
+    that other problems are reported together with them.
 
     Args:
-        encoded: the samples that a second half trains on; what made them must fit the denoiser.
-        without_files: files of repositories that are not there are no problem, but told apart.
+        encoded: samples that a train task trains on; they must fit the denoiser.
+        without_files: collect missing files in the result instead of `problems`.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
@@ -90,8 +91,8 @@ def find_components(
     problems += refused
     if refused:
         return None
-    asked = _requested_entries(parameters, family, base)
-    files = _locate(parameters, asked, family, base)
+    requested = _requested_entries(parameters, family, base)
+    files = _locate(parameters, requested, family, base)
     problems += files.problems
     missing = list(files.missing) if without_files else []
     problems += [] if without_files else files.missing
@@ -102,26 +103,26 @@ def find_components(
         return None
     assigned = assign_files(parts, facts, parameters, problems)
     published = _use_published_sizes(
-        [entry for entry in asked if entry not in files.entries], facts, parameters, assigned
+        [entry for entry in requested if entry not in files.entries], facts, parameters, assigned
     )
     components, shapes = assigned.components, assigned.shapes
     variant = _variant(parameters, facts, components, shapes, problems)
     task = TASKS[parameters.task]
     needed = components_of(task, variant)
     absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.reported}]
-    # Files that became no component, of which nothing tells what they were meant to be: they explain as many absences.
+    # Each file that is no known component may be a missing one, so as many absences are not reported.
     unplaced = len(parts) - (len(components) - len(published)) - len(assigned.reported)
     if complete and len(absent) > unplaced:
         problems += [_missing(facts.component(name), variant) for name in absent]
     problems += modified_encoders(parameters, task, variant)
-    here = {name: files.origin for name, files in components.items() if name not in published}
-    problems += _mismatches(facts, variant, here, {name: shapes[name] for name in here})
+    origins = {name: files.origin for name, files in components.items() if name not in published}
+    problems += _mismatches(facts, variant, origins, {name: shapes[name] for name in origins})
     problems += _encoded_mismatches(facts, variant, shapes, encoded) if encoded else []
     problems += _unused_components(facts, parameters.extra_inputs, components)
     for parameter in ("fp8_models", "offload_models"):
         _check_entries(parameters, parameter, problems)
-    whole = task.encodes and task.trains
-    used = {name: files for name, files in components.items() if whole or name in needed}
+    single_stage = task.encodes and task.trains
+    used = {name: files for name, files in components.items() if single_stage or name in needed}
     unused_components = {name: files for name, files in components.items() if name not in used}
     tokenizer_problems: list[Problem] = []
     tokenizers = find_tokenizers(parameters, facts, used, shapes, base, tokenizer_problems) if task.encodes else {}
@@ -134,10 +135,13 @@ def find_components(
 
 @dataclass(frozen=True)
 class _Located:
-    """What the model parameters name.
+    """The files in the model parameters.
 
-    `entries`: those of which files are here. `missing`: files of repositories that are not here.
-    `complete`: all that is named is here and was read. `clear`: so is all that is given by paths of one's own.
+    Attributes:
+        entries: entries whose files are on disk.
+        missing: problems of repository files that are not on disk.
+        complete: all files are on disk and readable.
+        clear: all files in `model_paths` are on disk and readable.
     """
 
     parts: Sequence[FoundPart]
@@ -148,14 +152,14 @@ class _Located:
     clear: bool
 
 
-def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, base: Path) -> _Located:
-    """Find and read what `model_paths` and the entries `asked` for name.
+def _locate(parameters: Parameters, requested: Sequence[str], family: str | None, base: Path) -> _Located:
+    """Find and read the files of `model_paths` and of the entries `requested`.
 
-    Where a path of one's own is wrong, it is not known which entries its file replaces, so none is missed.
+    If a local path is wrong, it is unknown which entry it replaces, so no entry is reported as missing.
     """
     local, gone = locate(parameters.model_paths, (), base)
     command_for = partial(download_hint, recipe=parameters.recipe)
-    fetched, not_here = locate((), asked, base, _mirrors(family), command_for)
+    fetched, not_here = locate((), requested, base, _mirrors(family), command_for)
     local_parts, unread = _read(local)
     parts, damaged = _read(fetched)
     clear = not (gone or unread)
@@ -171,15 +175,17 @@ def _locate(parameters: Parameters, asked: Sequence[str], family: str | None, ba
 
 
 def _not_downloadable(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems that no download would end."""
+    """Return the problems that a download would not solve."""
     return [problem for problem in problems if not isinstance(problem, MissingFiles)]
 
 
 def _use_published_sizes(
     entries: Iterable[str], facts: FamilyFacts, parameters: Parameters, assigned: AssignedFiles
 ) -> dict[str, HubModelSize]:
-    """The published components that stand in for entries whose files are not there, of unknown size where nothing tells
-    it; added to `assigned`."""
+    """Add published components to `assigned` for entries whose files are missing, and return their sizes.
+
+    The size is unknown if the model is.
+    """
     found: dict[str, HubModelSize] = {}
     for entry in entries:
         parts = split_entry(entry)
@@ -203,7 +209,7 @@ def _use_published_sizes(
 
 
 def _requested_entries(parameters: Parameters, family: str | None, base: Path) -> tuple[str, ...]:
-    """The entries whose files must be there, and those that are there without need."""
+    """Return the entries whose files are required, and those whose files exist anyway."""
     needed = needed_entries(parameters, family)
     return tuple(
         entry for entry in parameters.model_id_with_origin_paths if entry in needed or expand_entry(entry, base)
@@ -217,11 +223,13 @@ def _variant(
     shapes: Mapping[str, Shapes],
     problems: list[Problem],
 ) -> Variant:
-    """What the denoiser is trained for; of a kind that is not trained, which is told, what most of the family are."""
+    """Return the variant of the denoiser; that of most models of the family if it is unsupported, which adds a
+    problem.
+    """
     named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
-    beside = [given for parameter in facts.tokenizers if (given := getattr(parameters, parameter))]
+    tokenizer_paths = [given for parameter in facts.tokenizers if (given := getattr(parameters, parameter))]
     denoiser = components.get(facts.denoiser)
-    origin = denoiser.origin if denoiser else ", ".join([*named, *beside])
+    origin = denoiser.origin if denoiser else ", ".join([*named, *tokenizer_paths])
     try:
         return facts.variant(shapes, parameters.extra_inputs, origin)
     except DiffSynthError as error:
@@ -230,15 +238,15 @@ def _variant(
 
 
 def _mirrors(family: str | None) -> dict[str, str]:
-    """Copies of files that the family knows; those of all families while it is not known."""
+    """Return the mirrors of files that the family knows, or all families if it is unknown."""
     known: Iterable[FamilyFacts] = [FAMILIES[family]] if family in FAMILIES else FAMILIES.values()
-    return {name: copy for facts in known for name, copy in facts.mirrors.items()}
+    return {name: mirror for facts in known for name, mirror in facts.mirrors.items()}
 
 
 def _mismatches(
     facts: FamilyFacts, variant: Variant, origins: Mapping[str, str], shapes: Mapping[str, Shapes]
 ) -> list[Problem]:
-    """Components that make what the denoiser cannot read: files of different models."""
+    """Return problems of components whose output the denoiser cannot read: files of different models."""
     problems = []
     for constraint in facts.shape_constraints:
         source, target = (
@@ -260,8 +268,7 @@ def _mismatches(
 def _encoded_mismatches(
     facts: FamilyFacts, variant: Variant, shapes: Mapping[str, Shapes], encoded: EncodedSamples
 ) -> list[Problem]:
-    """Why the denoiser cannot be trained on samples that were encoded already: they are for another kind of model, or
-    made by components of another width."""
+    """Return why the denoiser cannot train on encoded samples: another variant, or encoders of another width."""
     problems = kind_problems(encoded, facts, variant)
     if problems or facts.denoiser not in shapes:
         return problems
@@ -277,7 +284,7 @@ def _encoded_mismatches(
 def _unused_components(
     facts: FamilyFacts, inputs: tuple[str, ...], components: Mapping[str, ComponentFiles]
 ) -> Iterator[Problem]:
-    """Components whose files are named, and which do nothing without an input that is not asked for."""
+    """Yield problems of components that have no effect without an extra input that is not requested."""
     for name, files in components.items():
         needed = facts.component(name).inputs
         if needed and not set(needed) & set(inputs):
@@ -297,7 +304,7 @@ def _missing(component: ComponentFacts, variant: Variant) -> Problem:
 
 
 def shape_faults(found: FoundComponents) -> list[Problem]:
-    """How files and configurations disagree; imports the model libraries to ask them."""
+    """Return differences between files and configurations; imports the model libraries."""
     from diffsynth_core.models.loading import shape_problems
 
     family = load_family(found.facts.name)
@@ -306,7 +313,7 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
 
 
 def float8_shares(found: FoundComponents) -> dict[str, float | None]:
-    """The share of the weights of each component kept in 8-bit floats that are really stored so; None: unknown."""
+    """Return component -> fraction of its weights that 8-bit storage applies to; None: unknown."""
     from diffsynth_core.models.loading import build_empty, float8_weights
 
     family = load_family(found.facts.name)
@@ -323,13 +330,13 @@ def float8_shares(found: FoundComponents) -> dict[str, float | None]:
 
 
 def float8_share(shapes: Shapes) -> float:
-    """The share of a component's weights kept in 8-bit floats, told by its shapes."""
-    narrow = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
-    return narrow / sum(map(math.prod, shapes.values()))
+    """Return the fraction of a component's weights that 8-bit storage applies to, from its shapes."""
+    in_float8 = sum(math.prod(shapes[f"{layer}.weight"]) for layer in layers_of_blocks(shapes))
+    return in_float8 / sum(map(math.prod, shapes.values()))
 
 
 def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]:
-    """The parts of all files, and why some cannot be read."""
+    """Return the parts of all files, and the problems of unreadable files."""
     parts: list[FoundPart] = []
     problems: list[Problem] = []
     for file_set in file_sets:
@@ -341,7 +348,7 @@ def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]
 
 
 def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:
-    """A parameter that names entries of the model parameters must name such, so that no slip of the pen passes."""
+    """Check that a parameter names entries of the model parameters, so that a typo is not ignored."""
     named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
     for entry in getattr(parameters, parameter):
         if entry not in named:

@@ -1,4 +1,4 @@
-"""Where a run computes, in which dtype, and how processes share the work."""
+"""Device, mixed precision and distribution of a run."""
 
 import os
 
@@ -14,6 +14,7 @@ PRECISIONS_BY_DEVICE = {
     "xpu": ("no", "bf16", "fp16"),
     "npu": ("no", "bf16", "fp16"),
 }
+"""Device type -> supported values of `mixed_precision`."""
 
 
 SHARDED_LAUNCHES = {
@@ -21,18 +22,18 @@ SHARDED_LAUNCHES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
-"""What `accelerate launch` puts into the environment for engines that share weights, gradients or optimizer out."""
+"""Environment variable of `accelerate launch` -> engine that shards weights, gradients or optimizer state."""
 
 
 def check_launch(problems: list[Problem]) -> None:
-    """Add a problem when the launcher asks for what the gradient norm, the state and checkpoints do not know yet."""
+    """Add a problem if the launcher uses sharding, which gradient norm, state and checkpoints do not support yet."""
     for variable, engine in SHARDED_LAUNCHES.items():
         if os.environ.get(variable, "false").lower() == "true":
             problems.append(sharded_launch(engine, "launched"))
 
 
 def sharded_launch(engine: str, how: str) -> Problem:
-    """The problem that processes are, or would be, launched with an engine that shares weights out."""
+    """Return the problem of a launch, actual or planned, with an engine that shards weights."""
     return Problem(
         f"{how} with {engine}: sharding is not supported yet",
         "use DDP (`recipes/accelerate/ddp.yaml`), or a single process",
@@ -41,9 +42,10 @@ def sharded_launch(engine: str, how: str) -> Problem:
 
 
 def choose_device(parameters: Parameters, problems: list[Problem], absent: list[Problem]) -> str:
-    """The device asked for, else the best there is. Adds to `problems`; imports torch to ask for accelerators.
+    """Return the requested device, or the best available one. Adds to `problems`; imports torch to query accelerators.
 
-    `absent`: takes the problem that this machine has no such device.
+    Args:
+        absent: receives the problem that this machine lacks the device.
     """
     import torch
 
@@ -59,10 +61,10 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
             )
         )
     elif kind != "cpu" and (best is None or best.type != kind or int(number or 0) >= torch.accelerator.device_count()):
-        there = f"{torch.accelerator.device_count()} of type {best.type}" if best else "none"
+        found = f"{torch.accelerator.device_count()} of type {best.type}" if best else "none"
         absent.append(
             Problem(
-                f"`device` `{parameters.device}` is not available; accelerators found: {there}",
+                f"`device` `{parameters.device}` is not available; accelerators found: {found}",
                 "remove `--device`, or pass `--device cpu`",
             )
         )
@@ -70,9 +72,10 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
 
 
 def choose_precision(parameters: Parameters, device: str, problems: list[Problem], absent: list[Problem]) -> str:
-    """The dtype asked for, else bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
+    """Return the requested mixed precision, or bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
 
-    `absent`: takes the problem that this machine has no GPU for the format.
+    Args:
+        absent: receives the problem that this machine has no GPU for the dtype.
     """
     kind = device.partition(":")[0]
     if parameters.mixed_precision is None:
@@ -88,7 +91,7 @@ def choose_precision(parameters: Parameters, device: str, problems: list[Problem
 
 
 def noise_problems(samples: SampleSet) -> list[Problem]:
-    """Samples whose noise only a GPU can draw, where there is none."""
+    """Return the problem of samples whose noise must be drawn on a GPU, if there is none."""
     import torch
 
     drawn = [sample for sample in samples.samples if sample.sampling and sample.sampling.rand_device == "cuda"]
@@ -104,9 +107,9 @@ def noise_problems(samples: SampleSet) -> list[Problem]:
 
 
 def _has_bfloat16(kind: str) -> bool:
-    """Whether an accelerator computes bfloat16 in hardware; only CUDA tells, and cards before Ampere do not.
+    """Return whether an accelerator computes bfloat16 in hardware.
 
-    One that is not there is taken to do so.
+    Only CUDA can be queried: GPUs before Ampere do not. A missing GPU is assumed to.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What is written from the recipes: the page that says which GPU each takes."""
+"""Generation of docs/gpu_memory.md from the recipes."""
 
 import sys
 import tempfile
@@ -17,8 +17,9 @@ from diffsynth_core.planning.sizes import run_sizes
 from diffsynth_core.progress import SilentReporter, format_memory
 
 PAGE = "gpu_memory.md"
+"""Name of the page."""
 GPUS = ("24GB", "48GB", "80GB")
-"""Memory of the GPUs that are rented most."""
+"""Memory sizes of common rented GPUs."""
 
 
 def memory_page() -> str:
@@ -64,7 +65,10 @@ def _in_words(fit: Fit) -> str:
 def write_documents(folder: Path) -> None:
     """Write the page into the documentation folder of a checkout."""
     target = folder.resolve()
-    with tempfile.TemporaryDirectory() as nowhere, chdir(nowhere):  # a dataset at hand would be planned for
+    with (
+        tempfile.TemporaryDirectory() as nowhere,
+        chdir(nowhere),
+    ):  # an empty folder: a default dataset would change the plans
         page = memory_page()
     write_text(target / PAGE, page)
 

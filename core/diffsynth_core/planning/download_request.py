@@ -1,4 +1,4 @@
-"""What a download command asks for: files of recipes and models, or a dataset. No torch."""
+"""The request of a download command: files of recipes and models, or a dataset. No torch."""
 
 import re
 import shlex
@@ -16,21 +16,23 @@ from diffsynth_core.models.registry import family_of_model
 from diffsynth_core.planning.required_files import files_of_entry, files_of_recipe
 
 DATA_FOLDER = Path("data")
+"""Parent folder of downloaded datasets."""
 EVERYTHING = "*"
+"""Glob of all files."""
 _ID = re.compile(r"(?!\.+(/|$))[\w.-]+(/(?!\.+$)[\w.-]+)?")
-"""`owner/name`; some old models have no owner. Not dots alone, which are folders."""
+"""`owner/name`; some old models have no owner. Not only dots, which would be folders."""
 
 
 @dataclass(frozen=True)
 class DownloadRequest:
-    """What is wanted, the folder it belongs below, and the command that asks for it."""
+    """The requested files, the folder to download into, and the command that requests them."""
 
     files: tuple[FileRequest, ...]
     base: Path
     command: str
 
     def missing(self) -> list[FileRequest]:
-        """What is not here, as far as names tell."""
+        """Return the files that are not on disk, judged by their names."""
         return absent(self.files, self.base)
 
 
@@ -41,21 +43,23 @@ def request_download(
     local_dir: Path | None,
     local_model_path: Path | None,
 ) -> DownloadRequest:
-    """What the arguments of the command ask for.
+    """Return the request of the command's arguments.
 
-    `names`: recipes, and entries `model_id:glob`. `include`: globs of dataset paths, in which `*` matches `/` too.
+    Args:
+        names: recipes, and entries `model_id:glob`.
+        include: globs of dataset paths, in which `*` matches `/` too.
 
     Raises:
-        FaultsFound: names that are nothing, and options that do not go together.
+        FaultsFound: unknown names, and options that exclude each other.
     """
     problems = _misuses(names, dataset, include, local_dir, local_model_path)
     problems += _id_problems(dataset, "dataset") if dataset else []
     if dataset and not problems:
-        place = RepoFiles(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
+        repo_files = RepoFiles(Repository("dataset", dataset), tuple(include) or (EVERYTHING,), anywhere=True)
         folder = local_dir or DATA_FOLDER / dataset.rpartition("/")[2]
         words = ["--dataset", dataset, *(word for glob in include for word in ("--include", glob))]
         words += ["--local_dir", str(local_dir)] if local_dir else []
-        return DownloadRequest((FileRequest((place,)),), folder, _command(words))
+        return DownloadRequest((FileRequest((repo_files,)),), folder, _command(words))
     files: list[FileRequest] = []
     for name in names:
         try:
@@ -68,13 +72,13 @@ def request_download(
 
 
 def offline_problems(request: DownloadRequest) -> list[Problem]:
-    """The problems that files are not here, where no hub is to be asked for them."""
+    """Return the problems of missing files for a machine without access to hubs."""
     hint = f"download it with `{request.command}` where a hub can be accessed"
     return [Problem(f"no complete file matches `{item}` below `{request.base}`", hint) for item in request.missing()]
 
 
 def _requests_of(name: str) -> list[FileRequest]:
-    """The files of a recipe, or of an entry."""
+    """Return the files of a recipe or an entry."""
     if name in recipe_names():
         return files_of_recipe(name)
     parts = split_entry(name)
@@ -98,7 +102,7 @@ def _misuses(
     local_dir: Path | None,
     local_model_path: Path | None,
 ) -> list[Problem]:
-    """The problems that arguments do not go together."""
+    """Return the problems of arguments that exclude each other."""
     problems = []
     if not names and not dataset:
         problems.append(("nothing to download", "pass a recipe, MODEL_ID:GLOB, or `--dataset ID`"))
@@ -117,7 +121,7 @@ def _misuses(
 
 
 def _id_problems(name: str, kind: str) -> list[Problem]:
-    """The problem that a name can be none of a repository."""
+    """Return the problem of a name that no repository can have."""
     if _ID.fullmatch(name):
         return []
     return [Problem(f"`{name}` is not a valid name of a {kind} on a hub", "write it as `owner/name`", wrong_use=True)]

@@ -1,4 +1,4 @@
-"""The folder of a run: free, or the same run to go on with."""
+"""The output folder of a run: free, or with the same run to resume."""
 
 import hashlib
 import json
@@ -21,21 +21,25 @@ from diffsynth_core.hub.identity import IDENTITIES, HashCache
 from diffsynth_core.progress import Reporter, pluralize
 
 FINISHED = ("completed", "interrupted")
-"""Statuses of a run whose record was brought to its end."""
+"""Statuses of a run whose record was finalized."""
 REPEAT_REHEARSAL = "delete `{folder}`, or choose another `--output_path`"
-"""What to do with the `folder` of a rehearsal, with which nothing goes on."""
+"""Hint for the `folder` of a rehearsal, which cannot be resumed."""
 
 
 @dataclass(frozen=True)
 class RunComplete(Problem):
-    """The run to resume has done all its steps."""
+    """The run to resume has completed all its steps."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run begins: the steps it has behind it, the state that holds them, and what is worth saying of going on.
+    """Where a run starts.
 
-    `warnings`: what a resumed run loses.
+    Attributes:
+        first_step: completed steps.
+        notes: remarks about resuming, for the plan.
+        state: the state to restore.
+        warnings: what the resumed run loses.
     """
 
     first_step: int = 0
@@ -53,14 +57,19 @@ def check_output(
     reporter: Reporter,
     problems: list[Problem],
 ) -> ResumePoint:
-    """Where the run starts: at 0 in a free folder, or where the run in the folder stopped. Adds to `problems`.
+    """Return where the run starts: at step 0 in a free folder, or where the run in the folder stopped. Adds to
+    `problems`.
 
-    `fingerprint`: that of the dataset, when it could be read. Reads the state back whole, once, to be sure of it.
+    Verifies the checksums of the state, once.
+
+    Args:
+        fingerprint: fingerprint of the dataset; None if it could not be read.
+        steps: None if the dataset could not be read.
     """
     folder = parameters.output_path
-    place_problems = folder_faults(folder, "output_path")
-    problems += place_problems
-    if any(problem.wrong_use for problem in place_problems):
+    write_problems = folder_faults(folder, "output_path")
+    problems += write_problems
+    if any(problem.wrong_use for problem in write_problems):
         return ResumePoint()
     try:
         record = read_record(folder)
@@ -77,12 +86,12 @@ def check_output(
 
 
 def folder_faults(folder: Path, parameter: str) -> list[Problem]:
-    """Why nothing can be written at the place that a parameter names."""
+    """Return why the folder in a parameter cannot be written."""
     if folder.exists() and not folder.is_dir():
         return [Problem(f"`{parameter}` `{folder}` is a file", "choose a folder", wrong_use=True)]
-    for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
-            what = f"`{parameter}` `{folder}` cannot be created: `{place}` is a broken link"
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            what = f"`{parameter}` `{folder}` cannot be created: `{path}` is a broken link"
             return [Problem(what, "choose another folder", wrong_use=True)]
     nearest = next(parent for parent in (folder, *folder.parents, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
@@ -95,7 +104,10 @@ def folder_faults(folder: Path, parameter: str) -> list[Problem]:
 
 
 def cache_faults(cache: Path) -> list[Problem]:
-    """Why a cache cannot be used. One that can only be read may hold all that is needed: that shows later."""
+    """Return why a cache cannot be used.
+
+    A read-only cache is accepted, because it may contain everything needed; if not, writing to it fails later.
+    """
     faults = folder_faults(cache, "cache_path")
     only_read = faults and not faults[0].wrong_use and (cache / "encodings").is_dir()
     return [] if only_read else faults
@@ -104,17 +116,17 @@ def cache_faults(cache: Path) -> list[Problem]:
 def _resumed(
     parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter, problems: list[Problem]
 ) -> ResumePoint:
-    """The position of the run in the folder."""
+    """Return where the run in the folder stopped."""
     folder, total = parameters.output_path, steps.total_steps if steps else None
     if total is not None and record.status in FINISHED and record.step >= total:
         problems.append(_run_complete(folder, record.step, total))
         return ResumePoint()
-    found = _find_states(parameters, record, reporter)
+    found = _intact_states(parameters, record, reporter)
     if found.newest is None and (found.damaged or record.step):
         problems.append(_no_intact_state(folder, record, found.damaged))
         return ResumePoint()
     done = found.newest.loop_state.step if found.newest else 0
-    # A run killed between its last state and the end of its record has only its record to finish.
+    # done == total: a run killed between its last state and its final record only has the record to finish.
     if total is not None and done > total:
         problems.append(_run_complete(folder, done, total))
     notes = [
@@ -138,16 +150,16 @@ def _resumed(
     return ResumePoint(done, tuple(notes), found.newest, tuple(lost))
 
 
-def _find_states(parameters: Parameters, record: RunRecord, reporter: Reporter) -> FoundStates:
+def _intact_states(parameters: Parameters, record: RunRecord, reporter: Reporter) -> FoundStates:
     identities = HashCache((parameters.cache_path or default_cache_path()) / IDENTITIES)
 
     def hashes(paths: Sequence[Path]) -> list[str]:
         identities.read_all(paths, reporter, "Verifying the state")
         return [identities.sha256(path) for path in paths]
 
-    # With the weights before it a step that was not finite is so again: its loss depends on nothing else.
-    below = record.diverged_step - 1 if record.diverged_step else None
-    return find_states(parameters.output_path, record.id, hashes, below)
+    # Resuming right before a non-finite step would repeat it: its loss depends only on the weights and the step.
+    before_divergence = record.diverged_step - 1 if record.diverged_step else None
+    return find_states(parameters.output_path, record.id, hashes, before_divergence)
 
 
 def _run_complete(folder: Path, done: int, total: int) -> RunComplete:
@@ -158,7 +170,7 @@ def _run_complete(folder: Path, done: int, total: int) -> RunComplete:
 
 
 def _no_intact_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedState]) -> Problem:
-    """The run cannot be resumed, and does not start over unasked: its checkpoints still have a value."""
+    """Return the problem; the run is not restarted unasked, because its checkpoints may still be useful."""
     states = ", ".join(f"step {state.step} ({state.reason})" for state in damaged)
     what = f"it has no intact state: {states}" if damaged else f"its state after step {record.step} is missing"
     if record.diverged_step and not damaged and state_folders(folder):
@@ -169,7 +181,7 @@ def _no_intact_state(folder: Path, record: RunRecord, damaged: Sequence[DamagedS
 
 
 def _new_run(folder: Path, record: RunRecord) -> str:
-    """How to start a run that goes on from the weights of another one, where a LoRA is all that it trained."""
+    """Return the hint to start a new run, from the weights of this one if it trained only a LoRA."""
     hint = "start a new run in another `--output_path`"
     trained = record.parameters
     if not record.checkpoints or trained.get("trainable_models") or not trained.get("lora_base_model"):
@@ -178,11 +190,11 @@ def _new_run(folder: Path, record: RunRecord) -> str:
 
 
 def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
-    """sha256 over captions, file names and sizes, and what of the files is trained on, of all samples."""
+    """Return a sha256 over captions, file names, file sizes and crops of all samples."""
 
     @cache
     def named(path: Path) -> tuple[str, int]:
-        """Asked once of a file that several rows show, or one at two sizes: disks far away take their time."""
+        """Cached, because several rows may use one file, and network disks are slow."""
         return os.path.relpath(path, parameters.dataset_base_path), path.stat().st_size
 
     def described(crop: MediaCrop) -> list[object]:
@@ -191,8 +203,10 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     digest = hashlib.sha256()
     for sample in samples.samples:
         shown = {name: [described(crop) for crop in crops] for name, crops in sample.references.items()}
-        told = [sample.row, sample.caption, described(sample.target), shown]
-        digest.update(json.dumps([*told, asdict(sample.sampling)] if sample.sampling else told).encode())
+        described_sample = [sample.row, sample.caption, described(sample.target), shown]
+        digest.update(
+            json.dumps([*described_sample, asdict(sample.sampling)] if sample.sampling else described_sample).encode()
+        )
     return digest.hexdigest()
 
 
@@ -221,7 +235,7 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
 def _check_same_steps(
     folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str, problems: list[Problem]
 ) -> None:
-    """What a step is made of must stay, however it is shared out among processes."""
+    """Check that the micro-batches per step and the precision are unchanged; the number of processes may differ."""
     if steps and steps.micro_batches != record.micro_batches_per_step:
         problems.append(
             Problem(
@@ -244,7 +258,7 @@ def _check_same_steps(
 def _check_same_storage(
     folder: Path, record: RunRecord, float8_components: Sequence[str], problems: list[Problem]
 ) -> None:
-    """Rounded weights compute otherwise than those they were rounded from."""
+    """Check that the same components are stored in 8-bit floats: rounded weights compute other numbers."""
     if list(float8_components) != record.float8_components:
         before, now = (", ".join(names) or "nothing" for names in (record.float8_components, float8_components))
         problems.append(

@@ -1,4 +1,4 @@
-"""From resolved parameters to the plan of a run, with all problems at once."""
+"""From resolved parameters to the plan of a run, with all problems collected."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,18 +30,19 @@ from diffsynth_core.progress import Reporter
 class Plan:
     """What a run will do.
 
-    `world_size` counts processes.
-    `float8`: the share of its weights stored in 8-bit floats, of each component that `fp8_models` names;
-    None: not known without its files.
-    `fused_lora`: what is merged into a component before training.
-    `unused_components`: components that are named and that the task does not load.
-    `encoded`: what the second half of split training trains on.
-    `shapes`: of the tensors of each component, by the names of our modules; blank where nothing tells them.
-    `published`: components whose files are not there, and of which the published size stands in.
-    `missing`: what is not there. Such a plan is to be looked at, and cannot be carried out; without a dataset it has no
-    samples.
-    `family_defaults`: parameters that are at a default which the family alone has.
-    `warnings`: what keeps from nothing and is worth a look before GPU hours are spent on it.
+    Attributes:
+        shapes: of the tensors of each component, by module key; empty for a component of unknown size.
+        world_size: number of processes.
+        float8: component in `fp8_models` -> fraction of its weights stored in 8-bit floats; None: unknown without its
+        files.
+        fused_lora: LoRA merged into a component before training.
+        unused_components: components that the parameters name but the task does not load.
+        encoded: samples that a train task trains on.
+        published: components whose files are missing -> size of the published model, used instead.
+        missing: missing files, dataset or device. Such a plan can be displayed but not executed; without a dataset it
+            has no samples.
+        family_defaults: parameters that are at a default of this family only.
+        warnings: nothing prevents the run, but this should be checked before GPU hours are spent.
     """
 
     parameters: Parameters
@@ -68,24 +69,27 @@ class Plan:
 
     @property
     def task(self) -> Task:
+        """The task of the run."""
         return TASKS[self.parameters.task]
 
     @property
     def cache(self) -> Path:
+        """The cache folder."""
         return self.parameters.cache_path or default_cache_path()
 
     @property
     def first_step(self) -> int:
-        """0, or the steps that a resumed run has behind it."""
+        """0, or the number of steps completed before a resumed run."""
         return self.start.first_step
 
     @property
     def batches(self) -> BatchPlan:
+        """The batches of each epoch."""
         return self.steps.batches
 
     @property
     def dataset_fingerprint(self) -> str:
-        """What tells the dataset from others; a second half has that of the first."""
+        """Fingerprint of the dataset; that of the precompute task for a train task."""
         return fingerprint_of(self.parameters, self.samples, self.encoded)
 
 
@@ -97,18 +101,17 @@ def make_plan(
     without_files: bool = False,
     check: DatasetCheck = no_check,
 ) -> Plan:
-    """The plan of a run; reads headers of weight files and images, and decodes videos as far as they are used,
-    once; no weight.
+    """Plan a run: reads headers of weight files and images, and decodes the used part of each video once; reads no
+    weights.
 
     Args:
-        base: folder of downloaded models; None for the usual one.
-        without_files: model files, a dataset and a device that are not there are told in the plan, and keep it from
-            nothing.
-        check: what looks for faults of the dataset before it is read.
+        base: folder of downloaded models; None: the default one.
+        without_files: report missing model files, dataset and device in the plan instead of raising.
+        check: checks the dataset before it is read.
 
     Raises:
-        FaultsFound: everything that is wrong, at once: parameters, model files, targets, dataset, output folder; with
-            it what is missing, where that alone would be no reason.
+        FaultsFound: all problems of parameters, model files, LoRA targets, dataset and output folder together, and
+            with them what is missing, even if that alone would not be an error.
     """
     resolved = drop_replaced_entries(resolved)
     problems, missing = list(resolved.problems), list[Problem]()
@@ -118,7 +121,7 @@ def make_plan(
     parameters = _with_inputs(resolved.parameters, encoded)
     found = _find_components(resolved, parameters, base or model_base_path(), encoded, without_files, problems)
     missing += found.missing if found else ()
-    if found and resolved.family is None:  # by a recipe it was known before
+    if found and resolved.family is None:  # a recipe's family was known during resolution
         problems += parameters_of_other_families(parameters, found.facts.name, resolved.origins)
         resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
         parameters = resolved.parameters
@@ -167,14 +170,17 @@ def make_plan(
 
 
 def _unread_lora(parameters: Parameters, found: FoundComponents, training: Training) -> Iterator[Problem]:
-    """A LoRA that is written in names which no other program reads."""
+    """Warn about a LoRA in a format that no other program reads."""
     note = unread_note(found.facts, parameters.lora_format, "--lora_format")
     if note and training.lora_component == found.facts.denoiser:
         yield Problem(note)
 
 
 def _warnings(resolved: Resolved, samples: SampleSet) -> Iterator[Problem]:
-    """A dataset that the user did not name, and what is unusual about it; a rehearsal is small on purpose."""
+    """Yield warnings about a dataset that the user did not choose, and about unusual properties of the dataset.
+
+    A rehearsal uses small images on purpose.
+    """
     origin = resolved.origins.get("dataset_base_path", "the default")
     rehearsal = resolved.parameters.rehearse
     if samples.samples and not rehearsal and (origin == "the default" or origin.startswith("recipe ")):
@@ -193,7 +199,7 @@ def _find_components(
     without_files: bool,
     problems: list[Problem],
 ) -> FoundComponents | None:
-    """The components in the files that are named; None where a recipe or config file that names them is missing."""
+    """Return the components in the files; None if a recipe or config file that names them is missing."""
     if resolved.incomplete:
         return None
     return find_components(parameters, resolved.family, base, problems, encoded, without_files)
@@ -202,7 +208,7 @@ def _find_components(
 def _choose_machine(
     parameters: Parameters, samples: SampleSet | None, problems: list[Problem], absent: list[Problem]
 ) -> tuple[str, str]:
-    """The device and the dtype; adds what the machine has not to `absent`."""
+    """Return device and mixed precision; adds what this machine lacks to `absent`."""
     check_launch(problems)
     device = choose_device(parameters, problems, absent)
     mixed_precision = choose_precision(parameters, device, problems, absent)
@@ -220,7 +226,7 @@ def _find_start(
     reporter: Reporter,
     problems: list[Problem],
 ) -> ResumePoint:
-    """Where in its output folder a run begins; a first half writes encoded samples there, from their beginning."""
+    """Return where the run starts in its output folder; a precompute task always starts at the beginning."""
     if TASKS[parameters.task].trains:
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
         return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter, problems)
@@ -232,7 +238,7 @@ def _find_start(
 
 
 def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Parameters:
-    """The parameters of a second half, with the extra inputs that its samples were encoded with."""
+    """Return the parameters of a train task with the extra inputs that its samples were encoded with."""
     if encoded is None:
         return parameters
     return parameters.model_copy(update={"extra_inputs": tuple(encoded.origin.extra_inputs)})
@@ -241,7 +247,7 @@ def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Para
 def _find_training(
     parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:
-    """What trains; in a first half nothing does, whatever is named."""
+    """Return what trains: nothing in a precompute task, whatever the parameters name."""
     if not TASKS[parameters.task].trains:
         return NOTHING_TRAINS
     return find_training(parameters, found, invalid, problems)
@@ -255,7 +261,7 @@ def _find_samples(
     problems: list[Problem],
     check: DatasetCheck,
 ) -> SampleSet | None:
-    """The samples of the dataset, or those that are encoded already."""
+    """Return the samples of the dataset, or those that are already encoded."""
     if encoded:
         return SampleSet(encoded.samples, ())
     if found is None or not TASKS[parameters.task].encodes:
@@ -264,7 +270,7 @@ def _find_samples(
 
 
 def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedSamples | None) -> str:
-    """The fingerprint of the dataset, which a folder of encoded samples carries along."""
+    """Return the fingerprint of the dataset, which encoded samples carry along."""
     return encoded.origin.dataset_fingerprint if encoded else dataset_fingerprint(parameters, samples)
 
 

@@ -1,4 +1,4 @@
-"""Files given by hand in the place of a recipe's entries for the same components. No torch."""
+"""Entries of a recipe that `model_paths` replaces. No torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,9 +16,11 @@ from diffsynth_core.planning.recognition import read_file_set
 
 
 def drop_replaced_entries(resolved: Resolved) -> Resolved:
-    """The same run, without the entries of `model_id_with_origin_paths` whose components `model_paths` holds, given
-    nearer to the user; told by what the files hold. What other parameters call such an entry, such as `fp8_models`,
-    means the files in its place."""
+    """Remove entries of `model_id_with_origin_paths` whose components are in `model_paths`, if that takes precedence.
+
+    Components are recognised by the content of the files. Other parameters that name such an entry, such as
+    `fp8_models`, then name the replacing files.
+    """
     parameters = resolved.parameters
     if not resolved.takes_precedence("model_paths", "model_id_with_origin_paths"):
         return resolved
@@ -36,10 +38,10 @@ def drop_replaced_entries(resolved: Resolved) -> Resolved:
 
 
 def local_components(parameters: Parameters, family: FamilyFacts | None) -> dict[str, FileSet]:
-    """The components that `model_paths` holds, by the tensors of files that can be read."""
+    """Return the components in `model_paths`, recognised by the tensors of readable files."""
     found: dict[str, FileSet] = {}
     for file_set in locate(parameters.model_paths, (), model_base_path())[0]:
-        with suppress(DiffSynthError):  # whoever plans the run tells
+        with suppress(DiffSynthError):  # reported when the run is planned
             for stored in read_file_set(file_set):
                 if known := recognise_component(stored.names, family):
                     found.setdefault(known[1].name, file_set)
@@ -47,13 +49,13 @@ def local_components(parameters: Parameters, family: FamilyFacts | None) -> dict
 
 
 def _replacements(parameters: Parameters, family: FamilyFacts | None) -> Mapping[str, str]:
-    """Entries -> what the files in their place are called."""
+    """Return entry -> name of the files that replace it."""
     local = local_components(parameters, family)
     families = [family] if family else list(FAMILIES.values())
     found: dict[str, str] = {}
     for entry in parameters.model_id_with_origin_paths if local else ():
-        model_id, place = split_entry(entry) or ("", entry)
-        named = (component_at(place, facts, model_id) for facts in families)
+        model_id, pattern = split_entry(entry) or ("", entry)
+        named = (component_at(pattern, facts, model_id) for facts in families)
         component = next(filter(None, named), None)
         if component and component.name in local:
             found[entry] = local[component.name].entries[0]

@@ -1,4 +1,4 @@
-"""Which files of the hubs a run needs: weights, their config.json, tokenizers and processors. No torch."""
+"""Hub files that a run requires: weights, their config.json, tokenizers and processors. No torch."""
 
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -18,32 +18,34 @@ from diffsynth_core.planning.replaced import drop_replaced_entries, local_compon
 from diffsynth_core.planning.two_stage import components_of
 
 CONFIG = "config.json"
+"""Configuration of a diffusers or transformers model."""
 
 
 def required_files(parameters: Parameters, family: str | None) -> list[FileRequest]:
-    """What a run with these parameters needs of the hubs; nothing of what it names by paths of its own.
+    """Return the hub files that a run requires; local paths are not included.
 
-    `family`: the one of the recipe; None: that of the repositories.
+    Args:
+        family: that of the recipe; None: that of the repositories.
     """
     facts = _facts(parameters.model_id_with_origin_paths, family)
-    wanted = [item for entry in needed_entries(parameters, family) for item in files_of_entry(entry, facts)]
+    requests = [item for entry in needed_entries(parameters, family) for item in files_of_entry(entry, facts)]
     if facts and TASKS[parameters.task].encodes:
-        wanted += _tokenizer_requests(parameters, facts)
-    return list(dict.fromkeys(wanted))
+        requests += _tokenizer_requests(parameters, facts)
+    return list(dict.fromkeys(requests))
 
 
 def files_of_stages(stages: Sequence[Resolved]) -> list[FileRequest]:
-    """What the runs of one command need, each file once."""
+    """Return the files that the runs of one command require, without duplicates."""
     used = map(drop_replaced_entries, stages)
     found = [item for resolved in used for item in required_files(resolved.parameters, resolved.family)]
     return list(dict.fromkeys(found))
 
 
 def files_of_recipe(recipe: str) -> list[FileRequest]:
-    """What all stages of a recipe need.
+    """Return the files that all stages of a recipe require.
 
     Raises:
-        FaultsFound: when there is no such recipe.
+        FaultsFound: if there is no such recipe.
     """
     stages = resolve_stages({"recipe": recipe})
     raise_if_any([problem for resolved in stages for problem in resolved.problems])
@@ -51,17 +53,17 @@ def files_of_recipe(recipe: str) -> list[FileRequest]:
 
 
 def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileRequest]:
-    """The files of one `model_id:glob`, with the config.json beside them; none of a path of one's own.
+    """Return the files of one `model_id:glob`, with the config.json in the same folder; none for a local path.
 
-    A copy that the family knows stands in where nothing but the copy is on disk, or on the hub.
+    If the family knows a mirror of the file, that is an alternative source.
     """
     parts = split_entry(entry)
     if parts is None or expand_local(entry):
         return []
     model_id, pattern = parts
     name = pattern.rpartition("/")[2]
-    copy = split_entry(facts.mirrors.get(name, "")) if facts else None
-    weights = FileRequest(tuple(_repo_files(*place) for place in (parts, copy) if place))
+    mirror = split_entry(facts.mirrors.get(name, "")) if facts else None
+    weights = FileRequest(tuple(_repo_files(*source) for source in (parts, mirror) if source))
     folder = posixpath.dirname(pattern)
     if any(character in folder for character in "*?["):
         return [weights]
@@ -69,8 +71,10 @@ def files_of_entry(entry: str, facts: FamilyFacts | None = None) -> list[FileReq
 
 
 def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
-    """The entries whose files a run cannot do without: the first half of split training does without the transformer,
-    the second without what has encoded."""
+    """Return the entries whose files a run requires.
+
+    A precompute task does not require the transformer, and a train task does not require the encoders.
+    """
     entries, task = parameters.model_id_with_origin_paths, TASKS[parameters.task]
     facts = FAMILIES.get(family or "")
     if facts is None or (task.encodes and task.trains):
@@ -78,8 +82,8 @@ def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
     needed = components_of(task, facts.variant({}, parameters.extra_inputs, ""))
 
     def is_unused(entry: str) -> bool:
-        model_id, place = split_entry(entry) or ("", entry)
-        component = component_at(place, facts, model_id)
+        model_id, pattern = split_entry(entry) or ("", entry)
+        component = component_at(pattern, facts, model_id)
         if component is None:
             return False
         return component.name not in needed if task.trains else component.name == facts.denoiser
@@ -88,7 +92,7 @@ def needed_entries(parameters: Parameters, family: str | None) -> list[str]:
 
 
 def download_hint(entry: str, recipe: str | None) -> str:
-    """The command that downloads the files of an entry: with all others of the recipe, where it is one of them."""
+    """Return the command that downloads an entry, with all others of the recipe if the entry is one of its own."""
     if recipe in recipe_names():
         stages = resolve_stages({"recipe": recipe})
         if any(entry in resolved.parameters.model_id_with_origin_paths for resolved in stages):
@@ -97,7 +101,7 @@ def download_hint(entry: str, recipe: str | None) -> str:
 
 
 def _facts(entries: tuple[str, ...], family: str | None) -> FamilyFacts | None:
-    """The family named, else the first that has one of the repositories."""
+    """Return the named family, or the first one that has one of the repositories."""
     if family in FAMILIES:
         return FAMILIES[family]
     parts = (split_entry(entry) for entry in entries)
@@ -105,8 +109,7 @@ def _facts(entries: tuple[str, ...], family: str | None) -> FamilyFacts | None:
 
 
 def _tokenizer_requests(parameters: Parameters, facts: FamilyFacts) -> Iterator[FileRequest]:
-    """Tokenizers and processors: of each the folder that is named, else those beside the component's files, and the
-    family's own."""
+    """Yield the folders of tokenizers and processors that are set, or their default sources."""
     for parameter, tokenizer in facts.tokenizers.items():
         if tokenizer.inputs and not set(tokenizer.inputs) & set(parameters.extra_inputs):
             continue
@@ -115,19 +118,21 @@ def _tokenizer_requests(parameters: Parameters, facts: FamilyFacts) -> Iterator[
             named = [] if Path(given).expanduser().is_dir() else [given]
         else:
             named = _named_tokenizers(parameters, facts, tokenizer)
-        if places := [_tokenizer_files(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
-            yield FileRequest(tuple(places))
+        if sources := [_tokenizer_files(*parts, tokenizer) for text in named if (parts := split_entry(text))]:
+            yield FileRequest(tuple(sources))
 
 
 def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
-    """Where a tokenizer is looked for that is not named; nowhere on the hubs when one lies beside files of one's own,
-    or when nothing of its component is named."""
+    """Return the default sources of a tokenizer: the repositories of its component, and the family's own.
+
+    Empty if there is a local one next to local files of the component, or if the component is not in the parameters.
+    """
     adjacent = [
         f"{model_id}:{path}"
-        for model_id, place in filter(None, map(split_entry, parameters.model_id_with_origin_paths))
-        if (component := component_at(place, facts, model_id)) and component.name == tokenizer.component
+        for model_id, pattern in filter(None, map(split_entry, parameters.model_id_with_origin_paths))
+        if (component := component_at(pattern, facts, model_id)) and component.name == tokenizer.component
         for folder in tokenizer.folders
-        if not (path := posixpath.normpath(posixpath.join(posixpath.dirname(place), folder))).startswith("..")
+        if not (path := posixpath.normpath(posixpath.join(posixpath.dirname(pattern), folder))).startswith("..")
     ]
     files = local_components(parameters, facts).get(tokenizer.component)
     own = [files.paths[0].parent / folder for folder in tokenizer.folders] if files else []
@@ -137,12 +142,12 @@ def _named_tokenizers(parameters: Parameters, facts: FamilyFacts, tokenizer: Tok
 
 
 def _repo_files(model_id: str, pattern: str) -> RepoFiles:
-    """The place of a glob; one that ends in `/` stands for what is in the folder."""
+    """Return the files of a glob; one that ends with `/` selects the files of the folder."""
     return RepoFiles(Repository("model", model_id), (pattern + "*" if pattern.endswith("/") else pattern,))
 
 
 def _tokenizer_files(model_id: str, folder: str, tokenizer: TokenizerFacts) -> RepoFiles:
-    """The place of a tokenizer: all of its folder, and nothing where no layout of it is whole."""
+    """Return the files of a tokenizer's folder, of which one layout must be complete."""
     folder = folder.rstrip("/")
     layouts = tuple(tuple(f"{folder}/{name}" for name in layout) for layout in tokenizer.layouts)
     return RepoFiles(Repository("model", model_id), (f"{folder}/*",), layouts)

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the states that a run keeps. No torch."""
+"""Check of the disk space for the states that a run keeps. No torch."""
 
 from pathlib import Path
 
@@ -11,29 +11,30 @@ from diffsynth_core.progress import format_bytes, pluralize
 
 
 def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
-    """Why the states of a run, and one checkpoint, do not fit the disk of its output folder.
+    """Return the problem of states and a checkpoint that do not fit on the disk of the output folder.
 
-    A state of a full training is three times its weights in float32: better told now than at the first save.
+    The state of full training has three times the size of the weights in float32, so this is checked before the first
+    save.
 
     Args:
-        free: bytes on that disk; None: as it is.
+        free: free bytes of the disk; None: measured.
     """
     if not plan.task.trains:
         return []
     folder, keep, state = plan.parameters.output_path, plan.parameters.keep_states, state_bytes(plan)
-    room = (free_bytes(folder) if free is None else free) + _bytes_of_states(folder)
+    available = (free_bytes(folder) if free is None else free) + _bytes_of_states(folder)
     needed = _needed(plan, keep)
-    if needed <= room:
+    if needed <= available:
         return []
     single = _needed(plan, 1)
     way = (
         f"pass `--keep_states 1`, which takes {format_bytes(single)}, or free "
-        if keep > 1 and single <= room
+        if keep > 1 and single <= available
         else "free "
     )
     what = (
         f"{pluralize(most_states(plan, keep), 'state')} to resume from ({format_bytes(state)} each, including the one being "
-        f"written) and a checkpoint take {format_bytes(needed)} on the disk of `{folder}`, which has {format_bytes(room)} free"
+        f"written) and a checkpoint take {format_bytes(needed)} on the disk of `{folder}`, which has {format_bytes(available)} free"
     )
     return [Problem(what, f"{way}some space, or choose another `--output_path`")]
 
@@ -43,5 +44,5 @@ def _needed(plan: Plan, keep: int) -> int:
 
 
 def _bytes_of_states(folder: Path) -> int:
-    """Of the states that new ones will take the place of."""
+    """Return the bytes of existing states, which new ones replace."""
     return sum(path.stat().st_size for state in state_folders(folder) for path in state.iterdir() if path.is_file())

@@ -1,4 +1,4 @@
-"""Where the tokenizers of a run lie. No torch."""
+"""The tokenizer folders of a run. No torch."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
 
 CONFIG_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-"""Files that transformers reads beside the vocabulary, where they are there."""
+"""Optional files that transformers reads with the vocabulary."""
 
 
 def find_tokenizers(
@@ -23,8 +23,11 @@ def find_tokenizers(
     base: Path,
     problems: list[Problem],
 ) -> dict[str, Path]:
-    """The tokenizer folder of each tokenizer parameter: the given one, else the one beside the component's files,
-    else the family's own below `base`. Adds to `problems` what is missing or damaged."""
+    """Return the folder of each tokenizer: the one set, or one next to the component's files, or the family's own in
+    `base`.
+
+    Adds missing and damaged ones to `problems`.
+    """
     found = {}
     for parameter, tokenizer in facts.tokenizers.items():
         if tokenizer.inputs and not set(tokenizer.inputs) & set(parameters.extra_inputs):
@@ -33,42 +36,43 @@ def find_tokenizers(
         files = components.get(tokenizer.component)
         if given is None and files is None:
             continue
-        places = [given] if given else [*_adjacent_folders(files, tokenizer), tokenizer.default] if files else []
-        folder = next((folder for place in places if (folder := locate_folder(place, base))), None)
+        candidates = [given] if given else [*_adjacent_folders(files, tokenizer), tokenizer.default] if files else []
+        folder = next((folder for candidate in candidates if (folder := locate_folder(candidate, base))), None)
         if folder:
             found[parameter] = folder
             rows = shapes.get(tokenizer.component, {}).get(tokenizer.embedding, (None,))[0]
             problems += _folder_problems(folder, tokenizer, parameter, rows)
         else:
-            shown = dict.fromkeys(place if given else str(_absolute(place, base)) for place in places)
-            there = " or at ".join(f"`{place}`" for place in shown)
-            problems.append(_missing_tokenizer(f"no {tokenizer.what} found at {there}", parameter, places[-1]))
+            shown = dict.fromkeys(name if given else str(_absolute(name, base)) for name in candidates)
+            searched = " or at ".join(f"`{path}`" for path in shown)
+            problems.append(_missing_tokenizer(f"no {tokenizer.what} found at {searched}", parameter, candidates[-1]))
     return found
 
 
-def _missing_tokenizer(message: str, parameter: str, place: str) -> Problem:
-    """The problem that there is no tokenizer; one that a repository has can be fetched."""
+def _missing_tokenizer(message: str, parameter: str, name: str) -> Problem:
+    """Return the problem of a missing tokenizer; one in a repository can be downloaded."""
     hint = f"set its folder with `--{parameter}`"
-    if split_entry(place) is None:
+    if split_entry(name) is None:
         return Problem(message, hint)
-    entry = place.rstrip("/") + "/*"
+    entry = name.rstrip("/") + "/*"
     command = download_command(entry)
     return MissingFiles(message, f"download it with `{command}`, or {hint}", entry=entry, command=command)
 
 
 def _adjacent_folders(files: ComponentFiles, tokenizer: TokenizerFacts) -> list[str]:
-    return [os.path.normpath(place / folder) for place in files.folders for folder in tokenizer.folders]
+    return [os.path.normpath(parent / folder) for parent in files.folders for folder in tokenizer.folders]
 
 
-def _absolute(place: str, base: Path) -> Path:
-    model_id, colon, folder = place.partition(":")
-    return base / model_id / folder if colon else Path(place)
+def _absolute(name: str, base: Path) -> Path:
+    model_id, colon, folder = name.partition(":")
+    return base / model_id / folder if colon else Path(name)
 
 
 def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, rows: int | None) -> list[Problem]:
-    """What makes a tokenizer folder unreadable, or that of another model, without loading it.
+    """Return why a tokenizer folder is unreadable or belongs to another model, without loading the tokenizer.
 
-    `rows`: how many tokens the text encoder knows; None where that is not known.
+    Args:
+        rows: number of rows of the text encoder's embedding; None if unknown.
     """
     hint = f"download the folder again, or set another with `--{parameter}`"
     layout = next((layout for layout in tokenizer.layouts if all((folder / name).is_file() for name in layout)), None)
@@ -93,10 +97,10 @@ def _folder_problems(folder: Path, tokenizer: TokenizerFacts, parameter: str, ro
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file of a tokenizer holds, as strictly as transformers reads it; None for a text.
+    """Read a tokenizer file as strictly as transformers does; None for a text file.
 
     Raises:
-        UnreadableFile: when it is damaged.
+        UnreadableFile: if it is damaged.
     """
     if path.suffix != ".json":
         read_text(path, MAX_TOKENIZER_BYTES, "")
@@ -105,7 +109,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _mismatch(name: str, content: dict[str, Any] | None, tokenizer: TokenizerFacts, rows: int | None) -> str | None:
-    """Why a file of a tokenizer is that of another model: its kind, or tokens that the text encoder has no row for."""
+    """Return why a tokenizer file belongs to another model: its type, or more tokens than the embedding has rows."""
     if content is None or name not in ("tokenizer.json", "vocab.json"):
         return None
     model = content.get("model") if name == "tokenizer.json" else {"vocab": content}

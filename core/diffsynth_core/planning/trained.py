@@ -1,4 +1,4 @@
-"""What parameters name to train without LoRA, or to change before training: components, or modules of them."""
+"""Components and modules that parameters select for training without LoRA."""
 
 from itertools import takewhile
 
@@ -8,14 +8,15 @@ from diffsynth_core.models.spec import FamilyFacts, Layout, Shapes, is_below
 from diffsynth_core.planning.components import FoundComponents
 
 PARAMETER = "trainable_models"
+"""The parameter that selects them."""
 
 
 def find_trained(
     parameters: Parameters, found: FoundComponents, problems: list[Problem]
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Components that train as a whole, and the modules of others that do, by documented name. Adds to `problems`.
+    """Return components that train in full, and component -> modules (documented names) of those that train in part.
 
-    A component that is named whole trains whole, whatever is named of it beside that.
+    Adds to `problems`. A component that is named itself trains in full, even if modules of it are named too.
     """
     full: list[str] = []
     parts: dict[str, list[str]] = {}
@@ -35,9 +36,9 @@ def find_trained(
 
 
 def check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:
-    """Whether a parameter names a component of the family that this kind of model has. Adds to `problems`.
+    """Return whether a parameter names a component of the family that this variant has. Adds to `problems`.
 
-    That the files of such a component are missing is told elsewhere.
+    Missing files of the component are reported elsewhere.
     """
     known = found.facts.component_names
     if name not in known:
@@ -67,7 +68,7 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
 
 
 def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
-    """The problem that the text to take off keys begins none of them: a component misspelt, or called as elsewhere."""
+    """Return the problem of a `remove_prefix_in_ckpt` that no key starts with, such as a misspelt component."""
     asked = parameters.remove_prefix_in_ckpt
     begins = [f"pipe.{name}." for name in facts.component_names]
     if any(begin.startswith(asked) or asked.startswith(begin) for begin in begins):
@@ -81,11 +82,11 @@ def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]
 
 
 def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
-    """Why a module of a component, typed by its documented name, cannot be trained."""
+    """Return why a module of a component, given by its documented name, cannot be trained."""
     layout, shapes = found.components[component].layout, found.shapes[component]
     own = layout.below([module], shapes)
     if not own:
-        hint = _called(component, module, layout, shapes)
+        hint = _module_name_hint(component, module, layout, shapes)
         return Problem(f"`{PARAMETER}`: {component} has no module `{module}` with weights", hint, wrong_use=True)
     dead = found.variant.unused_params(found.facts.component(component), frozenset(shapes))
     if all(is_below(name, dead) for name in own):
@@ -97,8 +98,8 @@ def _module_problem(component: str, module: str, found: FoundComponents) -> Prob
     return None
 
 
-def _called(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
-    """What a module is called in documented names, when it was typed by that of the model in memory; or the nearest."""
+def _module_name_hint(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
+    """Return the hint for an unknown module: its documented name if the module key was given, or the closest name."""
     public_names = layout.public_keys.to_sources(shapes)
     typed = [layout.public_keys.to_source(own) or "" for own in shapes if is_below(own, [module])]
     levels = zip(*(name.split(".") for name in typed), strict=False)

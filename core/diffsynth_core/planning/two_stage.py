@@ -1,4 +1,4 @@
-"""The two halves of split training: what the first may write into, and what the second finds there. No torch."""
+"""Two-stage training: the output folder of a precompute task, and the input folder of a train task. No torch."""
 
 import os
 from collections.abc import Mapping
@@ -22,27 +22,29 @@ from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.output import folder_faults
 
 IMAGE_SIZES = ("height", "width", "max_pixels")
+"""Parameters that determine the size of images."""
 VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
+"""Parameters that determine the size and length of clips."""
 
 
 def size_parameters(parameters: Parameters, variant: Variant) -> dict[str, Any]:
-    """The parameters that decide at which size and length samples are encoded."""
+    """Return the parameters that determine the size and length at which samples are encoded."""
     names = VIDEO_SIZES if variant.target.kind == "video" else IMAGE_SIZES
     return {name: getattr(parameters, name) for name in names}
 
 
 def encoder_versions(variant: Variant) -> dict[str, list[Any]]:
-    """What tells the encodings of one kind of model from those of another: encoder -> version and extra inputs."""
+    """Return encoder -> version and extra inputs, by which encodings of different variants differ."""
     return {encoder.name: [encoder.version, list(encoder.inputs)] for encoder in variant.encoders}
 
 
 def encoding_components(variant: Variant) -> frozenset[str]:
-    """The components that encode samples."""
+    """Return the components that encode samples."""
     return frozenset(encoder.component for encoder in variant.encoders)
 
 
 def components_of(task: Task, variant: Variant) -> frozenset[str]:
-    """The components that a task loads, of those that the kind of model has."""
+    """Return the components of a variant that a task loads."""
     encoding = encoding_components(variant)
     if not task.trains:
         return encoding
@@ -50,7 +52,7 @@ def components_of(task: Task, variant: Variant) -> frozenset[str]:
 
 
 def modified_encoders(parameters: Parameters, task: Task, variant: Variant) -> list[Problem]:
-    """Components that are named to train, or to be changed, although what they make is kept between the halves."""
+    """Return problems of parameters that train or modify encoders whose output is precomputed."""
     if task.encodes and task.trains:
         return []
     named = {"trainable_models": parameters.trainable_models, "lora_base_model": (parameters.lora_base_model,)}
@@ -72,7 +74,7 @@ def modified_encoders(parameters: Parameters, task: Task, variant: Variant) -> l
 
 
 def encoded_instead_of_dataset(parameters: Parameters) -> Problem | None:
-    """The problem that the dataset folder of a task which reads media holds encoded samples."""
+    """Return the problem of a dataset folder that contains encoded samples, for a task that reads media."""
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if not holds_encoded_samples(folder):
         return None
@@ -81,7 +83,7 @@ def encoded_instead_of_dataset(parameters: Parameters) -> Problem | None:
 
 
 def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples | None:
-    """What the first half wrote, for the second; None when it is not there, not whole or for another task.
+    """Return the encoded samples for a train task; None if they are missing, incomplete or for another task.
 
     Adds to `problems`.
     """
@@ -111,7 +113,7 @@ def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples 
 
 
 def _not_encoded(folder: Path, task: Task) -> Problem | None:
-    """Why a folder can hold no encoded samples."""
+    """Return why a folder contains no encoded samples; None if it does."""
     if holds_encoded_samples(folder):
         return None
     make = f"create them with `--task {task.precompute_task} --output_path {folder}`"
@@ -128,7 +130,7 @@ def _not_encoded(folder: Path, task: Task) -> Problem | None:
 
 
 def _incomplete_or_other(encoded: EncodedSamples, task: Task) -> Problem:
-    """The problem that encoded samples are not all there, or made for another objective."""
+    """Return the problem of encoded samples that are incomplete or for another objective."""
     folder, made_by = encoded.folder, TASKS[encoded.origin.objective]
     if made_by.objective != task.objective:
         what = f"`{folder}` was written by `{made_by.precompute_task}`, but `{task.name}` reads the output of `{task.precompute_task}`"
@@ -139,7 +141,7 @@ def _incomplete_or_other(encoded: EncodedSamples, task: Task) -> Problem:
 
 
 def _damaged_files(encoded: EncodedSamples) -> list[Problem]:
-    """How the files of a folder differ from those that belong to it."""
+    """Return problems of missing, truncated and unexpected files."""
     folder, expected = encoded.folder, dict(encoded.paths())
     faults = {
         "are missing": [path for path in expected if not path.is_file()],
@@ -164,7 +166,10 @@ def _damaged_files(encoded: EncodedSamples) -> list[Problem]:
 
 
 def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
-    """Flags, and keys of a file, that ask for something else than what was encoded; a recipe is for both halves."""
+    """Return problems of flags and config values that differ from those that the samples were encoded with.
+
+    Values of a recipe are ignored: a recipe serves both stages.
+    """
     origin, parameters = encoded.origin, resolved.parameters
     made: dict[str, Any] = {**origin.sizes, "extra_inputs": tuple(origin.extra_inputs)}
     return [
@@ -181,7 +186,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
 
 
 def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant) -> list[Problem]:
-    """Why samples that were encoded for one model cannot be trained on with another."""
+    """Return why samples encoded for one variant cannot train another."""
     origin = encoded.origin
     if origin.family == facts.name and origin.encoders == encoder_versions(variant):
         return []
@@ -190,7 +195,7 @@ def kind_problems(encoded: EncodedSamples, facts: FamilyFacts, variant: Variant)
 
 
 def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str, fingerprint: str) -> dict[str, Any]:
-    """What of the origin of encoded samples is known before files are hashed, by the names of `Origin`."""
+    """Return the part of `Origin` that is known before files are hashed, by field name."""
     return {
         "objective": TASKS[parameters.task].objective,
         "kind": variant.title,
@@ -203,9 +208,10 @@ def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str,
 
 
 def check_precompute_output(parameters: Parameters, now: Mapping[str, Any], problems: list[Problem]) -> None:
-    """Add to `problems` when the folder that encoded samples are to be written into is neither empty nor theirs.
+    """Check that the output folder of a precompute task is empty or contains the same samples; adds to `problems`.
 
-    `now`: what of their origin is known before files are hashed.
+    Args:
+        now: the part of their origin that is known before files are hashed.
     """
     folder = parameters.output_path
     faults = folder_faults(folder, "output_path")
@@ -234,7 +240,7 @@ def check_precompute_output(parameters: Parameters, now: Mapping[str, Any], prob
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
-    """One difference between two origins, in words."""
+    """Return a difference between two origins, in words."""
     if name == "dataset_fingerprint":
         return "the dataset has changed"
     if name == "encoders":

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, under which names."""
+"""The tensors and keys of checkpoints."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from diffsynth_core.weights.dtypes import torch_dtype
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """Tensors, each made when it is asked for and kept by nobody: the fused matrices of FLUX.1 are 14 GB together."""
+    """Tensors that are computed on access and not kept: the fused matrices of FLUX.1 have 14 GB in total."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._makers = makers
@@ -37,19 +37,19 @@ class LazyStateDict(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """Tensors of a checkpoint by their keys, and the dtypes they are written in."""
+    """Tensors of a checkpoint by key, and the dtypes to write them in."""
 
     tensors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
 
 
 def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
-    """Everything a checkpoint holds.
+    """Return the content of a checkpoint.
 
-    Full weights: `pipe.<component>.<parameter>` for every parameter of a component that trains as a whole, and of
-    another for every one of the modules that are named, in the dtype of the base file. LoRA: the same with LoRA
-    endings, or the names of another dialect, in float32. `save_dtype` overrides both; `remove_prefix_in_ckpt` is taken
-    off the keys that start with it.
+    Full weights: `pipe.<component>.<parameter>` for all parameters of components that train in full, and for those of
+    the trained modules of other components, in the dtype of the base file. LoRA: the same with the suffixes of LoRA
+    keys, or the keys of another format, in float32. `save_dtype` overrides both dtypes; `remove_prefix_in_ckpt` is
+    removed from keys that start with it.
     """
     makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -69,19 +69,20 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
 
 
 def _key(plan: Plan, component: str, name: str) -> str:
-    """The key of a tensor, given its name in checkpoints."""
+    """Return the checkpoint key of a tensor."""
     return f"pipe.{component}.{name}".removeprefix(removed_prefix(plan.parameters))
 
 
 def removed_prefix(parameters: Parameters) -> str:
-    """The text that is taken off keys."""
+    """Return the prefix that is removed from keys."""
     return strip_controlnet_index(parameters.remove_prefix_in_ckpt)
 
 
 def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:
-    """A component's own tensors that are trained without LoRA, by their names in the model without peft's layers.
+    """Return the tensors of a component that train without LoRA, by parameter name without the wrapper modules of
+    peft.
 
-    What the base file lacks is left out: it is another name of a tensor that the file has (tied embeddings).
+    Tensors that the base file lacks are omitted: they are aliases of others (tied embeddings).
     """
     state = model.components[component].state_dict()
     tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
@@ -99,7 +100,7 @@ def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Te
 
 
 def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
-    """What a checkpoint says of itself, for the tools that take it apart."""
+    """Return the metadata of a checkpoint, which the conversion commands read."""
     metadata = {"family": plan.facts.name, "removed_prefix": removed_prefix(plan.parameters)}
     if plan.training.lora_component:
         metadata |= {"lora_component": plan.training.lora_component, "lora_format": plan.parameters.lora_format}
@@ -107,7 +108,9 @@ def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
 
 
 def conversion_hint(plan: Plan, path: Path) -> str | None:
-    """The command that writes a checkpoint of the denoiser in the names that ComfyUI detects, where it has others."""
+    """Return the command that converts a checkpoint of the denoiser to the keys that ComfyUI detects, if it needs
+    one.
+    """
     denoiser = plan.facts.denoiser
     if denoiser not in plan.training.full:
         return None
@@ -121,7 +124,7 @@ def conversion_hint(plan: Plan, path: Path) -> str | None:
 def write_checkpoint(
     plan: Plan, model: TrainingModule, folder: Path, name: str, step: int, epoch: int
 ) -> CheckpointEntry:
-    """Write `<name>.safetensors`, whole or not at all."""
+    """Write `<name>.safetensors` atomically."""
     path = folder / f"{name}.safetensors"
     content = checkpoint_content(plan, model)
     digest = write_tensors(path, content.tensors, checkpoint_metadata(plan), content.dtypes)

@@ -1,4 +1,4 @@
-"""Direct distillation: the sampler's few steps, trained as one."""
+"""Direct distillation: the few steps of a sampler, trained as one."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,24 +12,27 @@ from diffsynth_core.training.objective import Objective, SampleDraw, Velocity, m
 
 
 class DirectDistillation(Objective):
-    """`direct_distill`: the error of the latents that the few steps lead to from the noise of the sample's own seed.
+    """`direct_distill`: error of the final latents of the few-step sampler, started from the noise of the sample's
+    seed.
 
-    The gradient goes through every step; there is no guidance. Source: modelscope/DiffSynth-Studio,
+    Gradients flow through all steps; there is no guidance. Source: modelscope/DiffSynth-Studio,
     diffsynth/diffusion/loss.py, `DirectDistillLoss`.
     """
 
     def __init__(self, sigmas: Callable[[int], Tensor]) -> None:
-        """Args:
-        sigmas: those of a sampler of so many steps, `[steps]` float32, without the 0 behind them.
+        """Create the objective.
+
+        Args:
+            sigmas: number of steps -> sigmas of the sampler, `[steps]` float32, without the final 0.
         """
         super().__init__()
         self._sigmas = sigmas
 
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, given = batch["latents"].float(), batch.get("given")
-        settings = [draw.sampling for draw in draws if draw.sampling]
-        (steps,) = {sampling.steps for sampling in settings}  # those of one batch, as the samples of a bucket have them
-        noise = torch.stack([draw_sampler_noise(sampling, latents.shape[1:]) for sampling in settings])
+        samplings = [draw.sampling for draw in draws if draw.sampling]
+        (steps,) = {sampling.steps for sampling in samplings}  # equal in a batch: a bucket has one number of steps
+        noise = torch.stack([draw_sampler_noise(sampling, latents.shape[1:]) for sampling in samplings])
         states = noise.to(latents.device)
         for sigma, following in pairwise([*self._sigmas(steps).tolist(), 0.0]):
             if given is not None:
@@ -40,9 +43,10 @@ class DirectDistillation(Objective):
 
 
 def draw_sampler_noise(sampling: Sampling, shape: torch.Size) -> Tensor:
-    """The noise that a pipeline draws for one sample: float32, on the device that its row names.
+    """Draw the noise of a pipeline for one sample: float32, on the device named in its row.
 
-    The numbers are those of a pipeline that draws them in another shape of as many elements, such as without frames.
+    Gives the same values as a pipeline that draws the same number of elements in another shape, such as without
+    frames.
     """
     generator = torch.Generator(sampling.rand_device).manual_seed(sampling.seed)
     return torch.randn(shape, generator=generator, device=sampling.rand_device)

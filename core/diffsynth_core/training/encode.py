@@ -1,4 +1,4 @@
-"""Filling the encoding cache: each frozen encoder is loaded once, used on what is missing, and let go."""
+"""Filling the encoding cache: each frozen encoder is loaded, applied to the missing samples, and freed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,8 +25,11 @@ from diffsynth_core.training.workers import iterate
 
 
 def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
-    """What an encoder reads of a sample: the caption as text, what is trained on as `[3, F, H, W]` uint8, reference
-    images as a list of such, as workers hand it on."""
+    """Load what an encoder reads of a sample, in the form in which data workers pass it on.
+
+    Returns:
+        Column -> the caption as a string, the target as `[3, F, H, W]` uint8, or reference images as a list of such.
+    """
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
         if column == plan.facts.text_column:
@@ -39,12 +42,12 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
 
 
 def load_pixel_tensor(crop: MediaCrop) -> Tensor:
-    """An image or clip at its training size, `[3, F, H, W]` uint8: a quarter of the bytes between processes."""
+    """Load an image or clip at its training size, `[3, F, H, W]` uint8, a quarter of the bytes of float32."""
     return torch.from_numpy(np.ascontiguousarray(load_pixels(crop).transpose(3, 0, 1, 2)))
 
 
 def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What an encoder reads, on the device: media as `[3, F, H, W]` float32 in [-1, 1]."""
+    """Move the inputs of an encoder to the device, images and clips as `[3, F, H, W]` float32 in [-1, 1]."""
 
     def scaled(value: Any) -> Any:
         if isinstance(value, list):
@@ -62,8 +65,8 @@ class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
     def __init__(self, plan: Plan, encoder: EncoderFacts, indices: list[int]) -> None:
         self._plan, self._encoder, self._indices = plan, encoder, indices
 
-    def __getitem__(self, place: int) -> tuple[int, dict[str, Any]]:
-        index = self._indices[place]
+    def __getitem__(self, position: int) -> tuple[int, dict[str, Any]]:
+        index = self._indices[position]
         return index, load_columns(self._plan, self._encoder, self._plan.samples.samples[index])
 
 
@@ -75,11 +78,11 @@ def fill_cache(
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
-    """Encode what is missing, shared out among the processes; afterwards every needed entry is there.
+    """Encode the samples that are missing in the cache, distributed over the processes.
 
     Raises:
-        DiffSynthError: when an image or video cannot be decoded or an entry cannot be written.
-        Interrupted: when a stop is asked for; finished entries are kept.
+        DiffSynthError: if an image or video cannot be decoded, or an entry cannot be written.
+        Interrupted: if a stop is requested; finished entries are kept.
     """
     if plan.task.trains and encodings.components_to_load:
         raise_if_any(folder_faults(plan.cache, "cache_path"))
@@ -92,7 +95,9 @@ def fill_cache(
             )
     for component in encodings.components_to_load:
         stop.raise_if_set()
-        components: dict[str, Any] = load_tokenizers(plan, family, component)  # first: a fault of theirs shows at once
+        components: dict[str, Any] = load_tokenizers(
+            plan, family, component
+        )  # first, because their faults show at once
         components[component] = load_for_run(
             plan, family, component, encoder_dtype(plan.mixed_precision), accelerator.device, reporter
         )
@@ -108,7 +113,7 @@ def fill_cache(
 
 
 def load_tokenizers(plan: Plan, family: Family, component: str) -> dict[str, Any]:
-    """The tokenizers that belong to a component, by parameter."""
+    """Load the tokenizers of a component, by parameter."""
     return {
         parameter: family.load_tokenizer(parameter, plan.tokenizers[parameter])
         for parameter, tokenizer in plan.facts.tokenizers.items()
@@ -123,14 +128,14 @@ def _encode(
     family: Family,
     components: dict[str, Any],
     indices: list[int],
-    memory: HashCache,
+    hashes: HashCache,
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
     device = components[part.encoder.component].device
     workers = min(plan.parameters.dataset_num_workers, len(indices))
     raw = iterate(_RawSamples(plan, part.encoder, indices), range(len(indices)), workers)
-    remarks: dict[str, list[int]] = {}
+    warnings: dict[str, list[int]] = {}
     with reporter.task(f"Encoding {part.encoder.name}", len(indices), "samples") as task:
         for index, sample in raw:
             stop.raise_if_set()
@@ -139,24 +144,24 @@ def _encode(
             except DiffSynthError as error:
                 (problem,) = error.problems
                 raise DiffSynthError(f"{plan.samples.samples[index].name}: {problem.message}", problem.hint) from error
-            _check_encoded(plan, part, index, encoded, memory)
+            _check_encoded(plan, part, index, encoded, hashes)
             part.cache.write(part.keys[index], encoded)
-            remark = family.left_out(part.encoder, components, sample)
-            if remark:
-                remarks.setdefault(remark, []).append(plan.samples.samples[index].row)
+            warning = family.left_out(part.encoder, components, sample)
+            if warning:
+                warnings.setdefault(warning, []).append(plan.samples.samples[index].row)
             task.advance()
-    for remark, rows in remarks.items():
-        reporter.warn(f"{remark}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
+    for warning, rows in warnings.items():
+        reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 
 
-def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, memory: HashCache) -> None:
-    """Refuse what must not come into the cache: it would be taken from there for ever.
+def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, hashes: HashCache) -> None:
+    """Reject encodings that must not enter the cache, from where they would be reused.
 
     Raises:
-        DiffSynthError: when a file is no longer the one that was hashed, or the encoding is not finite.
+        DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
     """
     sample = plan.samples.samples[index]
-    if any(memory.known(path) is None for path in sample.files):
+    if any(hashes.known(path) is None for path in sample.files):
         raise DiffSynthError(f"{sample.name} changed while it was encoded", "rerun the command")
     if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
         raise DiffSynthError(
@@ -166,7 +171,7 @@ def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, 
 
 
 def free_device_memory(device: torch.device) -> None:
-    """Give memory of dropped modules back to the device."""
+    """Release the memory of deleted modules on the device."""
     import gc
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""Micro-batches in order, from any step on, for one process."""
+"""The micro-batches of one process in order, from any step on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +16,13 @@ from diffsynth_core.training.workers import iterate
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one shape that go through the model together.
+    """Samples of one shape that pass through the model together.
 
-    `encoded`: what the cache holds of each; `raw`: for each, what encoders in training read, by encoder.
-    `counts`: False for a stand-in that keeps a process in step with the others and weighs nothing.
+    Attributes:
+        encoded: cached encodings of each sample.
+        raw: for each sample, the inputs of encoders in training, by encoder.
+        counts: False for a stand-in with weight 0, which a process runs when the others still have a micro-batch: in
+            distributed training all processes must run the same number of backward passes.
     """
 
     epoch: int
@@ -37,7 +40,7 @@ class _BatchIndex:
 
 
 def _batch_indices(plan: Plan, process: int) -> Iterator[_BatchIndex]:
-    """The micro-batches of one process from the plan's first step on; lazily, so that their number costs nothing."""
+    """Yield the micro-batches of one process from the plan's first step on, lazily: there may be millions."""
     for step in range(plan.first_step, plan.steps.total_steps):
         part = plan.steps.slice(step)
         for start in range(part.start, part.stop, plan.world_size):
@@ -46,16 +49,16 @@ def _batch_indices(plan: Plan, process: int) -> Iterator[_BatchIndex]:
 
 
 class _MicroBatches(Dataset[MicroBatch]):
-    """Micro-batches by place."""
+    """Micro-batches by index."""
 
     def __init__(self, plan: Plan, encodings: EncodingsPlan) -> None:
         self._plan, self._encodings = plan, encodings
 
-    def __getitem__(self, place: _BatchIndex) -> MicroBatch:
-        refs = self._plan.batches.batch(place.epoch, place.number)
+    def __getitem__(self, index: _BatchIndex) -> MicroBatch:
+        refs = self._plan.batches.batch(index.epoch, index.number)
         encoded = tuple(self._read(ref.sample) for ref in refs)
         raw = tuple(self._load(ref.sample) for ref in refs)
-        return MicroBatch(place.epoch, tuple(refs), encoded, raw, place.counts)
+        return MicroBatch(index.epoch, tuple(refs), encoded, raw, index.counts)
 
     def _read(self, sample: int) -> Encoded:
         merged: Encoded = {}
@@ -73,5 +76,5 @@ class _MicroBatches(Dataset[MicroBatch]):
 
 
 def iterate_micro_batches(plan: Plan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
-    """The micro-batches of one process, from the plan's first step to its last."""
+    """Yield the micro-batches of one process from the plan's first step to the last."""
     return iterate(_MicroBatches(plan, encodings), _batch_indices(plan, process), plan.parameters.dataset_num_workers)

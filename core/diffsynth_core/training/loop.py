@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 import math
 import signal
@@ -41,35 +41,38 @@ from diffsynth_core.training.schedule import learning_rate
 from diffsynth_core.training.stop import StopRequest
 
 LOSS_AVERAGE_STEPS = 50
-"""The loss shown while training is the mean over about this many steps."""
+"""The displayed loss is a running mean over about this many steps."""
 
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 MAX_SKIPPED_STEPS = 20
-"""float16 scaling skips a step whose gradients overflow and halves its scale; so many in a row lead nowhere."""
+"""Maximum number of consecutive skipped steps.
+
+float16 scaling skips a step whose gradients overflow and halves its scale; after this many it will not recover.
+"""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run ended."""
+    """The folder and final record of a run."""
 
     folder: Path
     record: RunRecord
 
 
 class Diverged(DiffSynthError):
-    """A loss or gradient is not finite: the steps before it led there, and would again from where they ended."""
+    """A loss or gradient is not finite; continuing from the current weights would fail again."""
 
 
 def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | None = None) -> RunResult:
-    """Carry out a plan: encode, train, save.
+    """Execute a plan: encode, train, save.
 
     Args:
         stop_after: behave as if interrupted after this step; for rehearsals.
 
     Raises:
-        DiffSynthError: on faults found while running, a non-finite loss among them.
-        Interrupted: when a signal asked to stop; the state has been saved.
+        DiffSynthError: on faults found while running, such as a non-finite loss.
+        Interrupted: if a signal requested a stop; the state has been saved.
     """
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
@@ -96,8 +99,11 @@ def _train(
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
-    """accelerate's view of devices and processes; steps are counted by the loop, so it accumulates nothing."""
-    # accelerate keeps one state per process; a second run in this process may ask for another precision.
+    """Create the accelerator for devices and processes.
+
+    It accumulates no gradients: the loop counts steps itself.
+    """
+    # accelerate keeps global state, but a second run in this process may use another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=plan.mixed_precision,
@@ -111,7 +117,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
 
 
 def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
-    """A resumed run must go on with the weights it was started with."""
+    """Check that a resumed run uses the weights it was started with."""
     record = read_record(plan.parameters.output_path)
     if record is None:
         return
@@ -128,7 +134,7 @@ def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
 
 
 class Run:
-    """One run in its folder: the model, the optimizer, how far it came, and what is written."""
+    """One run in its folder: model, optimizer, progress and saved files."""
 
     def __init__(
         self, plan: Plan, encodings: EncodingsPlan, model: TrainingModule, accelerator: Accelerator, reporter: Reporter
@@ -141,12 +147,12 @@ class Run:
         optimizer = torch.optim.AdamW(self.trained.values(), lr=params.learning_rate, weight_decay=params.weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.done = self.saved = plan.first_step
-        """Steps that the weights have behind them, and of those the steps in the newest state on disk."""
+        """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.updating = False
         self.skipped_in_a_row = 0
         if plan.start.state:
-            # After prepare(), which would move the optimizer's step counters to the device and make every step wait.
+            # After prepare(), which would move the optimizer's step counters to the device: each step would then sync.
             loop_state = plan.start.state.loop_state
             restore_state(plan.start.state.path, loop_state, self.trained, optimizer)
             self.samples_seen = loop_state.samples_seen
@@ -155,10 +161,10 @@ class Run:
         for warning in plan.start.warnings:
             reporter.warn(warning)
         self.record = self._open_record()
-        self.place = folder_identity(self.folder)
+        self.folder_id = folder_identity(self.folder)
 
     def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
-        """Train from the plan's first step to its last; every way out leaves the record telling how it ended."""
+        """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
         metrics = (
             MetricsFile(self.folder, self.plan.first_step, self.reporter.warn)
             if self.accelerator.is_main_process
@@ -183,13 +189,13 @@ class Run:
         return RunResult(self.folder, self.record)
 
     def _loop(self, metrics: MetricsFile | None, stop: StopRequest, stop_after: int | None) -> None:
-        """Top to bottom: fetch, forward, backward, check, step, tell, save."""
+        """Fetch, forward, backward, check, step, report, save."""
         params, steps = self.plan.parameters, self.plan.steps
         first, total = self.plan.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
         average = 0.0
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
-            self._save_checkpoint(interrupted=False)  # a fault came between the step and its checkpoint
+            self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
         with self.reporter.task("Training", total, "steps", done=first) as task:
             for step in range(first, total):
                 started = time.perf_counter()
@@ -237,13 +243,18 @@ class Run:
         return [next(micro_batches) for _ in range(count)]
 
     def _forward_backward(self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest) -> tuple[float, bool]:
-        """Gradients of the mean loss over all samples of the step.
+        """Compute the gradients of the mean loss over all samples of the step.
 
-        Returns that mean, and whether any process was asked to stop: all must know it in the same step.
+        Each micro-batch is scaled by world size / samples of the step, because DDP averages gradients over processes;
+        so the result is the mean over samples, whatever the sizes of the micro-batches.
+
+        Returns:
+            The mean loss, and whether any process was asked to stop: all processes must stop after the same step, so
+            the request is reduced together with the loss.
         """
         total = torch.zeros(2, device=self.accelerator.device)
-        for place, micro_batch in enumerate(fetched):
-            last = place == len(fetched) - 1
+        for index, micro_batch in enumerate(fetched):
+            last = index == len(fetched) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 losses: Tensor = self.wrapped(micro_batch)
                 weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
@@ -257,7 +268,7 @@ class Run:
         return loss_sum / sample_count, asked > 0
 
     def _gradient_norm(self) -> float:
-        """Global norm of the gradients, which are clipped where that is asked for."""
+        """Return the global norm of the gradients before clipping, and clip them if requested."""
         limit = self.plan.parameters.max_grad_norm
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
@@ -267,16 +278,16 @@ class Run:
         return float(norm)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
-        """Stop before the optimizer takes in what is no number; float16 scaling skips such gradients by itself.
+        """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.
 
-        The weights at hand are not saved: with them this step fails again, at whatever learning rate, while those of
-        the last state may take another way.
+        The current weights are not saved: this step would fail with them again at any learning rate, whereas training
+        from the last state may take another course.
         """
         bad_gradient = not math.isfinite(gradient_norm) and self.accelerator.scaler is None
         if math.isfinite(loss) and not bad_gradient:
             return
         samples = self.plan.samples.samples
-        # Those of all processes, as the loss is: each of them raises the same.
+        # The samples of all processes, because the loss is the mean over all: each process raises the same error.
         part = self.plan.steps.slice(step)
         batches = (self.plan.batches.batch(part.epoch, number) for number in range(part.start, part.stop))
         names = ", ".join(samples[ref.sample].name for batch in batches for ref in batch)
@@ -290,14 +301,14 @@ class Run:
         )
 
     def _update(self, sample_count: int) -> None:
-        """Let the optimizer change the weights, which belong to no step until it is done."""
+        """Update the weights; meanwhile they belong to no step, so `_rescue` does not save them."""
         self.updating = True
         self.optimizer.step()
         self.done += 1
         self.samples_seen += sample_count
         self.updating = False
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.optimizer.step_was_skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling finds no scale at which gradients are finite
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling found no scale with finite gradients
             raise Diverged(
                 f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} consecutive steps, the last is step {self.done}",
                 "start a new run with `--mixed_precision bf16` or `no`",
@@ -315,7 +326,7 @@ class Run:
         return done == self.plan.steps.total_steps or done % every == 0
 
     def _save_checkpoint(self, interrupted: bool) -> None:
-        """The trained weights; an interrupted run names its checkpoint by the step."""
+        """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             epoch = self.plan.steps.slice(self.done - 1).epoch
@@ -326,13 +337,15 @@ class Run:
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
 
     def _save_state(self, together: bool = True) -> None:
-        """What `--resume auto` goes on from; `together`: all processes are at this place."""
+        """Save the state for `--resume auto`; `together`: all processes have reached this point and wait for the
+        end.
+        """
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             loop_state = LoopState(self.done, self.samples_seen, scaler, run=self.record.id)
             save_state(self.folder, loop_state, self.trained, optimizer, self.plan.parameters.keep_states)
-        # Only now: the record promises no step that a kill before this line would lose.
+        # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
@@ -340,19 +353,19 @@ class Run:
             self.accelerator.wait_for_everyone()
 
     def _rescue(self) -> None:
-        """Before a fault ends the run: save the state after the last whole step. Other processes may be gone."""
+        """Save the state of the last complete step before an error ends the run. Other processes may have ended."""
         if self.updating or self.done == self.saved or not self.accelerator.is_main_process:
             return
         try:
             self._save_state(together=False)
-        except Exception as error:  # whatever it is, the fault that came first is the one to tell
+        except Exception as error:  # whatever it is, the first error is the one to report
             self.reporter.warn(f"cannot save the state after step {self.done}: {error}")
         else:
             self.reporter.info(f"Saved the state after step {self.done}; continue with `--resume auto`")
 
     def _check_folder(self) -> None:
-        """Files that are open go on being written where nobody finds them."""
-        if self.accelerator.is_main_process and folder_identity(self.folder) != self.place:
+        """Stop if the folder was removed or renamed: open files would be written where nobody finds them."""
+        if self.accelerator.is_main_process and folder_identity(self.folder) != self.folder_id:
             self.record.drop_missing_checkpoints(self.folder)
             self.saved = 0
             raise DiffSynthError(
@@ -362,7 +375,7 @@ class Run:
             )
 
     def _open_record(self) -> RunRecord:
-        """The record of the run that goes on, or a new one; from here on the folder belongs to this run."""
+        """Open the record of the resumed run, or create one; from now on the folder belongs to this run."""
         plan = self.plan
         record = read_record(self.folder)
         if record is None:
@@ -377,7 +390,7 @@ class Run:
                 id=uuid4().hex,
                 float8_components=sorted(plan.float8),
             )
-        # What was written after the state that goes on is written again.
+        # Checkpoints after the resumed state will be written again.
         record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
         record.parameters, record.versions = as_plain(plan.parameters), package_versions()
         record.status, record.failure, record.diverged_step = "running", None, None

@@ -1,4 +1,4 @@
-"""What training minimises: the objective, and flow matching with its noise, timesteps, weights and loss."""
+"""Objectives: the base class, and flow matching with its noise, timesteps, weights and loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,15 +12,17 @@ from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
 
 TABLE_SIZE = 1000
+"""Number of training timesteps."""
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> the model's estimate of noise - latents, in x_t's shape."""
+"""(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> predicted noise - latents, in the shape of x_t."""
 
 
 @dataclass(frozen=True)
 class SampleDraw:
     """Key of the random numbers of one sample in one repeat of an epoch.
 
-    `sampling`: the sampler settings of its row, for objectives that run a sampler.
+    Attributes:
+        sampling: sampler parameters of the row, for objectives that run a sampler.
     """
 
     seed: int
@@ -31,11 +33,12 @@ class SampleDraw:
 
     @property
     def key(self) -> tuple[int, int, int, int]:
+        """The numbers that seed the draws."""
         return self.seed, self.epoch, self.sample, self.repeat
 
 
 class Objective(nn.Module, ABC):
-    """The loss to minimize, given a model that predicts velocities. It has no trainable parameters of its own."""
+    """The loss to minimize, given a model that predicts velocities; has no trainable parameters."""
 
     @abstractmethod
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
@@ -49,12 +52,14 @@ class Objective(nn.Module, ABC):
 
 
 class FlowMatching(Objective):
-    """`sft`: the weighted error of the velocity at one drawn timestep."""
+    """`sft`: weighted error of the velocity at one random timestep."""
 
     def __init__(self, sigmas: Tensor, low: float, high: float) -> None:
-        """Args:
-        sigmas: the family's table, `[1000]` float32.
-        low, high: the part of it that is trained on, as shares of 1.
+        """Create the objective.
+
+        Args:
+            sigmas: the family's table, `[1000]` float32.
+            low, high: the part of the table to train on, as fractions.
         """
         super().__init__()
         self._low, self._high = low, high
@@ -74,10 +79,10 @@ class FlowMatching(Objective):
 
 
 def timestep_weights(sigmas: Tensor) -> Tensor:
-    """Loss weight of each training sigma, `[1000]` float32, mean 1.
+    """Return the loss weight of each training sigma, `[1000]` float32, with mean 1.
 
     y = exp(-2 ((1000 sigma - 500) / 1000)^2); w = (y - min y) * 1000 / sum(y - min y): the bell-shaped weighting of
-    DiffSynth-Studio. The noisiest sigma weighs 0.
+    DiffSynth-Studio. The noisiest sigma has weight 0.
     """
     bell = torch.exp(-2 * ((sigmas.double() * TABLE_SIZE - TABLE_SIZE / 2) / TABLE_SIZE) ** 2)
     raised = bell - bell.min()
@@ -85,21 +90,23 @@ def timestep_weights(sigmas: Tensor) -> Tensor:
 
 
 def draw_timestep(seed: int, epoch: int, sample: int, repeat: int, low: float = 0.0, high: float = 1.0) -> int:
-    """Index into the table of sigmas, uniform in [floor(1000 low), floor(1000 high)), for one sample in one pass."""
-    first, behind = int(low * TABLE_SIZE), int(high * TABLE_SIZE)
-    return first + key_of("timestep", seed, epoch, sample, repeat) * (behind - first) // 2**64
+    """Draw an index into the table of sigmas, uniform in [floor(1000 low), floor(1000 high)), for one draw of a
+    sample.
+    """
+    first, end = int(low * TABLE_SIZE), int(high * TABLE_SIZE)
+    return first + key_of("timestep", seed, epoch, sample, repeat) * (end - first) // 2**64
 
 
 def draw_noise(seed: int, epoch: int, sample: int, repeat: int, shape: torch.Size) -> Tensor:
-    """Standard normal noise for one sample in one pass, float32, drawn on the CPU: every device gets the same."""
+    """Draw standard normal noise, float32, on the CPU, so that it is the same on every device."""
     generator = torch.Generator().manual_seed(key_of("noise", seed, epoch, sample, repeat))
     return torch.randn(shape, generator=generator)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, given: Tensor | None = None) -> Tensor:
-    """x_t = (1 - sigma) x_0 + sigma noise; `sigma` `[B]`, the others `[B, …]`, all float32.
+    """Return x_t = (1 - sigma) x_0 + sigma noise; `sigma` is `[B]`, the others `[B, …]`, all float32.
 
-    Where `given` is 1 the latents stay clean; it is broadcast over them.
+    Latents stay clean where `clean_mask`, which is broadcast, is 1.
     """
     spread = sigma.view(-1, *[1] * (latents.ndim - 1))
     noisy = (1 - spread) * latents + spread * noise
@@ -109,15 +116,15 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, given: Tensor | Non
 def velocity_loss(
     prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor, given: Tensor | None = None
 ) -> Tensor:
-    """Weighted mean squared error against noise - latents, in float32, per sample: `[B]`.
+    """Return the weighted mean squared error against noise - latents, in float32, per sample: `[B]`.
 
-    The mean is over the latents that are not `given`.
+    The mean excludes latents where `clean_mask` is 1.
     """
     return mean_square(prediction.float() - (noise - latents), given) * weight
 
 
 def mean_square(error: Tensor, given: Tensor | None = None) -> Tensor:
-    """Mean of the squares over the latents that are not `given`, per sample: `[B]`."""
+    """Return the mean square over the latents where `clean_mask` is not 1, per sample: `[B]`."""
     squares = error.pow(2)
     if given is None:
         return squares.flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The objectives there are, in one table."""
+"""Table of the objectives."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from diffsynth_core.training.objective import FlowMatching, Objective
 
 
 def _flow_matching(plan: Plan, family: Family) -> Objective:
-    settings = plan.parameters
-    return FlowMatching(family.sigmas(), settings.min_timestep_boundary, settings.max_timestep_boundary)
+    params = plan.parameters
+    return FlowMatching(family.sigmas(), params.min_timestep_boundary, params.max_timestep_boundary)
 
 
 def _direct_distillation(plan: Plan, family: Family) -> Objective:
@@ -22,9 +22,9 @@ OBJECTIVES: dict[str, Callable[[Plan, Family], Objective]] = {
     "sft": _flow_matching,
     "direct_distill": _direct_distillation,
 }
-"""Objective of a task -> what makes it for a run."""
+"""Objective of a task -> constructor."""
 
 
 def make_objective(plan: Plan, family: Family) -> Objective:
-    """What the task of a run minimises."""
+    """Create the objective of a run's task."""
     return OBJECTIVES[TASKS[plan.parameters.task].objective](plan, family)

@@ -1,4 +1,4 @@
-"""The first half of split training: encode the whole dataset into a folder of its own."""
+"""The precompute task of two-stage training: encode a dataset into a folder."""
 
 import hashlib
 import json
@@ -32,30 +32,31 @@ from diffsynth_core.training.stop import StopRequest
 
 
 def precompute(plan: Plan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
-    """Encode all samples; the processes share them out, and one writes what the folder holds, last.
+    """Encode all samples, distributed over the processes; the main process writes the manifest, last.
 
     Raises:
-        DiffSynthError: when the folder holds other samples, or one cannot be encoded.
-        Interrupted: when a stop is asked for; the same command goes on.
+        DiffSynthError: if the folder contains other samples, or a sample cannot be encoded.
+        Interrupted: if a stop is requested; the same command resumes.
     """
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
     with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
-        return _process(plan, accelerator, reporter, stop)
+        return _precompute(plan, accelerator, reporter, stop)
 
 
-def _process(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
+def _precompute(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     folder = plan.parameters.output_path
     encodings = plan_encodings(plan, reporter)
-    begun = EncodedSamples(folder, _origin(plan, encodings))
-    _check_same(begun)
+    manifest = EncodedSamples(folder, _origin(plan, encodings))
+    _check_same(manifest)
     if not encodings.components_to_load:
         reporter.info(f"All {pluralize(len(plan.samples.samples), 'sample')} are already encoded: no encoder is loaded")
-    accelerator.wait_for_everyone()  # what is written from here on is not taken for something else's by another process
+    # Each process checks the folder above before one of them writes into it.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
-        write_encoded(begun)
+        write_encoded(manifest)
     accelerator.wait_for_everyone()
     fill_cache(plan, encodings, load_family(plan.facts.name), accelerator, reporter, stop)
     for part in encodings.encoders:
@@ -63,15 +64,17 @@ def _process(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: Sto
             if index % accelerator.num_processes == accelerator.process_index:
                 part.cache.fetch(key)
     accelerator.wait_for_everyone()
-    done = replace(begun, samples=tuple(_relative(plan)), files=tuple(_files(encodings, len(plan.samples.samples))))
+    complete = replace(
+        manifest, samples=tuple(_relative(plan)), files=tuple(_files(encodings, len(plan.samples.samples)))
+    )
     if accelerator.is_main_process:
-        write_encoded(done)
+        write_encoded(complete)
     accelerator.wait_for_everyone()
-    return done
+    return complete
 
 
 def _origin(plan: Plan, encodings: EncodingsPlan) -> Origin:
-    """All that the encodings are made of."""
+    """Return what determines the encodings: parameters, files of encoders and dataset."""
     keys = [[part.encoder.name, list(part.keys.values())] for part in encodings.encoders]
     made_by = encoding_components(plan.variant)
     return Origin(
@@ -94,23 +97,27 @@ def _fitting_shapes(plan: Plan) -> dict[str, dict[str, list[int]]]:
     return shapes
 
 
-def _check_same(begun: EncodedSamples) -> None:
-    """Raises: DiffSynthError: when the folder was begun with other files."""
-    if not holds_encoded_samples(begun.folder):
+def _check_same(manifest: EncodedSamples) -> None:
+    """Check that an existing folder was encoded from the same files.
+
+    Raises:
+        DiffSynthError: if it was not.
+    """
+    if not holds_encoded_samples(manifest.folder):
         return
-    before = read_encoded(begun.folder).origin
-    if before.fingerprint == begun.origin.fingerprint:
+    before = read_encoded(manifest.folder).origin
+    if before.fingerprint == manifest.origin.fingerprint:
         return
-    changed = [name for name, files in begun.origin.components.items() if files != before.components.get(name)]
+    changed = [name for name, files in manifest.origin.components.items() if files != before.components.get(name)]
     what = f"the files of {', '.join(changed)}" if changed else "the files of the dataset"
     raise DiffSynthError(
-        f"{what} changed since the samples in `{begun.folder}` were encoded",
+        f"{what} changed since the samples in `{manifest.folder}` were encoded",
         "choose another `--output_path`, or encode with the same files",
     )
 
 
 def _relative(plan: Plan) -> Iterator[Sample]:
-    """The samples as a second half sees them: without the folder of the dataset."""
+    """Return the samples with paths relative to the dataset, which the train task does not need."""
     base = plan.parameters.dataset_base_path
     for sample in plan.samples.samples:
         path = sample.target.path
@@ -119,7 +126,7 @@ def _relative(plan: Plan) -> Iterator[Sample]:
 
 
 def _files(encodings: EncodingsPlan, count: int) -> Iterator[dict[str, EncodedFile]]:
-    """The files of each sample, by encoder."""
+    """Yield the encoding files of each sample, by encoder."""
     for index in range(count):
         yield {
             part.encoder.name: EncodedFile(part.keys[index], part.cache.path(part.keys[index]).stat().st_size)

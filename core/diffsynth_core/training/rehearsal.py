@@ -1,7 +1,7 @@
-"""The rehearsal: a recipe carried out on tiny random weights before a GPU is rented.
+"""Rehearsal: run a recipe with tiny random weights before renting a GPU.
 
-Each component is swapped for a tiny one of the same architecture, written to disk in the real file layout and read
-back through the same sources, loaders and key names. Nothing else in the run differs.
+Each component is replaced with a tiny one of the same architecture, written to disk in the real file layout and read
+with the same code: sources, loaders, key maps. Nothing else in the run differs.
 """
 
 import hashlib
@@ -46,22 +46,24 @@ from diffsynth_core.weights.headers import read_headers
 from diffsynth_core.weights.lora_files import check_lora_file
 
 REHEARSAL_STEPS = 8
+"""Number of steps, unless `max_steps` is set."""
 REHEARSAL_PIXELS = 128 * 160
-"""Area to which a fixed size of a recipe is scaled down: tiny weights learn nothing from more."""
+"""Maximum area, to which fixed sizes are scaled down."""
 REHEARSAL_FACTOR = 32
-"""Sides are multiples of it, which every model can take."""
+"""Divisor of the sides; every model accepts multiples of it."""
 REHEARSAL_FRAMES = 9
-DRAWN_REFERENCES = 2
-"""How many images a drawn row shows the model at most."""
+"""Maximum number of frames."""
+SYNTHETIC_REFERENCES = 2
+"""Maximum number of reference images in a synthetic row."""
 REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
-"""Parameters that name LoRA files of the real weights -> what is left out with them."""
+"""Parameters with LoRA files for the real weights -> parameters that are removed with them."""
 WEIGHTS_VERSION = 5
-"""Goes up when the tiny weights change, so that older ones are not taken for them."""
+"""Incremented when the tiny weights change, so that older ones are not reused."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal did, what that proved, and the kind of synthetic media it trained on, if any: images, videos."""
+    """The run, what it proved, and the kind of synthetic media it trained on, if any: images, videos."""
 
     result: RunResult
     proofs: tuple[str, ...]
@@ -69,6 +71,7 @@ class Rehearsal:
 
     @property
     def checkpoint(self) -> Path:
+        """Path of the last checkpoint."""
         return self.result.folder / self.result.record.checkpoints[-1].file
 
 
@@ -79,15 +82,15 @@ def rehearse(
     announce: Callable[[Plan], None],
     check: DatasetCheck = no_check,
 ) -> Rehearsal:
-    """Carry out a run on tiny weights: half of its steps, a stop, a resume, the other half; then check what it wrote.
+    """Run with tiny weights: half of the steps, a stop, a resume, the other half; then verify the saved files.
 
     Args:
-        announce: is given the plan before it is carried out.
-        check: what looks for faults of the dataset before it is read.
+        announce: called with the plan before it is executed.
+        check: checks the dataset before it is read.
 
     Raises:
-        FaultsFound: as planning.
-        DiffSynthError: when a proof fails.
+        FaultsFound: as in planning.
+        DiffSynthError: if a check fails.
     """
     prepared, base = prepare(resolved, reporter)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
@@ -99,8 +102,8 @@ def rehearse(
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)
-    going_on = plan.parameters.model_copy(update={"resume": "auto"})
-    resumed = make_plan(replace(prepared, parameters=going_on), reporter, base=base)
+    resuming = plan.parameters.model_copy(update={"resume": "auto"})
+    resumed = make_plan(replace(prepared, parameters=resuming), reporter, base=base)
     if half:
         if resumed.first_step != half:
             raise DiffSynthError(
@@ -117,7 +120,7 @@ def rehearse(
 
 
 def how_to_repeat(resolved: Resolved) -> str:
-    """What to do after a rehearsal that was stopped: a folder that was named for it may hold its beginning by then."""
+    """Return the hint after an interrupted rehearsal: a folder set with `--output_path` may contain its first steps."""
     folder = resolved.parameters.output_path
     if _is_flag(resolved, "output_path") and read_record(folder):
         return REPEAT_REHEARSAL.format(folder=folder)
@@ -125,7 +128,7 @@ def how_to_repeat(resolved: Resolved) -> str:
 
 
 def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
-    """The parameters of the rehearsal and the folder of its models; writes the tiny weights and media it needs."""
+    """Return the parameters of the rehearsal and the folder of its models; writes tiny weights and synthetic media."""
     resolved = drop_replaced_entries(resolved)
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
@@ -137,7 +140,7 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
             resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
         ), folder
     if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
-        return resolved, folder  # planning tells why
+        return resolved, folder  # planning reports why
     base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
     changes = _swap_models(parameters, named, facts, base, problems)
     columns = TASKS[parameters.task].columns
@@ -167,16 +170,16 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
 
 
 def _is_flag(resolved: Resolved, name: str) -> bool:
-    """Whether a parameter was given on the command line."""
+    """Return whether a parameter was set on the command line."""
     return resolved.origins.get(name, "") == f"`--{name}`"
 
 
 def _draw(folder: Path, variant: Variant) -> Path:
-    """A dataset of the kind that a model is trained on, with images in the columns that it is shown."""
+    """Create a synthetic dataset of the target kind of a model, with reference images in the columns it reads."""
     if variant.target.kind == "video":
         return draw_clips(folder / "clips")
     shown = {
-        shown.column: min(DRAWN_REFERENCES, shown.most or DRAWN_REFERENCES) if shown.size else 0
+        shown.column: min(SYNTHETIC_REFERENCES, shown.most or SYNTHETIC_REFERENCES) if shown.size else 0
         for shown in variant.references
     }
     name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
@@ -184,8 +187,7 @@ def _draw(folder: Path, variant: Variant) -> Path:
 
 
 def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:
-    """A small size in place of a fixed one, and of the area that images are scaled to, unless the command line asks for
-    it; what is changed is told."""
+    """Return smaller sizes and areas for all that are not set on the command line, and report the changes."""
     now = resolved.parameters
     changes: dict[str, object] = {}
     if now.height and now.width and not (_is_flag(resolved, "height") or _is_flag(resolved, "width")):
@@ -204,7 +206,7 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
 
 
 def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
-    """A fresh folder of its own, unless one is named."""
+    """Return the plan with a new output folder, unless one is set on the command line."""
     if _is_flag(resolved, "output_path"):
         return plan
     name = resolved.parameters.recipe or plan.facts.name
@@ -215,9 +217,10 @@ def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
 
 @dataclass(frozen=True)
 class _Named:
-    """A model that is named: an entry of a repository, or files that are here, with what they hold.
+    """A model in the parameters: an entry of a repository, or local files with their content.
 
-    `calls`: what other parameters may call it.
+    Attributes:
+        calls: names that other parameters may use for it.
     """
 
     origin: str
@@ -226,7 +229,7 @@ class _Named:
 
 
 def _named_models(parameters: Parameters, problems: list[Problem]) -> list[_Named]:
-    """The models that are named; adds to `problems` files that are not there or cannot be read."""
+    """Return the models in the parameters; adds problems of files that are missing or unreadable."""
     entries = parameters.model_id_with_origin_paths
     fetched = [entry for entry in entries if split_entry(entry) and not expand_local(entry)]
     own = [entry for entry in entries if entry not in fetched]
@@ -242,7 +245,7 @@ def _named_models(parameters: Parameters, problems: list[Problem]) -> list[_Name
 
 
 def _family_of(resolved: Resolved, named: Sequence[_Named]) -> FamilyFacts | None:
-    """The family of the recipe, else that of the repositories named, else that of the files that are there."""
+    """Return the family of the recipe, or of the repositories, or of local files."""
     if resolved.family:
         return FAMILIES.get(resolved.family)
     for model in named:
@@ -256,11 +259,11 @@ def _family_of(resolved: Resolved, named: Sequence[_Named]) -> FamilyFacts | Non
 def _swap_models(
     parameters: Parameters, named: Sequence[_Named], facts: FamilyFacts, base: Path, problems: list[Problem]
 ) -> dict[str, object]:
-    """The model parameters that name tiny stand-ins, which are written when they are not there yet."""
-    stand_in = _variant_of(named, facts, parameters.extra_inputs).model_id
-    swapped = [_swap_files(model, facts, stand_in, base, problems) for model in named]
-    narrow = {call: entries for model, entries in zip(named, swapped, strict=True) for call in model.calls}
-    float8 = [entry for call in parameters.fp8_models for entry in narrow.get(call, (call,))]
+    """Return model parameters that name tiny components, which are written if they do not exist yet."""
+    substitute = _variant_of(named, facts, parameters.extra_inputs).model_id
+    swapped = [_swap_files(model, facts, substitute, base, problems) for model in named]
+    entries_of = {call: entries for model, entries in zip(named, swapped, strict=True) for call in model.calls}
+    float8 = [entry for call in parameters.fp8_models for entry in entries_of.get(call, (call,))]
     return {
         **dict.fromkeys(facts.tokenizers),
         "model_id_with_origin_paths": tuple(entry for entries in swapped for entry in entries),
@@ -271,7 +274,7 @@ def _swap_models(
 
 
 def _variant_of(named: Sequence[_Named], facts: FamilyFacts, inputs: tuple[str, ...]) -> Variant:
-    """What kind of model is rehearsed, told by its denoiser: by the headers of local files, else by what names it."""
+    """Return the variant of the denoiser: from the headers of local files, or from the name of the repository."""
     for model in named:
         for stored in model.parts:
             found = recognise(stored.names, facts)
@@ -285,11 +288,11 @@ def _variant_of(named: Sequence[_Named], facts: FamilyFacts, inputs: tuple[str, 
 
 
 def _swap_files(
-    model: _Named, facts: FamilyFacts, stand_in: str, base: Path, problems: list[Problem]
+    model: _Named, facts: FamilyFacts, substitute: str, base: Path, problems: list[Problem]
 ) -> tuple[str, ...]:
-    """The tiny stand-ins of what is named, written when they are not there yet.
+    """Return the entries of tiny components for a model, written if they do not exist yet.
 
-    Local files are rehearsed with those of `stand_in`, a published model.
+    Local files are replaced with those of `substitute`, a published model.
     """
     parts = None if model.parts else split_entry(model.origin)
     if parts:
@@ -308,13 +311,13 @@ def _swap_files(
                 )
             )
             return (model.origin,)
-        place = parts or (f"local/{stand_in.rpartition('/')[2]}", f"{_folder_of(component)}/model.safetensors")
-        entries.append(_stand_in(component, *place, facts, base))
+        source = parts or (f"local/{substitute.rpartition('/')[2]}", f"{_folder_of(component)}/model.safetensors")
+        entries.append(_ensure_tiny(component, *source, facts, base))
     return tuple(entries)
 
 
-def _stand_in(component: ComponentFacts, model_id: str, pattern: str, facts: FamilyFacts, base: Path) -> str:
-    """The entry of a tiny component, which is written when it is not there yet."""
+def _ensure_tiny(component: ComponentFacts, model_id: str, pattern: str, facts: FamilyFacts, base: Path) -> str:
+    """Return the entry of a tiny component, written if it does not exist yet."""
     marker = base / "written" / hashlib.sha256(f"{model_id}:{pattern}".encode()).hexdigest()
     if not marker.is_file():
         _write_tiny(base, component.name, model_id, pattern, facts)
@@ -324,24 +327,24 @@ def _stand_in(component: ComponentFacts, model_id: str, pattern: str, facts: Fam
 
 
 def _folder_of(component: ComponentFacts) -> str:
-    """A folder that repositories keep the component in."""
-    return next(place.removesuffix("/*") for place in component.file_patterns if place.endswith("/*"))
+    """Return a folder in which repositories keep the component."""
+    return next(pattern.removesuffix("/*") for pattern in component.file_patterns if pattern.endswith("/*"))
 
 
 def _write_tiny(base: Path, component: str, model_id: str, pattern: str, facts: FamilyFacts) -> None:
-    """Write aside, then move file by file: another rehearsal at the same time finds whole files only."""
-    aside = make_numbered_folder(base, lambda number: f".writing-{number}")
-    load_family(facts.name).write_tiny_weights(aside, component, model_id, pattern)
-    for path in sorted(aside.rglob("*")):
+    """Write to a temporary folder, then move file by file: concurrent rehearsals only see complete files."""
+    staging = make_numbered_folder(base, lambda number: f".writing-{number}")
+    load_family(facts.name).write_tiny_weights(staging, component, model_id, pattern)
+    for path in sorted(staging.rglob("*")):
         if path.is_file():
-            target = base / path.relative_to(aside)
+            target = base / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-    shutil.rmtree(aside)
+    shutil.rmtree(staging)
 
 
 def _prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
-    """Open the last checkpoint again and prove that each of its keys finds its place; a line for each part."""
+    """Read the last checkpoint and verify its keys and shapes; return one line per part."""
     path = result.folder / result.record.checkpoints[-1].file
     tensors = read_headers([path])
     proofs = []

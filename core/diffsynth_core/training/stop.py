@@ -1,4 +1,4 @@
-"""Stopping on a signal: the step in work is finished and saved first."""
+"""Stopping on a signal, after the current step is finished and saved."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from types import FrameType
 from diffsynth_core.errors import STOPPING_SIGNALS, Interrupted
 
 FINISHING = "Finishing the current step and saving; repeat the signal to stop at once"
-"""What a signal leads to."""
+"""Message on the first signal."""
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether a stop was requested, and by which signal."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -21,7 +21,11 @@ class StopRequest:
         return self.signal_number is not None
 
     def raise_if_set(self) -> None:
-        """Raises: Interrupted: when a stop was asked for; for the work before the first step."""
+        """Stop before the first step.
+
+        Raises:
+            Interrupted: if a stop was requested.
+        """
         if self.signal_number is not None:
             raise Interrupted(
                 self.signal_number,
@@ -31,29 +35,29 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop(tell: Callable[[str], None], second_signal_stops: bool = True) -> Iterator[StopRequest]:
-    """While the block runs, stopping signals ask to stop; a second one acts at once.
+def listen_for_stop(notify: Callable[[str], None], second_signal_stops: bool = True) -> Iterator[StopRequest]:
+    """Turn stop signals into a request within the block; a second signal has its usual effect.
 
-    A signal that is ignored already (a program started with `nohup`) stays so.
+    Signals that were ignored before, as in a program started with `nohup`, stay ignored.
 
     Args:
-        tell: is given a message when the first signal comes.
-        insist: False: further ones have no effect, as where a launcher sends them too.
+        notify: called with a message on the first signal.
+        second_signal_stops: False: further signals have no effect, as under a launcher that forwards them too.
     """
     request = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if request and not second_signal_stops:
             return
         request.signal_number = number
-        tell(FINISHING)
+        notify(FINISHING)
         if second_signal_stops:
             signal.signal(number, previous[signal.Signals(number)] or signal.SIG_DFL)
 
     before = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
     previous = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in previous:
-        signal.signal(number, note)
+        signal.signal(number, on_signal)
     try:
         yield request
     finally:

@@ -17,52 +17,53 @@ from diffsynth_core.processes import end_with_parent
 
 Item = TypeVar("Item")
 LOCKS_OF_A_WORKER = 4
-"""At most, in the queue of each worker and in the one that all of them fill."""
+"""Upper bound of the locks in the queue of a worker; the shared result queue needs as many."""
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """An item that could not be loaded; torch would carry an exception over as a text with its traceback."""
+    """An item that could not be loaded: torch would turn an exception into text with a traceback."""
 
     problems: tuple[Problem, ...]
 
 
 class _Guarded(Dataset[Any], Generic[Item]):
-    """A dataset whose faults are values.
+    """A dataset that returns its errors as values.
 
-    `packed`: items are bytes. As tensors torch would put them into /dev/shm, of which a container has 64 MB if nothing
-    else is said, and where there is no room a worker waits for ever.
+    Args:
+        packed: return pickled items. torch would pass tensors through /dev/shm, which is 64 MB in Docker by default,
+            and a worker that finds it full hangs.
     """
 
     def __init__(self, dataset: Dataset[Item], packed: bool) -> None:
         self._dataset, self._packed = dataset, packed
 
-    def __getitem__(self, place: Any) -> Item | bytes | _Failed:
+    def __getitem__(self, index: Any) -> Item | bytes | _Failed:
         try:
-            item = self._dataset[place]
+            item = self._dataset[index]
             return pickle.dumps(item, pickle.HIGHEST_PROTOCOL) if self._packed else item
         except DiffSynthError as error:
             return _Failed(error.problems)
 
 
-def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iterator[Item]:
-    """The items of a dataset at `places`, in order, loaded by `workers` processes (0: in this one).
+def iterate(dataset: Dataset[Item], indices: Iterable[Any], workers: int) -> Iterator[Item]:
+    """Yield the items of a dataset at `indices`, in order, loaded by `workers` processes (0: in this process).
 
-    `places` may be endless: it is read as far ahead as the workers are.
+    `indices` may be infinite: it is consumed only as far ahead as the workers prefetch.
 
     Raises:
-        FaultsFound: when an item cannot be loaded, as the dataset raised it.
-        DiffSynthError: when the system gives no more processes, or no room for what they share.
+        FaultsFound: if an item cannot be loaded, as the dataset raised it.
+        DiffSynthError: if the system provides no more processes, or no space for their queues.
     """
     if workers:
         _check_shared_memory(workers)
     with warnings.catch_warnings():
-        # The number of workers is the user's choice; torch would advise against more than there are cores.
+        # The number of workers is the user's choice; torch warns if there are more than cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
             _Guarded(dataset, packed=workers > 0),
             batch_size=None,
-            sampler=places,
+            sampler=indices,
             num_workers=workers,
             multiprocessing_context=_WorkerContext() if workers and get_start_method() == "fork" else None,
             worker_init_fn=partial(_init_worker, parent=os.getpid()),
@@ -75,11 +76,12 @@ def iterate(dataset: Dataset[Item], places: Iterable[Any], workers: int) -> Iter
 
 
 def _check_shared_memory(workers: int) -> None:
-    """Queues between processes have locks in /dev/shm, whatever is handed on through them. They are tried out first:
-    where torch fails over them halfway, what it has begun says so too when it is let go.
+    """Check that the locks of the queues fit into /dev/shm.
+
+    Checked in advance, because a failure halfway through starting the workers prints tracebacks of their destructors.
 
     Raises:
-        DiffSynthError: when there is no room for them.
+        DiffSynthError: if they do not.
     """
     try:
         locks = [Lock() for _ in range(LOCKS_OF_A_WORKER * (workers + 1))]
@@ -92,7 +94,7 @@ def _check_shared_memory(workers: int) -> None:
 
 
 class _WorkerProcess(context.ForkProcess):
-    """A worker. torch asks one that is slow to end with SIGTERM, which workers leave to the training process."""
+    """A worker. torch ends slow ones with SIGTERM, which workers ignore (see `_init_worker`)."""
 
     def terminate(self) -> None:
         self.kill()
@@ -105,8 +107,10 @@ class _WorkerContext(context.ForkContext):
 
 
 def _init_worker(worker: int, parent: int) -> None:
-    """Let a signal to the whole group reach the training process alone, which saves first and then ends its workers;
-    where that process is killed, end with it."""
+    """Ignore stop signals, and end with the training process.
+
+    Ctrl-C reaches all processes of the group: the training process must save first, and then ends its workers itself.
+    """
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
