@@ -4,8 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import typer
 
 from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.downloading import ensure_downloaded
+from diffsynth_cli.download_text import plan_lines as download_lines
 from diffsynth_cli.errors import exit_code_of, lines_for_log
 from diffsynth_cli.estimate_text import (
     Estimate,
@@ -34,30 +33,16 @@ from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import (
-    EXIT_DOES_NOT_FIT,
-    SIGNAL_EXIT_BASE,
-    DiffSynthError,
-    FaultsFound,
-    Interrupted,
-    Problem,
-    raise_if_any,
-)
-from diffsynth_core.files import model_base_path
-from diffsynth_core.hub.client import downloads_disabled
-from diffsynth_core.hub.model_files import MissingFiles, missing_in_one
-from diffsynth_core.planning.dataset import MissingDataset
-from diffsynth_core.progress import Reporter, SilentReporter, format_bytes, pluralize
+from diffsynth_core.errors import EXIT_DOES_NOT_FIT, DiffSynthError, FaultsFound, Problem
+from diffsynth_core.hub.download_plan import DownloadPlan
+from diffsynth_core.progress import format_bytes, pluralize
+from diffsynth_core.session import Session, StageResult
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
     from diffsynth_core.planning.plan import Plan
-    from diffsynth_core.training.rehearsal import Rehearsal
-    from diffsynth_core.training.stop import StopRequest
 
 NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device", "verbose")
-Plans = dict[str | None, "Plan"]
-"""Stage name (None without stages) -> its plan, in the order of execution."""
 
 
 def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
@@ -77,12 +62,13 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
             world_size = launching.world_size()
         else:
             world_size = launching.processes_asked(first.num_processes, first.accelerate_config)
-        if stages[0].parameters.dry_run:
-            return _show_plans(stages, reporter, world_size)
+        session = Session(stages, reporter, world_size)
+        if first.dry_run:
+            return _show_plans(session, reporter)
         if launching.is_launched():
             launching.check_launched()
         with stdout_as_messages(), in_company():
-            return (_rehearse if first.rehearse else _train)(stages, flags, reporter, world_size)
+            return (_rehearse if first.rehearse else _train)(session, flags, reporter)
     except BaseException as error:
         for line in lines_for_log(error):
             reporter.keep(line)
@@ -91,74 +77,20 @@ def run_session(stages: Sequence[Resolved], flags: dict[str, Any]) -> int:
         reporter.close()
 
 
-def _make_plans(stages: Sequence[Resolved], reporter: Reporter, world_size: int, without_files: bool = False) -> Plans:
-    """Plan the stages to run. Completed stages are skipped without an error, so that a loop that restarts a run until
-    it succeeds ends.
-
-    `without_files`: report missing files in the plans instead of raising.
-
-    Raises:
-        FaultsFound: with the problems of all stages.
-    """
-    from diffsynth_core.planning.output import RunComplete
-
-    plans: Plans = {}
-    faults: dict[str | None, Sequence[Problem]] = {}
-    done: dict[str | None, Problem] = {}
-    for resolved in stages:
-        try:
-            plans[resolved.stage] = _make_plan(resolved, reporter, world_size, without_files)
-        except DiffSynthError as error:
-            if all(isinstance(problem, RunComplete) for problem in error.problems):
-                done[resolved.stage] = error.problems[0]
-            else:
-                faults[resolved.stage] = error.problems
-    problems = _of_stages({resolved.stage: faults.get(resolved.stage, ()) for resolved in stages})
-    raise_if_any(missing_in_one(problems))
-    for stage, problem in done.items():
-        passed_over = f"Stage {stage} is skipped: {problem.message}"
-        reporter.info(passed_over if stage else f"Nothing left to do: {problem.message}")
-    if len(done) > 1 and not plans:
-        reporter.info("Nothing left to do")
-    return plans
-
-
-def _of_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]:
-    """The problems of all stages; a problem that only some stages have names its stage."""
-    shared = frozenset[Problem].intersection(*map(frozenset[Problem], found.values()))
-    return [
-        problem if problem in shared else replace(problem, message=f"stage {stage}: {problem.message}")
-        for stage, problems in found.items()
-        for problem in problems
-    ]
-
-
-def _make_plan(resolved: Resolved, reporter: Reporter, world_size: int, without_files: bool) -> "Plan":
-    from diffsynth_core.dataset_report.preflight import quick_check
-    from diffsynth_core.planning.plan import make_plan
-
-    base = model_base_path()
-    if resolved.parameters.rehearse:
-        from diffsynth_core.training.rehearsal import prepare
-
-        resolved, base = prepare(resolved, reporter)
-    return make_plan(resolved, reporter, world_size, base, without_files, quick_check)
-
-
-def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_size: int) -> int:
+def _show_plans(session: Session, reporter: ConsoleReporter) -> int:
     """Print for each stage whether it fits, its plan and estimate; last, the flags that make it fit.
 
     Returns the exit code: 0; that of a failure if something is missing that the run would not download; else
     `EXIT_DOES_NOT_FIT` if a stage does not fit in `gpu_memory`.
     """
-    plans = _make_plans(stages, reporter, world_size, without_files=True)
-    faults = _of_stages({resolved.stage: _faults(resolved, plans) for resolved in stages})
-    code = exit_code_of(FaultsFound(missing_in_one(faults))) if faults else 0
+    plans = session.plan(without_files=True)
+    lacking = session.lacks(plans)
+    code = exit_code_of(FaultsFound(lacking)) if lacking else 0
     width = terminal_width()
     estimates = {stage: make_estimate(plan) for stage, plan in plans.items() if not plan.parameters.rehearse}
-    verbose = stages[0].parameters.verbose
+    verbose = session.stages[0].parameters.verbose
     for stage, plan in plans.items():
-        _tell_plan(stage, plan, estimates.get(stage), reporter, width)
+        _show_plan(stage, plan, estimates.get(stage), reporter, width)
     if plans and not verbose:
         echo_line(wrap_line(ALL, width))
     fits = {stage: estimate.fit for stage, estimate in estimates.items() if estimate.fit}
@@ -169,18 +101,7 @@ def _show_plans(stages: Sequence[Resolved], reporter: ConsoleReporter, world_siz
     return code or (0 if all(fit.as_it_is for fit in fits.values()) else EXIT_DOES_NOT_FIT)
 
 
-def _faults(resolved: Resolved, plans: Plans) -> list[Problem]:
-    """What a stage lacks, except files that the run downloads and a dataset that has not been named yet."""
-    if resolved.stage not in plans:
-        return []
-    missing = plans[resolved.stage].missing
-    if not downloads_disabled():
-        missing = tuple(problem for problem in missing if not isinstance(problem, MissingFiles))
-    named = resolved.given("dataset_base_path") or resolved.given("dataset_metadata_path")
-    return [problem for problem in missing if named or not isinstance(problem, MissingDataset)]
-
-
-def _tell_plan(
+def _show_plan(
     stage: str | None, plan: "Plan", estimate: Estimate | None, reporter: ConsoleReporter, width: int | None
 ) -> None:
     """Print the plan of a stage, beginning with whether it fits, in the matching color."""
@@ -208,76 +129,47 @@ def _echo(line: str) -> None:
     echo_line(text)
 
 
-def _train(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
-    from diffsynth_core.planning.states_on_disk import state_problems
+def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:
     from diffsynth_core.training.stop import listen_for_stop
 
-    ensure_downloaded(stages, reporter, lambda quiet: _make_plans(stages, quiet, world_size))
-    plans = _make_plans(stages, reporter, world_size)
+    # The process that downloads reports it, whichever rank it has.
+    messages = ConsoleReporter() if reporter.quiet else reporter
+
+    def show(download: DownloadPlan) -> None:
+        for line in download_lines(download):
+            messages.info(line)
+
+    session.download(show, messages)
+    plans = session.plan()
     if not plans:
         return 0
-    raise_if_any(_of_stages({stage: state_problems(plan) for stage, plan in plans.items()}))
-    first = next(iter(plans))
-    accelerate_config = plans[first].parameters.accelerate_config
-    if launching.needs_launch(world_size, accelerate_config):
-        return launching.launch(flags, world_size, accelerate_config, plans[first].device)
+    session.check_disk(plans)
+    first = next(iter(plans.values()))
+    accelerate_config = first.parameters.accelerate_config
+    if launching.needs_launch(session.world_size, accelerate_config):
+        return launching.launch(flags, session.world_size, accelerate_config, first.device)
+
+    def announce(stage: str | None, plan: "Plan") -> None:
+        if plan is not first:
+            reporter.close()  # the log of the stage before
+        _announce(stage, plan, reporter)
+        if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
+            for line in (verdict_line(fit), *trial_lines(fit), *change_lines(fit)):
+                reporter.info(line)
+
     # The launcher ends all processes if one has died, and the command that started it reports signals of the user.
-    tell_stop = reporter.keep if REPORTS in os.environ else reporter.info
-    with listen_for_stop(tell_stop, second_signal_stops=not launching.is_launched()) as stop:
-        for stage, plan in plans.items():
-            try:
-                if stage != first:
-                    stop.raise_if_set()
-                    _let_go(plan, reporter)
-                _announce(stage, plan, reporter)
-                if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
-                    for line in (verdict_line(fit), *trial_lines(fit), *change_lines(fit)):
-                        reporter.info(line)
-                report = _carry_out(stage, plan, reporter, stop)
-            except Interrupted as error:
-                if stage == first:
-                    raise
-                # Before its first step, a run suggests rerunning the command; here, earlier stages have already written
-                # runs.
-                stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-                what = f"stage {stage}: {error.problems[0].message}"
-                raise Interrupted(stopped_by, what, "continue with `--resume auto`") from error
+    report_stop = reporter.keep if REPORTS in os.environ else reporter.info
+    with listen_for_stop(report_stop, second_signal_stops=not launching.is_launched()) as stop:
+        for result in session.train(plans, stop, announce):
             if not reporter.quiet:
-                report()
+                _show_result(result, reporter)
     return 0
 
 
-def _carry_out(stage: str | None, plan: "Plan", reporter: ConsoleReporter, stop: "StopRequest") -> Callable[[], None]:
-    """Train, or precompute encodings; return a function that reports the result in the process that wrote files."""
-    if not plan.task.trains:
-        from diffsynth_core.training.precompute import precompute
-
-        return partial(_tell_encoded, stage, precompute(plan, reporter, stop), plan, reporter)
-    from diffsynth_core.training.checkpointing import conversion_hint
-    from diffsynth_core.training.loop import train
-
-    result = train(plan, reporter, stop)
-
-    def report() -> None:  # only the record of the first process lists checkpoints
-        checkpoint = result.folder / result.record.checkpoints[-1].file
-        _tell_results(stage, checkpoint, result.folder, reporter, conversion_hint(plan, checkpoint))
-
-    return report
-
-
-def _let_go(plan: "Plan", reporter: ConsoleReporter) -> None:
-    """Between stages: free the memory of the last stage, and close its log."""
-    import torch
-
-    from diffsynth_core.training.encode import free_device_memory
-
-    free_device_memory(torch.device(plan.device))
-    reporter.close()
-
-
-def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: ConsoleReporter, world_size: int) -> int:
+def _rehearse(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -> int:
     from diffsynth_core.training.stop import listen_for_stop
 
+    world_size = session.world_size
     if world_size > launching.world_size():
         what = f"a rehearsal runs in one process, but {world_size} are requested"
         raise DiffSynthError(what, "remove `--num_processes` and `--accelerate_config`")
@@ -285,12 +177,13 @@ def _rehearse(stages: Sequence[Resolved], flags: dict[str, Any], reporter: Conso
         raise DiffSynthError(
             f"a rehearsal runs in one process, but this is one of {world_size}", "rehearse without the launcher"
         )
-    if len(stages) > 1:  # each is planned and printed again before it starts
-        _make_plans(stages, SilentReporter(), world_size)
     synthetic_media = None
     with listen_for_stop(reporter.info) as stop:
-        for resolved in stages:
-            rehearsal = _rehearse_stage(resolved, reporter, stop)
+        for stage, rehearsal in session.rehearse(stop, partial(_announce, reporter=reporter)):
+            reporter.result(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
+            for proof in rehearsal.proofs:
+                reporter.result(f"  - {proof}")
+            _show_files(stage, rehearsal.checkpoint, rehearsal.result.folder, reporter)
             synthetic_media = rehearsal.synthetic_media
             reporter.close()
     real = {name: value for name, value in flags.items() if name in SETTINGS and name not in NOT_IN_REAL_RUN}
@@ -310,26 +203,6 @@ def _own_command() -> str:
     return shlex.quote(str(called))
 
 
-def _rehearse_stage(resolved: Resolved, reporter: ConsoleReporter, stop: "StopRequest") -> "Rehearsal":
-    """Rehearse one stage and print what that verified."""
-    from diffsynth_core.dataset_report.preflight import quick_check
-    from diffsynth_core.training.rehearsal import how_to_repeat, rehearse
-
-    stage = resolved.stage
-    try:
-        stop.raise_if_set()
-        rehearsal = rehearse(resolved, reporter, stop, lambda plan: _announce(stage, plan, reporter), quick_check)
-    except Interrupted as error:
-        # A rehearsal always starts over, so the hint to resume does not apply.
-        stopped_by = error.exit_code - SIGNAL_EXIT_BASE
-        raise Interrupted(stopped_by, "the rehearsal was interrupted", how_to_repeat(resolved)) from error
-    reporter.result(f"The rehearsal of stage {stage} proved:" if stage else "The rehearsal proved:")
-    for proof in rehearsal.proofs:
-        reporter.result(f"  - {proof}")
-    _tell_results(stage, rehearsal.checkpoint, rehearsal.result.folder, reporter)
-    return rehearsal
-
-
 def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> None:
     """Print the summary of a plan; the full plan goes to the log."""
     for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
@@ -341,7 +214,17 @@ def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> Non
         (reporter.info if plan.parameters.verbose else reporter.keep)(line)
 
 
-def _tell_results(
+def _show_result(result: StageResult, reporter: ConsoleReporter) -> None:
+    if result.encoded:
+        _show_encoded(result.stage, result.encoded, result.plan, reporter)
+    elif result.checkpoint:
+        from diffsynth_core.training.checkpointing import conversion_hint
+
+        use = conversion_hint(result.plan, result.checkpoint)
+        _show_files(result.stage, result.checkpoint, result.folder, reporter, use)
+
+
+def _show_files(
     stage: str | None, checkpoint: Path, folder: Path, reporter: ConsoleReporter, use: str | None = None
 ) -> None:
     if stage:
@@ -353,7 +236,7 @@ def _tell_results(
     reporter.result(f"Log         {folder / LOG}")
 
 
-def _tell_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan", reporter: ConsoleReporter) -> None:
+def _show_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan", reporter: ConsoleReporter) -> None:
     if stage:
         reporter.result(f"Stage       {stage}")
     size = sum(dict(encoded.paths()).values())

@@ -86,10 +86,7 @@ def download(
     as_json = output_format is Format.JSON
     if downloads_disabled() if offline is None else offline:
         return _check_offline(request, as_json)
-    from diffsynth_cli.downloading import stopped_in_order
-
-    with stopped_in_order():
-        return (_list if dry_run else _bring)(request, source, verify, as_json)
+    return (_list if dry_run else _download)(request, source, verify, as_json)
 
 
 def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
@@ -104,7 +101,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
     return 0
 
 
-def _bring(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
+def _download(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
     """Print the list, then download."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_cli.download_text import plan_as_data, plan_lines, result_line

@@ -1,9 +1,11 @@
 """Downloading: file list, disk space check and transfer, in one process at a time."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffsynth_core.errors import Interrupted
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.hub.client import Hub, open_hub
 from diffsynth_core.hub.download_plan import LOCK, DownloadPlan, compared, plan_download
@@ -22,7 +24,8 @@ def list_download(
     Args:
         verify: hash the files on disk and compare them too; otherwise only hashes that are cached are compared.
     """
-    return _plan(requests, open_hub(source), base, _identities(), reporter, verify)
+    with _resumable():
+        return _plan(requests, open_hub(source), base, _identities(), reporter, verify)
 
 
 def download(
@@ -43,6 +46,7 @@ def download(
     Raises:
         FaultsFound: files that the hub lacks or denies, before anything is downloaded; files whose download failed.
         DiffSynthError: if the hub cannot be reached, or the disk is full.
+        Interrupted: after Ctrl-C; the downloaded parts are kept.
     """
     with _exclusive(base, reporter):  # planned inside: a plan made while another process downloads would be outdated
         return _download(requests, base, source, reporter, on_plan, verify)
@@ -108,5 +112,16 @@ def _identities() -> HashCache:
 @contextmanager
 def _exclusive(base: Path, reporter: Reporter) -> Iterator[None]:
     """Keep other processes from downloading into `base` during the block."""
-    with locked(base / LOCK, lambda: reporter.info(f"Waiting for another process that is downloading into `{base}`")):
+    waiting = f"Waiting for another process that is downloading into `{base}`"
+    with _resumable(), locked(base / LOCK, lambda: reporter.info(waiting)):
         yield
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Turn Ctrl-C during the block into an error whose hint is to resume the download."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "run the command again to resume it"
+        raise Interrupted(signal.SIGINT, "the download was interrupted", how) from None

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from diffsynth_cli import launching, ranks, train_session
+from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import Ending
 from diffsynth_core.errors import DiffSynthError, Problem
-from diffsynth_core.progress import SilentReporter
+from diffsynth_core.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +75,13 @@ def test_a_configuration_is_launched_with_even_for_one_process(monkeypatch, numb
     asked = []
     parameters, task = SimpleNamespace(accelerate_config=config), SimpleNamespace(trains=False)
     plan = SimpleNamespace(parameters=parameters, task=task, device="cpu")
-    monkeypatch.setattr(train_session, "_make_plans", lambda *_: {None: plan})
+    session = Session((), world_size=number)
+    monkeypatch.setattr(session, "plan", lambda: {None: plan})
     monkeypatch.setattr(launching, "launch", lambda flags, *given: asked.append(given) or 0)
     monkeypatch.setattr(train_session, "_announce", lambda *_: pytest.exit("trains in this process"))
     assert launching.needs_launch(number, config) == launched
     if launched:
-        assert train_session._train((), {}, SilentReporter(), number) == 0
+        assert train_session._train(session, {}, ConsoleReporter(quiet=True)) == 0
         assert asked == [(number, config, "cpu")]
     monkeypatch.setenv("WORLD_SIZE", str(number))
     assert not launching.needs_launch(number, config), "the launcher did it"
