@@ -80,7 +80,7 @@ def test_captions_are_told_apart(plain):
 def test_captions_that_are_cut_are_told(plain, caption, first, second, complaints):
     ours = plain.ours
     told = [
-        ours.family.left_out(encoder, ours.components, {"prompt": CAPTIONS[caption]})
+        ours.family.truncation_warning(encoder, ours.components, {"prompt": CAPTIONS[caption]})
         for encoder in ours.variant.encoders[:2]
     ]
     assert told == [

@@ -1,8 +1,8 @@
-"""Reading the config.json of a component, and refusing numbers that no model has before anything is built. No torch.
+"""Reading the config.json of a component, with limits on its numbers. No torch.
 
-Numbers of a config drive loops (`num_layers` modules are built) and allocations (tables of positions are computed even
-where weights are not), so a damaged or forged one would take minutes and gigabytes before the comparison with the
-tensors could refuse it.
+Numbers in a config control loops (`num_layers` modules are built) and allocations (position tables are computed even
+if weights are not), so a damaged or forged config would take minutes and gigabytes before a comparison with the
+tensors could reject it.
 """
 
 import re
@@ -15,56 +15,57 @@ from diffsynth_core.json_files import read_json
 from diffsynth_core.models.spec import Shapes
 
 FETCH = "download the file again"
+"""Hint for an unreadable file."""
 MAX_CONFIG_BYTES = 4 * 2**20
-"""Largest config.json that is read: 4 MiB; published ones have a few kB, with names of labels some 100 kB."""
-LEAST_LIMIT_OF_LAYERS = 128
-"""Layers, and entries of a list, that a config may ask for however few tensors its files have."""
-LARGEST_SIDE = 2**20
-"""Of every other integer: channels, heads, lengths of tables. The widest published layers have 30 thousand."""
-LARGEST_VOCABULARY = 2**24
-"""Of vocabularies, token ids and positions: published ones go up to ten million."""
+"""Maximum size of a config.json: 4 MiB; published ones have a few kB, with label names about 100 kB."""
+MIN_LAYER_LIMIT = 128
+"""Minimum of the limit for layers and list lengths, however few tensors the files have."""
+MAX_SIZE = 2**20
+"""Limit of other integers: channels, heads, table lengths. The widest published layers have 30 thousand."""
+MAX_VOCABULARY = 2**24
+"""Limit of vocabularies, token ids and positions; published ones have up to ten million."""
 _LAYERS = re.compile(r"layers|depth|blocks")
 _VOCABULARY = re.compile(r"vocab|token|position")
 _FREE = re.compile(r"theta$|^_")
-"""Bases of rotary frequencies go to 10^9 and size nothing; what begins with an underscore is not read."""
+"""Options without a limit: rotary bases go up to 10^9 and size nothing; keys with an underscore are not used."""
 
 
 def read_config(path: Path, shapes: Shapes) -> dict[str, Any]:
-    """The settings in a component's config.json.
+    """Return the options in a component's config.json.
 
     Args:
         shapes: of the tensors in the component's files: no model has more layers than tensors.
 
     Raises:
-        DiffSynthError: when the file cannot be read, or holds a number that no model has.
+        DiffSynthError: if the file cannot be read, or a number exceeds its limit.
     """
     config: dict[str, Any] = read_json(path, dict[str, Any], FETCH, MAX_CONFIG_BYTES)
-    layers = max(len(shapes), LEAST_LIMIT_OF_LAYERS)
-    for place, name, value in _numbers(config):
+    layers = max(len(shapes), MIN_LAYER_LIMIT)
+    for key_path, name, value in _numbers(config):
         limit = _limit(name, layers)
         if limit is not None and abs(value) > limit:
-            what = f"`{path}`: `{place}` is {truncate(str(value), 20)}, expected at most {limit}"
+            what = f"`{path}`: `{key_path}` is {truncate(str(value), 20)}, expected at most {limit}"
             raise DiffSynthError(what, "put the config.json of these files next to them")
     return config
 
 
 def _limit(name: str, layers: int) -> int | None:
-    """Largest sound value of a setting; None where any is."""
+    """Return the limit of an option; None if it has none."""
     if _FREE.search(name):
         return None
     if _LAYERS.search(name):
         return layers
-    return LARGEST_VOCABULARY if _VOCABULARY.search(name) else LARGEST_SIDE
+    return MAX_VOCABULARY if _VOCABULARY.search(name) else MAX_SIZE
 
 
-def _numbers(value: Any, place: str = "", name: str = "") -> Iterator[tuple[str, str, int]]:
-    """(key path, name of the setting, number) of every integer in a config, and of the length of every list."""
+def _numbers(value: Any, key_path: str = "", name: str = "") -> Iterator[tuple[str, str, int]]:
+    """Yield (key path, name of the option, value) of every integer in a config, and of the length of every list."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _numbers(inner, f"{place}.{key}" if place else key, key)
+            yield from _numbers(inner, f"{key_path}.{key}" if key_path else key, key)
     elif isinstance(value, list):
-        yield f"length of {place}", "layers", len(value)
+        yield f"length of {key_path}", "layers", len(value)
         for number, inner in enumerate(value):
-            yield from _numbers(inner, f"{place}[{number}]", name)
+            yield from _numbers(inner, f"{key_path}[{number}]", name)
     elif type(value) is int:
-        yield place, name, value
+        yield key_path, name, value

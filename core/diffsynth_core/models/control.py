@@ -1,7 +1,7 @@
-"""ControlNets as diffusers has them, whatever the family. No torch.
+"""ControlNets as in diffusers, for all families. No torch.
 
-A ControlNet reads what the transformer reads and, beside it, the latents of an image to follow; what its blocks make
-of them is added behind the transformer's blocks.
+A ControlNet reads the inputs of the transformer and the latents of a control image; the outputs of its blocks are
+added after the transformer's blocks.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,25 @@ from diffsynth_core.models.spec import EncoderFacts, References, Variant
 CONTROLNET = "controlnet"
 """Name of the component."""
 CONTROLNET_IMAGE = "controlnet_image"
-"""The extra input and metadata column of the image to follow."""
+"""Extra input and metadata column of the control image."""
 CONTROL_LATENTS = "controlnet_latents"
-"""Name of its latents, and of the encoder that makes them."""
+"""Name of its latents, and of their encoder."""
 FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
-"""Where repositories keep a ControlNet: in a folder, or in one of its own that says so in its name."""
+"""Paths of ControlNets in repositories: a folder, or a repository with ControlNet in its name."""
 
 IMAGE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
+"""The control image."""
 LATENTS = EncoderFacts(
     name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,), latents=LatentFacts(channels=16, factor=8)
 )
+"""Encoder of the control image."""
 
 
 def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], frozenset[str]]) -> Variant:
-    """A kind of model with a ControlNet beside it, which is shown the image to follow and nothing else.
+    """Return a variant with a ControlNet, whose only condition is the control image.
 
-    `extra_unused`: names of modules or tensors of the ControlNet -> those that its training does not reach.
+    Args:
+        extra_unused: keys of the ControlNet -> those of modules or tensors that its training does not use.
     """
     return replace(
         variant,
@@ -43,10 +46,10 @@ def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], f
 
 
 def count_added(outputs: int, blocks: int) -> int:
-    """How many of a ControlNet's `outputs` a transformer of `blocks` blocks adds: the first of them.
+    """Return how many of a ControlNet's `outputs` a transformer with `blocks` blocks adds: the first ones.
 
-    Each is added behind as many blocks in a row, blocks / outputs rounded up, so that the last may be left over.
-    Source: `forward` of diffusers' `QwenImageTransformer2DModel` and `FluxTransformer2DModel`.
+    Each is added after ceil(blocks / outputs) consecutive blocks, so that the last ones may be unused. Source:
+    `forward` of diffusers' `QwenImageTransformer2DModel` and `FluxTransformer2DModel`.
     """
     if not outputs or not blocks:
         return 0

@@ -1,4 +1,4 @@
-"""How much the encoders make of a sample, told by sizes and caption alone. No torch."""
+"""Sizes of encodings, from image sizes and captions alone. No torch."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
 """The dtype that text encoders compute in, by `mixed_precision`."""
 Shown = Mapping[str, tuple[MediaSize, ...]]
-"""Sizes of what is trained on, by its column, and of images shown, by the name of their `References`."""
+"""Sizes of the target, by its column, and of reference images, by name of their specification."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class EncodedSize:
 def encoded_size(
     encoders: Iterable[EncoderFacts], denoiser: Shapes, text_states: int, shown: Shown, frame_step: int
 ) -> EncodedSize:
-    """What the encoders make of one sample.
-
-    Not counted are marks of a number for each latent frame.
+    """Return the size of the encodings of one sample, without masks of one number per latent frame.
 
     Args:
-        denoiser: its shapes, which tell how wide states are; without them they are as wide as the published ones.
-        text_states: of the caption and the images read with it, as `count_text_states` counts them.
-        frame_step: frames of a clip in one latent frame (`TargetSpec`).
+        denoiser: its shapes, which determine embedding widths; if unknown, those of the published model.
+        text_states: of the caption and the images read with it; see `count_text_states`.
+        frame_step: frames of a clip per latent frame (`TargetSpec`).
     """
     total = EncodedSize()
     for encoder in encoders:
@@ -60,25 +58,24 @@ def encoded_size(
 
 
 def embedding_dim(states: CaptionFacts | EmbeddingSpec, denoiser: Shapes) -> int:
-    """Values of a state, as many as the denoiser reads; of the published one where its shapes are not known."""
+    """Return the embedding width: that which the denoiser reads or, if unknown, that of the published model."""
     tensor, axis = states.side
     return denoiser[tensor][axis] if tensor in denoiser else states.width
 
 
 def caption_encoder(encoders: Iterable[EncoderFacts]) -> EncoderFacts | None:
-    """The encoder that reads captions to their end."""
+    """Return the encoder that reads the full caption."""
     return next((encoder for encoder in encoders if encoder.caption), None)
 
 
 def count_text_states(
     encoders: Iterable[EncoderFacts], tokenizer: Path | None, captions: Sequence[str], shown: Sequence[Shown]
 ) -> tuple[list[int], bool]:
-    """States kept of each caption with the images that are read with it, and whether tokens were counted rather than
-    estimated by letters.
+    """Return the number of text states of each caption with its images, and whether it is exact or an estimate.
 
     Args:
-        tokenizer: its folder; None where it is not on disk.
-        shown: of each caption's sample.
+        tokenizer: folder of the tokenizer; None if it is not on disk.
+        shown: media sizes of each caption's sample.
     """
     encoder = caption_encoder(encoders)
     if encoder is None or encoder.caption is None:
@@ -94,12 +91,12 @@ def count_text_states(
 
 
 def _announce(facts: CaptionFacts, images: int) -> str:
-    """What stands before a caption for so many images, but for their own tokens."""
+    """Return the text before a caption for a number of images, without image tokens."""
     return "".join(facts.announced.format(number=number, image="") for number in range(1, images + 1))
 
 
 def _image_tokens(facts: CaptionFacts, images: Iterable[MediaSize]) -> int:
-    """Tokens of images, whose sides are rounded to whole ones; those of too few are enlarged before.
+    """Return the number of tokens of images: sides are rounded to whole tokens, too small images are enlarged.
 
     Source: `smart_resize` of transformers' Qwen2-VL.
     """

@@ -86,7 +86,9 @@ class Family(ABC):
         beside the weights (config, tokenizer) is written too.
         """
 
-    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+    def truncation_warning(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> str | None:
         """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
         return None
 

@@ -1,4 +1,4 @@
-"""The families there are, in one table."""
+"""Table of the families."""
 
 from collections.abc import Collection
 from fnmatch import fnmatch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffsynth_core.models.family import Family
 
 FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (QWEN_IMAGE, WAN, FLUX, FLUX2)}
+"""Name -> facts."""
 
 _IMPLEMENTATIONS = {
     "qwen-image": ("diffsynth_core.models.qwen_image.family", "QwenImage"),
@@ -26,30 +27,32 @@ _IMPLEMENTATIONS = {
 
 
 REFERENCE_COLUMNS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.reference_columns))
-"""Metadata columns of reference images, of whatever family."""
+"""Metadata columns of reference images, of all families."""
 FRAME_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs))
+"""Extra inputs that are frames of the target clip, of all families."""
 LATER_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs))
-"""Extra inputs of the reference trainer that are not supported yet."""
+"""Extra inputs of DiffSynth-Studio that are not supported yet."""
 
 
 def unknown_family(name: str) -> Problem:
-    """The problem that there is no such family, with the nearest name."""
+    """Return the problem of an unknown family, with the closest name as the hint."""
     near = suggest(name, FAMILIES)
     hint = f"did you mean `{near}`?" if near else f"known: {', '.join(FAMILIES)}"
     return Problem(f"unknown family `{name}`", hint, wrong_use=True)
 
 
 def load_family(name: str) -> "Family":
-    """The family's verbs; imports torch and the model libraries."""
+    """Return the implementation of a family; imports torch and the model libraries."""
     module_name, class_name = _IMPLEMENTATIONS[name]
     family: Family = getattr(import_module(module_name), class_name)()
     return family
 
 
 def unread_note(facts: FamilyFacts, dialect: str, option: str) -> str | None:
-    """What to know of a LoRA of the denoiser in a dialect that no other program reads; None where one does.
+    """Return a note about a LoRA of the denoiser in a format that no other program reads; None if one does.
 
-    `option`: the one that names the dialect.
+    Args:
+        option: the option that selects the format.
     """
     if dialect not in facts.component(facts.denoiser).unread:
         return None
@@ -59,20 +62,20 @@ def unread_note(facts: FamilyFacts, dialect: str, option: str) -> str | None:
 
 
 def family_of_model(model_id: str) -> FamilyFacts | None:
-    """The family whose models a hub repository holds, told by its name."""
+    """Return the family of a hub repository, by its name."""
     return next(
         (facts for facts in FAMILIES.values() if any(fnmatch(model_id, name) for name in facts.model_ids)), None
     )
 
 
 def not_trained(entry: str) -> str | None:
-    """What an entry of `model_id_with_origin_paths` belongs to, if that is known and not trained here."""
+    """Return the unsupported model that an entry of `model_id_with_origin_paths` belongs to, if known."""
     known = (item for facts in FAMILIES.values() for item in facts.not_trained.items())
     return next((what for pattern, what in known if fnmatch(entry, pattern)), None)
 
 
 def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFacts, Layout] | None:
-    """The component of a family, and the layout of its files, whose signature is among tensor names."""
+    """Return the component and layout whose signature is in the tensor names."""
     present = frozenset(names)
     if find_unsupported(present, facts):
         return None
@@ -88,24 +91,24 @@ def recognise(names: Collection[str], facts: FamilyFacts) -> tuple[ComponentFact
 
 
 def find_unsupported(names: Collection[str], facts: FamilyFacts) -> UnsupportedCheckpoint | None:
-    """What is known of files with these tensor names that are no component of a family, though they look like one."""
+    """Return the known unsupported checkpoint that looks like a component but has these tensor names."""
     return next((known for known in facts.lookalikes if known.signature <= frozenset(names)), None)
 
 
-def component_at(place: str, facts: FamilyFacts, model_id: str = "") -> ComponentFacts | None:
-    """The component whose files a recipe names so, such as `transformer/diffusion_pytorch_model*.safetensors`.
+def component_at(path: str, facts: FamilyFacts, model_id: str = "") -> ComponentFacts | None:
+    """Return the component of a path in a recipe, such as `transformer/diffusion_pytorch_model*.safetensors`.
 
-    Where the place tells nothing, such as `diffusion_pytorch_model.safetensors`, the repository's name may.
+    For a path that fits several, such as `diffusion_pytorch_model.safetensors`, the repository's name may decide.
     """
     named = [(component, pattern) for component in facts.components for pattern in component.file_patterns]
     return next(
-        (component for component, pattern in named if ":" in pattern and fnmatch(f"{model_id}:{place}", pattern)),
-        next((component for component, pattern in named if fnmatch(place, pattern)), None),
+        (component for component, pattern in named if ":" in pattern and fnmatch(f"{model_id}:{path}", pattern)),
+        next((component for component, pattern in named if fnmatch(path, pattern)), None),
     )
 
 
 def recognise_family(names: Collection[str]) -> FamilyFacts | None:
-    """The family whose diffusion transformer has these tensor names."""
+    """Return the family whose diffusion transformer has these tensor names."""
     for facts in FAMILIES.values():
         found = recognise(names, facts)
         if found and found[0].name == facts.denoiser:

@@ -1,18 +1,20 @@
-"""What names and shapes of tensors tell of an architecture, and rules for what they do not tell. No torch."""
+"""What tensor names and shapes determine about an architecture, and rules for the rest. No torch."""
 
 from collections.abc import Collection, Mapping
 
 from diffsynth_core.models.spec import Shapes
 
 ROPE_PROPORTION = (16, 56, 56)
-"""Rotary axes (image, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128; at other sizes in
-that proportion, each even."""
+"""Rotary axes (image, height, width) of the transformers of Qwen-Image and FLUX.1 at head size 128.
+
+At other head sizes the axes keep this proportion, each rounded to an even number.
+"""
 BLOCK_DIGITS = 4
-"""No model has 10,000 blocks, and a name of a tensor may claim a billion."""
+"""Maximum number of digits of a block number: a tensor name may claim a billion blocks."""
 
 
 def count_blocks(shapes: Collection[str], prefix: str) -> int:
-    """How many numbered blocks stand below `prefix`; one whose number has more than `BLOCK_DIGITS` digits is none."""
+    """Return the number of numbered blocks below `prefix`; numbers with more than `BLOCK_DIGITS` digits are ignored."""
     numbers = (name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix))
     return 1 + max(
         (int(number) for number in numbers if number.isdecimal() and len(number) <= BLOCK_DIGITS), default=-1
@@ -20,13 +22,13 @@ def count_blocks(shapes: Collection[str], prefix: str) -> int:
 
 
 def layers_of_blocks(shapes: Shapes) -> list[str]:
-    """Names of the linear layers of numbered blocks."""
+    """Return the names of the linear layers in numbered blocks."""
     matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
     return [name.removesuffix(".weight") for name in matrices if any(map(str.isdecimal, name.split(".")[:-2]))]
 
 
 def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, int]:
-    """`total` in three even parts in the given proportion; the first takes what rounding leaves."""
+    """Split `total` into three even parts in the given proportion; the first takes the remainder."""
     second = round(total * proportion[1] / sum(proportion) / 2) * 2
     third = round(total * proportion[2] / sum(proportion) / 2) * 2
     spare = max(0, 2 - (total - second - third))
@@ -35,7 +37,7 @@ def split_even(total: int, proportion: tuple[int, int, int]) -> tuple[int, int, 
 
 
 def infer_t5_encoder(shapes: Shapes) -> dict[str, object]:
-    """Settings of `T5EncoderModel` and `UMT5EncoderModel`; the position bias tells the number of heads."""
+    """Infer the options of `T5EncoderModel` and `UMT5EncoderModel`; the position bias determines the heads."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     vocabulary, width = shapes["shared.weight"]
     buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
@@ -52,11 +54,11 @@ def infer_t5_encoder(shapes: Shapes) -> dict[str, object]:
 
 
 def layer_shapes(layers: Mapping[str, tuple[int, int]], bias: bool = True) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of linear layers, given by (channels out, channels in)."""
+    """Return the shapes of the tensors of linear layers, given as (output channels, input channels)."""
     weights: dict[str, tuple[int, ...]] = {f"{name}.weight": sizes for name, sizes in layers.items()}
     return weights | ({f"{name}.bias": sizes[:1] for name, sizes in layers.items()} if bias else {})
 
 
 def repeat_block(prefix: str, count: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of numbered blocks that are all alike."""
+    """Return the shapes of the tensors of identical numbered blocks."""
     return {f"{prefix}.{number}.{name}": shape for number in range(count) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Tiny random components: how they are filled and written, whatever the family."""
+"""Initialization and files of tiny random components, for all families."""
 
 import json
 import math
@@ -17,8 +17,11 @@ GAINS = {
     "vae": 1.0,
     "image_encoder": 1.0,
 }
-"""Spread of kernels times the root of their fan-in. PyTorch's own, 3^-1/2, lets the random transformer predict less
-than its target, so that a first loss is near that of predicting nothing; the encoders keep the size of signals."""
+"""Component -> standard deviation of kernels x sqrt(fan-in).
+
+PyTorch's own, 3^-1/2, makes the predictions of a random transformer smaller than its target, so that the first loss is
+near that of predicting 0; the encoders preserve the scale of signals.
+"""
 
 FILE_STEMS = {
     "dit": "diffusion_pytorch_model",
@@ -28,14 +31,14 @@ FILE_STEMS = {
     "text_encoder_2": "model",
     "vae": "diffusion_pytorch_model",
 }
-"""What the names of published files begin with, where a recipe says `*.safetensors`."""
+"""Component -> stem of published files, for patterns such as `*.safetensors`."""
 
 EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "token_embedding.weight")
-"""Ends of the names of tables that are looked up, not multiplied."""
+"""Suffixes of lookup tables."""
 
 
 def fill(module: nn.Module, gain: float, seed: int) -> None:
-    """Random parameters, the same for the same seed, under which different inputs stay different."""
+    """Initialize the parameters deterministically, such that different inputs give different outputs."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         _fill(name, parameter, gain, generator)
@@ -43,9 +46,9 @@ def fill(module: nn.Module, gain: float, seed: int) -> None:
 
 @torch.no_grad()
 def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
-    """Biases are zero and kernels are scaled by their fan-in (of one frame: causal kernels see one frame of an image).
+    """Set biases to 0 and scale kernels by their fan-in (of one frame: a causal kernel sees one frame of an image).
 
-    With PyTorch's own initialisation a VAE maps all photographs to nearly one latent.
+    With PyTorch's own initialization a VAE maps all photographs to nearly the same latents.
     """
     if name.endswith("bias"):
         parameter.zero_()
@@ -59,12 +62,12 @@ def _fill(name: str, parameter: nn.Parameter, gain: float, generator: torch.Gene
 
 
 def published_name(component: str, name: str) -> str:
-    """The file name that a recipe says, with the published beginning where it leaves that open."""
+    """Return the file name in a pattern, with the published stem if the pattern starts with `*`."""
     return FILE_STEMS[component] + name if name.startswith("*") else name
 
 
 def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> None:
-    """One file, or two shards and their index where the pattern expects several; pickled where it ends in `.pth`."""
+    """Write one file, or two shards and an index if the pattern has a `*`; pickled if it ends with `.pth`."""
     from safetensors.torch import save_file
 
     names = list(tensors)
@@ -87,7 +90,7 @@ def write_weights(folder: Path, pattern: str, tensors: dict[str, Tensor]) -> Non
 
 
 def tiny_t5(width: int, vocabulary: int) -> dict[str, Any]:
-    """Settings of a tiny T5 or UMT5 encoder with states of `width` channels."""
+    """Return the options of a tiny T5 or UMT5 encoder with `width` channels."""
     heads = 4
     return {
         "vocab_size": vocabulary,
@@ -101,11 +104,13 @@ def tiny_t5(width: int, vocabulary: int) -> dict[str, Any]:
 
 
 def diffusers_config(module: Any) -> dict[str, object]:
-    """The config.json of a diffusers module, without what differs from process to process (`_use_default_values`)."""
+    """Return the config.json of a diffusers module, without private keys: `_use_default_values` differs between
+    processes.
+    """
     settings = {name: value for name, value in module.config.items() if not name.startswith("_")}
     return {"_class_name": type(module).__name__, **settings}
 
 
 def write_json(path: Path, content: object) -> None:
-    """A JSON file as the model hubs have them: two spaces deep."""
+    """Write a JSON file as on model hubs, indented by two spaces."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

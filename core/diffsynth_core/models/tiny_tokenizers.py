@@ -1,4 +1,4 @@
-"""Tiny tokenizers in their published layouts: byte-level pairs as Qwen models have them, unigrams as T5 and UMT5."""
+"""Tiny tokenizers in their published layouts: byte-level BPE of Qwen models, unigrams of T5 and UMT5."""
 
 import json
 import string
@@ -8,11 +8,11 @@ from pathlib import Path
 from diffsynth_core.models.tiny import write_json
 
 UNIGRAM_SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-"""Numbers 0, 1 and 2, as in the vocabularies of T5 and UMT5."""
+"""Tokens 0, 1 and 2, as in the vocabularies of T5 and UMT5."""
 
 
 def tiny_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level vocabulary, and merges by which each of `words` becomes one token."""
+    """Return a byte-level vocabulary, and merges that turn each of `words` into one token."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = sorted(ByteLevel.alphabet())
@@ -28,7 +28,7 @@ def tiny_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[st
 
 
 def write_pairs(folder: Path, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-    """vocab.json and merges.txt."""
+    """Write vocab.json and merges.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text(
@@ -37,9 +37,9 @@ def write_pairs(folder: Path, vocabulary: Mapping[str, int], merges: Sequence[tu
 
 
 def write_tokenizer(folder: Path, words: Sequence[str], special_tokens: Sequence[str]) -> None:
-    """A tokenizer in the published layout: vocab.json, merges.txt and their configuration.
+    """Write a tokenizer in the published layout: vocab.json, merges.txt and configuration.
 
-    The special tokens are numbered behind the vocabulary.
+    The special tokens are numbered after the vocabulary.
     """
     vocabulary, merges = tiny_vocabulary(words)
     write_pairs(folder, vocabulary, merges)
@@ -68,7 +68,7 @@ def write_tokenizer(folder: Path, words: Sequence[str], special_tokens: Sequence
 
 
 def unigram_vocabulary(byte_fallback: bool) -> list[tuple[str, float]]:
-    """(token, log-probability): bytes for rare characters if asked for, what ASCII has, then pairs of letters."""
+    """Return (token, log-probability): special tokens, optional bytes, ASCII characters, pairs of letters."""
     pairs = [first + second for first in "▁" + string.ascii_lowercase for second in string.ascii_lowercase]
     characters = ["▁", *(character for character in string.printable if not character.isspace())]
     return [
@@ -80,10 +80,10 @@ def unigram_vocabulary(byte_fallback: bool) -> list[tuple[str, float]]:
 
 
 def write_unigram_tokenizer(folder: Path, byte_fallback: bool) -> None:
-    """A tokenizer that ends each text with `</s>`.
+    """Write a tokenizer that ends each text with `</s>`.
 
     Args:
-        byte_fallback: whether characters that the vocabulary lacks become bytes, as UMT5 has it, or `<unk>`, as T5.
+        byte_fallback: turn unknown characters into bytes, as UMT5 does, instead of `<unk>`, as T5 does.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import Unigram

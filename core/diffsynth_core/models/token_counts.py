@@ -1,4 +1,4 @@
-"""How many tokens captions have, by their tokenizer where it is on disk. No torch, no transformers."""
+"""Token counts of captions, exact if the tokenizer is on disk. No torch, no transformers."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,24 +10,24 @@ from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, read_json
 from diffsynth_core.models.size_facts import CaptionFacts
 
 CHARACTERS_PER_TOKEN = 4
-"""Of plain English, as a rule of thumb; characters outside ASCII count as a token each."""
+"""Estimate for English text; a character outside ASCII counts as one token."""
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where Qwen2's tokenizer cuts a text before it looks for pairs. Source: `Qwen2Tokenizer` of transformers."""
+"""Pattern by which Qwen2's tokenizer splits a text before merging. Source: `Qwen2Tokenizer` of transformers."""
 
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """How a text encoder reads captions, and the folder of its tokenizer; None where that is not on disk."""
+    """How a text encoder reads captions, and the folder of its tokenizer; None if that is not on disk."""
 
     facts: CaptionFacts
     tokenizer: Path | None = None
 
 
 def count_tokens(captions: Sequence[str], rule: CaptionRule) -> tuple[list[int], bool]:
-    """Tokens of each caption, were nothing cut off, and whether they are counted; else they are estimated."""
-    cleaned = [rule.facts.clean(_whole_characters(caption)) for caption in captions]
+    """Return the number of tokens of each caption without truncation, and whether it is exact or an estimate."""
+    cleaned = [rule.facts.clean(_replace_surrogates(caption)) for caption in captions]
     tokenizer = _load(rule.tokenizer) if rule.tokenizer else None
     if tokenizer is None:
         return [rule.facts.around + estimate_tokens(caption) for caption in cleaned], False
@@ -35,38 +35,38 @@ def count_tokens(captions: Sequence[str], rule: CaptionRule) -> tuple[list[int],
     return [len(encoded.ids) - rule.facts.dropped for encoded in tokenizer.encode_batch(texts)], True
 
 
-def _whole_characters(caption: str) -> str:
-    """A caption without halves of characters, which tokenizers do not take."""
+def _replace_surrogates(caption: str) -> str:
+    """Replace unpaired surrogates, which tokenizers reject."""
     return caption if caption.isascii() else caption.encode("utf-8", "replace").decode("utf-8")
 
 
 def estimate_tokens(caption: str) -> int:
-    """About how many tokens a caption has, without a tokenizer."""
+    """Estimate the number of tokens of a caption without a tokenizer."""
     plain = sum(character.isascii() for character in caption)
     return -(-plain // CHARACTERS_PER_TOKEN) + len(caption) - plain
 
 
 def may_be_longer(caption: str, facts: CaptionFacts) -> bool:
-    """Whether a caption can have more tokens than are read: no token is shorter than a byte."""
-    room = facts.most + facts.dropped - len(facts.template)
-    return len(caption) > room if caption.isascii() else len(caption.encode("utf-8", "surrogatepass")) > room
+    """Return whether a caption can exceed the limit: every token has at least one byte."""
+    limit = facts.most + facts.dropped - len(facts.template)
+    return len(caption) > limit if caption.isascii() else len(caption.encode("utf-8", "surrogatepass")) > limit
 
 
 def _load(folder: Path) -> Any:
-    """The tokenizer in a folder; None where its files cannot be read."""
+    """Load the tokenizer in a folder; None if its files cannot be read."""
     load = next((load for name, load in LOADERS.items() if (folder / name).is_file()), None)
     if load is None:
         return None
     try:
         tokenizer = load(folder)
-        _settle(tokenizer, folder)
+        _configure(tokenizer, folder)
     except Exception:  # the library raises nothing narrower, and its files may hold anything
         return None
     return tokenizer
 
 
-def _whole(folder: Path) -> Any:
-    """The tokenizer in `tokenizer.json`; of T5's kind without bytes for unknown characters, as transformers has it."""
+def _from_tokenizer_json(folder: Path) -> Any:
+    """Load `tokenizer.json`; unigram tokenizers without byte fallback, as transformers does."""
     from tokenizers import Tokenizer
 
     content = read_json(folder / "tokenizer.json", dict[str, Any], "", MAX_TOKENIZER_BYTES)
@@ -75,8 +75,8 @@ def _whole(folder: Path) -> Any:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _settle(tokenizer: Any, folder: Path) -> None:
-    """Have captions read to their end, and special tokens whole, as transformers has them."""
+def _configure(tokenizer: Any, folder: Path) -> None:
+    """Disable truncation and padding, and add special tokens, as transformers does."""
     from tokenizers import AddedToken
 
     tokenizer.no_truncation()
@@ -85,21 +85,21 @@ def _settle(tokenizer: Any, folder: Path) -> None:
 
 
 def _special_tokens(folder: Path) -> list[str]:
-    """The special tokens that the files beside a tokenizer name."""
-    settings, added = (_read_object(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
-    listed = [*settings.get("added_tokens_decoder", {}).values(), *settings.get("additional_special_tokens", ())]
-    listed += [settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(name)]
+    """Return the special tokens in the files of a tokenizer."""
+    config, added = (_read_object(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    listed = [*config.get("added_tokens_decoder", {}).values(), *config.get("additional_special_tokens", ())]
+    listed += [config[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(name)]
     names = [token["content"] if isinstance(token, dict) else token for token in listed]
     return list(dict.fromkeys([*sorted(added, key=added.__getitem__), *names]))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is none."""
+    """Return a JSON object; empty if the file does not exist."""
     return read_json(path, dict[str, Any], "", MAX_TOKENIZER_BYTES) if path.exists() else {}
 
 
 def _byte_pairs(folder: Path) -> Any:
-    """Qwen2's tokenizer from `vocab.json` and `merges.txt`."""
+    """Build Qwen2's tokenizer from `vocab.json` and `merges.txt`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
@@ -111,5 +111,5 @@ def _byte_pairs(folder: Path) -> Any:
     return tokenizer
 
 
-LOADERS: Mapping[str, Callable[[Path], Any]] = {"tokenizer.json": _whole, "vocab.json": _byte_pairs}
-"""The file that a folder has -> what makes its tokenizer; the first that is there counts."""
+LOADERS: Mapping[str, Callable[[Path], Any]] = {"tokenizer.json": _from_tokenizer_json, "vocab.json": _byte_pairs}
+"""File in a folder -> loader of its tokenizer; the first existing file counts."""

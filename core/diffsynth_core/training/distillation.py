@@ -29,17 +29,17 @@ class DirectDistillation(Objective):
         self._sigmas = sigmas
 
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
-        latents, given = batch["latents"].float(), batch.get("given")
+        latents, clean_mask = batch["latents"].float(), batch.get("given")
         samplings = [draw.sampling for draw in draws if draw.sampling]
         (steps,) = {sampling.steps for sampling in samplings}  # equal in a batch: a bucket has one number of steps
         noise = torch.stack([draw_sampler_noise(sampling, latents.shape[1:]) for sampling in samplings])
         states = noise.to(latents.device)
         for sigma, following in pairwise([*self._sigmas(steps).tolist(), 0.0]):
-            if given is not None:
-                states = torch.where(given.bool(), latents, states)
+            if clean_mask is not None:
+                states = torch.where(clean_mask.bool(), latents, states)
             velocity = predict(states, torch.full((len(states),), sigma, device=latents.device))
             states = states + (following - sigma) * velocity.float()
-        return mean_square(states - latents, given)
+        return mean_square(states - latents, clean_mask)
 
 
 def draw_sampler_noise(sampling: Sampling, shape: torch.Size) -> Tensor:

@@ -146,7 +146,7 @@ def _encode(
                 raise DiffSynthError(f"{plan.samples.samples[index].name}: {problem.message}", problem.hint) from error
             _check_encoded(plan, part, index, encoded, hashes)
             part.cache.write(part.keys[index], encoded)
-            warning = family.left_out(part.encoder, components, sample)
+            warning = family.truncation_warning(part.encoder, components, sample)
             if warning:
                 warnings.setdefault(warning, []).append(plan.samples.samples[index].row)
             task.advance()

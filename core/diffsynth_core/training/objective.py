@@ -69,13 +69,13 @@ class FlowMatching(Objective):
         self.weights: Tensor
 
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
-        latents, given = batch["latents"].float(), batch.get("given")
+        latents, clean_mask = batch["latents"].float(), batch.get("given")
         noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws]).to(latents.device)
         drawn = [draw_timestep(*draw.key, low=self._low, high=self._high) for draw in draws]
         timesteps = torch.tensor(drawn, device=latents.device)
         sigma = self.sigmas[timesteps]
-        prediction = predict(add_noise(latents, noise, sigma, given), sigma)
-        return velocity_loss(prediction, latents, noise, self.weights[timesteps], given)
+        prediction = predict(add_noise(latents, noise, sigma, clean_mask), sigma)
+        return velocity_loss(prediction, latents, noise, self.weights[timesteps], clean_mask)
 
 
 def timestep_weights(sigmas: Tensor) -> Tensor:
@@ -103,30 +103,30 @@ def draw_noise(seed: int, epoch: int, sample: int, repeat: int, shape: torch.Siz
     return torch.randn(shape, generator=generator)
 
 
-def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, given: Tensor | None = None) -> Tensor:
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, clean_mask: Tensor | None = None) -> Tensor:
     """Return x_t = (1 - sigma) x_0 + sigma noise; `sigma` is `[B]`, the others `[B, …]`, all float32.
 
     Latents stay clean where `clean_mask`, which is broadcast, is 1.
     """
     spread = sigma.view(-1, *[1] * (latents.ndim - 1))
     noisy = (1 - spread) * latents + spread * noise
-    return noisy if given is None else torch.where(given.bool(), latents, noisy)
+    return noisy if clean_mask is None else torch.where(clean_mask.bool(), latents, noisy)
 
 
 def velocity_loss(
-    prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor, given: Tensor | None = None
+    prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor, clean_mask: Tensor | None = None
 ) -> Tensor:
     """Return the weighted mean squared error against noise - latents, in float32, per sample: `[B]`.
 
     The mean excludes latents where `clean_mask` is 1.
     """
-    return mean_square(prediction.float() - (noise - latents), given) * weight
+    return mean_square(prediction.float() - (noise - latents), clean_mask) * weight
 
 
-def mean_square(error: Tensor, given: Tensor | None = None) -> Tensor:
+def mean_square(error: Tensor, clean_mask: Tensor | None = None) -> Tensor:
     """Return the mean square over the latents where `clean_mask` is not 1, per sample: `[B]`."""
     squares = error.pow(2)
-    if given is None:
+    if clean_mask is None:
         return squares.flatten(1).mean(1)
-    counted = (1 - given.float()).expand_as(squares)
+    counted = (1 - clean_mask.float()).expand_as(squares)
     return (squares * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)

@@ -20,7 +20,7 @@ from diffsynth_core.weights.pickled import read_pickled
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
 HEADER_ALIGNMENT = 8
-LARGEST_SIDE = 2**63
+MAX_SIZE = 2**63
 """No side of a tensor can be as long; beside a side of 0 a header could say so."""
 METADATA = "__metadata__"
 GGUF = b"GGUF"
@@ -116,7 +116,7 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
                 entry["data_offsets"],
             )
             sound = (
-                all(type(side) is int and 0 <= side < LARGEST_SIDE for side in (*shape, begin, end))
+                all(type(side) is int and 0 <= side < MAX_SIZE for side in (*shape, begin, end))
                 and end - begin == math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
             )
         except (KeyError, TypeError, ValueError):

@@ -1,12 +1,13 @@
-"""How CLIP and T5 read the captions of FLUX.1, as diffusers' `FluxPipeline` gives them to them. No torch."""
+"""How CLIP and T5 read the captions of FLUX.1, as in diffusers' `FluxPipeline`. No torch."""
 
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec
 
 CLIP_TOKENS = 77
+"""Length of CLIP's input."""
 T5_TOKENS = 512
-"""Text tokens that the encoders read, always as many: shorter captions are padded, and the padding is not masked."""
+"""Length of T5's input. Shorter captions are padded, and the padding is not masked."""
 POOLED = EmbeddingSpec(count=1, width=768, side=("time_text_embed.text_embedder.linear_1.weight", 1))
-"""The one state of CLIP that is kept, of the whole caption."""
+"""The pooled embedding of CLIP."""
 
 TEXT = CaptionFacts("tokenizer_2_path", T5_TOKENS, 4096, ("context_embedder.weight", 1), around=1, padded=True)
-"""By T5, which reads what CLIP has no room for."""
+"""Captions as read by T5, which reads further than CLIP."""

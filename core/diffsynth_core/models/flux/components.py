@@ -1,6 +1,6 @@
-"""Building FLUX.1's components, and reading their configuration off shapes when no config.json lies beside them.
+"""Building the components of FLUX.1, and inferring their configuration from tensor shapes if there is no config.json.
 
-Shapes are given by the names in our modules, whichever layout the files have.
+Shapes are by module key, whichever layout the files have.
 """
 
 import math
@@ -18,16 +18,17 @@ from diffsynth_core.models.shapes import ROPE_PROPORTION, count_blocks, infer_t5
 from diffsynth_core.models.spec import ComponentFiles, Shapes
 
 CLIP_HEAD_SIZE = 64
-"""Size of an attention head of CLIP's text half: shapes give only heads times size."""
+"""Attention head size of CLIP's text model, which shapes do not determine (only heads x head size)."""
 NORM_GROUPS = 32
-"""Groups of channels that the VAE's norms take together."""
+"""Groups of the VAE's norms."""
 SCALING_FACTOR = 0.3611
+"""Scale of the published VAE's latents. Source: black-forest-labs/flux, src/flux/util.py."""
 SHIFT_FACTOR = 0.1159
-"""Of the published VAE's latents. Source: black-forest-labs/flux, src/flux/util.py."""
+"""Shift of the published VAE's latents, from the same file."""
 
 
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
-    """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
+    """Return the constructor options of a component, from config.json or from shapes."""
     if files.config_path:
         return read_config(files.config_path, shapes)
     infer = {
@@ -41,36 +42,36 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers or transformers module of a component; text encoders without dropout."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    """Build the diffusers or transformers module of a component; text encoders without dropout."""
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
     if component == "text_encoder_1":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        return CLIPTextModel(CLIPTextConfig(**{**settings, "attention_dropout": 0.0}))  # type: ignore[no-any-return]
+        return CLIPTextModel(CLIPTextConfig(**{**options, "attention_dropout": 0.0}))  # type: ignore[no-any-return]
     if component == "text_encoder_2":
         from transformers import T5Config, T5EncoderModel
 
-        return T5EncoderModel(T5Config(**{**settings, "dropout_rate": 0.0}))  # type: ignore[no-any-return]
+        return T5EncoderModel(T5Config(**{**options, "dropout_rate": 0.0}))  # type: ignore[no-any-return]
     if component == "vae":
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        return AutoencoderKL.from_config(settings)  # type: ignore[no-any-return]
+        return AutoencoderKL.from_config(options)  # type: ignore[no-any-return]
     if component == CONTROLNET:
         from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 
         with warnings.catch_warnings():
-            # diffusers 0.42 builds it with a class of its own that it calls deprecated.
+            # diffusers 0.42 itself uses a class here that it declares deprecated.
             warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
-            return FluxControlNetModel.from_config(settings)  # type: ignore[no-any-return]
+            return FluxControlNetModel.from_config(options)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-    return FluxTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
+    return FluxTransformer2DModel.from_config(options)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(parameter: str, folder: Path) -> Any:
-    """The tokenizer of CLIP, or that of T5 exactly as its tokenizer.json says, from local files.
+    """Load the tokenizer of CLIP, or that of T5 exactly as in its tokenizer.json, from local files.
 
-    transformers 5 rebuilds what it takes for a T5 tokenizer, without what tokenizer.json says of normalisation.
+    transformers 5 rebuilds T5 tokenizers, without the normalization in tokenizer.json.
     """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
@@ -85,18 +86,21 @@ def load_tokenizer(parameter: str, folder: Path) -> Any:
 
 
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `FluxTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion."""
-    made, blocks = shapes["proj_out.weight"][0], infer_controlnet(shapes)
-    return {**blocks, "out_channels": made if made != blocks["in_channels"] else None}
+    """Infer the options of `FluxTransformer2DModel` from shapes.
+
+    Shapes do not determine the rotary axes, which keep the published proportion.
+    """
+    out_channels, blocks = shapes["proj_out.weight"][0], infer_controlnet(shapes)
+    return {**blocks, "out_channels": out_channels if out_channels != blocks["in_channels"] else None}
 
 
 def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `FluxControlNetModel`, as those of the transformer."""
+    """Infer the options of `FluxControlNetModel`, which are those of the transformer."""
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    width, taken = shapes["x_embedder.weight"]
+    width, in_channels = shapes["x_embedder.weight"]
     return {
         "patch_size": 1,
-        "in_channels": taken,
+        "in_channels": in_channels,
         "num_layers": count_blocks(shapes, "transformer_blocks."),
         "num_single_layers": count_blocks(shapes, "single_transformer_blocks."),
         "attention_head_dim": head_size,
@@ -109,9 +113,10 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_clip(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `CLIPTextModel`; the last token of the vocabulary ends a text, and the pooled state is taken there.
+    """Infer the options of `CLIPTextModel`.
 
-    The size of a head is 64 where it divides the width, else the largest power of two that does.
+    The last token of the vocabulary ends a text, which is where the pooled state is taken. The head size is 64 if that
+    divides the width, otherwise the largest power of two that does.
     """
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
     return {
@@ -129,9 +134,9 @@ def infer_clip(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `AutoencoderKL`; scale and shift of its latents are those of the published VAE.
+    """Infer the options of `AutoencoderKL`; scale and shift of the latents are those of the published VAE.
 
-    Norms have 32 groups, or as many as the largest power of two below that divides all widths into.
+    Norms have 32 groups, or the largest smaller power of two that divides all widths.
     """
     levels = count_blocks(shapes, "encoder.down_blocks.")
     widths = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)]
@@ -152,7 +157,7 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Recompute activations in the backward pass."""
+    """Enable gradient checkpointing."""
     if component in ("text_encoder_1", "text_encoder_2"):
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
         module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

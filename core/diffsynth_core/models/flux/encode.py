@@ -1,5 +1,4 @@
-"""What FLUX.1's frozen encoders make of a caption and of images, as diffusers' `FluxPipeline` and
-`FluxKontextPipeline` do it."""
+"""Encoding of captions and images for FLUX.1, as in diffusers' `FluxPipeline` and `FluxKontextPipeline`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +9,14 @@ from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.flux.captions import CLIP_TOKENS, T5_TOKENS
 
 KONTEXT_LATENTS = "kontext_latents_{}"
-"""Name of the latents of a reference image, with its number in the row, from 0."""
+"""Name of the latents of a reference image, numbered from 0 within its row."""
 
 
 def encode_pooled_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
-    """State of CLIP at the end of the caption.
+    """Encode a caption with CLIP.
 
-    Returns: `pooled_prompt_embeds`, `[768]` in the text encoder's dtype.
+    Returns:
+        `pooled_prompt_embeds`: the state at the end of the caption, `[768]` in the text encoder's dtype.
     """
     text_encoder = components["text_encoder_1"]
     tokens = _padded(components["tokenizer_1_path"], caption, CLIP_TOKENS).to(text_encoder.device)
@@ -24,9 +24,10 @@ def encode_pooled_text(components: Mapping[str, Any], caption: str) -> dict[str,
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
-    """Last hidden states of T5 over the caption and its padding.
+    """Encode a caption and its padding with T5.
 
-    Returns: `prompt_embeds`, `[512, 4096]` in the text encoder's dtype.
+    Returns:
+        `prompt_embeds`: last hidden states, `[512, 4096]` in the text encoder's dtype.
     """
     text_encoder = components["text_encoder_2"]
     tokens = _padded(components["tokenizer_2_path"], caption, T5_TOKENS).to(text_encoder.device)
@@ -34,13 +35,13 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 
 
 def _padded(tokenizer: Any, caption: str, length: int) -> Tensor:
-    """Token numbers of one caption, `[1, length]`."""
+    """Return the token ids of a caption, `[1, length]`."""
     tokens = tokenizer([caption], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids  # type: ignore[no-any-return]
 
 
-def caption_left_out(components: Mapping[str, Any], encoder: str, caption: str) -> str | None:
-    """Words for a caption whose end an encoder does not read, None for one that is read whole."""
+def truncation_warning(components: Mapping[str, Any], encoder: str, caption: str) -> str | None:
+    """Return a warning about a caption that an encoder truncates, or None."""
     if encoder == "text_1":
         long = _is_longer(components["tokenizer_1_path"], caption, CLIP_TOKENS)
         return f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)" if long else None
@@ -53,28 +54,31 @@ def _is_longer(tokenizer: Any, caption: str, length: int) -> bool:
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Mean of the VAE's posterior, shifted and scaled.
+    """Encode an image: the mean of the VAE's posterior, shifted and scaled.
 
     Args:
         pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
-    Returns: `latents`, `[16, 1, H / 8, W / 8]` float32.
+    Returns:
+        `latents`: `[16, 1, H / 8, W / 8]` float32.
     """
     return {"latents": _latents(vae, pixels)}
 
 
 def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of each image that the model is shown, as `encode_latents` makes them.
+    """Encode reference images as in `encode_latents`.
 
-    Returns: `kontext_latents_0`, `kontext_latents_1`, ..., `[16, 1, H / 8, W / 8]` float32.
+    Returns:
+        `kontext_latents_0`, `kontext_latents_1` …: `[16, 1, H / 8, W / 8]` float32.
     """
     return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(images)}
 
 
 def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
-    """The latents of the image to follow, which has the size of what is trained on.
+    """Encode the image of a ControlNet, which has the size of the target.
 
-    Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
+    Returns:
+        `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
     return {CONTROL_LATENTS: _latents(vae, image)}
 

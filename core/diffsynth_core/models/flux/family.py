@@ -44,8 +44,10 @@ class Flux(Family):
             case _:
                 return encode.encode_latents(components["vae"], sample["image"])
 
-    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
-        return encode.caption_left_out(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
+    def truncation_warning(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> str | None:
+        return encode.truncation_warning(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)

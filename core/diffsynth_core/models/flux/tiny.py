@@ -1,4 +1,4 @@
-"""Tiny random FLUX.1 components: the same classes, file layouts and key names as the published ones."""
+"""Tiny random FLUX.1 components, with the classes, file layouts and key names of the published ones."""
 
 import math
 from collections.abc import Mapping
@@ -27,12 +27,13 @@ from diffsynth_core.models.tiny_tokenizers import unigram_vocabulary, write_pair
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
 DIFFUSERS_FOLDERS = ("transformer", "vae")
-"""Transformers and VAEs in folders of these names have the layout of diffusers repositories, others the original."""
+"""Folders whose files have the diffusers layout; transformers and VAEs elsewhere have the original one."""
 LATENT_SPREAD = 0.62
-"""Spread of the random VAE's raw latents of photographs."""
+"""Standard deviation of the random VAE's unscaled latents of photographs."""
 CLIP_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-"""The last two of the vocabulary, as in CLIP's."""
+"""The last two tokens of the vocabulary, as in CLIP."""
 CLIP_MERGES = (("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>"), ("a", "n</w>"), ("o", "n</w>"), ("i", "n</w>"))
+"""Merges of the tiny CLIP tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class TinySizes:
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
-    """Write one component below `base`/`model_id`, where `pattern` finds it, in the layout that `pattern` asks for.
+    """Write one component below `base`/`model_id` to a path that matches `pattern`, which selects the layout.
 
-    Text encoders bring their tokenizers. Beside the original files of a transformer and a VAE lies no config.json.
+    A text encoder includes its tokenizer. Original files of a transformer or VAE have no config.json, as published.
     """
-    place = PurePosixPath(pattern)
-    folder = base / model_id / place.parent
+    path = PurePosixPath(pattern)
+    folder = base / model_id / path.parent
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIGS[component](sizes)
     module = build(component, config).eval()
@@ -65,13 +66,13 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         _write_clip_tokenizer(folder.parent / "tokenizer")
     elif component == "text_encoder_2":
         write_unigram_tokenizer(folder.parent / "tokenizer_2", byte_fallback=False)
-    diffusers = component == CONTROLNET or place.parent.name in DIFFUSERS_FOLDERS
+    diffusers = component == CONTROLNET or path.parent.name in DIFFUSERS_FOLDERS
     if component in TEXT_ENCODER_CONFIGS:
         write_json(folder / "config.json", TEXT_ENCODER_CONFIGS[component] | config)
     elif diffusers:
         write_json(folder / "config.json", diffusers_config(module))
     renamed = _in_layout(_key_map(component, diffusers), tensors)
-    write_weights(folder, published_name(component, place.name), renamed)
+    write_weights(folder, published_name(component, path.name), renamed)
 
 
 def _transformer(sizes: TinySizes) -> dict[str, Any]:
@@ -88,7 +89,9 @@ def _transformer(sizes: TinySizes) -> dict[str, Any]:
 
 
 def _clip(sizes: TinySizes) -> dict[str, Any]:
-    """Published token numbers, too, are not those of the vocabulary: `eos_token_id` 2 means the highest in a text."""
+    """As in the published config, `eos_token_id` 2 is not a token of the vocabulary: it selects the highest id in
+    a text.
+    """
     return {
         "vocab_size": len(clip_vocabulary()),
         "hidden_size": sizes.pooled_width,
@@ -125,16 +128,19 @@ def _vae(sizes: TinySizes) -> dict[str, Any]:
 
 
 CONFIGS = {"dit": _transformer, "text_encoder_1": _clip, "text_encoder_2": _t5, "vae": _vae, CONTROLNET: _transformer}
+"""Component -> constructor options."""
 TEXT_ENCODER_CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder_1": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
     "text_encoder_2": {"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False},
 }
-"""What the published config.json of the text encoders say besides their settings."""
+"""Keys of the text encoders' config.json other than constructor options."""
 
 
 @torch.no_grad()
 def _spread_latents(module: Any) -> None:
-    """Give latents the published mean and spread, which the original file cannot tell: normalised, 0 and 1."""
+    """Give latents the published mean and spread, so that they are normalized to 0 and 1: the original file does not
+    state them.
+    """
     channels = module.config.latent_channels
     module.encoder.conv_out.weight[:channels] /= SCALING_FACTOR * LATENT_SPREAD
     module.encoder.conv_out.bias[:channels] = SHIFT_FACTOR
@@ -148,12 +154,12 @@ def _key_map(component: str, diffusers: bool) -> KeyMap:
 
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a module under the names of a layout."""
+    """Return the tensors of a module under the keys of a layout."""
     return {name: table.fuse(name, tensors) for name in table.to_sources(tensors)}
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """Bytes, bytes that end a word, some merged words, and the special tokens."""
+    """Return bytes, bytes that end a word, merged words and special tokens, with their ids."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -163,7 +169,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 
 def _write_clip_tokenizer(folder: Path) -> None:
-    """A tokenizer in the published layout: vocab.json, merges.txt and their configuration."""
+    """Write a tokenizer in the published layout: vocab.json, merges.txt and configuration."""
     write_pairs(folder, clip_vocabulary(), CLIP_MERGES)
     start, end = CLIP_SPECIAL_TOKENS
     special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}

@@ -1,14 +1,17 @@
-"""How Qwen3 reads the captions of FLUX.2 klein, as diffusers' `Flux2KleinPipeline` gives them to it. No torch."""
+"""How Qwen3 reads the captions of FLUX.2 klein, as in diffusers' `Flux2KleinPipeline`. No torch."""
 
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
 from diffsynth_core.models.size_facts import CaptionFacts
 
 MAX_TOKENS = 512
-"""Text tokens that the transformer sees, always as many: it attends to the padding too."""
+"""Length of the text encoder's input. The transformer attends to the padding too."""
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""What Qwen3's chat template makes of a message without thinking; for counting, encoding asks the tokenizer itself."""
+"""Output of Qwen3's chat template for a message, without thinking.
+
+Used to count tokens without transformers; encoding applies the tokenizer's own template.
+"""
 WIDTHS = {"4B": 2560, "9B": 4096}
-"""Values in a state of the text encoder, by the size of the model it belongs to (Qwen3 4B and 8B)."""
+"""Size of the FLUX.2 model -> width of its text encoder (Qwen3 4B and 8B)."""
 
 TEXT = {
     size: CaptionFacts(
@@ -22,3 +25,4 @@ TEXT = {
     )
     for size, width in WIDTHS.items()
 }
+"""Size of the FLUX.2 model -> captions as read by its text encoder."""

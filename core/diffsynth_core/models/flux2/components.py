@@ -1,4 +1,4 @@
-"""Building FLUX.2's components, and reading their configuration off shapes when no config.json lies beside them."""
+"""Building the components of FLUX.2, and inferring their configuration from shapes if there is no config.json."""
 
 import math
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.spec import ComponentFiles, Shapes
 
 ROPE_AXES = 4
-"""Rotary axes of the transformer (image, row, column, text): 32 each of a head of 128."""
+"""Rotary axes of the transformer (image, row, column, text), 32 channels each at head size 128."""
 ROPE_THETA = 1000000.0
 """Base of Qwen3's rotary frequencies."""
 NORM_GROUPS = 32
-"""Groups that the VAE's norms are taken over."""
+"""Groups of the VAE's norms."""
 
 
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
-    """Constructor settings of a component: config.json, else inferred from its shapes (module names).
+    """Return the constructor options of a component, from config.json or from shapes.
 
-    A vocabulary head that the files of a text encoder lack is taken from its embedding, whatever config.json says:
-    nothing reads it.
+    If the files of a text encoder lack the output head, it is tied to the embedding, whatever config.json says: it is
+    never used.
     """
     if not files.config_path:
         return {"dit": infer_transformer, "text_encoder": infer_text_encoder, "vae": infer_vae}[files.component](shapes)
@@ -36,23 +36,23 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers or transformers module of a component."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    """Build the diffusers or transformers module of a component."""
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
     if component == "text_encoder":
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        return Qwen3ForCausalLM(Qwen3Config(**settings))  # type: ignore[no-any-return]
+        return Qwen3ForCausalLM(Qwen3Config(**options))  # type: ignore[no-any-return]
     if component == "vae":
         from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 
-        return AutoencoderKLFlux2.from_config(settings)  # type: ignore[no-any-return]
+        return AutoencoderKLFlux2.from_config(options)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 
-    return Flux2Transformer2DModel.from_config(settings)  # type: ignore[no-any-return]
+    return Flux2Transformer2DModel.from_config(options)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of Qwen3 from local files, with the chat template that captions are put into."""
+    """Load the tokenizer of Qwen3 with its chat template from local files."""
     from transformers import Qwen2Tokenizer
 
     hint = "download the folder again, or pass another with `--tokenizer_path`"
@@ -66,7 +66,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `Flux2Transformer2DModel`; all show in shapes but the rotary axes, which keep a proportion."""
+    """Infer the options of `Flux2Transformer2DModel` from shapes.
+
+    Shapes do not determine the rotary axes, which keep the published proportion.
+    """
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     width, in_channels = shapes["x_embedder.weight"]
     return {
@@ -85,13 +88,13 @@ def infer_transformer(shapes: Shapes) -> dict[str, Any]:
 
 
 def rope_axes(head_size: int) -> list[int]:
-    """The rotary axes of a head: equal and even parts; the first takes what is left."""
+    """Return the rotary axes of a head: equal even parts; the first one takes the remainder."""
     side = head_size // (2 * ROPE_AXES) * 2
     return [head_size - (ROPE_AXES - 1) * side, *[side] * (ROPE_AXES - 1)]
 
 
 def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `Qwen3ForCausalLM`."""
+    """Infer the options of `Qwen3ForCausalLM` from shapes."""
     layer = "model.layers.0"
     vocabulary, width = shapes["model.embed_tokens.weight"]
     (head_size,) = shapes[f"{layer}.self_attn.q_norm.weight"]
@@ -109,7 +112,7 @@ def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `AutoencoderKLFlux2`; the groups of its norms are a rule: 32, or what of them divides all widths."""
+    """Infer the options of `AutoencoderKLFlux2`; norms have 32 groups, or the largest divisor of 32 and all widths."""
     widths = _widths(shapes, "encoder.down_blocks")
     decoder_widths = _widths(shapes, "decoder.up_blocks")[::-1]
     latent_channels = shapes["encoder.conv_out.weight"][0] // 2
@@ -132,14 +135,14 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def _widths(shapes: Shapes, blocks: str) -> list[int]:
-    """Channels behind each of the numbered blocks."""
+    """Return the output channels of each numbered block."""
     return [
         shapes[f"{blocks}.{number}.resnets.0.conv1.weight"][0] for number in range(count_blocks(shapes, f"{blocks}."))
     ]
 
 
 def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Recompute activations in the backward pass."""
+    """Enable gradient checkpointing."""
     if component == "text_encoder":
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
         module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What FLUX.2's frozen encoders make of captions and images, as diffusers' `Flux2KleinPipeline` does it."""
+"""Encoding of captions and images for FLUX.2, as in diffusers' `Flux2KleinPipeline`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
 
 REFERENCE_LATENTS = "edit_latents_{}"
-"""What the latents of reference images are called, counted from 0."""
+"""Name of the latents of a reference image, numbered from 0."""
 
 
 def apply_template(tokenizer: Any, caption: str) -> str:
-    """The caption as a user's message, and the beginning of an answer without thinking."""
+    """Format a caption as a user message, followed by the start of an answer without thinking."""
     text: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -22,9 +22,10 @@ def apply_template(tokenizer: Any, caption: str) -> str:
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
-    """States behind layers 9, 18 and 27 of Qwen3 over the templated caption, padded to 512 tokens.
+    """Encode a caption in its template, padded to 512 tokens, with Qwen3.
 
-    Returns: `prompt_embeds`, `[512, 3 x width]` in the text encoder's dtype.
+    Returns:
+        `prompt_embeds`: hidden states after layers 9, 18 and 27, `[512, 3 x width]` in the text encoder's dtype.
     """
     text_encoder, tokenizer = components["text_encoder"], components["tokenizer_path"]
     tokens = tokenizer(
@@ -40,36 +41,40 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": torch.cat([states[layer][0] for layer in TEXT_LAYERS], dim=-1)}
 
 
-def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
-    """Words for a caption whose end is cut off, None for one that is taken whole."""
+def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+    """Return a warning about a caption that is truncated, or None."""
     tokenizer = components["tokenizer_path"]
     tokens = tokenizer(apply_template(tokenizer, caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """Mean of the VAE's posterior in patches of 2 x 2, normalised by the VAE's running statistics.
+    """Encode an image: the mean of the VAE's posterior in 2 x 2 patches, normalized with the VAE's running statistics.
 
     Args:
         pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
-    Returns: `[128, 1, H / 16, W / 16]` float32.
+    Returns:
+        `[128, 1, H / 16, W / 16]` float32.
     """
     posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
     latents = patchify(posterior.mode().float())
     mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
     variance = vae.bn.running_var.float().view(1, -1, 1, 1)
-    normalised: Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
-    return normalised[0, :, None]
+    normalized: Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+    return normalized[0, :, None]
 
 
 def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of each reference image, in order: `edit_latents_0`, `edit_latents_1` and so on."""
+    """Encode reference images to `edit_latents_0`, `edit_latents_1` …, in order."""
     return {REFERENCE_LATENTS.format(number): encode_latents(vae, image) for number, image in enumerate(images)}
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """Patches of 2 x 2 as channels: `[B, C, h, w]` -> `[B, 4C, h/2, w/2]` (`Flux2KleinPipeline._patchify_latents`)."""
+    """Move 2 x 2 patches into channels: `[B, C, h, w]` -> `[B, 4C, h/2, w/2]`.
+
+    Source: `_patchify_latents` of diffusers' `Flux2KleinPipeline`.
+    """
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
     return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * 4, height // 2, width // 2)

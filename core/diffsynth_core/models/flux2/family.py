@@ -38,8 +38,10 @@ class Flux2(Family):
             case _:
                 return {"latents": encode.encode_latents(components["vae"], sample["image"])}
 
-    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
-        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
+    def truncation_warning(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> str | None:
+        return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)

@@ -1,4 +1,4 @@
-"""Tiny random FLUX.2 components: the same classes, file layout and key names as the published ones."""
+"""Tiny random FLUX.2 components, with the classes, file layout and key names of the published ones."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,7 +21,9 @@ from diffsynth_core.models.tiny import (
 from diffsynth_core.models.tiny_tokenizers import tiny_vocabulary, write_tokenizer
 
 TEMPLATE_WORDS = ("user", "assistant")
+"""Words of the chat template that are one token each."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+"""Special tokens, numbered after the vocabulary."""
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" }}
@@ -33,19 +35,22 @@ CHAT_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """
-"""What Qwen3's own makes of one message, with and without thinking."""
+"""A template with the output of Qwen3's own for one message, with and without thinking."""
 LATENT_SPREAD = 0.6
-"""Spread of the random VAE's raw latents of photographs."""
+"""Standard deviation of the random VAE's unnormalized latents of photographs."""
 
 
 @dataclass(frozen=True)
 class TinyTransformer:
-    """How the transformers of FLUX.2 differ: recipes name their single blocks one by one, so all of them are there."""
+    """How the transformers of FLUX.2 differ.
+
+    The number of single blocks is the published one, because recipes list them one by one.
+    """
 
     single_blocks: int = 20
     guidance: bool = False
     tied_embedding: bool = True
-    """Whether the text encoder that belongs to it has no vocabulary head of its own."""
+    """Whether the output head of its text encoder is tied to the embedding."""
 
 
 TRANSFORMERS = (
@@ -53,7 +58,7 @@ TRANSFORMERS = (
     ("*-dev*", TinyTransformer(48, guidance=True)),
     ("*", TinyTransformer()),
 )
-"""(pattern of the hub repository, its transformer), first match wins."""
+"""(pattern of the hub repository, transformer), first match wins."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,11 @@ class TinySizes:
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
-    """Write one component below `base`/`model_id`, where `pattern` finds it; the text encoder brings a tokenizer."""
-    place = PurePosixPath(pattern)
-    folder = base / model_id / place.parent
+    """Write one component below `base`/`model_id` to a path that matches `pattern`; a text encoder includes its
+    tokenizer.
+    """
+    path = PurePosixPath(pattern)
+    folder = base / model_id / path.parent
     folder.mkdir(parents=True, exist_ok=True)
     if component == "text_encoder":
         write_tokenizer(folder.parent / "tokenizer", TEMPLATE_WORDS, SPECIAL_TOKENS)
@@ -86,7 +93,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
     if config.get("tie_word_embeddings"):
         del tensors["lm_head.weight"]
     _write_config(folder / "config.json", component, module, config)
-    write_weights(folder, published_name(component, place.name), tensors)
+    write_weights(folder, published_name(component, path.name), tensors)
 
 
 def _transformer(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _vae(kind: TinyTransformer, sizes: TinySizes) -> dict[str, Any]:
 
 
 def _set_statistics(vae: Any) -> None:
-    """Statistics that differ from channel to channel, with which latents of photographs have a spread near 1."""
+    """Set running statistics that differ per channel and give latents of photographs a spread near 1."""
     generator = torch.Generator().manual_seed(1)
     statistics = vae.bn
     statistics.running_mean.normal_(std=0.1 * LATENT_SPREAD, generator=generator)
@@ -133,7 +140,7 @@ def _set_statistics(vae: Any) -> None:
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the dtype of published files: statistics keep theirs."""
+    """Return a tensor in the dtype of published files, in which running statistics are not converted."""
     return tensor.detach() if name.startswith("bn.") else tensor.detach().to(torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""How Qwen2.5-VL reads the captions of Qwen-Image, as diffusers' pipelines give them to it. No torch."""
+"""How Qwen2.5-VL reads the captions of Qwen-Image, as in diffusers' pipelines. No torch."""
 
 from dataclasses import replace
 
@@ -10,10 +10,11 @@ PROMPT_TEMPLATE = (
     "objects and background:<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+"""Template of text-to-image captions."""
 DROPPED_TOKENS = 34
-"""Tokens of the system message, whose states the model never sees."""
+"""Tokens of the system message, whose states are dropped."""
 MAX_TOKENS = 1024
-"""Text tokens kept behind the dropped ones."""
+"""Maximum number of text tokens after the dropped ones."""
 
 EDIT_TEMPLATE = (
     "<|im_start|>system\n"
@@ -22,22 +23,29 @@ EDIT_TEMPLATE = (
     "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+"""Template of editing captions."""
 DROPPED_EDIT_TOKENS = 64
+"""Tokens of the system message for editing."""
 MAX_EDIT_TOKENS = 3072
-"""Tokens of a caption and its images behind the dropped ones. The pipelines cut nothing off; but the transformer has
-4096 positions, of which text begins at a 32nd of the longest side of an image in pixels."""
+"""Maximum number of tokens of a caption and its images after the dropped ones.
+
+The pipelines do not truncate, but the transformer has 4096 positions, and text starts at position
+(longest side of an image in pixels) / 32.
+"""
 WIDTH = 3584
-"""Values in a state of Qwen2.5-VL 7B."""
+"""Width of Qwen2.5-VL 7B."""
 
 IMAGE_SIDE = 28
-"""Pixels of a token of an image that Qwen2.5-VL sees: patches of 14, joined two by two."""
+"""Pixels per side of an image token: patches of 14 pixels, merged 2 x 2."""
 IMAGE_TOKENS = 4
-"""The fewest of an image, the `min_pixels` (56 x 56) of its processor."""
+"""Minimum number of tokens of an image: `min_pixels` (56 x 56) of the processor."""
 IMAGE = "<|vision_start|>{image}<|vision_end|>"
+"""Text of an image in the prompt."""
 
 TEXT = CaptionFacts(
     "tokenizer_path", MAX_TOKENS, WIDTH, ("txt_in.weight", 1), PROMPT_TEMPLATE, DROPPED_TOKENS, around=5
 )
+"""Captions of text-to-image models."""
 EDIT_TEXT = replace(
     TEXT,
     most=MAX_EDIT_TOKENS,
@@ -47,5 +55,6 @@ EDIT_TEXT = replace(
     image_side=IMAGE_SIDE,
     image_tokens=IMAGE_TOKENS,
 )
+"""Captions of the first editing model."""
 EDIT_PLUS_TEXT = replace(EDIT_TEXT, announced=f"Picture {{number}}: {IMAGE}")
-"""Of the models after the first, to which images are numbered."""
+"""Captions of the later editing models, in which images are numbered."""

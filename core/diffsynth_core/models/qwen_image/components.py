@@ -1,4 +1,4 @@
-"""Building Qwen-Image's components, and reading their configuration off shapes when no config.json lies beside them."""
+"""Building the components of Qwen-Image, and inferring their configuration from shapes if there is no config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +13,17 @@ from diffsynth_core.models.shapes import ROPE_PROPORTION, count_blocks, split_ev
 from diffsynth_core.models.spec import ComponentFiles, Shapes
 
 DEFAULT_HEAD_SIZE = 128
-"""Size of an attention head of Qwen2.5-VL's text model: shapes give only heads times size."""
+"""Attention head size of Qwen2.5-VL's text model, which shapes do not determine (only heads x head size)."""
 MROPE_PROPORTION = (16, 24, 24)
-"""Rotary sections (time, height, width) of Qwen2.5-VL, of half a head of 128."""
+"""Rotary sections (time, height, width) of Qwen2.5-VL, in half a head of size 128."""
 VISION_HEAD_SIZE = 80
+"""Attention head size of the vision tower."""
 VISION_FULL_ATTENTION_EVERY = 8
-"""Blocks 7, 15, 23 and 31 of 32 attend to the whole image."""
+"""Interval of blocks with attention over the whole image: 7, 15, 23 and 31 of 32."""
 
 
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
-    """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
+    """Return the constructor options of a component, from config.json or from shapes."""
     if files.config_path:
         return read_config(files.config_path, shapes)
     infer = {
@@ -35,27 +36,27 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers or transformers module of a component."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    """Build the diffusers or transformers module of a component."""
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
     if component == "text_encoder":
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))  # type: ignore[no-any-return]
+        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**options))  # type: ignore[no-any-return]
     if component == "vae":
         from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
-        return AutoencoderKLQwenImage.from_config(settings)  # type: ignore[no-any-return]
+        return AutoencoderKLQwenImage.from_config(options)  # type: ignore[no-any-return]
     if component == CONTROLNET:
         from diffusers.models.controlnets.controlnet_qwenimage import QwenImageControlNetModel
 
-        return QwenImageControlNetModel.from_config(settings)  # type: ignore[no-any-return]
+        return QwenImageControlNetModel.from_config(options)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
-    return QwenImageTransformer2DModel.from_config(settings)  # type: ignore[no-any-return]
+    return QwenImageTransformer2DModel.from_config(options)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of Qwen2.5-VL from local files."""
+    """Load the tokenizer of Qwen2.5-VL from local files."""
     from transformers import Qwen2Tokenizer
 
     try:
@@ -68,7 +69,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_processor(folder: Path) -> Any:
-    """The image processor of Qwen2.5-VL from local files, in its form that needs Pillow alone."""
+    """Load the image processor of Qwen2.5-VL from local files, in the variant that requires only Pillow."""
     from transformers import Qwen2VLImageProcessorPil
 
     try:
@@ -81,20 +82,23 @@ def load_processor(folder: Path) -> Any:
 
 
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `QwenImageTransformer2DModel`; all show in shapes but the rotary axes, which keep a proportion, and
-    `zero_cond_t`, which is to be said."""
+    """Infer the options of `QwenImageTransformer2DModel` from shapes.
+
+    Shapes do not determine the rotary axes, which keep the published proportion, nor `zero_cond_t`, which is a
+    parameter.
+    """
     return {**_infer_blocks(shapes), "out_channels": shapes["proj_out.weight"][0] // 4}
 
 
 def infer_controlnet(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `QwenImageControlNetModel`, as those of the transformer."""
+    """Infer the options of `QwenImageControlNetModel`, which are those of the transformer and one more."""
     blocks = _infer_blocks(shapes)
-    followed = shapes["controlnet_x_embedder.weight"][1]
-    return {**blocks, "extra_condition_channels": followed - blocks["in_channels"]}
+    control_channels = shapes["controlnet_x_embedder.weight"][1]
+    return {**blocks, "extra_condition_channels": control_channels - blocks["in_channels"]}
 
 
 def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
-    """Settings of what the transformer and a ControlNet have alike."""
+    """Return the options that the transformer and a ControlNet share."""
     head_size = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     width, in_channels = shapes["img_in.weight"]
     return {
@@ -109,7 +113,7 @@ def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `Qwen2_5_VLForConditionalGeneration`."""
+    """Infer the options of `Qwen2_5_VLForConditionalGeneration` from shapes."""
     prefix = "model.language_model"
     vocabulary, width = shapes[f"{prefix}.embed_tokens.weight"]
     query, _ = shapes[f"{prefix}.layers.0.self_attn.q_proj.weight"]
@@ -147,7 +151,7 @@ def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `AutoencoderKLQwenImage`; the mean and spread of its latents are those of the published VAE."""
+    """Infer the options of `AutoencoderKLQwenImage`; mean and std of the latents are those of the published VAE."""
     base = shapes["encoder.conv_in.weight"][0]
     widths = [base]
     strides = []
@@ -172,7 +176,7 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Recompute activations in the backward pass; diffusers' VAE has no such mode and keeps its own."""
+    """Enable gradient checkpointing; diffusers' VAE does not support it."""
     if component == "text_encoder":
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
         module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

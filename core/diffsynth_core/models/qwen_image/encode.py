@@ -1,5 +1,7 @@
-"""What Qwen-Image's frozen encoders make of captions and images, as diffusers' `QwenImagePipeline`,
-`QwenImageEditPipeline` and `QwenImageEditPlusPipeline` do it."""
+"""Encoding of captions and images for Qwen-Image.
+
+As in diffusers' `QwenImagePipeline`, `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +24,14 @@ from diffsynth_core.models.qwen_image.captions import (
 from diffsynth_core.models.qwen_image.forward import EDIT_LATENTS
 
 IMAGE_TOKEN = "<|image_pad|>"
+"""Placeholder token of an image."""
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
-    """Last hidden states of Qwen2.5-VL over the templated caption.
+    """Encode a caption in its template with Qwen2.5-VL.
 
-    Returns: `prompt_embeds`, `[L, 3584]` in the text encoder's dtype, L at most 1024.
+    Returns:
+        `prompt_embeds`: last hidden states, `[L, 3584]` in the text encoder's dtype, L <= 1024.
     """
     text_encoder = components["text_encoder"]
     tokens = components["tokenizer_path"](
@@ -43,20 +47,21 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 def encode_edit_text(
     components: Mapping[str, Any], caption: str, images: Sequence[Tensor], announced: str
 ) -> dict[str, Tensor]:
-    """Last hidden states of Qwen2.5-VL over the caption behind the images to edit, which stand where text does.
+    """Encode the reference images and the caption with Qwen2.5-VL, image tokens first.
 
-    Tokens of images are placed in height and width, as in the training of the published models. transformers does it
-    when it is told which tokens they are (`mm_token_type_ids`); diffusers 0.42 does not tell transformers 5, which
-    then counts them like words (issue 14194 of diffusers).
+    Image tokens have positions in height and width, as in the training of the published models. transformers assigns
+    them if it receives `mm_token_type_ids`; diffusers 0.42 does not pass these to transformers 5, which then numbers
+    image tokens like words (diffusers issue 14194).
 
     Args:
         images: each `[3, 1, H, W]` in [-1, 1].
-        announced: what stands for each in the prompt (`CaptionFacts.announced`).
+        announced: text for each image in the prompt (`CaptionFacts.announced`).
 
-    Returns: `prompt_embeds`, `[L, 3584]` in the text encoder's dtype.
+    Returns:
+        `prompt_embeds`: last hidden states, `[L, 3584]` in the text encoder's dtype.
 
     Raises:
-        DiffSynthError: when caption and images are too long.
+        DiffSynthError: if caption and images have too many tokens.
     """
     text_encoder, processor = components["text_encoder"], components["processor_path"]
     shown = processor(images=[_to_bytes(image) for image in images], return_tensors="pt").to(text_encoder.device)
@@ -82,53 +87,56 @@ def encode_edit_text(
 
 
 def announce_images(counts: Sequence[int], announced: str) -> str:
-    """What stands for images of so many tokens each in the prompt."""
+    """Return the prompt text for images with the given numbers of tokens."""
     return "".join(
         announced.format(number=number, image=IMAGE_TOKEN * count) for number, count in enumerate(counts, start=1)
     )
 
 
 def _to_bytes(image: Tensor) -> NDArray[np.uint8]:
-    """`[3, 1, H, W]` in [-1, 1] -> `[H, W, 3]` in 0..255."""
+    """Convert `[3, 1, H, W]` in [-1, 1] to `[H, W, 3]` in 0..255."""
     values = ((image[:, 0] + 1) * 127.5).round().to(torch.uint8)
     return values.permute(1, 2, 0).cpu().numpy()
 
 
-def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
-    """Words for a caption whose end is cut off, None for one that is taken whole."""
+def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+    """Return a warning about a caption that is truncated, or None."""
     tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """The latents that are trained on.
+    """Encode the target.
 
     Args:
         pixels: `[3, F, H, W]` in [-1, 1], H and W multiples of 16.
 
-    Returns: `latents`, `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
+    Returns:
+        `latents`: `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
     """
-    return {"latents": _normalised_latents(vae, pixels)}
+    return {"latents": _normalized_latents(vae, pixels)}
 
 
 def encode_edit_latents(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The latents of the images to edit, whose sizes may differ.
+    """Encode reference images, whose sizes may differ.
 
-    Returns: `edit_latents_0`, `edit_latents_1` … in their order, each `[16, 1, h, w]` float32.
+    Returns:
+        `edit_latents_0`, `edit_latents_1` …: in order, each `[16, 1, h, w]` float32.
     """
-    return {EDIT_LATENTS.format(number): _normalised_latents(vae, image) for number, image in enumerate(images)}
+    return {EDIT_LATENTS.format(number): _normalized_latents(vae, image) for number, image in enumerate(images)}
 
 
 def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
-    """The latents of the image to follow, which has the size of what is trained on.
+    """Encode the image of a ControlNet, which has the size of the target.
 
-    Returns: `controlnet_latents`, `[16, 1, H / 8, W / 8]` float32.
+    Returns:
+        `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    return {CONTROL_LATENTS: _normalised_latents(vae, image)}
+    return {CONTROL_LATENTS: _normalized_latents(vae, image)}
 
 
-def _normalised_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """Mean of the VAE's posterior, normalised channel by channel."""
+def _normalized_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Return the mean of the VAE's posterior, normalized per channel."""
     posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
     latents: Tensor = posterior.mode()[0].float()
     mean, std = (

@@ -1,4 +1,4 @@
-"""Tiny random Qwen-Image components: the same classes, file layout and key names as the published ones."""
+"""Tiny random Qwen-Image components, with the classes, file layout and key names of the published ones."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,8 +21,11 @@ TEMPLATE_WORDS = (
     *(" meets", " requirements", " while", " maintaining", " consistency", " with", " original", " where"),
     *(" appropriate", "system", "user", "assistant", "Describe", "Picture", "color", "'s", "),"),
 )
-"""One token each, as in the real vocabulary, so that the system messages are the 34 and 64 tokens that are dropped.
-Words behind a blank go first: a merge that is listed earlier is done earlier."""
+"""Words of the templates that are one token each, as in the real vocabulary, so that the system messages have the 34
+and 64 tokens that are dropped.
+
+Words with a leading space come first: merges are applied in order.
+"""
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -32,9 +35,10 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+"""Special tokens, numbered after the vocabulary."""
 
 ZERO_CONDITION = "*-Image-Edit-2511"
-"""Pattern of the hub repositories whose transformer tells reference tokens of timestep 0."""
+"""Pattern of the hub repositories whose transformer modulates reference tokens with timestep 0."""
 
 IMAGE_PROCESSOR = {
     "do_convert_rgb": True,
@@ -69,12 +73,12 @@ class TinySizes:
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
-    """Write one component below `base`/`model_id`, where `pattern` finds it.
+    """Write one component below `base`/`model_id` to a path that matches `pattern`.
 
-    The text encoder brings a tokenizer, and the processor where that of all models is looked for.
+    A text encoder includes its tokenizer, and the processor at its default location for all models.
     """
-    place = PurePosixPath(pattern)
-    folder = base / model_id / place.parent
+    path = PurePosixPath(pattern)
+    folder = base / model_id / path.parent
     folder.mkdir(parents=True, exist_ok=True)
     if component == "text_encoder":
         write_tokenizer(folder.parent / "tokenizer", TEMPLATE_WORDS, SPECIAL_TOKENS)
@@ -88,7 +92,7 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         _file_key(component, name): tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()
     }
     _write_config(folder / "config.json", component, module, config)
-    write_weights(folder, place.name, tensors)
+    write_weights(folder, path.name, tensors)
 
 
 def _transformer(sizes: TinySizes) -> dict[str, Any]:
@@ -138,15 +142,16 @@ def _text_encoder(sizes: TinySizes) -> dict[str, Any]:
 
 
 def _vae(sizes: TinySizes) -> dict[str, Any]:
-    # With the filling below, latents of photographs have mean 0 and a spread of about 0.64 in each channel.
+    # With `fill`, latents of photographs have mean 0 and a standard deviation of about 0.64 in each channel.
     return {"base_dim": sizes.vae_width, "latents_mean": [0.0] * 16, "latents_std": [0.64] * 16}
 
 
 CONFIGS = {"dit": _transformer, "text_encoder": _text_encoder, "vae": _vae, CONTROLNET: _transformer}
+"""Component -> constructor options."""
 
 
 def _file_key(component: str, name: str) -> str:
-    """The name a tensor has in published files: those of the text encoder keep earlier names."""
+    """Return the key of a tensor in published files; those of the text encoder use earlier module names."""
     if component != "text_encoder":
         return name
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
@@ -161,6 +166,6 @@ def _write_config(path: Path, component: str, module: Any, config: dict[str, Any
 
 
 def write_processor(folder: Path) -> None:
-    """The processor's folder, of which its image half is read."""
+    """Write the folder of the processor, of which only the image processor is used."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "preprocessor_config.json", IMAGE_PROCESSOR)

@@ -1,4 +1,4 @@
-"""What Qwen-Image's models are trained for: images from text, and the editing of one image or several. No torch."""
+"""Variants of Qwen-Image: text to image, ControlNet, and editing with one or several reference images. No torch."""
 
 import math
 import re
@@ -14,15 +14,20 @@ from diffsynth_core.models.size_facts import LatentFacts
 from diffsynth_core.models.spec import EncoderFacts, References, Shapes, TargetSpec, Variant
 
 EDIT_IMAGE = "edit_image"
-"""The extra input and metadata column of the images to edit, and what the VAE's encoder calls them."""
+"""Extra input and metadata column of reference images, and name of their latents' input."""
 EDIT_IMAGE_SMALL = "edit_image_small"
-"""The same images at the size at which the text encoder of the later models looks at them."""
+"""The same images at the size at which the text encoder of the later models reads them."""
 
 COMPONENTS = ("dit", "text_encoder", "vae")
+"""Components of all variants."""
 IMAGE = TargetSpec("image", "image", size_factor=16)
+"""The target."""
 OF_VAE = LatentFacts(channels=16, factor=8)
+"""Size of the VAE's latents."""
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
+"""Encoder of the target."""
 EDIT_LATENTS = EncoderFacts(name="edit_latents", component="vae", columns=(EDIT_IMAGE,), latents=OF_VAE)
+"""Encoder of reference images."""
 
 TEXT_TO_IMAGE = Variant(
     title="Qwen-Image",
@@ -32,21 +37,27 @@ TEXT_TO_IMAGE = Variant(
     target=IMAGE,
     conditions=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
+"""The text-to-image variant."""
 
 VAE_AREA = 1024 * 1024
+"""Area in pixels to which diffusers' editing pipelines resize images for the VAE (`VAE_IMAGE_SIZE`)."""
 PROMPT_AREA = 384 * 384
-"""Areas, in pixels, to which diffusers' editing pipelines bring images for the VAE and for the text encoder
-(`VAE_IMAGE_SIZE` and `CONDITION_IMAGE_SIZE`)."""
+"""The same for the text encoder (`CONDITION_IMAGE_SIZE`)."""
 SIDE_STEP = 32
-LARGEST_RATIO = 200
-"""Longer side by shorter side that the image processor of Qwen2.5-VL takes at most."""
+"""Divisor of the sides of resized images."""
+MAX_ASPECT_RATIO = 200
+"""Maximum aspect ratio that the image processor of Qwen2.5-VL accepts."""
 
 
 @dataclass(frozen=True)
 class EditModel:
-    """A published editing model. The first edits `one_image`, which its text encoder sees as large as the VAE does;
-    in the later ones images are numbered, and the text encoder sees them smaller. `guessed`: nothing tells that it is
-    this one."""
+    """A published editing model.
+
+    Attributes:
+        one_image: the first model: one reference image, which its text encoder reads at the size for the VAE. In later
+            models images are numbered, and the text encoder reads smaller ones.
+        guessed: the name of the files does not determine the model.
+    """
 
     model_id: str
     one_image: bool = False
@@ -54,6 +65,7 @@ class EditModel:
 
     @property
     def title(self) -> str:
+        """Name for messages."""
         name = self.model_id.rpartition("/")[2]
         return f"Qwen-Image, shown images as {name} (the name of its files tells no kind)" if self.guessed else name
 
@@ -66,38 +78,41 @@ EDIT_MODELS = (
     (r"(^|[/\\,\s]|--)Qwen-Image-Edit([/\\:,\s]|$)", EditModel("Qwen/Qwen-Image-Edit", one_image=True)),
     (r"", EditModel("Qwen/Qwen-Image-Edit-2509", guessed=True)),
 )
-"""(what is found in the name of the denoiser's files, the model that they are taken for), first match wins."""
+"""(pattern in the name of the denoiser's files, model), first match wins."""
 
 
 def edit_model(origin: str) -> EditModel:
-    """The editing model that what the user wrote for the denoiser's files tells of: all have the same shapes."""
+    """Return the editing model by the name of the denoiser's files: all have the same shapes."""
     return next(model for pattern, model in EDIT_MODELS if re.search(pattern, origin))
 
 
 def vae_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) at which the VAE reads an image to edit; see `edit_size`."""
+    """Return the (height, width) at which the VAE reads a reference image; see `edit_size`."""
     return edit_size(width / height, VAE_AREA * min(1, max_pixels / VAE_AREA))
 
 
 def prompt_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) at which the text encoder of the later models reads it, smaller as the VAE's size is."""
+    """Return the (height, width) at which the text encoder of the later models reads a reference image.
+
+    A smaller `max_pixels` reduces it in proportion to the size for the VAE.
+    """
     return edit_size(width / height, PROMPT_AREA * min(1, max_pixels / VAE_AREA))
 
 
 def edit_size(ratio: float, area: float) -> tuple[int, int]:
-    """(height, width), multiples of 32, of about `area` pixels; (0, 0) where the ratio of sides is out of bounds.
+    """Return (height, width), multiples of 32, with an area near `area`; (0, 0) if the aspect ratio is too large.
 
-    As `calculate_dimensions` of diffusers' editing pipelines, but no side is rounded to 0, as small areas are.
+    As `calculate_dimensions` of diffusers' editing pipelines, except that no side is rounded to 0 for small areas.
     """
     width = math.sqrt(area * ratio)
     sides = [max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP) for side in (width / ratio, width)]
-    return (0, 0) if max(sides) > LARGEST_RATIO * min(sides) else (sides[0], sides[1])
+    return (0, 0) if max(sides) > MAX_ASPECT_RATIO * min(sides) else (sides[0], sides[1])
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """Text to image, or editing when images to edit are asked for; which model edits shows in no shape.
+    """Return the variant: with a ControlNet or for editing if the extra inputs say so, otherwise text to image.
 
-    With an image to follow, text to image beside a ControlNet.
+    The shapes of editing models are those of the text-to-image model.
     """
     if CONTROLNET_IMAGE in inputs:
         blocks = count_blocks(shapes["dit"], "transformer_blocks.") if "dit" in shapes else None
@@ -106,7 +121,7 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 
 def edit_variant(model: EditModel) -> Variant:
-    """What an editing model required_conditions: the image half of its text encoder is in use."""
+    """Return the variant of an editing model, which uses the vision tower of its text encoder."""
     shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_image else None)
     small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     name, read, facts = (

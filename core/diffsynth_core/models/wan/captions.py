@@ -1,4 +1,4 @@
-"""How UMT5 reads the captions of Wan, as diffusers' `WanPipeline` gives them to it. No torch."""
+"""How UMT5 reads the captions of Wan, as in diffusers' `WanPipeline`. No torch."""
 
 import html
 import re
@@ -6,11 +6,11 @@ import re
 from diffsynth_core.models.size_facts import CaptionFacts
 
 MAX_TOKENS = 512
-"""Text tokens that the transformer sees, always as many; behind the caption they are zero."""
+"""Number of text states of the transformer; those after the caption are zero."""
 
 
 def clean_caption(caption: str) -> str:
-    """The caption with broken encodings fixed, HTML entities unescaped and runs of white space collapsed."""
+    """Return the caption with mojibake fixed, HTML entities unescaped and white space collapsed."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
@@ -25,3 +25,4 @@ TEXT = CaptionFacts(
     around=1,
     clean=clean_caption,
 )
+"""Captions of Wan."""

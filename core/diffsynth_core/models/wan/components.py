@@ -1,6 +1,6 @@
-"""Building Wan's components, and reading their configuration off shapes when no config.json of theirs lies beside them.
+"""Building the components of Wan, and inferring their configuration from shapes if there is no config.json.
 
-Shapes are given by the names in our modules, whichever layout the files have.
+Shapes are by module key, whichever layout the files have.
 """
 
 import math
@@ -19,7 +19,9 @@ from diffsynth_core.models.wan.sizes import head_size
 IMAGE_ENCODER_HEADS = 16
 """Attention heads of CLIP ViT-H (16 x 80) and ViT-L (16 x 64)."""
 ORIGINAL_CLASS = "WanModel"
-"""Ends `_class_name` in the config.json of Wan's own repositories: it lies beside all components, and tells of one."""
+"""Suffix of `_class_name` in the config.json of Wan's own repositories, which describes the transformer only although
+it is in the folder of all components.
+"""
 
 LATENTS_MEAN_48 = [
     *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
@@ -34,11 +36,11 @@ LATENTS_STD_48 = [
     *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
     *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 ]
-"""Spread of each latent channel of the published VAE 2.2, from the same file."""
+"""Standard deviation of each latent channel of the published VAE 2.2, from the same file."""
 
 
 def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
-    """Constructor settings of a component: config.json, else inferred from its shapes (module names)."""
+    """Return the constructor options of a component, from config.json or from shapes."""
     infer = {
         "dit": infer_transformer,
         "text_encoder": infer_t5_encoder,
@@ -54,29 +56,29 @@ def config_of(files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers or transformers module of a component; the text encoder without its dropout of 0.1."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    """Build the diffusers or transformers module of a component; the text encoder without its dropout of 0.1."""
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
     if component == "text_encoder":
         from transformers import UMT5Config, UMT5EncoderModel
 
-        return UMT5EncoderModel(UMT5Config(**{**settings, "dropout_rate": 0.0}))  # type: ignore[no-any-return]
+        return UMT5EncoderModel(UMT5Config(**{**options, "dropout_rate": 0.0}))  # type: ignore[no-any-return]
     if component == "image_encoder":
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        return CLIPVisionModel(CLIPVisionConfig(**settings))  # type: ignore[no-any-return]
+        return CLIPVisionModel(CLIPVisionConfig(**options))  # type: ignore[no-any-return]
     if component == "vae":
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-        return AutoencoderKLWan.from_config(settings)  # type: ignore[no-any-return]
+        return AutoencoderKLWan.from_config(options)  # type: ignore[no-any-return]
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-    return WanTransformer3DModel.from_config(settings)  # type: ignore[no-any-return]
+    return WanTransformer3DModel.from_config(options)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of UMT5 from local files, exactly as its tokenizer.json says.
+    """Load the tokenizer of UMT5 exactly as in its tokenizer.json, from local files.
 
-    transformers 5 rebuilds what it takes for a T5 tokenizer, without the fallback to bytes for rare characters.
+    transformers 5 rebuilds T5 tokenizers, without the byte fallback for rare characters.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -90,9 +92,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def translate_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """Settings of `WanTransformer3DModel` from Wan's own config.json, which leaves out what shapes tell.
+    """Return the options of `WanTransformer3DModel` from Wan's own config.json, with the rest inferred from shapes.
 
-    `model_type` does not count: Wan 2.1 I2V has an image embedder and 2.2 has none, and both say `i2v`.
+    `model_type` is ignored: Wan 2.1 I2V has an image embedder and 2.2 does not, but both are `i2v`.
     """
     renamed = {
         "num_layers": "num_layers",
@@ -103,16 +105,16 @@ def translate_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any
         "freq_dim": "freq_dim",
         "eps": "eps",
     }
-    told = {ours: config[theirs] for theirs, ours in renamed.items() if theirs in config}
+    stated = {name: config[original] for original, name in renamed.items() if original in config}
     if "dim" in config and "num_heads" in config:
-        told["attention_head_dim"] = config["dim"] // config["num_heads"]
-    return {**infer_transformer(shapes), **told}
+        stated["attention_head_dim"] = config["dim"] // config["num_heads"]
+    return {**infer_transformer(shapes), **stated}
 
 
 def infer_transformer(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `WanTransformer3DModel`.
+    """Infer the options of `WanTransformer3DModel` from shapes.
 
-    All show in shapes but the size of a head: 128 where it divides the width, else the largest power of two that does.
+    Shapes do not determine the head size: 128 if it divides the width, otherwise the largest power of two that does.
     """
     width, in_channels, *patch = shapes["patch_embedding.weight"]
     size = head_size(width)
@@ -138,7 +140,9 @@ def infer_transformer(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `AutoencoderKLWan` 2.1 or 2.2; the mean and spread of latents are those of the published VAE."""
+    """Infer the options of `AutoencoderKLWan` 2.1 or 2.2; mean and std of the latents are those of the published
+    VAE.
+    """
     residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes
     base, in_channels, *_ = shapes["encoder.conv_in.weight"]
     widths, strides, blocks = _nested_levels(shapes) if residual else _flat_levels(shapes)
@@ -163,13 +167,15 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
     }
     if channels == len(LATENTS_MEAN_48):
         return config | {"latents_mean": LATENTS_MEAN_48, "latents_std": LATENTS_STD_48}
-    if channels == 16:  # the class's own defaults are those of the published VAE 2.1
+    if channels == 16:  # the defaults of the class are those of the published VAE 2.1
         return config
     return config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
 
 
 def _flat_levels(shapes: Shapes) -> tuple[list[int], list[bool], int]:
-    """(width of each level, whether time is halved behind it, residual blocks a level) of the encoder of VAE 2.1."""
+    """Return (width of each level, whether time is downsampled after it, residual blocks per level) of VAE 2.1's
+    encoder.
+    """
     widths = []
     strides = []
     for number in range(count_blocks(shapes, "encoder.down_blocks.")):
@@ -183,7 +189,7 @@ def _flat_levels(shapes: Shapes) -> tuple[list[int], list[bool], int]:
 
 
 def _nested_levels(shapes: Shapes) -> tuple[list[int], list[bool], int]:
-    """The same of the encoder of VAE 2.2."""
+    """Return the same as `_flat_levels` for VAE 2.2."""
     levels = [f"encoder.down_blocks.{number}" for number in range(count_blocks(shapes, "encoder.down_blocks."))]
     widths = [shapes[f"{level}.resnets.0.conv1.weight"][0] for level in levels]
     strides = [f"{level}.downsampler.time_conv.weight" in shapes for level in levels[:-1]]
@@ -191,7 +197,7 @@ def _nested_levels(shapes: Shapes) -> tuple[list[int], list[bool], int]:
 
 
 def infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Settings of `CLIPVisionModel`: 16 heads, or as many as a power of two below it divides the width into."""
+    """Infer the options of `CLIPVisionModel`: 16 heads, or the largest smaller power of two that divides the width."""
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     positions, _ = shapes["embeddings.position_embedding.weight"]
     return {
@@ -206,7 +212,7 @@ def infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Recompute activations in the backward pass; diffusers' VAE has no such mode and keeps its own."""
+    """Enable gradient checkpointing; diffusers' VAE does not support it."""
     if component in ("text_encoder", "image_encoder"):
         # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
         module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

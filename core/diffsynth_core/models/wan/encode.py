@@ -1,5 +1,4 @@
-"""What Wan's frozen encoders make of a caption and of a clip, as diffusers' `WanPipeline` and
-`WanImageToVideoPipeline` do it."""
+"""Encoding of captions and clips for Wan, as in diffusers' `WanPipeline` and `WanImageToVideoPipeline`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +11,10 @@ from diffsynth_core.models.wan.memory import FRAMES_PER_LATENT
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
-    """Last hidden states of UMT5 over the cleaned caption.
+    """Encode a cleaned caption with UMT5.
 
-    Returns: `prompt_embeds`, `[L, 4096]` in the text encoder's dtype, L at most 512.
+    Returns:
+        `prompt_embeds`: last hidden states, `[L, 4096]` in the text encoder's dtype, L <= 512.
     """
     text_encoder = components["text_encoder"]
     tokens = components["tokenizer_path"](
@@ -24,19 +24,20 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": states[0]}
 
 
-def caption_left_out(components: Mapping[str, Any], caption: str) -> str | None:
-    """Words for a caption whose end is cut off, None for one that is taken whole."""
+def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+    """Return a warning about a caption that is truncated, or None."""
     tokens = components["tokenizer_path"](clean_caption(caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
 
 
 def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Mean of the VAE's posterior, normalised channel by channel.
+    """Encode a clip: the mean of the VAE's posterior, normalized per channel.
 
     Args:
         pixels: `[3, F, H, W]` in [-1, 1], F = 4n + 1.
 
-    Returns: `latents`, `[C, n + 1, h, w]` float32.
+    Returns:
+        `latents`: `[C, n + 1, h, w]` float32.
     """
     latents = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
     mean, std = (
@@ -46,10 +47,11 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"latents": (latents - mean) / std}
 
 
-def encode_with_first_given(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """The latents of a clip whose first frame is shown by standing clean among them (TI2V).
+def encode_with_clean_first_frame(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Encode a clip whose first frame stays clean as the condition (TI2V).
 
-    Returns: as `encode_latents`; `given`, `[1, n + 1, 1, 1]`, 1 for the latents that stay clean.
+    Returns:
+        `latents` as in `encode_latents`; `given`: mask of the clean latents, `[1, n + 1, 1, 1]`.
     """
     encoded = encode_latents(vae, pixels)
     given = torch.zeros(1, encoded["latents"].shape[1], 1, 1)
@@ -58,48 +60,53 @@ def encode_with_first_given(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def encode_with_condition(vae: Any, pixels: Tensor, shown: tuple[str, ...]) -> dict[str, Tensor]:
-    """The latents of a clip, and those of its shown frames alone with their mask, for further channels (I2V).
+    """Encode a clip, and its conditioning frames with their mask as additional channels (I2V).
 
     Args:
         pixels: `[3, F, H, W]` in [-1, 1], F = 4n + 1.
-        shown: of `input_image` (the first frame) and `end_image` (the last).
+        shown: the conditioning frames: `input_image` (first), `end_image` (last).
 
-    Returns: as `encode_latents`; `condition`, `[4 + C, n + 1, h, w]` float32, the mask first.
+    Returns:
+        `latents` as in `encode_latents`; `condition`: mask and latents, `[4 + C, n + 1, h, w]` float32.
     """
     kept = torch.zeros_like(pixels)
-    for frame in shown_frames(shown):
+    for frame in conditioning_frames(shown):
         kept[:, frame] = pixels[:, frame]
     latents = encode_latents(vae, kept)["latents"]
-    mask = shown_mask(pixels.shape[1], shown).to(latents.device)
+    mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
     return encode_latents(vae, pixels) | {"condition": torch.cat([spread, latents])}
 
 
-def shown_frames(shown: tuple[str, ...]) -> list[int]:
-    """Which frames of a clip the extra inputs are: the first, the last."""
+def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
+    """Return the indices of the conditioning frames."""
     return [{"input_image": 0, "end_image": -1}[name] for name in shown]
 
 
-def shown_mask(frames: int, shown: tuple[str, ...]) -> Tensor:
-    """1 for the frames that are shown, four to a latent frame, the first of them four times: `[4, (F - 1) / 4 + 1]`."""
+def conditioning_mask(frames: int, shown: tuple[str, ...]) -> Tensor:
+    """Return the mask of conditioning frames, `[4, (F - 1) / 4 + 1]`: four frames per latent frame, the first one
+    repeated.
+    """
     mask = torch.zeros(frames)
-    mask[shown_frames(shown)] = 1
+    mask[conditioning_frames(shown)] = 1
     filled = torch.cat([mask[:1].repeat(FRAMES_PER_LATENT), mask[1:]])
     return filled.view(-1, FRAMES_PER_LATENT).T
 
 
 def encode_image(image_encoder: Any, pixels: Tensor, shown: tuple[str, ...]) -> dict[str, Tensor]:
-    """States of the shown frames before CLIP's last layer.
+    """Encode conditioning frames with CLIP.
 
     Args:
         pixels: `[3, F, H, W]` in [-1, 1].
-        shown: the extra inputs whose frames are encoded; without any, the first frame.
+        shown: extra inputs whose frames are encoded; if empty, the first frame.
 
-    Returns: `image_embeds`, `[257 N, 1280]` in the image encoder's dtype for N frames, one behind the other.
+    Returns:
+        `image_embeds`: hidden states before the last layer, of N frames one after the other, `[257 N, 1280]` in the
+            image encoder's dtype.
     """
     from transformers import CLIPImageProcessorPil
 
-    frames = shown_frames(shown) or [0]
+    frames = conditioning_frames(shown) or [0]
     images = ((pixels[:, frames] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)  # [N, H, W, 3]
     inputs = CLIPImageProcessorPil()(images=list(images.cpu().numpy()), return_tensors="pt")
     values = inputs["pixel_values"].to(image_encoder.device, image_encoder.dtype)

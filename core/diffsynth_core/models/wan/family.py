@@ -37,12 +37,14 @@ class Wan(Family):
             case "latents_with_condition":
                 return encode.encode_with_condition(components["vae"], sample["video"], encoder.inputs)
             case "latents_with_first_given":
-                return encode.encode_with_first_given(components["vae"], sample["video"])
+                return encode.encode_with_clean_first_frame(components["vae"], sample["video"])
             case _:
                 return encode.encode_latents(components["vae"], sample["video"])
 
-    def left_out(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
-        return encode.caption_left_out(components, sample["prompt"]) if encoder.name == "text" else None
+    def truncation_warning(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> str | None:
+        return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return forward.collate(encoded)

@@ -1,4 +1,4 @@
-"""Tiny random Wan components: the same classes, file layouts and key names as the published ones."""
+"""Tiny random Wan components, with the classes, file layouts and key names of the published ones."""
 
 import math
 import zlib
@@ -18,23 +18,23 @@ from diffsynth_core.models.wan.components import IMAGE_ENCODER_HEADS, LATENTS_ME
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 
 DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
-"""Files in folders of these names have the layout of diffusers repositories, all others Wan's own."""
+"""Folders whose files have the diffusers layout; all others have Wan's own."""
 IMAGE_TOKENS = 257
-"""What CLIP makes of an image of 224 x 224 pixels in patches of 14, and one token for the whole."""
+"""Tokens of CLIP for an image: 224 x 224 pixels in patches of 14, and the class token."""
 
-GREY = 0.05
+MAX_BIAS = 0.05
 """Largest bias of the random VAE's first convolution."""
 
 
 @dataclass(frozen=True)
 class TinyTransformer:
-    """How the transformers of Wan differ in kind; `type_name` is `model_type` in Wan's own config.json."""
+    """How the transformers of Wan differ; `type_name` is `model_type` in Wan's own config.json."""
 
     type_name: str
     in_channels: int
     out_channels: int = 16
     images: int = 0
-    """How many images it reads through CLIP."""
+    """Number of images that it reads through CLIP."""
 
 
 TRANSFORMERS = (
@@ -46,10 +46,12 @@ TRANSFORMERS = (
     ("*Wan2.2-Fun*InP", TinyTransformer("i2v", 36)),
     ("*", TinyTransformer("t2v", 16)),
 )
-"""(pattern of the hub repository, its transformer), first match wins."""
+"""(pattern of the hub repository, transformer), first match wins."""
 
 LATENT_SPREAD = {16: 0.75, 48: 0.6}
-"""Spread of the random VAEs' raw latents by number of channels, between that of photographs and that of clips."""
+"""Number of channels -> standard deviation of the random VAE's unnormalized latents, between that of photographs and
+that of clips.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,23 @@ class TinySizes:
 
 
 def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, sizes: TinySizes = TinySizes()) -> None:
-    """Write one component below `base`/`model_id`, where `pattern` finds it, in the layout that `pattern` asks for.
+    """Write one component below `base`/`model_id` to a path that matches `pattern`, which selects the layout.
 
-    The text encoder brings a tokenizer, the image encoder of the diffusers layout its image processor. The
-    transformers of different repositories and folders differ, so that two experts do.
+    A text encoder includes its tokenizer, an image encoder of the diffusers layout its image processor. Transformers
+    of different repositories and folders have different weights, as two experts do.
     """
-    place = PurePosixPath(pattern)
-    folder = base / model_id / place.parent
+    path = PurePosixPath(pattern)
+    folder = base / model_id / path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    diffusers = place.parent.name in DIFFUSERS_FOLDERS
-    config = _config(component, model_id, place, sizes)
+    diffusers = path.parent.name in DIFFUSERS_FOLDERS
+    config = _config(component, model_id, path, sizes)
     module = build(component, config).eval()
-    fill(module, GAINS[component], seed=zlib.crc32(f"{model_id}/{place.parent}".encode()) if component == "dit" else 0)
+    fill(module, GAINS[component], seed=zlib.crc32(f"{model_id}/{path.parent}".encode()) if component == "dit" else 0)
     if component == "vae":
         _spread_latents(module)
-        _tell_grey_from_nothing(module)
+        _keep_gray_nonzero(module)
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in module.state_dict().items()}
-    tensors.pop("encoder.embed_tokens.weight", None)  # tied, and in no file
+    tensors.pop("encoder.embed_tokens.weight", None)  # tied, and absent from published files
     if component == "text_encoder":
         tokenizer = folder.parent / "tokenizer" if diffusers else folder / "google" / "umt5-xxl"
         write_unigram_tokenizer(tokenizer, byte_fallback=True)
@@ -90,14 +92,14 @@ def write_tiny_weights(base: Path, component: str, model_id: str, pattern: str, 
         _write_companions(folder, component, module, config)
     elif component == "dit":
         write_json(folder / "config.json", _original_config(config, _kind(model_id)))
-    write_weights(folder, place.name, _in_layout(_key_map(component, diffusers, config), tensors))
+    write_weights(folder, path.name, _in_layout(_key_map(component, diffusers, config), tensors))
 
 
-def _config(component: str, model_id: str, place: PurePosixPath, sizes: TinySizes) -> dict[str, Any]:
+def _config(component: str, model_id: str, path: PurePosixPath, sizes: TinySizes) -> dict[str, Any]:
     if component == "dit":
         return _transformer(_kind(model_id), sizes)
     if component == "vae":
-        newer = "Wan2.2_VAE" in place.name or "TI2V-5B" in model_id
+        newer = "Wan2.2_VAE" in path.name or "TI2V-5B" in model_id
         return _vae_2_2(sizes) if newer else {"base_dim": sizes.vae_width}
     return {"text_encoder": _text_encoder, "image_encoder": _image_encoder}[component](sizes)
 
@@ -156,16 +158,20 @@ def _image_encoder(sizes: TinySizes) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _tell_grey_from_nothing(module: Any) -> None:
-    """Biases for the first convolution: the grey frames behind a shown one would be all zeros behind it, and the norms
-    divide a gradient by what is all zeros."""
+def _keep_gray_nonzero(module: Any) -> None:
+    """Set biases of the first convolution, without which gray frames would become zeros.
+
+    The frames after a conditioning frame are gray (0), and norms divide by the magnitude of their input.
+    """
     bias = module.encoder.conv_in.bias
-    bias.copy_(torch.linspace(-GREY, GREY, len(bias)))
+    bias.copy_(torch.linspace(-MAX_BIAS, MAX_BIAS, len(bias)))
 
 
 @torch.no_grad()
 def _spread_latents(module: Any) -> None:
-    """Give latents the published mean and spread, which files in Wan's own layout cannot tell: normalised, 0 and 1."""
+    """Give latents the published mean and spread, so that they are normalized to 0 and 1: files in Wan's own layout do
+    not state them.
+    """
     mean = torch.tensor(module.config.latents_mean)
     spread = torch.tensor(module.config.latents_std) / LATENT_SPREAD[len(mean)]
     module.quant_conv.weight[: len(mean)] *= spread.view(-1, 1, 1, 1, 1)
@@ -185,9 +191,9 @@ def _key_map(component: str, diffusers: bool, config: Mapping[str, Any]) -> KeyM
 
 
 def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a module under the names of a layout; CLIP in Wan's own has parts that nobody reads."""
+    """Return the tensors of a module under the keys of a layout, with the unused parts of CLIP in Wan's own."""
     found = [(name, table.to_source(name)) for name in tensors]
-    renamed = {theirs: table.fuse(theirs, tensors) for theirs in dict.fromkeys(theirs for _, theirs in found if theirs)}
+    renamed = {key: table.fuse(key, tensors) for key in dict.fromkeys(key for _, key in found if key)}
     if table is keys.IMAGE_ENCODER:
         width = tensors["post_layernorm.weight"].numel()
         renamed["visual.head"] = torch.zeros(width, width, dtype=torch.bfloat16)
@@ -197,7 +203,7 @@ def _in_layout(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _original_config(config: Mapping[str, Any], kind: TinyTransformer) -> dict[str, Any]:
-    """Wan's own config.json of a transformer."""
+    """Return Wan's own config.json of a transformer."""
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
@@ -215,7 +221,7 @@ def _original_config(config: Mapping[str, Any], kind: TinyTransformer) -> dict[s
 
 
 def _write_companions(folder: Path, component: str, module: Any, config: Mapping[str, Any]) -> None:
-    """The config.json of a folder of a diffusers repository, and the image processor beside CLIP."""
+    """Write the config.json of a diffusers folder, and the image processor of CLIP."""
     if component == "image_encoder":
         content = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **config}
         (folder.parent / "image_processor").mkdir(exist_ok=True)
