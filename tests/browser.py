@@ -10,25 +10,25 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 DRIVER = "chromedriver"
 REQUIRED = "DIFFSYNTH_REQUIRE_BROWSER"
-"""An environment variable: when it is set, a missing browser is a failure."""
+"""Environment variable that turns a missing browser into a failure."""
 SECONDS = 30
-"""How long an element is waited for: a change of the address behind `#` comes some time after the click."""
+"""Timeout for elements: a fragment changes some time after the click."""
 OPTIONS = (
     *("--headless", "--hide-scrollbars", "--no-first-run", "--disable-dev-shm-usage"),
     *("--proxy-server=http://127.0.0.1:9", "--proxy-bypass-list=<-loopback>"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-"""Every request over a network, of the page or of the browser itself, ends at a closed port."""
+"""Every network request, by the page or by the browser itself, ends at a closed port."""
 
 
 def missing() -> bool:
-    """Whether there is no browser to test with."""
+    """Return whether there is no browser to test with."""
     return shutil.which(DRIVER) is None
 
 
 @contextmanager
 def browser(width: int = 1440, height: int = 1200) -> Iterator[Chrome]:
-    """A browser for the length of the block."""
+    """Start a browser for the length of the block."""
     options = ChromeOptions()
     for argument in (*OPTIONS, f"--window-size={width},{height}"):
         options.add_argument(argument)
@@ -45,17 +45,17 @@ def browser(width: int = 1440, height: int = 1200) -> Iterator[Chrome]:
 
 
 def open_page(window: Chrome, address: str) -> None:
-    """Load a page, also if only the part of its address behind `#` is another."""
+    """Load a page, even if only the fragment of its address changed."""
     window.get("about:blank")
     window.get(address)
 
 
 def use_color_scheme(window: Chrome, scheme: str) -> None:
-    """Show pages as to a user who prefers `light` or `dark`."""
+    """Display pages as for a user who prefers `light` or `dark`."""
     preference = {"name": "prefers-color-scheme", "value": scheme}
     window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
 
 
 def console(window: Chrome) -> list[str]:
-    """Messages of the console since it was last asked for, violations of the policy among them."""
+    """Return new messages of the console, including violations of the content security policy."""
     return [entry["message"] for entry in window.get_log("browser")]

@@ -16,7 +16,7 @@ FLUX_CONTROLNET = "jasperai/Flux.1-dev-Controlnet-Upscaler:diffusion_pytorch_mod
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A rehearsal: its recipe and flags, what it trains in full and with LoRA, and the file that it writes."""
+    """A rehearsal: its recipe and flags, what it trains in full and with LoRA, and its checkpoint."""
 
     family: str
     recipe: str
@@ -77,7 +77,7 @@ REHEARSED = {
 
 
 def rehearse(folder: Path) -> Callable[[str], Path]:
-    """A function that gives the checkpoint of a rehearsal by its name here; each is carried out once, in `folder`."""
+    """Return a function from the name of a rehearsal to its checkpoint; each is run once, in `folder`."""
     from diffsynth_cli.main import main
 
     @cache

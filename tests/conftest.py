@@ -1,4 +1,4 @@
-"""What many tests need: tiny models in the real file layout, a dataset of photographs, the command line in process."""
+"""Shared fixtures: tiny models in the real file layout, a dataset of photographs, the command line in process."""
 
 import csv
 import shutil
@@ -29,7 +29,7 @@ CAPTIONS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options must be declared here: pytest reads no other conftest early enough."""
+    """Declared here because pytest reads no other conftest early enough."""
     parser.addoption(
         "--measure",
         action="store_true",
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """No test reads or writes the user's cache, and none reaches for a hub."""
+    """Keep tests from using the user's cache and from accessing hubs."""
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_HUB_OFFLINE", "1")
@@ -52,7 +52,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model base path that holds a tiny random Qwen-Image."""
+    """A model base path with a tiny random Qwen-Image."""
     from diffsynth_core.models.registry import load_family
 
     base = tmp_path_factory.mktemp("models")
@@ -63,7 +63,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def entry_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write tiny models of what entries `model_id:file` name; returns the model base path, one for all."""
+    """Write tiny models for entries `model_id:file`; return the model base path, one for all."""
     from diffsynth_core.hub.model_files import split_entry
     from diffsynth_core.models.registry import component_at, family_of_model, load_family
 
@@ -85,7 +85,7 @@ def entry_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session")
 def recipe_models(entry_models: Callable[..., Path]) -> Callable[..., Path]:
-    """Write tiny models of what recipes name; returns the model base path, one for all."""
+    """Write tiny models for recipes; return the model base path, one for all."""
     from diffsynth_core.config.resolve import resolve
 
     def write(*recipes: str) -> Path:
@@ -122,7 +122,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Callable[[str], TinyFamily]:
-    """A tiny model of any family, each written once, with the photographs to train it on."""
+    """A tiny model of each family, written once, with the photographs to train it on."""
     images = tmp_path_factory.mktemp("images")
     write_images(images, photographs)
 
@@ -149,13 +149,13 @@ def write_metadata(folder: Path, rows: list[tuple[str, str]]) -> None:
 
 @pytest.fixture
 def dataset(photographs: Path, tmp_path: Path) -> Path:
-    """A copy of the photographs that a test may spoil."""
+    """A copy of the photographs that a test may damage."""
     return Path(shutil.copytree(photographs, tmp_path / "dataset"))
 
 
 @pytest.fixture
 def models(tiny_models: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny models that a test may spoil; it is the model base path of `cli`."""
+    """A copy of the tiny models that a test may damage; the model base path of `cli`."""
     copy = Path(shutil.copytree(tiny_models, tmp_path / "models"))
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(copy))
     return copy

@@ -1,4 +1,4 @@
-"""Safetensors files whose headers are damaged, drawn from a seed."""
+"""Safetensors files with headers damaged at random from a seed."""
 
 import json
 import random
@@ -42,7 +42,7 @@ DTYPES = ("F32", "BF16", "I8", "F4", "", "f32", 7, None, [], "BOOL")
 
 
 def _bytes(header: bytes, drawn: random.Random) -> bytes:
-    """Some bytes of the header are others."""
+    """Change some bytes of the header."""
     changed = bytearray(header)
     for _ in range(drawn.choice((1, 1, 2, 8))):
         changed[drawn.randrange(len(changed))] = drawn.randrange(256)
@@ -50,7 +50,7 @@ def _bytes(header: bytes, drawn: random.Random) -> bytes:
 
 
 def _structure(header: bytes, drawn: random.Random) -> bytes:
-    """One thing in the JSON is another."""
+    """Change one value in the JSON."""
     content: dict[str, Any] = json.loads(header)
     name = drawn.choice([key for key in content if key != "__metadata__"])
     entry = content[name]
@@ -73,14 +73,14 @@ def _structure(header: bytes, drawn: random.Random) -> bytes:
 
 
 def _twice(header: bytes, drawn: random.Random) -> bytes:
-    """A duplicate name."""
+    """Duplicate a name."""
     content = json.loads(header)
     name = drawn.choice(list(content))
     return header[:-1].rstrip(b" }") + b"}," + json.dumps({name: content[name]}).encode()[1:]
 
 
 def _deep(header: bytes, drawn: random.Random) -> bytes:
-    """A nest too deep to be read, or a number too long."""
+    """Add nesting that is too deep, or a number that is too long."""
     return drawn.choice((b"[" * 100_000, b'{"x":' * 50_000, b'{"x":' + b"9" * 5000 + b"}"))
 
 
@@ -95,7 +95,7 @@ KINDS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def corrupt(whole: bytes, seed: int) -> bytes:
-    """The bytes of a safetensors file with another header: damaged, cut short, or lying."""
+    """Return the bytes of a safetensors file with a damaged, truncated or wrong header."""
     drawn = random.Random(seed)
     length = int.from_bytes(whole[:8], "little")
     header, data = whole[8 : 8 + length], whole[8 + length :]

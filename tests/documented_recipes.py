@@ -1,4 +1,4 @@
-"""What the documented training scripts say, by recipe: the values that the recipes must expand into."""
+"""The values of DiffSynth-Studio's training scripts, by the recipe that must expand to them."""
 
 DEFAULTS = {
     "dataset_base_path": "data/example_image_dataset",
@@ -43,7 +43,7 @@ DEFAULTS = {
     "initialize_model_on_cpu": False,
     "zero_cond_t": False,
 }
-"""The documented names and their defaults."""
+"""Documented names and their defaults."""
 SHARED = {
     "dataset_repeat": 50,
     "max_pixels": 1048576,
@@ -74,9 +74,9 @@ REFERENCE = {
     "qwen-image-2512-lora": {**LORA, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
     "qwen-image-2512-full": {**FULL, "model_id_with_origin_paths": [f"Qwen/Qwen-Image-2512:{TRANSFORMER}", *ENCODERS]},
 }
-"""What the documented training scripts of these models say; what they leave out is at its default."""
+"""Values of the documented training scripts; values that they omit are at their default."""
 WAN = {"dataset_repeat": 100, "height": 480, "width": 832, "use_gradient_checkpointing": True}
-"""The scripts leave checkpointing out, and the reference trainer turns it on for Wan whatever it is told."""
+"""The scripts omit gradient checkpointing, which DiffSynth-Studio always enables for Wan."""
 WAN_LORA = {
     **WAN,
     "learning_rate": 1e-4,
@@ -129,7 +129,7 @@ REFERENCE |= {
 
 
 def wan_experts(model: str, boundary: float, **values: object) -> dict[str, dict[str, object]]:
-    """The two stages of Wan 2.2 A14B: the more noisy share of the timestep table, then the rest."""
+    """The two stages of Wan 2.2 A14B: the noisier part of the timestep table, then the rest."""
     common = {"num_frames": 49, **values}
     high, low = (
         wan_files(model, f"{name}_noise_model/{WAN_DIT}", TEXT_OF_WAN, "Wan2.1_VAE.pth") for name in ("high", "low")
@@ -149,7 +149,7 @@ STAGED = {
         "Wan2.2-I2V-A14B", 0.358, **WAN_FULL, **IMAGE, use_gradient_checkpointing_offload=True
     ),
 }
-"""The same of models that are trained in stages."""
+"""The same for models that are trained in stages."""
 
 FLUX1_TARGETS = [
     *("a_to_qkv", "b_to_qkv", "ff_a.0", "ff_a.2", "ff_b.0", "ff_b.2", "a_to_out", "b_to_out", "proj_out"),
@@ -229,4 +229,4 @@ for model, values in (("Edit", {}), ("Edit-2509", {}), ("Edit-2511", {"zero_cond
     REFERENCE |= {f"{name}-lora": {**LORA, **edit}, f"{name}-full": {**FULL, **edit}}
 
 FAMILIES = {"qwen-image": "qwen-image", "wan": "wan", "flux.1": "flux", "flux.2": "flux2"}
-"""How the names of recipes begin -> their family."""
+"""Prefix of recipe names -> family."""

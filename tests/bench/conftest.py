@@ -1,7 +1,7 @@
-"""Ratios measured in one run on one machine.
+"""Benchmarks: ratios measured in one run on one machine.
 
-`make bench` measures at full size and judges. Without `--measure`, as in CI, every bench runs at the size of seconds
-and judges nothing, so that it cannot stop working unnoticed.
+`make bench` measures at full size and checks limits. Without `--measure`, as in CI, every benchmark runs for seconds
+and checks nothing, so that it cannot break unnoticed.
 """
 
 import os
@@ -22,22 +22,23 @@ T = TypeVar("T")
 class Bench:
     """The size of a measurement, and its figures.
 
-    `measures`: full size, and figures are held against their limits.
+    Attributes:
+        measures: run at full size, and check figures against their limits.
     """
 
     measures: bool
     figures: list[str] = field(default_factory=list)
 
     def size(self, full: T, small: T) -> T:
-        """How large to be."""
+        """Return the size to use."""
         return full if self.measures else small
 
     def rounds(self, number: int) -> int:
-        """How often to repeat what is timed."""
+        """Return the number of repetitions of what is timed."""
         return self.size(number, 1)
 
     def at_most(self, what: str, figure: float, limit: float, detail: str = "") -> None:
-        """Note a figure, and hold it against its limit."""
+        """Record a figure, and check it against its limit."""
         assert figure > 0, what
         shown = f"| {what} | {figure:.3g} | {limit:g} | {detail} |"
         self.figures.append(shown)
@@ -47,7 +48,7 @@ class Bench:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """What this session measures; its figures are printed as a table at the end."""
+    """The session's benchmark; its figures are printed as a table at the end."""
     bench = Bench(request.config.getoption("--measure"))
     yield bench
     if bench.measures:
@@ -55,7 +56,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 def timed_process(command: list[str], **options: object) -> tuple[float, float]:
-    """(wall seconds, peak memory in MiB) of a command as a whole process."""
+    """Run a command, and return (wall seconds, peak memory in MiB)."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
     _, status, usage = os.wait4(process.pid, 0)
@@ -68,7 +69,7 @@ def timed_process(command: list[str], **options: object) -> tuple[float, float]:
 def start_to_first_step(
     tiny_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[float, float]]:
-    """Wall seconds and peak MiB of a training process of one step, its encodings cached."""
+    """Return wall seconds and peak MiB of a training process with one step and cached encodings."""
     folder = tmp_path_factory.mktemp("runs")
     counter = iter(range(1000))
 

@@ -1,4 +1,4 @@
-"""The time of reading a clip over that of ffmpeg itself, which writes the same frames into a pipe that is read."""
+"""Time to read a clip, relative to ffmpeg writing the same frames into a pipe."""
 
 import statistics
 import subprocess
@@ -18,13 +18,13 @@ FILMED = 57
 HEIGHT, WIDTH = 480, 832
 ROUNDS = 5
 GRAIN = 2
-"""Standard deviation of a camera's noise, of 255; without it, H.264 has next to nothing to decode."""
+"""Standard deviation of camera noise, of 255; without it, H.264 has almost nothing to decode."""
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "cat", "retina")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory, bench) -> list[Path]:
-    """Six clips of 832 x 480 at 16 frames per second: a camera that moves over a photograph and nears it."""
+    """Six clips of 832 x 480 at 16 frames per second: a camera that pans over a photograph and zooms in."""
     folder = tmp_path_factory.mktemp("clips")
     return [_film(name, folder / f"{name}.mp4") for name in bench.size(PHOTOGRAPHS, PHOTOGRAPHS[:1])]
 

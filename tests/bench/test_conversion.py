@@ -1,8 +1,8 @@
-"""What commands that write weight files cost: wall time over that of `cp` of the same files, and memory.
+"""Cost of commands that write weight files: wall time relative to `cp` of the same files, and memory.
 
-`cp` ends when the copies are in the page cache, from which the system goes on to write them; the commands end when
-their files are on the disk, for only then do they give them their names. So the fair measure is `cp` and `sync` of its
-copies, which is what is asserted; the ratio to `cp` alone is printed beside it and says how fast the disk is.
+`cp` ends when the copies are in the page cache, and the system writes them later; the commands end when their files
+are on disk, because files get their names only then. So the fair measure is `cp` with `sync` of its copies, which is
+what is asserted; the ratio to `cp` alone is printed next to it, and shows the speed of the disk.
 """
 
 import shutil
@@ -20,7 +20,7 @@ MLP = {"0.proj": (INNER, WIDTH), "2": (WIDTH, INNER)}
 
 
 def checkpoint_shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
-    """A transformer and a text encoder in full, half of the bytes each, and a LoRA on the transformer."""
+    """A transformer and a text encoder in full, of equal size, and a LoRA on the transformer."""
     blocks = round(gigabytes * GIGABYTE / 2 / 2 / (2 * WIDTH * INNER))
     shapes: dict[str, tuple[int, ...]] = {}
     for block in range(blocks):
@@ -42,7 +42,7 @@ QWEN_BLOCK = {
     **{f"{stream}_mlp.net.{part}": shape for stream in ("img", "txt") for part, shape in MLP.items()},
     **{f"{stream}_mod.1": (6 * WIDTH, WIDTH) for stream in ("img", "txt")},
 }
-"""The linear layers of a block of Qwen-Image: 340 million weights."""
+"""Linear layers of a block of Qwen-Image: 340 million weights."""
 
 
 def qwen_shapes(gigabytes: float) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -62,13 +62,13 @@ def qwen_shapes(gigabytes: float) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 @pytest.fixture
 def gigabytes(bench) -> float:
-    """Of what is converted; a block of Qwen-Image has 0.7 GB."""
+    """Size of the data in GB; a block of Qwen-Image has 0.7 GB."""
     return bench.size(4.0, 0.4)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Write a checkpoint in two shards; they go again at the end, for they are large."""
+    """Write a checkpoint in two shards, deleted at the end because they are large."""
     folder = tmp_path / "checkpoint"
 
     def write(gigabytes: float) -> list:
@@ -104,7 +104,7 @@ def test_a_split_of_twice_the_size_takes_no_more_memory(checkpoint, tmp_path, be
 
 @pytest.fixture
 def base(tmp_path):
-    """Write a transformer in two shards and a LoRA; they go again at the end."""
+    """Write a transformer in two shards and a LoRA, deleted at the end."""
 
     def write(gigabytes: float) -> tuple[list, list]:
         shapes, lora = qwen_shapes(gigabytes)
@@ -118,11 +118,11 @@ def base(tmp_path):
 
 
 def test_a_merge_takes_less_than_2_5_times_a_copy(base, tmp_path, monkeypatch, bench, gigabytes):
-    """All cores read, multiply, add and round 2 billion weights, and take its sha256; `cp` copies.
+    """All cores read, multiply, add and round 2 billion weights, and compute their sha256; `cp` copies them.
 
-    The files are hashed as if they had never been seen; a second merge of the same is faster. What a merge cannot do
-    without, in seconds of one core for 4 GB where `cp` takes 2: importing torch 1, products 1.4, reading, widening,
-    rounding and measuring 1.2, sha256 2.3, writing 2. So two idle cores are needed for the ratio.
+    Files are hashed as if for the first time; a second merge is faster. The minimal cost of a merge, in seconds of one
+    core for 4 GB where `cp` takes 2: importing torch 1, products 1.4, reading, upcasting, rounding and measuring 1.2,
+    sha256 2.3, writing 2. So the ratio requires two idle cores.
     """
     shards, command = base(gigabytes)
     copies, synced, merges, again = [], [], [], []

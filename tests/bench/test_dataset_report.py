@@ -1,4 +1,4 @@
-"""The time of the dataset checks over that of bare loops: decoding with Pillow, reading rows and asking for files."""
+"""Time of the dataset checks relative to bare loops: decoding with Pillow, reading rows and looking up files."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ from diffsynth_core.progress import SilentReporter
 ROUNDS = 5
 SIDE = 1024
 GRAIN = 6
-"""Standard deviation of a sensor's noise, of 255: enlarged photographs without it decode much faster than real ones."""
+"""Standard deviation of sensor noise, of 255: enlarged photographs without it decode much faster than real ones."""
 QUALITY = 91
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "cat")
 WORDS = [
@@ -42,8 +42,9 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory, bench) -> Path:
-    """2,000 JPEGs of a megapixel (20 if nothing is measured): parts of photographs, turned and enlarged, with noise;
-    about 280 kB each."""
+    """2,000 JPEGs of one megapixel (20 without `--measure`): rotated and enlarged parts of photographs with noise,
+    about 280 kB each.
+    """
     folder = tmp_path_factory.mktemp("photographs")
     generator = np.random.default_rng(0)
     originals = [Image.fromarray(getattr(skimage.data, name)()[..., :3]) for name in PHOTOGRAPHS]
@@ -72,7 +73,7 @@ def _photograph(original: Image.Image, noise: np.ndarray, generator: np.random.G
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, bench) -> Path:
-    """A metadata.csv of 200,000 rows (2,000 if nothing is measured), and the (empty) files they name."""
+    """A metadata.csv of 200,000 rows (2,000 without `--measure`), and the (empty) files in it."""
     folder = tmp_path_factory.mktemp("rows")
     generator = np.random.default_rng(0)
     with (folder / "metadata.csv").open("w", newline="") as stream:
@@ -109,7 +110,7 @@ def test_checking_rows_takes_less_than_twice_reading_them(rows, bench):
 
 
 def _ratio(ours: Callable[[], object], bare: Callable[[], object], rounds: int) -> tuple[float, str]:
-    """The median time of one by the other's, taken in turn, and all the times."""
+    """Return the ratio of the median times, measured alternately, and all times."""
     times = [(_seconds(ours), _seconds(bare)) for _ in range(rounds)]
     ratio = statistics.median(one for one, _ in times) / statistics.median(other for _, other in times)
     return ratio, ", ".join(f"{one:.2f} s by {other:.2f} s" for one, other in times)

@@ -1,4 +1,4 @@
-"""How long the plan of a recipe takes."""
+"""Time to plan a recipe."""
 
 import time
 
@@ -14,7 +14,7 @@ from diffsynth_core.progress import SilentReporter
 
 
 def test_every_plan_takes_less_than_two_seconds_without_imports(tmp_path, monkeypatch: pytest.MonkeyPatch, bench):
-    """On a machine that holds neither models nor a dataset, for a GPU that everything is tried for."""
+    """On a machine without models and dataset, for a GPU on which all memory options are tried."""
     assert torch.__version__  # what planning asks for the devices there are is imported by now
     monkeypatch.chdir(tmp_path)
     seconds = {}

@@ -1,4 +1,4 @@
-"""How long a dry run takes that refuses thousands of rows, and one that reads as many good ones."""
+"""Time of a dry run that rejects thousands of rows, and of one that reads as many valid ones."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ ROUNDS = 3
 
 
 def write_bad_rows(folder: Path, count: int) -> Path:
-    """A dataset whose rows all name files that are missing."""
+    """Write a dataset all of whose files are missing."""
     folder.mkdir()
     lines = (f"missing_{number}.png,caption {number}\n" for number in range(count))
     (folder / "metadata.csv").write_text("image,prompt\n" + "".join(lines))
@@ -24,7 +24,7 @@ def write_bad_rows(folder: Path, count: int) -> Path:
 
 
 def dry_run(dataset: Path) -> tuple[int, str]:
-    """The exit code and the report of a dry run."""
+    """Return the exit code and the report of a dry run."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = main(["train", "--recipe", "qwen-image-lora", "--device", "cpu", "--dry_run",
@@ -33,7 +33,7 @@ def dry_run(dataset: Path) -> tuple[int, str]:
 
 
 def seconds_of(dataset: Path, rounds: int) -> float:
-    """The least of some rounds."""
+    """Return the minimum over some rounds."""
     taken = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -44,7 +44,7 @@ def seconds_of(dataset: Path, rounds: int) -> float:
 
 
 def write_good_rows(folder: Path, count: int) -> Path:
-    """A dataset whose rows all name one image: what is measured are rows, not files."""
+    """Write a dataset whose rows all name one image: rows are measured, not files."""
     folder.mkdir()
     Image.new("RGB", (512, 384), (90, 10, 200)).save(folder / "a.png")
     lines = (f"a.png,caption {number}\n" for number in range(count))

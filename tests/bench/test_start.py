@@ -1,4 +1,4 @@
-"""How long it takes until something happens."""
+"""Start-up time of commands."""
 
 import statistics
 import sys
@@ -12,7 +12,9 @@ IMPORTS = (
     "from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage; "
     "from transformers import Qwen2_5_VLForConditionalGeneration"
 )
-"""What planning and a step of Qwen-Image use: shapes of all three components are checked on their own classes."""
+"""Imports of planning and of a training step of Qwen-Image, which checks the shapes of three components on their
+classes.
+"""
 
 
 def test_help_takes_less_than_4_times_the_import_of_typer_and_rich(bench):

@@ -1,4 +1,6 @@
-"""The time of our step over a bare PyTorch loop on the same model, samples and optimizer, in one process."""
+"""Time of a training step relative to a bare PyTorch loop with the same model, samples and optimizer, in one
+process.
+"""
 
 import json
 import statistics
@@ -46,14 +48,16 @@ def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> Plan:
 
 
 def _our_steps(plan: Plan) -> float:
-    """Median seconds of a step of the product, as it measures them itself: from fetching to the optimizer's end."""
+    """Return the median seconds of a step as recorded in the metrics: from fetching to the end of the optimizer
+    step.
+    """
     train(plan, SilentReporter(), StopRequest())
     lines = (plan.parameters.output_path / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["seconds"] for line in lines[WARM_UP:])
 
 
 def _bare_steps(plan: Plan) -> float:
-    """Median seconds of the plainest loop one would write: samples in memory, global noise, no bookkeeping."""
+    """Return the median seconds of a step of the plainest loop: samples in memory, global noise, no bookkeeping."""
     family = load_family("qwen-image")
     encodings = plan_encodings(plan, SilentReporter())
     model = build_training_module(plan, encodings, family, torch.device("cpu"), SilentReporter())

@@ -1,4 +1,4 @@
-"""Large weight files for the benches of commands that write such, and what a process of theirs costs."""
+"""Large weight files for benchmarks of the commands that write such files, and the cost of a process."""
 
 import os
 import shutil
@@ -21,14 +21,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall seconds of a process, and the most anonymous memory that it held: private pages that map no file."""
+    """Wall seconds of a process, and its peak anonymous memory: private pages that map no file."""
 
     seconds: float
     anonymous_bytes: int
 
 
 def write_weights(path: Path, shapes: Shapes, metadata: Mapping[str, str], dtype: str = "BF16") -> None:
-    """A file of bfloat16 weights with a spread of 0.02: the same block of normal numbers over and over."""
+    """Write bfloat16 weights with a standard deviation of 0.02, repeating one block of normal numbers."""
     block = (torch.randn(BLOCK // 2, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     data = memoryview(block.view(torch.uint8).numpy()).cast("B")
     header = make_header([(name, dtype, shape) for name, shape in shapes.items()], metadata)
@@ -40,7 +40,7 @@ def write_weights(path: Path, shapes: Shapes, metadata: Mapping[str, str], dtype
 
 
 def write_two_shards(folder: Path, stem: str, shapes: Shapes, metadata: Mapping[str, str]) -> list[Path]:
-    """`shapes` in two files of about the same size, without an index."""
+    """Write `shapes` to two files of about the same size, without an index."""
     folder.mkdir(parents=True)
     half, first, second = sum(torch.Size(shape).numel() for shape in shapes.values()) / 2, {}, {}
     filled = 0
@@ -54,7 +54,7 @@ def write_two_shards(folder: Path, stem: str, shapes: Shapes, metadata: Mapping[
 
 
 def run(arguments: Iterable[object]) -> Cost:
-    """A `diffsynth` command in a process of its own."""
+    """Run a `diffsynth` command in a process."""
     os.sync()  # what others have left to write does not count
     started, most = time.perf_counter(), 0
     command = [sys.executable, "-m", "diffsynth_cli", *map(str, arguments)]
@@ -68,7 +68,7 @@ def run(arguments: Iterable[object]) -> Cost:
 
 
 def _anonymous(process: int) -> int:
-    """Bytes of resident anonymous memory (`RssAnon`)."""
+    """Return the bytes of resident anonymous memory (`RssAnon`)."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -77,7 +77,7 @@ def _anonymous(process: int) -> int:
 
 
 def copy_seconds(paths: Iterable[Path], folder: Path, synced: bool) -> float:
-    """Wall seconds of `cp` of files, until they are on the disk if `synced`; the copies are taken away again."""
+    """Return the wall seconds of `cp`, with its copies on disk if `synced`; the copies are deleted."""
     os.sync()
     folder.mkdir()
     started = time.perf_counter()

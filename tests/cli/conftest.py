@@ -1,4 +1,4 @@
-"""What the tests of the command line share: refusals as values, and command lines that are only parsed."""
+"""Shared fixtures of the command-line tests: rejections as values, and command lines that are parsed but not run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 HubAccessError = tuple[int, list[tuple[str, str | None]]]
-"""Exit code, and (message, hint) of every problem in the order of the report."""
+"""Exit code, and (message, hint) of every problem in report order."""
 
 
 @pytest.fixture
 def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., HubAccessError]:
-    """Start a LoRA run that must be refused: before any weight is read, with no traceback, with nothing written."""
+    """Start a LoRA run that must be rejected before reading weights, without a traceback, writing nothing."""
 
     def run(*arguments: object, recipe: str | None = "qwen-image-lora") -> HubAccessError:
         start = ("--recipe", recipe) if recipe else ()
@@ -28,14 +28,16 @@ def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., Hu
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of everything below a folder: a file made and taken away again shows in the time of its folder."""
+    """Return size and time of everything below a folder: a file that was created and deleted changes its folder's
+    time.
+    """
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
 def read_problems(report: str) -> list[tuple[str, str | None]]:
-    """The problems of a report on stderr; several of them must be counted in its last line.
+    """Return the problems of a report on stderr; if there are several, its last line must count them.
 
-    Problems of one kind stand below one `error: `, indented, and share the hint below them.
+    Problems of one kind are indented below one `error: `, and share the hint after them.
     """
     lines = report.splitlines()
     problems: list[tuple[str, str | None]] = []
@@ -70,7 +72,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def parse_stages(cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
-    """What the stages of a `train` command line resolve to; the runs themselves are left out."""
+    """Return the resolved stages of a `train` command line, without running them."""
     seen: list[tuple] = []
     monkeypatch.setattr("diffsynth_cli.train_session.run_session", lambda stages, *_: seen.append(stages) or 0)
 
@@ -84,7 +86,7 @@ def parse_stages(cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
 
 @pytest.fixture
 def parse(parse_stages) -> Callable[..., object]:
-    """What a `train` command line of a single run resolves to."""
+    """Return the resolved parameters of a `train` command line without stages."""
 
     def run(*arguments: object) -> object:
         (resolved,) = parse_stages(*arguments)

@@ -1,4 +1,4 @@
-"""`diffsynth convert-lora`: what it says, what it refuses, and that it writes nothing then."""
+"""`diffsynth convert-lora`: its output, and inputs that it rejects without writing anything."""
 
 import json
 import subprocess
@@ -23,13 +23,13 @@ Save = Callable[..., Path]
 
 
 def halves(module: str, rank: int = 2, rows: int = 6, value: float = 1.0) -> dict[str, Tensor]:
-    """A LoRA in diffusers' names."""
+    """A LoRA in the format of diffusers."""
     stem = f"transformer.{module}"
     return {f"{stem}.lora_A.weight": torch.full((rank, 6), value), f"{stem}.lora_B.weight": torch.ones(rows, rank)}
 
 
 def down_up(stem: str, alpha: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A LoRA in kohya's names."""
+    """A LoRA in the format of kohya."""
     return {
         f"{stem}.lora_down.weight": torch.ones(2, 6, dtype=dtype),
         f"{stem}.lora_up.weight": torch.ones(6, 2, dtype=dtype),
@@ -44,7 +44,7 @@ SEPARATE = {key: tensor for n, part in enumerate((Q, K, V, OUT)) for key, tensor
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Write `mine.safetensors` where the commands run."""
+    """Write `mine.safetensors` to the working folder."""
 
     def write(tensors: dict[str, Tensor], **metadata: str) -> Path:
         path = tmp_path / "work" / "mine.safetensors"
@@ -56,7 +56,7 @@ def save(tmp_path: Path) -> Save:
 
 @pytest.fixture
 def convert(cli) -> Callable[..., tuple[str, list[str]]]:
-    """Convert `mine.safetensors` into `out.safetensors`; returns stdout, and the lines of stderr without progress."""
+    """Convert `mine.safetensors` to `out.safetensors`; return stdout, and the lines of stderr without progress."""
 
     def run(*arguments: object) -> tuple[str, list[str]]:
         outcome = cli("convert-lora", "mine.safetensors", "-o", "out.safetensors", *arguments)
@@ -68,7 +68,7 @@ def convert(cli) -> Callable[..., tuple[str, list[str]]]:
 
 @pytest.fixture
 def refuse(cli, tmp_path: Path) -> Callable[..., HubAccessError]:
-    """As `convert`, where it must be refused and nothing be written."""
+    """Run `convert`, which must reject the input and write nothing."""
 
     def run(*arguments: object) -> HubAccessError:
         before = stamps(tmp_path)
@@ -122,7 +122,7 @@ def test_where_a_part_has_no_lora_its_rows_are_zero(save, convert):
     ],
 )
 def test_a_scale_is_multiplied_in_where_no_alpha_is_read(save, convert, dtype, alpha, told, written):
-    """float16 has too few exponents to be sure."""
+    """float16 has too few exponents for every scale."""
     save(down_up(MODULATION, alpha, dtype))
     _, lines = convert("--to", "diffusers")
     assert lines[1] == f"diffusers stores no alpha: lora_B of 1 module is multiplied by {told}"
@@ -174,7 +174,7 @@ THIRDS = {
     "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 6),
     "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(4, 2),
 }
-"""Four rows for three parts."""
+"""Four rows for three parts, which cannot be split evenly."""
 REFUSED = [
     (
         halves(Q), KOHYA, 1,
@@ -332,7 +332,7 @@ def test_a_base_that_does_not_fit_is_told(save, refuse, module, family, expected
 
 
 def test_no_torch_is_needed(cli, save):
-    """Not even to multiply a scale in."""
+    """Not even to apply a scale."""
     path = save(down_up(MODULATION, 0.3))
     code = (
         "import sys; from diffsynth_cli.main import main\n"

@@ -1,4 +1,4 @@
-"""What `dataset validate` and `train` say, in the same words, of datasets made by hand in spreadsheets and editors."""
+"""Identical messages of `dataset validate` and `train` about datasets made in spreadsheets and editors."""
 
 import json
 
@@ -11,7 +11,7 @@ LONG = "a cat on a chair, " * 60
 
 @pytest.fixture
 def validate(cli, dataset):
-    """Check the dataset; the (code, message, hint) of its errors."""
+    """Check the dataset; return (code, message, hint) of its errors."""
 
     def run(*arguments):
         outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json", *arguments)

@@ -1,4 +1,4 @@
-"""`diffsynth dataset validate --report`: what it writes, and what it refuses to write over."""
+"""`diffsynth dataset validate --report`: what it writes, and what it refuses to overwrite."""
 
 from pathlib import Path
 

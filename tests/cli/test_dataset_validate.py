@@ -1,4 +1,4 @@
-"""`diffsynth dataset validate` as people meet it: the table, `--fix`, JSON, and the quick part before training."""
+"""`diffsynth dataset validate`: the table, `--fix`, JSON, and the checks before training."""
 
 import csv
 import json
@@ -180,7 +180,7 @@ def test_a_rehearsal_stops_there_too(refuse, dataset):
 
 @pytest.mark.parametrize("recipe", [(), ("--recipe", "qwen-image-edit-2511-lora")])
 def test_no_torch_is_imported(dataset, recipe):
-    """Workers are processes of their own, which import less than their parent."""
+    """Workers are separate processes, which import less than their parent."""
     command = [sys.executable, "-X", "importtime", "-m", "diffsynth_cli", "dataset", "validate", str(dataset), *recipe]
     ended = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]

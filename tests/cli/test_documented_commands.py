@@ -1,6 +1,7 @@
-"""The command lines of the documented training scripts: what stood after `train.py` there, given to `diffsynth train`.
+"""The command lines of DiffSynth-Studio's training scripts: the arguments of its `train.py`, passed to `diffsynth
+train`.
 
-`tests/documented_commands.csv` holds each with what it is refused for, blank for those that are accepted.
+`tests/documented_commands.csv` lists each with the reason why it is rejected, empty if it is accepted.
 """
 
 import csv
@@ -26,13 +27,13 @@ UNKNOWN_HERE = (
     "framewise_decoding",
 )
 DISTILLING = {"seed": 1, "rand_device": "cpu", "num_inference_steps": 4, "cfg_scale": 1}
-"""Columns of direct distillation."""
+"""Metadata columns of direct distillation."""
 WAN_DEFAULT = "`use_gradient_checkpointing` is on by default for Wan; `--no-use_gradient_checkpointing` turns it off"
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command line; `stage` says which of several it is."""
+    """One command line; `stage` distinguishes several in one script."""
 
     model: str
     kind: str
@@ -46,7 +47,7 @@ class Command:
 
     @property
     def values(self) -> dict[str, str | bool]:
-        """What it gives, by name."""
+        """Its values by name."""
         words = self.words
         return {
             word.removeprefix("--"): True if following.startswith("--") else following
@@ -84,7 +85,7 @@ def test_their_number():
 
 
 def as_typed(name: str, text: str | bool) -> Any:
-    """The value of a flag, read from its text without our own readers."""
+    """Return the value of a flag, converted without the code under test."""
     kind = SETTINGS[name].type_name
     if kind == "comma list":
         return tuple(str(text).split(","))
@@ -106,14 +107,14 @@ def test_each_is_planned_on_tiny_weights(cli, command):
 
 
 def needs_default_of_wan(command: Command) -> bool:
-    """Whether it leaves out what the reference's Wan trainer forces on."""
+    """Return whether it omits what DiffSynth-Studio's Wan trainer always enables."""
     models = str(command.values["model_id_with_origin_paths"])
     return "Wan" in models and "use_gradient_checkpointing" not in command.values
 
 
 @pytest.mark.parametrize("off", [False, True])
 def test_checkpointing_of_wan_is_counted_unless_it_is_turned_off(cli, monkeypatch, tmp_path, off):
-    """At real size, without any file: which family it is, is told by the entries alone."""
+    """At real size, without files: the family follows from the entries alone."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     (command,) = [c for c in ALONE if (c.model, c.kind) == ("Wan2.1-T2V-1.3B", "lora")]
     assert needs_default_of_wan(command)
@@ -142,7 +143,7 @@ def test_the_others_are_refused_by_what_is_not_supported(cli, command):
 
 @pytest.fixture
 def small(cli, entry_models, photographs, tmp_path, monkeypatch):
-    """Run a command on tiny models and small data of one's own; `more` overrides its values."""
+    """Run a command on tiny models and a small dataset; `more` overrides its values."""
     (tmp_path / "data").mkdir()
     for name in ("a.png", "b.png"):
         Image.open(photographs / "chelsea.png").resize((64, 32)).save(tmp_path / "data" / name)

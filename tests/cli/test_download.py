@@ -1,4 +1,4 @@
-"""What `diffsynth download` says without a hub: wrong use, and what is not here."""
+"""`diffsynth download` without a hub: wrong use, and missing files."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MISSING = (
 
 @pytest.fixture
 def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opens a socket fails."""
+    """Make opening a socket fail."""
 
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("a socket was opened")
@@ -88,7 +88,7 @@ def test_a_hub_in_the_environment_that_is_none(cli, no_socket, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [(), ("--offline",)])
 def test_offline_says_what_is_missing_and_how_to_get_it(cli, no_socket, arguments, monkeypatch, tmp_path):
-    """By the option, and by `DIFFSYNTH_SKIP_DOWNLOAD`, which all tests run under."""
+    """With the option, and with `DIFFSYNTH_SKIP_DOWNLOAD`, which is set for all tests."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "none"))
     if arguments:
         monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
@@ -116,7 +116,7 @@ def test_offline_with_all_here(cli, no_socket, tiny_models):
 
 
 def test_offline_a_missing_shard_and_a_copy(cli, no_socket, models, tiny_wan, monkeypatch):
-    """A shard that the names of the others promise is missed; a copy stands for what it is a copy of."""
+    """A shard implied by the names of others is missing; a mirror replaces the original."""
     repository = models / MODEL
     (repository / "transformer/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     outcome = cli("download", "qwen-image-lora", "--format", "json")
@@ -147,7 +147,7 @@ def test_train_opens_no_socket_when_downloads_are_off(refuse, models, no_socket)
 
 
 def test_no_torch_and_no_terminal_library_for_offline_and_for_both_hubs():
-    """The SDKs are imported for a download alone, and bring no torch."""
+    """The SDKs are imported only for a download, and import no torch."""
     offline = "from diffsynth_cli.main import main; main(['download', 'wan2.2-i2v-a14b-lora'])"
     hubs = "from diffsynth_core.hub.client import HUBS, open_hub; [open_hub(source) for source in HUBS]"
     for code, banned in (

@@ -1,7 +1,7 @@
-"""A folder with a file of every ending that Pillow writes and ffmpeg muxes here, and with what phones, desktops,
-notebooks, browsers and ComfyUI leave: each is read, passed over or named, and validate and train agree on which.
+"""A folder with a file of every suffix that Pillow writes and ffmpeg muxes here, and with leftovers of phones,
+desktops, notebooks, browsers and ComfyUI: each is read, skipped or reported, and `validate` and `train` agree.
 
-The page of the snapshot lists the endings of the Pillow and the ffmpeg that constraints.txt pins.
+The snapshot lists the suffixes of the Pillow and ffmpeg versions pinned in constraints.txt.
 """
 
 import json
@@ -68,7 +68,7 @@ FOREIGN = {
     "lone.txt": b"a caption of nothing",
     "metadata.tsv": b"image\tprompt",
 }
-"""What is in folders beside media: path -> first bytes."""
+"""Files next to media: path -> first bytes."""
 
 
 def image() -> Image.Image:
@@ -76,7 +76,7 @@ def image() -> Image.Image:
 
 
 def write_all_of_pillow(folder: Path) -> None:
-    """One image of every ending whose format Pillow writes here, and animations of those that have them."""
+    """Write one image of every suffix whose format Pillow writes here, and animations where supported."""
     Image.init()
     for ending, form in Image.registered_extensions().items():
         for mode in ("RGB", "L", "1", "P") if form in Image.SAVE else ():
@@ -92,19 +92,19 @@ def write_all_of_pillow(folder: Path) -> None:
 
 
 def ask_ffmpeg(*arguments: str) -> str:
-    """What ffmpeg answers to a question about itself."""
+    """Return ffmpeg's answer to a query about itself."""
     return subprocess.run([get_ffmpeg_exe(), "-hide_banner", *arguments], capture_output=True, text=True).stdout
 
 
 def muxed_endings(muxer: str) -> list[str]:
-    """The endings of the files of a muxer; none where it takes no video, or no files."""
+    """Return the suffixes of a muxer; none if it supports no video or no files."""
     text = ask_ffmpeg("-h", f"muxer={muxer}")
     endings = re.search(r"Common extensions: (.*)\.", text)
     return [one.strip() for one in endings[1].split(",")] if endings and "Default video codec: " in text else []
 
 
 def write_all_of_ffmpeg(folder: Path) -> None:
-    """One clip, and one still, of every ending that ffmpeg muxes here, as far as its default codec takes the frames."""
+    """Write one clip and one still of every suffix that ffmpeg muxes here with its default codec."""
     names = [
         words[1].split(",")[0] for line in ask_ffmpeg("-muxers").splitlines()[4:] if len(words := line.split()) > 1
     ]
@@ -130,7 +130,7 @@ def mux(folder: Path, muxer: str, ending: str) -> None:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder, where everything that is read has a caption."""
+    """The folder, with captions for all files that are read."""
     folder = tmp_path_factory.mktemp("zoo")
     write_all_of_pillow(folder)
     write_all_of_ffmpeg(folder)
@@ -147,7 +147,7 @@ def sort(folder: Path, kind: str) -> CaptionedFolder:
 
 
 def fates(folder: CaptionedFolder) -> dict[str, dict[str, list[str]]]:
-    """What becomes of each file: fate -> why -> files."""
+    """Return fate -> reason -> files."""
     return {
         "read": {"image or clip": list(folder.rows), "caption": list(folder.captions)},
         "passed over": {f"left by {whose}": list(names) for whose, names in folder.leftovers.items()},
@@ -162,7 +162,7 @@ def fates(folder: CaptionedFolder) -> dict[str, dict[str, list[str]]]:
 
 
 def table(folder: CaptionedFolder) -> str:
-    """The page of the snapshot: endings where each file of an ending has the same fate, else names."""
+    """Return the snapshot: suffixes where all files of a suffix share a fate, otherwise names."""
     lines = []
     for fate, reasons in fates(folder).items():
         for reason, names in reasons.items():
@@ -201,7 +201,7 @@ RULES = {
 
 @pytest.mark.parametrize("kind", RULES)
 def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_path, says, kind):
-    """What is called an image or clip is decoded or refused by name, as animations are among images."""
+    """Files with the suffix of an image or clip are decoded or rejected by name, such as animations among images."""
     column = "image" if kind == "image" else "video"
     metadata = read_metadata(zoo, None, "prompt", column, kind)
     columns = Columns("prompt", column, RULES[kind])
@@ -234,7 +234,7 @@ def decodes(sample: Sample) -> bool:
 
 
 def test_the_commands_say_it(zoo, cli, says):
-    """`train` and `dataset validate` name the same; neither drops a file without a word."""
+    """`train` and `dataset validate` name the same files; neither drops a file silently."""
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", zoo, "--dry_run", "--device", "cpu")
     assert outcome.code == 1
     refused = set(re.findall(r"`[^`]*/([^`/]+)` is animated", outcome.err))

@@ -1,4 +1,4 @@
-"""What `train` and `dataset validate` say of folders as people have them: what is passed over, converted, refused."""
+"""Messages of `train` and `dataset validate` about real-world folders: files skipped, converted, rejected."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.icc import rgb_profile
 
 @pytest.fixture
 def folder(dataset):
-    """The photographs with captions beside them, and what else lies in the folders of people."""
+    """The photographs with captions next to them, and other files of real-world folders."""
     (dataset / "metadata.csv").unlink()
     for path in dataset.glob("*.png"):
         path.with_suffix(".caption").write_text(f"a photograph of {path.stem}")
@@ -25,7 +25,7 @@ def folder(dataset):
 
 
 def page_of(findings):
-    """Findings as they are reviewed, without the line ends of a terminal."""
+    """Return findings for review, without terminal line endings."""
     return "\n".join(f"{one['level']} {one['code']}: {one['message']}\n  hint: {one['hint']}" for one in findings)
 
 

@@ -1,4 +1,4 @@
-"""LoRAs and bases as other programs write them, and LoRAs that are no LoRAs: what the commands say, word by word."""
+"""LoRAs and bases in the formats of other programs, and files that are not LoRAs: exact messages of the commands."""
 
 import json
 from pathlib import Path
@@ -31,14 +31,14 @@ def weights(models: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def lora(weights) -> dict[str, Tensor]:
-    """A LoRA of one module in kohya's names."""
+    """A LoRA of one module in the format of kohya."""
     rows, columns = weights[f"{Q}.weight"].shape
     return {DOWN: torch.full((2, columns), 0.125), UP: torch.full((rows, 2), 0.25), ALPHA: torch.tensor(2.0)}
 
 
 @pytest.fixture
 def refused(cli, models, tmp_path):
-    """A command line that must be refused in one message, with nothing written."""
+    """Run a command that must be rejected with one message, writing nothing."""
 
     def run(name: str, lora: object) -> tuple[str, str | None]:
         before = stamps(tmp_path / "work")
@@ -156,7 +156,7 @@ def test_a_weight_that_is_no_number(refused, lora, text):
 
 
 def test_a_change_too_large_to_square_is_told_in_json(cli, models, lora):
-    """1e30 squared is beyond float32, and infinity beyond JSON."""
+    """1e30 squared exceeds float32, and JSON has no infinity."""
     save_file(lora, "mine.safetensors")
     outcome = cli(
         "merge-lora", "--base", models / TRANSFORMER, "--lora", "mine.safetensors:1e30", "--output_path", "out",
@@ -168,7 +168,7 @@ def test_a_change_too_large_to_square_is_told_in_json(cli, models, lora):
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
 def test_a_base_of_comfyui(cli, weights, lora, prefix):
-    """Names stay to the letter, what stands beside the transformer to the bit; the change is that of the bare base."""
+    """Keys stay identical, tensors next to the transformer bit-identical; the change is that of the bare base."""
     beside = {"vae.encoder.conv_in.weight": torch.ones(2, 2), "text_encoders.a.weight": torch.ones(3)}
     save_file(weights, "bare.safetensors")
     save_file({prefix + name: tensor for name, tensor in weights.items()} | beside, "comfy.safetensors")

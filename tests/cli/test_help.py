@@ -1,4 +1,4 @@
-"""Help and flags: every name stands whole, every flag can be turned off, both spellings work, help costs nothing."""
+"""Help and flags: names are not truncated, every flag can be turned off, both spellings work, help imports little."""
 
 import re
 import subprocess
@@ -47,7 +47,7 @@ def test_help_is_data_and_no_wider_than_80(cli, arguments):
 
 @pytest.mark.parametrize("columns", ["80", "60", "200"])
 def test_help_of_train_shows_every_name_whole(cli, monkeypatch, columns):
-    """Other command lines cut long names with an ellipsis."""
+    """Typer truncates long names with an ellipsis by default."""
     monkeypatch.setenv("COLUMNS", columns)
     lines = cli("train", "--help").out.splitlines()
     shown = [re.fullmatch(r"  (--[a-z0-9_]+)((?:, --no-[a-z0-9_]+)?)(?:, -[a-z])?( [^-].*)?", line) for line in lines]
@@ -89,7 +89,7 @@ def test_version(cli):
 
 @pytest.mark.parametrize("arguments", [[], ["recipe"]])
 def test_a_command_left_out_shows_the_usage(cli, arguments):
-    """That is no error with a hint: the usage itself says what there is."""
+    """Not an error with a hint: the usage itself lists the commands."""
     outcome = cli(*arguments)
     text = outcome.out + outcome.err
     assert outcome.code == 2
@@ -110,7 +110,7 @@ def test_a_slip_of_the_pen_in_a_command(cli, arguments, near):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_flag_has_a_form_that_turns_it_off(parse, config, name):
-    """Under a file that turns it on, where a file may; else behind itself."""
+    """Overriding a file that turns it on, where files may; otherwise after itself."""
     on = ("--config", config(f"parameters:\n  {name}: true\n")) if name not in NOT_IN_RECIPES else (f"--{name}",)
     dashes = name.replace("_", "-")
     assert getattr(parse(*on).parameters, name) is True
@@ -151,7 +151,7 @@ def test_every_option_in_both_spellings(parse, config, separator):
 
 
 def value_of(name: str) -> object:
-    """A value that the setting takes."""
+    """Return a valid value of the parameter."""
     if name == "recipe":
         return "qwen-image-lora"
     setting = SETTINGS[name]
@@ -197,7 +197,7 @@ def test_heavy_modules_are_not_imported(arguments, light):
 
 @pytest.mark.parametrize("module", ["typer", "diffsynth_core.planning.plan"])
 def test_ctrl_c_while_modules_are_imported(module, tmp_path):
-    """The signal comes when `module` is looked for, in the real entry point."""
+    """The signal arrives while `module` is looked up, in the real entry point."""
     script = (
         "import signal, sys\n"
         "class Stop:\n"

@@ -1,4 +1,4 @@
-"""The examples of every `--help` work as pasted, however narrow the terminal that showed them."""
+"""The examples in `--help` work as pasted, at any terminal width."""
 
 import re
 import subprocess
@@ -23,14 +23,14 @@ COMMANDS = [
 
 
 def shown_examples(text: str) -> list[str]:
-    """The examples of a help text, each as its lines stand there, blanks before them included."""
+    """Return the examples of a help text as displayed, including leading spaces."""
     section = text.partition("Examples:\n\n")[2].partition("\n\n\n")[0]
     paragraphs = re.split(r"\n\n", section)
     return [paragraph for paragraph in paragraphs if paragraph.lstrip().startswith("diffsynth ")]
 
 
 def pasted_words(example: str, folder: Path) -> list[str]:
-    """What the shell makes of a pasted example: the words behind `diffsynth`."""
+    """Return the arguments after `diffsynth` that a shell parses from a pasted example."""
     script = f'diffsynth() {{ printf "%s\\n" "$@"; }}\n{example}\n'
     ended = subprocess.run(["bash", "-euc", script], cwd=folder, capture_output=True, text=True, check=True)
     assert ended.stderr == ""
@@ -39,7 +39,7 @@ def pasted_words(example: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_examples_are_whole_as_pasted(cli, command, monkeypatch, tmp_path):
-    """In a folder whose files the globs of the examples would match if they were not quoted."""
+    """In a folder whose files would match the globs of the examples if they were not quoted."""
     for name in ("Qwen/Qwen-Image:transformer/a.safetensors", "Qwen/Qwen-Image:vae/a", "qwen_image/Qwen-Image/a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -58,7 +58,7 @@ def test_examples_are_whole_as_pasted(cli, command, monkeypatch, tmp_path):
 
 
 def parse_strictly(arguments: list[str]) -> list[str]:
-    """Parse a command line without carrying it out; returns what no option took."""
+    """Parse a command line without running it; return words that no option consumed."""
     group = typer.main.get_command(build_app(arguments[0]))
     context = group.make_context("diffsynth", list(arguments))
 

@@ -1,4 +1,4 @@
-"""Names and texts that steer a terminal, that are not UTF-8 or that no file can have: one message each, spelled out."""
+"""Names and texts with control characters, invalid UTF-8 or impossible file names: one escaped message each."""
 
 import json
 import os
@@ -15,7 +15,7 @@ LONG = "n" * 300
 
 
 def told(outcome) -> str:
-    """What was printed, which holds nothing that steers a terminal and no fault of ours."""
+    """Return the output, which contains no control characters and no internal error."""
     text = outcome.out + outcome.err
     assert not {"\x1b", "\x9b", "\u202e"} & set(text)
     assert "internal error" not in text

@@ -1,4 +1,4 @@
-"""LoRAs as other programs publish them, on the way into each command: what is refused names a command that works."""
+"""LoRAs published by other programs as input of each command: a rejection names a command that works."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ SIZES = (r"<session>/wan\d+", r"[\d.]+ (B|kB|MB|GB)", r"[\d.]+/s", r"[0-9.]+%")
 
 @pytest.fixture
 def family(cli, tiny_families, monkeypatch) -> Callable[[str], TinyFamily]:
-    """The tiny model of a family as the one that commands find."""
+    """The tiny model of a family, where commands find it."""
 
     def use(name: str) -> TinyFamily:
         tiny: TinyFamily = tiny_families(name)
@@ -31,7 +31,7 @@ def family(cli, tiny_families, monkeypatch) -> Callable[[str], TinyFamily]:
 
 @pytest.fixture
 def plan(cli) -> Callable[..., Outcome]:
-    """A dry run with further parameters; those given twice count the last time."""
+    """Run a dry run with additional parameters; of duplicates the last one counts."""
 
     def run(tiny: TinyFamily, *arguments: object) -> Outcome:
         flags = tiny.flags(output_path="unused")
@@ -51,7 +51,7 @@ def weights_of(tiny: TinyFamily) -> dict[str, Tensor]:
 
 
 def halves(shapes: Mapping[str, tuple[int, ...]], spelling: str, rank: int = RANK) -> dict[str, Tensor]:
-    """A LoRA with an A of its own for each module; `spelling` has the module at `{}`."""
+    """A LoRA with a separate lora_A for each module; `spelling` has the module at `{}`."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for module, (rows, columns) in shapes.items():
@@ -62,12 +62,12 @@ def halves(shapes: Mapping[str, tuple[int, ...]], spelling: str, rank: int = RAN
 
 
 def hint_command(hint: str, which: int = 0) -> list[str]:
-    """One of the commands that a hint names, in words."""
+    """Return one of the commands in a hint, split into words."""
     return shlex.split(re.findall(r"`(diffsynth [^`]+|--[^`]+)`", hint)[which])
 
 
 def test_separate_q_k_v_of_flux_start_the_fused_layers(family, plan, says):
-    """As diffusers and ai-toolkit train them: the hint names the rank, and the plan says what becomes of them."""
+    """As trained by diffusers and ai-toolkit: the hint names the rank, and the plan describes the result."""
     tiny = family("flux")
     weights = weights_of(tiny)
     width = weights["double_blocks.0.img_attn.qkv.weight"].shape[1]
@@ -92,12 +92,14 @@ WAN_DIFFERENCES = {
     "head.diff_m": "head.modulation",
     "patch_embedding.diff": "patch_embedding.weight",
 }
-"""As ModelTC/LightX2V writes them for Wan."""
+"""Keys written by ModelTC/LightX2V for Wan."""
 
 
 @pytest.fixture
 def lightx2v(family) -> TinyFamily:
-    """The tiny Wan, and `lightx2v.safetensors` and `whole.safetensors` for it: LoRA and differences, or these alone."""
+    """The tiny Wan, and `lightx2v.safetensors` and `whole.safetensors` for it: LoRA and full differences, or only
+    those.
+    """
     tiny = family("wan")
     weights = weights_of(tiny)
     differences = {
@@ -141,7 +143,7 @@ def test_whole_differences_are_taken_as_a_preset(lightx2v, plan, name):
 
 
 def test_no_lora_starts_from_whole_differences(lightx2v, cli, plan, says):
-    """Both ways out that the hint names are gone."""
+    """Neither alternative of the hint applies."""
     refused = plan(lightx2v, "--lora_checkpoint", "lightx2v.safetensors")
     [(message, hint)] = read_problems(refused.err)
     assert message.startswith(
@@ -198,7 +200,7 @@ def test_loras_in_several_formats_become_one(cli, says):
 
 
 def test_one_prefix_before_the_names_of_two_programs_is_brought_to_one(cli):
-    """What is one module is not taken for two."""
+    """One module is not taken for two."""
     original, diffusers = "double_blocks_0_img_attn_proj", "transformer_blocks_0_attn_to_out_0"
     more = {"double_blocks_0_img_mod_lin": (48, 8), "transformer_blocks_0_norm1_linear": (48, 8)}
     for name, module in {"first": original, "second": diffusers}.items():

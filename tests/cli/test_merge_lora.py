@@ -1,4 +1,4 @@
-"""`merge-lora`: what it says, and what it refuses, word by word."""
+"""`merge-lora`: exact messages, and inputs that it rejects."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ Q = "transformer_blocks.0.attn.to_q"
 
 @pytest.fixture
 def lora(models: Path, tmp_path) -> Path:
-    """A LoRA of one module of the tiny Qwen-Image, with an alpha of twice its rank."""
+    """A LoRA of one module of the tiny Qwen-Image, with alpha = 2 x rank."""
     weights = {}
     for file in (models / TRANSFORMER).glob("*.safetensors"):
         weights |= load_file(file)
@@ -32,7 +32,7 @@ def lora(models: Path, tmp_path) -> Path:
 
 
 def shard_of_q(models: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The shard that has the module, and what it holds."""
+    """The shard that contains the module, and its tensors."""
     found = ((path, load_file(path)) for path in (models / TRANSFORMER).glob("*.safetensors"))
     return next((path, tensors) for path, tensors in found if f"{Q}.weight" in tensors)
 
@@ -47,7 +47,7 @@ def refused(cli, tmp_path, *arguments: object) -> tuple[int, list[tuple[str, str
 
 @pytest.mark.parametrize("base", ["path", "entry"])
 def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
-    """The base's own file names; the change is 2 x (0.25 x 0.125 + 0.25 x 0.125) x 0.5 everywhere."""
+    """The file names of the base are kept; the change is 2 x (0.25 x 0.125 + 0.25 x 0.125) x 0.5 everywhere."""
     text = models / TRANSFORMER if base == "path" else "Qwen/Qwen-Image:transformer/*.safetensors"
     outcome = cli("merge-lora", "--base", text, "--lora", f"{lora}:0.5", "--output_path", "out", "--dtype", "float32")
     assert outcome.code == 0, outcome.err
@@ -86,7 +86,7 @@ def test_a_dry_run_as_json_writes_nothing(cli, models, lora, tmp_path):
 
 
 def test_what_rounding_loses_is_warned_of(cli, models, lora):
-    """Weights at 0.0625 in bfloat16 have steps of 2^-11 (2^-12 below); the change asks for a fifth of one."""
+    """bfloat16 has steps of 2^-11 at 0.0625 (2^-12 below); the change is a fifth of one."""
     path, tensors = shard_of_q(models)
     tensors[f"{Q}.weight"] = torch.full_like(tensors[f"{Q}.weight"], 0.0625).bfloat16()
     save_file(tensors, path)

@@ -1,4 +1,4 @@
-"""`--model_paths` beside a recipe: used in place of its entries, and refused before anything is fetched."""
+"""`--model_paths` with a recipe: replaces its entries, and is rejected before anything is downloaded."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ CHANGING = (r"[\d.]+ GB free", r"\d+(\.\d+)?/s, \d+ s left")
 
 @pytest.fixture
 def mine(tiny_models: Path, tmp_path: Path, cli, monkeypatch) -> Path:
-    """A copy of the tiny Qwen-Image in a folder of its user's, and an empty folder of downloaded models."""
+    """A copy of the tiny Qwen-Image in a user's folder, and an empty folder of downloaded models."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     return Path(shutil.copytree(tiny_models / MODEL_ID, tmp_path / "mine"))
 
@@ -24,7 +24,7 @@ def paths(mine: Path, *names: str) -> tuple[str, str]:
 
 
 def test_a_recipe_on_files_of_ones_own(cli, mine, photographs):
-    """Nothing of the recipe's repository is missed: the plan is carried out without a hub."""
+    """No repository of the recipe is required: the plan works without a hub."""
     given = (*paths(mine, "transformer", "text_encoder", "vae"), "--dataset_base_path", photographs)
     planned = cli(*START, "--recipe", "qwen-image-lora", *given, "--dry_run", "--verbose")
     assert planned.code == 0, planned.err
@@ -35,7 +35,7 @@ def test_a_recipe_on_files_of_ones_own(cli, mine, photographs):
 @pytest.mark.parametrize("recipe", [("--recipe", "qwen-image-lora"), ("--lora_base_model", "dit")])
 @pytest.mark.parametrize("dry", [(), ("--dry_run",)])
 def test_a_path_that_is_wrong_is_the_only_problem(cli, mine, photographs, recipe, dry):
-    """Neither are entries missed that it was to replace, nor is anything estimated without it."""
+    """The entries that it was meant to replace are not reported, and nothing is estimated without it."""
     given = paths(mine, "transfomer", "text_encoder", "vae")
     outcome = cli(*START, *recipe, *given, "--dataset_base_path", photographs, *dry)
     assert (outcome.code, outcome.out) == (1, "")

@@ -1,4 +1,4 @@
-"""Many mistakes at once: `diffsynth train` tells all of them in one report, in a rehearsal too."""
+"""Many mistakes at once: `diffsynth train` reports all of them together, in a rehearsal too."""
 
 import pytest
 
@@ -14,7 +14,7 @@ TO_QQ = ("`lora_target_modules`: no module of dit ends with `to_qq`", "did you m
 
 @pytest.fixture
 def occupied(cli, dataset):
-    """An output folder with a finished run, and the problem that it is."""
+    """An output folder with a finished run, and the resulting problem."""
     run = ("--max_steps", 1, "--dataset_num_workers", 0, "--device", "cpu", "--output_path", "out")
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, *run)
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""What the dry run tells on a machine that holds nothing yet: the plan, what it takes, and what is missing."""
+"""The dry run on a machine without files: the plan, its requirements, and what is missing."""
 
 import re
 import shlex
@@ -17,12 +17,12 @@ NOT_HERE = (
 )
 FREE_DISK = r"[\d.]+ [MGT]B free(: not enough)?"
 CACHE = r"`[^`]*`(?=, [\d.]+ [MGT]B free)"
-"""What differs between machines."""
+"""Parts that differ between machines."""
 
 
 @pytest.fixture
 def plan(cli, tmp_path, monkeypatch):
-    """The dry run of a recipe where there are neither models nor a dataset, and where a run would download models."""
+    """Run a dry run without models and dataset, where a run would download models."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
 
@@ -47,7 +47,7 @@ def test_every_recipe_has_a_plan_without_files(plan, recipe):
 
 @pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora", "qwen-image-full"])
 def test_the_plan_is_short(plan, says, recipe):
-    """The result first, then what is missing and what is done, a line each, then the flags that make it fit."""
+    """The result first, then what is missing and what will be done, one line each, then the flags that make it fit."""
     outcome = plan(recipe, "--gpu_memory", "24GB")
     assert next(line for line in outcome.out.splitlines() if "Stage" not in line).startswith("Does not fit in 24.0 GiB")
     assert "57.7 GB to download" in outcome.out or "qwen" not in recipe
@@ -130,7 +130,7 @@ def verdict(outcome) -> str:
 
 
 def changes(outcome) -> list[str]:
-    """The flags that make a run fit, the last that is told."""
+    """Return the flags that make a run fit, from the last line."""
     lines = outcome.out.splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("To make it fit")]
     return lines[starts[0] :] if starts else []
@@ -227,7 +227,7 @@ def test_each_part_is_there_at_the_fullest_moment(plan):
 
 
 def test_no_part_is_of_nothing(plan):
-    """With gradients of an earlier micro-batch a forward pass ends at the fullest, when all activations have left."""
+    """With gradients of an earlier micro-batch, memory peaks at the end of the forward pass, without activations."""
     outcome = plan(OFFLOADED, "--gradient_accumulation_steps", 2, "-v")
     assert CASTS in outcome.out.splitlines()
     assert "  0 B" not in outcome.out and "recomputed block by block" not in outcome.out

@@ -1,4 +1,4 @@
-"""`diffsynth recipe` and the order of precedence: what is shown is what is trained, with the documented values."""
+"""`diffsynth recipe` and precedence: recipes are trained as displayed, with the documented values."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ def show(cli, name: str, output_format: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """The arguments behind `diffsynth train` in a command line of several lines, as a shell reads them."""
+    """Return the arguments after `diffsynth train` in a multi-line command, as a shell parses them."""
     program, command, *words = shlex.split(text.replace("\\\n", " "))
     assert (program, command) == ("diffsynth", "train")
     return words
@@ -183,6 +183,6 @@ def test_yaml_is_read_as_people_write_it(parse, config, name, text, value):
 
 
 def test_1e_4_in_yaml_is_a_number(refuse, config):
-    """Where a text is expected the report shows what it was read as."""
+    """Where a string is expected, the report shows the value as parsed."""
     path = config("parameters:\n  lora_base_model: 1e-4\n")
     assert refuse("--config", path) == (2, [(f"`lora_base_model` takes a string, got `0.0001` (`{path}`)", None)])

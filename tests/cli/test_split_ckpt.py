@@ -1,4 +1,4 @@
-"""`diffsynth split-ckpt`: what it prints, and what it refuses in which words."""
+"""`diffsynth split-ckpt`: its output, and exact messages of rejections."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def ones(*shape):
 
 @pytest.fixture
 def checkpoint(cli):
-    """A checkpoint as a run writes it, in the working folder."""
+    """A checkpoint of a run in the working folder."""
     save_file(
         {
             "pipe.vae.conv_in.weight": ones(3, 2).bfloat16(),
@@ -36,7 +36,7 @@ def checkpoint(cli):
 
 @pytest.fixture
 def refuse(cli):
-    """Give a command that must be refused with nothing written; returns exit code and problems."""
+    """Run a command that must be rejected without writing anything; return exit code and problems."""
 
     def run(*arguments):
         before = stamps(Path())

@@ -1,4 +1,4 @@
-"""`--only` and recipes with stages on the command line: what is refused, and how often it is told."""
+"""`--only` and recipes with stages on the command line: what is rejected, and how often it is reported."""
 
 import pytest
 

@@ -63,14 +63,14 @@ def test_messages_that_cannot_be_written_change_no_exit_code():
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_are_not_taken_by_the_files_that_are_written(tmp_path, closed):
-    """A descriptor that is free is given to the next file, which would then be written to."""
+    """A free descriptor is assigned to the next file, which messages would then corrupt."""
     script = "import os, sys; from diffsynth_cli.__main__ import run; run(); os.write(2, b'x'); sys.exit(os.open('f', os.O_CREAT))"
     command = ["sh", "-c", f'"$0" -c "$1" --version {closed}', sys.executable, script]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode > 2
 
 
 class Refusing:
-    """A stream that fails as it is told."""
+    """A stream that fails on demand."""
 
     def __init__(self, error: Exception) -> None:
         self.error, self.tried = error, 0

@@ -1,4 +1,4 @@
-"""Names that are no parameters: other trainers' get an answer, stray words are told which flag they lack."""
+"""Unknown parameter names: names of other trainers are answered, stray words are suggested a flag."""
 
 import pytest
 
@@ -30,7 +30,7 @@ WITH_VALUE = [
     "dmd2_student_update_freq", "dmd2_guidance_lora_rank", "embedded_guidance", "quant_options",
     "template_model_id_or_path", "audio_processor_path", "resume_from_checkpoint",
 ]  # fmt: skip
-"""What else its trainers take, by their parsers."""
+"""Further options of its trainers with a value, according to their parsers."""
 RESUMING = [
     "resume_from_checkpoint",
     "resume_from",
@@ -119,7 +119,7 @@ def test_what_other_trainers_resume_with_names_what_does_here(name):
     ],
 )
 def test_a_word_without_a_flag(refuse, word, hint):
-    """What the recipe would have brought is not missing besides."""
+    """Values that the recipe would have provided are not reported as missing."""
     assert refuse(word, recipe=None) == (2, [(f"`{word}` (command line) is not a flag or the value of one", hint)])
 
 

@@ -1,4 +1,4 @@
-"""Wrong use that Typer itself finds: the option, what it takes, and the help of the command that was given."""
+"""Usage errors detected by Typer: the option, what it accepts, and the help of the command."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`dataset validate` sees what the run would see: the same parameters, the same refusals, and hints that lead out."""
+"""`dataset validate` matches the run: the same parameters, the same rejections, and hints that solve them."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ READERS_OF_DATA = {name for name, setting in SETTINGS.items() if setting.reads_d
 
 @pytest.fixture
 def findings(cli, dataset) -> Callable[..., list[tuple[str, str, str | None]]]:
-    """Check the dataset; (level, code, hint) of what is found besides facts of the set."""
+    """Check the dataset; return (level, code, hint) of findings other than dataset facts."""
 
     def run(*arguments: object) -> list[tuple[str, str, str | None]]:
         outcome = cli("dataset", "validate", dataset, "--workers", 1, "--format", "json", *arguments)
@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[str, str | Callable[[Path], None], Callable[[Path], None
     ),
     "guidance": ("CELL_TYPE", ROWS_OF_DISTILLING + "coffee.png,a,1,cpu,4,3\n", empty_files(), DISTIL),
 }  # fmt: skip
-"""Case -> the code, the metadata, what else is done to the folder, and the flags of the run."""
+"""Case -> code, metadata, other changes of the folder, and flags of the run."""
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -299,7 +299,7 @@ WARNINGS = ("warning: ", "  hint: ")
 
 
 def plan_warnings(out: str) -> list[str]:
-    """The lines of a plan that ask for a look."""
+    """Return the warning lines of a plan."""
     return [line for line in out.splitlines() if line.startswith(WARNINGS)]
 
 
@@ -348,7 +348,7 @@ def test_a_dataset_that_was_not_named_is_a_warning(cli, dataset, models, monkeyp
 
 
 def test_a_rehearsal_of_a_dataset_that_is_missing(cli, tmp_path, config, monkeypatch, says):
-    """Named by a flag or in a file of one's own: nothing synthetic takes its place."""
+    """Set by a flag or in a config file: no synthetic dataset replaces it."""
     monkeypatch.chdir(tmp_path)
     message = (
         "the dataset folder `nowhere` (`dataset_base_path`) does not exist",

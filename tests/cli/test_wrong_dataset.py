@@ -1,4 +1,4 @@
-"""Faulty datasets: `diffsynth train` names the file, the row and the column before anything is done."""
+"""Faulty datasets: `diffsynth train` names file, row and column before doing anything."""
 
 import json
 import shutil
@@ -156,7 +156,7 @@ def test_an_image_cut_short(refuse, dataset):
 @pytest.mark.parametrize("size", [(15, 64), (64, 15)])
 @pytest.mark.parametrize("fixed", [(), ("--height", 64, "--width", 64)])
 def test_an_image_with_a_side_under_16_pixels(refuse, dataset, size, fixed):
-    """No `max_pixels` makes a side longer, so that the message must not blame it."""
+    """No `max_pixels` makes a side longer, so the message must not suggest it."""
     Image.new("RGB", size).save(dataset / "coffee.png")
     code, [(message, hint)] = refuse(*fixed)
     where = f"`{dataset}/metadata.csv` row 3: `{dataset}/coffee.png` is {size[0]} x {size[1]} pixels"
@@ -200,7 +200,7 @@ def test_columns_that_do_not_fit_the_family(refuse, arguments, message, hint):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_only_decoding_finds_damaged(cli, dataset, tmp_path, workers):
-    """Its header and its end are whole, its middle is not: told while encoding, by name, whoever loads it."""
+    """Header and end are intact, the middle is not: reported by name while encoding, with and without workers."""
     path = dataset / "chelsea.png"
     content = bytearray(path.read_bytes())
     content[600:900] = bytes(300)

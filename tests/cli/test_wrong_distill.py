@@ -1,4 +1,4 @@
-"""What direct distillation cannot do: told in the one report, before any weight is read."""
+"""Unsupported direct distillation: reported together with other problems, before reading weights."""
 
 import csv
 from pathlib import Path
@@ -14,7 +14,7 @@ TASK = ("--task", "direct_distill", "--output_path", "out")
 
 @pytest.fixture
 def rows(dataset):
-    """Write the metadata of the photographs, with these columns for all rows, or others for some."""
+    """Write metadata for the photographs with these columns in all rows, or other values in some."""
 
     def write(columns: dict[str, str], **of_row: dict[str, str]) -> Path:
         with (dataset / "metadata.csv").open("w", newline="") as stream:

@@ -1,4 +1,4 @@
-"""Faulty weight files, tokenizers and output folders: told before any weight is read, with nothing written."""
+"""Faulty weight files, tokenizers and output folders: reported before reading weights, with nothing written."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def vae(repository) -> Path:
 
 
 def split(path: Path) -> tuple[dict, bytes]:
-    """Header and tensor bytes of a safetensors file."""
+    """Split a safetensors file into header and tensor bytes."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -102,7 +102,7 @@ def test_a_file_with_more_than_its_header_names(refuse, vae):
     ],
 )
 def test_a_header_that_lies_about_a_tensor(refuse, vae, key, lie):
-    """What the safetensors library would refuse to open later is refused now."""
+    """Rejected in advance instead of by the safetensors library later."""
     header, data = split(vae)
     name = next(name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"] == [0, 64])
     header[name][key] = lie
@@ -155,7 +155,7 @@ def test_a_config_json_that_builds_nothing(refuse, repository, component, change
 
 
 def test_shapes_that_do_not_tell_the_configuration(refuse, repository):
-    """Heads of 128 channels are taken where config.json is missing; the tiny text encoder has smaller ones."""
+    """Without config.json heads of 128 channels are assumed; those of the tiny text encoder are smaller."""
     (repository / "text_encoder/config.json").unlink()
     code, [(message, hint)] = refuse()
     assert code == 1 and hint

@@ -1,4 +1,4 @@
-"""`fp8_models`: entries that are none, and components that cannot be kept so."""
+"""`fp8_models`: unknown entries, and components for which 8-bit storage is not possible."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_all_that_is_wrong_is_told_together(refuse):
 
 
 def test_a_list_of_shards_is_named_by_any_of_them(refuse, models):
-    """The component is found to be kept so, for it is refused to train in full."""
+    """The rejection of full training shows that the component was recognized as stored in 8 bits."""
     shards = [str(path) for path in sorted((models / "Qwen/Qwen-Image/transformer").glob("*.safetensors"))]
     rest = [
         "Qwen/Qwen-Image:text_encoder/model*.safetensors",

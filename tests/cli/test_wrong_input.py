@@ -1,4 +1,4 @@
-"""Wrong use of `diffsynth train`: each mistake is named with the way out before anything is done."""
+"""Wrong use of `diffsynth train`: each mistake is reported with a hint before anything is done."""
 
 import pytest
 
@@ -237,7 +237,7 @@ def test_no_model(refuse):
 
 
 def test_a_parameter_of_another_family(refuse):
-    """Told by the recipe, or by the files where there is none."""
+    """The family is that of the recipe, or of the files if there is no recipe."""
     refusal = 2, [("`num_frames` does not apply to qwen-image, only to wan (`--num_frames`)", "remove it")]
     assert refuse("--num_frames", 5) == refusal
     files = ("--model_id_with_origin_paths", ",".join(ENTRIES.values()), "--lora_base_model", "dit")

@@ -1,4 +1,4 @@
-"""Wrong LoRA parameters and files: all that is wrong is told in one report, before any weight is read."""
+"""Wrong LoRA parameters and files: all problems are reported together, before reading weights."""
 
 import shlex
 from pathlib import Path
@@ -29,7 +29,7 @@ def lora(qwen, tmp_path) -> Path:
 
 
 def rewrite(path: Path, **changes) -> None:
-    """Take keys out (None) or put tensors in, by `module__ending`."""
+    """Remove keys (None) or add tensors, given as `module__suffix`."""
     tensors = load_file(path) | changes
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
 
@@ -44,7 +44,7 @@ def test_a_component_that_there_is_not(refuse, lora, parameter, name, hint):
 
 @pytest.mark.parametrize("parameter", ["lora_base_model", "preset_lora_model", "trainable_models"])
 def test_a_component_that_this_kind_of_model_has_not(refuse, tiny_wan, lora, monkeypatch, parameter):
-    """Wan's image encoder is one of image to video only."""
+    """Only image-to-video variants of Wan have an image encoder."""
     from tests.wan import T2V, entries
 
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_wan))
@@ -115,7 +115,7 @@ TEXT_ENCODER = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
 def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_out(
     refuse, cli, lora, dataset, arguments
 ):
-    """The command is given as it is printed, and the file it writes is taken."""
+    """The suggested command is run as printed, and its output file is accepted."""
     rewrite(lora, **{TEXT_ENCODER: torch.ones(RANK, 5)})
     without = lora.with_name("lora-dit.safetensors")
     command = f"diffsynth convert-lora {lora} --to diffsynth --family qwen-image --allow_unmatched -o {without}"
@@ -163,7 +163,7 @@ def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
 
 
 def test_a_wrong_rank_alone_is_the_problem(refuse, lora):
-    """Where the rank cannot be read, a file is not compared with the default one."""
+    """If the rank is invalid, the file is not compared with the default one."""
     message = "`lora_rank` takes an integer of at least 1, got `0` (`--lora_rank`)"
     assert refuse("--lora_checkpoint", lora, "--lora_rank", 0) == (2, [(message, None)])
 
@@ -253,7 +253,7 @@ def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
 
 
 def test_modules_that_carry_no_lora(refuse):
-    """Told by their kind, not by their shape: an embedding, and a convolution that pads by itself."""
+    """Recognized by type, not by shape: an embedding, and a convolution with its own padding."""
     what, hint = "which do not support LoRA: {}", "use linear layers or plain convolutions"
     embedding = "`lora_target_modules` matches modules of text_encoder of type `Embedding`, "
     assert refuse("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj,embed_tokens") == (
@@ -335,7 +335,7 @@ def test_a_prefix_that_no_key_has(refuse, prefix, hint):
 
 
 def test_modules_passed_over_are_told(cli, dataset):
-    """Names of one block, given to a transformer of two, as the list of klein 4B is to the 9B."""
+    """A list for more blocks than the transformer has, as the list of klein 4B is for the 9B."""
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
     assert "  no LoRA on 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out

@@ -1,4 +1,4 @@
-"""Components and extra inputs that do not go together: told before any weight is read."""
+"""Components and extra inputs that do not fit together: reported before reading weights."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ FOLLOW = ("--extra_inputs", "controlnet_image", "--data_file_keys", "image,contr
 
 @pytest.fixture
 def write(models: Path) -> Callable[..., Path]:
-    """Write a ControlNet where the runs of this file look for one; returns its file."""
+    """Write a ControlNet where the runs of this file look for it; return its file."""
 
     def make(tiny: Any = tiny_qwen, **sizes: int) -> Path:
         model_id, place = CONTROLNET.split(":")
@@ -170,7 +170,7 @@ def test_modules_that_cannot_be_trained(refuse, typed, message, hint):
 
 
 def test_modules_by_the_names_of_the_model_in_memory(refuse, tmp_path, models):
-    """FLUX.1's documented names are others."""
+    """The documented names of FLUX.1 differ from module keys."""
     model_id = "black-forest-labs/FLUX.1-dev"
     places = {
         "dit": "flux1-dev.safetensors",

@@ -1,4 +1,4 @@
-"""Output folders that must not be written to: they stay as they are."""
+"""Output folders that must not be written to stay unchanged."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Faulty images to edit, and files of FLUX that do not go together: told before any weight is read."""
+"""Faulty reference images, and files of FLUX that do not fit together: reported before reading weights."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2
 KONTEXT = "flux.1-kontext-dev-lora"
 KLEIN_4B, KLEIN_9B = "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"
 COMPONENTS = ("text_encoder", "dit", "vae")
-"""Of klein, in the order in which recipes name their files."""
+"""Components of klein, in the order in which recipes list their files."""
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def models(many_models: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest
 
 @pytest.fixture
 def pairs(dataset: Path) -> Callable[..., Path]:
-    """Write what the rows show in a column; the first is a list."""
+    """Write the cells of a column; the first one is a list."""
 
     def write(*cells: object, column: str = "edit_image") -> Path:
         rows = [{"image": "chelsea.png", "prompt": f"edit {cell}", column: cell} for cell in cells]
@@ -119,7 +119,7 @@ def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
 
 
 def klein(**changed: str) -> tuple[str, ...]:
-    """Flags that name the files of klein 4B, some of them others."""
+    """Return flags for the files of klein 4B, some of them replaced."""
     entries = dict(zip(COMPONENTS, REFERENCE[KLEIN]["model_id_with_origin_paths"], strict=True))
     return ("--model_id_with_origin_paths", ",".join((entries | changed).values()))
 
@@ -168,7 +168,7 @@ def test_the_transformer_of_dev(refuse, models):
 
 
 def test_a_part_of_klein_in_its_other_layout(refuse, models):
-    """Its names are known; what it lacks is told by the names of the module."""
+    """Its keys are known; missing tensors are reported by module key."""
     whole = [load_file(path) for path in sorted((models / KLEIN_4B / "transformer").glob("*.safetensors"))]
     tensors = {name: tensor for part in whole for name, tensor in part.items()}
     original = {key: DIT_ORIGINAL.fuse(key, tensors).contiguous() for key in DIT_ORIGINAL.to_sources(tensors)}
@@ -265,7 +265,7 @@ def test_a_transformer_that_is_not_there_without_a_recipe(refuse, models):
 
 
 def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
-    """Nothing in its name tells which component it was meant to be; what is missing follows from it."""
+    """Its name does not show which component it was meant to be, so the missing component is not reported."""
     save_file({"a.weight": torch.zeros(2)}, models / KLEIN_4B / "mine.safetensors")
     wrong = f"{KLEIN_4B}:mine.safetensors"
     ((message, _),) = refuse(*klein(text_encoder=wrong), recipe=KLEIN)[1]

@@ -1,4 +1,4 @@
-"""What cannot go between the two halves of split training: told before any weight is read, with nothing written."""
+"""Mismatches between the stages of two-stage training: reported before reading weights, with nothing written."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ LORA = ("--lora_base_model", "dit", "--lora_target_modules", "to_q")
 
 @pytest.fixture(scope="module")
 def written(tiny_models, photographs, tmp_path_factory) -> Path:
-    """What the first half makes of the photographs."""
+    """Precomputed encodings of the photographs."""
     folder = tmp_path_factory.mktemp("written")
     flags = {
         "recipe": "qwen-image-lora",
@@ -38,13 +38,13 @@ def written(tiny_models, photographs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def encoded(written, tmp_path) -> Path:
-    """A copy of it that a test may spoil."""
+    """A copy of them that a test may damage."""
     return Path(shutil.copytree(written, tmp_path / "encoded"))
 
 
 @pytest.fixture
 def second(refuse, encoded):
-    """Start the second half, which must be refused."""
+    """Start the train task, which must be rejected."""
 
     def run(*arguments: object, files: str = ENTRIES["dit"], **other: object):
         named = ("--model_id_with_origin_paths", files, *LORA)
@@ -55,7 +55,7 @@ def second(refuse, encoded):
 
 
 def change(folder: Path, **changes: object) -> EncodedSamples:
-    """Make the samples in a folder those of another origin."""
+    """Change the origin of the samples in a folder."""
     found = read_encoded(folder)
     changed = replace(found, origin=replace(found.origin, **changes))
     write_encoded(changed)
@@ -287,7 +287,7 @@ def test_a_file_that_asks_for_other_samples(second, encoded, config):
 
 
 def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
-    """Those of a recipe are for both halves, and go under them."""
+    """Sizes in a recipe apply to both stages, and are overridden by those of the samples."""
     start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run", "-v")
     assert "precomputed for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
 
@@ -359,7 +359,7 @@ def test_a_first_half_with_another_caption(refuse, encoded, dataset):
 
 
 def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, models):
-    """What only the bytes tell is told when they are hashed, before weights are loaded."""
+    """A difference in bytes only is reported when they are hashed, before loading weights."""
     one, other = dataset / "coffee.png", dataset / "rocket.png"
     first, second = one.read_bytes(), other.read_bytes()
     longest = max(len(first), len(second))

@@ -1,4 +1,4 @@
-"""A wrong value is one problem: the default that stands in for it has no consequences of its own."""
+"""A wrong value is one problem: the default used instead has no consequences."""
 
 import json
 
@@ -8,10 +8,10 @@ from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES
 
 GIVEN_AS_FLAGS = {"max_steps", "device", "dataset_base_path", "dataset_num_workers"}
-"""By the fixture `refuse`, over what a file says."""
+"""Set by the fixture `refuse`, overriding files."""
 IN_FILES = [name for name in SETTINGS if name not in NOT_IN_RECIPES | GIVEN_AS_FLAGS]
 ON_COMMAND_LINES = {"int": "many", "float": "fast", "memory": "24", "json list": "{", "path": ""}
-"""By type, a text that no flag of that type takes; lists of texts and texts take any."""
+"""Type -> a string that no flag of that type accepts; strings and lists of strings accept any."""
 
 
 @pytest.mark.parametrize("name", IN_FILES)
@@ -36,7 +36,7 @@ def test_on_the_command_line(refuse, name):
 
 @pytest.mark.parametrize("name", ["model_paths", "trainable_models", "lora_base_model"])
 def test_what_lacks_a_value_that_was_wrong_is_not_told_besides(refuse, config, name):
-    """Without a recipe the default names no model, or nothing to train."""
+    """Without a recipe the default has no model, or nothing to train."""
     from tests.conftest import ENTRIES
 
     values = {"lora_base_model": "dit", name: {"a": 1}}

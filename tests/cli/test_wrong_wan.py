@@ -1,4 +1,4 @@
-"""Faulty videos, model files and settings of Wan: told before any weight is read, with nothing written."""
+"""Faulty videos, model files and parameters of Wan: reported before reading weights, with nothing written."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
 
 
 def write_video(path: Path, frames: int, *settings: str) -> None:
-    """A moving test image of 128 x 96 pixels; `settings` are ffmpeg's, behind the input."""
+    """Write a moving test pattern of 128 x 96 pixels; `settings` are ffmpeg options after the input."""
     source = f"testsrc2=size=128x96:rate=24,trim=end_frame={frames}"
     command = [get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", *settings]
     subprocess.run([*command, "-y", str(path)], check=True)
@@ -126,7 +126,7 @@ def test_a_tensor_that_cannot_be_cut_into_those_of_the_module(refuse, models, na
 
 @pytest.mark.parametrize("channels", [(48, 16), (52, 16)])
 def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
-    """Control models take more channels than those that the variants know: told before anything is encoded."""
+    """Control models have more input channels than supported variants: reported before encoding."""
     taken, made = channels
     for path in sorted((models / T2V).glob(DIT)):
         tensors = load_file(path)

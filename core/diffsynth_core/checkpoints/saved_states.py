@@ -19,6 +19,7 @@ from diffsynth_core.weights.headers import read_header
 STATE_FOLDER = "state"
 """Folder of the states in the folder of a run."""
 TRAINED, OPTIMIZER, LOOP_STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+"""Files of a state."""
 
 Hashes = Callable[[Sequence[Path]], Sequence[str]]
 """Computes the sha256 of files."""

@@ -107,8 +107,8 @@ def diffusers_config(module: Any) -> dict[str, object]:
     """Return the config.json of a diffusers module, without private keys: `_use_default_values` differs between
     processes.
     """
-    settings = {name: value for name, value in module.config.items() if not name.startswith("_")}
-    return {"_class_name": type(module).__name__, **settings}
+    config = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return {"_class_name": type(module).__name__, **config}
 
 
 def write_json(path: Path, content: object) -> None:
