@@ -177,6 +177,7 @@ def _stays_float32(module: nn.Module, name: str) -> bool:
     """Whether diffusers loads a weight in float32 whatever the dtype of the model."""
     from diffusers.models.modeling_utils import ModelMixin
 
+    # Private, but the one place where diffusers says it: `tests/unit/test_private_names.py`.
     kept = module._keep_in_fp32_modules if isinstance(module, ModelMixin) else None
     return any(part in name.split(".") for part in kept or ())
 
@@ -185,10 +186,11 @@ def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, devi
     """Put a tensor of a file in its place, as a copy: a view would tie the model to a file that may be overwritten."""
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
-    if leaf in parent._parameters:
-        parent._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype, copy=True), requires_grad=False)
+    if isinstance(getattr(parent, leaf), nn.Parameter):
+        value = nn.Parameter(value.to(device=device, dtype=dtype, copy=True), requires_grad=False)
     else:
-        parent._buffers[leaf] = value.to(device=device, copy=True)
+        value = value.to(device=device, copy=True)
+    setattr(parent, leaf, value)
 
 
 def _store(

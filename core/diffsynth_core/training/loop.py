@@ -103,7 +103,8 @@ def make_accelerator(plan: Plan) -> Accelerator:
 
     It accumulates no gradients: the loop counts steps itself.
     """
-    # accelerate keeps global state, but a second run in this process may use another precision.
+    # accelerate keeps one state per process and refuses another precision, which the next stage may ask for. Private,
+    # but nothing public forgets the state: `tests/unit/test_private_names.py`.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=plan.mixed_precision,

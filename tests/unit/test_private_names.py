@@ -1,0 +1,95 @@
+"""Private names of other packages: which are used, and that each still does what is asked of it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+USED = {
+    ("core/diffsynth_core/models/loading.py", "_keep_in_fp32_modules"),
+    ("core/diffsynth_core/training/activations.py", "_base"),
+    ("core/diffsynth_core/training/loop.py", "_reset_state"),
+    ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
+}
+"""Each has a comment where it stands, and a test below; a package that renames one fails here first."""
+NOT_PRIVATE = {"_exit", "_replace"}
+"""Documented by Python: of `os`, and of named tuples."""
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """The underscored names in a file that it does not define itself, nor imports from this project."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        node.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        found: list[str] = []
+        if isinstance(node, ast.Attribute):
+            found = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("diffsynth"):
+            found = [*(node.module or "").split("."), *(name.name for name in node.names)]
+        elif isinstance(node, ast.Import):
+            found = [part for name in node.names for part in name.name.split(".")]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            found = [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+        yield from (
+            name
+            for name in found
+            if name.startswith("_") and not name.startswith("__") and name not in own | NOT_PRIVATE
+        )
+
+
+def test_no_other_private_name_is_used():
+    sources = [*(ROOT / "core").rglob("*.py"), *(ROOT / "diffsynth_cli").rglob("*.py")]
+    found = {(str(path.relative_to(ROOT)), name) for path in sources for name in private_names(path)}
+    assert found == USED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "typer.main._get(1)",
+        "from torch import _C",
+        "import rich._wrap",
+        "from a._b import c",
+        "getattr(module, '_hooks')",
+    ],
+)
+def test_a_private_name_is_seen(tmp_path, line):
+    (tmp_path / "module.py").write_text(f"{line}\n")
+    assert list(private_names(tmp_path / "module.py"))
+
+
+def test_accelerate_takes_another_precision_after_a_reset():
+    try:
+        for precision in ("bf16", "no"):
+            AcceleratorState._reset_state()
+            assert Accelerator(mixed_precision=precision, cpu=True).mixed_precision == precision
+        with pytest.raises(ValueError, match="already been initialized"):  # else the reset could go
+            Accelerator(mixed_precision="bf16", cpu=True)
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_the_base_of_a_view_is_what_it_views():
+    weight = nn.Parameter(torch.zeros(2, 3))
+    assert weight.t()._base is weight
+    assert weight.clone()._base is None
+
+
+def test_diffusers_names_what_stays_in_float32():
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    assert ModelMixin._keep_in_fp32_modules is None
+    assert "scale_shift_table" in WanTransformer3DModel._keep_in_fp32_modules
