@@ -1,6 +1,6 @@
-"""Faults of images and videos to plant into a dataset, each with exactly what must be found of it.
+"""Faults of images and videos to plant in a dataset, each with exactly the findings that it must cause.
 
-A plant changes a `Draft` and returns the findings that it causes, as (code, row, path).
+A plant modifies a `Draft` and returns the expected findings as (code, row, path).
 """
 
 import json
@@ -22,7 +22,7 @@ Plant = Callable[[Draft], Expected]
 
 
 def image(code: str, name: str, save: Callable[[Image.Image, Path], object], *also: str) -> Plant:
-    """An image that `save` writes, which has these codes."""
+    """An image written by `save`, with these findings."""
 
     def plant(draft: Draft) -> Expected:
         save(draft.photograph(), draft.folder / name)
@@ -33,7 +33,7 @@ def image(code: str, name: str, save: Callable[[Image.Image, Path], object], *al
 
 
 def begun(form: str, share: float, **options: Any) -> Callable[[Image.Image, Path], None]:
-    """Write the first part of an image's file."""
+    """Write the beginning of an image file."""
 
     def save(one: Image.Image, path: Path) -> None:
         one.save(path, form, **options)
@@ -86,7 +86,7 @@ def sixteen_bits(one: Image.Image, path: Path) -> None:
 
 
 def like_another(code: str, name: str, save: Callable[[Image.Image, Path], object]) -> Plant:
-    """An image made of one that is there."""
+    """An image derived from an existing one."""
 
     def plant(draft: Draft) -> Expected:
         _, other = draft.sound_row()
@@ -144,15 +144,15 @@ IMAGES: Mapping[str, Plant] = {
         "IMAGE_NEAR_DUPLICATE", "bright.png", lambda one, path: ImageEnhance.Brightness(one).enhance(1.03).save(path)
     ),
 }  # fmt: skip
-"""Of images that are trained on."""
+"""Faults of target images."""
 ANIMATIONS: Mapping[str, Plant] = {
     f"an animated {name}": image("IMAGE_ANIMATED", f"moves.{name.lower()}", animated) for name in ("WebP", "PNG", "GIF")
 }
-"""Of images, among which they are faults; among clips they are clips."""
+"""Faults of animations among images; among clips they are clips."""
 
 
 def video(code: str, name: str, *coding: str, frames: int | None = None, rate: int = FRAME_RATE) -> Plant:
-    """A clip coded in this way."""
+    """A clip encoded with these options."""
 
     def plant(draft: Draft) -> Expected:
         write_clip(draft.folder / name, draft.frames(frames or 40), *H264, *coding, rate=rate)
@@ -209,17 +209,17 @@ VIDEOS: Mapping[str, Plant] = {
     "nothing moves": still,
     "a turned clip": turned_video,
 }  # fmt: skip
-"""Of clips, whatever is trained on them."""
+"""Faults of clips, whatever the target."""
 
 CLIPS_OF_A_RECIPE: Mapping[str, Plant] = {
     "too few frames": video("VIDEO_TOO_SHORT", "short.mp4", frames=61),
     "frames that are not used": video("VIDEO_FRAMES", "long.mp4", frames=84),
 }
-"""Of clips that a recipe for 81 frames is trained on."""
+"""Faults of clips for a recipe with 81 frames."""
 
 
 def pair(code: str, column: str, save: Callable[[Image.Image, Path], object]) -> Plant:
-    """An image of `column` that `save` makes of the one trained on."""
+    """An image in `column`, derived by `save` from the target."""
 
     def plant(draft: Draft) -> Expected:
         row, name = draft.sound_row()
@@ -240,7 +240,7 @@ EDITS: Mapping[str, Plant] = {
     "half an image is shown": pair("IMAGE_TRUNCATED", "edit_image", begun("PNG", 0.5)),
     "a missing image is shown": lambda draft: {("PATH_MISSING", draft.sound_row(edit_image="gone.png")[0], "gone.png")},
 }
-"""Of a column `edit_image`."""
+"""Faults of a column `edit_image`."""
 
 
 def two_shown(draft: Draft) -> Expected:
@@ -268,13 +268,13 @@ SIZES: Mapping[str, tuple[dict[str, int], Plant]] = {
     "a thumbnail at a fixed size": ({"height": 160, "width": 160}, thumbnail("IMAGE_UPSCALED")),
     "a thumbnail at its own size": ({"max_pixels": 160 * 160}, thumbnail("IMAGE_LOW_RESOLUTION")),
 }
-"""Parameters of the run -> an image that is small for them."""
+"""Parameters of the run -> an image that is too small for them."""
 OVERLAYS: Mapping[str, Plant] = {
     "another shape": pair(
         "PAIR_ASPECT", "controlnet_image", lambda one, path: one.resize((one.width, one.height * 3 // 4)).save(path)
     ),
 }
-"""Of a column `controlnet_image`."""
+"""Faults of a column `controlnet_image`."""
 MASKS: Mapping[str, Plant] = {
     "a black mask": pair("MASK_EMPTY", "mask", lambda one, path: Image.new("L", one.size).save(path)),
     "a white mask": pair("MASK_EMPTY", "mask", lambda one, path: Image.new("L", one.size, 255).save(path)),
@@ -282,4 +282,4 @@ MASKS: Mapping[str, Plant] = {
         "MASK_SIZE", "mask", lambda one, path: one.resize((one.width // 2, one.height // 2)).save(path)
     ),
 }
-"""Of a column `mask`."""
+"""Faults of a column `mask`."""

@@ -1,6 +1,7 @@
-"""Faults of rows, captions, paths and metadata to plant into a dataset, each with exactly what must be found of it.
+"""Faults of rows, captions, paths and metadata to plant in a dataset, each with exactly the findings that it must
+cause.
 
-As faults_of_files.py has those of images and videos.
+Those of images and videos are in faults_of_files.py.
 """
 
 import json
@@ -13,7 +14,7 @@ from tests.validation_corpus import Draft
 
 
 def cell(code: str, value: str, path: str | None = None) -> Plant:
-    """A cell that names no file that can be opened."""
+    """A cell without a file that can be opened."""
     return lambda draft: {(code, draft.row(value), path or value)}
 
 
@@ -135,7 +136,7 @@ ROWS: Mapping[str, Plant] = {
 
 
 def named(name: str, cell: str) -> Plant:
-    """A sound image that is named in another way."""
+    """A valid image with an unusual name."""
 
     def plant(draft: Draft) -> Expected:
         draft.photograph().save(draft.folder / name)
@@ -145,8 +146,8 @@ def named(name: str, cell: str) -> Plant:
     return plant
 
 
-def told(caption: str) -> Plant:
-    """A caption that is as it should be."""
+def valid_caption(caption: str) -> Plant:
+    """A valid caption."""
 
     def plant(draft: Draft) -> Expected:
         draft.sound_row(caption)
@@ -168,14 +169,14 @@ HARMLESS: Mapping[str, Plant] = {
     "a path in a list": named("list.png", '["list.png"]'),
     "a name with a bracket": named("[1] bird.png", "[1] bird.png"),
     "a name with accents": named("Übermut é 鳥.png", "Übermut é 鳥.png"),
-    "a caption of several lines": told('first a "bird",\nthen a tree'),
-    "a caption of emoji": told("a family 👨‍👩‍👧 near a lake"),
-    "a caption in Persian": told("می‌خواهم پرنده‌ای را ببینم"),
-    "a caption in Japanese": told("湖のそばの木にとまる赤い鳥"),
-    "a caption about nothing": told("nan bread on a table, none left"),
+    "a caption of several lines": valid_caption('first a "bird",\nthen a tree'),
+    "a caption of emoji": valid_caption("a family 👨‍👩‍👧 near a lake"),
+    "a caption in Persian": valid_caption("می‌خواهم پرنده‌ای را ببینم"),
+    "a caption in Japanese": valid_caption("湖のそばの木にとまる赤い鳥"),
+    "a caption about nothing": valid_caption("nan bread on a table, none left"),
     "a link within": shown_by_a_link,
 }
-"""What looks odd and is none of a fault's."""
+"""Unusual, but not a fault."""
 
 
 OBJECTS: Mapping[str, Plant] = {
@@ -190,7 +191,7 @@ OBJECTS: Mapping[str, Plant] = {
     "null for a path": lambda draft: {("CELL_EMPTY", draft.row(None), None)},
     "an unpaired surrogate": text("CAPTION_CONTROL_CHARS", "a bird \ud83d"),
 }
-"""Of a metadata.jsonl."""
+"""Faults of a metadata.jsonl."""
 
 
 def shared_caption(draft: Draft) -> Expected:
@@ -206,7 +207,7 @@ def lone_caption(draft: Draft) -> Expected:
 
 
 def after_writing(change: Callable[[Path], object], expected: Expected) -> Plant:
-    """A change of the folder, once the captions stand beside the images."""
+    """A change of the folder after the captions are written next to the images."""
 
     def plant(draft: Draft) -> Expected:
         draft.write_beside()
@@ -216,7 +217,7 @@ def after_writing(change: Callable[[Path], object], expected: Expected) -> Plant
     return plant
 
 
-BESIDE: Mapping[str, Plant] = {
+CAPTION_FILES: Mapping[str, Plant] = {
     "two images with one caption": lambda draft: (draft.write_beside(), shared_caption(draft))[1],
     "a caption without an image": lambda draft: (draft.write_beside(), lone_caption(draft))[1],
     "a folder that may not be read": lambda draft: (draft.write_beside(), locked_folder(draft))[1],
@@ -245,7 +246,7 @@ BESIDE: Mapping[str, Plant] = {
         {("NOT_UTF8", 3, "sound_3.txt")},
     ),
 }
-"""Of three images with captions in text files."""
+"""Faults of three images with captions in text files."""
 
 
 def metadata(name: str, make: Callable[[Draft], bytes], expected: Expected) -> Plant:
@@ -299,4 +300,4 @@ WHOLE: Mapping[str, Plant] = {
         {("CAPTION_ALL_SAME", None, None)},
     ),
 }  # fmt: skip
-"""Of a set of three images, and not to be mixed: behind them nothing else can be found."""
+"""Faults of a set of three images that are planted alone, because they hide others."""

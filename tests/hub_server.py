@@ -1,4 +1,6 @@
-"""A hub on the loopback interface: it speaks what the SDKs of ModelScope and Hugging Face ask for, and can fail."""
+"""A hub on the loopback interface with the APIs that the SDKs of ModelScope and Hugging Face use; it can fail on
+demand.
+"""
 
 import hashlib
 import json
@@ -13,17 +15,19 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ERRORS = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
-"""What Hugging Face says beside a status."""
+"""HTTP status -> error code of Hugging Face."""
 SLICE = 16 * 1024
 LFS_BYTES = 1024
-"""Files of this size and more are in Git LFS on Hugging Face, which tells their sha256."""
+"""Minimum size of files in Git LFS on Hugging Face, for which it provides the sha256."""
 
 
 @dataclass
 class Trouble:
-    """How the transfer of a file fails: `times` transfers send `after` bytes of what they should, then end.
+    """How the transfer of a file fails: `times` transfers send the first `after` bytes, then end.
 
-    `stall` and `pause`: seconds of silence before that end, and between slices.
+    Attributes:
+        stall: seconds of silence before that end.
+        pause: seconds of silence between chunks.
     """
 
     after: int = 1 << 60
@@ -34,12 +38,15 @@ class Trouble:
 
 @dataclass
 class LoopbackHub:
-    """Repositories as `models/owner/name` or `datasets/owner/name` -> path -> bytes, and what is wrong with them.
+    """Repositories as `models/owner/name` or `datasets/owner/name` -> path -> bytes, and their faults.
 
-    `sent`: other bytes that are sent for a path than those that the lists are made of.
-    `refusals`: repository -> HTTP status. `lists`: what is answered to every request for a list.
-    `transfers`: path and first byte of every transfer asked for. `tokens`: credentials that came.
-    `requests`: how often each route was asked for.
+    Attributes:
+        sent: path -> bytes that are sent instead of those in the file lists.
+        refusals: repository -> HTTP status.
+        lists: response to every request for a list.
+        transfers: path and first byte of every requested transfer.
+        tokens: received credentials.
+        requests: number of requests by route.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -63,7 +70,7 @@ class LoopbackHub:
             server.shutdown()
 
     def starts(self, path: str) -> list[int]:
-        """Where the transfers of a file began."""
+        """Return the offsets at which transfers of a file started."""
         return [start for asked, start in self.transfers if asked == path]
 
 
@@ -130,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.repositories.get(repository, {})
 
     def _refuse(self, repository: str, listed: bool = False) -> bool:
-        """Answer with what is wrong with a repository; Hugging Face lists the files of gated ones."""
+        """Respond with a repository's fault; Hugging Face lists the files of gated repositories."""
         status = self.hub.refusals.get(repository) or (200 if repository in self.hub.repositories else 404)
         if status == 200 or (listed and status == 403):
             return False
@@ -176,10 +183,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def handle(self) -> None:
-        """A client that went away is no fault."""
+        """Ignore a client that disconnected."""
         try:
             super().handle()
         except ConnectionError:
@@ -201,7 +208,7 @@ def sha256(content: bytes) -> str:
 
 
 def git_id(content: bytes) -> str:
-    """The id of a blob in git."""
+    """Return the git blob id."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Colour profiles made by hand (ICC.1:2001-04), for no file of the system holds them everywhere."""
+"""Color profiles built by hand (ICC.1:2001-04), because no system file contains them everywhere."""
 
 import struct
 
@@ -12,19 +12,19 @@ PRIMARIES = {
 
 
 def rgb_profile(name: str) -> bytes:
-    """The profile of an RGB space of `PRIMARIES`."""
+    """Return the profile of an RGB space with `PRIMARIES`."""
     curve = _gamma(2.19921875) if name.startswith("Adobe") else _srgb_curve()
     colours = {f"{colour}XYZ": _xyz(*values) for colour, values in zip("rgb", PRIMARIES[name], strict=True)}
     return _profile(name, "RGB ", {**colours, **{f"{colour}TRC": curve for colour in "rgb"}})
 
 
 def grey_profile(name: str, gamma: float) -> bytes:
-    """The profile of greys of one gamma."""
+    """Return a grayscale profile with one gamma."""
     return _profile(name, "GRAY", {"kTRC": _gamma(gamma)})
 
 
 def ink_profile(name: str) -> bytes:
-    """The profile of a printer whose inks are darker and duller than those of a screen."""
+    """Return the profile of a printer with darker and duller inks than a screen."""
     corners = bytearray()
     for place in range(16):
         cyan, magenta, yellow, black = (place >> bit & 1 for bit in (3, 2, 1, 0))

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, killed at a moment, and what is left of them."""
+"""Runs in separate processes, killed at some moment, and what remains of them."""
 
 import os
 import random
@@ -16,13 +16,13 @@ import psutil
 from diffsynth_cli.main import main
 
 MARK = "DIFFSYNTH_TEST_RUN"
-"""Environment variable that tells the processes of one run from all others."""
+"""Environment variable that identifies the processes of one run."""
 GONE_SECONDS = 10
-"""After that nothing may be left of a run that was killed."""
+"""Timeout after which no process of a killed run may be left."""
 
 
 class Process(Protocol):
-    """What is used of `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that is used."""
 
     pid: int
 
@@ -34,7 +34,7 @@ class Process(Protocol):
 
 
 class TrainingRun:
-    """`diffsynth train` in a process of its own, which leads a session."""
+    """`diffsynth train` in a separate process, which is the leader of a session."""
 
     def __init__(self, words: list[str], models: Path, folder: Path, **streams: object) -> None:
         self.mark = f"{os.getpid()}-{random.SystemRandom().getrandbits(64)}"
@@ -52,22 +52,22 @@ class TrainingRun:
             **{"stdout": subprocess.DEVNULL, **streams},
         )
 
-    def told(self) -> str:
-        """What it said on stderr, where that was not sent elsewhere."""
+    def stderr(self) -> str:
+        """Its stderr, unless redirected."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_until(self, what: Callable[[], bool], seconds: float = 300) -> bool:
-        """Wait for something to become true; False when the run ends before."""
+        """Wait for a condition; return False if the run ends first."""
         until = time.monotonic() + seconds
         while not what():
             if self.process.poll() is not None:
                 return False
-            assert time.monotonic() < until, self.told()
+            assert time.monotonic() < until, self.stderr()
             time.sleep(0.01)
         return True
 
     def left(self) -> list[psutil.Process]:
-        """All processes of the run that are alive."""
+        """Return all processes of the run that are alive."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -79,18 +79,18 @@ class TrainingRun:
         return found
 
     def wait_until_gone(self, seconds: float) -> float:
-        """Seconds until nothing is left of it; fails after so many, having ended what is left."""
+        """Return the seconds until no process is left; after a timeout, end them and fail."""
         started = time.monotonic()
         while left := self.left():
             if time.monotonic() - started > seconds:
-                told = [(process.pid, process.cmdline()) for process in left]
+                remaining = [(process.pid, process.cmdline()) for process in left]
                 self.end()
-                raise AssertionError(f"left after {seconds} s: {told}\n{self.told()}")
+                raise AssertionError(f"left after {seconds} s: {remaining}\n{self.stderr()}")
             time.sleep(0.05)
         return time.monotonic() - started
 
     def end(self) -> None:
-        """End whatever is left of it."""
+        """End all remaining processes."""
         for process in self.left():
             process.kill()
         self.process.wait()
@@ -103,7 +103,7 @@ class TrainingRun:
 
 
 class ForkedRun(TrainingRun):
-    """The same, forked from this process, which has imported by then what takes longer than a small run."""
+    """The same, forked from this process after it has imported what takes longer than a small run."""
 
     def _start(self, words: list[str], environment: dict[str, str], folder: Path, **streams: object) -> Process:
         process = os.fork()
@@ -155,6 +155,6 @@ class _Forked:
 
 
 def steps_done(output: Path) -> int:
-    """Lines of the metrics of a run."""
+    """Return the number of lines in the metrics of a run."""
     metrics = output / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0

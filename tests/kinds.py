@@ -1,4 +1,4 @@
-"""Each kind of model by its recipe: tiny models of it, datasets for it, and the flags that name them."""
+"""Each variant by its recipe: tiny models, datasets, and the flags that name them."""
 
 import csv
 import shutil
@@ -12,12 +12,12 @@ from tests.conftest import CAPTIONS
 
 CLIPS = ("--height", 64, "--width", 96, "--num_frames", 9)
 SMALL = ("--max_pixels", 256 * 256)
-"""Images to edit are brought to 1024 x 1024 pixels unless fewer are asked for."""
+"""Flag for small reference images, which are resized to 1024 x 1024 pixels by default."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model: the recipe whose files it is, the dataset it needs, and flags of both halves' road."""
+    """A variant: the recipe that names its files, its dataset, and flags of both stages of two-stage training."""
 
     recipe: str
     data: str = "images"
@@ -49,7 +49,7 @@ KINDS = {
 
 
 def entries_of(recipe: str) -> list[str]:
-    """The model entries of a recipe, the transformer's first."""
+    """Return the model entries of a recipe, the transformer's first."""
     (layer,) = [layer for layer in load_recipe(recipe).layers if "model_id_with_origin_paths" in layer.parameters][-1:]
     entries = list(layer.parameters["model_id_with_origin_paths"])
     return sorted(entries, key=lambda entry: component_of(recipe, entry) != "dit")
@@ -60,7 +60,7 @@ def component_of(recipe: str, entry: str) -> str:
 
 
 def write_models(base: Path) -> Path:
-    """Tiny models of every kind below a model base path."""
+    """Write tiny models of every variant below a model base path."""
     written = set()
     for recipe in {kind.recipe for kind in KINDS.values()}:
         for entry in entries_of(recipe):
@@ -78,7 +78,9 @@ SAMPLING |= {"cfg_scale": ("1", "1.0", "1", "1")}
 
 
 def write_datasets(folder: Path, photographs: Path) -> dict[str, Path]:
-    """Photographs of two shapes, the same with images to edit, and clips of two lengths; all say how to sample."""
+    """Write photographs of two shapes, the same with reference images, and clips of two lengths, with sampler
+    columns.
+    """
     import skimage.data
     from PIL import Image
 
@@ -120,7 +122,7 @@ def lora(kind: Kind) -> tuple[object, ...]:
 
 
 def inputs_of(kind: Kind) -> tuple[object, ...]:
-    """The extra inputs of a kind, and the columns that it reads."""
+    """Return the extra inputs of a variant, and the columns that it reads."""
     columns = {"edits": ("--extra_inputs", "edit_image", "--data_file_keys", "image,edit_image")}
     shown = ("--extra_inputs", "input_image") if "input_image" in str(load_recipe(kind.recipe).layers) else ()
     return columns.get(kind.data, shown)

@@ -1,4 +1,4 @@
-"""One tiny model of each family with which LoRA is trained, and LoRA files made by hand for it."""
+"""One tiny model of each family that supports LoRA, and LoRA files built for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class TinyFamily:
         return FAMILIES[self.name]
 
     def flags(self, **more: Any) -> dict[str, Any]:
-        """Parameters of a short LoRA run at a rate that moves the weights far."""
+        """Return the parameters of a short LoRA run with a large learning rate."""
         return {
             "recipe": RECIPES[self.name], "dataset_base_path": str(self.images), "dataset_repeat": "1",
             "dataset_num_workers": "0", "height": "64", "width": "64", "max_steps": "2", "lora_rank": str(RANK),
@@ -58,7 +58,7 @@ class TinyFamily:
         return make_plan(resolve(self.flags(**more)), SilentReporter(), base=self.base)
 
     def module_shapes(self, component: str = "dit", **more: Any) -> dict[str, tuple[int, ...]]:
-        """Weight shapes of the modules that the documented targets address, by documented name."""
+        """Return the weight shapes of the documented target modules, by documented name."""
         from diffsynth_core.models.loading import module_shapes
 
         plan = self.plan(output_path="unused", **more)
@@ -68,7 +68,7 @@ class TinyFamily:
 
 
 def write_tiny_family(name: str, base: Path) -> None:
-    """Write what the recipe of a family names."""
+    """Write the files in the recipe of a family."""
     facts = FAMILIES[name]
     for entry in resolve({"recipe": RECIPES[name]}).parameters.model_id_with_origin_paths:
         model_id, pattern = split_entry(entry)
@@ -77,7 +77,7 @@ def write_tiny_family(name: str, base: Path) -> None:
 
 
 def write_images(folder: Path, photographs: Path) -> None:
-    """The photographs under the column names of image and of video models."""
+    """Write the photographs with the columns of image and video models."""
     rows = ["image,video,prompt"]
     for image in sorted(photographs.glob("*.png")):
         (folder / image.name).write_bytes(image.read_bytes())
@@ -88,7 +88,7 @@ def write_images(folder: Path, photographs: Path) -> None:
 def random_lora(
     shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: int = 0, spread: float = 0.1
 ) -> dict[str, LoraWeights]:
-    """Random halves for modules of these weight shapes."""
+    """Return random lora_A and lora_B for modules of these weight shapes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -103,7 +103,7 @@ def random_lora(
 def save_lora(
     path: Path, weights: Mapping[str, LoraWeights], family: str, dialect: str, alpha: float | None = None
 ) -> Path:
-    """A LoRA file of a family's transformer, with `alpha` stored for each of its modules if given."""
+    """Save a LoRA file for a family's transformer, with `alpha` for each of its modules if given."""
     facts = FAMILIES[family]
     tensors = name_lora(weights, dialect, facts.component(facts.denoiser).lora_naming)
     if alpha is not None:

@@ -1,4 +1,4 @@
-"""What a command line did, as a value."""
+"""The outcome of a command line, as a value."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A small tokenizer of Qwen2's kind in the layout without tokenizer.json: vocab.json, merges.txt and their settings."""
+"""A small Qwen2 tokenizer in the layout without tokenizer.json: vocab.json, merges.txt and configuration."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def write_qwen_pairs(folder: Path) -> None:
-    """Write it into `folder`."""
+    """Write it to `folder`."""
     tokens = [*sorted(ByteLevel.alphabet()), *(pair.replace(" ", "") for pair in MERGES)]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *MERGES)) + "\n")

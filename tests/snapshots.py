@@ -1,6 +1,6 @@
-"""Snapshots of what commands say: one page per test module, one entry per case, reviewed as prose.
+"""Snapshots of the output of commands: one page per test module, one entry per case, reviewed as prose.
 
-`pytest --snapshot-update tests/cli/test_x.py` rewrites the pages; the change is reviewed like code.
+`pytest --snapshot-update tests/cli/test_x.py` rewrites the pages; the diff is reviewed like code.
 """
 
 import re
@@ -18,7 +18,7 @@ Say = Callable[..., None]
 
 
 class _PlainSerializer(AmberDataSerializer):
-    """Text as it is printed, without quotes and escapes."""
+    """Text as printed, without quotes and escapes."""
 
     @classmethod
     def serialize(cls, data: object, **_: object) -> str:
@@ -26,17 +26,17 @@ class _PlainSerializer(AmberDataSerializer):
 
 
 class PageExtension(AmberSnapshotExtension):
-    """Pages in `__snapshots__/<module>.ambr` beside the tests."""
+    """Pages in `__snapshots__/<module>.ambr` next to the tests."""
 
     serializer_class = _PlainSerializer
 
 
 @pytest.fixture
 def says(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Say:
-    """Compare what a command said, or any text, with the page of this test.
+    """Compare the output of a command, or any text, with the page of this test.
 
-    Folders of the test session are shown as `<tmp>`. `hide` holds regular expressions of what differs from run to run
-    (seconds, sizes of a disk); each match is shown as `…`.
+    Folders of the test session are shown as `<tmp>`. `hide` are regular expressions for parts that differ between runs
+    (seconds, disk sizes); each match is shown as `…`.
     """
     pages = snapshot.use_extension(PageExtension)
     session = str(tmp_path_factory.getbasetemp())

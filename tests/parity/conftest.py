@@ -1,6 +1,6 @@
-"""Tiny models twice: loaded by us, and by diffusers' own pipelines from the same files.
+"""Tiny models loaded twice from the same files: by our loader, and by the pipelines of diffusers.
 
-The unnamed fixtures are Qwen-Image; those of Wan and FLUX.2 say so.
+Fixtures without a family in their name are of Qwen-Image.
 """
 
 import logging
@@ -48,7 +48,7 @@ SCHEDULER = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Threads of a processor that others use too wait for each other, ten times as long as tiny models compute."""
+    """Use one thread: on a busy machine, threads wait for each other ten times as long as tiny models compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def family():
 
 @pytest.fixture(scope="session")
 def ours(family, tiny_models: Path) -> dict[str, Any]:
-    """Our components, float32, read by our own loader."""
+    """Our components, float32, loaded by our loader."""
     folder = tiny_models / MODEL_ID
     components: dict[str, Any] = {"tokenizer_path": family.load_tokenizer("tokenizer_path", folder / "tokenizer")}
     for component, place in PLACES.items():
@@ -75,7 +75,7 @@ def ours(family, tiny_models: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def pipeline(tiny_models: Path) -> QwenImagePipeline:
-    """diffusers' pipeline over the same files, float32, read by diffusers and transformers."""
+    """diffusers' pipeline on the same files, float32, loaded by diffusers and transformers."""
     folder = tiny_models / MODEL_ID
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
@@ -88,7 +88,7 @@ def pipeline(tiny_models: Path) -> QwenImagePipeline:
 
 @pytest.fixture(scope="session")
 def wan_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model base path that holds a tiny random Wan of every kind, in the layout of diffusers repositories."""
+    """A model base path with a tiny random Wan of every variant, in the layout of diffusers repositories."""
     base = tmp_path_factory.mktemp("wan_models")
     write_models(base)
     return base
@@ -96,7 +96,7 @@ def wan_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wan_pairs(wan_models: Path) -> Callable[[str], WanPair]:
-    """A kind of Wan model, float32, read by both; each is read once."""
+    """Return a variant of Wan, float32, loaded by both, once."""
     return cache(lambda name: load_pair(wan_models, KINDS[name]))
 
 
@@ -108,7 +108,7 @@ def wan(request: pytest.FixtureRequest, wan_pairs: Callable[[str], WanPair]) -> 
 
 @pytest.fixture(scope="session")
 def edit_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model base path that holds tiny random editing models of Qwen-Image."""
+    """A model base path with tiny random editing models of Qwen-Image."""
     base = tmp_path_factory.mktemp("edit_models")
     qwen_edit_models.write_models(base)
     return base
@@ -116,7 +116,7 @@ def edit_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux2_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model base path that holds tiny random FLUX.2 klein 4B and base 9B."""
+    """A model base path with tiny random FLUX.2 klein 4B and base 9B."""
     base = tmp_path_factory.mktemp("flux2_models")
     flux2_repositories.write_models(base)
     return base
@@ -124,7 +124,7 @@ def flux2_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def edit_pairs(edit_models: Path) -> Callable[[str], EditPair]:
-    """A kind of editing model, float32, read by both; each is read once."""
+    """Return an editing model, float32, loaded by both, once."""
     return cache(lambda name: qwen_edit_models.load_pair(edit_models, qwen_edit_models.KINDS[name]))
 
 
@@ -136,7 +136,7 @@ def edit(request: pytest.FixtureRequest, edit_pairs: Callable[[str], EditPair]) 
 
 @pytest.fixture(scope="session")
 def flux2_pairs(flux2_models: Path) -> Callable[[str], Flux2Pair]:
-    """A FLUX.2 klein, float32, read by both; each is read once."""
+    """Return a FLUX.2 klein, float32, loaded by both, once."""
     return cache(lambda name: flux2_repositories.load_pair(flux2_models, name))
 
 
@@ -154,7 +154,7 @@ def klein(flux2_pairs: Callable[[str], Flux2Pair]) -> Flux2Pair:
 
 @pytest.fixture(scope="session")
 def flux_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model base path that holds a tiny random FLUX.1 in both layouts."""
+    """A model base path with a tiny random FLUX.1 in both layouts."""
     base = tmp_path_factory.mktemp("flux_models")
     flux_repository.write_models(base)
     return base
@@ -162,7 +162,7 @@ def flux_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux_pairs(flux_models: Path) -> Callable[[str], FluxPair]:
-    """A use of FLUX.1, float32, read by both; each is read once."""
+    """Return a use of FLUX.1, float32, loaded by both, once."""
     return cache(lambda name: flux_repository.load_pair(flux_models, flux_repository.KINDS[name]))
 
 
@@ -174,7 +174,7 @@ def flux(request: pytest.FixtureRequest, flux_pairs: Callable[[str], FluxPair]) 
 
 @pytest.fixture
 def complaints(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """What diffusers, transformers and peft have logged as warnings or errors; they keep it from other handlers."""
+    """Warnings and errors logged by diffusers, transformers and peft, which do not propagate them to other handlers."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
     for logger in loggers:
         logger.addHandler(caplog.handler)

@@ -1,4 +1,4 @@
-"""One training step of every family on tiny weights, with components in 8-bit floats or rounded the same."""
+"""One training step of every family on tiny weights, with components in 8-bit floats, or rounded to their values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ RECIPES = {
 
 
 def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **parameters: object) -> Plan:
-    """The rehearsal of a recipe, or of a family's, with the files of some components kept in 8-bit floats."""
+    """Plan the rehearsal of a recipe with some components stored in 8-bit floats."""
     given = {"recipe": RECIPES.get(name, name), "device": "cpu", "cache_path": str(folder / "cache"), "max_steps": 1}
     given |= {"output_path": str(folder / "out"), "dataset_num_workers": 0, **parameters}
     reporter = SilentReporter()
@@ -55,7 +55,7 @@ class Step:
         _settle(self.model)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of everything that trains."""
+        """Return the gradients of all trained parameters."""
         with self.accelerator.autocast():
             losses = self.model(self.micro_batch)
         losses.sum().backward()
@@ -63,7 +63,7 @@ class Step:
 
 
 def _settle(model: TrainingModule) -> None:
-    """The second halves of LoRAs begin at zero, where the first ones get no gradient; here they begin at random."""
+    """Randomize lora_B, which is zero at the start and gives lora_A no gradient."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -72,7 +72,7 @@ def _settle(model: TrainingModule) -> None:
 
 
 def round_weights(plan: Plan, component: str, module: nn.Module) -> int:
-    """Round in place what would have been stored in 8-bit floats; returns how many weights that are."""
+    """Round in place the weights that would be stored in 8-bit floats; return their number."""
     files = replace(plan.components[component], float8=True)
     narrow = float8_weights(files, build_empty(load_family(plan.facts.name), files))
     parameters = {name.replace(".base_layer.", "."): value for name, value in module.named_parameters()}
@@ -84,7 +84,9 @@ def round_weights(plan: Plan, component: str, module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for the backward pass, each memory once: frozen weights (`float8`: those in 8-bit floats), others."""
+    """Bytes saved for the backward pass, each storage once: frozen weights (`float8`: those in 8-bit floats),
+    others.
+    """
 
     weights: int
     float8: int
@@ -92,7 +94,7 @@ class Kept:
 
 
 def counting_saved(run: Callable[[], object]) -> Kept:
-    """What a forward pass keeps, until its backward pass has it."""
+    """Count what a forward pass saves for its backward pass."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ PLACES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
 MODEL_IDS = {"4B": "black-forest-labs/FLUX.2-klein-4B", "base 9B": "black-forest-labs/FLUX.2-klein-base-9B"}
-"""4B is distilled and ties its text encoder's head to the embedding; base 9B neither."""
+"""4B is distilled and ties its text encoder's output head to the embedding; base 9B is and does neither."""
 SINGLE_BLOCKS = {"4B": 20, "base 9B": 24}
 PROMPT = "an astronaut before a flag, 漢字"
 find_files = partial(models.find_files, "flux2")
@@ -30,7 +30,7 @@ load_files = partial(models.load_files, "flux2")
 SIZE = (48, 80)
 """Height and width of the target in pixels."""
 REFERENCE_SIZES = ((64, 96), (112, 64))
-"""Height and width of the first and the second reference image; the pipeline takes none below 64."""
+"""Height and width of the two reference images; the pipeline accepts none below 64."""
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -45,12 +45,12 @@ SCHEDULER = {
 
 
 def entries_of(name: str) -> dict[str, str]:
-    """The files of a model in its repository, by component."""
+    """Return component -> file of a model in its repository."""
     return {component: f"{MODEL_IDS[name]}:{place}" for component, place in PLACES.items()}
 
 
 def write_models(base: Path) -> None:
-    """Both models, and beside their components what diffusers needs to load a repository as a pipeline."""
+    """Write both models, and the files that diffusers requires to load a repository as a pipeline."""
     for name in MODEL_IDS:
         for component, entry in entries_of(name).items():
             load_family("flux2").write_tiny_weights(base, component, *entry.split(":"))
@@ -70,10 +70,10 @@ def write_models(base: Path) -> None:
 
 
 def load_pipeline(base: Path, name: str) -> Flux2KleinPipeline:
-    """The repository read by diffusers and transformers, float32.
+    """Load the repository with diffusers and transformers, float32.
 
-    Its images are given the order in memory that ours have: numpy leaves the channels last, for which group norms on
-    a CPU have another kernel: it leaves latents of up to 8 wrong by 5e-5 and more, against float64, ours by 1e-5.
+    Its images are converted to our memory layout: with numpy's channels-last layout, group norms on a CPU use another
+    kernel whose error against float64 is 5e-5 or more for latents of up to 8, while ours is 1e-5.
     """
     pipeline = Flux2KleinPipeline.from_pretrained(base / MODEL_IDS[name], dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -84,7 +84,7 @@ def load_pipeline(base: Path, name: str) -> Flux2KleinPipeline:
 
 @dataclass(frozen=True)
 class Flux2Pair:
-    """One model, read by both."""
+    """One model, loaded by both."""
 
     name: str
     ours: Ours
@@ -100,7 +100,7 @@ class Flux2Pair:
         return tuple(image_of(name, *size) for name, size in zip(("coffee", "rocket"), REFERENCE_SIZES, strict=True))
 
     def encoded(self, shown: int) -> dict[str, Tensor]:
-        """The target and a caption, and as many reference images, encoded by us."""
+        """The target, a caption and reference images, encoded by us."""
         sample: dict[str, Any] = {"prompt": PROMPT, "image": pixels_of(self.target)}
         if shown:
             sample["edit_image"] = [pixels_of(image) for image in self.shown[:shown]]
@@ -116,5 +116,5 @@ def load_pair(base: Path, name: str) -> Flux2Pair:
 
 
 def image_of(name: str, height: int, width: int) -> Image.Image:
-    """A photograph at a size."""
+    """Return a photograph at a size."""
     return photograph(name).resize((width, height), Image.Resampling.LANCZOS)

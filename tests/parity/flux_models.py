@@ -1,4 +1,6 @@
-"""Tiny FLUX.1 models read by us and by diffusers' pipelines from the same files; images to train on and to show."""
+"""Tiny FLUX.1 models loaded by us and by diffusers' pipelines from the same files, with targets and reference
+images.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -52,20 +54,20 @@ KINDS = {
 
 
 def write_models(base: Path) -> None:
-    """All components in both layouts, of the same weights."""
+    """Write all components in both layouts with the same weights."""
     for places in (DIFFUSERS_PLACES, ORIGINAL_PLACES):
         for component, place in places.items():
             load_family("flux").write_tiny_weights(base, component, MODEL_ID, place)
 
 
 def load_ours(base: Path, kind: Kind) -> Ours:
-    """From the original files."""
+    """Load the original files."""
     entries = (f"{MODEL_ID}:{place}" for place in ORIGINAL_PLACES.values())
     return models.load_ours(base, entries, extra_inputs=("kontext_images",) if kind.shown else ())
 
 
 def load_pipeline(base: Path, pipeline: type = FluxPipeline, **more: Any) -> Any:
-    """A pipeline with `more` parts; read by diffusers and transformers from the folders of a repository, float32."""
+    """Load a pipeline with `more` components from the folders of a repository, float32."""
     folder = base / MODEL_ID
     made = pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -86,7 +88,7 @@ def load_pipeline(base: Path, pipeline: type = FluxPipeline, **more: Any) -> Any
 
 @dataclass(frozen=True)
 class FluxPair:
-    """One use of the model, read by both; we read the original files, diffusers those of its own layout."""
+    """One use of the model, loaded by both: by us from original files, by diffusers from its own layout."""
 
     kind: Kind
     ours: Ours

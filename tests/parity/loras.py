@@ -19,7 +19,7 @@ from tests.loras import RANK
 
 
 def train_file(base: Path, output: Path, dialect: str, flags: Mapping[str, str]) -> Path:
-    """Train a LoRA of the transformer for an epoch with these and further parameters; returns its file."""
+    """Train a LoRA of the transformer for an epoch with these and further parameters; return its file."""
     common = {
         "lora_base_model": "dit",
         "lora_rank": str(RANK),
@@ -33,17 +33,17 @@ def train_file(base: Path, output: Path, dialect: str, flags: Mapping[str, str])
 
 
 def load_into(pipeline: Any, path: Path, **settings: Any) -> None:
-    """Load a file as a pipeline does it."""
+    """Load a file as a pipeline does."""
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="trained", **settings)
 
 
 def adapter_modules(transformer: Any) -> dict[str, Any]:
-    """The modules of a transformer of diffusers that carry a LoRA, by name."""
+    """Return the modules of a diffusers transformer with a LoRA, by name."""
     return {name: module for name, module in transformer.named_modules() if len(getattr(module, "lora_A", ()))}
 
 
 def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: LoraNaming, public_keys: KeyMap) -> Any:
-    """A transformer with a LoRA from a file on modules of documented names, as we load it."""
+    """Return a transformer with a LoRA file on documented modules, loaded by us."""
     add_lora(transformer, sorted(modules), RANK, seed=0, public_keys=public_keys)
     filled = load_lora(transformer, path, naming, public_keys)
     assert filled == len(modules), (filled, len(modules))
@@ -51,7 +51,7 @@ def with_lora(transformer: Any, path: Path, modules: Collection[str], naming: Lo
 
 
 def check_outputs(what: str, loaded: Tensor, ours: Tensor, base: Tensor, scale: float = 1.0) -> None:
-    """With a LoRA, a transformer that diffusers loaded says what ours does, and not what it says without."""
+    """Check that a transformer loaded by diffusers gives our output with a LoRA, and another one without."""
     off, moved = (float((loaded - other).abs().max()) for other in (ours, base))
     told = f"{what}: off by {off:.1e}, moved by {moved:.1e}, at a scale of {scale:.1f}"
     print(told)
@@ -60,7 +60,7 @@ def check_outputs(what: str, loaded: Tensor, ours: Tensor, base: Tensor, scale: 
 
 
 def check_same_weights(found: Sequence[Mapping[str, LoraWeights]], modules: Collection[str]) -> None:
-    """Each has learned the same for all of the modules."""
+    """Check that all files contain the same weights for all modules."""
     first, *others = found
     assert first.keys() == set(modules), sorted(first.keys() ^ set(modules))
     assert all(weights.up.any() for weights in first.values()), "every module has learned"

@@ -1,4 +1,4 @@
-"""Tiny models of any family, found and loaded as a run does it."""
+"""Tiny models of any family, found and loaded as in a run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from diffsynth_core.progress import SilentReporter
 from tests.parity.photographs import photograph, pixels_of
 
 SIZE = (64, 96)
-"""Height and width of the image that is made."""
+"""Height and width of the target."""
 PUBLISHED_PIXELS = 1024 * 1024
 FEW_PIXELS = PUBLISHED_PIXELS // 64
-"""`max_pixels` under which reference images have a 64th of the published area."""
+"""`max_pixels` at which reference images have a 64th of the published area."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A model as the trainer has it, float32."""
+    """A model as in training, float32."""
 
     family: Family
     variant: Variant
@@ -40,7 +40,7 @@ class Ours:
     def sample(
         self, prompt: str, name: str = "astronaut", shown: Sequence[Image.Image] = (), max_pixels: int = FEW_PIXELS
     ) -> dict[str, Any]:
-        """What a row of a dataset of images holds once it is read: the photograph of a name is what is made."""
+        """Return the loaded row of a dataset of images whose target is the photograph of a name."""
         references = {
             reference.name: [pixels_of(_stretched(image, reference, max_pixels)) for image in shown]
             for reference in self.variant.references
@@ -49,7 +49,7 @@ class Ours:
 
     @torch.no_grad()
     def encode(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the encoders make of a sample: all of those whose columns it has."""
+        """Return the encodings of a sample by all encoders whose columns it has."""
         encoded: dict[str, Tensor] = {}
         for encoder in self.variant.encoders:
             if sample.keys() >= set(encoder.columns):
@@ -70,7 +70,7 @@ def _stretched(image: Image.Image, reference: Any, max_pixels: int) -> Image.Ima
 
 
 def find_files(family: str, base: Path, component: str, entry: str) -> ComponentFiles:
-    """The files of one component as a run finds them."""
+    """Return the files of one component as a run finds them."""
     problems: list[Any] = []
     found = find_components(Parameters(model_id_with_origin_paths=(entry,)), family, base, problems)
     assert found and component in found.components, problems
@@ -78,12 +78,12 @@ def find_files(family: str, base: Path, component: str, entry: str) -> Component
 
 
 def load_files(family: str, files: ComponentFiles, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A component read by our own loader."""
+    """Load a component with our loader."""
     return load_component(load_family(family), files, dtype, torch.device("cpu"), SilentReporter())
 
 
 def load_ours(base: Path, entries: Iterable[str], **more: Any) -> Ours:
-    """All components as a run with these files and `more` parameters finds and loads them."""
+    """Load all components as a run with these files and `more` parameters does."""
     problems: list[Any] = []
     parameters = Parameters(model_id_with_origin_paths=tuple(entries), **more)
     found = find_components(parameters, None, base, problems)

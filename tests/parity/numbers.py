@@ -1,4 +1,4 @@
-"""Numbers of two sides recorded and compared: one step of a pipeline, and a batch against its singles."""
+"""Recording and comparing numbers: one step of a pipeline, and a batch against its samples one by one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ TOLERANCE = 1e-5
 
 
 def difference(left: Tensor, right: Tensor) -> float:
-    """The largest difference of two tensors of one shape."""
+    """Return the maximum absolute difference of two tensors of one shape."""
     assert left.shape == right.shape, (left.shape, right.shape)
     return float((left.double() - right.double()).detach().abs().max())
 
 
 class OneStep(FlowMatchEulerDiscreteScheduler):
-    """The scheduler of a pipeline, asked for a single step from a given sigma, `[1]`."""
+    """The scheduler of a pipeline, limited to a single step from a given sigma, `[1]`."""
 
     sigma: Tensor
 
@@ -40,7 +40,7 @@ class OneStep(FlowMatchEulerDiscreteScheduler):
 
 @contextmanager
 def recorded(*modules: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
-    """The named inputs and the output of each call of the modules, in the order of the calls."""
+    """Record the named inputs and the output of each call of the modules, in call order."""
     calls: list[tuple[dict[str, Any], Any]] = []
     hooks = [
         module.register_forward_hook(
@@ -62,7 +62,9 @@ def noise_for(latents: Tensor, seed: int) -> Tensor:
 def loss_and_gradients(
     ours: Ours, samples: Sequence[Encoded], noise: Tensor, sigma: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of a batch, and the gradients of their sum for all parameters of the transformer, 0 without one."""
+    """Return the losses of a batch, and the gradients of their sum for all parameters of the transformer (0 if
+    none).
+    """
     batch = ours.family.collate(samples)
     given = batch.get("given")
     prediction = ours.predict(add_noise(batch["latents"], noise, sigma, given), sigma, batch)
@@ -73,7 +75,9 @@ def loss_and_gradients(
 
 
 def check_batch_equals_singles(ours: Ours, samples: Sequence[Encoded]) -> None:
-    """A batch of four has the losses of its samples and the mean of their gradients, which reach all they can."""
+    """Check that a batch of four has the losses of its samples and the mean of their gradients, for all parameters
+    in use.
+    """
     noise = noise_for(torch.stack([sample["latents"] for sample in samples]), seed=4)
     sigma = torch.tensor([1.0, 0.9, 0.6, 0.1])
     ours.transformer.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Photographs to train on and to show, and what a run makes of them before it encodes them."""
+"""Photographs as targets and reference images, and how a run preprocesses them."""
 
 import numpy as np
 import skimage.data
@@ -10,16 +10,16 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def photograph(name: str) -> Image.Image:
-    """A photograph as it is; `upright` is higher than wide."""
+    """Return a photograph at its original size; `upright` is higher than wide."""
     if name == "upright":
         return photograph("chelsea").crop((120, 0, 300, 300))
     return Image.fromarray(getattr(skimage.data, name)()[..., :3])
 
 
 def pixels_of(medium: Image.Image | np.ndarray) -> Tensor:
-    """An image, or the frames of a clip `[F, H, W, 3]` uint8 -> `[3, F, H, W]` float32 in [-1, 1].
+    """Convert an image or the frames of a clip, `[F, H, W, 3]` uint8, to `[3, F, H, W]` float32 in [-1, 1].
 
-    Channels come last in memory, as in what pipelines make of images: convolutions round otherwise in another order.
+    Channels come last in memory, as in the pipelines: convolutions round differently in another memory layout.
     """
     array = np.asarray(medium)
     frames = torch.tensor(array.reshape(-1, *array.shape[-3:]))

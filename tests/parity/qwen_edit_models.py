@@ -1,4 +1,4 @@
-"""Tiny editing models of Qwen-Image, read by us and by diffusers' pipelines from the same files; images to edit."""
+"""Tiny editing models of Qwen-Image, loaded by us and by diffusers' pipelines from the same files; reference images."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ class Kind:
 
     @property
     def entries(self) -> dict[str, str]:
-        """Its files by component, as recipes name them: only the transformer is its own."""
+        """Component -> file, as in recipes: only the transformer is the variant's own."""
         return {name: f"{self.model_id if name == 'dit' else MODEL_ID}:{place}" for name, place in PLACES.items()}
 
 
@@ -47,7 +47,7 @@ KINDS = {
 
 
 def write_models(base: Path) -> None:
-    """All models, in the layout of their repositories."""
+    """Write all models in the layout of their repositories."""
     for component, entry in {entry: name for kind in KINDS.values() for name, entry in kind.entries.items()}.items():
         load_family("qwen-image").write_tiny_weights(base, entry, *component.split(":"))
 
@@ -57,13 +57,13 @@ def load_ours(base: Path, kind: Kind, **more: Any) -> Ours:
 
 
 class Processor:
-    """What the pipelines need of `Qwen2_5_VLProcessor`, which cannot be made without torchvision."""
+    """What the pipelines use of `Qwen2_5_VLProcessor`, which requires torchvision."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
 
     def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
-        """Each `<|image_pad|>`, in order, becomes as many as its image has tokens; then all texts are tokenized."""
+        """Repeat each `<|image_pad|>` for the tokens of its image, in order, and tokenize all texts."""
         shown = self.image_processor(images=images, return_tensors=return_tensors)
         counts = iter((shown["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist())
         expanded = []
@@ -75,12 +75,12 @@ class Processor:
 
 
 def load_pipeline(base: Path, kind: Kind) -> Any:
-    """Read by diffusers and transformers, float32; its text encoder is told which tokens are images."""
+    """Load with diffusers and transformers, float32, passing on which tokens are images."""
     folder = base / MODEL_ID
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(base / "Qwen/Qwen-Image-Edit/processor")
     text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    text_encoder.register_forward_pre_hook(tell_images, with_kwargs=True)
+    text_encoder.register_forward_pre_hook(mark_image_tokens, with_kwargs=True)
     pipeline = kind.pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32),
@@ -95,15 +95,15 @@ def load_pipeline(base: Path, kind: Kind) -> Any:
     return pipeline
 
 
-def tell_images(text_encoder: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A hook that adds what the processor of transformers 5 says and diffusers 0.42 does not hand on."""
+def mark_image_tokens(text_encoder: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a hook that adds `mm_token_type_ids`, which diffusers 0.42 does not pass to transformers 5."""
     assert "mm_token_type_ids" not in named, "diffusers hands it on: this hook can go"
     types = (named["input_ids"] == text_encoder.config.image_token_id).int()
     return positional, {**named, "mm_token_type_ids": types}
 
 
 def shrink_published_areas(monkeypatch: Any) -> None:
-    """Let the pipelines bring images to a 64th of the area they would."""
+    """Make the pipelines resize images to a 64th of their area."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         original = module.calculate_dimensions
         monkeypatch.setattr(
@@ -113,7 +113,7 @@ def shrink_published_areas(monkeypatch: Any) -> None:
 
 @dataclass(frozen=True)
 class EditPair:
-    """One kind of model, read by both."""
+    """One variant, loaded by both."""
 
     kind: Kind
     ours: Ours

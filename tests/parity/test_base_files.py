@@ -1,6 +1,6 @@
-"""Base files in every layout that users have: training loads what merge-lora loads, and the plan counts their bytes.
+"""Base files in every layout in use: training loads what merge-lora loads, and the plan counts their bytes.
 
-What is expected is computed from the tensors that were written: stored numbers times their scales.
+The expected weights are computed from the tensors that were written: stored values times their scales.
 """
 
 import json
@@ -39,7 +39,7 @@ ENCODERS = {
     "text_encoder_2": "text_encoders.t5xxl.transformer.",
     "vae": "vae.",
 }
-"""How ComfyUI begins the names of what stands beside the transformer in a checkpoint."""
+"""Prefixes of ComfyUI for components other than the transformer in a checkpoint."""
 FP8 = torch.float8_e4m3fn
 SCALES: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
     "scalar": lambda weight: (),
@@ -62,7 +62,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stored(base: Path) -> Callable[[str], dict[str, dict[str, Tensor]]]:
-    """The tensors of each component of a family, by the names in its files."""
+    """Return the tensors of each component of a family, by key in its files."""
 
     @cache
     def read(family: str) -> dict[str, dict[str, Tensor]]:
@@ -80,7 +80,7 @@ def read_tensors(paths) -> dict[str, Tensor]:
 
 
 def find(family: str, base: Path, flags: dict[str, object]) -> FoundComponents:
-    """The components that parameters name; what is not there is left out of the account."""
+    """Return the components in the parameters, ignoring missing ones."""
     from diffsynth_core.config.resolve import resolve
 
     problems: list[Problem] = []
@@ -90,7 +90,7 @@ def find(family: str, base: Path, flags: dict[str, object]) -> FoundComponents:
 
 
 def transformer_of(family: str, *paths: object) -> tuple[ComponentFiles, FoundComponents]:
-    """The transformer that `model_paths` holds."""
+    """Return the transformer in `model_paths`."""
     names = [str(path) for path in paths]
     problems: list[Problem] = []
     found = find_components(Parameters(model_paths=tuple((name,) for name in names)), family, Path(), problems)
@@ -99,13 +99,13 @@ def transformer_of(family: str, *paths: object) -> tuple[ComponentFiles, FoundCo
 
 
 def loaded(family: str, files: ComponentFiles, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A component as training has it, by the names of our module."""
+    """Return a component as in training, by module key."""
     module = load_component(load_family(family), files, dtype, torch.device("cpu"), SilentReporter())
     return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("stored")}
 
 
 def expected(family: str, tensors: Tensors) -> dict[str, Tensor]:
-    """The weights of a transformer by the names of our module."""
+    """Return the weights of a transformer by module key."""
     facts = FAMILIES[family]
     layouts = facts.component("dit").layouts
     layout = next(layout for layout in layouts if layout.signature <= tensors.keys())
@@ -119,7 +119,7 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 
 
 def merged(family: str, path: Path, folder: Path) -> dict[str, Tensor]:
-    """What merge-lora makes of a base and a LoRA that changes nothing, in float32."""
+    """Merge a LoRA without effect into a base, in float32."""
     base = open_base(str(path), Path())
     shapes = dict(list(base.shapes.items())[:3])
     lora = {name: type(weights)(weights.down, weights.up * 0) for name, weights in random_lora(shapes).items()}
@@ -131,7 +131,7 @@ def merged(family: str, path: Path, folder: Path) -> dict[str, Tensor]:
 
 
 def quantized(tensors: Tensors, spelling: str, shape: Callable[[Tensor], tuple[int, ...]]) -> tuple[dict, dict]:
-    """(what a file in scaled 8-bit floats holds, the weights that it stands for): matrices of blocks are stored so."""
+    """Return (tensors of a file with scaled 8-bit floats for matrices of blocks, the weights that they represent)."""
     written: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +195,7 @@ def test_scaled_8_bit_floats(family, spelling, stored, tmp_path):
 
 @pytest.mark.parametrize("shape", SCALES)
 def test_scales_of_every_shape(shape, stored, tmp_path):
-    """For all numbers, for each row, and for blocks of rows and columns; FLUX.1's fused matrices are cut in rows."""
+    """Per tensor, per row, and per block of rows and columns; FLUX.1's fused matrices are split by rows."""
     written, weights = quantized(stored("flux")["dit"], "weight_scale", SCALES[shape])
     path = tmp_path / "model.safetensors"
     save_file(written, path)
@@ -206,7 +206,7 @@ def test_scales_of_every_shape(shape, stored, tmp_path):
 
 @pytest.mark.parametrize("family", RECIPES)
 def test_a_checkpoint_of_all_components(family, stored, tmp_path):
-    """Each is read from below its own prefix, and only its bytes count for it."""
+    """Each component is read from below its own prefix, and only its bytes are counted for it."""
     components = {name: tensors for name, tensors in stored(family).items() if name in ("dit", *ENCODERS)}
     scaled, weights = quantized(components["dit"], "scale_weight", SCALES["scalar"])
     prefixes = {"dit": "model.diffusion_model.", **ENCODERS}
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_all_components(family, stored, tmp_path):
 
 @pytest.mark.parametrize("family", RECIPES)
 def test_folders_files_and_shards_listed_flat(family, stored, tmp_path):
-    """One component by its folder, its shards one by one, and among others in the folder of a pipeline."""
+    """One component by its folder, by its shards, and in the folder of a pipeline."""
     tensors = stored(family)["dit"]
     folder = tmp_path / "pipeline/transformer"
     folder.mkdir(parents=True)
@@ -266,7 +266,7 @@ def test_flux_2_in_the_names_of_its_makers(stored, tmp_path):
 
 
 def test_the_vae_of_qwen_image_in_the_names_of_wan(stored, base, tmp_path):
-    """As ComfyUI has it: the same network. Without a family it is Wan's."""
+    """As in ComfyUI: the same network. Without a family it is Wan's."""
     tensors = stored("qwen-image")["vae"]
     original = {key: VAE_2_1.fuse(key, tensors).contiguous() for key in VAE_2_1.to_sources(tensors)}
     path = tmp_path / "qwen_image_vae.safetensors"
@@ -281,7 +281,7 @@ def test_the_vae_of_qwen_image_in_the_names_of_wan(stored, base, tmp_path):
 
 
 def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(stored, tmp_path):
-    """Nothing is rounded again: a layer widens to stored x scale, and works with that."""
+    """Nothing is rounded again: a layer computes with stored value x scale."""
     from diffsynth_core.adapters.float8 import Float8Linear
 
     for shape in ("scalar", "row", "blocks"):
@@ -329,7 +329,7 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
     ],
 )
 def test_what_is_stored_in_another_way_is_refused_by_all(change, words, stored, tmp_path):
-    """Training and merge-lora say the same, before any weight is read."""
+    """Training and merge-lora reject it alike, before reading weights."""
     tensors = dict(stored("qwen-image")["dit"])
     layer = "transformer_blocks.0.attn.to_q"
     tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(FP8)

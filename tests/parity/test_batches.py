@@ -1,4 +1,4 @@
-"""A padded batch of four with captions of different lengths is the mean of its four singles, in loss and gradients."""
+"""A padded batch of four with captions of different lengths equals the mean of its samples, in loss and gradients."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_a_padded_batch_equals_its_singles(family, photographs, tiny_models, rec
 
 
 def test_padding_matters_when_the_mask_is_left_out(family, photographs, tiny_models):
-    """The guard of the test above: without the mask the padded batch computes something else."""
+    """Guard of the test above: without the mask, the padded batch computes something else."""
     model, encodings = train_setup(family, photographs, tiny_models, "qwen-image-lora")
     batch = micro_batch(encodings, [0, 1, 2, 3])
     right = model(batch)

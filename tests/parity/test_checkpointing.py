@@ -1,4 +1,4 @@
-"""Recomputed activations, on each family: the same gradients, from less memory."""
+"""Gradient checkpointing in each family: the same gradients, with less memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +17,12 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings are made once for all."""
+    """Tiny weights and encodings, shared by all tests."""
     return tmp_path_factory.mktemp("checkpointing")
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that a run has allocated at once on the CPU, beyond what there was before."""
+    """Return the peak memory of a run on the CPU, beyond what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,5 +1,7 @@
-"""ControlNets against diffusers' `QwenImageControlNetPipeline` and `FluxControlNetPipeline`, float32, tiny weights, one
-step each, from a photograph to follow to the prediction."""
+"""ControlNets against diffusers' `QwenImageControlNetPipeline` and `FluxControlNetPipeline`.
+
+float32, tiny weights, one step each, from a control image to the prediction.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +40,12 @@ HEIGHT, WIDTH = 64, 96
 PROMPT = "an astronaut before a flag"
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-"""Of diffusers' own `FluxControlNetModel`."""
+"""Warning of diffusers' own `FluxControlNetModel`."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A family, the blocks of its transformer and its ControlNet, and whether the ControlNet is told guidance."""
+    """A family, the blocks of its transformer and its ControlNet, and whether the ControlNet has a guidance input."""
 
     family: str
     blocks: int
@@ -88,7 +90,7 @@ def write_models(base: Path, kind: Kind) -> None:
 
 
 def load_pipeline(base: Path, kind: Kind) -> Any:
-    """Read by diffusers and transformers from the same files."""
+    """Load with diffusers and transformers from the same files."""
     folder = base / kind.model_id
     if kind.family == "flux":
         controlnet = FluxControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32)
@@ -107,7 +109,7 @@ def load_pipeline(base: Path, kind: Kind) -> Any:
 
 @dataclass(frozen=True)
 class Pair:
-    """One model, read by both."""
+    """One model, loaded by both."""
 
     kind: Kind
     ours: Ours
@@ -116,7 +118,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """Each kind of model, read once."""
+    """Return each variant, loaded once."""
 
     def load(name: str) -> Pair:
         base = tmp_path_factory.mktemp("controlled")
@@ -135,7 +137,7 @@ def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
-    """The image to follow, read by us at the size of what is made: it is larger and of another shape."""
+    """Return the control image, loaded by us at the size of the target: the file is larger and of another shape."""
     path = tmp_path_factory.mktemp("images") / "coffee.png"
     photograph("coffee").save(path)
     return Image.fromarray(load_image(path, HEIGHT, WIDTH))
@@ -143,7 +145,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
 
 @torch.no_grad()
 def encoded(pair: Pair, followed: Image.Image) -> dict[str, Tensor]:
-    """A sample as a run encodes it."""
+    """Return a sample, encoded as in a run."""
     made, control = (
         pixels_of(image).contiguous() for image in (photograph("astronaut").resize((WIDTH, HEIGHT)), followed)
     )
@@ -152,7 +154,7 @@ def encoded(pair: Pair, followed: Image.Image) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipelines draw the latents of the image to follow; their mean is what is compared, as everywhere."""
+    """Use the mean of the control image's posterior, as elsewhere; the pipelines sample from it."""
     for module in (pipeline_qwenimage_controlnet, pipeline_flux_controlnet):
         monkeypatch.setattr(module, "retrieve_latents", lambda posterior, generator=None: posterior.latent_dist.mode())
 
@@ -192,26 +194,26 @@ def test_one_step_is_that_of_the_pipeline(pair, followed, index):
 
 
 def predict_without(pair: Pair, noisy: Tensor, sigma: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """What the transformer says by itself."""
+    """Return the prediction of the transformer alone."""
     alone = {name: module for name, module in pair.ours.components.items() if name != "controlnet"}
     return pair.ours.family.predict_velocity(alone, noisy, sigma, batch)
 
 
 def flat(added: Any) -> Tensor:
-    """All that a ControlNet adds, one under the other."""
+    """Return all outputs of a ControlNet in one tensor."""
     parts = added if isinstance(added[0], Tensor) else [tensor for group in added for tensor in group]
     return torch.stack([part for part in parts if part.shape == parts[0].shape])
 
 
 def same(mine: Tensor | None, theirs: Tensor | None) -> float:
-    """The largest difference of what both, or neither, are given."""
+    """Return the maximum difference of values that both have, or neither."""
     assert (mine is None) == (theirs is None)
     return 0.0 if mine is None or theirs is None else difference(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.1"])
 def test_gradients_reach_the_controlnet_through_a_frozen_transformer(pairs, followed, name):
-    """They are those of the pipeline's own two calls."""
+    """They equal those of the pipeline's own two calls."""
     pair = pairs(name)
     ours, family = pair.ours.components, pair.ours.family
     batch = family.collate([encoded(pair, followed)])

@@ -1,4 +1,4 @@
-"""LoRA files converted between the dialects: every change of weights stays, and diffusers finds all modules."""
+"""LoRA files converted between formats: every weight change is preserved, and diffusers finds all modules."""
 
 from collections.abc import Callable, Mapping
 from itertools import permutations
@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 RANK = 4
 CONVERSIONS = list(permutations(DIALECTS, 2))
 ALPHAS = {None: 0.0, RANK / 2: 0.0, 0.3: 1e-6}
-"""Alpha that a file stores -> how far a change may be off, relative to its largest value."""
+"""Stored alpha -> tolerance of a change, relative to its largest value."""
 
 
 def naming_of(family: str) -> LoraNaming:
@@ -35,14 +35,14 @@ def naming_of(family: str) -> LoraNaming:
 
 
 def all_modules(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of all modules of the tiny transformer, by documented name."""
+    """Return the weight shapes of all modules of the tiny transformer, by documented name."""
     files = tiny.plan(output_path="unused").components["dit"]
     shapes = files.layout.public_shapes(module_shapes(files))
     return {name: shapes[f"{name}.weight"] for name in sorted(modules_with_weights(shapes))}
 
 
 def shapes_in(dialect: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of the same modules as a dialect has them, by its names."""
+    """Return the weight shapes of the same modules in a format, by its names."""
     if dialect in naming.fused:
         fused = naming.fused[dialect]
         return {name: fused.fuse_shape(name, shapes) for name in fused.to_sources(shapes)}
@@ -58,7 +58,7 @@ def shapes_in(dialect: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tup
 def write_source(
     path: Path, dialect: str, shapes: Shapes, naming: LoraNaming, alpha: float | None = None, dtype=torch.float32
 ) -> Path:
-    """A LoRA file of small whole numbers, whose products are exact, with an A for each module of the dialect."""
+    """Write a LoRA file of small integers, whose products are exact, with a lora_A for each module of the format."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def write_source(
 
 
 def convert(path: Path, target: str, family: str, **choices: Any) -> Path:
-    """The same LoRA in another dialect."""
+    """Return the same LoRA in another format."""
     output = path.with_name(f"{path.stem}-{target}.safetensors")
     plan = plan_conversion(path, target, output, path.parent, family=family, **choices)
     write_outputs(plan.outputs, plan.inputs, SilentReporter())
@@ -84,7 +84,7 @@ def convert(path: Path, target: str, family: str, **choices: Any) -> Path:
 
 
 def changes(path: Path, shapes: Shapes, naming: LoraNaming) -> dict[str, Tensor]:
-    """The change of each documented module's weight, as merging reads it."""
+    """Return the change of each documented module's weight, as merging reads it."""
     from safetensors import safe_open
 
     file = read_lora_file(path, shapes, naming)
@@ -137,12 +137,12 @@ READ_BY_DIFFUSERS = [
 
 
 def targets(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of the modules that recipes train, by documented name."""
+    """Return the weight shapes of the modules that recipes train, by documented name."""
     return tiny.module_shapes()
 
 
 def own_changes(tiny: TinyFamily, documented: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Changes by the modules of diffusers."""
+    """Return the changes by module of diffusers."""
     names = tiny.plan(output_path="unused").components["dit"].layout.public_keys
     return {
         own.removesuffix(".weight"): change
@@ -155,7 +155,7 @@ def own_changes(tiny: TinyFamily, documented: Mapping[str, Tensor]) -> dict[str,
 def test_diffusers_loads_every_module_with_its_change(
     tiny_families: Callable[[str], TinyFamily], tmp_path, complaints, family, target
 ):
-    """Into a model: no module is missing, none unexpected, and none has another scale."""
+    """Into a model: no module is missing or unexpected, and none has another scale."""
     tiny, naming = tiny_families(family), naming_of(family)
     source = "comfyui" if target == "diffusers" else "diffsynth"
     path = write_source(tmp_path / "lora.safetensors", source, targets(tiny), naming)
@@ -177,13 +177,13 @@ LOADED_BY_DIFFUSERS = {
     "flux": {"diffusers", "kohya"},
     "flux2": {"diffusers", "comfyui", "kohya"},
 }
-"""What the README says of diffusers 0.42.1."""
+"""What the README states about diffusers 0.42.1."""
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, family, dialect):
-    """All modules, or none and no more than a warning. FLUX.1 in kohya's names needs the published widths: below."""
+    """All modules, or none with a warning only. FLUX.1 in kohya's format requires the published widths: below."""
     if (family, dialect) == ("flux", "kohya"):
         return
     tiny, naming = tiny_families(family), naming_of(family)
@@ -202,7 +202,7 @@ def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, 
 
 
 def test_kohya_s_names_of_flux_reach_every_module_of_diffusers(tmp_path):
-    """diffusers has the published widths in its code; every row of every change is compared on one input."""
+    """diffusers hard-codes the published widths; every row of every change is compared on one input."""
     naming, width = naming_of("flux"), 3072
     rows = {"qkv": 3 * width, "to_qkv_mlp": 7 * width, "linear": 6 * width, "ff_a.0": 4 * width, "ff_b.0": 4 * width}
     columns = {"ff_a.2": 4 * width, "ff_b.2": 4 * width, "proj_out": 5 * width}

@@ -1,4 +1,4 @@
-"""Direct distillation: loss and gradients are those of a plain loop over the steps of diffusers' scheduler."""
+"""Direct distillation: loss and gradients equal those of a plain loop over the steps of diffusers' scheduler."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ MU = 0.8
 
 
 def evenly(steps: int) -> list[float]:
-    """The sigmas that diffusers' pipelines give their scheduler."""
+    """Return the sigmas that diffusers' pipelines pass to their scheduler."""
     return list(np.linspace(1.0, 1 / steps, steps))
 
 
@@ -66,7 +66,7 @@ PUBLISHED = {
     "flux": [1, 0.85769, 0.60215, 0.00893],
     "flux2": [1, 0.86973, 0.68997, 0.42590],
 }
-"""The sigmas of four steps."""
+"""Sigmas of four steps."""
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -104,7 +104,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def plain_loop(family, model, batch: dict[str, torch.Tensor], seeds: list[int], steps: int) -> torch.Tensor:
-    """As a pipeline samples, without guidance; frames that the model is given are put back before every step."""
+    """Sample as a pipeline does, without guidance; clean frames are restored before every step."""
     latents, given = batch["latents"], batch.get("given")
     shape = latents.shape[1:] if latents.shape[2] > 1 else (latents.shape[1], *latents.shape[3:])
     drawn = [torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]

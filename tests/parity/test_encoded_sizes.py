@@ -1,4 +1,4 @@
-"""What the sizes of encodings are foretold to be, against the tensors that encoders of every family make."""
+"""Predicted sizes of encodings against the tensors that encoders of every family produce."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ RECIPES = (
     "flux.2-klein-9b-lora",
 )
 TI2V_MARKS = 1e-3
-"""Share of the numbers that mark the latent frames which are given, and that are not counted."""
+"""Fraction of elements in masks of clean latent frames, which are not counted."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=RECIPES)
 def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[Plan, EncodingsPlan]:
-    """The plan of a rehearsal, whose samples are encoded."""
+    """The plan of a rehearsal with encoded samples."""
     reporter = SilentReporter()
     given = {"recipe": request.param, "device": "cpu", "cache_path": str(folder / "cache"), "dataset_num_workers": 0}
     given |= {"output_path": str(folder / "out"), "max_steps": 64, "mixed_precision": "no"}
@@ -58,7 +58,7 @@ def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[Plan, Encodin
 
 
 def made(plan: Plan, encodings: EncodingsPlan) -> EncodedSize:
-    """Numbers in the tensors of the cache."""
+    """Return the number of elements in the cache."""
     total = EncodedSize()
     for part in encodings.encoders:
         for index in range(len(plan.samples.samples)):

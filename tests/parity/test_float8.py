@@ -1,4 +1,4 @@
-"""Frozen weights in 8-bit floats against the same rounded weights in a wide format, on each family."""
+"""Frozen weights in 8-bit floats against the same rounded weights in the compute dtype, in each family."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny weights and encodings are made once for all."""
+    """Tiny weights and encodings, shared by all tests."""
     return tmp_path_factory.mktemp("float8")
 
 
@@ -27,7 +27,7 @@ def float8_count(module: torch.nn.Module) -> int:
 
 
 def check_gradients(folder: Path, family: str, component: str = "dit", **settings: object) -> None:
-    """One step with a component stored in 8-bit floats, and with one that is wide and holds the same numbers."""
+    """Compare one step with a component stored in 8-bit floats and one with the same values in the compute dtype."""
     plan = plan_step(family, folder, (component,), **settings)
     stored, wide = Step(plan), Step(plan_step(family, folder, **settings))
     unrounded = wide.gradients()
@@ -64,7 +64,7 @@ def test_so_are_those_of_weights_loaded_into_host_memory_first(folder):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", RECIPES)
 def test_the_backward_pass_keeps_bytes_in_place_of_weights(family, precision, folder):
-    """What it keeps beside weights is the same; of each weight stored in 8-bit floats, a byte."""
+    """It saves the same apart from weights; of each weight stored in 8-bit floats, one byte."""
     kept = {}
     for components in (("dit",), ()):
         settings = {"mixed_precision": precision, "use_gradient_checkpointing": False}

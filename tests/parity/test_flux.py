@@ -1,6 +1,6 @@
 """FLUX.1's numbers against diffusers' `FluxPipeline` and `FluxKontextPipeline`, float32, tiny weights, real images.
 
-Most tests of Kontext work at a 64th of the published area; one at all of it.
+Most tests of Kontext use a 64th of the published area; one uses all of it.
 """
 
 import math
@@ -96,7 +96,7 @@ def test_captions_that_are_cut_are_told(plain, caption, first, second, complaint
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, "upright"])
 def test_latents_of_photographs_equal_the_vae_path(plain, name):
-    """The pipeline's own preprocessing, and the inverse of what it does before it decodes."""
+    """The pipeline's own preprocessing, and the inverse of its steps before decoding."""
     ours, pipeline = plain.ours, plain.pipeline
     image = photograph(name).resize(SIZE[::-1])
     raw = pipeline.vae.encode(pipeline.image_processor.preprocess(image)).latent_dist.mode()
@@ -139,7 +139,7 @@ def test_sigmas_equal_the_scheduler(plain):
 
 
 def run_pipeline(pair: FluxPair, caption: str, noisy: Tensor, sigma: Tensor) -> None:
-    """One step of the pipeline from given latents."""
+    """Run one step of the pipeline from given latents."""
     height, width = SIZE
     pair.pipeline.scheduler = OneStep.at(sigma)
     pair.pipeline(
@@ -156,7 +156,7 @@ def run_pipeline(pair: FluxPair, caption: str, noisy: Tensor, sigma: Tensor) -> 
 
 @torch.no_grad()
 def check_against_pipeline(pair: FluxPair, caption: str, index: int, max_pixels: int) -> None:
-    """What the transformer is told, positions and guidance too, and what it says are those of the pipeline."""
+    """Check that inputs of the transformer, including positions and guidance, and its output equal the pipeline's."""
     ours = pair.ours
     sigma = ours.family.sigmas()[[index]]
     batch = ours.family.collate([ours.encode(ours.sample(caption, shown=pair.shown, max_pixels=max_pixels))])
@@ -190,7 +190,7 @@ def shown_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def _small(monkeypatch) -> None:
-    """Let the pipeline bring reference images to a 64th of the area it would."""
+    """Make the pipeline resize reference images to a 64th of their area."""
     sizes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
     shrunk = [(width // 8 // 16 * 16, height // 8 // 16 * 16) for width, height in sizes]
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", shrunk)
@@ -210,7 +210,7 @@ def test_one_step_is_that_of_the_pipeline_at_the_published_size(flux):
 
 @torch.no_grad()
 def test_several_reference_images_follow_each_other_as_image_1(flux_pairs):
-    """Their tokens in their order, behind those that are made; of what the model says, the latter alone are taken."""
+    """Their tokens follow those of the target, in order; only the target's part of the output is used."""
     ours = flux_pairs("Kontext").ours
     images = [photograph("coffee"), photograph("upright")]
     encoded = ours.encode(ours.sample("a cup", shown=images))

@@ -260,7 +260,7 @@ def test_a_batch_equals_its_singles(klein, shown):
 
 
 def test_samples_are_not_mixed_up(klein):
-    """The guard of the test above: each prediction of a batch depends on its own sample."""
+    """Guard of the test above: each prediction of a batch depends on its own sample."""
     encoded = [klein.encoded(1), klein.encoded(1)]
     encoded[1]["edit_latents_0"] = -encoded[1]["edit_latents_0"]
     batch = klein.ours.family.collate(encoded)
@@ -273,7 +273,9 @@ def test_samples_are_not_mixed_up(klein):
 
 
 def test_files_without_configurations_load_to_the_same_model(klein, flux2_models: Path, tmp_path: Path):
-    """All but the groups of the VAE's norms, which shapes do not tell, is inferred as it was written."""
+    """Everything is inferred as it was written, except for the groups of the VAE's norms, which shapes do not
+    determine.
+    """
     for component in ("dit", "text_encoder"):
         files = find_files(flux2_models, component, entries_of("4B")[component])
         bare = tmp_path / files.paths[0].parent.name
@@ -291,7 +293,7 @@ def test_files_without_configurations_load_to_the_same_model(klein, flux2_models
 
 
 def load_component_at(folder: Path, component: str) -> Any:
-    """A component from the files in a folder."""
+    """Load a component from the files in a folder."""
     from diffsynth_core.config.parameters import Parameters
     from diffsynth_core.planning.components import find_components
 

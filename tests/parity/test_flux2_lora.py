@@ -29,7 +29,7 @@ DOUBLE_MODULES = (
 
 
 def modules_of(name: str) -> set[str]:
-    """What the documented targets address."""
+    """Return the documented target modules."""
     double = {f"transformer_blocks.{block}.{place}" for block in range(2) for place in DOUBLE_MODULES}
     single = {
         f"single_transformer_blocks.{block}.attn.{place}"
@@ -55,7 +55,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def metadata(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photographs, of which half are shown one other and half two."""
+    """The photographs, half of them with one reference image, half with two."""
     path = tmp_path_factory.mktemp("metadata") / "metadata.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -70,7 +70,7 @@ def metadata(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def train_lora(
     flux2_models: Path, photographs: Path, metadata: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Train a LoRA on four images, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images with a large learning rate; return its file."""
     folder = tmp_path_factory.mktemp("runs")
 
     @cache
@@ -96,7 +96,7 @@ def load_transformer(base: Path, name: str) -> Any:
 
 
 def load_with_lora(base: Path, name: str, path: Path) -> Any:
-    """The transformer as we load it, with a LoRA from a file."""
+    """Return the transformer with a LoRA file, loaded by us."""
     return with_lora(load_transformer(base, name), path, modules_of(name), NAMING, SAME_NAMES)
 
 

@@ -1,4 +1,4 @@
-"""One tiny FLUX.1 in the original layout, in diffusers' and in the reference trainer's: the same tensors come out."""
+"""One tiny FLUX.1 in the layouts of the original, diffusers and DiffSynth-Studio: all load to the same tensors."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, tuple[str, str, KeyMap]] = {
     "CLIP without the level above": ("text_encoder_1", "text_encoder/flat.safetensors", SAME_NAMES),
     "T5": ("text_encoder_2", "text_encoder_2/model.safetensors", keys.T5),
 }
-"""Component, its file, and the names in it."""
+"""Component, its file, and its key map."""
 CLASSES = {
     "dit": FluxTransformer2DModel,
     "vae": AutoencoderKL,
@@ -38,7 +38,7 @@ CLASSES = {
 
 
 class Written:
-    """A component with random numbers in every tensor, written in one layout."""
+    """A component with random values in every tensor, written in one layout."""
 
     def __init__(self, base: Path, case: str) -> None:
         self.base = base
@@ -55,7 +55,7 @@ class Written:
 
 
 def random_tensors(base: Path, component: str) -> dict[str, Tensor]:
-    """By the names of the module; biases would all be 0 and norms 1, and could stand in for each other."""
+    """Return random tensors by module key; biases would all be 0 and norms 1, which would hide mix-ups."""
     write_tiny_weights(base, component, MODEL_ID, DIFFUSERS_PLACES[component])
     files = find_files(base, component, f"{MODEL_ID}:{DIFFUSERS_PLACES[component]}")
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_every_layout_loads_to_the_same_tensors(written):
 
 
 def test_documented_and_written_names_lead_back(written):
-    """What any layout holds, under the documented names and under those of checkpoints, loads to the same tensors."""
+    """The content of any layout, saved with documented or checkpoint keys, loads to the same tensors."""
     layout = written.files.layout
     for number, table in enumerate((layout.public_keys, layout.checkpoint_keys)):
         tensors = {name: table.fuse(name, written.tensors) for name in table.to_sources(written.tensors)}
@@ -110,7 +110,7 @@ def test_documented_and_written_names_lead_back(written):
 
 
 def test_what_the_classes_save_themselves_loads(written, tmp_path):
-    """A folder from `save_pretrained`, with the names that today's diffusers and transformers give."""
+    """A folder from `save_pretrained`, with the keys of current diffusers and transformers."""
     module = load_files(written.files)
     place = DIFFUSERS_PLACES[written.component]
     folder = (tmp_path / "saved" / "model" / place).parent
@@ -144,7 +144,7 @@ def test_bfloat16_makes_of_each_tensor_what_diffusers_and_transformers_make(writ
 
 
 def test_the_tiny_configurations_say_what_shapes_do(tmp_path):
-    """A folder's config.json and what is inferred from the original file build the same module."""
+    """A folder's config.json and the config inferred from the original file build the same module."""
     for component in ("dit", "vae"):
         modules = []
         for places in (ORIGINAL_PLACES, DIFFUSERS_PLACES):

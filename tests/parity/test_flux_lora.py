@@ -22,7 +22,7 @@ from tests.parity.loras import adapter_modules, check_outputs, check_same_weight
 
 DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
 NO_TEXT_ENCODER = "prefix='text_encoder'"
-"""In what `FluxPipeline` remarks of every file without a LoRA for CLIP."""
+"""Part of `FluxPipeline`'s message about every file without a LoRA for CLIP."""
 NAMING = FLUX.component("dit").lora_naming
 PLACES = {"original": ORIGINAL_PLACES, "diffusers": DIFFUSERS_PLACES}
 DOUBLE = (
@@ -33,7 +33,7 @@ SINGLE = ("to_qkv_mlp", "proj_out", "norm.linear")
 
 
 def documented_modules(blocks: int) -> list[str]:
-    """What the documented targets address."""
+    """Return the documented target modules."""
     return [
         *(f"blocks.{block}.{place}" for block in range(blocks) for place in DOUBLE),
         *(f"single_blocks.{block}.{place}" for block in range(blocks) for place in SINGLE),
@@ -51,7 +51,7 @@ def own_names(modules: Collection[str]) -> set[str]:
 def train_lora(
     flux_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Train a LoRA on four images, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images with a large learning rate; return its file."""
     folder = tmp_path_factory.mktemp("runs")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
 
@@ -110,7 +110,7 @@ def test_the_diffusers_dialect_loads_through_the_pipeline_and_computes_the_same(
 
 @torch.no_grad()
 def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, complaints):
-    """diffusers takes the width for 3072; one block of each kind is enough: 532 M parameters, 2.1 GB."""
+    """diffusers assumes a width of 3072; one block of each kind is enough: 532 M parameters, 2.1 GB."""
     config = {
         "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24,
         "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": True,
@@ -145,7 +145,7 @@ def test_kohya_loads_through_the_pipeline_at_the_published_width(tmp_path, compl
 
 
 def fill_quickly(module: torch.nn.Module) -> None:
-    """Kernels from one row of random numbers, repeated: drawing each of them would take most of the test."""
+    """Fill kernels by repeating one row of random numbers: drawing all of them would take most of the test."""
     numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
@@ -160,7 +160,7 @@ def fill_quickly(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("dialect", ["diffsynth", "comfyui"])
 def test_the_pipeline_does_not_know_the_fused_modules(train_lora, flux_models, complaints, dialect):
-    """Of dialects with the documented or the original names it finds not one, and says so in a warning only."""
+    """It finds none in formats with the documented or original names, and only logs a warning."""
     pipeline = load_pipeline(flux_models)
     load_into(pipeline, train_lora("original", dialect))
     assert not adapter_modules(pipeline.transformer)
@@ -214,6 +214,6 @@ def test_all_dialects_read_back_to_the_same_weights(train_lora, flux_models):
 
 @torch.no_grad()
 def test_the_base_is_what_diffusers_reads(flux_models):
-    """Both start from the same weights, else equal outputs would say little."""
+    """Both start from the same weights; otherwise equal outputs would prove little."""
     theirs = FluxTransformer2DModel.from_pretrained(flux_models / MODEL_ID / "transformer", torch_dtype=torch.float32)
     assert torch.equal(predict(theirs), predict(load_transformer(flux_models)))

@@ -1,7 +1,7 @@
-"""One LoRA on modules that the original holds as one matrix: the same output, gradients and files as on that matrix.
+"""A LoRA on modules that the original stores as one matrix: output, gradients and files equal those on that matrix.
 
 The model is diffusers' transformer of FLUX.1, whose q, k, v (and the MLP of single blocks) are one matrix in
-black-forest-labs' files. The reference here is weights with `B A` added to them.
+black-forest-labs' files. The reference is the weights with `B A` added.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ ROWS = {
     },
     "final_norm_out.linear": {"norm_out.linear": [*range(WIDTH, 2 * WIDTH), *range(WIDTH)]},
 }
-"""Which rows of a documented module's matrix are which module's here, by hand."""
+"""Rows of a documented module's matrix that belong to each module here, by hand."""
 MODULES = tuple(ROWS)
 QKV = "blocks.0.attn.a_to_qkv"
 
@@ -84,7 +84,7 @@ def base() -> nn.Module:
 
 
 def with_lora(base: nn.Module, seed: int = 0, moved: bool = True) -> nn.Module:
-    """The model with a LoRA on all modules, and with B away from zero unless it is to be fresh."""
+    """Return the model with a LoRA on all modules, with B away from zero unless it is `fresh`."""
     model = deepcopy(base)
     add_lora(model, MODULES, RANK, seed, DOCUMENTED)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -110,7 +110,7 @@ def predict(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Te
 
 
 def changed_weights(base: nn.Module, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W + B A of the matrix of each documented module, in the rows that each module here has of it."""
+    """Return W + B A of the matrix of each documented module, in the rows that each module here has of it."""
     return {
         f"{own}.weight": base.get_parameter(f"{own}.weight") + (ups[module] @ downs[module])[rows]
         for module, parts in ROWS.items()
@@ -119,7 +119,7 @@ def changed_weights(base: nn.Module, downs: Mapping[str, Tensor], ups: Mapping[s
 
 
 def fused_halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of A and B of each documented module, as leaves."""
+    """Return copies of A and B of each documented module, as leaves."""
     weights = lora_weights(model, DOCUMENTED)
     assert weights.keys() == set(MODULES)
     downs = {name: halves.down.detach().clone().requires_grad_() for name, halves in weights.items()}
@@ -128,7 +128,7 @@ def fused_halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 def gradients(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients of A and B by documented module, B's put together by hand."""
+    """Return the gradients of A and B by documented module, with B's concatenated by hand."""
     trained = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     downs, ups = {}, {}
     for module, parts in ROWS.items():
@@ -186,7 +186,7 @@ def adamw(parameters) -> torch.optim.AdamW:
 
 
 def test_training_goes_the_way_of_the_whole_matrix(base):
-    """In double precision: AdamW makes much of the smallest gradients."""
+    """In double precision: AdamW amplifies the smallest gradients."""
     base, model = deepcopy(base).double(), with_lora(base).double()
     downs, ups = fused_halves(model)
     train(model, adamw(trained(model).values()), 3)
@@ -222,7 +222,7 @@ def check_equal(model: nn.Module, other: nn.Module) -> None:
 
 
 def test_the_start_is_that_of_the_whole_matrix(base):
-    """Seed and documented name decide, not how many modules there are here."""
+    """The initialization depends on seed and documented name, not on the number of modules."""
     whole = nn.Module()
     whole.blocks = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"a_to_qkv": nn.Linear(WIDTH, 3 * WIDTH)})})])
     add_lora(whole, [QKV], RANK, seed=4)
@@ -292,7 +292,7 @@ def test_diffusers_reads_its_dialect_and_computes_the_same(base, tmp_path, compl
 
 
 def test_each_part_has_its_own_alpha(base, tmp_path):
-    """A scale that the file states for the rows of k alone goes to the rows of k alone."""
+    """A scale that the file states for the rows of k applies only to the rows of k."""
     model = with_lora(base)
     path = tmp_path / "lora.safetensors"
     tensors = save(model, "diffusers", path)
@@ -317,7 +317,7 @@ def of_part(part: str, half: str) -> str:
 
 
 def saved_with(base: nn.Module, path: Path, changes: Mapping[str, Tensor | None]) -> Path:
-    """A file in diffusers' names with some tensors replaced, or taken out."""
+    """Save a file in diffusers' format with some tensors replaced or removed."""
     tensors = save(with_lora(base), "diffusers", path) | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     return path
@@ -358,7 +358,7 @@ def test_parts_that_do_not_fit_are_refused_before_a_weight_changes(base, tmp_pat
     ],
 )
 def test_separate_loras_of_parts_start_one_of_their_joint_rank(base, tmp_path, changes, rank):
-    """Block-diagonal, and where the run has a higher rank beside a fresh start: the output is that of the file."""
+    """Block-diagonal, extended with a fresh start if the run has a higher rank: the output is that of the file."""
     path = saved_with(base, tmp_path / "lora.safetensors", changes)
     expected = deepcopy(base)
     expected.load_lora_adapter(load_file(path), prefix="transformer")

@@ -1,4 +1,6 @@
-"""`lora_checkpoint` in each family: every dialect and spelling starts the same LoRA, and what fits none is refused."""
+"""`lora_checkpoint` in each family: every format and spelling starts the same LoRA, and unsuitable files are
+rejected.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +25,11 @@ SPELLINGS: Mapping[str, Callable[[str], str]] = {
     "without the adapter's name": lambda key: key.replace(".default.", "."),
     "both": lambda key: f"pipe.dit.{key.replace('.default.', '.')}",
 }
-"""Of the documented dialect, what files hold too: written with its prefix kept, or without peft's adapter name."""
+"""Variants of the documented format in files: with the prefix kept, or without peft's adapter name."""
 
 
 def with_lora(tiny: TinyFamily, modules: Mapping[str, object]) -> tuple[nn.Module, object]:
-    """The transformer with a fresh LoRA, and its documented names."""
+    """Return the transformer with a fresh LoRA, and its documented names."""
     files = tiny.plan(output_path="unused").components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())
     add_lora(module, sorted(modules), RANK, 0, files.layout.public_keys)
@@ -103,7 +105,7 @@ def test_another_rank_is_refused_with_the_rank_to_give(tiny_families, tmp_path, 
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)
 def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, tmp_path, family, dialect):
-    """Where a module has a lower one, the further rows of A are fresh, and columns of B zero."""
+    """For a module with a lower rank, additional rows of A are fresh and columns of B zero."""
     tiny = tiny_families(family)
     shapes = tiny.module_shapes()
     first, *others = shapes
@@ -134,7 +136,7 @@ def test_the_lora_of_another_model_is_refused(tiny_families, tmp_path, family):
 
 
 def test_a_lora_of_modules_that_do_not_train_is_refused(tiny, tmp_path):
-    """Each of its keys finds its module, but it would start nothing."""
+    """Each of its keys matches a module, but none that trains."""
     shapes = tiny.module_shapes()
     first, *others = shapes
     path = save_lora(tmp_path / "lora.safetensors", random_lora({first: shapes[first]}), tiny.name, "diffsynth")
@@ -143,7 +145,7 @@ def test_a_lora_of_modules_that_do_not_train_is_refused(tiny, tmp_path):
 
 
 def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_families, tmp_path):
-    """q, k and v of FLUX.1 are one matrix by its documented names; the run goes on from there."""
+    """q, k and v of FLUX.1 are one matrix in documented names; the run continues from there."""
     tiny = tiny_families("flux")
     path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes()), "flux", "diffusers")
     key = "transformer.transformer_blocks.0.attn.to_k.lora_A.weight"
@@ -158,7 +160,7 @@ def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_fami
 
 
 def test_a_checkpoint_with_full_weights_beside_its_lora_is_refused(tiny, tmp_path):
-    """What this tool itself writes where several modules train; neither parameter drops half of it in silence."""
+    """Such files are written if several modules train; neither parameter silently drops a part of them."""
     component = next(name for name in reversed(tiny.facts.component_names) if name.startswith("text_encoder"))
     plan = tiny.plan(output_path=tmp_path / "out", trainable_models=component, max_steps=1, save_steps=1)
     path = train(plan, SilentReporter(), StopRequest()).folder / "step-1.safetensors"

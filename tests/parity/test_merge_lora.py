@@ -34,7 +34,7 @@ ALPHAS = (8.0, 1.5)
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny transformer in float32, its file in one layout, and two LoRAs of it in diffusers' names."""
+    """A tiny transformer in float32, its file in one layout, and two LoRAs of it in diffusers' format."""
 
     model: nn.Module
     layout: Layout
@@ -42,7 +42,7 @@ class Case:
     loras: tuple[Path, ...]
 
     def merge(self, *files: WeightedFile) -> dict[str, Tensor]:
-        """The weights of the model after our merge, by the names of the module."""
+        """Return the weights after our merge, by module key."""
         output = self.base.parent / "out"
         plan = plan_merge(open_base(str(self.base), output), files, output)
         merge(plan, InputHashes(plan.hashed), SilentReporter())
@@ -53,7 +53,7 @@ class Case:
 
 
 def settings_of(path: Path, rank: int, alpha: float) -> dict[str, Any]:
-    """What diffusers says of a LoRA in the metadata of its file."""
+    """Return diffusers' metadata of a LoRA file."""
     modules = sorted(halves_of(path))
     return {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": modules}
 
@@ -79,7 +79,7 @@ def case(tiny_families: Callable[[str], TinyFamily], tmp_path) -> Callable[[str,
 
 
 def halves_of(path: Path) -> dict[str, dict[str, Tensor]]:
-    """A and B by module of diffusers."""
+    """Return A and B by module of diffusers."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         module, _, half = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
@@ -88,7 +88,7 @@ def halves_of(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def merge_with_peft(model: nn.Module, loras: tuple[Path, ...]) -> dict[str, Tensor]:
-    """`merge_and_unload` of all LoRAs, whose weights are in their alphas."""
+    """Apply `merge_and_unload` to all LoRAs, with their weights applied to alpha."""
     wrapped: Any = deepcopy(model)
     for number, path in enumerate(loras):
         halves = halves_of(path)
@@ -145,7 +145,7 @@ def test_as_diffusers_fuses_and_as_it_computes_with_the_adapter(case, family, pl
 
 
 def predict(family: str, model: Any) -> Tensor:
-    """What a transformer makes of fixed noise."""
+    """Return the prediction of a transformer for fixed noise."""
     generator, config = torch.Generator().manual_seed(3), model.config
 
     def draw(*shape: int) -> Tensor:

@@ -1,5 +1,7 @@
-"""Editing with Qwen-Image against diffusers' `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`, float32, tiny
-weights, real images. Most tests work at a 64th of the published areas; one at all of them."""
+"""Editing with Qwen-Image against diffusers' `QwenImageEditPipeline` and `QwenImageEditPlusPipeline`.
+
+float32, tiny weights, real images. Most tests use a 64th of the published areas; one uses all of them.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def _small(monkeypatch) -> None:
 
 
 def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> None:
-    """One step of the pipeline from given latents."""
+    """Run one step of the pipeline from given latents."""
     edit.pipeline.scheduler = OneStep.at(sigma)
     height, width = SIZE
     edit.pipeline(
@@ -49,7 +51,7 @@ def run_pipeline(edit: EditPair, caption: str, noisy: Tensor, sigma: Tensor) -> 
 
 @torch.no_grad()
 def check_against_pipeline(edit: EditPair, caption: str, max_pixels: int) -> None:
-    """Text, references, positions and the prediction of one sample are those of the pipeline."""
+    """Check that text, references, positions and the prediction of one sample equal the pipeline's."""
     ours = edit.ours
     sigma = torch.tensor([0.75])
     batch = ours.family.collate([ours.encode(ours.sample(caption, shown=edit.images, max_pixels=max_pixels))])
@@ -94,9 +96,10 @@ def test_one_step_is_that_of_the_pipeline_at_the_published_sizes(edit):
 
 @torch.no_grad()
 def test_diffusers_itself_leaves_out_which_tokens_are_images(edit_pairs, monkeypatch):
-    """Why its text encoder is told in these tests: without it, transformers 5 counts the tokens of images like words.
+    """Why these tests pass `mm_token_type_ids` to its text encoder: otherwise transformers 5 numbers image tokens like
+    words.
 
-    When this fails, diffusers tells (its issue 14194), and what stands in for that can go.
+    When this fails, diffusers passes them (its issue 14194), and the workaround can be removed.
     """
     pipeline = edit_pairs("2509, one image").pipeline
     image = [photograph("coffee").resize((96, 64))]
@@ -109,7 +112,7 @@ def test_diffusers_itself_leaves_out_which_tokens_are_images(edit_pairs, monkeyp
 
 @torch.no_grad()
 def test_tokens_of_an_image_are_placed_in_height_and_width(edit_pairs):
-    """By hand: 2 x 3 tokens of an image begin behind the text before them, which goes on behind the longer side."""
+    """By hand: 2 x 3 image tokens start after the preceding text, and the text continues after the longer side."""
     ours = edit_pairs("2509, one image").ours
     positions: list[Tensor] = []
     hook = ours.components["text_encoder"].model.language_model.register_forward_pre_hook(
@@ -180,7 +183,7 @@ def test_images_keep_their_order_and_sizes(edit_pairs):
 
 @torch.no_grad()
 def test_only_2511_tells_reference_tokens_of_timestep_0(edit_pairs):
-    """The tiny transformers have the same weights: what they say differs by the setting alone."""
+    """The tiny transformers have the same weights: their outputs differ only because of the option."""
     kinds = (TWO, "2511, two images")
     earlier, later = (edit_pairs(name).ours.components["dit"] for name in kinds)
     assert (earlier.zero_cond_t, later.zero_cond_t) == (False, True)

@@ -1,4 +1,4 @@
-"""LoRA of the editing models in every dialect, loaded by both pipelines: all modules, nothing logged, our output."""
+"""LoRAs of the editing models in every format, loaded by both pipelines: all modules, nothing logged, our output."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def fresh_transformer(base: Path, name: str) -> nn.Module:
 
 
 def documented_modules(transformer: nn.Module) -> list[str]:
-    """What the documented targets address, without what cannot influence the output."""
+    """Return the documented target modules, without those that cannot influence the output."""
     shapes = {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}
     modules = modules_with_weights(shapes)
     found = {module for names in match_targets(modules, DIT.lora_targets).values() for module in names}
@@ -36,7 +36,7 @@ def documented_modules(transformer: nn.Module) -> list[str]:
 
 
 def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
-    """A LoRA on the documented modules, far from its start; returns the modules."""
+    """Write a LoRA on the documented modules, far from its initialization; return the modules."""
     transformer = fresh_transformer(base, name)
     modules = documented_modules(transformer)
     add_lora(transformer, modules, RANK, seed=0)
@@ -52,7 +52,7 @@ def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
 
 @torch.no_grad()
 def predict(transformer: Any) -> Tensor:
-    """One image that is made, of 4 x 6 tokens, and two to edit."""
+    """Predict one target of 4 x 6 tokens with two reference images."""
     generator = torch.Generator().manual_seed(3)
     return transformer(
         hidden_states=torch.randn(1, 24 + 16 + 10, 64, generator=generator),

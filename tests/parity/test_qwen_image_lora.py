@@ -1,4 +1,4 @@
-"""LoRA files of a real run, loaded by diffusers: nothing missing or unexpected, and the same output as ours."""
+"""LoRA files of a real run, loaded by diffusers: nothing missing or unexpected, and our output."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.parity.loras import adapter_modules, check_outputs, load_into
 
 @pytest.fixture
 def train_lora(cli, photographs, tmp_path):
-    """Train a LoRA for four steps at a rate that moves the output far; returns its file."""
+    """Train a LoRA for four steps with a large learning rate; return its file."""
 
     def run(name: str, *more: object) -> Path:
         outcome = cli(
@@ -49,7 +49,7 @@ def predict(transformer, seed: int = 3) -> torch.Tensor:
 def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
     train_lora, lora_file, pipeline, complaints, tiny_models, dialect
 ):
-    """The same training, written in any dialect: diffusers finds every module and computes what we do."""
+    """The same training, saved in any format: diffusers finds every module and gives our output."""
     other = lora_file if dialect == "diffsynth" else train_lora(dialect, "--lora_format", dialect)
     modules = {key.rsplit(".lora_", 1)[0] for key in load_file(lora_file)}
     base = predict(pipeline.transformer)

@@ -59,7 +59,7 @@ def test_captions_are_mended():
 
 @pytest.mark.parametrize("caption", ["", "a cat", "three (3) cups, 100% red!", CAPTIONS["long"]])
 def test_the_tokenizer_is_the_one_transformers_makes_but_for_rare_characters(text_to_video, wan_models, caption):
-    """transformers 5 rebuilds UMT5's tokenizer, in which rare characters are unknown; published, they are bytes."""
+    """transformers 5 rebuilds UMT5's tokenizer without byte fallback, so that rare characters are unknown."""
     tokenizer = text_to_video.ours.components["tokenizer_path"]
     made = AutoTokenizer.from_pretrained(wan_models / f"{text_to_video.kind.model_id}-Diffusers" / "tokenizer")
     assert tokenizer(caption)["input_ids"] == made(caption)["input_ids"]
@@ -70,7 +70,7 @@ def test_the_tokenizer_is_the_one_transformers_makes_but_for_rare_characters(tex
 
 
 def normalised(vae: Any, raw: Tensor) -> Tensor:
-    """As both pipelines undo it before they decode, and as `prepare_latents` does it."""
+    """Normalize latents: the inverse of both pipelines before decoding, and as in `prepare_latents`."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     return (raw - mean) / std

@@ -30,7 +30,7 @@ CASES = {
     "VAE 2.2": ("TI2V, text", "vae", "Wan2.2_VAE.pth"),
     "image encoder": ("I2V 2.1", "image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
 }
-"""Kind of model, component of it, and its file in Wan's own layout."""
+"""Variant, component, and its file in Wan's own layout."""
 PICKLED = [case for case, (*_, place) in CASES.items() if place.endswith(".pth")]
 
 
@@ -53,7 +53,7 @@ class OwnFile:
 
     @property
     def in_module_names(self) -> dict[str, Tensor]:
-        """Its tensors, renamed and cut by the table."""
+        """Return its tensors, renamed and split by the key map."""
         table = self.files.layout.names
         return {
             own: part.contiguous()
@@ -62,7 +62,7 @@ class OwnFile:
         }
 
     def write_folder(self, base: Path) -> str:
-        """Write it as a folder of a diffusers repository, under the names the table gives; returns its entry."""
+        """Write it as a folder of a diffusers repository with the keys of the map; return its entry."""
         model_id = f"{self.model_id}-Diffusers"
         place = DIFFUSERS_PLACES[self.component].replace("*", "")
         folder = (base / model_id / place).parent
@@ -82,7 +82,7 @@ def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def randomise(path: Path) -> None:
-    """Make all tensors of a file differ: biases would all be 0 and norms 1, and could stand in for each other."""
+    """Make all tensors of a file differ: biases would all be 0 and norms 1, which would hide mix-ups."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for name, tensor in iterate_tensors(path)
@@ -108,7 +108,7 @@ def test_both_layouts_load_to_the_same_tensors(own, tmp_path):
 
 
 def test_the_table_leads_back_to_the_file(own, tmp_path):
-    """What the folder holds, under the documented names, is Wan's own file again."""
+    """The content of the folder, with documented keys, equals Wan's own file."""
     entry = own.write_folder(tmp_path)
     files = find_files(tmp_path, own.component, entry)
     parts = {
@@ -135,7 +135,7 @@ def test_the_converted_file_is_read_in_place_of_the_pickled_one(own, tmp_path):
 
 
 def test_what_the_classes_save_themselves_loads(own, tmp_path):
-    """A folder from `save_pretrained`, with the names that today's diffusers and transformers give."""
+    """A folder from `save_pretrained`, with the keys of current diffusers and transformers."""
     place = DIFFUSERS_PLACES[own.component].replace("*", "")
     own.module.save_pretrained((tmp_path / "saved" / "model" / place).parent)
     module = load_files(find_files(tmp_path, own.component, f"saved/model:{place}"))
@@ -148,7 +148,7 @@ def test_what_the_classes_save_themselves_loads(own, tmp_path):
     "own", ["transformer of T2V", "transformer of I2V 2.1", "transformer of I2V 2.2", "VAE 2.1"], indirect=True
 )
 def test_wans_own_file_loads_to_what_diffusers_makes_of_it(own, tmp_path):
-    """diffusers has tables of its own for these; it has none for the others."""
+    """Only for components for which diffusers has a conversion of its own."""
     folder = find_files(tmp_path, own.component, own.write_folder(tmp_path)).paths[0].parent
     loader = WanTransformer3DModel if own.component == "dit" else AutoencoderKLWan
     theirs = loader.from_single_file(str(own.path), config=str(folder), torch_dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_two_experts_are_two(places, tmp_path):
 
 @pytest.mark.parametrize("case", ["transformer of I2V 2.1", "transformer of TI2V"])
 def test_bfloat16_leaves_in_float32_what_diffusers_leaves(case, tmp_path):
-    """Norms, the modulation tables and the time embedder keep their precision in both loaders."""
+    """Norms, modulation tables and the time embedder stay float32 in both loaders."""
     own = OwnFile(tmp_path, case)
     folder = tmp_path / own.write_folder(tmp_path).replace(":", "/")
     theirs = WanTransformer3DModel.from_pretrained(folder.parent, torch_dtype=torch.bfloat16).state_dict()

@@ -1,4 +1,4 @@
-"""LoRA files of real Wan runs in every dialect, loaded by diffusers' pipelines: all modules, and our output."""
+"""LoRA files of real Wan runs in every format, loaded by diffusers' pipelines: all modules, and our output."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ IMAGE_MODULES = {f"blocks.{block}.cross_attn.{part}_img" for block in range(2) f
 
 @dataclass(frozen=True)
 class LoraRun:
-    """What is trained, the modules it addresses, and the part of the pipeline it is for."""
+    """What is trained, the target modules, and the pipeline component that it belongs to."""
 
     kind: Kind
     dit: str
@@ -62,14 +62,14 @@ def own_names(modules: Collection[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def models(wan_models: Path) -> Path:
-    """The models of all kinds, and the second expert of one."""
+    """The models of all variants, and the second expert of one."""
     load_family("wan").write_tiny_weights(wan_models, "dit", *SECOND_EXPERT.split(":"))
     return wan_models
 
 
 @pytest.fixture(scope="module")
 def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Train a LoRA on four images as clips of one frame, at a rate that moves the output far; returns its file."""
+    """Train a LoRA on four images as clips of one frame with a large learning rate; return its file."""
     folder = tmp_path_factory.mktemp("runs")
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
     metadata = folder / "metadata.csv"
@@ -95,7 +95,7 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
 
 
 def load_with_lora(base: Path, run: LoraRun, path: Path) -> Any:
-    """The transformer of a run as we load it, with a LoRA from a file."""
+    """Return the transformer of a run with a LoRA file, loaded by us."""
     transformer = load_files(find_files(base, "dit", run.dit))
     return with_lora(transformer, path, run.modules, WAN.component("dit").lora_naming, keys.DIT)
 
@@ -139,7 +139,7 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lo
 
 
 def test_the_pipeline_does_not_know_the_documented_dialect(train_lora, models, complaints):
-    """Why the others are there; and the proof that complaints are heard."""
+    """Why the other formats exist; and proof that warnings are captured."""
     pipeline = load_pipeline(models, T2V)
     load_into(pipeline, train_lora("T2V", "diffsynth"))
     assert not adapter_modules(pipeline.transformer)

@@ -1,4 +1,6 @@
-"""Tiny Wan models of every kind, and clips for them: loaded by us, and by diffusers' pipelines from the same files."""
+"""Tiny Wan models of every variant, and clips for them: loaded by us, and by diffusers' pipelines from the same
+files.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,7 +43,7 @@ class Kind:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of test clips in pixels: few tokens, along both sides where that is cheap."""
+        """Height and width of test clips in pixels: few tokens, on both sides where that is cheap."""
         return (64, 32) if self.newer_vae else (32, 48)
 
     @property
@@ -50,7 +52,7 @@ class Kind:
 
     @property
     def entries(self) -> dict[str, str]:
-        """Its files in a diffusers repository, by component."""
+        """Component -> file in a diffusers repository."""
         return {component: f"{self.model_id}-Diffusers:{DIFFUSERS_PLACES[component]}" for component in self.components}
 
 
@@ -70,7 +72,7 @@ KINDS = {
 
 
 def write_models(base: Path) -> None:
-    """Every kind, in the layout of diffusers repositories."""
+    """Write every variant in the layout of diffusers repositories."""
     written: set[str] = set()
     for kind in KINDS.values():
         for component, entry in kind.entries.items():
@@ -80,7 +82,7 @@ def write_models(base: Path) -> None:
 
 
 def load_pipeline(base: Path, kind: Kind) -> WanPipeline | WanImageToVideoPipeline:
-    """Read by diffusers and transformers, float32."""
+    """Load with diffusers and transformers, float32."""
     folder = base / f"{kind.model_id}-Diffusers"
     common = {
         # transformers would rebuild it without the fallback to bytes: this is the published tokenizer.json as it is.
@@ -105,7 +107,7 @@ def load_pipeline(base: Path, kind: Kind) -> WanPipeline | WanImageToVideoPipeli
 
 @dataclass(frozen=True)
 class WanPair:
-    """One kind of model, read by both."""
+    """One variant, loaded by both."""
 
     kind: Kind
     ours: Ours
@@ -128,7 +130,7 @@ def load_pair(base: Path, kind: Kind) -> WanPair:
 
 
 def clip_of(name: str, frames: int, height: int, width: int) -> np.ndarray:
-    """A photograph panned over and zoomed into, `[F, H, W, 3]` uint8; frames differ."""
+    """Return a pan and zoom over a photograph, `[F, H, W, 3]` uint8, whose frames differ."""
     whole = photograph(name)
     full_width, full_height = whole.size
     images = []
@@ -141,6 +143,6 @@ def clip_of(name: str, frames: int, height: int, width: int) -> np.ndarray:
 
 
 def images_of(clip: np.ndarray, shown: tuple[str, ...]) -> dict[str, Image.Image]:
-    """The frames that are shown, as the pipelines call them."""
+    """Return the conditioning frames, as the pipelines name them."""
     frames = {"input_image": ("image", 0), "end_image": ("last_image", -1)}
     return {frames[name][0]: Image.fromarray(clip[frames[name][1]]) for name in shown}

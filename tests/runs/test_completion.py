@@ -33,7 +33,7 @@ SECONDS = 60
 
 
 class Shell:
-    """An interactive shell, and what its screen shows."""
+    """An interactive shell and its screen."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
         self._parent, child = pty.openpty()
@@ -49,7 +49,7 @@ class Shell:
         os.write(self._parent, keys.encode())
 
     def wait_for(self, *texts: str) -> str:
-        """The screen, as soon as it shows all of `texts`."""
+        """Return the screen as soon as it contains all of `texts`."""
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             if select.select([self._parent], [], [], 0.05)[0]:
@@ -67,7 +67,7 @@ class Shell:
 
 @pytest.fixture(params=SHELLS)
 def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shell]:
-    """A shell with our completion, in which `diffsynth` is this checkout's."""
+    """A shell with our completion, in which `diffsynth` is that of this checkout."""
     name = request.param
     if not shutil.which(name) and not os.environ.get("DIFFSYNTH_REQUIRE_SHELLS"):
         pytest.skip(f"{name} is not installed")

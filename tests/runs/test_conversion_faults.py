@@ -1,6 +1,6 @@
-"""What must never happen to the commands that write weight files: a traceback, a damaged input, half a file.
+"""What must never happen in commands that write weight files: a traceback, a damaged input, a partial output.
 
-The table of command lines is all that a further command needs.
+A further command only needs an entry in the table of command lines.
 """
 
 import json
@@ -26,16 +26,16 @@ from tests.corruption import corrupt
 from tests.loras import RANK
 
 CORRUPTED = int(os.environ.get("DIFFSYNTH_TEST_CORRUPTED", "50"))
-"""Damaged headers that each command is given, others for each: 200 in all."""
+"""Damaged headers for each command, different ones for each: 200 in total."""
 KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "4"))
 """Moments at which each command is killed."""
 TRIES = 5
-"""Runs for each of these moments: a kill may come when all is done."""
+"""Attempts for each of these moments: the kill may come too late."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line. `{checkpoint}`, `{out}` … are filled in; `inputs` are those that faults are put into."""
+    """A command line. `{checkpoint}`, `{out}` … are filled in; faults are planted into `inputs`."""
 
     words: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -63,7 +63,7 @@ COMMANDS = {
 
 
 def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
-    """A text encoder in full and a LoRA, as a run of Qwen-Image writes them; `copies` make it larger."""
+    """Write a text encoder in full and a LoRA, as a run of Qwen-Image does; `copies` make it larger."""
     tensors = {}
     for file in sorted((base / MODEL_ID / "text_encoder").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -76,7 +76,7 @@ def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
 
 
 def write_base_and_lora(base: Path, lora: Path, models: Path, copies: int = 1) -> None:
-    """A transformer of Qwen-Image and a LoRA on its attention; `copies` make them larger."""
+    """Write a transformer of Qwen-Image and a LoRA on its attention; `copies` make them larger."""
     tensors = {}
     for file in sorted((models / MODEL_ID / "transformer").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -100,13 +100,13 @@ def write_inputs(folder: Path, models: Path, copies: int = 1) -> dict[str, Path]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, tiny_models) -> dict[str, Path]:
-    """Sound inputs by name."""
+    """Valid inputs by name."""
     return write_inputs(tmp_path_factory.mktemp("originals"), tiny_models)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, tiny_models) -> dict[str, Path]:
-    """Inputs that take long enough to be killed over."""
+    """Inputs that take long enough to kill the command meanwhile."""
     return write_inputs(tmp_path_factory.mktemp("large"), tiny_models, copies=100)
 
 
@@ -116,7 +116,7 @@ def words(command: Command, out: Path | str, inputs: dict[str, Path], *more: str
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What stands under final names."""
+    """Return the files under final names and their content."""
     files = sorted(folder.rglob("*")) if folder.exists() else []
     return {path.name: path.read_bytes() for path in files if path.is_file() and not path.name.endswith(".tmp")}
 
@@ -126,7 +126,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def assert_whole(folder: Path) -> None:
-    """Every file under a final name is whole."""
+    """Check that every file under a final name is complete."""
     for path in folder.rglob("*"):
         if path.suffix == ".safetensors":
             load_file(path)
@@ -136,7 +136,7 @@ def assert_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_corrupted_headers(cli, originals, name, tmp_path):
-    """Each is refused in words, or taken where it still says something that can be meant."""
+    """Each is rejected with a message, or accepted if it is still meaningful."""
     command, refused = COMMANDS[name], 0
     first = list(COMMANDS).index(name) * CORRUPTED
     for seed in range(first, first + CORRUPTED):
@@ -163,7 +163,7 @@ def test_corrupted_headers(cli, originals, name, tmp_path):
 
 WAYS = ("path", "hard link", "symlink", "linked folder")
 NEVER_AT_THEIR_INPUT = ("split by size",)
-"""Commands whose outputs are called otherwise than their input, so that only a link makes one of them the input."""
+"""Commands whose outputs have other names than the input, so that only a link makes them equal."""
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ NEVER_AT_THEIR_INPUT = ("split by size",)
     [(name, way) for name in COMMANDS for way in WAYS if name not in NEVER_AT_THEIR_INPUT or way.endswith("link")],
 )
 def test_no_input_is_written_over(cli, originals, name, way, tmp_path):
-    """Where an output would be an input, by whatever name, nothing is written, `--overwrite` or not."""
+    """If an output would be an input, by any name, nothing is written, with or without `--overwrite`."""
     command = COMMANDS[name]
     assert cli(*words(command, tmp_path / "sound", originals)).code == 0
     inputs = {key: Path(shutil.copy(path, tmp_path)) for key, path in originals.items()}
@@ -203,7 +203,7 @@ def start(arguments: list[str], **options: object) -> subprocess.Popen:
 
 
 def seconds_of(arguments: list[str]) -> float:
-    """How long a command takes that ends well."""
+    """Return the duration of a command that succeeds."""
     begun = time.monotonic()
     with start(arguments) as process:
         process.wait()
@@ -213,7 +213,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_any_moment(large, name, tmp_path):
-    """What has a final name is whole, inputs are as they were, and the next run takes away what was left."""
+    """Files under final names are complete, inputs are unchanged, and the next run removes leftovers."""
     command, drawn = COMMANDS[name], random.Random(0)
     arguments = words(command, tmp_path / "out", large, "--overwrite")
     seconds_of(words(command, tmp_path / "whole", large))  # the first reads modules and inputs from the disk
@@ -241,7 +241,7 @@ def test_killed_at_any_moment(large, name, tmp_path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_that_may_not_grow(large, name, tmp_path):
-    """The system refuses in the midst of a file, as a full disk does: RLIMIT_FSIZE."""
+    """The system fails in the middle of a file, as with a full disk: RLIMIT_FSIZE."""
     limit = 100_000
 
     def forbid() -> None:
@@ -257,7 +257,7 @@ def test_a_file_that_may_not_grow(large, name, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path, large):
-    """A file system with room for less than the inputs."""
+    """A file system with less space than the inputs have bytes."""
     folder, room = tmp_path / "disk", min(path.stat().st_size for path in large.values()) // 2
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], capture_output=True)

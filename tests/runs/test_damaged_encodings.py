@@ -1,4 +1,4 @@
-"""Damage done to cached encodings: encoded again with a warning, or reported where no encoder is loaded; never used."""
+"""Damaged cached encodings: encoded again with a warning, or reported if no encoder is loaded; never used."""
 
 import os
 import shutil
@@ -28,14 +28,14 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that filled a cache of its own."""
+    """A run that filled a cache."""
 
     plan: Plan
     cache: Path
     command: tuple[object, ...]
 
     def copy(self, cache: Path) -> Plan:
-        """The plan of the run with a copy of its cache."""
+        """Return the plan of the run with a copy of its cache."""
         shutil.copytree(self.cache, cache)
         return replace(self.plan, parameters=self.plan.parameters.model_copy(update={"cache_path": cache}))
 
@@ -142,7 +142,7 @@ def test_an_encoded_folder_is_repaired_by_the_first_half(trained, tmp_path, cli,
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("lacking", [False, True], ids=["complete", "an entry less"])
 def test_a_cache_that_can_only_be_read_is_used_when_it_is_complete(trained, tiny_models, photographs, lacking):
-    """In a process of a user who may not write to it; root may write everywhere, whatever the mode says."""
+    """In a process of an unprivileged user; root may write anywhere."""
     with tempfile.TemporaryDirectory() as base:
         for source, name in ((trained.cache, "cache"), (tiny_models, "models"), (photographs, "photographs")):
             shutil.copytree(source, Path(base, name))
@@ -171,7 +171,7 @@ def test_a_cache_that_can_only_be_read_is_used_when_it_is_complete(trained, tiny
 
 
 def _as_nobody(words: tuple[object, ...], models: Path) -> tuple[int, str]:
-    """Exit code and messages of a command that a user without rights gives, in a fork of this process."""
+    """Run a command as an unprivileged user in a fork of this process; return exit code and messages."""
     from diffsynth_cli.main import main
 
     reader, writer = os.pipe()

@@ -1,4 +1,5 @@
-"""Damage done to the state of a run, by every file and every field: never gone on with, never from step 0 in silence.
+"""Damage to every file and field of a run's state: a run is never resumed from it, and never silently starts at step
+0.
 
 One run is trained, stopped after step 5 with the states of steps 4 and 5, and copied for each case.
 """
@@ -28,12 +29,12 @@ FLAGS = {
 }  # fmt: skip
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
 Damage = Callable[[Path, Path], None]
-"""Done to a file, given the file of another run."""
+"""Damages a file, given the file of another run."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that was stopped after step 5 of 8, the state of another run at that step, and a run never stopped."""
+    """A run stopped after step 5 of 8, the state of another run at that step, and an uninterrupted run."""
 
     plan: Plan
     folder: Path
@@ -44,7 +45,7 @@ class Stopped:
         return Path(shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns(".lock")))
 
     def resume(self, folder: Path) -> tuple[ResumePoint, list[Problem]]:
-        """Where a copy of the run would go on."""
+        """Return where a copy of the run would resume."""
         problems: list[Problem] = []
         parameters = self.plan.parameters.model_copy(update={"output_path": folder, "resume": "auto"})
         fingerprint, steps = self.plan.dataset_fingerprint, self.plan.steps
@@ -70,7 +71,7 @@ def stopped(tiny_models: Path, photographs: Path, tmp_path_factory: pytest.TempP
 
 
 def flip(place: float) -> Damage:
-    """One bit of the byte at a share of the file."""
+    """Flip one bit of the byte at a fraction of the file."""
 
     def damage(path: Path, other: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -156,7 +157,7 @@ def test_there_are_cases_enough():
 
 @pytest.mark.parametrize(("file", "damage"), CASES)
 def test_a_damaged_state_is_never_gone_on_from(stopped, tmp_path, file, damage):
-    """The one before it is, with a warning; where that is damaged too, nothing is, and the report says what to do."""
+    """The previous one is used, with a warning; if that is damaged too, none is, and the report states what to do."""
     run = stopped.copy(tmp_path / "run")
     damage(run / "state/step-5" / file, stopped.other / "state/step-5" / file)
     start, problems = stopped.resume(run)
@@ -224,7 +225,7 @@ def test_from_the_state_before_it_the_run_ends_with_the_same_weights(stopped, tm
     plan = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
     reporter = _Warnings()
     train(plan, reporter, StopRequest())
-    says("\n".join(reporter.told))
+    says("\n".join(reporter.messages))
     last = "epoch-0.safetensors" if (run / "epoch-0.safetensors").exists() else "step-8.safetensors"
     one, other = load_file(run / last), load_file(stopped.through / last)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -235,10 +236,10 @@ def test_from_the_state_before_it_the_run_ends_with_the_same_weights(stopped, tm
 
 class _Warnings(SilentReporter):
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def warn(self, message: str) -> None:
-        self.told.append(message)
+        self.messages.append(message)
 
 
 def test_the_dry_run_tells_what_resuming_will_do(stopped, tmp_path, cli, says):
@@ -258,7 +259,7 @@ def test_the_dry_run_tells_what_resuming_will_do(stopped, tmp_path, cli, says):
 
 
 def test_the_other_run_has_states_of_its_own(stopped):
-    """Else `of another run` would prove nothing."""
+    """Otherwise `of another run` would prove nothing."""
     for file in FILES:
         assert (stopped.folder / "state/step-5" / file).read_bytes() != (
             stopped.other / "state/step-5" / file

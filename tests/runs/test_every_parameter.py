@@ -1,7 +1,7 @@
-"""Each parameter has its effect: two runs that differ in it alone, and what differs between them.
+"""Each parameter has its effect: two runs that differ only in it, and the difference between them.
 
-A parameter that is ignored would leave both alike. `tests/proofs.yaml` names the test of each parameter,
-which for some of them stands elsewhere.
+Ignoring a parameter would make both equal. `tests/proofs.yaml` names the test of each parameter, some of which are in
+other files.
 """
 
 import json
@@ -27,7 +27,7 @@ SHORT = ("--dataset_repeat", 1, "--num_epochs", 1, "--max_steps", 2)
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended, or was refused."""
+    """A run that has ended, or was rejected."""
 
     outcome: Outcome
     folder: Path
@@ -58,7 +58,7 @@ class Ended:
 
     @property
     def refusal(self) -> str | None:
-        """The first problem of a run that was refused."""
+        """The first problem of a run that was rejected."""
         return next((line for line in self.outcome.err.splitlines() if line.startswith("error: ")), None)
 
     def says(self, text: str) -> bool:
@@ -67,7 +67,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Effect:
-    """Flags that give a parameter, what shows in a run with them, and the flags of both runs."""
+    """Flags that set a parameter, what shows its effect, and the flags of both runs."""
 
     flags: tuple[object, ...]
     observe: Callable[[Ended], object]
@@ -84,7 +84,7 @@ def lora_shape(run: Ended) -> list[int]:
 
 
 def modules(run: Ended) -> set[str]:
-    """The last parts of the names of the modules in a LoRA file."""
+    """Return the last parts of the module names in a LoRA file."""
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in run.tensors}
 
 
@@ -155,24 +155,24 @@ EFFECTS: dict[str, Effect] = {
         ("--tokenizer_path", "{work}/none"), lambda run: "no tokenizer found" in (run.refusal or ""), True
     ),
 }
-"""What shows of each parameter in one run, and not without it."""
+"""Parameter -> what shows its effect in one run, and not in the other."""
 
 LOSSES: dict[str, tuple[object, ...]] = {
     "seed": ("--seed", 1),
     "max_timestep_boundary": ("--max_timestep_boundary", 0.3),
     "min_timestep_boundary": ("--min_timestep_boundary", 0.7),
 }
-"""Parameters that change what is learnt in the first step."""
+"""Parameters that change the loss of the first step."""
 WEIGHTS: dict[str, tuple[object, ...]] = {
     "weight_decay": ("--weight_decay", 0.5),
     "max_grad_norm": ("--max_grad_norm", "1e-9"),
 }
-"""Parameters that change what comes of the same loss."""
+"""Parameters that change the weights after equal losses."""
 
 
 @pytest.fixture
 def run(cli, photographs: Path, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
-    """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags stand for folders."""
+    """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags are folders."""
     dataset = Path(shutil.copytree(photographs, tmp_path / "images"))
     rows = (dataset / "metadata.csv").read_text().splitlines()
     (dataset / "two.csv").write_text("\n".join(rows[:3]) + "\n")
@@ -240,7 +240,7 @@ def test_checkpointing_computes_blocks_twice_to_the_same_end(run, monkeypatch, n
 
 @pytest.mark.parametrize(("flags", "expected"), [((), "cuda"), (("--initialize_model_on_cpu",), "cpu")])
 def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypatch, flags, expected):
-    """Asked of a run whose device is a GPU, which does not get as far as needing one."""
+    """With a GPU as the device, in a run that ends before it needs one."""
     from diffsynth_core.training import loop, model
 
     class Loaded(Exception):
@@ -261,7 +261,7 @@ def test_weights_are_loaded_where_they_are_asked_for(cli, photographs, monkeypat
 
 
 def test_a_configuration_goes_to_the_launcher(run, monkeypatch):
-    """Of one process, which without it trains here."""
+    """With one process, which otherwise trains without a launcher."""
     started: list[list[str]] = []
 
     class Launcher(AbstractContextManager):

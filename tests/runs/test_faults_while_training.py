@@ -1,4 +1,4 @@
-"""Faults in the middle of a run: what the steps before did is saved, the fault is told, and the run goes on there."""
+"""Faults in the middle of a run: completed steps are saved, the fault is reported, and the run can be resumed."""
 
 import json
 import shutil
@@ -26,14 +26,14 @@ LAST_STEP = 8
 
 
 class Meddler(SilentReporter):
-    """Does something to the run right after a step, as a user or the machine may; keeps what is told."""
+    """Acts on the run after a step, as a user or the machine might; collects messages."""
 
     def __init__(self, step: int, action: Callable[[], object]) -> None:
         self.step, self.action = step, action
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def info(self, message: str) -> None:
-        self.told.append(message)
+        self.messages.append(message)
 
     warn = info
 
@@ -53,7 +53,7 @@ class Meddler(SilentReporter):
 
 @pytest.fixture
 def run(tiny_models: Path, photographs: Path, tmp_path: Path) -> Callable[..., Meddler]:
-    """Train in `tmp_path/out`; `action` is taken after `step`."""
+    """Train in `tmp_path/out`; `action` is called after `step`."""
 
     def train_once(step: int = 0, action: Callable[[], object] = lambda: None, **more: str) -> Meddler:
         flags = FLAGS | {"dataset_base_path": str(photographs), "output_path": str(tmp_path / "out")}
@@ -82,7 +82,7 @@ def states_in(folder: Path) -> list[str]:
 
 
 def check_goes_on(run: Callable[..., Meddler], out: Path, tmp_path: Path) -> None:
-    """Resumed, it ends with the weights of a run without a fault."""
+    """Check that the resumed run ends with the weights of a run without a fault."""
     run(resume="auto")
     run(output_path=str(tmp_path / "through"))
     last = f"step-{LAST_STEP}.safetensors"
@@ -101,7 +101,7 @@ def test_any_fault_in_a_step_saves_the_steps_before_it(run, out, tmp_path, says)
     assert states_in(out) == ["step-3"]
     record = record_of(out)
     assert (record["status"], record["step"], record["failure"]) == ("failed", 3, "RuntimeError: the terminal is gone")
-    assert run.reporter.told[-1] == "Saved the state after step 3; continue with `--resume auto`"
+    assert run.reporter.messages[-1] == "Saved the state after step 3; continue with `--resume auto`"
     check_goes_on(run, out, tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_fault(run, out):
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         run(3, fill_and_fail)
-    assert run.reporter.told[-1].startswith("cannot save the state after step 3: cannot write `")
+    assert run.reporter.messages[-1].startswith("cannot save the state after step 3: cannot write `")
     assert record_of(out)["step"] == 0
 
 
@@ -153,7 +153,7 @@ def test_an_output_folder_that_goes_away_is_noticed(run, out, tmp_path, renamed,
 
 
 def diverge(run: Callable[..., Meddler], monkeypatch: pytest.MonkeyPatch, **more: str) -> str:
-    """A run whose fourth step has a gradient that is no number."""
+    """A run with a non-finite gradient in its fourth step."""
     from diffsynth_core.training.loop import Run
 
     measure = Run._gradient_norm
@@ -180,7 +180,7 @@ def test_after_a_loss_that_is_not_finite_the_state_before_stays(run, out, monkey
 
 
 def test_the_weights_with_which_the_loss_was_not_finite_are_not_gone_on_with(run, out, monkeypatch):
-    """They were saved themselves, as the states of all steps are here: that of the step before is taken."""
+    """The state with these weights was saved, because every step is here: the run resumes from the one before."""
     diverge(run, monkeypatch, save_state_steps="1", keep_states="2")
     shutil.copytree(out, out.with_name("copy"))
     assert states_in(out) == ["step-2", "step-3"]

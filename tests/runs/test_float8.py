@@ -1,4 +1,4 @@
-"""Runs whose frozen weights are kept in 8-bit floats: what they say, resume to the bit, encodings kept apart."""
+"""Runs with frozen weights in 8-bit floats: messages, bit-exact resuming, separate encodings."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_of_a_component_without_such_layers_nothing_is_kept_so(train):
 
 
 def test_encodings_of_rounded_encoders_are_not_taken_for_others(train, tmp_path):
-    """Rounding the transformer, and a VAE that has nothing to round, encodes nothing again."""
+    """8-bit storage of the transformer, or of a VAE without suitable layers, encodes nothing again."""
     assert train("wide").code == 0
     count = len(list((tmp_path / "cache").rglob("*.safetensors")))
     same = train("dit", "--fp8_models", f"{ENTRIES['dit']},{ENTRIES['vae']}")

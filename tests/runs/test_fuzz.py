@@ -1,8 +1,8 @@
-"""Mutated files through the real commands: exit codes 0, 1 and 2 only, no fault of ours, and no half file.
+"""Mutated files through the real commands: exit codes 0, 1 and 2 only, no internal error, no partial file.
 
-Each case is a file as it should be, damaged by a few mutations that its number draws, and a command that reads it. CI
-runs the same cases each time, as many as `SECONDS` allow; `DIFFSYNTH_FUZZ_SECONDS` runs longer, and
-`DIFFSYNTH_FUZZ_FIRST` begins at another number. A failure names the case: `DIFFSYNTH_FUZZ_FIRST=N` repeats it.
+Each case is a valid file, damaged by a few mutations drawn from the case's number, and a command that reads it. CI
+runs the same cases each time, as many as fit into `SECONDS`; `DIFFSYNTH_FUZZ_SECONDS` runs longer, and
+`DIFFSYNTH_FUZZ_FIRST` starts at another number. A failure names the case: `DIFFSYNTH_FUZZ_FIRST=N` repeats it.
 """
 
 import json
@@ -42,7 +42,7 @@ VALUES = (
     {"a": []},
     "n" * 5000,
 )
-"""What a JSON value is replaced by."""
+"""Replacements for JSON values."""
 TEXTS = (
     b"",
     b"\0",
@@ -58,7 +58,7 @@ TEXTS = (
     b",",
     b": &a [*a]",
 )
-"""What is put into bytes."""
+"""Strings inserted into bytes."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ CASES = (
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
-    """A change that knows nothing of the format."""
+    """Mutate bytes without regard to the format."""
     place = draw.randrange(len(content) + 1)
     other = draw.randrange(len(content) + 1)
     match draw.randrange(5):
@@ -111,16 +111,16 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
             return content[:place] + content[min(place, other) : max(place, other)] + content[place:]
 
 
-def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
-    """The paths of all values within a value of JSON."""
+def key_paths(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Return the paths of all values within a JSON value."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*path, key)
-        yield from places(inner, (*path, key))
+        yield from key_paths(inner, (*path, key))
 
 
 def mutate_json(value: object, draw: random.Random) -> object:
-    """Another value, or none, in one place of a value of JSON."""
-    found = list(places(value))
+    """Replace or remove one value within a JSON value."""
+    found = list(key_paths(value))
     if not found or draw.random() < 0.05:
         return draw.choice(VALUES)
     *way, last = draw.choice(found)
@@ -137,7 +137,7 @@ def mutate_json(value: object, draw: random.Random) -> object:
 
 
 def mutate(content: bytes, name: str, draw: random.Random) -> bytes:
-    """A damaged file: by its structure where it is JSON or begins with it, else by its bytes."""
+    """Damage a file: by its structure if it is JSON or starts with it, otherwise by its bytes."""
     for _ in range(draw.randint(1, 3)):
         structure = name.endswith((".json", ".yaml", ".safetensors")) and draw.random() < 0.7
         try:
@@ -156,7 +156,7 @@ def mutate(content: bytes, name: str, draw: random.Random) -> bytes:
 
 @pytest.fixture
 def folder(cli, dataset: Path, models: Path, tiny_models: Path) -> Path:
-    """What the cases read, as it should be, in the folder where the commands run."""
+    """The valid files of the cases, in the folder where the commands run."""
     here = Path.cwd()
     shutil.copytree(dataset, "dataset")
     rows = [{"image": f"../dataset/{name}.png", "prompt": f"a {name}"} for name in ("astronaut", "coffee")]
@@ -187,7 +187,7 @@ def files_below(folder: Path) -> set[Path]:
 
 
 def fault_of(outcome: Outcome, new: set[Path]) -> str | None:
-    """What is wrong with how a command ended; `new`: the files that it left."""
+    """Return what is wrong with how a command ended; `new`: files that it left."""
     text = outcome.out + outcome.err
     if outcome.code not in (0, 1, 2):
         return f"exit code {outcome.code}"

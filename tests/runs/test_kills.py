@@ -1,7 +1,8 @@
-"""Runs that are killed at random moments go on at the first try, to the same bytes, and leave no process behind.
+"""Runs that are killed at random moments can be resumed at the first attempt, end with the same bytes, and leave no
+process.
 
-They are forked from this process, after a run in it has imported all they need: a kill costs seconds, not a minute.
-`DIFFSYNTH_TEST_KILLS=40` runs the whole series; the moments come from `DIFFSYNTH_TEST_SEED`.
+They are forked from this process, after a run in it has imported everything: a kill costs seconds, not a minute.
+`DIFFSYNTH_TEST_KILLS=40` runs the whole series; the moments are drawn from `DIFFSYNTH_TEST_SEED`.
 """
 
 import os
@@ -23,12 +24,12 @@ RECIPES = {
     "flux.2-klein-4b": (),
     "wan2.1-t2v-1.3b": ("--height", "32", "--width", "48", "--num_frames", "1"),
 }
-"""A recipe of each of three families, without the kind of training, and what keeps it small."""
+"""A recipe of each of three families, without the kind of training, with flags for a small run."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A run, and when it is killed: so many seconds after it has come to `phase`."""
+    """A run, and when it is killed: seconds after it reached `phase`."""
 
     recipe: str
     kind: str
@@ -41,7 +42,7 @@ class Kill:
 
 
 def _kills() -> list[Kill]:
-    """Every phase equally often, the rest in turn, the moment at random."""
+    """Return kills of every phase equally often, in turn, at random moments."""
     drawn, kills = random.Random(SEED), []
     for number in range(KILLS):
         phase = ("training", "encoding", "saving", "loading")[number % 4]
@@ -54,7 +55,7 @@ def _kills() -> list[Kill]:
 
 @pytest.fixture(scope="module")
 def through(recipe_models, photographs, tmp_path_factory):
-    """The files of a run that is not stopped, by recipe and kind; and what its command line says."""
+    """The files of an uninterrupted run, by recipe and kind; and its arguments."""
     folder = tmp_path_factory.mktemp("through")
     clips = folder / "clips.csv"  # Wan takes images as clips of one frame
     clips.write_text((photographs / "metadata.csv").read_text(encoding="utf-8").replace("image", "video", 1))
@@ -92,13 +93,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(through, recipe_models, tmp_path
     expected = through(kill.recipe, kill.kind)
     words = [*through.words(kill.recipe, kill.kind, output), "--dataset_num_workers", str(kill.workers)]
     begun = {
-        "encoding": lambda: "Loading " in run.told(),
-        "loading": lambda: "Encoding latents: 4 of 4" in run.told(),
+        "encoding": lambda: "Loading " in run.stderr(),
+        "loading": lambda: "Encoding latents: 4 of 4" in run.stderr(),
         "training": lambda: steps_done(output) > 0,
-        "saving": lambda: "Saved `" in run.told(),
+        "saving": lambda: "Saved `" in run.stderr(),
     }
     with ForkedRun(words, models, tmp_path) as run:
-        assert run.wait_until(begun[kill.phase]), run.told()
+        assert run.wait_until(begun[kill.phase]), run.stderr()
         time.sleep(kill.seconds)  # the moment is what is drawn
         run.process.kill()
         killed = time.monotonic()
@@ -108,7 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(through, recipe_models, tmp_path
             assert time.monotonic() - killed < GONE_SECONDS
             run.wait_until_gone(killed + GONE_SECONDS - time.monotonic())
             code = again.process.wait()
-            assert code == 0, again.told()
+            assert code == 0, again.stderr()
             assert checkpoints(output) == expected
             again.wait_until_gone(GONE_SECONDS)
     print(f"{kill}: killed with {where}, resumed at the first try")

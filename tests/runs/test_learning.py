@@ -1,8 +1,8 @@
-"""It learns: four photographs, some 100 steps, against predicting nothing, at noise and sigmas never trained on.
+"""Training learns: four photographs, about 100 steps, against predicting zero, at noise and sigmas that were not
+trained on.
 
-The yardstick is measured apart from the product: captions and images are encoded by diffusers, paired as in the
-dataset, and the checkpoint is loaded by diffusers. So a learning rate of 0, and captions or images that training
-mixes up between samples, cannot pass.
+The measurement is independent of our code: captions and images are encoded by diffusers, paired as in the dataset, and
+the checkpoint is loaded by diffusers. So neither a learning rate of 0 nor mixed-up captions or images can pass.
 """
 
 import shutil
@@ -28,7 +28,7 @@ LORA = ("--recipe", "qwen-image-lora")
 FULL = ("--recipe", "qwen-image-full")
 STEPS = {LORA: 120, FULL: 60}
 LEARNED = 0.85
-"""A share of the error of predicting zero; a LoRA gets to 0.75, a full training to 0.4, swapped captions to 0.96."""
+"""Maximum error relative to predicting zero; a LoRA reaches 0.75, full training 0.4, swapped captions 0.96."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def pipeline(base) -> QwenImagePipeline:
 
 @torch.no_grad()
 def share_of_predicting_zero(pipeline: QwenImagePipeline, transformer, photographs: Path) -> float:
-    """Mean squared error of the transformer over that of predicting zero, at fixed noise and sigmas."""
+    """Return the mean squared error of the transformer relative to predicting zero, at fixed noise and sigmas."""
     generator = torch.Generator().manual_seed(12345)
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1)
@@ -84,7 +84,7 @@ def share_of_predicting_zero(pipeline: QwenImagePipeline, transformer, photograp
 
 @pytest.fixture
 def train_and_measure(cli, monkeypatch, base, pipeline, photographs, tmp_path):
-    """Train on a dataset, load the checkpoint with diffusers, measure on the photographs as they are."""
+    """Train on a dataset, load the checkpoint with diffusers, and measure on the original photographs."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(base))
 
     def run(recipe: tuple[object, ...], dataset: Path, learning_rate: float, steps: int) -> float:
@@ -119,12 +119,12 @@ def test_it_learns(train_and_measure, photographs, recipe):
 
 
 def test_learning_rate_0_does_not_pass(train_and_measure, photographs):
-    """At that rate the weights are the same after any number of steps."""
+    """The weights are the same after any number of steps."""
     assert train_and_measure(LORA, photographs, 0.0, steps=2) > LEARNED
 
 
 def test_swapped_samples_do_not_pass(train_and_measure, photographs, tmp_path):
-    """What training on mixed-up pairs would give: each caption with the next image."""
+    """The result of training on mixed-up pairs: each caption with the next image."""
     dataset = tmp_path / "swapped"
     shutil.copytree(photographs, dataset)
     captions = list(CAPTIONS.values())

@@ -1,4 +1,4 @@
-"""Runs whose terminal, reader or log is lost: no step and no save is, and no process is left.
+"""Runs that lose their terminal, reader or log: no step and no save is lost, and no process remains.
 
 `DIFFSYNTH_TEST_KILLS=40` tries each without data workers too.
 """
@@ -16,13 +16,13 @@ from tests.killing import GONE_SECONDS, ForkedRun, steps_done
 
 STEPS = 12
 LOST_AFTER = 2
-"""Steps, when the terminal goes."""
+"""Steps after which the terminal is lost."""
 WORKERS = (0, 8) if int(os.environ.get("DIFFSYNTH_TEST_KILLS", "0")) > 8 else (8,)
 
 
 @pytest.fixture(scope="module")
 def start(tiny_models, photographs, tmp_path_factory):
-    """Start a run in a folder, forked from this process after it has imported what that needs."""
+    """Start a run in a folder, forked from this process after it has imported everything."""
 
     def words(output: Path, workers: int) -> list[str]:
         data = ["--dataset_base_path", str(photographs), "--dataset_repeat", "5", "--dataset_num_workers", str(workers)]
@@ -36,7 +36,9 @@ def start(tiny_models, photographs, tmp_path_factory):
 
 
 def ended(run: ForkedRun, folder: Path) -> tuple[int, str, int, bool]:
-    """Exit code, status and step of the record, and whether the state of that step is there; nothing else is left."""
+    """Return exit code, status and step of the record, and whether the state of that step exists; no process is
+    left.
+    """
     code = run.process.wait()
     run.wait_until_gone(GONE_SECONDS)
     record = json.loads((folder / "out" / "run.json").read_text())
@@ -49,7 +51,7 @@ def log_of(folder: Path) -> str:
 
 
 def lose(ours: int, run: ForkedRun, folder: Path) -> None:
-    """Read what a run says until it is well on its way, then no more."""
+    """Read the output of a run until training is in progress, then stop reading."""
     os.set_blocking(ours, False)
 
     def far_enough() -> bool:
@@ -102,7 +104,7 @@ def test_a_log_that_cannot_be_written_is_told_once(start, tmp_path, workers):
     with start(tmp_path, workers) as run:
         assert ended(run, tmp_path) == (0, "completed", STEPS, True)
     what = f"warning: `{tmp_path / 'out' / 'train.log'}` cannot be written: No space left on device; the run continues without it"
-    assert run.told().count(what) == 1 and "error: " not in run.told()
+    assert run.stderr().count(what) == 1 and "error: " not in run.stderr()
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -113,7 +115,7 @@ def test_a_signal_is_no_error(start, tmp_path, says, number, workers):
         os.kill(run.process.pid, number)
         code, status, step, saved = ended(run, tmp_path)
     assert (code, status, saved) == (128 + number, "interrupted", True)
-    assert f"Interrupted after step {step} of {STEPS}; " in run.told() and "error: " not in run.told()
+    assert f"Interrupted after step {step} of {STEPS}; " in run.stderr() and "error: " not in run.stderr()
     if workers:  # it is the same without
-        says("\n".join(run.told().splitlines()[-4:]), r"step.\d+", r"\d+ of", r"\S+ [kM]B", "loss .*")
-    assert log_of(tmp_path).splitlines()[-1].endswith(run.told().splitlines()[-1])
+        says("\n".join(run.stderr().splitlines()[-4:]), r"step.\d+", r"\d+ of", r"\S+ [kM]B", "loss .*")
+    assert log_of(tmp_path).splitlines()[-1].endswith(run.stderr().splitlines()[-1])

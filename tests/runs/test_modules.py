@@ -1,4 +1,4 @@
-"""Several modules in one run: what is asked for changes, nothing else does, and the file holds exactly that."""
+"""Several modules in one run: only what is requested changes, and the file contains exactly that."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ CONTROLLED = ("--extra_inputs", "controlnet_image", "--data_file_keys", "image,c
 
 @pytest.fixture(scope="module")
 def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models of the families of images, with ControlNets."""
+    """Tiny models of the image families, with ControlNets."""
     base = tmp_path_factory.mktemp("modules")
     for family, places in PLACES.items():
         for component, entry in places.items():
@@ -58,7 +58,7 @@ def many_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs(dataset: Path) -> Path:
-    """Photographs with images to follow: themselves, upside down."""
+    """Photographs with control images: themselves, upside down."""
     from PIL import Image, ImageOps
 
     rows = ["image,controlnet_image,prompt"]
@@ -88,7 +88,7 @@ class Watch:
 
     @property
     def without_gradient(self) -> set[str]:
-        """Of what trains, what the optimizer has never seen a gradient other than zero of."""
+        """Return trained parameters for which the optimizer only ever saw zero gradients."""
         state = self.state
         return {name for name in self.trained if not state[f"{name}/exp_avg"].any()}
 
@@ -116,7 +116,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.fixture
 def train(cli, pairs, many_models, monkeypatch) -> Callable[..., Any]:
-    """`diffsynth train` on the images: one step, unless more are asked for."""
+    """Run `diffsynth train` on the images for one step, or more if requested."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(many_models))
 
     def run(family: str, *arguments: object, steps: int = 1, output: str = "out", controlled: bool = True) -> Any:
@@ -133,7 +133,7 @@ def train(cli, pairs, many_models, monkeypatch) -> Callable[..., Any]:
 
 
 def everything(family: str) -> tuple[str, ...]:
-    """The command: text encoders and ControlNet in full, beside a LoRA on the transformer."""
+    """The command: text encoders and ControlNet in full, with a LoRA on the transformer."""
     return (
         "--trainable_models", ",".join((*TEXT_ENCODERS[family], "controlnet")), "--lora_base_model", "dit",
         "--lora_target_modules", TARGETS[family], "--lora_rank", "32", "--remove_prefix_in_ckpt", "pipe.dit.",
@@ -141,7 +141,7 @@ def everything(family: str) -> tuple[str, ...]:
 
 
 def stored_names(base: Path, family: str, component: str) -> set[str]:
-    """Names of a component's tensors in its files."""
+    """Return the keys of a component in its files."""
     model_id, place = PLACES[family][component].split(":")
     return {name for path in (base / model_id).glob(place) for name in load_file(path)}
 
@@ -154,7 +154,7 @@ LORA_MODULES = {
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_one_step_changes_exactly_what_was_asked_for(train, watch, family):
-    """Of all parameters in memory: text encoders and ControlNet but for what is dead in them, and the LoRA."""
+    """Of all parameters in memory: text encoders and ControlNet without unused parameters, and the LoRA."""
     train(family, *everything(family))
     model = watch.models[-1]
     assert set(model.components) == {"dit", "controlnet", *TEXT_ENCODERS[family]}, "the vae is not held"
@@ -230,12 +230,12 @@ def test_a_resumed_run_restores_all_of_it_to_the_bit(train, family, kind):
 
 
 REFERENCE_PREFIX = "pipe.controlnet.models.0."
-"""How the reference trainer's scripts name its first ControlNet."""
+"""Prefix of the first ControlNet in DiffSynth-Studio's scripts."""
 
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_a_controlnet_alone_is_saved_as_diffusers_reads_it(train, watch, many_models, family):
-    """Frozen beside it, the transformer hands gradients on; the file's names and numbers are the base file's own."""
+    """The frozen transformer passes gradients on; keys and base weights of the file are those of the base file."""
     train(family, "--trainable_models", "controlnet", "--remove_prefix_in_ckpt", REFERENCE_PREFIX)
     assert {name.partition(".")[0] for name in watch.changed} == {"controlnet"} and watch.without_gradient == set()
     saved = load_file("out/epoch-0.safetensors")
@@ -246,7 +246,7 @@ def test_a_controlnet_alone_is_saved_as_diffusers_reads_it(train, watch, many_mo
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_a_lora_beside_a_frozen_controlnet(train, watch, family):
-    """The ControlNet is held though it does not train, and what it adds changes the loss."""
+    """The ControlNet is loaded although it does not train, and its output changes the loss."""
     lora = ("--lora_base_model", "dit", "--lora_target_modules", TARGETS[family])
     train(family, *lora, output="out")
     assert set(watch.models[-1].components) == {"dit", "controlnet"}
@@ -281,7 +281,7 @@ def test_batches_and_recomputed_activations_train_the_same(train, watch, family,
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train, family):
-    """The first encodes the images to follow and has no use for the ControlNet; the second has no use for a VAE."""
+    """The precompute task encodes control images without the ControlNet; the train task needs no VAE."""
     arguments = ("--trainable_models", "controlnet")
     first = train(family, "--task", "sft:data_process", "--cache_path", "own_cache", output="encoded")
     assert "Loading vae" in first.err and "Loading controlnet" not in first.err
@@ -295,7 +295,7 @@ def test_the_halves_of_split_training_train_a_controlnet_as_the_whole_does(train
 
 @pytest.mark.parametrize(("family", "recipe"), [("qwen-image", "qwen-image-lora"), ("flux", "flux.1-dev-lora")])
 def test_the_command_rehearses(cli, family, recipe):
-    """As typed: files of the hub that are not there, a column that is drawn."""
+    """As typed: with hub files that are missing, and a synthetic column."""
     components = (*TEXT_ENCODERS[family], "controlnet")
     outcome = cli(
         "train", "--recipe", recipe, "--rehearse", "--model_id_with_origin_paths", ",".join(PLACES[family].values()),
@@ -326,7 +326,7 @@ def test_modules_are_rehearsed_too(cli):
 
 @pytest.mark.parametrize("family", LORA_MODULES)
 def test_full_and_lora_on_one_model_train_both(train, watch, many_models, family):
-    """Full weights keep the names of full checkpoints, the LoRA its own: no key stands for both."""
+    """Full weights keep the keys of full checkpoints, the LoRA its own: no key is used twice."""
     train(family, *MIXED["full and LoRA on one"](family), steps=2)
     lora = {name for name in watch.before if ".lora_" in name}
     assert lora and watch.trained == watch.changed
@@ -344,14 +344,14 @@ CASES = {
     "qwen-image": ("dit.transformer_blocks.0.attn,dit.transformer_blocks.1.img_mlp", ("transformer_blocks.0.attn.", "transformer_blocks.1.img_mlp."), "transformer_blocks.0.attn.to_q.weight"),
     "flux": ("dit.blocks.0.attn,dit.single_blocks.1.to_qkv_mlp", ("double_blocks.0.img_attn.", "double_blocks.0.txt_attn.", "single_blocks.1.linear1."), "double_blocks.0.img_attn.qkv.weight"),
 }  # fmt: skip
-"""What is typed, how the keys of its weights begin, and one of them."""
+"""What is typed, the prefix of its keys, and one of them."""
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # norms under bf16: slower
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", CASES)
 def test_modules_train_and_are_saved_alone(train, watch, many_models, family, precision):
-    """Beside a whole component; what trains is float32 whatever the precision, the rest has that of the run."""
+    """With another component in full; trained weights are float32 at any precision, the rest has that of the run."""
     typed, begins, example = CASES[family]
     (text, *_) = TEXT_ENCODERS[family]
     outcome = train(family, "--trainable_models", f"{typed},{text}", "--mixed_precision", precision, controlled=False)
@@ -381,7 +381,7 @@ def clip(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("family", PLACES)
 def test_a_vae_trains_in_every_family_of_images(train, watch, family):
-    """Alone, so that its gradients have come through a frozen transformer, and through the target."""
+    """On its own, so that its gradients pass through a frozen transformer and through the target."""
     outcome = train(family, "--trainable_models", "vae", "--verbose", controlled=family in TEXT_ENCODERS)
     assert "the vae is trained: the prediction target is computed from its latents and changes with them" in outcome.err
     assert watch.trained == watch.changed and {name.partition(".")[0] for name in watch.trained} == {"vae"}
@@ -406,7 +406,7 @@ def test_a_vae_or_an_image_encoder_of_wan_trains(cli, clip, tiny_wan, watch, mon
 
 
 def test_a_vae_s_gradient_comes_through_what_the_model_reads_and_through_its_target(train, watch, monkeypatch, pairs):
-    """As a plain loop has it: x_0 = VAE(image), the mean of w (v(x_t) - (noise - x_0))^2, and nothing detached."""
+    """As in a plain loop: x_0 = VAE(image), the mean of w (v(x_t) - (noise - x_0))^2, with nothing detached."""
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
     real = Flux.predict_velocity
 

@@ -1,7 +1,7 @@
-"""What earlier versions wrote goes on: a stopped run, a cache of encodings and an encoded folder of commit a3f93ed.
+"""Files of earlier versions keep working: a stopped run, a cache of encodings and encoded samples of commit a3f93ed.
 
-Weights are compared with those that a3f93ed itself reached, within rounding: equal to the bit on the machine that made
-the files, while another CPU may sum in another order.
+Weights are compared with those that a3f93ed itself computed, within rounding: bit-identical on the machine that wrote
+the files, whereas another CPU may sum in another order.
 """
 
 import json
@@ -22,7 +22,7 @@ COMMAND = (
 
 @pytest.fixture
 def older(cli, monkeypatch):
-    """Run a command in a folder with copies of the older files; they are never written to themselves."""
+    """Run a command in a folder with copies of the older files, which are never modified."""
     for folder in FIXTURES.iterdir():
         if folder.is_dir():
             shutil.copytree(folder, folder.name)
@@ -36,7 +36,7 @@ def metrics_of(folder: Path) -> list[tuple[int, float]]:
 
 
 def check_same_run(folder: Path) -> None:
-    """The last checkpoint and all losses are those of the run that a3f93ed never stopped."""
+    """Check that the last checkpoint and all losses are those of a3f93ed's uninterrupted run."""
     expected = FIXTURES / "uninterrupted"
     torch.testing.assert_close(
         load_file(folder / "step-9.safetensors"), load_file(expected / "step-9.safetensors"), rtol=1e-4, atol=1e-6

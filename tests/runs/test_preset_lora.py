@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 class Listener(SilentReporter):
-    """Keeps what is told."""
+    """Collects messages."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self.warned: list[str] = []
 
     def info(self, message: str) -> None:
-        self.told.append(message)
+        self.messages.append(message)
 
     def warn(self, message: str) -> None:
         self.warned.append(message)
@@ -54,13 +54,13 @@ def load(plan: Plan, component: str = "dit", dtype: torch.dtype = torch.float32,
 
 
 def documented_weights(plan: Plan, module: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a component by documented name, those without one by their own."""
+    """Return all tensors of a component by documented name, or by module key if they have none."""
     names, own = plan.components["dit"].layout.public_keys, module.state_dict()
     return {name: names.fuse(name, own) for name in names.to_sources(own)}
 
 
 def changes_of(file: Path) -> dict[str, Tensor]:
-    """B A of each weight, read by hand from a file of the documented dialect."""
+    """Return B A of each weight, read by hand from a file in the documented format."""
     tensors = load_file(file)
     stems = {key.removesuffix(".lora_A.default.weight") for key in tensors if ".lora_A." in key}
     assert len(tensors) == 2 * len(stems)
@@ -82,7 +82,7 @@ def check_merged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], *fil
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)
 def test_merged_weights_are_the_base_and_b_a(tiny_families, tmp_path, family, dialect):
-    """From every dialect; the scale of the file is in it, and what it does not name stays bit for bit."""
+    """From every format, with the scale of the file; weights that it does not name stay bit-identical."""
     tiny = tiny_families(family)
     lora = random_lora(tiny.module_shapes())
     plain = save_lora(tmp_path / "plain.safetensors", lora, family, "diffsynth")
@@ -116,7 +116,7 @@ def test_the_stored_scale_is_merged(tiny_families, tmp_path, family, dialect):
 
 @pytest.fixture
 def trained_model(monkeypatch) -> list[Any]:
-    """The model of a run, as it is when its checkpoint is written."""
+    """Return the model of a run at the time of its checkpoint."""
     seen: list[Any] = []
     write = loop.write_checkpoint
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def trained_model(monkeypatch) -> list[Any]:
 
 
 def test_the_chain_of_two_loras(tiny, tmp_path, trained_model):
-    """The second file holds the second LoRA alone; base, first and second together are the model that was trained."""
+    """The second file contains only the second LoRA; base, first and second together are the trained model."""
     first = run(tiny, output_path=tmp_path / "first") / "epoch-0.safetensors"
     second_flags = {
         "output_path": tmp_path / "second",
@@ -165,7 +165,7 @@ def put(plan: Plan, module: nn.Module, *files: Path) -> None:
 
 
 def test_a_full_training_starts_from_the_merged_weights(tiny, tmp_path):
-    """What it writes holds both: with a rate of 0, base and LoRA."""
+    """Its checkpoint contains both: with a learning rate of 0, base plus LoRA."""
     first = run(tiny, output_path=tmp_path / "first") / "epoch-0.safetensors"
     flags = tiny.flags(
         output_path=tmp_path / "full", trainable_models="dit", save_dtype="float32", learning_rate=0,
@@ -189,7 +189,7 @@ def test_a_full_training_starts_from_the_merged_weights(tiny, tmp_path):
 
 
 def save_for(component: str, tiny: TinyFamily, path: Path, seed: int = 0, **more: Any) -> Path:
-    """A random LoRA on two linear layers of another component."""
+    """Save a random LoRA on two linear layers of another component."""
     from safetensors.torch import save_file
 
     shapes = tiny.module_shapes(component, lora_base_model=component, lora_target_modules="", **more)
@@ -210,7 +210,7 @@ def encodings_of(plan: Plan) -> dict[str, EncoderPlan]:
 
 
 def test_encodings_of_a_merged_text_encoder_are_its_own(tiny, tmp_path):
-    """By the content of the LoRA file: a moved one is the same, another one is not; other encoders keep theirs."""
+    """By the content of the LoRA file: a moved one is the same, another is not; other encoders keep theirs."""
     component = text_encoder_of(tiny)
     common = {"output_path": tmp_path / "out", "cache_path": tmp_path / "cache"}
     files = [save_for(component, tiny, tmp_path / f"{seed}" / "lora.safetensors", seed) for seed in range(2)]
@@ -247,7 +247,7 @@ def test_a_merged_text_encoder_encodes(tiny, tmp_path):
 
 @pytest.mark.parametrize("component", ["dit", "text_encoder"])
 def test_a_resumed_run_goes_on_with_the_same_preset(tiny_families, tmp_path, component):
-    """The record has its hash; a moved file is the same one, another one and none are refused before weights load."""
+    """The record has its hash; a moved file is accepted, another one or none is rejected before loading weights."""
     tiny = tiny_families("qwen-image")
     files = [save_for(component, tiny, tmp_path / f"{seed}" / "lora.safetensors", seed) for seed in range(2)]
     flags = {"output_path": tmp_path / "out", "preset_lora_model": component, "max_steps": 1}
@@ -286,7 +286,7 @@ def test_what_the_rounding_loses_is_told(tiny_families, tmp_path, precision, spr
     assert {parameter.dtype for parameter in module.parameters()} == {
         torch.bfloat16 if precision == "bf16" else torch.float32
     }
-    assert f"Preset LoRA `{file}` merged into {len(lora)} modules of dit" in listener.told
+    assert f"Preset LoRA `{file}` merged into {len(lora)} modules of dit" in listener.messages
     assert len(listener.warned) == lost
     if lost:
         assert "rounding to bfloat16 loses" in listener.warned[0] and "`--mixed_precision no`" in listener.warned[0]

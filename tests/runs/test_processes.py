@@ -27,13 +27,13 @@ RECIPES = {
     "flux.2-klein-4b-lora": (),
     "wan2.1-t2v-1.3b-lora": ("--height", "32", "--width", "48", "--num_frames", "1"),
 }
-"""A recipe of each family, and what keeps it small."""
+"""A recipe of each family, with flags for a small run."""
 QWEN = ("--recipe", "qwen-image-lora")
 COMMON = ("--dataset_num_workers", "0", "--learning_rate", "0.01", "--device", "cpu")
 
 
 def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Our command as it is, or in accelerate's launcher with its options."""
+    """Run our command as it is, or in accelerate's launcher with its options."""
     command = [sys.executable, "-m", "diffsynth_cli", "train", *COMMON, *arguments]
     environment = os.environ | {"DIFFSYNTH_MODEL_BASE_PATH": str(models), "OMP_NUM_THREADS": "1"}
     if accelerate:
@@ -72,7 +72,7 @@ OURS, THEIRS = (("--num_processes", "2"), ()), (("--find_unused_parameters",), T
 
 @pytest.fixture(scope="module")
 def train(recipe_models, photographs, tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
-    """Train a recipe on the photographs, in one process with accumulation or in two; returns the LoRA it wrote."""
+    """Train a recipe on the photographs, in one process with accumulation or in two; return its LoRA."""
     folder = tmp_path_factory.mktemp("processes")
     metadata = folder / "metadata.csv"  # Wan takes images as clips of one frame
     rows = (photographs / "metadata.csv").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ BY_LAUNCHER = [
     )
     for recipe in recipes
 ]
-"""What accelerate's launcher does with one family it does with each."""
+"""accelerate's launcher does the same with every family, so one is enough."""
 
 
 @pytest.mark.parametrize(("recipe", "arguments", "accelerate"), BY_LAUNCHER)
@@ -144,7 +144,7 @@ def test_a_signal_stops_both_in_the_same_step(tiny_models, photographs, tmp_path
 
 
 def test_a_launcher_that_starts_one_process_of_two_is_found_out(tiny_models, photographs, tmp_path):
-    """`accelerate launch --cpu --num_processes 2` starts one, and says nothing."""
+    """`accelerate launch --cpu --num_processes 2` starts one, without a message."""
     arguments = [*QWEN, "--dataset_base_path", str(photographs), "--output_path", "out"]
     process = launch(arguments, tiny_models, tmp_path, ("--cpu", "--num_processes", "2"))
     _, errors = process.communicate(timeout=300)
@@ -162,7 +162,7 @@ def test_what_is_wrong_is_told_before_anything_is_launched(cli, photographs, mon
 
 VICTIMS = ("outer", "launcher", "rank 0", "rank 1")
 KILLS = int(os.environ.get("DIFFSYNTH_TEST_KILLS", "0"))
-"""How often each of them is killed; where nothing is said, the last two once."""
+"""How often each process is killed; by default, the last two once."""
 ALL_GONE_SECONDS = 30
 SENTENCES = {
     "outer": "Interrupted after step {step} of {total_steps}; the run is saved in `out`; continue with `--resume auto`",
@@ -170,7 +170,7 @@ SENTENCES = {
     "rank 0": "error: process 1 of 2 was killed (signal 9); continue with `--resume auto`",
     "rank 1": "error: process 2 of 2 was killed (signal 9); continue with `--resume auto`",
 }
-"""The last line on the terminal."""
+"""Last line on the terminal."""
 IN_TWO = [*QWEN, *COMMON, "--dataset_repeat", "500000", "--output_path", "out"]
 
 
@@ -187,7 +187,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def through(tiny_models, photographs, tmp_path_factory) -> list[float]:
-    """The losses of a run in one process that nothing stops."""
+    """The losses of an uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("through")
     arguments = ["--dataset_base_path", str(photographs), *ACCUMULATING, "--max_steps", "12"]
     train_here([*QWEN, "--dataset_repeat", "500000", *arguments, "--output_path", str(folder / "out")], tiny_models)
@@ -199,14 +199,14 @@ def test_all_end_when_one_is_killed_and_one_process_goes_on(cli, tiny_models, ph
     arguments = [*IN_TWO, "--dataset_base_path", str(photographs), "--num_processes", "2", "--save_state_steps", "1"]
     output = tmp_path / "out"
     with TrainingRun(arguments, tiny_models, tmp_path) as run:
-        assert run.wait_until(lambda: steps_done(output) >= 3), run.told()
+        assert run.wait_until(lambda: steps_done(output) >= 3), run.stderr()
         processes_of(run)[victim].kill()
         took = run.wait_until_gone(ALL_GONE_SECONDS)
-        code, told = run.process.wait(), run.told()
+        code, stderr = run.process.wait(), run.stderr()
     record = json.loads((output / "run.json").read_text())
     sentence = SENTENCES[victim].format(**record)
-    assert (code, told.splitlines()[-1]) == (-9 if victim == "outer" else 1, sentence), told
-    assert told.count("error: ") == (victim != "outer") and "Traceback" not in told and "gloo" not in told
+    assert (code, stderr.splitlines()[-1]) == (-9 if victim == "outer" else 1, sentence), stderr
+    assert stderr.count("error: ") == (victim != "outer") and "Traceback" not in stderr and "gloo" not in stderr
     assert (output / "train.log").read_text().splitlines()[-1].split(" ", 2)[2] in (
         sentence,
         SENTENCES["outer"].format(**record),
@@ -224,9 +224,9 @@ def test_the_error_of_one_process_is_the_one_that_is_told(tiny_models, photograp
     arguments = [*IN_TWO, "--dataset_base_path", str(photographs), "--num_processes", "2"]
     with claim_folder(tmp_path / "out"), TrainingRun(arguments, tiny_models, tmp_path) as run:
         assert run.process.wait() == 1
-        told = run.told()
-        assert told.count("error: ") == 1
-        assert told.partition("error: ")[2].splitlines() == [
+        stderr = run.stderr()
+        assert stderr.count("error: ") == 1
+        assert stderr.partition("error: ")[2].splitlines() == [
             "`out` is in use by another run",
             "  hint: wait for it to finish, or choose another `--output_path`",
         ]

@@ -1,4 +1,6 @@
-"""Rehearsals: every recipe, on drawn images and on the user's own, through the real files and the real command."""
+"""Rehearsals of every recipe, on synthetic images and on the user's own, through the real files and the real
+command.
+"""
 
 import json
 import os
@@ -35,13 +37,13 @@ PROOFS = {
     ),
     "flux.2": ("each of its 144 keys matches one of 72 modules of dit", "all 137 tensors of dit are in the checkpoint"),
 }
-"""What a rehearsal proves of LoRA and of full weights, by how the recipe's name begins; the first that fits."""
+"""Prefix of recipe names -> what a rehearsal proves; the first match."""
 
 
 LIKE_OTHERS = (
     "flux.1-krea-dev", "flux.2-klein-9b", "flux.2-klein-base-9b", "qwen-image-2512", "wan2.1-t2v-14b", "wan2.1-i2v-14b-720p",
 )  # fmt: skip
-"""Models whose recipes differ from those of another in name and size alone; `make test-all` rehearses them too."""
+"""Recipes that differ from another one only in name and size; `make test-all` rehearses them too."""
 
 
 def recipes() -> Iterator[Any]:
@@ -99,7 +101,7 @@ def test_the_users_own_images_are_rehearsed(cli, photographs):
 
 
 def test_local_model_files_are_rehearsed_by_their_headers(cli, tiny_models, photographs):
-    """Files named by path are recognised, and swapped for tiny ones of the same component."""
+    """Files given by path are recognized, and replaced with tiny ones of the same component."""
     folder = tiny_models / MODEL_ID
     paths = [
         [str(path) for path in sorted((folder / "transformer").glob("*.safetensors"))],
@@ -176,7 +178,7 @@ def test_a_dry_run_writes_nothing(cli):
 
 @pytest.mark.parametrize("recipe", ["qwen-image-lora", "wan2.2-t2v-a14b-lora"])
 def test_the_real_command_rehearses(tmp_path, recipe):
-    """`diffsynth train --recipe NAME --rehearse` as typed, workers and all."""
+    """`diffsynth train --recipe NAME --rehearse` as typed, with workers."""
     command = [sys.executable, "-m", "diffsynth_cli", "train", "--recipe", recipe, "--rehearse"]
     ended = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -206,7 +208,7 @@ def test_a_rehearsal_starts_no_processes(cli):
 
 @pytest.mark.parametrize("named", [False, True], ids=["a-folder-of-its-own", "a-folder-named"])
 def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named):
-    """SIGTERM in the third step of this very process; where the folder is named, the same command finds it taken."""
+    """SIGTERM to this process in the third step; if the folder was named, it is in use by then."""
     import signal
 
     from diffsynth_core.training.loop import Run

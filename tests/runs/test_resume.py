@@ -1,4 +1,4 @@
-"""Going on: the same weights whether or not a run was stopped on the way, and every way of stopping."""
+"""Resuming: the same weights with and without an interruption, for every way of stopping."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def same_tensors(left: Path, right: Path) -> bool:
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, tmp_path, extra):
-    """Stopped behind every save and resumed, against run through: equal to the bit."""
+    """Stopped after every save and resumed, against uninterrupted: bit-identical."""
     common = ("train", *RECIPE, *extra, "--dataset_base_path", photographs, "--save_steps", 2)
     assert cli(*common, "--output_path", tmp_path / "through").code == 0
     total = record_of(tmp_path / "through")["total_steps"]
@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(cli, photographs, 
 
 
 def _run_in_pieces(common: tuple[object, ...], folder: Path) -> None:
-    """The same run stopped after step 5, as a signal would stop it."""
+    """Run the same, stopped after step 5 as by a signal."""
     from diffsynth_cli.console import ConsoleReporter
     from diffsynth_core.config.resolve import resolve
     from diffsynth_core.planning.plan import make_plan
@@ -127,7 +127,7 @@ def test_resume_refuses_other_parameters_and_other_images(cli, dataset):
 
 
 def test_resume_takes_the_last_whole_state(cli, photographs):
-    """A state without its last file is not whole, and told; metrics behind the one before it are taken out."""
+    """A state without its last file is incomplete, and reported; later metrics are removed."""
     common = ("train", *RECIPE, "--dataset_base_path", photographs, "--output_path", "out", "--resume", "auto")
     assert cli(*common, "--max_steps", 3).code == 0
     half = Path("out/state/step-9")
@@ -147,7 +147,7 @@ def test_resume_takes_the_last_whole_state(cli, photographs):
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_a_signal_finishes_the_step_saves_and_exits(cli, tiny_models, photographs, tmp_path, number, code):
-    """A real process, with data workers, stopped in the middle of its run; then resumed."""
+    """A real process with data workers, stopped in the middle of its run; then resumed."""
     command = [
         sys.executable,
         "-m",

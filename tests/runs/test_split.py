@@ -1,4 +1,4 @@
-"""The two halves of split training, of every family: the second trains what a whole run would train."""
+"""Two-stage training in every family: the train task gives the result of a single-stage run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def datasets(tmp_path_factory, photographs) -> dict[str, Path]:
 
 @pytest.fixture
 def train(cli, models, monkeypatch, tmp_path) -> Callable[..., object]:
-    """`diffsynth train` with the tiny models, and a cache of this test's own."""
+    """Run `diffsynth train` with the tiny models and a cache for this test."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(models))
 
     def run(*arguments: object, code: int = 0):
@@ -49,7 +49,7 @@ def tensor_bytes(path: Path) -> int:
 
 
 def precompute_task(kind: Kind, dataset: Path, folder: str, objective: str = "sft") -> tuple[object, ...]:
-    """The command of the first half, as scripts write it: without the transformer, with the LoRA's flags."""
+    """Return the precompute command as in scripts: without the transformer, with the LoRA's flags."""
     files = [entry for entry in entries_of(kind.recipe) if component_of(kind.recipe, entry) != "dit"]
     told = ("--processor_path", "Qwen/Qwen-Image-Edit:processor") if kind.recipe == "qwen-image-edit-lora" else ()
     return (
@@ -66,7 +66,7 @@ def precompute_task(kind: Kind, dataset: Path, folder: str, objective: str = "sf
 
 
 def train_task(kind: Kind, cache: str, folder: str, *more: object, objective: str = "sft") -> tuple[object, ...]:
-    """The command of the second half: the transformer alone."""
+    """Return the train command, with the transformer only."""
     return (
         *("--task", f"{objective}:train", "--model_id_with_origin_paths", entries_of(kind.recipe)[0], *lora(kind)),
         *("--dataset_base_path", cache, "--output_path", folder, *more),
@@ -211,7 +211,7 @@ def test_a_run_is_not_resumed_on_samples_encoded_by_another_vae(train, datasets)
 
 
 def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path):
-    """Each sample is encoded once, and the folder is the one that a single process writes."""
+    """Each sample is encoded once, and the folder equals that of a single process."""
     alone = train(*precompute_task(QWEN, datasets["images"], "by_1"))
     command = ["-m", "diffsynth_cli", "train", "--device", "cpu", "--num_processes", 2]
     command += [*precompute_task(QWEN, datasets["images"], "by_2"), "--cache_path", tmp_path / "other_cache"]
@@ -231,7 +231,7 @@ def test_two_processes_share_the_encoding_out(train, models, datasets, tmp_path)
 
 @pytest.mark.parametrize("name", ["qwen-image", "flux", "wan-i2v"])
 def test_each_half_needs_its_own_files_alone(name, train, datasets, models, tmp_path, monkeypatch):
-    """The recipe names all files; the machine that encodes has no transformer, the one that trains nothing else."""
+    """The recipe names all files; the encoding machine has no transformer, the training machine has nothing else."""
     kind = KINDS[name]
     transformer, *others = entries_of(kind.recipe)
     bases = {"first": Path(shutil.copytree(models, tmp_path / "first")), "second": tmp_path / "second"}

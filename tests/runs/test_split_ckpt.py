@@ -1,4 +1,4 @@
-"""Real checkpoints of each family, taken apart: every part loads into its class, and joined they are what they were."""
+"""Real checkpoints of each family, split: every part loads into its class, and joined they equal the original."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def metadata_of(path):
 
 
 def in_checkpoint(path, component):
-    """The full weights of a component in a checkpoint, by their names in it, read by other means."""
+    """Return the full weights of a component in a checkpoint by key, read by other means."""
     prefix = f"pipe.{component}."
     bare = metadata_of(path)["removed_prefix"] == prefix
     return {
@@ -47,7 +47,7 @@ def in_checkpoint(path, component):
 
 
 def build(family, component, tensors, base):
-    """The module that a part is for. Heads of Qwen2.5-VL do not show in shapes: its config.json tells."""
+    """Build the module of a part. Shapes do not determine the heads of Qwen2.5-VL, so config.json is used."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     config = base / MODEL_ID / "text_encoder/config.json" if family.facts.name == "qwen-image" else None
     files = ComponentFiles(component, "", (), config if component == "text_encoder" else None)
@@ -76,7 +76,7 @@ def test_parts_load_strictly_into_their_classes(cli, checkpoint, tiny_models, na
 @pytest.mark.parametrize("name", REHEARSED)
 @pytest.mark.parametrize("layout", ["diffusers", "documented", "original"])
 def test_layouts_hold_the_same_weights(cli, checkpoint, name, layout):
-    """Bytes copied by the command against tensors cut and joined by torch."""
+    """Bytes copied by the command against tensors split and joined by torch."""
     rehearsed, path = REHEARSED[name], checkpoint(name)
     facts = FAMILIES[rehearsed.family]
     if layout == "original" and rehearsed.family == "flux2":
@@ -109,7 +109,7 @@ def test_joined_parts_are_the_checkpoint_byte_for_byte(cli, checkpoint, name, wa
 @pytest.mark.parametrize("dialect", ["diffsynth", "diffusers", "comfyui", "kohya"])
 @pytest.mark.parametrize("name", ["qwen-image", "flux", "wan, nothing removed", "flux2"])
 def test_loras_in_the_names_of_other_programs(cli, checkpoint, name, dialect):
-    """As `convert-lora` writes them of the part alone."""
+    """As `convert-lora` writes them for the part alone."""
     assert cli("split-ckpt", checkpoint(name), "--output_path", "parts", "--lora_format", dialect).code == 0
     assert cli("split-ckpt", checkpoint(name), "--output_path", "plain").code == 0
     converted = cli("convert-lora", "plain/dit.lora.safetensors", "--to", dialect, "-o", "converted.safetensors")
@@ -127,7 +127,7 @@ def test_shards_of_parts_are_joined_too(cli, checkpoint):
 
 
 def as_the_reference_writes(path, target, count="0."):
-    """The same checkpoint without metadata, with the number of the ControlNet in its keys."""
+    """Return the same checkpoint without metadata, with the ControlNet's index in its keys."""
     tensors = {
         name.replace("pipe.controlnet.", f"pipe.controlnet.models.{count}"): tensor
         for name, tensor in load_file(path).items()
@@ -159,7 +159,7 @@ def test_the_record_of_the_run_tells_where_the_file_does_not(cli, checkpoint):
 
 
 def write_in_order(path, tensors, metadata):
-    """The library's own writer sorts."""
+    """Write keys in the given order; the library's own writer sorts them."""
     header = make_header(
         [(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors], metadata
     )
@@ -168,7 +168,7 @@ def write_in_order(path, tensors, metadata):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_keys_means_nothing(cli, checkpoint, seed):
-    """Shuffled keys, in shuffled shards of a drawn size: the same parts, and joined the same tensors."""
+    """Shuffled keys, in shuffled shards of random sizes: the same parts, and joined the same tensors."""
     path, drawn = checkpoint("flux"), random.Random(seed)
     tensors = list(load_file(path).items())
     drawn.shuffle(tensors)
@@ -193,7 +193,7 @@ def test_the_order_of_keys_means_nothing(cli, checkpoint, seed):
 
 
 def test_diffusers_and_transformers_read_the_shards(cli, checkpoint, tiny_models):
-    """A folder with the model's config.json and shards under the name that each library looks for."""
+    """A folder with the model's config.json and shards under the name that each library expects."""
     from diffusers import QwenImageControlNetModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 

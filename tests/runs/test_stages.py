@@ -1,4 +1,4 @@
-"""Real runs in stages: one after the other, each in its folder, and what a second command makes of them."""
+"""Real runs in stages: one after the other, each in its folder, and the effect of a second command."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ stages:
 
 @pytest.fixture
 def train(cli, photographs, tmp_path):
-    """Train in stages, into `out` where nothing else is said."""
+    """Train in stages, into `out` by default."""
     (tmp_path / "staged.yaml").write_text(STAGED, encoding="utf-8")
 
     def run(*arguments: object):
@@ -47,12 +47,12 @@ def metrics_of(stage: str) -> list[dict]:
 
 
 def contents() -> dict[str, int]:
-    """Every file below the working folder, and when it was written."""
+    """Return every file below the working folder, with its modification time."""
     return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
 
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """SIGTERM to this very process at the end of a step, counted over all stages: the next step is the last one."""
+    """Send SIGTERM to this process at the end of a step, counted over all stages: the next step is the last one."""
     from diffsynth_core.training.loop import Run
 
     real, calls = Run._gradient_norm, []
@@ -109,7 +109,7 @@ def test_a_stage_trains_what_it_would_train_alone(train):
 
 
 def test_nothing_of_a_stage_is_in_memory_in_the_next(train, monkeypatch):
-    """Without waiting for a collection by chance: accelerate ties a model to itself."""
+    """Without relying on an accidental collection: accelerate creates reference cycles with a model."""
     from diffsynth_core.training import loop
 
     real, built, alive = loop.build_training_module, [], []
@@ -235,7 +235,7 @@ def test_a_stop_in_the_second_stage(train, monkeypatch):
 
 
 def test_a_stop_in_the_last_step_of_a_stage_begins_no_other(train, monkeypatch):
-    """The stage that was at work is complete; the same command again would be refused, `--resume auto` is not."""
+    """The current stage is complete; the same command again would be rejected, but not with `--resume auto`."""
     with monkeypatch.context() as patch:
         signal_in_step(patch, 4)
         outcome = train()

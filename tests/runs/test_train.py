@@ -1,4 +1,4 @@
-"""Real runs on tiny weights: what they write, and that they go on where they stopped."""
+"""Real runs on tiny weights: what they save, and that they can be resumed."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def encodings_below(cache: Path) -> dict[str, set[str]]:
 
 
 def test_a_crash_while_encoding_leaves_whole_entries_only(cli, photographs, tmp_path, monkeypatch):
-    """The third image fails; what was encoded before is whole, and the next run makes only the rest."""
+    """The third image fails; entries encoded before are complete, and the next run encodes only the rest."""
     from diffsynth_core.training import encode
 
     cache = ("--cache_path", tmp_path / "own_cache")
@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(cli, photo
 
 
 def test_text_encoder_in_full_beside_a_lora(cli, photographs):
-    """One file: the LoRA without the removed prefix, all of the text encoder's weights with theirs, both moved."""
+    """One file: the LoRA without the removed prefix, all weights of the text encoder with theirs, both changed."""
     from diffsynth_core.weights.headers import read_headers
 
     settings = ("--trainable_models", "text_encoder", "--lora_rank", 4, "--learning_rate", 1e-3)
@@ -207,7 +207,7 @@ def test_a_folder_of_images_with_captions_beside_them(cli, photographs, tmp_path
 
 
 def test_local_files_and_hub_entries_mixed(cli, photographs, tiny_models):
-    """`model_paths` with a nested list of shards, and a hub entry beside it, blanks around commas."""
+    """`model_paths` with a nested list of shards, and a hub entry in addition, with spaces around commas."""
     shards = [str(path) for path in sorted((tiny_models / MODEL_ID / "transformer").glob("*.safetensors"))]
     outcome = cli(
         "train", "--model_paths", json.dumps([shards, str(tiny_models / MODEL_ID / "vae/diffusion_pytorch_model.safetensors")]),
@@ -238,7 +238,7 @@ def test_a_lora_goes_on_from_a_file(cli, photographs):
 
 @pytest.mark.parametrize(("recipe", "component"), [("qwen-image-lora", "text_encoder"), ("qwen-image-full", "vae")])
 def test_every_trained_parameter_gets_a_gradient(cli, photographs, recipe, component):
-    """What no gradient reaches is left out, in each component; one step gives every other parameter moments."""
+    """Unused parameters are excluded in each component; one step gives every other parameter moments."""
     outcome = cli(
         "train", "--recipe", recipe, "--dataset_num_workers", 0, "--dataset_base_path", photographs,
         "--trainable_models", f"dit,{component}", "--no-find_unused_parameters", "--max_steps", 1, "--output_path", "out",
@@ -295,7 +295,7 @@ def test_captions_that_are_cut_are_told(cli, dataset, tmp_path):
 
 
 def test_a_run_killed_before_its_record_was_whole_can_be_finished(cli, photographs):
-    """As if killed right after its last state: resume completes the record, with every checkpoint in it."""
+    """As if killed right after its last state: resuming completes the record, with every checkpoint in it."""
     common_arguments = common(photographs, "--output_path", "out", "--save_steps", 4)
     assert cli(*common_arguments).code == 0
     record = json.loads(Path("out/run.json").read_text())

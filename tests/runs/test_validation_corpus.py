@@ -1,4 +1,4 @@
-"""Precision and recall of the dataset checks: nothing on a clean set, exactly what was planted on a faulty one."""
+"""Precision and recall of the dataset checks: no findings in a clean set, exactly the planted ones in a faulty set."""
 
 import errno
 import os
@@ -25,10 +25,10 @@ from tests.faults_of_files import Expected, Plant
 from tests.validation_corpus import CLIPS, IMAGES, Draft, add_clips, add_images, rules_of_recipe
 
 ALWAYS = {"BUCKETS", "CACHE_SIZE"}
-"""What is told of every set."""
+"""Findings of every set."""
 GENERAL = {**faults_of_files.IMAGES, **faults_of_rows.CAPTIONS, **faults_of_rows.PATHS, **faults_of_rows.ROWS}
 ONLY_ALONE = faults_of_files.ANIMATIONS
-"""Where videos are trained on, a GIF is one."""
+"""A GIF is a video in a set of videos."""
 WAN, EDIT = "wan2.1-t2v-1.3b-lora", "qwen-image-edit-lora"
 ANY_SIZE = Thresholds(max_upscale=1000, min_area_share=0)
 """The images and clips of the corpus are small."""
@@ -36,7 +36,7 @@ ANY_SIZE = Thresholds(max_upscale=1000, min_area_share=0)
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Look into files here: starting workers takes longer than a small set."""
+    """Check files in this process: starting workers takes longer than a small set."""
 
     def inspect_files(job: Job, files, workers, timeout, reporter):
         return {name: EXAMINERS[kind](job, name) for name, kind in files.items()}
@@ -46,7 +46,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def root_may_open_no_more_than_others(monkeypatch):
-    """Refuse root a folder without rights as the system refuses it to others."""
+    """Deny root access to a folder without permissions, as the system does for others."""
     opens = os.scandir
 
     def scandir(path):
@@ -58,7 +58,7 @@ def root_may_open_no_more_than_others(monkeypatch):
 
 
 def found_in(folder: Path, recipe: str | None = None) -> Expected:
-    """What is found in a dataset, but for what is told of every set."""
+    """Return the findings of a dataset other than those of every set."""
     rules = rules_of_recipe(recipe, ANY_SIZE) if recipe else Rules()
     report, _ = validate(folder, rules, CheckOptions(), SilentReporter())
     findings = [one for one in report.findings if one.code not in ALWAYS or one.level != "info"]
@@ -69,7 +69,7 @@ def found_in(folder: Path, recipe: str | None = None) -> Expected:
 
 
 def three_images(folder: Path) -> Draft:
-    """A draft of three sound rows."""
+    """A draft of three valid rows."""
     folder.mkdir()
     draft = Draft(folder)
     for _ in range(3):
@@ -78,7 +78,7 @@ def three_images(folder: Path) -> Draft:
 
 
 def with_column(folder: Path, column: str) -> Draft:
-    """A draft of three sound rows with a further image of the same size in `column`; a mask has a dark half."""
+    """A draft of three valid rows with another image of the same size in `column`; half of a mask is dark."""
     draft = three_images(folder)
     for number, row in enumerate(draft.rows, start=1):
         assert isinstance(row, dict)
@@ -91,14 +91,14 @@ def with_column(folder: Path, column: str) -> Draft:
 
 @pytest.fixture(scope="module")
 def two_clips(tmp_path_factory) -> Path:
-    """The folder of two sound clips."""
+    """The folder of two valid clips."""
     folder = tmp_path_factory.mktemp("clips")
     add_clips(Draft(folder, "video"), 2)
     return folder
 
 
 def copied(clips: Path, folder: Path) -> Draft:
-    """A draft of two sound clips."""
+    """A draft of two valid clips."""
     shutil.copytree(clips, folder)
     draft = Draft(folder, "video", numbers=count(2))
     for path in sorted(folder.iterdir()):
@@ -134,7 +134,7 @@ def test_all_faults_of_a_metadata_jsonl(tmp_path, in_this_process) -> None:
     assert found_in(draft.folder) == set().union(*expected)
 
 
-@cases(faults_of_rows.BESIDE)
+@cases(faults_of_rows.CAPTION_FILES)
 def test_a_fault_of_captions_beside_images(tmp_path, in_this_process, plant: Plant) -> None:
     draft = three_images(tmp_path / "set")
     expected = plant(draft)
@@ -267,8 +267,9 @@ def test_images_alone_teach_a_model_of_videos_no_motion(tmp_path, in_this_proces
 
 
 def test_a_clean_set_is_clean_and_of_all_faults_together_each_is_found(tmp_path, capfd) -> None:
-    """Told apart by row and path, the faults of one row do not hide one another. What they do to others: the median of
-    the frame rates stays that of the clean clips."""
+    """Distinguished by row and path, faults do not hide each other. The median frame rate remains that of the
+    clean clips.
+    """
     draft = Draft(tmp_path / "set", "video")
     draft.folder.mkdir()
     add_images(draft, IMAGES)

@@ -1,4 +1,4 @@
-"""Real runs of Wan on tiny weights and real clips: what they write, and that they go on where they stopped."""
+"""Real runs of Wan on tiny weights and real clips: what they save, and that they can be resumed."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LORA = ("--lora_base_model", "dit", "--lora_target_modules", "q,k,v,o,ffn.0,ffn.
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Three clips of a moving photograph, one of them shorter than asked for, and a still image."""
+    """Three clips of a moving photograph, one of them shorter than requested, and a still image."""
     import skimage.data
     from PIL import Image
 
@@ -32,7 +32,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(cli, clips, tiny_wan, monkeypatch):
-    """`diffsynth train` on the clips, with Wan's tiny models as the model base path."""
+    """Run `diffsynth train` on the clips, with Wan's tiny models as the model base path."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_wan))
 
     def run(*arguments: object, code: int = 0):
@@ -114,7 +114,7 @@ def test_a_second_run_loads_no_encoder(train):
     ids=str,
 )
 def test_another_part_of_the_clips_is_encoded_anew(train, tmp_path, change):
-    """Whatever changes the pixels or what is made of them must not be taken from the cache; captions are."""
+    """Anything that changes pixels or encodings must not be taken from the cache; captions are."""
     common = (*entries(I2V), *LORA, "--extra_inputs", "input_image", "--max_steps", 8, "--cache_path", tmp_path / "own")
     train(*common, "--output_path", "first")
     second = train(*common, *change, "--output_path", "second")
@@ -152,7 +152,7 @@ def test_recomputing_activations_changes_nothing(train):
 
 
 def test_giving_the_first_frame_changes_the_loss(train, tmp_path):
-    """TI2V: the same clips and noise with and without `input_image` give other losses, all of them finite."""
+    """TI2V: the same clips and noise with and without `input_image` give different losses, all finite."""
     clips = tmp_path / "clips"
     clips.mkdir()
     write_clip(clips / "a.mp4", detailed(9, 64, 96))
@@ -165,7 +165,7 @@ def test_giving_the_first_frame_changes_the_loss(train, tmp_path):
 
 
 def expert_line(expert: str, low: float, high: float) -> tuple[object, ...]:
-    """A documented command line for one expert of Wan 2.2 T2V-A14B, with sizes that a CPU can do."""
+    """Return a documented command line for one expert of Wan 2.2 T2V-A14B, with sizes for a CPU."""
     other = {"high": "low-noise dit", "low": "dit"}[expert]
     return (
         *entries(EXPERTS, **{other: None}), "--learning_rate", 1e-4, "--num_epochs", 5,
@@ -175,7 +175,7 @@ def expert_line(expert: str, low: float, high: float) -> tuple[object, ...]:
 
 
 def test_the_documented_lines_of_both_experts_run_as_they_are(train, monkeypatch):
-    """Without a recipe, each in its own range of the timestep table, and as the stages of the recipe do it."""
+    """Without a recipe, each in its range of the timestep table, with the results of the recipe's stages."""
     from diffsynth_core.training import objective
 
     drawn: list[int] = []

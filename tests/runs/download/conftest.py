@@ -28,7 +28,7 @@ FILES = {
     "tokenizer/vocab.json": b"{}",
     "tokenizer/merges.txt": b"#version: 0.2",
 }
-"""What the recipe needs; the hub has more."""
+"""Files that the recipe requires; the hub has more."""
 OTHERS = {"README.md": b"#", "vae/other.safetensors": b"other", "model_index.json": b"{}"}
 RECIPE = "qwen-image-lora"
 TOTAL = f"{sum(map(len, FILES.values())) / 1000:.1f} kB"
@@ -36,12 +36,12 @@ ANOTHER = {
     "modelscope": "use another hub with `--source huggingface`",
     "huggingface": "use another hub with `--source modelscope`",
 }
-"""What to do instead of asking a hub that was named in the command."""
+"""Hint about another hub if the command named the hub."""
 REFUSED = {
     "modelscope": ("ModelScope", "models/", "modelscope login"),
     "huggingface": ("Hugging Face", "", "hf auth login"),
 }
-"""How a hub is called, where its pages of models lie, and the command that keeps a token."""
+"""Title of a hub, URL of its model pages, and the command that stores a token."""
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def environment(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
-    """What leads the SDKs to the hub, with tokens in the two ways that they are given."""
+    """Variables that direct the SDKs to the hub, with tokens in both ways of setting them."""
     (tmp_path / "hf-token").write_text("hf_secret")
     return {
         "MODELSCOPE_ENDPOINT": hub.url,
@@ -78,7 +78,7 @@ def source(request: pytest.FixtureRequest) -> str:
 def here(
     cli: Callable[..., Outcome], hub: LoopbackHub, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Outcome]:
-    """`diffsynth …` in this process; what the SDKs read of the environment once is set again."""
+    """Run `diffsynth …` in this process; values that the SDKs read from the environment once are set again."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
@@ -93,7 +93,7 @@ def here(
 
 @pytest.fixture
 def download(here: Callable[..., Outcome], source: str) -> Callable[..., Outcome]:
-    """`diffsynth download` in this process."""
+    """Run `diffsynth download` in this process."""
 
     def run(*arguments: object) -> Outcome:
         outcome = here("download", *arguments, "--source", source)
@@ -115,13 +115,13 @@ def folder(models: Path) -> Path:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
+    """Return all files but the lock."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {path: content for path, content in found.items() if path != ".download.lock"}
 
 
 def start(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`diffsynth …` in a process of its own."""
+    """Run `diffsynth …` in a separate process."""
     command = [sys.executable, "-m", "diffsynth_cli", *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

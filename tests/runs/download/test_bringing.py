@@ -1,4 +1,4 @@
-"""`diffsynth download` through the real SDKs, against a hub on the loopback interface: what it lists and brings."""
+"""`diffsynth download` through the real SDKs, against a hub on the loopback interface: what it lists and downloads."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from tests.runs.download.conftest import DATASET, FILES, MODEL, RECIPE, REFUSED,
 
 
 def test_a_fresh_download_and_a_second_one(environment, hub, source, tmp_path, folder):
-    """In a process of its own, where the SDKs read the environment themselves."""
+    """In a separate process, in which the SDKs read the environment themselves."""
     command = ("download", RECIPE, "--source", source)
     out, err = start(environment, tmp_path, *command).communicate(timeout=60)
     assert out == f"Downloaded 8 files, {TOTAL}, below `{tmp_path}/models`\n", err
@@ -83,7 +83,7 @@ SETTINGS = ("--recipe", RECIPE, "--device", "cpu", "--dataset_num_workers", 0, "
 
 
 def test_train_brings_what_it_lacks(here, hub, tiny_models, photographs, folder, monkeypatch):
-    """It lists the files with their sizes first, then trains; of what is here already nothing is fetched again."""
+    """It lists the files with their sizes, then trains; existing files are not downloaded again."""
     content = files_below(tiny_models / MODEL)
     hub.repositories[f"models/{MODEL}"] = content
     kept = "vae/diffusion_pytorch_model.safetensors"
@@ -124,7 +124,7 @@ def test_train_offers_another_hub_by_the_variable_it_reads(here, hub, photograph
 
 
 def test_train_brings_nothing_that_files_of_ones_own_replace(here, hub, tiny_models, photographs, tmp_path):
-    """Told by what the files hold, before a hub is asked; a path that is wrong is no reason to fetch."""
+    """Recognized by content, before a hub is accessed; a wrong path does not start a download."""
     content = files_below(tiny_models / MODEL)
     hub.repositories[f"models/{MODEL}"] = content
     mine = tmp_path / "mine"

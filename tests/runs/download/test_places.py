@@ -1,4 +1,4 @@
-"""`diffsynth download`: what is on disk already, what is in the way there, and names that a hub may not choose."""
+"""`diffsynth download`: what is already on disk, obstacles on disk, and file names that a hub may not choose."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ AWAY = "move it elsewhere, or choose another folder"
 
 
 def test_a_link_to_a_shorter_file_is_replaced_and_what_it_leads_to_stays(download, folder, tmp_path):
-    """So is a file with a second name: to go on with either would write into a file elsewhere."""
+    """So is a file with a second hard link: resuming either would write into a file elsewhere."""
     (folder / "vae").mkdir(parents=True)
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(FILES[VAE][:1000])
@@ -62,7 +62,7 @@ def test_a_name_that_leaves_the_folder(download, hub, path, tmp_path):
     ["", "./a", "a//b", "a/", "a\nb", "a\x1b[2J", "a\0b", "\ud800", ".download.lock", "set/.a.png.0123456789ab.part"],
 )
 def test_a_name_that_no_file_gets(download, hub, path):
-    """Not what a terminal obeys, what no disk keeps, or what downloads need for themselves."""
+    """No control characters, nothing that a disk rejects, nothing that downloads reserve."""
     hub.repositories[f"datasets/{DATASET}"] = {path: b"x", "fine": b"x"}
     outcome = download("--dataset", DATASET)
     message = f"`{DATASET}` has a file {path!r}, which is not an allowed file name"
@@ -86,7 +86,7 @@ def test_names_that_only_look_strange_are_kept(download, hub):
 
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_model_that_is_here_and_not_on_the_hub_is_not_called_whole(download, hub, source, folder, status):
-    """Its files may be cut short: the hub tells nothing to compare them with, and that is said."""
+    """Its files may be truncated: the hub provides nothing to compare them with, which is reported."""
     (folder / "vae").mkdir(parents=True)
     (folder / VAE).write_bytes(FILES[VAE][:100])
     hub.refusals[f"models/{MODEL}"] = status
@@ -125,7 +125,7 @@ def test_a_shard_that_the_hub_lacks(download, hub, source):
 
 
 def test_a_file_that_the_hub_has_changed_since(download, hub, folder):
-    """Of the same size: known by its hash, which was kept when it was brought."""
+    """With the same size: detected by its hash, which was cached during the download."""
     download(ENTRY)
     changed = bytes(len(FILES[VAE]))
     hub.repositories[f"models/{MODEL}"] = {VAE: changed}

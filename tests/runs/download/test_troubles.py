@@ -1,4 +1,4 @@
-"""`diffsynth download` through the real SDKs, against a hub on the loopback interface that fails, and refuses."""
+"""`diffsynth download` through the real SDKs, against a hub on the loopback interface that fails or denies access."""
 
 import signal
 import socket
@@ -35,7 +35,7 @@ def test_a_connection_that_breaks_is_told_and_resumed(download, hub, folder):
 
 
 def test_a_hub_that_answers_no_more(download, hub, folder):
-    """What came is kept, the other files are there, and the next download goes on."""
+    """Received bytes are kept, the other files are complete, and the next download resumes."""
     hub.troubles[SHARDS[0]] = Trouble(after=200_000, times=1)
     hub.troubles[SHARDS[1]] = Trouble(after=0, times=100)
     outcome = download(RECIPE)
@@ -93,7 +93,7 @@ def test_a_file_that_is_longer_is_replaced(download, folder):
 
 @pytest.mark.parametrize("path", [SHARDS[0], "transformer/config.json"])
 def test_wrong_bytes_never_get_the_name(download, hub, source, folder, path):
-    """In files whose sha256 the hub tells, and in those of which Hugging Face tells the id in git."""
+    """For files with a sha256, and for those with a git blob id on Hugging Face."""
     hub.sent[path] = bytes(len(FILES[path]))
     outcome = download(RECIPE)
     title = REFUSED[source][0]
@@ -120,7 +120,7 @@ def test_a_model_that_the_hub_does_not_have(download, hub, source):
 
 
 def test_a_gated_model(download, hub, source, folder):
-    """ModelScope gives no list of it, Hugging Face no file."""
+    """ModelScope provides no list of it, Hugging Face no files."""
     hub.refusals[f"models/{MODEL}"] = 403
     title, pages, login = REFUSED[source]
     outcome = download(f"{MODEL}:vae/diffusion_pytorch_model.safetensors")
@@ -136,7 +136,7 @@ def test_a_gated_model(download, hub, source, folder):
     ("status", "words"), [(401, "that you have access to"), (429, "the hub responded with status 429")]
 )
 def test_other_answers(download, hub, source, status, words, monkeypatch):
-    """Without a token, Hugging Face says 401 of a repository that it does not show; and too many may ask."""
+    """Without a token, Hugging Face responds with 401 for hidden repositories; and with 429 to too many requests."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the SDKs ask for the list again, after longer and longer
     hub.refusals[f"models/{MODEL}"] = status
     outcome = download(RECIPE)
@@ -158,7 +158,7 @@ def test_the_switch_of_the_sdk(download, hub, source, monkeypatch):
 
 
 def test_a_hub_that_falls_silent(download, hub, source, folder, monkeypatch):
-    """A connection without a byte for too long is given up, and another one goes on."""
+    """A connection without data times out, and another one continues."""
     import modelscope_hub._legacy_api
 
     monkeypatch.setattr(modelscope_hub._legacy_api, "DOWNLOAD_TIMEOUT", 1)
@@ -173,7 +173,7 @@ def test_a_hub_that_falls_silent(download, hub, source, folder, monkeypatch):
 
 
 def test_two_processes_at_once(environment, hub, source, tmp_path, folder):
-    """One downloads, the other waits, says so, and finds all here."""
+    """One downloads; the other waits, reports that, and finds all files."""
     hub.troubles[SHARDS[0]] = Trouble(pause=0.05)
     command = ("download", RECIPE, "--source", source)
     both = [start(environment, tmp_path, *command) for _ in range(2)]
@@ -186,7 +186,7 @@ def test_two_processes_at_once(environment, hub, source, tmp_path, folder):
 
 
 def test_bytes_of_what_is_here_are_compared_when_asked_for(download, hub, source, folder):
-    """A file of the right size and other bytes; a small one that Hugging Face tells the id in git of, too."""
+    """A file of the right size with wrong bytes, also a small one with a git blob id on Hugging Face."""
     assert download(RECIPE).code == 0
     for path in (SHARDS[1], "tokenizer/merges.txt"):
         (folder / path).write_bytes(bytes(len(FILES[path])))
@@ -210,7 +210,7 @@ def test_a_disk_that_is_too_small(download, hub, models, monkeypatch):
 
 
 def test_a_page_in_the_place_of_a_file_does_not_become_its_beginning(download, hub, folder):
-    """A proxy or a network that asks to log in answers 200 with a page of its own."""
+    """A proxy or a captive portal responds with 200 and a page of its own."""
     hub.sent[SHARDS[0]] = b"<html>log in</html>"
     outcome = download(RECIPE)
     message = "the hub sent a file of 19 bytes, but its file list declares 400000"
@@ -232,7 +232,7 @@ def test_a_page_in_the_place_of_a_file_does_not_become_its_beginning(download, h
     ],
 )
 def test_an_answer_that_is_no_list(download, hub, source, answer):
-    """It ends in one message that names the address, and in no traceback."""
+    """It ends with one message that names the address, and without a traceback."""
     hub.lists = answer
     outcome = download(RECIPE)
     title, pages, _ = REFUSED[source]
@@ -256,7 +256,7 @@ def test_an_answer_that_is_no_list(download, hub, source, answer):
     ],
 )
 def test_what_the_client_of_hugging_face_trips_over(environment, tmp_path, name, value, message):
-    """In a process of its own: a client is made once."""
+    """In a separate process: the client is created once."""
     settings = environment | {"no_proxy": "", "NO_PROXY": "", name: value}
     running = start(settings, tmp_path, "download", RECIPE, "--source", "huggingface")
     out, err = running.communicate(timeout=60)
@@ -266,7 +266,7 @@ def test_what_the_client_of_hugging_face_trips_over(environment, tmp_path, name,
 
 
 def test_log_lines_of_the_sdks_stay_out_of_the_terminal(environment, source, tmp_path):
-    """A port on which nobody listens: each SDK logs its tries, which are no sentences of ours."""
+    """On a closed port: each SDK logs its attempts in its own words."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
