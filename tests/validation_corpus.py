@@ -1,4 +1,4 @@
-"""Datasets without a fault, into which tests plant faults: photographs and moving clips with captions, no download."""
+"""Valid datasets into which tests plant faults: photographs and moving clips with captions, without a download."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from tests.clips import write_clip
 IMAGES, CLIPS = 200, 20
 SOURCES = ("astronaut", "coffee", "chelsea", "rocket", "stereo_motorcycle", "retina", "immunohistochemistry", "camera")
 SIZES = ((192, 128), (128, 192), (160, 160), (224, 128), (144, 192), (256, 160))
-"""(width, height) in pixels, multiples of 16 as the training sizes of all families are."""
+"""(width, height) in pixels, multiples of 16 like the training sizes of all families."""
 ENDINGS = (".jpg", ".png", ".webp", ".jpg", ".jpeg", ".bmp", ".png", ".tif")
 FRAMES, FRAME_RATE = 81, 16
 """What Wan is trained on."""
@@ -31,13 +31,13 @@ CONTAINERS = ((".mp4", H264), (".mkv", H264), (".mov", H264), (".mp4", H264), ("
 
 
 def rules_of_recipe(recipe: str, thresholds: Thresholds | None = None) -> Rules:
-    """What a run of a recipe asks of its dataset."""
+    """Return the requirements of a recipe's run for its dataset."""
     return rules_of_run(resolve({"recipe": recipe}), thresholds or Thresholds())
 
 
 @cache
 def sources() -> tuple[Image.Image, ...]:
-    """The photographs that the images of the corpus are cut from."""
+    """The photographs from which the images of the corpus are cropped."""
     import skimage.data
 
     arrays = [getattr(skimage.data, name)() for name in SOURCES]
@@ -45,7 +45,7 @@ def sources() -> tuple[Image.Image, ...]:
 
 
 def photograph(number: int, size: tuple[int, int] | None = None) -> Image.Image:
-    """The image of a number: each is another part of another photograph, turned another way."""
+    """Return image number n: each is another crop of another photograph, rotated differently."""
     chance = np.random.default_rng(number)
     source = sources()[number % len(SOURCES)]
     width, height = size or SIZES[number % len(SIZES)]
@@ -58,7 +58,7 @@ def photograph(number: int, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def frames_of(number: int, frames: int = FRAMES, size: tuple[int, int] = (160, 96)) -> np.ndarray:
-    """Frames `[F, H, W, 3]`: the camera pans over a photograph."""
+    """Return frames `[F, H, W, 3]` of a camera that pans over a photograph."""
     width, height = size
     steps = np.arange(frames)
     image = np.asarray(photograph(1000 + number, (width + frames, height + frames // 2)))
@@ -66,16 +66,18 @@ def frames_of(number: int, frames: int = FRAMES, size: tuple[int, int] = (160, 9
 
 
 def caption(number: int) -> str:
-    """A caption that no other number has."""
+    """Return a caption that is unique for a number."""
     place = ("on the left", "in the middle", "on the right", "far away")[number % 4]
     return f"a detail of the {SOURCES[number % len(SOURCES)].replace('_', ' ')} photograph, {place}, part {number}"
 
 
 @dataclass
 class Draft:
-    """A dataset in the making: files are written at once, the rows by `write`.
+    """A dataset under construction: files are written at once, the rows by `write`.
 
-    `rows`: cells by column, or a line as it is to stand in the metadata. `target`: the column of what is trained on.
+    Attributes:
+        rows: cells by column, or a raw line of the metadata.
+        target: column of the target.
     """
 
     folder: Path
@@ -85,26 +87,26 @@ class Draft:
     numbers: Any = field(default_factory=count)
 
     def photograph(self, size: tuple[int, int] | None = None) -> Image.Image:
-        """An image that is nowhere else in the set."""
+        """Return an image that is unique in the set."""
         return photograph(next(self.numbers), size)
 
     def frames(self, frames: int = FRAMES) -> np.ndarray:
-        """Frames `[F, H, W, 3]` of a clip that is nowhere else in the set."""
+        """Return frames `[F, H, W, 3]` of a clip that is unique in the set."""
         return frames_of(next(self.numbers), frames)
 
     def row(self, cell: Any, text: Any = None, **others: Any) -> int:
-        """Add a row that names `cell` as what is trained on; without a text it has a caption of its own."""
+        """Add a row with `cell` as the target; by default with a unique caption."""
         number = len(self.rows) + 1
         self.rows.append({self.target: cell, "prompt": caption(number) if text is None else text, **others})
         return number
 
     def line(self, text: str) -> int:
-        """Add a line as it is."""
+        """Add a raw line."""
         self.rows.append(text)
         return len(self.rows)
 
     def sound_row(self, text: Any = None, **others: Any) -> tuple[int, str]:
-        """Add a row with a sound image of its own; its number, and the path of the image."""
+        """Add a valid row with a unique image; return its number and the path of the image."""
         name = f"sound_{len(self.rows) + 1}.png"
         self.photograph().save(self.folder / name)
         return self.row(name, text, **others), name
@@ -116,13 +118,13 @@ class Draft:
         return list(dict.fromkeys([self.target, "prompt", *of_rows, *self.more_columns]))
 
     def write(self, form: str = "csv") -> Path:
-        """Write the metadata; its path."""
+        """Write the metadata and return its path."""
         path = self.folder / f"metadata.{form}"
         path.write_text(self.text(form), encoding="utf-8", newline="")
         return path
 
     def text(self, form: str = "csv") -> str:
-        """The metadata as it is written."""
+        """The content of the metadata file."""
         if form == "json":
             return json.dumps(self.rows)
         stream = io.StringIO()
@@ -139,14 +141,14 @@ class Draft:
         return stream.getvalue()
 
     def write_beside(self) -> None:
-        """Write the captions into text files beside the images instead."""
+        """Write captions to text files next to the images instead."""
         for row in self.rows:
             assert isinstance(row, dict)
             (self.folder / row[self.target]).with_suffix(".txt").write_text(row["prompt"], encoding="utf-8")
 
 
 def add_images(draft: Draft, number: int) -> None:
-    """Rows with sound images of many sizes, endings and harmless oddities, in folders."""
+    """Add rows with valid images of many sizes, suffixes and harmless oddities, in folders."""
     for place in range(number):
         folder = f"part {place // 50 + 1}"
         (draft.folder / folder).mkdir(exist_ok=True)
@@ -161,7 +163,7 @@ def add_images(draft: Draft, number: int) -> None:
 
 
 def add_clips(draft: Draft, number: int, containers: int = len(CONTAINERS)) -> None:
-    """Rows with sound clips."""
+    """Add rows with valid clips."""
     for place in range(number):
         ending, coding = CONTAINERS[place % containers]
         name = f"clip_{place:02}{ending}"

@@ -1,4 +1,4 @@
-"""Wan's tiny models in the layout of their repositories, as tests name their files."""
+"""Wan's tiny models in the layout of their repositories, by the names of their files."""
 
 T2V, I2V, TI2V = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.2-TI2V-5B"
 EXPERTS = "Wan-AI/Wan2.2-T2V-A14B"
@@ -19,6 +19,6 @@ PLACES = {
 
 
 def entries(model_id: str, **other: str | None) -> tuple[str, str]:
-    """The flag that names the files of a model, some of them others or none."""
+    """Return the flag that names the files of a model, with some replaced or removed."""
     named = {component: f"{model_id}:{place}" for component, place in PLACES[model_id].items()} | other
     return "--model_id_with_origin_paths", ",".join(entry for entry in named.values() if entry)

@@ -1,4 +1,4 @@
-"""What tests of parts share."""
+"""Shared fixtures of unit tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[str], str]:
-    """Write a `--config` file and give its path as a flag value."""
+    """Write a `--config` file and return its path as a flag value."""
 
     def write(text: str) -> str:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")

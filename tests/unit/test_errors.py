@@ -1,4 +1,4 @@
-"""Problems, exit codes, suggestions and the short forms in which messages show names and bytes."""
+"""Problems, exit codes, suggestions, and the abbreviations of names and bytes in messages."""
 
 import pytest
 

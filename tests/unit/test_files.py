@@ -1,4 +1,4 @@
-"""Writing whole files or none, and folders that belong to one run."""
+"""Atomic writes, and folders of one run."""
 
 import os
 import resource

@@ -19,7 +19,7 @@ MODULES = {
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """Names that a module imports, apart from those for type checkers alone."""
+    """Return the modules that a module imports, apart from imports for type checkers."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
     if isinstance(node, ast.Import):

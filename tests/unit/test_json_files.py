@@ -1,4 +1,4 @@
-"""JSON as damage leaves it: each kind of fault is one message that names the file and the place in it."""
+"""Damaged JSON: each kind of fault is one message with the file and the position."""
 
 import json
 import os

@@ -26,7 +26,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def held(tmp_path):
-    """A lock file, a process that holds it, and a child that this one has forked."""
+    """A lock file, a process that holds it, and a child forked by this one."""
     path = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", HOLDING, path], stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())

@@ -1,4 +1,4 @@
-"""Keyed order and keys: bijective, different by key, stable across machines, and the same cost at any size."""
+"""Keyed permutations and keys: bijective, different by key, identical on all machines, constant cost at any size."""
 
 import time
 from itertools import pairwise

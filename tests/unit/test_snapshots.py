@@ -1,4 +1,4 @@
-"""The pages of snapshots hide what differs from run to run, and nothing else."""
+"""Snapshots hide what differs between runs, and nothing else."""
 
 from tests.outcome import Outcome
 

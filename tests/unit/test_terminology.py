@@ -1,4 +1,4 @@
-"""Words that docs/terminology.md replaces stay out of code, messages, recipes and pages."""
+"""Words that docs/terminology.md replaces do not occur in code, messages, recipes and documentation."""
 
 import re
 from pathlib import Path

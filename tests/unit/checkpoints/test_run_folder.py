@@ -1,4 +1,4 @@
-"""The record of a run and its metrics: written whole, read back the same, cut where a run goes on."""
+"""The run record and metrics: written atomically, read back unchanged, truncated when a run is resumed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The state of a run: everything AdamW needs comes back bit by bit, and a half state is never taken for a whole one."""
+"""The state of a run: AdamW's state is restored bit for bit, and an incomplete state is never used."""
 
 import hashlib
 import json
@@ -121,7 +121,7 @@ def test_the_position_comes_back(tmp_path, scaler):
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [4, 9]), (3, [3, 4, 9]), (9, [2, 3, 4, 9])])
 def test_so_many_states_are_kept(tmp_path, keep, kept):
-    """Those after it belong to a run that has gone back since: to an older state, as this one was damaged."""
+    """Later states belong to a run that was resumed from an older state because they were damaged."""
     for steps in (2, 3, 4, 10, 12):
         saved(tmp_path, steps, keep=9)
     saved(tmp_path, 9, keep)
@@ -185,7 +185,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
 
 
 def test_what_an_optimizer_keeps_beside_tensors_comes_back(tmp_path):
-    """Optimizers without a schedule keep counts and sums in their groups, and some a number for each parameter."""
+    """Schedule-free optimizers keep counts and sums in their groups, and some a number for each parameter."""
     trained, optimizer = saved(tmp_path)
     first = next(iter(trained.values()))
     optimizer.state[first]["restarts"] = 3

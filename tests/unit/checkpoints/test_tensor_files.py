@@ -1,4 +1,4 @@
-"""Safetensors files written whole or not at all, with the hash of what is on disk."""
+"""Safetensors files written atomically, with the hash of the file on disk."""
 
 import hashlib
 import resource

@@ -1,4 +1,4 @@
-"""What is written from the declaration: command lines that give the same run again, JSON schema, reference page."""
+"""Documents generated from the declarations: command lines that reproduce a run, JSON schema, reference page."""
 
 import json
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def read_command_line(values) -> Parameters:
-    """What a shell and the options of `train` make of the command line that gives `values`."""
+    """Parse the command line for `values` with a shell and the options of `train`."""
     text = command_line(values, lead=r"printf '%s\0'")
     words = subprocess.run(["sh", "-c", text], check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
     found: dict[str, object] = {}
@@ -113,7 +113,7 @@ def is_of_type(value, name: str) -> bool:
 
 
 def faults(value, schema: dict, where: str = "$") -> list[str]:
-    """What of `value` a JSON schema refuses; as an editor, it passes over keywords it does not know."""
+    """Return what a JSON schema rejects in `value`; like an editor, it ignores unknown keywords."""
     found: list[str] = []
     if "$ref" in schema:
         return faults(value, at_pointer(schema["$ref"]), where)
@@ -146,7 +146,7 @@ def faults(value, schema: dict, where: str = "$") -> list[str]:
 
 
 def at_pointer(pointer: str) -> dict:
-    """The part of the recipe schema that a reference within it names."""
+    """Resolve a reference within the recipe schema."""
     part = recipe_schema()
     for word in pointer.removeprefix("#/").split("/"):
         part = part[word]
@@ -154,7 +154,7 @@ def at_pointer(pointer: str) -> dict:
 
 
 def keywords(schema: dict) -> set[str]:
-    """All keywords used in a schema, at any depth."""
+    """Return all keywords of a schema, at any depth."""
     below = [
         *schema.get("properties", {}).values(),
         *schema.get("anyOf", []),
@@ -251,7 +251,7 @@ def test_every_parameter_names_a_test_that_fails_when_it_is_ignored():
 
 
 def test_the_committed_documents_are_fresh():
-    """`make docs` writes them; a changed declaration without it fails here."""
+    """Fails if a declaration changed without `make docs`."""
     folder = ROOT / "docs"
     assert (folder / "parameters.md").read_text(encoding="utf-8") == reference_page()
     assert json.loads((folder / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()

@@ -1,4 +1,4 @@
-"""What each kind of setting takes and refuses, from the command line (texts) and from YAML (values)."""
+"""What each type of parameter accepts and rejects, from the command line (strings) and from YAML (values)."""
 
 from pathlib import Path
 

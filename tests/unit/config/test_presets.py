@@ -1,4 +1,4 @@
-"""The presets for `accelerate launch --config_file`, as accelerate reads them."""
+"""The presets for `accelerate launch --config_file`, as parsed by accelerate."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_accelerate_reads_the_kind_of_distribution(name):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_accelerate_knows_every_key(name):
-    """A key that the launcher has no option for is ignored there without a word."""
+    """accelerate silently ignores a key for which its launcher has no option."""
     options = vars(launch_command_parser().parse_args(["train.py"]))
     assert read(name).deepspeed_config.keys() <= options.keys()
 

@@ -1,4 +1,4 @@
-"""Recipes: a closed schema, single inheritance, stages, and those that are shipped."""
+"""Recipes: a closed schema, single inheritance, stages, and the shipped recipes."""
 
 import pytest
 
@@ -22,7 +22,7 @@ ENCODERS = {
     "flux.1": ("text_encoder_1", "text_encoder_2"),
     "": ("text_encoder",),
 }
-"""By how the names of recipes begin, the encoders beside the VAE; the first that fits."""
+"""Prefix of recipe names -> encoders other than the VAE; the first match."""
 
 
 @pytest.fixture

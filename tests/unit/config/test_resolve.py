@@ -1,4 +1,4 @@
-"""Where values come from, and that everything wrong with them comes in one report."""
+"""Origins of values, and that all their problems are reported together."""
 
 from pathlib import Path
 

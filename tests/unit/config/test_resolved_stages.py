@@ -1,4 +1,4 @@
-"""Recipes and files of several stages: where the values of each come from, and what is wrong with them."""
+"""Recipes and files with stages: origins of the values of each stage, and their problems."""
 
 from pathlib import Path
 

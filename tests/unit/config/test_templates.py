@@ -1,4 +1,4 @@
-"""A file to start from gives the run of its recipe, with every parameter in it."""
+"""A generated config file reproduces the run of its recipe, and contains every parameter."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def values_of(flags: dict) -> list[dict]:
 
 
 def written(folder: Path, name: str, text: str) -> str:
-    """A file of that name, since a run is named by its file."""
+    """A file with that name, because a run is named after its file."""
     path = folder / f"{name}.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -36,7 +36,7 @@ def test_it_gives_the_run_of_its_recipe(tmp_path, name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_defaults_it_shows_are_defaults(tmp_path, name):
-    """Taking the comment signs away changes nothing, apart from what is blank."""
+    """Uncommenting lines changes nothing, apart from empty values."""
     text = re.sub(r"^  #(?=[a-z0-9_]+: \S)(?!output_path)", "  ", template_of(name), flags=re.MULTILINE)
     assert values_of({"config": written(tmp_path, name, text)}) == values_of({"recipe": name})
 

@@ -1,4 +1,4 @@
-"""YAML as people write it: YAML 1.2's numbers, repeated keys told, and no file that ends in a traceback."""
+"""YAML as users write it: YAML 1.2 numbers, duplicate keys reported, and no file that causes a traceback."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Completions from the table: as typer answers, whatever is asked, and never from a table that is out of date."""
+"""Completion from the table: equal to typer's in all cases, and never from an outdated table."""
 
 import json
 import os
@@ -30,12 +30,12 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def typers() -> dict[str | None, object]:
-    """By the command that is named: all commands as typer has them."""
+    """Command -> all commands as typer has them."""
     return {name: typer.main.get_command(build_app(name)) for name in (None, *COMMANDS)}
 
 
 def ask(monkeypatch, shell: str, words: list[str], incomplete: str) -> None:
-    """Set what the shell's script sets; words are split at spaces, as there."""
+    """Set the variables that the shell's script sets; words are split at spaces, as there."""
     line = " ".join(["diffsynth", *words, incomplete])
     monkeypatch.setenv("_DIFFSYNTH_COMPLETE", f"complete_{shell}")
     monkeypatch.setenv("COMP_WORDS" if shell == "bash" else "_TYPER_COMPLETE_ARGS", line)
@@ -45,7 +45,7 @@ def ask(monkeypatch, shell: str, words: list[str], incomplete: str) -> None:
 
 
 def both(monkeypatch, capsys, typers, shell: str, words: list[str], incomplete: str) -> tuple[object, object]:
-    """The answers from the table and by typer: text and exit code."""
+    """Return the answers from the table and by typer: text and exit code."""
     ask(monkeypatch, shell, words, incomplete)
     code = complete()
     ours = capsys.readouterr().out, code
@@ -55,7 +55,7 @@ def both(monkeypatch, capsys, typers, shell: str, words: list[str], incomplete: 
 
 
 def lines_of(path: tuple[str, ...]) -> Iterator[tuple[list[str], str]]:
-    """What is asked of a command: each beginning of each option, each option given, each value begun, and arguments."""
+    """Return queries about a command: each prefix of each option, each option, each partial value, and arguments."""
     entry = LEAVES[path]
     words = list(path)
     yield from ((words, incomplete) for incomplete in ("", "-", "x", "="))

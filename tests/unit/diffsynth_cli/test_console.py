@@ -1,4 +1,4 @@
-"""Progress in the terminal: bars of several tasks at once, bytes, and plain lines."""
+"""Progress in the terminal: several bars at once, bytes, and plain lines."""
 
 import io
 import re
@@ -19,14 +19,14 @@ def reporter(terminal: bool) -> tuple[ConsoleReporter, io.StringIO]:
 
 
 def screen(stream: io.StringIO) -> list[str]:
-    """What a terminal shows of it."""
+    """Return the content of the terminal."""
     terminal = pyte.Screen(100, 20)
     pyte.Stream(terminal).feed(stream.getvalue().replace("\n", "\r\n"))
     return [line.rstrip() for line in terminal.display if line.strip()]
 
 
 def test_bars_of_tasks_at_the_same_time_and_warnings_above_them():
-    """Each bar but the last goes with its task, whichever thread it is in."""
+    """Each bar but the last disappears with its task, in any thread."""
     told, stream = reporter(terminal=True)
 
     def work(number: int) -> None:
@@ -70,7 +70,7 @@ def test_plain_lines_count_bytes_as_people_read_them(unit, line):
 
 @pytest.mark.parametrize("width", [80, 99, 100, 200])
 def test_the_remaining_time_is_never_cut(width):
-    """The longest line there is in earnest: a long run on a large GPU."""
+    """The longest realistic line: a long run on a large GPU."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=width, height=20, color_system=None, highlight=False)
     with ConsoleReporter(console).task("Training", 100_000, "steps", done=12_345) as task:

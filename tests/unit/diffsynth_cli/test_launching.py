@@ -1,4 +1,4 @@
-"""How a launch in several processes is put together, without starting any."""
+"""The command that launches several processes, without starting any."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from diffsynth_core.session import Session
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A user without a configuration of accelerate; returns where `accelerate config` would write it."""
+    """A user without a configuration of accelerate; return where `accelerate config` would write it."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""What a rehearsal names as the command to go on with can be pasted, whether it is on PATH or not."""
+"""The command suggested after a rehearsal can be pasted, whether or not it is on PATH."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from diffsynth_cli.train_session import _own_command
 
 @pytest.fixture
 def program(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A program `diffsynth` in a folder with a blank in its name, that is the one that runs."""
+    """A program `diffsynth` in a folder with a space in its name, as the running program."""
     program = tmp_path / "a b" / "diffsynth"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")

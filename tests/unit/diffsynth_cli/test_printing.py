@@ -1,4 +1,4 @@
-"""Text from elsewhere does not steer the terminal, and JSON that is printed stays what it was."""
+"""External text does not control the terminal, and printed JSON stays valid."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a process of a run says when it breaks off and another has ended."""
+"""The message of a process that ends because another one has ended."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from diffsynth_cli import REPORTS
 
 PEER = "import sys; sys.stdin.read()"
-"""Lives until it is let go."""
+"""Lives until it is released."""
 LAUNCHER = f"""
 import os, subprocess, sys, time
 

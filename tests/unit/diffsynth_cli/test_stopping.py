@@ -1,4 +1,4 @@
-"""A signal in the midst of writing: temporary files go, nothing has a final name, the exit code tells the signal."""
+"""A signal while writing: temporary files are removed, no file gets its final name, the exit code shows the signal."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 def test_names_are_given_all_together(tmp_path, monkeypatch):
-    """A signal that comes between two renames is too late: all files are there."""
+    """A signal between two renames comes too late: all files exist."""
     from diffsynth_cli.stopping import handle_sigint
     from diffsynth_core.progress import SilentReporter
     from diffsynth_core.weights import weight_writer as rewriting

@@ -1,4 +1,4 @@
-"""Bringing files from a hub that is played here: what the loopback server cannot be made to do."""
+"""Downloads from a fake hub, for faults that the loopback server cannot produce."""
 
 import errno
 import hashlib
@@ -38,7 +38,7 @@ def from_start(start: int) -> tuple[int, Iterator[bytes]]:
 
 
 class PlayedHub:
-    """Lists files, and answers transfers with the given functions in their order, the last of them again and again."""
+    """Lists files, and answers transfers with the given functions in order, the last one repeatedly."""
 
     title, login, another = "Played", "played login", "play another"
 
@@ -61,7 +61,7 @@ class PlayedHub:
 
 
 class Listener(SilentReporter):
-    """Keeps warnings, and how far tasks are."""
+    """Records warnings and the progress of tasks."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -140,7 +140,7 @@ def test_another_part_than_was_asked_for(base, identities):
 
 
 def test_attempts_that_bring_something_are_not_counted_together(base, identities):
-    """Ten bytes, one with each connection: more breaks than attempts there are for one that brings nothing."""
+    """Ten bytes, one per connection: more interruptions than attempts without progress are allowed."""
     hub = PlayedHub({"x": SHA256}, lambda start: (start, iter([CONTENT[start : start + 1]])))
     fetch(plan(hub, base, identities), hub, identities, SilentReporter())
     assert hub.starts == list(range(10))
@@ -156,7 +156,7 @@ def test_wrong_bytes_once_are_fetched_again(base, identities, checksum):
 
 
 def test_of_two_beginnings_the_longer_is_gone_on_from(base, identities):
-    """One in the part of an earlier download, one cut short under the file's own name by another program."""
+    """A partial file of an earlier download, and a truncated file of another program."""
     hub = PlayedHub({"x": SHA256})
     (listed,) = plan(hub, base, identities).files
     listed.target.parent.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_a_part_of_what_the_hub_had_before_is_not_continued(base, identities):
 
 
 def test_a_folder_is_read_once_however_many_files_come(base, identities, monkeypatch):
-    """Reading it for each of them would take hours where it holds a hundred thousand."""
+    """Listing it for each file would take hours with a hundred thousand files."""
     reads: list[Path] = []
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: reads.append(Path(path)) or scan(path))
@@ -225,7 +225,7 @@ def test_a_folder_is_read_once_however_many_files_come(base, identities, monkeyp
 
 
 def test_a_file_known_to_have_other_bytes_is_damaged(base, identities):
-    """Its size is right; that its hash is not is known from a run that read it."""
+    """Its size is right; its wrong hash is known from a run that read it."""
     target = base / "a/b/x"
     target.parent.mkdir(parents=True)
     target.write_bytes(b"x" * 10)

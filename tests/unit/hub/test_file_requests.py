@@ -1,4 +1,4 @@
-"""What is wanted of the hubs: globs, layouts, shards, alternatives, and what of it is on disk."""
+"""Requested hub files: globs, layouts, shards, alternatives, and which of them are on disk."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Remembered hashes: right after every kind of change, shared between processes, and robust against a torn line."""
+"""Cached hashes: correct after every kind of change, shared between processes, and robust against a truncated line."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def sha(content: bytes) -> str:
 
 
 def spoil(memory) -> None:
-    """Put a false hash into every remembered line, so that a remembered answer shows."""
+    """Put a wrong hash into every cached line, so that cache hits are visible."""
     lines = [{**json.loads(line), "answer": "remembered"} for line in memory.read_text().splitlines()]
     memory.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -125,7 +125,7 @@ def test_instances_may_append_at_the_same_time(memory, tmp_path):
 
 
 class Counting(SilentReporter):
-    """Keeps what it was told."""
+    """Counts progress."""
 
     def __init__(self):
         self.tasks, self.done = [], 0

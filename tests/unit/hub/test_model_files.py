@@ -1,4 +1,4 @@
-"""From what a user writes to files: paths, globs, folders, hub entries, shard lists, and what of them is missing."""
+"""From user input to files: paths, globs, folders, hub entries, shard lists, and what is missing."""
 
 import pytest
 
@@ -189,7 +189,7 @@ def test_a_folder_may_be_named_as_a_path(base, monkeypatch):
 
 
 def test_a_copy_is_read_only_for_the_entry_of_a_repository(tmp_path):
-    """A path of one's own stands for that file and for no other."""
+    """A local path denotes that file only."""
     mirrors = {"VAE.pth": "Copies/All:VAE.safetensors"}
     place = tmp_path / "Copies/All/VAE.safetensors"
     place.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""ControlNets: what is inferred of them, which of them are taken, and which of their parameters no gradient reaches."""
+"""ControlNets: inferred configurations, supported ones, and their unused parameters."""
 
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {"qwen-image": tiny_qwen, "flux": tiny_flux}
 
 @cache
 def module_of(family: str, component: str, **changed: int) -> nn.Module:
-    """A tiny component with random weights."""
+    """Return a tiny component with random weights."""
     tiny = TINY[family]
     config = tiny.CONFIGS[component](tiny.TinySizes()) | changed
     module = load_family(family).build(component, config)
@@ -124,12 +124,12 @@ def test_nothing_is_added_of_nothing():
 QWEN = [(1, 1), (2, 2), (1, 3), (4, 3), (3, 2)]
 """Blocks of the transformer and of the ControlNet."""
 FLUX = [(1, 1, 1, 1), (1, 3, 2, 2), (2, 2, 1, 3), (4, 3, 2, 0), (1, 3, 2, 0), (3, 1, 4, 3)]
-"""The same, then of single-stream blocks."""
+"""The same, and the blocks of single streams."""
 
 
 @pytest.mark.parametrize("sizes", [*QWEN, *FLUX], ids=str)
 def test_exactly_the_parameters_that_are_known_to_be_dead_get_no_gradient(sizes):
-    """Of each number of blocks: by running the real models backward."""
+    """For each number of blocks, by a backward pass of the real models."""
     family = "qwen-image" if len(sizes) == 2 else "flux"
     kinds = ("num_layers", "num_single_layers")
     transformer = module_of(family, "dit", **dict(zip(kinds, sizes[::2], strict=False)))

@@ -1,4 +1,4 @@
-"""The modules that families say their transformers have, against the real classes at real sizes, without weights."""
+"""The declared modules of each family's transformers, against the real classes at real sizes, without weights."""
 
 from functools import cache
 
@@ -34,12 +34,12 @@ MODELS = {
         ],
     ),
 }  # fmt: skip
-"""Family -> class of its transformer, and settings of published sizes."""
+"""Family -> class of its transformer, and published configurations."""
 
 
 @cache
 def shapes_of(family: str) -> list[dict[str, tuple[int, ...]]]:
-    """Tensor shapes of each size, by documented name."""
+    """Return tensor shapes of each size, by documented name."""
     class_name, sizes = MODELS[family]
     facts = FAMILIES[family]
     layout = next(layout for layout in facts.component("dit").layouts if layout.signature <= names_of(family, 0))
@@ -80,7 +80,7 @@ def replaced(pattern: str) -> list[str]:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("family", MODELS)
 def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
-    """Underscores too: no two modules become the same text."""
+    """With underscores too: no two modules have the same name."""
     naming = FAMILIES[family].component("dit").lora_naming
     vocabulary = naming.vocabulary(dialect)
     for modules in modules_of(family):
@@ -98,7 +98,7 @@ def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
 
 @pytest.mark.parametrize("family", ["qwen-image", "flux", "flux2"])
 def test_sides_and_blocks_are_those_of_the_real_classes(family):
-    """What tells families apart whose modules have the same names."""
+    """These distinguish families whose modules have the same names."""
     naming = FAMILIES[family].component("dit").lora_naming
     assert naming.sides and naming.blocks
     for shapes in shapes_of(family):

@@ -1,4 +1,4 @@
-"""Which components a plan has without files, and which files given by hand replace."""
+"""Components of a plan without files, and recipe entries that local files replace."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def find(resolved: Resolved, base: Path) -> tuple[FoundComponents, list[Problem]
 
 @pytest.mark.parametrize("command", ACCEPTED, ids=named)
 def test_the_plan_of_each_documented_command_is_whole_without_files(command: Command, tmp_path):
-    """Each component that the kind of model needs is there, with its published size."""
+    """Each component of the variant is planned, with its published size."""
     found, problems = find(resolve(command.values), tmp_path)
     assert problems == []
     needed = components_of(TASKS[str(command.values.get("task", "sft"))], found.variant) & {*found.variant.components}
@@ -46,13 +46,13 @@ def test_a_component_of_unknown_size_is_in_the_plan(tmp_path):
 
 @pytest.fixture
 def mine(tiny_models: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny Qwen-Image in a folder of its user's."""
+    """A copy of the tiny Qwen-Image in a user's folder."""
     return Path(shutil.copytree(tiny_models / MODEL_ID, tmp_path / "mine"))
 
 
 @pytest.fixture
 def given(mine: Path) -> Callable[..., Resolved]:
-    """The recipe with paths of one's own, as far as files they hold replace its entries."""
+    """Return the recipe with local paths, without the entries that they replace."""
 
     def run(*paths: object, **more: object) -> Resolved:
         text = json.dumps([str(mine / str(path)) for path in paths])
@@ -104,7 +104,7 @@ def test_what_other_parameters_call_an_entry_means_the_files_in_its_place(given,
 
 
 def test_entries_that_are_given_as_near_as_the_paths_stay(given, mine, tiny_models):
-    """Whoever gives both on the command line says two things of one component, which stays a problem."""
+    """Both on the command line contradict each other, which remains a problem."""
     entries = ",".join(ENTRIES.values())
     resolved = given("transformer", model_id_with_origin_paths=entries)
     assert resolved.parameters.model_id_with_origin_paths == tuple(ENTRIES.values())

@@ -1,4 +1,6 @@
-"""Which modules receive LoRA: ends of names, a pattern where no name ends so, or all linear layers of the blocks."""
+"""Modules that receive LoRA: suffixes of names, a regular expression if no name has the suffix, or all linear
+layers.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +27,7 @@ BLOCKS = {
     "flux": {"blocks.*": 2, "single_blocks.*": 2},
     "flux2": {"transformer_blocks.*": 2, "single_transformer_blocks.*": 20},
 }
-"""Lists of blocks in the tiny transformers, and how many blocks each has."""
+"""Lists of blocks in the tiny transformers, and their lengths."""
 LAYERS = {
     "qwen-image": {
         "transformer_blocks.*": {
@@ -106,7 +108,7 @@ def test_a_pattern_for_a_part_of_names_addresses_nothing(tiny_families, part):
 
 
 def test_a_value_that_names_end_with_is_no_pattern(tiny_families):
-    """As a pattern `ffn.0` would be whole names only, and as one for ends it would fit `ffnX0` too."""
+    """As a pattern `ffn.0` would only match full names, and as a suffix pattern it would match `ffnX0` too."""
     tiny = tiny_families("wan")
     assert modules_for(tiny, "ffn.0") == ("blocks.0.ffn.0", "blocks.1.ffn.0")
     assert modules_for(tiny, "q,k") == tuple(
@@ -138,7 +140,7 @@ def test_what_is_no_regular_expression_is_told(tiny_families, pattern):
 
 
 def test_other_components_can_be_chosen_from_too(tiny):
-    """They have no documented list: not given is refused, given empty takes the linear layers of their blocks."""
+    """They have no documented list: unset is rejected, empty selects the linear layers of their blocks."""
     component = next(name for name in tiny.facts.component_names if name.startswith("text_encoder"))
     kinds = kinds_of(modules_for(tiny, "", component))
     assert all(blocks for blocks in kinds) and sum(names.total() for names in kinds.values()) > 4
@@ -177,7 +179,7 @@ def test_kinds():
 
 
 def test_every_chosen_module_takes_a_lora(tiny):
-    """Built, they are what peft puts LoRA on; nothing of what is chosen is left without."""
+    """peft applies LoRA to each selected module."""
     plan = tiny.plan(output_path="unused", lora_target_modules="")
     files = plan.components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())

@@ -1,4 +1,4 @@
-"""Which parameters a resumed run may change: what each declares of itself, against a record of the run before."""
+"""Parameters that may change on resume: each declaration against a record of the previous run."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FREE = (
 
 
 def other_value(name: str) -> Any:
-    """A value that a parameter takes and that is not its default."""
+    """Return a valid value of a parameter other than its default."""
     setting = SETTINGS[name]
     if setting.type_name == "bool":
         return not setting.default
@@ -37,7 +37,7 @@ def other_value(name: str) -> Any:
 def problems_of_resuming(
     folder: Path, before: dict[str, Any], diverged_step: int | None = None, **now: Any
 ) -> list[Problem]:
-    """What is wrong with going on, with the parameters `now`, with a run that was recorded with `before`."""
+    """Return the problems of resuming a run recorded with `before`, with the parameters `now`."""
     folder.mkdir(exist_ok=True)
     RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1, diverged_step=diverged_step).save(folder)
     parameters = Parameters.model_validate({"resume": "auto", **now, "output_path": folder})

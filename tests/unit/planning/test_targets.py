@@ -1,4 +1,4 @@
-"""What a run trains: typed names find modules, one or several of ours, and formats without names are refused."""
+"""What a run trains: given names match one or several modules, and LoRA formats without a name are rejected."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_a_typed_module_that_is_several_here_is_one():
     ],
 )
 def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(target, hint):
-    """Parts of a documented module have no names of their own that could be typed."""
+    """Parts of a documented module have no names that could be given."""
     result, problems = training(found(), lora_target_modules=target)
     assert problems == [Problem(f"`lora_target_modules`: no module of dit ends with `{target}`", hint, wrong_use=True)]
     assert result.lora_modules == ()
@@ -100,7 +100,7 @@ def test_a_module_none_of_whose_parts_gets_a_gradient_is_left_out(dead, untraina
 
 
 def test_a_module_that_the_files_lack_a_part_of_is_none():
-    """The files themselves are told elsewhere."""
+    """The incomplete files are reported elsewhere."""
     shapes = {name: shape for name, shape in SHAPES.items() if not name.startswith("transformer_blocks.0.attn.to_k")}
     result, problems = training(found(shapes=shapes))
     assert problems == []

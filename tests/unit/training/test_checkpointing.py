@@ -1,4 +1,4 @@
-"""What a checkpoint holds: full weights under the names a layout states for them, LoRA under those of its format."""
+"""Content of checkpoints: full weights with the keys of a layout, LoRA with those of its format."""
 
 import weakref
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_a_layout_states_the_names_of_full_checkpoints():
 
 
 def test_matrices_are_joined_one_by_one(monkeypatch, tmp_path):
-    """Twice each, for shape and values, and never two of them at a time."""
+    """Twice each, for shape and values, and never two at a time."""
     joined: list[str] = []
     alive: list[weakref.ref[torch.Tensor]] = []
     join = TableMap.fuse
@@ -98,7 +98,7 @@ def test_what_the_base_file_lacks_is_another_name_of_what_it_has_and_left_out():
 
 @pytest.mark.parametrize(("written", "name"), [(None, "typed_qkv"), (FILE, "qkv")])
 def test_of_a_component_that_trains_in_part_that_part_alone_is_held(written, name):
-    """Named as it is typed, written as full checkpoints are."""
+    """With the keys of full checkpoints."""
     found = content(replace(LAYOUT, saved_keys=written), part="typed_qkv")
     assert set(found.tensors) == {f"{name}.weight"}
     assert found.dtypes == {f"{name}.weight": torch.bfloat16}

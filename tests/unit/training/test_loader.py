@@ -1,4 +1,4 @@
-"""The micro-batches of the processes together: the same samples in the same steps, however the work is shared."""
+"""The micro-batches of all processes: the same samples in the same steps, however they are distributed."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SHAPES = ["a"] * 7 + ["b"] * 4
 
 
 def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: int = 0) -> Plan:
-    """A plan with nothing to encode; what the loader does not ask for is left out."""
+    """A plan with nothing to encode, without the fields that the loader does not use."""
     steps = StepPlan(BatchPlan(SHAPES, 3, 2, seed=1), accumulation * world_size, 2, None)
     nothing: Any = None
     parameters = Parameters(dataset_num_workers=workers)
@@ -29,7 +29,7 @@ def batches_of(plan: Plan, process: int) -> list[MicroBatch]:
 
 
 def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[SampleRef, ...]]]]:
-    """For each step, the micro-batches that count, over all processes, in the order of the plan."""
+    """Return the micro-batches of each step that count, over all processes, in the order of the plan."""
     plan = plan_of(accumulation, world_size)
     streams = [iter(batches_of(plan, process)) for process in range(world_size)]
     steps = []

@@ -1,4 +1,4 @@
-"""Items from worker processes: the same as without, through pipes, faults as values."""
+"""Items from worker processes: the same as without workers, through pipes, errors as values."""
 
 import os
 import resource
@@ -40,7 +40,7 @@ def test_a_fault_is_raised_as_it_was(workers):
 
 
 def test_no_tensor_goes_through_shared_memory(tmp_path, monkeypatch):
-    """A container has 64 MB of it: where it is full, torch's workers wait for ever."""
+    """A container has 64 MB of it, and torch's workers hang if it is full."""
     share = ForkingPickler._extra_reducers[torch.Tensor]
 
     def spy(tensor):
@@ -65,7 +65,7 @@ def test_no_room_for_what_workers_share_is_told():
 
 
 class Endless(Dataset):
-    """Items that take for ever, but for the first of each worker."""
+    """Items that never finish loading, except for the first of each worker."""
 
     def __getitem__(self, place):
         if place >= 2:
@@ -90,7 +90,7 @@ with locked(Path(sys.argv[1])):
 
 @contextmanager
 def at_work(folder, then):
-    """A process with a lock, and its two workers, each in the midst of an item."""
+    """A process with a lock, and its two workers, each loading an item."""
     command = [sys.executable, "-c", SCRIPT.format(then=then), folder / "lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -111,7 +111,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
 
 
 def test_workers_in_the_midst_of_an_item_are_ended_when_no_more_are_wanted(tmp_path):
-    """They leave SIGTERM, with which torch would end them, to the training process."""
+    """They ignore SIGTERM, with which torch would end them."""
     with at_work(tmp_path, "sys.stdin.readline(); items.close()") as (process, workers):
         process.stdin.close()
         assert process.wait(timeout=60) == 0

@@ -1,5 +1,8 @@
-"""FLUX.1 at its published sizes, on the meta device: inferred configurations, exact parameter counts, all layouts; what
-kinds of transformer there are, and how large their reference images are."""
+"""FLUX.1 at its published sizes, on the meta device.
+
+Inferred configurations, exact parameter counts, all layouts; variants of the transformer, and sizes of reference
+images.
+"""
 
 import json
 from functools import cache
@@ -65,7 +68,7 @@ OTHER_LAYOUTS: dict[str, tuple[str, KeyMap]] = {
 
 @cache
 def published(component: str) -> nn.Module:
-    """A component made by its library from the published settings, without memory."""
+    """Build a component with its library from the published config, on the meta device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -83,7 +86,7 @@ def published(component: str) -> nn.Module:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """As a file has them: the tied embedding of T5 once."""
+    """Return shapes as in a file: the tied embedding of T5 once."""
     return {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()
@@ -92,7 +95,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def plain(config: object, keys: dict[str, object]) -> dict[str, object]:
-    """The same keys of a library's configuration, sequences as lists."""
+    """Return the same keys of a library's configuration, with sequences as lists."""
     values = {name: getattr(config, name) for name in keys}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -287,7 +290,7 @@ TRANSFORMER_INPUTS = {
 
 
 def test_the_text_encoder_reads_the_embedding_its_files_have():
-    """Files say `tie_word_embeddings: false`, of a decoder's head, and hold `shared.weight` only."""
+    """Files have `tie_word_embeddings: false`, about a decoder's head, and contain only `shared.weight`."""
     config = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "architectures": ["T5EncoderModel"]}
     module = build("text_encoder_2", TINY_T5 | config | {"model_type": "t5"})
     assert module.encoder.embed_tokens.weight is module.shared.weight
@@ -351,7 +354,7 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path, files):
 
 
 def test_t5_s_tokenizer_is_read_as_its_file_says(tmp_path):
-    """transformers 5 loses its normalisation, under which `ﬁne` is `fine`."""
+    """transformers 5 drops its normalization, which maps `ﬁne` to `fine`."""
     from tokenizers import Tokenizer, normalizers
 
     write_tiny_weights(tmp_path, "text_encoder_2", "x", "text_encoder_2/model.safetensors")

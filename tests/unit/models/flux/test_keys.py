@@ -1,4 +1,4 @@
-"""FLUX.1's names: each table against real tiny modules in both directions, and against diffusers' own converters."""
+"""FLUX.1's keys: each key map against tiny modules in both directions, and against diffusers' own converters."""
 
 from functools import cache
 
@@ -52,7 +52,7 @@ def module_of(component: str) -> nn.Module:
 
 @cache
 def tensors_of(component: str) -> dict[str, Tensor]:
-    """What a file of the module holds: a tied tensor once."""
+    """Return the tensors of a module as in a file: a tied tensor once."""
     state = module_of(component).state_dict()
     return {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
 
@@ -94,7 +94,7 @@ def test_every_row_of_a_table_names_a_part_of_a_real_module(table: TableMap, the
 
 
 def test_diffusers_converts_the_transformer_alike():
-    """At width 3072 only, which diffusers' converter assumes."""
+    """Only at width 3072, which diffusers' converter assumes."""
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
     with torch.device("meta"):
@@ -182,14 +182,14 @@ def test_the_last_modulation_has_the_shift_first():
 
 
 def test_the_embedding_of_t5_has_one_name():
-    """Its second one is read over in files, and not written."""
+    """Its second name is ignored in files, and not written."""
     module = module_of("text_encoder_2")
     assert keys.T5.to_targets("encoder.embed_tokens.weight") == ()
     assert keys.T5.to_sources(module.state_dict()) == list(tensors_of("text_encoder_2"))
 
 
 def test_names_of_other_models_are_unknown():
-    """FLUX.2 has one modulation for all blocks, ControlNets have blocks of their own."""
+    """FLUX.2 has one modulation for all blocks, ControlNets have additional blocks."""
     assert keys.DIT_ORIGINAL.to_targets("double_stream_modulation_img.lin.weight") is None
     assert keys.DIT_ORIGINAL.to_source("controlnet_blocks.0.weight") is None
     assert keys.VAE_ORIGINAL.to_targets("encoder.quant_conv.weight") is None

@@ -1,4 +1,4 @@
-"""FLUX.1's tiny components: they lie where and as the published ones do, load back, and keep inputs apart."""
+"""FLUX.1's tiny components: published paths and keys, loadable, with different outputs for different inputs."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ CASES: dict[str, tuple[str, str, KeyMap, bool]] = {
     "clip": ("text_encoder_1", "text_encoder/model.safetensors", keys.CLIP, True),
     "t5": ("text_encoder_2", "text_encoder_2/*.safetensors", keys.T5, True),
 }
-"""Component, its place in the repository, the names in its file, and whether a config.json lies beside it."""
+"""Component, its path in the repository, its key map, and whether it has a config.json."""
 CAPTIONS = ("a cat", "a dog", "the cat and the hat", "A CAT!", "")
 
 
 def load(base: Path, case: str) -> nn.Module:
-    """Written, read back by names and shapes as any component is, and filled with nothing missing."""
+    """Load a written component by names and shapes as any other, with nothing missing."""
     component, pattern, table, configured = CASES[case]
     write_tiny_weights(base, component, DEV, pattern)
     ours: dict[str, Tensor] = {}

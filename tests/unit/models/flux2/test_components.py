@@ -38,14 +38,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, object], int]] = {
     "qwen3 4b": ("text_encoder", QWEN3_4B, 4022468096),
     "qwen3 8b": ("text_encoder", QWEN3_8B, 7568405504),
 }
-"""The counts of text encoders leave the vocabulary head out: that of 8B, of its own, is 151936 x 4096 more."""
+"""Parameter counts of text encoders exclude the output head: the untied one of 8B has 151936 x 4096 more."""
 INFER = {"dit": infer_transformer, "vae": infer_vae, "text_encoder": infer_text_encoder}
 TINY_VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 
 
 @cache
 def published(case: str) -> nn.Module:
-    """A component made by its library from the published settings, without memory."""
+    """Build a component with its library from the published config, on the meta device."""
     component, settings, _ = PUBLISHED[case]
     return without_memory(component, **settings)
 
@@ -63,7 +63,7 @@ def without_memory(component: str, **settings: object) -> nn.Module:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """As a file has them: a tied vocabulary head is not there."""
+    """Return shapes as in a file: without a tied output head."""
     tied = getattr(module.config, "tie_word_embeddings", False)
     return {
         name: tuple(tensor.shape)
@@ -73,7 +73,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def plain(config: object, keys: dict[str, object]) -> dict[str, object]:
-    """The same keys of a library's configuration, sequences as lists."""
+    """Return the same keys of a library's configuration, with sequences as lists."""
     values = {name: getattr(config, name) for name in keys}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""FLUX.2's names: recognised, addressed by targets, and what nothing reads; against real tiny modules."""
+"""FLUX.2's keys: recognition, LoRA targets, and unused parameters; against tiny modules."""
 
 import math
 from collections.abc import Callable
@@ -128,7 +128,7 @@ def test_only_dialects_with_these_names_are_written():
 
 
 def silent_parameters(component: str, output: Callable[[nn.Module], torch.Tensor]) -> set[str]:
-    """Parameters that get no gradient from an output."""
+    """Return parameters that receive no gradient from an output."""
     module = module_of(component)
     module.zero_grad()
     output(module).pow(2).sum().backward()
@@ -202,7 +202,7 @@ def test_flux2_dev_is_refused(shapes):
 
 
 def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
-    """transformers writes the names of the published files, and has others in memory."""
+    """transformers saves with the keys of the published files, which differ from its module keys."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     sizes = {
@@ -227,7 +227,7 @@ def test_mistral_s_files_are_known_in_both_spellings(tmp_path: Path):
 
 
 def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
-    """FLUX.1's has the same blocks, but modulates each by itself."""
+    """FLUX.1's has the same blocks, but separate modulations."""
     tensors = {
         *("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "double_stream_modulation_img.lin.weight"),
         *(f"double_blocks.0.{stream}_attn.{part}.weight" for stream in ("img", "txt") for part in ("qkv", "proj")),
@@ -244,7 +244,7 @@ def test_black_forest_labs_own_file_is_told_from_that_of_flux_1():
 
 
 def sizes_of_the_pipeline(width: int, height: int) -> tuple[int, int]:
-    """(height, width) that diffusers scales a reference image to."""
+    """Return the (height, width) to which diffusers scales a reference image."""
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     image = Flux2ImageProcessor._resize_if_exceeds_area(Image.new("L", (width, height)), 1024 * 1024)

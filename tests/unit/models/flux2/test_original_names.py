@@ -8,7 +8,7 @@ from diffsynth_core.models.flux2.keys import DIT_MODULES, DIT_ORIGINAL
 
 
 def tensors_of(tiny_families) -> dict[str, torch.Tensor]:
-    """The tensors of the tiny transformer, each value another, so that rows in another order are seen."""
+    """Return the tensors of the tiny transformer with distinct values, so that permuted rows are noticed."""
     files = sorted(
         (tiny_families("flux2").base / "black-forest-labs/FLUX.2-klein-4B/transformer").glob("*.safetensors")
     )
@@ -18,7 +18,7 @@ def tensors_of(tiny_families) -> dict[str, torch.Tensor]:
 
 
 def test_diffusers_reads_the_original_names_back(cli, tiny_families):
-    """Every tensor has an original name; what the command writes is what the converter takes."""
+    """Every tensor has an original key; diffusers' converter accepts the output of the command."""
     tensors = tensors_of(tiny_families)
     save_file({f"pipe.dit.{name}": tensor for name, tensor in tensors.items()}, "epoch-0.safetensors")
     outcome = cli("split-ckpt", "epoch-0.safetensors", "--output_path", "parts", "--layout", "original")

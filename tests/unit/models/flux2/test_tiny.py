@@ -1,4 +1,4 @@
-"""FLUX.2's tiny components: they lie where and as the published ones do, load back, and are told from others."""
+"""FLUX.2's tiny components: published paths and keys, loadable, distinguished from others."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ TRANSFORMERS = {
 
 
 def names_in(folder: Path) -> set[str]:
-    """Tensors of all files in a folder."""
+    """Return the tensor names of all files in a folder."""
     found: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -41,7 +41,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def load(base: Path, component: str, model_id: str) -> nn.Module:
-    """Written and read back with nothing missing."""
+    """Load a written component with nothing missing."""
     write_tiny_weights(base, component, model_id, FILE_PATTERNS[component])
     folder = (base / model_id / FILE_PATTERNS[component]).parent
     tensors = {}
@@ -122,7 +122,7 @@ def test_the_template_is_qwen3_s(tmp_path):
 
 
 def find(base: Path, problems: list, **models: str):
-    """What a run finds where models are named by component."""
+    """Find components as a run does."""
     entries = tuple(f"{model_id}:{FILE_PATTERNS[component]}" for component, model_id in models.items())
     return find_components(Parameters(model_id_with_origin_paths=entries), "flux2", base, problems)
 

@@ -47,7 +47,7 @@ INFER = {"dit": infer_transformer, "vae": infer_vae, "text_encoder": infer_text_
 
 
 def published(component: str) -> torch.nn.Module:
-    """A component made by its library from the published settings, without memory."""
+    """Build a component with its library from the published config, on the meta device."""
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 

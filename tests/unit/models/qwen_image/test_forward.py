@@ -58,7 +58,7 @@ def test_number_formats_are_kept(dtype):
 
 
 def edited(length: int, value: float) -> dict[str, torch.Tensor]:
-    """A sample with two images of different sizes."""
+    """A sample with two reference images of different sizes."""
     shown = {"edit_latents_0": torch.full((16, 1, 4, 2), value), "edit_latents_1": torch.full((16, 1, 2, 6), -value)}
     return {**shown, **encoded(length, value)}
 
@@ -78,7 +78,7 @@ def test_images_to_edit_are_in_the_order_of_their_numbers():
 
 
 class Recorder:
-    """In place of the transformer: keeps what it is given, and says its tokens back."""
+    """Replaces the transformer: records its inputs, and returns its tokens."""
 
     dtype = torch.float32
 

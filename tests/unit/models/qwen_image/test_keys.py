@@ -1,4 +1,4 @@
-"""Qwen-Image's names: text encoder keys of old and new releases, dead modules, LoRA targets."""
+"""Qwen-Image's keys: text encoder keys of old and new releases, unused modules, LoRA targets."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Qwen-Image's tiny components: templates of the real length, the processor, and transformers as published."""
+"""Qwen-Image's tiny components: templates with the real number of tokens, the processor, published transformers."""
 
 import pytest
 

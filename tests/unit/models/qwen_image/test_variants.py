@@ -1,4 +1,4 @@
-"""Which editing model of Qwen-Image a run is about, what it needs, and the sizes at which it reads images."""
+"""The editing model of a run, its inputs, and the sizes at which it reads images."""
 
 import pytest
 
@@ -31,7 +31,7 @@ SHARDS = "diffusion_pytorch_model*.safetensors"
     ],
 )
 def test_the_model_is_told_by_the_name_of_its_files(origin, model_id):
-    """The first Edit is taken for it only where a folder or repository has exactly its name."""
+    """The first Edit model is recognized only by a folder or repository with exactly its name."""
     found = edit_model(origin)
     assert found.model_id == model_id
     assert found.one_image == (model_id == "Qwen/Qwen-Image-Edit")

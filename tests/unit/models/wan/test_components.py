@@ -93,7 +93,7 @@ TABLES = {
 
 @cache
 def published(case: str) -> nn.Module:
-    """A component made by its library from the published settings, without memory."""
+    """Build a component with its library from the published config, on the meta device."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -109,7 +109,7 @@ def published(case: str) -> nn.Module:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """As a file has them: the tied embedding of UMT5 once."""
+    """Return shapes as in a file: the tied embedding of UMT5 once."""
     return {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()
@@ -118,7 +118,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def original_shapes(case: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of Wan's own file."""
+    """Return keys and shapes of Wan's own file."""
     table: TableMap = TABLES.get(case, keys.DIT)
     tensors = published(case).state_dict()
     theirs = {table.to_source(name) for name in shapes_of(published(case))}
@@ -126,7 +126,7 @@ def original_shapes(case: str) -> dict[str, tuple[int, ...]]:
 
 
 def plain(config: object, keys: dict[str, object]) -> dict[str, object]:
-    """The same keys of a library's configuration, sequences as lists."""
+    """Return the same keys of a library's configuration, with sequences as lists."""
     values = {name: getattr(config, name) for name in keys}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -273,7 +273,7 @@ def test_sizes_of_umt5_that_are_not_multiples_of_each_other_are_inferred():
 
 
 def test_the_text_encoder_reads_the_embedding_its_files_have():
-    """Files say `tie_word_embeddings: false`, of a decoder's head, and hold `shared.weight` only."""
+    """Files have `tie_word_embeddings: false`, about a decoder's head, and contain only `shared.weight`."""
     config = TINY_TEXT | {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
@@ -343,7 +343,7 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path, files):
 
 @pytest.mark.parametrize("class_name", ["WanModel", "VaceWanModel"])
 def test_the_configuration_at_the_root_is_that_of_the_transformer_alone(tmp_path, class_name):
-    """In Wan's own repositories one config.json lies beside all components."""
+    """Wan's own repositories have one config.json in the folder of all components."""
     model = "Wan-AI/Wan2.1-T2V-1.3B"
     files = {"dit": "diffusion_pytorch_model*.safetensors", "vae": "Wan2.1_VAE.pth"}
     for component, place in files.items():

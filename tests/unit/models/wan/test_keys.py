@@ -1,4 +1,4 @@
-"""Wan's names: each table against real tiny modules in both directions, and against diffusers' own converters."""
+"""Wan's keys: each key map against tiny modules in both directions, and against diffusers' own converters."""
 
 import math
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def module_of(case: str) -> nn.Module:
 
 @cache
 def tensors_of(case: str) -> dict[str, Tensor]:
-    """What a file of the module holds: a tied tensor once."""
+    """Return the tensors of a module as in a file: a tied tensor once."""
     return {
         name: tensor for name, tensor in module_of(case).state_dict().items() if name != "encoder.embed_tokens.weight"
     }
@@ -314,6 +314,6 @@ def test_the_documented_lora_targets():
 
 
 def test_the_tiny_tensors_are_told_apart():
-    """Else two rows that were swapped could go unnoticed."""
+    """Otherwise two swapped rows could go unnoticed."""
     first = [math.fsum(tensor.flatten().double().tolist()) for tensor in tensors_of("flf2v").values()]
     assert len(set(first)) == len(first)

@@ -1,4 +1,4 @@
-"""Wan's tiny components: they lie where and as the published ones do, load back, and keep inputs apart."""
+"""Wan's tiny components: published paths and keys, loadable, with different outputs for different inputs."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ OTHERS: dict[str, tuple[str, str, str, KeyMap]] = {
 
 
 def read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
-    """What torch and safetensors find where a recipe's pattern points."""
+    """Return the tensors that torch and safetensors read from the files of a recipe's pattern."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def read_tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
 
 
 def load(base: Path, component: str, model_id: str, pattern: str, table: KeyMap) -> nn.Module:
-    """Written, read back by names and shapes as any component is, and filled with nothing missing."""
+    """Load a written component by names and shapes as any other, with nothing missing."""
     write_tiny_weights(base, component, model_id, pattern)
     ours: dict[str, Tensor] = {}
     for name, tensor in read_tensors(base / model_id, pattern).items():
@@ -70,7 +70,7 @@ def load(base: Path, component: str, model_id: str, pattern: str, table: KeyMap)
 
 
 def settings_of(module: nn.Module) -> dict[str, object]:
-    """Its configuration, without where it came from."""
+    """Return its configuration, without its origin."""
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     return {name: value for name, value in config.items() if name != "architectures" and not name.startswith("_")}
 
@@ -150,7 +150,7 @@ def test_sizes_can_be_chosen(tmp_path):
 
 @pytest.fixture(scope="module")
 def clips() -> Tensor:
-    """Four photographs, each seen through a window that moves: [4, 3, 9, 64, 64], -1 to 1."""
+    """Four photographs, each seen through a moving window: [4, 3, 9, 64, 64], -1 to 1."""
     import numpy as np
     import skimage.data
     from PIL import Image

@@ -1,4 +1,4 @@
-"""What kind of Wan is meant where no transformer is among the files, as in the first half of split training."""
+"""The variant of Wan without a transformer among the files, as in a precompute task."""
 
 import pytest
 
