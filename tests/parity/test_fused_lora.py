@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights, name_lora
 from diffsynth_core.checkpoints.saved_states import LoopState
-from diffsynth_core.checkpoints.state import restore_state, save_state
+from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import ComposedKeyMap, TableMap
 from diffsynth_core.weights.lora_names import LoraNaming, find_lora_keys
@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(base, tmp_path):
     straight = with_lora(base)
     optimizer = adamw(trained(straight).values())
     train(straight, optimizer, 2)
-    save_state(tmp_path, LoopState(2, 4, {}), trained(straight), optimizer, keep=1)
+    save_state(tmp_path, LoopState(2, 4, {}), state_of(trained(straight), optimizer), keep=1)
     train(straight, optimizer, 2)
 
     resumed = with_lora(base, seed=9)

@@ -1,5 +1,6 @@
 """Faults in the middle of a run: completed steps are saved, the fault is reported, and the run can be resumed."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -154,11 +155,13 @@ def test_an_output_folder_that_goes_away_is_noticed(run, out, tmp_path, renamed,
 
 def diverge(run: Callable[..., Meddler], monkeypatch: pytest.MonkeyPatch, **more: str) -> str:
     """A run with a non-finite gradient in its fourth step."""
-    from diffsynth_core.training.loop import Run
+    from diffsynth_core.training.engine import ReplicatedEngine
 
-    measure = Run._gradient_norm
+    measure, calls = ReplicatedEngine.gradient_norm, itertools.count(1)
     with monkeypatch.context() as patch, pytest.raises(DiffSynthError) as caught:
-        patch.setattr(Run, "_gradient_norm", lambda self: float("nan") if self.done == 3 else measure(self))
+        patch.setattr(
+            ReplicatedEngine, "gradient_norm", lambda self: float("nan") if next(calls) == 4 else measure(self)
+        )
         run(**more)
     [problem] = caught.value.problems
     return problem.message

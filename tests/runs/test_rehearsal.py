@@ -211,9 +211,9 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
     """SIGTERM to this process in the third step; if the folder was named, it is in use by then."""
     import signal
 
-    from diffsynth_core.training.loop import Run
+    from diffsynth_core.training.engine import ReplicatedEngine
 
-    real, calls = Run._gradient_norm, []
+    real, calls = ReplicatedEngine.gradient_norm, []
 
     def stopping(self):
         calls.append(1)
@@ -221,7 +221,7 @@ def test_a_stopped_rehearsal_tells_how_to_give_it_again(cli, monkeypatch, named)
             signal.raise_signal(signal.SIGTERM)
         return real(self)
 
-    monkeypatch.setattr(Run, "_gradient_norm", stopping)
+    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", stopping)
     command = ("train", "--recipe", "qwen-image-lora", "--rehearse", "--dataset_num_workers", 0)
     command += ("--output_path", "out") if named else ()
     outcome = cli(*command)

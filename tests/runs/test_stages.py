@@ -53,9 +53,9 @@ def contents() -> dict[str, int]:
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Send SIGTERM to this process at the end of a step, counted over all stages: the next step is the last one."""
-    from diffsynth_core.training.loop import Run
+    from diffsynth_core.training.engine import ReplicatedEngine
 
-    real, calls = Run._gradient_norm, []
+    real, calls = ReplicatedEngine.gradient_norm, []
 
     def stopping(self):
         calls.append(1)
@@ -63,7 +63,7 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             signal.raise_signal(signal.SIGTERM)
         return real(self)
 
-    monkeypatch.setattr(Run, "_gradient_norm", stopping)
+    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", stopping)
 
 
 def test_stages_train_one_after_the_other_each_in_its_folder(train):
@@ -248,9 +248,9 @@ def test_a_stop_in_the_last_step_of_a_stage_begins_no_other(train, monkeypatch):
 
 
 def test_a_failure_in_the_first_stage_begins_no_other(train, monkeypatch):
-    from diffsynth_core.training.loop import Run
+    from diffsynth_core.training.engine import ReplicatedEngine
 
-    monkeypatch.setattr(Run, "_gradient_norm", lambda self: float("nan"))
+    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", lambda self: float("nan"))
     outcome = train()
     assert outcome.code == 1 and "not finite in step 1" in outcome.err
     assert record_of("high")["status"] == "failed" and not Path("out/low").exists()

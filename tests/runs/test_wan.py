@@ -201,10 +201,10 @@ def test_only_one_expert_is_in_memory(train, monkeypatch, task):
 
     from diffusers import WanTransformer3DModel
 
-    from diffsynth_core.training.loop import Run
+    from diffsynth_core.training.engine import ReplicatedEngine
 
     alive = []
-    real = Run._gradient_norm
+    real = ReplicatedEngine.gradient_norm
 
     def counting(self):
         gc.collect()
@@ -212,7 +212,7 @@ def test_only_one_expert_is_in_memory(train, monkeypatch, task):
         return real(self)
 
     before = sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects())
-    monkeypatch.setattr(Run, "_gradient_norm", counting)
+    monkeypatch.setattr(ReplicatedEngine, "gradient_norm", counting)
     train("--recipe", f"wan2.2-t2v-a14b-{task}", "--output_path", "both", "--max_steps", 2)
     assert set(alive) == {before + 1} and len(alive) == 4
 

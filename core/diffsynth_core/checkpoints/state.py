@@ -5,7 +5,7 @@ A new state is complete before an older one is removed.
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,27 @@ SET_EVERY_STEP = ("params", "lr", "initial_lr")
 """Options of the optimizer's parameter groups that the training loop sets itself."""
 
 
-def save_state(
-    folder: Path,
-    loop_state: LoopState,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> None:
+@dataclass(frozen=True)
+class StateTensors:
+    """What a state holds of weights and optimizer, whole: the same for every engine and number of processes.
+
+    Attributes:
+        weights: trained weights by `<component>.<parameter>`, float32.
+        moments: tensors of the optimizer by `<component>.<parameter>/<kind>`, such as `…/exp_avg`.
+        values: everything else of the optimizer.
+    """
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    values: OptimizerValues
+
+
+def state_of(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> StateTensors:
+    """Return the state of whole parameters and their optimizer."""
+    return StateTensors(trained, _tensors(trained, optimizer), _values(trained, optimizer))
+
+
+def save_state(folder: Path, loop_state: LoopState, tensors: StateTensors, keep: int) -> None:
     """Write the state of a run below `folder`, and remove all but the latest `keep` states.
 
     States of later steps, left by a run that was resumed from an earlier one, are removed too.
@@ -52,10 +66,10 @@ def save_state(
         shutil.rmtree(unfinished, ignore_errors=True)
     try:
         files = {
-            TRAINED: write_tensors(fresh / TRAINED, trained, {}),
-            OPTIMIZER: write_tensors(fresh / OPTIMIZER, _tensors(trained, optimizer), {}),
+            TRAINED: write_tensors(fresh / TRAINED, tensors.weights, {}),
+            OPTIMIZER: write_tensors(fresh / OPTIMIZER, tensors.moments, {}),
         }
-        write_loop_state(fresh, replace(loop_state, optimizer=_values(trained, optimizer), files=files))
+        write_loop_state(fresh, replace(loop_state, optimizer=tensors.values, files=files))
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -71,7 +85,7 @@ def save_state(
 def restore_state(
     state: Path, loop_state: LoopState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Restore trained weights and optimizer in place.
+    """Restore whole parameters and their optimizer in place.
 
     Raises:
         DiffSynthError: if the state cannot be read, or belongs to other parameters.

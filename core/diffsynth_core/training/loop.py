@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,11 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor
 
 from diffsynth_core.checkpoints.run_folder import (
     LOG,
-    MetricsFile,
     RunRecord,
     claim_folder,
     folder_identity,
@@ -26,8 +24,8 @@ from diffsynth_core.checkpoints.run_folder import (
     read_record,
 )
 from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
-from diffsynth_core.checkpoints.state import restore_state, save_state
-from diffsynth_core.config.parameters import as_plain
+from diffsynth_core.checkpoints.state import save_state
+from diffsynth_core.config.parameters import Parameters, as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
@@ -35,14 +33,15 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
+from diffsynth_core.training.engine import Engine, ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
+from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
 from diffsynth_core.training.schedule import learning_rate
 from diffsynth_core.training.stop import StopRequest
 
-LOSS_AVERAGE_STEPS = 50
-"""The displayed loss is a running mean over about this many steps."""
-
+MakeEngine = Callable[[TrainingModule, Parameters, Accelerator], Engine]
+"""Creates the engine of a run for a module whose trained parameters are float32."""
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 MAX_SKIPPED_STEPS = 20
@@ -64,11 +63,21 @@ class Diverged(DiffSynthError):
     """A loss or gradient is not finite; continuing from the current weights would fail again."""
 
 
-def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | None = None) -> RunResult:
+def train(
+    plan: Plan,
+    reporter: Reporter,
+    stop: StopRequest,
+    stop_after: int | None = None,
+    *,
+    make_engine: MakeEngine = ReplicatedEngine,
+    observers: Sequence[Observer] = (),
+) -> RunResult:
     """Execute a plan: encode, train, save.
 
     Args:
         stop_after: behave as if interrupted after this step; for rehearsals.
+        make_engine: distributes the steps over processes.
+        observers: follow the run in this process, besides metrics and progress.
 
     Raises:
         DiffSynthError: on faults found while running, such as a non-finite loss.
@@ -77,12 +86,19 @@ def train(plan: Plan, reporter: Reporter, stop: StopRequest, stop_after: int | N
     accelerator = make_accelerator(plan)
     reporter = reporter if accelerator.is_main_process else SilentReporter()
     with claim_folder(plan.parameters.output_path) if accelerator.is_main_process else nullcontext():
-        return _train(plan, accelerator, reporter, stop, stop_after)
+        run = _open_run(plan, accelerator, reporter, stop, make_engine, observers)
+        return run.execute(stop, stop_after)
 
 
-def _train(
-    plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest, stop_after: int | None
-) -> RunResult:
+def _open_run(
+    plan: Plan,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    stop: StopRequest,
+    make_engine: MakeEngine,
+    observers: Sequence[Observer],
+) -> "Run":
+    """Fill the cache, load what a step needs, and continue from the plan's state."""
     if plan.parameters.resume is None and read_record(plan.parameters.output_path):
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
@@ -94,8 +110,7 @@ def _train(
     stop.raise_if_set()
     model = build_training_module(plan, encodings, family, accelerator.device, reporter)
     stop.raise_if_set()
-    run = Run(plan, encodings, model, accelerator, reporter)
-    return run.execute(stop, stop_after)
+    return Run(plan, encodings, model, accelerator, reporter, make_engine, observers)
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
@@ -135,30 +150,31 @@ def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
 
 
 class Run:
-    """One run in its folder: model, optimizer, progress and saved files."""
+    """One run in its folder: model, engine, progress and saved files."""
 
     def __init__(
-        self, plan: Plan, encodings: EncodingsPlan, model: TrainingModule, accelerator: Accelerator, reporter: Reporter
+        self,
+        plan: Plan,
+        encodings: EncodingsPlan,
+        model: TrainingModule,
+        accelerator: Accelerator,
+        reporter: Reporter,
+        make_engine: MakeEngine,
+        observers: Sequence[Observer],
     ) -> None:
         self.plan, self.encodings, self.accelerator, self.reporter = plan, encodings, accelerator, reporter
         self.folder = plan.parameters.output_path
         self.model = model
-        self.trained = model.trained()
-        params = plan.parameters
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=params.learning_rate, weight_decay=params.weight_decay)
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.engine = make_engine(model, plan.parameters, accelerator)
+        self.observers = list(observers)
         self.done = self.saved = plan.first_step
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.updating = False
         self.skipped_in_a_row = 0
         if plan.start.state:
-            # After prepare(), which would move the optimizer's step counters to the device: each step would then sync.
-            loop_state = plan.start.state.loop_state
-            restore_state(plan.start.state.path, loop_state, self.trained, optimizer)
-            self.samples_seen = loop_state.samples_seen
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(loop_state.scaler)
+            self.engine.restore(plan.start.state)
+            self.samples_seen = plan.start.state.loop_state.samples_seen
         for warning in plan.start.warnings:
             reporter.warn(warning)
         self.record = self._open_record()
@@ -166,13 +182,10 @@ class Run:
 
     def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
-        metrics = (
-            MetricsFile(self.folder, self.plan.first_step, self.reporter.warn)
-            if self.accelerator.is_main_process
-            else None
-        )
+        if self.accelerator.is_main_process:
+            self.observers.append(MetricsObserver(self.folder, self.plan.first_step, self.reporter.warn))
         try:
-            self._loop(metrics, stop, stop_after)
+            self._loop(stop, stop_after)
             self._check_folder()
         except (Interrupted, KeyboardInterrupt):
             self._finish("interrupted")
@@ -184,20 +197,20 @@ class Run:
                 self._finish("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
-            if metrics:
-                metrics.close()
+            for observer in self.observers:
+                observer.on_end()
         self._finish("interrupted" if self.record.step < self.plan.steps.total_steps else "completed")
         return RunResult(self.folder, self.record)
 
-    def _loop(self, metrics: MetricsFile | None, stop: StopRequest, stop_after: int | None) -> None:
+    def _loop(self, stop: StopRequest, stop_after: int | None) -> None:
         """Fetch, forward, backward, check, step, report, save."""
         params, steps = self.plan.parameters, self.plan.steps
         first, total = self.plan.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
-        average = 0.0
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
         with self.reporter.task("Training", total, "steps", done=first) as task:
+            observers = (*self.observers, ProgressObserver(task, self.accelerator.device))
             for step in range(first, total):
                 started = time.perf_counter()
                 part = steps.slice(step)
@@ -206,25 +219,18 @@ class Run:
                 data_seconds = time.perf_counter() - started
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
                 loss, asked_to_stop = self._forward_backward(fetched, sample_count, stop)
-                gradient_norm = self._gradient_norm()
+                gradient_norm = self.engine.gradient_norm()
                 self._check_finite(step, loss, gradient_norm)
-                self._update(sample_count)
+                self._update(rate, sample_count)
                 done = self.done
                 seconds = time.perf_counter() - started
-                window = min(done - first, LOSS_AVERAGE_STEPS)
-                average += (loss - average) / window
-                if metrics:
-                    self._check_folder()
-                    metrics.write(
-                        {
-                            "step": done, "epoch": part.epoch, "samples_seen": self.samples_seen, "loss": loss, "lr": rate,
-                            "grad_norm": gradient_norm, "seconds": round(seconds, 6), "data_seconds": round(data_seconds, 6),
-                        }
-                    )  # fmt: skip
-                task.advance(loss=f"{average:.4f}", memory=self._memory())
+                self._check_folder()
+                report = StepReport(
+                    done, part.epoch, self.samples_seen, loss, rate, gradient_norm, seconds, data_seconds
+                )
+                for observer in observers:
+                    observer.on_step(report)
 
                 stopping = asked_to_stop or done == stop_after
                 if stopping or self._checkpoint_is_due(done):
@@ -246,8 +252,8 @@ class Run:
     def _forward_backward(self, fetched: list[MicroBatch], sample_count: int, stop: StopRequest) -> tuple[float, bool]:
         """Compute the gradients of the mean loss over all samples of the step.
 
-        Each micro-batch is scaled by world size / samples of the step, because DDP averages gradients over processes;
-        so the result is the mean over samples, whatever the sizes of the micro-batches.
+        Each micro-batch is scaled by world size / samples of the step, because engines average gradients over
+        processes; so the result is the mean over samples, whatever the sizes of the micro-batches.
 
         Returns:
             The mean loss, and whether any process was asked to stop: all processes must stop after the same step, so
@@ -255,28 +261,14 @@ class Run:
         """
         total = torch.zeros(2, device=self.accelerator.device)
         for index, micro_batch in enumerate(fetched):
-            last = index == len(fetched) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                losses: Tensor = self.wrapped(micro_batch)
-                weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
-                self.accelerator.backward(losses.sum() * weight)
+            weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
+            losses = self.engine.forward_backward(micro_batch, weight, last=index == len(fetched) - 1)
             if micro_batch.counts:
-                total[0] += losses.detach().sum()
+                total[0] += losses.sum()
         total[1] = float(bool(stop))
-        if self.plan.world_size > 1:
-            total = self.accelerator.reduce(total, "sum")
+        total = self.engine.sum_over_processes(total)
         loss_sum, asked = total.tolist()
         return loss_sum / sample_count, asked > 0
-
-    def _gradient_norm(self) -> float:
-        """Return the global norm of the gradients before clipping, and clip them if requested."""
-        limit = self.plan.parameters.max_grad_norm
-        self.accelerator.unscale_gradients(self.optimizer)
-        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
-        return float(norm)
 
     def _check_finite(self, step: int, loss: float, gradient_norm: float) -> None:
         """Stop before the optimizer uses a non-finite value; float16 scaling skips non-finite gradients itself.
@@ -284,7 +276,7 @@ class Run:
         The current weights are not saved: this step would fail with them again at any learning rate, whereas training
         from the last state may take another course.
         """
-        bad_gradient = not math.isfinite(gradient_norm) and self.accelerator.scaler is None
+        bad_gradient = not math.isfinite(gradient_norm) and not self.engine.skips_overflow
         if math.isfinite(loss) and not bad_gradient:
             return
         samples = self.plan.samples.samples
@@ -301,20 +293,19 @@ class Run:
             "check these samples, or resume with `--resume auto` and a lower `--learning_rate` or `--max_grad_norm 1`",
         )
 
-    def _update(self, sample_count: int) -> None:
+    def _update(self, rate: float, sample_count: int) -> None:
         """Update the weights; meanwhile they belong to no step, so `_rescue` does not save them."""
         self.updating = True
-        self.optimizer.step()
+        updated = self.engine.step(rate)
         self.done += 1
         self.samples_seen += sample_count
         self.updating = False
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.optimizer.step_was_skipped else 0
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_STEPS:  # float16 scaling found no scale with finite gradients
             raise Diverged(
                 f"gradients overflowed float16 in {MAX_SKIPPED_STEPS} consecutive steps, the last is step {self.done}",
                 "start a new run with `--mixed_precision bf16` or `no`",
             )
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _checkpoint_is_due(self, done: int) -> bool:
         every, steps = self.plan.parameters.save_steps, self.plan.steps
@@ -328,7 +319,7 @@ class Run:
 
     def _save_checkpoint(self, interrupted: bool) -> None:
         """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
-        self.accelerator.wait_for_everyone()
+        self.engine.wait()
         if self.accelerator.is_main_process:
             epoch = self.plan.steps.slice(self.done - 1).epoch
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
@@ -336,22 +327,23 @@ class Run:
             self.record.add_checkpoint(entry)
             self.record.save(self.folder)
             self.reporter.info(f"Saved `{self.folder / entry.file}` ({format_bytes(entry.bytes)})")
+            for observer in self.observers:
+                observer.on_save(self.folder / entry.file, self.done)
 
     def _save_state(self, together: bool = True) -> None:
         """Save the state for `--resume auto`; `together`: all processes have reached this point and wait for the
         end.
         """
+        tensors = self.engine.state()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            loop_state = LoopState(self.done, self.samples_seen, scaler, run=self.record.id)
-            save_state(self.folder, loop_state, self.trained, optimizer, self.plan.parameters.keep_states)
+            loop_state = LoopState(self.done, self.samples_seen, self.engine.scaler_state(), run=self.record.id)
+            save_state(self.folder, loop_state, tensors, self.plan.parameters.keep_states)
         # Only after the state is on disk: a kill in between must not leave a record of a step that is not saved.
         self.record.step, self.record.samples_seen, self.saved = self.done, self.samples_seen, self.done
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
         if together:
-            self.accelerator.wait_for_everyone()
+            self.engine.wait()
 
     def _rescue(self) -> None:
         """Save the state of the last complete step before an error ends the run. Other processes may have ended."""
@@ -404,17 +396,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.reporter.log_to(self.folder / LOG)
             record.save(self.folder)
-        self.accelerator.wait_for_everyone()
+        self.engine.wait()
         return record
 
     def _finish(self, status: str, failure: str | None = None) -> None:
         self.record.status, self.record.failure = status, failure
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
-
-    def _memory(self) -> str:
-        if self.accelerator.device.type == "cpu":
-            import psutil
-
-            return format_bytes(psutil.Process().memory_info().rss)
-        return format_bytes(torch.accelerator.max_memory_allocated())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffsynth_core.checkpoints.saved_states import LoopState, SavedState, find_states
-from diffsynth_core.checkpoints.state import restore_state, save_state
+from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
 from diffsynth_core.errors import DiffSynthError
 
 
@@ -48,7 +48,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 def saved(folder, steps: int = 3, keep: int = 1, **changes):
     trained, optimizer = training(**changes)
     take_steps(trained, optimizer, 0, steps)
-    save_state(folder, LoopState(steps, 4 * steps, {}), trained, optimizer, keep)
+    save_state(folder, LoopState(steps, 4 * steps, {}), state_of(trained, optimizer), keep)
     return trained, optimizer
 
 
@@ -103,7 +103,7 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
     first, second = trained.values()
     first.grad = torch.ones_like(first)
     optimizer.step()
-    save_state(tmp_path, LoopState(1, 1, {}), trained, optimizer, keep=1)
+    save_state(tmp_path, LoopState(1, 1, {}), state_of(trained, optimizer), keep=1)
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
     assert len(everything(other, other_optimizer)) == 2 + 3
@@ -113,7 +113,7 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments(tmp_path):
 @pytest.mark.parametrize("scaler", [{}, {"scale": 65536.0, "growth_tracker": 3}])
 def test_the_position_comes_back(tmp_path, scaler):
     position = LoopState(12, 48, scaler)
-    save_state(tmp_path, position, *training(), keep=1)
+    save_state(tmp_path, position, state_of(*training()), keep=1)
     found = newest(tmp_path)
     assert found.path == tmp_path / "state" / "step-12"
     assert replace(found.loop_state, files=None, sha256=None, optimizer=position.optimizer) == position
@@ -175,8 +175,9 @@ def test_a_folder_that_somebody_else_put_there_is_passed_over(tmp_path):
 def test_a_state_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     trained, optimizer = saved(tmp_path, 3)
     expected = everything(trained, optimizer)
+    tensors, sparse = state_of(trained, optimizer), torch.eye(3).to_sparse()
     with pytest.raises(RuntimeError):
-        save_state(tmp_path, LoopState(4, 16, {}), {**trained, "sparse": torch.eye(3).to_sparse()}, optimizer, keep=1)
+        save_state(tmp_path, LoopState(4, 16, {}), replace(tensors, weights={**trained, "sparse": sparse}), keep=1)
     assert states_in(tmp_path) == ["step-3"]
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
@@ -190,7 +191,7 @@ def test_what_an_optimizer_keeps_beside_tensors_comes_back(tmp_path):
     first = next(iter(trained.values()))
     optimizer.state[first]["restarts"] = 3
     optimizer.param_groups[0].update({"k": 7, "weight_sum": 0.1, "betas": (0.8, 0.9), "train_mode": True})
-    save_state(tmp_path, LoopState(5, 20, {}), trained, optimizer, keep=1)
+    save_state(tmp_path, LoopState(5, 20, {}), state_of(trained, optimizer), keep=1)
     other, other_optimizer = training(seed=9)
     restore(tmp_path, other, other_optimizer)
     assert other_optimizer.state[next(iter(other.values()))]["restarts"] == 3

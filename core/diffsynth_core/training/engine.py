@@ -1,0 +1,130 @@
+"""Engines: what distributes a step over processes.
+
+An engine owns the optimizer, the gradient scaler and clipping, and the training loop calls nothing else of them. All
+methods are collective: every process calls them in the same order.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffsynth_core.checkpoints.saved_states import SavedState
+from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.training.loader import MicroBatch
+from diffsynth_core.training.model import TrainingModule
+
+
+class Engine(ABC):
+    """Trains a module whose forward pass is the loss of each sample of a micro-batch, `[B]` float32."""
+
+    @abstractmethod
+    def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
+        """Add the gradients of `weight` times the sum of the losses, averaged over processes.
+
+        Args:
+            last: whether this is the last micro-batch of the step, after which gradients are complete in all processes.
+
+        Returns:
+            The loss of each sample, `[B]` float32, detached.
+        """
+
+    @abstractmethod
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Return the sum of a small tensor over all processes."""
+
+    @abstractmethod
+    def gradient_norm(self) -> float:
+        """Return the global norm of the gradients before clipping, and clip them if requested."""
+
+    @property
+    @abstractmethod
+    def skips_overflow(self) -> bool:
+        """Whether `step` itself skips non-finite gradients, as float16 scaling does."""
+
+    @abstractmethod
+    def step(self, rate: float) -> bool:
+        """Update the weights at this learning rate and clear the gradients; return False if the step was skipped."""
+
+    @abstractmethod
+    def state(self) -> StateTensors:
+        """Return what a resumed run needs of the weights and the optimizer, whole, on the main process."""
+
+    @abstractmethod
+    def scaler_state(self) -> dict[str, int | float]:
+        """Return the state of the gradient scaler; empty without one."""
+
+    @abstractmethod
+    def restore(self, saved: SavedState) -> None:
+        """Continue from a saved state, whatever engine and number of processes saved it.
+
+        Raises:
+            DiffSynthError: if the state cannot be read, or belongs to other parameters.
+        """
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until all processes have reached this point."""
+
+
+class ReplicatedEngine(Engine):
+    """One process, or DDP: every process holds all weights and the whole optimizer."""
+
+    def __init__(self, model: TrainingModule, params: Parameters, accelerator: Accelerator) -> None:
+        self._accelerator, self._limit = accelerator, params.max_grad_norm
+        self._trained: dict[str, nn.Parameter] = model.trained()
+        self._plain = torch.optim.AdamW(
+            self._trained.values(), lr=params.learning_rate, weight_decay=params.weight_decay
+        )
+        self._module, self._optimizer = accelerator.prepare(model, self._plain)
+
+    def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
+        with nullcontext() if last else self._accelerator.no_sync(self._module):
+            losses: Tensor = self._module(micro_batch)
+            self._accelerator.backward(losses.sum() * weight)
+        return losses.detach()
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        if self._accelerator.num_processes == 1:
+            return values
+        total: Tensor = self._accelerator.reduce(values, "sum")
+        return total
+
+    def gradient_norm(self) -> float:
+        self._accelerator.unscale_gradients(self._optimizer)
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._limit, norm)
+        return float(norm)
+
+    @property
+    def skips_overflow(self) -> bool:
+        return self._accelerator.scaler is not None
+
+    def step(self, rate: float) -> bool:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return not self._optimizer.step_was_skipped
+
+    def state(self) -> StateTensors:
+        return state_of(self._trained, self._plain)
+
+    def scaler_state(self) -> dict[str, int | float]:
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def restore(self, saved: SavedState) -> None:
+        # Into the plain optimizer, after prepare(), which would move its step counters to the device: each step would
+        # then sync.
+        restore_state(saved.path, saved.loop_state, self._trained, self._plain)
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(saved.loop_state.scaler)
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()

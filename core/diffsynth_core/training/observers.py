@@ -1,0 +1,89 @@
+"""Observers: what follows a run without changing it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffsynth_core.checkpoints.run_folder import MetricsFile
+from diffsynth_core.progress import Task, format_bytes
+
+LOSS_AVERAGE_STEPS = 50
+"""The displayed loss is a running mean over about this many steps."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One completed optimizer step.
+
+    Attributes:
+        step: completed steps, this one included.
+        samples_seen: samples trained on so far, over all processes.
+        loss: mean over the samples of the step, over all processes.
+        gradient_norm: before clipping.
+        seconds: duration of the step; `data_seconds` of it were spent waiting for data.
+    """
+
+    step: int
+    epoch: int
+    samples_seen: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    data_seconds: float
+
+
+class Observer:
+    """Follows a run in one process. Methods that an observer does not override do nothing."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Called after each optimizer step."""
+
+    def on_save(self, path: Path, step: int) -> None:
+        """Called after a checkpoint was written; in the main process only."""
+
+    def on_end(self) -> None:
+        """Called when the loop ends, however it ends."""
+
+
+class MetricsObserver(Observer):
+    """Writes `metrics.jsonl`."""
+
+    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
+        self._file = MetricsFile(folder, first_step, warn)
+
+    def on_step(self, report: StepReport) -> None:
+        self._file.write(
+            {
+                "step": report.step, "epoch": report.epoch, "samples_seen": report.samples_seen, "loss": report.loss,
+                "lr": report.learning_rate, "grad_norm": report.gradient_norm, "seconds": round(report.seconds, 6),
+                "data_seconds": round(report.data_seconds, 6),
+            }
+        )  # fmt: skip
+
+    def on_end(self) -> None:
+        self._file.close()
+
+
+class ProgressObserver(Observer):
+    """Shows the running mean of the loss and the memory in use with the progress of the run."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self._task, self._device = task, device
+        self._mean, self._steps = 0.0, 0
+
+    def on_step(self, report: StepReport) -> None:
+        self._steps += 1
+        self._mean += (report.loss - self._mean) / min(self._steps, LOSS_AVERAGE_STEPS)
+        self._task.advance(loss=f"{self._mean:.4f}", memory=format_bytes(memory_in_use(self._device)))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the peak memory allocated on an accelerator, or the resident memory of this process, in bytes."""
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    return torch.accelerator.max_memory_allocated()

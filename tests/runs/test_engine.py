@@ -1,0 +1,107 @@
+"""The seams of the loop: an engine and an observer from outside, without a change in the loop."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffsynth_core.config.resolve import resolve
+from diffsynth_core.planning.plan import make_plan
+from diffsynth_core.progress import SilentReporter
+from diffsynth_core.training.engine import Engine, ReplicatedEngine
+from diffsynth_core.training.loop import train
+from diffsynth_core.training.observers import Observer, StepReport
+from diffsynth_core.training.stop import StopRequest
+
+
+@pytest.fixture
+def run(tiny_models: Path, photographs: Path, tmp_path: Path):
+    """Train a LoRA of two steps in a folder of this name, with an engine and observers."""
+
+    def run(name: str, make_engine=ReplicatedEngine, observers=(), **more: object) -> Path:
+        flags = {"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "max_steps": 2, "device": "cpu",
+                 "dataset_num_workers": 0, "lora_rank": 4, "output_path": str(tmp_path / name), **more}  # fmt: skip
+        plan = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
+        train(plan, SilentReporter(), StopRequest(), make_engine=make_engine, observers=observers)
+        return tmp_path / name
+
+    return run
+
+
+class Counting(Engine):
+    """An engine made of another: it counts what the loop asks of it."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, model, params, accelerator) -> None:
+        self._inner = ReplicatedEngine(model, params, accelerator)
+
+    def _called(self, name: str, *arguments: object):
+        Counting.calls.append(name)
+        return getattr(self._inner, name)(*arguments)
+
+    def forward_backward(self, micro_batch, weight, last):
+        return self._called("forward_backward", micro_batch, weight, last)
+
+    def sum_over_processes(self, values):
+        return self._called("sum_over_processes", values)
+
+    def gradient_norm(self):
+        return self._called("gradient_norm")
+
+    @property
+    def skips_overflow(self):
+        return self._inner.skips_overflow
+
+    def step(self, rate):
+        return self._called("step", rate)
+
+    def state(self):
+        return self._called("state")
+
+    def scaler_state(self):
+        return self._inner.scaler_state()
+
+    def restore(self, saved):
+        return self._called("restore", saved)
+
+    def wait(self):
+        return self._inner.wait()
+
+
+class Losses(Observer):
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.saved: list[tuple[str, int]] = []
+        self.ended = 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_save(self, path: Path, step: int) -> None:
+        self.saved.append((path.name, step))
+
+    def on_end(self) -> None:
+        self.ended += 1
+
+
+def test_an_engine_from_outside_trains_and_resumes(run):
+    Counting.calls.clear()
+    plain = load_file(run("plain") / "epoch-0.safetensors")
+    own = load_file(run("own", Counting) / "epoch-0.safetensors")
+    assert all(torch.equal(plain[name], own[name]) for name in plain)
+    step = ["forward_backward", "sum_over_processes", "gradient_norm", "step"]
+    assert Counting.calls == [*step, *step, "state"]
+    run("own", Counting, resume="auto", max_steps=3)
+    assert Counting.calls[9:] == ["restore", *step, "state"]
+
+
+def test_an_observer_from_outside_sees_steps_saves_and_the_end(run):
+    seen = Losses()
+    folder = run("seen", observers=[seen])
+    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(report.step, report.loss) for report in seen.reports] == [(line["step"], line["loss"]) for line in written]
+    assert (seen.saved, seen.ended) == ([("epoch-0.safetensors", 2)], 1)
