@@ -19,7 +19,7 @@ from rich.text import Text
 
 from diffsynth_cli.printing import echo_line, printable, printable_message
 from diffsynth_cli.ranks import log_line, report_log
-from diffsynth_cli.wrapping import wrap_line
+from diffsynth_cli.text.wrapping import wrap_line
 from diffsynth_core.files import LineFile
 from diffsynth_core.progress import BYTES, SilentTask, Task, format_bytes, format_duration
 

@@ -13,9 +13,12 @@ import typer
 
 from diffsynth_cli import REPORTS, launching
 from diffsynth_cli.console import ConsoleReporter
-from diffsynth_cli.download_text import plan_lines as download_lines
 from diffsynth_cli.errors import exit_code_of, lines_for_log
-from diffsynth_cli.estimate_text import (
+from diffsynth_cli.printing import echo, echo_line, echo_styled
+from diffsynth_cli.ranks import in_company
+from diffsynth_cli.streams import stdout_as_messages
+from diffsynth_cli.text.download import plan_lines as download_lines
+from diffsynth_cli.text.estimate import (
     Estimate,
     change_lines,
     estimate_lines,
@@ -23,12 +26,9 @@ from diffsynth_cli.estimate_text import (
     trial_lines,
     verdict_line,
 )
-from diffsynth_cli.plan_summary import ALL, summary_lines
-from diffsynth_cli.plan_text import WARNING, parameter_lines, plan_lines, warning_lines
-from diffsynth_cli.printing import echo, echo_line, echo_styled
-from diffsynth_cli.ranks import in_company
-from diffsynth_cli.streams import stdout_as_messages
-from diffsynth_cli.wrapping import terminal_width, wrap_line
+from diffsynth_cli.text.plan import WARNING, parameter_lines, plan_lines, warning_lines
+from diffsynth_cli.text.summary import ALL, summary_lines
+from diffsynth_cli.text.wrapping import terminal_width, wrap_line
 from diffsynth_core.checkpoints.run_folder import LOG, METRICS
 from diffsynth_core.config.documents import command_line
 from diffsynth_core.config.parameters import SETTINGS

@@ -5,9 +5,17 @@ from typing import Annotated
 
 import typer
 
-from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat, carry_out
+from diffsynth_cli.file_plans import (
+    DryRun,
+    FamilyName,
+    LeaveKeysOut,
+    OutputFormat,
+    Overwrite,
+    PlanFormat,
+    carry_out,
+)
 from diffsynth_cli.options import SPELLINGS
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.choices import LoraFormat
 
 HELP = """Convert a LoRA to the key format of another program, with the same effect on the weights.

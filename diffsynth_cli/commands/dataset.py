@@ -12,7 +12,7 @@ import typer
 from diffsynth_cli.options import BOTH_SPELLINGS, setting_option
 from diffsynth_cli.printing import echo
 from diffsynth_cli.stopping import handle_sigint
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.dataset_report.thresholds import Thresholds, threshold_facts
 from diffsynth_core.errors import Problem, raise_if_any, suggest
@@ -198,8 +198,8 @@ def _print(report: "Report", output_format: ReportFormat) -> None:
     from rich.console import Console
 
     from diffsynth_cli.console import color_system
-    from diffsynth_cli.dataset_text import report_texts
-    from diffsynth_cli.wrapping import terminal_width
+    from diffsynth_cli.text.dataset import report_texts
+    from diffsynth_cli.text.wrapping import terminal_width
 
     width = terminal_width() or WHOLE_LINES
     console = Console(highlight=False, color_system=color_system(), width=width)

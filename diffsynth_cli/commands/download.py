@@ -9,7 +9,7 @@ import typer
 
 from diffsynth_cli.options import SPELLINGS, complete_recipe
 from diffsynth_cli.printing import echo, printable
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 
 if TYPE_CHECKING:
     from diffsynth_core.hub.download_plan import DownloadPlan
@@ -92,7 +92,7 @@ def download(
 def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
     """Print the list only."""
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_cli.download_text import plan_as_data, plan_lines
+    from diffsynth_cli.text.download import plan_as_data, plan_lines
     from diffsynth_core.hub.download import list_download
 
     plan = list_download(request.files, request.base, source, ConsoleReporter(), verify)
@@ -104,7 +104,7 @@ def _list(request: "DownloadRequest", source: str | None, verify: bool, as_json:
 def _download(request: "DownloadRequest", source: str | None, verify: bool, as_json: bool) -> int:
     """Print the list, then download."""
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_cli.download_text import plan_as_data, plan_lines, result_line
+    from diffsynth_cli.text.download import plan_as_data, plan_lines, result_line
     from diffsynth_core.hub.download import download
 
     reporter = ConsoleReporter()

@@ -7,7 +7,7 @@ import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, LeaveKeysOut, OutputFormat, Overwrite, PlanFormat
 from diffsynth_cli.options import SPELLINGS
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.errors import Problem, raise_if_any
 

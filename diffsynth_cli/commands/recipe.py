@@ -8,7 +8,7 @@ import typer
 
 from diffsynth_cli.options import complete_recipe
 from diffsynth_cli.printing import echo
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.documents import command_line, documented_values, recipe_schema
 from diffsynth_core.config.recipes import load_recipe, recipe_names
 from diffsynth_core.config.resolve import resolve_stages

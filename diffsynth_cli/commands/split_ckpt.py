@@ -8,7 +8,7 @@ import typer
 
 from diffsynth_cli.file_plans import DryRun, FamilyName, OutputFormat, Overwrite, PlanFormat, carry_out
 from diffsynth_cli.options import SPELLINGS
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.errors import FaultsFound, Problem
 

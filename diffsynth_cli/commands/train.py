@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from diffsynth_cli.options import BOTH_SPELLINGS, GroupedHelp, with_setting_options
-from diffsynth_cli.wrapping import help_with_examples
+from diffsynth_cli.text.wrapping import help_with_examples
 from diffsynth_core.config.resolve import resolve_stages
 
 HELP = """Train from a recipe: LoRA, full, or both.

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from diffsynth_cli.estimate_text import estimate_lines, make_estimate
-from diffsynth_cli.plan_text import parameter_lines, plan_lines
+from diffsynth_cli.text.estimate import estimate_lines, make_estimate
+from diffsynth_cli.text.plan import parameter_lines, plan_lines
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.planning.plan import make_plan

@@ -33,7 +33,7 @@ def test_the_table(cli, dataset):
 
 
 def test_the_table_is_as_wide_as_the_terminal(cli, dataset, monkeypatch):
-    monkeypatch.setattr("diffsynth_cli.wrapping.terminal_width", lambda: 40)
+    monkeypatch.setattr("diffsynth_cli.text.wrapping.terminal_width", lambda: 40)
     (dataset / "metadata.csv").write_text(FAULTY)
     lines = cli("dataset", "validate", dataset, "--depth", "paths").out.splitlines()
     assert max(map(len, lines)) <= 40

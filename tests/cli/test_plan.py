@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth_cli.wrapping import wrap_line
+from diffsynth_cli.text.wrapping import wrap_line
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS
 from diffsynth_core.config.recipes import recipe_names
 
@@ -63,7 +63,7 @@ def test_all_of_the_plan_is_told_if_asked_for(plan, says):
 
 
 def test_the_download_is_counted_on_the_disk(plan, monkeypatch):
-    monkeypatch.setattr("diffsynth_cli.plan_summary.free_bytes", lambda folder: 60 * 10**9)
+    monkeypatch.setattr("diffsynth_cli.text.summary.free_bytes", lambda folder: 60 * 10**9)
     (line,) = (line for line in plan("qwen-image-lora").out.splitlines() if line.startswith("Disk"))
     assert line.startswith("Disk      67.1 GB (download 57.7 GB, ") and line.endswith("; 60.0 GB free: not enough")
 

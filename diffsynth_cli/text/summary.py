@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffsynth_cli.estimate_text import Estimate, disk_parts
-from diffsynth_cli.plan_text import (
+from diffsynth_cli.text.estimate import Estimate, disk_parts
+from diffsynth_cli.text.plan import (
     DEVICES,
     family_default_lines,
     format_size,

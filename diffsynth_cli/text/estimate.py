@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffsynth_cli.plan_text import DEVICES, format_size
+from diffsynth_cli.text.plan import DEVICES, format_size
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.files import free_bytes, model_base_path
 from diffsynth_core.planning.fitting import Fit, find_fit

@@ -1,0 +1,1 @@
+"""Plans, estimates, reports and lists as lines of text."""
