@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.loras import RECIPES, TinyFamily, write_images, write_tiny_family
+from tests.naming import names
 from tests.outcome import Outcome
 from tests.snapshots import says  # noqa: F401 - a fixture
 from tests.wan import PLACES as PLACES_OF_WAN
@@ -35,6 +36,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run tests/bench at full size and judge its ratios; otherwise it only runs",
     )
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """What a case expects to be named is its heading on the page of a test."""
+    if not isinstance(val, names):
+        return None
+    heading = " ".join(val.parts)
+    return heading if len(heading) <= 48 else val.parts[0]
 
 
 @pytest.fixture(scope="session", autouse=True)

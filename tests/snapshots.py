@@ -35,8 +35,8 @@ class PageExtension(AmberSnapshotExtension):
 def says(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Say:
     """Compare the output of a command, or any text, with the page of this test.
 
-    Folders of the test session are shown as `<tmp>`. `hide` are regular expressions for parts that differ between runs
-    (seconds, disk sizes); each match is shown as `…`.
+    Folders of the test session are shown as `<tmp>`, names of cached files as `<digest>`. `hide` are regular
+    expressions for parts that differ between runs (seconds, disk sizes); each match is shown as `…`.
     """
     pages = snapshot.use_extension(PageExtension)
     session = str(tmp_path_factory.getbasetemp())
@@ -44,6 +44,8 @@ def says(snapshot: SnapshotAssertion, tmp_path_factory: pytest.TempPathFactory, 
     def compare(said: Outcome | str, *hide: str) -> None:
         text = said if isinstance(said, str) else f"exit code {said.code}\n--- stdout\n{said.out}--- stderr\n{said.err}"
         text = text.replace(str(tmp_path), "<tmp>").replace(session, "<session>")
+        text = re.sub(r"(<session>/[a-z_]+)\d+", r"\1", text)  # pytest counts folders of one name
+        text = re.sub(r"\b[0-9a-f]{2}/[0-9a-f]{64}\b", "<digest>", text)
         for pattern in hide:
             text = re.sub(pattern, "…", text)
         assert "\n".join(line.rstrip() for line in text.splitlines()) == pages

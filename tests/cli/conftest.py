@@ -1,19 +1,25 @@
 """Shared fixtures of the command-line tests: rejections as values, and command lines that are parsed but not run."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.snapshots import Say
 
 HubAccessError = tuple[int, list[tuple[str, str | None]]]
 """Exit code, and (message, hint) of every problem in report order."""
 
 
 @pytest.fixture
-def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., HubAccessError]:
-    """Start a LoRA run that must be rejected before reading weights, without a traceback, writing nothing."""
+def refuse(cli, says: Say, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., HubAccessError]:
+    """Start a LoRA run that must be rejected before reading weights, without a traceback, writing nothing.
 
-    def run(*arguments: object, recipe: str | None = "qwen-image-lora") -> HubAccessError:
+    Its report goes to the page of the test; `hide` are the patterns of `says`.
+    """
+
+    def run(*arguments: object, recipe: str | None = "qwen-image-lora", hide: tuple[str, ...] = ()) -> HubAccessError:
         start = ("--recipe", recipe) if recipe else ()
         settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 1, "--dataset_base_path", dataset)
         before = stamps(tmp_path)
@@ -22,9 +28,15 @@ def refuse(cli, dataset: Path, models: Path, tmp_path: Path) -> Callable[..., Hu
         assert "Traceback" not in outcome.err and outcome.out == ""
         assert "Loading" not in outcome.err, outcome.err
         assert stamps(tmp_path) == before
+        says(f"exit code {outcome.code}\n{without_progress(outcome.err)}", *hide)
         return outcome.code, read_problems(outcome.err)
 
     return run
+
+
+def without_progress(text: str) -> str:
+    """What a command said, without the lines that count and time."""
+    return re.sub(r"^.* of .*/s, .* left\n", "", text, flags=re.MULTILINE)
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:

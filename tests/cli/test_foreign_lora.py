@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.cli.conftest import read_problems, stamps
+from tests.naming import names
 
 TRANSFORMER = "Qwen/Qwen-Image/transformer"
 Q = "transformer_blocks.0.attn.to_q"
@@ -37,7 +38,7 @@ def lora(weights) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def refused(cli, models, tmp_path):
+def refused(cli, says, models, tmp_path):
     """Run a command that must be rejected with one message, writing nothing."""
 
     def run(name: str, lora: object) -> tuple[str, str | None]:
@@ -45,6 +46,7 @@ def refused(cli, models, tmp_path):
         outcome = cli(*(word.format(base=models / TRANSFORMER, lora=lora) for word in COMMANDS[name]))
         assert outcome.code == 1 and outcome.out == "" and "Traceback" not in outcome.err
         assert stamps(tmp_path / "work") == before
+        says(f"exit code {outcome.code}\n{outcome.err}")
         (problem,) = read_problems(outcome.err)
         return problem
 
@@ -56,7 +58,7 @@ def refused(cli, models, tmp_path):
 def test_an_alpha_that_is_not_one_number(refused, lora, name, alpha):
     save_file(lora | {ALPHA: alpha}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        f"`mine.safetensors`: `{ALPHA}` is not a single number",
+        names("mine.safetensors", ALPHA, "single number"),
         "re-export the file",
     )
 
@@ -68,7 +70,7 @@ def test_an_alpha_that_is_not_one_number(refused, lora, name, alpha):
 def test_halves_that_are_no_floats(refused, lora, name, dtype, stored):
     save_file(lora | {DOWN: lora[DOWN].to(dtype)}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        f"`mine.safetensors`: `{DOWN}` has dtype {stored}, expected a float", "re-export the file"
+        names("mine.safetensors", DOWN, stored, "expected a float"), "re-export the file"
     )  # fmt: skip
 
 
@@ -79,20 +81,19 @@ PEFT = [f"base_model.model.{Q}.lora_{half}.weight" for half in "AB"]
 def test_what_peft_writes_needs_the_file_of_its_alphas(refused, lora, name):
     save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     assert refused(name, "mine.safetensors") == (
-        "`mine.safetensors`: its keys have the prefix `base_model.model.` of peft, which keeps alphas in "
-        "`adapter_config.json` next to the file, and that is missing",
-        "put the `adapter_config.json` from the same training next to it",
+        names("mine.safetensors", "`base_model.model.`", "peft", "adapter_config.json", "missing"),
+        names("adapter_config.json"),
     )
 
 
-NO_SETTINGS = "`adapter_config.json` is not a LoRA config of peft: "
+NO_SETTINGS = names("adapter_config.json", "not a LoRA config", "peft")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "`adapter_config.json` is not valid JSON: line 1, column 2: "),
-        ("[]", "`adapter_config.json`: the top level is a list, expected an object"),
+        ("{", names("adapter_config.json", "not valid JSON", "line 1", "column 2")),
+        ("[]", names("adapter_config.json", "a list", "an object")),
         ("{}", NO_SETTINGS),
         ('{"peft_type": "LOHA", "lora_alpha": 4}', NO_SETTINGS),
         ('{"peft_type": "LORA", "lora_alpha": "much"}', NO_SETTINGS),
@@ -103,7 +104,7 @@ def test_settings_of_peft_that_are_none(refused, lora, text, message):
     save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     Path("adapter_config.json").write_text(text)
     told, hint = refused("convert", "mine.safetensors")
-    assert told.startswith(message) and hint == "re-export the file"
+    assert told == message and hint == "re-export the file"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_what_peft_writes_is_read_with_its_settings(cli, models, weights, lora, 
         "float32",
     )
     assert outcome.code == 0, outcome.err
-    assert "in `adapter_config.json`" in outcome.out
+    assert outcome.out == names("adapter_config.json")
     found = {name: t for file in Path("out").glob("*.safetensors") for name, t in load_file(file).items()}
     expected = weights[f"{Q}.weight"].float() + scale * lora[UP] @ lora[DOWN]
     assert torch.allclose(found[f"{Q}.weight"], expected, atol=1e-6)
@@ -130,9 +131,9 @@ STRANGE = "diffusion_model.blocks.0.norm3.diff_b"
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("merge", f"`mine.safetensors`: 1 of 4 keys match no module of the Qwen-Image diffusion transformer: `{STRANGE}`", "pass a LoRA for this model, or skip these keys with `--allow_unmatched`"),
-        ("sum", f"`mine.safetensors`: 1 of 4 keys are not LoRA keys: `{STRANGE}`", "merge it into its base with `--base`, or skip these keys with `--allow_unmatched`"),
-        ("convert", f"`mine.safetensors` contains 1 full-weight difference besides the LoRA of the Qwen-Image dit, which no LoRA format can store: `{STRANGE}`", "merge the file into its base with `diffsynth merge-lora --base`, or skip them with `--allow_unmatched`"),
+        ("merge", names("mine.safetensors", "1 of 4", "no module", "Qwen-Image", STRANGE), names("--allow_unmatched")),
+        ("sum", names("mine.safetensors", "1 of 4", "not LoRA keys", STRANGE), names("--base", "--allow_unmatched")),
+        ("convert", names("mine.safetensors", "1 full-weight difference", "Qwen-Image dit", STRANGE), names("diffsynth merge-lora --base", "--allow_unmatched")),
     ],
 )  # fmt: skip
 def test_whole_differences_of_another_model_beside_a_lora(refused, lora, name, message, hint):
@@ -144,14 +145,14 @@ def test_whole_differences_of_another_model_beside_a_lora(refused, lora, name, m
 def test_a_folder_is_no_lora(refused, lora, name):
     Path("folder").mkdir()
     save_file(lora, "folder/mine.safetensors")
-    assert refused(name, "folder") == ("`folder` is not a safetensors file, as a LoRA must be", "pass the file itself")
+    assert refused(name, "folder") == (names("folder", "not a safetensors file"), names("pass the file"))
 
 
 @pytest.mark.parametrize("text", ["abc", "", "0,5", "nan", "inf"])
 def test_a_weight_that_is_no_number(refused, lora, text):
     save_file(lora, "mine.safetensors")
     assert refused("merge", f"mine.safetensors:{text}") == (
-        f"`--lora` `mine.safetensors:{text}`: the weight is not a finite number", "use a number such as 0.8"
+        names("--lora", f"mine.safetensors:{text}", "finite number"), names("0.8")
     )  # fmt: skip
 
 

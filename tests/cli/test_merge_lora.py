@@ -1,6 +1,7 @@
 """`merge-lora`: exact messages, and inputs that it rejects."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth_core.progress import format_bytes
-from tests.cli.conftest import read_problems, stamps
+from tests.cli.conftest import HubAccessError, read_problems, stamps, without_progress
+from tests.naming import names
 
 TRANSFORMER = "Qwen/Qwen-Image/transformer"
 Q = "transformer_blocks.0.attn.to_q"
@@ -37,16 +39,23 @@ def shard_of_q(models: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return next((path, tensors) for path, tensors in found if f"{Q}.weight" in tensors)
 
 
-def refused(cli, tmp_path, *arguments: object) -> tuple[int, list[tuple[str, str | None]]]:
-    before = stamps(tmp_path / "work")
-    outcome = cli("merge-lora", *arguments)
-    assert outcome.code != 0 and "Traceback" not in outcome.err and outcome.out == ""
-    assert stamps(tmp_path / "work") == before
-    return outcome.code, read_problems(outcome.err)
+@pytest.fixture
+def refused(cli, says, tmp_path) -> Callable[..., HubAccessError]:
+    """A command line that must be refused, with nothing written."""
+
+    def run(*arguments: object) -> HubAccessError:
+        before = stamps(tmp_path / "work")
+        outcome = cli("merge-lora", *arguments)
+        assert outcome.code != 0 and "Traceback" not in outcome.err and outcome.out == ""
+        assert stamps(tmp_path / "work") == before
+        says(f"exit code {outcome.code}\n{outcome.err}")
+        return outcome.code, read_problems(outcome.err)
+
+    return run
 
 
 @pytest.mark.parametrize("base", ["path", "entry"])
-def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
+def test_into_a_base_by_folder_or_by_model_id(cli, says, models, lora, base):
     """The file names of the base are kept; the change is 2 x (0.25 x 0.125 + 0.25 x 0.125) x 0.5 everywhere."""
     text = models / TRANSFORMER if base == "path" else "Qwen/Qwen-Image:transformer/*.safetensors"
     outcome = cli("merge-lora", "--base", text, "--lora", f"{lora}:0.5", "--output_path", "out", "--dtype", "float32")
@@ -61,11 +70,12 @@ def test_into_a_base_by_folder_or_by_model_id(cli, models, lora, base):
     moved = after[f"{Q}.weight"] - before[f"{Q}.weight"].float()
     assert torch.allclose(moved, torch.full_like(moved, 0.0625), atol=1e-6)
     lines = outcome.out.splitlines()
-    assert lines[0].endswith(f": the Qwen-Image diffusion transformer, 1 tensor of {len(before)} changed")
+    assert lines[0] == names("Qwen-Image", "1 tensor", f"of {len(before)} changed")
     assert " ".join(lines[2].split()) == "LoRA weight modules rank scale alpha skipped rounding error"
-    assert " ".join(lines[3].split()) == "lora.safetensors 0.5 1 2 2 stored 0 keys 0.0%"
+    assert " ".join(lines[3].split()) == names("lora.safetensors", "0.5 1 2 2 stored", "0 keys", "0.0%")
     size = format_bytes(sum(path.stat().st_size for path in written))
     assert outcome.err.splitlines()[-1] == f"{len(written)} files, {size} written"
+    says(f"{outcome.out}{without_progress(outcome.err)}")
 
 
 def test_a_dry_run_as_json_writes_nothing(cli, models, lora, tmp_path):
@@ -85,7 +95,7 @@ def test_a_dry_run_as_json_writes_nothing(cli, models, lora, tmp_path):
     assert stamps(tmp_path / "work") == before
 
 
-def test_what_rounding_loses_is_warned_of(cli, models, lora):
+def test_what_rounding_loses_is_warned_of(cli, says, models, lora):
     """bfloat16 has steps of 2^-11 at 0.0625 (2^-12 below); the change is a fifth of one."""
     path, tensors = shard_of_q(models)
     tensors[f"{Q}.weight"] = torch.full_like(tensors[f"{Q}.weight"], 0.0625).bfloat16()
@@ -93,18 +103,20 @@ def test_what_rounding_loses_is_warned_of(cli, models, lora):
     weight = 2**-11 / 5 / 0.125
     outcome = cli("merge-lora", "--base", models / TRANSFORMER, "--lora", f"{lora}:{weight}", "--output_path", "out")
     assert outcome.code == 0, outcome.err
-    assert "warning: rounding to BF16 loses 100% of the change; `--dtype float32` preserves it" in outcome.err
+    assert outcome.err == names("warning:", "BF16", "100%", "--dtype float32")
     assert outcome.out.splitlines()[3].endswith("100.0%")
+    says(f"{outcome.out}{without_progress(outcome.err)}")
 
 
-def test_into_one_of_a_lower_rank(cli, lora):
+def test_into_one_of_a_lower_rank(cli, says, lora):
     outcome = cli(
         "merge-lora", "--lora", lora, "--lora", f"{lora}:-0.5", "--rank", 1, "--output_path", "one.safetensors"
     )
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines[0] == "1 module of rank 1"
-    assert lines[1].startswith("rank 1 loses 0.000% of the change (||D - D'|| / ||D||); most: `lora_unet_")
+    assert lines[1] == names("rank 1", "0.000%", f"lora_unet_{Q.replace('.', '_')}")
+    says(f"{outcome.out}{without_progress(outcome.err)}")
     found = load_file("one.safetensors")
     stem = f"lora_unet_{Q.replace('.', '_')}"
     change = found[f"{stem}.lora_up.weight"] @ found[f"{stem}.lora_down.weight"]
@@ -112,89 +124,75 @@ def test_into_one_of_a_lower_rank(cli, lora):
     assert found[f"{stem}.alpha"] == 1
 
 
-def test_wrong_use(cli, models, lora, tmp_path):
+def test_wrong_use(cli, refused, models, lora):
     base = ("--base", models / TRANSFORMER)
     out = ("--lora", lora, "--output_path", "out")
-    assert refused(cli, tmp_path, *base, *out, "--rank", 4) == (
+    assert refused(*base, *out, "--rank", 4) == (
         2,
-        [("`--rank` cannot be used with `--base`", "remove one of them")],
+        [(names("--rank", "cannot be used", "--base"), "remove one of them")],
     )
-    assert refused(cli, tmp_path, *out, "--max_shard_size", "5GB") == (
+    assert refused(*out, "--max_shard_size", "5GB") == (
         2,
-        [("`--max_shard_size` requires `--base`", "remove it")],
+        [(names("--max_shard_size", "requires", "--base"), "remove it")],
     )
-    assert refused(cli, tmp_path, *out) == (
-        2,
-        [("`--output_path` `out` must be a single file", "use a name that ends in `.safetensors`")],
-    )
-    assert refused(cli, tmp_path, "--base", "gone", *out) == (
+    assert refused(*out) == (2, [(names("--output_path", "out", "single file"), names(".safetensors"))])
+    assert refused("--base", "gone", *out) == (
         1,
-        [("`--base` `gone` does not exist", "correct the path, or use `model_id:file`")],
+        [(names("--base", "gone", "does not exist"), names("model_id:file"))],
     )
-    assert refused(cli, tmp_path, "--base", "Qwen/Gone:x*", *out) == (
+    assert refused("--base", "Qwen/Gone:x*", *out) == (
         1,
-        [
-            (
-                f"`--base` `Qwen/Gone:x*` does not exist, and is not in `{models}` either",
-                "correct the path, or use `model_id:file`",
-            )
-        ],
+        [(names("--base", "Qwen/Gone:x*", "does not exist", models), names("model_id:file"))],
     )
 
 
-def test_a_shard_is_no_lora(cli, models, tmp_path):
+def test_a_shard_is_no_lora(cli, refused, models):
     path, _ = shard_of_q(models)
-    message = f"`{path}` is one shard of a model, but a LoRA must be a single file"
-    expected = (1, [(message, "pass a LoRA, or join its shards with `diffsynth split-ckpt --join`")])
+    message = names(path, "one shard")
+    expected = (1, [(message, names("diffsynth split-ckpt --join"))])
     base = ("--base", models / TRANSFORMER, "--output_path", "out")
-    assert refused(cli, tmp_path, *base, "--lora", path) == expected
-    assert refused(cli, tmp_path, "--lora", path, "--output_path", "one.safetensors") == expected
+    assert refused(*base, "--lora", path) == expected
+    assert refused("--lora", path, "--output_path", "one.safetensors") == expected
     outcome = cli("convert-lora", path, "--to", "kohya", "-o", "one.safetensors")
     assert (outcome.code, read_problems(outcome.err)) == expected
 
 
-def test_unmatched_keys(cli, models, lora, tmp_path):
+def test_unmatched_keys(cli, refused, models, lora):
     tensors = load_file(lora)
     tensors |= {f"lora_te_text_model_{number}.alpha": torch.tensor(1.0) for number in range(7)}
     save_file(tensors, lora)
     arguments = ("--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out")
     listed = ", ".join(f"`lora_te_text_model_{number}.alpha`" for number in range(5))
-    assert refused(cli, tmp_path, *arguments) == (
+    assert refused(*arguments) == (
         1,
         [
             (
-                "`lora.safetensors`: 7 of 10 keys match no module of the Qwen-Image diffusion transformer, "
-                f"7 of them for a text encoder: {listed} and 2 more",
-                "pass a LoRA for this model, or skip these keys with `--allow_unmatched`",
+                names("lora.safetensors", "7 of 10", "no module", "Qwen-Image", "7 of them", listed, "2 more"),
+                names("--allow_unmatched"),
             )
         ],
     )
     outcome = cli("merge-lora", *arguments, "--allow-unmatched")
     assert outcome.code == 0, outcome.err
-    assert f"warning: `lora.safetensors`: 7 keys skipped: {listed} and 2 more" in outcome.err
+    assert outcome.err == names("warning: `lora.safetensors`", "7 keys", listed, "2 more")
 
 
-def test_8_bit_floats_need_a_format(cli, models, lora, tmp_path):
+def test_8_bit_floats_need_a_format(cli, refused, models, lora):
     path, tensors = shard_of_q(models)
     tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, path)
-    assert refused(cli, tmp_path, "--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out") == (
+    assert refused("--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out") == (
         1,
-        [
-            (
-                f"cannot merge into 1 weight of dtype F8_E4M3, as rounding would lose most of the change: `{Q}.weight`",
-                "set the dtype to write, such as `--dtype bfloat16`",
-            )
-        ],
+        [(names("cannot merge into 1 weight", "F8_E4M3", f"{Q}.weight"), names("--dtype bfloat16"))],
     )
 
 
-def test_nothing_is_written_over_the_base_or_unasked(cli, models, lora, tmp_path):
+def test_nothing_is_written_over_the_base_or_unasked(cli, refused, models, lora):
     base = ("--base", models / TRANSFORMER, "--lora", lora)
     first = min((models / TRANSFORMER).glob("*.safetensors"))
-    code, problems = refused(cli, tmp_path, *base, "--output_path", models / TRANSFORMER, "--overwrite")
+    code, problems = refused(*base, "--output_path", models / TRANSFORMER, "--overwrite")
     assert code == 1
-    assert problems[0] == (f"`{first}` would overwrite the input `{first}`", "choose another `--output_path`")
+    assert problems[0] == (names(first, "overwrite", "input", first), names("--output_path"))
     assert cli("merge-lora", *base, "--output_path", "out").code == 0
-    code, problems = refused(cli, tmp_path, *base, "--output_path", "out")
-    assert code == 1 and problems[0][0] == f"`out/{first.name}` already exists"
+    code, problems = refused(*base, "--output_path", "out")
+    assert code == 1 and problems[0][0] == names(f"out/{first.name}", "already exists")

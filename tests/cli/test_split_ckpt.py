@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_core.progress import format_bytes
 from tests.cli.conftest import read_problems, stamps
+from tests.naming import names
 
 LORA = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
 RUN = {"family": "qwen-image", "removed_prefix": "pipe.dit.", "lora_component": "dit", "lora_format": "diffsynth"}
@@ -35,13 +36,14 @@ def checkpoint(cli):
 
 
 @pytest.fixture
-def refuse(cli):
+def refuse(cli, says):
     """Run a command that must be rejected without writing anything; return exit code and problems."""
 
     def run(*arguments):
         before = stamps(Path())
         outcome = cli("split-ckpt", *arguments)
         assert outcome.code in (1, 2) and outcome.out == "" and stamps(Path()) == before, outcome.err
+        says(f"exit code {outcome.code}\n{outcome.err}")
         return outcome.code, read_problems(outcome.err)
 
     return run
@@ -76,7 +78,7 @@ def test_a_dry_run_writes_nothing(cli, checkpoint):
     told = [f"parts/{name} {kind} {sizes[name]} B" for name, kind in kinds.items()]
     assert [" ".join(line.split()) for line in outcome.out.splitlines()] == told
     total = format_bytes(sum(sizes.values()))
-    assert outcome.err == f"6 files, {total} would be written (dry run)\n"
+    assert outcome.err == names("6 files", total, "dry run")
 
 
 def test_programs_get_json(cli, checkpoint):
@@ -110,16 +112,23 @@ def test_keys_without_a_component(refuse, cli):
         1,
         [
             (
-                "`x.safetensors`: 7 of 8 keys have no component prefix: `nobody.0.weight`, "
-                "`nobody.1.weight`, `nobody.2.weight`, `nobody.3.weight`, `nobody.4.weight` and 2 more; they match no "
-                "known component",
-                "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
+                names(
+                    "x.safetensors",
+                    "7 of 8 keys",
+                    "nobody.0.weight",
+                    "nobody.1.weight",
+                    "nobody.2.weight",
+                    "nobody.3.weight",
+                    "nobody.4.weight",
+                    "2 more",
+                ),
+                names("--unprefixed", "--allow_unmatched"),
             )
         ],
     )
     outcome = cli("split-ckpt", "x.safetensors", "--output_path", "parts", "--allow_unmatched")
-    assert outcome.code == 0 and outcome.out.startswith("parts/vae.safetensors  1 tensor ")
-    assert "skipped, not part of any component: 7 tensors, `nobody.0.weight`, " in outcome.err
+    assert outcome.code == 0 and outcome.out == names("parts/vae.safetensors", "1 tensor")
+    assert outcome.err == names("skipped", "7 tensors", "nobody.0.weight")
     assert cli("split-ckpt", "x.safetensors", "--output_path", "all", "--unprefixed", "dit").code == 0
     assert len(load_file("all/dit.safetensors")) == 7
 
@@ -127,7 +136,7 @@ def test_keys_without_a_component(refuse, cli):
 def test_keys_that_fit_several_components(refuse):
     save_file({LORA.format("A"): ones(1, 1)}, "x.safetensors")
     code, [(message, _)] = refuse("x.safetensors", "--output_path", "parts")
-    assert (code, message.partition("; ")[2]) == (1, "their names match `dit`, `controlnet`")
+    assert (code, message.partition("; ")[2]) == (1, names("dit", "controlnet"))
 
 
 def test_nothing_matched_is_an_error_whatever_is_allowed(refuse):
@@ -152,28 +161,28 @@ def twice(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut_short, "`epoch-0.safetensors` is truncated: its header declares 82 bytes of tensors, found 81"),
-        (overlap, "`epoch-0.safetensors`: the tensors in its header overlap or leave gaps"),
+        (cut_short, names("epoch-0.safetensors", "truncated", "header", "82 bytes", 81)),
+        (overlap, names("epoch-0.safetensors", "header", "overlap")),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"')),
-            f"`epoch-0.safetensors`: the header entry of `{LORA.format('A')}` is inconsistent",
+            names("epoch-0.safetensors", "header", LORA.format("A"), "inconsistent"),
         ),
         (
             lambda path: path.write_bytes(b"not at all"),
-            "`epoch-0.safetensors` (10 bytes) is not a valid safetensors file: cannot read its header",
+            names("epoch-0.safetensors", "10 bytes", "safetensors", "header"),
         ),
     ],
 )
 def test_damaged_files(refuse, checkpoint, change, message):
     change(checkpoint)
-    assert refuse(checkpoint, "--output_path", "parts") == (1, [(message, "download the file again")])
+    assert refuse(checkpoint, "--output_path", "parts") == (1, [(message, names("download the file"))])
 
 
 def test_a_key_that_stands_there_twice(refuse):
     save_file({"pipe.vae.x.weight": ones(1), "vae.x.weight": ones(1)}, "x.safetensors")
     assert refuse("x.safetensors", "--output_path", "parts") == (
         1,
-        [("1 duplicate tensor: `pipe.vae.x.weight`, `vae.x.weight`", "pass a file that has each tensor once")],
+        [(names("1 duplicate", "pipe.vae.x.weight", "vae.x.weight"), names("pass a file"))],
     )
 
 
@@ -181,12 +190,7 @@ def test_a_pickle(refuse):
     torch.save({"x": ones(1)}, "x.pth")
     assert refuse("x.pth", "--output_path", "parts") == (
         1,
-        [
-            (
-                "`x.pth` is a pickled file, but only safetensors files are supported here",
-                "convert it to safetensors first",
-            )
-        ],
+        [(names("x.pth", "pickled", "safetensors"), names("convert it to safetensors"))],
     )
 
 
@@ -196,31 +200,26 @@ def test_a_missing_shard(refuse, cli, checkpoint):
     for way in ((), ("--by", "size"), ("--join",)):
         assert refuse("shards", "--output_path", "parts", *way) == (
             1,
-            [
-                (
-                    "1 shard missing in `shards`: `epoch-0-00002-of-00003.safetensors`",
-                    "download them, or pass all of them",
-                )
-            ],
+            [(names("1 shard", "missing", "shards", "epoch-0-00002-of-00003.safetensors"), names("download them"))],
         )
 
 
 def test_a_shard_that_is_there_and_not_named(refuse, cli, checkpoint):
     assert cli("split-ckpt", checkpoint, "--output_path", "shards", "--by", "size", "--max_shard_size", "40").code == 0
     first, second, third = (f"epoch-0-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
-    message = f"2 shards of the same model in `shards` not listed: `{second}`, `{third}`"
-    expected = (1, [(message, "list all of them, or pass their index")])
+    message = names("2 shards", "shards", "not listed", second, third)
+    expected = (1, [(message, names("list all of them"))])
     assert refuse(f"shards/{first}", "--output_path", "parts") == expected
 
 
 def test_names_for_what_is_not_there(refuse):
     save_file({LORA.format("A"): ones(2, 4), LORA.format("B"): ones(4, 2)}, "lora.safetensors", RUN)
-    message = "`--layout` applies to full weights, but `lora.safetensors` contains none"
-    expected = (2, [(message, "rename a LoRA with `--lora_format`")])
+    message = names("--layout", "full weights", "lora.safetensors")
+    expected = (2, [(message, names("--lora_format"))])
     assert refuse("lora.safetensors", "--output_path", "parts", "--layout", "diffusers") == expected
     save_file({"pipe.vae.conv_in.weight": ones(3, 2)}, "full.safetensors", {"family": "qwen-image"})
-    message = "`--lora_format` applies to LoRAs, but `full.safetensors` contains none"
-    expected = (2, [(message, "rename full weights with `--layout`")])
+    message = names("--lora_format", "LoRAs", "full.safetensors")
+    expected = (2, [(message, names("--layout"))])
     assert refuse("full.safetensors", "--output_path", "parts", "--lora_format", "kohya") == expected
 
 
@@ -231,12 +230,7 @@ def test_files_that_do_not_belong_together(refuse, cli, checkpoint):
         assert cli("split-ckpt", f"{name}.safetensors", "--output_path", name).code == 0
     assert refuse("a", "b", "--output_path", "whole", "--join") == (
         1,
-        [
-            (
-                "`a/vae.safetensors`, `b/vae.safetensors` are parts of different checkpoints",
-                "pass the parts of one checkpoint",
-            )
-        ],
+        [(names("a/vae.safetensors", "b/vae.safetensors", "different checkpoints"), names("one checkpoint"))],
     )
 
 
@@ -244,16 +238,11 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
     save_file({"pipe.dit.blocks.0.self_attn.q.weight": ones(2, 2), "pipe.dit.nobody": ones(1)}, "x.safetensors")
     assert refuse("x.safetensors", "--output_path", "parts", "--layout", "diffusers") == (
         1,
-        [
-            (
-                "`--layout diffusers` is not available for the component `dit` of an unknown family",
-                "pass `--family`",
-            )
-        ],
+        [(names("--layout diffusers", "dit", "unknown family"), names("--family"))],
     )
     command = ("x.safetensors", "--output_path", "parts", "--layout", "original", "--family", "wan")
-    message = "1 tensor of `dit` without a name in the layout `original`: `nobody`"
-    assert refuse(*command) == (1, [(message, "remove `--layout`")])
+    message = names("1 tensor", "dit", "without", "original", "nobody")
+    assert refuse(*command) == (1, [(message, names("remove `--layout`"))])
     outcome = cli("split-ckpt", *command, "--allow_unmatched")
     assert outcome.code == 0
     assert load_file("parts/dit.safetensors").keys() == {"blocks.0.self_attn.q.weight"}
@@ -265,16 +254,16 @@ def test_names_that_a_layout_does_not_have(refuse, cli):
         (
             ("--join", "--layout", "diffusers", "--max_shard_size", "5GB"),
             [
-                ("`--max_shard_size` cannot be used with `--join`", "remove `--max_shard_size`"),
-                ("`--layout` cannot be used with `--join`", "remove `--layout`"),
+                (names("--max_shard_size", "cannot be used", "--join"), names("remove `--max_shard_size`")),
+                (names("--layout", "cannot be used", "--join"), names("remove `--layout`")),
             ],
         ),
         (
             ("--by", "size", "--unprefixed", "dit"),
-            [("`--unprefixed` cannot be used with `--by size`", "remove `--unprefixed`")],
+            [(names("--unprefixed", "cannot be used", "--by size"), names("remove `--unprefixed`"))],
         ),
-        (("--max_shard_size", "big"), [("`big` is not a size (`--max_shard_size`)", "use a size such as `5GB`")]),
-        (("--family", "flx"), [("unknown family `flx`", "did you mean `flux`?")]),
+        (("--max_shard_size", "big"), [(names("big", "not a size", "--max_shard_size"), names("5GB"))]),
+        (("--family", "flx"), [(names("unknown family", "flx"), names("flux"))]),
         (("--unprefixed", "unet"), None),
     ],
 )
@@ -287,28 +276,21 @@ def test_wrong_use(refuse, checkpoint, words, problems):
 def test_what_the_checkpoint_says_counts(refuse, checkpoint):
     assert refuse(checkpoint, "--output_path", "parts", "--family", "wan") == (
         1,
-        [
-            (
-                "`epoch-0.safetensors` is recorded as family `qwen-image`, but `--family` is `wan`",
-                "remove `--family`",
-            )
-        ],
+        [(names("epoch-0.safetensors", "qwen-image", "--family", "wan"), names("remove `--family`"))],
     )
     assert refuse(checkpoint, "--output_path", "parts", "--unprefixed", "vae") == (
         1,
-        [
-            (
-                "the checkpoint assigns keys without a prefix to `dit`, but `--unprefixed` is `vae`",
-                "remove `--unprefixed`",
-            )
-        ],
+        [(names("dit", "--unprefixed", "vae"), names("remove `--unprefixed`"))],
     )
 
 
 def test_what_is_there_is_kept_unless_asked(refuse, cli, checkpoint):
     Path("parts").mkdir()
     Path("parts/vae.safetensors").write_text("mine")
-    hint = "choose another `--output_path`, or pass `--overwrite`"
-    assert refuse(checkpoint, "--output_path", "parts") == (1, [("`parts/vae.safetensors` already exists", hint)])
+    hint = names("--output_path", "--overwrite")
+    assert refuse(checkpoint, "--output_path", "parts") == (
+        1,
+        [(names("parts/vae.safetensors", "already exists"), hint)],
+    )
     assert cli("split-ckpt", checkpoint, "--output_path", "parts", "--overwrite").code == 0
     assert len(load_file("parts/vae.safetensors")) == 2

@@ -6,6 +6,7 @@ from diffsynth_core.config.arguments import unknown_arguments
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.config.unknown_names import UNSUPPORTED, find_unsupported
+from tests.naming import names
 
 DOCUMENTED = [
     "dataset_base_path", "dataset_metadata_path", "dataset_repeat", "dataset_num_workers",
@@ -39,12 +40,12 @@ RESUMING = [
     "lora_path",
     "pretrained_lora_path",
 ]
-STRAY = "`stray` (command line) is not a flag or the value of one"
+STRAY = names("stray", "not a flag")
 HELP = "see `diffsynth train --help`"
 
 
-def supported_not(name: str) -> str:
-    return f"`{name}` (command line) is a DiffSynth-Studio parameter that is not supported yet"
+def supported_not(name: str) -> names:
+    return names(name, "DiffSynth-Studio", "not supported")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -80,8 +81,8 @@ def test_no_flag_is_swallowed(refuse):
     assert code == 2
     assert [message for message, _ in problems] == [
         *map(supported_not, ("enable_wandb_log", "wandb_project", "swanlab_project")),
-        "`lora_rank` takes an integer of at least 1, got `0` (`--lora_rank`)",
-        "`save_steps` takes an integer of at least 1, got `0` (`--save_steps`)",
+        names("lora_rank", "at least 1", 0, "--lora_rank"),
+        names("save_steps", "at least 1", 0, "--save_steps"),
     ]
 
 
@@ -90,39 +91,39 @@ def test_a_key_of_a_config_gets_the_same_answer(config, name):
     path = config(f"parameters:\n  {name}: 1\n")
     (problem,) = resolve({"config": path}).problems
     (flag,) = unknown_arguments([f"--{name}"])
-    assert problem.message == f"`{name}` in `{path}` is a DiffSynth-Studio parameter that is not supported yet"
+    assert problem.message == names(name, path, "DiffSynth-Studio", "not supported")
     assert problem.hint == flag.hint
 
 
-def test_the_answers(refuse, says):
+def test_the_answers(refuse):
     """One of each kind, as prose."""
-    names = (*SWITCHES, *WITH_VALUE, *RESUMING)
-    _, problems = refuse(*(f"--{name}" for name in dict.fromkeys(names)))
-    says("\n".join(f"{message}\n  {hint}" for message, hint in problems))
+    asked = tuple(dict.fromkeys((*SWITCHES, *WITH_VALUE, *RESUMING)))
+    code, problems = refuse(*(f"--{name}" for name in asked))
+    assert code == 2 and [message for message, _ in problems] == [names(name) for name in asked]
 
 
 @pytest.mark.parametrize("name", RESUMING)
 def test_what_other_trainers_resume_with_names_what_does_here(name):
     (problem,) = unknown_arguments([f"--{name}", "models/step-3.safetensors"])
-    assert "`--resume auto` resumes the run in `--output_path`" in problem.hint
-    assert "`--lora_checkpoint FILE` starts a new run from LoRA weights" in problem.hint
+    assert problem.hint == names("--resume auto", "--output_path")
+    assert problem.hint == names("--lora_checkpoint FILE")
 
 
 @pytest.mark.parametrize(
     ("word", "hint"),
     [
-        ("qwen-image-lora", "did you mean `--recipe qwen-image-lora`?"),
-        ("qwen-image-lorra", "did you mean `--recipe qwen-image-lora`?"),
-        ("mine.yaml", "did you mean `--config mine.yaml`?"),
-        ("sub/mine.yml", "did you mean `--config sub/mine.yml`?"),
+        ("qwen-image-lora", names("--recipe qwen-image-lora")),
+        ("qwen-image-lorra", names("--recipe qwen-image-lora")),
+        ("mine.yaml", names("--config mine.yaml")),
+        ("sub/mine.yml", names("--config sub/mine.yml")),
         ("stray", HELP),
     ],
 )
 def test_a_word_without_a_flag(refuse, word, hint):
     """Values that the recipe would have provided are not reported as missing."""
-    assert refuse(word, recipe=None) == (2, [(f"`{word}` (command line) is not a flag or the value of one", hint)])
+    assert refuse(word, recipe=None) == (2, [(names(word, "not a flag"), hint)])
 
 
 def test_a_folder_without_a_flag(refuse, dataset):
-    hint = f"did you mean `--dataset_base_path {dataset}`?"
-    assert refuse(dataset) == (2, [(f"`{dataset}` (command line) is not a flag or the value of one", hint)])
+    hint = names(f"--dataset_base_path {dataset}")
+    assert refuse(dataset) == (2, [(names(dataset, "not a flag"), hint)])

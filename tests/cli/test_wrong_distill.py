@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import CAPTIONS
+from tests.naming import names
 
 COLUMNS = {"seed": "1", "rand_device": "cpu", "num_inference_steps": "4", "cfg_scale": "1"}
 TASK = ("--task", "direct_distill", "--output_path", "out")
@@ -33,8 +34,8 @@ def test_missing_columns_are_told_together(refuse, rows):
     assert refuse(*TASK) == (
         1,
         [
-            (f"`{metadata}` has no column `num_inference_steps`; it has {listed}", "add the column"),
-            (f"`{metadata}` has no column `cfg_scale`; it has {listed}", "add the column"),
+            (names(metadata, "no column", "num_inference_steps", listed), "add the column"),
+            (names(metadata, "no column", "cfg_scale", listed), "add the column"),
         ],
     )
 
@@ -44,14 +45,8 @@ def test_guidance_and_unreadable_cells_are_told_by_row(refuse, rows):
     assert refuse(*TASK) == (
         1,
         [
-            (
-                f"`{metadata}` row 2: column `cfg_scale` holds `4`, expected 1: distillation trains without guidance",
-                "set it to 1",
-            ),
-            (
-                f"`{metadata}` row 3: column `seed` holds `x`, expected an integer from 0 to {2**63 - 1}",
-                "fix the cell",
-            ),
+            (names(metadata, "row 2", "cfg_scale", 4, "expected 1"), "set it to 1"),
+            (names(metadata, "row 3", "seed", "x", "an integer", 0, 2**63 - 1), "fix the cell"),
         ],
     )
 
@@ -61,13 +56,7 @@ def test_noise_that_only_a_gpu_draws(refuse, rows, dataset):
     rows(COLUMNS, chelsea={"rand_device": "cuda"})
     assert refuse(*TASK) == (
         1,
-        [
-            (
-                "`rand_device` is `cuda` for 1 sample, but there is no such device to draw the noise; "
-                f"the first is row 2 `{dataset / 'chelsea.png'}`",
-                "train on a machine that has one, or generate the images again with `cpu`",
-            )
-        ],
+        [(names("rand_device", "cuda", "1 sample", "row 2", dataset / "chelsea.png"), names("generate", "cpu"))],
     )
 
 
@@ -75,27 +64,19 @@ def test_a_range_of_timesteps(refuse, rows):
     rows(COLUMNS)
     assert refuse(*TASK, "--max_timestep_boundary", 0.5) == (
         2,
-        [
-            (
-                "`max_timestep_boundary` has no effect with `direct_distill`, where the samples determine the timesteps",
-                "remove it",
-            )
-        ],
+        [(names("max_timestep_boundary", "no effect", "direct_distill"), "remove it")],
     )
 
 
 def test_supervised_training_is_not_shown_a_seed(refuse, rows):
     rows(COLUMNS)
     code, [(message, _)] = refuse("--extra_inputs", "seed", "--output_path", "out")
-    assert code == 2 and message == "`extra_inputs` names `seed`, which Qwen-Image does not support"
+    assert code == 2 and message == names("extra_inputs", "seed", "Qwen-Image", "not support")
 
 
 def test_a_drawn_dataset_has_no_seeds(cli, tmp_path):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--task", "direct_distill", "--rehearse", "--device", "cpu")
     assert outcome.code == 2
     assert outcome.err.count("error: ") == 1
-    assert (
-        "error: the synthetic dataset of a rehearsal has no columns seed, rand_device, num_inference_steps, cfg_scale"
-        in outcome.err
-    )
-    assert "hint: pass a dataset that has them as `--dataset_base_path`" in outcome.err
+    assert outcome.err == names("error:", "no columns", "seed", "rand_device", "num_inference_steps", "cfg_scale")
+    assert outcome.err == names("hint:", "--dataset_base_path")

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.naming import names
+
 PLACES = {
     "dit": "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors",
     "text_encoder": "Qwen/Qwen-Image:text_encoder/model*.safetensors",
     "vae": "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",
 }
-FETCH = "download the file again"
+FETCH = names("download the file")
 
 
 def name_models(*entries: str) -> tuple[str, str]:
@@ -48,44 +50,43 @@ def test_a_glob_that_matches_nothing(refuse, models):
         1,
         [
             (
-                f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
-                f"download it with `diffsynth download '{entry}'`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
-                "or rehearse with `--rehearse`",
+                names("model_id_with_origin_paths", "nothing", entry, models),
+                names(f"diffsynth download '{entry}'", "DIFFSYNTH_MODEL_BASE_PATH", "--rehearse"),
             )
         ],
     )
 
 
 def test_a_local_file_that_is_not_there(refuse):
-    message = "`model_paths` names `nowhere.safetensors`, which does not exist"
+    message = names("model_paths", "nowhere.safetensors", "does not exist")
     assert refuse("--model_paths", '["nowhere.safetensors"]') == (1, [(message, "correct the path")])
 
 
 def test_a_missing_shard_is_the_only_problem(refuse, repository):
     name = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (repository / "transformer" / name).unlink()
-    message = f"`{PLACES['dit']}`: 1 shards are missing, the first is `{name}`"
-    assert refuse() == (1, [(message, "download them with `diffsynth download qwen-image-lora`, or fix the glob")])
+    message = names(PLACES["dit"], "1 shards", "missing", name)
+    assert refuse() == (1, [(message, names("diffsynth download qwen-image-lora"))])
 
 
 def test_files_cut_short(refuse, vae):
     _, data = split(vae)
     vae.write_bytes(vae.read_bytes()[:-1000])
     there = len(data) - 1000
-    message = f"`{vae}` is truncated: its header declares {len(data)} bytes of tensors, found {there}"
+    message = names(vae, "truncated", f"{len(data)} bytes", there)
     assert refuse() == (1, [(message, FETCH)])
 
 
 @pytest.mark.parametrize("size", [0, 7, 100])
 def test_files_cut_short_in_the_header(refuse, vae, size):
     vae.write_bytes(vae.read_bytes()[:size])
-    message = f"`{vae}` ({size} bytes) is not a valid safetensors file: cannot read its header"
+    message = names(vae, f"{size} bytes", "safetensors", "header")
     assert refuse() == (1, [(message, FETCH)])
 
 
 def test_a_file_with_more_than_its_header_names(refuse, vae):
     vae.write_bytes(vae.read_bytes() + b"more")
-    assert refuse() == (1, [(f"`{vae}` has 4 bytes that its header does not declare", FETCH)])
+    assert refuse() == (1, [(names(vae, "4 bytes", "header"), FETCH)])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_header_that_lies_about_a_tensor(refuse, vae, key, lie):
     name = next(name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"] == [0, 64])
     header[name][key] = lie
     join(vae, header, data)
-    assert refuse() == (1, [(f"`{vae}`: the header entry of `{name}` is inconsistent", FETCH)])
+    assert refuse() == (1, [(names(vae, "header", name, "inconsistent"), FETCH)])
 
 
 def test_a_header_whose_metadata_are_no_texts(refuse, vae):
@@ -125,17 +126,14 @@ def test_tensors_that_overlap(refuse, vae):
     twin = next(name for (start, stop), name in entries[1:] if stop - start == end - begin)
     header[twin]["data_offsets"] = header[first]["data_offsets"]
     join(vae, header, data)
-    assert refuse() == (1, [(f"`{vae}`: the tensors in its header overlap or leave gaps", FETCH)])
+    assert refuse() == (1, [(names(vae, "header", "overlap"), FETCH)])
 
 
 def test_shapes_that_contradict_config_json(refuse, repository):
     path = repository / "transformer/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "joint_attention_dim": 48}))
-    message = (
-        f"dit from `{PLACES['dit']}`: the shapes of 2 tensors differ from those that `{path}` requires; "
-        "`txt_in.weight` is [32, 64], expected [32, 48]"
-    )
-    assert refuse() == (1, [(message, "check that config.json belongs to these files")])
+    message = names("dit", PLACES["dit"], "2 tensors", path, "txt_in.weight", "[32, 64]", "[32, 48]")
+    assert refuse() == (1, [(message, names("config.json"))])
 
 
 @pytest.mark.parametrize(
@@ -165,66 +163,65 @@ def test_shapes_that_do_not_tell_the_configuration(refuse, repository):
 def test_a_config_json_that_is_no_json(refuse, repository):
     path = repository / "vae/config.json"
     path.write_text("{")
-    where = "line 1, column 2: Expecting property name enclosed in double quotes"
-    assert refuse() == (1, [(f"`{path}` is not valid JSON: {where}", FETCH)])
+    assert refuse() == (1, [(names(path, "not valid JSON", "line 1", "column 2"), FETCH)])
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_res_blocks": 10**8}, "`num_res_blocks` is 100000000, expected at most "),
-        ({"base_dim": 10**12}, "`base_dim` is 1000000000000, expected at most 1048576"),
-        ({"dim_mult": [1] * 10**4}, "`length of dim_mult` is 10000, expected at most "),
-        ({"nested": {"max_position_embeddings": 2**40}}, "`nested.max_position_embeddings` is 1099511627776, expected"),
+        ({"num_res_blocks": 10**8}, names("num_res_blocks", 100000000, "at most")),
+        ({"base_dim": 10**12}, names("base_dim", 1000000000000, "at most", 1048576)),
+        ({"dim_mult": [1] * 10**4}, names("length of dim_mult", 10000, "at most")),
+        ({"nested": {"max_position_embeddings": 2**40}}, names("nested.max_position_embeddings", 1099511627776)),
     ],
 )
 def test_a_config_json_with_numbers_that_no_model_has(refuse, repository, setting, message):
     path = repository / "vae/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     code, [(told, hint)] = refuse()
-    assert code == 1 and told.startswith(f"`{path}`: {message}")
-    assert hint == "put the config.json of these files next to them"
+    assert code == 1 and told == names(path, message)
+    assert hint == names("config.json")
 
 
 def test_a_folder_in_the_place_of_a_config_json(refuse, repository):
     path = repository / "vae/config.json"
     path.unlink()
     path.mkdir()
-    assert refuse() == (1, [(f"`{path}` is a folder, expected a file", FETCH)])
+    assert refuse() == (1, [(names(path, "a folder", "a file"), FETCH)])
 
 
 def test_a_component_named_twice(refuse):
     again = "Qwen/Qwen-Image:vae/*.safetensors"
-    message = f"`{again}` and `{PLACES['vae']}` are both the vae of Qwen-Image"
+    message = names(again, PLACES["vae"], "vae", "Qwen-Image")
     assert refuse(*name_models(*PLACES.values(), again)) == (2, [(message, "pass only one of them")])
 
 
 def test_a_component_left_out(refuse):
-    message = "no vae weights (VAE) given for Qwen-Image"
+    message = names("no vae weights", "Qwen-Image")
     assert refuse(*name_models(PLACES["dit"], PLACES["text_encoder"])) == (
         2,
-        [(message, "add them to `--model_paths` or `--model_id_with_origin_paths`")],
+        [(message, names("--model_paths", "--model_id_with_origin_paths"))],
     )
 
 
 def test_a_file_that_is_no_component(refuse, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"linear.weight": np.zeros((2, 2), np.float32)}, path)
-    message = f"`{path}` is not a component of Qwen-Image; its first key is `linear.weight`"
-    hint = "pass files of its components: dit, text_encoder, vae, controlnet"
+    message = names(path, "not a component", "Qwen-Image", "linear.weight")
+    hint = names("dit", "text_encoder", "vae", "controlnet")
     assert refuse("--model_paths", f'["{path}"]') == (2, [(message, hint)])
 
 
 def test_no_tokenizer_beside_the_text_encoder(refuse, repository):
     shutil.rmtree(repository / "tokenizer")
-    message = f"no tokenizer found at `{repository}/tokenizer`"
+    message = names("no tokenizer", f"{repository}/tokenizer")
     command = "diffsynth download 'Qwen/Qwen-Image:tokenizer/*'"
-    assert refuse() == (1, [(message, f"download it with `{command}`, or set its folder with `--tokenizer_path`")])
+    assert refuse() == (1, [(message, names(command, "--tokenizer_path"))])
 
 
 def test_a_tokenizer_folder_that_is_not_there(refuse):
-    message = "no tokenizer found at `nowhere`"
-    assert refuse("--tokenizer_path", "nowhere") == (1, [(message, "set its folder with `--tokenizer_path`")])
+    message = names("no tokenizer", "nowhere")
+    assert refuse("--tokenizer_path", "nowhere") == (1, [(message, names("--tokenizer_path"))])
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
@@ -232,7 +229,7 @@ def test_a_tokenizer_that_lacks_a_file(refuse, repository, name):
     (repository / "tokenizer" / name).unlink()
     code, [(message, hint)] = refuse()
     assert code == 1 and "`--tokenizer_path`" in hint
-    assert message.startswith(f"cannot read the tokenizer in `{repository}/tokenizer`")
+    assert message == names("cannot read", f"{repository}/tokenizer")
 
 
 def test_a_damaged_tokenizer(refuse, repository):
@@ -240,11 +237,11 @@ def test_a_damaged_tokenizer(refuse, repository):
     path.write_text("{")
     code, [(message, _)] = refuse()
     assert code == 1
-    assert message.startswith(f"cannot read the tokenizer: `{path}` is not valid JSON: line 1, column 2: ")
+    assert message == names("cannot read", path, "not valid JSON", "line 1", "column 2")
     path.unlink()
     path.mkdir()
     code, [(message, _)] = refuse()
-    assert code == 1 and "missing `tokenizer.json` or `vocab.json` and `merges.txt`" in message
+    assert code == 1 and message == names("missing", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):
@@ -252,7 +249,7 @@ def test_settings_of_a_tokenizer_of_a_wrong_type(refuse, repository):
     path.write_text("[]")
     code, [(message, _)] = refuse()
     assert code == 1
-    assert message == f"cannot read the tokenizer: `{path}`: the top level is a list, expected an object"
+    assert message == names("cannot read", path, "a list", "an object")
 
 
 def write_lora(path: Path, rank: int, module: str = "transformer_blocks.0.attn.to_q", width: int = 32) -> None:
@@ -263,18 +260,18 @@ def write_lora(path: Path, rank: int, module: str = "transformer_blocks.0.attn.t
 def test_a_lora_checkpoint_of_another_rank(refuse, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_lora(path, rank=16)
-    message = f"`{path}` has rank 16, but `lora_rank` is 32"
-    assert refuse("--lora_checkpoint", path) == (2, [(message, "pass `--lora_rank 16`")])
+    message = names(path, "rank 16", "lora_rank", 32)
+    assert refuse("--lora_checkpoint", path) == (2, [(message, names("--lora_rank 16"))])
 
 
 def test_a_lora_checkpoint_of_another_model(refuse, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_lora(path, rank=32, module="double_blocks.0.img_attn.qkv")
     code, [(message, hint)] = refuse("--lora_checkpoint", path)
-    assert (code, hint) == (1, "pass a LoRA for this model")
-    assert message.startswith(f"`{path}`: 2 of 2 keys match no module: ")
+    assert (code, hint) == (1, names("pass a LoRA"))
+    assert message == names(path, "2 of 2", "no module")
 
 
 def test_a_lora_checkpoint_that_is_not_there(refuse):
-    message = "`lora_checkpoint` `nowhere.safetensors` does not exist"
+    message = names("lora_checkpoint", "nowhere.safetensors", "does not exist")
     assert refuse("--lora_checkpoint", "nowhere.safetensors") == (1, [(message, "correct the path")])

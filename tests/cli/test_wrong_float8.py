@@ -4,26 +4,28 @@ import json
 
 import pytest
 
+from tests.naming import names
+
 DIT = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
 
 
 @pytest.mark.parametrize("parameter", ["fp8_models", "offload_models"])
 def test_an_entry_that_is_none(refuse, parameter):
     entry = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model.safetensors"
-    message = f"`{parameter}` names `{entry}`, which is not an entry of the model parameters"
-    assert refuse(f"--{parameter}", entry) == (2, [(message, f"did you mean `{DIT}`?")])
+    message = names(parameter, entry, "not an entry")
+    assert refuse(f"--{parameter}", entry) == (2, [(message, names(DIT))])
 
 
 def test_an_entry_unlike_any(refuse):
-    message = "`fp8_models` names `dit`, which is not an entry of the model parameters"
+    message = names("fp8_models", "dit", "not an entry")
     text_encoder, vae = "text_encoder/model*.safetensors", "vae/diffusion_pytorch_model.safetensors"
-    hint = f"the entries are `{DIT}`, `Qwen/Qwen-Image:{text_encoder}`, `Qwen/Qwen-Image:{vae}`"
+    hint = names(DIT, f"Qwen/Qwen-Image:{text_encoder}", f"Qwen/Qwen-Image:{vae}")
     assert refuse("--fp8_models", "dit") == (2, [(message, hint)])
 
 
 def test_a_component_whose_weights_train(refuse):
-    message = f"`trainable_models` names `dit`, whose files `fp8_models` keeps in 8-bit floats: `{DIT}`"
-    hint = "remove them from `fp8_models`, or train a LoRA: `--lora_base_model dit`"
+    message = names("trainable_models", "dit", "fp8_models", DIT)
+    hint = names("fp8_models", "--lora_base_model dit")
     assert refuse("--fp8_models", DIT, recipe="qwen-image-full") == (2, [(message, hint)])
 
 
@@ -46,4 +48,4 @@ def test_a_list_of_shards_is_named_by_any_of_them(refuse, models):
     named = ("--model_paths", json.dumps([shards]), "--model_id_with_origin_paths", ",".join(rest))
     for chosen in (shards[:1], shards[1:], shards):
         code, [(message, _)] = refuse(*named, "--fp8_models", ",".join(chosen), recipe="qwen-image-full")
-        assert code == 2 and message.startswith("`trainable_models` names `dit`, whose files `fp8_models` keeps")
+        assert code == 2 and message == names("trainable_models", "dit", "fp8_models")

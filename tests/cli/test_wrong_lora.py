@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ENTRIES
 from tests.loras import RANK, TinyFamily, random_lora, save_lora
+from tests.naming import in_any_order, names
 
-ALONE = "use a file with only the LoRA, or resume the run that wrote this one with `--resume auto`"
-COMPONENTS = "components of Qwen-Image: dit, text_encoder, vae, controlnet"
-ANOTHER = "pass a LoRA for this model"
+ALONE = names("--resume auto")
+COMPONENTS = names("Qwen-Image", "dit", "text_encoder", "vae", "controlnet")
+ANOTHER = names("pass a LoRA")
 PRESET = ("--preset_lora_model", "dit", "--preset_lora_path")
 TO_Q = "transformer_blocks.0.attn.to_q"
 
@@ -35,10 +36,10 @@ def rewrite(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("parameter", ["lora_base_model", "preset_lora_model"])
-@pytest.mark.parametrize(("name", "hint"), [("text_encodr", "did you mean `text_encoder`?"), ("zzz", COMPONENTS)])
+@pytest.mark.parametrize(("name", "hint"), [("text_encodr", names("text_encoder")), ("zzz", COMPONENTS)])
 def test_a_component_that_there_is_not(refuse, lora, parameter, name, hint):
     arguments = ["--preset_lora_path", lora] if parameter == "preset_lora_model" else []
-    message = f"`{parameter}` names `{name}`, which is not a component of Qwen-Image"
+    message = names(parameter, name, "not a component", "Qwen-Image")
     assert refuse(f"--{parameter}", name, *arguments) == (2, [(message, hint)])
 
 
@@ -53,16 +54,13 @@ def test_a_component_that_this_kind_of_model_has_not(refuse, tiny_wan, lora, mon
         *entries(T2V), "--lora_base_model", "dit", f"--{parameter}", "image_encoder", *arguments, recipe=None
     )
     assert code == 2
-    assert (
-        f"`{parameter}` names `image_encoder`, which Wan (text to video) does not have",
-        "remove it",
-    ) in problems
+    assert (names(parameter, "image_encoder", "Wan (text to video)"), "remove it") in problems
 
 
 @pytest.mark.parametrize("parameter", ["lora_checkpoint", "preset_lora_path"])
 def test_a_file_that_is_not_there(refuse, parameter):
     more = PRESET[:2] if parameter == "preset_lora_path" else ()
-    message = f"`{parameter}` `nowhere.safetensors` does not exist"
+    message = names(parameter, "nowhere.safetensors", "does not exist")
     assert refuse(*more, f"--{parameter}", "nowhere.safetensors") == (1, [(message, "correct the path")])
 
 
@@ -70,41 +68,41 @@ def test_a_file_that_is_not_there(refuse, parameter):
 def test_a_file_that_is_damaged(refuse, lora, parameter):
     lora.write_bytes(lora.read_bytes()[:100])
     more = PRESET[:2] if parameter == "preset_lora_path" else ()
-    message = f"`{lora}` (100 bytes) is not a valid safetensors file: cannot read its header"
-    assert refuse(*more, f"--{parameter}", lora) == (1, [(message, "download the file again")])
+    message = names(lora, "100 bytes", "safetensors", "header")
+    assert refuse(*more, f"--{parameter}", lora) == (1, [(message, names("download the file"))])
 
 
 def test_a_preset_file_without_its_component(refuse, lora):
-    message = "`preset_lora_path` is set without `preset_lora_model`"
-    assert refuse("--preset_lora_path", lora) == (2, [(message, "pass `--preset_lora_model dit`")])
+    message = names("preset_lora_path", "without", "preset_lora_model")
+    assert refuse("--preset_lora_path", lora) == (2, [(message, names("--preset_lora_model dit"))])
     assert refuse("--preset_lora_path", lora, "--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj") == (
-        2, [(message, "pass `--preset_lora_model text_encoder`")]
+        2, [(message, names("--preset_lora_model text_encoder"))]
     )  # fmt: skip
 
 
 def test_a_preset_component_without_its_file(refuse):
-    message = "`preset_lora_model` is set without `preset_lora_path`"
-    assert refuse("--preset_lora_model", "dit") == (2, [(message, "set the LoRA file, or remove it")])
+    message = names("preset_lora_model", "without", "preset_lora_path")
+    assert refuse("--preset_lora_model", "dit") == (2, [(message, names("set the LoRA"))])
 
 
 def test_a_preset_of_another_component(refuse, lora):
     keys = len(load_file(lora))
     code, [(message, hint)] = refuse("--preset_lora_path", lora, "--preset_lora_model", "text_encoder")
     assert (code, hint) == (1, ANOTHER)
-    assert message.startswith(f"`{lora}`: {keys} of {keys} keys match no module: `transformer_blocks.0.")
+    assert message == names(lora, f"{keys} of {keys}", "no module", "transformer_blocks.0.")
 
 
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
-        ({f"{TO_Q}.lora_B.default.weight": None}, f"the LoRA of `{TO_Q}` has lora_A but no lora_B", "re-export the file"),
-        ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, f"the LoRA of `{TO_Q}` is [32, 4] x [4, 5], which does not match its weight [32, 32]", ANOTHER),
+        ({f"{TO_Q}.lora_B.default.weight": None}, names(TO_Q, "lora_A", "no lora_B"), "re-export the file"),
+        ({f"{TO_Q}.lora_A.default.weight": (RANK, 5)}, names(TO_Q, "[32, 4] x [4, 5]", "not match", "[32, 32]"), ANOTHER),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit(refuse, lora, arguments, change, message, hint):
     rewrite(lora, **{key: None if shape is None else torch.ones(shape) for key, shape in change.items()})
-    expected = f"`{lora}`: {message.format(keys=len(load_file(lora)))}"
+    expected = names(lora, message)
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(expected, hint)])
 
 
@@ -119,11 +117,11 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
     rewrite(lora, **{TEXT_ENCODER: torch.ones(RANK, 5)})
     without = lora.with_name("lora-dit.safetensors")
     command = f"diffsynth convert-lora {lora} --to diffsynth --family qwen-image --allow_unmatched -o {without}"
-    message = f"`{lora}`: 1 of 43 keys match no module: `{TEXT_ENCODER}`"
-    hint = f"use a LoRA of this model, or remove these keys with `{command}`, and pass that file"
+    message = names(lora, "1 of 43", "no module", TEXT_ENCODER)
+    hint = names(command)
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, hint)])
     outcome = cli(*shlex.split(command)[1:])
-    assert outcome.code == 0 and f"1 key skipped: `{TEXT_ENCODER}`" in outcome.err, outcome.err
+    assert outcome.code == 0 and outcome.err == names("1 key skipped", TEXT_ENCODER), outcome.err
     outcome = cli(
         "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "--lora_rank", RANK,
         *arguments, without,
@@ -134,24 +132,22 @@ def test_a_lora_with_keys_of_a_text_encoder_names_the_command_that_leaves_them_o
 @pytest.mark.parametrize("arguments", [("--lora_checkpoint",), PRESET])
 def test_a_file_with_full_weights_beside_its_lora(refuse, lora, arguments):
     rewrite(lora, **{"pipe.text_encoder.model.norm.weight": torch.ones(3)})
-    message = (
-        f"`{lora}` contains 1 full weight of text_encoder besides the LoRA of dit, but only a LoRA is supported here"
-    )
+    message = names(lora, "1 full weight", "text_encoder", "LoRA of dit")
     assert refuse("--lora_rank", RANK, *arguments, lora) == (1, [(message, ALONE)])
 
 
 def test_a_checkpoint_without_a_component_that_receives_it(refuse, lora, config):
     path = config("extends: qwen-image-full\n")
-    message = "`lora_checkpoint` is set without `lora_base_model`"
+    message = names("lora_checkpoint", "without", "lora_base_model")
     assert refuse("--config", path, "--lora_checkpoint", lora, recipe=None) == (
         2,
-        [(message, "set the component to apply it to with `--lora_base_model`")],
+        [(message, names("--lora_base_model"))],
     )
 
 
 def test_a_checkpoint_of_another_rank(refuse, lora):
-    message = f"`{lora}` has rank {RANK}, but `lora_rank` is 8"
-    assert refuse("--lora_checkpoint", lora, "--lora_rank", 8) == (2, [(message, f"pass `--lora_rank {RANK}`")])
+    message = names(lora, f"rank {RANK}", "lora_rank", 8)
+    assert refuse("--lora_checkpoint", lora, "--lora_rank", 8) == (2, [(message, names(f"--lora_rank {RANK}"))])
 
 
 def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
@@ -159,22 +155,22 @@ def test_a_preset_of_any_rank_is_taken(cli, lora, dataset):
         "train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--lora_rank", 8, *PRESET, lora, "--dry_run", "-v"
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert f", `{lora}` merged into 21 modules and LoRA of rank 8 on 21 modules" in outcome.out
+    assert outcome.out == names(lora, "merged into 21 modules", "LoRA of rank 8", "21 modules")
 
 
 def test_a_wrong_rank_alone_is_the_problem(refuse, lora):
     """If the rank is invalid, the file is not compared with the default one."""
-    message = "`lora_rank` takes an integer of at least 1, got `0` (`--lora_rank`)"
+    message = names("lora_rank", "an integer", "at least", 1, 0, "--lora_rank")
     assert refuse("--lora_checkpoint", lora, "--lora_rank", 0) == (2, [(message, None)])
 
 
 def test_real_files_fit_no_rehearsal(refuse, lora):
-    hint = "remove it for the rehearsal"
+    hint = names("remove it")
     assert refuse("--rehearse", "--lora_checkpoint", lora, *PRESET, lora) == (
         2,
         [
-            ("`lora_checkpoint` requires the real weights and cannot be rehearsed", hint),
-            ("`preset_lora_path` requires the real weights and cannot be rehearsed", hint),
+            (names("lora_checkpoint", "cannot be rehearsed"), hint),
+            (names("preset_lora_path", "cannot be rehearsed"), hint),
         ],
     )
 
@@ -185,54 +181,39 @@ def test_all_at_once(refuse, lora):
         "--lora_format", "civitai",
     )  # fmt: skip
     assert code == 2
-    assert sorted(problems) == sorted(
-        [
-            (
-                "`lora_target_modules` `to_(q`: no module name ends with it, and it is not a valid regular expression: "
-                "missing ), unterminated subpattern at position 3",
-                "fix it",
-            ),
-            ("`lora_checkpoint` `nowhere.safetensors` does not exist", "correct the path"),
-            ("`preset_lora_path` is set without `preset_lora_model`", "pass `--preset_lora_model dit`"),
-            (
-                "`lora_format` takes one of diffsynth, diffusers, comfyui, kohya, got `civitai` (`--lora_format`)",
-                None,
-            ),
-        ]
+    assert problems == in_any_order(
+        (names("lora_target_modules", "to_(q", "no module", "regular expression", "position 3"), "fix it"),
+        (names("lora_checkpoint", "nowhere.safetensors", "does not exist"), "correct the path"),
+        (names("preset_lora_path", "without", "preset_lora_model"), names("--preset_lora_model dit")),
+        (names("lora_format", "diffsynth, diffusers, comfyui, kohya", "civitai", "--lora_format"), None),
     )
 
 
-def test_the_plan_tells_what_was_chosen(cli, dataset):
+def test_the_plan_tells_what_was_chosen(cli, says, dataset):
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     automatic = cli(*arguments, "--lora_target_modules", "")
-    assert "LoRA of rank 32 on 24 modules" in automatic.out
-    assert (
-        "LoRA is applied to the linear layers of repeated blocks: 24 in transformer_blocks.* (attn.add_k_proj, "
-        in automatic.out
-    )
+    assert automatic.out == names("LoRA of rank 32", "24 modules")
+    assert automatic.out == names(24, "transformer_blocks.*", "attn.add_k_proj")
     assert "img_mlp.net.0.proj" in automatic.out and "excluded: 4 LoRA modules" in automatic.out
     pattern = cli(*arguments, "--lora_target_modules", ".*attn.to_[qk]")
-    assert (
-        "LoRA is applied to modules that match `.*attn.to_[qk]`: 4 in transformer_blocks.* (attn.to_k, attn.to_q)"
-        in pattern.out
-    )
+    assert pattern.out == names(".*attn.to_[qk]", 4, "transformer_blocks.*", "attn.to_k", "attn.to_q")
     assert "LoRA is applied to" not in cli(*arguments).out
+    for outcome in (automatic, pattern):
+        says("\n".join(line for line in outcome.out.splitlines() if "LoRA" in line))
 
 
 def test_an_automatic_choice_rehearses(cli):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--rehearse", "--lora_target_modules", "", "--max_steps", 2)
     assert outcome.code == 0, outcome.err
-    assert "each of its 48 keys matches one of 24 modules of dit" in outcome.out
+    assert outcome.out == names("48 keys", "24 modules", "dit")
     assert "--lora_target_modules ''" in outcome.out
 
 
 def test_a_preset_is_not_merged_into_8_bit_floats(refuse, lora):
     code, [(message, hint)] = refuse(*PRESET, lora, "--fp8_models", ENTRIES["dit"])
     assert code == 2
-    assert message.startswith(
-        "`preset_lora_path` cannot be merged into `dit`, whose files `fp8_models` keeps in 8-bit floats"
-    )
-    assert hint == "remove them from `fp8_models`"
+    assert message == names("preset_lora_path", "cannot be merged", "dit", "fp8_models")
+    assert hint == names("fp8_models")
 
 
 def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
@@ -254,16 +235,14 @@ def test_a_preset_is_merged_beside_8_bit_floats(cli, lora, dataset):
 
 def test_modules_that_carry_no_lora(refuse):
     """Recognized by type, not by shape: an embedding, and a convolution with its own padding."""
-    what, hint = "which do not support LoRA: {}", "use linear layers or plain convolutions"
-    embedding = "`lora_target_modules` matches modules of text_encoder of type `Embedding`, "
+    embedding = names("lora_target_modules", "matches modules", "text_encoder", "Embedding")
     assert refuse("--lora_base_model", "text_encoder", "--lora_target_modules", "q_proj,embed_tokens") == (
-        2, [(embedding + what.format("`model.language_model.embed_tokens`"), hint)]
+        2, [(names(embedding, "model.language_model.embed_tokens"), "use linear layers or plain convolutions")]
     )  # fmt: skip
     code, [(message, _)] = refuse("--lora_base_model", "vae", "--lora_target_modules", "encoder.conv_in")
     assert code == 2
     assert message == (
-        "`lora_target_modules` matches modules of vae of type `QwenImageCausalConv3d`, "
-        + what.format("`encoder.conv_in`")
+        names("lora_target_modules", "matches modules", "vae", "QwenImageCausalConv3d", "encoder.conv_in")
     )
 
 
@@ -287,9 +266,8 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
         2,
         [
             (
-                "`lora_target_modules` matches modules of vae that are convolutions in the files but linear layers here, which "
-                "do not support LoRA: `encoder.mid.attn_1.q`",
-                "use linear layers or plain convolutions",
+                names("lora_target_modules", "vae", "convolutions in the files", "linear", "encoder.mid.attn_1.q"),
+                names("use linear layers"),
             )
         ],
     )
@@ -297,7 +275,7 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
 
 @pytest.mark.usefixtures("flux")
 def test_the_format_of_a_lora_where_none_trains(refuse):
-    message = "`align_to_opensource_format` is set without `lora_base_model`: it only affects the keys of a LoRA"
+    message = names("align_to_opensource_format", "without", "lora_base_model")
     sizes = ("--height", 64, "--width", 64)
     assert refuse("--align_to_opensource_format", *sizes, recipe="flux.1-dev-full") == (2, [(message, "remove it")])
 
@@ -309,28 +287,25 @@ def test_parts_of_a_vae_by_their_documented_names(refuse):
         assert code == 2
         return problems
 
-    message = "`{}` names `vae_decoder`, which is not a component of FLUX.1"
+    message = names("{parameter}", "vae_decoder", "not a component", "FLUX.1")
     assert told("--trainable_models", "vae_decoder") == [
-        (message.format("trainable_models"), "here it is called `vae.decoder`")
+        (message.format(parameter="trainable_models"), names("vae.decoder"))
     ]
-    assert told("--lora_base_model", "vae_decoder") == [(message.format("lora_base_model"), "here it is called `vae`")]
+    assert told("--lora_base_model", "vae_decoder") == [(message.format(parameter="lora_base_model"), names("vae"))]
     assert told("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
-        (
-            "`remove_prefix_in_ckpt`: no key of FLUX.1 starts with `pipe.vae_encoder.`",
-            "did you mean `pipe.vae.encoder.`?",
-        )
+        (names("remove_prefix_in_ckpt", "no key", "FLUX.1", "pipe.vae_encoder."), names("pipe.vae.encoder."))
     ]
 
 
 @pytest.mark.parametrize(
     ("prefix", "hint"),
     [
-        ("pipe.dti.", "did you mean `pipe.dit.`?"),
-        ("model", "keys start with `pipe.dit.`, `pipe.text_encoder.`, `pipe.vae.`, `pipe.controlnet.`"),
+        ("pipe.dti.", names("pipe.dit.")),
+        ("model", names("pipe.dit.", "pipe.text_encoder.", "pipe.vae.", "pipe.controlnet.")),
     ],
 )
 def test_a_prefix_that_no_key_has(refuse, prefix, hint):
-    message = f"`remove_prefix_in_ckpt`: no key of Qwen-Image starts with `{prefix}`"
+    message = names("remove_prefix_in_ckpt", "no key", "Qwen-Image", prefix)
     assert refuse("--remove_prefix_in_ckpt", prefix) == (2, [(message, hint)])
 
 
@@ -338,5 +313,5 @@ def test_modules_passed_over_are_told(cli, dataset):
     """A list for more blocks than the transformer has, as the list of klein 4B is for the 9B."""
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
-    assert "  no LoRA on 1 modules of the same kinds: `transformer_blocks.1.attn.to_q`\n" in outcome.out
+    assert outcome.out == names("no LoRA", "1 modules", "transformer_blocks.1.attn.to_q")
     assert "no LoRA on" not in cli(*arguments).out

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_core.models.flux import tiny as tiny_flux
 from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from tests.conftest import ENTRIES
+from tests.naming import names
 
 CONTROLNET = "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors"
 FOLLOW = ("--extra_inputs", "controlnet_image", "--data_file_keys", "image,controlnet_image")
@@ -44,21 +45,21 @@ def named(*more: str) -> tuple[str, str]:
 
 
 def test_an_image_to_follow_without_a_controlnet(refuse, pairs):
-    message = "no controlnet weights (ControlNet) given for Qwen-Image with a ControlNet"
-    assert refuse(*FOLLOW) == (2, [(message, "add them to `--model_paths` or `--model_id_with_origin_paths`")])
+    message = names("no controlnet weights", "Qwen-Image with a ControlNet")
+    assert refuse(*FOLLOW) == (2, [(message, names("--model_paths", "--model_id_with_origin_paths"))])
 
 
 def test_a_controlnet_without_an_image_to_follow(refuse, write):
     write()
-    message = f"`{CONTROLNET}` is the controlnet of Qwen-Image, but `controlnet_image` is not in `extra_inputs`"
-    hint = "pass `--extra_inputs controlnet_image`, or remove its files"
+    message = names(CONTROLNET, "controlnet", "Qwen-Image", "controlnet_image", "not in `extra_inputs`")
+    hint = names("--extra_inputs controlnet_image")
     assert refuse(*named(CONTROLNET)) == (2, [(message, hint)])
 
 
 @pytest.mark.parametrize("typed", ["controlnet", "controlnet.controlnet_blocks"])
 def test_a_controlnet_is_to_be_trained_that_nobody_asked_for(refuse, typed):
-    message = "`trainable_models` names `controlnet`, which Qwen-Image does not have"
-    hint = "remove it, or pass `--extra_inputs controlnet_image` and its files"
+    message = names("trainable_models", "controlnet", "Qwen-Image", "does not have")
+    hint = names("remove it", "--extra_inputs controlnet_image")
     assert refuse("--trainable_models", typed) == (2, [(message, hint)])
 
 
@@ -67,29 +68,23 @@ def test_the_column_and_its_key_are_missed(refuse, write, dataset):
     code, problems = refuse(*named(CONTROLNET), "--extra_inputs", "controlnet_image")
     assert code == 2 and problems == [
         (
-            "`data_file_keys` does not include `controlnet_image`, whose files this run reads",
-            "pass `--data_file_keys image,video,controlnet_image`",
+            names("data_file_keys", "not include", "controlnet_image"),
+            names("--data_file_keys image,video,controlnet_image"),
         ),
-        (
-            f"`{dataset}/metadata.csv` has no column `controlnet_image`; it has `image`, `prompt`",
-            "add the column",
-        ),
+        (names(f"{dataset}/metadata.csv", "no column", "controlnet_image", "image", "prompt"), "add the column"),
     ]
 
 
 def test_the_controlnet_of_another_width(refuse, write, pairs):
     write(heads=4)
-    message = f"the controlnet from `{CONTROLNET}` makes states with 64 channels, but the dit of Qwen-Image with a ControlNet expects 32"
-    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "use the controlnet of the same model")])
+    message = names("controlnet", CONTROLNET, "64 channels", "dit of Qwen-Image with a ControlNet", 32)
+    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, names("controlnet", "same model"))])
 
 
 def test_the_controlnet_of_other_texts(refuse, write, pairs):
     write(text_width=128)
-    message = (
-        f"the controlnet from `{CONTROLNET}` takes text states with 128 channels, "
-        "but the dit of Qwen-Image with a ControlNet expects 64"
-    )
-    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, "use the controlnet of the same model")])
+    message = names("controlnet", CONTROLNET, "text states", "128 channels", "dit of Qwen-Image with a ControlNet", 64)
+    assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, names("controlnet", "same model"))])
 
 
 def test_a_controlnet_for_inpainting(refuse, write, pairs):
@@ -100,15 +95,15 @@ def test_a_controlnet_for_inpainting(refuse, write, pairs):
     save_file(tensors, path)
     config = json.loads((path.parent / "config.json").read_text()) | {"extra_condition_channels": 4}
     (path.parent / "config.json").write_text(json.dumps(config))
-    message = f"the controlnet from `{CONTROLNET}` takes patches with 68 channels, but the dit of Qwen-Image with a ControlNet expects 64"
-    hint = "use a ControlNet with only a control image, not one for inpainting"
+    message = names("controlnet", CONTROLNET, "68 channels", "dit of Qwen-Image with a ControlNet", 64)
+    hint = names("ControlNet", "inpainting")
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
 
 def test_the_controlnet_of_another_family(refuse, write, pairs):
     write(tiny_flux)
-    message = f"`{CONTROLNET}` is a FLUX.1 ControlNet, not a component of Qwen-Image"
-    hint = "pass files of its components: dit, text_encoder, vae, controlnet"
+    message = names(CONTROLNET, "FLUX.1 ControlNet", "not a component", "Qwen-Image")
+    hint = names("dit", "text_encoder", "vae", "controlnet")
     assert refuse(*named(CONTROLNET), *FOLLOW) == (2, [(message, hint)])
 
 
@@ -116,14 +111,14 @@ def test_a_controlnet_that_is_not_supported(refuse, write, pairs):
     path = write()
     extra = {f"controlnet_blocks.0.{name}_rms.weight": torch.zeros(2) for name in "xy"}
     save_file(load_file(path) | extra, path)
-    message = f"`{CONTROLNET}` is a blockwise ControlNet, which is not supported yet, not a component of Qwen-Image"
+    message = names(CONTROLNET, "blockwise ControlNet", "not supported", "not a component", "Qwen-Image")
     assert [found for found, _ in refuse(*named(CONTROLNET), *FOLLOW)[1]] == [message]
 
 
 def test_images_to_edit_beside_one_to_follow(refuse, write, pairs):
     write()
     both = ("--extra_inputs", "controlnet_image,edit_image", "--data_file_keys", "image,controlnet_image,edit_image")
-    message = "`extra_inputs` names `edit_image`, which Qwen-Image with a ControlNet does not support"
+    message = names("extra_inputs", "edit_image", "Qwen-Image with a ControlNet")
     assert refuse(*named(CONTROLNET), *both) == (2, [(message, "it takes controlnet_image")])
 
 
@@ -131,8 +126,8 @@ def test_several_images_to_follow(refuse, write, pairs):
     write()
     rows = [{"image": "chelsea.png", "prompt": "a cat", "controlnet_image": ["coffee.png", "rocket.png"]}]
     (pairs / "metadata.json").write_text(json.dumps(rows))
-    message = f"`{pairs}/metadata.json` row 1: column `controlnet_image` lists 2 files, expected one"
-    assert refuse(*named(CONTROLNET), *FOLLOW) == (1, [(message, "write one row per file")])
+    message = names(f"{pairs}/metadata.json", "row 1", "controlnet_image", "2 files")
+    assert refuse(*named(CONTROLNET), *FOLLOW) == (1, [(message, names("write one row"))])
 
 
 @pytest.mark.parametrize(
@@ -140,28 +135,24 @@ def test_several_images_to_follow(refuse, write, pairs):
     [
         (
             "dit.transformer_blocks.0.atn",
-            "`trainable_models`: dit has no module `transformer_blocks.0.atn` with weights",
-            "did you mean `dit.transformer_blocks.0.attn`?",
+            names("trainable_models", "dit", "no module", "transformer_blocks.0.atn"),
+            names("dit.transformer_blocks.0.attn"),
         ),
         (
             "dit.pos_embed",
-            "`trainable_models`: dit has no module `pos_embed` with weights",
-            "its modules are `img_in`, `time_text_embed`, `transformer_blocks`, `txt_in`, `txt_norm` and 2 more",
+            names("trainable_models", "dit", "no module", "pos_embed"),
+            names("img_in", "time_text_embed", "transformer_blocks", "txt_in", "txt_norm", "2 more"),
         ),
-        (
-            "vae.decoder",
-            "`trainable_models` names `vae.decoder`, which receives no gradient in this setup",
-            "remove it",
-        ),
+        ("vae.decoder", names("trainable_models", "vae.decoder", "no gradient"), "remove it"),
         (
             "text_encoder.model.visual",
-            "`trainable_models` names `text_encoder.model.visual`, which receives no gradient in this setup",
+            names("trainable_models", "text_encoder.model.visual", "no gradient"),
             "remove it",
         ),
         (
             "text_encodr.model.norm",
-            "`trainable_models` names `text_encodr`, which is not a component of Qwen-Image",
-            "did you mean `text_encoder`?",
+            names("trainable_models", "text_encodr", "not a component", "Qwen-Image"),
+            names("text_encoder"),
         ),
     ],
 )
@@ -180,8 +171,8 @@ def test_modules_by_the_names_of_the_model_in_memory(refuse, tmp_path, models):
     }
     for component, place in places.items():
         tiny_flux.write_tiny_weights(models, component, model_id, place)
-    message = "`trainable_models`: dit has no module `transformer_blocks.0.attn` with weights"
-    hint = "in the documented names this is `dit.blocks.0.attn`"
+    message = names("trainable_models", "dit", "no module", "transformer_blocks.0.attn")
+    hint = names("dit.blocks.0.attn")
     arguments = ("--trainable_models", "dit.transformer_blocks.0.attn")
     assert refuse(*arguments, recipe="flux.1-dev-full") == (2, [(message, hint)])
 

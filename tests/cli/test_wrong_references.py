@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_core.models.flux2.keys import DIT_ORIGINAL
 from tests.documented_recipes import REFERENCE
+from tests.naming import names
 
 EDIT, PLUS, KLEIN = "qwen-image-edit-lora", "qwen-image-edit-2509-lora", "flux.2-klein-4b-lora"
 KONTEXT = "flux.1-kontext-dev-lora"
@@ -48,27 +49,24 @@ def pairs(dataset: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
 def test_a_recipe_without_its_column(refuse, dataset, recipe, column):
-    metadata = f"`{dataset}/metadata.csv`"
-    assert refuse(recipe=recipe) == (
-        1,
-        [(f"{metadata} has no column `{column}`; it has `image`, `prompt`", "add the column")],
-    )
+    metadata = f"{dataset}/metadata.csv"
+    assert refuse(recipe=recipe) == (1, [(names(metadata, "no column", column, "image", "prompt"), "add the column")])
 
 
 @pytest.mark.parametrize(("recipe", "column"), [(EDIT, "edit_image"), (KONTEXT, "kontext_images")])
 def test_a_column_of_images_that_is_not_loaded(refuse, pairs, recipe, column):
     pairs("coffee.png", column=column)
-    message = f"`data_file_keys` does not include `{column}`, whose files this run reads"
+    message = names("data_file_keys", "not include", column)
     assert refuse("--data_file_keys", "image", recipe=recipe) == (
         2,
-        [(message, f"pass `--data_file_keys image,{column}`")],
+        [(message, names(f"--data_file_keys image,{column}"))],
     )
 
 
 def test_a_list_where_one_image_is_allowed(refuse, pairs):
     metadata = pairs("coffee.png", ["coffee.png", "rocket.png"], ["rocket.png"])
-    message = f"`{metadata}` row 2: column `edit_image` lists 2 files, expected one"
-    assert refuse(recipe=EDIT) == (1, [(message, "write one row per file")])
+    message = names(metadata, "row 2", "edit_image", "2 files")
+    assert refuse(recipe=EDIT) == (1, [(message, names("write one row"))])
 
 
 def test_faulty_images_are_told_together(refuse, pairs, dataset):
@@ -80,23 +78,20 @@ def test_faulty_images_are_told_together(refuse, pairs, dataset):
     code, problems = refuse(recipe=PLUS)
     where = {int(message.split(" row ")[1].partition(":")[0]): message for message, _ in problems}
     assert code == 1 and sorted(where) == [2, 3, 4, 5, 6, 7]
-    assert "column `edit_image` is empty" in where[2]
-    assert f"names `{dataset}/gone.png`, which does not exist" in where[3]
-    assert f"`{dataset}/text.png` cannot be read as an image" in where[4]
-    assert f"`{dataset}/half.png` cannot be read as an image" in where[5]
-    assert f"names `{dataset}/line.png`, which is too small or too narrow as a reference image" in where[6]
-    assert "lists 0 files, expected one or more" in where[7]
-    assert all(message.startswith(f"`{metadata}` row ") and hint for message, hint in problems)
+    assert where[2] == names("edit_image", "is empty")
+    assert where[3] == names(f"{dataset}/gone.png", "does not exist")
+    assert where[4] == names(f"{dataset}/text.png", "cannot be read")
+    assert where[5] == names(f"{dataset}/half.png", "cannot be read")
+    assert where[6] == names(f"{dataset}/line.png", "too small or too narrow")
+    assert where[7] == names("0 files")
+    assert all(message == names(metadata, "row") and hint for message, hint in problems)
 
 
 @pytest.mark.parametrize(
     ("arguments", "name"), [(["--zero_cond_t"], "zero_cond_t"), (["--processor_path", "elsewhere"], "processor_path")]
 )
 def test_parameters_of_images_without_images(refuse, arguments, name):
-    message, hint = (
-        f"`{name}` requires the extra input `edit_image`",
-        "remove it, or pass `--extra_inputs edit_image`",
-    )
+    message, hint = names(name, "requires", "edit_image"), names("--extra_inputs edit_image")
     assert refuse("--extra_inputs", "", *arguments, recipe=EDIT) == (2, [(message, hint)])
 
 
@@ -108,13 +103,13 @@ def test_a_caption_without_a_place_is_told_with_its_row(cli, models, pairs, data
     settings = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 2, "--max_pixels", 128 * 128)
     outcome = cli("train", "--recipe", EDIT, "--dataset_base_path", dataset, *settings)
     assert outcome.code == 1 and "Traceback" not in outcome.err
-    assert f"error: row 2 `{dataset / 'chelsea.png'}`: a caption has " in outcome.err
+    assert outcome.err == names("error: row 2", dataset / "chelsea.png", "caption")
 
 
 def test_a_processor_that_is_not_there(refuse, pairs, tmp_path):
     pairs("coffee.png")
-    message = f"no processor found at `{tmp_path}/elsewhere`"
-    hint = "set its folder with `--processor_path`"
+    message = names("no processor", f"{tmp_path}/elsewhere")
+    hint = names("--processor_path")
     assert refuse("--processor_path", tmp_path / "elsewhere", recipe=PLUS) == (1, [(message, hint)])
 
 
@@ -127,11 +122,11 @@ def klein(**changed: str) -> tuple[str, ...]:
 def test_klein_with_the_text_encoder_of_dev(refuse, models):
     folder = models / "mine/text_encoder"
     folder.mkdir(parents=True)
-    names = ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight")
-    save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
+    keys = ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight")
+    save_file({name: torch.zeros(2, 2) for name in keys}, folder / "model.safetensors")
     wrong = "mine:text_encoder/*.safetensors"
-    what = f"`{wrong}` is the Mistral text encoder of FLUX.2-dev, not a component of FLUX.2"
-    hint = "pass files of its components: dit, text_encoder, vae"
+    what = names(wrong, "Mistral text encoder", "FLUX.2-dev", "not a component", "FLUX.2")
+    hint = names("dit", "text_encoder", "vae")
     assert refuse(*klein(text_encoder=wrong), recipe=KLEIN) == (2, [(what, hint)])
 
 
@@ -146,11 +141,8 @@ def test_the_text_encoder_of_the_other_klein(refuse, models):
         save_file(tensors, path, metadata={"format": "pt"})
     code, problems = refuse(*klein(text_encoder=wrong), recipe=KLEIN)
     assert code == 2
-    assert (
-        f"the text_encoder from `{wrong}` makes text states with 64 channels, but the dit of FLUX.2 klein expects 32"
-        in problems[0][0]
-    )
-    assert problems[0][1] == "use the text_encoder of the same model"
+    assert problems[0][0] == names("text_encoder", wrong, "text states", "64 channels", "dit", "FLUX.2 klein", 32)
+    assert problems[0][1] == names("text_encoder", "same model")
 
 
 def test_the_transformer_of_dev(refuse, models):
@@ -161,9 +153,7 @@ def test_the_transformer_of_dev(refuse, models):
     code, problems = refuse(recipe=KLEIN)
     assert code == 2 or code == 1
     message, hint = problems[0]
-    assert (
-        message == f"`{KLEIN_4B}:transformer/*.safetensors` is the FLUX.2-dev transformer, which is not supported yet"
-    )
+    assert message == names(f"{KLEIN_4B}:transformer/*.safetensors", "FLUX.2-dev transformer", "not supported")
     assert "klein" in (hint or "")
 
 
@@ -176,7 +166,7 @@ def test_a_part_of_klein_in_its_other_layout(refuse, models):
     save_file(original, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
     wrong = f"{KLEIN_4B}:flux-2-klein-4b.safetensors"
     ((message, _),) = refuse(*klein(dit=wrong), recipe=KLEIN)[1]
-    assert message.startswith(f"dit from `{wrong}`") and "x_embedder.weight" in message
+    assert message == names("dit", wrong) and "x_embedder.weight" in message
 
 
 def test_a_transformer_without_guidance(refuse, pairs, models):
@@ -186,18 +176,13 @@ def test_a_transformer_without_guidance(refuse, pairs, models):
     save_file({name: tensor for name, tensor in load_file(path).items() if "guidance_in" not in name}, path)
     code, problems = refuse(recipe=KONTEXT)
     assert code != 0 and len(problems) == 1
-    assert (
-        "the transformer has no guidance embedder" in problems[0][0] and "schnell" in problems[0][0] and problems[0][1]
-    )
+    assert problems[0][0] == names("no guidance embedder") and "schnell" in problems[0][0] and problems[0][1]
 
 
 def test_the_transformer_of_the_other_flux(refuse, models):
     wrong = REFERENCE[KONTEXT]["model_id_with_origin_paths"][0]
-    what = f"`{wrong}` is the transformer of FLUX.1, not a component of FLUX.2"
-    assert refuse(*klein(dit=wrong), recipe=KLEIN) == (
-        2,
-        [(what, "pass files of its components: dit, text_encoder, vae")],
-    )
+    what = names(wrong, "transformer of FLUX.1", "not a component", "FLUX.2")
+    assert refuse(*klein(dit=wrong), recipe=KLEIN) == (2, [(what, names("dit", "text_encoder", "vae"))])
 
 
 @pytest.mark.parametrize(
@@ -222,13 +207,10 @@ def test_the_transformer_of_the_other_flux(refuse, models):
 )
 @pytest.mark.parametrize("rehearse", [(), ("--rehearse",)], ids=["run", "rehearsal"])
 def test_models_that_are_known_and_not_trained_are_told_without_their_files(refuse, entry, what, rehearse):
-    hint = "see `diffsynth recipe list` for what is"
+    hint = names("diffsynth recipe list")
     assert refuse(
         "--model_id_with_origin_paths", f"{entry},{entry}", "--lora_base_model", "dit", *rehearse, recipe=None
-    ) == (
-        2,
-        [(f"`{entry}` belongs to {what}, which is not supported yet", hint)],
-    )
+    ) == (2, [(names(entry, what, "not supported"), hint)])
 
 
 def test_tokenizers_of_other_models(refuse, pairs, models):
@@ -239,16 +221,13 @@ def test_tokenizers_of_other_models(refuse, pairs, models):
     umt5 = models / "umt5"
     umt5.mkdir()
     (umt5 / "tokenizer.json").write_text(json.dumps(t5))
-    code, problems = refuse(
-        *("--tokenizer_1_path", dev / "tokenizer_2", "--tokenizer_2_path", umt5),
-        recipe=KONTEXT,
-    )
+    code, problems = refuse(*("--tokenizer_1_path", dev / "tokenizer_2", "--tokenizer_2_path", umt5), recipe=KONTEXT)
     (clip, clip_hint), (large, large_hint) = problems
-    what = f"`{dev}/tokenizer_2/tokenizer.json` is not the CLIP tokenizer of the text_encoder_1"
-    assert (code, clip) == (1, f"{what}: its type is Unigram, not BPE")
-    assert large.startswith(f"`{umt5}/tokenizer.json` is not the T5 tokenizer of the text_encoder_2: it has ")
-    assert large_hint == "set its folder with `--tokenizer_2_path`"
-    assert clip_hint == "set its folder with `--tokenizer_1_path`"
+    what = names(f"{dev}/tokenizer_2/tokenizer.json", "not the CLIP tokenizer", "text_encoder_1")
+    assert (code, clip) == (1, names(what, "Unigram", "BPE"))
+    assert large == names(f"{umt5}/tokenizer.json", "not the T5 tokenizer", "text_encoder_2")
+    assert large_hint == names("--tokenizer_2_path")
+    assert clip_hint == names("--tokenizer_1_path")
 
 
 def test_one_tokenizer_for_a_family_of_two(refuse, pairs):
@@ -261,7 +240,7 @@ def test_one_tokenizer_for_a_family_of_two(refuse, pairs):
 def test_a_transformer_that_is_not_there_without_a_recipe(refuse, models):
     entries = klein(dit="black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors")
     ((message, _),) = refuse(*entries, "--lora_base_model", "dit", recipe=None)[1]
-    assert "nothing matches `black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors`" in message
+    assert message == names("nothing matches", "black-forest-labs/FLUX.2-klein-4B:elsewhere/*.safetensors")
 
 
 def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
@@ -269,10 +248,10 @@ def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
     save_file({"a.weight": torch.zeros(2)}, models / KLEIN_4B / "mine.safetensors")
     wrong = f"{KLEIN_4B}:mine.safetensors"
     ((message, _),) = refuse(*klein(text_encoder=wrong), recipe=KLEIN)[1]
-    assert message == f"`{wrong}` is not a component of FLUX.2; its first key is `a.weight`"
+    assert message == names(wrong, "not a component", "FLUX.2", "a.weight")
 
 
 def test_an_entry_that_is_named_twice_is_one_mistake(refuse, models):
     encoder = klein()[1].split(",")[0]
     ((message, _),) = refuse(*klein(dit=encoder), recipe=KLEIN)[1]
-    assert message == f"`{encoder}` and `{encoder}` are both the text_encoder of FLUX.2"
+    assert message == names(encoder, encoder, "both the text_encoder", "FLUX.2")

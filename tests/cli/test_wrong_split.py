@@ -14,6 +14,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.precompute import precompute
 from diffsynth_core.training.stop import StopRequest
 from tests.conftest import ENTRIES
+from tests.naming import names
 from tests.wan import T2V, entries
 
 FIRST = ("--task", "sft:data_process", "--output_path", "out")
@@ -72,8 +73,8 @@ def test_a_folder_that_is_not_there(second, encoded):
         1,
         [
             (
-                f"the folder of encoded samples `{encoded}` (`dataset_base_path`) does not exist",
-                f"create them with `--task sft:data_process --output_path {encoded}`",
+                names(encoded, "dataset_base_path", "does not exist"),
+                names(f"--task sft:data_process --output_path {encoded}"),
             )
         ],
     )
@@ -85,8 +86,8 @@ def test_a_folder_without_a_manifest(second, encoded):
         2,
         [
             (
-                f"`dataset_base_path` `{encoded}` contains no encoded samples: `encoded.json` is missing",
-                f"create them with `--task sft:data_process --output_path {encoded}`",
+                names("dataset_base_path", encoded, "encoded.json", "missing"),
+                names(f"--task sft:data_process --output_path {encoded}"),
             )
         ],
     )
@@ -94,49 +95,41 @@ def test_a_folder_without_a_manifest(second, encoded):
 
 def test_a_first_half_that_was_stopped(second, encoded):
     write_encoded(replace(read_encoded(encoded), samples=(), files=()))
-    assert second() == (
-        1,
-        [
-            (
-                f"precomputation in `{encoded}` did not finish: `sft:data_process` was interrupted",
-                "run the command of `sft:data_process` again to resume it",
-            )
-        ],
-    )
+    assert second() == (1, [(names(encoded, "sft:data_process", "interrupted"), names("sft:data_process"))])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "", " is not valid JSON: line 1, column 1: it is empty"),
-        (lambda text: "{}", " has format null, but this version reads 1"),
-        (lambda text: '{"format": 1}', ": `complete`, `fingerprint`, `origin`, `samples` are missing"),
-        (lambda text: "[]", ": the top level is a list, expected an object"),
-        (lambda text: text.replace('"row":2', '"row":"2"'), ': `samples[1].row` is `"2"`, expected an integer'),
-        (lambda text: text.replace(',"files":[[', ',"files":[3,['), ": `samples[0].files[0]` is `3`, expected a list"),
-        (lambda text: text.replace(',"files":[[', ',"files":[],"x":[['), ": unknown key `x` in `samples[0]`"),
+        (lambda text: "", names("not valid JSON", "line 1", "column 1", "is empty")),
+        (lambda text: "{}", names("format null", 1)),
+        (lambda text: '{"format": 1}', names("complete", "fingerprint", "origin", "samples", "missing")),
+        (lambda text: "[]", names("a list", "an object")),
+        (lambda text: text.replace('"row":2', '"row":"2"'), names("samples[1].row", '"2"', "an integer")),
+        (lambda text: text.replace(',"files":[[', ',"files":[3,['), names("samples[0].files[0]", 3, "a list")),
+        (lambda text: text.replace(',"files":[[', ',"files":[],"x":[['), names("unknown key", "x", "samples[0]")),
     ],
 )
 def test_a_manifest_that_is_damaged(second, encoded, change, message):
     path = encoded / "encoded.json"
     path.write_text(change(path.read_text()))
     code, [(told, hint)] = second()
-    assert (code, told) == (1, f"`{path}`{message}")
-    assert hint == "encode the samples again"
+    assert (code, told) == (1, names(path, message))
+    assert hint == names("encode")
 
 
 def test_a_manifest_that_was_changed_by_hand(second, encoded):
     manifest = encoded / "encoded.json"
     manifest.write_text(manifest.read_text().replace('"precision":"no"', '"precision":"bf16"'))
     _, [(message, _)] = second()
-    assert message == f"`{manifest}` was edited: fingerprint mismatch"
+    assert message == names(manifest, "edited", "fingerprint")
 
 
 def test_a_manifest_of_another_version(second, encoded):
     content = json.loads((encoded / "encoded.json").read_text())
     (encoded / "encoded.json").write_text(json.dumps(content | {"format": 2}))
     _, [(message, _)] = second()
-    assert message == f"`{encoded / 'encoded.json'}` has format 2, but this version reads 1"
+    assert message == names(encoded / "encoded.json", "format 2", 1)
 
 
 def test_leftovers_of_another_run(second, encoded):
@@ -144,16 +137,7 @@ def test_leftovers_of_another_run(second, encoded):
     leftover.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(first_encoding(encoded), leftover)
     (encoded / "0.pth").touch()
-    assert second() == (
-        1,
-        [
-            (
-                f"`{encoded}` contains 2 files that are not part of its encoded samples: "
-                "`0.pth`, `encodings/text/ab/leftover.safetensors`",
-                "move them elsewhere, or encode into a separate folder",
-            )
-        ],
-    )
+    assert second() == (1, [(names(encoded, 2, "0.pth", "encodings/text/ab/leftover.safetensors"), names("move"))])
 
 
 def test_encodings_that_are_missing_or_cut_short(second, encoded):
@@ -161,12 +145,12 @@ def test_encodings_that_are_missing_or_cut_short(second, encoded):
     gone, cut = (read_encoded(encoded).cache("text").path(file.key) for file in (gone, cut))
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    hint = "run the `:data_process` command again to encode what is missing"
+    hint = names(":data_process", "missing")
     assert second() == (
         1,
         [
-            (f"`{encoded}`: 1 of 8 encodings are missing; the first is `{gone.relative_to(encoded)}`", hint),
-            (f"`{encoded}`: 1 of 8 encodings have the wrong size; the first is `{cut.relative_to(encoded)}`", hint),
+            (names(encoded, "1 of 8", "missing", gone.relative_to(encoded)), hint),
+            (names(encoded, "1 of 8", "wrong size", cut.relative_to(encoded)), hint),
         ],
     )
 
@@ -176,19 +160,14 @@ def test_the_transformer_of_another_family(second, encoded, tiny_wan, monkeypatc
     wan = entries(T2V, text_encoder=None, vae=None)[1]
     assert second("--lora_target_modules", "q", files=wan) == (
         2,
-        [
-            (
-                f"the samples in `{encoded}` were encoded for Qwen-Image, but the model is Wan (text to video)",
-                "use a model of that kind, or encode them for this one",
-            )
-        ],
+        [(names(encoded, "Qwen-Image", "Wan (text to video)"), names("model of that kind"))],
     )
 
 
 def test_samples_of_another_kind_of_the_family(second, encoded):
     change(encoded, kind="Qwen-Image-Edit", encoders={"text": [1, ["edit_image"]], "latents": [1, []]})
     _, [(message, _)] = second()
-    assert message == f"the samples in `{encoded}` were encoded for Qwen-Image-Edit, but the model is Qwen-Image"
+    assert message == names(encoded, "Qwen-Image-Edit", "Qwen-Image")
 
 
 @pytest.mark.parametrize(
@@ -200,15 +179,7 @@ def test_samples_made_by_components_of_another_width(second, encoded, component,
     assert shapes[component][tensor][axis] == taken
     shapes[component][tensor][axis] = 48
     change(encoded, shapes=shapes)
-    assert second() == (
-        2,
-        [
-            (
-                f"the {component} from `{encoded}` makes {what} with 48 channels, but the dit of Qwen-Image expects {taken}",
-                "encode the samples with the components of the same model",
-            )
-        ],
-    )
+    assert second() == (2, [(names(component, encoded, what, 48, "dit", "Qwen-Image", taken), names("encode"))])
 
 
 @pytest.mark.parametrize("task", ["sft:data_process", "sft:train"])
@@ -228,17 +199,14 @@ def test_components_whose_output_is_kept_cannot_train(refuse, encoded, dataset, 
     )
     code, problems = refuse(*flags, f"--{parameter}", component)
     assert code == 2
-    assert (
-        f"`{parameter}` names `{component}`, but `sft:data_process` precomputes the encodings of all samples with it",
-        "train it with `--task sft`, or remove it",
-    ) in problems
+    assert (names(parameter, component, "sft:data_process"), names("--task sft")) in problems
 
 
 def test_a_lora_for_an_encoder_comes_too_late(second, tmp_path):
     code, problems = second("--preset_lora_path", tmp_path / "a.safetensors", "--preset_lora_model", "text_encoder")
     assert code == 2 and problems[0] == (
-        "`preset_lora_model` names `text_encoder`, but `sft:data_process` precomputes the encodings of all samples with it",
-        "pass it to `sft:data_process` instead",
+        names("preset_lora_model", "text_encoder", "sft:data_process"),
+        names("sft:data_process"),
     )
 
 
@@ -247,8 +215,8 @@ def test_a_dataset_in_place_of_encoded_samples(refuse, dataset):
         2,
         [
             (
-                f"`dataset_base_path` `{dataset}` is a dataset, but `sft:train` reads encoded samples",
-                "encode it with `--task sft:data_process`, or pass `--task sft`",
+                names("dataset_base_path", dataset, "is a dataset", "sft:train"),
+                names("--task sft:data_process", "--task sft"),
             )
         ],
     )
@@ -258,12 +226,7 @@ def test_a_dataset_in_place_of_encoded_samples(refuse, dataset):
 def test_encoded_samples_in_place_of_a_dataset(refuse, encoded, task):
     assert refuse("--task", task, "--dataset_base_path", encoded, "--output_path", "run") == (
         2,
-        [
-            (
-                f"`dataset_base_path` `{encoded}` contains encoded samples, but `{task}` reads images or videos",
-                "train on them with `--task sft:train`, or pass the dataset",
-            )
-        ],
+        [(names("dataset_base_path", encoded, "contains encoded samples", task), names("--task sft:train", "dataset"))],
     )
 
 
@@ -273,8 +236,8 @@ def test_samples_of_another_objective(second, encoded):
         2,
         [
             (
-                f"`{encoded}` was written by `direct_distill:data_process`, but `sft:train` reads the output of `sft:data_process`",
-                "pass `--task direct_distill:train`, or encode the dataset with `--task sft:data_process`",
+                names(encoded, "direct_distill:data_process", "sft:train", "sft:data_process"),
+                names("--task direct_distill:train", "--task sft:data_process"),
             )
         ],
     )
@@ -283,71 +246,58 @@ def test_samples_of_another_objective(second, encoded):
 def test_a_file_that_asks_for_other_samples(second, encoded, config):
     path = config("parameters:\n  max_pixels: 4096\n")
     _, [(message, _)] = second("--config", path)
-    assert message == f"`max_pixels` is `4096`, but the samples in `{encoded}` were encoded with `1048576`"
+    assert message == names("max_pixels", 4096, encoded, 1048576)
 
 
 def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
     """Sizes in a recipe apply to both stages, and are overridden by those of the samples."""
     start = ("--task", "sft:train", "--recipe", "qwen-image-lora", "--dataset_base_path", encoded, "--dry_run", "-v")
-    assert "precomputed for Qwen-Image, precision no, max_pixels 1048576: " in cli("train", *start).out
+    assert cli("train", *start).out == names("precomputed for Qwen-Image", "precision no", "max_pixels 1048576")
 
 
 @pytest.mark.parametrize(
     ("arguments", "asked", "made"),
     [
-        (("--max_pixels", 4096), "`max_pixels` is `4096`", "`1048576`"),
-        (("--height", 32, "--width", 32), "`height` is `32`", "blank"),
-        (("--extra_inputs", "edit_image"), "`extra_inputs` is `edit_image`", "blank"),
+        (("--max_pixels", 4096), names("max_pixels", 4096), "`1048576`"),
+        (("--height", 32, "--width", 32), names("height", 32), "blank"),
+        (("--extra_inputs", "edit_image"), names("extra_inputs", "edit_image"), "blank"),
     ],
 )
 def test_flags_that_ask_for_other_samples(second, encoded, arguments, asked, made):
     code, problems = second(*arguments)
-    assert code == 2 and problems[0] == (
-        f"{asked}, but the samples in `{encoded}` were encoded with {made}",
-        "remove it, or encode them again",
-    )
+    assert code == 2 and problems[0] == (names(asked, encoded, made), names("remove"))
 
 
 def test_metadata_for_a_second_half(second, dataset):
     assert second("--dataset_metadata_path", dataset / "metadata.csv") == (
         2,
-        [("`dataset_metadata_path` has no effect with `sft:train`, which reads no metadata", "remove it")],
+        [(names("dataset_metadata_path", "no effect", "sft:train"), "remove it")],
     )
 
 
 def test_a_run_in_the_folder_that_it_reads(second, encoded):
     code, problems = second("--output_path", f"{encoded.parent}/./encoded")
-    assert code == 2 and problems == [
-        (
-            f"`output_path` is the folder `{encoded}` of encoded samples that the run reads",
-            "choose another `--output_path`",
-        )
-    ]
+    assert code == 2 and problems == [(names("output_path", encoded), names("--output_path"))]
 
 
 def test_a_first_half_into_a_folder_in_use(refuse, dataset):
     assert refuse(*FIRST, "--output_path", dataset) == (
         2,
-        [(f"`output_path` `{dataset}` is not empty and contains no encoded samples", "choose another `--output_path`")],
+        [(names("output_path", dataset, "not empty"), names("--output_path"))],
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
-        (("--max_pixels", 2048), "`max_pixels` was `1048576`, now it is `2048`"),
-        (("--mixed_precision", "bf16"), "`precision` was `no`, now it is `bf16`"),
+        (("--max_pixels", 2048), names("max_pixels", 1048576, 2048)),
+        (("--mixed_precision", "bf16"), names("precision", "no", "bf16")),
     ],
 )
 def test_a_first_half_into_that_of_another(refuse, encoded, arguments, difference):
     assert refuse(*FIRST, "--output_path", encoded, *arguments) == (
         2,
-        [
-            (
-                f"`output_path` `{encoded}` contains samples encoded with other settings: {difference}",
-                "choose another `--output_path`, or encode with the same settings",
-            )
-        ],
+        [(names("output_path", encoded, difference), names("--output_path"))],
     )
 
 
@@ -355,7 +305,7 @@ def test_a_first_half_with_another_caption(refuse, encoded, dataset):
     metadata = dataset / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("a cat", "a dog"))
     _, [(message, _)] = refuse(*FIRST, "--output_path", encoded)
-    assert message == f"`output_path` `{encoded}` contains samples encoded with other settings: the dataset has changed"
+    assert message == names("output_path", encoded, "has changed")
 
 
 def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, models):
@@ -372,13 +322,10 @@ def test_a_first_half_with_other_images_of_the_same_size(cli, encoded, dataset, 
     other.write_bytes(first.ljust(longest, b"\0"))
     outcome = cli(*command)
     assert outcome.code == 1 and "Loading" not in outcome.err
-    assert "the files of the dataset changed since the samples in `out` were encoded" in outcome.err
+    assert outcome.err == names("dataset changed", "out")
 
 
 @pytest.mark.parametrize("half", ["data_process", "train"])
 def test_a_half_is_not_rehearsed(refuse, half):
     code, problems = refuse("--task", f"sft:{half}", "--rehearse", "--output_path", "run")
-    assert code == 2 and problems[0] == (
-        f"`rehearse` rehearses a complete run, but `task` `sft:{half}` is one of two stages",
-        "rehearse with `--task sft`",
-    )
+    assert code == 2 and problems[0] == (names("rehearse", "task", f"sft:{half}"), names("--task sft"))

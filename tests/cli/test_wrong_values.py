@@ -6,6 +6,7 @@ import pytest
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES
+from tests.naming import names
 
 GIVEN_AS_FLAGS = {"max_steps", "device", "dataset_base_path", "dataset_num_workers"}
 """Set by the fixture `refuse`, overriding files."""
@@ -19,7 +20,7 @@ def test_in_a_file(refuse, config, name):
     path = config(f"parameters:\n  {name}: {{a: 1}}\n")
     code, problems = refuse("--config", path)
     assert (code, len(problems)) == (2, 1), problems
-    assert problems[0][0].startswith(f"`{name}` takes ") and str(path) in problems[0][0]
+    assert problems[0][0] == names(name, "takes", path)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_on_the_command_line(refuse, name):
     wrong = "other" if setting.choices else ON_COMMAND_LINES[setting.type_name]
     code, problems = refuse(f"--{name}", wrong)
     assert (code, len(problems)) == (2, 1), problems
-    assert problems[0][0].startswith(f"`{name}` takes ")
+    assert problems[0][0] == names(name, "takes", f"--{name}")
 
 
 @pytest.mark.parametrize("name", ["model_paths", "trainable_models", "lora_base_model"])
@@ -62,7 +63,4 @@ def test_what_a_recipe_would_have_brought_is_not_missing_besides(refuse, flag):
 
 def test_the_dataset_is_not_looked_for_where_its_folder_is_wrong(refuse):
     code, problems = refuse("--dataset_base_path", "")
-    assert (code, [message.partition(",")[0] for message, _ in problems]) == (
-        2,
-        ["`dataset_base_path` takes a path"],
-    )
+    assert (code, [message.partition(",")[0] for message, _ in problems]) == (2, [names("dataset_base_path", "a path")])

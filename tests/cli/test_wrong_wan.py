@@ -9,6 +9,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file, save_file
 
+from tests.naming import names
 from tests.wan import CLIP, DIT, I2V, T2V, TEXT, TI2V, entries
 
 SMALL = ("--height", 64, "--width", 96, "--num_frames", 9)
@@ -48,8 +49,8 @@ def test_a_file_of_another_family(refuse):
         2,
         [
             (
-                f"`{other}` is the transformer of Qwen-Image, not a component of Wan",
-                "pass files of its components: dit, text_encoder, vae, image_encoder",
+                names(other, "transformer of Qwen-Image", "not a component", "Wan"),
+                names("dit", "text_encoder", "vae", "image_encoder"),
             )
         ],
     )
@@ -60,12 +61,7 @@ def test_the_text_encoder_in_place_of_the_transformer(refuse, models):
     wrong = f"{T2V}:diffusion_pytorch_model.pth"
     assert refuse(*entries(T2V, dit=wrong), *SMALL, recipe="wan2.1-t2v-1.3b-lora") == (
         2,
-        [
-            (
-                f"`{wrong}` holds the text_encoder of Wan, not its dit",
-                "put the dit (diffusion transformer) there, or pass its files",
-            )
-        ],
+        [(names(wrong, "text_encoder of Wan", "not its dit"), names("put the dit"))],
     )
 
 
@@ -74,8 +70,8 @@ def test_an_image_to_video_recipe_without_its_image_encoder(refuse):
         2,
         [
             (
-                "no image_encoder weights (CLIP image encoder) given for Wan (image to video)",
-                "add them to `--model_paths` or `--model_id_with_origin_paths`",
+                names("no image_encoder weights", "Wan (image to video)"),
+                names("--model_paths", "--model_id_with_origin_paths"),
             )
         ],
     )
@@ -86,17 +82,13 @@ def test_a_pickled_file_that_is_neither_there_nor_copied(refuse, models):
     copy = "DiffSynth-Studio/Wan-Series-Converted-Safetensors:Wan2.1_VAE.safetensors"
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
-    assert message == (
-        f"`model_id_with_origin_paths`: nothing matches `{T2V}:Wan2.1_VAE.pth`, nor its mirror `{copy}` below `{models}`"
-    )
+    assert message == (names("model_id_with_origin_paths", "nothing", f"{T2V}:Wan2.1_VAE.pth", "mirror", copy, models))
 
 
 def test_a_vae_of_the_other_generation(refuse, models):
     code, [(message, _)] = refuse(*entries(TI2V, vae=f"{T2V}:Wan2.1_VAE.pth"), *SMALL, recipe="wan2.2-ti2v-5b-lora")
     assert code == 2
-    assert message == (
-        f"the vae from `{T2V}:Wan2.1_VAE.pth` makes latents with 16 channels, but the dit of Wan 2.2 TI2V expects 48"
-    )
+    assert message == (names("vae", f"{T2V}:Wan2.1_VAE.pth", "16 channels", "dit of Wan 2.2 TI2V", 48))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +108,8 @@ def test_a_tensor_that_cannot_be_cut_into_those_of_the_module(refuse, models, na
         1,
         [
             (
-                f"image_encoder from `{I2V}:{CLIP}`: the shapes of 1 tensors differ from those that the config inferred from its shapes requires; "
-                f"`{name}` is {list(found.shape)}, expected {expected}",
-                "check that config.json belongs to these files",
+                names("image_encoder", f"{I2V}:{CLIP}", "1 tensors", name, list(found.shape), expected),
+                names("config.json"),
             )
         ],
     )
@@ -137,9 +128,7 @@ def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
     config.write_text(config.read_text().replace('"in_dim": 16', f'"in_dim": {taken}'))
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
-    assert message == (
-        f"the transformer has {taken} input and {made} output channels: this variant of Wan is not supported yet"
-    )
+    assert message == (names(f"{taken} input", f"{made} output", "Wan", "not supported"))
 
 
 @pytest.mark.parametrize(
@@ -148,38 +137,38 @@ def test_a_kind_of_wan_that_is_not_trained(refuse, models, channels):
         (
             "wan2.1-t2v-1.3b-lora",
             ("--height", 72, "--width", 96, "--num_frames", 9),
-            "`height` 72 is not a multiple of 16, which Wan (text to video) requires",
-            "pass `--height 64`",
+            names("height", 72, "not a multiple", 16, "Wan (text to video)"),
+            names("--height 64"),
         ),
         (
             "wan2.2-ti2v-5b-lora",
             ("--height", 64, "--width", 112, "--num_frames", 9),
-            "`width` 112 is not a multiple of 32, which Wan 2.2 TI2V requires",
-            "pass `--width 96`",
+            names("width", 112, "not a multiple", 32, "Wan 2.2 TI2V"),
+            names("--width 96"),
         ),
         (
             "wan2.1-t2v-1.3b-lora",
             ("--height", 64, "--width", 96, "--num_frames", 12),
-            "`num_frames` 12 is not of the form 4n + 1, which Wan (text to video) requires",
-            "pass `--num_frames 9` or `13`",
+            names("num_frames", 12, "4n + 1", "Wan (text to video)"),
+            names("--num_frames 9", 13),
         ),
         (
             "wan2.1-t2v-1.3b-lora",
             (*SMALL, "--extra_inputs", "input_image"),
-            "`extra_inputs` names `input_image`, which Wan (text to video) does not support",
+            names("extra_inputs", "input_image", "Wan (text to video)", "not support"),
             "remove it",
         ),
         (
             "wan2.1-i2v-14b-480p-lora",
             (*SMALL, "--extra_inputs", "end_image"),
-            "`extra_inputs` lacks `input_image`, which Wan (image to video) requires",
-            "pass `--extra_inputs end_image,input_image`",
+            names("extra_inputs", "lacks", "input_image", "Wan (image to video)"),
+            names("--extra_inputs end_image,input_image"),
         ),
         (
             "wan2.2-ti2v-5b-lora",
             (*SMALL, "--extra_inputs", "input_imag"),
-            "`extra_inputs` names `input_imag`, which Wan 2.2 TI2V does not support",
-            "did you mean `input_image`?",
+            names("extra_inputs", "input_imag", "Wan 2.2 TI2V", "not support"),
+            names("input_image"),
         ),
     ],
 )
@@ -191,10 +180,8 @@ def test_a_single_frame_that_the_model_is_given(refuse, dataset):
     write_video(dataset / "b.mp4", 3)
     code, [(message, hint)] = refuse(*SMALL, recipe="wan2.2-ti2v-5b-lora")
     assert code == 1
-    assert message == (
-        f"row 2 `{dataset / 'b.mp4'}` has one frame, and Wan 2.2 TI2V conditions on the first frame: nothing is left to predict"
-    )
-    assert hint == 'remove the row, or train without this condition: `--extra_inputs ""`'
+    assert message == (names("row 2", dataset / "b.mp4", "one frame", "Wan 2.2 TI2V"))
+    assert hint == names("remove the row", '--extra_inputs ""')
 
 
 @pytest.mark.parametrize(
@@ -209,8 +196,8 @@ def test_a_video_that_cannot_be_read(refuse, dataset, spoil, reason):
     spoil(dataset / "b.mp4")
     code, [(message, hint)] = refuse(*SMALL[:4], "--num_frames", 13, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
-    assert f"row 2: `{dataset / 'b.mp4'}` cannot be read as a video: {reason}" in message
-    assert hint == "replace the file or remove its row"
+    assert message == names("row 2", dataset / "b.mp4", "cannot be read", reason)
+    assert hint == names("replace the file")
 
 
 def test_a_video_without_frames(refuse, dataset):
@@ -218,7 +205,7 @@ def test_a_video_without_frames(refuse, dataset):
     (dataset / "metadata.csv").write_text("video,prompt\nb.mkv,a black film\n")
     code, [(message, _)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
-    assert "cannot be read as a video" in message
+    assert message == names("row 1", dataset / "b.mkv", "cannot be read")
 
 
 def test_a_file_of_another_kind(refuse, dataset):
@@ -226,11 +213,11 @@ def test_a_file_of_another_kind(refuse, dataset):
     (dataset / "metadata.csv").write_text("video,prompt\nb.doc,a black film\n")
     code, [(message, hint)] = refuse(*SMALL, recipe="wan2.1-t2v-1.3b-lora")
     assert code == 1
-    assert f"`{dataset / 'b.doc'}` is neither a video nor an image" in message
-    assert hint == "convert it to MP4, or remove its row"
+    assert message == names(dataset / "b.doc", "neither")
+    assert hint == names("convert it to MP4")
 
 
 def test_a_cache_that_cannot_be_written(refuse, dataset):
     code, [(message, hint)] = refuse(*SMALL, "--cache_path", dataset / "a.mp4", recipe="wan2.1-t2v-1.3b-lora")
     assert code == 2
-    assert (message, hint) == (f"`cache_path` `{dataset / 'a.mp4'}` is a file", "choose a folder")
+    assert (message, hint) == (names("cache_path", dataset / "a.mp4", "is a file"), "choose a folder")
