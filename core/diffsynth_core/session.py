@@ -32,7 +32,7 @@ from diffsynth_core.progress import Reporter, SilentReporter, Task
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
     from diffsynth_core.planning.plan import Plan
-    from diffsynth_core.training.rehearsal import Rehearsal
+    from diffsynth_core.rehearsal.rehearse import Rehearsal
     from diffsynth_core.training.stop import StopRequest
 
 Plans = Mapping[str | None, "Plan"]
@@ -198,7 +198,7 @@ class Session:
             Interrupted: after a stop.
         """
         from diffsynth_core.dataset_report.preflight import quick_check
-        from diffsynth_core.training.rehearsal import how_to_repeat, rehearse
+        from diffsynth_core.rehearsal.rehearse import how_to_repeat, rehearse
         from diffsynth_core.training.stop import StopRequest
 
         stop = StopRequest() if stop is None else stop  # one that nobody has set is false
@@ -220,7 +220,7 @@ class Session:
 
         base = model_base_path()
         if resolved.parameters.rehearse:
-            from diffsynth_core.training.rehearsal import prepare
+            from diffsynth_core.rehearsal.preparation import prepare
 
             resolved, base = prepare(resolved, reporter)
         return make_plan(resolved, reporter, self.world_size, base, without_files, quick_check)

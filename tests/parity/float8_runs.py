@@ -15,11 +15,11 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.model import TrainingModule, build_training_module
-from diffsynth_core.training.rehearsal import prepare
 from diffsynth_core.training.stop import StopRequest
 
 RECIPES = {

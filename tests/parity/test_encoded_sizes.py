@@ -16,9 +16,9 @@ from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.planning.sizes import run_sizes
 from diffsynth_core.progress import SilentReporter
+from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
-from diffsynth_core.training.rehearsal import prepare
 from diffsynth_core.training.stop import StopRequest
 
 RECIPES = (

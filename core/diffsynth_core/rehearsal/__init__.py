@@ -1,0 +1,1 @@
+"""Rehearsals: runs of a recipe with tiny random weights, before a GPU is rented."""

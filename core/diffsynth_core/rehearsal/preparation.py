@@ -1,0 +1,111 @@
+"""The parameters of a rehearsal: tiny models, small sizes, and synthetic media where no dataset is named."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from diffsynth_core.config.resolve import Resolved
+from diffsynth_core.config.tasks import TASKS
+from diffsynth_core.data.synthetic_images import draw_images
+from diffsynth_core.data.synthetic_videos import draw_clips
+from diffsynth_core.errors import Problem
+from diffsynth_core.files import default_cache_path
+from diffsynth_core.models.registry import (
+    unknown_family,
+)
+from diffsynth_core.models.spec import Variant
+from diffsynth_core.planning.recognition import refused_models
+from diffsynth_core.planning.replaced import drop_replaced_entries
+from diffsynth_core.progress import Reporter
+from diffsynth_core.rehearsal.tiny_models import WEIGHTS_VERSION, family_of, named_models, swap_models, variant_of
+
+REHEARSAL_STEPS = 8
+"""Number of steps, unless `max_steps` is set."""
+REHEARSAL_PIXELS = 128 * 160
+"""Maximum area, to which fixed sizes are scaled down."""
+REHEARSAL_FACTOR = 32
+"""Divisor of the sides; every model accepts multiples of it."""
+REHEARSAL_FRAMES = 9
+"""Maximum number of frames."""
+SYNTHETIC_REFERENCES = 2
+"""Maximum number of reference images in a synthetic row."""
+REAL_LORAS = {"lora_checkpoint": ("lora_checkpoint",), "preset_lora_path": ("preset_lora_path", "preset_lora_model")}
+"""Parameters with LoRA files for the real weights -> parameters that are removed with them."""
+
+
+def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
+    """Return the parameters of the rehearsal and the folder of its models; writes tiny weights and synthetic media."""
+    resolved = drop_replaced_entries(resolved)
+    parameters = resolved.parameters
+    folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
+    problems: list[Problem] = []
+    named = named_models(parameters, problems)
+    facts = family_of(resolved, named)
+    if facts is None and resolved.family:
+        return replace(
+            resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
+        ), folder
+    if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
+        return resolved, folder  # planning reports why
+    base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
+    changes = swap_models(parameters, named, facts, base, problems)
+    columns = TASKS[parameters.task].columns
+    if columns and not resolved.given("dataset_base_path"):
+        what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
+        problems.append(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
+    incomplete = bool(problems)
+    for name in REAL_LORAS:
+        if getattr(parameters, name):
+            what = f"`{name}` requires the real weights and cannot be rehearsed"
+            problems.append(Problem(what, "remove it for the rehearsal", wrong_use=True))
+            changes |= dict.fromkeys(REAL_LORAS[name])
+    if parameters.max_steps is None:
+        changes["max_steps"] = REHEARSAL_STEPS
+    variant = variant_of(named, facts, parameters.extra_inputs)
+    changes |= _reduced_size(resolved, variant, reporter)
+    if not resolved.given("dataset_base_path"):
+        changes["dataset_base_path"] = _draw(folder, variant)
+    if not is_flag(resolved, "output_path"):
+        changes["output_path"] = Path("rehearsals") / "next"
+    return replace(
+        resolved,
+        parameters=parameters.model_copy(update=changes),
+        problems=(*resolved.problems, *problems),
+        incomplete=incomplete,
+    ), base
+
+
+def is_flag(resolved: Resolved, name: str) -> bool:
+    """Return whether a parameter was set on the command line."""
+    return resolved.origins.get(name, "") == f"`--{name}`"
+
+
+def _draw(folder: Path, variant: Variant) -> Path:
+    """Create a synthetic dataset of the target kind of a model, with reference images in the columns it reads."""
+    if variant.target.kind == "video":
+        return draw_clips(folder / "clips")
+    shown = {
+        shown.column: min(SYNTHETIC_REFERENCES, shown.most or SYNTHETIC_REFERENCES) if shown.size else 0
+        for shown in variant.references
+    }
+    name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
+    return draw_images(folder / name, shown)
+
+
+def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> dict[str, object]:
+    """Return smaller sizes and areas for all that are not set on the command line, and report the changes."""
+    now = resolved.parameters
+    changes: dict[str, object] = {}
+    if now.height and now.width and not (is_flag(resolved, "height") or is_flag(resolved, "width")):
+        scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
+        for name, side in (("height", now.height), ("width", now.width)):
+            changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
+    scaled = not (now.height and now.width) or any(shown.size for shown in variant.references)
+    if scaled and now.max_pixels > REHEARSAL_PIXELS and not is_flag(resolved, "max_pixels"):
+        changes["max_pixels"] = REHEARSAL_PIXELS
+    if variant.target.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not is_flag(resolved, "num_frames"):
+        changes["num_frames"] = REHEARSAL_FRAMES
+    if changes:
+        said = ", ".join(f"`{name}` {value} (instead of {getattr(now, name)})" for name, value in changes.items())
+        reporter.info(f"The rehearsal runs at a small size: {said}; pass the flag to use another")
+    return changes
