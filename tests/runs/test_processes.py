@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffsynth_cli.main import main
 from diffsynth_core.checkpoints.run_folder import claim_folder
 from tests.conftest import ENTRIES
 from tests.killing import TrainingRun, steps_done
+from tests.waiting import alive, wait_until
 
 RECIPES = {
     "qwen-image-lora": (),
@@ -127,11 +127,7 @@ def test_a_signal_stops_both_in_the_same_step(tiny_models, photographs, tmp_path
     arguments = [*QWEN, "--dataset_base_path", str(photographs), "--dataset_repeat", "100000", "--output_path", "out"]
     arguments += ["--num_processes", "2"] if own else []
     process = launch(arguments, tiny_models, tmp_path, () if own else TWO)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: alive(process) and steps_done(tmp_path / "out") >= 3, 200)
     if own:
         process.send_signal(signal.SIGTERM)
     else:

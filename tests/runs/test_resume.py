@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.killing import steps_done
+from tests.waiting import alive, wait_until
 
 RECIPE = (
     "--recipe",
@@ -170,11 +172,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(cli, tiny_models, photograph
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
     )
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: alive(process) and steps_done(tmp_path / "out") >= 3)
     # To the whole group, as a terminal, `timeout` or a cluster does: data workers must not die of it.
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)

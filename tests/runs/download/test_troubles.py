@@ -22,6 +22,7 @@ from tests.runs.download.conftest import (
     files_below,
     start,
 )
+from tests.waiting import alive, wait_until
 
 
 def test_a_connection_that_breaks_is_told_and_resumed(download, hub, folder):
@@ -54,9 +55,7 @@ def test_a_stop_leaves_what_came(environment, hub, source, tmp_path, folder):
     command = ("download", f"{MODEL}:transformer/*", "--source", source)
     running = start(environment, tmp_path, *command)
     part = folder / "transformer" / f".{Path(SHARDS[0]).name}.{sha256(FILES[SHARDS[0]])[:12]}.part"
-    deadline = time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: alive(running) and part.exists() and part.stat().st_size)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert (running.returncode, out) == (130, ""), err

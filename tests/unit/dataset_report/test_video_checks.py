@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from diffsynth_core.dataset_report.video_checks import check_rates, check_videos
 from diffsynth_core.dataset_report.videos import examine_video, mean_rate, spacing
 from diffsynth_core.progress import SilentReporter
 from tests.clips import detailed, numbered, write_clip
+from tests.waiting import alive, wait_until
 
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
 CODINGS = {
@@ -306,9 +306,7 @@ def test_a_signal_leaves_no_decoder_and_no_traceback(hanging, send, number):
     (hanging / "metadata.csv").write_text("video,prompt\nclip.mp4,a clip\n")
     command = [sys.executable, "-m", "diffsynth_cli", "dataset", "validate", str(hanging)]
     validating = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0, text=True)
-    until = time.monotonic() + 60
-    while not decoders() and time.monotonic() < until:
-        time.sleep(0.05)
+    wait_until(lambda: alive(validating) and decoders())
     send(validating.pid, number)
     said = validating.communicate(timeout=60)
     assert "Traceback" not in said[1]

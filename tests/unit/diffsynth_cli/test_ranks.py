@@ -11,7 +11,7 @@ from diffsynth_cli import REPORTS
 PEER = "import sys; sys.stdin.read()"
 """Lives until it is released."""
 LAUNCHER = f"""
-import os, subprocess, sys, time
+import os, subprocess, sys
 
 def start(rank, code, **streams):
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {{"RANK": rank}}, **streams)
@@ -19,17 +19,26 @@ def start(rank, code, **streams):
 peer = start("1", {PEER!r}, stdin=subprocess.PIPE)
 rank = start("0", sys.argv[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 assert rank.stdout.readline() == "begun\\n"
-time.sleep(2)
 peer.stdin.close()
 peer.wait()
 rank.stdin.close()
 sys.exit(rank.wait())
 """
 RANK = """
-import sys
-from diffsynth_cli.ranks import in_company
+import sys, threading
+from diffsynth_cli import ranks
 
-with in_company():
+noticed, lost = threading.Event(), ranks._Peers._lost
+
+def noticing(peers):
+    found = lost(peers)
+    if peers._known:
+        noticed.set()
+    return found
+
+ranks._Peers._lost = noticing
+with ranks.in_company():
+    assert noticed.wait(60)
     print("begun", flush=True)
     sys.stdin.read()
     {statement}

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 SCRIPT = """
-import sys, time
+import sys
 from pathlib import Path
 from diffsynth_cli.errors import exit_code_of
 from diffsynth_cli.stopping import handle_sigint
@@ -19,7 +18,7 @@ from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, write
 def slowly():
     yield bytes(2)
     print("writing", flush=True)
-    time.sleep({seconds})
+    sys.stdin.readline()
     yield bytes(2)
 
 outputs = [
@@ -34,10 +33,11 @@ except Exception as error:
 """
 
 
-def start(folder, seconds, **options):
+def start(folder, **options):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(seconds=seconds)],
+        [sys.executable, "-c", SCRIPT],
         cwd=folder,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,7 +47,7 @@ def start(folder, seconds, **options):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_nothing(tmp_path, number):
-    with start(tmp_path, 60) as process:
+    with start(tmp_path) as process:
         assert process.stdout.readline() == "writing\n"
         assert len(list((tmp_path / "out" / "deep").iterdir())) == 2
         process.send_signal(number)
@@ -61,10 +61,10 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with start(tmp_path, 0.5, preexec_fn=ignore) as process:
+    with start(tmp_path, preexec_fn=ignore) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGHUP)
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate("\n", timeout=30)
     assert (process.returncode, told) == (0, "")
     assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == ["a.safetensors", "b.safetensors"]
 
@@ -80,7 +80,6 @@ def test_names_are_given_all_together(tmp_path, monkeypatch):
 
     def give(outputs, places):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
         real(outputs, places)
 
     monkeypatch.setattr(rewriting, "_give_names", give)
