@@ -7,17 +7,22 @@ INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(B
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all bench docs clean
+.PHONY: train check test-fast test test-all bench docs clean
 
 train: $(VENV)/.installed  ## install, then rehearse the Qwen-Image LoRA on the CPU
 	@echo "Rehearsing a LoRA run on tiny random weights; about half a minute on a laptop"
 	$(BIN)/diffsynth train --recipe qwen-image-lora --rehearse --device cpu
 
-test: $(VENV)/.installed-test  ## linters, types, import contracts, and all tests but those marked as long
+check: $(VENV)/.installed-test  ## linters, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test-fast: check  ## `check`, and the unit tests without videos and browser: in under 3 minutes, at each change
+	$(PYTEST) tests/unit -m "not long and not video and not browser"
+
+test: check  ## `check`, and all tests but those marked as long
 	$(PYTEST) tests -m "not long"
 
 test-all: $(VENV)/.installed-test  ## all tests, the long ones too

@@ -14,6 +14,8 @@ from diffsynth_core.errors import DiffSynthError
 from tests.clips import numbered, numbers
 from tests.icc import rgb_profile
 
+pytestmark = pytest.mark.video
+
 LOSSLESS = {"webp": {"lossless": True}, "png": {}, "apng": {}, "avif": {"quality": 100, "subsampling": "4:4:4"}}
 DURATIONS = [40, 40, 120, 80, 40, 200, 40, 40, 60, 340, 40, 100]
 

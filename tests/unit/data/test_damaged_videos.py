@@ -8,6 +8,8 @@ from diffsynth_core.data.videos import count_frames, load_clip, read_video_heade
 from diffsynth_core.errors import DiffSynthError
 from tests.clips import detailed, ffmpeg, write_clip
 
+pytestmark = pytest.mark.video
+
 FRAMES, HEIGHT, WIDTH = 40, 144, 192
 CODINGS = {
     "mp4": ("-c:v", "libx264", "-qp", "12", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),

@@ -19,6 +19,8 @@ from diffsynth_core.data.videos import count_frames, load_clip, read_video_heade
 from diffsynth_core.errors import DiffSynthError
 from tests.clips import LOSSLESS, LOSSY, detailed, ffmpeg, numbered, numbers, write_clip
 
+pytestmark = pytest.mark.video
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

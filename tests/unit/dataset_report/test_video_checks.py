@@ -29,6 +29,8 @@ from diffsynth_core.progress import SilentReporter
 from tests.clips import detailed, numbered, write_clip
 from tests.waiting import alive, wait_until
 
+pytestmark = pytest.mark.video
+
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
 CODINGS = {
     "clip.mp4": H264,
