@@ -136,8 +136,8 @@ def test_the_command_of_the_real_run_turns_off_what_was_turned_off(cli):
 def test_the_others_are_refused_by_what_is_not_supported(cli, command):
     outcome = cli("train", *command.words, "--rehearse", "--dry_run")
     assert outcome.code == 2
-    told = [line for line in outcome.err.splitlines() if line.startswith("error: ") and command.refused_for in line]
-    assert told, outcome.err
+    reported = [line for line in outcome.err.splitlines() if line.startswith("error: ") and command.refused_for in line]
+    assert reported, outcome.err
     assert "Traceback" not in outcome.err
 
 

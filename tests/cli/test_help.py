@@ -27,11 +27,11 @@ def test_help_names_the_commands(cli):
     outcome = cli("--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: diffsynth [OPTIONS] COMMAND [ARGS]...\n")
-    told = " ".join(outcome.out.split())
-    assert "train Train from a recipe: LoRA, full, or both" in told
-    assert "download Download files of recipes, models and datasets" in told
-    assert "convert-lora Convert a LoRA to the format of another program" in told
-    assert "recipe List and show recipes, print their JSON schema" in told
+    reported = " ".join(outcome.out.split())
+    assert "train Train from a recipe: LoRA, full, or both" in reported
+    assert "download Download files of recipes, models and datasets" in reported
+    assert "convert-lora Convert a LoRA to the format of another program" in reported
+    assert "recipe List and show recipes, print their JSON schema" in reported
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ SPELLED = "\\u001b[31m[red]x\\u009b\\u202e"
 LONG = "n" * 300
 
 
-def told(outcome) -> str:
+def printed(outcome) -> str:
     """Return the output, which contains no control characters and no internal error."""
     text = outcome.out + outcome.err
     assert not {"\x1b", "\x9b", "\u202e"} & set(text)
@@ -27,7 +27,7 @@ def test_a_key_and_a_value_of_yaml(cli):
     Path("mine.yaml").write_text(json.dumps({"parameters": {ESCAPE: 1, "task": ESCAPE}}))
     outcome = cli("train", "--recipe", "qwen-image-lora", "--config", "mine.yaml", "--dry_run")
     assert outcome.code == 2
-    assert told(outcome).count(SPELLED) >= 2
+    assert printed(outcome).count(SPELLED) >= 2
 
 
 def test_names_of_tensors_and_of_files(cli):
@@ -41,7 +41,7 @@ def test_names_of_tensors_and_of_files(cli):
     ):
         outcome = cli(*arguments)
         assert outcome.code in (1, 2), arguments
-        assert "\\u001b" in told(outcome), arguments
+        assert "\\u001b" in printed(outcome), arguments
     outcome = cli("split-ckpt", base, "--max_shard_size", "1GB", "--dry_run", "--format", "json")
     assert "\x1b" not in outcome.out
     if outcome.code == 0:
@@ -51,10 +51,10 @@ def test_names_of_tensors_and_of_files(cli):
 def test_captions_and_columns(cli, dataset):
     (dataset / "metadata.csv").write_text(f"image,prompt,{ESCAPE}\nastronaut.png,{ESCAPE},1\ngone{ESCAPE}.png,a,1\n")
     outcome = cli("dataset", "validate", dataset, "--depth", "paths")
-    assert outcome.code == 1 and f"gone{SPELLED}.png" in told(outcome)
+    assert outcome.code == 1 and f"gone{SPELLED}.png" in printed(outcome)
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", "--format", "json")
     assert json.loads(outcome.out)["summary"]["errors"]
-    told(outcome)
+    printed(outcome)
 
 
 def test_a_caption_of_megabytes(cli, dataset):
@@ -65,7 +65,7 @@ def test_a_caption_of_megabytes(cli, dataset):
     (finding,) = [one for one in json.loads(outcome.out)["findings"] if one["level"] == "error"]
     assert (outcome.code, finding["message"]) == (1, f"row 1: {message}")
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run")
-    assert outcome.code == 1 and message in told(outcome)
+    assert outcome.code == 1 and message in printed(outcome)
 
 
 def test_a_folder_whose_name_is_not_utf8(cli, dataset, tmp_path):
@@ -73,10 +73,10 @@ def test_a_folder_whose_name_is_not_utf8(cli, dataset, tmp_path):
     shutil.move(dataset, folder)
     train = ("train", "--recipe", "qwen-image-lora", "--device", "cpu", "--dataset_num_workers", 0)
     outcome = cli(*train, "--dataset_base_path", folder, "--dry_run")
-    assert outcome.code == 0 and "photos-\\udcff" in told(outcome)
+    assert outcome.code == 0 and "photos-\\udcff" in printed(outcome)
     assert cli("dataset", "validate", folder).code == 0
     outcome = cli(*train, "--dataset_base_path", folder, "--output_path", f"{folder}/out", "--max_steps", 1)
-    told(outcome)
+    printed(outcome)
     assert outcome.code == 0
     record = json.loads(Path(folder, "out", "run.json").read_text())
     assert record["parameters"]["dataset_base_path"] == folder
@@ -110,7 +110,7 @@ def test_a_folder_whose_name_is_not_utf8(cli, dataset, tmp_path):
 def test_names_that_are_too_long(cli, arguments):
     outcome = cli(*arguments)
     assert outcome.code in (1, 2)
-    assert "error: " in told(outcome)
+    assert "error: " in printed(outcome)
 
 
 @pytest.mark.parametrize("setting", ["dataset_base_path", "output_path", "lora_checkpoint", "tokenizer_path", "config"])
@@ -118,7 +118,7 @@ def test_a_name_with_a_nul(cli, setting):
     Path("mine.yaml").write_text(json.dumps({"parameters": {setting: "a\0b"}}))
     outcome = cli("train", "--recipe", "qwen-image-lora", "--config", "mine.yaml", "--dry_run")
     assert outcome.code in (1, 2)
-    assert "error: " in told(outcome)
+    assert "error: " in printed(outcome)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_name_with_a_nul(cli, setting):
 def test_numbers_that_nothing_computes_with(cli, flag, value, limit):
     outcome = cli("train", "--recipe", "qwen-image-lora", f"--{flag}", value, "--dry_run")
     assert outcome.code == 2
-    assert f"`{flag}`" in told(outcome) and f"at most {limit}" in outcome.err
+    assert f"`{flag}`" in printed(outcome) and f"at most {limit}" in outcome.err
 
 
 def test_an_image_that_is_deleted_before_the_fingerprint(cli, dataset, monkeypatch):
@@ -150,7 +150,7 @@ def test_an_image_that_is_deleted_before_the_fingerprint(cli, dataset, monkeypat
         "train", "--recipe", "qwen-image-lora", "--device", "cpu", "--dataset_base_path", dataset, "--max_steps", 1
     )
     assert outcome.code == 1
-    assert f"error: cannot access `{dataset / 'coffee.png'}`: No such file or directory" in told(outcome)
+    assert f"error: cannot access `{dataset / 'coffee.png'}`: No such file or directory" in printed(outcome)
 
 
 def test_a_folder_in_the_place_of_a_file_and_a_loop_of_links(cli):
@@ -169,4 +169,4 @@ def test_a_folder_in_the_place_of_a_file_and_a_loop_of_links(cli):
     ):
         outcome = cli(*arguments)
         assert outcome.code in (1, 2), arguments
-        assert "error: " in told(outcome), arguments
+        assert "error: " in printed(outcome), arguments

@@ -104,8 +104,8 @@ def test_with_a_dataset_its_largest_image_counts(plan, dataset):
     given = ("--dataset_base_path", dataset, "--batch_size", 2, "--max_pixels", 128 * 128)
     outcome = plan("qwen-image-lora", *given, "--verbose")
     assert outcome.code == 0 and "error" not in outcome.err
-    (told,) = (line for line in outcome.out.splitlines() if line.startswith("GPU memory"))
-    assert told.startswith("GPU memory, estimated for the largest micro-batch of the dataset: 2 of ")
+    (reported,) = (line for line in outcome.out.splitlines() if line.startswith("GPU memory"))
+    assert reported.startswith("GPU memory, estimated for the largest micro-batch of the dataset: 2 of ")
     assert "encodings of 4 samples" in outcome.out
 
 
@@ -154,25 +154,25 @@ def test_the_smallest_change_that_fits_is_found(plan):
 
 def test_changes_are_put_together_where_none_is_enough(plan):
     outcome = plan("qwen-image-lora", "--gpu_memory", "23GB", "--verbose")
-    listed, told = tried(outcome), changes(outcome)
+    listed, reported = tried(outcome), changes(outcome)
     assert listed[1].endswith("GiB  recompute activations, offload block inputs to host memory")
     assert listed[-1].endswith(
         "recompute activations, offload block inputs to host memory and dit in 8-bit floats and rank 16: fits"
     )
     entry = f"{QWEN}transformer/diffusion_pytorch_model*.safetensors"
-    assert told == [
+    assert reported == [
         "To make it fit, with a peak of 21.6 GiB, pass",
         "  --use_gradient_checkpointing_offload \\",
         f"  --fp8_models '{entry}' \\",
         "  --lora_rank 16",
     ]
-    flags = shlex.split(" ".join(line.removesuffix("\\") for line in told[1:]))
+    flags = shlex.split(" ".join(line.removesuffix("\\") for line in reported[1:]))
     assert verdict(plan("qwen-image-lora", "--gpu_memory", "23GB", *flags)).startswith("Fits in 23.0 GiB")
 
 
 def test_it_is_said_when_a_change_leaves_little(plan):
-    told = changes(plan("qwen-image-lora", "--gpu_memory", "24GB"))
-    assert told[0] == "To make it fit, with a peak of 23.4 GiB (tight: 565.0 MiB left), pass"
+    reported = changes(plan("qwen-image-lora", "--gpu_memory", "24GB"))
+    assert reported[0] == "To make it fit, with a peak of 23.4 GiB (tight: 565.0 MiB left), pass"
 
 
 def test_it_is_said_when_nothing_makes_it_fit(plan):
@@ -200,15 +200,15 @@ def test_what_is_planned_for_stands_apart_from_what_this_machine_has(plan):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "first", "told"),
+    ("flag", "value", "first", "reported"),
     [
         ("--mixed_precision", "fp16", "on a GPU in fp16", "`mixed_precision` `fp16` needs a GPU"),
         ("--device", "cuda", "on cuda in bf16", "`device` `cuda` is not available; accelerators found: none"),
     ],
 )
-def test_what_only_a_gpu_does_can_be_planned_without_one(plan, flag, value, first, told):
+def test_what_only_a_gpu_does_can_be_planned_without_one(plan, flag, value, first, reported):
     outcome = plan("qwen-image-lora", flag, value)
-    assert outcome.code == 1 and told in outcome.err and "bf16`" not in outcome.err.partition(told)[0]
+    assert outcome.code == 1 and reported in outcome.err and "bf16`" not in outcome.err.partition(reported)[0]
     assert outcome.out.startswith(f"Model     Qwen-Image {first}")
     assert "GiB peak on the GPU" in outcome.out
 
@@ -256,8 +256,8 @@ def test_all_parameters_are_shown_elsewhere(plan):
 def test_memory_needs_a_unit_or_a_known_card(plan, amount, near):
     outcome = plan("qwen-image-lora", f"--gpu_memory={amount}")
     assert outcome.code == 2
-    told = f"error: `gpu_memory` takes {MEMORY_WORDS}, got `{amount}` (`--gpu_memory`)"
-    assert told in outcome.err.splitlines()
+    reported = f"error: `gpu_memory` takes {MEMORY_WORDS}, got `{amount}` (`--gpu_memory`)"
+    assert reported in outcome.err.splitlines()
     assert (f"did you mean `{near}`?" in outcome.err) == bool(near)
 
 

@@ -75,8 +75,8 @@ def test_a_dry_run_writes_nothing(cli, checkpoint):
         "vae-00002-of-00002.safetensors": "1 tensor",
         "vae.safetensors.index.json": "index",
     }
-    told = [f"parts/{name} {kind} {sizes[name]} B" for name, kind in kinds.items()]
-    assert [" ".join(line.split()) for line in outcome.out.splitlines()] == told
+    reported = [f"parts/{name} {kind} {sizes[name]} B" for name, kind in kinds.items()]
+    assert [" ".join(line.split()) for line in outcome.out.splitlines()] == reported
     total = format_bytes(sum(sizes.values()))
     assert outcome.err == names("6 files", total, "dry run")
 

@@ -30,11 +30,11 @@ def start(*words, **streams) -> subprocess.Popen:
 def test_data_that_cannot_be_written_is_a_failure(photographs, words):
     with Path("/dev/full").open("w") as full:
         process = start(*(word.format(data=photographs) for word in words), stdout=full, stderr=subprocess.PIPE)
-        _, told = process.communicate(timeout=60)
+        _, reported = process.communicate(timeout=60)
     assert process.returncode == 1
-    lines = [line for line in told.splitlines() if line.startswith("error")]
+    lines = [line for line in reported.splitlines() if line.startswith("error")]
     assert lines == ["error: cannot write to stdout: No space left on device"]
-    assert "internal" not in told and "Traceback" not in told and "Exception ignored" not in told
+    assert "internal" not in reported and "Traceback" not in reported and "Exception ignored" not in reported
 
 
 def test_what_a_full_disk_makes_of_data(says):
@@ -49,9 +49,9 @@ def test_a_reader_that_has_enough_is_nothing_to_speak_of(photographs, words):
     os.close(reader)
     process = start(*(word.format(data=photographs) for word in words), stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    _, told = process.communicate(timeout=60)
+    _, reported = process.communicate(timeout=60)
     assert process.returncode == 141  # as a shell tells of a program that SIGPIPE ended
-    assert "error" not in told and "Broken" not in told
+    assert "error" not in reported and "Broken" not in reported
 
 
 def test_messages_that_cannot_be_written_change_no_exit_code():

@@ -91,9 +91,9 @@ def check_batch_equals_singles(ours: Ours, samples: Sequence[Encoded]) -> None:
     means = {name: torch.stack([single[name] for _, single in singles]).mean(0) for name in gradients}
     worst = max(difference(gradient / 4, means[name]) for name, gradient in gradients.items())
     scale = max(float(gradient.abs().max()) / 4 for gradient in gradients.values())
-    told = f"gradients differ by {worst:.1e}, the largest is {scale:.1e}"
-    print(told)
-    assert worst < TOLERANCE < scale / 100, told
+    summary = f"gradients differ by {worst:.1e}, the largest is {scale:.1e}"
+    print(summary)
+    assert worst < TOLERANCE < scale / 100, summary
     dead = ours.family.unused_parameters("dit", ours.transformer, ours.variant)
     silent = {name for name, gradient in gradients.items() if not gradient.any()}
     assert silent == dead, f"other parameters than expected get no gradient: {sorted(silent ^ dead)}"

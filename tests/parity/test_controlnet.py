@@ -73,7 +73,7 @@ KINDS = {
     "Qwen-Image": Kind("qwen-image", 3, 2),
     "Qwen-Image, more blocks than the transformer": Kind("qwen-image", 2, 3),
     "FLUX.1": Kind("flux", 3, 2),
-    "FLUX.1, not told guidance": Kind("flux", 2, 2, guidance=False),
+    "FLUX.1 without guidance": Kind("flux", 2, 2, guidance=False),
 }
 
 
@@ -84,9 +84,9 @@ def write_models(base: Path, kind: Kind) -> None:
         tiny.write_tiny_weights(base, component, kind.model_id, place, tiny.TinySizes(blocks=blocks))
     if not kind.guidance:
         control = FluxControlNetModel.from_pretrained(base / kind.model_id / "controlnet")
-        untold = FluxControlNetModel.from_config(control.config, guidance_embeds=False)
-        untold.load_state_dict(control.state_dict(), strict=False)
-        untold.save_pretrained(base / kind.model_id / "controlnet")
+        unmarked = FluxControlNetModel.from_config(control.config, guidance_embeds=False)
+        unmarked.load_state_dict(control.state_dict(), strict=False)
+        unmarked.save_pretrained(base / kind.model_id / "controlnet")
 
 
 def load_pipeline(base: Path, kind: Kind) -> Any:

@@ -79,11 +79,11 @@ def test_captions_are_told_apart(plain):
 )
 def test_captions_that_are_cut_are_told(plain, caption, first, second, complaints):
     ours = plain.ours
-    told = [
+    received = [
         ours.family.truncation_warning(encoder, ours.components, {"prompt": CAPTIONS[caption]})
         for encoder in ours.variant.encoders[:2]
     ]
-    assert told == [
+    assert received == [
         "captions are truncated to 77 tokens for CLIP (512 for T5)" if first else None,
         "captions are truncated to 512 tokens" if second else None,
     ]
@@ -218,18 +218,18 @@ def test_several_reference_images_follow_each_other_as_image_1(flux_pairs):
     noisy, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.5])
     with recorded(ours.transformer) as calls:
         prediction = ours.predict(noisy, sigma, batch)
-    (told, (output,)), shown = calls[0], shown_latents(batch)
+    (received, (output,)), shown = calls[0], shown_latents(batch)
     sequence = [noisy, *shown]
-    assert torch.equal(told["hidden_states"], torch.cat([pack(latents) for latents in sequence], dim=1))
+    assert torch.equal(received["hidden_states"], torch.cat([pack(latents) for latents in sequence], dim=1))
     assert torch.equal(
-        told["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(sequence, (0, 1, 1), strict=True)])
+        received["img_ids"], torch.cat([token_ids(latents, n) for latents, n in zip(sequence, (0, 1, 1), strict=True)])
     )
-    assert [count.item() for count in told["img_ids"][:, 0].int().bincount()] == [4 * 6, 6 * 9 + 10 * 6]
-    assert torch.equal(told["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))
+    assert [count.item() for count in received["img_ids"][:, 0].int().bincount()] == [4 * 6, 6 * 9 + 10 * 6]
+    assert torch.equal(received["img_ids"][-60:][[0, 1, -1]], torch.tensor([[1.0, 0, 0], [1, 0, 1], [1, 9, 5]]))
     assert torch.equal(pack(prediction), output[:, : 4 * 6])
     swapped = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[::-1]))])
     other = ours.predict(noisy, sigma, swapped)
-    assert difference(prediction, other) < TOLERANCE, "tokens of one set are not told apart by their order"
+    assert difference(prediction, other) < TOLERANCE, "the order of tokens in one set has no effect"
     alone = ours.family.collate([ours.encode(ours.sample("a cup", shown=images[:1]))])
     assert difference(prediction, ours.predict(noisy, sigma, alone)) > 0.01
 

@@ -103,11 +103,11 @@ def test_diffusers_itself_leaves_out_which_tokens_are_images(edit_pairs, monkeyp
     """
     pipeline = edit_pairs("2509, one image").pipeline
     image = [photograph("coffee").resize((96, 64))]
-    told, _ = pipeline.encode_prompt("a cup", image)
+    reported, _ = pipeline.encode_prompt("a cup", image)
     monkeypatch.setattr(pipeline.text_encoder, "_forward_pre_hooks", {})
-    untold, _ = pipeline.encode_prompt("a cup", image)
-    print(f"states differ by {difference(told, untold):.1e}")
-    assert difference(told, untold) > 0.1
+    unmarked, _ = pipeline.encode_prompt("a cup", image)
+    print(f"states differ by {difference(reported, unmarked):.1e}")
+    assert difference(reported, unmarked) > 0.1
 
 
 @torch.no_grad()

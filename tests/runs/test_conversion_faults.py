@@ -71,8 +71,13 @@ def write_checkpoint(place: Path, base: Path, copies: int = 1) -> None:
             tensors[f"pipe.text_encoder.{key}"] = tensor.repeat(copies, *[1] * (tensor.dim() - 1)).contiguous()
     lora = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
     tensors |= {lora.format("A"): torch.ones(RANK, 8), lora.format("B"): torch.zeros(8 * copies, RANK)}
-    told = {"family": "qwen-image", "removed_prefix": "pipe.dit.", "lora_component": "dit", "lora_format": "diffsynth"}
-    save_file(tensors, place, told)
+    reported = {
+        "family": "qwen-image",
+        "removed_prefix": "pipe.dit.",
+        "lora_component": "dit",
+        "lora_format": "diffsynth",
+    }
+    save_file(tensors, place, reported)
 
 
 def write_base_and_lora(base: Path, lora: Path, models: Path, copies: int = 1) -> None:
@@ -249,9 +254,9 @@ def test_a_file_that_may_not_grow(large, name, tmp_path):
 
     assert all(path.stat().st_size > limit for path in large.values())
     with start(words(COMMANDS[name], tmp_path / "out", large), preexec_fn=forbid) as process:
-        _, told = process.communicate()
+        _, reported = process.communicate()
     assert process.returncode == 1
-    assert "error: cannot write `" in told and "File too large" in told and "Traceback" not in told
+    assert "error: cannot write `" in reported and "File too large" in reported and "Traceback" not in reported
     assert not (tmp_path / "out").exists()
 
 

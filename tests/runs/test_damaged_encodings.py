@@ -106,8 +106,8 @@ def test_a_run_makes_a_damaged_entry_anew_and_says_so(trained, tmp_path, cli, sa
     whole = entry.read_bytes()
     flip(0.9)(entry)
     common = (*trained.command, "--cache_path", tmp_path / "cache", "--output_path", "out")
-    told = cli(*common, "--dry_run", "--verbose")
-    lines = [line for line in told.out.splitlines() if "encodings are in the cache" in line]
+    printed = cli(*common, "--dry_run", "--verbose")
+    lines = [line for line in printed.out.splitlines() if "encodings are in the cache" in line]
     outcome = cli(*common)
     assert outcome.code == 0, outcome.err
     assert entry.read_bytes() == whole
@@ -130,8 +130,8 @@ def test_an_encoded_folder_is_repaired_by_the_first_half(trained, tmp_path, cli,
     second = (*trained.command, *cache, "--task", "sft:train", "--dataset_base_path", "encoded", "--output_path", "out")
     refused = cli(*second)
     assert refused.code == 1 and str(entry) in refused.err
-    told = [line for line in refused.err.splitlines() if line.startswith(("error: ", "  hint: "))]
-    says("\n".join(told), r"\w{64}", r"/\w\w/")
+    printed = [line for line in refused.err.splitlines() if line.startswith(("error: ", "  hint: "))]
+    says("\n".join(printed), r"\w{64}", r"/\w\w/")
     assert not Path("out/run.json").exists()
     repaired = cli(*first)
     assert repaired.code == 0, repaired.err

@@ -247,9 +247,9 @@ def test_the_dry_run_tells_what_resuming_will_do(stopped, tmp_path, cli, says):
     flip(0.9)(run / "state/step-5/optimizer.safetensors", run)
     words = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
     common = ("train", *words, "--dataset_base_path", stopped.plan.parameters.dataset_base_path, "--output_path", run)
-    told = cli(*common, "--resume", "auto", "--dry_run")
-    assert told.code == 0, told.err
-    lines = [line for line in told.out.splitlines() if "after step" in line]
+    reported = cli(*common, "--resume", "auto", "--dry_run")
+    assert reported.code == 0, reported.err
+    lines = [line for line in reported.out.splitlines() if "after step" in line]
     assert "step 5" in lines[1] and "`optimizer.safetensors`: checksum mismatch" in lines[1]
     says("\n".join(lines))
     shutil.rmtree(run / "state/step-4")

@@ -211,14 +211,14 @@ def test_damaged_files_end_in_a_message(folder: Path, cli: Callable[..., Outcome
         case = CASES[number % len(CASES)]
         path = folder / case.file
         path.write_bytes(mutate(originals[case.file], case.file, random.Random(number)))
-        told = f"case {number} ({case.file}; {' '.join(case.arguments)})"
+        reported = f"case {number} ({case.file}; {' '.join(case.arguments)})"
         try:
             outcome = cli(*case.arguments)
         except Exception as error:
-            faults.append(f"{told}: {type(error).__name__}: {error}")
+            faults.append(f"{reported}: {type(error).__name__}: {error}")
         else:
             if fault := fault_of(outcome, files_below(folder) - before):
-                faults.append(f"{told}: {fault}\n{outcome.err[-600:]}")
+                faults.append(f"{reported}: {fault}\n{outcome.err[-600:]}")
         path.write_bytes(originals[case.file])
         for new in files_below(folder) - before:
             new.unlink()

@@ -53,9 +53,9 @@ def launch(arguments: list[str], models: Path, folder: Path, accelerate: tuple[s
 
 def train_in_two(flags: list[str], models: Path, folder: Path, accelerate: tuple[str, ...]) -> None:
     process = launch(flags, models, folder, accelerate)
-    told, errors = process.communicate(timeout=300)
+    reported, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert told.count("Checkpoint  ") == 1, "one process tells"
+    assert reported.count("Checkpoint  ") == 1, "one process tells"
     assert "Warning" not in errors and (accelerate or "had defaults used" not in errors), errors
 
 

@@ -51,7 +51,7 @@ def tensor_bytes(path: Path) -> int:
 def precompute_task(kind: Kind, dataset: Path, folder: str, objective: str = "sft") -> tuple[object, ...]:
     """Return the precompute command as in scripts: without the transformer, with the LoRA's flags."""
     files = [entry for entry in entries_of(kind.recipe) if component_of(kind.recipe, entry) != "dit"]
-    told = ("--processor_path", "Qwen/Qwen-Image-Edit:processor") if kind.recipe == "qwen-image-edit-lora" else ()
+    reported = ("--processor_path", "Qwen/Qwen-Image-Edit:processor") if kind.recipe == "qwen-image-edit-lora" else ()
     return (
         *(
             "--task",
@@ -59,7 +59,7 @@ def precompute_task(kind: Kind, dataset: Path, folder: str, objective: str = "sf
             "--model_id_with_origin_paths",
             ",".join(files),
             *inputs_of(kind),
-            *told,
+            *reported,
         ),
         *(*kind.sizes, *lora(kind), "--dataset_base_path", dataset, "--output_path", folder),
     )

@@ -151,8 +151,8 @@ def test_both_folders_that_hold_a_run_are_told(train):
     before = contents()
     outcome = train()
     assert outcome.code == 2
-    told = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert told == [
+    reported = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert reported == [
         f"error: stage {stage}: `output_path` `out/{stage}` already holds a run (completed, 4 of 4 steps)"
         for stage in ("high", "low")
     ]

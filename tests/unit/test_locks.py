@@ -78,8 +78,8 @@ def test_what_is_no_lock_file_is_told_and_left_alone(tmp_path, kind):
     }
     make[kind]()
     for take in (lambda: locked(lock), lambda: claim_folder(tmp_path)):
-        told = f"the lock file `{lock}` is {kind.removesuffix(' to nothing')}"
-        with pytest.raises(DiffSynthError, match=told), take():
+        reported = f"the lock file `{lock}` is {kind.removesuffix(' to nothing')}"
+        with pytest.raises(DiffSynthError, match=reported), take():
             pytest.fail("it was taken")
     assert precious.read_text() == "years of work" and not (tmp_path / "nothing").exists()
 

@@ -108,18 +108,18 @@ def test_no_weight_of_the_kind_is_ever_placed_wide(family, files, monkeypatch):
 
 def test_a_weight_beyond_the_range_stays_wide_and_is_told(family, rewritten):
     files = rewritten(lambda name, tensor: tensor * 1e5 if name == f"{LAYER}.weight" else tensor)
-    told = Told()
-    module = load_component(family, files, torch.bfloat16, CPU, told)
+    recorder = Told()
+    module = load_component(family, files, torch.bfloat16, CPU, recorder)
     layer = module.get_submodule(LAYER)
     assert not isinstance(layer, Float8Linear) and torch.isfinite(layer.weight).all()
     assert isinstance(module.get_submodule("transformer_blocks.0.attn.to_k"), Float8Linear)
-    assert told.lines == [f"dit: 1 weight outside ±448, the fp8 range, kept in bfloat16: `{LAYER}.weight`"]
+    assert recorder.lines == [f"dit: 1 weight outside ±448, the fp8 range, kept in bfloat16: `{LAYER}.weight`"]
 
 
 def test_within_the_range_nothing_is_told(family, files):
-    told = Told()
-    load_component(family, files, torch.bfloat16, CPU, told)
-    assert told.lines == []
+    recorder = Told()
+    load_component(family, files, torch.bfloat16, CPU, recorder)
+    assert recorder.lines == []
 
 
 @pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.float8_e5m2])

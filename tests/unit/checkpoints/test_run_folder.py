@@ -107,9 +107,9 @@ def test_what_stands_in_the_place_of_a_record_is_not_taken_for_none(tmp_path):
 
 
 def test_a_folder_whose_name_is_not_utf8_is_recorded(tmp_path):
-    told = record()
-    told.parameters["dataset_base_path"] = "photos-\udcff"
-    told.save(tmp_path)
+    written = record()
+    written.parameters["dataset_base_path"] = "photos-\udcff"
+    written.save(tmp_path)
     assert read_record(tmp_path).parameters["dataset_base_path"] == "photos-\udcff"
 
 

@@ -188,8 +188,8 @@ def test_only_is_not_told_beside_a_recipe_that_is_not_there():
 
 @pytest.mark.parametrize("value", ["", "--resume"])
 def test_only_without_its_value_is_told(config, value):
-    told = conflicts(resolve_stages({"config": config(STAGED), "only": value}))
-    assert told == {(f"`only` takes a string, got `{value}` (`--only`)", "pass the value: `--only VALUE`")}
+    reported = conflicts(resolve_stages({"config": config(STAGED), "only": value}))
+    assert reported == {(f"`only` takes a string, got `{value}` (`--only`)", "pass the value: `--only VALUE`")}
 
 
 def test_a_wrong_value_in_a_stage_names_the_stage(config):

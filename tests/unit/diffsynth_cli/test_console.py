@@ -27,43 +27,43 @@ def screen(stream: io.StringIO) -> list[str]:
 
 def test_bars_of_tasks_at_the_same_time_and_warnings_above_them():
     """Each bar but the last disappears with its task, in any thread."""
-    told, stream = reporter(terminal=True)
+    recorder, stream = reporter(terminal=True)
 
     def work(number: int) -> None:
-        with told.task(f"file {number}", 2000, "bytes", done=500) as task:
+        with recorder.task(f"file {number}", 2000, "bytes", done=500) as task:
             task.advance(1500)
 
-    with told.task("all", 8000, "bytes") as whole:
+    with recorder.task("all", 8000, "bytes") as whole:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
         whole.advance(8000)
-        told.warn("something broke")
+        recorder.warn("something broke")
     shown = screen(stream)
     assert shown[0] == "warning: something broke"
     assert [line.split()[0] for line in shown[1:]] == ["all"]
     assert " 8.0 kB/8.0 kB " in shown[1]
-    with told.task("next", 10, "files") as task:
+    with recorder.task("next", 10, "files") as task:
         task.advance(3)
     assert "  3/10 files " in screen(stream)[-1]
 
 
 def test_a_line_of_the_plan_is_wrapped_between_words_in_a_terminal_and_whole_in_the_log(tmp_path):
     line = "  vae             Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors (1 file, 1.9 MB, 924.5 thousand parameters)"
-    told, stream = reporter(terminal=True)
-    told.log_to(tmp_path / "log")
-    told.info(line)
+    recorder, stream = reporter(terminal=True)
+    recorder.log_to(tmp_path / "log")
+    recorder.info(line)
     assert screen(stream) == [line[: line.index(" thousand")], " " * 18 + "thousand parameters)"]
     assert line in (tmp_path / "log").read_text()
-    told.close()
-    told, stream = reporter(terminal=False)
-    told.info(line)
+    recorder.close()
+    recorder, stream = reporter(terminal=False)
+    recorder.info(line)
     assert stream.getvalue() == f"{line}\n"
 
 
 @pytest.mark.parametrize(("unit", "line"), [("bytes", "x: 1.5 kB of 2.0 kB, "), ("files", "x: 1500 of 2000 files, ")])
 def test_plain_lines_count_bytes_as_people_read_them(unit, line):
-    told, stream = reporter(terminal=False)
-    with told.task("x", 2000, unit, done=500) as task:
+    recorder, stream = reporter(terminal=False)
+    with recorder.task("x", 2000, unit, done=500) as task:
         task.advance(1000)
     assert stream.getvalue().startswith(line)
 

@@ -150,7 +150,7 @@ def ending(code: int, *problems: str, sentence: str = "") -> Ending:
 
 
 @pytest.mark.parametrize(
-    ("codes", "endings", "told"),
+    ("codes", "endings", "reported"),
     [
         ({1: -9}, {0: ending(ranks.PEER_LOST, "process 2 of 2 has died")}, ranks.killed("process 2 of 2", 9)),
         ({0: 1}, {0: ending(1, "a"), 1: ending(ranks.PEER_LOST, "b")}, ending(1, "a")),
@@ -165,8 +165,8 @@ def ending(code: int, *problems: str, sentence: str = "") -> Ending:
         ),
     ],
 )
-def test_several_endings_are_told_as_one(tmp_path, codes, endings, told):
+def test_several_endings_are_told_as_one(tmp_path, codes, endings, reported):
     (tmp_path / "rank-1.json").write_text("half a rep")  # of one that was killed
     for rank, one in endings.items():
         assert ranks.write_ending(tmp_path / f"rank-{rank}.json", one)
-    assert ranks.join_endings(codes, tmp_path, 2) == told
+    assert ranks.join_endings(codes, tmp_path, 2) == reported

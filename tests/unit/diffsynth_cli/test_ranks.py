@@ -46,14 +46,14 @@ with ranks.in_company():
 
 
 @pytest.mark.parametrize(
-    ("statement", "told"),
+    ("statement", "reported"),
     [
         ("raise TypeError('of our own')", "TypeError: of our own"),
         ("raise RuntimeError('Connection closed by peer')", "PeerLost: process 2 of 2 has died"),
         ("raise ConnectionResetError('reset')", "PeerLost: process 2 of 2 has died"),
     ],
 )
-def test_only_what_a_collective_raises_is_laid_to_a_peer(tmp_path, statement, told):
+def test_only_what_a_collective_raises_is_laid_to_a_peer(tmp_path, statement, reported):
     environment = os.environ | {REPORTS: str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     outcome = subprocess.run(
         [sys.executable, "-c", LAUNCHER, RANK.format(statement=statement)],
@@ -62,4 +62,4 @@ def test_only_what_a_collective_raises_is_laid_to_a_peer(tmp_path, statement, to
         text=True,
         timeout=60,
     )
-    assert outcome.stderr.splitlines()[-1].endswith(told)
+    assert outcome.stderr.splitlines()[-1].endswith(reported)

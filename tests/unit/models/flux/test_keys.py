@@ -227,11 +227,11 @@ def test_umt5_and_the_vae_of_flux_2_are_lookalikes():
 
     with torch.device("meta"):
         modules = UMT5EncoderModel(UMT5Config(**T5)), AutoencoderKLFlux2()
-    told = [
+    reported = [
         [known.title for known in FLUX.lookalikes if known.signature <= module.state_dict().keys()]
         for module in modules
     ]
-    assert told == [["the UMT5 text encoder of Wan"], ["the VAE of FLUX.2"]]
+    assert reported == [["the UMT5 text encoder of Wan"], ["the VAE of FLUX.2"]]
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")

@@ -93,8 +93,8 @@ def test_the_published_configuration_is_inferred_and_builds_the_same_module(case
     found = INFER[component](shapes_of(module))
     assert {name: found[name] for name in settings} == settings
     said_otherwise = {"rope_theta", "out_channels"}  # a part of `rope_parameters`; None where it is as `in_channels`
-    told = {name: value for name, value in found.items() if name not in said_otherwise}
-    assert plain(module.config, told) == told
+    reported = {name: value for name, value in found.items() if name not in said_otherwise}
+    assert plain(module.config, reported) == reported
     with torch.device("meta"):
         rebuilt = build(component, found)
     assert type(rebuilt) is type(module)
@@ -180,8 +180,8 @@ def test_other_sizes_of_the_vae_are_inferred_too(changes):
     settings = TINY_VAE | changes
     module = without_memory("vae", **settings)
     found = infer_vae(shapes_of(module))
-    told = {name: value for name, value in settings.items() if name != "norm_num_groups"}
-    assert {name: found[name] for name in told} == told
+    reported = {name: value for name, value in settings.items() if name != "norm_num_groups"}
+    assert {name: found[name] for name in reported} == reported
     with torch.device("meta"):
         assert shapes_of(build("vae", found)) == shapes_of(module)
 
@@ -205,13 +205,13 @@ def test_a_configuration_beside_the_files_goes_first(tmp_path, component):
     assert config_of(files_with(tmp_path, component, config), {}) == config
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("reported", [True, False])
 @pytest.mark.parametrize("head", [True, False])
-def test_a_vocabulary_head_that_is_not_there_is_the_embedding(tmp_path, told, head):
-    config = QWEN3_8B | {"tie_word_embeddings": told}
+def test_a_vocabulary_head_that_is_not_there_is_the_embedding(tmp_path, reported, head):
+    config = QWEN3_8B | {"tie_word_embeddings": reported}
     shapes = {"lm_head.weight": (1, 1)} if head else {}
     found = config_of(files_with(tmp_path, "text_encoder", config), shapes)
-    assert found == config | {"tie_word_embeddings": told or not head}
+    assert found == config | {"tie_word_embeddings": reported or not head}
 
 
 TINY = {

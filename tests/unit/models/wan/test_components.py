@@ -143,8 +143,8 @@ def test_the_published_configuration_is_inferred_and_builds_the_same_module(case
     found = INFER[component](shapes_of(module))
     assert {name: found[name] for name in settings} == settings
     constants = {"latents_mean", "latents_std"} if component == "vae" else set()
-    told = {name: value for name, value in found.items() if name not in constants}
-    assert plain(module.config, told) == told
+    reported = {name: value for name, value in found.items() if name not in constants}
+    assert plain(module.config, reported) == reported
     with torch.device("meta"):
         rebuilt = build(component, found)
     assert type(rebuilt) is type(module)
