@@ -114,7 +114,7 @@ def test_where_a_part_has_no_lora_its_rows_are_zero(save, convert):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "alpha", "told", "written"),
+    ("dtype", "alpha", "reported", "written"),
     [
         (torch.float32, 1.0, "0.5, exactly", torch.float32),
         (torch.bfloat16, 1.0, "0.5, exactly", torch.bfloat16),
@@ -123,11 +123,11 @@ def test_where_a_part_has_no_lora_its_rows_are_zero(save, convert):
         (torch.bfloat16, 0.3, "0.15, in float32, rounded once", torch.float32),
     ],
 )
-def test_a_scale_is_multiplied_in_where_no_alpha_is_read(save, convert, dtype, alpha, told, written):
+def test_a_scale_is_multiplied_in_where_no_alpha_is_read(save, convert, dtype, alpha, reported, written):
     """float16 has too few exponents for every scale."""
     save(down_up(MODULATION, alpha, dtype))
     _, lines = convert("--to", "diffusers")
-    assert lines[1] == names("no alpha", "lora_B", "1 module", told)
+    assert lines[1] == names("no alpha", "lora_B", "1 module", reported)
     tensors = load_file("out.safetensors")
     assert tensors.keys() == {f"transformer.transformer_blocks.0.img_mod.1.lora_{half}.weight" for half in "AB"}
     up = tensors["transformer.transformer_blocks.0.img_mod.1.lora_B.weight"]
@@ -152,13 +152,13 @@ def test_the_settings_of_peft_are_a_scale_too(save, convert):
 
 def test_programs_are_told_the_same(save, convert):
     save(down_up(MODULATION, 0.3) | ENCODER)
-    told = json.loads(convert("--to", "diffsynth", "--allow-unmatched", "--format", "json", "--dry-run")[0])
-    assert not told["written"] and not Path("out.safetensors").exists()
-    assert {key: told[key] for key in ("family", "component", "from", "to", "modules", "ranks")} == {
+    reported = json.loads(convert("--to", "diffsynth", "--allow-unmatched", "--format", "json", "--dry-run")[0])
+    assert not reported["written"] and not Path("out.safetensors").exists()
+    assert {key: reported[key] for key in ("family", "component", "from", "to", "modules", "ranks")} == {
         "family": "qwen-image", "component": "dit", "from": "kohya", "to": "diffsynth",
         "modules": {"read": 1, "written": 1}, "ranks": {"read": [2], "written": [2]},
     }  # fmt: skip
-    assert told["left_out"] == sorted(ENCODER) and told["rounded"] == ["transformer_blocks.0.img_mod.1"]
+    assert reported["left_out"] == sorted(ENCODER) and reported["rounded"] == ["transformer_blocks.0.img_mod.1"]
 
 
 def test_a_file_of_the_second_expert_is_read_by_its_prefix(save, convert):

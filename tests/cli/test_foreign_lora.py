@@ -103,8 +103,8 @@ NO_SETTINGS = names("adapter_config.json", "not a LoRA config", "peft")
 def test_settings_of_peft_that_are_none(refused, lora, text, message):
     save_file({PEFT[0]: lora[DOWN], PEFT[1]: lora[UP]}, "mine.safetensors")
     Path("adapter_config.json").write_text(text)
-    told, hint = refused("convert", "mine.safetensors")
-    assert told == message and hint == "re-export the file"
+    reported, hint = refused("convert", "mine.safetensors")
+    assert reported == message and hint == "re-export the file"
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_combinations_that_cannot_work_are_told_together(refuse):
         "--trainable_models", "text_encoder", "--fp8_models", ENTRIES["text_encoder"], "--task", "direct_distill",
         "--lora_base_model", "controlnet", "--preset_lora_model", "dit", "--zero_cond_t", "--num_frames", 5,
     )  # fmt: skip
-    told = "\n".join(message for message, _ in problems)
+    reported = "\n".join(message for message, _ in problems)
     assert code == 2 and all(hint for _, hint in problems)
     for part in (
         names("num_frames", "not apply", "qwen-image"),
@@ -133,4 +133,4 @@ def test_combinations_that_cannot_work_are_told_together(refuse):
         names("zero_cond_t", "requires", "edit_image"),
         names("seed"),
     ):
-        assert told == part
+        assert reported == part

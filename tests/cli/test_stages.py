@@ -22,8 +22,8 @@ def staged(config):
 
 @pytest.mark.parametrize(("only", "hint"), [("hihg", names("high")), ("zzz", names("high, low"))])
 def test_an_unknown_stage(refuse, staged, only, hint):
-    told = refuse("--config", staged, "--only", only, recipe=None)
-    assert told == (2, [(names("no stage", only, "--only"), hint)])
+    printed = refuse("--config", staged, "--only", only, recipe=None)
+    assert printed == (2, [(names("no stage", only, "--only"), hint)])
 
 
 def test_only_without_stages(refuse):
@@ -32,8 +32,8 @@ def test_only_without_stages(refuse):
 
 
 def test_one_flag_for_stages_that_differ(refuse, staged):
-    told = refuse("--config", staged, "--max_timestep_boundary", 0.5, "--min-timestep-boundary", 0.2, recipe=None)
-    assert told == (
+    printed = refuse("--config", staged, "--max_timestep_boundary", 0.5, "--min-timestep-boundary", 0.2, recipe=None)
+    assert printed == (
         2,
         [
             (names("max_timestep_boundary", "high and low", "--max_timestep_boundary"), ONE_OF_THEM),

@@ -178,8 +178,8 @@ def test_a_config_json_that_is_no_json(refuse, repository):
 def test_a_config_json_with_numbers_that_no_model_has(refuse, repository, setting, message):
     path = repository / "vae/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
-    code, [(told, hint)] = refuse()
-    assert code == 1 and told == names(path, message)
+    code, [(printed, hint)] = refuse()
+    assert code == 1 and printed == names(path, message)
     assert hint == names("config.json")
 
 

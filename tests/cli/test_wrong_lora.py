@@ -282,17 +282,17 @@ def test_the_format_of_a_lora_where_none_trains(refuse):
 
 @pytest.mark.usefixtures("flux")
 def test_parts_of_a_vae_by_their_documented_names(refuse):
-    def told(*arguments: str):
+    def printed(*arguments: str):
         code, problems = refuse("--lora_format", "diffsynth", *arguments, recipe="flux.1-dev-lora")
         assert code == 2
         return problems
 
     message = names("{parameter}", "vae_decoder", "not a component", "FLUX.1")
-    assert told("--trainable_models", "vae_decoder") == [
+    assert printed("--trainable_models", "vae_decoder") == [
         (message.format(parameter="trainable_models"), names("vae.decoder"))
     ]
-    assert told("--lora_base_model", "vae_decoder") == [(message.format(parameter="lora_base_model"), names("vae"))]
-    assert told("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
+    assert printed("--lora_base_model", "vae_decoder") == [(message.format(parameter="lora_base_model"), names("vae"))]
+    assert printed("--remove_prefix_in_ckpt", "pipe.vae_encoder.") == [
         (names("remove_prefix_in_ckpt", "no key", "FLUX.1", "pipe.vae_encoder."), names("pipe.vae.encoder."))
     ]
 

@@ -113,8 +113,8 @@ def test_a_first_half_that_was_stopped(second, encoded):
 def test_a_manifest_that_is_damaged(second, encoded, change, message):
     path = encoded / "encoded.json"
     path.write_text(change(path.read_text()))
-    code, [(told, hint)] = second()
-    assert (code, told) == (1, names(path, message))
+    code, [(printed, hint)] = second()
+    assert (code, printed) == (1, names(path, message))
     assert hint == names("encode")
 
 
