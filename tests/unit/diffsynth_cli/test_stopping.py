@@ -51,9 +51,9 @@ def test_a_signal_leaves_nothing(tmp_path, number):
         assert process.stdout.readline() == "writing\n"
         assert len(list((tmp_path / "out" / "deep").iterdir())) == 2
         process.send_signal(number)
-        _, told = process.communicate(timeout=30)
+        _, reported = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert told == f"Interrupted by {number.name}; nothing was written\n"
+    assert reported == f"Interrupted by {number.name}; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,8 +64,8 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     with start(tmp_path, preexec_fn=ignore) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGHUP)
-        _, told = process.communicate("\n", timeout=30)
-    assert (process.returncode, told) == (0, "")
+        _, reported = process.communicate("\n", timeout=30)
+    assert (process.returncode, reported) == (0, "")
     assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
