@@ -10,10 +10,11 @@ from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.file_plans import PlanFormat, describe_files, files_table, total_line
 from diffsynth_cli.printing import echo, printable
 from diffsynth_cli.stopping import handle_sigint
-from diffsynth_core.conversion.add_plan import SumPlan, output_of, plan_sum
+from diffsynth_core.config.choices import WeightDtype
+from diffsynth_core.conversion.add_plan import output_of, plan_addition
 from diffsynth_core.conversion.bases import open_base
-from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile
-from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of, plan_merge
+from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora
+from diffsynth_core.conversion.merge_plan import outputs_of, plan_merge
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import list_names, raise_if_any
@@ -33,7 +34,7 @@ WORST_SHOWN = 3
 class Manner:
     """Options of a merge."""
 
-    dtype: str | None
+    dtype: WeightDtype | None
     allow_unmatched: bool
     overwrite: bool
     dry_run: bool
@@ -50,7 +51,7 @@ def into_base(
     """
     base = open_base(base_text, model_base_path())
     plan = plan_merge(base, files, output, how.dtype, max_shard_bytes, how.allow_unmatched)
-    losses: tuple[RelativeError, ...] = ()
+    errors: tuple[RelativeError, ...] = ()
     facts: dict[str, Any] = {
         "base": {"path": base.weights.origin, "family": base.facts.name, "component": base.component.name},
         "changed": len(plan.changed),
@@ -63,11 +64,11 @@ def into_base(
 
         with handle_sigint():
             result = merge(plan, hashes, ConsoleReporter(), how.overwrite)
-        losses = result.losses
-        facts["lost"] = result.loss.share
+        errors = result.errors
+        facts["lost"] = result.error.value
     changed = f"{pluralize(len(plan.changed), 'tensor')} of {len(base.weights.tensors)} changed"
     lines = [f"{base.weights.origin}: {base.title}, {changed}"]
-    _tell(lines, _summaries(plan), losses, written, facts, how)
+    _report(lines, plan.loras, errors, written, facts, how)
 
 
 def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, family: str | None, how: Manner) -> None:
@@ -76,14 +77,14 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
     Raises:
         DiffSynthError: if something does not fit or cannot be written; no files are left then.
     """
-    plan = plan_sum(files, output, rank, how.dtype, how.allow_unmatched, family)
+    plan = plan_addition(files, output, rank, how.dtype, how.allow_unmatched, family)
     ranks = sorted({module.rank for module in plan.modules})
     facts: dict[str, Any] = {"modules": len(plan.modules), "ranks": ranks}
     written = FilePlan((output_of(plan),), plan.inputs)
     lines = [f"{pluralize(len(plan.modules), 'module')} of rank {_span(ranks)}"]
-    if plan.dialect:
-        facts["to"] = plan.dialect
-        lines.append(f"the files have several key formats; written in the format `{plan.dialect}`")
+    if plan.lora_format:
+        facts["to"] = plan.lora_format
+        lines.append(f"the files have several key formats; written in the format `{plan.lora_format}`")
     raise_if_any(output_problems(written.outputs, plan.inputs, how.overwrite))
     if not how.dry_run:
         hashes = InputHashes(plan.inputs)
@@ -92,10 +93,10 @@ def into_one(files: Sequence[WeightedFile], output: Path, rank: int | None, fami
         with handle_sigint():
             result = add_loras(plan, hashes, ConsoleReporter(), how.overwrite)
         if rank is not None:
-            shares = {name: loss.share for name, loss in result.losses.items()}
-            facts |= {"lost": result.loss.share, "lost_by_module": shares}
-            lines += _lost_to_rank(rank, result.loss.share, shares)
-    _tell(lines, plan.summaries, (), written, facts, how)
+            shares = {name: error.value for name, error in result.errors.items()}
+            facts |= {"lost": result.error.value, "lost_by_module": shares}
+            lines += _lost_to_rank(rank, result.error.value, shares)
+    _report(lines, plan.loras, (), written, facts, how)
 
 
 def _lost_to_rank(rank: int, share: float, shares: Mapping[str, float]) -> list[str]:
@@ -105,34 +106,29 @@ def _lost_to_rank(rank: int, share: float, shares: Mapping[str, float]) -> list[
     return [f"rank {rank} loses {share:.3%} of the change (||D - D'|| / ||D||); most: {shown}"]
 
 
-def _summaries(plan: "MergePlan | SumPlan") -> tuple[LoraSummary, ...]:
-    return plan.summaries if isinstance(plan, SumPlan) else tuple(lora.summary for lora in plan.loras)
-
-
-def _tell(
+def _report(
     lines: Sequence[str],
-    summaries: Sequence[LoraSummary],
-    losses: Sequence["RelativeError"],
+    loras: Sequence[WeightedLora],
+    errors: Sequence["RelativeError"],
     written: FilePlan,
     facts: Mapping[str, Any],
     how: Manner,
 ) -> None:
-    """Print the result to stdout; skipped tensors also as a note."""
+    """Print all of it on stdout; skipped keys also as a warning. `errors`: of rounding, for each LoRA, or empty."""
     reporter = ConsoleReporter()
-    for summary in summaries:
-        if summary.differences:
-            reporter.info(
-                f"`{summary.path}`: full-weight differences are added to {pluralize(summary.differences, 'tensor')}"
-            )
-        if summary.unmatched:
-            left_out = f"{pluralize(len(summary.unmatched), 'key')} skipped: {list_names(sorted(summary.unmatched))}"
-            reporter.warn(f"`{summary.path}`: {left_out}")
+    for one in loras:
+        if one.lora.tensors:
+            count = pluralize(len(one.lora.tensors), "tensor")
+            reporter.info(f"`{one.lora.path}`: full-weight differences are added to {count}")
+        if one.lora.unmatched:
+            skipped = f"{pluralize(len(one.lora.unmatched), 'key')} skipped: {list_names(sorted(one.lora.unmatched))}"
+            reporter.warn(f"`{one.lora.path}`: {skipped}")
     if how.output_format is PlanFormat.JSON:
-        loras = [_described(summary, loss) for summary, loss in _with_losses(summaries, losses)]
-        content = {"written": not how.dry_run, **facts, "loras": loras, "outputs": _outputs(written)}
+        described = [_described(one, error) for one, error in _with_errors(loras, errors)]
+        content = {"written": not how.dry_run, **facts, "loras": described, "outputs": _outputs(written)}
         echo(json.dumps(content, indent=2))
         return
-    for line in (*lines, "", *_lora_table(summaries, losses), ""):
+    for line in (*lines, "", *_lora_table(loras, errors), ""):
         echo(printable(line))
     echo(files_table(written))
     reporter.info(total_line(written, how.dry_run))
@@ -143,39 +139,40 @@ def _outputs(written: FilePlan) -> list[dict[str, Any]]:
     return [{name: fact for name, fact in file.items() if name != "metadata"} for file in describe_files(written)]
 
 
-def _with_losses(
-    summaries: Sequence[LoraSummary], losses: Sequence["RelativeError"]
-) -> list[tuple[LoraSummary, "RelativeError | None"]]:
-    return [(summary, losses[place] if losses else None) for place, summary in enumerate(summaries)]
+def _with_errors(
+    loras: Sequence[WeightedLora], errors: Sequence["RelativeError"]
+) -> list[tuple[WeightedLora, "RelativeError | None"]]:
+    return [(one, errors[place] if errors else None) for place, one in enumerate(loras)]
 
 
-def _described(summary: LoraSummary, loss: "RelativeError | None") -> dict[str, Any]:
+def _described(one: WeightedLora, error: "RelativeError | None") -> dict[str, Any]:
     return {
-        "path": str(summary.path),
-        "weight": summary.weight,
-        "matched": summary.matched,
-        "unmatched": list(summary.unmatched),
-        "ranks": list(summary.ranks),
-        "scales": list(summary.scales),
-        "alpha": summary.alpha,
-        **({"differences": summary.differences} if summary.differences else {}),
-        **({"lost": loss.share} if loss else {}),
+        "path": str(one.lora.path),
+        "weight": one.weight,
+        "matched": len(one.lora.pairs),
+        "unmatched": list(one.lora.unmatched),
+        "ranks": one.lora.stored_ranks,
+        "scales": one.lora.scales,
+        "alpha": one.lora.alpha_source,
+        **({"differences": len(one.lora.tensors)} if one.lora.tensors else {}),
+        **({"lost": error.value} if error else {}),
     }
 
 
-def _lora_table(summaries: Sequence[LoraSummary], losses: Sequence["RelativeError"]) -> list[str]:
-    """One line per LoRA, below a header."""
-    rows = [(*HEADINGS, *(["rounding error"] if losses else []))]
-    for summary, loss in _with_losses(summaries, losses):
+def _lora_table(loras: Sequence[WeightedLora], errors: Sequence["RelativeError"]) -> list[str]:
+    """A line for each LoRA, below their headings."""
+    rows = [(*HEADINGS, *(["rounding error"] if errors else []))]
+    for one, error in _with_errors(loras, errors):
         facts = (
-            f"{summary.weight:g}",
-            str(summary.matched),
-            _span(summary.ranks),
-            _span(summary.scales),
-            summary.alpha,
+            str(one.lora.path),
+            f"{one.weight:g}",
+            str(len(one.lora.pairs)),
+            _span(one.lora.stored_ranks),
+            _span(one.lora.scales),
+            one.lora.alpha_source,
+            pluralize(len(one.lora.unmatched), "key"),
         )
-        left_out = pluralize(len(summary.unmatched), "key")
-        rows.append((str(summary.path), *facts, left_out, *([f"{loss.share:.1%}"] if loss else [])))
+        rows.append((*facts, *([f"{error.value:.1%}"] if error else [])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -14,7 +14,7 @@ from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.weights.key_maps import KeyMap
-from diffsynth_core.weights.lora_names import LoraNaming
+from diffsynth_core.weights.lora_formats import LoraNaming
 from tests.loras import RANK
 
 
@@ -63,9 +63,9 @@ def check_same_weights(found: Sequence[Mapping[str, LoraWeights]], modules: Coll
     """Check that all files contain the same weights for all modules."""
     first, *others = found
     assert first.keys() == set(modules), sorted(first.keys() ^ set(modules))
-    assert all(weights.up.any() for weights in first.values()), "every module has learned"
+    assert all(weights.B.any() for weights in first.values()), "every module has learned"
     for other in others:
         assert other.keys() == first.keys(), sorted(other.keys() ^ first.keys())
         for module in modules:
-            assert torch.equal(first[module].down, other[module].down), module
-            assert torch.equal(first[module].up, other[module].up), module
+            assert torch.equal(first[module].A, other[module].A), module
+            assert torch.equal(first[module].B, other[module].B), module

@@ -122,7 +122,7 @@ def merged(family: str, path: Path, folder: Path) -> dict[str, Tensor]:
     """Merge a LoRA without effect into a base, in float32."""
     base = open_base(str(path), Path())
     shapes = dict(list(base.shapes.items())[:3])
-    lora = {name: type(weights)(weights.down, weights.up * 0) for name, weights in random_lora(shapes).items()}
+    lora = {name: type(weights)(weights.A, weights.B * 0) for name, weights in random_lora(shapes).items()}
     dialect = "diffsynth"
     file = save_lora(folder / "zero.safetensors", lora, family, dialect)
     plan = plan_merge(base, [WeightedFile(file)], folder / "merged", "float32")

@@ -11,21 +11,21 @@ from diffusers import Flux2KleinPipeline, FluxPipeline, FluxTransformer2DModel, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth_core.adapters.changes import Factors, read_factors
+from diffsynth_core.adapters.deltas import WeightDelta, read_delta
 from diffsynth_core.conversion.convert import plan_conversion
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.lora_files import read_lora_file
-from diffsynth_core.weights.lora_names import DIALECTS, LoraNaming, stem_keys
+from diffsynth_core.weights.lora_formats import LORA_FORMATS, LoraNaming, keys_of_part
 from diffsynth_core.weights.weight_writer import write_outputs
 from tests.loras import RECIPES, TinyFamily
 from tests.parity.models import load_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 RANK = 4
-CONVERSIONS = list(permutations(DIALECTS, 2))
+CONVERSIONS = list(permutations(LORA_FORMATS, 2))
 ALPHAS = {None: 0.0, RANK / 2: 0.0, 0.3: 1e-6}
 """Stored alpha -> tolerance of a change, relative to its largest value."""
 
@@ -66,9 +66,9 @@ def write_source(
 
     tensors = {}
     for module, shape in shapes_in(dialect, shapes, naming).items():
-        keys = stem_keys(module, dialect)
-        tensors[keys.down] = draw(RANK, *shape[1:])
-        tensors[keys.up] = draw(shape[0], RANK, *[1] * len(shape[2:]))
+        keys = keys_of_part(module, dialect)
+        tensors[keys.A] = draw(RANK, *shape[1:])
+        tensors[keys.B] = draw(shape[0], RANK, *[1] * len(shape[2:]))
         if alpha is not None and keys.alpha:
             tensors[keys.alpha] = torch.tensor(alpha)
     save_file(tensors, path)
@@ -89,12 +89,12 @@ def changes(path: Path, shapes: Shapes, naming: LoraNaming) -> dict[str, Tensor]
 
     file = read_lora_file(path, shapes, naming)
     with safe_open(path, framework="pt") as stream:
-        factors = {module: read_factors(file, stream, f"{module}.weight", shapes[module]) for module in file.modules}
+        factors = {module: read_delta(file, stream, f"{module}.weight", shapes[module]) for module in file.modules}
     return {module: _product(found, shapes[module]) for module, found in factors.items()}
 
 
-def _product(factors: Factors, shape: tuple[int, ...]) -> Tensor:
-    return (factors.up @ factors.down).reshape(shape)
+def _product(factors: WeightDelta, shape: tuple[int, ...]) -> Tensor:
+    return (factors.B @ factors.A).reshape(shape)
 
 
 def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], off: float) -> None:
@@ -107,7 +107,11 @@ def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], off:
 
 @pytest.mark.parametrize(
     ("source", "target", "alpha"),
-    [(*pair, alpha) for pair in CONVERSIONS for alpha in (ALPHAS if DIALECTS[pair[0]].alpha != "never" else [None])],
+    [
+        (*pair, alpha)
+        for pair in CONVERSIONS
+        for alpha in (ALPHAS if LORA_FORMATS[pair[0]].alpha != "never" else [None])
+    ],
 )
 @pytest.mark.parametrize("family", RECIPES)
 def test_there_and_back_every_change_of_weights_is_the_same(
@@ -122,8 +126,10 @@ def test_there_and_back_every_change_of_weights_is_the_same(
     assert expected.keys() == shapes.keys()
     for file in (there, back):
         check_same(changes(file, shapes, naming), expected, ALPHAS[alpha])
-    stored = {keys.alpha for keys in (stem_keys(name, target) for name in shapes_in(target, shapes, naming))} - {None}
-    kept = DIALECTS[target].alpha == "always" or (DIALECTS[target].alpha == "kept" and alpha is not None)
+    stored = {keys.alpha for keys in (keys_of_part(name, target) for name in shapes_in(target, shapes, naming))} - {
+        None
+    }
+    kept = LORA_FORMATS[target].alpha == "always" or (LORA_FORMATS[target].alpha == "kept" and alpha is not None)
     assert {key for key in load_file(there) if key.endswith(".alpha")} == (stored if kept else set())
 
 
@@ -180,7 +186,7 @@ LOADED_BY_DIFFUSERS = {
 """What the README states about diffusers 0.42.1."""
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", LORA_FORMATS)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, family, dialect):
     """All modules, or none with a warning only. FLUX.1 in kohya's format requires the published widths: below."""

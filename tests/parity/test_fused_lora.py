@@ -21,7 +21,8 @@ from diffsynth_core.checkpoints.saved_states import LoopState
 from diffsynth_core.checkpoints.state import restore_state, save_state, state_of
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import ComposedKeyMap, TableMap
-from diffsynth_core.weights.lora_names import LoraNaming, find_lora_keys
+from diffsynth_core.weights.lora_formats import LoraNaming
+from diffsynth_core.weights.lora_keys import match_lora_keys
 
 ORIGINAL = TableMap(
     {"double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj"},
@@ -122,8 +123,8 @@ def fused_halves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
     """Return copies of A and B of each documented module, as leaves."""
     weights = lora_weights(model, DOCUMENTED)
     assert weights.keys() == set(MODULES)
-    downs = {name: halves.down.detach().clone().requires_grad_() for name, halves in weights.items()}
-    ups = {name: halves.up.detach().clone().requires_grad_() for name, halves in weights.items()}
+    downs = {name: halves.A.detach().clone().requires_grad_() for name, halves in weights.items()}
+    ups = {name: halves.B.detach().clone().requires_grad_() for name, halves in weights.items()}
     return downs, ups
 
 
@@ -196,8 +197,8 @@ def test_training_goes_the_way_of_the_whole_matrix(base):
         (predict(base, changed_weights(base, downs, ups)) ** 2).mean().backward()
         optimizer.step()
     for module, halves in lora_weights(model, DOCUMENTED).items():
-        assert_close(halves.down, downs[module], rtol=1e-6, atol=1e-7)
-        assert_close(halves.up, ups[module], rtol=1e-6, atol=1e-7)
+        assert_close(halves.A, downs[module], rtol=1e-6, atol=1e-7)
+        assert_close(halves.B, ups[module], rtol=1e-6, atol=1e-7)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(base, tmp_path):
@@ -218,7 +219,7 @@ def check_equal(model: nn.Module, other: nn.Module) -> None:
     first, second = lora_weights(model, DOCUMENTED), lora_weights(other, DOCUMENTED)
     assert first.keys() == second.keys()
     for module, halves in first.items():
-        assert torch.equal(halves.down, second[module].down) and torch.equal(halves.up, second[module].up)
+        assert torch.equal(halves.A, second[module].A) and torch.equal(halves.B, second[module].B)
 
 
 def test_the_start_is_that_of_the_whole_matrix(base):
@@ -227,9 +228,9 @@ def test_the_start_is_that_of_the_whole_matrix(base):
     whole.blocks = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"a_to_qkv": nn.Linear(WIDTH, 3 * WIDTH)})})])
     add_lora(whole, [QKV], RANK, seed=4)
     fresh = lora_weights(with_lora(base, seed=4, moved=False), DOCUMENTED)
-    assert torch.equal(fresh[QKV].down, lora_weights(whole)[QKV].down)
-    assert all(not halves.up.any() and halves.up.dtype == torch.float32 for halves in fresh.values())
-    assert len({float(halves.down.detach()[0, 0]) for halves in fresh.values()}) == len(MODULES)
+    assert torch.equal(fresh[QKV].A, lora_weights(whole)[QKV].A)
+    assert all(not halves.B.any() and halves.B.dtype == torch.float32 for halves in fresh.values())
+    assert len({float(halves.A.detach()[0, 0]) for halves in fresh.values()}) == len(MODULES)
 
 
 def save(model: nn.Module, dialect: str, path: Path) -> dict[str, Tensor]:
@@ -242,8 +243,8 @@ def save(model: nn.Module, dialect: str, path: Path) -> dict[str, Tensor]:
 def test_files_of_every_dialect_come_back_bit_for_bit(base, tmp_path, dialect):
     model = with_lora(base)
     tensors = save(model, dialect, tmp_path / "lora.safetensors")
-    match = find_lora_keys(tensors, MODULES, NAMING)
-    assert (match.dialect(NAMING), match.unmatched) == (dialect, ())
+    match = match_lora_keys(tensors, MODULES, NAMING)
+    assert (match.lora_format(NAMING), match.unmatched) == (dialect, ())
     other = with_lora(base, seed=7)
     assert load_lora(other, tmp_path / "lora.safetensors", NAMING, DOCUMENTED) == len(MODULES)
     check_equal(other, model)
@@ -307,9 +308,9 @@ def test_each_part_has_its_own_alpha(base, tmp_path):
     other = with_lora(base, seed=7)
     naming = LoraNaming("dit", {"kohya": DOCUMENTED})
     assert load_lora(other, path, naming, DOCUMENTED) == len(MODULES)
-    expected = lora_weights(model, DOCUMENTED)[QKV].up.detach().clone()
+    expected = lora_weights(model, DOCUMENTED)[QKV].B.detach().clone()
     expected[WIDTH : 2 * WIDTH] /= 2
-    assert torch.equal(lora_weights(other, DOCUMENTED)[QKV].up, expected)
+    assert torch.equal(lora_weights(other, DOCUMENTED)[QKV].B, expected)
 
 
 def of_part(part: str, half: str) -> str:
@@ -364,9 +365,9 @@ def test_separate_loras_of_parts_start_one_of_their_joint_rank(base, tmp_path, c
     expected.load_lora_adapter(load_file(path), prefix="transformer")
     model = deepcopy(base)
     add_lora(model, MODULES, rank, 7, DOCUMENTED)
-    fresh = lora_weights(model, DOCUMENTED)[QKV].down.detach().clone()
+    fresh = lora_weights(model, DOCUMENTED)[QKV].A.detach().clone()
     assert load_lora(model, path, NAMING, DOCUMENTED) == len(MODULES)
     assert_close(predict(model), predict(expected), rtol=1e-5, atol=1e-5)
     loaded = lora_weights(model, DOCUMENTED)[QKV]
     filled = rank if rank < 9 else 5
-    assert torch.equal(loaded.down[filled:], fresh[filled:]) and not loaded.up[:, filled:].any()
+    assert torch.equal(loaded.A[filled:], fresh[filled:]) and not loaded.B[:, filled:].any()

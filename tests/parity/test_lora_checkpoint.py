@@ -45,8 +45,8 @@ def start(tiny: TinyFamily, path: Path, modules: Mapping[str, object]) -> dict[s
 def check(found: Mapping[str, LoraWeights], expected: Mapping[str, LoraWeights], scale: float = 1.0) -> None:
     assert found.keys() == expected.keys()
     for module, halves in expected.items():
-        assert torch.equal(found[module].down, halves.down)
-        assert_close(found[module].up, halves.up * scale, rtol=1e-6, atol=0)
+        assert torch.equal(found[module].A, halves.A)
+        assert_close(found[module].B, halves.B * scale, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("family", "dialect"), DIALECTS)
@@ -120,8 +120,8 @@ def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, 
     plan = tiny.plan(output_path="unused", lora_checkpoint=path)
     assert plan.training.start.ranks == dict.fromkeys(others, RANK) | {first: 2}
     found = start(tiny, path, shapes)[first]
-    assert_close(found.up.flatten(1) @ found.down.flatten(1), low[first].up.flatten(1) @ low[first].down.flatten(1))
-    assert not found.up[:, 2:].any() and found.down[2:].any()
+    assert_close(found.B.flatten(1) @ found.A.flatten(1), low[first].B.flatten(1) @ low[first].A.flatten(1))
+    assert not found.B[:, 2:].any() and found.A[2:].any()
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "wan", "flux", "flux2"])

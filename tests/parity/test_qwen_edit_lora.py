@@ -44,7 +44,7 @@ def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for module in sorted(weights):
-            weights[module].up.normal_(std=0.5, generator=generator)
+            weights[module].B.normal_(std=0.5, generator=generator)
     tensors = name_lora(weights, dialect, DIT.lora_naming)
     save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     return modules

@@ -194,8 +194,8 @@ def save_for(component: str, tiny: TinyFamily, path: Path, seed: int = 0, **more
 
     shapes = tiny.module_shapes(component, lora_base_model=component, lora_target_modules="", **more)
     chosen = random_lora({name: shapes[name] for name in list(shapes)[:2]}, seed=seed, spread=0.5)
-    tensors = {f"{name}.lora_A.default.weight": halves.down for name, halves in chosen.items()}
-    tensors |= {f"{name}.lora_B.default.weight": halves.up for name, halves in chosen.items()}
+    tensors = {f"{name}.lora_A.default.weight": halves.A for name, halves in chosen.items()}
+    tensors |= {f"{name}.lora_B.default.weight": halves.B for name, halves in chosen.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     return path

@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.changes import lora_factors
+from diffsynth_core.adapters.deltas import module_delta
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.randomness import key_of
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+from diffsynth_core.weights.lora import joint_rank
 from diffsynth_core.weights.lora_files import read_lora_file
-from diffsynth_core.weights.lora_names import DIT, LoraNaming, lora_keys
-from diffsynth_core.weights.lora_rows import joint_rank
+from diffsynth_core.weights.lora_formats import DIT, LoraNaming, lora_keys
 
 ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The two halves of one documented module's LoRA: down is A `[rank, in]`, up is B `[out, rank]`."""
+    """The LoRA of one public module in training: A `[rank, in, …]` and B `[out, rank, …]`."""
 
-    down: Tensor
-    up: Tensor
+    A: Tensor
+    B: Tensor
 
 
 def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, public_keys: KeyMap = SAME_NAMES) -> None:
@@ -93,73 +94,75 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def lora_weights(model: nn.Module, public_keys: KeyMap = SAME_NAMES) -> dict[str, LoraWeights]:
-    """The LoRA of every module that carries one, by its documented name."""
+    """The LoRA of every module that has one, by its public name."""
     return {
-        module: LoraWeights(down, public_keys.fuse(f"{module}.weight", ups))
-        for module, (down, ups) in _halves(model, public_keys).items()
+        module: LoraWeights(a, public_keys.fuse(f"{module}.weight", parts))
+        for module, (a, parts) in _matrices(model, public_keys).items()
     }
 
 
-def _halves(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    """A and B as the model holds them, by documented module; B by the names of the weights that its parts change."""
+def _matrices(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """A and B as the model holds them, by public module; B by the names of the weights that its parts change."""
     layers = lora_layers(model)
     found = {}
     for module in public_keys.to_sources(layers):
         own = public_keys.to_targets(module) or ()
-        ups = {f"{name}.weight": layers[name].lora_B[ADAPTER].weight for name in own}
-        found[module] = (layers[own[0]].lora_A[ADAPTER].weight, ups)
+        parts = {f"{name}.weight": layers[name].lora_B[ADAPTER].weight for name in own}
+        found[module] = (layers[own[0]].lora_A[ADAPTER].weight, parts)
     return found
 
 
-def name_lora(weights: Mapping[str, LoraWeights], dialect: str, naming: LoraNaming = DIT) -> dict[str, Tensor]:
-    """LoRA weights, given by documented module, under the keys of a dialect.
+def name_lora(
+    weights: Mapping[str, LoraWeights], lora_format: LoraFormat, naming: LoraNaming = DIT
+) -> dict[str, Tensor]:
+    """LoRA weights, given by public module, under the keys of a format.
 
-    Where the dialect has several parts of a module, each has its rows of B and the whole of A.
+    If the format has separate parts of a module, each gets its rows of B and the whole of A.
     """
     tensors: dict[str, Tensor] = {}
-    names = naming.vocabulary(dialect).names
-    for module, halves in weights.items():
-        ups = names.split(f"{module}.weight", halves.up.detach())
-        for keys, up in zip(lora_keys(module, dialect, naming), ups.values(), strict=True):
-            assert keys.down and keys.up
-            tensors[keys.down], tensors[keys.up] = halves.down.detach(), up
+    names = naming.vocabulary(lora_format).names
+    for module, lora in weights.items():
+        parts = names.split(f"{module}.weight", lora.B.detach())
+        for keys, b in zip(lora_keys(module, lora_format, naming), parts.values(), strict=True):
+            assert keys.A and keys.B
+            tensors[keys.A], tensors[keys.B] = lora.A.detach(), b
             if keys.alpha:
-                tensors[keys.alpha] = torch.tensor(float(halves.down.shape[0]))
+                tensors[keys.alpha] = torch.tensor(float(lora.A.shape[0]))
     return tensors
 
 
 def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_keys: KeyMap = SAME_NAMES) -> int:
-    """Start the LoRA of a model from a file in any dialect; returns how many documented modules it filled.
+    """Initialize the LoRA of a model from a file of any format; returns how many public modules it filled.
 
-    Modules of the model that the file leaves out keep their fresh start; modules of the file that carry no LoRA here
-    (those that never get a gradient) are passed over. Where the file has a LoRA each of separate q, k and v, and the
-    model one of all, it becomes that of their joint rank, with B block-diagonal. Where the model has a higher rank, the
-    further rows of A keep their fresh start beside columns of B that are zero: the change of the weight is the same.
+    Modules that the file leaves out keep their initialization; those of the file without a LoRA here (they never get a
+    gradient) are skipped. If the file has separate LoRAs of q, k and v, and the model one of all, it gets their joint
+    rank, with B block-diagonal. If the model has a higher rank, the further rows of A keep their initialization, with
+    columns of zeros in B: the change of the weight is the same.
 
     Raises:
         DiffSynthError: as `read_lora_file`; also when the model has a lower rank, or no module of it is filled.
     """
     from safetensors import safe_open
 
-    targets = _halves(model, public_keys)
-    file = read_lora_file(path, _weight_shapes(model, public_keys), naming)
-    filled = targets.keys() & file.modules.keys()
-    ranks = {module: joint_rank(file.modules[module]) for module in sorted(filled)}
+    targets = _matrices(model, public_keys)
+    lora = read_lora_file(path, _weight_shapes(model, public_keys), naming)
+    filled = targets.keys() & lora.modules.keys()
+    ranks = {module: joint_rank(lora.modules[module]) for module in sorted(filled)}
     with safe_open(path, framework="pt", device="cpu") as stream, torch.no_grad():
-        for module in ranks:
-            down, ups = targets[module]
-            if ranks[module] > down.shape[0]:
+        for module, rank in ranks.items():
+            a, parts = targets[module]
+            if rank > a.shape[0]:
                 raise DiffSynthError(
-                    f"`{path}` has rank {ranks[module]} at `{module}`, but the run uses rank {down.shape[0]}",
+                    f"`{path}` has rank {rank} at `{module}`, but the run uses rank {a.shape[0]}",
                     f"pass `--lora_rank {max(ranks.values())}`",
                 )
-            factors = lora_factors(file.modules[module], stream)
-            down[: factors.rank] = factors.down.reshape(factors.rank, *down.shape[1:])
-            kernel = next(iter(ups.values())).shape[2:]
-            cut = public_keys.split(f"{module}.weight", factors.up.reshape(len(factors.up), factors.rank, *kernel))
-            for own, rows in cut.items():
-                ups[own].zero_()
-                ups[own][:, : factors.rank] = rows.reshape(len(rows), factors.rank, *ups[own].shape[2:])
+            delta = module_delta(lora.modules[module], stream)
+            a[:rank] = delta.A.reshape(rank, *a.shape[1:])
+            kernel = next(iter(parts.values())).shape[2:]
+            b = delta.B.reshape(len(delta.B), rank, *kernel)
+            for name, rows in public_keys.split(f"{module}.weight", b).items():
+                parts[name].zero_()
+                parts[name][:, :rank] = rows.reshape(len(rows), rank, *parts[name].shape[2:])
     if not filled:
         raise DiffSynthError(
             f"`{path}` has no LoRA for any of the {len(targets)} trained modules",
@@ -169,7 +172,7 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_key
 
 
 def _weight_shapes(model: nn.Module, public_keys: KeyMap) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of a model's modules, by their documented names, without peft's layers in between."""
+    """Shapes of the weights of a model's modules, by their public names, without peft's layers in between."""
     own = {
         f"{name.removesuffix('.base_layer')}.weight": tuple(module.weight.shape)
         for name, module in model.named_modules()

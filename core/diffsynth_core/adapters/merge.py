@@ -10,59 +10,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsynth_core.adapters.changes import Factors
+from diffsynth_core.adapters.deltas import WeightDelta
 
 MAX_SILENT_ERROR = 0.1
-"""Share of a change that rounding may lose in silence."""
+"""Relative rounding error of a change above which a warning is due."""
 SUMMED_AT_ONCE = 2**20
-"""Squares added up in float32; their sums are added in float64."""
+"""Squares that are summed in float32; these sums are added in float64."""
 
 
 @dataclass
 class RelativeError:
-    """How much of changes is lost: ||D' - D|| / ||D|| over all weights, D being what was asked for, D' what came of it.
+    """||D' - D|| / ||D|| over weights (Frobenius norm): D is the exact change, D' the one after rounding or truncation.
 
-    Rounding to bfloat16 loses a third of a change of spread 1e-4 on weights of spread 0.02.
+    Rounding to bfloat16 loses a third of a change with standard deviation 1e-4 of weights with 0.02.
     """
 
-    lost_squared: float = 0.0
-    asked_squared: float = 0.0
+    error_squared: float = 0.0
+    exact_squared: float = 0.0
 
     def add(self, other: "RelativeError") -> None:
-        """Take in the weights of another."""
-        self.lost_squared += other.lost_squared
-        self.asked_squared += other.asked_squared
+        """Include the weights of another."""
+        self.error_squared += other.error_squared
+        self.exact_squared += other.exact_squared
 
     @property
-    def share(self) -> float:
-        """0 where nothing is lost, and where nothing was asked for."""
-        return (self.lost_squared / self.asked_squared) ** 0.5 if self.asked_squared else 0.0
+    def value(self) -> float:
+        """The relative error; 0 for a change of zero."""
+        return (self.error_squared / self.exact_squared) ** 0.5 if self.exact_squared else 0.0
 
 
-def truncate(change: Factors, rank: int) -> tuple[Factors, RelativeError]:
-    """The nearest change of at most this rank (Eckart and Young 1936), and what it loses; in float64.
+def truncate(delta: WeightDelta, rank: int) -> tuple[WeightDelta, RelativeError]:
+    """The nearest change of at most this rank (Eckart and Young 1936), and its error; in float64.
 
-    By QR of both factors and the singular values of what is left between them, `[rank, rank]`: those of the whole.
+    B = Q_B R_B and A^T = Q_A R_A, so the singular values of B A are those of R_B R_A^T, a matrix `[rank, rank]`.
     """
-    left, between_left = torch.linalg.qr(change.up.double())
-    right, between_right = torch.linalg.qr(change.down.double().T)
+    left, between_left = torch.linalg.qr(delta.B.double())
+    right, between_right = torch.linalg.qr(delta.A.double().T)
     u, values, v = torch.linalg.svd(between_left @ between_right.T)
     roots = values[:rank].sqrt()
-    factors = Factors(
+    nearest = WeightDelta(
         (roots[:, None] * v[: len(roots)] @ right.T).float(), (left @ (u[:, : len(roots)] * roots)).float()
     )
     squares = values.square()
-    return factors, RelativeError(float(squares[rank:].sum()), float(squares.sum()))
+    return nearest, RelativeError(float(squares[rank:].sum()), float(squares.sum()))
 
 
 class Workspace:
-    """Float32 memory for the sums of one piece of a weight, used again for the next: fresh memory takes as long."""
+    """Float32 memory for the sums of one piece of a weight, reused for the next, as allocation takes as long."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Memory for a tensor, with whatever was there."""
+        """Uninitialized memory for a tensor."""
         count = math.prod(shape)
         if name not in self._held or len(self._held[name]) < count:
             self._held[name] = torch.empty(count)
@@ -70,29 +70,29 @@ class Workspace:
 
 
 def merge_rows(
-    weight: Tensor, change: Factors, dtype: torch.dtype, space: Workspace, begin: int = 0
+    weight: Tensor, delta: WeightDelta, dtype: torch.dtype, space: Workspace, begin: int = 0
 ) -> tuple[Tensor, float]:
-    """W + change in float32, rounded once to `dtype`, and the square of what the rounding loses of the change.
+    """W + delta in float32, rounded once to `dtype`, and the squared rounding error of the delta.
 
-    Where W itself does not fit in `dtype`, what that loses is not the change's loss: it would be lost without it.
+    Where W itself is not exact in `dtype`, the rounding error of W is not counted: it occurs without the delta too.
 
     Args:
-        weight: `[rows, columns]`, all rows of W or some, from `begin` on, in any floating-point format.
-        change: of all rows.
+        weight: `[rows, columns]`, all rows of W or some, from `begin` on, of any floating-point dtype.
+        delta: of all rows.
     """
     end = begin + len(weight)
-    exact = space.take("exact", weight.shape).copy_(weight).addmm_(change.up[begin:end], change.down)
-    for difference, scale in change.differences:
-        exact.add_(difference[begin:end], alpha=scale)
+    exact = space.take("exact", weight.shape).copy_(weight).addmm_(delta.B[begin:end], delta.A)
+    for difference, factor in delta.differences:
+        exact.add_(difference[begin:end], alpha=factor)
     merged = exact.to(dtype, copy=True)
-    lost = space.take("lost", weight.shape).copy_(merged).sub_(exact)
+    error = space.take("error", weight.shape).copy_(merged).sub_(exact)
     if weight.itemsize > merged.itemsize:
-        lost.sub_(weight.to(dtype).float() - weight.float())
-    return merged, sum_of_squares(lost)
+        error.sub_(weight.to(dtype).float() - weight.float())
+    return merged, sum_of_squares(error)
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """Of a float32 tensor: in float32 for a number of elements, in float64 beyond, and where squares are too large."""
+    """Of a float32 tensor: in float32 within pieces, in float64 across them, and where squares overflow float32."""
     flat = tensor.reshape(-1)
     total = 0.0
     for begin in range(0, len(flat), SUMMED_AT_ONCE):

@@ -1,34 +1,32 @@
-"""What making one LoRA of several is going to do, from headers alone. No torch.
+"""The plan of making one LoRA of several, from headers alone. No torch.
 
-Where all files name their keys alike, the keys stay, and a module is one where its name is the same; so LoRAs of any
-model can be added. Else the files are read as LoRAs of one family and component, and the result is written in the
-dialect of the first file that has one.
+If all files name their keys alike, the keys stay, and modules are identified by name; so LoRAs of any model can be
+added. Else the files are read as LoRAs of one family and component, and the result is written in the format of the
+first file that has one.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffsynth_core.conversion.lora_inputs import LoraSummary, WeightedFile, open_lora_file, summarise
-from diffsynth_core.conversion.lora_source import LoraSource, open_lora
+from diffsynth_core.config.choices import LoraFormat, WeightDtype
+from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora, open_lora_file
+from diffsynth_core.conversion.lora_source import RecognisedLora, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.weights.headers import Header, read_header
-from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, read_stored
-from diffsynth_core.weights.lora_names import (
-    LoraKeys,
-    LoraMatch,
-    Vocabulary,
-    fits_vocabulary,
+from diffsynth_core.weights.lora import ModuleLora, joint_rank, lora_shapes
+from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, read_matched_lora
+from diffsynth_core.weights.lora_formats import LoraKeys, keys_of_part
+from diffsynth_core.weights.lora_keys import (
     is_difference_key,
+    match_in_vocabulary,
+    match_lora_keys,
     refuse_other_adapters,
-    split_lora_key,
-    stem_keys,
 )
-from diffsynth_core.weights.lora_rows import ModuleLora, joint_rank, loras_of, translate, whole
 from diffsynth_core.weights.weight_sets import ENDING
 from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, Pieces, aligned
 
@@ -43,83 +41,72 @@ PREFIXES = (
     "base_model.model.",
     "text_encoder",
 )
-"""How the names of modules begin in files of the dialects; where none does, there is no prefix."""
+"""Prefixes of module names in files of the formats; a name with none of them has no prefix."""
 OF_ONE_TRAINING = ("ss_", "sshs_", ADAPTER_SETTINGS)
-"""How metadata begin that are of the training of one file: its rank, its scale, its hash."""
+"""Prefixes of metadata keys about the training of one file: its rank, its scale, its hash."""
 
 
 @dataclass(frozen=True)
-class SumPart:
-    """The LoRA of one module in one file. `file`: its place among them."""
+class ModulePart:
+    """The LoRA of one module in one file. `file`: the index of the file."""
 
     file: int
     lora: ModuleLora
 
-    @property
-    def down_shape(self) -> tuple[int, ...]:
-        """Of A."""
-        return (joint_rank(self.lora), *loras_of(self.lora)[0].row_shape)
-
-    @property
-    def up_shape(self) -> tuple[int, ...]:
-        """Of B."""
-        rows = sum(span.end - span.begin for span in self.lora)
-        return (rows, joint_rank(self.lora), *[1] * (len(self.down_shape) - 2))
-
 
 @dataclass(frozen=True)
 class SummedModule:
-    """A module of the result: its LoRAs in the files, the rank of their sum, and the keys it is written under."""
+    """A module of the result: its LoRAs in the files, the rank of their sum, and its keys.
+
+    `shapes`: of A and B in the result.
+    """
 
     name: str
-    parts: tuple[SumPart, ...]
+    parts: tuple[ModulePart, ...]
     rank: int
     keys: LoraKeys
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B in the result."""
-        first = self.parts[0]
-        return (self.rank, *first.down_shape[1:]), (first.up_shape[0], self.rank, *first.up_shape[2:])
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class SumPlan:
-    """LoRA files, and the modules of the one that is made of them. `dtype`: in safetensors' words. `dialect`: what the
-    result is written in, where the files named their keys in several ways."""
+class AddPlan:
+    """LoRA files, and the modules of the one that is made of them.
 
-    files: tuple[WeightedFile, ...]
-    summaries: tuple[LoraSummary, ...]
+    `dtype`: as safetensors names it. `lora_format`: that of the result if the files have several.
+    """
+
+    loras: tuple[WeightedLora, ...]
     modules: tuple[SummedModule, ...]
     output: Path
     dtype: str
     metadata: Mapping[str, str]
     rank: int | None = None
-    dialect: str | None = None
+    lora_format: LoraFormat | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(one.path for one in self.files))
+        return tuple(dict.fromkeys(one.lora.path for one in self.loras))
 
-    def told(self, hashes: Mapping[Path, str]) -> dict[str, str]:
-        """Metadata of the result."""
-        loras = [(one.path, one.weight) for one in self.files]
+    def metadata_with(self, hashes: Mapping[Path, str]) -> dict[str, str]:
+        """The metadata of the result, with the sha256 of its inputs."""
+        loras = [(one.lora.path, one.weight) for one in self.loras]
         settings = {"rank": self.rank} if self.rank else {}
         return with_entry(self.metadata, merge_entry((), loras, hashes, **settings))
 
 
-def plan_sum(
+def plan_addition(
     files: Sequence[WeightedFile],
     output: Path,
     rank: int | None = None,
-    dtype: str | None = None,
+    dtype: WeightDtype | None = None,
     allow_unmatched: bool = False,
     family: str | None = None,
-) -> SumPlan:
-    """The plan of one LoRA made of several. `dtype` as in `FORMATS`; None: float32, in which nothing is rounded.
+) -> AddPlan:
+    """The plan of one LoRA made of several.
 
     Args:
-        family: that of files which name their keys in several ways, where it is not told by them.
+        dtype: None for float32, in which nothing is rounded.
+        family: that of files with several key formats, if they do not reveal it.
 
     Raises:
         FaultsFound: what is wrong with the files, or the name of the output.
@@ -134,107 +121,91 @@ def plan_sum(
             )
         )
     found = []
-    for number, one in enumerate(files):
+    for one in files:
         try:
-            found.append(_read(number, one, allow_unmatched))
+            found.append(_read(one, allow_unmatched))
         except DiffSynthError as error:
             problems += error.problems
-    dialect = None
-    if len(found) == len(files) and not _alike(found):
+    lora_format = None
+    if len(found) == len(files) and not _have_same_names(found):
         try:
-            found, dialect = _read_in_one_dialect(files, found, family, allow_unmatched)
+            found, lora_format = _read_in_one_format(files, found, family, allow_unmatched)
         except DiffSynthError as error:
             problems += error.problems
     raise_if_any(problems)
-    modules: dict[str, list[tuple[SumPart, LoraKeys]]] = {}
-    for one_file in found:
-        for name, part in one_file.parts.items():
-            modules.setdefault(name, []).append(part)
-    summed = tuple(_module(files, name, parts, rank) for name, parts in modules.items())
-    metadata = _common([one_file.header for one_file in found])
-    summaries = tuple(one_file.summary for one_file in found)
-    return SumPlan(tuple(files), summaries, summed, output, FORMATS[dtype or "float32"], metadata, rank, dialect)
+    metadata = _common([file.header for file in found])
+    loras = tuple(file.given for file in found)
+    return AddPlan(loras, _sum_modules(found, rank), output, FORMATS[dtype or "float32"], metadata, rank, lora_format)
 
 
 @dataclass(frozen=True)
 class _File:
-    """The LoRAs of one file by the name of their module, with the keys of the same that it would be written under."""
+    """A file: the LoRA of each module, and the keys that it would have in the result, by the module's name there."""
 
+    given: WeightedLora
     header: Header
-    parts: Mapping[str, tuple[SumPart, LoraKeys]]
-    summary: LoraSummary
+    modules: Mapping[str, ModuleLora]
+    keys: Mapping[str, LoraKeys]
 
     @property
     def prefixes(self) -> frozenset[str]:
-        """How its names begin, and whether they have underscores in the place of dots."""
+        """The prefixes of its names, which differ too in whether they have underscores in place of dots."""
         return frozenset(
-            next((prefix for prefix in PREFIXES if name.startswith(prefix)), "no prefix") for name in self.parts
+            next((prefix for prefix in PREFIXES if name.startswith(prefix)), "no prefix") for name in self.modules
         )
 
 
-def _read(number: int, one: WeightedFile, allow_unmatched: bool) -> _File:
-    """The LoRAs of one file.
+def _read(given: WeightedFile, allow_unmatched: bool) -> _File:
+    """The LoRAs of one file, whatever the model.
 
     Raises:
-        DiffSynthError: when it holds other things, unless they may be left out, or a half is missing or does not fit.
+        DiffSynthError: when it has other keys, unless they may be skipped, or A or B is missing or does not match.
     """
-    open_lora_file(one.path)
-    header = read_header(one.path)
-    refuse_other_adapters(one.path, header.tensors)
-    keys, unmatched = _group(header.tensors)
-    if not keys or (unmatched and not allow_unmatched):
-        told = f"{len(unmatched)} of {len(header.tensors)} keys are not LoRA keys: {list_names(sorted(unmatched))}"
-        whole_tensors = any(map(is_difference_key, unmatched))
+    open_lora_file(given.path)
+    header = read_header(given.path)
+    refuse_other_adapters(given.path, header.tensors)
+    match = match_lora_keys(header.tensors, None)
+    if not match.loras or (match.unmatched and not allow_unmatched):
+        unmatched = f"{len(match.unmatched)} of {len(header.tensors)} keys are not LoRA keys"
+        differences = any(map(is_difference_key, match.unmatched))
         raise DiffSynthError(
-            f"`{one.path}`: {told}",
-            "merge it into its base with `--base`" + (", or skip these keys with `--allow_unmatched`" if keys else "")
-            if whole_tensors
+            f"`{given.path}`: {unmatched}: {list_names(sorted(match.unmatched))}",
+            "merge it into its base with `--base`"
+            + (", or skip these keys with `--allow_unmatched`" if match.loras else "")
+            if differences
             else "pass a LoRA, or skip these keys with `--allow_unmatched`",
         )
-    loras, _ = read_stored(one.path, header, LoraMatch(Vocabulary(""), keys))
-    parts = {name: (SumPart(number, whole(lora)), keys[name]) for name, lora in loras.items()}
-    return _File(header, parts, summarise(one, list(loras.values()), unmatched))
+    match = replace(match, loras=dict(sorted(match.loras.items())))
+    lora = read_matched_lora(given.path, header, match)
+    return _File(WeightedLora(lora, given.weight), header, lora.modules, match.loras)
 
 
-def _group(keys: Iterable[str]) -> tuple[dict[str, LoraKeys], list[str]]:
-    """Keys by the name of their module, and those that are no LoRA's."""
-    found: dict[str, dict[str, str]] = {}
-    unmatched = []
-    for key in keys:
-        half = split_lora_key(key)
-        if half is None or half[1] in found.get(half[0], {}):
-            unmatched.append(key)
-        else:
-            found.setdefault(half[0], {})[half[1]] = key
-    return {name: LoraKeys(**halves) for name, halves in sorted(found.items())}, unmatched
-
-
-def _alike(found: Sequence[_File]) -> bool:
-    """Whether all files name their modules in the same way: else what is one module would be taken for two."""
-    if any(not of_one.prefixes & found[0].prefixes for of_one in found):
+def _have_same_names(found: Sequence[_File]) -> bool:
+    """Whether all files name their modules alike: else one module would be taken for two."""
+    if any(not file.prefixes & found[0].prefixes for file in found):
         return False
-    fits = [_vocabularies(of_one.header.tensors) for of_one in found]
-    return any(not of_one for of_one in fits) or bool(frozenset.intersection(*fits))
+    possible = [_vocabularies(file.header.tensors) for file in found]
+    return any(not of_one for of_one in possible) or bool(frozenset.intersection(*possible))
 
 
 def _vocabularies(keys: Collection[str]) -> frozenset[tuple[str, str]]:
-    """(family, set of names) of those that have a module for each key."""
+    """(family, vocabulary) of those that have a module for each key."""
     namings = {name: facts.component(facts.denoiser).lora_naming for name, facts in FAMILIES.items()}
     return frozenset(
         (family, vocabulary.title)
         for family, naming in namings.items()
         for vocabulary in naming.vocabularies
-        if fits_vocabulary(keys, naming.modules_met(keys), vocabulary, naming)
+        if not match_in_vocabulary(keys, naming.modules_met(keys), vocabulary, naming).unmatched
     )
 
 
-def _read_in_one_dialect(
+def _read_in_one_format(
     files: Sequence[WeightedFile], found: Sequence[_File], family: str | None, allow_unmatched: bool
-) -> tuple[list[_File], str]:
-    """Files that name their keys in several ways, in the dialect of the first that has one.
+) -> tuple[list[_File], LoraFormat]:
+    """Files with several key formats, in that of the first that has one.
 
     Raises:
-        DiffSynthError: as `open_lora`; when they are of several components.
+        DiffSynthError: as `open_lora`; when they are for several components.
     """
     sources = [open_lora(open_lora_file(one.path), family, None, allow_unmatched) for one in files]
     first = sources[0]
@@ -244,46 +215,53 @@ def _read_in_one_dialect(
                 f"`{one.path}` is a LoRA for {source.title}, but `{files[0].path}` is for {first.title}",
                 "pass LoRAs for one model",
             )
-    dialect = next((source.dialect for source in sources if source.dialect), "diffsynth")
-    return [
-        _in_dialect(number, one, of_one, source, dialect)
-        for number, (one, of_one, source) in enumerate(zip(files, found, sources, strict=True))
-    ], dialect
+    known = [source.lora_format for source in sources if source.lora_format]
+    lora_format: LoraFormat = known[0] if known else "diffsynth"
+    return [_in_format(file, source, lora_format) for file, source in zip(found, sources, strict=True)], lora_format
 
 
-def _in_dialect(number: int, one: WeightedFile, read: _File, source: LoraSource, dialect: str) -> _File:
-    """The same LoRAs by the names of modules in a dialect."""
-    modules = translate(source.loras, source.vocabulary, source.naming.vocabulary(dialect))
-    parts = {}
-    for name, lora in modules.items():
-        keys = stem_keys(name, dialect)
-        parts[name] = SumPart(number, lora), keys
-    return _File(read.header, parts, summarise(one, list(source.loras.values()), source.unmatched))
+def _in_format(file: _File, source: RecognisedLora, lora_format: LoraFormat) -> _File:
+    """The same LoRAs by the names of modules in a format."""
+    modules = source.lora.in_vocabulary(source.naming.vocabulary(lora_format))
+    keys = {name: keys_of_part(name, lora_format) for name in modules}
+    return _File(WeightedLora(source.lora, file.given.weight), file.header, modules, keys)
 
 
-def _module(
-    files: Sequence[WeightedFile], name: str, found: Sequence[tuple[SumPart, LoraKeys]], most: int | None
-) -> SummedModule:
-    """One module of the result, under the keys of the first file that has it, with an alpha if one of them has it."""
-    parts = [part for part, _ in found]
-    first = parts[0]
+def _sum_modules(files: Sequence[_File], max_rank: int | None) -> tuple[SummedModule, ...]:
+    """The modules of the result, in the order of the files."""
+    parts: dict[str, list[ModulePart]] = {}
+    for number, file in enumerate(files):
+        for name, lora in file.modules.items():
+            parts.setdefault(name, []).append(ModulePart(number, lora))
+    return tuple(_sum_module(files, name, own, max_rank) for name, own in parts.items())
+
+
+def _sum_module(files: Sequence[_File], name: str, parts: Sequence[ModulePart], max_rank: int | None) -> SummedModule:
+    """One module, with the keys of the first file that has it, and an alpha if one of the files has it.
+
+    Raises:
+        DiffSynthError: when its shapes differ between files.
+    """
+    first_a, first_b = lora_shapes(parts[0].lora)
     for part in parts[1:]:
-        if (part.down_shape[1:], part.up_shape[0]) != (first.down_shape[1:], first.up_shape[0]):
+        a, b = lora_shapes(part.lora)
+        if (a[1:], b[0]) != (first_a[1:], first_b[0]):
             raise DiffSynthError(
-                f"`{name}` has other shapes in `{files[part.file].path}` "
-                f"({list(part.up_shape)} x {list(part.down_shape)}) than in `{files[first.file].path}` "
-                f"({list(first.up_shape)} x {list(first.down_shape)})",
+                f"`{name}` has other shapes in `{files[part.file].given.lora.path}` ({list(b)} x {list(a)}) than in "
+                f"`{files[parts[0].file].given.lora.path}` ({list(first_b)} x {list(first_a)})",
                 "pass LoRAs for one model",
             )
-    rank = sum(part.down_shape[0] for part in parts)
-    if most is not None and rank > most:
-        rank = min(most, first.up_shape[0], math.prod(first.down_shape[1:]))
-    alpha = next((keys.alpha for _, keys in found if keys.alpha), None)
-    return SummedModule(name, tuple(parts), rank, LoraKeys(found[0][1].down, found[0][1].up, alpha))
+    rank = sum(joint_rank(part.lora) for part in parts)
+    if max_rank is not None and rank > max_rank:
+        rank = min(max_rank, first_b[0], math.prod(first_a[1:]))
+    keys = [files[part.file].keys[name] for part in parts]
+    alpha = next((one.alpha for one in keys if one.alpha), None)
+    shapes = (rank, *first_a[1:]), (first_b[0], rank, *first_b[2:])
+    return SummedModule(name, tuple(parts), rank, replace(keys[0], alpha=alpha), shapes)
 
 
 def _common(headers: Sequence[Header]) -> dict[str, str]:
-    """Metadata that all files have alike, but for those of one training."""
+    """Metadata that is equal in all files, apart from that about the training of one."""
     first = headers[0].metadata
     return {
         key: value
@@ -293,17 +271,16 @@ def _common(headers: Sequence[Header]) -> dict[str, str]:
 
 
 def output_of(
-    plan: SumPlan, sources: Mapping[str, Pieces] | None = None, hashes: InputHashes | None = None
+    plan: AddPlan, sources: Mapping[str, Pieces] | None = None, hashes: InputHashes | None = None
 ) -> OutputFile:
-    """The file to write. `sources`: what makes the bytes of its tensors, by key."""
+    """The file to write. `sources`: the functions that make the bytes of its tensors, by key."""
     tensors = []
     for module in plan.modules:
-        down, up = module.shapes
-        assert module.keys.down and module.keys.up
-        tensors += [(module.keys.down, plan.dtype, down), (module.keys.up, plan.dtype, up)]
+        a, b = module.shapes
+        assert module.keys.A and module.keys.B
+        tensors += [(module.keys.A, plan.dtype, a), (module.keys.B, plan.dtype, b)]
         if module.keys.alpha:
             tensors.append((module.keys.alpha, "F32", ()))
     made = (OutputTensor(*tensor, source=(sources or {}).get(tensor[0], tuple)) for tensor in tensors)
-    return OutputFile(
-        plan.output, aligned(made), plan.told({}), late=(lambda: plan.told(hashes.wait())) if hashes else None
-    )
+    late = (lambda: plan.metadata_with(hashes.wait())) if hashes else None
+    return OutputFile(plan.output, aligned(made), plan.metadata_with({}), late=late)

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.conversion.bases import open_base
 from diffsynth_core.conversion.lora_inputs import open_lora_file
-from diffsynth_core.conversion.lora_source import LoraSource, open_lora
+from diffsynth_core.conversion.lora_source import RecognisedLora, open_lora
 from diffsynth_core.conversion.lora_tensors import WrittenLora, write_lora
 from diffsynth_core.conversion.plans import FilePlan
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import unread_note
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader
-from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, fit_lora
-from diffsynth_core.weights.lora_rows import translate
+from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, match_to_base
 from diffsynth_core.weights.weight_sets import ENDING
 from diffsynth_core.weights.weight_writer import OutputFile, aligned
 
@@ -27,7 +27,7 @@ NO_LONGER_TRUE = (
 
 def plan_conversion(
     path: Path,
-    target: str,
+    target: LoraFormat,
     output: Path,
     models: Path,
     family: str | None = None,
@@ -35,7 +35,7 @@ def plan_conversion(
     base: str | None = None,
     allow_unmatched: bool = False,
 ) -> FilePlan:
-    """What `path` is in the dialect `target`.
+    """The file that `path` becomes in the format `target`.
 
     Args:
         models: the folder below which `base` may be named as `model_id:glob`.
@@ -51,7 +51,7 @@ def plan_conversion(
         raise FaultsFound([problem])
     weights = open_lora_file(path)
     source = open_lora(weights, family, component, allow_unmatched)
-    modules = translate(source.loras, source.vocabulary, source.naming.vocabulary(target))
+    modules = source.lora.in_vocabulary(source.naming.vocabulary(target))
     written = tuple(write_lora(module, lora, target) for module, lora in modules.items())
     tensors = aligned(tensor for lora in written for tensor in lora.tensors)
     if base is not None:
@@ -62,7 +62,7 @@ def plan_conversion(
     return FilePlan((file,), source.weights.inputs, tuple(_notes(source, written, target, base)), facts)
 
 
-def _check(source: LoraSource, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
+def _check(source: RecognisedLora, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
     """Hold a LoRA against its base, as it is and as it is going to be."""
     base = open_base(text, models, "--check")
     expected = source.facts.component(source.facts.denoiser)
@@ -71,10 +71,10 @@ def _check(source: LoraSource, text: str, models: Path, files: Mapping[Path, Map
             f"`{text}` is {base.title}, but the LoRA is for {source.title}", "pass the base of this LoRA"
         )
     for path, tensors in files.items():
-        fit_lora(path, tensors, base.shapes, source.naming, besides=source.unmatched)
+        match_to_base(path, tensors, base.shapes, source.naming, besides=source.lora.unmatched)
 
 
-def _metadata(source: LoraSource, target: str) -> dict[str, str]:
+def _metadata(source: RecognisedLora, target: LoraFormat) -> dict[str, str]:
     """What the new file says of itself: what the old one did, as far as it is still true, and what it is now."""
     (kept,) = source.weights.metadata.values()
     return {
@@ -86,22 +86,24 @@ def _metadata(source: LoraSource, target: str) -> dict[str, str]:
     }
 
 
-def _facts(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> Mapping[str, Any]:
+def _facts(
+    source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None
+) -> Mapping[str, Any]:
     """What is told of a conversion to programs."""
     return {
         "family": source.facts.name,
         "component": source.naming.component,
         "from": source.spelling,
         "to": target,
-        "modules": {"read": len(source.loras), "written": len(written)},
+        "modules": {"read": len(source.lora.pairs), "written": len(written)},
         "ranks": {
-            "read": sorted({lora.rank for lora in source.loras.values()}),
+            "read": source.lora.stored_ranks,
             "written": sorted({lora.rank for lora in written}),
         },
         "raised": {lora.module: {"from": list(lora.ranks), "to": lora.rank} for lora in _raised(written)},
         "scaled": {lora.module: list(lora.scales) for lora in written if lora.scales},
         "rounded": [lora.module for lora in written if not lora.exact],
-        "left_out": sorted(source.unmatched),
+        "left_out": sorted(source.lora.unmatched),
         "checked_against": base,
     }
 
@@ -111,11 +113,11 @@ def _raised(written: Sequence[WrittenLora]) -> list[WrittenLora]:
     return [lora for lora in written if lora.rank > max(lora.ranks)]
 
 
-def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base: str | None) -> list[str]:
+def _notes(source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None) -> list[str]:
     """What a user should know."""
     notes = [
         f"{source.weights.origin}: {source.title}, {source.spelling} -> {target}, "
-        f"{pluralize(len(source.loras), 'module')} read, {len(written)} written"
+        f"{pluralize(len(source.lora.pairs), 'module')} read, {len(written)} written"
     ]
     if raised := _raised(written):
         sums = sorted({f"{' + '.join(map(str, lora.ranks))} -> {lora.rank}" for lora in raised})
@@ -133,8 +135,10 @@ def _notes(source: LoraSource, written: Sequence[WrittenLora], target: str, base
             )
     if note := unread_note(source.facts, target, "--to"):
         notes.append(note)
-    if source.unmatched:
-        notes.append(f"{pluralize(len(source.unmatched), 'key')} skipped: {list_names(sorted(source.unmatched))}")
+    if source.lora.unmatched:
+        notes.append(
+            f"{pluralize(len(source.lora.unmatched), 'key')} skipped: {list_names(sorted(source.lora.unmatched))}"
+        )
     if base is not None:
         notes.append(f"every key matches a module and its shape in {base}, before and after conversion")
     return notes

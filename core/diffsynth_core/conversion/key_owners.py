@@ -14,7 +14,8 @@ from diffsynth_core.models.registry import FAMILIES, find_unsupported, unknown_f
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.key_maps import KeyMap
-from diffsynth_core.weights.lora_names import TRANSFORMER_PREFIXES, is_lora_key, module_of_lora_key
+from diffsynth_core.weights.lora_formats import TRANSFORMER_PREFIXES
+from diffsynth_core.weights.lora_keys import is_lora_key, module_of_lora_key
 from diffsynth_core.weights.weight_sets import WeightSet
 
 SECOND_NAMES = {"dit2": "dit"}

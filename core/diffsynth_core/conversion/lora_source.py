@@ -8,24 +8,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from diffsynth_core.conversion.lora_inputs import TEXT_ENCODERS
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
 from diffsynth_core.models.registry import FAMILIES, unknown_family
-from diffsynth_core.models.spec import FamilyFacts
+from diffsynth_core.models.spec import ComponentFacts, FamilyFacts
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader, read_header
-from diffsynth_core.weights.lora_files import read_stored
-from diffsynth_core.weights.lora_names import (
-    LoraKeys,
+from diffsynth_core.weights.lora import Lora
+from diffsynth_core.weights.lora_files import read_matched_lora
+from diffsynth_core.weights.lora_formats import TEXT_ENCODER_PREFIXES, LoraKeys, LoraNaming
+from diffsynth_core.weights.lora_keys import (
     LoraMatch,
-    LoraNaming,
-    Vocabulary,
-    find_lora_keys,
     is_difference_key,
     is_lora_key,
+    match_lora_keys,
     refuse_other_adapters,
 )
-from diffsynth_core.weights.lora_rows import StoredLora
 from diffsynth_core.weights.values import all_finite
 from diffsynth_core.weights.weight_sets import WeightSet
 
@@ -34,46 +32,37 @@ _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
-class LoraSource:
-    """A LoRA file whose modules are known. `loras`: by the names that its vocabulary has for modules.
-
-    `dialect`: the one that it is written in; None: its prefix, names and endings are not those of one.
-    `unmatched`: keys that are of no module, which are left out.
-    """
+class RecognisedLora:
+    """A LoRA file whose family and component are known. `lora`: without the keys that match no module."""
 
     weights: WeightSet
     facts: FamilyFacts
     naming: LoraNaming
-    match: LoraMatch
-    loras: Mapping[str, StoredLora]
-    unmatched: tuple[str, ...] = ()
+    lora: Lora
 
     @property
     def title(self) -> str:
-        """What messages call the component that it is for."""
+        """The component that it is for, as messages name it."""
         return f"the {self.facts.title} {self.naming.component}"
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        return self.match.vocabulary
-
-    @property
-    def dialect(self) -> str | None:
-        return self.match.dialect(self.naming)
+    def lora_format(self) -> LoraFormat | None:
+        """Its format; None: its prefix, names and endings are not those of one."""
+        return self.lora.match.lora_format(self.naming)
 
     @property
     def spelling(self) -> str:
-        """Its dialect, or how it names its keys, in words."""
-        names = self.vocabulary.title.partition("/")[0]
+        """Its format, or how its keys are named, in words."""
+        names = self.lora.match.vocabulary.title.partition("/")[0]
         prefixes = " and ".join(
-            f"prefix `{prefix}`" if prefix else "no prefix" for prefix in sorted(self.match.prefixes)
+            f"prefix `{prefix}`" if prefix else "no prefix" for prefix in sorted(self.lora.match.prefixes)
         )
-        return self.dialect or f"{names} names with {prefixes}"
+        return self.lora_format or f"{names} names with {prefixes}"
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to understand the keys of a file."""
+    """One way to match the keys of a file."""
 
     facts: FamilyFacts
     naming: LoraNaming
@@ -86,7 +75,7 @@ class _Reading:
 
 def open_lora(
     weights: WeightSet, family: str | None, component: str | None, allow_unmatched: bool = False
-) -> LoraSource:
+) -> RecognisedLora:
     """The LoRA that a file holds, understood by its metadata, what the user says, or the names of its modules.
 
     Raises:
@@ -97,13 +86,13 @@ def open_lora(
     families = _families(weights, family)
     named = _component(weights, component)
     readings = [
-        _Reading(facts, naming, find_lora_keys(weights.tensors, naming.modules_met(weights.tensors), naming))
+        _Reading(facts, naming, match_lora_keys(weights.tensors, naming.modules_met(weights.tensors), naming))
         for facts, naming in _namings(families, named)
     ]
     reading = _best(weights, readings, families)
     if reading.unmatched and not allow_unmatched:
         raise _unmatched(weights, reading)
-    return LoraSource(weights, reading.facts, reading.naming, reading.match, _read(weights, reading), reading.unmatched)
+    return RecognisedLora(weights, reading.facts, reading.naming, _read(weights, reading))
 
 
 def _families(weights: WeightSet, family: str | None) -> list[FamilyFacts]:
@@ -131,7 +120,7 @@ def _namings(families: list[FamilyFacts], component: str | None) -> list[tuple[F
     first.
 
     Raises:
-        FaultsFound: for components that the dialects have no names for.
+        FaultsFound: for components that no format has names for.
     """
     found = []
     for facts in families:
@@ -188,17 +177,17 @@ def _best(weights: WeightSet, readings: list[_Reading], families: list[FamilyFac
 def _is_ruled_out(reading: _Reading, tensors: Mapping[str, TensorHeader]) -> bool:
     """Whether the sides of a weight, or the number of a block, are none of the family's."""
     return any(
-        _is_beyond_the_last_block(whole, reading.naming)
+        _is_beyond_the_last_block(whole, reading.facts.component(reading.facts.denoiser))
         for name in reading.match.loras
-        for whole in reading.match.vocabulary.documented(name)
+        for whole in reading.match.vocabulary.public(name)
     ) or any(_has_other_sides(name, keys, reading, tensors) for name, keys in reading.match.loras.items())
 
 
-def _is_beyond_the_last_block(module: str, naming: LoraNaming) -> bool:
-    """Whether a documented module stands in a block that no published model has."""
-    for start, most in naming.blocks.items():
+def _is_beyond_the_last_block(module: str, component: ComponentFacts) -> bool:
+    """Whether a public module is in a block that no published model has."""
+    for start, count in component.blocks.items():
         number = module.removeprefix(start).partition(".")[0]
-        if module.startswith(start) and number.isdigit() and int(number) >= most:
+        if module.startswith(start) and number.isdigit() and int(number) >= count:
             return True
     return False
 
@@ -209,15 +198,15 @@ def _has_other_sides(name: str, keys: LoraKeys, reading: _Reading, tensors: Mapp
     Parts of a module tell nothing, and neither does what is several modules together.
     """
     vocabulary = reading.match.vocabulary
-    wholes = vocabulary.documented(name)
-    if len(wholes) != 1 or len(vocabulary.parts(wholes[0])) != 1 or not keys.down or not keys.up:
+    wholes = vocabulary.public(name)
+    if len(wholes) != 1 or len(vocabulary.parts(wholes[0])) != 1 or not keys.A or not keys.B:
         return False
-    expected = reading.naming.sides.get(_NUMBER.sub("{}", wholes[0], count=1))
-    down, up = tensors[keys.down].shape, tensors[keys.up].shape
-    if expected is None or len(down) != 2 or len(up) != 2:
+    expected = reading.facts.component(reading.facts.denoiser).sides.get(_NUMBER.sub("{}", wholes[0], count=1))
+    a, b = tensors[keys.A].shape, tensors[keys.B].shape
+    if expected is None or len(a) != 2 or len(b) != 2:
         return False
     rows, columns = expected
-    return up[0] * columns != down[1] * rows
+    return b[0] * columns != a[1] * rows
 
 
 def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
@@ -236,15 +225,15 @@ def _unmatched(weights: WeightSet, reading: _Reading) -> DiffSynthError:
         )
     if not any(map(is_lora_key, unmatched)):
         return DiffSynthError(message, "split the file with `diffsynth split-ckpt`, and convert its LoRA")
-    encoder = sum(key.startswith(TEXT_ENCODERS) for key in unmatched)
-    told = f" ({encoder} of them for a text encoder)" if encoder else ""
-    return DiffSynthError(message + told, "skip them with `--allow_unmatched`, or pass another file")
+    encoder = sum(key.startswith(TEXT_ENCODER_PREFIXES) for key in unmatched)
+    of_encoder = f" ({encoder} of them for a text encoder)" if encoder else ""
+    return DiffSynthError(message + of_encoder, "skip them with `--allow_unmatched`, or pass another file")
 
 
-def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
-    """The LoRAs of a file, by the names of their modules in its vocabulary."""
+def _read(weights: WeightSet, reading: _Reading) -> Lora:
+    """The LoRA of a file, if all its values are finite."""
     (path,) = weights.files
-    loras, _ = read_stored(path, read_header(path), reading.match)
+    lora = read_matched_lora(path, read_header(path), reading.match)
     not_finite = [
         key
         for key, tensor in weights.tensors.items()
@@ -255,4 +244,4 @@ def _read(weights: WeightSet, reading: _Reading) -> dict[str, StoredLora]:
             f"`{weights.origin}`: {pluralize(len(not_finite), 'tensor')} with NaN or Inf: {list_names(not_finite)}",
             "use an earlier checkpoint",
         )
-    return loras
+    return lora

@@ -1,7 +1,7 @@
-"""The tensors of a converted LoRA: copied where they stay as they are, else made from the bytes of others. No torch.
+"""The tensors of a converted LoRA: copied if they stay unchanged, else computed from the bytes of others. No torch.
 
-Every change of weights stays what it was: rows are moved, zeros added, and scales multiplied into B where a dialect
-stores none: exactly for powers of two, else in float32, rounded once.
+The change of each weight stays the same: rows are moved, zeros added, and scales multiplied into B if a format stores
+none: exactly for powers of two, else in float32, rounded once.
 """
 
 import math
@@ -10,32 +10,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
-from diffsynth_core.weights.lora_names import DIALECTS, AlphaKeys, stem_keys
-from diffsynth_core.weights.lora_rows import (
+from diffsynth_core.weights.lora import (
+    LoraPair,
     ModuleLora,
     RowSpan,
-    StoredLora,
     StoredTensor,
-    group_by_down,
-    loras_of,
+    group_by_a,
+    num_rows,
+    pairs_of,
 )
+from diffsynth_core.weights.lora_formats import LORA_FORMATS, AlphaKeys, keys_of_part
 from diffsynth_core.weights.values import FLOATS, pack_floats, read_bytes, unpack_floats
 from diffsynth_core.weights.weight_sets import Span
 from diffsynth_core.weights.weight_writer import OutputTensor, Pieces
 
 WIDE_EXPONENTS = ("F32", "BF16", "F64")
-"""Dtypes with so many exponents that a power of two never takes a weight out of them."""
+"""Dtypes whose range of exponents is so wide that a factor of a power of two never overflows."""
 
 
 @dataclass(frozen=True)
 class WrittenLora:
     """One module of a converted file.
 
-    `module`: as the dialect of the file calls it.
-    `ranks`: those of the LoRAs that it is made of. `rank`: its own.
-    `scales`: what was multiplied into B, other than 1.
+    `module`: its name in the format of the file.
+    `ranks`: those of the LoRAs that it consists of. `rank`: its own.
+    `scales`: the factors other than 1 that are multiplied into B.
     `exact`: nothing is rounded.
     """
 
@@ -49,53 +51,53 @@ class WrittenLora:
 
 @dataclass(frozen=True)
 class _Block:
-    """LoRAs with the same A and the same scale, and the columns of B that are theirs, from `begin` on."""
+    """LoRAs with the same A and scale, and the columns of B that they share, from `begin` on."""
 
-    loras: tuple[StoredLora, ...]
+    pairs: tuple[LoraPair, ...]
     begin: int
     factor: float = 1.0
 
     @property
-    def first(self) -> StoredLora:
-        return self.loras[0]
+    def first(self) -> LoraPair:
+        return self.pairs[0]
 
 
-def write_lora(module: str, lora: ModuleLora, dialect: str) -> WrittenLora:
-    """What a dialect has of the LoRA of one of its modules.
+def write_lora(module: str, lora: ModuleLora, lora_format: LoraFormat) -> WrittenLora:
+    """The LoRA of one module of a format, as the format stores it.
 
     Raises:
-        DiffSynthError: when values have to be computed that are stored in a format that cannot be computed with.
+        DiffSynthError: when values have to be computed from a dtype that is only copied.
     """
-    loras = loras_of(lora)
-    blocks = _blocks(loras)
+    pairs = pairs_of(lora)
+    blocks = _blocks(pairs)
     rank = sum(block.first.rank for block in blocks)
-    alpha, factors = _scales(blocks, rank, DIALECTS[dialect].alpha)
-    blocks = [_Block(block.loras, block.begin, factor) for block, factor in zip(blocks, factors, strict=True)]
-    keys = stem_keys(module, dialect)
-    assert keys.down and keys.up
-    tensors = [_down(keys.down, blocks, rank), _up(keys.up, lora, blocks, rank)]
+    alpha, factors = _scales(blocks, rank, LORA_FORMATS[lora_format].alpha)
+    blocks = [_Block(block.pairs, block.begin, factor) for block, factor in zip(blocks, factors, strict=True)]
+    keys = keys_of_part(module, lora_format)
+    assert keys.A and keys.B
+    tensors = [_tensor_a(keys.A, blocks, rank), _tensor_b(keys.B, lora, blocks, rank)]
     if alpha is not None:
         assert keys.alpha
         tensors.append(OutputTensor(keys.alpha, "F32", (), partial(_number, alpha)))
     scales = tuple(sorted({factor for factor in factors if factor != 1}))
     exact = all(map(_is_power_of_two, scales)) and alpha in (None, _rounded(alpha or 0.0))
-    return WrittenLora(module, tuple(tensors), tuple(one.rank for one in loras), rank, scales, exact)
+    return WrittenLora(module, tuple(tensors), tuple(pair.rank for pair in pairs), rank, scales, exact)
 
 
-def _blocks(loras: Iterable[StoredLora]) -> list[_Block]:
-    """LoRAs by what they multiply: those with equal A and scale can stand in the same columns of B."""
+def _blocks(pairs: Iterable[LoraPair]) -> list[_Block]:
+    """LoRAs that can share columns of B: those with equal A and equal scale."""
     blocks, begin = [], 0
-    for same_down in group_by_down(loras):
-        for scale in dict.fromkeys(lora.scale for lora in same_down):
-            blocks.append(_Block(tuple(lora for lora in same_down if lora.scale == scale), begin))
-            begin += same_down[0].rank
+    for group in group_by_a(pairs):
+        for scale in dict.fromkeys(pair.scale for pair in group):
+            blocks.append(_Block(tuple(pair for pair in group if pair.scale == scale), begin))
+            begin += group[0].rank
     return blocks
 
 
 def _scales(blocks: Sequence[_Block], rank: int, policy: AlphaKeys) -> tuple[float | None, list[float]]:
     """The alpha that is written, if any, and what is multiplied into the rows of B of each block."""
     scales = [block.first.scale for block in blocks]
-    stored = [lora.alpha for block in blocks for lora in block.loras if lora.alpha is not None]
+    stored = [pair.alpha for block in blocks for pair in block.pairs if pair.alpha is not None]
     if policy == "never" or (policy == "kept" and not stored):
         return None, scales
     if len(set(scales)) == 1:
@@ -116,13 +118,13 @@ def _rounded(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-def _down(name: str, blocks: Sequence[_Block], rank: int) -> OutputTensor:
+def _tensor_a(name: str, blocks: Sequence[_Block], rank: int) -> OutputTensor:
     """A: that of the first block, and those of the others below it."""
-    downs = [block.first.down for block in blocks]
-    if len(downs) == 1:
-        return OutputTensor(name, downs[0].dtype, downs[0].shape, downs[0].span)
-    dtype = _common_format(name, downs)
-    return OutputTensor(name, dtype, (rank, *downs[0].shape[1:]), partial(_convert_all, downs, dtype))
+    matrices = [block.first.A for block in blocks]
+    if len(matrices) == 1:
+        return OutputTensor(name, matrices[0].dtype, matrices[0].shape, matrices[0].span)
+    dtype = _common_dtype(name, matrices)
+    return OutputTensor(name, dtype, (rank, *matrices[0].shape[1:]), partial(_convert_all, matrices, dtype))
 
 
 def _convert_all(tensors: Sequence[StoredTensor], dtype: str) -> Iterator[bytes]:
@@ -131,26 +133,25 @@ def _convert_all(tensors: Sequence[StoredTensor], dtype: str) -> Iterator[bytes]
         yield data if tensor.dtype == dtype else pack_floats(unpack_floats(data, tensor.dtype), dtype)
 
 
-def _up(name: str, lora: ModuleLora, blocks: Sequence[_Block], rank: int) -> OutputTensor:
+def _tensor_b(name: str, lora: ModuleLora, blocks: Sequence[_Block], rank: int) -> OutputTensor:
     """B: each row in the columns of its block, zeros elsewhere."""
-    ups = [one.up for block in blocks for one in block.loras]
-    computed = [one.up for block in blocks for one in block.loras if block.factor != 1]
+    matrices = [pair.B for block in blocks for pair in block.pairs]
+    computed = [pair.B for block in blocks for pair in block.pairs if block.factor != 1]
     in_place = all(_is_power_of_two(block.factor) for block in blocks) and all(
-        up.dtype in WIDE_EXPONENTS for up in computed
+        matrix.dtype in WIDE_EXPONENTS for matrix in computed
     )
-    dtype = _common_format(name, ups, as_stored=in_place)
-    rows = sum(span.end - span.begin for span in lora)
-    shape = (rows, rank, *ups[0].shape[2:])
-    if len(lora) == 1 and not computed and shape == ups[0].shape:
-        return OutputTensor(name, dtype, shape, ups[0].span)
+    dtype = _common_dtype(name, matrices, as_stored=in_place)
+    shape = (num_rows(lora), rank, *matrices[0].shape[2:])
+    if len(lora) == 1 and not computed and shape == matrices[0].shape:
+        return OutputTensor(name, dtype, shape, matrices[0].span)
     return OutputTensor(name, dtype, shape, _rows_of(lora, blocks, rank, dtype))
 
 
-def _common_format(name: str, tensors: Sequence[StoredTensor], as_stored: bool = True) -> str:
-    """The format of all of them where they have one and it will do, else float32, or float64 where one has that.
+def _common_dtype(name: str, tensors: Sequence[StoredTensor], as_stored: bool = True) -> str:
+    """The dtype of all of them if it is the same and suffices, else float32, or float64 if one of them has that.
 
     Raises:
-        DiffSynthError: when they would have to be computed with, and are stored in a format that is only copied.
+        DiffSynthError: when they have to be computed with, and one has a dtype that is only copied.
     """
     stored = {tensor.dtype for tensor in tensors}
     if len(stored) == 1 and as_stored:
@@ -166,29 +167,29 @@ def _common_format(name: str, tensors: Sequence[StoredTensor], as_stored: bool =
 
 
 def _rows_of(lora: ModuleLora, blocks: Sequence[_Block], rank: int, dtype: str) -> Pieces:
-    block_of = {id(one): block for block in blocks for one in block.loras}
+    block_of = {id(pair): block for block in blocks for pair in block.pairs}
 
     def make() -> Iterator[bytes]:
         for span in lora:
-            yield _rows(span, block_of.get(id(span.lora)), rank, dtype)
+            yield _rows(span, block_of.get(id(span.stored)), rank, dtype)
 
     return make
 
 
-def _rows(span: RowSpan[StoredLora], block: _Block | None, rank: int, dtype: str) -> bytes:
-    """Rows of B as they are written; where nothing changes, and in the columns of other blocks, zeros."""
+def _rows(span: RowSpan[LoraPair], block: _Block | None, rank: int, dtype: str) -> bytes:
+    """Rows of B as they are written; zeros where nothing changes, and in the columns of other blocks."""
     import numpy
 
     count = span.end - span.begin
-    if span.lora is None or block is None:
+    if span.stored is None or block is None:
         return bytes(BITS_PER_ELEMENT[dtype] // 8 * count * rank)
-    up = span.lora.up
-    row_bytes = (up.span.end - up.span.begin) // up.shape[0]
-    begin = up.span.begin + span.begin * row_bytes
-    data = read_bytes(Span(up.span.path, begin, begin + count * row_bytes))
-    if up.dtype != dtype or block.factor != 1:
-        data = pack_floats(unpack_floats(data, up.dtype) * block.factor, dtype)
-    if rank == span.lora.rank:
+    b = span.stored.B
+    row_bytes = (b.span.end - b.span.begin) // b.shape[0]
+    begin = b.span.begin + span.begin * row_bytes
+    data = read_bytes(Span(b.span.path, begin, begin + count * row_bytes))
+    if b.dtype != dtype or block.factor != 1:
+        data = pack_floats(unpack_floats(data, b.dtype) * block.factor, dtype)
+    if rank == span.stored.rank:
         return data
     width = BITS_PER_ELEMENT[dtype] // 8
     wide = numpy.zeros((count, rank * width), numpy.uint8)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from diffsynth_core.config.choices import WeightDtype
 from diffsynth_core.conversion.bases import Base
-from diffsynth_core.conversion.lora_inputs import MatchedLora, WeightedFile, match_lora
+from diffsynth_core.conversion.lora_inputs import WeightedFile, WeightedLora, match_lora
 from diffsynth_core.conversion.provenance import merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import stem_of_shard
@@ -42,7 +42,7 @@ class MergePlan:
     """
 
     base: Base
-    loras: tuple[MatchedLora, ...]
+    loras: tuple[WeightedLora, ...]
     changed: frozenset[str]
     output: Path
     dtype: str | None = None
@@ -51,12 +51,12 @@ class MergePlan:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """All files that are read."""
-        return (*self.base.weights.inputs, *(lora.file.path for lora in self.loras))
+        return (*self.base.weights.inputs, *(one.lora.path for one in self.loras))
 
     @property
     def hashed(self) -> tuple[Path, ...]:
         """The files that the result tells of."""
-        return tuple(dict.fromkeys((*self.base.weights.files, *(lora.file.path for lora in self.loras))))
+        return tuple(dict.fromkeys((*self.base.weights.files, *(one.lora.path for one in self.loras))))
 
     def format_of(self, name: str) -> str:
         """The format in which a tensor is written."""
@@ -73,7 +73,7 @@ class MergePlan:
 
     def entry(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
         """What the result tells of the merge."""
-        loras = [(lora.file.path, lora.weight) for lora in self.loras]
+        loras = [(one.lora.path, one.weight) for one in self.loras]
         return merge_entry(self.base.weights.files, loras, hashes)
 
 
@@ -81,7 +81,7 @@ def plan_merge(
     base: Base,
     given: Sequence[WeightedFile],
     output: Path,
-    dtype: str | None = None,
+    dtype: WeightDtype | None = None,
     max_shard_bytes: int | None = None,
     allow_unmatched: bool = False,
 ) -> MergePlan:
@@ -91,14 +91,14 @@ def plan_merge(
         FaultsFound: what of the LoRAs does not fit the base, and what of the base cannot be merged into.
         DiffSynthError: when the output's name is not of the kind that is written.
     """
-    loras: list[MatchedLora] = []
+    loras: list[WeightedLora] = []
     problems: list[Problem] = []
     for one in given:
         try:
             loras.append(match_lora(one, base, allow_unmatched))
         except DiffSynthError as error:
             problems += error.problems
-    changed = frozenset(name for lora in loras for tensor in lora.file.weights for name in base.names_of(tensor))
+    changed = frozenset(name for one in loras for tensor in one.lora.weights for name in base.names_of(tensor))
     written = FORMATS[dtype] if dtype else None
     problems += _format_problems({name: base.weights.tensors[name] for name in sorted(changed)}, written)
     problems += _output_problems(base, output, max_shard_bytes)

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffsynth_core.adapters.changes import Factors, add_factors, cut_factors, read_factors
+from diffsynth_core.adapters.deltas import WeightDelta, add_deltas, read_delta, split_delta
 from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
-from diffsynth_core.conversion.lora_inputs import MatchedLora
+from diffsynth_core.conversion.lora_inputs import WeightedLora
 from diffsynth_core.conversion.merge_plan import MergePlan, outputs_of
 from diffsynth_core.conversion.provenance import InputHashes
 from diffsynth_core.errors import DiffSynthError
@@ -33,15 +33,15 @@ from diffsynth_core.weights.weight_writer import write_outputs
 
 ELEMENTS_AT_ONCE = 2**18
 """Of a weight: 1 MB in float32, which stays in the cache of a core; measured the fastest of 2^17 to 2^20."""
-MOST_THREADS = 8
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What rounding lost of what LoRAs asked for: of all together, and over the weights that each of them changes."""
+    """The rounding error of the change by all LoRAs, and over the weights that each of them changes."""
 
-    loss: RelativeError
-    losses: tuple[RelativeError, ...]
+    error: RelativeError
+    errors: tuple[RelativeError, ...]
 
 
 def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> MergeResult:
@@ -49,16 +49,16 @@ def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: b
 
     Raises:
         FaultsFound: as `output_problems` tells, before anything is written.
-        DiffSynthError: as `write_outputs`; when a value of a LoRA or of a result is no finite number.
+        DiffSynthError: as `write_outputs`; when a value of a LoRA or of a result is not finite.
     """
     with ExitStack() as opened, _own_threads() as pool:
         merging = _Merging(plan, pool, opened)
         write_outputs(outputs_of(plan, merging.pieces, hashes.wait), plan.inputs, reporter, overwrite)
     result = merging.result()
-    if result.loss.share > MAX_SILENT_ERROR:
+    if result.error.value > MAX_SILENT_ERROR:
         formats = sorted({plan.format_of(name) for name in plan.changed})
         reporter.warn(
-            f"rounding to {', '.join(formats)} loses {result.loss.share:.0%} of the change; `--dtype float32` preserves it"
+            f"rounding to {', '.join(formats)} loses {result.error.value:.0%} of the change; `--dtype float32` preserves it"
         )
     return result
 
@@ -79,7 +79,7 @@ def _own_threads() -> Iterator[ThreadPoolExecutor]:
 def _processors() -> int:
     """How many threads this process may keep busy."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_THREADS, allowed)
+    return min(MAX_THREADS, allowed)
 
 
 _OWN = threading.local()
@@ -93,13 +93,13 @@ def _workspace() -> Workspace:
 
 
 class _Merging:
-    """The bytes of what a merge changes, and what their rounding loses."""
+    """The bytes of the tensors that a merge changes, and their rounding errors."""
 
     def __init__(self, plan: MergePlan, pool: ThreadPoolExecutor, opened: ExitStack) -> None:
         self._plan, self._pool = plan, pool
-        self._losses: dict[str, RelativeError] = {}
+        self._errors: dict[str, RelativeError] = {}
         self._streams = [
-            (lora, opened.enter_context(safe_open(lora.file.path, framework="pt", device="cpu"))) for lora in plan.loras
+            (one, opened.enter_context(safe_open(one.lora.path, framework="pt", device="cpu"))) for one in plan.loras
         ]
         self._sources = {
             path: opened.enter_context(path.open("rb", buffering=0)).fileno() for path in plan.base.weights.files
@@ -111,25 +111,25 @@ class _Merging:
 
     def result(self) -> MergeResult:
         total = RelativeError()
-        for loss in self._losses.values():
-            total.add(loss)
+        for error in self._errors.values():
+            total.add(error)
         each = []
-        for lora in self._plan.loras:
+        for one in self._plan.loras:
             own = RelativeError()
-            for name in sorted({name for tensor in lora.file.weights for name in self._plan.base.names_of(tensor)}):
-                own.add(self._losses[name])
+            for name in sorted({name for tensor in one.lora.weights for name in self._plan.base.names_of(tensor)}):
+                own.add(self._errors[name])
             each.append(own)
         return MergeResult(total, tuple(each))
 
     def _make(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor."""
         header, span = self._plan.base.weights.tensors[name], self._plan.base.weights.spans[name]
-        factors = self._factors(name) if name in self._plan.changed else None
+        delta = self._delta(name) if name in self._plan.changed else None
         scale = self._plan.base.scales.get(name)
-        columns = math.prod(header.shape[1:]) if factors or scale else 1
+        columns = math.prod(header.shape[1:]) if delta or scale else 1
         rows = math.prod(header.shape) // max(columns, 1)
         height = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
-        loss = self._losses[name] = RelativeError(asked_squared=factors.squared_norm if factors else 0.0)
+        error = self._errors[name] = RelativeError(exact_squared=delta.squared_norm if delta else 0.0)
         piece = _Piece(
             name,
             self._sources[span.path],
@@ -137,21 +137,21 @@ class _Merging:
             columns,
             torch_dtype(header.dtype),
             torch_dtype(self._plan.format_of(name)),
-            factors,
+            delta,
             rows,
             read_scale(scale, header.shape) if scale else None,
         )
         jobs = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
-        for data, lost in _in_order(self._pool, piece.make, jobs):
-            loss.lost_squared += lost
+        for data, squared in _in_order(self._pool, piece.make, jobs):
+            error.error_squared += squared
             yield data
 
-    def _factors(self, name: str) -> Factors:
+    def _delta(self, name: str) -> WeightDelta:
         """The change of a tensor in the files, of all LoRAs together."""
-        return add_factors([change for lora, stream in self._streams for change in self._of_one(lora, stream, name)])
+        return add_deltas([delta for one, stream in self._streams for delta in self._of_one(one, stream, name)])
 
-    def _of_one(self, lora: MatchedLora, stream: Any, name: str) -> Iterator[Factors]:
-        """What one LoRA adds to a tensor in the files: a change for each documented tensor that it is a part of."""
+    def _of_one(self, one: WeightedLora, stream: Any, name: str) -> Iterator[WeightDelta]:
+        """What one LoRA adds to a tensor in the files: a change for each public tensor that it is a part of."""
         base = self._plan.base
         names, public_keys = base.layout.names, base.layout.public_keys
         of_component = name.removeprefix(base.prefix)
@@ -159,33 +159,35 @@ class _Merging:
         weights = dict.fromkeys(weight for part in own if (weight := public_keys.to_source(part)) is not None)
         shapes = names.split_shape(of_component, base.weights.tensors[name].shape)
         for weight in weights:
-            if weight in lora.file.weights:
-                whole = read_factors(lora.file, stream, weight, base.tensor_shapes[weight])
+            if weight in one.lora.weights:
+                whole = read_delta(one.lora, stream, weight, base.tensor_shapes[weight])
                 parts = {
-                    part: cut_factors(whole, weight, part, public_keys, base.tensor_shapes[weight])
+                    part: split_delta(whole, weight, part, public_keys, base.tensor_shapes[weight])
                     for part in own
                     if public_keys.to_source(part) == weight
                 }
-                yield _join(parts, of_component, names, shapes).scaled(lora.weight)
+                yield _fuse(parts, of_component, names, shapes).scaled(one.weight)
 
 
-def _join(parts: Mapping[str, Factors], name: str, names: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Factors:
+def _fuse(
+    parts: Mapping[str, WeightDelta], name: str, names: KeyMap, shapes: Mapping[str, tuple[int, ...]]
+) -> WeightDelta:
     """The change of a tensor in the files, given those of some of the parts that it is in our module."""
     first = next(iter(parts.values()))
 
-    def join(tensors: Mapping[str, Tensor], width: int) -> Tensor:
+    def fuse(tensors: Mapping[str, Tensor], width: int) -> Tensor:
         whole = {
             part: tensors[part] if part in tensors else torch.zeros(shape[0], width) for part, shape in shapes.items()
         }
-        joined: Tensor = names.fuse(name, whole)
-        return joined.flatten(1)
+        fused: Tensor = names.fuse(name, whole)
+        return fused.flatten(1)
 
-    up = join({part: factors.up for part, factors in parts.items()}, first.rank)
+    b = fuse({part: delta.B for part, delta in parts.items()}, first.rank)
     differences = tuple(
-        (join({part: factors.differences[place][0] for part, factors in parts.items()}, first.down.shape[1]), scale)
-        for place, (_, scale) in enumerate(first.differences)
+        (fuse({part: delta.differences[place][0] for part, delta in parts.items()}, first.A.shape[1]), factor)
+        for place, (_, factor) in enumerate(first.differences)
     )
-    return Factors(first.down, up, differences)
+    return WeightDelta(first.A, b, differences)
 
 
 @dataclass(frozen=True)
@@ -201,26 +203,26 @@ class _Piece:
     columns: int
     stored: torch.dtype
     written: torch.dtype
-    factors: Factors | None
+    delta: WeightDelta | None
     rows: int
     scale: Tensor | None = None
 
     def make(self, begin: int, end: int) -> tuple[memoryview, float]:
-        """The bytes of rows, and what their rounding loses."""
+        """The bytes of rows, and their squared rounding error."""
         raw, weight = self._read(begin, end)
         if self.scale is not None:
             weight = dequantize(weight, self.scale, self.rows, begin)
-        if self.factors is None:
+        if self.delta is None:
             return as_bytes(self._checked(weight.to(self.written, copy=True))), 0.0
-        changed = self.factors.changed_rows(begin, end)
+        changed = self.delta.changed_rows(begin, end)
         if self.stored == self.written and not bool(changed.any()):
             return as_bytes(raw.clone()), 0.0
-        merged, lost = merge_rows(weight, self.factors, self.written, _workspace(), begin)
-        if not math.isfinite(lost):
+        merged, error = merge_rows(weight, self.delta, self.written, _workspace(), begin)
+        if not math.isfinite(error):
             self._checked(merged)
         if self.stored == self.written and not bool(changed.all()):
             merged[~changed] = weight[~changed]  # minus zero, which a sum with zero makes plus zero
-        return as_bytes(merged), lost
+        return as_bytes(merged), error
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Rows as bytes and as numbers, in memory that is used again for the next."""

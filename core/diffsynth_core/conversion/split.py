@@ -26,7 +26,6 @@ from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.lora_rows import translate as translate_lora
 from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
 from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shards
 
@@ -164,15 +163,19 @@ def _full_parts(
 
 
 def _lora_part(
-    weights: WeightSet, component: str, names: Mapping[str, str], family: FamilyFacts | None, dialect: LoraFormat | None
+    weights: WeightSet,
+    component: str,
+    names: Mapping[str, str],
+    family: FamilyFacts | None,
+    lora_format: LoraFormat | None,
 ) -> Part:
-    """The LoRA of a component, in the names of a dialect if one is asked for.
+    """The LoRA of a component, in another format if one is requested.
 
     Raises:
         DiffSynthError: as `open_lora`; when a LoRA to be renamed is spread over shards.
     """
     stem = component + LORA_ENDING
-    if dialect is None:
+    if lora_format is None:
         return Part(
             component,
             stem,
@@ -193,8 +196,8 @@ def _lora_part(
         metadata={path: weights.metadata[path]},
     )
     source = open_lora(alone, family.name if family else None, component)
-    modules = translate_lora(source.loras, source.vocabulary, source.naming.vocabulary(dialect))
-    tensors = (write_lora(module, lora, dialect).tensors for module, lora in modules.items())
+    modules = source.lora.in_vocabulary(source.naming.vocabulary(lora_format))
+    tensors = (write_lora(module, lora, lora_format).tensors for module, lora in modules.items())
     return Part(component, stem, tuple(chain.from_iterable(tensors)), None)
 
 

@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import Problem, suggest
 from diffsynth_core.models.flux.spec import FLUX
 from diffsynth_core.models.flux2.spec import FLUX2
@@ -48,17 +49,15 @@ def load_family(name: str) -> "Family":
     return family
 
 
-def unread_note(facts: FamilyFacts, dialect: str, option: str) -> str | None:
+def unread_note(facts: FamilyFacts, lora_format: LoraFormat, option: str) -> str | None:
     """Return a note about a LoRA of the denoiser in a format that no other program reads; None if one does.
 
     Args:
         option: the option that selects the format.
     """
-    if dialect not in facts.component(facts.denoiser).unread:
+    if lora_format not in facts.component(facts.denoiser).unread_formats:
         return None
-    return (
-        f"only `diffsynth` loads a LoRA of {facts.title} in the format `{dialect}`; most programs load `{option} kohya`"
-    )
+    return f"only `diffsynth` loads a LoRA of {facts.title} in the format `{lora_format}`; most programs load `{option} kohya`"
 
 
 def family_of_model(model_id: str) -> FamilyFacts | None:

@@ -6,10 +6,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from diffsynth_core.config.choices import LayoutName
+from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts, MemoryFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
-from diffsynth_core.weights.lora_names import LoraNaming
+from diffsynth_core.weights.lora_formats import LoraNaming
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes."""
@@ -78,14 +78,15 @@ class ComponentFacts:
     `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
     its class.
     `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
-    `modules`: documented names of all modules that can carry a LoRA, with `{}` for numbers; empty where files without
-    the base are not read.
-    `dialects`: for LoRA dialects that name modules otherwise: documented names -> those there, which may be of several
-    modules; None: the dialect has no names for this component.
-    `fused`: for LoRA dialects of whose modules one may be several documented ones: names there -> documented names.
-    `sides`: rows and columns of the weights of some of `modules`, in the same unit.
-    `blocks`: how a documented name begins -> how many blocks published models have at most.
-    `unread`: LoRA dialects whose names for `modules` no other program reads.
+    `modules`: public names of all modules that can have a LoRA, with `{}` for numbers; empty if LoRAs are read
+    only with the base.
+    `lora_key_maps`: for LoRA formats with other module names: public names -> those there, which may be of parts of a
+    module; None: the format has no names for this component.
+    `lora_fused`: for LoRA formats in which one module may fuse several public ones: names there -> public names.
+    `sides`: rows and columns of the weights of some of `modules`, in the same unit; they tell apart families with the
+    same module names.
+    `blocks`: the prefix of a block's public name -> the largest number of blocks in published models.
+    `unread_formats`: LoRA formats whose names for `modules` no other program reads.
     `published`: for the `original` layout, where its names are not the documented ones: names there -> those of our
     module; None: there is no table of them.
     `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
@@ -103,11 +104,11 @@ class ComponentFacts:
     config_classes: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
-    dialects: Mapping[str, KeyMap | None] = field(default_factory=dict)
-    fused: Mapping[str, KeyMap] = field(default_factory=dict)
+    lora_key_maps: Mapping[LoraFormat, KeyMap | None] = field(default_factory=dict)
+    lora_fused: Mapping[LoraFormat, KeyMap] = field(default_factory=dict)
     sides: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    unread_formats: tuple[LoraFormat, ...] = ()
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     unused_params: Callable[[frozenset[str]], frozenset[str]] = nothing_unused
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class ComponentFacts:
     @property
     def lora_naming(self) -> LoraNaming:
         """How LoRA files name its modules."""
-        return LoraNaming(self.name, self.dialects, self.fused, self.modules, self.sides, self.blocks)
+        return LoraNaming(self.name, self.lora_key_maps, self.lora_fused, self.modules)
 
 
 @dataclass(frozen=True)

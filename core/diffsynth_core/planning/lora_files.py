@@ -12,8 +12,8 @@ from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.trained import check_component
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.lora_files import ANOTHER, LoraFile, ranks_of, read_lora_file
-from diffsynth_core.weights.lora_rows import group_by_down, loras_of
+from diffsynth_core.weights.lora import Lora, group_by_a, pairs_of
+from diffsynth_core.weights.lora_files import ANOTHER, read_lora_file
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FusedLora:
     name."""
 
     component: str
-    file: LoraFile
+    file: Lora
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
@@ -84,7 +84,7 @@ def check_lora_checkpoint(
     if file.tensors:
         problems.append(_differences_problem(path, component, file, removal))
         return None
-    ranks = ranks_of(file)
+    ranks = file.ranks
     if "lora_rank" not in invalid:
         problems += _rank_problems(path, {name: ranks[name] for name in ranks if name in trained}, parameters.lora_rank)
     if trained and not ranks.keys() & set(trained):
@@ -96,7 +96,7 @@ def check_lora_checkpoint(
             )
         )
     own = {name: rank for name, rank in ranks.items() if name in trained}
-    joined = sum(len(group_by_down(loras_of(file.modules[name]))) > 1 for name in own)
+    joined = sum(len(group_by_a(pairs_of(file.modules[name]))) > 1 for name in own)
     return LoraStart(path, own, joined)
 
 
@@ -116,7 +116,7 @@ def _or_another(removal: str | None) -> str:
     return f"use a LoRA of this model, or {removal}" if removal else ANOTHER
 
 
-def _differences_problem(path: Path, component: str, file: LoraFile, removal: str | None) -> Problem:
+def _differences_problem(path: Path, component: str, file: Lora, removal: str | None) -> Problem:
     """The problem that a file changes tensors by full-weight differences, which a LoRA cannot be initialized from."""
     what = (
         f"`{path}` changes {pluralize(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "

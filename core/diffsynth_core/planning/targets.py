@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
@@ -10,7 +11,7 @@ from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
-from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,19 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
         )
 
 
-def _not_written(dialect: str, facts: FamilyFacts) -> Problem:
-    """The problem that LoRA of the denoiser's modules cannot be written in a dialect."""
+def _not_written(lora_format: LoraFormat, facts: FamilyFacts) -> Problem:
+    """The problem that LoRA of the denoiser's modules cannot be written in a format."""
     naming = facts.component(facts.denoiser).lora_naming
-    if naming.known(dialect):
+    if naming.known(lora_format):
         return Problem(
-            f"`lora_format` `{dialect}` fuses several modules of the {facts.denoiser} of {facts.title}, which would "
+            f"`lora_format` `{lora_format}` fuses several modules of the {facts.denoiser} of {facts.title}, which would "
             "raise the rank of its LoRA",
-            f"pass `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to {dialect}`",
+            f"pass `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to {lora_format}`",
             wrong_use=True,
         )
-    written = " or ".join(f"`--lora_format {name}`" for name in filter(naming.written, DIALECTS))
+    written = " or ".join(f"`--lora_format {name}`" for name in filter(naming.written, LORA_FORMATS))
     return Problem(
-        f"`lora_format` `{dialect}` does not support the {facts.denoiser} of {facts.title}",
+        f"`lora_format` `{lora_format}` does not support the {facts.denoiser} of {facts.title}",
         f"pass {written}",
         wrong_use=True,
     )

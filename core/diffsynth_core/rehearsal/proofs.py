@@ -6,7 +6,7 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult
 from diffsynth_core.weights.headers import read_headers
-from diffsynth_core.weights.lora_files import check_lora_file
+from diffsynth_core.weights.lora_files import read_lora_file
 
 
 def prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
@@ -33,7 +33,7 @@ def prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         files = plan.components[lora]
         shapes = files.layout.public_shapes(module_shapes(files))
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
-        ranks = check_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full)
+        ranks = read_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full).ranks
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(
                 f"`{path}` contains a LoRA of {len(ranks)} modules, but {len(plan.training.lora_modules)} were trained"

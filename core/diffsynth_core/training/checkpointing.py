@@ -92,9 +92,9 @@ def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[
 
 
 def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
-    dialect, naming = plan.parameters.lora_format, plan.facts.component(component).lora_naming
-    named = name_lora(lora_weights(module, plan.components[component].layout.public_keys), dialect, naming)
-    if dialect != "diffsynth":
+    lora_format, naming = plan.parameters.lora_format, plan.facts.component(component).lora_naming
+    named = name_lora(lora_weights(module, plan.components[component].layout.public_keys), lora_format, naming)
+    if lora_format != "diffsynth":
         return named
     return {_key(plan, component, name): tensor for name, tensor in named.items()}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.changes import open_changes
+from diffsynth_core.adapters.deltas import open_deltas
 from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import load_component, module_shapes
@@ -38,23 +38,23 @@ def _load_merged(
     plan: Plan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
     files = plan.components[fused_lora.component]
-    loss = RelativeError()
-    with open_changes(fused_lora.file, fused_lora.shapes, files.layout.public_keys) as changes:
+    error = RelativeError()
+    with open_deltas(fused_lora.file, fused_lora.shapes, files.layout.public_keys) as deltas:
 
         def merged(name: str, value: Tensor, kept: torch.dtype) -> Tensor:
-            change = changes.of(name)
-            if change is None:
+            delta = deltas.of(name)
+            if delta is None:
                 return value
-            result, lost = merge_rows(value.reshape(value.shape[0], -1), change, kept, Workspace())
-            loss.add(RelativeError(lost, change.squared_norm))
+            result, squared = merge_rows(value.reshape(value.shape[0], -1), delta, kept, Workspace())
+            error.add(RelativeError(squared, delta.squared_norm))
             return result.reshape(value.shape)
 
         masters = _masters(plan, fused_lora.component)
         module = load_component(family, files, dtype, device, reporter, merged, masters)
     reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {files.component}")
-    if loss.share > MAX_SILENT_ERROR:
+    if error.value > MAX_SILENT_ERROR:
         reporter.warn(
-            f"rounding to {str(dtype).removeprefix('torch.')} loses {loss.share:.0%} of the change of {files.component} by the "
+            f"rounding to {str(dtype).removeprefix('torch.')} loses {error.value:.0%} of the change of {files.component} by the "
             f"preset LoRA; `--mixed_precision no` preserves it"
         )
     return module

@@ -1,1 +1,1 @@
-"""Weight files as names, shapes and bytes: headers, key dialects, streaming. No model is built here."""
+"""Weight files as names, shapes and bytes: headers, key maps, LoRA formats, streaming. No model is built here."""

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_layers, lora_weights, name_lora
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
 SHAPES = {"first": (3, 4), "blocks.0.q": (2, 3), "norm": (3,)}
 RANK = 2
@@ -33,7 +33,7 @@ def loraed(*modules: str, rank: int = RANK, seed: int = 0, dtype=torch.float32) 
 
 
 def starts(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: halves.down.detach().clone() for name, halves in lora_weights(module).items()}
+    return {name: halves.A.detach().clone() for name, halves in lora_weights(module).items()}
 
 
 def test_one_element_of_each_matrix_goes_where_the_formula_says():
@@ -41,9 +41,9 @@ def test_one_element_of_each_matrix_goes_where_the_formula_says():
     halves = lora_weights(module)["first"]
     with torch.no_grad():
         module.first.base_layer.weight[2, 1] = 10.0
-        halves.down.zero_()
-        halves.down[1, 3] = 2.0  # reads input 3 into rank 1
-        halves.up[0, 1] = 5.0  # writes rank 1 to output 0
+        halves.A.zero_()
+        halves.A[1, 3] = 2.0  # reads input 3 into rank 1
+        halves.B[0, 1] = 5.0  # writes rank 1 to output 0
     output = module.first(torch.tensor([[1.0, 1.0, 1.0, 7.0]]))
     assert output.tolist() == [[2 * 5 * 7, 0, 10]]  # the scale alpha / rank is 1
 
@@ -53,8 +53,8 @@ def test_the_scale_is_one_at_every_rank(rank):
     module = loraed("first", rank=rank)
     halves = lora_weights(module)["first"]
     with torch.no_grad():
-        halves.down.fill_(1.0)
-        halves.up.fill_(1.0)
+        halves.A.fill_(1.0)
+        halves.B.fill_(1.0)
     assert module.first(torch.ones(1, 4)).tolist() == [[4.0 * rank] * 3]
 
 
@@ -64,12 +64,12 @@ def test_a_convolution_follows_the_formula_too():
     nn.init.zeros_(module.conv.weight)
     add_lora(module, ["conv"], 1, 0)
     halves = lora_weights(module)["conv"]
-    assert (halves.down.shape, halves.up.shape) == ((1, 1, 2, 2), (1, 1, 1, 1))
-    assert halves.down.abs().max() <= 0.5 and halves.up.item() == 0
+    assert (halves.A.shape, halves.B.shape) == ((1, 1, 2, 2), (1, 1, 1, 1))
+    assert halves.A.abs().max() <= 0.5 and halves.B.item() == 0
     with torch.no_grad():
-        halves.down.zero_()
-        halves.down[0, 0, 1, 0] = 3.0
-        halves.up.fill_(2.0)
+        halves.A.zero_()
+        halves.A[0, 0, 1, 0] = 3.0
+        halves.B.fill_(2.0)
     assert module.conv(torch.tensor([[[[1.0, 10.0], [100.0, 1000.0]]]])).tolist() == [[[[600.0]]]]
 
 
@@ -78,10 +78,10 @@ def test_a_fresh_lora_is_float32_changes_nothing_and_alone_takes_gradients(dtype
     module = loraed(dtype=dtype)
     assert set(lora_layers(module)) == {"first", "blocks.0.q"}
     for name, halves in lora_weights(module).items():
-        assert (tuple(halves.down.shape), tuple(halves.up.shape)) == ((2, SHAPES[name][1]), (SHAPES[name][0], 2))
-        assert halves.down.dtype == halves.up.dtype == torch.float32
-        assert halves.up.count_nonzero() == 0
-        assert 0 < halves.down.abs().max() <= SHAPES[name][1] ** -0.5
+        assert (tuple(halves.A.shape), tuple(halves.B.shape)) == ((2, SHAPES[name][1]), (SHAPES[name][0], 2))
+        assert halves.A.dtype == halves.B.dtype == torch.float32
+        assert halves.B.count_nonzero() == 0
+        assert 0 < halves.A.abs().max() <= SHAPES[name][1] ** -0.5
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert trained == {
         f"{name}.lora_{half}.default.weight" for name in ("first", "blocks.0.q") for half in "AB"
@@ -154,12 +154,12 @@ def test_modules_that_cannot_carry_a_lora_are_refused(modules, expected):
     assert caught.value.problems[0].hint
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", LORA_FORMATS)
 def test_named_weights_are_the_weights_and_load_into_the_same_model(tmp_path, dialect):
     module = loraed()
     with torch.no_grad():
         for halves in lora_weights(module).values():
-            halves.up.normal_()
+            halves.B.normal_()
     named = name_lora(lora_weights(module), dialect)
     assert len(named) == (6 if dialect == "kohya" else 4)
     assert all(tensor.item() == RANK for name, tensor in named.items() if name.endswith(".alpha"))
@@ -167,8 +167,8 @@ def test_named_weights_are_the_weights_and_load_into_the_same_model(tmp_path, di
     other = loraed(seed=5)
     assert load_lora(other, tmp_path / "lora.safetensors") == 2
     for name, halves in lora_weights(other).items():
-        assert torch.equal(halves.down, lora_weights(module)[name].down)
-        assert torch.equal(halves.up, lora_weights(module)[name].up)
+        assert torch.equal(halves.A, lora_weights(module)[name].A)
+        assert torch.equal(halves.B, lora_weights(module)[name].B)
 
 
 @pytest.mark.parametrize("stem", ["lora_unet_blocks_0_q", "diffusion_model.blocks.0.q"])
@@ -191,5 +191,5 @@ def test_a_bfloat16_file_is_read_in_full_precision_of_its_values(tmp_path):
     module = loraed("blocks.0.q")
     load_lora(module, tmp_path / "lora.safetensors")
     halves = lora_weights(module)["blocks.0.q"]
-    assert torch.equal(halves.down, down.float()) and torch.equal(halves.up, up.float())
-    assert halves.up.dtype == torch.float32 and halves.up.requires_grad
+    assert torch.equal(halves.A, down.float()) and torch.equal(halves.B, up.float())
+    assert halves.B.dtype == torch.float32 and halves.B.requires_grad

@@ -7,13 +7,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from diffsynth_core.adapters.changes import Factors, open_changes, read_factors
+from diffsynth_core.adapters.deltas import WeightDelta, open_deltas, read_delta
 from diffsynth_core.adapters.lora import add_lora, lora_weights
 from diffsynth_core.adapters.merge import RelativeError, Workspace, merge_rows
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap
 from diffsynth_core.weights.lora_files import read_lora_file
-from diffsynth_core.weights.lora_names import DIT, LoraNaming
+from diffsynth_core.weights.lora_formats import DIT, LoraNaming
 
 
 def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.Tensor:
@@ -27,7 +27,7 @@ def merge(
     weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, RelativeError]:
     """A whole weight merged, in its own shape, and what the rounding loses."""
-    factors = Factors(down.float().flatten(1), up.float().flatten(1))
+    factors = WeightDelta(down.float().flatten(1), up.float().flatten(1))
     merged, lost = merge_rows(weight.flatten(1), factors, dtype, Workspace())
     return merged.view(weight.shape), RelativeError(lost, factors.squared_norm)
 
@@ -58,8 +58,8 @@ def test_as_peft_merges(layer):
     add_lora(module, ["layer"], 3, 0)
     halves = lora_weights(module)["layer"]
     with torch.no_grad():
-        halves.up.normal_()
-    down, up = halves.down.detach(), halves.up.detach()
+        halves.B.normal_()
+    down, up = halves.A.detach(), halves.B.detach()
     assert isinstance(module.layer, BaseTunerLayer)
     module.layer.merge()
     merged, _ = merge(before, down, up)
@@ -91,25 +91,25 @@ def test_what_rounding_loses_by_hand():
     """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
     change = torch.tensor([[0.75 * STEP], [STEP]])
     _, loss = merge(torch.ones(2, 1).bfloat16(), torch.ones(1, 1), change, torch.bfloat16)
-    assert loss.share == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
+    assert loss.value == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
     loss.add(RelativeError(0.0, 0.75**2 * STEP**2))
-    assert loss.share == pytest.approx(0.25 / (2 * 0.75**2 + 1) ** 0.5)
+    assert loss.value == pytest.approx(0.25 / (2 * 0.75**2 + 1) ** 0.5)
 
 
 def test_what_a_narrower_format_loses_of_the_weight_itself_is_not_the_changes_loss():
     """A weight of 1 + 3/8 steps would be 1 without a LoRA; a change of one step makes 1 + 11/8, rounded to 1 step."""
     _, loss = merge(torch.tensor([[1 + 0.375 * STEP]]), torch.ones(1, 1), torch.tensor([[STEP]]), torch.bfloat16)
-    assert loss.share == 0
+    assert loss.value == 0
 
 
 def test_the_norm_of_a_change_without_the_change():
     generator = torch.Generator().manual_seed(0)
-    factors = Factors(torch.randn(3, 7, generator=generator), torch.randn(5, 3, generator=generator))
-    assert factors.squared_norm == pytest.approx(float((factors.up @ factors.down).norm()) ** 2, rel=1e-5)
+    factors = WeightDelta(torch.randn(3, 7, generator=generator), torch.randn(5, 3, generator=generator))
+    assert factors.squared_norm == pytest.approx(float((factors.B @ factors.A).norm()) ** 2, rel=1e-5)
 
 
 def test_nothing_asked_for_loses_nothing():
-    assert RelativeError().share == 0
+    assert RelativeError().value == 0
 
 
 @pytest.mark.parametrize(("spread", "dtype", "share"), [(1e-4, torch.bfloat16, 0.32), (1e-4, torch.float32, 0.0)])
@@ -119,7 +119,7 @@ def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
     weight = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
     down, up = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator) * spread / 8
     _, loss = merge(weight, down, up, dtype)
-    assert loss.share == pytest.approx(share, abs=0.01)
+    assert loss.value == pytest.approx(share, abs=0.01)
 
 
 FUSED = TableMap({"blocks.{}.out": "blocks.{}.to_out"}, fused={"blocks.{}.qkv": ("blocks.{}.q", "blocks.{}.k")})
@@ -142,8 +142,8 @@ def changes(tmp_path, tensors: dict[str, torch.Tensor], public_keys=FUSED, namin
         "norm.weight",
         "table",
     ]
-    with open_changes(file, tensors_of(SHAPES), public_keys) as opened:
-        return {name: factors.up @ factors.down for name in names if (factors := opened.of(name)) is not None}
+    with open_deltas(file, tensors_of(SHAPES), public_keys) as opened:
+        return {name: factors.B @ factors.A for name in names if (factors := opened.of(name)) is not None}
 
 
 def test_a_lora_of_a_fused_module_reaches_its_parts(tmp_path):
@@ -180,9 +180,9 @@ def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
     save_file({f"{name}.lora_A{ends}": down, f"{name}.lora_B{ends}": up}, tmp_path / "lora.safetensors")
     shapes = {"last": (4, 3)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes, LoraNaming("dit", {"diffusers": swapped}))
-    with open_changes(file, tensors_of(shapes), swapped) as opened:
+    with open_deltas(file, tensors_of(shapes), swapped) as opened:
         change = opened.of("norm_out.weight")
-        assert torch.equal(change.up @ change.down, (up @ down)[rows])
+        assert torch.equal(change.B @ change.A, (up @ down)[rows])
 
 
 def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path):
@@ -190,9 +190,9 @@ def test_a_convolution_of_one_pixel_reaches_the_linear_layer_it_is_here(tmp_path
     save_file({"a.lora_A.default.weight": down, "a.lora_B.default.weight": up}, tmp_path / "lora.safetensors")
     shapes = {"a": (4, 3, 1, 1)}
     file = read_lora_file(tmp_path / "lora.safetensors", shapes)
-    with open_changes(file, tensors_of(shapes), TableMap({}, pointwise={"a": "b"})) as opened:
+    with open_deltas(file, tensors_of(shapes), TableMap({}, pointwise={"a": "b"})) as opened:
         change = opened.of("b.weight")
-        assert_close(change.up @ change.down, up.flatten(1) @ down.flatten(1))
+        assert_close(change.B @ change.A, up.flatten(1) @ down.flatten(1))
 
 
 def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):
@@ -216,6 +216,6 @@ def test_parts_with_one_a_keep_its_rank(tmp_path, shared, rank):
     save_file(tensors, tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors", SHAPES, naming)
     with safe_open(file.path, framework="pt") as stream:
-        factors = read_factors(file, stream, "blocks.0.qkv.weight", SHAPES["blocks.0.qkv"])
+        factors = read_delta(file, stream, "blocks.0.qkv.weight", SHAPES["blocks.0.qkv"])
     assert factors.rank == rank
-    assert_close(factors.up @ factors.down, torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]))
+    assert_close(factors.B @ factors.A, torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffsynth_core.adapters.changes import Factors
+from diffsynth_core.adapters.deltas import WeightDelta
 from diffsynth_core.adapters.merge import truncate
-from diffsynth_core.conversion.add_loras import SumResult, add_loras
-from diffsynth_core.conversion.add_plan import plan_sum
+from diffsynth_core.conversion.add_loras import AddResult, add_loras
+from diffsynth_core.conversion.add_plan import plan_addition
 from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.provenance import MERGED, InputHashes
 from diffsynth_core.errors import DiffSynthError
@@ -52,13 +52,13 @@ def changes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def run(tmp_path):
     """Add files with weights; the result's tensors and what is told."""
 
-    def run(*files: tuple[Mapping[str, Tensor], float], **choices) -> tuple[dict[str, Tensor], SumResult]:
+    def run(*files: tuple[Mapping[str, Tensor], float], **choices) -> tuple[dict[str, Tensor], AddResult]:
         given = []
         for number, (tensors, weight) in enumerate(files):
             path = tmp_path / f"{number}.safetensors"
             save_file(dict(tensors), path, {"format": "pt", "family": "x", "ss_network_dim": "4"})
             given.append(WeightedFile(path, weight))
-        plan = plan_sum(given, tmp_path / "out.safetensors", **choices)
+        plan = plan_addition(given, tmp_path / "out.safetensors", **choices)
         result = add_loras(plan, InputHashes(plan.inputs), SilentReporter())
         return load_file(plan.output), result
 
@@ -102,8 +102,8 @@ def test_a_lower_rank_loses_what_a_full_decomposition_says(run, rank):
     whole = changes(first)["lora_unet_a"].double() - 0.7 * changes(second)["lora_unet_a"].double()
     values = numpy.linalg.svd(whole.numpy(), compute_uv=False)
     share = float(numpy.sqrt((values[rank:] ** 2).sum() / (values**2).sum()))
-    assert result.loss.share == pytest.approx(share, abs=1e-7)
-    assert result.losses["lora_unet_a"].share == pytest.approx(share, abs=1e-7)
+    assert result.error.value == pytest.approx(share, abs=1e-7)
+    assert result.errors["lora_unet_a"].value == pytest.approx(share, abs=1e-7)
     nearest = changes(found)["lora_unet_a"].double()
     assert found["lora_unet_a.lora_down.weight"].shape[0] == rank
     assert float((whole - nearest).norm() / whole.norm()) == pytest.approx(share, abs=1e-6)
@@ -111,13 +111,13 @@ def test_a_lower_rank_loses_what_a_full_decomposition_says(run, rank):
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (5, 5)])
 def test_a_rank_above_the_sides_of_a_weight(shape):
-    """Factors of rank 8 of a weight with a side of 5."""
+    """WeightDelta of rank 8 of a weight with a side of 5."""
     generator = torch.Generator().manual_seed(0)
-    whole = Factors(torch.randn(8, shape[1], generator=generator), torch.randn(shape[0], 8, generator=generator))
+    whole = WeightDelta(torch.randn(8, shape[1], generator=generator), torch.randn(shape[0], 8, generator=generator))
     nearest, loss = truncate(whole, 5)
-    assert nearest.rank == 5 and loss.share < 1e-7
-    assert_close(nearest.up @ nearest.down, whole.up @ whole.down, rtol=1e-4, atol=1e-4)
-    assert truncate(whole, 2)[1].share > 0.1
+    assert nearest.rank == 5 and loss.value < 1e-7
+    assert_close(nearest.B @ nearest.A, whole.B @ whole.A, rtol=1e-4, atol=1e-4)
+    assert truncate(whole, 2)[1].value > 0.1
 
 
 def test_narrow_files_lose_nothing(run):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth_core.adapters.changes import open_changes
+from diffsynth_core.adapters.deltas import open_deltas
 from diffsynth_core.adapters.merge import Workspace, merge_rows
 from diffsynth_core.conversion.convert import plan_conversion
 from diffsynth_core.conversion.lora_inputs import open_lora_file
@@ -30,7 +30,7 @@ from diffsynth_core.models.spec import FamilyFacts, Layout, modules_with_weights
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_files import ADAPTER_CONFIG, read_lora_file
-from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.lora_formats import LORA_FORMATS
 from diffsynth_core.weights.weight_writer import write_outputs
 
 RANK = 2
@@ -158,7 +158,7 @@ def merged(model: Model, path: Path) -> dict[str, Tensor]:
     naming = model.facts.component("dit").lora_naming
     file = read_lora_file(path, modules, naming, tensor_shapes=shapes)
     weights = {}
-    with open_changes(file, shapes, model.layout.public_keys) as changes:
+    with open_deltas(file, shapes, model.layout.public_keys) as changes:
         for name, weight in model.weights.items():
             change = changes.of(name)
             if change is not None:
@@ -197,7 +197,7 @@ def test_every_spelling_changes_the_weights_by_s_b_a(tmp_path, errors, spelling)
     assert errors[-1] <= TOLERANCE
 
 
-@pytest.mark.parametrize("target", DIALECTS)
+@pytest.mark.parametrize("target", LORA_FORMATS)
 @pytest.mark.parametrize("spelling", CONVERTED, ids=str)
 def test_converted_into_each_dialect_and_back_it_is_the_same_change(tmp_path, errors, spelling, target):
     path = tmp_path / "lora.safetensors"
@@ -208,7 +208,7 @@ def test_converted_into_each_dialect_and_back_it_is_the_same_change(tmp_path, er
         errors.append(largest_error(model, file, changes))
         assert errors[-1] <= TOLERANCE
     with safe_open(there, framework="pt") as stream:
-        assert all(key.startswith(DIALECTS[target].prefixes[0]) for key in stream.keys())  # noqa: SIM118
+        assert all(key.startswith(LORA_FORMATS[target].prefixes[0]) for key in stream.keys())  # noqa: SIM118
 
 
 # Whole differences

@@ -99,7 +99,7 @@ def test_weights_change_by_the_sum_and_all_else_stays(save, run, at_once, monkey
     assert_close(found[f"{Q}.weight"], base[f"{Q}.weight"] + change(first, Q) - 0.5 * 2 * change(second, Q))
     assert_close(found[f"{K}.weight"], base[f"{K}.weight"] + change(first, K))
     assert all(found[name].equal(base[name]) for name in base if name not in (f"{Q}.weight", f"{K}.weight"))
-    assert result.loss.share < 1e-6
+    assert result.error.value < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -110,8 +110,8 @@ def test_it_is_rounded_once_after_the_sum_and_the_loss_is_told(save, run, dtype)
     weight, added = base[f"{Q}.weight"].float(), change(first, Q) + change(second, Q)
     assert found[f"{Q}.weight"].equal((weight + added).to(dtype))
     lost = (found[f"{Q}.weight"].float() - weight - added).norm() / added.norm()
-    assert result.loss.share == pytest.approx(float(lost), rel=1e-3)
-    assert result.losses[0].share == pytest.approx(float(lost), rel=1e-3)
+    assert result.error.value == pytest.approx(float(lost), rel=1e-3)
+    assert result.errors[0].value == pytest.approx(float(lost), rel=1e-3)
 
 
 def test_the_loss_of_each_is_that_of_the_weights_it_changes(save, run):
@@ -119,8 +119,8 @@ def test_the_loss_of_each_is_that_of_the_weights_it_changes(save, run):
     paths = save("base.safetensors", random(QWEN, torch.bfloat16)), save("a.safetensors", first)
     _, result = run(*paths, save("b.safetensors", second))
     asked = [float(change(first, Q).norm()) ** 2, float(change(second, K).norm()) ** 2]
-    assert [loss.asked_squared for loss in result.losses] == pytest.approx(asked, rel=1e-5)
-    assert result.loss.asked_squared == pytest.approx(sum(asked), rel=1e-5)
+    assert [error.exact_squared for error in result.errors] == pytest.approx(asked, rel=1e-5)
+    assert result.error.exact_squared == pytest.approx(sum(asked), rel=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [2**18, WIDTH])
@@ -228,7 +228,7 @@ def test_shards_of_another_size_and_format(sharded, save, run, tmp_path):
     lora = halves(Q)
     found, result = run(sharded, save("lora.safetensors", lora), dtype="float32", max_shard_bytes=300)
     base = {name: tensor for path in sharded.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32} and result.loss.share < 1e-6
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32} and result.error.value < 1e-6
     assert_close(found[f"{Q}.weight"], base[f"{Q}.weight"].float() + change(lora, Q))
     assert all(found[name].equal(base[name].float()) for name in base if name != f"{Q}.weight")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -8,7 +8,8 @@ import torch
 
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import modules_with_weights
-from diffsynth_core.weights.lora_names import DIALECTS, find_lora_keys, spell
+from diffsynth_core.weights.lora_formats import LORA_FORMATS, spell
+from diffsynth_core.weights.lora_keys import match_lora_keys
 
 FLUX = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
 KLEIN = {"attention_head_dim": 128, "guidance_embeds": False}
@@ -77,7 +78,7 @@ def replaced(pattern: str) -> list[str]:
     return [pattern.replace("{}", str(number)) for number in range(60)]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", LORA_FORMATS)
 @pytest.mark.parametrize("family", MODELS)
 def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
     """With underscores too: no two modules have the same name."""
@@ -87,25 +88,25 @@ def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
         parts = {part for module in modules for part in vocabulary.parts(module)}
         texts = {spell(part, dialect) for part in parts}
         assert len(texts) == len(parts)
-        keys = [f"{DIALECTS[dialect].prefixes[0]}{text}{DIALECTS[dialect].down}" for text in sorted(texts)]
-        match = find_lora_keys(keys, naming.modules_met(keys), naming)
-        assert match.unmatched == () and match.dialect(naming) == dialect
+        keys = [f"{LORA_FORMATS[dialect].prefixes[0]}{text}{LORA_FORMATS[dialect].A}" for text in sorted(texts)]
+        match = match_lora_keys(keys, naming.modules_met(keys), naming)
+        assert match.unmatched == () and match.lora_format(naming) == dialect
         assert match.loras.keys() == parts
-        assert {halves.down for halves in match.loras.values()} == set(keys)
-        assert {module for part in parts for module in match.vocabulary.documented(part)} == modules
+        assert {halves.A for halves in match.loras.values()} == set(keys)
+        assert {module for part in parts for module in match.vocabulary.public(part)} == modules
         assert match.vocabulary.fused is (dialect in naming.fused)
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "flux", "flux2"])
 def test_sides_and_blocks_are_those_of_the_real_classes(family):
     """These distinguish families whose modules have the same names."""
-    naming = FAMILIES[family].component("dit").lora_naming
-    assert naming.sides and naming.blocks
+    facts = FAMILIES[family].component("dit")
+    assert facts.sides and facts.blocks
     for shapes in shapes_of(family):
-        for pattern, (rows, columns) in naming.sides.items():
+        for pattern, (rows, columns) in facts.sides.items():
             out, into = shapes[f"{pattern.format(0)}.weight"]
             assert out * columns == into * rows, pattern
-        for start, most in naming.blocks.items():
+        for start, most in facts.blocks.items():
             met = {int(name.removeprefix(start).partition(".")[0]) for name in shapes if name.startswith(start)}
             assert met and max(met) < most
 

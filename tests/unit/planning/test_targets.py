@@ -13,7 +13,7 @@ from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
 from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.weights.key_maps import TableMap
-from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
 NAMES = TableMap(
     {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},
@@ -39,7 +39,7 @@ DIT = ComponentFacts(
     layouts=(Layout(frozenset(), public_keys=NAMES),),
     file_patterns=(),
     lora_targets=("qkv", "proj", "linear1"),
-    dialects={"kohya": None, "comfyui": None},
+    lora_key_maps={"kohya": None, "comfyui": None},
 )
 
 
@@ -121,7 +121,7 @@ def test_a_format_without_names_for_the_component_is_refused(name):
 
 
 def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora():
-    fused = replace(DIT, dialects={}, fused={"kohya": TableMap({})})
+    fused = replace(DIT, lora_key_maps={}, lora_fused={"kohya": TableMap({})})
     assert training(found(fused), lora_format="kohya")[1] == [
         Problem(
             "`lora_format` `kohya` fuses several modules of the dit of Invented, which would raise the rank of its "
@@ -144,7 +144,7 @@ def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora():
 def test_the_formats_of_a_family(family, formats):
     facts = FAMILIES[family]
     naming = facts.component(facts.denoiser).lora_naming
-    assert [name for name in DIALECTS if naming.written(name)] == formats
+    assert [name for name in LORA_FORMATS if naming.written(name)] == formats
 
 
 def test_a_format_of_the_denoiser_is_refused_for_others():

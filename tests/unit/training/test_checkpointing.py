@@ -34,7 +34,7 @@ def content(
     training = Training(("dit",), None, (), ())
     if lora or part:
         training = Training((), "dit" if lora else None, (), (), parts={"dit": (part,)} if part else {})
-    facts = ComponentFacts("dit", "dit", (layout,), (), dialects={"kohya": FILE})
+    facts = ComponentFacts("dit", "dit", (layout,), (), lora_key_maps={"kohya": FILE})
     model = module()
     if lora:
         add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.public_keys)

@@ -7,8 +7,8 @@ from torch import nn
 
 from diffsynth_core.adapters.lora import add_lora, load_lora, lora_weights
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.weights.lora_files import check_lora_file
-from diffsynth_core.weights.lora_names import LoraNaming
+from diffsynth_core.weights.lora_files import read_lora_file
+from diffsynth_core.weights.lora_formats import LoraNaming
 
 BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
 
@@ -40,7 +40,7 @@ def model(*targets: str, rank: int = 2) -> nn.Module:
 
 def test_a_file_that_fits_tells_its_ranks(save):
     tensors = halves("q") | halves("k", (3, 4), (6, 3)) | halves("conv", (7, 3, 2, 2), (5, 7, 1, 1))
-    assert check_lora_file(save(tensors), BASE) == {"q": 2, "k": 3, "conv": 7}
+    assert read_lora_file(save(tensors), BASE).ranks == {"q": 2, "k": 3, "conv": 7}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_file_that_fits_tells_its_ranks(save):
 def test_a_file_that_does_not_fit_is_refused(save, tensors, expected):
     path = save(tensors)
     with pytest.raises(DiffSynthError) as caught:
-        check_lora_file(path, BASE)
+        read_lora_file(path, BASE)
     assert str(caught.value).startswith(f"`{path}`: ")
     assert expected in str(caught.value)
     assert caught.value.problems[0].hint
@@ -75,7 +75,7 @@ def test_a_file_that_does_not_fit_is_refused(save, tensors, expected):
 
 def test_what_stands_beside_the_lora_may_be_named(save):
     path = save(halves("q") | {"pipe.vae.conv.weight": torch.ones(1)})
-    assert check_lora_file(path, BASE, besides=["pipe.vae.conv.weight"]) == {"q": 2}
+    assert read_lora_file(path, BASE, besides=["pipe.vae.conv.weight"]).ranks == {"q": 2}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, bes
     """What a run writes that trains modules in full beside a LoRA: its full weights are not dropped in silence."""
     path = save(halves(f"{prefix}q") | {name: torch.ones(1) for name in beside})
     with pytest.raises(DiffSynthError) as caught:
-        check_lora_file(path, BASE)
+        read_lora_file(path, BASE)
     assert str(caught.value) == f"`{path}` contains {told} besides the LoRA of dit, but only a LoRA is supported here"
     assert "`--resume auto`" in caught.value.problems[0].hint
 
@@ -100,35 +100,35 @@ def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, bes
 def test_a_file_without_tensors_is_refused(save):
     path = save({})
     with pytest.raises(DiffSynthError, match="contains no LoRA"):
-        check_lora_file(path, BASE)
+        read_lora_file(path, BASE)
 
 
 def test_the_lora_of_another_component_is_refused(save):
     path = save(halves("pipe.text_encoder.q"))
-    assert check_lora_file(path, BASE, LoraNaming("text_encoder")) == {"q": 2}
+    assert read_lora_file(path, BASE, LoraNaming("text_encoder")).ranks == {"q": 2}
     with pytest.raises(DiffSynthError, match="2 of 2 keys match no module"):
-        check_lora_file(path, BASE, LoraNaming("dit"))
+        read_lora_file(path, BASE, LoraNaming("dit"))
 
 
 def test_an_alpha_without_its_halves_is_refused(save):
     path = save({"lora_unet_q.alpha": torch.tensor(1.0)})
     with pytest.raises(DiffSynthError, match="the LoRA of `q` has no lora_A and no lora_B"):
-        check_lora_file(path, BASE)
+        read_lora_file(path, BASE)
 
 
 def test_a_file_with_two_spellings_of_one_module_is_refused(save):
     path = save(halves("q") | halves("pipe.dit.q"))
     with pytest.raises(DiffSynthError, match=r"lora\.safetensors"):
-        check_lora_file(path, BASE)
+        read_lora_file(path, BASE)
 
 
 def test_a_file_that_fits_nothing_of_this_model_is_refused_before_a_weight_changes(save):
     module = model("q", "k")
-    before = {name: pair.down.clone() for name, pair in lora_weights(module).items()}
+    before = {name: pair.A.clone() for name, pair in lora_weights(module).items()}
     path = save(halves("q") | halves("gone"))
     with pytest.raises(DiffSynthError, match="`gone"):
         load_lora(module, path)
-    assert all(torch.equal(pair.down, before[name]) for name, pair in lora_weights(module).items())
+    assert all(torch.equal(pair.A, before[name]) for name, pair in lora_weights(module).items())
 
 
 def test_another_rank_is_told_with_the_rank_to_give(save):
@@ -140,10 +140,10 @@ def test_another_rank_is_told_with_the_rank_to_give(save):
 
 def test_modules_that_the_file_leaves_out_keep_their_start(save):
     module = model("q", "k")
-    start = lora_weights(module)["k"].down.clone()
+    start = lora_weights(module)["k"].A.clone()
     assert load_lora(module, save(halves("q"))) == 1
-    assert torch.equal(lora_weights(module)["k"].down, start)
-    assert lora_weights(module)["q"].down.eq(1).all() and lora_weights(module)["q"].up.eq(1).all()
+    assert torch.equal(lora_weights(module)["k"].A, start)
+    assert lora_weights(module)["q"].A.eq(1).all() and lora_weights(module)["q"].B.eq(1).all()
 
 
 def test_modules_of_the_file_without_a_lora_here_are_passed_over(save):

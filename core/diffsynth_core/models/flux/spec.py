@@ -134,8 +134,8 @@ FLUX = FamilyFacts(
             modules=keys.DIT_MODULES,
             sides=keys.DIT_SIDES,
             blocks=keys.DIT_BLOCKS,
-            unread=("diffsynth",),
-            dialects={"diffusers": keys.DIT, "comfyui": keys.DIT_DOCUMENTED, "kohya": keys.DIT_DOCUMENTED},
+            unread_formats=("diffsynth",),
+            lora_key_maps={"diffusers": keys.DIT, "comfyui": keys.DIT_DOCUMENTED, "kohya": keys.DIT_DOCUMENTED},
             published={"original": keys.DIT_ORIGINAL},
         ),
         ComponentFacts(

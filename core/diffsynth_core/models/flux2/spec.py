@@ -103,7 +103,7 @@ FLUX2 = FamilyFacts(
             modules=keys.DIT_MODULES,
             sides=keys.DIT_SIDES,
             blocks=keys.DIT_BLOCKS,
-            fused={"comfyui": keys.DIT_ORIGINAL, "kohya": keys.DIT_ORIGINAL},
+            lora_fused={"comfyui": keys.DIT_ORIGINAL, "kohya": keys.DIT_ORIGINAL},
             published={"original": keys.DIT_ORIGINAL},
         ),
         ComponentFacts(

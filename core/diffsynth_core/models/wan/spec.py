@@ -166,7 +166,7 @@ WAN = FamilyFacts(
             config_classes=("*WanModel", "WanTransformer3DModel"),
             lora_targets=keys.LORA_TARGETS,
             modules=keys.DIT_MODULES,
-            dialects={"diffusers": keys.DIT},
+            lora_key_maps={"diffusers": keys.DIT},
         ),
         ComponentFacts(
             name="text_encoder",

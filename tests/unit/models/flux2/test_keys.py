@@ -17,7 +17,7 @@ from diffsynth_core.models.flux2.components import build
 from diffsynth_core.models.flux2.spec import FLUX2, reference_size, variant
 from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model, recognise, recognise_family
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
-from diffsynth_core.weights.lora_names import DIALECTS
+from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
 DIT = {
     "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
@@ -121,7 +121,7 @@ def test_the_ending_to_out_addresses_what_recipes_list_block_by_block():
 
 def test_only_dialects_with_these_names_are_written():
     naming = FLUX2.component("dit").lora_naming
-    assert [dialect for dialect in DIALECTS if naming.written(dialect)] == ["diffsynth", "diffusers"]
+    assert [dialect for dialect in LORA_FORMATS if naming.written(dialect)] == ["diffsynth", "diffusers"]
 
 
 # What nothing reads

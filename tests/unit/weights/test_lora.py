@@ -11,9 +11,9 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux import keys as flux
 from diffsynth_core.models.flux2 import keys as flux2
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
-from diffsynth_core.weights.lora_names import LoraNaming
-from diffsynth_core.weights.lora_rows import RowSpan, StoredLora, StoredTensor, joint_rank
-from diffsynth_core.weights.lora_rows import translate as translate_names
+from diffsynth_core.weights.lora import LoraPair, RowSpan, StoredTensor, joint_rank
+from diffsynth_core.weights.lora import translate as translate_names
+from diffsynth_core.weights.lora_formats import LoraNaming
 from diffsynth_core.weights.weight_sets import Span
 
 FUSED = TableMap({"out": "o"}, fused={"qkv": ("q", "k", "v")}, swap_halves={"mod": "m"})
@@ -49,12 +49,10 @@ def test_rows_are_taken_in_their_order():
     assert take_rows(((0, 4),), 4, 4) == ()
 
 
-def lora(module: str, rows: int, path: Path = Path("a"), begin: int = 0, alpha: float | None = None) -> StoredLora:
+def lora(module: str, rows: int, path: Path = Path("a"), begin: int = 0, alpha: float | None = None) -> LoraPair:
     """A LoRA of rank 2 in float32 with 4 columns."""
     down = StoredTensor("F32", (2, 4), Span(path, begin, begin + 32))
-    return StoredLora(
-        module, down, StoredTensor("F32", (rows, 2), Span(path, begin + 32, begin + 32 + rows * 8)), alpha
-    )
+    return LoraPair(module, down, StoredTensor("F32", (rows, 2), Span(path, begin + 32, begin + 32 + rows * 8)), alpha)
 
 
 def translate(loras, naming: LoraNaming, source: str, target: str):
@@ -149,6 +147,6 @@ def test_numbers_that_are_only_copied_are_not_computed_with(tmp_path):
     path.write_bytes(bytes(100))
     small = StoredTensor("F8_E4M3", (2, 4), Span(path, 0, 8))
     up = StoredTensor("F8_E4M3", (4, 2), Span(path, 8, 16))
-    assert write_lora("q", (RowSpan(StoredLora("q", small, up), 0, 4),), "diffusers").exact
+    assert write_lora("q", (RowSpan(LoraPair("q", small, up), 0, 4),), "diffusers").exact
     with pytest.raises(DiffSynthError, match="has to be recomputed, which is not supported for dtype F8_E4M3"):
-        write_lora("q", (RowSpan(StoredLora("q", small, up, alpha=1.0), 0, 4),), "diffusers")
+        write_lora("q", (RowSpan(LoraPair("q", small, up, alpha=1.0), 0, 4),), "diffusers")

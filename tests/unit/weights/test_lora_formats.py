@@ -4,17 +4,8 @@ import pytest
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import TableMap
-from diffsynth_core.weights.lora_names import (
-    DIALECTS,
-    DIT,
-    PREFIXES,
-    LoraKeys,
-    LoraMatch,
-    LoraNaming,
-    find_lora_keys,
-    lora_keys,
-    refuse_other_adapters,
-)
+from diffsynth_core.weights.lora_formats import DIT, LORA_FORMATS, PREFIXES, LoraKeys, LoraNaming, lora_keys
+from diffsynth_core.weights.lora_keys import LoraMatch, match_lora_keys, refuse_other_adapters
 
 MODULES = (
     "transformer_blocks.0.attn.to_q",
@@ -50,11 +41,11 @@ WRITTEN = {
 
 def written(dialect: str, modules=MODULES) -> list[str]:
     keys = [part for module in modules for part in lora_keys(module, dialect)]
-    return [key for each in keys for key in (each.down, each.up, each.alpha) if key]
+    return [key for each in keys for key in (each.A, each.B, each.alpha) if key]
 
 
 def test_the_documented_dialects_are_all_there():
-    assert list(DIALECTS) == list(WRITTEN)
+    assert list(LORA_FORMATS) == list(WRITTEN)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -64,18 +55,18 @@ def test_written_keys(dialect):
 
 def told(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dict[str, LoraKeys], list[str]]:
     """Dialect, keys by module, unmatched keys."""
-    return match.dialect(naming), dict(match.loras), list(match.unmatched)
+    return match.lora_format(naming), dict(match.loras), list(match.unmatched)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_every_dialect_is_found_again(dialect):
     found = {module: lora_keys(module, dialect)[0] for module in MODULES}
-    assert told(find_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
+    assert told(match_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_a_lora_on_some_modules_is_found(dialect):
-    match = find_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
+    match = match_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
     assert set(match.loras) == set(MODULES[:2]) and match.unmatched == ()
 
 
@@ -96,15 +87,15 @@ def test_prefix_ending_and_underscores_are_independent(prefix, down, up, undersc
     for module in MODULES:
         stem = prefix.format(component="dit") + (module.replace(".", "_") if underscores else module)
         expected[module] = LoraKeys(*(f"{stem}.{end}" for end in ends))
-    keys = [key for halves in expected.values() for key in (halves.down, halves.up, halves.alpha)]
-    match = find_lora_keys(keys, MODULES)
+    keys = [key for halves in expected.values() for key in (halves.A, halves.B, halves.alpha)]
+    match = match_lora_keys(keys, MODULES)
     assert (dict(match.loras), match.unmatched) == (expected, ())
     assert match.prefixes == {prefix.format(component="dit")}
 
 
 def test_a_spelling_that_no_program_writes_is_no_dialect():
     keys = [f"lora_transformer_{MODULES[0].replace('.', '_')}.lora_{half}.weight" for half in ("down", "up")]
-    assert find_lora_keys(keys, MODULES).dialect(DIT) is None
+    assert match_lora_keys(keys, MODULES).lora_format(DIT) is None
 
 
 PARTS = LoraNaming(
@@ -127,32 +118,32 @@ PART_MODULES = ("a.6.qkv", "a.7.qkv", "img_in")
     ],
 )
 def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, parts, stems):
-    ends = DIALECTS[dialect].down, DIALECTS[dialect].up
+    ends = LORA_FORMATS[dialect].A, LORA_FORMATS[dialect].B
     alphas = [f"{stem}.alpha" if dialect == "kohya" else None for stem in stems]
     expected = tuple(LoraKeys(stem + ends[0], stem + ends[1], alpha) for stem, alpha in zip(stems, alphas, strict=True))
     assert lora_keys("a.7.qkv", dialect, PARTS) == expected
-    keys = [key for part in expected for key in (part.down, part.up, part.alpha) if key]
-    match = find_lora_keys(keys, PART_MODULES, PARTS)
+    keys = [key for part in expected for key in (part.A, part.B, part.alpha) if key]
+    match = match_lora_keys(keys, PART_MODULES, PARTS)
     assert told(match, PARTS) == (dialect, dict(zip(parts, expected, strict=True)), [])
-    assert {whole for part in parts for whole in match.vocabulary.documented(part)} == {"a.7.qkv"}
+    assert {whole for part in parts for whole in match.vocabulary.public(part)} == {"a.7.qkv"}
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
 def test_any_prefix_stands_before_the_names_of_any_dialect(prefix):
     """ai-toolkit writes diffusers' names behind ComfyUI's prefix."""
     keys = [f"{prefix}b.7.k.lora_{half}.weight" for half in "AB"]
-    match = find_lora_keys(keys, PART_MODULES, PARTS)
+    match = match_lora_keys(keys, PART_MODULES, PARTS)
     assert (dict(match.loras), match.unmatched) == ({"b.7.k": LoraKeys(*keys)}, ())
     assert match.vocabulary.parts("a.7.qkv") == ("b.7.q", "b.7.k")
 
 
 def test_a_part_that_is_not_there_has_no_keys():
     key = "transformer.b.7.k.lora_B.weight"
-    assert told(find_lora_keys([key], ["a.7.qkv"], PARTS), PARTS)[1:] == ({"b.7.k": LoraKeys(up=key)}, [])
+    assert told(match_lora_keys([key], ["a.7.qkv"], PARTS), PARTS)[1:] == ({"b.7.k": LoraKeys(B=key)}, [])
 
 
 def test_a_dialect_without_names_is_not_written():
-    assert [name for name in DIALECTS if PARTS.known(name)] == ["diffsynth", "diffusers", "kohya"]
+    assert [name for name in LORA_FORMATS if PARTS.known(name)] == ["diffsynth", "diffusers", "kohya"]
     with pytest.raises(KeyError, match="comfyui"):
         lora_keys("img_in", "comfyui", PARTS)
 
@@ -161,9 +152,9 @@ def test_a_dialect_without_names_is_not_written():
 def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
     keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
     naming = LoraNaming(component)
-    found = find_lora_keys(keys, MODULES, naming)
+    found = match_lora_keys(keys, MODULES, naming)
     assert told(found, naming) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
-    assert told(find_lora_keys(keys, MODULES, LoraNaming("vae")))[1:] == ({}, keys)
+    assert told(match_lora_keys(keys, MODULES, LoraNaming("vae")))[1:] == ({}, keys)
 
 
 def test_underscores_are_resolved_against_the_modules_that_are_there():
@@ -173,9 +164,9 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
         "lora_unet_blocks_0_mlp_fc_1.alpha",
         "lora_unet_blocks_extra_0.alpha",
     ]
-    assert told(find_lora_keys(keys, modules))[1:] == (
+    assert told(match_lora_keys(keys, modules))[1:] == (
         {
-            "blocks.0.to_q": LoraKeys(up=keys[0]),
+            "blocks.0.to_q": LoraKeys(B=keys[0]),
             "blocks.0.mlp.fc_1": LoraKeys(alpha=keys[1]),
             "blocks_extra.0": LoraKeys(alpha=keys[2]),
         },
@@ -185,7 +176,7 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
 
 def test_underscores_that_could_be_two_modules_are_of_none():
     key = "lora_unet_a_b_c.alpha"
-    assert find_lora_keys([key], ["a.b_c", "a_b.c"]).unmatched == (key,)
+    assert match_lora_keys([key], ["a.b_c", "a_b.c"]).unmatched == (key,)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -202,7 +193,7 @@ def test_underscores_that_could_be_two_modules_are_of_none():
     ],
 )
 def test_keys_that_fit_no_module_are_told(dialect, unknown):
-    name, found, unmatched = told(find_lora_keys([*written(dialect), unknown], MODULES))
+    name, found, unmatched = told(match_lora_keys([*written(dialect), unknown], MODULES))
     assert name == dialect
     assert set(found) == set(MODULES)
     assert unmatched == [unknown]
@@ -210,24 +201,24 @@ def test_keys_that_fit_no_module_are_told(dialect, unknown):
 
 def test_a_missing_half_is_none():
     key = WRITTEN["diffusers"][1]
-    assert told(find_lora_keys([key], MODULES))[1:] == ({MODULES[0]: LoraKeys(up=key)}, [])
+    assert told(match_lora_keys([key], MODULES))[1:] == ({MODULES[0]: LoraKeys(B=key)}, [])
 
 
 def test_two_keys_of_one_half_are_told():
     keys = ["img_in.lora_A.weight", "transformer.img_in.lora_down.weight"]
-    match = find_lora_keys(keys, MODULES)
-    assert match.loras == {"img_in": LoraKeys(down=keys[0])}
+    match = match_lora_keys(keys, MODULES)
+    assert match.loras == {"img_in": LoraKeys(A=keys[0])}
     assert match.unmatched == match.repeated == (keys[1],)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_nothing_is_found_for_another_model(dialect):
     keys = written(dialect)
-    assert told(find_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
+    assert told(match_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
 
 
 def test_an_empty_file_is_of_the_documented_dialect_and_has_nothing_unmatched():
-    assert told(find_lora_keys([], MODULES)) == ("diffsynth", {}, [])
+    assert told(match_lora_keys([], MODULES)) == ("diffsynth", {}, [])
 
 
 TENSORS = ("blocks.0.q.weight", "blocks.0.q.bias", "blocks.0.norm.weight", "blocks.0.modulation", "head.modulation")
@@ -238,7 +229,7 @@ def test_whole_differences_find_weights_biases_and_modulations(prefix):
     ends = {"blocks.0.q": ".diff", "blocks.0.norm": ".diff", "blocks.0": ".diff_m", "head": ".diff_m"}
     spelled = {stem: prefix + (stem.replace(".", "_") if prefix.endswith("_") else stem) for stem in ends}
     keys = [spelled[stem] + end for stem, end in ends.items()] + [spelled["blocks.0.q"] + ".diff_b"]
-    match = find_lora_keys(keys, ["blocks.0.q"], tensors=TENSORS)
+    match = match_lora_keys(keys, ["blocks.0.q"], tensors=TENSORS)
     assert match.unmatched == ()
     assert match.differences == {
         "blocks.0.q.weight": keys[0], "blocks.0.norm.weight": keys[1], "blocks.0.modulation": keys[2],
@@ -298,9 +289,9 @@ FUSED = LoraNaming(
 
 def test_a_dialect_can_have_several_modules_as_one():
     keys = [f"lora_unet_a_7_qkv.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")]
-    match = find_lora_keys(keys, FUSED.modules_met(keys), FUSED)
+    match = match_lora_keys(keys, FUSED.modules_met(keys), FUSED)
     assert told(match, FUSED) == ("kohya", {"a.7.qkv": LoraKeys(*keys)}, [])
-    assert match.vocabulary.documented("a.7.qkv") == ("b.7.q", "b.7.k")
+    assert match.vocabulary.public("a.7.qkv") == ("b.7.q", "b.7.k")
     assert FUSED.known("kohya") and not FUSED.written("kohya") and FUSED.written("comfyui")
 
 
