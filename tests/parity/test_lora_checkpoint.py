@@ -152,7 +152,7 @@ def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_fami
     rewrite(path, lambda tensors: {**tensors, key: tensors[key] + 1})
     [problem] = problems_of(tiny, lora_checkpoint=path)
     assert problem.hint == f"pass `--lora_rank {2 * RANK}`"
-    assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").preset
+    assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").fused_lora
     plan = tiny.plan(output_path=tmp_path / "out", lora_checkpoint=path, lora_rank=2 * RANK)
     assert plan.training.start.joined == 1
     written = load_file(train(plan, SilentReporter(), StopRequest()).folder / "epoch-0.safetensors")
