@@ -1,13 +1,13 @@
-"""Frozen weights that are stored in 8-bit floats (e4m3) and computed with in a wider dtype.
+"""Frozen weights stored in 8-bit floats (e4m3) and dequantized for each computation.
 
-Stored so are the weights of linear layers inside the numbered blocks of a network: nearly all of its bytes. What stands
-before and behind the blocks (embedders of pixels, time and text, shared modulation, the last projection) stays as it
-is, for everything passes through these few layers and an error there reaches every block; so do biases, norms, tables,
-embeddings and convolutions, which are small, or are added or looked up without a sum that evens rounding out.
+This applies to the weights of linear layers in numbered blocks: nearly all bytes of a network. Layers before and after
+the blocks (embedders of pixels, time and text, shared modulation, the last projection) keep their dtype, because
+everything passes through these few layers and an error there reaches every block; so do biases, norms, tables,
+embeddings and convolutions, which are small, or are added or looked up without a sum that averages rounding errors.
 
-A weight is rounded to the nearest number of the format and has no scale. Numbers of e4m3 are 2^-9 apart below 2^-6 and
-1/8 to 1/16 of themselves above; the largest is 448, and what is larger would become no number at all. Weights that come
-in this format with a scale for each row keep both: nothing is rounded.
+A weight is rounded to the nearest representable number, without a scale. Numbers of e4m3 are 2^-9 apart below 2^-6,
+and 1/8 to 1/16 of their value above; the largest is 448, and larger ones would become NaN. Weights of files that are
+in this dtype with a scale for each row keep both: nothing is rounded.
 """
 
 from typing import Any
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FLOAT8 = torch.float8_e4m3fn
+"""Dtype of the stored weights."""
 LARGEST = torch.finfo(FLOAT8).max
 """448."""
 
 
 class _LinearOfStored(torch.autograd.Function):
-    """y = x W^T + b, of which the backward pass keeps the bytes of W: it widens them once more.
+    """y = x W^T + b that saves the stored bytes of W for the backward pass and dequantizes them again there.
 
-    A layer that lends its wide weight to the forward pass and takes it away again has none to go back with, or lets
-    autograd keep it, which is the memory that was to be saved. W and b are frozen: only x gets a gradient.
+    Freeing the dequantized weight after the forward pass would leave nothing for the backward pass, and letting
+    autograd save it would use the memory that the storage is meant to save. W and b are frozen: only x gets a
+    gradient.
     """
 
     @staticmethod
@@ -46,7 +48,7 @@ class _LinearOfStored(torch.autograd.Function):
 
 
 def widen(stored: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """The bytes of 8-bit floats as numbers of another format, each row times its scale `[out, 1]` in float32."""
+    """Dequantize 8-bit floats: convert to another dtype, and multiply each row by its scale `[out, 1]` in float32."""
     narrow = stored.view(FLOAT8)
     return narrow.to(dtype) if scale is None else narrow.to(torch.float32).mul_(scale).to(dtype)
 
@@ -54,10 +56,11 @@ def widen(stored: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Te
 class Float8Linear(nn.Linear):
     """A frozen linear layer that stores its weight in 8-bit floats.
 
-    `stored` is the weight's bytes, `[out, in]` uint8: a model asked for its dtype looks at its floating-point
-    parameters and must find the one it computes in, and processes can send each other bytes whatever they stand for.
-    `scale` is what each row of them is multiplied by, `[out, 1]` float32; None for weights that were rounded here.
-    `compute_dtype` is that format; under autocast it is autocast's, as for any linear layer.
+    Attributes:
+        stored: bytes of the weight, `[out, in]` uint8 rather than float8: a module's dtype is that of its
+            floating-point parameters, which must be the compute dtype, and processes can communicate uint8.
+        scale: factor of each row, `[out, 1]` float32; None for weights that were rounded here.
+        compute_dtype: dtype of the computation; under autocast that of autocast, as for any linear layer.
     """
 
     scale: Tensor | None
@@ -65,7 +68,7 @@ class Float8Linear(nn.Linear):
     def __init__(
         self, layer: nn.Linear, weight: Tensor, compute_dtype: torch.dtype, scale: Tensor | None = None
     ) -> None:
-        """Take a layer's place: its sizes and its bias, and a weight for which `fits` holds."""
+        """Replace a layer: with its sizes and bias, and a weight for which `fits` holds."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.compute_dtype = compute_dtype
@@ -76,7 +79,7 @@ class Float8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A wide copy of the weight, `[out, in]`: to look at, for what is written to it is lost."""
+        """A dequantized copy of the weight, `[out, in]`; writing to it has no effect."""
         return widen(self.stored, self.compute_dtype, self.scale)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -84,9 +87,9 @@ class Float8Linear(nn.Linear):
 
 
 def float8_layers(model: nn.Module) -> frozenset[str]:
-    """Names of the linear layers whose weights are to be stored in 8-bit floats.
+    """Return the names of the linear layers whose weights can be stored in 8-bit floats.
 
-    Not those whose weight is also another module's, such as a table of embeddings.
+    Layers that share their weight with another module, such as an embedding, are excluded.
     """
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -100,6 +103,6 @@ def float8_layers(model: nn.Module) -> frozenset[str]:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether every element becomes a number in 8-bit floats."""
+    """Return whether all elements are within the range of 8-bit floats."""
     low, high = (weight.float() if weight.itemsize == 1 else weight).aminmax()
     return bool(low >= -LARGEST) and bool(high <= LARGEST)

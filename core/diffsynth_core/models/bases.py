@@ -1,4 +1,4 @@
-"""The one reader of base files: which component of which family each part of them is. No torch."""
+"""Reading base files: the component and family of each of their parts. No torch."""
 
 from collections.abc import Collection
 
@@ -9,10 +9,11 @@ from diffsynth_core.weights.base_files import Part, read_parts
 from diffsynth_core.weights.headers import shapes_of
 
 Recognised = tuple[FamilyFacts, ComponentFacts, Layout]
+"""Family, component and layout of tensor names."""
 
 
 def recognise_component(names: Collection[str], family: FamilyFacts | None = None) -> Recognised | None:
-    """The family, component and layout of these tensor names; a diffusion transformer before all others."""
+    """Return family, component and layout of tensor names; a diffusion transformer takes precedence."""
     families = [family] if family else FAMILIES.values()
     found = [(facts, *known) for facts in families if (known := recognise(names, facts))]
     found.sort(key=lambda item: item[2].borrowed)
@@ -21,10 +22,10 @@ def recognise_component(names: Collection[str], family: FamilyFacts | None = Non
 
 
 def part_of(files: ComponentFiles) -> Part:
-    """What the files of a component hold of it.
+    """Return the part of a component's files that belongs to the component.
 
     Raises:
-        DiffSynthError: as `read_parts`, and when it is not in them any more.
+        DiffSynthError: see `read_parts`; also if the files have changed and no longer contain it.
     """
     parts = {part.prefix: part for part in read_parts(files.paths, files.origin)}
     if files.prefix not in parts:
@@ -35,5 +36,5 @@ def part_of(files: ComponentFiles) -> Part:
 
 
 def shapes_in(part: Part, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Shapes of a component's tensors by the names of our module; what has no place in it is left out."""
+    """Return the shapes of a component's tensors by module key, without tensors that the module lacks."""
     return layout.module_shapes(shapes_of(part.tensors))

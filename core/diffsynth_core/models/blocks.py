@@ -1,4 +1,4 @@
-"""The layers of a component by their kind: the linear ones of its repeated blocks, and those that can carry a LoRA."""
+"""Layers of a component by kind: linear layers of repeated blocks, and layers that can have a LoRA."""
 
 from collections.abc import Collection, Iterator
 
@@ -9,20 +9,21 @@ from diffsynth_core.models.loading import build_empty, shape_problems
 from diffsynth_core.models.spec import ComponentFiles
 
 PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions that can have a LoRA."""
 
 
 def find_linear_layers_of_blocks(family: Family, files: ComponentFiles) -> frozenset[str] | None:
-    """Names, in our module, of the linear layers of a component's repeated blocks; None when its files are faulty."""
+    """Return the module keys of the linear layers in a component's repeated blocks; None if its files are faulty."""
     if shape_problems(family, files):
         return None
     return linear_layers_of_blocks(build_empty(family, files))
 
 
 def kinds_without_lora(family: Family, files: ComponentFiles, names: Collection[str]) -> dict[str, str]:
-    """Those of the modules, by their names in ours, that cannot carry a LoRA, and the class of each.
+    """Return those of the modules, by module key, that cannot have a LoRA, with their classes.
 
-    Empty where the files are faulty, which is told elsewhere. A convolution of a class of its own pads or remembers
-    what the plain ones, of which a LoRA is made, do not.
+    Empty if the files are faulty, which is reported elsewhere. A subclass of a convolution pads or caches in its own
+    way, which the plain convolutions of a LoRA do not.
     """
     if shape_problems(family, files):
         return {}
@@ -37,7 +38,7 @@ def kinds_without_lora(family: Family, files: ComponentFiles, names: Collection[
 
 
 def linear_layers_of_blocks(module: nn.Module) -> frozenset[str]:
-    """Names of the linear layers below repeated blocks: below a list of at least two modules of one class."""
+    """Return the linear layers in repeated blocks: in a list of at least two modules of one class."""
     return frozenset(
         f"{block}.{name}"
         for block, blocks in _lists_of_blocks(module)

@@ -1,4 +1,4 @@
-"""LoRA files that a run starts from: the trained one's start, and the preset one merged into the base."""
+"""LoRA files of a run: one that initializes the trained LoRA, and one that is merged into the base."""
 
 import shlex
 from collections import Counter
@@ -18,8 +18,7 @@ from diffsynth_core.weights.lora_files import ANOTHER, read_lora_file
 
 @dataclass(frozen=True)
 class FusedLora:
-    """A LoRA that is merged into a component before training; `shapes`: of the component's tensors by documented
-    name."""
+    """A LoRA merged into a component before training; `shapes`: of the component's tensors by documented name."""
 
     component: str
     file: Lora
@@ -36,9 +35,11 @@ class FusedLora:
 
 @dataclass(frozen=True)
 class LoraStart:
-    """The file that a LoRA starts from. `ranks`: those it has for modules that train; the run's is the highest.
+    """The file that initializes a LoRA.
 
-    `joined`: how many of these modules have several LoRAs there, of separate q, k, v, with an A of their own.
+    Attributes:
+        ranks: its ranks for the modules that train; the run's rank is the highest.
+        joined: number of these modules for which it has several LoRAs (separate q, k, v with different lora_A).
     """
 
     path: Path
@@ -47,7 +48,7 @@ class LoraStart:
 
     @property
     def note(self) -> str:
-        """What a user should know of it."""
+        """Remark for the user."""
         text = f"LoRA initialized from `{self.path}`: {pluralize(len(self.ranks), 'module')}"
         if self.joined:
             text += f"; at {self.joined} of them, the LoRAs of separate q, k, v are fused into one with the sum of their ranks"
@@ -66,9 +67,9 @@ def check_lora_checkpoint(
     invalid: frozenset[str],
     problems: list[Problem],
 ) -> LoraStart | None:
-    """Prove that `lora_checkpoint` has the start of a LoRA on `trained` modules; adds to `problems`.
+    """Check that `lora_checkpoint` can initialize a LoRA on the `trained` modules; adds to `problems`.
 
-    It may leave some of them out. What it has for other modules of the component is passed over.
+    It may lack some of them. What it has for other modules of the component is skipped.
     """
     path = parameters.lora_checkpoint
     if path is None or not _is_there(path, "lora_checkpoint", problems):
@@ -101,7 +102,7 @@ def check_lora_checkpoint(
 
 
 def _removal(path: Path, component: str, found: FoundComponents) -> str | None:
-    """The hint to convert a LoRA without the keys that are not of the component; None where that is not possible."""
+    """Return the hint to remove keys of other components from the LoRA; None if that is not possible."""
     if component != found.facts.denoiser:
         return None
     output = path.with_name(f"{path.stem}-{component}{path.suffix}")
@@ -112,12 +113,12 @@ def _removal(path: Path, component: str, found: FoundComponents) -> str | None:
 
 
 def _or_another(removal: str | None) -> str:
-    """What to do about keys that are not of the component."""
+    """Return the hint for keys of other components."""
     return f"use a LoRA of this model, or {removal}" if removal else ANOTHER
 
 
 def _differences_problem(path: Path, component: str, file: Lora, removal: str | None) -> Problem:
-    """The problem that a file changes tensors by full-weight differences, which a LoRA cannot be initialized from."""
+    """Return the problem of full-weight differences, from which a LoRA cannot be initialized."""
     what = (
         f"`{path}` changes {pluralize(len(file.tensors), 'tensor')} by full-weight differences, which a LoRA cannot be initialized "
         f"from: {list_names(sorted(file.tensors))}"
@@ -129,7 +130,7 @@ def _differences_problem(path: Path, component: str, file: Lora, removal: str | 
 
 
 def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Problem]:
-    """The problem that the trained modules have another rank in a file than asked for; the highest counts."""
+    """Return the problem of another rank in the file than requested; the highest rank counts."""
     modules = {rank: sorted(name for name in ranks if ranks[name] == rank) for rank in sorted(set(ranks.values()))}
     if not modules or max(modules) == asked:
         return []
@@ -143,7 +144,7 @@ def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Pro
 
 
 def find_fused_lora(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> FusedLora | None:
-    """The LoRA that `preset_lora_path` names, proven to fit its component. Adds to `problems`."""
+    """Return the LoRA of `preset_lora_path`, checked against its component. Adds to `problems`."""
     path, component = parameters.preset_lora_path, parameters.preset_lora_model
     if path is None and component is not None:
         what, hint = "`preset_lora_model` is set without `preset_lora_path`", "set the LoRA file, or remove it"
@@ -186,10 +187,10 @@ def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
 
 
 def _tensor_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
-    """Shapes of a component's tensors, by their documented names."""
+    """Return the shapes of a component's tensors, by documented name."""
     return found.components[component].layout.public_shapes(found.shapes[component])
 
 
 def _module_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of the modules among tensors."""
+    """Return the weight shapes of modules, given those of tensors."""
     return {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}

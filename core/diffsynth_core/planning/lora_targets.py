@@ -1,4 +1,4 @@
-"""Which modules of a component receive LoRA: by the ends of their names, by a pattern, or chosen automatically."""
+"""Modules of a component that receive LoRA: by suffixes of names, by a regular expression, or automatically."""
 
 import re
 from collections import Counter, defaultdict
@@ -21,17 +21,18 @@ from diffsynth_core.models.spec import (
 from diffsynth_core.planning.components import FoundComponents
 
 _SPECIAL = frozenset("\\^$*+?{}[]|()")
-"""Characters that a pattern has and a name has not."""
+"""Characters of regular expressions that no name contains."""
 _BLOCK = re.compile(r"(.*?)\.\d+\.(.+)")
 
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """The modules that receive LoRA, by their documented names.
+    """The modules that receive LoRA, by documented name.
 
-    `untrainable_targets`: modules that are asked for and that no gradient can reach.
-    `skipped_modules`: modules of the same kinds in other blocks, which are not asked for.
-    `rule`: how they were chosen where their ends were not named, as words.
+    Attributes:
+        untrainable_targets: selected modules that receive no gradient.
+        skipped_modules: modules of the same kinds in other blocks, which are not selected.
+        rule: how they were selected if not by suffixes, in words.
     """
 
     modules: tuple[str, ...] = ()
@@ -43,10 +44,11 @@ class LoraTargets:
 def find_lora_targets(
     parameters: Parameters, component: str, found: FoundComponents, problems: list[Problem]
 ) -> LoraTargets:
-    """The modules of a component that `lora_target_modules` asks for. Adds to `problems`.
+    """Return the modules that `lora_target_modules` selects. Adds to `problems`.
 
-    Not given: the family's documented list. Empty: the linear layers of repeated blocks. One value: the modules whose
-    names end with it, else those whose whole name it fits as a regular expression. Several: ends of names.
+    Unset: the family's documented list. Empty: the linear layers of repeated blocks. One value: the modules whose
+    names end with it or, if there are none, those whose full name matches it as a regular expression. Several:
+    suffixes of names.
     """
     facts, asked = found.facts.component(component), parameters.lora_target_modules
     if asked == ():
@@ -74,7 +76,7 @@ def find_lora_targets(
 
 
 def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> list[Problem]:
-    """The problem that modules by their documented names are of a kind that carries no LoRA; one for each kind."""
+    """Return a problem for each kind of the modules (by documented name) that cannot have a LoRA."""
     from diffsynth_core.models.blocks import kinds_without_lora
 
     files, shapes = found.components[component], found.shapes[component]
@@ -100,15 +102,14 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
 
 
 def _automatic(found: FoundComponents, component: str, problems: list[Problem]) -> LoraTargets:
-    """The linear layers of repeated blocks, as far as they have documented names.
+    """Return the linear layers of repeated blocks that have documented names.
 
-    The reference trainer takes the same ones but those with a side below 512, of which the transformers it trains have
-    none.
+    DiffSynth-Studio selects the same, except for layers with a side below 512, which the supported transformers lack.
     """
     files = found.components[component]
     layers = _layers_of_blocks(found, files)
     if layers is None:
-        return LoraTargets()  # what is wrong with the files is told elsewhere
+        return LoraTargets()  # faulty files are reported elsewhere
     names = set(files.layout.public_keys.to_sources(layers))
     if not names:
         what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose from"
@@ -117,7 +118,7 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
 
 
 def _layers_of_blocks(found: FoundComponents, files: ComponentFiles) -> Collection[str] | None:
-    """Linear layers of repeated blocks, as the module has them, or as published shapes tell them."""
+    """Return the linear layers of repeated blocks of the module or, if unknown, by published shapes."""
     if files.component in found.published:
         return layers_of_blocks(found.shapes[files.component])
     from diffsynth_core.models.blocks import find_linear_layers_of_blocks
@@ -126,7 +127,7 @@ def _layers_of_blocks(found: FoundComponents, files: ComponentFiles) -> Collecti
 
 
 def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> list[str] | None:
-    """Modules whose whole name fits a regular expression; None, and a problem, when it is none."""
+    """Return the modules whose full name matches a regular expression; None, with a problem, if it is invalid."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -139,7 +140,7 @@ def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> 
 def _reachable(
     found: FoundComponents, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
 ) -> LoraTargets:
-    """Modules by their documented names, apart from those that no gradient can reach."""
+    """Return the modules by documented name, without those that receive no gradient."""
     public_keys = found.components[component].layout.public_keys
     dead = found.variant.unused_params(found.facts.component(component), frozenset(found.shapes[component]))
     alive = {name for name in names if not all(is_below(part, dead) for part in public_keys.to_targets(name) or ())}
@@ -158,18 +159,18 @@ def _reachable(
 
 
 def _kind_in_blocks(module: str) -> tuple[str, str] | None:
-    """The blocks that a module stands in, and its name in its block; None outside of blocks."""
+    """Return the blocks of a module, and its name within its block; None outside blocks."""
     found = _BLOCK.match(module)
     return (found[1], found[2]) if found else None
 
 
 def _by_number(module: str) -> list[tuple[int, str]]:
-    """Sorts block 2 before block 10."""
+    """Sort key that puts block 2 before block 10."""
     return [(int(part) if part.isdigit() else -1, part) for part in module.split(".")]
 
 
 def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:
-    """The problem that a target addresses nothing, with what it is called here, or the nearest ending of a name."""
+    """Return the problem of a target without a match, with its documented name or the closest suffix as the hint."""
     parts = match_targets(modules_with_weights(shapes), (target,))[target]
     called = frozenset(filter(None, map(layout.public_keys.to_source, parts)))
     addressing = [name for name, found in match_targets(called, facts.lora_targets).items() if found]
@@ -187,9 +188,9 @@ def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Sha
 
 
 def kinds_of(modules: Sequence[str]) -> dict[str, Counter[str]]:
-    """How many modules there are of each kind, by the blocks that they stand in: `blocks.*` -> `attn.to_q` -> 24.
+    """Count the modules by kind within the blocks that they belong to: `blocks.*` -> `attn.to_q` -> 24.
 
-    Modules outside of blocks stand below the empty name.
+    Modules outside blocks are listed under the empty name.
     """
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for module in modules:

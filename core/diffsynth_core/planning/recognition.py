@@ -1,4 +1,4 @@
-"""Which family the files of a run are of, and which of its components each is. No torch."""
+"""Recognition of the family of a run's files, and of their components. No torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +29,7 @@ from diffsynth_core.weights.headers import TensorHeader
 
 @dataclass(frozen=True)
 class FoundPart:
-    """What stands below one prefix in a file set; `alone`: in the whole of it."""
+    """The tensors below one prefix in a file set; `alone`: there are no others."""
 
     file_set: FileSet
     part: Part
@@ -37,15 +37,15 @@ class FoundPart:
 
     @property
     def names(self) -> Mapping[str, TensorHeader]:
-        """Its tensors by their names behind the prefix."""
+        """The tensors by key without the prefix."""
         return self.part.tensors
 
 
 def read_file_set(file_set: FileSet) -> list[FoundPart]:
-    """The parts of a file set.
+    """Return the parts of a file set.
 
     Raises:
-        DiffSynthError: as `read_parts`.
+        DiffSynthError: see `read_parts`.
     """
     parts = read_parts(file_set.paths, file_set.origin)
     return [FoundPart(file_set, part, len(parts) == 1) for part in parts]
@@ -66,7 +66,9 @@ def find_family(
     complete: bool,
     problems: list[Problem],
 ) -> FamilyFacts | None:
-    """The family asked for, else that of the transformer; a file set that is missing (not `complete`) may be it."""
+    """Return the requested family, or that of the transformer, which may be in a missing file set (if not
+    `complete`).
+    """
     if family:
         if family not in FAMILIES:
             problems.append(unknown_family(family))
@@ -84,7 +86,9 @@ def find_family(
 
 
 def _family_of_files(parts: Sequence[FoundPart]) -> FamilyFacts | None:
-    """The family of the transformer; without one, that of the repositories, or the only one that knows all files."""
+    """Return the family of the transformer or, without one, that of the repositories, or the only one that knows
+    all files.
+    """
     for found in parts:
         if facts := recognise_family(found.names):
             return facts
@@ -97,13 +101,13 @@ def _family_of_files(parts: Sequence[FoundPart]) -> FamilyFacts | None:
 
 
 def family_named(entries: Iterable[str]) -> FamilyFacts | None:
-    """The family of the first repository that is known by its name."""
+    """Return the family of the first repository with a known name."""
     names = (parts[0] for parts in map(split_entry, entries) if parts)
     return next(filter(None, map(family_of_model, names)), None)
 
 
 def refused_models(entries: Iterable[str]) -> list[Problem]:
-    """The problem that files belong to a model that is known and not trained here; one for each such model."""
+    """Return a problem for each known model that is not supported."""
     found: dict[str, str] = {}
     for entry in entries:
         if what := not_trained(entry):
@@ -121,7 +125,7 @@ def assign_files(
     parameters: Parameters,
     problems: list[Problem],
 ) -> AssignedFiles:
-    """Which files are which component, told by their tensors; the name only says what the user took them for."""
+    """Assign files to components by their tensors; names only show what the user intended."""
     assigned = AssignedFiles({}, {}, set())
     components = assigned.components
     taken: dict[str, FileSet] = {}
@@ -159,7 +163,9 @@ def assign_files(
 
 
 def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: FamilyFacts, reported: set[str]) -> Problem:
-    """Two file sets are one component; if one of them is named like another component, that is the mistake."""
+    """Return the problem of two file sets for one component; if one is named like another component, that is the
+    mistake.
+    """
     for file_set in both:
         expected = _expected(file_set, facts)
         if expected and expected != component.name:
@@ -178,19 +184,19 @@ def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: Fami
 
 
 def _expected(file_set: FileSet, facts: FamilyFacts) -> str | None:
-    """The component that a place in a repository is usually that of."""
+    """Return the component that a path in a repository usually belongs to."""
     parts = split_entry(file_set.origin)
     component = component_at(parts[1], facts, parts[0]) if parts else None
     return component.name if component else None
 
 
 def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) -> Path | None:
-    """The config.json in the folder of the weights, unless it says that it belongs to another component."""
+    """Return the config.json in the folder of the weights, unless it belongs to another component."""
     config = path.parent / "config.json"
     if not config.exists():
         return None
     others = [name for other in facts.components if other is not component for name in other.config_classes]
-    with suppress(UnreadableFile):  # whoever builds the component tells what is wrong with it
+    with suppress(UnreadableFile):  # its faults are reported when the component is built
         class_name = str(read_json(config, dict[str, Any], "").get("_class_name"))
         if any(fnmatch(class_name, pattern) for pattern in others):
             return None
@@ -200,7 +206,9 @@ def _config_beside(path: Path, component: ComponentFacts, facts: FamilyFacts) ->
 def _unrecognised(
     found: FoundPart, facts: FamilyFacts, unsupported: UnsupportedCheckpoint | None, other: FamilyFacts | None
 ) -> Problem:
-    """The problem that files are no component; names an unsupported checkpoint, and another family's transformer."""
+    """Return the problem of files without a component; names unsupported checkpoints and other families'
+    transformers.
+    """
     name = f"`{found.file_set.origin}`" + (f" below `{found.part.prefix}`" if found.part.prefix else "")
     if unsupported:
         what = f"is {unsupported.title}, not a component of {facts.title}"

@@ -1,4 +1,4 @@
-"""What a run trains: components in full, and the modules that receive LoRA."""
+"""What a run trains: components in full, and modules that receive LoRA."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +18,14 @@ from diffsynth_core.weights.lora_formats import LORA_FORMATS
 class Training:
     """The trained parts of a run.
 
-    `full`: components trained as a whole. `parts`: documented names of modules (or single weights) of other components,
-    which alone are trained of them.
-    `lora_modules`: by their documented names.
-    `untrainable_targets`: modules that the LoRA targets address and that no gradient can reach.
-    `start`: the file that the LoRA starts from.
-    `skipped_modules`: modules of the kinds that receive LoRA, in blocks that the targets leave out.
-    `lora_rule`: how the modules were chosen where the ends of their names were not given, as words.
+    Attributes:
+        full: components that train in full.
+        parts: component -> documented names of the modules (or single weights) that train.
+        lora_modules: by documented name.
+        untrainable_targets: selected modules that receive no gradient.
+        start: file that initializes the LoRA.
+        skipped_modules: modules of the kinds that receive LoRA, in blocks that the targets omit.
+        lora_rule: how the modules were selected if not by suffixes, in words.
     """
 
     full: tuple[str, ...]
@@ -38,21 +39,22 @@ class Training:
 
     @property
     def components(self) -> frozenset[str]:
-        """Components whose weights or LoRA train."""
+        """Components with trained weights or LoRA."""
         return frozenset((*self.full, *self.parts, *([self.lora_component] if self.lora_component else [])))
 
     def weights(self, component: str, layout: Layout, names: Collection[str]) -> frozenset[str]:
-        """Those of a component's tensors, by the names of our module, that are trained and saved without LoRA."""
+        """Return those of a component's tensors, by module key, that are trained and saved without LoRA."""
         return frozenset(names) if component in self.full else layout.below(self.parts.get(component, ()), names)
 
 
 NOTHING_TRAINS = Training((), None, (), ())
+"""Of a precompute task."""
 
 
 def find_training(
     parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:
-    """What the parameters ask to train, among the components that are there. Adds to `problems`."""
+    """Return what the parameters select for training among the components. Adds to `problems`."""
     full, parts = find_trained(parameters, found, problems)
     changing = [found.components[name] for name in (*full, *parts) if name in found.components]
     problems += [_rounded(files) for files in changing if files.float8]
@@ -88,7 +90,7 @@ def find_training(
 
 
 def _rounded(files: ComponentFiles) -> Problem:
-    """The problem that weights train that are stored in so few numbers that most steps would not move them."""
+    """Return the problem of trained weights in a dtype so coarse that most steps would not change them."""
     return Problem(
         f"`trainable_models` names `{files.component}`, whose files `fp8_models` keeps in 8-bit floats: `{files.origin}`",
         f"remove them from `fp8_models`, or train a LoRA: `--lora_base_model {files.component}`",
@@ -128,7 +130,7 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
 
 
 def _not_written(lora_format: LoraFormat, facts: FamilyFacts) -> Problem:
-    """The problem that LoRA of the denoiser's modules cannot be written in a format."""
+    """Return the problem that a format has no names for the denoiser's modules."""
     naming = facts.component(facts.denoiser).lora_naming
     if naming.known(lora_format):
         return Problem(

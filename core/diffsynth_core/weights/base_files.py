@@ -1,9 +1,9 @@
-"""What weight files of a model hold: components apart by prefix, weights apart from what only tells how to read them.
+"""Weight files of models: components separated by prefix, weights separated from tensors that describe their format.
 
-Files that ComfyUI and its tools write put several components into one file, each below a prefix, and store matrices as
-8-bit floats with a scale beside them (W = stored x scale), in two spellings: `<layer>.scale_weight` with the marker
-`scaled_fp8`, and `<layer>.weight_scale` with `<layer>.comfy_quant`. Sources: comfy/utils.py (`convert_old_quants`) and
-QUANTIZATION.md of Comfy-Org/ComfyUI. No torch.
+Files of ComfyUI and its tools put several components into one file, each below a prefix, and store matrices as 8-bit
+floats with a scale (W = stored x scale), in two spellings: `<layer>.scale_weight` with the marker `scaled_fp8`, and
+`<layer>.weight_scale` with `<layer>.comfy_quant`. Sources: comfy/utils.py (`convert_old_quants`) and QUANTIZATION.md
+of Comfy-Org/ComfyUI. No torch.
 """
 
 import math
@@ -22,41 +22,45 @@ from diffsynth_core.weights.weight_sets import Span
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
-"""Ends of the names of scales; the weight `<layer>.weight` stands before them."""
+"""Suffixes of scales, which follow the name of the layer as `.weight` does."""
 QUANT_CONFIG = ".comfy_quant"
 QUANT_METADATA = "_quantization_metadata"
 """Where files say how a layer is stored: a tensor of JSON bytes beside it, or the metadata of the file."""
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise")
 CHANGES_OF_BASIS = ("convrot", "hadamard", "pre_quant_scale")
-"""Settings of a layer's format under which its weight is more than its stored numbers times a scale."""
+"""Options of a layer's format with which its weight is more than stored value x scale."""
 
 FLOAT8_MARKERS = ("scaled_fp8", "comfy_quant", "input_scale", "scale_input")
-"""Last parts of the names of tensors that only say that weights are 8-bit floats, or scale activations for products of
-such: they mean nothing once the weights are wide."""
+"""Last parts of the names of tensors that only mark weights as 8-bit floats, or scale activations for 8-bit products.
+
+They have no meaning for dequantized weights.
+"""
 NOT_WEIGHTS = (*FLOAT8_MARKERS, "spiece_model", "tekken_model", "logit_scale", "position_ids")
-"""Last parts of the names of tensors that no model computes with: tokenizers too, which ComfyUI puts beside their
-encoders, and what CLIP keeps for its training."""
+"""Last parts of the names of tensors that no model computes with: tokenizers, which ComfyUI stores with their
+encoders, and constants of CLIP's training.
+"""
 PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
-"""Ends of the names of what CLIP has behind its states, which nothing here reads."""
+"""Suffixes of CLIP's projections, which are not used."""
 QUANTISED = (
     *("absmax", "quant_map", "SCB", "weight_format", "qweight", "qzeros", "wscales", "_weight_qdata"),
     *("nested_absmax", "nested_quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
     *("weight_scale_2", "pre_quant_scale", "weight_scalar", "weight_s_rel"),
 )
-"""Last parts of the names of tensors that stand beside weights in fewer bits: bitsandbytes, GPTQ, AWQ, SVDQuant, and
-ComfyUI's formats of 4 bits."""
+"""Last parts of the names of tensors that accompany quantized weights: bitsandbytes, GPTQ, AWQ, SVDQuant, and
+ComfyUI's 4-bit formats.
+"""
 
 _PREFIX = re.compile(
     r"model\.diffusion_model\.|diffusion_model\.|transformer\.|"
     r"text_encoders\.\w+\.transformer\.|text_encoders\.|text_encoder(_\d)?\.|"
     r"vae\.|first_stage_model\.|clip_vision\.|image_encoder\."
 )
-"""How the names of a component begin in files that hold others too, or that ComfyUI and diffusers' tools write."""
+"""Prefixes of components in files of several components, or written by ComfyUI and diffusers' tools."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a stored weight is to be multiplied by; `name` in the files."""
+    """Scale of a stored weight; `name` in the files."""
 
     name: str
     header: TensorHeader
@@ -64,7 +68,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class BaseTensors:
-    """The weights among the tensors of files, by their names there, and the scales of those that have one."""
+    """The weights in files by name, and their scales."""
 
     weights: Mapping[str, TensorHeader]
     scales: Mapping[str, Scale]
@@ -72,9 +76,11 @@ class BaseTensors:
 
 @dataclass(frozen=True)
 class Part:
-    """What stands below one prefix in files: a component, as a rule.
+    """The tensors below one prefix in files: usually a component.
 
-    `tensors` and `scales`: of weights, by their names behind the prefix.
+    Attributes:
+        tensors: weights by name without the prefix.
+        scales: their scales, by the same names.
     """
 
     prefix: str
@@ -83,31 +89,31 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights as they are stored, with their scales."""
+        """Bytes of the stored weights and their scales."""
         scales = [scale.header for scale in self.scales.values()]
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *scales))
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that hold its weights."""
+        """The files that contain its weights."""
         return tuple(dict.fromkeys(tensor.path for tensor in self.tensors.values()))
 
 
 def read_parts(paths: Sequence[Path], origin: str | None = None) -> list[Part]:
-    """The parts of one model's files.
+    """Return the parts of one model's files.
 
     Raises:
-        DiffSynthError: as `read_headers` and `find_weights`.
+        DiffSynthError: see `read_headers` and `find_weights`.
     """
     origin = ", ".join(map(str, paths)) if origin is None else origin
     return parts_of(find_weights(origin, read_headers(paths)))
 
 
 def find_weights(origin: str, tensors: Mapping[str, TensorHeader]) -> BaseTensors:
-    """Tell weights from their scales and from what is none.
+    """Separate weights from their scales and from other tensors.
 
     Raises:
-        DiffSynthError: when weights are stored in fewer bits than can be read, or a scale fits no weight.
+        DiffSynthError: if weights are quantized in an unsupported way, or a scale fits no weight.
     """
     quantised = [name for name in tensors if name.rpartition(".")[2] in QUANTISED]
     if quantised:
@@ -132,7 +138,7 @@ def find_weights(origin: str, tensors: Mapping[str, TensorHeader]) -> BaseTensor
 
 
 def parts_of(found: BaseTensors) -> list[Part]:
-    """The weights by prefix, in the order in which the prefixes come; names without a known one are together."""
+    """Group weights by prefix, in order of appearance; names without a known prefix form one group."""
     weights: dict[str, dict[str, TensorHeader]] = {}
     scales: dict[str, dict[str, Scale]] = {}
     for name, tensor in found.weights.items():
@@ -145,9 +151,10 @@ def parts_of(found: BaseTensors) -> list[Part]:
 
 
 def scale_grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, int] | None:
-    """Into how many blocks of (rows, columns) a scale divides a weight `[rows, ...]`; None where it does not fit.
+    """Return the number of blocks of (rows, columns) into which a scale divides a weight `[rows, ...]`; None if it
+    does not fit.
 
-    One number is for all, `[rows]` and `[rows, 1]` for each row, `[row blocks, column blocks]` and
+    One number is for the whole weight, `[rows]` and `[rows, 1]` for each row, `[row blocks, column blocks]` and
     `[rows, column blocks, 1]` (musubi-tuner) for each block.
     """
     sides = list(scale)
@@ -165,7 +172,7 @@ def scale_grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, in
 
 
 def is_float8_marker(name: str) -> bool:
-    """Whether a tensor of the files has no use once no weight is stored in 8-bit floats."""
+    """Return whether a tensor has no meaning once no weight is stored in 8-bit floats."""
     return name.rpartition(".")[2] in FLOAT8_MARKERS
 
 
@@ -174,7 +181,7 @@ def _is_no_weight(name: str) -> bool:
 
 
 def _check_scale(origin: str, weight: str, scale: str, tensors: Mapping[str, TensorHeader]) -> None:
-    """Refuse a scale without a weight in 8-bit floats, and one of a shape that says nothing."""
+    """Reject a scale without an 8-bit weight, and one with a shape that does not fit."""
     if weight not in tensors:
         raise DiffSynthError(
             f"`{origin}` has the scale `{scale}`, but no `{weight}`", "download the file again, or pass all its shards"
@@ -197,7 +204,7 @@ def _quantised(origin: str, names: list[str], more: str = "") -> DiffSynthError:
 
 
 def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[str, TensorHeader]) -> None:
-    """Refuse layers of which the file itself says that they are stored in another way than with a scale."""
+    """Reject layers whose metadata declares another format than stored value x scale."""
     layers = {weight.removesuffix(".weight"): tensors[weight].path for weight in scales}
     for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
         for layer, config in _formats_in(path).items():
@@ -215,7 +222,7 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
 
 
 def _formats_in(path: Path) -> dict[str, object]:
-    """What a file says of the formats of its layers."""
+    """Return what a file declares about the formats of its layers."""
     if path.suffix in PICKLED_SUFFIXES:
         return {}
     header = read_header(path)

@@ -1,4 +1,4 @@
-"""What weight files say of their tensors: safetensors headers, read, checked and made without torch, and pickled files.
+"""Tensor headers of weight files: safetensors headers, read, checked and written without torch, and pickled files.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensor bytes
 (https://github.com/huggingface/safetensors#format).
@@ -18,18 +18,18 @@ from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT, safetensors_dtype
 from diffsynth_core.weights.pickled import read_pickled
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses longer headers."""
+"""Limit of the safetensors library."""
 HEADER_ALIGNMENT = 8
 MAX_SIZE = 2**63
-"""No side of a tensor can be as long; beside a side of 0 a header could say so."""
+"""Maximum side of a tensor: next to a side of 0, a header could declare any."""
 METADATA = "__metadata__"
 GGUF = b"GGUF"
-"""The first bytes of a file of llama.cpp's format. Source: docs/gguf.md of ggml-org/ggml."""
+"""First bytes of a GGUF file. Source: docs/gguf.md of ggml-org/ggml."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of one tensor; `dtype` in safetensors' words, such as `BF16`."""
+    """Shape and dtype of one tensor; `dtype` is a safetensors name, such as `BF16`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors of one file, its text metadata, and where in the file the bytes of each tensor begin and end."""
+    """All tensors of one file, its text metadata, and the byte offsets (begin, end) of each tensor in the file."""
 
     tensors: Mapping[str, TensorHeader]
     metadata: Mapping[str, str]
@@ -51,10 +51,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the size of the file.
+    """Read the header of a safetensors file, and check it against the size of the file.
 
     Raises:
-        DiffSynthError: when the file is no safetensors file, is cut short, or its header lies about offsets.
+        DiffSynthError: if the file is not a safetensors file, is truncated, or its header has wrong offsets.
     """
     try:
         size = path.stat().st_size
@@ -74,7 +74,7 @@ def read_header(path: Path) -> Header:
 
 
 def _all_utf8(texts: Iterable[str]) -> bool:
-    """Whether other programs can read and write all texts: JSON may contain an unpaired surrogate."""
+    """Return whether all strings can be encoded as UTF-8: JSON may contain unpaired surrogates."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -145,10 +145,10 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
 
 
 def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The 8 bytes of length and the JSON header, padded with blanks, of a file that holds tensors in this order.
+    """Return the 8 bytes of length and the JSON header, padded with spaces, of a file with tensors in this order.
 
     Args:
-        tensors: (name, dtype in safetensors' words, shape).
+        tensors: (name, safetensors dtype, shape).
     """
     content: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
@@ -162,15 +162,15 @@ def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: M
 
 
 def shapes_of(tensors: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    """Shapes alone, by name."""
+    """Return the shapes by name."""
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
-    """The tensors of several shards together.
+    """Return the tensors of several shards together.
 
     Raises:
-        DiffSynthError: as `read_header`, and when two shards hold the same tensor.
+        DiffSynthError: see `read_header`; also if two shards contain the same tensor.
     """
     tensors: dict[str, TensorHeader] = {}
     for path in paths:

@@ -1,7 +1,7 @@
-"""The weights that a user names: one safetensors file, shards with or without an index, or a folder. No torch.
+"""Weights given by a user: one safetensors file, shards with or without an index, or a folder. No torch.
 
-Only headers are read. What is not whole is refused: a missing shard, an index that contradicts its shards, a file whose
-header lies. Pickled files are refused too: what takes checkpoints apart copies bytes, which those have nowhere.
+Only headers are read. Incomplete sets are rejected: a missing shard, an index that contradicts its shards, a file with
+a wrong header. Pickled files are rejected too: the conversion commands copy byte ranges, which pickled files lack.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ INDEX_ENDING = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file: from `begin` up to `end`."""
+    """Bytes of a file from `begin` to `end` (exclusive)."""
 
     path: Path
     begin: int
@@ -32,9 +32,12 @@ class Span:
 class WeightSet:
     """The tensors of one file, or of the shards of one model.
 
-    `origin`: what the user wrote. `files`: in the order of their names. `tensors`: in the order of files and bytes.
-    `index`: the index file and what it says beside the places of tensors.
-    `metadata`: the text metadata of each file.
+    Attributes:
+        origin: what the user wrote.
+        files: sorted by name.
+        tensors: in the order of files and bytes.
+        index: the index file, and its content other than the weight map.
+        metadata: text metadata of each file.
     """
 
     origin: str
@@ -47,7 +50,7 @@ class WeightSet:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """All files that it is read from, which nothing may be written over."""
+        """All files that are read, none of which may be overwritten."""
         return (*self.files, *([self.index] if self.index else []))
 
     @property
@@ -56,16 +59,16 @@ class WeightSet:
         return sum(span.end - span.begin for span in self.spans.values())
 
     def metadata_value(self, key: str) -> str | None:
-        """What the metadata of the files say under a key; None where they say nothing, or different things."""
+        """Return the value of a metadata key; None if it is missing or differs between files."""
         values = {metadata[key] for metadata in self.metadata.values() if key in metadata}
         return values.pop() if len(values) == 1 else None
 
 
 def open_weights(paths: Sequence[Path]) -> WeightSet:
-    """The weight set that `paths` name together: a file, all shards, an index, or a folder that holds one set.
+    """Open the weight set that `paths` name: a file, all shards, an index, or a folder with one set.
 
     Raises:
-        DiffSynthError: when there is no such file, it is none that can be read, or the set is not whole.
+        DiffSynthError: if a file is missing or unreadable, or the set is incomplete.
     """
     origin = ", ".join(str(path) for path in paths)
     if len(paths) == 1:
@@ -88,7 +91,7 @@ def _first_twice(paths: Sequence[Path]) -> Path:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse what is no safetensors file by its name alone."""
+    """Reject files by name that are not safetensors files."""
     if not path.exists():
         raise DiffSynthError(f"`{path}` does not exist", "correct the path")
     if path.is_dir():
@@ -101,7 +104,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _open_folder(folder: Path) -> WeightSet:
-    """The one set of weights in a folder."""
+    """Open the only set of weights in a folder."""
     indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
     files = sorted(path for path in folder.glob(f"*{ENDING}") if not path.name.startswith("."))
     if len(indexes) == 1:
@@ -124,7 +127,7 @@ def _open_folder(folder: Path) -> WeightSet:
 
 
 def _open_index(path: Path, origin: str | None = None) -> WeightSet:
-    """The shards that an index file lists."""
+    """Open the shards of an index file."""
     weight_map, metadata = _read_index(path)
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
@@ -156,7 +159,7 @@ def _open_index(path: Path, origin: str | None = None) -> WeightSet:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Tensor -> shard, and what the index says beside that."""
+    """Return tensor -> shard, and the rest of the index."""
     if not path.exists():
         raise DiffSynthError(f"`{path}` does not exist", "correct the path")
     content = read_json(path, dict[str, Any], "download it again")
@@ -169,7 +172,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _check_shards(paths: Iterable[Path]) -> None:
-    """Names of the kind `…-00001-of-00003` promise each other."""
+    """Check that all shards exist that names such as `…-00001-of-00003` imply."""
     by_folder: dict[Path, list[str]] = {}
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path.name)
@@ -192,7 +195,7 @@ def _missing_shards(folder: Path, names: Sequence[str]) -> DiffSynthError:
 
 
 def _read(origin: str, files: Sequence[Path]) -> WeightSet:
-    """The headers of files, in the order of their bytes."""
+    """Read the headers of files, in byte order."""
     tensors: dict[str, TensorHeader] = {}
     spans: dict[str, Span] = {}
     metadata = {}

@@ -1,8 +1,8 @@
-"""Writing weight files that are made of others: a plan from headers first, bytes later. No torch.
+"""Writing weight files derived from others: a plan from headers first, bytes later. No torch.
 
 A tensor of an output is either a span of an input, copied by the system without passing through this process's memory,
-or made piece by piece when its turn comes. All files are written under temporary names, synced, opened again and held
-against the plan; only then do they take their final names, one right after the other, an index last.
+or computed piece by piece when it is written. All files are written under temporary names, synced, reopened and
+verified against the plan; only then are they renamed, one right after the other, an index last.
 """
 
 import errno
@@ -33,17 +33,16 @@ from diffsynth_core.weights.headers import TensorHeader, make_header, read_heade
 from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, Span
 
 COPIED_AT_ONCE = 64 * 1024**2
-"""Bytes between two signs of progress, and between two hints to the system that it may begin to write."""
+"""Bytes between two progress updates, and between two requests to the system to start writing."""
 NOT_COPIED_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Pieces = Callable[[], Iterable[bytes | bytearray | memoryview]]
-"""Makes the bytes of a tensor, in order, in pieces that need not fit in memory together."""
+"""Computes the bytes of a tensor, in order, in pieces that need not fit in memory together."""
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output; `dtype` in safetensors' words, `source` its bytes, in one or more places, or what makes
-    them."""
+    """One tensor of an output; `dtype` is a safetensors name, `source` its spans, or a function that computes it."""
 
     name: str
     dtype: str
@@ -58,11 +57,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file to be written.
+    """A safetensors file to write.
 
-    `metadata`: texts for its header, as they are.
-    `late`: asked when all tensors of all files are written; metadata known only then, whose places texts of the same
-    length hold in `metadata`.
+    Attributes:
+        metadata: texts for its header.
+        late: called when the tensors of all files are written, for metadata known only then; `metadata` has
+            placeholders of the same length.
     """
 
     path: Path
@@ -78,14 +78,14 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputIndex:
-    """An index file beside its shards, as diffusers and transformers read it."""
+    """The index file of shards, as diffusers and transformers read it."""
 
     path: Path
     text: str
 
 
 def aligned(tensors: Iterable[OutputTensor]) -> tuple[OutputTensor, ...]:
-    """In an order in which each begins at a multiple of its element's size: wide elements first, else as given."""
+    """Sort tensors such that each starts at a multiple of its element size: wide elements first, otherwise stable."""
     return tuple(sorted(tensors, key=lambda tensor: -BITS_PER_ELEMENT[tensor.dtype]))
 
 
@@ -96,9 +96,9 @@ def plan_shards(
     metadata: Mapping[str, str],
     max_shard_bytes: int | None,
 ) -> tuple[list[OutputFile], list[OutputIndex]]:
-    """`<stem>.safetensors`, or, where that would be more than `max_shard_bytes` of tensors, shards and their index.
+    """Plan `<stem>.safetensors` or, if its tensors exceed `max_shard_bytes`, shards with an index.
 
-    Tensors keep their order; one that is larger than `max_shard_bytes` has a shard of its own.
+    Tensors keep their order; one that is larger than `max_shard_bytes` gets a shard of its own.
     """
     parts: list[list[OutputTensor]] = [[]]
     filled = 0
@@ -118,7 +118,7 @@ def plan_shards(
 
 
 def make_index(path: Path, files: Iterable[OutputFile], metadata: Mapping[str, object] | None = None) -> OutputIndex:
-    """The index of shards: `weight_map`, and `metadata` with the bytes of all tensors as `total_size`."""
+    """Return the index of shards: `weight_map`, and `metadata` with the bytes of all tensors as `total_size`."""
     shards = list(files)
     content = {
         "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
@@ -131,7 +131,7 @@ Output = OutputFile | OutputIndex
 
 
 def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwrite: bool = False) -> list[Problem]:
-    """What keeps outputs from being written: their places, and the space on their disk. Writes nothing."""
+    """Return what prevents writing the outputs: their paths, and the disk space. Writes nothing."""
     problems = []
     for output in outputs:
         twin = _same_file(output.path, inputs)
@@ -150,7 +150,7 @@ def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwri
 
 
 def _same_file(path: Path, inputs: Collection[Path]) -> Path | None:
-    """The input that a path is, by its own name or through links."""
+    """Return the input that a path refers to, by its own name or through links."""
     for known in inputs:
         if path.absolute() == known.absolute() or (path.exists() and known.exists() and path.samefile(known)):
             return known
@@ -158,8 +158,10 @@ def _same_file(path: Path, inputs: Collection[Path]) -> Path | None:
 
 
 def _mixed_formats(outputs: Sequence[Output], inputs: Collection[Path]) -> list[Problem]:
-    """Files that are called as parts of what is written and are none, such as shards of another count: who reads the
-    folder would take them for it. Inputs may stay: they hold the same model."""
+    """Return files that look like parts of the output but are not, such as shards of another count.
+
+    A reader of the folder would use them. Inputs are allowed: they contain the same model.
+    """
     problems = []
     written = [output.path for output in outputs]
     places = dict.fromkeys((path.parent, stem) for path in written if (stem := _stem(path)) is not None)
@@ -178,13 +180,13 @@ def _mixed_formats(outputs: Sequence[Output], inputs: Collection[Path]) -> list[
 
 
 def _stem(path: Path) -> str | None:
-    """What the files of one model, shards and index, are called alike; None for files of other kinds."""
+    """Return the common stem of a model's files, shards and index; None for other files."""
     ending = next((ending for ending in (INDEX_ENDING, ENDING) if path.name.endswith(ending)), None)
     return None if ending is None else stem_of_shard(path.name) or path.name.removesuffix(ending)
 
 
 def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
-    """The problem that a folder takes no files, or its disk too few."""
+    """Return the problem of a folder that is not writable, or of a disk without enough space."""
     folder = outputs[0].path.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -201,7 +203,7 @@ def _space_problems(outputs: Sequence[Output]) -> list[Problem]:
 
 
 def output_bytes(output: Output) -> int:
-    """How large a file is going to be."""
+    """Return the final size of a file."""
     if isinstance(output, OutputIndex):
         return len(output.text.encode())
     return len(_header(output)) + output.nbytes
@@ -210,15 +212,14 @@ def output_bytes(output: Output) -> int:
 def write_outputs(
     outputs: Sequence[Output], inputs: Collection[Path], reporter: Reporter, overwrite: bool = False
 ) -> None:
-    """Write files, all of them or none; an index takes its name after the shards.
+    """Write all files, or none of them; an index is renamed after its shards.
 
-    A signal that stops the program (as an exception, `diffsynth_cli/stopping.py`) leaves nothing; once all is written
-    it no longer does, as the names are given within a moment.
+    A signal that stops the program (as an exception, `diffsynth_cli/stopping.py`) leaves no file; during the final
+    renames signals are ignored, so that all files get their names.
 
     Raises:
-        FaultsFound: as `output_problems` tells, before anything is written.
-        DiffSynthError: when a disk refuses, an input changes meanwhile, or what was written is not what was planned;
-            nothing is left then.
+        FaultsFound: see `output_problems`, before anything is written.
+        DiffSynthError: if a disk refuses, an input changes meanwhile, or verification fails; no file is left then.
     """
     raise_if_any(output_problems(outputs, inputs, overwrite))
     stamps = {path: _stamp(path) for path in inputs}
@@ -254,7 +255,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _put(output: Output, place: Path, task: Task) -> None:
-    """Write one file under its temporary name, for good, and check it."""
+    """Write one file under its temporary name, sync it, and verify it."""
     if isinstance(output, OutputIndex):
         place.write_text(output.text, encoding="utf-8")
         task.advance(output_bytes(output))
@@ -266,7 +267,7 @@ def _put(output: Output, place: Path, task: Task) -> None:
 
 
 def _complete(file: OutputFile, late: Mapping[str, str], place: Path) -> None:
-    """Put what is known by now in the header of a file that is written, and check it again."""
+    """Write late metadata into the header of a file, and verify it again."""
     final = replace(file, metadata={**file.metadata, **late})
     header = _header(final)
     assert len(header) == len(_header(file)), "late metadata must be as long as its placeholder"
@@ -277,7 +278,7 @@ def _complete(file: OutputFile, late: Mapping[str, str], place: Path) -> None:
 
 
 def _give_names(outputs: Sequence[Output], places: Mapping[Path, Path]) -> None:
-    """Give files their final names. An older index goes first: it would speak of shards old and new."""
+    """Rename files to their final names. An older index is removed first: it would refer to old and new shards."""
     for output in outputs:
         if isinstance(output, OutputIndex):
             output.path.unlink(missing_ok=True)
@@ -292,7 +293,7 @@ def _header(file: OutputFile) -> bytes:
 
 
 def _write(file: OutputFile, place: Path, task: Task) -> None:
-    """The bytes of one file."""
+    """Write the bytes of one file."""
     with place.open("wb", buffering=0) as stream, ExitStack() as opened:
         header = _header(file)
         _write_whole(stream, header)
@@ -310,7 +311,7 @@ def _write(file: OutputFile, place: Path, task: Task) -> None:
 
 
 def _make(tensor: OutputTensor, stream: BinaryIO, task: Task) -> None:
-    """The bytes of a tensor that is made piece by piece."""
+    """Compute and write a tensor piece by piece."""
     assert callable(tensor.source)
     for piece in tensor.source():
         _write_whole(stream, piece)
@@ -319,13 +320,13 @@ def _make(tensor: OutputTensor, stream: BinaryIO, task: Task) -> None:
 
 
 def _spans(tensor: OutputTensor) -> tuple[Span, ...]:
-    """The places of a tensor that is copied."""
+    """Return the spans of a copied tensor."""
     assert not callable(tensor.source)
     return (tensor.source,) if isinstance(tensor.source, Span) else tensor.source
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """The same bytes in as few spans as possible."""
+    """Merge adjacent spans."""
     last: Span | None = None
     for span in spans:
         if last and last.path == span.path and last.end == span.begin:
@@ -339,7 +340,7 @@ def _joined(spans: Iterable[Span]) -> Iterator[Span]:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, span: Span, task: Task) -> None:
-    """Append a span of a file to another, within the system where it can."""
+    """Append a span of a file to another, within the system if possible."""
     by_system = hasattr(os, "copy_file_range")
     place = span.begin
     while place < span.end:
@@ -366,9 +367,9 @@ def _copy(source: BinaryIO, target: BinaryIO, span: Span, task: Task) -> None:
 
 
 def _begin_writeback(stream: BinaryIO) -> None:
-    """Let the system begin to write what it holds of a file, so that the disk does not wait for the sync at the end.
+    """Start writing the cached pages of a file, so that the final sync has less to wait for.
 
-    On Linux this advice starts the write of pages that are not on the disk yet (mm/fadvise.c).
+    On Linux this advice starts the writeback of dirty pages (mm/fadvise.c).
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,9 +1,9 @@
-"""Names of FLUX.1's tensors and modules. No torch.
+"""Keys of FLUX.1's tensors and modules. No torch.
 
-Three sets of names meet here. Those of the original files (`flux1-dev.safetensors`, `ae.safetensors`): source
-black-forest-labs/flux, src/flux/{model,modules/layers,modules/autoencoder}.py. Those that users type and LoRA files
-hold, documented for the transformer: source modelscope/DiffSynth-Studio, diffsynth/models/flux_dit.py. And those of the
-modules in memory, which are diffusers' and transformers'.
+There are three sets of keys. Original: `flux1-dev.safetensors`, `ae.safetensors`; source black-forest-labs/flux,
+src/flux/{model,modules/layers,modules/autoencoder}.py. Documented, which users type and LoRA files contain, for the
+transformer: source modelscope/DiffSynth-Studio, diffsynth/models/flux_dit.py. Module keys: those of diffusers and
+transformers.
 """
 
 from diffsynth_core.models.control import count_added
@@ -64,7 +64,7 @@ DIT_ORIGINAL = TableMap(
     },
     swap_halves={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
-"""Of a modulation with two halves the original has the shift first, diffusers the scale."""
+"""Module keys by original key. In modulations with two parts the original has the shift first, diffusers the scale."""
 
 DIT_DOCUMENTED = TableMap(
     {
@@ -99,17 +99,17 @@ DIT_DOCUMENTED = TableMap(
         "final_proj_out": "final_layer.linear",
     }
 )
-"""Documented names -> original ones, which hold the same tensors.
+"""Documented keys -> original keys of the same tensors.
 
-Files of the reference trainer's first major version have the halves of `final_norm_out.linear` in diffusers' order;
-their names do not tell.
+Files of DiffSynth-Studio's first major version have the halves of `final_norm_out.linear` in diffusers' order, which
+their keys do not show.
 """
 
 DIT = ComposedKeyMap(DIT_DOCUMENTED, DIT_ORIGINAL)
-"""Documented names -> those of the module."""
+"""Documented keys -> module keys."""
 
 DIT_MODULES = tuple(name for name in DIT_DOCUMENTED.rules if not name.endswith(".weight"))
-"""Documented names of all modules of the transformer that are matrices."""
+"""Documented names of all modules of the transformer with a matrix."""
 
 DIT_SIDES = {
     **{f"blocks.{{}}.norm1_{stream}.linear": (6, 1) for stream in "ab"},
@@ -120,13 +120,13 @@ DIT_SIDES = {
     "single_blocks.{}.to_qkv_mlp": (7, 1),
     "single_blocks.{}.proj_out": (1, 5),
 }
-"""Rows and columns of weights, in widths of the transformer."""
+"""Rows and columns of weights, in multiples of the transformer's width."""
 DIT_BLOCKS = {"blocks.": 19, "single_blocks.": 38}
-"""Blocks of the largest published transformer."""
+"""Numbers of blocks of the largest published transformer."""
 
 _RESIDUAL_BLOCK = ("norm1", "conv1", "norm2", "conv2")
 _UP_LEVELS = {3: 0, 2: 1, 1: 2, 0: 3}
-"""The original numbers the decoder's levels from fine to coarse, diffusers from coarse to fine."""
+"""Level of the decoder in the original (fine to coarse) -> in diffusers (coarse to fine)."""
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 VAE_ORIGINAL = TableMap(
@@ -171,10 +171,10 @@ VAE_ORIGINAL = TableMap(
         for theirs, ours in _ATTENTION.items()
     },
 )
-"""A shortcut stands only where the width changes."""
+"""Module keys by original key. A shortcut exists only where the width changes."""
 
 CLIP = PrefixMap(("text_model.", ""))
-"""Files of CLIP's text half have one more level than today's module; files that today's module writes may lack it."""
+"""Files of CLIP's text model have a level more than the current module; files saved by that may lack it."""
 
 T5 = TableMap(
     {
@@ -195,7 +195,7 @@ T5 = TableMap(
     },
     ignored=("encoder.embed_tokens",),
 )
-"""All but the module's second name for `shared.weight`, which some files have too."""
+"""Module keys, without the second key of `shared.weight`, which some files contain too."""
 
 DIT_ORIGINAL_SIGNATURE = frozenset(
     {
@@ -232,7 +232,7 @@ CLIP_FLAT_SIGNATURE = frozenset({"embeddings.token_embedding.weight", "final_lay
 T5_SIGNATURE = frozenset({"shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"})
 
 UMT5_TENSORS = frozenset({"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"})
-"""UMT5 has the position bias in each block, T5 in its first only."""
+"""UMT5 has the position bias in each block, T5 only in its first."""
 FLUX_2_VAE_TENSORS = frozenset({"bn.running_mean", "bn.running_var"})
 
 
@@ -240,18 +240,20 @@ CONTROLNET_SIGNATURE = frozenset(
     {"transformer_blocks.0.norm1_context.linear.weight", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
 )
 UNION_TENSORS = frozenset({"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"})
-"""Of ControlNets for several kinds of images, which must be told the kind."""
+"""Tensors of ControlNets for several kinds of control images, which require the kind as an input."""
 HINT_TENSORS = frozenset({"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"})
-"""Of ControlNets that read the pixels of an image, not its latents."""
+"""Tensors of ControlNets that read pixels instead of latents."""
 
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
-"""Of a last block: they only shape the text behind it."""
+"""Modules of the last block that only affect the text stream after it."""
 
 
 def dead_in_controlnet(names: frozenset[str], blocks: int | None, single_blocks: int | None) -> frozenset[str]:
-    """Modules of a ControlNet that cannot influence what a transformer of so many blocks (None: many) makes of it.
+    """Return the modules of a ControlNet that cannot affect a transformer with these numbers of blocks (None:
+    unlimited).
 
-    Its single-stream blocks read what its double-stream ones make; without them, its text ends with the last in use.
+    Single-stream blocks read the output of double-stream blocks; without them, the text stream ends with the last
+    block in use.
     """
     double, single = (count_blocks(names, f"{kind}transformer_blocks.") for kind in ("", "single_"))
     used = double if blocks is None else count_added(double, blocks)
@@ -266,5 +268,5 @@ def dead_in_controlnet(names: frozenset[str], blocks: int | None, single_blocks:
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
-    """Training reads latents, so nothing is decoded."""
+    """Return the decoder: training reads latents, so nothing is decoded."""
     return frozenset({"decoder", "post_quant_conv"})

@@ -1,7 +1,7 @@
-"""Names of FLUX.2's tensors and modules. No torch.
+"""Keys of FLUX.2's tensors and modules. No torch.
 
-Files, documented names and modules agree: they are those of diffusers (transformer, VAE) and transformers (Qwen3).
-LoRA files for ComfyUI and those of kohya's trainers hold the names of black-forest-labs/flux2, src/flux2/model.py.
+Files, documented names and modules have the same keys, those of diffusers (transformer, VAE) and transformers (Qwen3).
+LoRA files of ComfyUI and of kohya's trainers use the names of black-forest-labs/flux2, src/flux2/model.py.
 """
 
 import re
@@ -14,8 +14,8 @@ LORA_TARGETS = (
 )  # fmt: skip
 """The documented `lora_target_modules` of the transformer.
 
-Recipes name the last one block by block, `single_transformer_blocks.N.attn.to_out`. As an ending it addresses the same
-modules: what the double blocks call `to_out` is a list, whose first is `to_out.0`.
+Recipes list the last one block by block, `single_transformer_blocks.N.attn.to_out`. As a suffix it selects the same
+modules: in double blocks `to_out` is a list, whose first item is `to_out.0`.
 """
 
 DIT_ORIGINAL = TableMap(
@@ -61,7 +61,7 @@ DIT_ORIGINAL = TableMap(
 modulation the original has the shift first, diffusers the scale."""
 
 DIT_MODULES = tuple(name for names in DIT_ORIGINAL.rules.values() for name in names if not name.endswith(".weight"))
-"""Documented names of all modules of the transformer that are matrices."""
+"""Documented names of all modules of the transformer with a matrix."""
 
 DIT_SIDES = {
     **{f"transformer_blocks.{{}}.{half}.linear_in": (6, 1) for half in ("ff", "ff_context")},
@@ -69,12 +69,12 @@ DIT_SIDES = {
     "single_transformer_blocks.{}.attn.to_qkv_mlp_proj": (9, 1),
     "single_transformer_blocks.{}.attn.to_out": (1, 4),
 }
-"""Rows and columns of weights, in widths of the transformer: its MLPs are three widths wide, twice where gated."""
+"""Rows and columns of weights, in multiples of the transformer's width; gated MLPs have 2 x 3 widths."""
 DIT_BLOCKS = {"transformer_blocks.": 8, "single_transformer_blocks.": 48}
-"""Blocks of the largest published transformer."""
+"""Numbers of blocks of the largest published transformer."""
 
 TEXT_LAYERS = (9, 18, 27)
-"""The transformer reads what has passed through as many layers of Qwen3."""
+"""The transformer reads the hidden states after these layers of Qwen3."""
 
 TRANSFORMER_SIGNATURE = frozenset(
     {
@@ -101,18 +101,18 @@ DEV_TEXT_ENCODER_SIGNATURE = frozenset(
 DEV_TEXT_ENCODER_MODULE_SIGNATURE = frozenset(
     {"model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"}
 )
-"""Files of Mistral 3 carry names of earlier transformers releases, or those of today's module."""
+"""Files of Mistral 3 have the keys of earlier transformers releases, or current module keys."""
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
-    """Nothing reads what stands behind the last layer whose states the transformer is given."""
+    """Return the layers after the last one whose hidden states the transformer reads."""
     layers = {int(match[1]) for match in map(_LAYER.match, names) if match}
-    behind = {f"model.layers.{layer}" for layer in layers if layer >= max(TEXT_LAYERS)}
-    return frozenset({"model.norm", "lm_head", *behind})
+    later = {f"model.layers.{layer}" for layer in layers if layer >= max(TEXT_LAYERS)}
+    return frozenset({"model.norm", "lm_head", *later})
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
-    """Training reads latents, so nothing is decoded, and the statistics of latents are constants."""
+    """Return the decoder, which training does not use, and the latent statistics, which are constants."""
     return frozenset({"decoder", "post_quant_conv", "bn"})

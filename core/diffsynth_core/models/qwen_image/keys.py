@@ -1,7 +1,7 @@
-"""Names of Qwen-Image's tensors and modules. No torch.
+"""Keys of Qwen-Image's tensors and modules. No torch.
 
-The documented names are those of diffusers (transformer, VAE) and of today's transformers (text encoder). Files of the
-text encoder carry the names of earlier transformers releases: `model.layers…`, `visual.…`.
+The documented names are those of diffusers (transformer, VAE) and of current transformers (text encoder). Files of the
+text encoder have the keys of earlier transformers releases: `model.layers…`, `visual.…`.
 """
 
 import re
@@ -16,10 +16,10 @@ TEXT_ENCODER_FILES = PrefixMap(
     ("model.visual.", "model.visual."),
     ("model.", "model.language_model."),
 )
-"""Names in files of the text encoder, old or new style -> names in the module."""
+"""Keys in files of the text encoder, of earlier or current releases -> module keys."""
 
 TEXT_ENCODER_PUBLISHED = PrefixMap(("visual.", "model.visual."), ("model.", "model.language_model."))
-"""Names in the published files of the text encoder -> names in the module."""
+"""Keys in the published files of the text encoder -> module keys."""
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
@@ -49,7 +49,7 @@ DIT_MODULES = (
     "norm_out.linear",
     "proj_out",
 )
-"""Documented names of all modules of the transformer that are matrices."""
+"""Documented names of all modules of the transformer with a matrix."""
 
 DIT_SIDES = {
     "transformer_blocks.{}.img_mod.1": (6, 1),
@@ -59,37 +59,37 @@ DIT_SIDES = {
     "transformer_blocks.{}.txt_mlp.net.0.proj": (4, 1),
     "transformer_blocks.{}.txt_mlp.net.2": (1, 4),
 }
-"""Rows and columns of weights, in widths of the transformer."""
+"""Rows and columns of weights, in multiples of the transformer's width."""
 DIT_BLOCKS = {"transformer_blocks.": 60}
-"""Blocks of the largest published transformer."""
+"""Numbers of blocks of the largest published transformer."""
 
 LAST_TEXT_MODULES = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-"""Of the last block: they only shape the text stream behind it, which nothing reads, so no gradient reaches them."""
+"""Modules of the last block that only affect the unused text stream after it, so they receive no gradient."""
 
 _TIME_CONVOLUTION = re.compile(r"^encoder\.down_blocks\.\d+\.time_conv")
 
 
 def unused_in_text_encoder(names: frozenset[str]) -> frozenset[str]:
-    """Captions pass neither through the image half of Qwen2.5-VL, which images to edit do reach, nor through its
-    vocabulary head."""
+    """Return the output head, and the vision tower, which only reference images pass through."""
     return frozenset({"model.visual", "lm_head"})
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
-    """Training reads latents, so nothing is decoded, and an image is one frame, so nothing is shrunk in time."""
+    """Return the decoder, and convolutions over time: an image is one frame, which is not downsampled in time."""
     time = {match[0] for match in map(_TIME_CONVOLUTION.match, names) if match}
     return frozenset({"decoder", "post_quant_conv", *time})
 
 
 def dead_modules(names: frozenset[str]) -> frozenset[str]:
-    """Modules of the transformer that cannot influence its output, given the names of its modules or tensors."""
+    """Return the modules of the transformer that cannot affect its output, given the keys of modules or tensors."""
     return _text_half(count_blocks(names, "transformer_blocks.") - 1)
 
 
 def dead_in_controlnet(names: frozenset[str], blocks: int | None) -> frozenset[str]:
-    """Modules of a ControlNet that cannot influence what a transformer of `blocks` blocks (None: many) makes of it.
+    """Return the modules of a ControlNet that cannot affect a transformer with this number of blocks (None:
+    unlimited).
 
-    Its text ends with its last block in use.
+    Its text stream ends with its last block in use.
     """
     own = count_blocks(names, "transformer_blocks.")
     used = own if blocks is None else count_added(own, blocks)
@@ -98,5 +98,5 @@ def dead_in_controlnet(names: frozenset[str], blocks: int | None) -> frozenset[s
 
 
 def _text_half(last: int) -> frozenset[str]:
-    """What shapes the text behind the last block, if there is any."""
+    """Return the modules that only affect the text stream after the last block."""
     return frozenset(f"transformer_blocks.{last}.{module}" for module in LAST_TEXT_MODULES if last >= 0)

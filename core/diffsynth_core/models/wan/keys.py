@@ -1,7 +1,7 @@
-"""Names of Wan's tensors and modules. No torch.
+"""Keys of Wan's tensors and modules. No torch.
 
 The documented names are Wan's own, as in `diffusion_pytorch_model*.safetensors`, `models_t5_*.pth`, `Wan2.1_VAE.pth`,
-`Wan2.2_VAE.pth` and `models_clip_*.pth`. The modules are those of diffusers and transformers. Sources:
+`Wan2.2_VAE.pth` and `models_clip_*.pth`. Module keys are those of diffusers and transformers. Sources:
 Wan-Video/Wan2.1 and Wan2.2, wan/modules/{model,t5,vae,vae2_2,clip}.py.
 """
 
@@ -62,7 +62,7 @@ _WITHOUT_MATRIX = (
 )
 
 DIT_MODULES = tuple(name for name in DIT.rules if not name.endswith(_WITHOUT_MATRIX))
-"""Documented names of all modules of the transformer that are matrices or convolutions."""
+"""Documented names of all modules of the transformer with a matrix or a convolution."""
 
 TEXT_ENCODER = TableMap(
     {
@@ -80,7 +80,7 @@ TEXT_ENCODER = TableMap(
         "norm": "encoder.final_layer_norm",
     }
 )
-"""The module's `encoder.embed_tokens.weight` is tied to `shared.weight`: no file in Wan's own names has it."""
+"""`encoder.embed_tokens.weight` of the module is tied to `shared.weight`: files in Wan's own layout lack it."""
 
 VAE_OUTER = {
     "conv1": "quant_conv",
@@ -114,7 +114,7 @@ VAE_OUTER = {
     "decoder.head.0": "decoder.norm_out",
     "decoder.head.2": "decoder.conv_out",
 }
-"""What both VAEs share: all but the levels between `conv1` and `middle`, and between `middle` and `head`."""
+"""What both VAEs share: everything but the levels between `conv1` and `middle`, and between `middle` and `head`."""
 
 VAE_2_1_UP_BLOCKS = {
     "decoder.upsamples.0": "decoder.up_blocks.0.resnets.0",
@@ -130,7 +130,7 @@ VAE_2_1_UP_BLOCKS = {
     "decoder.upsamples.13": "decoder.up_blocks.3.resnets.1",
     "decoder.upsamples.14": "decoder.up_blocks.3.resnets.2",
 }
-"""Wan numbers residual blocks and upsamplers of all levels in one row; diffusers numbers them level by level."""
+"""Wan numbers residual blocks and upsamplers of all levels consecutively; diffusers numbers them per level."""
 
 RESIDUAL_BLOCK = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
 
@@ -202,10 +202,10 @@ IMAGE_ENCODER = TableMap(
     },
     ignored=("visual.head", "textual", "log_scale"),
 )
-"""The image half of CLIP; its projection, the text half and the scale between them are not read."""
+"""The vision model of CLIP; its projection, the text model and the logit scale are not read."""
 
 IMAGE_ENCODER_DIFFUSERS = PrefixMap(("vision_model.", ""))
-"""Files of diffusers repositories come from transformers releases that had one more level above CLIP's image half."""
+"""Files of diffusers repositories come from transformers releases with one more level above the vision model."""
 
 DIT_ORIGINAL_SIGNATURE = frozenset(
     {"blocks.0.self_attn.q.weight", "blocks.0.cross_attn.norm_k.weight", "head.modulation"}
@@ -223,7 +223,7 @@ TEXT_ENCODER_DIFFUSERS_SIGNATURE = frozenset(
         "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
     }
 )
-"""T5 has the position bias in its first block only, UMT5 in each."""
+"""T5 has the position bias only in its first block, UMT5 in each."""
 VAE_2_1_ORIGINAL_SIGNATURE = frozenset(
     {"encoder.downsamples.0.residual.0.gamma", "encoder.conv1.weight", "conv2.weight"}
 )
@@ -243,17 +243,17 @@ IMAGE_ENCODER_DIFFUSERS_SIGNATURE = frozenset(
     {"vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"}
 )
 IMAGE_ENCODER_FLAT_SIGNATURE = frozenset({"embeddings.class_embedding", "pre_layrnorm.weight"})
-"""Names as in today's module: those of files without the level `vision_model`."""
+"""Current module keys: those of files without the level `vision_model`."""
 
 _LAYER = re.compile(r"^encoder\.layers\.(\d+)\.")
 
 
 def unused_in_vae(names: frozenset[str]) -> frozenset[str]:
-    """Training reads latents, so nothing is decoded."""
+    """Return the decoder: training reads latents, so nothing is decoded."""
     return frozenset({"decoder", "post_quant_conv"})
 
 
 def unused_in_image_encoder(names: frozenset[str]) -> frozenset[str]:
-    """The transformer reads what enters CLIP's last layer (`hidden_states[-2]`)."""
+    """Return the last layer: the transformer reads CLIP's states before it (`hidden_states[-2]`)."""
     layers = [int(match[1]) for match in map(_LAYER.match, names) if match]
     return frozenset({"post_layernorm", *({f"encoder.layers.{max(layers)}"} if layers else ())})
