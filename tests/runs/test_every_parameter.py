@@ -6,7 +6,7 @@ other files.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,52 +170,85 @@ WEIGHTS: dict[str, tuple[object, ...]] = {
 """Parameters that change the weights after equal losses."""
 
 
-@pytest.fixture
-def run(cli, photographs: Path, tmp_path: Path) -> Iterator[Callable[..., Ended]]:
-    """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags are folders."""
-    dataset = Path(shutil.copytree(photographs, tmp_path / "images"))
+@pytest.fixture(scope="module")
+def dataset(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs, with metadata of the first two; beside them a folder of one."""
+    folder = tmp_path_factory.mktemp("every_parameter")
+    dataset, one = Path(shutil.copytree(photographs, folder / "images")), folder / "one"
     rows = (dataset / "metadata.csv").read_text().splitlines()
     (dataset / "two.csv").write_text("\n".join(rows[:3]) + "\n")
-    one = tmp_path / "one"
     one.mkdir()
     shutil.copy(photographs / "chelsea.png", one)
     (one / "chelsea.txt").write_text("a cat")
-    names = {"dataset": dataset, "one": one, "work": Path.cwd()}
+    return dataset
+
+
+@pytest.fixture
+def run(cli: Callable[..., Outcome], dataset: Path) -> Callable[..., Ended]:
+    """Train on the photographs; `{dataset}`, `{one}` and `{work}` in flags are folders."""
+    names = {"dataset": dataset, "one": dataset.parent / "one", "work": Path.cwd()}
     count = iter(range(9))
 
-    def start(*flags: object) -> Ended:
-        folder = Path.cwd() / f"out-{next(count)}"
+    def start(*flags: object, output: Path | None = None) -> Ended:
+        folder = output or Path.cwd() / f"out-{next(count)}"
         words = [str(flag).format(**names) for flag in flags]
         base = ("--dataset_base_path", dataset, "--output_path", folder)
         return Ended(cli("train", *RECIPE, *base, *words), folder)
 
-    yield start
+    return start
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[object, ...], Ended]]:
+    """The runs that others are held against, each done once, by its flags; and a folder for them."""
+    return tmp_path_factory.mktemp("plain"), {}
+
+
+@pytest.fixture
+def plain(run: Callable[..., Ended], known: tuple[Path, dict[tuple[object, ...], Ended]]) -> Callable[..., Ended]:
+    """A run without the parameter that is looked at. It must not be changed."""
+    folder, runs = known
+
+    def find(*flags: object) -> Ended:
+        if flags not in runs:
+            runs[flags] = run(*flags, output=folder / str(len(runs)) / "out")
+            assert runs[flags].outcome.code == 0, runs[flags].outcome.err
+        return runs[flags]
+
+    return find
+
+
+LARGE_STEPS = (*SHORT, "--learning_rate", 0.01)
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_a_parameter_has_its_effect(run, name):
+def test_a_parameter_has_its_effect(run, plain, name):
     effect = EFFECTS[name]
-    without = run(*effect.besides)
-    assert without.outcome.code == 0, without.outcome.err
-    assert effect.observe(without) != effect.expected
+    assert effect.observe(plain(*effect.besides)) != effect.expected
     given = run(*effect.besides, *effect.flags)
     assert effect.observe(given) == effect.expected, given.outcome.err
 
 
+def test_equal_parameters_give_equal_runs(run, plain):
+    """Else the differences below would prove nothing."""
+    assert run(*SHORT).metrics("loss") == plain(*SHORT).metrics("loss")
+    first, again = plain(*LARGE_STEPS), run(*LARGE_STEPS)
+    assert first.metrics("loss") == again.metrics("loss")
+    assert first.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_parameter_changes_the_loss(run, name):
-    first, other, again = (run(*SHORT, *flags).metrics("loss") for flags in ((), LOSSES[name], ()))
-    assert first == again
-    assert first[0] != other[0]
+def test_a_parameter_changes_the_loss(run, plain, name):
+    assert run(*SHORT, *LOSSES[name]).metrics("loss")[0] != plain(*SHORT).metrics("loss")[0]
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_parameter_changes_the_weights_and_not_the_loss(run, name):
-    runs = [run(*SHORT, "--learning_rate", 0.01, *flags) for flags in ((), WEIGHTS[name], ())]
-    first, other, again = (run.tensors for run in runs)
-    assert runs[0].metrics("loss")[0] == runs[1].metrics("loss")[0]
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
+def test_a_parameter_changes_the_weights_and_not_the_loss(run, plain, name):
+    first, other = plain(*LARGE_STEPS), run(*LARGE_STEPS, *WEIGHTS[name])
+    assert first.metrics("loss")[0] == other.metrics("loss")[0]
+    tensors = other.tensors
+    assert any(not torch.equal(tensor, tensors[name]) for name, tensor in first.tensors.items())
 
 
 @pytest.mark.parametrize("name", ["use_gradient_checkpointing", "use_gradient_checkpointing_offload"])

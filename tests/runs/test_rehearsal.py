@@ -41,15 +41,18 @@ PROOFS = {
 
 
 LIKE_OTHERS = (
-    "flux.1-krea-dev", "flux.2-klein-9b", "flux.2-klein-base-9b", "qwen-image-2512", "wan2.1-t2v-14b", "wan2.1-i2v-14b-720p",
-)  # fmt: skip
-"""Recipes that differ from another one only in name and size; `make test-all` rehearses them too."""
+    *("flux.1-krea-dev", "flux.2-klein-9b", "flux.2-klein-base-4b", "flux.2-klein-base-9b", "qwen-image-2512"),
+    *("wan2.1-t2v-14b", "wan2.1-i2v-14b-720p"),
+    "wan2.2-t2v-a14b-full",  # the model of wan2.1-t2v-1.3b-full in the stages of wan2.2-t2v-a14b-lora
+)
+"""Recipes, or models of which both recipes are meant, that differ from another one only in name and size: variant, what
+is trained and how, and stages are rehearsed with the others. `make test-all` rehearses them too."""
 
 
 def recipes() -> Iterator[Any]:
     for name in recipe_names():
         model = name.removesuffix("-lora").removesuffix("-full")
-        yield pytest.param(name, marks=[pytest.mark.long] if model in LIKE_OTHERS else [])
+        yield pytest.param(name, marks=[pytest.mark.long] if {name, model} & {*LIKE_OTHERS} else [])
 
 
 @pytest.mark.parametrize("recipe", list(recipes()))

@@ -89,8 +89,12 @@ HOW = (
 )
 
 
-DISTILLED = ("qwen-image", "flux", "flux2", "wan-ti2v")
-ROADS = [*((name, "sft") for name in KINDS), *((name, "direct_distill") for name in DISTILLED)]
+DISTILLED = {"qwen-image": (), "flux": pytest.mark.long, "flux2": pytest.mark.long, "wan-ti2v": ()}
+"""What distillation adds, the columns of the sampler, is the same in all families: images and clips are enough."""
+ROADS = [
+    *((name, "sft") for name in KINDS),
+    *(pytest.param(name, "direct_distill", marks=marks) for name, marks in DISTILLED.items()),
+]
 
 
 @pytest.mark.parametrize(("name", "objective"), ROADS)
