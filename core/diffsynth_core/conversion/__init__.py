@@ -1,1 +1,1 @@
-"""Weight files made of others: checkpoints taken apart, LoRAs merged, names translated; no model is built."""
+"""Commands that derive weight files from others: splitting, joining, merging, converting; no model is built."""

@@ -1,4 +1,4 @@
-"""The weights that something is merged into or checked against: which component of which family they are. No torch."""
+"""Base weights that a LoRA is merged into or checked against: their family and component. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +16,14 @@ from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet, open_wei
 
 @dataclass(frozen=True)
 class Base:
-    """A component's weights. `shapes`: weight shapes of the modules that can carry a LoRA, by documented name.
-    `prefix`: what all its names in the files begin with; what has other beginnings is not of this component.
-    `tensor_shapes`: shapes of all its tensors, by documented name.
-    `scales`: of all weights in the files that have one, by their names there."""
+    """A component's weights.
+
+    Attributes:
+        shapes: weight shapes of the modules that can have a LoRA, by documented name.
+        prefix: prefix of the component's keys in the files; keys without it belong to others.
+        tensor_shapes: shapes of all its tensors, by documented name.
+        scales: scales of weights in the files, by key.
+    """
 
     weights: WeightSet
     facts: FamilyFacts
@@ -32,23 +36,23 @@ class Base:
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
         return f"the {self.facts.title} {self.component.title}"
 
     def names_of(self, tensor: str) -> frozenset[str]:
-        """Names in the files of what holds a documented tensor."""
+        """Return the keys in the files that contain a documented tensor."""
         own = self.layout.public_keys.to_targets(tensor) or ()
         return frozenset(self.prefix + name for part in own if (name := self.layout.names.to_source(part)) is not None)
 
 
 def open_base(text: str, models: Path, option: str = "--base") -> Base:
-    """The component that `text` names: a file, a folder, an index, or `model_id:glob` below the folder `models`.
+    """Open the component that `text` names: a file, a folder, an index, or `model_id:glob` below the folder `models`.
 
     Args:
-        option: where the user wrote it, for messages.
+        option: the option that `text` is the value of, for messages.
 
     Raises:
-        DiffSynthError: as `open_weights` and `find_weights`, when nothing is there, or it is no known component.
+        DiffSynthError: see `open_weights` and `find_weights`; also if nothing is found, or not a known component.
     """
     weights = open_weights(_paths(text, models, option))
     found = find_weights(weights.origin, weights.tensors)
@@ -63,7 +67,7 @@ def open_base(text: str, models: Path, option: str = "--base") -> Base:
 
 
 def _paths(text: str, models: Path, option: str) -> list[Path]:
-    """What `text` names; the shards that a glob finds are read through the index beside them, if there is one."""
+    """Return the files that `text` names; shards found by a glob are read through their index, if there is one."""
     if Path(text).exists():
         return [Path(text)]
     folder = locate_folder(text, models)

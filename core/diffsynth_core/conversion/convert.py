@@ -1,4 +1,4 @@
-"""`convert-lora`: a LoRA file in the names of another program, with the same change of weights. No torch."""
+"""`convert-lora`: converts a LoRA file to the format of another program, with the same weight changes. No torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ NO_LONGER_TRUE = (
     *(ADAPTER_SETTINGS, "ss_network_dim", "ss_network_alpha"),
     *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
 )
-"""Metadata that speak of the file they came with: of its keys, its ranks and scales, or its bytes."""
+"""Metadata about the original file: its keys, ranks and scales, or bytes."""
 
 
 def plan_conversion(
@@ -35,14 +35,14 @@ def plan_conversion(
     base: str | None = None,
     allow_unmatched: bool = False,
 ) -> FilePlan:
-    """The file that `path` becomes in the format `target`.
+    """Plan the conversion of `path` to the format `target`.
 
     Args:
-        models: the folder below which `base` may be named as `model_id:glob`.
-        base: weights that every key must find a module of, before and after; none are needed to convert.
+        models: folder below which `base` may be given as `model_id:glob`.
+        base: weights against which all keys are checked, before and after; optional.
 
     Raises:
-        DiffSynthError: as `open_lora_file`, `open_lora` and `open_base`; when a key finds no module of the base.
+        DiffSynthError: see `open_lora_file`, `open_lora` and `open_base`; also if a key matches no module of the base.
     """
     if output.suffix != ENDING:
         problem = Problem(
@@ -63,7 +63,7 @@ def plan_conversion(
 
 
 def _check(source: RecognisedLora, text: str, models: Path, files: Mapping[Path, Mapping[str, TensorHeader]]) -> None:
-    """Hold a LoRA against its base, as it is and as it is going to be."""
+    """Check a LoRA against its base, before and after the conversion."""
     base = open_base(text, models, "--check")
     expected = source.facts.component(source.facts.denoiser)
     if base.facts is not source.facts or base.component is not expected:
@@ -75,7 +75,7 @@ def _check(source: RecognisedLora, text: str, models: Path, files: Mapping[Path,
 
 
 def _metadata(source: RecognisedLora, target: LoraFormat) -> dict[str, str]:
-    """What the new file says of itself: what the old one did, as far as it is still true, and what it is now."""
+    """Return the metadata of the new file: that of the old one as far as it still applies, and what changed."""
     (kept,) = source.weights.metadata.values()
     return {
         **{key: text for key, text in kept.items() if key not in NO_LONGER_TRUE},
@@ -89,7 +89,7 @@ def _metadata(source: RecognisedLora, target: LoraFormat) -> dict[str, str]:
 def _facts(
     source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None
 ) -> Mapping[str, Any]:
-    """What is told of a conversion to programs."""
+    """Return the result for machine-readable output."""
     return {
         "family": source.facts.name,
         "component": source.naming.component,
@@ -109,12 +109,12 @@ def _facts(
 
 
 def _raised(written: Sequence[WrittenLora]) -> list[WrittenLora]:
-    """Modules whose rank is higher than that of the LoRAs they are made of."""
+    """Return the modules whose rank is higher than those of the LoRAs that they consist of."""
     return [lora for lora in written if lora.rank > max(lora.ranks)]
 
 
 def _notes(source: RecognisedLora, written: Sequence[WrittenLora], target: LoraFormat, base: str | None) -> list[str]:
-    """What a user should know."""
+    """Return remarks for the user."""
     notes = [
         f"{source.weights.origin}: {source.title}, {source.spelling} -> {target}, "
         f"{pluralize(len(source.lora.pairs), 'module')} read, {len(written)} written"

@@ -1,4 +1,4 @@
-"""Putting together what was taken apart: shards of one model, or the parts of a checkpoint. A plan; no torch."""
+"""Joining of shards of one model, or of the parts of a split checkpoint: a plan from headers. No torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from diffsynth_core.weights.weight_writer import OutputFile, OutputTensor, align
 
 @dataclass(frozen=True)
 class SplitSource:
-    """What a part was in the checkpoint that it was taken from."""
+    """What a part was in the checkpoint from which it was split."""
 
     file: str
     prefix: str
@@ -27,10 +27,10 @@ class SplitSource:
 
 
 def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
-    """One file of the shards of a model, or of the parts of a checkpoint, which get the beginnings of their keys back.
+    """Plan one file from the shards of a model, or from the parts of a checkpoint, whose keys get their prefixes back.
 
     Raises:
-        DiffSynthError: when the files do not belong together, or hold a tensor twice.
+        DiffSynthError: if the files do not belong together, or contain a tensor twice.
     """
     sets = _open(paths)
     parts = [_split_source(weights) for weights in sets]
@@ -54,7 +54,7 @@ def plan_join(paths: Sequence[Path], folder: Path) -> FilePlan:
 
 
 def _open(paths: Sequence[Path]) -> list[WeightSet]:
-    """The weight sets that paths name: shards by their stem, all sets of a folder, any other file for itself."""
+    """Return the weight sets of paths: shards by stem, all sets of a folder, any other file by itself."""
     listed = [item for path in paths for item in (_sets_in(path) if path.is_dir() else [path])]
     groups: dict[object, list[Path]] = {}
     for path in listed:
@@ -66,7 +66,7 @@ def _open(paths: Sequence[Path]) -> list[WeightSet]:
 
 
 def _sets_in(folder: Path) -> list[Path]:
-    """The indexes of a folder, and the safetensors files that are no shards of one with an index."""
+    """Return the indexes of a folder, and the safetensors files that are not shards of one."""
     indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
     stems = {path.name.removesuffix(INDEX_ENDING) for path in indexes}
     files = sorted(path for path in folder.glob(f"*{ENDING}") if not path.name.startswith("."))
@@ -75,7 +75,7 @@ def _sets_in(folder: Path) -> list[Path]:
 
 
 def _split_source(weights: WeightSet) -> SplitSource | None:
-    """What a part says of the checkpoint it was taken from; None: it says nothing, or nothing that can be read."""
+    """Return what a part's metadata states about its checkpoint; None if it states nothing readable."""
     try:
         found = as_type(parse_json(weights.metadata_value(TAKEN_FROM) or ""), SplitSource)
     except (InvalidJson, WrongType):
@@ -84,7 +84,7 @@ def _split_source(weights: WeightSet) -> SplitSource | None:
 
 
 def _join_parts(sets: Sequence[WeightSet], parts: Sequence[SplitSource], folder: Path) -> FilePlan:
-    """The checkpoint that parts were taken from, its tensors in the order in which checkpoints are written."""
+    """Plan the checkpoint of the parts, with its tensors in the order in which checkpoints are written."""
     if len({(part.file, json.dumps(dict(part.metadata), sort_keys=True)) for part in parts}) > 1:
         raise DiffSynthError(
             f"{list_names([weights.origin for weights in sets])} are parts of different checkpoints",

@@ -1,4 +1,4 @@
-"""Which component each key of a checkpoint belongs to: told by its prefix, by what the run wrote down, or by names.
+"""Ownership of checkpoint keys: the component of each, from its prefix, from the run's record, or from names.
 
 No torch.
 """
@@ -19,20 +19,23 @@ from diffsynth_core.weights.lora_keys import is_lora_key, module_of_lora_key
 from diffsynth_core.weights.weight_sets import WeightSet
 
 SECOND_NAMES = {"dit2": "dit"}
-"""Components that are another of the same kind."""
+"""Component -> component of the same kind whose facts apply."""
 HALVES = ("vae_encoder", "vae_decoder")
-"""Documented names of FLUX.1's VAE, whose halves are components of the reference trainer."""
+"""Documented names of FLUX.1's VAE, whose encoder and decoder are separate components in DiffSynth-Studio."""
 COMPONENTS = frozenset(
     chain(SECOND_NAMES, HALVES, (name for facts in FAMILIES.values() for name in facts.component_names))
 )
+"""All component names."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a checkpoint beside its keys.
+    """What is known about a checkpoint besides its keys.
 
-    `removed_prefix`: what was taken off its keys; None: not told. `lora_component`: the component with the LoRA.
-    `unprefixed`: whose keys without a prefix are, as the user says.
+    Attributes:
+        removed_prefix: prefix that was removed from its keys; None: unknown.
+        lora_component: component with the LoRA.
+        unprefixed: component of keys without a prefix, set by the user.
     """
 
     family: FamilyFacts | None = None
@@ -42,10 +45,10 @@ class Origin:
 
 
 def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str | None = None) -> Origin:
-    """What the metadata of a checkpoint say of it, else the run.json beside it, and the user.
+    """Return what a checkpoint's metadata, the run.json next to it and the user state about it.
 
     Raises:
-        FaultsFound: when they contradict each other, or there is no such family or component.
+        FaultsFound: if they contradict each other, or name an unknown family or component.
     """
     if family is not None and family not in FAMILIES:
         raise FaultsFound([unknown_family(family)])
@@ -72,7 +75,7 @@ def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str |
 
 
 def _record_of(weights: WeightSet) -> RunRecord | None:
-    """The record of the run that wrote a checkpoint, if it lies beside it and says so."""
+    """Return the record of the run that wrote a checkpoint, if it is in the same folder and lists it."""
     folder = weights.files[0].parent
     try:
         record = read_record(folder)
@@ -84,8 +87,13 @@ def _record_of(weights: WeightSet) -> RunRecord | None:
 
 @dataclass(frozen=True)
 class KeyOwners:
-    """The keys of a checkpoint by component: `components` has, for each, its names -> keys; full weights and LoRA
-    apart. `unmatched`: keys that belong to none, `fits` the components that they could be of."""
+    """The keys of a checkpoint by component.
+
+    Attributes:
+        components: component -> name -> key; full weights and LoRA separately.
+        unmatched: keys without a component.
+        fits: components that the unmatched keys could belong to.
+    """
 
     full: Mapping[str, Mapping[str, str]]
     lora: Mapping[str, Mapping[str, str]]
@@ -97,7 +105,7 @@ def find_owners(keys: Iterable[str], origin: Origin) -> KeyOwners:
     """Group the keys of a checkpoint by component.
 
     Raises:
-        DiffSynthError: when two keys say the same tensor, or `--unprefixed` contradicts what the checkpoint says.
+        DiffSynthError: if two keys denote the same tensor, or `--unprefixed` contradicts the checkpoint.
     """
     owned: dict[tuple[str, str], list[str]] = {}
     bare: list[str] = []
@@ -150,9 +158,11 @@ def _told(key: str, origin: Origin) -> tuple[str, str] | None:
 def components_that_fit(
     keys: Collection[str], family: FamilyFacts | None = None, taken: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """The components, of one family or of all, that have tensors of all these names; those in `taken` left out.
+    """Return the components, of one family or of all, that have tensors with all these names, except for those in
+    `taken`.
 
-    A component's signature decides where it is there; else the names alone do, as far as tables know them.
+    If a component's signature is among the names, that decides; otherwise its key maps do, as far as they are
+    complete.
     """
     full = [key for key in keys if not is_lora_key(key)]
     modules = {f"{module_of_lora_key(key)}.weight" for key in keys if is_lora_key(key)}
@@ -169,21 +179,21 @@ def components_that_fit(
 
 
 def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | None:
-    """The layout of a component's files whose signature is among tensor names; none that is borrowed."""
+    """Return the layout of a component's files whose signature is among tensor names, excluding borrowed layouts."""
     present = frozenset(names)
     own = (layout for layout in component.layouts if not layout.borrowed)
     return next((layout for layout in own if layout.signature <= present), None)
 
 
 def _knows(component: ComponentFacts, name: str) -> bool:
-    """Whether a component has a tensor of a name in one of its layouts, as far as can be told."""
+    """Return whether a component has a tensor of this name in one of its layouts, as far as is known."""
     return any(has_place(names, layout, name) for names, layout in readings(component))
 
 
 def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
-    """The names that checkpoints may hold a component in -> those in our module, with the layout that they are of.
+    """Return the key maps from names in checkpoints to module keys that may apply to a component, with their layouts.
 
-    Maps that know which tensors there are come first; of others those of files, which may read names old and new.
+    Maps that list all tensors come first; of the others those of files, which may read old and new names.
     """
     found = [
         (names, layout)
@@ -194,9 +204,9 @@ def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
 
 
 def has_place(names: KeyMap, layout: Layout, name: str) -> bool:
-    """Whether a map has a place for a tensor, or knows that none is needed.
+    """Return whether a map has a target for a tensor, or ignores it on purpose.
 
-    Of one that takes any name the table of the documented ones tells, and where that takes any too, how it begins.
+    For a map that accepts any name the documented names decide; if they accept any too, its first part decides.
     """
     if is_strict(names):
         return names.to_targets(name) is not None
@@ -210,23 +220,23 @@ def _top(name: str) -> str:
 
 
 def is_strict(names: KeyMap) -> bool:
-    """Whether a map knows which tensors there are."""
+    """Return whether a map lists all tensors."""
     return names.to_targets("no such tensor") is None
 
 
 def kind_of(component: str) -> str:
-    """The component that a family states facts about, given one that is another of its kind."""
+    """Return the component whose facts apply to `component`."""
     return SECOND_NAMES.get(component, component)
 
 
 def facts_of(component: str, family: FamilyFacts | None) -> ComponentFacts | None:
-    """What a family states about a component, if it has it."""
+    """Return a family's facts about a component, if it has it."""
     named = family.components if family else ()
     return next((facts for facts in named if facts.name == kind_of(component)), None)
 
 
 def find_family(full: Mapping[str, Collection[str]]) -> FamilyFacts | None:
-    """The one family all of whose components, as far as they are there, have these names; None: none, or several."""
+    """Return the only family whose components have all these names; None if there are none or several."""
     fitting = [
         facts
         for facts in FAMILIES.values()
@@ -240,7 +250,7 @@ def _is_named(component: ComponentFacts | None, names: Collection[str], facts: F
 
 
 def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) -> list[Problem]:
-    """Components whose tensors have the names of another component of their family."""
+    """Return problems of components whose tensors have the names of another component of the family."""
     problems = []
     for component, names in full.items():
         own = facts_of(component, family)
@@ -253,7 +263,7 @@ def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) ->
 
 
 def unmatched_problem(origin: str, owners: KeyOwners, total: int) -> Problem:
-    """The problem that keys belong to no component."""
+    """Return the problem of keys without a component."""
     fits = f"; their names match {list_names(owners.fits)}" if owners.fits else "; they match no known component"
     return Problem(
         f"`{origin}`: {len(owners.unmatched)} of {total} keys have no component prefix: "

@@ -1,4 +1,4 @@
-"""What merging LoRAs into a base is going to do, from headers alone. No torch."""
+"""Plan of merging LoRAs into a base, from headers alone. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,17 +28,18 @@ from diffsynth_core.weights.weight_writer import (
 )
 
 FORMATS = {name: SAFETENSORS_NAMES[name] for name in get_args(WeightDtype)}
-"""What `--dtype` takes -> its name in safetensors."""
+"""Value of `--dtype` -> safetensors dtype."""
 MERGED_IN_PLACE = frozenset(FORMATS.values())
-"""Formats that a merged weight may keep."""
+"""Dtypes that a merged weight may keep."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A base, the LoRAs that fit it, and where the result goes.
+    """A base, the LoRAs that fit it, and the output.
 
-    `dtype`: the format of all floating-point tensors, in safetensors' words; None: each as in the base.
-    `changed`: names in the base's files of what the LoRAs change.
+    Attributes:
+        dtype: safetensors dtype of all floating-point tensors; None: each as in the base.
+        changed: keys in the base's files of the weights that the LoRAs change.
     """
 
     base: Base
@@ -55,24 +56,24 @@ class MergePlan:
 
     @property
     def hashed(self) -> tuple[Path, ...]:
-        """The files that the result tells of."""
+        """The files whose hashes the output records."""
         return tuple(dict.fromkeys((*self.base.weights.files, *(one.lora.path for one in self.loras))))
 
     def format_of(self, name: str) -> str:
-        """The format in which a tensor is written."""
+        """Return the dtype in which a tensor is written."""
         stored = self.base.weights.tensors[name].dtype
         return self.dtype if self.dtype and stored in FLOATING_POINT else stored
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Names in the base's files of what tells how 8-bit floats are scaled, where nothing is written as such."""
+        """Keys of scales and markers of 8-bit floats, if nothing is written as such."""
         if self.dtype is None:
             return frozenset()
         scales = {scale.name for scale in self.base.scales.values()}
         return frozenset(scales | {name for name in self.base.weights.tensors if is_float8_marker(name)})
 
     def entry(self, hashes: Mapping[Path, str]) -> dict[str, Any]:
-        """What the result tells of the merge."""
+        """Return the merge's entry in the metadata of the output."""
         loras = [(one.lora.path, one.weight) for one in self.loras]
         return merge_entry(self.base.weights.files, loras, hashes)
 
@@ -85,11 +86,11 @@ def plan_merge(
     max_shard_bytes: int | None = None,
     allow_unmatched: bool = False,
 ) -> MergePlan:
-    """The plan of a merge. `dtype` as in `FORMATS`.
+    """Plan a merge; `dtype` is a key of `FORMATS`.
 
     Raises:
-        FaultsFound: what of the LoRAs does not fit the base, and what of the base cannot be merged into.
-        DiffSynthError: when the output's name is not of the kind that is written.
+        FaultsFound: LoRAs that do not fit the base, and weights of the base that cannot be merged into.
+        DiffSynthError: if the output has an unsupported suffix.
     """
     loras: list[WeightedLora] = []
     problems: list[Problem] = []
@@ -107,7 +108,7 @@ def plan_merge(
 
 
 def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> list[Problem]:
-    """Weights that cannot be merged into as they are stored."""
+    """Return weights that cannot be merged into because of their dtype."""
     problems = []
     integers = [name for name, tensor in changed.items() if tensor.dtype not in FLOATING_POINT]
     if integers:
@@ -132,7 +133,7 @@ def _format_problems(changed: Mapping[str, TensorHeader], dtype: str | None) -> 
 
 
 def _output_problems(base: Base, output: Path, max_shard_bytes: int | None) -> list[Problem]:
-    """The problem that a file is named for what may be several."""
+    """Return the problem of a file as the output of what may be several files."""
     if output.suffix != ENDING or (len(base.weights.files) == 1 and max_shard_bytes is None):
         return []
     what = "`--max_shard_size` may write several" if max_shard_bytes else f"`{base.weights.origin}` has shards"
@@ -144,11 +145,11 @@ def outputs_of(
     pieces: Callable[[str], Pieces],
     late: Callable[[], Mapping[Path, str]] | None = None,
 ) -> list[Output]:
-    """The files to write: the base's own shards, or those of the size asked for.
+    """Return the files to write: the shards of the base, or shards of the requested size.
 
     Args:
-        pieces: name in the base's files -> what makes its bytes, for all but those that are copied.
-        late: asked for hashes of the inputs when all else is written.
+        pieces: key in the base's files -> function that computes its bytes, for all that are not copied.
+        late: called for the hashes of the inputs when everything else is written.
     """
     weights = plan.base.weights
     kept = [name for name in weights.tensors if name not in plan.left_out]
@@ -169,7 +170,7 @@ def outputs_of(
 
 
 def _metadata(plan: MergePlan, path: Path) -> dict[str, str]:
-    """What a file of the base says in its metadata, and what still holds of the result."""
+    """Return the metadata of a file of the base that still applies to the result."""
     said = plan.base.weights.metadata[path]
     return {key: value for key, value in said.items() if plan.dtype is None or key != QUANT_METADATA}
 
@@ -181,7 +182,7 @@ def _output_tensor(plan: MergePlan, name: str, pieces: Callable[[str], Pieces]) 
 
 
 def _with_provenance(plan: MergePlan, file: OutputFile, late: Callable[[], Mapping[Path, str]] | None) -> OutputFile:
-    """A file that tells what it was made from, with the hashes of its inputs when they are known."""
+    """Return the file with a record of its inputs, completed with their hashes when they are known."""
     metadata = file.metadata
     return replace(
         file,
@@ -191,7 +192,7 @@ def _with_provenance(plan: MergePlan, file: OutputFile, late: Callable[[], Mappi
 
 
 def _index(plan: MergePlan, files: Sequence[OutputFile]) -> OutputIndex:
-    """The index of the base, as it is where formats and with them sizes stay."""
+    """Return the index of the base, unchanged if dtypes and thus sizes are."""
     weights = plan.base.weights
     assert weights.index
     place = plan.output / weights.index.name

@@ -1,7 +1,7 @@
-"""LoRAs merged into a base, in pieces of a few rows: no tensor is ever in memory as a whole.
+"""Merging of LoRAs into a base in pieces of a few rows: no tensor is ever in memory as a whole.
 
-Several threads read and compute pieces while one writes them, in order. Each computes on its own: threads of torch
-within one product wait for each other.
+Several threads read and compute pieces while one writes them in order. Each thread computes with one torch thread:
+torch threads within one product wait for each other.
 """
 
 import math
@@ -32,8 +32,9 @@ from diffsynth_core.weights.weight_sets import Span
 from diffsynth_core.weights.weight_writer import write_outputs
 
 ELEMENTS_AT_ONCE = 2**18
-"""Of a weight: 1 MB in float32, which stays in the cache of a core; measured the fastest of 2^17 to 2^20."""
+"""Elements of a piece: 1 MB in float32, which fits into a core's cache; the fastest of 2^17 to 2^20."""
 MAX_THREADS = 8
+"""Maximum number of threads."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class MergeResult:
 
 
 def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: bool = False) -> MergeResult:
-    """Carry out a plan. `hashes`: of `plan.hashed`, started already.
+    """Execute a plan. `hashes`: of `plan.hashed`, already started.
 
     Raises:
-        FaultsFound: as `output_problems` tells, before anything is written.
-        DiffSynthError: as `write_outputs`; when a value of a LoRA or of a result is not finite.
+        FaultsFound: see `output_problems`, before anything is written.
+        DiffSynthError: see `write_outputs`; also if a value of a LoRA or of a result is not finite.
     """
     with ExitStack() as opened, _own_threads() as pool:
         merging = _Merging(plan, pool, opened)
@@ -65,7 +66,7 @@ def merge(plan: MergePlan, hashes: InputHashes, reporter: Reporter, overwrite: b
 
 @contextmanager
 def _own_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute alone, as this one does meanwhile: threads that wait for each other keep cores busy."""
+    """Return a pool of threads with one torch thread each, which applies to this thread meanwhile too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(_processors(), initializer=torch.set_num_threads, initargs=(1,))
@@ -77,7 +78,7 @@ def _own_threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _processors() -> int:
-    """How many threads this process may keep busy."""
+    """Return the number of threads that this process may keep busy."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_THREADS, allowed)
 
@@ -86,14 +87,14 @@ _OWN = threading.local()
 
 
 def _workspace() -> Workspace:
-    """That of the thread."""
+    """Return the workspace of the current thread."""
     if not hasattr(_OWN, "workspace"):
         _OWN.workspace = Workspace()
     return cast(Workspace, _OWN.workspace)
 
 
 class _Merging:
-    """The bytes of the tensors that a merge changes, and their rounding errors."""
+    """Computes the bytes of the changed tensors, and their rounding errors."""
 
     def __init__(self, plan: MergePlan, pool: ThreadPoolExecutor, opened: ExitStack) -> None:
         self._plan, self._pool = plan, pool
@@ -106,7 +107,7 @@ class _Merging:
         }
 
     def pieces(self, name: str) -> Callable[[], Iterator[memoryview]]:
-        """What makes the bytes of a tensor in the files."""
+        """Return the function that computes the bytes of a tensor in the files."""
         return lambda: self._make(name)
 
     def result(self) -> MergeResult:
@@ -122,7 +123,7 @@ class _Merging:
         return MergeResult(total, tuple(each))
 
     def _make(self, name: str) -> Iterator[memoryview]:
-        """The bytes of one tensor."""
+        """Yield the bytes of one tensor."""
         header, span = self._plan.base.weights.tensors[name], self._plan.base.weights.spans[name]
         delta = self._delta(name) if name in self._plan.changed else None
         scale = self._plan.base.scales.get(name)
@@ -147,11 +148,11 @@ class _Merging:
             yield data
 
     def _delta(self, name: str) -> WeightDelta:
-        """The change of a tensor in the files, of all LoRAs together."""
+        """Return the change of a tensor in the files by all LoRAs together."""
         return add_deltas([delta for one, stream in self._streams for delta in self._of_one(one, stream, name)])
 
     def _of_one(self, one: WeightedLora, stream: Any, name: str) -> Iterator[WeightDelta]:
-        """What one LoRA adds to a tensor in the files: a change for each public tensor that it is a part of."""
+        """Yield the changes of one LoRA to a tensor in the files, one for each public tensor that it is a part of."""
         base = self._plan.base
         names, public_keys = base.layout.names, base.layout.public_keys
         of_component = name.removeprefix(base.prefix)
@@ -172,7 +173,7 @@ class _Merging:
 def _fuse(
     parts: Mapping[str, WeightDelta], name: str, names: KeyMap, shapes: Mapping[str, tuple[int, ...]]
 ) -> WeightDelta:
-    """The change of a tensor in the files, given those of some of the parts that it is in our module."""
+    """Return the change of a tensor in the files, given those of some of its parts in the module."""
     first = next(iter(parts.values()))
 
     def fuse(tensors: Mapping[str, Tensor], width: int) -> Tensor:
@@ -194,7 +195,10 @@ def _fuse(
 class _Piece:
     """Rows of one tensor: read, changed, rounded.
 
-    `source`: the number of the open file that has it. `rows`: how many it has. `scale`: what it is multiplied by first.
+    Attributes:
+        source: index of the open file that contains it.
+        rows: number of rows of the tensor.
+        scale: factor that is applied first.
     """
 
     name: str
@@ -208,7 +212,7 @@ class _Piece:
     scale: Tensor | None = None
 
     def make(self, begin: int, end: int) -> tuple[memoryview, float]:
-        """The bytes of rows, and their squared rounding error."""
+        """Return the bytes of rows, and their squared rounding error."""
         raw, weight = self._read(begin, end)
         if self.scale is not None:
             weight = dequantize(weight, self.scale, self.rows, begin)
@@ -225,7 +229,7 @@ class _Piece:
         return as_bytes(merged), error
 
     def _read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Rows as bytes and as numbers, in memory that is used again for the next."""
+        """Return rows as bytes and as numbers, in memory that is reused for the next piece."""
         size = self.columns * self.stored.itemsize
         raw = _workspace().take("raw", [-(-(end - begin) * size // 4)]).view(torch.uint8)[: (end - begin) * size]
         target = as_bytes(raw)
@@ -247,7 +251,7 @@ class _Piece:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, which may be written to."""
+    """Return the bytes of a tensor as a writable view."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -257,7 +261,7 @@ def _in_order(
     make: Callable[[int, int], tuple[memoryview, float]],
     jobs: Sequence[tuple[int, int]],
 ) -> Iterator[tuple[memoryview, float]]:
-    """Results in the order of their jobs, a few of which are always under way."""
+    """Yield results in the order of their jobs, with a few jobs in progress."""
     under_way: deque[Future[tuple[memoryview, float]]] = deque()
     for job in jobs:
         under_way.append(pool.submit(make, *job))

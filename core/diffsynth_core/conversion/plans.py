@@ -1,4 +1,4 @@
-"""What a command that writes weight files is going to do, as a value: printed by a dry run, carried out otherwise."""
+"""The plan of a command that writes weight files, as a value: printed in a dry run, executed otherwise."""
 
 import re
 from collections.abc import Mapping
@@ -11,16 +11,19 @@ from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.weights.weight_writer import Output, OutputFile, output_bytes
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
-"""Most bytes of a shard where nothing else is asked for, as transformers has it."""
+"""Default maximum size of a shard, as in transformers."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Unit -> bytes."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)")
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """Files to be written from inputs.
+    """Files to write from inputs.
 
-    `notes`: what a user should know of them, a line each. `facts`: the same for programs, by name.
+    Attributes:
+        notes: remarks for the user, one line each.
+        facts: the same for machine-readable output.
     """
 
     outputs: tuple[Output, ...]
@@ -30,20 +33,20 @@ class FilePlan:
 
     @property
     def files(self) -> tuple[OutputFile, ...]:
-        """The outputs that hold tensors."""
+        """The outputs with tensors."""
         return tuple(output for output in self.outputs if isinstance(output, OutputFile))
 
     @cached_property
     def sizes(self) -> dict[Path, int]:
-        """Bytes of each file, its header and all."""
+        """Total bytes of each file."""
         return {output.path: output_bytes(output) for output in self.outputs}
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of a size as users and other programs write it: `5GB`, `500 MB`, `2GiB`, `1000000`.
+    """Return the bytes of a size such as `5GB`, `500 MB`, `2GiB` or `1000000`.
 
     Raises:
-        FaultsFound: when it is none.
+        FaultsFound: if `text` is not a size.
     """
     match = _SIZE.fullmatch(text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0

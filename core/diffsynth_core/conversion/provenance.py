@@ -1,4 +1,4 @@
-"""What a written file says of the files it was made from: their sha256, found while they are read anyway. No torch."""
+"""Record of the inputs of a written file: their sha256, computed while they are read anyway. No torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,27 +13,27 @@ from diffsynth_core.hub.identity import HashCache
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 MERGED = "diffsynth.merged"
-"""Key in the metadata of a header: a JSON list, an entry for each merge that made the file, the last one last."""
+"""Metadata key of a JSON list with an entry for each merge that led to the file, the last one last."""
 UNKNOWN = "0" * 64
-"""Holds the place of a sha256."""
+"""Placeholder of a sha256."""
 
 
 class InputHashes:
-    """sha256 of files, each read at most once ever, beside whatever else is going on from here on."""
+    """sha256 of files, each hashed once and cached, in a thread next to the other work."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self._found: dict[Path, str] = {}
         self._failed: OSError | None = None
-        # Ends with the process, which need not wait for it when something else fails.
+        # A daemon: the process need not wait for it if something else fails.
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def wait(self) -> Mapping[Path, str]:
-        """All of them.
+        """Return all hashes.
 
         Raises:
-            DiffSynthError: when a file cannot be read.
+            DiffSynthError: if a file cannot be read.
         """
         self._thread.join()
         if self._failed:
@@ -52,7 +52,7 @@ class InputHashes:
 def merge_entry(
     base: Sequence[Path], loras: Sequence[tuple[Path, float]], hashes: Mapping[Path, str], **settings: Any
 ) -> dict[str, Any]:
-    """What is told of one merge: version, files by name and sha256, the weights of LoRAs. Nothing of when or where."""
+    """Return the entry of one merge: version, files by name and sha256, weights of LoRAs. No time, no paths."""
     return {
         "diffsynth": version("diffsynth-cli"),
         **({"base": {path.name: hashes.get(path, UNKNOWN) for path in base}} if base else {}),
@@ -62,7 +62,7 @@ def merge_entry(
 
 
 def with_entry(metadata: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of a file with one more merge told in them."""
+    """Return the metadata with one more merge."""
     try:
         before = parse_json(metadata.get(MERGED, "[]"))
     except InvalidJson:

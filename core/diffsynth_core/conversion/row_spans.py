@@ -1,7 +1,7 @@
-"""Tensors as places in files: renamed, cut by rows, stacked and reshaped without reading a byte. No torch.
+"""Tensors as byte ranges in files: renamed, split by rows, stacked and reshaped without reading a byte. No torch.
 
-A tensor's rows stand one after the other in its file, so what layouts do to tensors (weights/key_maps.py) is a
-choice of byte ranges. `RowSpans` has the few verbs of a tensor that key maps use.
+The rows of a tensor are consecutive in its file, so the operations of layouts on tensors (weights/key_maps.py) select
+byte ranges. `RowSpans` implements the methods of a tensor that key maps use.
 """
 
 import math
@@ -15,7 +15,7 @@ from diffsynth_core.weights.weight_writer import OutputTensor
 
 @dataclass
 class RowSpans:
-    """A tensor of which only shape, dtype (in safetensors' words) and the places of its bytes are known."""
+    """A tensor of which only shape, safetensors dtype and byte ranges are known."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,7 +29,7 @@ class RowSpans:
         return math.prod(self.shape[1:]) * BITS_PER_ELEMENT[self.dtype] // 8
 
     def _rows(self, begin: int, end: int) -> "RowSpans":
-        """Rows from `begin` up to `end`."""
+        """Return the rows from `begin` to `end` (exclusive)."""
         wanted_begin, wanted_end = begin * self._row_bytes, end * self._row_bytes
         found, place = [], 0
         for span in self.spans:
@@ -41,12 +41,12 @@ class RowSpans:
         return RowSpans((end - begin, *self.shape[1:]), self.dtype, found)
 
     def split(self, rows: Sequence[int]) -> list["RowSpans"]:
-        """Parts of so many rows each, one under the other."""
+        """Split into parts with these numbers of rows."""
         ends = [sum(rows[: place + 1]) for place in range(len(rows))]
         return [self._rows(end - count, end) for end, count in zip(ends, rows, strict=True)]
 
     def roll(self, rows: int, axis: int) -> "RowSpans":
-        """The last `rows` rows above the others; `axis` is 0."""
+        """Move the last `rows` rows to the top; `axis` is 0."""
         assert axis == 0
         upper, lower = self.split([len(self) - rows, rows])
         return RowSpans(self.shape, self.dtype, [*lower.spans, *upper.spans])
@@ -55,21 +55,23 @@ class RowSpans:
         return RowSpans(tuple(shape), self.dtype, self.spans)
 
     def new_empty(self, shape: tuple[int, ...]) -> "RowSpans":
-        """A tensor of the same dtype, to be filled from the top."""
+        """Return a tensor of the same dtype, to be filled from the top."""
         return RowSpans(tuple(shape), self.dtype)
 
     def __setitem__(self, rows: slice, part: "RowSpans") -> None:
-        """Fill the next rows. Parts of another dtype do not fit: they leave the tensor short, which is told
-        when it is written."""
+        """Fill the next rows.
+
+        Parts of another dtype are dropped: the tensor stays incomplete, which is reported when it is written.
+        """
         if part.dtype == self.dtype:
             self.spans += part.spans
 
     def output(self, name: str) -> OutputTensor:
-        """The tensor of an output that holds these bytes."""
+        """Return the output tensor with these bytes."""
         return OutputTensor(name, self.dtype, self.shape, tuple(self.spans))
 
 
 def row_spans(weights: WeightSet, name: str) -> RowSpans:
-    """A tensor of a weight set."""
+    """Return a tensor of a weight set."""
     tensor = weights.tensors[name]
     return RowSpans(tensor.shape, tensor.dtype, [weights.spans[name]])

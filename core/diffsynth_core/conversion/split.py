@@ -1,4 +1,4 @@
-"""Taking a checkpoint apart: by component, or by size alone. A plan from headers; no torch."""
+"""Splitting of checkpoints by component, or by size alone: a plan from headers. No torch."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,14 +31,18 @@ from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shar
 
 LORA_ENDING = ".lora"
 TAKEN_FROM = "taken_from"
-"""Under it the metadata of a part say what it was in the checkpoint, so that parts can be joined again."""
+"""Metadata key under which a part records what it was in the checkpoint, so that parts can be joined again."""
 
 
 @dataclass(frozen=True)
 class SplitChoices:
-    """What a user chose. `layout`: names of full weights, None: as they are.
-    `lora_format`: names of LoRAs, None: as they are.
-    `max_shard_bytes`: of the tensors of one file; None: any number."""
+    """The user's choices.
+
+    Attributes:
+        layout: layout of full weights; None: unchanged.
+        lora_format: format of LoRAs; None: unchanged.
+        max_shard_bytes: maximum bytes of tensors in one file; None: unlimited.
+    """
 
     unprefixed: str | None = None
     family: str | None = None
@@ -50,21 +54,20 @@ class SplitChoices:
 
 @dataclass(frozen=True)
 class Part:
-    """What becomes a file: the full weights or the LoRA of a component, by name."""
+    """The content of one output: the full weights or the LoRA of a component, by name."""
 
     component: str
     stem: str
     tensors: tuple[OutputTensor, ...]
     prefix: str | None
-    """What its names had before them in the checkpoint; None: they were others."""
+    """Prefix of its names in the checkpoint; None if they differ otherwise."""
 
 
 def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FilePlan:
-    """`<component>.safetensors` and `<component>.lora.safetensors` of each component in a checkpoint.
+    """Plan `<component>.safetensors` and `<component>.lora.safetensors` for each component of a checkpoint.
 
     Raises:
-        FaultsFound: when keys belong to no component or to no layout, nothing is known of any, or names are asked for
-            of what there is none of.
+        FaultsFound: if keys belong to no component or layout, or an option applies to nothing in the checkpoint.
     """
     origin = read_origin(weights, choices.family, choices.unprefixed)
     owners = find_owners(weights.tensors, origin)
@@ -94,7 +97,7 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
 
 
 def _without_effect(weights: WeightSet, owners: KeyOwners, choices: SplitChoices) -> list[Problem]:
-    """Names that are asked for of full weights, or of LoRAs, where a checkpoint holds none."""
+    """Return problems of options for full weights, or for LoRAs, that the checkpoint does not contain."""
     asked = (
         ("layout", choices.layout, "full weights", owners.full, "rename a LoRA with `--lora_format`"),
         ("lora_format", choices.lora_format, "LoRAs", owners.lora, "rename full weights with `--layout`"),
@@ -107,14 +110,14 @@ def _without_effect(weights: WeightSet, owners: KeyOwners, choices: SplitChoices
 
 
 def plan_split_by_size(weights: WeightSet, folder: Path, max_shard_bytes: int) -> FilePlan:
-    """Shards of at most `max_shard_bytes` of tensors, with the names and the metadata that there are."""
+    """Plan shards with at most `max_shard_bytes` of tensors, with unchanged names and metadata."""
     tensors = [row_spans(weights, name).output(name) for name in weights.tensors]
     files, indexes = plan_shards(folder, stem_of(weights), tensors, common_metadata([weights]), max_shard_bytes)
     return FilePlan((*files, *indexes), weights.inputs)
 
 
 def stem_of(weights: WeightSet) -> str:
-    """What a file of all tensors of a weight set is called, without ending."""
+    """Return the name, without suffix, of a file with all tensors of a weight set."""
     if weights.index:
         return weights.index.name.removesuffix(INDEX_ENDING)
     name = weights.files[0].name
@@ -122,7 +125,7 @@ def stem_of(weights: WeightSet) -> str:
 
 
 def common_metadata(sets: Sequence[WeightSet]) -> dict[str, str]:
-    """What all files say alike, of those that say it."""
+    """Return the metadata that is equal in all files that have the key."""
     every = [metadata for weights in sets for metadata in weights.metadata.values()]
     keys = dict.fromkeys(key for metadata in every for key in metadata)
     said = {key: {metadata[key] for metadata in every if key in metadata} for key in keys}
@@ -130,12 +133,12 @@ def common_metadata(sets: Sequence[WeightSet]) -> dict[str, str]:
 
 
 def _tensors(weights: WeightSet, names: Mapping[str, str]) -> dict[str, RowSpans]:
-    """Tensors by their names in the component."""
+    """Return tensors by their names in the component."""
     return {name: row_spans(weights, key) for name, key in names.items()}
 
 
 def _prefix(names: Mapping[str, str]) -> str | None:
-    """What all keys have before their names in the component; None: not the same."""
+    """Return the common prefix of the keys before their names in the component; None if they differ."""
     prefixes = {key.removesuffix(name) if key.endswith(name) else None for name, key in names.items()}
     return prefixes.pop() if len(prefixes) == 1 else None
 
@@ -143,7 +146,7 @@ def _prefix(names: Mapping[str, str]) -> str | None:
 def _full_parts(
     weights: WeightSet, owners: KeyOwners, family: FamilyFacts | None, choices: SplitChoices
 ) -> tuple[list[Part], list[Problem], list[str]]:
-    """The full weights of each component, under the names asked for."""
+    """Return the full weights of each component, in the requested layout."""
     parts, problems, notes = [], [], []
     for component, names in owners.full.items():
         tensors, prefix = _tensors(weights, names), _prefix(names)
@@ -169,10 +172,10 @@ def _lora_part(
     family: FamilyFacts | None,
     lora_format: LoraFormat | None,
 ) -> Part:
-    """The LoRA of a component, in another format if one is requested.
+    """Return the LoRA of a component, converted if requested.
 
     Raises:
-        DiffSynthError: as `open_lora`; when a LoRA to be renamed is spread over shards.
+        DiffSynthError: see `open_lora`; also if a LoRA to convert is spread over shards.
     """
     stem = component + LORA_ENDING
     if lora_format is None:
@@ -246,7 +249,7 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _metadata(weights: WeightSet, part: Part, family: FamilyFacts | None, choices: SplitChoices) -> dict[str, str]:
-    """What a part says of itself. `format` is what transformers wants to read."""
+    """Return the metadata of a part; transformers requires `format`."""
     metadata = {"format": "pt", "component": part.component}
     if family:
         metadata["family"] = family.name

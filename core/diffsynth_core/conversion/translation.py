@@ -1,4 +1,4 @@
-"""Full weights of a component from the names of one layout to those of another, as places in files. No torch."""
+"""Conversion of a component's full weights from one layout to another, as byte ranges in files. No torch."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -15,9 +15,10 @@ from diffsynth_core.weights.key_maps import KeyMap
 class Translated:
     """Tensors under their new names.
 
-    `unknown`: names that the layout does not know, or of which not all is there that a tensor of the new layout needs.
-    `misshapen`: names of tensors that cannot be cut or put together as the layouts do it.
-    `unneeded`: names of tensors that are another name of one that is there, and have no place in the new layout.
+    Attributes:
+        unknown: names that the layout does not know, or of which a part is missing for a tensor of the new layout.
+        misshapen: names of tensors that cannot be split or fused as the layouts require.
+        unneeded: names of aliases of other tensors, which the new layout lacks.
     """
 
     tensors: Mapping[str, RowSpans]
@@ -27,9 +28,9 @@ class Translated:
 
 
 def find_reading(component: ComponentFacts, names: Collection[str]) -> tuple[KeyMap, Layout]:
-    """The names in which a checkpoint holds a component -> those in our module, and the layout that tells the others.
+    """Return the key map from the names of a component in a checkpoint to module keys, and the layout of the names.
 
-    Where the whole component is there, its signature tells. Of parts the map that has a place for most names is taken.
+    For a complete component its signature decides; for a part the map with targets for most names.
     """
     layout = layout_of(component, names)
     if layout:
@@ -42,7 +43,7 @@ def find_reading(component: ComponentFacts, names: Collection[str]) -> tuple[Key
 
 
 def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap) -> Translated:
-    """Tensors by the names of `writing`, given those by the names of `reading`; both lead to names in our module."""
+    """Convert tensors from the names of `reading` to those of `writing`, both of which map to module keys."""
     own: dict[str, RowSpans] = {}
     source: dict[str, str] = {}
     unknown, misshapen, unneeded = [], [], []
@@ -70,7 +71,7 @@ def translate(tensors: Mapping[str, RowSpans], reading: KeyMap, writing: KeyMap)
 
 
 def _can_cut(reading: KeyMap, name: str, tensor: RowSpans) -> bool:
-    """Whether a tensor has rows where it is cut, and as many as its parts have together."""
+    """Return whether a tensor can be split into rows, and has as many as its parts together."""
     shapes = reading.split_shape(name, tensor.shape)
     return bool(tensor.shape or len(shapes) == 1) and (
         sum(math.prod(shape) for shape in shapes.values()) == math.prod(tensor.shape)
@@ -78,7 +79,7 @@ def _can_cut(reading: KeyMap, name: str, tensor: RowSpans) -> bool:
 
 
 def _is_whole(tensor: RowSpans) -> bool:
-    """Whether a tensor has all the bytes that its shape and dtype ask for."""
+    """Return whether a tensor has all the bytes of its shape and dtype."""
     there = sum(span.end - span.begin for span in tensor.spans)
     return there == math.prod(tensor.shape) * BITS_PER_ELEMENT[tensor.dtype] // 8
 

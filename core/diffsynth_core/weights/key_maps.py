@@ -279,12 +279,12 @@ class ComposedKeyMap(KeyMap):
 
 
 def count_rows(rows: Rows) -> int:
-    """How many rows there are."""
+    """Return the number of rows."""
     return sum(end - begin for begin, end in rows)
 
 
 def take_rows(rows: Rows, begin: int, end: int) -> Rows:
-    """Of these rows those from the place `begin` up to `end`, counted in their order."""
+    """Return the rows from position `begin` to `end` (exclusive), counted in their order."""
     taken, place = [], 0
     for first, last in rows:
         low, high = max(begin, place), min(end, place + last - first)
@@ -295,14 +295,14 @@ def take_rows(rows: Rows, begin: int, end: int) -> Rows:
 
 
 def _rows(shares: Sequence[int], rows: int) -> list[int]:
-    """Rows of each part; what the shares do not divide falls to the last, which then fits none beside the others."""
+    """Return the rows of each part; a remainder goes to the last part, whose shape then fits no module."""
     unit = rows // sum(shares)
     first = [share * unit for share in shares[:-1]]
     return [*first, rows - sum(first)]
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
-    """The lower half of the rows above the upper one; its own inverse."""
+    """Exchange the upper and lower half of the rows; its own inverse."""
     return tensor.roll(len(tensor) // 2, 0)
 
 

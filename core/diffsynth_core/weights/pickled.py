@@ -1,4 +1,4 @@
-"""Weights in PyTorch's pickled format (`.pth`), read with `weights_only` and nothing else."""
+"""Reading of weights in PyTorch's pickled format (`.pth`), with `weights_only`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,15 +9,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POINTER = b"version https://git-lfs"
+"""First bytes of a Git LFS pointer."""
 WRAPPERS = ("model_state", "state_dict", "model", "module")
-"""Names below which some programs put the tensors."""
+"""Keys below which some programs store the tensors."""
 
 
 def read_pickled(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a pickled file, mapped into memory: none is read before it is used.
+    """Return the tensors of a pickled file, memory-mapped: none is read before it is used.
 
     Raises:
-        DiffSynthError: when the file is damaged, holds anything but tensors, or would run code.
+        DiffSynthError: if the file is damaged, contains anything but tensors, or would run code.
     """
     import pickle
 
@@ -54,7 +55,7 @@ def read_pickled(path: Path) -> "dict[str, Tensor]":
 
 
 def _refuse_what_is_none(path: Path) -> None:
-    """Tell files that were never fetched, whose faults torch words as if they were dangerous."""
+    """Reject files that are not pickled weights, about which torch's messages sound as if they were dangerous."""
     try:
         with path.open("rb") as stream:
             begin = stream.read(len(POINTER))

@@ -1,4 +1,4 @@
-"""Tensors of weight files one by one, whatever the format."""
+"""Reading the tensors of weight files one by one, in any format."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from diffsynth_core.weights.pickled import read_pickled
 
 
 def iterate_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, on the CPU; each is read when it is asked for. `wanted`: None for all."""
+    """Yield names and tensors of a file, on the CPU, reading each on demand. `wanted`: None for all."""
     from safetensors import safe_open
 
     if path.suffix in PICKLED_SUFFIXES:
@@ -25,7 +25,7 @@ def iterate_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterat
 
 
 def iterate_weights(part: Part) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Names behind the prefix, weights as they are stored, and what each is to be multiplied by (`dequantize`)."""
+    """Yield names without the prefix, stored weights, and their scales (see `dequantize`)."""
     scales = {name: read_scale(scale, part.tensors[name].shape) for name, scale in part.scales.items()}
     names = {part.prefix + name: name for name in part.tensors}
     for path in part.paths:
@@ -34,7 +34,7 @@ def iterate_weights(part: Part) -> Iterator[tuple[str, Tensor, Tensor | None]]:
 
 
 def read_scale(scale: Scale, weight: tuple[int, ...]) -> Tensor:
-    """A scale as float32 `[row blocks, column blocks]` of a weight of this shape."""
+    """Return a scale as float32 `[row blocks, column blocks]` of a weight of this shape."""
     grid = scale_grid(scale.header.shape, weight)
     assert grid, "checked when the header was read"
     (_, tensor), *_ = iterate_tensors(scale.header.path, (scale.name,))
@@ -42,9 +42,9 @@ def read_scale(scale: Scale, weight: tuple[int, ...]) -> Tensor:
 
 
 def dequantize(stored: Tensor, scale: Tensor, rows: int | None = None, begin: int = 0) -> Tensor:
-    """A weight in float32: each block of it times its scale.
+    """Return a weight in float32: each block times its scale.
 
-    `stored` may be a piece of the weight: rows from `begin` of `rows` in all.
+    `stored` may be a part of the weight: rows from `begin` of `rows` in total.
     """
     matrix = stored.to(torch.float32).flatten(1) if stored.ndim > 1 else stored.to(torch.float32)[:, None]
     height = (len(matrix) if rows is None else rows) // len(scale)

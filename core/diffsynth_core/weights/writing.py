@@ -1,7 +1,7 @@
 """Writing safetensors files tensor by tensor.
 
-The library's own writer wants all tensors on the host at once and orders metadata at random; here one tensor at a time
-is converted and written, and the same tensors give the same bytes.
+The library's own writer requires all tensors on the host at once, and orders metadata at random; here tensors are
+converted and written one at a time, and equal tensors give equal bytes.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ def write_safetensors(
     metadata: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> str:
-    """Write a safetensors file; no more than one tensor is copied to the host at a time.
+    """Write a safetensors file; at most one tensor at a time is copied to the host.
 
     Args:
-        tensors: on any device; each is asked for twice, for its shape and for its values, and let go in between.
-        dtypes: dtypes to convert to, by name; others stay as they are.
+        tensors: on any device; each is accessed twice, for its shape and for its values, and released in between.
+        dtypes: key -> dtype to convert to; others are unchanged.
 
-    Returns: sha256 of the bytes, in hex.
+    Returns:
+        sha256 of the bytes, in hex.
 
     Raises:
-        OSError: when the disk refuses.
+        OSError: if the disk refuses.
     """
     digest = hashlib.sha256()
     with path.open("wb") as stream:
@@ -43,10 +44,10 @@ def write_safetensors(
 def safetensors_bytes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Iterator[bytes]:
-    """The bytes of a safetensors file: its header, then each tensor."""
+    """Yield the bytes of a safetensors file: its header, then each tensor."""
     kinds = {name: _kind(tensors[name]) for name in tensors}
     wanted = {name: (dtypes or {}).get(name, dtype) for name, (_, dtype) in kinds.items()}
-    # Wide formats first, so that every tensor begins at a multiple of its element's size.
+    # Wide dtypes first, so that every tensor starts at a multiple of its element size.
     order = sorted(tensors, key=lambda name: (-wanted[name].itemsize, name))
     yield make_header(((name, safetensors_dtype(wanted[name]), kinds[name][0]) for name in order), metadata)
     for name in order:
@@ -54,11 +55,11 @@ def safetensors_bytes(
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of a tensor."""
+    """Return shape and dtype of a tensor."""
     return tuple(tensor.shape), tensor.dtype
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """The values of a tensor in a dtype."""
+    """Return the values of a tensor in a dtype."""
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     return value.reshape(-1).view(torch.uint8).numpy().tobytes()
