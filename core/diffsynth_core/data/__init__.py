@@ -1,1 +1,1 @@
-"""From metadata to batches: reading, sizing, ordering, caching. What the samples mean is the family's business."""
+"""From metadata to batches: reading, sizing, ordering, caching. Families define what samples mean."""

@@ -1,7 +1,7 @@
-"""Animated images (WebP, PNG, AVIF) as clips: decoded frame by frame by Pillow, each shown as long as the file says.
+"""Animated images (WebP, PNG, AVIF) as clips, decoded frame by frame by Pillow, with the durations in the file.
 
-Colour profiles become sRGB and clear parts white, as in still images. Frames are resampled in time as ffmpeg's filter
-`fps` does, so that a clip is the same whichever format it comes in. GIF goes through ffmpeg.
+Color profiles are converted to sRGB and transparent parts to white, as in still images. Frames are resampled in time
+as ffmpeg's filter `fps` does, so that a clip is the same in any format. GIF is decoded by ffmpeg.
 """
 
 import math
@@ -20,25 +20,25 @@ from diffsynth_core.data.formats import ending_of, media_kind
 from diffsynth_core.data.images import MAX_IMAGE_PIXELS, cover, frames_of, open_image, to_rgb
 
 UNTIMED_SECONDS = 0.1
-"""How long a frame is shown whose file says no time, in browsers and here."""
+"""Duration of a frame without one in the file, as in browsers."""
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a file is an animated image that ffmpeg is not asked for; one that cannot be opened is none."""
+    """Return whether a file is an animated image that Pillow decodes; False if it cannot be opened."""
     if ending_of(path.name) == ".gif" or media_kind(path) != "image":
         return False
     try:
         with open_image(path) as image:
             return image.format != "GIF" and frames_of(image) > 1
-    except Exception:  # it is told why where it is read as an image
+    except Exception:  # the reason is reported when it is read as an image
         return False
 
 
 def read_header(path: Path) -> VideoHeader:
-    """Size and mean frame rate; decodes all frames, for only they tell how long they are shown.
+    """Return size and mean frame rate; decodes all frames, because only they contain durations.
 
     Raises:
-        UnreadableVideo: when a frame cannot be decoded.
+        UnreadableVideo: if a frame cannot be decoded.
     """
     width = height = 0
     seconds = []
@@ -49,13 +49,13 @@ def read_header(path: Path) -> VideoHeader:
 
 
 def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int:
-    """As `videos.count_frames`."""
+    """See `videos.count_frames`."""
     frames = len(_sources([shown for _, shown in _frames(path)], frame_rate))
     return frames if limit is None else min(frames, limit)
 
 
 def watch(path: Path, frame_rate: float | None, side: int, take: Callable[[NDArray[np.uint8]], None]) -> Watched:
-    """As `videos.watch_video`."""
+    """See `videos.watch_video`."""
     seconds = []
     for frame, shown in _frames(path):
         seconds.append(shown)
@@ -65,10 +65,10 @@ def watch(path: Path, frame_rate: float | None, side: int, take: Callable[[NDArr
 
 
 def load(path: Path, start: int, frames: int, height: int, width: int, frame_rate: float | None) -> NDArray[np.uint8]:
-    """As `videos.load_clip`: `[frames, height, width, 3]`, RGB, 0..255.
+    """See `videos.load_clip`: returns `[frames, height, width, 3]`, RGB, 0..255.
 
     Raises:
-        UnreadableVideo: when it ends before the last frame, or a frame cannot be decoded.
+        UnreadableVideo: if the file ends before the last frame, or a frame cannot be decoded.
     """
     seconds = [shown for _, shown in _frames(path, pixels=False)]
     sources = _sources(seconds, frame_rate)[start : start + frames]
@@ -80,8 +80,8 @@ def load(path: Path, start: int, frames: int, height: int, width: int, frame_rat
 
 
 def _frames(path: Path, pixels: bool = True) -> Iterator[tuple[Image.Image, float]]:
-    """The frames, upright RGB unless `pixels` are not wanted, and how many seconds each is shown."""
-    with _telling(path), open_image(path) as image:
+    """Yield the frames, upright RGB unless `pixels` are not needed, and their durations in seconds."""
+    with _clear_errors(path), open_image(path) as image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"more than {MAX_IMAGE_PIXELS} pixels")
         for place in range(frames_of(image)):
@@ -92,8 +92,8 @@ def _frames(path: Path, pixels: bool = True) -> Iterator[tuple[Image.Image, floa
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """What Pillow raises inside becomes one clear error."""
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Convert exceptions of Pillow into one clear error."""
     try:
         yield
     except UnreadableVideo:
@@ -103,12 +103,12 @@ def _telling(path: Path) -> Iterator[None]:
 
 
 def _starts(seconds: list[float]) -> list[float]:
-    """When each frame begins, in seconds from the first."""
+    """Return the start of each frame in seconds, relative to the first."""
     return list(accumulate(seconds[:-1], initial=0.0))
 
 
 def _sources(seconds: list[float], frame_rate: float | None) -> list[int]:
-    """Which frame of the file each frame of the clip is."""
+    """Return the frame of the file for each frame of the clip."""
     if frame_rate is None:
         return list(range(len(seconds)))
     places = [math.floor(start * frame_rate + 0.5) for start in _starts(seconds)]

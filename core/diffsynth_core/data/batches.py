@@ -1,9 +1,9 @@
-"""Which samples stand in which batch, as a pure function of the batch's number. No torch.
+"""Assignment of samples to batches as a pure function of the batch number. No torch.
 
-Samples of one shape form a bucket. An epoch goes `repeat` times over the dataset; each pass over a bucket has an order
-of its own. Batches are cut along a bucket's passes, and the batches of all buckets are mixed within about one pass, so
-that any stretch of an epoch sees all buckets and every sample equally often. Nothing is listed: number and content of
-the batches of an epoch cost the same at any `repeat`.
+Samples of one shape form a bucket. An epoch passes `repeat` times over the dataset; each pass over a bucket has its
+own order. Batches are consecutive in a bucket's passes, and the batches of all buckets are mixed within about one
+pass, so that any section of an epoch contains all buckets and every sample equally often. Nothing is enumerated:
+number and content of an epoch's batches cost the same at any `repeat`.
 """
 
 from bisect import bisect_right
@@ -32,7 +32,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class _Pass:
-    """About one pass over all buckets: its first batch, and where each bucket's batches end among its own."""
+    """About one pass over all buckets: its first batch, and the end of each bucket's batches within it."""
 
     number: int
     first: int
@@ -56,10 +56,10 @@ class BatchPlan:
         self._last_pass: _Pass | None = None
 
     def batch(self, epoch: int, number: int) -> list[SampleRef]:
-        """The samples of batch `number` (from 0) of an epoch.
+        """Return the samples of batch `number` (from 0) of an epoch.
 
         Raises:
-            IndexError: when the epoch has no such batch.
+            IndexError: if the epoch has no such batch.
         """
         bucket_number, start, stop = self._locate(epoch, number)
         members = self.buckets[bucket_number].members
@@ -71,12 +71,12 @@ class BatchPlan:
         return refs
 
     def size(self, epoch: int, number: int) -> int:
-        """How many samples batch `number` of an epoch has."""
+        """Return the number of samples of batch `number` of an epoch."""
         _, start, stop = self._locate(epoch, number)
         return stop - start
 
     def _locate(self, epoch: int, number: int) -> tuple[int, int, int]:
-        """(bucket, first position, position behind the last) of a batch."""
+        """Return (bucket, first position, position after the last) of a batch."""
         if not 0 <= number < self.batches_per_epoch:
             raise IndexError(f"batch {number} of {self.batches_per_epoch}")
         current = self._pass_with(number)
@@ -89,7 +89,7 @@ class BatchPlan:
         return bucket_number, start, min(start + self._batch_size, end_of_bucket)
 
     def _pass_with(self, number: int) -> "_Pass":
-        """The pass that a batch belongs to; the last one is cached, since batches are asked for in order."""
+        """Return the pass of a batch; the last one is cached, because batches are requested in order."""
         current = self._last_pass
         if current is None or not current.first <= number < current.first + current.ends[-1]:
             pass_number = self._pass_at(number)
@@ -99,7 +99,7 @@ class BatchPlan:
         return current
 
     def _share(self, count: int, pass_number: int) -> int:
-        """How many of a bucket's `count` batches precede a pass; an epoch has `repeat` passes."""
+        """Return the number of a bucket's `count` batches before a pass; an epoch has `repeat` passes."""
         return count * pass_number // self._repeat
 
     def _batches_before(self, pass_number: int) -> int:
@@ -125,9 +125,10 @@ class StepSlice:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which micro-batches make up which optimizer step; steps do not cross epochs.
+    """Assignment of micro-batches to optimizer steps, which do not cross epochs.
 
-    `micro_batches`: per step over all processes, gradient accumulation times processes.
+    Attributes:
+        micro_batches: per step over all processes: gradient accumulation x processes.
     """
 
     batches: BatchPlan
@@ -145,18 +146,18 @@ class StepPlan:
         return every if self.max_steps is None else min(every, self.max_steps)
 
     def slice(self, step: int) -> StepSlice:
-        """The micro-batches of `step` (from 0)."""
+        """Return the micro-batches of `step` (from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.micro_batches
         stop = min(start + self.micro_batches, self.batches.batches_per_epoch)
         return StepSlice(epoch, start, stop, stop == self.batches.batches_per_epoch)
 
     def samples_in(self, part: StepSlice) -> int:
-        """How many samples the micro-batches of a step have together."""
+        """Return the number of samples in the micro-batches of a step."""
         return sum(self.batches.size(part.epoch, number) for number in range(part.start, part.stop))
 
     def samples_needed(self, first_step: int, sample_count: int) -> list[int]:
-        """Indices of the samples that the steps from `first_step` on will see, sorted."""
+        """Return the sorted indices of the samples that steps from `first_step` on will use."""
         if first_step % self.steps_per_epoch == 0 and self.total_steps - first_step >= self.steps_per_epoch:
             return list(range(sample_count))
         seen: set[int] = set()

@@ -1,7 +1,7 @@
-"""The encoding cache: what the frozen encoders made of a sample, on disk, by content.
+"""The encoding cache: outputs of frozen encoders on disk, addressed by content.
 
-An entry is one safetensors file named by the sha256 of everything its content depends on; its metadata hold the sha256
-of its content. Entries are written whole or not at all, never changed, and shared between runs and processes.
+An entry is one safetensors file named by the sha256 of everything that its content depends on; its metadata contain
+the sha256 of its content. Entries are written atomically, never modified, and shared between runs and processes.
 """
 
 import errno
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     import torch
 
 CONTENT_HASH = "sha256"
-"""The metadata of an entry that hold the sha256 of its content."""
+"""Metadata key of an entry with the sha256 of its content."""
 WHOLE = "whole"
-"""What is remembered of entries that were read back."""
+"""Kind of the cached result of verifying an entry."""
 
 
 def encoding_key(**parts: Any) -> str:
-    """The name of an entry: sha256 of the parts its content depends on."""
+    """Return the name of an entry: sha256 of the parts that its content depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def check_entry(path: Path) -> None:
-    """Read an entry back. One from before entries had hashes is only looked at for its length.
+    """Verify an entry. One of a version without hashes is only checked for truncation.
 
     Raises:
-        DiffSynthError: when it is missing, cut short, or not what was written.
+        DiffSynthError: if it is missing, truncated, or modified.
     """
     header = read_header(path)
     if header.metadata and header.metadata.get(CONTENT_HASH) != _content_hash(path, header):
@@ -45,8 +45,10 @@ def check_entry(path: Path) -> None:
 
 
 def _content_hash(path: Path, header: Header) -> str:
-    """sha256 of the entry's name and of the file as it would be without metadata: the content of another entry, under
-    this name, is damage too."""
+    """Return the sha256 of the entry's name and of the file as it would be without metadata.
+
+    The name is included because another entry's content under this name is damage too.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -58,32 +60,33 @@ def _content_hash(path: Path, header: Header) -> str:
 
 
 class EncodingCache:
-    """Entries below one folder, by family and encoder.
+    """Entries below one folder, for one family and encoder.
 
-    `behind`: a cache whose entries count as those of this one; `fetch` brings them here. `memory`: where it is kept
-    which entries were read back whole; without it each is read back whenever it is asked for.
+    Args:
+        behind: another cache whose entries count as those of this one; `fetch` copies them here.
+        memory: cache of which entries were verified; without it each entry is verified whenever it is requested.
     """
 
     def __init__(self, folder: Path, behind: "EncodingCache | None" = None, memory: FileCache | None = None) -> None:
         self._folder, self._behind, self._memory = folder, behind, memory
 
     def __getstate__(self) -> dict[str, Any]:
-        """For data workers, which only read; a memory cannot be handed to another process."""
+        """Omit the file cache, which cannot be passed to another process: data workers only read."""
         return {**self.__dict__, "_memory": None}
 
     def path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the entry is there and whole; one that a disk fault changed is encoded again."""
+        """Return whether the entry exists and is intact; one that a disk error changed is encoded again."""
         return self._is_whole(key) or (self._behind is not None and self._behind.has(key))
 
     def is_damaged(self, key: str) -> bool:
-        """Whether an entry that `has` denies is there all the same."""
+        """Return whether an entry exists although `has` is False."""
         return self.path(key).exists() or (self._behind is not None and self._behind.is_damaged(key))
 
     def is_known(self, key: str) -> bool:
-        """Whether `has` is remembered of the entry, so that it need not be read."""
+        """Return whether the result of `has` is cached, so that the entry need not be read."""
         return self._is_remembered(key) or (self._behind is not None and self._behind.is_known(key))
 
     def _is_remembered(self, key: str) -> bool:
@@ -106,10 +109,10 @@ class EncodingCache:
         return True
 
     def fetch(self, key: str) -> None:
-        """Bring an entry here that only the cache behind has: as the same file where the disk can, else as a copy.
+        """Copy an entry here that only the other cache has: as a hard link if the disk supports it.
 
         Raises:
-            DiffSynthError: when the entry is gone, or the disk refuses.
+            DiffSynthError: if the entry is gone, or the disk refuses.
         """
         if self._behind is None or self._is_whole(key):
             return
@@ -121,7 +124,7 @@ class EncodingCache:
                 shutil.copyfile(source, temporary)
 
     def write(self, key: str, encoded: Mapping[str, "torch.Tensor"]) -> None:
-        """Keep what an encoder made of one sample."""
+        """Store the output of an encoder for one sample."""
         from diffsynth_core.weights.writing import safetensors_bytes, write_safetensors
 
         digest = hashlib.sha256(key.encode())
@@ -133,10 +136,10 @@ class EncodingCache:
             self._memory.put(self.path(key), WHOLE, file_stamp(self.path(key)), True)
 
     def read(self, key: str) -> dict[str, "torch.Tensor"]:
-        """An entry's tensors, on the CPU. A damaged entry is removed, so that the next run encodes it again.
+        """Return an entry's tensors, on the CPU. A damaged entry is removed, so that the next run encodes it again.
 
         Raises:
-            DiffSynthError: when the entry is gone or damaged.
+            DiffSynthError: if the entry is gone or damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file

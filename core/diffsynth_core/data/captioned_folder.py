@@ -1,5 +1,5 @@
-"""A folder whose captions stand in text files beside the media: what each of its files is, and what is said of those
-that are not read. No torch.
+"""A folder with captions in text files next to the media: the role of each file, and notes on skipped ones. No
+torch.
 """
 
 import unicodedata
@@ -12,18 +12,21 @@ from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.progress import pluralize
 
 NOT_SAMPLES: Mapping[str, frozenset[str]] = {"image": frozenset({"clip"}), "video": frozenset()}
-"""What is trained on -> kinds of media that are no samples of it."""
+"""Kind of the target -> kinds of media that are not samples."""
 SHOWN_FILES = 3
 
 
 @dataclass(frozen=True)
 class CaptionedFolder:
-    """Every file of a folder, in exactly one place; paths are relative to it, with `/`, in order.
+    """All files of a folder, each in exactly one list, by relative path with `/`, in order.
 
-    `rows`: image or clip -> the captions beside it, of which one is right. `captions`: those of `rows` and of
-    `other_media` and `unsupported`. `other_media`: clips, where images are trained on. `unsupported`: images and clips
-    that nothing installed decodes. `leftovers`: what systems and programs leave behind, by whose it is; of folders that
-    are not looked into their name. `metadata`: files that are called metadata.
+    Attributes:
+        rows: image or clip -> the captions next to it, of which there should be one.
+        captions: captions of `rows`, `other_media` and `unsupported`.
+        other_media: clips, if images are trained on.
+        unsupported: images and clips that nothing installed can decode.
+        leftovers: files of systems and programs, by program; for folders that are not searched, their name.
+        metadata: files with the name of a metadata file.
     """
 
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -38,7 +41,7 @@ class CaptionedFolder:
     links: tuple[str, ...] = ()
 
     def shared_captions(self) -> Iterator[tuple[str, str, str]]:
-        """(first, second, caption): pairs of samples that one caption stands beside."""
+        """Yield (first, second, caption): two samples with the same caption file."""
         first: dict[str, str] = {}
         for name, captions in self.rows.items():
             for caption in captions:
@@ -47,14 +50,15 @@ class CaptionedFolder:
                     yield other, name, caption
 
     def rival_captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Samples that several captions stand beside, and these."""
+        """Yield samples with several caption files, and these."""
         yield from ((name, captions) for name, captions in self.rows.items() if len(captions) > 1)
 
 
 def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = ()) -> CaptionedFolder:
-    """What each file of a listing is, where `kind` (`image` or `video`) is trained on.
+    """Assign each file of a listing to its role, where `kind` (`image` or `video`) is the target.
 
-    `metadata_names`: names of files that are no samples, because they are taken for metadata or stand in its place.
+    Args:
+        metadata_names: names of files that are not samples, because they are used as metadata or would be.
     """
     kinds = {name: kind_of_file(listing.base / name) for name in listing.files if name not in metadata_names}
     media = _of(kinds, "image", "clip")
@@ -91,23 +95,23 @@ def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = (
 
 
 def _of(kinds: Mapping[str, Kind], *wanted: Kind) -> tuple[str, ...]:
-    """The names of some kinds, sorted folder by folder."""
+    """Return the names of some kinds, sorted by folder."""
     return tuple(sorted((name for name, kind in kinds.items() if kind in wanted), key=lambda name: name.split("/")))
 
 
 def stem_key(name: str) -> str:
-    """What an image and its caption have in common: the path without its ending, however its accents are composed."""
+    """Return what an image and its caption share: the path without suffix, with normalized accents."""
     ending = ending_of(name)
     return unicodedata.normalize("NFC", name[: len(name) - len(ending)])
 
 
 def expected_caption(name: str) -> str:
-    """Where the caption of an image or clip is looked for first."""
+    """Return the first path at which the caption of an image or clip is looked up."""
     return f"{name[: len(name) - len(ending_of(name))]}.txt"
 
 
 def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
-    """What to say of images and clips that nothing installed decodes; `captioned`: captions stand beside them."""
+    """Return the problem of media that nothing installed can decode; `captioned`: they have captions."""
     beside = (", but " + ("it has a caption" if len(names) == 1 else "they have captions")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
     what = f"`{names[0]}`" if len(names) == 1 else _listed(names, "file")
@@ -116,14 +120,14 @@ def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
 
 
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:
-    """One line that says what was passed over."""
+    """Return one line about skipped files."""
     count = sum(map(len, leftovers.values()))
     listed = ", ".join(f"{len(names)} from {what} (`{names[0]}`)" for what, names in leftovers.items())
     return f"{pluralize(count, 'file or folder', 'files and folders')} skipped: {listed}"
 
 
 def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
-    """What is worth saying of the files that are not read, each kind once."""
+    """Return notes about files that are not read, one per kind."""
     notes = []
     if folder.unsupported:
         problem = unsupported_problem(folder.unsupported, captioned=False)

@@ -1,13 +1,14 @@
-"""What is known of a clip before its pixels are used: plain records. No torch."""
+"""Facts about a clip that are known before its pixels are used: plain records. No torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """What the header of a video says; width and height are those of the upright video, in square pixels.
+    """The header of a video; width and height are those of the upright video in square pixels.
 
-    `frame_rate` is the mean number of frames per second with two decimals, as far as the header can be believed.
+    Attributes:
+        frame_rate: mean number of frames per second, rounded to two decimals, as far as the header is plausible.
     """
 
     width: int
@@ -18,10 +19,12 @@ class VideoHeader:
 
 @dataclass(frozen=True)
 class Watched:
-    """What decoding a video to its end tells.
+    """Results of decoding a video to its end.
 
-    `frames`: those of the file. `resampled`: those at the frame rate asked for; None: none was. `times`: seconds at
-    which the frames are shown, in the order of decoding.
+    Attributes:
+        frames: frames of the file.
+        resampled: frames at the requested frame rate; None if none was requested.
+        times: timestamps of the frames in seconds, in decoding order.
     """
 
     frames: int

@@ -1,7 +1,7 @@
-"""Colours of images: a profile in the file becomes sRGB, as in viewers. No torch.
+"""Colors of images: an embedded profile is converted to sRGB, as in viewers. No torch.
 
-The conversion is that of `ImageCms.profileToProfile` (LittleCMS, perceptual intent). A profile whose colours lie within
-2 of 255 of sRGB counts as sRGB and changes nothing.
+The conversion is that of `ImageCms.profileToProfile` (LittleCMS, perceptual intent). A profile whose colors are within
+2 of 255 of sRGB counts as sRGB, and nothing is converted.
 """
 
 import io
@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image, ImageCms
 
 COLOUR_TRANSFORM = 1
-"""Goes up when the same profile gives other colours, so that older encodings are not taken for them."""
+"""Incremented when the conversion changes, so that older encodings are not reused."""
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
-"""Colour space of a profile -> Pillow's mode of the pixels that it is for."""
+"""Color space of a profile -> Pillow mode of the pixels that it applies to."""
 SPACE_NAMES = {"RGB ": "RGB", "GRAY": "gray", "CMYK": "CMYK", "Lab ": "LAB"}
 SAME_COLOUR = 2
-"""How far apart, of 255, the colours of a profile and of sRGB may be that count as the same."""
+"""Maximum difference, of 255, between colors of a profile and of sRGB that count as equal."""
 PROBED_LEVELS = 7
 KEPT_PROFILES = 32
 SHOWN_OF_A_NAME = 40
@@ -29,17 +29,18 @@ ADOBE_RGB_COLOUR_SPACE, ADOBE_RGB_INDEX = 2, "R03"
 SRGB_GAMMA = 0.45455
 GAMMA_SLACK = 0.01
 HEAD_BYTES = 4096
-"""A file has its code points, where it has any, among so many bytes at its beginning."""
+"""Code points, if any, are within this many bytes at the start of a file."""
 SDR_PRIMARIES, SDR_TRANSFERS = (1, 2), (1, 2, 6, 13)
 """Code points (ITU-T H.273) that are shown as sRGB is: BT.709 and unspecified; BT.709, unspecified, BT.601, sRGB."""
 
 
 @dataclass(frozen=True)
 class Colours:
-    """What the colours of an image are, where they are not plainly sRGB.
+    """The colors of an image, if they are not plain sRGB.
 
-    `profile`: the name of the profile that they are converted from; blank: they are taken as they stand. `doubt`: why
-    something in the file that says otherwise is not followed; blank: nothing does.
+    Attributes:
+        profile: name of the profile that is converted from; empty if none is.
+        doubt: why a contradicting statement in the file is ignored; empty if there is none.
     """
 
     profile: str = ""
@@ -47,7 +48,7 @@ class Colours:
 
 
 def colours_of(image: Image.Image) -> Colours:
-    """What the colours of an opened image are; decodes no pixel."""
+    """Return the colors of an opened image, without decoding pixels."""
     data = image.info.get("icc_profile")
     if not data:
         return Colours(doubt=_unfollowed(image))
@@ -61,10 +62,10 @@ def colours_of(image: Image.Image) -> Colours:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The RGB of an image whose colours are those of `profile`, without its transparency.
+    """Convert an image from `profile` to RGB, without its transparency.
 
     Raises:
-        ImageCms.PyCMSError: when the profile cannot be used.
+        ImageCms.PyCMSError: if the profile cannot be used.
     """
     mode = SPACES[_inspect(profile).space]
     converted = ImageCms.applyTransform(image.convert(mode), _transform(profile, mode))
@@ -74,7 +75,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Profile:
-    """What a profile says of itself; with a `doubt` it cannot be used."""
+    """Properties of a profile; with a `doubt` it cannot be used."""
 
     name: str = ""
     space: str = ""
@@ -98,7 +99,7 @@ def _inspect(data: bytes) -> _Profile:
 
 
 def _is_srgb(data: bytes, mode: str) -> bool:
-    """Whether a profile leaves the colours of sRGB as they are, seen on a grid of them."""
+    """Return whether a profile leaves a grid of sRGB colors unchanged."""
     if mode not in ("RGB", "L"):
         return False
     levels = np.linspace(0, 255, PROBED_LEVELS if mode == "RGB" else 256).round().astype(np.uint8)
@@ -115,7 +116,7 @@ def _transform(data: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 
 def _fits(space: str, mode: str) -> bool:
-    """Whether a profile of a colour space can be meant for pixels of a mode; a grey has three equal parts."""
+    """Return whether a profile of a color space can apply to pixels of a mode; gray counts as three equal channels."""
     grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
     return {
         "RGB ": mode in ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr") or grey,
@@ -126,7 +127,7 @@ def _fits(space: str, mode: str) -> bool:
 
 
 def _unfollowed(image: Image.Image) -> str:
-    """What says, without a profile, that the colours of an image are not sRGB; blank: nothing does."""
+    """Return what states, without a profile, that an image is not sRGB; empty if nothing does."""
     if image.format in ("JPEG", "MPO", "TIFF") and _is_marked_adobe_rgb(image):
         return "no colour profile, but the EXIF data declares Adobe RGB"
     if image.format == "PNG" and "srgb" not in image.info:
@@ -152,7 +153,7 @@ def _is_marked_adobe_rgb(image: Image.Image) -> bool:
 
 
 def _code_points(image: Image.Image) -> tuple[int, int] | None:
-    """(primaries, transfer) as a PNG (cICP) or AVIF (nclx) states them, which Pillow passes over."""
+    """Return (primaries, transfer) of a PNG (cICP) or AVIF (nclx), which Pillow ignores."""
     stream = getattr(image, "fp", None)
     if stream is None:
         return None

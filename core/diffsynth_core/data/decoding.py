@@ -1,7 +1,7 @@
-"""One ffmpeg process that decodes a video into a pipe, and what its log says about damage.
+"""One ffmpeg process that decodes a video into a pipe, and what its log reveals about damage.
 
-ffmpeg conceals damage and ends well. Its log tells the order in which packets were read and frames decoded, so that a
-sign of damage can be placed before or behind the frames that are used, whatever the number of threads.
+ffmpeg conceals damage and exits successfully. Its log shows the order in which packets were read and frames decoded,
+so that signs of damage can be located before or after the frames in use, for any number of threads.
 """
 
 import math
@@ -23,7 +23,7 @@ from diffsynth_core.data.formats import demuxers_of, raw_stream_of
 from diffsynth_core.errors import DiffSynthError
 
 FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
-"""What an output is made of: the first video stream that is no cover image, no frame doubled or left out."""
+"""Output options: the first video stream that is not a cover image, with no frame duplicated or dropped."""
 FRAME_DAMAGE = (
     b"concealing ",
     b"corrupt decoded frame",
@@ -32,18 +32,18 @@ FRAME_DAMAGE = (
     b"LZW decode failed",
     b"slice CRC mismatch",
 )
-"""What decoders say of a frame that is lost or concealed, before it and those that are made from it come out."""
+"""Messages of decoders about a lost or concealed frame, logged before that frame and those that depend on it."""
 PACKET_DAMAGE = b"[in#0/", b"] [error] "
-"""What a line has that tells of bytes passed over between packets; while a file is opened, `[in#0 @` stands there."""
+"""Parts of messages about bytes skipped between packets; while a file is opened they have the prefix `[in#0 @`."""
 CUT_OFF = (b"File ended prematurely", b"partial file", b"corrupt input packet")
-"""What is said where a file ends within a packet."""
+"""Messages about a file that ends within a packet."""
 DECODED, READ = b"decoder -> pts:", b"demuxer -> ist_index:"
 """What `-debug_ts` says once for each frame, and for each packet."""
 ENCODED = b"encoder -> "
-"""What it says once for each frame of each output."""
+"""Message of `-debug_ts` for each frame of each output."""
 CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"muxer <- ")
 REORDERING = 16
-"""So many frames at most are read before one that is shown before them (H.264, max_num_reorder_frames)."""
+"""Maximum number of frames read before one that is displayed earlier (H.264, max_num_reorder_frames)."""
 KEPT_LINES = 500
 DISCARDED_BYTES = 1 << 20
 REASONS = (
@@ -54,13 +54,12 @@ REASONS = (
     ("Error opening input: Invalid data", "not a known video format, or a damaged header", False),
     ("Error opening input: End of file", "truncated before the first frame", True),
 )
-"""(what ffmpeg says of a file that it does not open, what it means, whether the file is cut off): the first that is
-found"""
+"""(message of ffmpeg about a file it cannot open, meaning, whether the file is truncated); the first match counts."""
 NOT_OPENED = "Error opening "
 
 
 class UnreadableVideo(DiffSynthError):
-    """A video cannot be used: the `reason` in words, and whether it is `cut_off`."""
+    """A video cannot be used: the `reason` in words, and whether it is truncated (`cut_off`)."""
 
     def __init__(self, path: Path, reason: str, cut_off: bool = False) -> None:
         if path.is_file() and path.stat().st_size == 0:
@@ -71,13 +70,14 @@ class UnreadableVideo(DiffSynthError):
 
 
 class Decoding:
-    """An ffmpeg process that decodes the first video stream of `path` into a pipe; it is gone after the block.
+    """An ffmpeg process that decodes the first video stream of `path` into a pipe; it has ended after the block.
 
-    `output` are ffmpeg's arguments behind the input: filters and format, and those of further outputs. With `threads`,
-    the decoder has so many.
+    Args:
+        output: ffmpeg options after the input: filters and format, and those of further outputs.
+        threads: number of threads of the decoder.
 
     Raises:
-        DiffSynthError: when ffmpeg cannot be started.
+        DiffSynthError: if ffmpeg cannot be started.
     """
 
     def __init__(self, path: Path, output: Sequence[str], threads: int | None = None) -> None:
@@ -104,13 +104,13 @@ class Decoding:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "AV_LOG_FORCE_NOCOLOR": "1"},
-                process_group=0,  # Ctrl-C is the caller's business: a clip in work is read to its end
+                process_group=0,  # Ctrl-C is handled by the caller: the current clip is read to its end
             )
         except (OSError, RuntimeError) as error:
             raise DiffSynthError(f"cannot start ffmpeg: {error}", "reinstall `imageio-ffmpeg`") from error
         self._pixels = cast(BufferedReader, self._process.stdout)
         self._messages = cast(BufferedReader, self._process.stderr)
-        # A thread of its own: ffmpeg stands still while nobody reads what it says.
+        # A separate thread: ffmpeg blocks while its log is not read.
         self._listener = threading.Thread(target=self._log.read, args=(self._messages,), daemon=True)
         self._listener.start()
         return self
@@ -121,39 +121,39 @@ class Decoding:
         self._stop()
 
     def read_into(self, target: NDArray[np.uint8]) -> bool:
-        """Fill `target`, which is contiguous, with what comes next; False when less came before the end."""
+        """Fill `target`, which is contiguous, from the pipe; return False if the stream ended first."""
         if self._pixels.readinto(target.data) == target.nbytes:
             return True
         self._process.wait()
         return False
 
     def read_all(self) -> bytes:
-        """All that comes until ffmpeg ends."""
+        """Return everything up to the end of the stream."""
         everything = self._pixels.read()
         self._process.wait()
         return everything
 
     def description(self) -> str:
-        """What ffmpeg said of the stream before it decoded it; call `check` first."""
+        """ffmpeg's description of the stream; call `check` first."""
         text = "\n".join(self._log.lines)
         mapped = re.search(r"Stream #0:(\d+) -> #0:0", text)
         found = mapped and re.search(rf"Stream #0:{mapped[1]}\b.*?(?=Stream #|Stream mapping:)", text, re.DOTALL)
         return found[0] if found else ""
 
     def frame_times(self) -> tuple[float, ...]:
-        """Seconds at which the frames are shown, in the order of decoding; call `check` first."""
+        """Timestamps of the frames in seconds, in decoding order; call `check` first."""
         return tuple(self._log.frame_times)
 
     def frames_beside(self, arrived: int) -> int:
-        """How many frames went into a second output, when `arrived` came through the pipe; call `check` first."""
+        """Return the number of frames of a second output when `arrived` came through the pipe; call `check` first."""
         return self._log.encoded - arrived
 
     def check(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
-        """End the process and judge what came: `arrived` frames from `start` on, of `asked` or, with None, of all.
+        """End the process and check the result: `arrived` frames from `start` on, of `asked` or, if None, of all.
 
         Raises:
-            DiffSynthError: when the file cannot be opened or has no frames, or when it is cut off or damaged before
-                the last frame asked for.
+            DiffSynthError: if the file cannot be opened or has no frames, or is truncated or damaged before the last
+                requested frame.
         """
         self._stop()
         refusal = self._log.refusal()
@@ -172,14 +172,14 @@ class Decoding:
             raise UnreadableVideo(self._path, "no frames")
 
     def _check_in_order(self, start: int, arrived: int, asked: int | None, frame_rate: float | None) -> None:
-        """Judge once more with one thread: several tell of damage while they are frames ahead of what comes out."""
+        """Check again with one thread: several threads report damage frames ahead of the output."""
         with Decoding(self._path, self._output, threads=1) as again:
             while again._pixels.read(DISCARDED_BYTES):
                 pass
             again.check(start, arrived, asked, frame_rate)
 
     def _stop(self) -> None:
-        """End ffmpeg; its log is whole up to the last frame that came, for which its lines were written first."""
+        """End ffmpeg; its log is complete up to the last received frame, whose lines were written before it."""
         self._process.kill()
         self._process.wait()
         self._listener.join()
@@ -188,7 +188,7 @@ class Decoding:
 
 
 class _Log:
-    """What ffmpeg says with `-debug_ts`, read line by line while it works."""
+    """Reads ffmpeg's log with `-debug_ts` line by line while it works."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -202,7 +202,7 @@ class _Log:
         self._damaged_packet: int | None = None
 
     def read(self, stream: BufferedReader) -> None:
-        # ffmpeg describes its output in pieces, between which other threads write: a line may begin anywhere.
+        # ffmpeg writes lines in pieces, between which other threads write: a line may start anywhere.
         for line in stream:
             if DECODED in line:
                 self.frame_times.append(_seconds(line.partition(DECODED)[2]))
@@ -224,7 +224,7 @@ class _Log:
             self.lines.append(line.decode("utf-8", "replace").rstrip())
 
     def refusal(self) -> tuple[str, bool] | None:
-        """Why ffmpeg did not open the file, and whether that is because it is cut off; None when it did."""
+        """Return why ffmpeg could not open the file, and whether it is truncated; None if it could."""
         text = "\n".join(self.lines)
         if NOT_OPENED not in text:
             return None
@@ -235,20 +235,20 @@ class _Log:
         return (other[1], False) if other else None
 
     def frames_needed(self, end: int | None, frame_rate: float | None) -> float:
-        """How many frames of the file it takes to make `end` of the rate asked for, as the filter `fps` rounds."""
+        """Return the number of frames of the file for `end` resampled frames, with the rounding of the filter `fps`."""
         if end is None or frame_rate is None:
             return math.inf if end is None else end
         places = [math.floor(time * frame_rate + 0.5) for time in self.frame_times]
         return next((number for number, place in enumerate(places) if place - places[0] >= end), math.inf)
 
     def whole_frames(self) -> int:
-        """How many frames a file that is cut off still has in their order; behind them, some between are missing."""
+        """Return the number of frames that a truncated file still has without gaps."""
         times = self._packet_times
         ahead = (sum(time > times[i] for time in times[max(0, i - REORDERING) : i]) for i in range(len(times)))
         return max(0, min(len(times) - max(ahead, default=0), len(self.frame_times)))
 
     def first_damage(self, needed: float) -> int | None:
-        """The first damaged frame that counts when the first `needed` frames are used; None when those are sound."""
+        """Return the first damaged frame that affects the first `needed` frames; None if they are intact."""
         signs = []
         if self._damaged_frame is not None and self._damaged_frame < needed:
             signs.append(self._damaged_frame)
@@ -258,6 +258,6 @@ class _Log:
 
 
 def _seconds(line: bytes) -> float:
-    """The time in a line of the decoder; 0 where it knows none, which counts the frame among those used."""
+    """Return the time in a line of the decoder; 0 if unknown, which counts the frame as used."""
     found = re.search(rb"pts_time:(-?[\d.e+-]+)", line)
     return float(found[1]) if found else 0.0

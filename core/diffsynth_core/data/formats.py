@@ -1,7 +1,7 @@
-"""Which file is an image, a clip, a caption, or what systems and programs leave behind: the one declaration. No torch.
+"""File types: images, clips, captions, and leftovers of systems and programs, declared once. No torch.
 
-A file is judged by its name (`kind_of_name`); where the name says nothing, or may mean something else, by its first
-bytes (`kind_of_file`). Images are what Pillow and its installed plugins decode, clips what ffmpeg does.
+A file is classified by its name (`kind_of_name`) or, if that is inconclusive, by its first bytes (`kind_of_file`).
+Images are what Pillow and its installed plugins decode, clips what ffmpeg does.
 """
 
 import re
@@ -17,11 +17,14 @@ from typing import Literal
 from PIL import Image
 
 Kind = Literal["image", "clip", "caption", "unsupported", "leftover", "unknown"]
-"""`unsupported`: an image or clip that nothing installed here decodes. `leftover`: what systems and programs leave
-behind. `unknown`: none of all these."""
+"""Type of a file.
+
+`unsupported`: an image or clip that nothing installed can decode. `leftover`: left behind by systems and programs.
+`unknown`: none of these.
+"""
 
 CAPTION_ENDINGS = (".txt", ".caption")
-"""Of the text beside an image or clip that is its caption, in any case."""
+"""Suffixes of caption files, in any case."""
 
 CONTAINERS: Mapping[str, tuple[str, ...]] = {
     "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".ismv"),
@@ -43,7 +46,7 @@ CONTAINERS: Mapping[str, tuple[str, ...]] = {
     "dv": (".dv",),
     "flic": (".fli", ".flc"),
 }
-"""ffmpeg's name of a container -> endings of its files. Playlists, which open other files, are not among them."""
+"""ffmpeg container -> file suffixes. Playlists, which open other files, are excluded."""
 RAW_STREAMS: Mapping[str, tuple[str, ...]] = {
     "mpegvideo": (".mpg", ".mpeg", ".m1v", ".m2v"),
     "h264": (".h264", ".264"),
@@ -53,7 +56,7 @@ RAW_STREAMS: Mapping[str, tuple[str, ...]] = {
     "m4v": (".m4v",),
     "mjpeg": (".mjpg", ".mjpeg"),
 }
-"""The same of streams without a container: having no header to be known by, they are tried by their ending alone."""
+"""The same for streams without a container, which are recognized only by suffix because they lack a header."""
 CLIP_ENDINGS = frozenset(
     ending for table in (CONTAINERS, RAW_STREAMS) for endings in table.values() for ending in endings
 )
@@ -62,14 +65,14 @@ PLUGINS: Mapping[str, str] = {
     "pillow_heif": "register_heif_opener",
     "pillow_jxl": "",
 }
-"""Modules that teach Pillow further formats, used where they are installed -> what to call after importing them."""
+"""Modules that add formats to Pillow, used if installed -> function to call after import."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
-"""Formats that Pillow names without decoding them, or hands to another program."""
+"""Formats that Pillow recognizes but does not decode, or passes to another program."""
 STILL_CAMERAS = (
     ".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2",
     ".rwl", ".sr2", ".srw", ".x3f",
 )  # fmt: skip
-"""Raw data of cameras: Pillow takes some for a TIFF and gives the thumbnail in it."""
+"""Raw camera files: Pillow takes some for TIFF and returns the thumbnail."""
 OTHER_IMAGES = (
     ".ai", ".dpx", ".emf", ".eps", ".exr", ".hdr", ".jls", ".jxr", ".jxs", ".kra", ".pam", ".ps", ".psb", ".svg",
     ".wbmp", ".wdp", ".wmf", ".xcf", ".xwd",
@@ -85,17 +88,17 @@ CONVERSIONS: Mapping[str, str] = {
     **dict.fromkeys(OTHER_IMAGES, "convert to PNG or JPEG"),
     **dict.fromkeys(OTHER_CLIPS, "convert to MP4"),
 }
-"""Endings of images and clips that are not decoded here unless a plugin does -> what to do."""
+"""Suffix of an image or clip that cannot be decoded without a plugin -> what to do."""
 AUDIO_ENDINGS = (
     ".aac", ".flac", ".isma", ".m4a", ".m4b", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".ra", ".wav", ".wma",
 )  # fmt: skip
-"""Endings of sound, which stands in the containers of clips."""
+"""Suffixes of audio files, which use the containers of clips."""
 AMBIGUOUS = frozenset({".ts", ".mts"})
-"""Endings of clips that other files have as well: MPEG transport streams, and TypeScript."""
+"""Suffixes of clips that other files use too: MPEG transport streams and TypeScript."""
 
 SNIFFED_BYTES = 4096
 TRANSPORT_PACKETS = (188, 192)
-"""Bytes after which the mark of an MPEG transport stream comes again; 192 with a time in front of each packet."""
+"""Distances between sync bytes of an MPEG transport stream; 192 with a timestamp before each packet."""
 CLIP_SIGNATURES: tuple[tuple[int, bytes], ...] = (
     (0, b"\x1aE\xdf\xa3"),
     (8, b"AVI "),
@@ -106,16 +109,16 @@ CLIP_SIGNATURES: tuple[tuple[int, bytes], ...] = (
     (0, b"\x06\x0e\x2b\x34"),
     (4, b"moov"),
 )
-"""(place, bytes) by which containers are known: Matroska, AVI, FLV, MPEG, Ogg, ASF, MXF, QuickTime."""
+"""(offset, bytes) that identify containers: Matroska, AVI, FLV, MPEG, Ogg, ASF, MXF, QuickTime."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a")
 WORKFLOW_MARKS = (b'"class_type"', b'"last_node_id"', b'"last_link_id"')
-"""What a workflow of ComfyUI holds, and no caption or metadata does."""
+"""Keys of a ComfyUI workflow that no caption or metadata file has."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What one kind of program leaves in folders: patterns of names in lower case, of files and of folders."""
+    """Files and folders that one kind of program leaves behind, as lower-case patterns."""
 
     what: str
     files: tuple[str, ...] = ()
@@ -140,18 +143,18 @@ LEFTOVERS: tuple[Leftover, ...] = (
     Leftover("cameras", ("*.aae", "*.xmp", "*.thm", "*.lrv", "*.pp3", "picasa.ini", ".picasa.ini")),
     Leftover("hidden files", (".*",), (".*",)),
 )
-"""The first that fits counts."""
+"""Known programs; the first match counts."""
 _LEFTOVER_FILES = tuple((one.what, one.files) for one in LEFTOVERS)
 _LEFTOVER_FOLDERS = tuple((one.what, one.folders) for one in LEFTOVERS)
 
 
 def leftover_of(name: str) -> str | None:
-    """Which program leaves a file of this name behind; None: none is known."""
+    """Return the program that leaves a file of this name behind, or None."""
     return _whose(name, _LEFTOVER_FILES)
 
 
 def leftover_folder(name: str) -> str | None:
-    """Which program leaves a folder of this name behind; None: none is known."""
+    """Return the program that leaves a folder of this name behind, or None."""
     return _whose(name, _LEFTOVER_FOLDERS)
 
 
@@ -166,7 +169,7 @@ def _whose(name: str, patterns: tuple[tuple[str, tuple[str, ...]], ...]) -> str 
 def _sorted_patterns(
     patterns: tuple[tuple[str, tuple[str, ...]], ...],
 ) -> tuple[dict[str, str], dict[str, str], list[tuple[str, re.Pattern[str]]]]:
-    """Whose a name is, by whole names, by endings, and by what is matched: a folder may hold a million files."""
+    """Return program by full name, by suffix, and by pattern, for speed: a folder may contain a million files."""
     every = [(what, one) for what, some in patterns for one in some]
     names = {one: what for what, one in every if "*" not in one}
     endings = {one[1:]: what for what, one in every if re.fullmatch(r"\*\.\w+", one)}
@@ -175,14 +178,14 @@ def _sorted_patterns(
 
 
 def ending_of(name: str) -> str:
-    """The ending of a file name or path, in lower case with its dot; blank without one."""
+    """Return the suffix of a file name or path, in lower case with its dot; empty if there is none."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return f".{ending.lower()}" if dot and stem else ""
 
 
 @cache
 def load_plugins() -> None:
-    """Let Pillow know all of its formats, and those of the plugins that are installed; once in a process."""
+    """Register all of Pillow's formats and those of installed plugins, once per process."""
     Image.init()
     for module, register in PLUGINS.items():
         if find_spec(module):
@@ -193,24 +196,24 @@ def load_plugins() -> None:
 
 @cache
 def image_endings() -> frozenset[str]:
-    """The endings of the files that Pillow decodes here."""
+    """Return the suffixes of files that Pillow can decode here."""
     load_plugins()
     decoded = Image.OPEN.keys() - NOT_DECODED
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in decoded)
 
 
 def format_of_ending(ending: str) -> str | None:
-    """Pillow's name of the format that an ending stands for; None: it stands for none that is decoded here."""
+    """Return Pillow's format of a suffix; None if none can be decoded here."""
     return Image.registered_extensions()[ending] if ending in image_endings() else None
 
 
 def demuxers_of(path: Path) -> tuple[str, ...]:
-    """ffmpeg's names of the containers that a file may be of, whatever its ending, and of the streams by its ending."""
+    """Return ffmpeg's containers that a file may have, whatever its suffix, and raw streams by suffix."""
     return (*CONTAINERS, *_raw_streams(ending_of(path.name)))
 
 
 def raw_stream_of(path: Path) -> str | None:
-    """ffmpeg's name of the stream that a file is by its ending, which no container shares; None: it may be others."""
+    """Return ffmpeg's raw stream for a file's suffix, if no container uses it; otherwise None."""
     ending = ending_of(path.name)
     if any(ending in endings for endings in CONTAINERS.values()):
         return None
@@ -223,18 +226,20 @@ def _raw_streams(ending: str) -> list[str]:
 
 @cache
 def decoded_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that it decodes here, in the order in which it tries them."""
+    """Return Pillow's formats that can be decoded here, in the order in which it tries them."""
     load_plugins()
     return tuple(name for name in Image.ID if name not in NOT_DECODED)
 
 
 def kind_of_name(name: str) -> Kind | None:
-    """What a file is by its name; None where only its bytes tell. A GIF counts as an image, though it may be a clip."""
+    """Return the type of a file by its name; None if only its bytes decide. A GIF counts as an image, though it
+    may be a clip.
+    """
     return "leftover" if leftover_of(name.rpartition("/")[2]) else kind_of_ending(ending_of(name))
 
 
 def kind_of_ending(ending: str) -> Kind | None:
-    """The same by the ending alone, for files that a row names."""
+    """Return the type by suffix only, for files in metadata rows."""
     if ending in CAPTION_ENDINGS:
         return "caption"
     if ending in image_endings() and (ending == ".gif" or ending not in CLIP_ENDINGS):
@@ -247,7 +252,7 @@ def kind_of_ending(ending: str) -> Kind | None:
 
 
 def kind_of_file(path: Path) -> Kind:
-    """What a file is, by its name and otherwise by its first bytes; one that cannot be opened is unknown."""
+    """Return the type of a file by its name or, if inconclusive, its first bytes; unknown if it cannot be opened."""
     by_name = kind_of_name(path.name)
     if by_name:
         return by_name
@@ -258,19 +263,19 @@ def kind_of_file(path: Path) -> Kind:
 
 
 def media_kind(path: Path) -> Kind:
-    """What a file that a row names is, by its ending and otherwise by its first bytes."""
+    """Return the type of a file in a metadata row, by its suffix or, if inconclusive, its first bytes."""
     return kind_of_ending(ending_of(path.name)) or kind_of_bytes(_head(path), path)
 
 
 def kind_by_content(path: Path) -> tuple[Kind, str | None]:
-    """What a file is by its first bytes alone, and what to do with it where nothing installed decodes it."""
+    """Return the type by first bytes only, and what to do if nothing installed can decode it."""
     head = _head(path)
     kind = kind_of_bytes(head, path)
     return kind, CONVERSIONS[".jxl" if head.startswith(JXL_SIGNATURES) else ".heic"] if kind == "unsupported" else None
 
 
 def kind_of_bytes(head: bytes, path: Path) -> Kind:
-    """What the file at `path` is by its first bytes `head`, whatever its ending."""
+    """Return the type of the file at `path` by its first bytes `head`, whatever its suffix."""
     if is_heif(head) or head.startswith(JXL_SIGNATURES):
         return "image" if _opens(path) else "unsupported"
     boxed = head[4:8] == b"ftyp" and head[8:11] != b"avi"  # of AVIF, avif and avis
@@ -280,12 +285,12 @@ def kind_of_bytes(head: bytes, path: Path) -> Kind:
 
 
 def is_heif(head: bytes) -> bool:
-    """Whether a file begins as HEIC images do."""
+    """Return whether a file starts like a HEIC image."""
     return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file; none of one that cannot be opened."""
+    """Return the first bytes of a file; empty if it cannot be opened."""
     try:
         with path.open("rb") as stream:
             return stream.read(SNIFFED_BYTES)
@@ -294,7 +299,7 @@ def _head(path: Path) -> bytes:
 
 
 def is_transport_stream(head: bytes) -> bool:
-    """Whether a file begins as an MPEG transport stream does."""
+    """Return whether a file starts like an MPEG transport stream."""
     return any(
         len(head) > 2 * size and all(head[size - 188 + size * packet] == 0x47 for packet in (0, 1))
         for size in TRANSPORT_PACKETS
@@ -302,25 +307,25 @@ def is_transport_stream(head: bytes) -> bool:
 
 
 def is_workflow(head: bytes) -> bool:
-    """Whether a JSON file that begins so is a workflow of ComfyUI."""
+    """Return whether a JSON file with this start is a ComfyUI workflow."""
     return any(mark in head for mark in WORKFLOW_MARKS)
 
 
 def refused_format(path: Path) -> str | None:
-    """What to do with a file whose ending stands for a format that is not decoded here; None: it may be."""
+    """Return what to do with a file whose suffix is that of a format that cannot be decoded here; None if it can."""
     ending = ending_of(path.name)
     return CONVERSIONS[ending] if kind_of_ending(ending) == "unsupported" else None
 
 
 @cache
 def _formats_with_signature() -> tuple[str, ...]:
-    """Formats of Pillow that are known by their first bytes; the others would take any file for theirs."""
+    """Return Pillow formats with a signature; the others would accept any file."""
     load_plugins()
     return tuple(name for name, (_, accept) in Image.OPEN.items() if accept and name not in NOT_DECODED)
 
 
 def _opens(path: Path) -> bool:
-    """Whether Pillow knows a file by its first bytes."""
+    """Return whether Pillow recognizes a file by its first bytes."""
     try:
         with Image.open(path, formats=_formats_with_signature()) as image:
             return min(image.size) > 0

@@ -1,6 +1,6 @@
-"""When an image or video has too few pixels for what it is trained at."""
+"""Thresholds below which an image or video has too few pixels for its training size."""
 
 MAX_UPSCALE = 1.5
-"""Files that are scaled up by more than this factor are named: what they lack in detail is learned as blur."""
+"""Maximum upscaling without a warning: the missing detail is learned as blur."""
 MIN_AREA_SHARE = 0.125
-"""Files of a smaller share of the area that the model is usually trained at (some 35 % of its sides) are named."""
+"""Minimum fraction of the model's usual training area without a warning (about 35 % of its sides)."""

@@ -1,4 +1,4 @@
-"""Eight images with captions, drawn for rehearsals: every format and oddity a real folder has, without a download."""
+"""Eight synthetic images with captions for rehearsals: all formats and oddities of real folders, without a download."""
 
 import json
 import math
@@ -37,14 +37,15 @@ DRAWN = (
         "a gold coin on purple velvet, polished, with a soft light from the left",
     ),
 )
-"""(file name, size in pixels, shape, its colour, the ground's colour, caption)"""
+"""(file name, size in pixels, shape, its color, the background's color, caption)"""
 
 
 def draw_images(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -> Path:
-    """Draw the images and their metadata.csv into a folder, those that are not there yet; returns the folder.
+    """Create the images and their metadata.csv in a folder, unless they exist; return the folder.
 
-    `shown`: further columns -> how many images each names at most: every row one, every other row so many as a list.
-    0: the image of the row itself.
+    Args:
+        shown: additional column -> maximum number of images in a cell: one in every other row, this many as a list in
+            the rows between. 0: the image of the row itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, shape, colour, ground, _ in DRAWN:
@@ -60,7 +61,7 @@ def draw_images(folder: Path, shown: Mapping[str, int] = MappingProxyType({})) -
 
 
 def _cell(number: int, most: int) -> str:
-    """The images behind the one of a row, or that one."""
+    """Return the images after the one of a row, or that image itself."""
     if not most:
         return DRAWN[number][0]
     names = [DRAWN[(number + 1 + place) % len(DRAWN)][0] for place in range(most if number % 2 else 1)]
@@ -101,7 +102,7 @@ def _draw(size: tuple[int, int], shape: str, colour: str, ground: str | None) ->
 
 
 def _grain(image: Image.Image) -> Image.Image:
-    """A little noise, as photographs have."""
+    """Add a little noise, as in photographs."""
     noise = np.random.default_rng(image.width * image.height).normal(0, 6, (image.height, image.width, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
@@ -110,7 +111,7 @@ def _save(image: Image.Image, path: Path) -> None:
     exif = Image.Exif()
     if "turned" in path.stem:
         image = image.rotate(90, expand=True)
-        exif[EXIF_ORIENTATION] = 6  # to be turned 90 degrees clockwise for viewing
+        exif[EXIF_ORIENTATION] = 6  # rotated 90 degrees clockwise by viewers
     formats = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
     with atomic_write(path) as temporary:
         image.save(temporary, format=formats[path.suffix], exif=exif)

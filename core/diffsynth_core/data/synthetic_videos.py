@@ -1,4 +1,6 @@
-"""Five moving clips with captions, drawn for rehearsals: every container and oddity a real folder has, no download."""
+"""Five synthetic clips with captions for rehearsals: all containers and oddities of real folders, without a
+download.
+"""
 
 import math
 import subprocess
@@ -29,7 +31,7 @@ DRAWN = (
     ("coin.webm", (144, 144), 7, "circle", "gold", "purple", "a gold coin rolls by"),
     ("lamp.gif", (192, 128), 18, "box", "white", "darkgreen", "a white lamp swings before a green wall at night"),
 )
-"""(file name, upright size in pixels, frames, shape, its colour, the ground's colour, caption)"""
+"""(file name, upright size in pixels, frames, shape, its color, the background's color, caption)"""
 CODING = {
     ".mp4": ("mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
     ".mov": ("mov", "-c:v", "libx264", "-pix_fmt", "yuv420p"),
@@ -37,14 +39,14 @@ CODING = {
     ".webm": ("webm", "-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
     ".gif": ("gif",),
 }
-"""ffmpeg's name of the container, and how its frames are coded."""
+"""Suffix -> ffmpeg container and encoding options."""
 
 
 def draw_clips(folder: Path) -> Path:
-    """Draw the clips and their metadata.csv into a folder, those that are not there yet; returns the folder.
+    """Create the clips and their metadata.csv in a folder, unless they exist; return the folder.
 
     Raises:
-        DiffSynthError: when ffmpeg cannot be started or the folder cannot be written.
+        DiffSynthError: if ffmpeg cannot be started or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [drawn for drawn in DRAWN if not (folder / drawn[0]).is_file()]
@@ -56,7 +58,7 @@ def draw_clips(folder: Path) -> Path:
 
 
 def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: str) -> list[Image.Image]:
-    """A shape that moves once across the image on a wave."""
+    """Draw a shape that moves once across the image on a wave."""
     width, height = size
     radius = min(size) // 5
     images = []
@@ -78,7 +80,7 @@ def _draw(size: tuple[int, int], frames: int, shape: str, colour: str, ground: s
 
 
 def _save(images: list[Image.Image], path: Path) -> None:
-    """Code a clip; a turned one stands in the file as a telephone writes it, with a note to turn it for viewing."""
+    """Encode a clip; a rotated one is stored as a phone writes it, with a rotation for viewers."""
     turned = "turned" in path.stem
     if turned:
         images = [image.rotate(90, expand=True) for image in images]

@@ -1,4 +1,4 @@
-"""What videos hold, found out by decoding once and remembered: their headers, and how many frames they have."""
+"""Cached properties of videos that require decoding: headers and frame counts."""
 
 import threading
 from collections import defaultdict
@@ -13,7 +13,7 @@ from diffsynth_core.hub.file_cache import FileCache, Stamp, file_stamp
 
 
 class VideoProbeCache:
-    """Headers and counts of frames. Threads may ask at the same time: one decodes a file, the others wait for it."""
+    """Cache of headers and frame counts. Thread-safe: one thread decodes a file, others wait for the result."""
 
     def __init__(self, memory: Path) -> None:
         self._memory = FileCache(memory)
@@ -21,14 +21,14 @@ class VideoProbeCache:
         self._asking: defaultdict[tuple[Path, str], threading.Lock] = defaultdict(threading.Lock)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """As `FileCache.exclusive`."""
+        """See `FileCache.exclusive`."""
         return self._memory.exclusive()
 
     def header(self, path: Path) -> VideoHeader:
-        """The header of a video; decodes its first frame unless it is remembered.
+        """Return the header of a video; decodes its first frame unless the header is cached.
 
         Raises:
-            DiffSynthError: as `read_video_header`.
+            DiffSynthError: see `read_video_header`.
         """
         question = f"video header {VIDEO_TRANSFORM}"
         with self._asked_once(path, question):
@@ -41,10 +41,10 @@ class VideoProbeCache:
             return header
 
     def count(self, path: Path, frame_rate: float | None, limit: int | None) -> int:
-        """Number of frames of a video, or `limit` when it has more; decodes only what is not remembered.
+        """Return the number of frames of a video, or `limit` if it has more; decodes only what is not cached.
 
         Raises:
-            DiffSynthError: as `count_frames`.
+            DiffSynthError: see `count_frames`.
         """
         rate = "their own rate" if frame_rate is None else float(frame_rate)
         question = f"video frames {VIDEO_TRANSFORM} at {rate}"

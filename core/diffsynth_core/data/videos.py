@@ -1,9 +1,9 @@
-"""Videos: what their headers say, how many frames can be decoded from them, and the pixels of a clip.
+"""Videos: headers, the number of frames that can be decoded, and the pixels of clips.
 
-The first video stream that is no cover image counts. Rotation is applied; pixels that are not square are made square
-by changing the width. Colours follow the tags of the file, BT.601 in limited range where it has none; high dynamic
-range is not tone-mapped. Clear parts of a GIF become white; other alpha channels are passed over, which shows the
-colours stored under them. Animated images other than GIF are decoded by Pillow (animations.py).
+The first video stream that is not a cover image is used. Rotation is applied; non-square pixels are made square by
+changing the width. Colors follow the tags of the file, or BT.601 in limited range without tags; high dynamic range is
+not tone-mapped. Transparent parts of a GIF become white; other alpha channels are ignored, which shows the colors
+stored under them. Animated images other than GIF are decoded by Pillow (animations.py).
 """
 
 import re
@@ -19,22 +19,23 @@ from diffsynth_core.data.clips import VideoHeader, Watched
 from diffsynth_core.data.decoding import FRAMES_AS_THEY_ARE, Decoding, UnreadableVideo
 
 VIDEO_TRANSFORM = 1
-"""Goes up when the same file at the same size gives other pixels, or its header other facts, so that older encodings
-and remembered headers are not taken for them."""
+"""Incremented when the same file gives other pixels at the same size, or another header, so that older encodings and
+cached headers are not reused.
+"""
 SCALER = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
-"""Without the flags behind the first, a video that keeps its size comes out darker by 1 to 2 of 255."""
+"""Without the flags after the first, a video that keeps its size comes out darker by 1 to 2 of 255."""
 PLANES = (1, 2, 0)
-"""Where ffmpeg's planes green, blue and red stand in RGB; it writes planes in 60 % of the time of pixels."""
+"""Position in RGB of ffmpeg's planes green, blue and red; writing planes takes 60 % of the time of packed pixels."""
 
 ONE_PIXEL = ("crop=1:1:0:0:exact=1", "format=gray")
 """Filters for frames that are only counted."""
 
 
 def read_video_header(path: Path) -> VideoHeader:
-    """Size, rotation and frame rate of a video; decodes its first frame.
+    """Return size, rotation and frame rate of a video; decodes its first frame.
 
     Raises:
-        DiffSynthError: when the file is no video, or its first frame cannot be decoded.
+        DiffSynthError: if the file is not a video, or its first frame cannot be decoded.
     """
     if animations.is_animation(path):
         return animations.read_header(path)
@@ -52,13 +53,13 @@ def read_video_header(path: Path) -> VideoHeader:
 
 
 def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int:
-    """Number of frames that come out of a video, by decoding it; with a `limit`, decoding stops there.
+    """Return the number of frames by decoding the video; with a `limit`, decoding stops there.
 
-    Without a `frame_rate` these are the frames of the file, whatever their times; with one, those after resampling to
-    so many per second.
+    Without a `frame_rate` these are the frames of the file, whatever their timestamps; with one, those after
+    resampling.
 
     Raises:
-        DiffSynthError: when the file is no video, has no frames, or is cut off or damaged before the limit.
+        DiffSynthError: if the file is not a video, has no frames, or is truncated or damaged before the limit.
     """
     if animations.is_animation(path):
         return animations.count_frames(path, frame_rate, limit)
@@ -70,13 +71,13 @@ def count_frames(path: Path, frame_rate: float | None, limit: int | None) -> int
 
 
 def watch_video(path: Path, frame_rate: float | None, side: int, take: Callable[[NDArray[np.uint8]], None]) -> Watched:
-    """Decode a video once, to its end, and give each frame to `take`: `[side, side, 3]`, RGB, 0..255.
+    """Decode a video once, to its end, and pass each frame to `take`: `[side, side, 3]`, RGB, 0..255.
 
-    The frames are upright and squeezed into a square. `take` is given the same memory each time. With a `frame_rate`
-    it is counted besides how many frames come out at that rate.
+    The frames are upright and resized to a square, ignoring the aspect ratio. `take` receives the same buffer each
+    time. With a `frame_rate`, the frames at that rate are counted too.
 
     Raises:
-        DiffSynthError: when the file is no video, has no frames, or is cut off or damaged.
+        DiffSynthError: if the file is not a video, has no frames, or is truncated or damaged.
     """
     if animations.is_animation(path):
         return animations.watch(path, frame_rate, side, take)
@@ -98,14 +99,15 @@ def watch_video(path: Path, frame_rate: float | None, side: int, take: Callable[
 def load_clip(
     path: Path, start: int, frames: int, height: int, width: int, frame_rate: float | None
 ) -> NDArray[np.uint8]:
-    """Frames `start` … `start + frames - 1` of a video at a training size, `[frames, height, width, 3]`, RGB, 0..255.
+    """Return frames `start` … `start + frames - 1` of a video at a training size, `[frames, height, width, 3]`, RGB,
+    0..255.
 
-    The frames are numbered as `count_frames` counts them with the same `frame_rate`. They are upright, scaled
-    (Lanczos) until they cover the size, then cut at the centre, as `load_image` does. In memory the colours are
-    planes: the array is a view of `[frames, 3, height, width]`.
+    Frames are numbered as `count_frames` counts them with the same `frame_rate`. They are upright, scaled (Lanczos)
+    until they cover the size, then center-cropped, as in `load_image`. In memory the colors are planes: the array is a
+    view of `[frames, 3, height, width]`.
 
     Raises:
-        DiffSynthError: when the file is no video, ends before the last frame, or is damaged up to there.
+        DiffSynthError: if the file is not a video, ends before the last frame, or is damaged before it.
     """
     if animations.is_animation(path):
         return animations.load(path, start, frames, height, width, frame_rate)
@@ -123,7 +125,7 @@ def load_clip(
 
 
 def _frame_rate(stream: str, table: str) -> float:
-    """Frames per second: the mean of the file, or else what ffmpeg takes for its time base."""
+    """Return frames per second: the mean of the file, or ffmpeg's time base."""
     mean = re.search(r" ([\d.]+)(k?) fps", stream)
     if mean:
         return float(mean[1]) * (1000 if mean[2] else 1)
@@ -132,16 +134,16 @@ def _frame_rate(stream: str, table: str) -> float:
 
 
 def _timing(frame_rate: float | None, start: int, end: int | None) -> list[str]:
-    """Filters that resample in time and leave the frames `start` … `end - 1`.
+    """Return filters that resample in time and keep the frames `start` … `end - 1`.
 
-    Resampled frame n is the last that is shown before (n + 0.5) / rate seconds after the first.
+    Resampled frame n is the last one displayed before (n + 0.5) / rate seconds after the first.
     """
     resampling = [] if frame_rate is None else [f"fps={Fraction(frame_rate).limit_denominator(1001)}"]
     return [*resampling, f"trim=start_frame={start}" + ("" if end is None else f":end_frame={end}")]
 
 
 def _covering(height: int, width: int) -> list[str]:
-    """Filters that scale until the size is covered, rounding as Python does (half to even), and cut at the centre."""
+    """Return filters that scale until the size is covered, with Python's rounding (half to even), and center-crop."""
     upright, scale = "round(iw*sar)", f"max({width}/ld(0),{height}/ih)"
     sides = [
         f"'st(0,{upright});st(1,{side}*{scale});"
