@@ -7,8 +7,8 @@ from typing import Any
 
 import typer
 
-from diffsynth_cli.completion import ArgumentEntry, CommandEntry, OptionEntry, Table, file_stamp, table_path
-from diffsynth_cli.main import COMMANDS, build_app
+from diffsynth_cli.app import COMMANDS, build_app
+from diffsynth_cli.remembered_commands import ArgumentEntry, CommandEntry, OptionEntry, Table, file_stamp, table_path
 from diffsynth_core.config.recipes import recipe_folder
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import write_json

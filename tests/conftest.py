@@ -74,7 +74,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def entry_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write tiny models for entries `model_id:file`; return the model base path, one for all."""
     from diffsynth_core.hub.model_files import split_entry
-    from diffsynth_core.models.registry import component_at, family_of_model, load_family
+    from diffsynth_core.models.recognition import component_at, family_of_model
+    from diffsynth_core.models.registry import load_family
 
     base = tmp_path_factory.mktemp("entry_models")
     written: set[str] = set()

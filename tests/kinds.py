@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.recipes import load_recipe
-from diffsynth_core.models.registry import FAMILIES, component_at, load_family
+from diffsynth_core.models.recognition import component_at
+from diffsynth_core.models.registry import FAMILIES, load_family
 from tests.clips import detailed, write_clip
 from tests.conftest import CAPTIONS
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffsynth_core.adapters.lora import LoraWeights, name_lora
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.hub.model_files import split_entry
-from diffsynth_core.models.registry import FAMILIES, component_at, load_family
+from diffsynth_core.models.recognition import component_at
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.planning.plan import Plan, make_plan
 from diffsynth_core.progress import SilentReporter

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from diffsynth_cli.main import build_app
+from diffsynth_cli.app import build_app
 
 COMMANDS = [
     ["train"],

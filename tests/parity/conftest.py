@@ -20,7 +20,8 @@ from diffusers import (
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffsynth_core.models.loading import load_component
-from diffsynth_core.models.registry import load_family, recognise
+from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.headers import read_headers

@@ -27,7 +27,7 @@ from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.wan.keys import VAE_2_1
 from diffsynth_core.planning.components import FoundComponents, find_components
-from diffsynth_core.planning.recognition import read_file_set
+from diffsynth_core.planning.file_assignment import read_file_set
 from diffsynth_core.progress import SilentReporter
 from tests.loras import RECIPES, random_lora, save_lora, write_tiny_family
 

@@ -6,7 +6,7 @@ first file that has one.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from diffsynth_core.conversion.lora_source import RecognisedLora, open_lora
 from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
-from diffsynth_core.models.registry import FAMILIES
+from diffsynth_core.models.recognition import lora_vocabularies
 from diffsynth_core.weights.headers import Header, read_header
 from diffsynth_core.weights.lora import ModuleLora, joint_rank, lora_shapes
 from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, read_matched_lora
 from diffsynth_core.weights.lora_formats import LoraKeys, keys_of_part
 from diffsynth_core.weights.lora_keys import (
     is_difference_key,
-    match_in_vocabulary,
     match_lora_keys,
     refuse_other_adapters,
 )
@@ -184,19 +183,8 @@ def _have_same_names(found: Sequence[_File]) -> bool:
     """Whether all files name their modules alike: else one module would be taken for two."""
     if any(not file.prefixes & found[0].prefixes for file in found):
         return False
-    possible = [_vocabularies(file.header.tensors) for file in found]
+    possible = [lora_vocabularies(file.header.tensors) for file in found]
     return any(not of_one for of_one in possible) or bool(frozenset.intersection(*possible))
-
-
-def _vocabularies(keys: Collection[str]) -> frozenset[tuple[str, str]]:
-    """(family, vocabulary) of those that have a module for each key."""
-    namings = {name: facts.component(facts.denoiser).lora_naming for name, facts in FAMILIES.items()}
-    return frozenset(
-        (family, vocabulary.title)
-        for family, naming in namings.items()
-        for vocabulary in naming.vocabularies
-        if not match_in_vocabulary(keys, naming.modules_met(keys), vocabulary, naming).unmatched
-    )
 
 
 def _read_in_one_format(

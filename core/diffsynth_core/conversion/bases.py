@@ -7,7 +7,8 @@ from pathlib import Path
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
 from diffsynth_core.hub.model_files import expand_entry, locate_folder
-from diffsynth_core.models.bases import recognise_component, shapes_in
+from diffsynth_core.models.bases import shapes_in
+from diffsynth_core.models.recognition import recognise_component
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout, modules_with_weights
 from diffsynth_core.weights.base_files import Scale, find_weights, parts_of

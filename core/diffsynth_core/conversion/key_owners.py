@@ -10,20 +10,18 @@ from itertools import chain
 from diffsynth_core.checkpoints.keys import split_key, strip_controlnet_index
 from diffsynth_core.checkpoints.run_folder import RunRecord, read_record
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_names
-from diffsynth_core.models.registry import FAMILIES, find_unsupported, unknown_family
-from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Layout
+from diffsynth_core.models.recognition import SECOND_NAMES, components_that_fit, facts_of, layout_of
+from diffsynth_core.models.registry import FAMILIES, unknown_family
+from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.progress import pluralize
-from diffsynth_core.weights.key_maps import KeyMap
 from diffsynth_core.weights.lora_formats import TRANSFORMER_PREFIXES
-from diffsynth_core.weights.lora_keys import is_lora_key, module_of_lora_key
+from diffsynth_core.weights.lora_keys import is_lora_key
 from diffsynth_core.weights.weight_sets import WeightSet
 
-SECOND_NAMES = {"dit2": "dit"}
-"""Component -> component of the same kind whose facts apply."""
-HALVES = ("vae_encoder", "vae_decoder")
-"""Documented names of FLUX.1's VAE, whose encoder and decoder are separate components in DiffSynth-Studio."""
+VAE_PARTS = ("vae_encoder", "vae_decoder")
+"""Public names of FLUX.1's VAE, which DiffSynth-Studio has as two components."""
 COMPONENTS = frozenset(
-    chain(SECOND_NAMES, HALVES, (name for facts in FAMILIES.values() for name in facts.component_names))
+    chain(SECOND_NAMES, VAE_PARTS, (name for facts in FAMILIES.values() for name in facts.component_names))
 )
 """All component names."""
 
@@ -153,100 +151,6 @@ def _told(key: str, origin: Origin) -> tuple[str, str] | None:
             "remove `--unprefixed`",
         )
     return whole
-
-
-def components_that_fit(
-    keys: Collection[str], family: FamilyFacts | None = None, taken: Collection[str] = ()
-) -> tuple[str, ...]:
-    """Return the components, of one family or of all, that have tensors with all these names, except for those in
-    `taken`.
-
-    If a component's signature is among the names, that decides; otherwise its key maps do, as far as they are
-    complete.
-    """
-    full = [key for key in keys if not is_lora_key(key)]
-    modules = {f"{module_of_lora_key(key)}.weight" for key in keys if is_lora_key(key)}
-    found: dict[str, None] = {}
-    for facts in [family] if family else FAMILIES.values():
-        if find_unsupported(full, facts):
-            continue
-        candidates = [component for component in facts.components if component.name not in taken]
-        signed = [component for component in candidates if layout_of(component, full)]
-        for component in signed or candidates:
-            if all(_knows(component, name) for name in (*(() if signed else full), *modules)):
-                found[component.name] = None
-    return tuple(found)
-
-
-def layout_of(component: ComponentFacts, names: Collection[str]) -> Layout | None:
-    """Return the layout of a component's files whose signature is among tensor names, excluding borrowed layouts."""
-    present = frozenset(names)
-    own = (layout for layout in component.layouts if not layout.borrowed)
-    return next((layout for layout in own if layout.signature <= present), None)
-
-
-def _knows(component: ComponentFacts, name: str) -> bool:
-    """Return whether a component has a tensor of this name in one of its layouts, as far as is known."""
-    return any(has_place(names, layout, name) for names, layout in readings(component))
-
-
-def readings(component: ComponentFacts) -> list[tuple[KeyMap, Layout]]:
-    """Return the key maps from names in checkpoints to module keys that may apply to a component, with their layouts.
-
-    Maps that list all tensors come first; of the others those of files, which may read old and new names.
-    """
-    found = [
-        (names, layout)
-        for layout in component.layouts
-        for names in (layout.names, layout.public_keys, layout.checkpoint_keys)
-    ]
-    return sorted(found, key=lambda pair: not is_strict(pair[0]))
-
-
-def has_place(names: KeyMap, layout: Layout, name: str) -> bool:
-    """Return whether a map has a target for a tensor, or ignores it on purpose.
-
-    For a map that accepts any name the documented names decide; if they accept any too, its first part decides.
-    """
-    if is_strict(names):
-        return names.to_targets(name) is not None
-    if is_strict(layout.public_keys):
-        return any(layout.public_keys.to_source(own) is not None for own in layout.names.to_targets(name) or ())
-    return _top(name) in {_top(signed) for signed in layout.signature}
-
-
-def _top(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def is_strict(names: KeyMap) -> bool:
-    """Return whether a map lists all tensors."""
-    return names.to_targets("no such tensor") is None
-
-
-def kind_of(component: str) -> str:
-    """Return the component whose facts apply to `component`."""
-    return SECOND_NAMES.get(component, component)
-
-
-def facts_of(component: str, family: FamilyFacts | None) -> ComponentFacts | None:
-    """Return a family's facts about a component, if it has it."""
-    named = family.components if family else ()
-    return next((facts for facts in named if facts.name == kind_of(component)), None)
-
-
-def find_family(full: Mapping[str, Collection[str]]) -> FamilyFacts | None:
-    """Return the only family whose components have all these names; None if there are none or several."""
-    fitting = [
-        facts
-        for facts in FAMILIES.values()
-        if full and all(_is_named(facts_of(component, facts), names, facts) for component, names in full.items())
-    ]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _is_named(component: ComponentFacts | None, names: Collection[str], facts: FamilyFacts) -> bool:
-    return component is not None and not find_unsupported(names, facts) and layout_of(component, names) is not None
 
 
 def misnamed(full: Mapping[str, Collection[str]], family: FamilyFacts | None) -> list[Problem]:

@@ -10,8 +10,6 @@ from typing import Any
 from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.conversion.key_owners import (
     KeyOwners,
-    facts_of,
-    find_family,
     find_owners,
     misnamed,
     read_origin,
@@ -24,6 +22,7 @@ from diffsynth_core.conversion.row_spans import RowSpans, row_spans
 from diffsynth_core.conversion.translation import Translated, find_reading, translate
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.files import stem_of_shard
+from diffsynth_core.models.recognition import facts_of, family_of_components
 from diffsynth_core.models.spec import FamilyFacts
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
@@ -74,7 +73,7 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
     if owners.unmatched and not (choices.allow_unmatched and (owners.full or owners.lora)):
         raise_if_any([unmatched_problem(weights.origin, owners, len(weights.tensors))])
     raise_if_any(_without_effect(weights, owners, choices))
-    family = origin.family or find_family(owners.full)
+    family = origin.family or family_of_components(owners.full)
     raise_if_any(misnamed(owners.full, family))
     parts, problems, notes = _full_parts(weights, owners, family, choices)
     raise_if_any(problems)

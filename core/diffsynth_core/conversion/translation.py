@@ -4,8 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from diffsynth_core.conversion.key_owners import has_place, layout_of, readings
 from diffsynth_core.conversion.row_spans import RowSpans
+from diffsynth_core.models.recognition import has_place, layout_of, readings
 from diffsynth_core.models.spec import ComponentFacts, Layout
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT
 from diffsynth_core.weights.key_maps import KeyMap

@@ -11,11 +11,8 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
-from diffsynth_core.models.registry import (
-    FAMILIES,
-    component_at,
-    load_family,
-)
+from diffsynth_core.models.recognition import component_at
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.size_facts import HubModelSize, unknown_size
 from diffsynth_core.models.spec import (
@@ -25,7 +22,7 @@ from diffsynth_core.models.spec import (
     Shapes,
     Variant,
 )
-from diffsynth_core.planning.recognition import (
+from diffsynth_core.planning.file_assignment import (
     AssignedFiles,
     FoundPart,
     assign_files,

@@ -12,7 +12,7 @@ from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.client import Repository
 from diffsynth_core.hub.file_requests import FileRequest, RepoFiles, absent
 from diffsynth_core.hub.model_files import split_entry
-from diffsynth_core.models.registry import family_of_model
+from diffsynth_core.models.recognition import family_of_model
 from diffsynth_core.planning.required_files import files_of_entry, files_of_recipe
 
 DATA_FOLDER = Path("data")

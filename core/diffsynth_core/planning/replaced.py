@@ -9,10 +9,10 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.model_files import FileSet, locate, split_entry
-from diffsynth_core.models.bases import recognise_component
-from diffsynth_core.models.registry import FAMILIES, component_at
+from diffsynth_core.models.recognition import component_at, recognise_component
+from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.planning.recognition import read_file_set
+from diffsynth_core.planning.file_assignment import read_file_set
 
 
 def drop_replaced_entries(resolved: Resolved) -> Resolved:

@@ -12,7 +12,8 @@ from diffsynth_core.errors import raise_if_any
 from diffsynth_core.hub.client import Repository
 from diffsynth_core.hub.file_requests import FileRequest, RepoFiles
 from diffsynth_core.hub.model_files import download_command, expand_local, split_entry
-from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model
+from diffsynth_core.models.recognition import component_at, family_of_model
+from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts
 from diffsynth_core.planning.replaced import drop_replaced_entries, local_components
 from diffsynth_core.planning.two_stage import components_of

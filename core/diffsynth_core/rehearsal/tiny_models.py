@@ -12,16 +12,10 @@ from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
 from diffsynth_core.models.bases import shapes_in
-from diffsynth_core.models.registry import (
-    FAMILIES,
-    component_at,
-    family_of_model,
-    load_family,
-    recognise,
-    recognise_family,
-)
+from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFacts, FamilyFacts, Variant
-from diffsynth_core.planning.recognition import FoundPart, read_file_set
+from diffsynth_core.planning.file_assignment import FoundPart, read_file_set
 
 WEIGHTS_VERSION = 5
 """Incremented when the tiny weights change, so that older ones are not reused."""

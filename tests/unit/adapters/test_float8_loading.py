@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from diffsynth_core.adapters.float8 import Float8Linear
 from diffsynth_core.models import loading
 from diffsynth_core.models.loading import build_empty, load_component, shape_problems, stored_dtypes
-from diffsynth_core.models.registry import load_family, recognise
+from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.weights.headers import read_headers

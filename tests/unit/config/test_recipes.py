@@ -15,7 +15,8 @@ from diffsynth_core.config.recipes import (
 from diffsynth_core.config.resolve import resolve, resolve_stages
 from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.hub.model_files import split_entry
-from diffsynth_core.models.registry import FAMILIES, component_at
+from diffsynth_core.models.recognition import component_at
+from diffsynth_core.models.registry import FAMILIES
 
 ENCODERS = {
     "wan2.1-i2v": ("text_encoder", "image_encoder"),

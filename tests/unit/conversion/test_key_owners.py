@@ -2,10 +2,11 @@
 
 import pytest
 
-from diffsynth_core.conversion.key_owners import Origin, components_that_fit, find_family, find_owners, misnamed
+from diffsynth_core.conversion.key_owners import Origin, find_owners, misnamed
 from diffsynth_core.conversion.translation import find_reading
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux import keys as flux
+from diffsynth_core.models.recognition import components_that_fit, family_of_components
 from diffsynth_core.models.registry import FAMILIES
 
 LORA = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
@@ -79,11 +80,11 @@ def test_the_user_may_not_contradict_the_checkpoint():
 
 
 def test_families_are_told_by_whole_components():
-    assert find_family({"dit": signature("flux", "dit")}) is FAMILIES["flux"]
-    assert find_family({"dit": signature("wan", "dit"), "vae": signature("wan", "vae", 1)}) is FAMILIES["wan"]
-    assert find_family({"dit": signature("wan", "dit"), "vae": signature("flux", "vae")}) is None
-    assert find_family({"dit": ["x"]}) is None
-    assert find_family({}) is None
+    assert family_of_components({"dit": signature("flux", "dit")}) is FAMILIES["flux"]
+    assert family_of_components({"dit": signature("wan", "dit"), "vae": signature("wan", "vae", 1)}) is FAMILIES["wan"]
+    assert family_of_components({"dit": signature("wan", "dit"), "vae": signature("flux", "vae")}) is None
+    assert family_of_components({"dit": ["x"]}) is None
+    assert family_of_components({}) is None
 
 
 def test_names_of_another_component_are_told():

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import typer
 
-from diffsynth_cli.completion import complete, remembered_commands, table_path
+from diffsynth_cli.app import COMMANDS, build_app
+from diffsynth_cli.completion import complete
 from diffsynth_cli.completion_table import commands, remember_commands, sources
-from diffsynth_cli.main import COMMANDS, build_app
+from diffsynth_cli.remembered_commands import remembered_commands, table_path
 from diffsynth_core.config.recipes import recipe_folder
 
 SHELLS = [("bash", {}), ("zsh", {}), ("powershell", {})] + [
@@ -179,7 +180,7 @@ def test_where_nothing_can_be_written_the_answer_is_the_same(monkeypatch, capsys
             monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         else:
             monkeypatch.delenv("XDG_CACHE_HOME")
-            monkeypatch.setattr("diffsynth_cli.completion.cache_folder", lambda: None)
+            monkeypatch.setattr("diffsynth_cli.remembered_commands.cache_folder", lambda: None)
         ask(monkeypatch, "bash", ["recipe"], "sh")
         assert complete() == 0
         assert capsys.readouterr().out == "show\n"

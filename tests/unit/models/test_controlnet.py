@@ -16,7 +16,8 @@ from diffsynth_core.models.flux.forward import predict_velocity as predict_flux
 from diffsynth_core.models.qwen_image import keys as qwen_names
 from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from diffsynth_core.models.qwen_image.forward import predict_velocity as predict_qwen
-from diffsynth_core.models.registry import FAMILIES, find_unsupported, load_family, recognise, recognise_family
+from diffsynth_core.models.recognition import find_unsupported, recognise, recognise_family
+from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.tiny import fill
 

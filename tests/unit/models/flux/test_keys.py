@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.components import build
 from diffsynth_core.models.flux.spec import FLUX
-from diffsynth_core.models.registry import FAMILIES, recognise
+from diffsynth_core.models.recognition import recognise
+from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap, TableMap
 

@@ -15,7 +15,8 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2 import keys
 from diffsynth_core.models.flux2.components import build
 from diffsynth_core.models.flux2.spec import FLUX2, reference_size, variant
-from diffsynth_core.models.registry import FAMILIES, component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
 

@@ -4,14 +4,8 @@ import pytest
 
 from diffsynth_core.models.qwen_image.keys import LAST_TEXT_MODULES, LORA_TARGETS, TEXT_ENCODER_FILES, dead_modules
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
-from diffsynth_core.models.registry import (
-    FAMILIES,
-    component_at,
-    family_of_model,
-    recognise,
-    recognise_family,
-    unknown_family,
-)
+from diffsynth_core.models.recognition import component_at, family_of_model, recognise, recognise_family
+from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import match_targets, modules_with_weights
 
 DIT = {"transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"}

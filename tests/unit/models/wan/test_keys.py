@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
-from diffsynth_core.models.registry import recognise
+from diffsynth_core.models.recognition import recognise
 from diffsynth_core.models.spec import is_below, match_targets, modules_with_weights
 from diffsynth_core.models.wan import keys
 from diffsynth_core.models.wan.components import build

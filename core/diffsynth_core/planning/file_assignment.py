@@ -1,4 +1,4 @@
-"""Recognition of the family of a run's files, and of their components. No torch."""
+"""Assigning the files of a run to the components of its family. No torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,16 +12,16 @@ from diffsynth_core.errors import Problem
 from diffsynth_core.hub.model_files import FileSet, split_entry
 from diffsynth_core.json_files import UnreadableFile, read_json
 from diffsynth_core.models.bases import shapes_in
-from diffsynth_core.models.registry import (
-    FAMILIES,
+from diffsynth_core.models.recognition import (
     component_at,
+    family_of_files,
     family_of_model,
     find_unsupported,
     not_trained,
     recognise,
     recognise_family,
-    unknown_family,
 )
+from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, FamilyFacts, Shapes, UnsupportedCheckpoint
 from diffsynth_core.weights.base_files import Part, read_parts
 from diffsynth_core.weights.headers import TensorHeader
@@ -73,7 +73,8 @@ def find_family(
         if family not in FAMILIES:
             problems.append(unknown_family(family))
         return FAMILIES.get(family)
-    facts = _family_of_files(parts)
+    repositories = (split_entry(found.file_set.origin) for found in parts)
+    facts = family_of_files([found.names for found in parts], [place[0] if place else None for place in repositories])
     if parts and complete and facts is None:
         problems.append(
             Problem(
@@ -83,21 +84,6 @@ def find_family(
             )
         )
     return facts
-
-
-def _family_of_files(parts: Sequence[FoundPart]) -> FamilyFacts | None:
-    """Return the family of the transformer or, without one, that of the repositories, or the only one that knows
-    all files.
-    """
-    for found in parts:
-        if facts := recognise_family(found.names):
-            return facts
-    for found in parts:
-        place = split_entry(found.file_set.origin)
-        if place and (facts := family_of_model(place[0])):
-            return facts
-    fitting = [facts for facts in FAMILIES.values() if all(recognise(found.names, facts) for found in parts)]
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def family_named(entries: Iterable[str]) -> FamilyFacts | None:
