@@ -18,8 +18,9 @@ from diffsynth_core.json_files import (
     read_json,
     read_json_lines,
 )
+from tests.naming import names
 
-HINT = "fetch the file again"
+HINT = "fetch it again"
 
 
 @dataclass(frozen=True)
@@ -40,61 +41,69 @@ class Record:
     flags: dict[str, bool] = field(default_factory=dict)
 
 
-def fault(path, kind=dict[str, Any], **limit):
-    with pytest.raises(UnreadableFile) as caught:
-        read_json(path, kind, HINT, **limit)
-    (problem,) = caught.value.problems
-    assert problem.hint == HINT
-    assert str(path) in problem.message
-    return problem.message.replace(str(path), "FILE")
+@pytest.fixture
+def fault(says):
+    """What is said of a file that cannot be read."""
+
+    def find(path, kind=dict[str, Any], **limit):
+        with pytest.raises(UnreadableFile) as caught:
+            read_json(path, kind, HINT, **limit)
+        (problem,) = caught.value.problems
+        assert problem.hint == HINT
+        assert str(path) in problem.message
+        told = problem.message.replace(str(path), "FILE")
+        says(told)
+        return told
+
+    return find
 
 
 BROKEN = {
-    "empty": (b"", "line 1, column 1: it is empty"),
-    "cut short": (b'{\n  "step": 7,\n  "st', "line 3, column 3: Unterminated string starting at"),
-    "zeros": (b"\0" * 20, "line 1, column 1: Expecting value"),
-    "two values": (b"{} {}", "line 1, column 4: Extra data"),
-    "NaN": (b'{"loss": NaN}', "NaN is not a valid JSON number"),
-    "infinite": (b'{"loss": -Infinity}', "-Infinity is not a valid JSON number"),
-    "overflow": (b'{"loss": 1e999}', "the number 1e999 is too large"),
-    "digits": (b'{"step": ' + b"9" * 5000 + b"}", "a number has too many digits"),
-    "twice": (b'{"step": 1, "step": 2}', "duplicate key `step` in an object"),
-    "deep list": (b"[" * 100_000, "it is nested too deeply"),
-    "deep object": (b'{"a":' * 100_000, "it is nested too deeply"),
-    "deeper than read": (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "it is nested too deeply"),
+    "empty": (b"", names("line 1", "column 1", "is empty")),
+    "cut short": (b'{\n  "step": 7,\n  "st', names("line 3", "column 3", "Unterminated")),
+    "zeros": (b"\0" * 20, names("line 1, column 1")),
+    "two values": (b"{} {}", names("line 1, column 4", "Extra")),
+    "NaN": (b'{"loss": NaN}', names("NaN")),
+    "infinite": (b'{"loss": -Infinity}', names("-Infinity")),
+    "overflow": (b'{"loss": 1e999}', names("1e999", "too large")),
+    "digits": (b'{"step": ' + b"9" * 5000 + b"}", names("too many digits")),
+    "twice": (b'{"step": 1, "step": 2}', names("duplicate", "step")),
+    "deep list": (b"[" * 100_000, names("nested too deeply")),
+    "deep object": (b'{"a":' * 100_000, names("nested too deeply")),
+    "deeper than read": (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), names("nested too deeply")),
 }
 
 
 @pytest.mark.parametrize("content, message", BROKEN.values(), ids=BROKEN)
-def test_what_is_not_json_is_told_with_its_place(tmp_path, content, message):
+def test_what_is_not_json_is_told_with_its_place(fault, tmp_path, content, message):
     path = tmp_path / "run.json"
     path.write_bytes(content)
-    assert fault(path) == f"`FILE` is not valid JSON: {message}"
+    assert fault(path) == names("FILE", "not valid JSON", message)
 
 
-def test_what_is_not_utf8_or_too_large_is_told(tmp_path):
+def test_what_is_not_utf8_or_too_large_is_told(fault, tmp_path):
     path = tmp_path / "run.json"
     path.write_bytes(b'{"a": "\xff"}')
-    assert fault(path) == "`FILE` is not UTF-8 (byte 7)"
+    assert fault(path) == names("FILE", "not UTF-8", "byte 7")
     path.write_text('{"a": "aaaaaaaaaaaa"}')
-    assert fault(path, limit=20) == "`FILE` has 21 bytes, the limit is 20"
+    assert fault(path, limit=20) == names("FILE", "21 bytes", "limit", 20)
     assert read_json(path, dict[str, str], HINT, limit=21) == {"a": "aaaaaaaaaaaa"}
 
 
-def test_what_stands_in_the_place_of_a_file_is_told(tmp_path):
+def test_what_stands_in_the_place_of_a_file_is_told(fault, tmp_path):
     path = tmp_path / "run.json"
-    assert fault(path) == "`FILE` is missing"
+    assert fault(path) == names("FILE", "missing")
     path.mkdir()
-    assert fault(path) == "`FILE` is a folder, expected a file"
+    assert fault(path) == names("FILE", "a folder", "a file")
     path.rmdir()
     os.mkfifo(path)  # opening it would block
-    assert fault(path) == "`FILE` is not a regular file"
+    assert fault(path) == names("FILE", "regular file")
     path.unlink()
     path.symlink_to(path)
-    assert fault(path) == "cannot read `FILE`: Too many levels of symbolic links"
-    assert fault(tmp_path / ("n" * 300)) == "cannot read `FILE`: File name too long"
-    assert fault(tmp_path / "a\0b") == "cannot read `FILE`: embedded null byte"
-    assert fault(path.with_name("text") / "run.json") == "`FILE` is missing"
+    assert fault(path) == names("cannot read", "FILE", "Too many levels")
+    assert fault(tmp_path / ("n" * 300)) == names("cannot read", "FILE", "too long")
+    assert fault(tmp_path / "a\0b") == names("cannot read", "FILE", "null byte")
+    assert fault(path.with_name("text") / "run.json") == names("FILE", "missing")
 
 
 def test_a_mark_of_byte_order_is_passed_over(tmp_path):
@@ -134,36 +143,36 @@ def test_values_become_what_is_asked_for():
 
 
 WRONG = {
-    "top": ([1], "the top level is a list, expected an object"),
-    "scalar": (3, "the top level is `3`, expected an object"),
-    "integer": ({"step": "7"}, '`step` is `"7"`, expected an integer'),
-    "boolean": ({"step": True}, "`step` is `true`, expected an integer"),
-    "fraction": ({"step": 1.5}, "`step` is `1.5`, expected an integer"),
-    "number": ({"rate": "fast"}, '`rate` is `"fast"`, expected a number'),
-    "large": ({"rate": 10**400}, f"`rate` is `{'1' + '0' * 39}…`, expected a smaller number"),
-    "union": ({"note": 5}, "`note` is `5`, expected a string"),
-    "literal": ({"status": "done"}, '`status` is `"done"`, expected "running" or "completed"'),
-    "list": ({"checkpoints": {}}, "`checkpoints` is an object, expected a list"),
-    "length": ({"shape": [1, 2, 3]}, "`shape` is a list, expected a list of 2"),
-    "item": ({"shape": [1, None]}, "`shape[1]` is `null`, expected an integer"),
+    "top": ([1], names("a list", "an object")),
+    "scalar": (3, names(3, "an object")),
+    "integer": ({"step": "7"}, names("step", '"7"', "an integer")),
+    "boolean": ({"step": True}, names("step", "true", "an integer")),
+    "fraction": ({"step": 1.5}, names("step", "1.5", "an integer")),
+    "number": ({"rate": "fast"}, names("rate", '"fast"', "a number")),
+    "large": ({"rate": 10**400}, names("rate", f"{'1' + '0' * 39}…", "smaller")),
+    "union": ({"note": 5}, names("note", 5, "a string")),
+    "literal": ({"status": "done"}, names("status", '"done"', '"running"', '"completed"')),
+    "list": ({"checkpoints": {}}, names("checkpoints", "an object", "a list")),
+    "length": ({"shape": [1, 2, 3]}, names("shape", "a list of 2")),
+    "item": ({"shape": [1, None]}, names("shape[1]", "null", "an integer")),
     "nested": (
         {"checkpoints": [{"file": "a", "bytes": 1}, {"file": "b", "bytes": "1"}]},
-        '`checkpoints[1].bytes` is `"1"`, expected an integer',
+        names("checkpoints[1].bytes", '"1"', "an integer"),
     ),
-    "entry": ({"checkpoints": ["a"]}, '`checkpoints[0]` is `"a"`, expected an object'),
-    "value": ({"flags": {"a": 0}}, "`flags.a` is `0`, expected true or false"),
-    "lacking": ({"checkpoints": [{}]}, "`file`, `bytes` are missing in `checkpoints[0]`"),
-    "unknown": ({"steps": 3}, "unknown key `steps`"),
-    "long": ({"step": "x" * 1000}, f'`step` is `"{"x" * 39}…`, expected an integer'),
+    "entry": ({"checkpoints": ["a"]}, names("checkpoints[0]", '"a"', "an object")),
+    "value": ({"flags": {"a": 0}}, names("flags.a", 0, "true or false")),
+    "lacking": ({"checkpoints": [{}]}, names("file", "bytes", "missing", "checkpoints[0]")),
+    "unknown": ({"steps": 3}, names("unknown key", "steps")),
+    "long": ({"step": "x" * 1000}, names("step", f'"{"x" * 39}…', "an integer")),
 }
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
-def test_a_wrong_type_is_told_with_its_place(tmp_path, change, message):
+def test_a_wrong_type_is_told_with_its_place(fault, tmp_path, change, message):
     path = tmp_path / "run.json"
     value = {"status": "running", "step": 7} | change if isinstance(change, dict) else change
     path.write_text(json.dumps(value))
-    assert fault(path, Record) == f"`FILE`: {message}"
+    assert fault(path, Record) == names("FILE", message)
     with pytest.raises(WrongType):
         as_type(value, Record)
 

@@ -17,6 +17,7 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.hub.model_files import split_entry
 from diffsynth_core.models.recognition import component_at
 from diffsynth_core.models.registry import FAMILIES
+from tests.naming import in_any_order, names
 
 ENCODERS = {
     "wan2.1-i2v": ("text_encoder", "image_encoder"),
@@ -97,49 +98,52 @@ def test_a_recipe_may_leave_everything_out(write, text):
     assert dict(recipe.parameters) == {} and recipe.family is None
 
 
-def test_all_wrong_keys_of_a_file_are_kept_beside_what_is_right(write):
+def test_all_wrong_keys_of_a_file_are_kept_beside_what_is_right(says, write):
     path = write(
         "parameter: {}\nfamily: 3\nlora_rank: 4\nextends: qwen-image-lora\n"
         "parameters:\n  lora_rnk: 1\n  rehearse: true\n  seed: 7\n  5: x\n"
     )
     recipe = load_recipe_file(path)
-    assert {problem.message for problem in recipe.problems} == {
-        f"`{path}`: `parameter` is not a key of a recipe",
-        f"`{path}`: `family` takes a string, got `3`",
-        f"`{path}`: `lora_rank` is not a key of a recipe",
-        f"`lora_rnk` in `{path}` is not a parameter",
-        f"`rehearse` in `{path}` applies to a single command and cannot be set in a file",
-        f"`5` in `{path}` is not a parameter",
-    }
+    says(recipe.problems)
+    assert [problem.message for problem in recipe.problems] == in_any_order(
+        names(path, "parameter", "not a key"),
+        names(path, "family", "a string", 3),
+        names(path, "lora_rank", "not a key"),
+        names("lora_rnk", path, "not a parameter"),
+        names("rehearse", path, "single command"),
+        names(5, path, "not a parameter"),
+    )
     assert all(problem.wrong_use for problem in recipe.problems)
     assert recipe.parameters == {**load_recipe("qwen-image-lora").parameters, "seed": 7}
     assert recipe.family is None
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IN_RECIPES))
-def test_what_one_command_does_has_no_place_in_a_file(write, name):
+def test_what_one_command_does_has_no_place_in_a_file(says, write, name):
     recipe = load_recipe_file(write(f"parameters:\n  {name}: true\n"))
     (problem,) = recipe.problems
-    assert f"`{name}` in" in problem.message and "cannot be set in a file" in problem.message
+    says([problem])
+    assert problem.message == names(name, "single command") and "mine.yaml" in problem.message
     assert dict(recipe.parameters) == {}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("parameters: [1]\n", "`parameters` is a list, expected names and values"),
-        ("parameters: lora_rank\n", "`parameters` is a string"),
-        ("description: [a]\n", "`description` takes a string"),
-        ("family: [a]\n", "`family` takes a string"),
-        ("extends: 3\n", "`extends` takes a string, got `3`"),
-        ("extends: qwen-image-lorra\n", "extends `qwen-image-lorra`, which is not a recipe"),
-        ("extends: ../../etc/passwd\n", "which is not a recipe"),
-        ("extends: mine\n", "which is not a recipe"),
+        ("parameters: [1]\n", names("parameters", "a list")),
+        ("parameters: lora_rank\n", names("parameters", "a string")),
+        ("description: [a]\n", names("description", "a string")),
+        ("family: [a]\n", names("family", "a string")),
+        ("extends: 3\n", names("extends", "a string", 3)),
+        ("extends: qwen-image-lorra\n", names("qwen-image-lorra", "not a recipe")),
+        ("extends: ../../etc/passwd\n", names("../../etc/passwd", "not a recipe")),
+        ("extends: mine\n", names("mine", "not a recipe")),
     ],
 )
-def test_a_faulty_value_is_told(write, text, expected):
+def test_a_faulty_value_is_told(says, write, text, expected):
     (problem,) = load_recipe_file(write(text)).problems
-    assert expected in problem.message and "mine.yaml" in problem.message
+    says([problem])
+    assert problem.message == expected and "mine.yaml" in problem.message
     assert problem.wrong_use
 
 
@@ -204,7 +208,7 @@ def test_no_stages_are_no_stages(write, text):
     assert dict(recipe.stages) == {} and recipe.problems == ()
 
 
-def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(write):
+def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(says, write):
     path = write(
         "stages:\n"
         "  high:\n    description: 3\n    lora_rank: 4\n    about: x\n"
@@ -216,30 +220,33 @@ def test_all_wrong_keys_of_stages_are_told_and_what_is_right_is_kept(write):
         "  5: {}\n"
     )
     recipe = load_recipe_file(path)
-    folder_hint = "use lowercase letters, digits, `-` and `_`: a folder gets this name"
-    assert {problem.message: problem.hint for problem in recipe.problems} == {
-        f"`{path}`, stage `high`: `description` takes a string, got `3`": None,
-        f"`{path}`, stage `high`: `lora_rank` is not a key of a stage": "move it below `parameters:`",
-        f"`{path}`, stage `high`: `about` is not a key of a stage": "a stage has the keys description, parameters",
-        f"`lora_rnk` in `{path}`, stage `high` is not a parameter": "did you mean `lora_rank`?",
-        f"`rehearse` in `{path}`, stage `high` applies to a single command and cannot be set in a file": "pass it as a flag",
-        f"`only` in `{path}`, stage `high` applies to a single command and cannot be set in a file": "pass it as a flag",
-        f"`{path}`, stage `low` is a list, expected the keys description and parameters": None,
-        f"`{path}`, stage `mid`: `parameters` is a list, expected names and values": None,
-        f"`{path}`: `End` is not a valid stage name": folder_hint,
-        f"`sed` in `{path}`, stage `End` is not a parameter": "did you mean `seed`?",
-        f"`{path}`: `../x` is not a valid stage name": folder_hint,
-        f"`{path}`: `5` is not a valid stage name": folder_hint,
-    }
+    says(recipe.problems)
+    high, end = names(path, "stage `high`"), names(path, "stage `End`")
+    folder_hint = names("lowercase letters")
+    assert [(problem.message, problem.hint) for problem in recipe.problems] == in_any_order(
+        (names(high, "description", "a string", 3), None),
+        (names(high, "lora_rank", "not a key"), names("parameters:")),
+        (names(high, "about", "not a key"), names("description, parameters")),
+        (names("lora_rnk", high, "not a parameter"), names("lora_rank")),
+        (names("rehearse", high, "single command"), "pass it as a flag"),
+        (names("only", high, "single command"), "pass it as a flag"),
+        (names(path, "stage `low`", "a list", "description and parameters"), None),
+        (names(path, "stage `mid`", "parameters", "a list"), None),
+        (names(path, "End", "stage name"), folder_hint),
+        (names("sed", end, "not a parameter"), names("seed")),
+        (names(path, "../x", "stage name"), folder_hint),
+        (names(path, 5, "stage name"), folder_hint),
+    )
     assert all(problem.wrong_use for problem in recipe.problems)
     assert list(recipe.stages) == ["high", "low", "mid"]
     assert recipe.layers[0].stages == {"high": {"seed": 7}, "low": {}, "mid": {}}
 
 
-def test_stages_are_names_and_their_keys(write):
+def test_stages_are_names_and_their_keys(says, write):
     path = write("stages: [high]\n")
     (problem,) = load_recipe_file(path).problems
-    assert problem.message == f"`{path}`: `stages` is a list, expected stage names and their keys"
+    assert problem.message == names(path, "stages", "a list")
+    says([problem])
     assert problem.wrong_use
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.resolve import resolve, resolve_stages
+from diffsynth_core.errors import Problem
+from tests.naming import in_any_order, names
 
 
 def messages(resolved) -> list[str]:
@@ -101,28 +103,35 @@ def test_a_file_that_extends_stages_goes_over_all_of_them(config, staged_recipe)
     assert values_of(stages, "max_timestep_boundary") == [0.4, 1.0]
 
 
-DIFFERS = "`max_timestep_boundary` differs between the stages high and low ({})"
+DIFFERS = names("max_timestep_boundary", "high and low")
 
 
-def conflicts(stages) -> set[tuple[str, str | None]]:
-    return {(problem.message, problem.hint) for resolved in stages for problem in resolved.problems}
+def conflicts(stages) -> list[tuple[str, str | None]]:
+    """Each problem once, however many stages have it."""
+    return list(dict.fromkeys((problem.message, problem.hint) for resolved in stages for problem in resolved.problems))
 
 
-def test_one_value_for_stages_that_differ_is_told(config):
+def problems_of(stages) -> list[Problem]:
+    return list(dict.fromkeys(problem for resolved in stages for problem in resolved.problems))
+
+
+def test_one_value_for_stages_that_differ_is_told(says, config):
     path = config(STAGED)
     stages = resolve_stages({"config": path, "max_timestep_boundary": "0.5", "learning_rate": "1e-3"})
-    hint = "select one of them with `--only`"
-    assert conflicts(stages) == {(DIFFERS.format("`--max_timestep_boundary`"), hint)}
+    says(problems_of(stages))
+    assert conflicts(stages) == [(names(DIFFERS, "--max_timestep_boundary"), names("--only"))]
     assert all(problem.wrong_use for resolved in stages for problem in resolved.problems)
     only = resolve({"config": path, "max_timestep_boundary": "0.5", "only": "high"})
     assert only.problems == () and only.parameters.max_timestep_boundary == 0.5
 
 
 @pytest.mark.parametrize("start", ["", "extends: staged\n"])
-def test_one_value_in_a_file_for_stages_that_differ_is_told(config, staged_recipe, start):
+def test_one_value_in_a_file_for_stages_that_differ_is_told(says, config, staged_recipe, start):
     path = config(f"{start}parameters: {{max_timestep_boundary: 0.5}}\n")
     flags = {"config": path} if start else {"recipe": "staged", "config": path}
-    assert conflicts(resolve_stages(flags)) == {(DIFFERS.format(f"`{path}`"), "select one of them with `--only`")}
+    stages = resolve_stages(flags)
+    says(problems_of(stages))
+    assert conflicts(stages) == [(names(DIFFERS, path), names("--only"))]
     assert resolve({**flags, "only": "high"}).problems == ()
 
 
@@ -131,12 +140,12 @@ def test_a_value_that_the_stages_of_the_same_file_go_over_is_no_conflict(config,
     stages = resolve_stages(
         {"recipe": "staged", "config": config(f"parameters: {{max_timestep_boundary: 0.5}}\n{both}\n")}
     )
-    assert conflicts(stages) == set() and values_of(stages, "max_timestep_boundary") == [0.3, 0.9]
+    assert conflicts(stages) == [] and values_of(stages, "max_timestep_boundary") == [0.3, 0.9]
 
 
 def test_equal_values_in_other_words_are_no_conflict(config):
     text = "stages: {a: {parameters: {trainable_models: 'dit,vae'}}, b: {parameters: {trainable_models: [dit, vae]}}, c: {parameters: {lora_rank: 32, trainable_models: 'dit, vae'}}}"
-    assert conflicts(resolve_stages({"config": config(text), "trainable_models": "dit", "lora_rank": "8"})) == set()
+    assert conflicts(resolve_stages({"config": config(text), "trainable_models": "dit", "lora_rank": "8"})) == []
 
 
 @pytest.mark.parametrize(
@@ -156,30 +165,31 @@ def test_the_folder_of_a_stage(config, flags, replaced, folders):
     assert [str(folder) for folder in values_of(stages, "output_path")] == folders
 
 
-def test_two_stages_in_one_folder_are_told(config):
+def test_two_stages_in_one_folder_are_told(says, config):
     stages = resolve_stages(
         {"config": config("stages: {a: {parameters: {output_path: x}}, b: {parameters: {output_path: ./x}}}")}
     )
-    message = "the stages a and b share the folder `x` (`output_path`)"
-    assert conflicts(stages) == {(message, "remove `output_path` from the stages")}
+    says(problems_of(stages))
+    assert conflicts(stages) == [(names("a and b", "x", "output_path"), names("output_path"))]
 
 
 @pytest.mark.parametrize(
     ("only", "hint"),
-    [("hihg", "did you mean `high`?"), ("zzz", "the stages are high, low"), ("High", "did you mean `high`?")],
+    [("hihg", names("high")), ("zzz", names("high, low")), ("High", names("high"))],
 )
-def test_an_unknown_stage_is_told_once_and_hides_nothing(config, only, hint):
+def test_an_unknown_stage_is_told_once_and_hides_nothing(says, config, only, hint):
     stages = resolve_stages({"config": config(STAGED), "only": only, "lora_rank": "x", "max_timestep_boundary": "0.5"})
-    assert conflicts(stages) == {
-        (f"there is no stage `{only}` (`--only`)", hint),
-        ("`lora_rank` takes an integer, got `x` (`--lora_rank`)", None),
-    }
+    says(problems_of(stages))
+    assert conflicts(stages) == in_any_order(
+        (names("no stage", only, "--only"), hint), (names("lora_rank", "an integer", "x", "--lora_rank"), None)
+    )
 
 
-def test_only_needs_stages():
+def test_only_needs_stages(says):
     (problem,) = resolve({"recipe": "qwen-image-lora", "only": "high"}).problems
-    assert problem.message == "`only` selects the stage `high`, but there are no stages"
-    assert problem.hint == "remove it, or use a recipe with stages" and problem.wrong_use
+    says([problem])
+    assert problem.message == names("only", "high", "no stages")
+    assert problem.hint == names("remove it", "recipe with stages") and problem.wrong_use
 
 
 def test_only_is_not_told_beside_a_recipe_that_is_not_there():
@@ -187,17 +197,19 @@ def test_only_is_not_told_beside_a_recipe_that_is_not_there():
 
 
 @pytest.mark.parametrize("value", ["", "--resume"])
-def test_only_without_its_value_is_told(config, value):
-    reported = conflicts(resolve_stages({"config": config(STAGED), "only": value}))
-    assert reported == {(f"`only` takes a string, got `{value}` (`--only`)", "pass the value: `--only VALUE`")}
+def test_only_without_its_value_is_told(says, config, value):
+    stages = resolve_stages({"config": config(STAGED), "only": value})
+    says(problems_of(stages))
+    assert conflicts(stages) == [(names("only", "a string", f"`{value}`", "--only"), names("--only VALUE"))]
 
 
-def test_a_wrong_value_in_a_stage_names_the_stage(config):
+def test_a_wrong_value_in_a_stage_names_the_stage(says, config):
     path = config(STAGED.replace("max_timestep_boundary: 0.4", "max_timestep_boundary: 2"))
     high, low = resolve_stages({"config": path, "seed": "-1"})
-    seed = "`seed` takes an integer of at least 0, got `-1` (`--seed`)"
+    says(high.problems)
+    seed = names("seed", "at least 0", "-1", "--seed")
     assert messages(low) == [seed]
     assert sorted(messages(high)) == [
-        f"`max_timestep_boundary` takes a number of at most 1.0, got `2` (`{path}`, stage `high`)",
+        names("max_timestep_boundary", "at most 1.0", 2, path, "stage `high`"),
         seed,
     ]
