@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import read_problems
+from tests.naming import names
 
 MODEL = "Qwen/Qwen-Image"
 MISSING = (
@@ -30,89 +31,90 @@ def no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", refuse)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ([], ("nothing to download", "pass a recipe, MODEL_ID:GLOB, or `--dataset ID`")),
+WRONG = [
+    ([], ("nothing to download", names("MODEL_ID:GLOB", "--dataset ID"))),
+    (["qwen-image-lra"], (names("qwen-image-lra", "neither", "MODEL_ID:GLOB"), names("qwen-image-lora"))),
+    (
+        ["someone/model"],
         (
-            ["qwen-image-lra"],
-            ("`qwen-image-lra` is neither a recipe nor MODEL_ID:GLOB", "did you mean `qwen-image-lora`?"),
+            names("someone/model", "neither", "MODEL_ID:GLOB"),
+            names("someone/model:GLOB", "--dataset someone/model"),
         ),
-        (
-            ["someone/model"],
-            (
-                "`someone/model` is neither a recipe nor MODEL_ID:GLOB",
-                "pass `someone/model:GLOB`, or `--dataset someone/model`",
-            ),
-        ),
-        (["??"], ("`??` is neither a recipe nor MODEL_ID:GLOB", "see `diffsynth recipe list`")),
-        (
-            ["qwen-image-lora", "--dataset", "a/b"],
-            ("models and a dataset cannot be downloaded together", "download them with two commands"),
-        ),
-        (
-            ["qwen-image-lora", "--local-dir", "x"],
-            ("`--local_dir` is for datasets", "use `--local_model_path` for models, MODEL_ID:GLOB to select files"),
-        ),
-        (
-            ["--dataset", "a/b", "--local_model_path", "x"],
-            ("`--local_model_path` is for models", "use `--local_dir`"),
-        ),
-        (["../x:*"], ("`../x` is not a valid name of a model on a hub", "write it as `owner/name`")),
-        (["/:*"], ("`/` is not a valid name of a model on a hub", "write it as `owner/name`")),
-        (["--dataset", "a/.."], ("`a/..` is not a valid name of a dataset on a hub", "write it as `owner/name`")),
-        (["--dataset", "a/b/"], ("`a/b/` is not a valid name of a dataset on a hub", "write it as `owner/name`")),
-        (
-            ["qwen-image-lora", "--source", "civitai", "--no_offline"],
-            ("`source` is `civitai`, which is not a known hub", "use one of modelscope, huggingface"),
-        ),
-    ],
-)
-def test_wrong_use(cli, no_socket, arguments, problem):
+    ),
+    (["??"], (names("??", "neither", "MODEL_ID:GLOB"), names("diffsynth recipe list"))),
+    (["qwen-image-lora", "--dataset", "a/b"], (names("models and a dataset"), names("two commands"))),
+    (
+        ["qwen-image-lora", "--local-dir", "x"],
+        (names("--local_dir", "for datasets"), names("--local_model_path", "MODEL_ID:GLOB")),
+    ),
+    (
+        ["--dataset", "a/b", "--local_model_path", "x"],
+        (names("--local_model_path", "for models"), names("--local_dir")),
+    ),
+    (["../x:*"], (names("../x", "model"), names("owner/name"))),
+    (["/:*"], (names("`/`", "model"), names("owner/name"))),
+    (["--dataset", "a/.."], (names("a/..", "dataset"), names("owner/name"))),
+    (["--dataset", "a/b/"], (names("`a/b/`", "dataset"), names("owner/name"))),
+    (
+        ["qwen-image-lora", "--source", "civitai", "--no_offline"],
+        (names("source", "civitai"), names("modelscope, huggingface")),
+    ),
+]
+"""(arguments, (message, hint))."""
+
+
+@pytest.mark.parametrize(("arguments", "problem"), WRONG, ids=[" ".join(words) or "nothing" for words, _ in WRONG])
+def test_wrong_use(says, cli, no_socket, arguments, problem):
     outcome = cli("download", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
+    says(outcome)
     assert read_problems(outcome.err) == [problem]
 
 
-def test_all_that_is_wrong_is_told_at_once(cli, no_socket):
+def test_all_that_is_wrong_is_told_at_once(says, cli, no_socket):
     outcome = cli("download", "qwen-image-lra", "nothing", "--include", "*")
+    says(outcome)
     assert outcome.code == 2 and len(read_problems(outcome.err)) == 3
 
 
-def test_a_hub_in_the_environment_that_is_none(cli, no_socket, monkeypatch):
+def test_a_hub_in_the_environment_that_is_none(says, cli, no_socket, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "civitai")
     monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
-    message = "`DIFFSYNTH_DOWNLOAD_SOURCE` is `civitai`, which is not a known hub"
-    assert read_problems(cli("download", "qwen-image-lora").err)[0][0] == message
+    message = names("DIFFSYNTH_DOWNLOAD_SOURCE", "civitai")
+    outcome = cli("download", "qwen-image-lora")
+    says(outcome)
+    assert read_problems(outcome.err)[0][0] == message
 
 
 @pytest.mark.parametrize("arguments", [(), ("--offline",)])
-def test_offline_says_what_is_missing_and_how_to_get_it(cli, no_socket, arguments, monkeypatch, tmp_path):
+def test_offline_says_what_is_missing_and_how_to_get_it(says, cli, no_socket, arguments, monkeypatch, tmp_path):
     """With the option, and with `DIFFSYNTH_SKIP_DOWNLOAD`, which is set for all tests."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "none"))
     if arguments:
         monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
     outcome = cli("download", "qwen-image-lora", *arguments)
-    hint = "download it with `diffsynth download qwen-image-lora` where a hub can be accessed"
+    hint = names("diffsynth download qwen-image-lora")
     assert (outcome.code, outcome.out) == (1, "")
+    says(outcome)
     assert read_problems(outcome.err) == [
-        (f"no complete file matches `{item}` below `{tmp_path}/none`", hint) for item in MISSING
+        (names("no complete file", item, f"{tmp_path}/none"), hint) for item in MISSING
     ]
 
 
-def test_offline_names_the_command_that_was_given(cli, no_socket):
+def test_offline_names_the_command_that_was_given(says, cli, no_socket):
     entry = f"{MODEL}:gone/*.safetensors"
     [(_, hint)] = read_problems(cli("download", entry, "--local-model-path", "some where").err)
-    command = f"diffsynth download '{entry}' --local_model_path 'some where'"
-    assert hint == f"download it with `{command}` where a hub can be accessed"
+    says(hint)
+    assert hint == names(f"diffsynth download '{entry}' --local_model_path 'some where'")
     [(_, hint)] = read_problems(cli("download", "--dataset", "a/b", "--include", "x/*").err)
-    assert hint == "download it with `diffsynth download --dataset a/b --include 'x/*'` where a hub can be accessed"
+    assert hint == names("diffsynth download --dataset a/b --include 'x/*'")
 
 
-def test_offline_with_all_here(cli, no_socket, tiny_models):
+def test_offline_with_all_here(says, cli, no_socket, tiny_models):
     outcome = cli("download", "qwen-image-lora")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out == f"All files are present below `{tiny_models}`, judging by their names\n"
+    assert outcome.out == names("All files", tiny_models)
+    says(outcome)
 
 
 def test_offline_a_missing_shard_and_a_copy(cli, no_socket, models, tiny_wan, monkeypatch):
@@ -138,9 +140,8 @@ def test_train_opens_no_socket_when_downloads_are_off(refuse, models, no_socket)
         1,
         [
             (
-                f"`model_id_with_origin_paths`: nothing matches `{entry}` below `{models}`",
-                "download it with `diffsynth download qwen-image-lora`, set DIFFSYNTH_MODEL_BASE_PATH to where it is, "
-                "or rehearse with `--rehearse`",
+                names("model_id_with_origin_paths", "nothing", entry, models),
+                names("diffsynth download qwen-image-lora", "DIFFSYNTH_MODEL_BASE_PATH", "--rehearse"),
             )
         ],
     )

@@ -18,6 +18,7 @@ from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.planning.dataset import column_hints, read_dataset
 from diffsynth_core.progress import SilentReporter
 from tests.cli.conftest import read_problems
+from tests.naming import names
 
 KLEIN = "flux.2-klein-4b-lora"
 READERS_OF_DATA = {name for name, setting in SETTINGS.items() if setting.reads_data}
@@ -91,7 +92,7 @@ def test_an_unknown_key_of_a_config_is_refused_by_both(cli, refuse, dataset, con
     path = config("family: qwen-image\nparameters:\n  max_pixls: 4096\n")
     outcome = cli("dataset", "validate", dataset, "--config", path)
     assert outcome.code == 2
-    assert read_problems(outcome.err) == [(f"`max_pixls` in `{path}` is not a parameter", "did you mean `max_pixels`?")]
+    assert read_problems(outcome.err) == [(names("max_pixls", path, "not a parameter"), names("max_pixels"))]
     assert read_problems(outcome.err)[0] in refuse("--config", path)[1]
     says(outcome)
 
@@ -99,7 +100,7 @@ def test_an_unknown_key_of_a_config_is_refused_by_both(cli, refuse, dataset, con
 def test_options_of_training_alone_and_misspelt_ones(cli, dataset, says):
     outcome = cli("dataset", "validate", dataset, "--lora_rank", 8, "--no-dry_run", "--heigth=64")
     assert outcome.code == 2
-    assert "`--lora_rank`" in outcome.err and "did you mean `--height`?" in outcome.err
+    assert "`--lora_rank`" in outcome.err and outcome.err == names("hint:", "--height")
     says(outcome)
 
 
@@ -107,9 +108,9 @@ def test_a_recipe_of_ones_own_is_sent_to_a_flag_that_validate_has(cli, dataset, 
     path = config("family: qwen-image\nparameters:\n  max_pixels: 4096\n")
     outcome = cli("dataset", "validate", dataset, "--recipe", path)
     ((_, hint),) = read_problems(outcome.err)
-    assert (outcome.code, hint) == (2, f"pass your own file as `--config {path}`")
+    assert (outcome.code, hint) == (2, names(f"--config {path}"))
     outcome = cli("dataset", "validate", dataset, "--depth", "paths", *shlex.split(hint.split("`")[1]))
-    assert outcome.code == 0 and f"the rules of `{path}`" in outcome.out
+    assert outcome.code == 0 and outcome.out == names("rules", path)
 
 
 def test_the_dataset_of_a_config_file(cli, dataset, config, tmp_path, says):
@@ -118,10 +119,10 @@ def test_the_dataset_of_a_config_file(cli, dataset, config, tmp_path, says):
     outcome = cli("dataset", "validate", "--recipe", "qwen-image-lora")
     assert (outcome.code, read_problems(outcome.err)) == (
         2,
-        [("no dataset given", "pass its folder: `diffsynth dataset validate PATH`")],
+        [("no dataset given", names("diffsynth dataset validate PATH"))],
     )
     outcome = cli("dataset", "validate", dataset, "--dataset_base_path", tmp_path)
-    assert outcome.code == 2 and f"`--dataset_base_path` is `{tmp_path}`" in outcome.err
+    assert outcome.code == 2 and outcome.err == names("--dataset_base_path", tmp_path)
     says(outcome)
 
 
@@ -136,8 +137,8 @@ def test_stages_that_read_data_differently(cli, dataset, config):
     path = config(text)
     outcome = cli("dataset", "validate", dataset, "--config", path, "--depth", "paths")
     ((message, hint),) = read_problems(outcome.err)
-    assert (outcome.code, message) == (2, "`max_pixels` differs between the stages small, large")
-    assert hint == "choose one with `--only`"
+    assert (outcome.code, message) == (2, names("max_pixels", "small, large"))
+    assert hint == names("--only")
     assert cli("dataset", "validate", dataset, "--config", path, "--depth", "paths", "--only", "small").code == 0
 
 
@@ -147,12 +148,12 @@ def test_a_forgotten_condition_is_named_by_both_and_its_hint_makes_it_read(cli, 
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(recipe_models(KLEIN)))
     write_rows(dataset, *PAIRS)
     flags = "--data_file_keys image,video,edit_image --extra_inputs edit_image"
-    hint = f"to train on it, pass `{flags}`"
+    hint = names(f"`{flags}`")
     assert findings("--recipe", KLEIN) == [("warning", "COLUMN_UNKNOWN", hint)]
     train = ("train", "--recipe", KLEIN, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
     outcome = cli(*train)
     assert outcome.code == 0, outcome.err
-    assert f"`{dataset}/metadata.csv` has the column `edit_image`, which is not read" in outcome.out
+    assert outcome.out == names(f"{dataset}/metadata.csv", "edit_image", "not read")
     assert flags in outcome.out
     told = [line for line in outcome.out.splitlines() if line.startswith(("warning: ", "  hint: "))]
     says("\n".join(told))
@@ -310,7 +311,7 @@ def test_files_that_are_scaled_up_are_counted_in_the_plan_and_found_one_by_one(c
     scaled = [one for one in findings(*fixed) if one[1] == "IMAGE_UPSCALED"]
     assert [level for level, _, _ in scaled] == ["warning"] * 4
     outcome = cli("train", *fixed, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
-    assert "4 of 4 images are upscaled, up to 8x" in outcome.out
+    assert outcome.out == names("4 of 4 images", "8x")
     says("\n".join(plan_warnings(outcome.out)))
     assert [one for one in findings(*fixed, "--max_upscale", 9) if one[1] == "IMAGE_UPSCALED"] == []
 
@@ -318,7 +319,7 @@ def test_files_that_are_scaled_up_are_counted_in_the_plan_and_found_one_by_one(c
 def test_files_far_below_the_usual_size(cli, dataset, models, says):
     recipe = ("--recipe", "qwen-image-lora")
     outcome = cli("train", *recipe, "--dataset_base_path", dataset, "--device", "cpu", "--dry_run")
-    assert "4 of 4 images are far below the usual training size of 1,048,576 pixels" in outcome.out
+    assert outcome.out == names("4 of 4 images", "1,048,576 pixels")
     said = cli("dataset", "validate", dataset, "--workers", 1, *recipe)
     assert said.code == 0 and "warning IMAGE_LOW_RESOLUTION (4)" in said.out
     says("\n".join([*plan_warnings(outcome.out), *said.out.splitlines()[:7]]))
@@ -330,9 +331,7 @@ def test_files_far_below_the_usual_size(cli, dataset, models, says):
 
 def test_a_reference_image_that_is_scaled_up(findings, dataset):
     write_rows(dataset, *PAIRS)
-    assert ("warning", "IMAGE_UPSCALED", "use a larger file, or train at a smaller size") in findings(
-        "--recipe", "qwen-image-edit-lora"
-    )
+    assert ("warning", "IMAGE_UPSCALED", names("larger file")) in findings("--recipe", "qwen-image-edit-lora")
 
 
 def test_a_dataset_that_was_not_named_is_a_warning(cli, dataset, models, monkeypatch, says):
@@ -341,7 +340,7 @@ def test_a_dataset_that_was_not_named_is_a_warning(cli, dataset, models, monkeyp
     dataset.rename(dataset.parent / "data" / "example_image_dataset")
     outcome = cli("train", "--recipe", "qwen-image-lora", "--device", "cpu", "--max_pixels", 4096, "--dry_run")
     assert outcome.code == 0, outcome.err
-    assert "warning: dataset: `data/example_image_dataset` (the default)" in outcome.out
+    assert outcome.out == names("warning: dataset", "data/example_image_dataset", "the default")
     says("\n".join(plan_warnings(outcome.out)))
     named = ("--dataset_base_path", "data/example_image_dataset", "--max_pixels", 4096, "--dry_run")
     assert plan_warnings(cli("train", "--recipe", "qwen-image-lora", "--device", "cpu", *named).out) == []
@@ -350,10 +349,7 @@ def test_a_dataset_that_was_not_named_is_a_warning(cli, dataset, models, monkeyp
 def test_a_rehearsal_of_a_dataset_that_is_missing(cli, tmp_path, config, monkeypatch, says):
     """Set by a flag or in a config file: no synthetic dataset replaces it."""
     monkeypatch.chdir(tmp_path)
-    message = (
-        "the dataset folder `nowhere` (`dataset_base_path`) does not exist",
-        "pass the folder with `--dataset_base_path`",
-    )
+    message = names("nowhere", "dataset_base_path", "does not exist"), names("--dataset_base_path")
     path = config("parameters:\n  dataset_base_path: nowhere\n")
     for named in (
         ("--dataset_base_path", "nowhere"),
