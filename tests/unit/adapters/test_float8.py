@@ -1,4 +1,6 @@
-"""Linear layers whose weights are stored in 8-bit floats: what they compute, keep and answer, and which they are."""
+"""Linear layers with weights stored in 8-bit floats: their output, what they save for the backward pass, and which
+they are.
+"""
 
 import copy
 
@@ -13,7 +15,7 @@ from diffsynth_core.training.activations import is_weight
 
 
 def pair(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[Float8Linear, nn.Linear]:
-    """A layer that stores 8-bit floats, and a plain one that holds the same rounded weight."""
+    """A layer with 8-bit storage, and a plain one with the same rounded weight."""
     torch.manual_seed(0)
     plain = nn.Linear(24, 16, bias=bias, dtype=dtype).requires_grad_(False)
     stored = Float8Linear(plain, plain.weight, dtype)
@@ -22,7 +24,7 @@ def pair(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[Float8L
 
 
 def run(layer: nn.Module, value: torch.Tensor, autocast: bool = False) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Output, gradient of the input, and what was kept for the backward pass."""
+    """Return output, gradient of the input, and what was saved for the backward pass."""
     kept: list[torch.Tensor] = []
     value = value.clone().requires_grad_()
     with (

@@ -1,4 +1,4 @@
-"""Loading into 8-bit floats: which weights, how many bytes, what stays wide, and files that are so already."""
+"""Loading into 8-bit floats: which weights, how many bytes, what keeps its dtype, and files already in 8-bit floats."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def files(tiny_models):
 
 @pytest.fixture
 def rewritten(files, tmp_path):
-    """The transformer's files in one, with tensors changed."""
+    """The transformer in one file, with some tensors changed."""
 
     def write(change) -> ComponentFiles:
         tensors = {name: tensor for path in files.paths for name, tensor in load_file(path).items()}
@@ -89,7 +89,7 @@ def test_half_the_bytes_of_bfloat16(family, files):
 
 
 def test_no_weight_of_the_kind_is_ever_placed_wide(family, files, monkeypatch):
-    """When a tensor is read, those before it are in their place, and in 8-bit floats."""
+    """When a tensor is read, earlier ones are already stored in 8-bit floats."""
     wide_so_far = []
 
     def watching(part):

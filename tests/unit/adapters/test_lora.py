@@ -1,4 +1,4 @@
-"""LoRA layers: the formula by hand, a start that depends on seed and name alone, and files of every dialect."""
+"""LoRA layers: the formula by hand, an initialization by seed and name, and files of every format."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ RANK = 2
 
 
 def model(dtype=torch.float32) -> nn.Module:
-    """4 -> first -> 3 -> norm -> blocks.0.q -> 2, frozen, all weights zero but the scale of the norm."""
+    """4 -> first -> 3 -> norm -> blocks.0.q -> 2, frozen, all weights zero except for the scale of the norm."""
     module = nn.Module()
     module.first = nn.Linear(4, 3)
     module.norm = nn.LayerNorm(3)

@@ -1,4 +1,4 @@
-"""W + (alpha / rank) B A by hand and against peft: float32, rounded once, and what the rounding loses."""
+"""W + (alpha / rank) B A by hand and against peft: float32, rounded once, and the rounding error."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from diffsynth_core.weights.lora_formats import DIT, LoraNaming
 
 
 def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.Tensor:
-    """Zeros but for one element."""
+    """Return zeros except for one element."""
     tensor = torch.zeros(shape)
     tensor[place] = value
     return tensor
@@ -26,7 +26,7 @@ def only(shape: tuple[int, ...], place: tuple[int, ...], value: float) -> torch.
 def merge(
     weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, RelativeError]:
-    """A whole weight merged, in its own shape, and what the rounding loses."""
+    """Merge a weight at once, and return the rounding error too."""
     factors = WeightDelta(down.float().flatten(1), up.float().flatten(1))
     merged, lost = merge_rows(weight.flatten(1), factors, dtype, Workspace())
     return merged.view(weight.shape), RelativeError(lost, factors.squared_norm)
@@ -67,7 +67,7 @@ def test_as_peft_merges(layer):
 
 
 STEP = 2.0**-7
-"""Between bfloat16 numbers at 1."""
+"""Distance of bfloat16 numbers at 1."""
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ STEP = 2.0**-7
     ids=["the weight rounded before would make it 1", "the change rounded before would make it 0"],
 )
 def test_it_is_rounded_once(weight, change, steps):
-    """In steps above 1, to the nearest, a half to the even one."""
+    """In steps above 1, to the nearest, ties to even."""
     one = torch.ones(1, 1)
     merged, _ = merge(torch.tensor([[1 + weight * STEP]]), one, one * change * STEP, torch.bfloat16)
     assert merged.dtype == torch.bfloat16 and merged.item() == 1 + steps * STEP
@@ -88,7 +88,9 @@ def test_halves_of_a_bfloat16_file_are_multiplied_in_float32():
 
 
 def test_what_rounding_loses_by_hand():
-    """Two weights at 1, steps of 1/128: of a change by (3/4, 1) steps, the first becomes 1 step, a quarter too much."""
+    """Two weights at 1, steps of 1/128: a change of (3/4, 1) steps becomes 1 step each, the first a quarter too
+    large.
+    """
     change = torch.tensor([[0.75 * STEP], [STEP]])
     _, loss = merge(torch.ones(2, 1).bfloat16(), torch.ones(1, 1), change, torch.bfloat16)
     assert loss.value == pytest.approx(0.25 / (0.75**2 + 1) ** 0.5)
@@ -97,7 +99,7 @@ def test_what_rounding_loses_by_hand():
 
 
 def test_what_a_narrower_format_loses_of_the_weight_itself_is_not_the_changes_loss():
-    """A weight of 1 + 3/8 steps would be 1 without a LoRA; a change of one step makes 1 + 11/8, rounded to 1 step."""
+    """A weight of 1 + 3/8 steps would be 1 without a LoRA; a change of one step gives 1 + 11/8, rounded to 1 step."""
     _, loss = merge(torch.tensor([[1 + 0.375 * STEP]]), torch.ones(1, 1), torch.tensor([[STEP]]), torch.bfloat16)
     assert loss.value == 0
 
@@ -114,7 +116,7 @@ def test_nothing_asked_for_loses_nothing():
 
 @pytest.mark.parametrize(("spread", "dtype", "share"), [(1e-4, torch.bfloat16, 0.32), (1e-4, torch.float32, 0.0)])
 def test_the_share_lost_by_a_usual_lora(spread, dtype, share):
-    """A change of spread 1e-4 on weights of spread 0.02."""
+    """A change with a standard deviation of 1e-4 of weights with 0.02."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
     down, up = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator) * spread / 8
@@ -127,7 +129,7 @@ SHAPES = {"blocks.0.qkv": (4, 3), "blocks.0.out": (2, 4)}
 
 
 def tensors_of(shapes):
-    """Weight shapes of modules, by the names of the weights."""
+    """Return weight shapes of modules, by weight name."""
     return {f"{module}.weight": shape for module, shape in shapes.items()}
 
 
@@ -156,7 +158,7 @@ def test_a_lora_of_a_fused_module_reaches_its_parts(tmp_path):
 
 @pytest.mark.parametrize("both", [True, False])
 def test_parts_may_have_loras_of_their_own(tmp_path, both):
-    """Of another rank and scale each; a part without one stays."""
+    """With different ranks and scales; a part without one is unchanged."""
     naming = LoraNaming("dit", {"kohya": FUSED})
     q, k = (torch.randn(2, 3), torch.randn(2, 2)), (torch.randn(1, 3), torch.randn(2, 1))
     tensors = {
@@ -173,7 +175,7 @@ def test_parts_may_have_loras_of_their_own(tmp_path, both):
 
 @pytest.mark.parametrize(("ends", "rows"), [(".default.weight", [2, 3, 0, 1]), (".weight", [0, 1, 2, 3])])
 def test_rows_in_another_order_find_theirs(tmp_path, ends, rows):
-    """Of FLUX.1's last modulation: documented files have the shift first, the module and diffusers' files the scale."""
+    """FLUX.1's last modulation: documented files have the shift first, the module and diffusers' files the scale."""
     swapped = TableMap({}, swap_halves={"last": "norm_out"})
     name = "last" if ends == ".default.weight" else "transformer.norm_out"
     down, up = torch.randn(1, 3), torch.randn(4, 1)
@@ -205,7 +207,7 @@ def test_another_component_of_the_same_names_needs_its_own_key(tmp_path):
 
 @pytest.mark.parametrize(("shared", "rank"), [(True, 2), (False, 4)])
 def test_parts_with_one_a_keep_its_rank(tmp_path, shared, rank):
-    """Else the ranks of parts add."""
+    """Otherwise the ranks of parts add up."""
     naming = LoraNaming("dit", {"kohya": FUSED})
     downs = [torch.randn(2, 3)] * 2 if shared else [torch.randn(2, 3) for _ in range(2)]
     ups = [torch.randn(2, 2) for _ in range(2)]

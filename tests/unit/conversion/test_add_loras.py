@@ -1,4 +1,4 @@
-"""Several LoRAs as one: exact, or of a lower rank with the loss that a full decomposition has."""
+"""Several LoRAs as one: exact, or of a lower rank with the error of a full decomposition."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ ROWS, COLUMNS = 12, 9
 def halves(
     module: str, rank: int, seed: int, alpha: float | None = None, kernel: tuple[int, ...] = ()
 ) -> dict[str, Tensor]:
-    """A LoRA in kohya's names."""
+    """A LoRA in kohya's format."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         f"{module}.lora_down.weight": torch.randn(rank, COLUMNS, *kernel, generator=generator),
@@ -37,7 +37,7 @@ def halves(
 
 
 def changes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The change of each module of a file, as its readers compute it."""
+    """Return the change of each module of a file, as computed by its readers."""
     found = {}
     for key in tensors:
         module, down, _ = key.rpartition(".lora_down.weight")
@@ -50,7 +50,7 @@ def changes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture
 def run(tmp_path):
-    """Add files with weights; the result's tensors and what is told."""
+    """Add files with weights; return the result's tensors and messages."""
 
     def run(*files: tuple[Mapping[str, Tensor], float], **choices) -> tuple[dict[str, Tensor], AddResult]:
         given = []
@@ -85,7 +85,7 @@ def test_ranks_add_and_scales_and_weights_are_folded_in(run, tmp_path):
 
 
 def test_concatenation_by_hand(run):
-    """One element in each half: (2 x 5) at one place, and the same again at half the weight of another file."""
+    """One element in each matrix: (2 x 5) at one index, and the same at half the weight from another file."""
     one = {
         "lora_unet_a.lora_down.weight": torch.tensor([[0.0, 2.0]]),
         "lora_unet_a.lora_up.weight": torch.tensor([[5.0]]),
@@ -111,7 +111,7 @@ def test_a_lower_rank_loses_what_a_full_decomposition_says(run, rank):
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (5, 5)])
 def test_a_rank_above_the_sides_of_a_weight(shape):
-    """WeightDelta of rank 8 of a weight with a side of 5."""
+    """A change of rank 8 of a weight with a side of 5."""
     generator = torch.Generator().manual_seed(0)
     whole = WeightDelta(torch.randn(8, shape[1], generator=generator), torch.randn(shape[0], 8, generator=generator))
     nearest, loss = truncate(whole, 5)

@@ -1,4 +1,4 @@
-"""Whose the keys of a checkpoint are, with and without prefixes, metadata and records."""
+"""Ownership of a checkpoint's keys, with and without prefixes, metadata and records."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_one_key(key, origin, component, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_signatures_tell_components(family):
-    """Every layout of every component is told by names alone, without knowing the family."""
+    """Every layout of every component is recognized by names alone, without the family."""
     for component in FAMILIES[family].components:
         for layout in component.layouts:
             assert component.name in components_that_fit(layout.signature)

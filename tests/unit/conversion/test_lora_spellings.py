@@ -1,7 +1,7 @@
-"""Every prefix with every ending and every set of module names, of every family: the same change of weights.
+"""Every prefix with every suffix and every set of module names, of every family: the same weight changes.
 
-A spelling is read against the base it is for, merged, and converted into every dialect and back. The reference is
-W + s B A, placed by hand into the modules of diffusers. All spellings are read; every 12th is converted, and all with
+A spelling is read against its base, merged, and converted to every format and back. The reference is W + s B A,
+computed by hand for the modules of diffusers. All spellings are read; every 12th is converted, or all with
 DIFFSYNTH_TEST_SPELLINGS=all.
 """
 
@@ -56,7 +56,7 @@ TOLERANCE = 1e-6
 
 
 def vocabularies(family: str) -> dict[str, KeyMap]:
-    """Sets of names that programs have for the modules of a family -> names in diffusers' module."""
+    """Return sets of names that programs use for the modules of a family -> names in diffusers' module."""
     from diffsynth_core.models.flux import keys as flux
     from diffsynth_core.models.flux2 import keys as flux2
     from diffsynth_core.models.wan import keys as wan
@@ -71,7 +71,7 @@ def vocabularies(family: str) -> dict[str, KeyMap]:
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny transformer: weights by the names of diffusers, and how its families' files call them."""
+    """A tiny transformer: weights by the names of diffusers, and their names in files."""
 
     facts: FamilyFacts
     layout: Layout
@@ -79,11 +79,11 @@ class Model:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By documented name."""
+        """Shapes by documented name."""
         return self.layout.public_shapes({name: tuple(tensor.shape) for name, tensor in self.weights.items()})
 
     def modules(self, names: KeyMap) -> dict[str, tuple[int, ...]]:
-        """Weight shapes of the modules that can carry a LoRA, by the names of a vocabulary."""
+        """Return weight shapes of the modules that can have a LoRA, by the names of a vocabulary."""
         own = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         shapes = {name: names.fuse_shape(name, own) for name in names.to_sources(own)}
         return {module: shapes[f"{module}.weight"] for module in sorted(modules_with_weights(shapes))}
@@ -124,8 +124,10 @@ CONVERTED = SPELLINGS if os.environ.get("DIFFSYNTH_TEST_SPELLINGS") == "all" els
 
 
 def write(spelling: Spelling, path: Path, seed: int) -> dict[str, Tensor]:
-    """A LoRA of every module, or every third, with scales by alphas in keys, or as the settings of peft; returns s B A
-    of each weight of diffusers' module, placed by hand."""
+    """Write a LoRA of every module, or every third, with scales as alpha keys or as peft's configuration.
+
+    Returns s B A of each weight of diffusers' module, computed by hand.
+    """
     model, names = model_of(spelling.family), vocabularies(spelling.family)[spelling.names]
     generator = torch.Generator().manual_seed(seed)
     tensors, changes = {}, {}
@@ -152,7 +154,7 @@ def write(spelling: Spelling, path: Path, seed: int) -> dict[str, Tensor]:
 
 
 def merged(model: Model, path: Path) -> dict[str, Tensor]:
-    """The weights of diffusers' module with a file merged in, as a run and `merge-lora` compute them."""
+    """Return the weights of diffusers' module with a file merged in, as computed by a run and by `merge-lora`."""
     shapes = model.shapes
     modules = {name: shapes[f"{name}.weight"] for name in modules_with_weights(shapes)}
     naming = model.facts.component("dit").lora_naming
@@ -168,7 +170,7 @@ def merged(model: Model, path: Path) -> dict[str, Tensor]:
 
 
 def largest_error(model: Model, path: Path, changes: Mapping[str, Tensor]) -> float:
-    """Over all weights; a part of a fused module that had no LoRA may come back as rows of zeros."""
+    """Return the maximum error over all weights; parts of a fused module without a LoRA may come back as zeros."""
     found = merged(model, path)
     assert found.keys() >= changes.keys(), sorted(changes.keys() - found.keys())[:5]
     return max(
@@ -227,7 +229,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
 @pytest.mark.parametrize(("family", "names"), [(family, names) for family in MODELS for names in vocabularies(family)])
 def test_whole_differences_are_added(tmp_path, errors, family, names, prefix, mixed):
-    """As ModelTC/LightX2V writes them: of norms, biases and modulations, and of matrices where there is no LoRA."""
+    """As written by ModelTC/LightX2V: of norms, biases and modulations, and of matrices without a LoRA."""
     path, model, names_map = tmp_path / "lora.safetensors", model_of(family), vocabularies(family)[names]
     spelling = Spelling(family, names, prefix, "A, B")
     changes = write(spelling, path, seed=3) if mixed else {}
@@ -308,12 +310,12 @@ def test_double_blocks_of_flux_in_the_names_of_diffusers_may_be_of_three_familie
     ],
 )
 def test_names_and_sides_of_weights_decide(tmp_path, family, names, parts):
-    """The original names of FLUX.1 and FLUX.2 are the same where modulations are left out; their MLPs differ."""
+    """The original names of FLUX.1 and FLUX.2 are equal without modulations; their MLPs differ."""
     path = write_halves(tmp_path / "lora.safetensors", some_modules(family, names, *parts))
     assert open_source(path).facts.name == family
 
 
 def test_the_number_of_a_block_decides(tmp_path):
-    """Of the models whose double blocks have these names only Qwen-Image has more than 19."""
+    """Of the models with double blocks of these names, only Qwen-Image has more than 19."""
     path = write_halves(tmp_path / "lora.safetensors", {f"transformer_blocks.{n}.attn.to_q": (8, 8) for n in range(60)})
     assert open_source(path).facts.name == "qwen-image"

@@ -1,4 +1,4 @@
-"""LoRAs merged into weight files: what changes, what stays to the byte, what is told, and what is refused."""
+"""LoRAs merged into weight files: what changes, what stays byte-identical, messages, and rejected inputs."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def save(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Merge into a base; the result's tensors and what is told."""
+    """Merge into a base; return the result's tensors and messages."""
 
     def run(
         base: Path, *loras: Path | WeightedFile, output: str = "out", **choices
@@ -89,7 +89,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("at_once", [2**20, 5, 1])
 def test_weights_change_by_the_sum_and_all_else_stays(save, run, at_once, monkeypatch):
-    """Two LoRAs of another rank and scale each, one with a negative weight; in pieces of any size."""
+    """Two LoRAs with different ranks and scales, one with a negative weight; in pieces of any size."""
     monkeypatch.setattr(merging, "ELEMENTS_AT_ONCE", at_once)
     base, first, second = random(QWEN), halves(Q) | halves(K, seed=5), halves(Q, rank=3, seed=2)
     scaled = {f"diffusion_model.{name.replace('.default', '')}": tensor for name, tensor in second.items()}
@@ -125,7 +125,7 @@ def test_the_loss_of_each_is_that_of_the_weights_it_changes(save, run):
 
 @pytest.mark.parametrize("at_once", [2**18, WIDTH])
 def test_a_lora_of_separate_modules_in_a_fused_base(save, run, at_once, monkeypatch):
-    """Rows of parts that have no LoRA stay to the byte, a minus zero too."""
+    """Rows of parts without a LoRA stay byte-identical, including minus zero."""
     monkeypatch.setattr(merging, "ELEMENTS_AT_ONCE", at_once)
     base = random(FLUX, torch.bfloat16)
     base["double_blocks.0.img_attn.qkv.weight"][2 * WIDTH :, 0] = -0.0
@@ -146,7 +146,7 @@ def test_a_lora_of_separate_modules_in_a_fused_base(save, run, at_once, monkeypa
 
 
 def test_a_lora_of_a_fused_module_in_a_separate_base(save, run):
-    """And of a modulation whose halves diffusers has in the other order."""
+    """And of a modulation whose halves are in the other order in diffusers."""
     base = random(FLUX_DIFFUSERS)
     fused, last = halves("blocks.0.attn.a_to_qkv", rows=3 * WIDTH), halves("final_norm_out.linear", rows=2 * WIDTH)
     kohya = {}
@@ -168,7 +168,7 @@ def test_a_lora_of_a_fused_module_in_a_separate_base(save, run):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A bfloat16 base in two shards with an index that says more than it must."""
+    """A bfloat16 base in two shards with additional keys in its index."""
     base = random(QWEN, torch.bfloat16)
     folder = tmp_path / "base"
     folder.mkdir()
@@ -202,18 +202,18 @@ def test_shards_index_and_metadata_stay_and_tell_what_they_are_made_of(sharded, 
             assert new.keys() == old.keys(), "in the same order"
             assert all(new.get_tensor(key).dtype == old.get_tensor(key).dtype for key in old.keys())  # noqa: SIM118
         metadata = metadata_of(tmp_path / "out" / name)
-        (told,) = json.loads(metadata.pop(MERGED))
+        (recorded,) = json.loads(metadata.pop(MERGED))
         assert metadata == {"format": "pt", "said": str(number)}
-        assert told["base"] == {name: digests[name] for name in names[:2]}
-        assert told["loras"] == [{"file": lora.name, "sha256": digests[lora.name], "weight": 0.5}]
+        assert recorded["base"] == {name: digests[name] for name in names[:2]}
+        assert recorded["loras"] == [{"file": lora.name, "sha256": digests[lora.name], "weight": 0.5}]
 
 
 def test_a_second_merge_is_told_behind_the_first(save, run, tmp_path):
     base, lora = save("base.safetensors", random(QWEN)), save("lora.safetensors", halves(Q))
     run(base, lora)
     run(tmp_path / "out" / "base.safetensors", WeightedFile(lora, -1.0), output="again")
-    told = json.loads(metadata_of(tmp_path / "again" / "base.safetensors")[MERGED])
-    assert [entry["loras"][0]["weight"] for entry in told] == [1.0, -1.0]
+    recorded = json.loads(metadata_of(tmp_path / "again" / "base.safetensors")[MERGED])
+    assert [entry["loras"][0]["weight"] for entry in recorded] == [1.0, -1.0]
 
 
 def test_the_same_inputs_give_the_same_bytes(sharded, save, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Tensors as places in files against the same tensors in memory: cut, stacked, swapped and reshaped alike."""
+"""Tensors as byte ranges in files against the same tensors in memory: split, stacked, swapped and reshaped alike."""
 
 import random
 from itertools import pairwise
@@ -39,7 +39,7 @@ THEIRS = {
 
 
 def write(folder, tensors, outputs):
-    """What the planned spans of a file give when they are written."""
+    """Return the bytes that the planned spans of a file give when written."""
     place = folder / "out.safetensors"
     write_outputs(
         [OutputFile(place, tuple(tensor.output(name) for name, tensor in outputs.items()))], [], SilentReporter(), True
@@ -49,7 +49,7 @@ def write(folder, tensors, outputs):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_places_are_what_tensors_are(tmp_path, seed):
-    """Theirs to ours and back, of shuffled tensors of one dtype."""
+    """From sources to targets and back, for shuffled tensors of one dtype."""
     generator, dtype = torch.Generator().manual_seed(seed), (torch.float32, torch.bfloat16, torch.int8)[seed]
     tensors = {
         name: torch.randint(-99, 99, shape, generator=generator).to(dtype)
@@ -72,7 +72,7 @@ def test_places_are_what_tensors_are(tmp_path, seed):
 
 
 def place(shape, dtype="F32"):
-    """A tensor somewhere in a file."""
+    """A tensor at a random offset of a file."""
     return RowSpans(shape, dtype, [Span(Path("x"), 0, prod(shape) * BITS_PER_ELEMENT[dtype] // 8)])
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_cut_is_told(tensors, unknown, misshapen, unneeded):
 
 
 def test_documented_names_of_flux_are_the_original_ones_by_other_names():
-    """Through our module, where the tensors are cut, and back: the bytes of each are one span again."""
+    """Through module keys, where the tensors are split, and back: the bytes of each are one span again."""
     name = "single_blocks.0.linear1.weight"
     found = translate({name: place((14, 4))}, DIT_ORIGINAL, DIT).tensors
     (documented,) = found

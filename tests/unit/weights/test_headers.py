@@ -1,4 +1,4 @@
-"""Safetensors headers: what the safetensors library says of a good file, and one clear error for every damage."""
+"""Safetensors headers: equal to the safetensors library's for valid files, and one clear error for any damage."""
 
 import json
 
@@ -19,18 +19,18 @@ DTYPES = {
 
 
 def raw(header, data=b"", length=None) -> bytes:
-    """A file with this header (an object, or bytes as they are)."""
+    """Write a file with this header (an object, or raw bytes)."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
 def one(**changes) -> dict:
-    """The header of one float32 tensor of 2 x 2, 16 bytes."""
+    """Return the header of one float32 tensor of 2 x 2, 16 bytes."""
     return {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **changes}}
 
 
 def two(first, second) -> dict:
-    """The headers of two int8 tensors with these offsets."""
+    """Return the headers of two int8 tensors with these offsets."""
     return {
         name: {"dtype": "I8", "shape": [offsets[1] - offsets[0]], "data_offsets": list(offsets)}
         for name, offsets in (("a", first), ("b", second))

@@ -1,4 +1,4 @@
-"""One table, two directions: names, shapes and tensors come back as they were."""
+"""One table, two directions: names, shapes and tensors survive a round trip."""
 
 import pickle
 
@@ -64,7 +64,7 @@ def test_an_unknown_name_is_told_from_one_that_nobody_needs(name):
 
 
 def check_there_and_back(table, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cut tensors, shape them alike, join them again; returns ours."""
+    """Split tensors and shapes alike, and fuse them again; return the targets."""
     ours = {name: part for key, tensor in theirs.items() for name, part in table.split(key, tensor).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     assert table.to_sources(ours) == list(theirs)
@@ -139,7 +139,7 @@ def test_what_is_not_there_whole_has_no_name():
 )
 @pytest.mark.parametrize("table", [TABLE, ComposedKeyMap(SAME_NAMES, TABLE)], ids=["table", "chain"])
 def test_what_cannot_be_cut_comes_out_in_shapes_that_do_not_fit(table, name, shape):
-    """Neither rounded in silence nor an error in the middle: the module asks for other shapes."""
+    """Neither silently rounded nor an exception: the module expects other shapes."""
     whole = {"blocks.0.qkv.weight": (6, 3), "blocks.0.both.weight": (10, 3), "cls": (1, 1, 5)}.get(name, (3, 2, 1, 1))
     assert table.split_shape(name, shape).keys() == table.split_shape(name, whole).keys()
     assert table.split_shape(name, shape) != table.split_shape(name, whole)

@@ -1,4 +1,4 @@
-"""LoRA between modules and their parts, by rows of B; rows that key maps cut are those that they cut of tensors."""
+"""LoRA of modules and their parts, by rows of B; key maps split these rows as they split tensors."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_parts_that_do_not_fit_each_other_are_refused():
     ],
 )
 def test_alphas_of_two_that_become_one(tmp_path, scales, dialect, alpha, applied):
-    """Rank 2 each, with an A of their own: equal scales stay an alpha, others are multiplied into B."""
+    """Rank 2 each, with different A: equal scales stay an alpha, others are multiplied into B."""
     path = tmp_path / "bytes"
     path.write_bytes(bytes(range(200)))
     first, second = lora("q", 2, path, 0, scales[0]), lora("k", 2, path, 48, scales[1])

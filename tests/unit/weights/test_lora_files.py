@@ -1,4 +1,4 @@
-"""LoRA files that do not fit: each is one clear error, found from headers alone, and nothing half fits in silence."""
+"""LoRA files that do not match: each gives one clear error, from headers alone, and no partial match is silent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BASE = {"q": (6, 4), "k": (6, 4), "conv": (5, 3, 2, 2)}
 
 
 def halves(module: str, down=(2, 4), up=(6, 2)) -> dict[str, torch.Tensor]:
-    """The LoRA of one module in the documented dialect."""
+    """The LoRA of one module in the documented format."""
     return {
         f"{module}.lora_A.default.weight": torch.ones(down),
         f"{module}.lora_B.default.weight": torch.ones(up),
@@ -79,7 +79,7 @@ def test_what_stands_beside_the_lora_may_be_named(save):
 
 
 @pytest.mark.parametrize(
-    ("beside", "told"),
+    ("beside", "reported"),
     [
         (["pipe.vae.conv.weight"], "1 full weight of vae"),
         (["pipe.text_encoder.a.weight", "pipe.vae.b.gamma", "pipe.vae.c.bias"], "3 full weights of text_encoder, vae"),
@@ -88,12 +88,14 @@ def test_what_stands_beside_the_lora_may_be_named(save):
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "pipe.dit."])
-def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, beside, told, prefix):
-    """What a run writes that trains modules in full beside a LoRA: its full weights are not dropped in silence."""
+def test_a_checkpoint_of_full_weights_and_a_lora_is_told_as_what_it_is(save, beside, reported, prefix):
+    """Saved by a run that trains modules in full next to a LoRA: its full weights are not silently dropped."""
     path = save(halves(f"{prefix}q") | {name: torch.ones(1) for name in beside})
     with pytest.raises(DiffSynthError) as caught:
         read_lora_file(path, BASE)
-    assert str(caught.value) == f"`{path}` contains {told} besides the LoRA of dit, but only a LoRA is supported here"
+    assert (
+        str(caught.value) == f"`{path}` contains {reported} besides the LoRA of dit, but only a LoRA is supported here"
+    )
     assert "`--resume auto`" in caught.value.problems[0].hint
 
 

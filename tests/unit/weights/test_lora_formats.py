@@ -1,4 +1,4 @@
-"""The dialects of LoRA files: literal keys are written, read keys find their module, unknown ones are counted."""
+"""Formats of LoRA files: literal keys are written, keys match their modules, unknown ones are counted."""
 
 import pytest
 
@@ -53,15 +53,15 @@ def test_written_keys(dialect):
     assert lora_keys(MODULES[0], dialect) == (LoraKeys(*WRITTEN[dialect]),)
 
 
-def told(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dict[str, LoraKeys], list[str]]:
-    """Dialect, keys by module, unmatched keys."""
+def matched(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dict[str, LoraKeys], list[str]]:
+    """Return format, keys by module, unmatched keys."""
     return match.lora_format(naming), dict(match.loras), list(match.unmatched)
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_every_dialect_is_found_again(dialect):
     found = {module: lora_keys(module, dialect)[0] for module in MODULES}
-    assert told(match_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
+    assert matched(match_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
 
 
 @pytest.mark.parametrize("dialect", WRITTEN)
@@ -124,13 +124,13 @@ def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, part
     assert lora_keys("a.7.qkv", dialect, PARTS) == expected
     keys = [key for part in expected for key in (part.A, part.B, part.alpha) if key]
     match = match_lora_keys(keys, PART_MODULES, PARTS)
-    assert told(match, PARTS) == (dialect, dict(zip(parts, expected, strict=True)), [])
+    assert matched(match, PARTS) == (dialect, dict(zip(parts, expected, strict=True)), [])
     assert {whole for part in parts for whole in match.vocabulary.public(part)} == {"a.7.qkv"}
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
 def test_any_prefix_stands_before_the_names_of_any_dialect(prefix):
-    """ai-toolkit writes diffusers' names behind ComfyUI's prefix."""
+    """ai-toolkit writes diffusers' names after ComfyUI's prefix."""
     keys = [f"{prefix}b.7.k.lora_{half}.weight" for half in "AB"]
     match = match_lora_keys(keys, PART_MODULES, PARTS)
     assert (dict(match.loras), match.unmatched) == ({"b.7.k": LoraKeys(*keys)}, ())
@@ -139,7 +139,7 @@ def test_any_prefix_stands_before_the_names_of_any_dialect(prefix):
 
 def test_a_part_that_is_not_there_has_no_keys():
     key = "transformer.b.7.k.lora_B.weight"
-    assert told(match_lora_keys([key], ["a.7.qkv"], PARTS), PARTS)[1:] == ({"b.7.k": LoraKeys(B=key)}, [])
+    assert matched(match_lora_keys([key], ["a.7.qkv"], PARTS), PARTS)[1:] == ({"b.7.k": LoraKeys(B=key)}, [])
 
 
 def test_a_dialect_without_names_is_not_written():
@@ -153,8 +153,8 @@ def test_the_prefix_of_a_checkpoint_is_that_of_the_component(component):
     keys = [f"pipe.{component}.img_in.lora_{half}.default.weight" for half in "AB"]
     naming = LoraNaming(component)
     found = match_lora_keys(keys, MODULES, naming)
-    assert told(found, naming) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
-    assert told(match_lora_keys(keys, MODULES, LoraNaming("vae")))[1:] == ({}, keys)
+    assert matched(found, naming) == ("diffsynth", {"img_in": LoraKeys(*keys)}, [])
+    assert matched(match_lora_keys(keys, MODULES, LoraNaming("vae")))[1:] == ({}, keys)
 
 
 def test_underscores_are_resolved_against_the_modules_that_are_there():
@@ -164,7 +164,7 @@ def test_underscores_are_resolved_against_the_modules_that_are_there():
         "lora_unet_blocks_0_mlp_fc_1.alpha",
         "lora_unet_blocks_extra_0.alpha",
     ]
-    assert told(match_lora_keys(keys, modules))[1:] == (
+    assert matched(match_lora_keys(keys, modules))[1:] == (
         {
             "blocks.0.to_q": LoraKeys(B=keys[0]),
             "blocks.0.mlp.fc_1": LoraKeys(alpha=keys[1]),
@@ -193,7 +193,7 @@ def test_underscores_that_could_be_two_modules_are_of_none():
     ],
 )
 def test_keys_that_fit_no_module_are_told(dialect, unknown):
-    name, found, unmatched = told(match_lora_keys([*written(dialect), unknown], MODULES))
+    name, found, unmatched = matched(match_lora_keys([*written(dialect), unknown], MODULES))
     assert name == dialect
     assert set(found) == set(MODULES)
     assert unmatched == [unknown]
@@ -201,7 +201,7 @@ def test_keys_that_fit_no_module_are_told(dialect, unknown):
 
 def test_a_missing_half_is_none():
     key = WRITTEN["diffusers"][1]
-    assert told(match_lora_keys([key], MODULES))[1:] == ({MODULES[0]: LoraKeys(B=key)}, [])
+    assert matched(match_lora_keys([key], MODULES))[1:] == ({MODULES[0]: LoraKeys(B=key)}, [])
 
 
 def test_two_keys_of_one_half_are_told():
@@ -214,11 +214,11 @@ def test_two_keys_of_one_half_are_told():
 @pytest.mark.parametrize("dialect", WRITTEN)
 def test_nothing_is_found_for_another_model(dialect):
     keys = written(dialect)
-    assert told(match_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
+    assert matched(match_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
 
 
 def test_an_empty_file_is_of_the_documented_dialect_and_has_nothing_unmatched():
-    assert told(match_lora_keys([], MODULES)) == ("diffsynth", {}, [])
+    assert matched(match_lora_keys([], MODULES)) == ("diffsynth", {}, [])
 
 
 TENSORS = ("blocks.0.q.weight", "blocks.0.q.bias", "blocks.0.norm.weight", "blocks.0.modulation", "head.modulation")
@@ -290,7 +290,7 @@ FUSED = LoraNaming(
 def test_a_dialect_can_have_several_modules_as_one():
     keys = [f"lora_unet_a_7_qkv.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")]
     match = match_lora_keys(keys, FUSED.modules_met(keys), FUSED)
-    assert told(match, FUSED) == ("kohya", {"a.7.qkv": LoraKeys(*keys)}, [])
+    assert matched(match, FUSED) == ("kohya", {"a.7.qkv": LoraKeys(*keys)}, [])
     assert match.vocabulary.public("a.7.qkv") == ("b.7.q", "b.7.k")
     assert FUSED.known("kohya") and not FUSED.written("kohya") and FUSED.written("comfyui")
 

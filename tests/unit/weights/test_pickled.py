@@ -1,4 +1,4 @@
-"""Pickled weight files: read as tensors and nothing else, and as other weight files everywhere."""
+"""Pickled weight files: read as tensors and nothing else, and accepted like other weight files."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What a user names as weights: a file, shards, an index, a folder; and what is not whole."""
+"""Weights named by a user: a file, shards, an index, a folder; and incomplete ones."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files made of others: bytes kept, whole or not there, and never over an input."""
+"""Derived weight files: bytes preserved, all files or none, and never over an input."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from diffsynth_core.weights.weight_writer import (
 
 @pytest.fixture
 def base(tmp_path):
-    """A file of three tensors of different dtypes."""
+    """A file with three tensors of different dtypes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "wide": torch.randn(3, 5, generator=generator),
@@ -107,7 +107,7 @@ def test_what_is_there_is_replaced_when_asked_alone(tmp_path, base):
 @pytest.mark.parametrize("count", [2, 1])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_other_files_of_the_same_model_are_not_left_beside(tmp_path, base, overwrite, count):
-    """Shards of another count and their index, and a whole file beside shards; what has other names may stay."""
+    """Shards of another count and their index, or a single file next to shards; files with other names may stay."""
     others = ["out-00001-of-00003.safetensors", "out-00003-of-00003.safetensors"]
     others += ["out.safetensors.index.json" if count == 1 else "out.safetensors"]
     folder = tmp_path / "there"
@@ -145,7 +145,7 @@ def test_too_little_space_is_told_first(tmp_path, base, monkeypatch):
 
 
 def test_a_folder_that_may_not_be_written_to_is_told_first(tmp_path, base, monkeypatch):
-    """Root may write anywhere, so that the system is asked for nothing here."""
+    """Root may write anywhere, so the system's answer is replaced."""
     asked = []
     monkeypatch.setattr(rewriting.os, "access", lambda *arguments: asked.append(arguments))
     (problem,) = output_problems([OutputFile(tmp_path / "a" / "b" / "x.safetensors", copied(base))], base.inputs)
