@@ -25,13 +25,13 @@ RECIPES = {
     "flux2": "flux.2-klein-4b-lora",
 }
 RANK = 4
-DIALECTS = [
-    (family, dialect)
+FORMATS = [
+    (family, lora_format)
     for family, facts in FAMILIES.items()
-    for dialect in ("diffsynth", "diffusers", "comfyui", "kohya")
-    if facts.component(facts.denoiser).lora_naming.written(dialect)
+    for lora_format in ("diffsynth", "diffusers", "comfyui", "kohya")
+    if facts.component(facts.denoiser).lora_naming.written(lora_format)
 ]
-"""Every family with every dialect that has names for its transformer."""
+"""Every family with every format that has names for its transformer."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def random_lora(
 
 
 def save_lora(
-    path: Path, weights: Mapping[str, LoraWeights], family: str, dialect: str, alpha: float | None = None
+    path: Path, weights: Mapping[str, LoraWeights], family: str, lora_format: str, alpha: float | None = None
 ) -> Path:
     """Save a LoRA file for a family's transformer, with `alpha` for each of its modules if given."""
     facts = FAMILIES[family]
-    tensors = name_lora(weights, dialect, facts.component(facts.denoiser).lora_naming)
+    tensors = name_lora(weights, lora_format, facts.component(facts.denoiser).lora_naming)
     if alpha is not None:
         ends = (".lora_down.weight", ".lora_A.weight")
         stems = [key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)]

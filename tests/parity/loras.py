@@ -18,12 +18,12 @@ from diffsynth_core.weights.lora_formats import LoraNaming
 from tests.loras import RANK
 
 
-def train_file(base: Path, output: Path, dialect: str, flags: Mapping[str, str]) -> Path:
+def train_file(base: Path, output: Path, lora_format: str, flags: Mapping[str, str]) -> Path:
     """Train a LoRA of the transformer for an epoch with these and further parameters; return its file."""
     common = {
         "lora_base_model": "dit",
         "lora_rank": str(RANK),
-        "lora_format": dialect,
+        "lora_format": lora_format,
         "remove_prefix_in_ckpt": "pipe.dit.",
         "num_epochs": "1",
         "output_path": str(output),

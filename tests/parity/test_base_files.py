@@ -123,8 +123,8 @@ def merged(family: str, path: Path, folder: Path) -> dict[str, Tensor]:
     base = open_base(str(path), Path())
     shapes = dict(list(base.shapes.items())[:3])
     lora = {name: type(weights)(weights.A, weights.B * 0) for name, weights in random_lora(shapes).items()}
-    dialect = "diffsynth"
-    file = save_lora(folder / "zero.safetensors", lora, family, dialect)
+    lora_format = "diffsynth"
+    file = save_lora(folder / "zero.safetensors", lora, family, lora_format)
     plan = plan_merge(base, [WeightedFile(file)], folder / "merged", "float32")
     merge(plan, InputHashes(plan.hashed), SilentReporter())
     return read_tensors(sorted((folder / "merged").glob("*.safetensors")))

@@ -41,12 +41,12 @@ def all_modules(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
     return {name: shapes[f"{name}.weight"] for name in sorted(modules_with_weights(shapes))}
 
 
-def shapes_in(dialect: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tuple[int, ...]]:
+def shapes_in(lora_format: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tuple[int, ...]]:
     """Return the weight shapes of the same modules in a format, by its names."""
-    if dialect in naming.fused:
-        fused = naming.fused[dialect]
+    if lora_format in naming.fused:
+        fused = naming.fused[lora_format]
         return {name: fused.fuse_shape(name, shapes) for name in fused.to_sources(shapes)}
-    names = naming.vocabulary(dialect).names
+    names = naming.vocabulary(lora_format).names
     found = {}
     for module, shape in shapes.items():
         found |= {
@@ -56,7 +56,7 @@ def shapes_in(dialect: str, shapes: Shapes, naming: LoraNaming) -> dict[str, tup
 
 
 def write_source(
-    path: Path, dialect: str, shapes: Shapes, naming: LoraNaming, alpha: float | None = None, dtype=torch.float32
+    path: Path, lora_format: str, shapes: Shapes, naming: LoraNaming, alpha: float | None = None, dtype=torch.float32
 ) -> Path:
     """Write a LoRA file of small integers, whose products are exact, with a lora_A for each module of the format."""
     generator = torch.Generator().manual_seed(0)
@@ -65,8 +65,8 @@ def write_source(
         return torch.randint(-4, 5, shape, generator=generator).to(dtype)
 
     tensors = {}
-    for module, shape in shapes_in(dialect, shapes, naming).items():
-        keys = keys_of_part(module, dialect)
+    for module, shape in shapes_in(lora_format, shapes, naming).items():
+        keys = keys_of_part(module, lora_format)
         tensors[keys.A] = draw(RANK, *shape[1:])
         tensors[keys.B] = draw(shape[0], RANK, *[1] * len(shape[2:]))
         if alpha is not None and keys.alpha:
@@ -138,7 +138,7 @@ PIPELINES = {
 }  # fmt: skip
 READ_BY_DIFFUSERS = [
     *((family, "diffusers") for family in PIPELINES),
-    *((family, dialect) for family in ("qwen-image", "wan", "flux2") for dialect in ("comfyui", "kohya")),
+    *((family, lora_format) for family in ("qwen-image", "wan", "flux2") for lora_format in ("comfyui", "kohya")),
 ]
 
 
@@ -186,25 +186,25 @@ LOADED_BY_DIFFUSERS = {
 """What the README states about diffusers 0.42.1."""
 
 
-@pytest.mark.parametrize("dialect", LORA_FORMATS)
+@pytest.mark.parametrize("lora_format", LORA_FORMATS)
 @pytest.mark.parametrize("family", PIPELINES)
-def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, family, dialect):
+def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, family, lora_format):
     """All modules, or none with a warning only. FLUX.1 in kohya's format requires the published widths: below."""
-    if (family, dialect) == ("flux", "kohya"):
+    if (family, lora_format) == ("flux", "kohya"):
         return
     tiny, naming = tiny_families(family), naming_of(family)
     shapes = targets(tiny)
     source = write_source(tmp_path / "source.safetensors", "diffusers", shapes, naming)
-    path = source if dialect == "diffusers" else convert(source, dialect, family)
+    path = source if lora_format == "diffusers" else convert(source, lora_format, family)
     model = load_files(family, tiny.plan(output_path="unused").components["dit"])
     try:
         model.load_lora_adapter(PIPELINES[family].lora_state_dict(str(path)), prefix="transformer", adapter_name="a")
     except (ValueError, KeyError, RuntimeError) as error:
-        print(family, dialect, error)
+        print(family, lora_format, error)
     loaded = sum(bool(len(getattr(module, "lora_A", ()))) for module in model.modules())
     everything = len(shapes_in("diffusers", shapes, naming))
-    print(f"{family} {dialect}: {loaded} of {everything} modules")
-    assert loaded == (everything if dialect in LOADED_BY_DIFFUSERS[family] else 0)
+    print(f"{family} {lora_format}: {loaded} of {everything} modules")
+    assert loaded == (everything if lora_format in LOADED_BY_DIFFUSERS[family] else 0)
 
 
 def test_kohya_s_names_of_flux_reach_every_module_of_diffusers(tmp_path):

@@ -19,7 +19,7 @@ from tests.conftest import CAPTIONS
 from tests.parity.flux2_models import MODEL_IDS, SINGLE_BLOCKS, entries_of, find_files, load_files, load_pipeline
 from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 
-DIALECTS = ("diffsynth", "diffusers")
+FORMATS = ("diffsynth", "diffusers")
 NAMING = FLUX2.component("dit").lora_naming
 DOUBLE_MODULES = (
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -74,7 +74,7 @@ def train_lora(
     folder = tmp_path_factory.mktemp("runs")
 
     @cache
-    def train_one(name: str, dialect: str) -> Path:
+    def train_one(name: str, lora_format: str) -> Path:
         run = RUNS[name]
         flags = {
             "model_id_with_origin_paths": ",".join(entries_of(run.model).values()),
@@ -86,7 +86,7 @@ def train_lora(
             "learning_rate": "0.02",
             **run.flags,
         }
-        return train_file(flux2_models, folder / name / dialect, dialect, flags)
+        return train_file(flux2_models, folder / name / lora_format, lora_format, flags)
 
     return train_one
 
@@ -131,10 +131,11 @@ def test_the_file_loads_through_the_pipeline_and_computes_the_same(train_lora, f
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize(
-    ("dialect", "prefix", "ending"), [("diffsynth", "", ".default.weight"), ("diffusers", "transformer.", ".weight")]
+    ("lora_format", "prefix", "ending"),
+    [("diffsynth", "", ".default.weight"), ("diffusers", "transformer.", ".weight")],
 )
-def test_keys(train_lora, name, dialect, prefix, ending):
-    tensors = load_file(train_lora(name, dialect))
+def test_keys(train_lora, name, lora_format, prefix, ending):
+    tensors = load_file(train_lora(name, lora_format))
     modules = modules_of(RUNS[name].model)
     assert tensors.keys() == {f"{prefix}{module}.lora_{half}{ending}" for module in modules for half in "AB"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -143,5 +144,5 @@ def test_keys(train_lora, name, dialect, prefix, ending):
 @pytest.mark.parametrize("name", RUNS)
 def test_both_dialects_read_back_to_the_same_weights(train_lora, flux2_models, name):
     model = RUNS[name].model
-    loaded = [load_with_lora(flux2_models, model, train_lora(name, dialect)) for dialect in DIALECTS]
+    loaded = [load_with_lora(flux2_models, model, train_lora(name, lora_format)) for lora_format in FORMATS]
     check_same_weights([lora_weights(transformer, SAME_NAMES) for transformer in loaded], modules_of(model))

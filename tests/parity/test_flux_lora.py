@@ -20,7 +20,7 @@ from tests.loras import RANK
 from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES, find_files, load_files, load_pipeline
 from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 
-DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+FORMATS = ("diffsynth", "diffusers", "comfyui", "kohya")
 NO_TEXT_ENCODER = "prefix='text_encoder'"
 """Part of `FluxPipeline`'s message about every file without a LoRA for CLIP."""
 NAMING = FLUX.component("dit").lora_naming
@@ -56,7 +56,7 @@ def train_lora(
     write_metadata(folder, [(f"{name}.png", caption) for name, caption in CAPTIONS.items()])
 
     @cache
-    def train_one(layout: str, dialect: str) -> Path:
+    def train_one(layout: str, lora_format: str) -> Path:
         flags = {
             "model_id_with_origin_paths": ",".join(f"{MODEL_ID}:{place}" for place in PLACES[layout].values()),
             "dataset_base_path": str(photographs),
@@ -66,7 +66,7 @@ def train_lora(
             "lora_target_modules": ",".join(keys.LORA_TARGETS),
             "learning_rate": "0.02",
         }
-        return train_file(flux_models, folder / layout / dialect, dialect, flags)
+        return train_file(flux_models, folder / layout / lora_format, lora_format, flags)
 
     return train_one
 
@@ -158,11 +158,11 @@ def fill_quickly(module: torch.nn.Module) -> None:
         parameter.data.mul_((3 * parameter.shape[1]) ** -0.5)
 
 
-@pytest.mark.parametrize("dialect", ["diffsynth", "comfyui"])
-def test_the_pipeline_does_not_know_the_fused_modules(train_lora, flux_models, complaints, dialect):
+@pytest.mark.parametrize("lora_format", ["diffsynth", "comfyui"])
+def test_the_pipeline_does_not_know_the_fused_modules(train_lora, flux_models, complaints, lora_format):
     """It finds none in formats with the documented or original names, and only logs a warning."""
     pipeline = load_pipeline(flux_models)
-    load_into(pipeline, train_lora("original", dialect))
+    load_into(pipeline, train_lora("original", lora_format))
     assert not adapter_modules(pipeline.transformer)
     assert any("prefix='transformer'" in remark for remark in complaints())
 
@@ -184,15 +184,15 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_keys_of_each_dialect(train_lora, dialect):
-    tensors = load_file(train_lora("original", dialect))
-    parts = len(own_names(MODULES)) if dialect == "diffusers" else len(MODULES)
-    assert len(tensors) == parts * (3 if dialect == "kohya" else 2)
-    assert all(tensors[name].dtype == torch.float32 for name in EXAMPLES[dialect])
-    if dialect == "diffsynth":
+@pytest.mark.parametrize("lora_format", FORMATS)
+def test_keys_of_each_dialect(train_lora, lora_format):
+    tensors = load_file(train_lora("original", lora_format))
+    parts = len(own_names(MODULES)) if lora_format == "diffusers" else len(MODULES)
+    assert len(tensors) == parts * (3 if lora_format == "kohya" else 2)
+    assert all(tensors[name].dtype == torch.float32 for name in EXAMPLES[lora_format])
+    if lora_format == "diffsynth":
         assert tensors.keys() == {f"{module}.lora_{half}.default.weight" for module in MODULES for half in "AB"}
-    if dialect == "kohya":
+    if lora_format == "kohya":
         assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {RANK}
 
 
@@ -206,8 +206,8 @@ def test_both_layouts_train_the_same(train_lora):
 
 def test_all_dialects_read_back_to_the_same_weights(train_lora, flux_models):
     loaded = [
-        with_lora(load_transformer(flux_models), train_lora("original", dialect), MODULES, NAMING, keys.DIT)
-        for dialect in DIALECTS
+        with_lora(load_transformer(flux_models), train_lora("original", lora_format), MODULES, NAMING, keys.DIT)
+        for lora_format in FORMATS
     ]
     check_same_weights([lora_weights(transformer, keys.DIT) for transformer in loaded], MODULES)
 

@@ -47,7 +47,7 @@ TYPED = TableMap(
 )
 DOCUMENTED = ComposedKeyMap(TYPED, ORIGINAL)
 NAMING = LoraNaming("dit", {"diffusers": DOCUMENTED, "comfyui": TYPED, "kohya": TYPED})
-DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+FORMATS = ("diffsynth", "diffusers", "comfyui", "kohya")
 RANK, WIDTH = 3, 32
 ROWS = {
     "blocks.0.ff_a.0": {"transformer_blocks.0.ff.net.0.proj": slice(0, 4 * WIDTH)},
@@ -233,18 +233,18 @@ def test_the_start_is_that_of_the_whole_matrix(base):
     assert len({float(halves.A.detach()[0, 0]) for halves in fresh.values()}) == len(MODULES)
 
 
-def save(model: nn.Module, dialect: str, path: Path) -> dict[str, Tensor]:
-    tensors = name_lora(lora_weights(model, DOCUMENTED), dialect, NAMING)
+def save(model: nn.Module, lora_format: str, path: Path) -> dict[str, Tensor]:
+    tensors = name_lora(lora_weights(model, DOCUMENTED), lora_format, NAMING)
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
     return load_file(path)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_files_of_every_dialect_come_back_bit_for_bit(base, tmp_path, dialect):
+@pytest.mark.parametrize("lora_format", FORMATS)
+def test_files_of_every_dialect_come_back_bit_for_bit(base, tmp_path, lora_format):
     model = with_lora(base)
-    tensors = save(model, dialect, tmp_path / "lora.safetensors")
+    tensors = save(model, lora_format, tmp_path / "lora.safetensors")
     match = match_lora_keys(tensors, MODULES, NAMING)
-    assert (match.lora_format(NAMING), match.unmatched) == (dialect, ())
+    assert (match.lora_format(NAMING), match.unmatched) == (lora_format, ())
     other = with_lora(base, seed=7)
     assert load_lora(other, tmp_path / "lora.safetensors", NAMING, DOCUMENTED) == len(MODULES)
     check_equal(other, model)
@@ -274,11 +274,11 @@ WRITTEN = {
 COUNTS = {"diffsynth": 10, "diffusers": 24, "comfyui": 10, "kohya": 15}
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_written_keys(base, tmp_path, dialect):
-    tensors = save(with_lora(base), dialect, tmp_path / "lora.safetensors")
-    assert len(tensors) == COUNTS[dialect]
-    for expected in WRITTEN[dialect]:
+@pytest.mark.parametrize("lora_format", FORMATS)
+def test_written_keys(base, tmp_path, lora_format):
+    tensors = save(with_lora(base), lora_format, tmp_path / "lora.safetensors")
+    assert len(tensors) == COUNTS[lora_format]
+    for expected in WRITTEN[lora_format]:
         assert {name: tuple(tensors[name].shape) for name in expected} == expected
     assert all(tensor.item() == RANK for name, tensor in tensors.items() if name.endswith(".alpha"))
 

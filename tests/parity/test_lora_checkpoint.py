@@ -18,7 +18,7 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.stop import StopRequest
-from tests.loras import DIALECTS, RANK, TinyFamily, random_lora, save_lora
+from tests.loras import FORMATS, RANK, TinyFamily, random_lora, save_lora
 
 SPELLINGS: Mapping[str, Callable[[str], str]] = {
     "pipe.dit.": lambda key: f"pipe.dit.{key}",
@@ -49,18 +49,20 @@ def check(found: Mapping[str, LoraWeights], expected: Mapping[str, LoraWeights],
         assert_close(found[module].B, halves.B * scale, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_every_dialect_is_read(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), FORMATS)
+def test_every_dialect_is_read(tiny_families, tmp_path, family, lora_format):
     tiny = tiny_families(family)
     lora = random_lora(tiny.module_shapes())
-    check(start(tiny, save_lora(tmp_path / "lora.safetensors", lora, family, dialect), lora), lora)
+    check(start(tiny, save_lora(tmp_path / "lora.safetensors", lora, family, lora_format), lora), lora)
 
 
-@pytest.mark.parametrize(("family", "dialect"), [pair for pair in DIALECTS if pair[1] in ("comfyui", "kohya")])
-def test_a_stored_scale_is_read(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), [pair for pair in FORMATS if pair[1] in ("comfyui", "kohya")])
+def test_a_stored_scale_is_read(tiny_families, tmp_path, family, lora_format):
     tiny = tiny_families(family)
     lora = random_lora(tiny.module_shapes())
-    check(start(tiny, save_lora(tmp_path / "lora.safetensors", lora, family, dialect, alpha=1), lora), lora, 1 / RANK)
+    check(
+        start(tiny, save_lora(tmp_path / "lora.safetensors", lora, family, lora_format, alpha=1), lora), lora, 1 / RANK
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -81,10 +83,10 @@ def problems_of(tiny: TinyFamily, **more: object) -> list[Problem]:
     return list(caught.value.problems)
 
 
-@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_a_missing_half_is_refused(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), FORMATS)
+def test_a_missing_half_is_refused(tiny_families, tmp_path, family, lora_format):
     tiny = tiny_families(family)
-    path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes()), family, dialect)
+    path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes()), family, lora_format)
     half = next(key for key in load_file(path) if "lora_B" in key or "lora_up" in key)
     rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != half})
     for parameters in ({"lora_checkpoint": path}, {"preset_lora_path": path, "preset_lora_model": "dit"}):
@@ -94,23 +96,23 @@ def test_a_missing_half_is_refused(tiny_families, tmp_path, family, dialect):
         )
 
 
-@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_another_rank_is_refused_with_the_rank_to_give(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), FORMATS)
+def test_another_rank_is_refused_with_the_rank_to_give(tiny_families, tmp_path, family, lora_format):
     tiny = tiny_families(family)
-    path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes(), rank=3), family, dialect)
+    path = save_lora(tmp_path / "lora.safetensors", random_lora(tiny.module_shapes(), rank=3), family, lora_format)
     assert problems_of(tiny, lora_checkpoint=path) == [
         Problem(f"`{path}` has rank 3, but `lora_rank` is {RANK}", "pass `--lora_rank 3`", wrong_use=True)
     ]
 
 
-@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), FORMATS)
+def test_ranks_that_differ_by_module_start_a_lora_of_the_highest(tiny_families, tmp_path, family, lora_format):
     """For a module with a lower rank, additional rows of A are fresh and columns of B zero."""
     tiny = tiny_families(family)
     shapes = tiny.module_shapes()
     first, *others = shapes
     low = random_lora({first: shapes[first]}, rank=2)
-    path = save_lora(tmp_path / "lora.safetensors", random_lora(shapes) | low, family, dialect)
+    path = save_lora(tmp_path / "lora.safetensors", random_lora(shapes) | low, family, lora_format)
     [problem] = problems_of(tiny, lora_checkpoint=path, lora_rank=2)
     assert problem.message == (
         f"`{path}` has several ranks: 2 at `{first}` (1 in total), {RANK} at `{others[0]}` ({len(others)} in total); "

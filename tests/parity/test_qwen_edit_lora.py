@@ -15,7 +15,7 @@ from tests.loras import RANK
 from tests.parity.loras import adapter_modules, check_outputs, load_into
 from tests.parity.qwen_edit_models import KINDS, load_pipeline
 
-DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+FORMATS = ("diffsynth", "diffusers", "comfyui", "kohya")
 NAMES = ("Edit", "2509, two images", "2511, two images")
 DIT = QWEN_IMAGE.component("dit")
 
@@ -35,7 +35,7 @@ def documented_modules(transformer: nn.Module) -> list[str]:
     return sorted(found - DIT.unused_params(frozenset(shapes)))
 
 
-def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
+def write_lora(base: Path, name: str, path: Path, lora_format: str) -> list[str]:
     """Write a LoRA on the documented modules, far from its initialization; return the modules."""
     transformer = fresh_transformer(base, name)
     modules = documented_modules(transformer)
@@ -45,7 +45,7 @@ def write_lora(base: Path, name: str, path: Path, dialect: str) -> list[str]:
     with torch.no_grad():
         for module in sorted(weights):
             weights[module].B.normal_(std=0.5, generator=generator)
-    tensors = name_lora(weights, dialect, DIT.lora_naming)
+    tensors = name_lora(weights, lora_format, DIT.lora_naming)
     save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     return modules
 
@@ -64,12 +64,12 @@ def predict(transformer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("lora_format", FORMATS)
 def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
-    edit_models, complaints, tmp_path, name, dialect
+    edit_models, complaints, tmp_path, name, lora_format
 ):
     path = tmp_path / "lora.safetensors"
-    modules = write_lora(edit_models, name, path, dialect)
+    modules = write_lora(edit_models, name, path, lora_format)
     pipeline = load_pipeline(edit_models, KINDS[name])
     base = predict(pipeline.transformer)
     load_into(pipeline, path)
@@ -80,7 +80,7 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
     ours = fresh_transformer(edit_models, name)
     add_lora(ours, modules, RANK, seed=1)
     assert load_lora(ours, path, DIT.lora_naming) == len(modules)
-    check_outputs(f"{KINDS[name].model_id}, {dialect}: {len(modules)} modules", loaded, predict(ours), base)
+    check_outputs(f"{KINDS[name].model_id}, {lora_format}: {len(modules)} modules", loaded, predict(ours), base)
 
 
 def test_diffusers_keys(edit_models, tmp_path):

@@ -45,12 +45,12 @@ def predict(transformer, seed: int = 3) -> torch.Tensor:
         )[0]
 
 
-@pytest.mark.parametrize("dialect", ["diffsynth", "diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("lora_format", ["diffsynth", "diffusers", "comfyui", "kohya"])
 def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
-    train_lora, lora_file, pipeline, complaints, tiny_models, dialect
+    train_lora, lora_file, pipeline, complaints, tiny_models, lora_format
 ):
     """The same training, saved in any format: diffusers finds every module and gives our output."""
-    other = lora_file if dialect == "diffsynth" else train_lora(dialect, "--lora_format", dialect)
+    other = lora_file if lora_format == "diffsynth" else train_lora(lora_format, "--lora_format", lora_format)
     modules = {key.rsplit(".lora_", 1)[0] for key in load_file(lora_file)}
     base = predict(pipeline.transformer)
 
@@ -62,7 +62,7 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
     transformer = _fresh_transformer(tiny_models)
     add_lora(transformer, sorted(modules), RANK, seed=0)
     assert load_lora(transformer, other) == len(modules)
-    check_outputs(f"{dialect}: {len(modules)} modules", loaded, predict(transformer), base)
+    check_outputs(f"{lora_format}: {len(modules)} modules", loaded, predict(transformer), base)
 
 
 def test_dead_modules_of_another_file_are_passed_over(lora_file, tiny_models, tmp_path):

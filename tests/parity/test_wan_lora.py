@@ -21,7 +21,7 @@ from tests.loras import RANK
 from tests.parity.loras import adapter_modules, check_outputs, check_same_weights, load_into, train_file, with_lora
 from tests.parity.wan_models import KINDS, Kind, find_files, load_files, load_pipeline
 
-DIALECTS = ("diffsynth", "diffusers", "comfyui", "kohya")
+FORMATS = ("diffsynth", "diffusers", "comfyui", "kohya")
 DOCUMENTED = ",".join(keys.LORA_TARGETS)
 EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 SECOND_EXPERT = f"{EXPERTS}:transformer_2/diffusion_pytorch_model*.safetensors"
@@ -76,7 +76,7 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
     metadata.write_text(metadata.read_text(encoding="utf-8").replace("image", "video", 1), encoding="utf-8")
 
     @cache
-    def train_one(name: str, dialect: str) -> Path:
+    def train_one(name: str, lora_format: str) -> Path:
         run = RUNS[name]
         flags = {
             "model_id_with_origin_paths": ",".join((run.kind.entries | {"dit": run.dit}).values()),
@@ -89,7 +89,7 @@ def train_lora(models: Path, photographs: Path, tmp_path_factory: pytest.TempPat
             "lora_target_modules": run.targets,
             "learning_rate": "0.05",
         }
-        return train_file(models, folder / name / dialect, dialect, flags)
+        return train_file(models, folder / name / lora_format, lora_format, flags)
 
     return train_one
 
@@ -114,16 +114,18 @@ def predict(transformer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("dialect", DIALECTS[1:])
-def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lora, models, complaints, name, dialect):
+@pytest.mark.parametrize("lora_format", FORMATS[1:])
+def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(
+    train_lora, models, complaints, name, lora_format
+):
     run = RUNS[name]
     pipeline = load_pipeline(models, run.kind)
     if run.part == "transformer_2":
         pipeline.register_modules(transformer_2=WanTransformer3DModel.from_pretrained(models / EXPERTS / run.part))
-        load_into(pipeline, train_lora(name, dialect), load_into_transformer_2=True)
+        load_into(pipeline, train_lora(name, lora_format), load_into_transformer_2=True)
         assert not adapter_modules(pipeline.transformer)
     else:
-        load_into(pipeline, train_lora(name, dialect))
+        load_into(pipeline, train_lora(name, lora_format))
     assert complaints() == []
     transformer = getattr(pipeline, run.part)
     carriers = adapter_modules(transformer)
@@ -135,7 +137,7 @@ def test_every_dialect_loads_through_the_pipeline_and_computes_the_same(train_lo
     loaded = predict(transformer)
     ours = predict(load_with_lora(models, run, train_lora(name, "diffsynth")))
     base = predict(load_files(find_files(models, "dit", run.dit)))
-    check_outputs(f"{name}, {dialect}: {len(carriers)} modules", loaded, ours, base)
+    check_outputs(f"{name}, {lora_format}: {len(carriers)} modules", loaded, ours, base)
 
 
 def test_the_pipeline_does_not_know_the_documented_dialect(train_lora, models, complaints):
@@ -157,7 +159,7 @@ def test_documented_keys(train_lora, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_all_dialects_read_back_to_the_same_weights(train_lora, models, name):
     run = RUNS[name]
-    loaded = [load_with_lora(models, run, train_lora(name, dialect)) for dialect in DIALECTS]
+    loaded = [load_with_lora(models, run, train_lora(name, lora_format)) for lora_format in FORMATS]
     check_same_weights([lora_weights(transformer, keys.DIT) for transformer in loaded], run.modules)
 
 

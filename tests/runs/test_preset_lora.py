@@ -24,7 +24,7 @@ from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.model import build_training_module
 from diffsynth_core.training.stop import StopRequest
-from tests.loras import DIALECTS, RANK, TinyFamily, random_lora, save_lora
+from tests.loras import FORMATS, RANK, TinyFamily, random_lora, save_lora
 
 CPU = torch.device("cpu")
 
@@ -80,14 +80,14 @@ def check_merged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], *fil
         assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
-def test_merged_weights_are_the_base_and_b_a(tiny_families, tmp_path, family, dialect):
+@pytest.mark.parametrize(("family", "lora_format"), FORMATS)
+def test_merged_weights_are_the_base_and_b_a(tiny_families, tmp_path, family, lora_format):
     """From every format, with the scale of the file; weights that it does not name stay bit-identical."""
     tiny = tiny_families(family)
     lora = random_lora(tiny.module_shapes())
     plain = save_lora(tmp_path / "plain.safetensors", lora, family, "diffsynth")
-    alpha = None if dialect in ("diffsynth", "diffusers") else RANK
-    file = save_lora(tmp_path / "lora.safetensors", lora, family, dialect, alpha)
+    alpha = None if lora_format in ("diffsynth", "diffusers") else RANK
+    file = save_lora(tmp_path / "lora.safetensors", lora, family, lora_format, alpha)
     base = tiny.plan(output_path="out")
     plan = tiny.plan(output_path="out", preset_lora_path=file, preset_lora_model="dit")
     before, after = documented_weights(base, load(base)), documented_weights(plan, load(plan))
@@ -97,13 +97,14 @@ def test_merged_weights_are_the_base_and_b_a(tiny_families, tmp_path, family, di
 
 
 @pytest.mark.parametrize(
-    ("family", "dialect"), [(family, dialect) for family, dialect in DIALECTS if dialect in ("comfyui", "kohya")]
+    ("family", "lora_format"),
+    [(family, lora_format) for family, lora_format in FORMATS if lora_format in ("comfyui", "kohya")],
 )
-def test_the_stored_scale_is_merged(tiny_families, tmp_path, family, dialect):
+def test_the_stored_scale_is_merged(tiny_families, tmp_path, family, lora_format):
     tiny = tiny_families(family)
     lora = random_lora(tiny.module_shapes())
-    whole = save_lora(tmp_path / "whole.safetensors", lora, family, dialect)
-    half = save_lora(tmp_path / "half.safetensors", lora, family, dialect, alpha=RANK / 2)
+    whole = save_lora(tmp_path / "whole.safetensors", lora, family, lora_format)
+    half = save_lora(tmp_path / "half.safetensors", lora, family, lora_format, alpha=RANK / 2)
     base = documented_weights(tiny.plan(output_path="out"), load(tiny.plan(output_path="out")))
     merged = []
     for file in (whole, half):

@@ -138,15 +138,15 @@ def test_full_training_and_lora_in_one_rehearsal(cli):
     assert "each of its 42 keys matches one of 21 modules of dit" in outcome.out
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "comfyui", "kohya"])
-def test_rehearsals_prove_every_dialect(cli, dialect):
+@pytest.mark.parametrize("lora_format", ["diffusers", "comfyui", "kohya"])
+def test_rehearsals_prove_every_dialect(cli, lora_format):
     outcome = cli(
         "train",
         "--recipe",
         "qwen-image-lora",
         "--rehearse",
         "--lora_format",
-        dialect,
+        lora_format,
         "--max_steps",
         2,
         "--dataset_num_workers",

@@ -106,16 +106,16 @@ def test_joined_parts_are_the_checkpoint_byte_for_byte(cli, checkpoint, name, wa
     assert Path("whole", path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("dialect", ["diffsynth", "diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("lora_format", ["diffsynth", "diffusers", "comfyui", "kohya"])
 @pytest.mark.parametrize("name", ["qwen-image", "flux", "wan, nothing removed", "flux2"])
-def test_loras_in_the_names_of_other_programs(cli, checkpoint, name, dialect):
+def test_loras_in_the_names_of_other_programs(cli, checkpoint, name, lora_format):
     """As `convert-lora` writes them for the part alone."""
-    assert cli("split-ckpt", checkpoint(name), "--output_path", "parts", "--lora_format", dialect).code == 0
+    assert cli("split-ckpt", checkpoint(name), "--output_path", "parts", "--lora_format", lora_format).code == 0
     assert cli("split-ckpt", checkpoint(name), "--output_path", "plain").code == 0
-    converted = cli("convert-lora", "plain/dit.lora.safetensors", "--to", dialect, "-o", "converted.safetensors")
+    converted = cli("convert-lora", "plain/dit.lora.safetensors", "--to", lora_format, "-o", "converted.safetensors")
     assert converted.code == 0, converted.err
     assert same_tensors("parts/dit.lora.safetensors", "converted.safetensors")
-    assert metadata_of("parts/dit.lora.safetensors")["lora_format"] == dialect
+    assert metadata_of("parts/dit.lora.safetensors")["lora_format"] == lora_format
 
 
 def test_shards_of_parts_are_joined_too(cli, checkpoint):

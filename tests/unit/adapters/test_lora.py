@@ -154,14 +154,14 @@ def test_modules_that_cannot_carry_a_lora_are_refused(modules, expected):
     assert caught.value.problems[0].hint
 
 
-@pytest.mark.parametrize("dialect", LORA_FORMATS)
-def test_named_weights_are_the_weights_and_load_into_the_same_model(tmp_path, dialect):
+@pytest.mark.parametrize("lora_format", LORA_FORMATS)
+def test_named_weights_are_the_weights_and_load_into_the_same_model(tmp_path, lora_format):
     module = loraed()
     with torch.no_grad():
         for halves in lora_weights(module).values():
             halves.B.normal_()
-    named = name_lora(lora_weights(module), dialect)
-    assert len(named) == (6 if dialect == "kohya" else 4)
+    named = name_lora(lora_weights(module), lora_format)
+    assert len(named) == (6 if lora_format == "kohya" else 4)
     assert all(tensor.item() == RANK for name, tensor in named.items() if name.endswith(".alpha"))
     save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, tmp_path / "lora.safetensors")
     other = loraed(seed=5)

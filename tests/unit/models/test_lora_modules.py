@@ -78,23 +78,23 @@ def replaced(pattern: str) -> list[str]:
     return [pattern.replace("{}", str(number)) for number in range(60)]
 
 
-@pytest.mark.parametrize("dialect", LORA_FORMATS)
+@pytest.mark.parametrize("lora_format", LORA_FORMATS)
 @pytest.mark.parametrize("family", MODELS)
-def test_names_of_all_dialects_lead_back_to_one_module(family, dialect):
+def test_names_of_all_dialects_lead_back_to_one_module(family, lora_format):
     """With underscores too: no two modules have the same name."""
     naming = FAMILIES[family].component("dit").lora_naming
-    vocabulary = naming.vocabulary(dialect)
+    vocabulary = naming.vocabulary(lora_format)
     for modules in modules_of(family):
         parts = {part for module in modules for part in vocabulary.parts(module)}
-        texts = {spell(part, dialect) for part in parts}
+        texts = {spell(part, lora_format) for part in parts}
         assert len(texts) == len(parts)
-        keys = [f"{LORA_FORMATS[dialect].prefixes[0]}{text}{LORA_FORMATS[dialect].A}" for text in sorted(texts)]
+        keys = [f"{LORA_FORMATS[lora_format].prefixes[0]}{text}{LORA_FORMATS[lora_format].A}" for text in sorted(texts)]
         match = match_lora_keys(keys, naming.modules_met(keys), naming)
-        assert match.unmatched == () and match.lora_format(naming) == dialect
+        assert match.unmatched == () and match.lora_format(naming) == lora_format
         assert match.loras.keys() == parts
         assert {halves.A for halves in match.loras.values()} == set(keys)
         assert {module for part in parts for module in match.vocabulary.public(part)} == modules
-        assert match.vocabulary.fused is (dialect in naming.fused)
+        assert match.vocabulary.fused is (lora_format in naming.fused)
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "flux", "flux2"])

@@ -100,7 +100,7 @@ def test_parts_that_do_not_fit_each_other_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("scales", "dialect", "alpha", "applied"),
+    ("scales", "lora_format", "alpha", "applied"),
     [
         ((None, None), "kohya", 4.0, ()),
         ((1.0, 1.0), "kohya", 2.0, ()),
@@ -110,12 +110,12 @@ def test_parts_that_do_not_fit_each_other_are_refused():
         ((1.0, 1.0), "diffusers", None, (0.5,)),
     ],
 )
-def test_alphas_of_two_that_become_one(tmp_path, scales, dialect, alpha, applied):
+def test_alphas_of_two_that_become_one(tmp_path, scales, lora_format, alpha, applied):
     """Rank 2 each, with different A: equal scales stay an alpha, others are multiplied into B."""
     path = tmp_path / "bytes"
     path.write_bytes(bytes(range(200)))
     first, second = lora("q", 2, path, 0, scales[0]), lora("k", 2, path, 48, scales[1])
-    written = write_lora("qk", (RowSpan(first, 0, 2), RowSpan(second, 0, 2)), dialect)
+    written = write_lora("qk", (RowSpan(first, 0, 2), RowSpan(second, 0, 2)), lora_format)
     assert (written.ranks, written.rank, written.scales, written.exact) == ((2, 2), 4, applied, True)
     stored = {tensor.name: tensor for tensor in written.tensors if tensor.name.endswith(".alpha")}
     if alpha is None:

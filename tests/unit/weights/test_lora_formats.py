@@ -39,8 +39,8 @@ WRITTEN = {
 }
 
 
-def written(dialect: str, modules=MODULES) -> list[str]:
-    keys = [part for module in modules for part in lora_keys(module, dialect)]
+def written(lora_format: str, modules=MODULES) -> list[str]:
+    keys = [part for module in modules for part in lora_keys(module, lora_format)]
     return [key for each in keys for key in (each.A, each.B, each.alpha) if key]
 
 
@@ -48,9 +48,9 @@ def test_the_documented_dialects_are_all_there():
     assert list(LORA_FORMATS) == list(WRITTEN)
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_written_keys(dialect):
-    assert lora_keys(MODULES[0], dialect) == (LoraKeys(*WRITTEN[dialect]),)
+@pytest.mark.parametrize("lora_format", WRITTEN)
+def test_written_keys(lora_format):
+    assert lora_keys(MODULES[0], lora_format) == (LoraKeys(*WRITTEN[lora_format]),)
 
 
 def matched(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dict[str, LoraKeys], list[str]]:
@@ -58,15 +58,15 @@ def matched(match: LoraMatch, naming: LoraNaming = DIT) -> tuple[str | None, dic
     return match.lora_format(naming), dict(match.loras), list(match.unmatched)
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_every_dialect_is_found_again(dialect):
-    found = {module: lora_keys(module, dialect)[0] for module in MODULES}
-    assert matched(match_lora_keys(written(dialect), MODULES)) == (dialect, found, [])
+@pytest.mark.parametrize("lora_format", WRITTEN)
+def test_every_dialect_is_found_again(lora_format):
+    found = {module: lora_keys(module, lora_format)[0] for module in MODULES}
+    assert matched(match_lora_keys(written(lora_format), MODULES)) == (lora_format, found, [])
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_a_lora_on_some_modules_is_found(dialect):
-    match = match_lora_keys(reversed(written(dialect, MODULES[:2])), MODULES)
+@pytest.mark.parametrize("lora_format", WRITTEN)
+def test_a_lora_on_some_modules_is_found(lora_format):
+    match = match_lora_keys(reversed(written(lora_format, MODULES[:2])), MODULES)
     assert set(match.loras) == set(MODULES[:2]) and match.unmatched == ()
 
 
@@ -110,21 +110,21 @@ PART_MODULES = ("a.6.qkv", "a.7.qkv", "img_in")
 
 
 @pytest.mark.parametrize(
-    ("dialect", "parts", "stems"),
+    ("lora_format", "parts", "stems"),
     [
         ("diffsynth", ["a.7.qkv"], ["a.7.qkv"]),
         ("diffusers", ["b.7.q", "b.7.k"], ["transformer.b.7.q", "transformer.b.7.k"]),
         ("kohya", ["c.7.qkv"], ["lora_unet_c_7_qkv"]),
     ],
 )
-def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(dialect, parts, stems):
-    ends = LORA_FORMATS[dialect].A, LORA_FORMATS[dialect].B
-    alphas = [f"{stem}.alpha" if dialect == "kohya" else None for stem in stems]
+def test_a_dialect_has_its_own_names_for_a_module_or_for_its_parts(lora_format, parts, stems):
+    ends = LORA_FORMATS[lora_format].A, LORA_FORMATS[lora_format].B
+    alphas = [f"{stem}.alpha" if lora_format == "kohya" else None for stem in stems]
     expected = tuple(LoraKeys(stem + ends[0], stem + ends[1], alpha) for stem, alpha in zip(stems, alphas, strict=True))
-    assert lora_keys("a.7.qkv", dialect, PARTS) == expected
+    assert lora_keys("a.7.qkv", lora_format, PARTS) == expected
     keys = [key for part in expected for key in (part.A, part.B, part.alpha) if key]
     match = match_lora_keys(keys, PART_MODULES, PARTS)
-    assert matched(match, PARTS) == (dialect, dict(zip(parts, expected, strict=True)), [])
+    assert matched(match, PARTS) == (lora_format, dict(zip(parts, expected, strict=True)), [])
     assert {whole for part in parts for whole in match.vocabulary.public(part)} == {"a.7.qkv"}
 
 
@@ -179,7 +179,7 @@ def test_underscores_that_could_be_two_modules_are_of_none():
     assert match_lora_keys([key], ["a.b_c", "a_b.c"]).unmatched == (key,)
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
+@pytest.mark.parametrize("lora_format", WRITTEN)
 @pytest.mark.parametrize(
     "unknown",
     [
@@ -192,9 +192,9 @@ def test_underscores_that_could_be_two_modules_are_of_none():
         "",
     ],
 )
-def test_keys_that_fit_no_module_are_told(dialect, unknown):
-    name, found, unmatched = matched(match_lora_keys([*written(dialect), unknown], MODULES))
-    assert name == dialect
+def test_keys_that_fit_no_module_are_told(lora_format, unknown):
+    name, found, unmatched = matched(match_lora_keys([*written(lora_format), unknown], MODULES))
+    assert name == lora_format
     assert set(found) == set(MODULES)
     assert unmatched == [unknown]
 
@@ -211,9 +211,9 @@ def test_two_keys_of_one_half_are_told():
     assert match.unmatched == match.repeated == (keys[1],)
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_nothing_is_found_for_another_model(dialect):
-    keys = written(dialect)
+@pytest.mark.parametrize("lora_format", WRITTEN)
+def test_nothing_is_found_for_another_model(lora_format):
+    keys = written(lora_format)
     assert matched(match_lora_keys(keys, ["blocks.0.self_attn.q"]))[1:] == ({}, keys)
 
 
@@ -273,11 +273,11 @@ def test_adapters_that_are_more_than_a_lora_are_refused_by_name(key, title):
     assert raised.value.problems[0].message == (f"`mine.safetensors`: {title} adapters are not supported yet: `{key}`")
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_a_plain_lora_is_not_refused_but_for_one_key_more(dialect):
-    refuse_other_adapters("mine.safetensors", written(dialect))
+@pytest.mark.parametrize("lora_format", WRITTEN)
+def test_a_plain_lora_is_not_refused_but_for_one_key_more(lora_format):
+    refuse_other_adapters("mine.safetensors", written(lora_format))
     with pytest.raises(DiffSynthError):
-        refuse_other_adapters("mine.safetensors", [*written(dialect), "blocks.0.q.lokr_w1"])
+        refuse_other_adapters("mine.safetensors", [*written(lora_format), "blocks.0.q.lokr_w1"])
 
 
 FUSED = LoraNaming(

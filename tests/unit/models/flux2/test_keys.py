@@ -122,7 +122,7 @@ def test_the_ending_to_out_addresses_what_recipes_list_block_by_block():
 
 def test_only_dialects_with_these_names_are_written():
     naming = FLUX2.component("dit").lora_naming
-    assert [dialect for dialect in LORA_FORMATS if naming.written(dialect)] == ["diffsynth", "diffusers"]
+    assert [lora_format for lora_format in LORA_FORMATS if naming.written(lora_format)] == ["diffsynth", "diffusers"]
 
 
 # What nothing reads
