@@ -98,7 +98,7 @@ def split_checkpoint(
         if by is By.SIZE:
             return plan_split_by_size(weights, output_path, max_shard_bytes or DEFAULT_SHARD_SIZE)
         choices = SplitChoices(
-            unprefixed=unprefixed,
+            default_component=unprefixed,
             family=family,
             layout=layout,
             lora_format=lora_format,

@@ -33,16 +33,16 @@ class Origin:
     Attributes:
         removed_prefix: prefix that was removed from its keys; None: unknown.
         lora_component: component with the LoRA.
-        unprefixed: component of keys without a prefix, set by the user.
+        default_component: component of keys without a prefix, set by the user.
     """
 
     family: FamilyFacts | None = None
     removed_prefix: str | None = None
     lora_component: str | None = None
-    unprefixed: str | None = None
+    default_component: str | None = None
 
 
-def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str | None = None) -> Origin:
+def read_origin(weights: WeightSet, family: str | None = None, default_component: str | None = None) -> Origin:
     """Return what a checkpoint's metadata, the run.json next to it and the user state about it.
 
     Raises:
@@ -50,25 +50,25 @@ def read_origin(weights: WeightSet, family: str | None = None, unprefixed: str |
     """
     if family is not None and family not in FAMILIES:
         raise FaultsFound([unknown_family(family)])
-    if unprefixed is not None and unprefixed not in COMPONENTS:
+    if default_component is not None and default_component not in COMPONENTS:
         known = ", ".join(sorted(COMPONENTS))
-        raise FaultsFound([Problem(f"unknown component `{unprefixed}`", f"known: {known}", wrong_use=True)])
+        raise FaultsFound([Problem(f"unknown component `{default_component}`", f"known: {known}", wrong_use=True)])
     record = None if weights.metadata_value("removed_prefix") is not None else _record_of(weights)
     parameters = record.parameters if record else {}
-    told = weights.metadata_value("family") or (record.family if record else None)
-    if told in FAMILIES and family not in (None, told):
+    recorded = weights.metadata_value("family") or (record.family if record else None)
+    if recorded in FAMILIES and family not in (None, recorded):
         raise DiffSynthError(
-            f"`{weights.origin}` is recorded as family `{told}`, but `--family` is `{family}`", "remove `--family`"
+            f"`{weights.origin}` is recorded as family `{recorded}`, but `--family` is `{family}`", "remove `--family`"
         )
     removed = weights.metadata_value("removed_prefix")
     if removed is None and record:
         removed = strip_controlnet_index(str(parameters.get("remove_prefix_in_ckpt") or ""))
-    known_family = family if family is not None else told
+    known_family = family if family is not None else recorded
     return Origin(
         FAMILIES.get(known_family) if known_family else None,
         removed,
         weights.metadata_value("lora_component") or parameters.get("lora_base_model"),
-        unprefixed,
+        default_component,
     )
 
 
@@ -108,7 +108,7 @@ def find_owners(keys: Iterable[str], origin: Origin) -> KeyOwners:
     owned: dict[tuple[str, str], list[str]] = {}
     bare: list[str] = []
     for key in keys:
-        owner = _told(key, origin)
+        owner = _owner_of(key, origin)
         if owner is None:
             bare.append(key)
         else:
@@ -116,7 +116,11 @@ def find_owners(keys: Iterable[str], origin: Origin) -> KeyOwners:
     fits: tuple[str, ...] = ()
     if bare:
         prefixed = {component for component, _ in owned}
-        fits = (origin.unprefixed,) if origin.unprefixed else components_that_fit(bare, origin.family, prefixed)
+        fits = (
+            (origin.default_component,)
+            if origin.default_component
+            else components_that_fit(bare, origin.family, prefixed)
+        )
         if len(fits) == 1:
             for key in bare:
                 owned.setdefault((fits[0], key), []).append(key)
@@ -134,7 +138,7 @@ def find_owners(keys: Iterable[str], origin: Origin) -> KeyOwners:
     return KeyOwners(full, lora, tuple(bare), fits)
 
 
-def _told(key: str, origin: Origin) -> tuple[str, str] | None:
+def _owner_of(key: str, origin: Origin) -> tuple[str, str] | None:
     """(component, name in it) of a key, as its prefix or the run says; None where neither does."""
     whole = split_key(key)
     if whole:
@@ -145,9 +149,9 @@ def _told(key: str, origin: Origin) -> tuple[str, str] | None:
     if key.startswith(TRANSFORMER_PREFIXES) and is_lora_key(key):
         return origin.lora_component or "dit", key
     whole = split_key(origin.removed_prefix + key) if origin.removed_prefix else None
-    if whole and origin.unprefixed not in (None, whole[0]):
+    if whole and origin.default_component not in (None, whole[0]):
         raise DiffSynthError(
-            f"the checkpoint assigns keys without a prefix to `{whole[0]}`, but `--unprefixed` is `{origin.unprefixed}`",
+            f"the checkpoint assigns keys without a prefix to `{whole[0]}`, but `--unprefixed` is `{origin.default_component}`",
             "remove `--unprefixed`",
         )
     return whole

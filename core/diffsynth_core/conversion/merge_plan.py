@@ -156,8 +156,8 @@ def outputs_of(
     tensors = {name: _output_tensor(plan, name, pieces) for name in kept}
     if plan.max_shard_bytes is not None:
         stem = stem_of_shard(weights.files[0].name) or weights.files[0].stem
-        said = _metadata(plan, weights.files[0])
-        common = {key: value for key in said if (value := weights.metadata_value(key)) is not None}
+        metadata = _metadata(plan, weights.files[0])
+        common = {key: value for key in metadata if (value := weights.metadata_value(key)) is not None}
         files, indexes = plan_shards(plan.output, stem, list(tensors.values()), common, plan.max_shard_bytes)
         return [*(_with_provenance(plan, file, late) for file in files), *indexes]
     files = []
@@ -171,8 +171,8 @@ def outputs_of(
 
 def _metadata(plan: MergePlan, path: Path) -> dict[str, str]:
     """Return the metadata of a file of the base that still applies to the result."""
-    said = plan.base.weights.metadata[path]
-    return {key: value for key, value in said.items() if plan.dtype is None or key != QUANT_METADATA}
+    metadata = plan.base.weights.metadata[path]
+    return {key: value for key, value in metadata.items() if plan.dtype is None or key != QUANT_METADATA}
 
 
 def _output_tensor(plan: MergePlan, name: str, pieces: Callable[[str], Pieces]) -> OutputTensor:

@@ -43,7 +43,7 @@ class SplitChoices:
         max_shard_bytes: maximum bytes of tensors in one file; None: unlimited.
     """
 
-    unprefixed: str | None = None
+    default_component: str | None = None
     family: str | None = None
     layout: LayoutName | None = None
     lora_format: LoraFormat | None = None
@@ -68,7 +68,7 @@ def plan_split(weights: WeightSet, folder: Path, choices: SplitChoices) -> FileP
     Raises:
         FaultsFound: if keys belong to no component or layout, or an option applies to nothing in the checkpoint.
     """
-    origin = read_origin(weights, choices.family, choices.unprefixed)
+    origin = read_origin(weights, choices.family, choices.default_component)
     owners = find_owners(weights.tensors, origin)
     if owners.unmatched and not (choices.allow_unmatched and (owners.full or owners.lora)):
         raise_if_any([unmatched_problem(weights.origin, owners, len(weights.tensors))])
@@ -127,8 +127,8 @@ def common_metadata(sets: Sequence[WeightSet]) -> dict[str, str]:
     """Return the metadata that is equal in all files that have the key."""
     every = [metadata for weights in sets for metadata in weights.metadata.values()]
     keys = dict.fromkeys(key for metadata in every for key in metadata)
-    said = {key: {metadata[key] for metadata in every if key in metadata} for key in keys}
-    return {key: values.pop() for key, values in said.items() if len(values) == 1}
+    found = {key: {metadata[key] for metadata in every if key in metadata} for key in keys}
+    return {key: values.pop() for key, values in found.items() if len(values) == 1}
 
 
 def _tensors(weights: WeightSet, names: Mapping[str, str]) -> dict[str, RowSpans]:

@@ -28,9 +28,9 @@ class FusedLora:
     def changes(self) -> str:
         """What it changes, in words."""
         modules, tensors = len(self.file.modules), len(self.file.tensors)
-        told = pluralize(modules, "module") if modules or not tensors else ""
+        text = pluralize(modules, "module") if modules or not tensors else ""
         whole = f"{pluralize(tensors, 'tensor')} by full-weight differences" if tensors else ""
-        return " and ".join(filter(None, (told, whole)))
+        return " and ".join(filter(None, (text, whole)))
 
 
 @dataclass(frozen=True)

@@ -209,14 +209,14 @@ def _check_formats(origin: str, scales: Mapping[str, Scale], tensors: Mapping[st
     for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
         for layer, config in _formats_in(path).items():
             config = {"format": config} if isinstance(config, str) else config
-            told = config.get("format") if isinstance(config, dict) else None
-            turned = [name for name in CHANGES_OF_BASIS if isinstance(config, dict) and config.get(name)]
-            if told not in FLOAT8_FORMATS or turned:
-                name = ", ".join([str(told), *turned])
+            stated = config.get("format") if isinstance(config, dict) else None
+            transforms = [name for name in CHANGES_OF_BASIS if isinstance(config, dict) and config.get(name)]
+            if stated not in FLOAT8_FORMATS or transforms:
+                name = ", ".join([str(stated), *transforms])
                 raise _quantised(origin, [f"{layer}{QUANT_CONFIG}"], f"; the format of this layer is `{name}`")
             if layer not in layers and f"{layer}.weight" in tensors:
                 raise DiffSynthError(
-                    f"`{origin}` declares `{layer}` as {told} with a scale, but contains no scale for it",
+                    f"`{origin}` declares `{layer}` as {stated} with a scale, but contains no scale for it",
                     "download the file again",
                 )
 
@@ -229,8 +229,8 @@ def _formats_in(path: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     try:
         if QUANT_METADATA in header.metadata:
-            said = as_type(parse_json(header.metadata[QUANT_METADATA]), dict[str, Any])
-            found |= as_type(said.get("layers"), dict[str, Any], "layers")
+            content = as_type(parse_json(header.metadata[QUANT_METADATA]), dict[str, Any])
+            found |= as_type(content.get("layers"), dict[str, Any], "layers")
         for name in header.tensors:
             if name.endswith(QUANT_CONFIG):
                 data = read_bytes(Span(path, *header.spans[name]))

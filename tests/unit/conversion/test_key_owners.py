@@ -26,7 +26,7 @@ def signature(family, component, layout=0):
         ("pipe.motion_controller.x", Origin(), "motion_controller", "x"),
         ("x.weight", Origin(removed_prefix="pipe.vae."), "vae", "x.weight"),
         ("blocks.0.weight", Origin(removed_prefix="pipe.dit.transformer_"), "dit", "transformer_blocks.0.weight"),
-        ("x.weight", Origin(unprefixed="controlnet"), "controlnet", "x.weight"),
+        ("x.weight", Origin(default_component="controlnet"), "controlnet", "x.weight"),
         ("transformer.a.lora_A.weight", Origin(), "dit", "transformer.a.lora_A.weight"),
         ("lora_unet_a_b.alpha", Origin(lora_component="dit2"), "dit2", "lora_unet_a_b.alpha"),
     ],
@@ -76,7 +76,7 @@ def test_a_tensor_that_stands_there_twice():
 
 def test_the_user_may_not_contradict_the_checkpoint():
     with pytest.raises(DiffSynthError, match="without a prefix to `dit`, but `--unprefixed` is `vae`"):
-        find_owners(["x.weight"], Origin(removed_prefix="pipe.dit.", unprefixed="vae"))
+        find_owners(["x.weight"], Origin(removed_prefix="pipe.dit.", default_component="vae"))
 
 
 def test_families_are_told_by_whole_components():

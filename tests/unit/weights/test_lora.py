@@ -11,7 +11,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux import keys as flux
 from diffsynth_core.models.flux2 import keys as flux2
 from diffsynth_core.weights.key_maps import SAME_NAMES, TableMap, count_rows, take_rows
-from diffsynth_core.weights.lora import LoraPair, RowSpan, StoredTensor, joint_rank
+from diffsynth_core.weights.lora import LoraPair, RowSpan, StoredTensor, joint_rank, lora_scale
 from diffsynth_core.weights.lora import translate as translate_names
 from diffsynth_core.weights.lora_formats import LoraNaming
 from diffsynth_core.weights.weight_sets import Span
@@ -124,6 +124,14 @@ def test_alphas_of_two_that_become_one(tmp_path, scales, lora_format, alpha, app
         ((tensor,),) = (list(stored.values()),)
         (data,) = tensor.source()
         assert torch.frombuffer(bytearray(data), dtype=torch.float32).item() == alpha
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scale"),
+    [(None, False, 1.0), (None, True, 1.0), (8.0, False, 2.0), (8.0, True, 4.0), (0.0, True, 0.0)],
+)
+def test_the_scale_is_alpha_by_rank_or_by_its_root(alpha, rslora, scale):
+    assert lora_scale(alpha, 4, rslora) == scale
 
 
 def test_the_joint_rank_counts_an_equal_a_once(tmp_path):

@@ -1,7 +1,10 @@
 """Formats of LoRA files: literal keys are written, keys match their modules, unknown ones are counted."""
 
+from typing import get_args
+
 import pytest
 
+from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.weights.key_maps import TableMap
 from diffsynth_core.weights.lora_formats import DIT, LORA_FORMATS, PREFIXES, LoraKeys, LoraNaming, lora_keys
@@ -42,6 +45,17 @@ WRITTEN = {
 def written(lora_format: str, modules=MODULES) -> list[str]:
     keys = [part for module in modules for part in lora_keys(module, lora_format)]
     return [key for each in keys for key in (each.A, each.B, each.alpha) if key]
+
+
+def test_every_format_that_options_name_is_declared():
+    assert tuple(LORA_FORMATS) == get_args(LoraFormat)
+
+
+def test_without_modules_a_module_is_whatever_precedes_the_ending():
+    keys = ["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight", "lora_unet_x.alpha", "y.lora_A.weight"]
+    match = match_lora_keys([*keys, "y.lora_down.weight", "z.diff", "z.weight"], None)
+    assert match.loras == {"lora_unet_x": LoraKeys(keys[0], keys[1], keys[2]), "y": LoraKeys(A=keys[3])}
+    assert match.unmatched == ("y.lora_down.weight", "z.diff", "z.weight") and match.repeated == ("y.lora_down.weight",)
 
 
 def test_the_documented_dialects_are_all_there():
