@@ -29,6 +29,12 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.fixture
+def remembered(monkeypatch) -> None:
+    """As if the commands had been read from their table."""
+    monkeypatch.setattr("diffsynth_cli.completion.remembered_commands", lambda: TABLE)
+
+
 @pytest.fixture(scope="module")
 def typers() -> dict[str | None, object]:
     """Command -> all commands as typer has them."""
@@ -83,16 +89,14 @@ def test_every_command_has_a_leaf():
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
-def test_the_table_answers_as_typer_does(monkeypatch, capsys, typers, path):
-    remember_commands()
+def test_the_table_answers_as_typer_does(remembered, monkeypatch, capsys, typers, path):
     for words, incomplete in lines_of(path):
         ours, theirs = both(monkeypatch, capsys, typers, "bash", words, incomplete)
         assert ours == theirs, (words, incomplete)
 
 
 @pytest.mark.parametrize(("shell", "environment"), SHELLS)
-def test_each_shell_is_answered_as_typer_does(monkeypatch, capsys, typers, shell, environment):
-    remember_commands()
+def test_each_shell_is_answered_as_typer_does(remembered, monkeypatch, capsys, typers, shell, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     lines = [([], ""), ([], "-"), ([], "tra"), ([], "xyz"), (["dataset"], ""), (["recipe"], "s")]
@@ -103,8 +107,7 @@ def test_each_shell_is_answered_as_typer_does(monkeypatch, capsys, typers, shell
         assert ours == theirs, (words, incomplete)
 
 
-def test_the_last_word_may_lack_its_closing_quote(monkeypatch, capsys, typers):
-    remember_commands()
+def test_the_last_word_may_lack_its_closing_quote(remembered, monkeypatch, capsys, typers):
     for words in (["train", "--recipe", "'qwen-image-lora"], ["train", '"--recipe"', "'flux.1-k"]):
         ours, theirs = both(monkeypatch, capsys, typers, "zsh", words[:-1], words[-1])
         assert ours == theirs
@@ -115,14 +118,14 @@ def test_the_last_word_may_lack_its_closing_quote(monkeypatch, capsys, typers):
     "words",
     [["trian"], ["train", "--x"], ["train", "--"], ["train", "-xy"], ["--version", "train"], ["train", "--rehearse=1"]],
 )
-def test_what_is_intricate_is_left_to_typer(monkeypatch, capsys, words):
+def test_what_is_intricate_is_left_to_typer(remembered, monkeypatch, capsys, words):
     ask(monkeypatch, "bash", words, "--re")
     assert complete() is None
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("request_", ["source_bash", "complete_csh", "complete"])
-def test_another_request_is_left_to_typer(monkeypatch, request_):
+def test_another_request_is_left_to_typer(remembered, monkeypatch, request_):
     ask(monkeypatch, "bash", ["train"], "--re")
     monkeypatch.setenv("_DIFFSYNTH_COMPLETE", request_)
     assert complete() is None
