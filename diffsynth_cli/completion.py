@@ -1,11 +1,11 @@
-"""Answers to the Tab key, from a table of all commands and options that is remembered in the cache folder.
+"""Shell completion from a cached table of all commands and options.
 
-typer answers after importing every module that declares an option, half a second that a user waits for at each key. So
-the commands are written down once (`completion_table.py`), with the stamps of all files that had a say, and read from
-there until one of those files changes. A line is parsed as typer parses it; where its rules are intricate (unknown
-options, `--`, joined short options) the line is left to typer, as is a shell that is not known here.
+typer completes only after every module that declares an option has been imported, which takes half a second per key
+press. So the commands are written to the cache folder once (`completion_table.py`), with the stamps of all source
+files, and read from there until one of these files changes. Lines are parsed as typer parses them. Lines whose rules
+are intricate (unknown options, `--`, joined short options) are left to typer, and so are unknown shells.
 
-Nothing is imported that takes long. typer's classes for completion are the source of the formats.
+This module imports nothing slow. The output formats are those of typer's completion classes.
 """
 
 import os
@@ -18,16 +18,16 @@ from diffsynth_cli import COMPLETION
 from diffsynth_cli.remembered_commands import CommandEntry, OptionEntry, remembered_commands
 
 LINE_VARIABLES = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
-"""Those that hold the line so far: bash's, and that of other shells."""
+"""Environment variables with the command line so far: of bash, and of the other shells."""
 _OPTION = re.compile(r"(?<= --)[\w-]+")
 
 
 class _LeftToTyper(Exception):
-    """This line is not answered here."""
+    """This line is not completed here."""
 
 
 def complete() -> int | None:
-    """Answer the shell on stdout; returns the exit code, or None where typer is to answer."""
+    """Print the completions; return the exit code, or None if typer should complete this line."""
     instruction, _, shell = os.environ[COMPLETION].partition("_")
     if instruction != "complete" or shell not in _ANSWERS:
         return None
@@ -48,20 +48,17 @@ def complete() -> int | None:
 
 
 def typed_line() -> str:
-    """The line that a shell asks about; typer knows options by their names alone: `--lora-rank` is `--lora_rank`."""
+    """Return the command line to complete, with `--lora-rank` spelled `--lora_rank`, as typer's completion requires."""
     line = next((os.environ[name] for name in LINE_VARIABLES if os.environ.get(name)), "")
     return _OPTION.sub(lambda option: option[0].replace("-", "_"), line)
 
 
-# --- what is offered -------------------------------------------------------------------------------------------------
-
-
 Offer = tuple[str, str]
-"""A word, and its line of help: empty where it has none."""
+"""A word and its help, which may be empty."""
 
 
 def _words_so_far(shell: str) -> tuple[list[str], str]:
-    """The complete words behind `diffsynth`, and the one that is being typed."""
+    """The complete words after `diffsynth`, and the word being typed."""
     line = typed_line()
     words = _split(line)
     if shell == "bash":
@@ -76,7 +73,7 @@ def _words_so_far(shell: str) -> tuple[list[str], str]:
 
 
 def _split(line: str) -> list[str]:
-    """The words of a line as a shell would make them, the last one perhaps without its closing quote."""
+    """Split a line as a shell does; the closing quote of the last word may be missing."""
     splitter = shlex.shlex(line, posix=True)
     splitter.whitespace_split = True
     splitter.commenters = ""
@@ -89,7 +86,7 @@ def _split(line: str) -> list[str]:
 
 
 def _offers(command: CommandEntry, words: list[str], incomplete: str) -> list[Offer]:
-    """What may stand in place of the incomplete word."""
+    """What the incomplete word can be completed to."""
     while words and command["commands"]:
         name, *words = words
         if name not in command["commands"]:
@@ -115,7 +112,7 @@ def _offers(command: CommandEntry, words: list[str], incomplete: str) -> list[Of
 
 
 def _parse(options: dict[str, OptionEntry], words: Iterable[str]) -> tuple[set[str], int]:
-    """The first names of the options that are given, and how many words are none of options."""
+    """The first names of the options on the line, and the number of positional words."""
     given: set[str] = set()
     positional = 0
     rest = iter(words)
@@ -136,9 +133,6 @@ def _beginning(values: Iterable[str], incomplete: str) -> list[Offer]:
     return [(value, "") for value in values if value.startswith(incomplete)]
 
 
-# --- as each shell reads it ------------------------------------------------------------------------------------------
-
-
 def _for_bash(offers: list[Offer]) -> tuple[str, int]:
     return "\n".join(value for value, _ in offers), 0
 
@@ -154,7 +148,7 @@ def _for_zsh(offers: list[Offer]) -> tuple[str, int]:
 
 
 def _for_fish(offers: list[Offer]) -> tuple[str | None, int]:
-    """fish asks twice: whether there is anything (else it offers files), and what."""
+    """fish asks twice: whether there are completions (if not, it completes files), and which."""
     if os.environ.get("_TYPER_COMPLETE_FISH_ACTION") == "is-args":
         return None, 0 if offers else 1
     return "\n".join(f"{value}\t{text}" if text else value for value, text in offers), 0

@@ -1,4 +1,4 @@
-"""The table that completions are answered from, made of the commands as typer has them."""
+"""Builds the table for shell completion from typer's commands."""
 
 import sys
 from contextlib import suppress
@@ -15,12 +15,12 @@ from diffsynth_core.files import write_json
 
 
 def remember_commands() -> CommandEntry:
-    """Write the table down for the next time, where that is possible; returns the commands."""
+    """Write the table to the cache if possible, and return the commands."""
     for module, _ in COMMANDS.values():
         import_module(module)
     path = table_path()
-    with suppress(OSError, DiffSynthError):  # a disk that is full or read-only, a package in an archive
-        stamps = {source: file_stamp(source) for source in sources()}  # before the commands are read
+    with suppress(OSError, DiffSynthError):  # full or read-only disk, package in an archive
+        stamps = {source: file_stamp(source) for source in sources()}  # taken before the commands are read
         root = commands()
         if path:
             write_json(path, Table(stamps=stamps, root=root))
@@ -29,7 +29,7 @@ def remember_commands() -> CommandEntry:
 
 
 def sources() -> list[str]:
-    """The files and folders that have a say in the table: our modules that are imported by now, typer, the recipes."""
+    """Return what the table depends on: the imported modules of this package, typer, and the folders of recipes."""
     ours = {
         module.__file__
         for name, module in sys.modules.items()
@@ -40,7 +40,7 @@ def sources() -> list[str]:
 
 
 def commands() -> CommandEntry:
-    """All commands, each in full but for its line of help, which is that of `diffsynth --help`."""
+    """Return all commands, with the summaries that `diffsynth --help` shows."""
     root = entry(typer.main.get_command(build_app(None)))
     for name, listed in root["commands"].items():
         full = entry(typer.main.get_command(build_app(name)))["commands"][name]
@@ -49,7 +49,7 @@ def commands() -> CommandEntry:
 
 
 def entry(command: Any, parent: typer.Context | None = None) -> CommandEntry:
-    """What a command offers; its parameters as typer has made them."""
+    """Return the options, arguments and subcommands of a typer command."""
     context = command.make_context(command.name, [], parent=parent, resilient_parsing=True)
     options: list[OptionEntry] = []
     arguments: list[ArgumentEntry] = []

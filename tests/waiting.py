@@ -1,11 +1,11 @@
-"""Waiting for something to happen in another process: never for a time that is hoped to be long enough."""
+"""Waiting for a condition with a deadline, instead of sleeping for a time that may be too short."""
 
 import time
 from collections.abc import Callable
 
 
 def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:
-    """Wait until `happened` is true; a test fails after so many seconds."""
+    """Wait until `happened` returns a true value; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until, f"waited {seconds} s"
@@ -13,6 +13,6 @@ def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:
 
 
 def alive(process: object) -> bool:
-    """Whether a process still runs; a test fails at once when what it waits for can no longer come."""
+    """Return True; fail if the process has ended, because what the test waits for can no longer happen."""
     assert process.poll() is None, process.communicate()
     return True

@@ -1,4 +1,4 @@
-"""Private names of other packages: which are used, and that each still does what is asked of it."""
+"""Private names of other packages: the list of those in use, and a test that each still works as expected."""
 
 import ast
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ USED = {
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
 }
-"""Each has a comment where it stands, and a test below; a package that renames one fails here first."""
+"""Each has a comment where it is used, and a test below, which fails first if a package changes it."""
 NOT_PRIVATE = {"_exit", "_replace"}
-"""Documented by Python: of `os`, and of named tuples."""
+"""Documented by Python: `os._exit`, and `_replace` of named tuples."""
 
 
 def private_names(path: Path) -> Iterator[str]:
-    """The underscored names in a file that it does not define itself, nor imports from this project."""
+    """The underscored names in a file that are defined neither in it nor in this project."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {
