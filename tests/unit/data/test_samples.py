@@ -16,6 +16,7 @@ from diffsynth_core.data.samples import Columns, Sample, build_samples, check_co
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.planning.output import dataset_fingerprint
 from diffsynth_core.progress import SilentReporter
+from tests.naming import names
 
 RULE = SizeRule(None, None, 64 * 64, 16)
 
@@ -72,26 +73,27 @@ def test_an_absolute_path_is_taken(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("cell", "expected"),
     [
-        (None, "column `image` is empty"),
-        ("", "column `image` is empty"),
-        ("  ", "column `image` is empty"),
-        ("[]", "column `image` lists 0 files, expected one"),
-        ('["a.png", "b.png"]', "column `image` lists 2 files, expected one"),
-        ("[3]", "column `image` holds `3`, expected a path"),
-        (3, "column `image` holds `3`, expected a path"),
-        (float("nan"), "column `image` is empty"),
-        ([["a.png"]], 'column `image` holds `["a.png"]`, expected a path'),
-        ({"path": "a.png"}, 'column `image` holds `{{"path": "a.png"}}`, expected a path'),
-        ("gone.png", "column `image` names `{folder}/gone.png`, which does not exist"),
-        ("sub", "column `image` names `{folder}/sub`, which does not exist"),
-        ("A.PNG", "column `image` names `{folder}/A.PNG`, which does not exist"),
+        (None, names("image", "is empty")),
+        ("", names("image", "is empty")),
+        ("  ", names("image", "is empty")),
+        ("[]", names("image", "0 files", "expected one")),
+        ('["a.png", "b.png"]', names("image", "2 files", "expected one")),
+        ("[3]", names("image", 3, "a path")),
+        (3, names("image", 3, "a path")),
+        (float("nan"), names("image", "is empty")),
+        ([["a.png"]], names("image", '["a.png"]', "a path")),
+        ({"path": "a.png"}, names("image", '{{"path": "a.png"}}', "a path")),
+        ("gone.png", names("image", "{folder}/gone.png", "does not exist")),
+        ("sub", names("image", "{folder}/sub", "does not exist")),
+        ("A.PNG", names("image", "{folder}/A.PNG", "does not exist")),
     ],
 )
-def test_a_cell_without_one_file_is_told_with_its_row(folder, cell, expected):
+def test_a_cell_without_one_file_is_told_with_its_row(says, folder, cell, expected):
     found, problems = build(folder, row(), row(cell))
     assert [sample.row for sample in found.samples] == [1]
     (problem,) = problems
-    assert problem.message == f"`metadata.csv` row 2: {expected.format(folder=folder)}"
+    says(problems)
+    assert problem.message == names("metadata.csv", "row 2", expected.format(folder=folder))
     assert problem.hint and not problem.wrong_use
 
 
@@ -103,10 +105,11 @@ def test_captions_stay_as_they_stand(folder, value, caption):
 
 
 @pytest.mark.parametrize("value", [3, 1.5, True, ["a"], {"a": 1}])
-def test_a_caption_that_is_no_text_is_told(folder, value):
+def test_a_caption_that_is_no_text_is_told(says, folder, value):
     _, problems = build(folder, row(prompt=value))
+    says(problems)
     assert [problem.message for problem in problems] == [
-        f"`metadata.csv` row 1: column `prompt` holds `{json.dumps(value)}`, expected a string"
+        names("metadata.csv", "row 1", "prompt", json.dumps(value), "a string")
     ]
 
 
@@ -117,13 +120,14 @@ def test_half_a_character_in_a_caption_is_told(folder):
     assert len(problems) == 1 and "row 1" in problems[0].message and "`prompt`" in problems[0].message
 
 
-def test_every_faulty_row_is_told_at_once_and_the_others_stay(folder):
+def test_every_faulty_row_is_told_at_once_and_the_others_stay(says, folder):
     (folder / "text.png").write_text("no image")
     rows = [row("gone.png"), row(), row("text.png"), row(prompt=3), row("[1] cat.png")]
     found, problems = build(folder, *rows)
     assert [sample.row for sample in found.samples] == [2, 5]
     assert sorted(int(problem.message.split("row ")[1].split(":")[0]) for problem in problems) == [1, 3, 4]
-    assert any("cannot be read as an image" in problem.message for problem in problems)
+    says(problems)
+    assert any(problem.message == names("row 3", folder / "text.png", "cannot be read") for problem in problems)
 
 
 @pytest.mark.parametrize("size", [(15, 400), (400, 15), (8, 8)])
@@ -140,10 +144,10 @@ def test_an_image_that_scaling_makes_too_thin_is_told(folder):
     Image.new("RGB", (1000, 20)).save(folder / "thin.png")
     found, problems = build(folder, row("thin.png"))
     assert found.samples == ()
-    assert "1000 x 20 pixels; with `max_pixels` 4096 a side falls below the minimum of 16" in problems[0].message
+    assert problems[0].message == names("1000 x 20 pixels", "max_pixels", 4096, "minimum of 16")
 
 
-def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(folder):
+def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(says, folder):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
@@ -151,10 +155,8 @@ def test_sizes_are_those_of_the_upright_image_and_notes_say_what_is_done(folder)
     found, problems = build(folder, row("turned.jpg"), row("clear.png"), row())
     assert problems == []
     assert [sample.target.shape for sample in found.samples] == [(1, 48, 32), (1, 32, 48), (1, 32, 48)]
-    assert found.notes == (
-        "EXIF orientation is applied to 1 of 3 images",
-        "1 of 3 images have transparency and are composited on white",
-    )
+    assert found.notes == (names("EXIF orientation", "1 of 3"), names("1 of 3", "transparency"))
+    says("\n".join(found.notes))
 
 
 def test_order_and_rows_stay_with_many_images(folder):
@@ -166,22 +168,23 @@ def test_order_and_rows_stay_with_many_images(folder):
 
 
 def test_a_sample_is_named_by_row_and_file(tmp_path):
-    assert Sample(7, "x", MediaCrop(tmp_path / "a.png", 16, 16)).name == f"row 7 `{tmp_path / 'a.png'}`"
+    assert Sample(7, "x", MediaCrop(tmp_path / "a.png", 16, 16)).name == names("row 7", tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
     ("columns", "messages", "hints"),
     [
         (("image", "prompt"), [], []),
-        (("images", "prompt"), ["has no column `image`; it has `images`, `prompt`"], ["rename `images`"]),
-        (("x", "y"), ["no column `image`", "no column `prompt`"], ["add the column", "add the column"]),
+        (("images", "prompt"), [names("no column", "image", "images", "prompt")], [names("rename", "images")]),
+        (("x", "y"), [names("no column", "image"), names("no column", "prompt")], ["add the column", "add the column"]),
     ],
 )
-def test_columns_are_checked(columns, messages, hints):
+def test_columns_are_checked(says, columns, messages, hints):
     problems = check_columns(Metadata("m.csv", columns, ()), "prompt", ("image",))
     assert len(problems) == len(messages)
+    says(problems)
     for problem, message, hint in zip(problems, messages, hints, strict=True):
-        assert message in problem.message
+        assert problem.message == message
         assert problem.hint == hint
 
 
@@ -219,35 +222,38 @@ def test_references_are_one_or_a_list(folder, cell, names):
 @pytest.mark.parametrize(
     ("cell", "rule", "expected"),
     [
-        ('["a.png", "a.png"]', ONE, "lists 2 files, expected one"),
-        ('["a.png", "a.png", "a.png"]', replace(ANY, most=2), "lists 3 files, expected one to 2"),
-        ("[]", ANY, "lists 0 files, expected one or more"),
-        ("", ANY, "is empty"),
-        ('["a.png", ""]', ANY, "is empty"),
-        ('["a.png", "gone.png"]', ANY, "names `{folder}/gone.png`, which does not exist"),
-        ("a.png", replace(ANY, size=lambda *_: (0, 16)), "names `{folder}/a.png`, which is too small or too narrow"),
+        ('["a.png", "a.png"]', ONE, names("2 files", "expected one")),
+        ('["a.png", "a.png", "a.png"]', replace(ANY, most=2), names("3 files", "one to 2")),
+        ("[]", ANY, names("0 files", "one or more")),
+        ("", ANY, names("is empty")),
+        ('["a.png", ""]', ANY, names("is empty")),
+        ('["a.png", "gone.png"]', ANY, names("{folder}/gone.png", "does not exist")),
+        ("a.png", replace(ANY, size=lambda *_: (0, 16)), names("{folder}/a.png", "too small or too narrow")),
     ],
 )
-def test_faulty_references_are_told_with_their_row(folder, cell, rule, expected):
+def test_faulty_references_are_told_with_their_row(says, folder, cell, rule, expected):
     found, (problem,) = build(folder, {**row(), "edit_image": cell}, references=(rule,))
     assert found.samples == ()
-    assert problem.message.startswith(f"`metadata.csv` row 1: column `edit_image` {expected.format(folder=folder)}")
+    says([problem])
+    assert problem.message == names("metadata.csv", "row 1", "edit_image", expected.format(folder=folder))
     assert problem.hint
 
 
-def test_a_reference_that_is_no_image_is_told(folder):
+def test_a_reference_that_is_no_image_is_told(says, folder):
     (folder / "text.png").write_text("not an image")
     found, (problem,) = build(folder, {**row(), "edit_image": '["a.png", "text.png"]'}, references=(ANY,))
     assert found.samples == ()
-    assert problem.message.startswith(f"`metadata.csv` row 1: `{folder / 'text.png'}` cannot be read as an image")
+    assert problem.message == names("metadata.csv", "row 1", folder / "text.png", "cannot be read")
+    says([problem])
 
 
-def test_how_references_are_turned_is_told(folder):
+def test_how_references_are_turned_is_told(says, folder):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 32)).save(folder / "turned.jpg", exif=exif)
     found, _ = build(folder, {**row(), "edit_image": "turned.jpg"}, references=(ANY,))
-    assert found.notes == ("EXIF orientation is applied to 1 of 2 images",)
+    says("\n".join(found.notes))
+    assert found.notes == (names("EXIF orientation", "1 of 2"),)
     assert found.samples[0].references["shown"][0].shape == (1, 24, 16)
 
 
@@ -276,11 +282,11 @@ def test_the_column_of_references_is_asked_for():
         Metadata("m.csv", ("image", "prompt", "edit_images"), ()), "prompt", ("image", "edit_image")
     )
     assert [(problem.message, problem.hint) for problem in problems] == [
-        ("`m.csv` has no column `edit_image`; it has `image`, `prompt`, `edit_images`", "rename `edit_images`"),
+        (names("m.csv", "no column", "edit_image", "image", "prompt", "edit_images"), names("rename", "edit_images"))
     ]
 
 
-def test_an_image_to_follow_has_the_size_of_what_is_trained_on(folder):
+def test_an_image_to_follow_has_the_size_of_what_is_trained_on(says, folder):
     """One of another shape is cut elsewhere, which is told once; one of nearly the same shape is not worth a word."""
     Image.new("RGB", (32, 48)).save(folder / "upright.png")
     Image.new("RGB", (481, 320)).save(folder / "large.png")
@@ -292,7 +298,8 @@ def test_an_image_to_follow_has_the_size_of_what_is_trained_on(folder):
         MediaCrop(folder / name, 32, 48) for name in ("upright.png", "large.png", "a.png")
     ]
     (note,) = found.notes
-    assert note.startswith("1 of 3 images of `edit_image` have another aspect ratio than their target")
+    says(note)
+    assert note == names("1 of 3", "edit_image", "aspect ratio")
     assert build(folder, *rows, references=(ONE,))[0].notes == ()
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from diffsynth_core.data.sampling import Sampling, read_sampling
 from diffsynth_core.errors import FaultsFound
+from tests.naming import names
 
 ROW = {"seed": "42", "rand_device": "cpu", "num_inference_steps": "4", "cfg_scale": "1"}
 
@@ -26,34 +27,23 @@ def test_rows_that_can_be_read(changes, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": ""}, "row 1: column `seed` is empty, expected an integer from 0 to 9223372036854775807"),
-        ({"seed": None}, "row 1: column `seed` is empty, expected an integer from 0 to 9223372036854775807"),
-        ({"seed": "-1"}, "row 1: column `seed` holds `-1`, expected an integer from 0 to 9223372036854775807"),
-        ({"seed": 1.5}, "row 1: column `seed` holds `1.5`, expected an integer from 0 to 9223372036854775807"),
-        ({"seed": True}, "row 1: column `seed` holds `true`, expected an integer from 0 to 9223372036854775807"),
-        (
-            {"seed": "1e400"},
-            "row 1: column `seed` holds `1e400`, expected an integer from 0 to 9223372036854775807",
-        ),
-        ({"rand_device": "gpu"}, "row 1: column `rand_device` holds `gpu`, expected cpu or cuda"),
-        ({"rand_device": None}, "row 1: column `rand_device` is empty, expected cpu or cuda"),
-        (
-            {"num_inference_steps": 0},
-            "row 1: column `num_inference_steps` holds `0`, expected an integer from 1 to 1000",
-        ),
-        (
-            {"cfg_scale": "4"},
-            "row 1: column `cfg_scale` holds `4`, expected 1: distillation trains without guidance",
-        ),
-        (
-            {"cfg_scale": "x"},
-            "row 1: column `cfg_scale` holds `x`, expected 1: distillation trains without guidance",
-        ),
+        ({"seed": ""}, names("row 1", "seed", "is empty", "an integer from 0 to 9223372036854775807")),
+        ({"seed": None}, names("row 1", "seed", "is empty", "an integer from 0 to 9223372036854775807")),
+        ({"seed": "-1"}, names("row 1", "seed", "-1", "an integer from 0 to 9223372036854775807")),
+        ({"seed": 1.5}, names("row 1", "seed", "1.5", "an integer from 0 to 9223372036854775807")),
+        ({"seed": True}, names("row 1", "seed", "true", "an integer from 0 to 9223372036854775807")),
+        ({"seed": "1e400"}, names("row 1", "seed", "1e400", "an integer from 0 to 9223372036854775807")),
+        ({"rand_device": "gpu"}, names("row 1", "rand_device", "gpu", "cpu or cuda")),
+        ({"rand_device": None}, names("row 1", "rand_device", "is empty", "cpu or cuda")),
+        ({"num_inference_steps": 0}, names("row 1", "num_inference_steps", 0, "an integer from 1 to 1000")),
+        ({"cfg_scale": "4"}, names("row 1", "cfg_scale", 4, "expected 1")),
+        ({"cfg_scale": "x"}, names("row 1", "cfg_scale", "x", "expected 1")),
     ],
 )
-def test_rows_that_cannot(changes, message):
+def test_rows_that_cannot(says, changes, message):
     with pytest.raises(FaultsFound) as raised:
         read_sampling(ROW | changes, "row 1")
+    says(raised.value.problems)
     assert [problem.message for problem in raised.value.problems] == [message]
 
 

@@ -27,6 +27,7 @@ from diffsynth_core.dataset_report.video_checks import check_rates, check_videos
 from diffsynth_core.dataset_report.videos import examine_video, mean_rate, spacing
 from diffsynth_core.progress import SilentReporter
 from tests.clips import detailed, numbered, write_clip
+from tests.naming import names
 from tests.waiting import alive, wait_until
 
 pytestmark = pytest.mark.video
@@ -89,15 +90,17 @@ def test_a_file_that_lacks_its_end_is_truncated(tmp_path, sound, name, share):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "the file is empty"),
-        (b"once upon a time\n" * 50, "not a known video format"),
-        (None, "No such file or directory"),
+        (b"", names("is empty")),
+        (b"once upon a time\n" * 50, names("not a known video format")),
+        (None, names("No such file")),
     ],
 )
-def test_what_is_no_video_is_unreadable(tmp_path, content, reason):
+def test_what_is_no_video_is_unreadable(says, tmp_path, content, reason):
     if content is not None:
         (tmp_path / "clip.mp4").write_bytes(content)
-    assert examine_video(tmp_path, "clip.mp4", None, None).fault == Fault("VIDEO_UNREADABLE", reason)
+    fault = examine_video(tmp_path, "clip.mp4", None, None).fault
+    says(fault.reason)
+    assert fault == Fault("VIDEO_UNREADABLE", reason)
 
 
 def test_broken_bytes_in_the_middle_are_unreadable(tmp_path, sound):
@@ -239,34 +242,36 @@ def test_nothing_is_said_of_a_sound_video(media):
 @pytest.mark.parametrize(
     ("media", "facts", "code", "message", "hint"),
     [
-        (None, {"fault": Fault("VIDEO_TRUNCATED", "it ends")}, "VIDEO_TRUNCATED", "`a.mp4` is incomplete: it ends",
-         "download the file again or remove its row"),
-        (RECIPE, {"frames": 18}, "VIDEO_TOO_SHORT", "`a.mp4` has 18 frames, expected 81",
-         "replace it, or train with `--num_frames 17`"),
-        (None, {"frames": 1}, "VIDEO_TOO_SHORT", "`a.mp4` has 1 frame, expected 2", "replace it"),
-        (RECIPE, {"frames": 200}, "VIDEO_FRAMES", "`a.mp4`: 81 of 200 frames are used, 119 dropped", None),
+        (None, {"fault": Fault("VIDEO_TRUNCATED", "it ends")}, "VIDEO_TRUNCATED", names("a.mp4", "it ends"),
+         names("download the file")),
+        (RECIPE, {"frames": 18}, "VIDEO_TOO_SHORT", names("a.mp4", "18 frames", "expected 81"),
+         names("--num_frames 17")),
+        (None, {"frames": 1}, "VIDEO_TOO_SHORT", names("a.mp4", "1 frame", "expected 2"), "replace it"),
+        (RECIPE, {"frames": 200}, "VIDEO_FRAMES", names("a.mp4", "81 of 200 frames", "119 dropped"), None),
         (AT_16, {"frames": 160, "resampled": 85, "frame_rate": 30.0}, "VIDEO_FRAMES",
-         "`a.mp4`: 81 of 85 frames at 16 per second are used, 4 dropped", None),
+         names("a.mp4", "81 of 85 frames", "16 per second", "4 dropped"), None),
         (AT_16, {"resampled": 90, "frame_rate": 12.0}, "VIDEO_FPS",
-         "`a.mp4` has 12 frames per second, below the 16 of training: frames are duplicated",
-         "train at a lower `--frame_rate`"),
-        (None, {"frame_rate": 240.0}, "VIDEO_FPS", "`a.mp4` has 240 frames per second, which is unusual",
-         "check that it plays at its natural speed"),
+         names("a.mp4", "12 frames per second", "16 of training"),
+         names("--frame_rate")),
+        (None, {"frame_rate": 240.0}, "VIDEO_FPS", names("a.mp4", "240 frames per second", "unusual"),
+         names("natural speed")),
         (RECIPE, {"variable_rate": True, "spacing": (0.0167, 0.1)}, "VIDEO_VARIABLE_RATE",
-         "`a.mp4` has a variable frame rate: 17 to 100 ms per frame", "resample it to a constant rate with `--frame_rate`"),
-        (None, {"still": True}, "VIDEO_STILL", "nothing moves in `a.mp4`",
-         "train on it as an image, or remove its row"),
-        (None, {"rotated": True}, "VIDEO_ROTATED", "`a.mp4`: rotation metadata is applied", None),
+         names("a.mp4", "variable", "17 to 100 ms"), names("--frame_rate")),
+        (None, {"still": True}, "VIDEO_STILL", names("nothing moves", "a.mp4"),
+         names("as an image")),
+        (None, {"rotated": True}, "VIDEO_ROTATED", names("a.mp4", "rotation"), None),
     ],
 )  # fmt: skip
-def test_each_fact_is_told(media, facts, code, message, hint):
-    assert (code, 1, message, hint) in findings(media, video(**facts))
+def test_each_fact_is_told(says, media, facts, code, message, hint):
+    found = findings(media, video(**facts))
+    says("\n".join(f"{code}: {said}\n  hint: {way}" if way else f"{code}: {said}" for code, _, said, way in found))
+    assert (code, 1, message, hint) in found
 
 
 def test_a_rate_unlike_the_others_is_told_where_the_frames_count_as_they_are():
     clips = [video("a.mp4"), video("b.mp4", frame_rate=16.7), video("c.mp4", frame_rate=30.0, resampled=81)]
-    said = [("VIDEO_FPS", 3, "`c.mp4` has 30 frames per second, but most others have 16.7",
-             "resample all of them with `--frame_rate`")]  # fmt: skip
+    said = [("VIDEO_FPS", 3, names("c.mp4", "30 frames", "16.7"),
+             names("--frame_rate"))]  # fmt: skip
     assert findings(RECIPE, *clips) == said
     assert findings(AT_16, *(replace(clip, resampled=81) for clip in clips)) == []
 
@@ -297,7 +302,7 @@ def decoders() -> list[psutil.Process]:
 
 def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
     facts = inspect_files(Job(hanging), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
-    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", "timed out after 1.5 seconds (`--file_timeout`)")
+    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", names("1.5 seconds", "--file_timeout"))
     assert decoders() == []
 
 
@@ -319,6 +324,6 @@ def test_a_portrait_clip_loses_much_in_a_landscape_recipe():
     """Of 576 x 1024 pixels 480 by 832 ones cut out 576 x 332."""
     media = replace(RECIPE, size=SizeRule(480, 832, 10**6, 16))
     portrait, landscape = video("tall.mp4", width=576, height=1024), video("wide.mp4", width=1920, height=1080)
-    hint = "crop it yourself, or raise `--max_crop_loss` (now 0.2)"
-    what = "`tall.mp4` is 576 x 1024 pixels, 68% of which are cropped for 832 x 480"
+    hint = names("--max_crop_loss", "0.2")
+    what = names("tall.mp4", "576 x 1024 pixels", "68%", "832 x 480")
     assert findings(media, portrait, landscape) == [("IMAGE_CROP_LOSS", 1, what, hint)]

@@ -14,6 +14,7 @@ from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.weights.key_maps import TableMap
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
+from tests.naming import names
 
 NAMES = TableMap(
     {"double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0"},
@@ -71,17 +72,18 @@ def test_a_typed_module_that_is_several_here_is_one():
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("to_q", "in the documented names this is `qkv`, `linear1`"),
-        ("transformer_blocks.0.attn.to_out.0", "in the documented names this is `proj`"),
-        ("proj_mlp", "in the documented names this is `linear1`"),
-        ("img_attn.qk", "did you mean `img_attn.qkv`?"),
-        ("xyzzy", "the documented targets are qkv, proj, linear1"),
+        ("to_q", names("qkv", "linear1")),
+        ("transformer_blocks.0.attn.to_out.0", names("proj")),
+        ("proj_mlp", names("linear1")),
+        ("img_attn.qk", names("img_attn.qkv")),
+        ("xyzzy", names("qkv, proj, linear1")),
     ],
 )
-def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(target, hint):
+def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(says, target, hint):
     """Parts of a documented module have no names that could be given."""
     result, problems = training(found(), lora_target_modules=target)
-    assert problems == [Problem(f"`lora_target_modules`: no module of dit ends with `{target}`", hint, wrong_use=True)]
+    says(problems)
+    assert problems == [Problem(names("lora_target_modules", "no module of dit", target), hint, wrong_use=True)]
     assert result.lora_modules == ()
 
 
@@ -108,25 +110,27 @@ def test_a_module_that_the_files_lack_a_part_of_is_none():
 
 
 @pytest.mark.parametrize("name", ["kohya", "comfyui"])
-def test_a_format_without_names_for_the_component_is_refused(name):
+def test_a_format_without_names_for_the_component_is_refused(says, name):
     _, problems = training(found(), lora_format=name)
+    says(problems)
     assert problems == [
         Problem(
-            f"`lora_format` `{name}` does not support the dit of Invented",
-            "pass `--lora_format diffsynth` or `--lora_format diffusers`",
+            names("lora_format", name, "dit of Invented"),
+            names("--lora_format diffsynth", "--lora_format diffusers"),
             wrong_use=True,
         )
     ]
     assert training(found(), lora_format="diffusers")[1] == []
 
 
-def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora():
+def test_a_format_that_would_raise_the_rank_is_left_to_convert_lora(says):
     fused = replace(DIT, lora_key_maps={}, lora_fused={"kohya": TableMap({})})
-    assert training(found(fused), lora_format="kohya")[1] == [
+    problems = training(found(fused), lora_format="kohya")[1]
+    says(problems)
+    assert problems == [
         Problem(
-            "`lora_format` `kohya` fuses several modules of the dit of Invented, which would raise the rank of its "
-            "LoRA",
-            "pass `--lora_format diffsynth`, and convert the file with `diffsynth convert-lora --to kohya`",
+            names("lora_format", "kohya", "dit of Invented", "rank"),
+            names("--lora_format diffsynth", "diffsynth convert-lora --to kohya"),
             wrong_use=True,
         )
     ]
@@ -147,12 +151,13 @@ def test_the_formats_of_a_family(family, formats):
     assert [name for name in LORA_FORMATS if naming.written(name)] == formats
 
 
-def test_a_format_of_the_denoiser_is_refused_for_others():
+def test_a_format_of_the_denoiser_is_refused_for_others(says):
     _, problems = training(found(), lora_format="kohya", lora_base_model="vae", lora_target_modules="x")
+    says(problems)
     assert problems == [
         Problem(
-            "`lora_format` `kohya` only supports dit, but `lora_base_model` is `vae`",
-            "pass `--lora_format diffsynth`",
+            names("lora_format", "kohya", "dit", "lora_base_model", "vae"),
+            names("--lora_format diffsynth"),
             wrong_use=True,
         )
     ]
@@ -192,36 +197,34 @@ def test_a_component_named_whole_trains_whole():
 @pytest.mark.parametrize(
     ("module", "hint"),
     [
-        ("double_blocks.0.img_atn", "did you mean `dit.double_blocks.0.img_attn`?"),
-        ("double_blocks.7", "did you mean `dit.double_blocks.1`?"),
-        ("transformer_blocks.0.attn", "in the documented names this is `dit.double_blocks.0.img_attn`"),
-        ("transformer_blocks.1.attn.to_k", "in the documented names this is `dit.double_blocks.1.img_attn.qkv`"),
-        ("single_transformer_blocks", "in the documented names this is `dit.single_blocks.0.linear1`"),
-        ("xyzzy", "its modules are `double_blocks`, `single_blocks`"),
-        ("double", "did you mean `dit.double_blocks`?"),
-        (
-            "transformer_blocks.1.attn.to_out.0.weight",
-            "in the documented names this is `dit.double_blocks.1.img_attn.proj.weight`",
-        ),
+        ("double_blocks.0.img_atn", names("dit.double_blocks.0.img_attn")),
+        ("double_blocks.7", names("dit.double_blocks.1")),
+        ("transformer_blocks.0.attn", names("dit.double_blocks.0.img_attn")),
+        ("transformer_blocks.1.attn.to_k", names("dit.double_blocks.1.img_attn.qkv")),
+        ("single_transformer_blocks", names("dit.single_blocks.0.linear1")),
+        ("xyzzy", names("double_blocks", "single_blocks")),
+        ("double", names("dit.double_blocks")),
+        ("transformer_blocks.1.attn.to_out.0.weight", names("dit.double_blocks.1.img_attn.proj.weight")),
     ],
 )
-def test_a_module_that_is_not_there_is_told_with_what_it_is_called(module, hint):
+def test_a_module_that_is_not_there_is_told_with_what_it_is_called(says, module, hint):
     result, problems = trained(f"dit.{module}", found())
-    message = f"`trainable_models`: dit has no module `{module}` with weights"
+    says(problems)
+    message = names("trainable_models", "dit", "no module", module)
     assert problems == [Problem(message, hint, wrong_use=True)]
     assert result.parts == {}
 
 
 def test_a_module_that_no_gradient_reaches_is_refused():
     dead = replace(DIT, unused_params=lambda names: frozenset({"transformer_blocks.1.attn.to_out"}))
-    message = "`trainable_models` names `dit.double_blocks.1.img_attn.proj`, which receives no gradient in this setup"
+    message = names("trainable_models", "dit.double_blocks.1.img_attn.proj", "no gradient")
     problem = Problem(message, "remove it", wrong_use=True)
     assert trained("dit.double_blocks.1.img_attn.proj", found(dead))[1] == [problem]
     assert trained("dit.double_blocks.1.img_attn", found(dead))[1] == [], "some of it is reached"
 
 
 def test_a_component_that_the_model_does_without_is_refused():
-    message = "`trainable_models` names `controlnet`, which Qwen-Image does not have"
-    hint = "remove it, or pass `--extra_inputs controlnet_image` and its files"
+    message = names("trainable_models", "controlnet", "Qwen-Image", "does not have")
+    hint = names("--extra_inputs controlnet_image")
     for text in ("controlnet", "controlnet.transformer_blocks.0"):
         assert trained(text, found())[1] == [Problem(message, hint, wrong_use=True)]
