@@ -21,7 +21,7 @@ from tests.parity.flux_models import DIFFUSERS_PLACES, MODEL_ID, ORIGINAL_PLACES
 LAYOUTS: dict[str, tuple[str, str, KeyMap]] = {
     "original transformer": ("dit", ORIGINAL_PLACES["dit"], keys.DIT_ORIGINAL),
     "transformer of diffusers": ("dit", "transformer/diffusion_pytorch_model.safetensors", SAME_NAMES),
-    "transformer of the reference trainer": ("dit", "epoch-0.safetensors", keys.DIT),
+    "transformer of DiffSynth-Studio": ("dit", "epoch-0.safetensors", keys.DIT),
     "original VAE": ("vae", ORIGINAL_PLACES["vae"], keys.VAE_ORIGINAL),
     "VAE of diffusers": ("vae", DIFFUSERS_PLACES["vae"], SAME_NAMES),
     "CLIP": ("text_encoder_1", DIFFUSERS_PLACES["text_encoder_1"], keys.CLIP),

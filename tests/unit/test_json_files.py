@@ -60,7 +60,7 @@ def fault(says):
 
 BROKEN = {
     "empty": (b"", names("line 1", "column 1", "is empty")),
-    "cut short": (b'{\n  "step": 7,\n  "st', names("line 3", "column 3", "Unterminated")),
+    "truncated": (b'{\n  "step": 7,\n  "st', names("line 3", "column 3", "Unterminated")),
     "zeros": (b"\0" * 20, names("line 1, column 1")),
     "two values": (b"{} {}", names("line 1, column 4", "Extra")),
     "NaN": (b'{"loss": NaN}', names("NaN")),

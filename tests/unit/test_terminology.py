@@ -18,6 +18,18 @@ AVOIDED = {
     "goes over": r"(?i)\bgoes over\b",
     "means nothing": r"(?i)\bmeans nothing\b",
     "stranger": r"(?i)stranger",
+    "no finite number": r"(?i)\bno finite numbers?\b",
+    "dialect": r"(?i)\bdialects?\b",
+    "two halves": r"(?i)\btwo halves\b",
+    "without a word": r"(?i)\bwithout a word\b",
+    "in silence": r"(?i)\bin silence\b",
+    "of one's own": r"(?i)\bof one's own\b",
+    "as far as names tell": r"(?i)\bas far as names tell\b",
+    "let go of": r"(?i)\blets? go of\b",
+    "gone on": r"(?i)\bgone on\b",
+    "from here on": r"(?i)\bfrom here on\b",
+    "cut short": r"(?i)\bcut short\b",
+    "other bytes": r"(?i)\bother bytes\b",
 }
 ALLOWED = re.compile(
     r"Picture \{+number\}|\"Picture\"|`Picture`|Picture [12]:"  # the prompt of Qwen-Image-Edit-2509

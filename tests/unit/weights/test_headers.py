@@ -77,7 +77,7 @@ DAMAGES = {
     "no UTF-8": raw(b'{"\xff": 1}'),
     "a list": raw([1, 2]),
     "a number": raw(3),
-    "cut short": raw(one(), b"x" * 15),
+    "truncated": raw(one(), b"x" * 15),
     "no data": raw(one()),
     "surplus bytes": raw(one(), b"x" * 17),
     "shape and offsets disagree": raw(one(shape=[2, 3]), b"x" * 16),
@@ -123,7 +123,7 @@ def test_the_library_refuses_every_damage_too(tmp_path, damage):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("cut short", names("truncated", "16 bytes", 15)),
+        ("truncated", names("truncated", "16 bytes", 15)),
         ("surplus bytes", names("1 bytes", "header")),
         ("unknown dtype", names("header", "`a`", "inconsistent")),
         ("overlap", names("overlap")),

@@ -60,7 +60,7 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, monkey
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "is a git-lfs pointer"),
         (b"text", r"is damaged: cannot read it as a file of tensors \(\w+\)|contains more than tensors"),
         (pickle.dumps({"a": 1}), "contains more than tensors|is damaged|contains something other than named tensors"),
-        (b"PK\x03\x04 cut short", "is damaged"),
+        (b"PK\x03\x04 truncated", "is damaged"),
     ],
 )
 def test_a_damaged_file_is_told(tmp_path, content, reason):
