@@ -29,7 +29,7 @@ class Problem:
         message: names the file, row, key or value in backticks, what was expected and what was found.
         hint: an imperative: a flag, a command or an edit.
         wrong_use: the command itself is wrong (exit code 2), as opposed to a fault in a file (exit code 1).
-        code: the finding of `dataset validate` for the same fault (dataset_report/findings.py); None if the problem
+        code: the finding of `dataset validate` for the same fault (data/findings.py); None if the problem
             does not concern a dataset. Problems with the same code are grouped in the report.
     """
 

@@ -197,7 +197,6 @@ class Session:
             DiffSynthError: if a rehearsal does not prove what it should.
             Interrupted: after a stop.
         """
-        from diffsynth_core.dataset_report.preflight import quick_check
         from diffsynth_core.rehearsal.rehearse import how_to_repeat, rehearse
         from diffsynth_core.training.stop import StopRequest
 
@@ -207,7 +206,7 @@ class Session:
         for resolved in self.stages:
             try:
                 stop.raise_if_set()
-                found = rehearse(resolved, self.reporter, stop, partial(announce, resolved.stage), quick_check)
+                found = rehearse(resolved, self.reporter, stop, partial(announce, resolved.stage))
             except Interrupted as error:
                 # A rehearsal always starts over, so the hint to resume does not apply.
                 stopped_by = error.exit_code - SIGNAL_EXIT_BASE
@@ -215,7 +214,6 @@ class Session:
             yield resolved.stage, found
 
     def _plan_stage(self, resolved: Resolved, reporter: Reporter, without_files: bool) -> "Plan":
-        from diffsynth_core.dataset_report.preflight import quick_check
         from diffsynth_core.planning.plan import make_plan
 
         base = model_base_path()
@@ -223,7 +221,7 @@ class Session:
             from diffsynth_core.rehearsal.preparation import prepare
 
             resolved, base = prepare(resolved, reporter)
-        return make_plan(resolved, reporter, self.world_size, base, without_files, quick_check)
+        return make_plan(resolved, reporter, self.world_size, base, without_files)
 
     def _carry_out(self, stage: str | None, plan: "Plan", stop: "StopRequest") -> StageResult:
         """Train, or precompute encodings."""

@@ -20,8 +20,8 @@ from diffsynth_core.progress import format_bytes, pluralize
 
 if TYPE_CHECKING:
     from diffsynth_cli.console import ConsoleReporter
-    from diffsynth_core.dataset_report.findings import Report
     from diffsynth_core.dataset_report.fix import Fixed
+    from diffsynth_core.dataset_report.report import Report
 
 
 WHOLE_LINES = 1_000_000

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from diffsynth_cli.printing import printable
-from diffsynth_core.dataset_report.findings import CODES, Finding, Level, Report, Summary
+from diffsynth_core.data.findings import CODES, Finding, Level
+from diffsynth_core.dataset_report.report import Report, Summary
 from diffsynth_core.progress import pluralize
 
 SHOWN_OF_A_CODE = 5

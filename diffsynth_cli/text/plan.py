@@ -112,12 +112,12 @@ def _sample_lines(plan: Plan) -> Iterator[str]:
         origin = plan.encoded.origin
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
         yield f"  precomputed for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
-    if plan.variant.references and parameters.batch_size > 1:
+    if plan.variant.conditions and parameters.batch_size > 1:
         yield f"  {len(plan.batches.buckets)} batch shapes, since reference images have sizes too"
     if not plan.encoded:
         yield from _transform_lines(plan)
-    for shown in plan.variant.references:
-        images = [crop for sample in samples for crop in sample.references[shown.name]]
+    for shown in plan.variant.conditions:
+        images = [crop for sample in samples for crop in sample.conditions[shown.name]]
         yield f"  reference images ({shown.name}): {list_sizes(Counter(crop.shape for crop in images))}"
     for note in plan.samples.notes:
         yield f"  {note}"

@@ -154,7 +154,7 @@ def test_training_stops_at_what_the_quick_part_finds(refuse, dataset, tmp_path):
             (names(where, "row 3", "image", "link.png", "outside", "link.png"), names("replace the link")),
             (names(where, "row 4", "image", "https://a.b/c.png", "URL"), names("download the file")),
             (names(where, "row 5", "caption", "NaN"), "write the caption"),
-            (names(where, "row 6", "image", f"{dataset}/no.png", "does not exist"), names("dataset_base_path")),
+            (names(where, "row 6", "image", "no.png", "does not exist"), names("correct the path", dataset)),
         ],
     )
 

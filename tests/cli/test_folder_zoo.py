@@ -16,11 +16,13 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from diffsynth_core.data.captioned_folder import CaptionedFolder, expected_caption, sort_folder
+from diffsynth_core.data.conditions import Columns
 from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule, load_pixels
 from diffsynth_core.data.metadata import METADATA_NAMES, UNREAD_NAMES, read_metadata
-from diffsynth_core.data.samples import Columns, Sample, build_samples
+from diffsynth_core.data.rows import read_rows
+from diffsynth_core.data.samples import Sample, build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
@@ -204,12 +206,16 @@ def test_training_and_validate_read_the_same_files_and_say_the_same(zoo, tmp_pat
     """Files with the suffix of an image or clip are decoded or rejected by name, such as animations among images."""
     column = "image" if kind == "image" else "video"
     metadata = read_metadata(zoo, None, "prompt", column, kind)
-    columns = Columns("prompt", column, RULES[kind])
-    samples, problems = build_samples(metadata, zoo, columns, VideoProbeCache(tmp_path / "memory"), SilentReporter())
-    rules = Rules(target=column, media=RULES[kind])
+    columns = Columns("prompt", column)
+    rows, videos = read_rows(metadata, columns, "named"), VideoProbeCache(tmp_path / "memory")
+    samples, problems = build_samples(rows, RULES[kind], videos, SilentReporter())
+    problems = [*rows.problems(), *problems]
+    rules = Rules(columns=columns, media=RULES[kind])
     report, dataset = validate(zoo, rules, CheckOptions("files", workers=2), SilentReporter())
-    assert [record.files[column][0] for record in dataset.records] == [row[column] for row in metadata.rows]
-    names = dict(enumerate((row[column] for row in metadata.rows), start=1))
+    assert [record.files[column][0] for record in dataset.rows.records] == [
+        row[column] for row in metadata.rows.values()
+    ]
+    names = {number: row[column] for number, row in metadata.rows.items()}
     refused = set(names.values()) - {str(sample.target.path.relative_to(zoo)) for sample in samples.samples}
     undecoded = {
         sample.target.path.name for sample in samples.samples if not sample.target.video and not decodes(sample)

@@ -37,8 +37,8 @@ def test_problems_of_every_kind(refuse, dataset, models, occupied):
         (names(vae, "truncated", "header", f"{size + 1000} bytes", size), names("download the file")),
         TO_QQ,
         (
-            names(f"{dataset}/metadata.csv", "row 2", "image", f"{dataset}/missing.png", "does not exist"),
-            names("dataset_base_path"),
+            names(f"{dataset}/metadata.csv", "row 2", "image", "missing.png", "does not exist"),
+            names("correct the path", dataset),
         ),
         occupied,
     )

@@ -12,10 +12,9 @@ from PIL import Image
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.dataset_report.preflight import quick_check
-from diffsynth_core.errors import FaultsFound
+from diffsynth_core.models.dataset_columns import column_hints
 from diffsynth_core.models.registry import FAMILIES
-from diffsynth_core.planning.dataset import column_hints, read_dataset
+from diffsynth_core.planning.dataset import read_dataset
 from diffsynth_core.progress import SilentReporter
 from tests.cli.conftest import read_problems
 from tests.naming import names
@@ -182,11 +181,13 @@ def test_what_a_hint_about_a_condition_names_is_taken(recipe, column):
     if flags:
         inputs = tuple(flags["extra_inputs"].split(","))
         after = facts.variant({}, inputs, named)
-        assert set(inputs) <= set(after.conditions) and column in {shown.column for shown in after.references}
-        assert {shown.column for shown in after.references} <= set(flags["data_file_keys"].split(","))
+        assert set(inputs) <= set(after.accepted_inputs) and column in {shown.column for shown in after.conditions}
+        assert {shown.column for shown in after.conditions} <= set(flags["data_file_keys"].split(","))
     else:
-        together = facts.variant({}, (*parameters.extra_inputs, column), named).conditions
-        assert column not in facts.reference_columns or not {*parameters.extra_inputs, column} <= set(together)
+        together = facts.variant({}, (*parameters.extra_inputs, column), named).accepted_inputs
+        assert column not in {one.column for one in facts.conditions} or not {*parameters.extra_inputs, column} <= set(
+            together
+        )
 
 
 CAPTIONED = "image,prompt\n"
@@ -256,11 +257,7 @@ def test_what_train_refuses_validate_finds_and_the_other_way(cli, dataset, case)
     resolved = resolve({"recipe": "qwen-image-lora", "dataset_base_path": dataset, **given})
     facts = FAMILIES["qwen-image"]
     variant = facts.variant({}, resolved.parameters.extra_inputs, "")
-    problems: list = []
-    try:
-        read_dataset(resolved.parameters, facts, variant, SilentReporter(), problems, quick_check)
-    except FaultsFound as error:
-        problems += error.problems
+    _, problems = read_dataset(resolved.parameters, facts, variant, SilentReporter())
     assert found == {problem.code for problem in problems} == {code}
     assert all(problem.hint for problem in problems)
     assert outcome.code == 1

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.naming import names
 
 ROW_OUT = names("replace the file")
-NO_SUCH_FILE = names("dataset_base_path")
+NO_SUCH_FILE = names("correct the path")
 
 
 def test_no_folder(refuse):
@@ -40,10 +40,10 @@ def test_an_empty_folder(refuse, dataset):
 def test_images_without_captions(refuse, dataset):
     (dataset / "metadata.csv").unlink()
     (dataset / "astronaut.txt").write_text("an astronaut")
-    code, [(message, hint)] = refuse()
+    code, [(message, told), *others] = refuse()
     assert code == 1
-    assert message == names("no caption file", 3, "4 images", f"{dataset}/chelsea.png")
-    assert hint == names(f"{dataset}/chelsea.txt")
+    assert message == names(dataset, "chelsea.png", "no caption", "chelsea.txt")
+    assert told == names("write the caption") and len(others) == 2
 
 
 def test_rows_that_name_missing_files(refuse, dataset):
@@ -52,8 +52,8 @@ def test_rows_that_name_missing_files(refuse, dataset):
     assert refuse() == (
         1,
         [
-            (names(where, "row 1", "image", f"{dataset}/no.png", "does not exist"), NO_SUCH_FILE),
-            (names(where, "row 3", "image", f"{dataset}/nor/this.png", "does not exist"), NO_SUCH_FILE),
+            (names(where, "row 1", "image", "no.png", "does not exist"), NO_SUCH_FILE),
+            (names(where, "row 3", "image", "nor/this.png", "does not exist"), NO_SUCH_FILE),
         ],
     )
 
@@ -89,7 +89,7 @@ def test_a_missing_column(refuse, dataset, header, column, there, hint):
         (
             "metadata.csv",
             "image,prompt\ncoffee.png,a cup, red\n",
-            names("row 1", "3 cells", "header", 2),
+            names("line 2", "3 cells", "header", 2),
             names("quote values that"),
         ),
         (
@@ -132,7 +132,7 @@ def test_metadata_that_cannot_be_used(refuse, dataset, name, text, fault, hint):
 
 def test_metadata_in_another_encoding(refuse, dataset):
     (dataset / "metadata.csv").write_bytes("image,prompt\ncoffee.png,café\n".encode("latin-1"))
-    message = names(f"{dataset}/metadata.csv", "not UTF-8", "byte 27", "Windows-1252", "Latin-1")
+    message = names(f"{dataset}/metadata.csv", "line 2", "not UTF-8", "byte 27", "Windows-1252", "Latin-1")
     assert refuse() == (1, [(message, "save it as UTF-8")])
 
 

@@ -79,11 +79,11 @@ def test_faulty_images_are_told_together(refuse, pairs, dataset):
     where = {int(message.split(" row ")[1].partition(":")[0]): message for message, _ in problems}
     assert code == 1 and sorted(where) == [2, 3, 4, 5, 6, 7]
     assert where[2] == names("edit_image", "is empty")
-    assert where[3] == names(f"{dataset}/gone.png", "does not exist")
+    assert where[3] == names("gone.png", "does not exist")
     assert where[4] == names(f"{dataset}/text.png", "cannot be read")
     assert where[5] == names(f"{dataset}/half.png", "cannot be read")
     assert where[6] == names(f"{dataset}/line.png", "too small or too narrow")
-    assert where[7] == names("0 files")
+    assert where[7] == names("edit_image", "is empty")
     assert all(message == names(metadata, "row") and hint for message, hint in problems)
 
 

@@ -43,7 +43,7 @@ class Ours:
         """Return the loaded row of a dataset of images whose target is the photograph of a name."""
         references = {
             reference.name: [pixels_of(_stretched(image, reference, max_pixels)) for image in shown]
-            for reference in self.variant.references
+            for reference in self.variant.conditions
         }
         return {"prompt": prompt, "image": pixels_of(photograph(name).resize(SIZE[::-1])), **references}
 

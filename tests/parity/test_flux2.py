@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth_core.data.images import read_image_header
-from diffsynth_core.data.media import MediaCrop, ReferenceRule, choose_reference, load_pixels
+from diffsynth_core.data.media import MediaCrop, choose_reference, load_pixels
 from diffsynth_core.models.flux2.encode import truncation_warning
 from diffsynth_core.models.flux2.forward import image_positions, pack, text_positions, unpack
 from diffsynth_core.models.flux2.spec import FLUX2
@@ -118,11 +118,9 @@ def test_reference_tokens_and_positions_equal_the_pipelines(klein, count):
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_reference_images_are_read_as_the_pipeline_reads_them(klein, tmp_path, name, size):
     image_of(name, *size).save(tmp_path / "shown.png")
-    (reference,) = FLUX2.variant({}, ("edit_image",), "").references
-    rule = ReferenceRule(reference.name, reference.column, reference.size, 1024 * 1024, reference.factor)
-    crop = choose_reference(
-        tmp_path / "shown.png", read_image_header(tmp_path / "shown.png"), rule, MediaCrop(tmp_path, 0, 0)
-    )
+    (reference,) = FLUX2.variant({}, ("edit_image",), "").conditions
+    header = read_image_header(tmp_path / "shown.png")
+    crop = choose_reference(tmp_path / "shown.png", header, reference, MediaCrop(tmp_path, 0, 0), 1024 * 1024)
     ours = torch.tensor(load_pixels(crop)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     processor = klein.pipeline.image_processor

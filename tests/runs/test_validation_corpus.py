@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from diffsynth_core.config.resolve import resolve
+from diffsynth_core.data.findings import CODES
 from diffsynth_core.dataset_report import validate as validation
-from diffsynth_core.dataset_report.findings import CODES
 from diffsynth_core.dataset_report.inspect import EXAMINERS, Job
 from diffsynth_core.dataset_report.recipe_rules import rules_of_run
 from diffsynth_core.dataset_report.rules import Rules

@@ -176,8 +176,8 @@ def unexpected_files(folder: Path, known: set[Path]) -> list[str]:
 
 def _as_plain(sample: Sample, files: Mapping[str, EncodedFile]) -> dict[str, Any]:
     plain: dict[str, Any] = {"row": sample.row, "file": str(sample.target.path), "shape": sample.target.shape}
-    if sample.references:
-        plain["shown"] = {name: [shown.shape for shown in images] for name, images in sample.references.items()}
+    if sample.conditions:
+        plain["shown"] = {name: [shown.shape for shown in images] for name, images in sample.conditions.items()}
     if sample.sampling:
         plain["sampling"] = asdict(sample.sampling)
     return plain | {"files": [[file.key, file.bytes] for file in files.values()]}

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,7 +100,10 @@ def _folders_above(name: str) -> Iterator[str]:
 def list_named(base: Path, names: Iterable[str]) -> Listing:
     """The files in the folders of `names` (paths relative to `base`), and nothing of the other folders."""
     lister = _Lister(base)
-    for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith(("/", "../"))):
+    within = [name for name in names if not name.startswith(("/", "../"))]
+    # A name with back slashes is missing, and told so with the file that it may mean.
+    within += [name.replace("\\", "/") for name in within if "\\" in name]
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in within):
         parts = folder.split("/")
         above = ["/".join(parts[: depth + 1]) for depth in range(len(parts))] if folder else []
         link = next((part for part in above if (base / part).is_symlink()), None)
@@ -109,11 +112,31 @@ def list_named(base: Path, names: Iterable[str]) -> Listing:
             continue
         try:
             lister.take_folder(folder)
+        except FileNotFoundError:
+            with suppress(OSError):
+                lister.take_folder(_as_composed(base, parts))
         except PermissionError as error:
             lister.unread[folder] = str(error.strerror)
-        except (OSError, ValueError):  # told where its files are missed
+        except (OSError, ValueError):  # reported where its files are missing
             continue
     return lister.listing()
+
+
+def _as_composed(base: Path, parts: Sequence[str]) -> str:
+    """A folder as the disk composes its accents; links are not followed.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or several.
+    """
+    found = ""
+    for part in parts:
+        with os.scandir(base / found) as entries:
+            folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        alike = [name for name in folders if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", part)]
+        if part not in folders and len(alike) != 1:
+            raise FileNotFoundError(base / found / part)
+        found += ("/" if found else "") + (part if part in folders else alike[0])
+    return found
 
 
 class _Lister:

@@ -16,6 +16,8 @@ from diffsynth_core.errors import DiffSynthError
 
 IMAGE_TRANSFORM = 1
 """Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
+MASK_TRANSFORM = 1
+"""The same of masks."""
 EXIF_ORIENTATION = 0x0112
 MAX_IMAGE_PIXELS = 178_956_970
 """Larger images are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
@@ -117,17 +119,36 @@ def load_image(path: Path, height: int, width: int, scaled: tuple[int, int] | No
     return cover(rgb, height, width, scaled)
 
 
-def cover(rgb: Image.Image, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Pixels `[height, width, 3]` of an upright RGB image, scaled and cut as `load_image` says."""
+def load_mask(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """A mask at a training size, `[height, width, 1]`, 0..255, white selects: the luminance of what `load_image` reads.
+
+    It is scaled bilinearly, which brings no value that is not between its neighbours.
+
+    Raises:
+        DiffSynthError: when the file cannot be decoded to its end.
+    """
+    with _opening(path) as image:
+        grey = to_rgb(ImageOps.exif_transpose(image)).convert("L")
+    return cover(grey, height, width, scaled, Image.Resampling.BILINEAR)[..., None]
+
+
+def cover(
+    image: Image.Image,
+    height: int,
+    width: int,
+    scaled: tuple[int, int] | None = None,
+    filter_: Image.Resampling = Image.Resampling.LANCZOS,
+) -> NDArray[np.uint8]:
+    """Pixels of an upright image, `[height, width, 3]` of RGB, scaled and cut as `load_image` says."""
     if scaled:
         covering = scaled[::-1]
     else:
-        scale = max(width / rgb.width, height / rgb.height)
-        covering = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
-    if covering != rgb.size:
-        rgb = rgb.resize(covering, Image.Resampling.LANCZOS)
-    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
-    return np.asarray(rgb.crop((left, top, left + width, top + height)))
+        scale = max(width / image.width, height / image.height)
+        covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, filter_)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def _ends_well(path: Path, image_format: str | None) -> bool:

@@ -1,6 +1,5 @@
 """Images and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +9,15 @@ from numpy.typing import NDArray
 
 from diffsynth_core.data.animations import is_animation
 from diffsynth_core.data.colour import COLOUR_TRANSFORM, Colours
+from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.formats import ending_of, media_kind
 from diffsynth_core.data.images import (
     IMAGE_TRANSFORM,
+    MASK_TRANSFORM,
     ImageHeader,
     SizeRule,
     load_image,
+    load_mask,
     read_image_header,
 )
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
@@ -69,24 +71,6 @@ class MediaRule:
 
 
 @dataclass(frozen=True)
-class ReferenceRule:
-    """How the images of a metadata column become what the model is shown under `name`.
-
-    `size`: (width, height, `max_pixels`) of an image -> (height, width) that it is scaled to; None: it covers what is
-    trained on and is cut to its size.
-    `factor`: what is read of that has sides of multiples of it, from the centre.
-    `most`: how many a row may have; None: any number.
-    """
-
-    name: str
-    column: str
-    size: Callable[[int, int, int], tuple[int, int]] | None
-    max_pixels: int
-    factor: int = 1
-    most: int | None = None
-
-
-@dataclass(frozen=True)
 class MediaHeader:
     """What a file holds: its upright size in pixels, and how many frames, as far as the rule wants them counted."""
 
@@ -107,6 +91,7 @@ class MediaCrop:
 
     `scaled`: (height, width) that an image is scaled to before its centre is cut out; None: until it covers the size.
     `converted`: its colours are converted to sRGB from a profile in the file.
+    `mask`: it is loaded as one channel, in which white selects.
     """
 
     path: Path
@@ -118,6 +103,7 @@ class MediaCrop:
     frame_rate: float | None = None
     scaled: tuple[int, int] | None = None
     converted: bool = False
+    mask: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,7 +120,8 @@ class MediaCrop:
         """All that its pixels depend on, besides the bytes of the file."""
         if not self.video:
             colours = ["sRGB", COLOUR_TRANSFORM] if self.converted else []
-            return [self.height, self.width, IMAGE_TRANSFORM, *(self.scaled or ()), *colours]
+            mask = ["mask", MASK_TRANSFORM] if self.mask else []
+            return [self.height, self.width, IMAGE_TRANSFORM, *(self.scaled or ()), *colours, *mask]
         return [self.height, self.width, VIDEO_TRANSFORM, self.start, self.frames, self.frame_rate]
 
 
@@ -184,13 +171,24 @@ def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) ->
     return MediaCrop(path, height, width, True, start, frames, rule.frames.frame_rate)
 
 
-def choose_reference(path: Path, header: ImageHeader, rule: ReferenceRule, target: MediaCrop) -> MediaCrop:
-    """How an image is shown to the model beside `target`; a side of 0 means that it is too small."""
-    if rule.size is None:
-        return MediaCrop(path, target.height, target.width, converted=bool(header.colours.profile))
-    scaled = rule.size(header.width, header.height, rule.max_pixels)
-    height, width = (side // rule.factor * rule.factor for side in scaled)
-    return MediaCrop(path, height, width, scaled=scaled, converted=bool(header.colours.profile))
+def choose_reference(
+    path: Path, header: ImageHeader, condition: Condition, target: MediaCrop, max_pixels: int
+) -> MediaCrop:
+    """How a file of a condition is loaded beside `target`; a side of 0 means that it is too small.
+
+    `max_pixels`: the area that reference images are scaled down to at most, as targets are.
+
+    Raises:
+        ValueError: for a condition whose size is not known.
+    """
+    converted, mask = bool(header.colours.profile), condition.media == "mask"
+    if condition.size is None:
+        raise ValueError(f"the size of `{condition.name}` is not known")
+    if condition.size == "target":
+        return MediaCrop(path, target.height, target.width, converted=converted, mask=mask)
+    scaled = condition.size(header.width, header.height, max_pixels)
+    height, width = (side // condition.factor * condition.factor for side in scaled)
+    return MediaCrop(path, height, width, scaled=scaled, converted=converted, mask=mask)
 
 
 def scale_of(crop: MediaCrop, width: int, height: int) -> float:
@@ -200,11 +198,13 @@ def scale_of(crop: MediaCrop, width: int, height: int) -> float:
 
 
 def load_pixels(crop: MediaCrop) -> NDArray[np.uint8]:
-    """Pixels of a media file, `[F, H, W, 3]`, RGB, 0..255; one decoding pass.
+    """Pixels of a media file, `[F, H, W, 3]`, RGB, 0..255, of a mask `[1, H, W, 1]`; one decoding pass.
 
     Raises:
         DiffSynthError: when the file cannot be decoded, or ends before the last frame asked for.
     """
+    if crop.mask:
+        return load_mask(crop.path, crop.height, crop.width, crop.scaled)[None]
     if not crop.video:
         return load_image(crop.path, crop.height, crop.width, crop.scaled)[None]
     start, frames = crop.start, crop.frames

@@ -1,37 +1,31 @@
 """Samples: rows of the metadata checked, with their files found and their training size known. No torch."""
 
-import json
-import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
-from unicodedata import normalize
 
 from diffsynth_core.data.colour import Colours
+from diffsynth_core.data.conditions import Columns
 from diffsynth_core.data.formats import CLIP_ENDINGS
 from diffsynth_core.data.images import ImageHeader, read_image_header
 from diffsynth_core.data.media import (
     MediaCrop,
     MediaHeader,
     MediaRule,
-    ReferenceRule,
     choose_reference,
     choose_target,
     read_media_header,
     scale_of,
 )
-from diffsynth_core.data.metadata import SHOWN_OF_A_PATH, Metadata, missing_column, near_column
 from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
-from diffsynth_core.data.sampling import Sampling, read_sampling
-from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
+from diffsynth_core.data.rows import Rows
+from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
-from diffsynth_core.errors import DiffSynthError, Problem, list_names, truncate
-from diffsynth_core.json_files import InvalidJson, parse_json
+from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
@@ -39,7 +33,6 @@ HEADER_THREADS = 8
 MOST_AT_ONCE = 64
 """Rows of images that a thread is handed at once: handing over costs more than a header."""
 
-WRITE_SLASHES = "use `/` between folders"
 LOW_RESOLUTION_HINT = "use larger files, or lower `--max_pixels` to train at a small size on purpose"
 SHOWN_CUT_CLIPS = 5
 RATE_SPREAD = 1.1
@@ -58,7 +51,7 @@ class Sample:
     row: int
     caption: str
     target: MediaCrop
-    references: Mapping[str, tuple[MediaCrop, ...]] = field(default_factory=dict)
+    conditions: Mapping[str, tuple[MediaCrop, ...]] = field(default_factory=dict)
     sampling: Sampling | None = None
 
     @property
@@ -69,7 +62,7 @@ class Sample:
     @property
     def shape(self) -> tuple[tuple[int, int, int], ...]:
         """(frames, height in pixels, width in pixels) of what is trained on, then of each image shown."""
-        shown = (crop.shape for crops in self.references.values() for crop in crops)
+        shown = (crop.shape for crops in self.conditions.values() for crop in crops)
         return self.target.shape, *shown
 
     @property
@@ -80,7 +73,7 @@ class Sample:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of its media files."""
-        shown = (crop.path for crops in self.references.values() for crop in crops)
+        shown = (crop.path for crops in self.conditions.values() for crop in crops)
         return tuple(dict.fromkeys((self.target.path, *shown)))
 
     @property
@@ -98,131 +91,33 @@ class SampleSet:
     warnings: tuple[Problem, ...] = ()
 
 
-def check_columns(
-    metadata: Metadata,
-    text_column: str,
-    media_columns: Sequence[str],
-    other_columns: Sequence[str] = (),
-) -> list[Problem]:
-    """Columns that the family needs and the metadata lacks."""
-    problems = []
-    needed = (*media_columns, text_column, *other_columns)
-    for column in needed:
-        if column not in metadata.columns:
-            near = near_column(column, [one for one in metadata.columns if one not in needed])
-            problems.append(missing_column(metadata.origin, metadata.columns, column, needed, near, metadata.beside))
-    return problems
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns a dataset is read from, and how the files they name are read.
-
-    `sampled`: rows also say how a sampler makes their images.
-    """
-
-    text: str
-    target: str
-    rule: MediaRule
-    references: tuple[ReferenceRule, ...] = ()
-    sampled: bool = False
-
-    @property
-    def media(self) -> tuple[str, ...]:
-        """The columns that name files."""
-        return tuple(dict.fromkeys((self.target, *(rule.column for rule in self.references))))
-
-
-class Folders:
-    """Which files there are, folder by folder: one listing in place of a question to the disk for each of its files."""
-
-    def __init__(self) -> None:
-        self._entries: dict[str, Mapping[str, bool]] = {}
-
-    def find(self, base: Path, name: str) -> Path | None:
-        """The file that a row means by `name` below `base`: that of this very name, that without blanks at the ends, or
-        the only one whose accents are composed in another way. None: there is none."""
-        path = base / name.strip()
-        if name != name.strip() and self._holds(base / name):
-            return base / name
-        return path if self._holds(path) else self._alike(base, path)
-
-    def _holds(self, path: Path) -> bool:
-        folder, _, name = str(path).rpartition(os.sep)
-        return self._list(folder).get(name, False)
-
-    def _alike(self, base: Path, path: Path) -> Path | None:
-        """The file whose path differs in the composition of accents only; a disk may know it by another spelling."""
-        if _is_file(path):
-            return path
-        if str(path).isascii() or not path.is_relative_to(base):
-            return None
-        found = base
-        for part in path.relative_to(base).parts:
-            there = self._list(str(found))
-            alike = [one for one in there if normalize("NFC", one) == normalize("NFC", part)]
-            if part not in there and len(alike) != 1:
-                return None
-            found /= part if part in there else alike[0]
-        return found if _is_file(found) else None
-
-    def _list(self, folder: str) -> Mapping[str, bool]:
-        """What is in a folder, and whether it is a file."""
-        if folder not in self._entries:
-            self._entries[folder] = _list_entries(folder)
-        return self._entries[folder]
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a file is there; none has a name that the system cannot have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _list_entries(folder: str) -> Mapping[str, bool]:
-    try:
-        with os.scandir(folder or ".") as entries:
-            return {entry.name: entry.is_file() for entry in entries}
-    except (OSError, ValueError):
-        return {}
-
-
 def build_samples(
-    metadata: Metadata,
-    base: Path,
-    columns: Columns,
-    videos: VideoProbeCache,
-    reporter: Reporter,
-    refused: frozenset[int] = frozenset(),
+    rows: Rows, rule: MediaRule, videos: VideoProbeCache, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
-    """The samples of a dataset, and the rows that cannot be trained on; those `refused` are not looked into."""
-    problems: list[Problem] = []
-    rows: list[_Row] = []
-    most = {rule.column: rule.most for rule in columns.references}  # a column read at two sizes has two rules
-    folders = Folders()
-    for number, row in enumerate(metadata.rows, start=1):
-        if number in refused:
-            continue
-        where = f"`{metadata.origin}` row {number}"
-        try:
-            caption = _caption(row.get(columns.text), columns.text, where)
-            (target,) = _media_paths(row.get(columns.target), columns.target, base, where, folders, 1, "CELL_EMPTY")
-            shown = {
-                name: _media_paths(row.get(name), name, base, where, folders, most[name], "PAIR_MISSING")
-                for name in most
-            }
-            sampling = read_sampling(row, where) if columns.sampled else None
-            rows.append(_Row(number, where, caption, target, shown, sampling))
-        except DiffSynthError as error:
-            problems += error.problems
-    return _measure(rows, columns, videos, problems, reporter)
+    """The samples of a dataset, and the rows whose files cannot be trained on; rows with an error are left out.
+
+    `rule`: how the target becomes what is trained on.
+    """
+    base, faulty, columns = rows.metadata.base, rows.faulty, rows.columns
+    shown = dict.fromkeys(condition.column for condition in columns.conditions)
+    found = [
+        _Row(
+            row,
+            f"`{rows.metadata.origin}` row {row}",
+            caption or "",
+            base / files[columns.target][0],
+            {name: tuple(base / path for path in files.get(name, ())) for name in shown},
+            rows.sampling.get(row),
+        )
+        for row, caption, files in rows.records
+        if row not in faulty
+    ]
+    return _measure(found, columns, rule, videos, reporter)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row whose files are there but not yet looked into; `shown` are those of reference columns."""
+    """A row whose files are there but not yet looked into; `shown` are those of conditions."""
 
     number: int
     where: str
@@ -241,29 +136,30 @@ class _Headers:
 
 
 def _measure(
-    rows: list[_Row], columns: Columns, videos: VideoProbeCache, problems: list[Problem], reporter: Reporter
+    rows: list[_Row], columns: Columns, rule: MediaRule, videos: VideoProbeCache, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
     """Read the headers of all files and settle the sizes and frames that are trained on."""
+    problems: list[Problem] = []
     samples: list[Sample] = []
     headers: list[_Headers] = []
-    label, unit = ("Counting frames", "videos") if columns.rule.frames else ("Reading image headers", "samples")
-    alone = videos.exclusive() if columns.rule.frames else nullcontext()
+    label, unit = ("Counting frames", "videos") if rule.frames else ("Reading image headers", "samples")
+    alone = videos.exclusive() if rule.frames else nullcontext()
     shown = cache(read_image_header)  # many rows may show one image
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(
-            lambda some: [_headers_or_problem(row, columns.rule, videos, shown) for row in some],
-            _portions(rows, 1 if columns.rule.frames else MOST_AT_ONCE),
+            lambda some: [_headers_or_problem(row, rule, videos, shown) for row in some],
+            _portions(rows, 1 if rule.frames else MOST_AT_ONCE),
         )
         for row, read in zip(rows, chain.from_iterable(found), strict=True):
             task.advance()
-            sample = read if isinstance(read, Problem) else _choose(row, read, columns)
+            sample = read if isinstance(read, Problem) else _choose(row, read, columns, rule)
             if isinstance(sample, Problem):
                 problems.append(sample)
             elif not isinstance(read, Problem):
                 samples.append(sample)
                 headers.append(read)
-    notes = (*_notes(samples, headers, columns.rule), *_other_shapes(headers, columns))
-    warnings = (*_scaled_up(samples, headers, columns), *_low_resolution(samples, headers, columns.rule))
+    notes = (*_notes(samples, headers, rule), *_other_shapes(headers, columns))
+    warnings = (*_scaled_up(samples, headers, columns, rule), *_low_resolution(samples, headers, rule))
     return SampleSet(tuple(samples), notes, warnings), problems
 
 
@@ -273,19 +169,22 @@ def _portions(rows: list[_Row], most: int) -> list[list[_Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _choose(row: _Row, headers: _Headers, columns: Columns) -> Sample | Problem:
+def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> Sample | Problem:
     """What of a row's files is trained on and shown, or that one of them is too small for it."""
-    target, factor = choose_target(row.target, headers.target, columns.rule, row.number), columns.rule.size.factor
+    target, factor = choose_target(row.target, headers.target, rule, row.number), rule.size.factor
     if min(target.height, target.width) < factor or min(headers.target.height, headers.target.width) < factor:
-        return _too_small(row, headers.target, columns.rule)
+        return _too_small(row, headers.target, rule)
     references = {}
-    for rule in columns.references:
-        images = zip(row.shown[rule.column], headers.shown[rule.column], strict=True)
-        references[rule.name] = tuple(choose_reference(path, header, rule, target) for path, header in images)
-        small = next((crop for crop in references[rule.name] if not crop.height or not crop.width), None)
+    for condition in columns.conditions:
+        images = zip(row.shown[condition.column], headers.shown[condition.column], strict=True)
+        crops = tuple(
+            choose_reference(path, header, condition, target, rule.size.max_pixels) for path, header in images
+        )
+        references[condition.name] = crops
+        small = next((crop for crop in crops if not crop.height or not crop.width), None)
         if small:
             return Problem(
-                f"{row.where}: column `{rule.column}` names `{small.path}`, which is too small or too narrow as a reference image of this model",
+                f"{row.where}: column `{condition.column}` names `{small.path}`, which is too small or too narrow as a reference image of this model",
                 "replace the image or remove its row",
                 code="IMAGE_TOO_SMALL",
             )
@@ -338,20 +237,20 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
         yield f"the colours of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
 
 
-def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns) -> Iterator[Problem]:
+def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns, rule: MediaRule) -> Iterator[Problem]:
     """How many files are scaled up to the size they are trained or shown at, and by how much at most."""
     scaled: list[tuple[float, Sample, MediaCrop, MediaHeader | ImageHeader]] = []
     for sample, headers in zip(samples, read, strict=True):
         pairs: list[tuple[MediaCrop, MediaHeader | ImageHeader]] = [(sample.target, headers.target)]
-        for rule in columns.references:
-            pairs += zip(sample.references[rule.name], headers.shown[rule.column], strict=True)
+        for condition in columns.conditions:
+            pairs += zip(sample.conditions[condition.name], headers.shown[condition.column], strict=True)
         scaled += [(scale_of(crop, one.width, one.height), sample, crop, one) for crop, one in pairs]
     small = [one for one in scaled if one[0] > MAX_UPSCALE]
     if small:
         factor, sample, crop, header = max(small, key=lambda one: one[0])
         size = "x".join(str(side) for side in (crop.scaled or (crop.height, crop.width))[::-1])
         yield Problem(
-            f"{len(small)} of {len(scaled)} {_kinds(columns.rule)} are upscaled, up to {factor:.3g}x: row {sample.row} "
+            f"{len(small)} of {len(scaled)} {_kinds(rule)} are upscaled, up to {factor:.3g}x: row {sample.row} "
             f"`{crop.path}` from {header.width}x{header.height} to {size}",
             "use larger files, or train at a smaller size",
             code="IMAGE_UPSCALED",
@@ -380,7 +279,7 @@ def _kinds(rule: MediaRule) -> str:
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
     """What to say of images that are to lie over what is trained on, and are not of its shape."""
-    for column in [rule.column for rule in columns.references if rule.size is None]:
+    for column in [condition.column for condition in columns.conditions if condition.aligned]:
         pairs = [(headers.target, image) for headers in read for image in headers.shown[column]]
         ratios = [image.width * target.height / (image.height * target.width) for target, image in pairs]
         other = sum(not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD for ratio in ratios)
@@ -418,69 +317,3 @@ def _too_small(row: _Row, header: MediaHeader, rule: MediaRule) -> Problem:
         f"replace the {kind}, remove its row, or raise `max_pixels`",
         code="IMAGE_TOO_SMALL",
     )
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a cell of JSON holds nothing: null, or the NaN that tables are exported with."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _caption(value: Any, column: str, where: str) -> str:
-    """The caption as it stands; an empty cell is an empty caption."""
-    if _is_empty(value):
-        return ""
-    if not isinstance(value, str):
-        raise DiffSynthError(
-            f"{where}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a string",
-            "write the caption as a string",
-            "CELL_TYPE",
-        )
-    if len(value) > MAX_CAPTION_CHARACTERS:
-        what = f"column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
-        raise DiffSynthError(f"{where}: {what}", "shorten the caption")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        what = f"{where}: column `{column}` contains an unpaired surrogate"
-        raise DiffSynthError(what, "fix the caption", "CAPTION_CONTROL_CHARS")
-    return value
-
-
-def _media_paths(
-    value: Any, column: str, base: Path, where: str, folders: Folders, most: int | None, empty: str
-) -> tuple[Path, ...]:
-    """The files a cell names, below `base`: at least one, and at most `most`. `empty`: the code of a cell of none."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(InvalidJson):  # a file name may begin with a bracket
-            value = parse_json(value, finite=False)
-    names = value if isinstance(value, list) else [value]
-    if not names or (most is not None and len(names) > most):
-        expected = {1: "one", None: "one or more"}.get(most, f"one to {most}")
-        hint = "write one row per file" if most == 1 else "list them, or remove the row"
-        raise DiffSynthError(
-            f"{where}: column `{column}` lists {len(names)} files, expected {expected}",
-            hint,
-            "PAIR_COUNT" if names else empty,
-        )
-    paths = []
-    for name in names:
-        if _is_empty(name) or (isinstance(name, str) and not name.strip()):
-            what = f"{where}: column `{column}` is empty"
-            raise DiffSynthError(what, "add the file, or remove the row", empty)
-        if not isinstance(name, str):
-            raise DiffSynthError(
-                f"{where}: column `{column}` holds `{truncate(json.dumps(name))}`, expected a path",
-                "write the path as a string",
-                "CELL_TYPE",
-            )
-        path = folders.find(base, name)
-        if path is None:
-            raise DiffSynthError(*_missing(base, name.strip(), f"{where}: column `{column}`", folders), "PATH_MISSING")
-        paths.append(path)
-    return tuple(paths)
-
-
-def _missing(base: Path, name: str, where: str, folders: Folders) -> tuple[str, str]:
-    """What to say of a file that is not there, and what to do."""
-    what = f"{where} names `{truncate(str(base / name), SHOWN_OF_A_PATH)}`, which does not exist"
-    if "\\" in name and folders.find(base, name.replace("\\", "/")):
-        return f"{what}: it uses `\\` between folders", WRITE_SLASHES
-    return what, "correct the path (relative to `dataset_base_path`), or remove the row"

@@ -9,7 +9,7 @@ from typing import Any
 from diffsynth_core.errors import Problem, raise_if_any
 
 SAMPLING_CODE = "CELL_TYPE"
-"""Of the check that finds what is wrong with these cells (dataset_report/findings.py)."""
+"""Of the check that finds what is wrong with these cells (data/findings.py)."""
 RAND_DEVICES = ("cpu", "cuda")
 SEEDS = range(2**63)
 STEPS = range(1, 1001)

@@ -8,6 +8,7 @@ MAX_CAPTION_CHARACTERS = 100_000
 """Of a caption. Text encoders read some hundred words; one that has megabytes is another file, and takes minutes to cut
 into tokens."""
 BINARY = ": it contains binary data"
+SAVE_AS_UTF8 = "save it as UTF-8"
 
 
 def decode_text(content: bytes) -> str:

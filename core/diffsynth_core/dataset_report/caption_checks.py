@@ -4,22 +4,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from diffsynth_core.data.findings import Finding, finding
+from diffsynth_core.data.records import SURROGATE
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
-from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.errors import truncate
 from diffsynth_core.models.size_facts import CaptionFacts
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens, may_be_longer
 
-MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
-"""What programs write where a value is missing, in small letters."""
-LONGEST_MISSING = max(map(len, MISSING_VALUES))
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
 )
 """Characters that nobody sees: of ASCII and Latin-1 all but tab and line ends; blanks without width, marks of direction
 and of byte order. Joiners stay, which scripts and emoji need."""
-HALF = re.compile("[\ud800-\udfff]")
-"""Half of a character outside the basic plane, which no text encoder takes."""
 MOST_BYTES = 4
 """Of a character in UTF-8."""
 SHOWN_ROWS = 5
@@ -27,29 +23,20 @@ WRITE_CAPTION = "write a caption, or remove the row"
 
 
 def check_captions(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_MISSING of cells, CAPTION_EMPTY and CAPTION_NAN."""
-    for row, caption, _ in dataset.records:
-        if caption is None:
+    """CAPTION_MISSING of cells, and CAPTION_EMPTY."""
+    for row, caption, _ in dataset.rows.records:
+        if caption is None or (caption and not caption.isspace()):
             continue
-        stripped = caption.strip()
-        if not caption and not dataset.table.beside:
+        if not caption and not dataset.rows.metadata.beside:
             yield finding("CAPTION_MISSING", f"row {row} has no caption", WRITE_CAPTION, row=row, level="warning")
-        elif not stripped:
+        else:
             yield finding("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)
-        elif len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
-            what = f"row {row}: the caption is `{stripped}`, a placeholder for a missing value"
-            yield finding("CAPTION_NAN", what, "write the caption", row=row)
 
 
 def check_characters(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_CONTROL_CHARS."""
-    for row, caption, _ in dataset.records:
-        if not caption or (caption.isascii() and caption.isprintable()):
-            continue
-        half = HALF.search(caption)
-        if half:
-            what = f"row {row}: the caption contains an unpaired surrogate (U+{ord(half[0]):04X})"
-            yield finding("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error")
+    """CAPTION_CONTROL_CHARS; of unpaired surrogates, which are an error, data/records.py tells."""
+    for row, caption, _ in dataset.rows.records:
+        if not caption or (caption.isascii() and caption.isprintable()) or SURROGATE.search(caption):
             continue
         codes = dict.fromkeys(f"U+{ord(character):04X}" for character in CONTROL.findall(caption))
         if codes:
@@ -59,7 +46,7 @@ def check_characters(dataset: DatasetFacts) -> Iterator[Finding]:
 
 def check_repeated(dataset: DatasetFacts) -> Iterator[Finding]:
     """CAPTION_DUPLICATE and CAPTION_ALL_SAME; one instruction for all edits is the first, an info."""
-    captions = {row: caption.strip() for row, caption, _ in dataset.records if caption}
+    captions = {row: caption.strip() for row, caption, _ in dataset.rows.records if caption}
     counted = Counter(captions.values())
     counted.pop("", None)
     if len(counted) == len(captions):
@@ -68,9 +55,9 @@ def check_repeated(dataset: DatasetFacts) -> Iterator[Finding]:
     for row, caption in captions.items():
         if counted[caption] > 1:
             rows.setdefault(caption, []).append(row)
-    if len(rows) == 1 and not dataset.columns.references:
+    if len(rows) == 1 and not dataset.rows.columns.references:
         ((caption, sharing),) = rows.items()
-        if len(sharing) == len(dataset.records) > 1:
+        if len(sharing) == len(dataset.rows.records) > 1:
             what = f"all {len(sharing)} captions are `{truncate(caption)}`"
             yield finding("CAPTION_ALL_SAME", what, "describe each image or video")
             return
@@ -88,10 +75,10 @@ def check_lengths(dataset: DatasetFacts) -> Iterator[Finding]:
     surely_short = rule.facts.most // MOST_BYTES - len(rule.facts.template)
     long = [
         (row, text)
-        for row, text, _ in dataset.records
+        for row, text, _ in dataset.rows.records
         if text and len(text) > surely_short and may_be_longer(text, rule.facts)
     ]
-    whole = [(row, text) for row, text in long if not HALF.search(text)]
+    whole = [(row, text) for row, text in long if not SURROGATE.search(text)]
     counts, counted = count_tokens([text for _, text in whole], rule) if whole else ([], True)
     for (row, _), tokens in zip(whole, counts, strict=True):
         if tokens > rule.facts.most:

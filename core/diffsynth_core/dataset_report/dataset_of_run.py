@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.data.metadata import ENDINGS_OF_METADATA
+from diffsynth_core.data.metadata import READERS
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 
 OF_PATH = ("dataset_base_path", "dataset_metadata_path")
@@ -26,7 +26,7 @@ def as_flags(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {"dataset_base_path": path}
     elif not path.is_file():
         raise DiffSynthError(f"`{path}` does not exist", "pass the dataset folder")
-    elif path.suffix.lower() not in ENDINGS_OF_METADATA:
+    elif path.suffix.lower() not in READERS:
         raise DiffSynthError(
             f"`{path}` is not a metadata file: expected .csv, .json or .jsonl", "pass the dataset folder"
         )

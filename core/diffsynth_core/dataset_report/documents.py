@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffsynth_core.config.documents import format_value
-from diffsynth_core.dataset_report.findings import CODES, SUBJECTS
+from diffsynth_core.data.findings import CODES, SUBJECTS
 from diffsynth_core.dataset_report.thresholds import threshold_facts
 from diffsynth_core.files import write_text
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffsynth_core.data.metadata import write_metadata
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
-from diffsynth_core.dataset_report.findings import Report
+from diffsynth_core.dataset_report.report import Report
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 
 
@@ -57,11 +57,11 @@ def write_fixed(path: Path, dataset: DatasetFacts, report: Report) -> Fixed:
             of_all[0].hint,
         )
     faulty = {finding.row for finding in errors}
-    table = dataset.table
-    rows = [cells for number, cells in table.rows.items() if number not in faulty]
+    metadata = dataset.rows.metadata
+    rows = [cells for number, cells in metadata.rows.items() if number not in faulty]
     if not rows:
         raise DiffSynthError(f"every row has errors; `{path}` was not written", "fix the rows")
-    columns = list(dict.fromkeys([*table.columns, *(name for cells in rows for name in cells)]))
+    columns = list(dict.fromkeys([*metadata.columns, *(name for cells in rows for name in cells)]))
     check_target(path)
     try:
         write_metadata(path, columns, _as_texts(columns, rows))
@@ -69,7 +69,7 @@ def write_fixed(path: Path, dataset: DatasetFacts, report: Report) -> Fixed:
         raise DiffSynthError(
             f"`{path}` was not written: a cell contains an unpaired surrogate", "fix the metadata"
         ) from error
-    return Fixed(path, table.base, len(rows), len(faulty))
+    return Fixed(path, metadata.base, len(rows), len(faulty))
 
 
 def _as_texts(columns: list[str], rows: list[Any]) -> Iterator[list[str]]:

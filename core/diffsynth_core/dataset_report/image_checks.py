@@ -7,13 +7,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.formats import ending_of, format_of_ending
 from diffsynth_core.data.images import EXTRACT_FRAME, ImageHeader
 from diffsynth_core.data.media import MediaCrop, MediaHeader, choose_reference, choose_target, scale_of
 from diffsynth_core.data.samples import LOW_RESOLUTION_HINT
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import ImageFacts
-from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.near_duplicates import near_images, same_images
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import CropBox, crop_box, header_of, sizes_of
@@ -36,7 +36,7 @@ LOSING_MODES: Mapping[tuple[str, ...], str] = {
 def check_images(dataset: DatasetFacts) -> Iterator[Finding]:
     """All that is to be said of single images, told at the first row that names them."""
     rows = dataset.first_rows()
-    targets = dataset.of_columns((dataset.columns.target,))
+    targets = dataset.of_columns((dataset.rows.columns.target,))
     for path, facts in dataset.images.items():
         if facts.fault and facts.fault.code == "FORMAT_UNSUPPORTED":
             what, hint = f"`{path}` has an unsupported format", facts.fault.reason
@@ -56,9 +56,9 @@ def check_same(dataset: DatasetFacts) -> Iterator[Finding]:
     Images that are shown may repeat: one is shown beside many.
     """
     rows = dataset.first_rows()
-    targets = dataset.of_columns((dataset.columns.target,))
+    targets = dataset.of_columns((dataset.rows.columns.target,))
     images = [facts for path, facts in dataset.images.items() if path in targets and not facts.fault]
-    same = same_images(dataset.table.base, images)
+    same = same_images(dataset.rows.metadata.base, images)
     for path, other in same.items():
         what = f"`{path}` has the same pixels as `{other}` (row {rows[other]})"
         yield finding("IMAGE_DUPLICATE", what, "remove one of the rows", row=rows[path], path=path)
@@ -76,7 +76,7 @@ def check_sizes(dataset: DatasetFacts) -> Iterator[Finding]:
     at the size they are trained at."""
     rows = dataset.first_rows()
     for path in dict.fromkeys(
-        name for record in dataset.records for name in record.files.get(dataset.columns.target, ())
+        name for record in dataset.rows.records for name in record.files.get(dataset.rows.columns.target, ())
     ):
         header = header_of(dataset, path)
         if header is None:
@@ -94,15 +94,15 @@ def check_sizes(dataset: DatasetFacts) -> Iterator[Finding]:
 def check_references(dataset: DatasetFacts) -> Iterator[Finding]:
     """IMAGE_TOO_SMALL and IMAGE_UPSCALED of reference images; a file is named once for each size it is shown at."""
     targets, seen = sizes_of(dataset), set[tuple[str, str]]()
-    for row, _, files in dataset.records:
-        for rule in dataset.rules.references if row in targets else ():
-            for name in files.get(rule.column, ()):
+    for row, _, files in dataset.rows.records:
+        for condition in dataset.rules.sized_conditions if row in targets else ():
+            for name in files.get(condition.column, ()):
                 header = header_of(dataset, name)
-                if header is None or (rule.name, name) in seen:
+                if header is None or (condition.name, name) in seen:
                     continue
-                seen.add((rule.name, name))
+                seen.add((condition.name, name))
                 size = ImageHeader(header.width, header.height, header.rotated, header.transparent)
-                crop = choose_reference(Path(name), size, rule, targets[row])
+                crop = choose_reference(Path(name), size, condition, targets[row], dataset.rules.media.size.max_pixels)
                 if min(crop.height, crop.width) == 0:
                     what = f"`{name}` is {header.width} x {header.height} pixels, too small or too narrow for a reference image"
                     yield finding("IMAGE_TOO_SMALL", what, "replace the file or remove its row", row=row, path=name)

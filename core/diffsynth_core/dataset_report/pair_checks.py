@@ -1,41 +1,27 @@
 """Codes PAIR_… and MASK_…: what belongs together in a row. Pure functions from facts to findings. No torch.
 
-An empty cell of a reference column is PAIR_MISSING and found where cells are read (metadata_checks.py).
+An empty cell of a reference column is PAIR_MISSING and found where cells are read (data/records.py), as is PAIR_COUNT.
 """
 
 from collections.abc import Iterator
 
+from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.media import MediaHeader
+from diffsynth_core.data.records import Record
 from diffsynth_core.data.samples import SHAPE_SPREAD
-from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import FLAT_SPREAD
-from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.near_duplicates import are_same
 from diffsynth_core.dataset_report.set_checks import header_of
-
-OVERLAID_COLUMNS = ("controlnet_image",)
-"""Columns whose images, without a recipe, are taken to lie over what is trained on."""
-
-
-def check_counts(dataset: DatasetFacts) -> Iterator[Finding]:
-    """PAIR_COUNT: more images to show than the model takes, or several files where one is trained on."""
-    most = {rule.column: rule.most for rule in dataset.rules.references} | {dataset.columns.target: 1}
-    for row, _, files in dataset.records:
-        for column, names in files.items():
-            limit = most.get(column) if len(names) > 1 else None
-            if limit is not None and len(names) > limit:
-                what = f"row {row}: column `{column}` lists {len(names)} files, expected {limit}"
-                yield finding("PAIR_COUNT", what, "write one row per file", row=row)
 
 
 def check_shapes(dataset: DatasetFacts) -> Iterator[Finding]:
     """PAIR_ASPECT: an image that is to lie over what is trained on is wider or higher than that."""
-    rules = dataset.rules
-    recipe = {rule.column for rule in rules.references if rule.size is None}
-    overlaid = [name for name in dataset.columns.references if name in (recipe if rules.recipe else OVERLAID_COLUMNS)]
-    for record in dataset.records:
-        target = _header(dataset, record, dataset.columns.target)
-        for column in overlaid if target else ():
+    columns = dataset.rows.columns
+    aligned = dict.fromkeys(one.column for one in columns.conditions if one.aligned and one.media == "image")
+    for record in dataset.rows.records:
+        target = _header(dataset, record, columns.target)
+        for column in aligned if target else ():
             for name in record.files.get(column, ()):
                 shown = header_of(dataset, name)
                 if target is None or shown is None:
@@ -52,14 +38,14 @@ def check_shapes(dataset: DatasetFacts) -> Iterator[Finding]:
 def check_identical(dataset: DatasetFacts) -> Iterator[Finding]:
     """PAIR_IDENTICAL: an image that is shown is what is to be made of it."""
     images = dataset.images
-    for row, _, files in dataset.records:
-        target = images.get(next(iter(files.get(dataset.columns.target, ())), ""))
+    for row, _, files in dataset.rows.records:
+        target = images.get(next(iter(files.get(dataset.rows.columns.target, ())), ""))
         if target is None or target.fault:
             continue
-        for column in dataset.columns.references:
+        for column in dataset.rows.columns.references:
             for name in files.get(column, ()):
                 shown = images.get(name)
-                if shown and are_same(dataset.table.base, target, shown):
+                if shown and are_same(dataset.rows.metadata.base, target, shown):
                     what = f"row {row}: column `{column}` names `{name}`, which has the same pixels as its target `{target.path}`"
                     yield finding("PAIR_IDENTICAL", what, "use the image from before the edit", row=row, path=name)
 
@@ -67,14 +53,14 @@ def check_identical(dataset: DatasetFacts) -> Iterator[Finding]:
 def check_masks(dataset: DatasetFacts) -> Iterator[Finding]:
     """MASK_EMPTY, told once of a file, and MASK_SIZE, told at each row."""
     rows = dataset.first_rows()
-    for name in sorted(dataset.of_columns(dataset.columns.masks), key=lambda name: rows[name]):
+    for name in sorted(dataset.of_columns(dataset.rows.columns.masks), key=lambda name: rows[name]):
         mask = dataset.images.get(name)
         if mask and not mask.fault and mask.spread <= FLAT_SPREAD:
             what = f"the mask `{name}` has a single colour: it selects nothing, or everything"
             yield finding("MASK_EMPTY", what, "draw the area it should select", row=rows[name], path=name)
-    for record in dataset.records:
-        target = _header(dataset, record, dataset.columns.target)
-        for name in (name for column in dataset.columns.masks for name in record.files.get(column, ())):
+    for record in dataset.rows.records:
+        target = _header(dataset, record, dataset.rows.columns.target)
+        for name in (name for column in dataset.rows.columns.masks for name in record.files.get(column, ())):
             mask_header = header_of(dataset, name)
             if target and mask_header and (mask_header.width, mask_header.height) != (target.width, target.height):
                 what = (

@@ -10,13 +10,13 @@ from diffsynth_core.dataset_report.thresholds import Thresholds
 from diffsynth_core.errors import FaultsFound, Problem, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.model_files import locate_folder, split_entry
+from diffsynth_core.models.dataset_columns import setting_problems
 from diffsynth_core.models.encoded_sizes import caption_encoder
 from diffsynth_core.models.recognition import component_at
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import FamilyFacts, TokenizerFacts, Variant
 from diffsynth_core.models.token_counts import CaptionRule
 from diffsynth_core.planning.components import find_components
-from diffsynth_core.planning.dataset import setting_problems
 
 
 def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:

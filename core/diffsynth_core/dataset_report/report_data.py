@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from diffsynth_core.data.findings import LEVELS, Finding
 from diffsynth_core.data.media import MediaCrop
-from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
+from diffsynth_core.data.records import Record
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import ImageFacts, VideoFacts
-from diffsynth_core.dataset_report.findings import LEVELS, Finding, Report
+from diffsynth_core.dataset_report.report import Report
 from diffsynth_core.dataset_report.set_checks import crop_box, header_of, sizes_of
 from diffsynth_core.errors import truncate
 
@@ -107,7 +109,7 @@ def _worst_first(dataset: DatasetFacts, findings: Iterable[Finding]) -> list[Rec
         if finding.row is not None:
             level = LEVELS.index(finding.level)
             worst[finding.row] = min(level, worst.get(finding.row, level))
-    return sorted(dataset.records, key=lambda record: (worst.get(record.row, len(LEVELS)), record.row))
+    return sorted(dataset.rows.records, key=lambda record: (worst.get(record.row, len(LEVELS)), record.row))
 
 
 def _names(record: Record) -> Iterator[str]:
@@ -122,7 +124,7 @@ def _sample(record: Record, dataset: DatasetFacts, sizes: Mapping[int, MediaCrop
     `crop`: [left, top, width, height] of what training sees of it, as shares of the file's sides.
     `size`: [width, height, frames] that this becomes. `lost`: the share that is cut away.
     """
-    target = dataset.columns.target
+    target = dataset.rows.columns.target
     columns = sorted(record.files, key=lambda column: column != target)
     sample: dict[str, Any] = {
         "row": record.row,
@@ -149,4 +151,4 @@ def _sample(record: Record, dataset: DatasetFacts, sizes: Mapping[int, MediaCrop
 
 def _shown_path(name: str, dataset: DatasetFacts) -> str:
     """A path as the page shows it; that of a file stays whole, for its thumbnail is found by it."""
-    return name if name in dataset.present else truncate(name, SHOWN_CHARACTERS)
+    return name if name in dataset.rows.present else truncate(name, SHOWN_CHARACTERS)

@@ -56,10 +56,10 @@ class Histogram:
 
 def histograms(dataset: DatasetFacts) -> tuple[Histogram, ...]:
     """Size and aspect of what is trained on, and the length of captions; without those that would be empty."""
-    targets = {name for record in dataset.records for name in record.files.get(dataset.columns.target, ())}
+    targets = {name for record in dataset.rows.records for name in record.files.get(dataset.rows.columns.target, ())}
     headers = [header for header in (header_of(dataset, name) for name in targets) if header]
     megapixels = [header.width * header.height / 1e6 for header in headers]
-    lengths = [len(record.caption) for record in dataset.records if record.caption is not None]
+    lengths = [len(record.caption) for record in dataset.rows.records if record.caption is not None]
     every = (
         _between("Size", "megapixels", megapixels, MEGAPIXELS),
         Histogram("Aspect", "width to height", _nearest(header.width / header.height for header in headers), None),

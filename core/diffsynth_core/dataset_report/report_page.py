@@ -13,8 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from diffsynth_core.data.findings import CODES, LEVELS, SUBJECTS
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
-from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, Report, Summary
+from diffsynth_core.dataset_report.report import Report, Summary
 from diffsynth_core.dataset_report.report_data import PageData, page_data
 from diffsynth_core.dataset_report.report_figures import buckets_html, histogram_html, histograms
 from diffsynth_core.errors import FaultsFound, Problem
@@ -72,7 +73,7 @@ def page_html(report: Report, dataset: DatasetFacts) -> str:
         style=style,
         script=script,
         data=data.json,
-        title=escape(dataset.table.base.resolve().name or summary.origin),
+        title=escape(dataset.rows.metadata.base.resolve().name or summary.origin),
         origin=escape(summary.origin),
         recipe=f"checked for <b>{escape(summary.recipe)}</b>" if summary.recipe else "checked with the general rules",
         fingerprint=report.fingerprint,

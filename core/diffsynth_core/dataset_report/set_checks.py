@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.data.batches import BatchPlan, StepPlan
+from diffsynth_core.data.conditions import Condition
+from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.images import ImageHeader
-from diffsynth_core.data.media import MediaCrop, MediaHeader, ReferenceRule, choose_reference, choose_target, scale_of
+from diffsynth_core.data.media import MediaCrop, MediaHeader, choose_reference, choose_target, scale_of
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
-from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.files import free_bytes
 from diffsynth_core.models.encoded_sizes import EncodedSize, Shown, count_text_states, encoded_size
@@ -41,8 +42,8 @@ class CropBox:
 def sizes_of(dataset: DatasetFacts) -> dict[int, MediaCrop]:
     """Row -> what is trained on of its file; rows whose file is faulty or too small are left out."""
     sizes = {}
-    for row, _, files in dataset.records:
-        for name in files.get(dataset.columns.target, ())[:1]:
+    for row, _, files in dataset.rows.records:
+        for name in files.get(dataset.rows.columns.target, ())[:1]:
             header = header_of(dataset, name)
             if header is None:
                 continue
@@ -73,31 +74,31 @@ def crop_box(header: MediaHeader, crop: MediaCrop) -> CropBox:
 
 
 def shapes_of(dataset: DatasetFacts) -> dict[int, Shown]:
-    """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their rule.
+    """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their condition.
 
     A row with a file that is missing, faulty or too small is left out.
     """
     shapes: dict[int, Shown] = {}
-    records = {record.row: record for record in dataset.records}
+    records = {record.row: record for record in dataset.rows.records}
     for row, target in sizes_of(dataset).items():
-        sizes: dict[str, tuple[Size, ...]] = {dataset.columns.target: (target.shape,)}
-        for rule in dataset.rules.references:
-            shown = [_shown(dataset, name, rule, target) for name in records[row].files.get(rule.column, ())]
-            sizes[rule.name] = tuple(crop.shape for crop in shown if crop)
-            if not shown or not all(shown):
+        sizes: dict[str, tuple[Size, ...]] = {dataset.rows.columns.target: (target.shape,)}
+        for condition in dataset.rules.sized_conditions:
+            shown = [_shown(dataset, name, condition, target) for name in records[row].files.get(condition.column, ())]
+            sizes[condition.name] = tuple(crop.shape for crop in shown if crop)
+            if (condition.required and not shown) or not all(shown):
                 break
         else:
             shapes[row] = sizes
     return shapes
 
 
-def _shown(dataset: DatasetFacts, name: str, rule: ReferenceRule, target: MediaCrop) -> MediaCrop | None:
+def _shown(dataset: DatasetFacts, name: str, condition: Condition, target: MediaCrop) -> MediaCrop | None:
     """How an image is shown to the model beside `target`; None where it cannot be."""
     image = dataset.images.get(name)
     if image is None or image.fault:
         return None
     header = ImageHeader(image.width, image.height, image.orientation != 1, image.transparent)
-    crop = choose_reference(Path(name), header, rule, target)
+    crop = choose_reference(Path(name), header, condition, target, dataset.rules.media.size.max_pixels)
     return crop if min(crop.height, crop.width) > 0 else None
 
 
@@ -109,7 +110,7 @@ def check_buckets(dataset: DatasetFacts) -> Iterator[Finding]:
     rules = dataset.rules
     plan = BatchPlan([tuple(shape.items()) for shape in sizes], rules.repeat, rules.batch_size, seed=0)
     steps = StepPlan(plan, rules.accumulation, num_epochs=1, max_steps=None)
-    counted = Counter(shape[dataset.columns.target][0] for shape in sizes)
+    counted = Counter(shape[dataset.rows.columns.target][0] for shape in sizes)
     listed = ", ".join(f"{count} of {_size(shape)}" for shape, count in counted.most_common(SHOWN_SIZES))
     more = f" and {len(counted) - SHOWN_SIZES} more sizes" if len(counted) > SHOWN_SIZES else ""
     what = f"{pluralize(len(counted), 'training size')}: {listed}{more}; {_steps(rules, steps.steps_per_epoch)}"
@@ -158,7 +159,7 @@ def encoded_bytes(dataset: DatasetFacts, shapes: Mapping[int, Shown]) -> tuple[i
     `shapes`: as `shapes_of` has them.
     """
     rules = dataset.rules
-    texts = {record.row: record.caption or "" for record in dataset.records}
+    texts = {record.row: record.caption or "" for record in dataset.rows.records}
     tokenizer = rules.captions.tokenizer if rules.captions else None
     captions = [texts[row] for row in shapes]
     states, counted = count_text_states(rules.encoders, tokenizer, captions, list(shapes.values()))

@@ -1,61 +1,43 @@
 """The checks of a dataset, from PATH to report. No torch.
 
-The way of the data: PATH -> listing, table -> records -> paths that can be opened -> facts of files (in workers) ->
-checks -> report. Every step is a function of what came before; printing and the HTML page are elsewhere and read what
-`validate` returns: the `Report` (plain values, which JSON shows) and the `DatasetFacts` (all the evidence behind it:
-captions, sizes and, with `CheckOptions.thumbnails`, thumbnails). set_checks.py has the training sizes and the crops.
+The way of the data: PATH -> rows, read as in training (data/rows.py) -> facts of files (in workers) -> checks ->
+report. Every step is a function of what came before; printing and the HTML page are elsewhere and read what `validate`
+returns: the `Report` (plain values, which JSON shows) and the `DatasetFacts` (all the evidence behind it: captions,
+sizes and, with `CheckOptions.thumbnails`, thumbnails). set_checks.py has the training sizes and the crops.
 
-A new check is a function `(DatasetFacts) -> Iterator[Finding]` in the module of its subject, named in `CHECKS`.
+A new check is a function `(DatasetFacts) -> Iterator[Finding]` in the module of its subject, named in `CHECKS`. What
+training refuses by the metadata alone is found where the rows are read.
 """
 
-import gc
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from diffsynth_core.data.file_index import Listing, list_files, list_named
-from diffsynth_core.data.metadata import locate_metadata
+from diffsynth_core.data.findings import CODES, Finding
+from diffsynth_core.data.metadata import read_metadata
+from diffsynth_core.data.rows import read_rows, without_collecting
 from diffsynth_core.dataset_report.caption_checks import check_captions, check_characters, check_lengths, check_repeated
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import ImageFacts, VideoFacts
-from diffsynth_core.dataset_report.findings import CODES, Finding, Report, Summary, count_levels, in_order
 from diffsynth_core.dataset_report.image_checks import check_images, check_references, check_same, check_sizes
 from diffsynth_core.dataset_report.inspect import Job, Kind, inspect_files
-from diffsynth_core.dataset_report.metadata_checks import (
-    as_on_disk,
-    check_columns,
-    check_rows,
-    check_sampling,
-    check_unused,
-    read_records,
-)
-from diffsynth_core.dataset_report.pair_checks import check_counts, check_identical, check_masks, check_shapes
-from diffsynth_core.dataset_report.path_checks import check_folders, check_unreferenced, present_paths
-from diffsynth_core.dataset_report.rules import Rules, columns_of
+from diffsynth_core.dataset_report.pair_checks import check_identical, check_masks, check_shapes
+from diffsynth_core.dataset_report.report import Report, Summary, count_levels, in_order
+from diffsynth_core.dataset_report.row_checks import check_rows, check_unreferenced
+from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import check_buckets, check_cache
-from diffsynth_core.dataset_report.table import Table, read_table
 from diffsynth_core.dataset_report.video_checks import check_rates, check_single_frames, check_videos
 from diffsynth_core.progress import Reporter
 
-Depth = Literal["metadata", "named", "paths", "files"]
-"""How far a dataset is looked into: rows and captions alone; also whether the files that rows name are there; also what
-else is there; also what the files hold."""
+Depth = Literal["metadata", "paths", "files"]
+"""How far a dataset is looked into: rows and captions alone; also which files are there; also what they hold."""
 
 Check = Callable[[DatasetFacts], Iterator[Finding]]
-ROW_CHECKS: tuple[Check, ...] = (
-    check_captions,
-    check_characters,
-    check_repeated,
-    check_lengths,
-    check_counts,
-    check_sampling,
-)
-PATH_CHECKS: tuple[Check, ...] = (check_folders, check_unreferenced)
+ROW_CHECKS: tuple[Check, ...] = (check_rows, check_captions, check_characters, check_repeated, check_lengths)
 FILE_CHECKS: tuple[Check, ...] = (
     check_images,
     check_sizes,
@@ -72,9 +54,8 @@ FILE_CHECKS: tuple[Check, ...] = (
 )
 CHECKS: Mapping[Depth, tuple[Check, ...]] = {
     "metadata": ROW_CHECKS,
-    "named": ROW_CHECKS,
-    "paths": (*ROW_CHECKS, *PATH_CHECKS),
-    "files": (*ROW_CHECKS, *PATH_CHECKS, *FILE_CHECKS),
+    "paths": (*ROW_CHECKS, check_unreferenced),
+    "files": (*ROW_CHECKS, check_unreferenced, *FILE_CHECKS),
 }
 """What is said of a dataset once it has been looked into so far."""
 
@@ -98,62 +79,24 @@ def validate(
     """Check the dataset in `base`; `given`: its metadata file, where that is not the one that is found there.
 
     Raises:
-        DiffSynthError: when the folder or the file is not there, or the file is no metadata.
+        DiffSynthError: when the folder or the file does not exist, or the file is no metadata.
     """
-    dataset, findings = examine(base, locate_metadata(base, given), rules, options, reporter)
-    with _without_collecting():
-        for check in CHECKS[options.depth]:
-            findings += check(dataset)
+    with without_collecting():
+        metadata = read_metadata(base, given, rules.text, rules.target, rules.kind)
+        columns = rules.columns_among(metadata.columns)
+        look: Literal["cells", "all"] = "cells" if options.depth == "metadata" else "all"
+        dataset = DatasetFacts(read_rows(metadata, columns, look, rules.column_hints), rules)
+    if options.depth == "files":
+        dataset = _decode(dataset, options, reporter)
+    with without_collecting():
+        findings = [*dataset.rows.findings, *(one for check in CHECKS[options.depth] for one in check(dataset))]
     return make_report(dataset, findings, options), dataset
-
-
-def examine(
-    base: Path, metadata: Path | None, rules: Rules, options: CheckOptions, reporter: Reporter
-) -> tuple[DatasetFacts, list[Finding]]:
-    """A dataset looked into, and what was found on the way there.
-
-    `metadata`: its file, whose paths are relative to `base`; None: captions stand beside the files.
-    """
-    listing = list_files(base) if metadata is None else Listing(base)
-    with _without_collecting():
-        table, findings = read_table(base, metadata, rules, listing)
-        columns = columns_of(rules, table.columns)
-        findings += check_unused(base, metadata)
-        findings += check_columns(table, columns, rules.column_hints)
-        findings += check_rows(table)
-        records, of_cells = read_records(table, columns)
-        findings += of_cells
-    dataset = DatasetFacts(table, columns, records, rules)
-    if options.depth == "metadata":
-        return dataset, findings
-    if metadata:
-        named = [name for record in records for names in record.files.values() for name in names]
-        listing = list_named(base, named) if options.depth == "named" else list_files(base, named)
-        records = as_on_disk(records, listing)
-    dataset = replace(dataset, records=records, listing=listing)
-    present, of_paths = present_paths(dataset)
-    findings += of_paths
-    dataset = replace(dataset, present=present)
-    return (_decode(dataset, options, reporter) if options.depth == "files" else dataset), findings
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Put off the search for garbage: rows are many objects and none of them garbage, and going through them again and
-    again takes a third of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _decode(dataset: DatasetFacts, options: CheckOptions, reporter: Reporter) -> DatasetFacts:
     """The same with the facts of all files that can be opened."""
     frames = dataset.rules.media.frames
-    job = Job(dataset.table.base, frames.frame_rate if frames else None, options.thumbnails)
+    job = Job(dataset.rows.metadata.base, frames.frame_rate if frames else None, options.thumbnails)
     kinds = _kinds(dataset)
     facts = inspect_files(job, kinds, options.workers, dataset.rules.thresholds.file_timeout, reporter)
     images = {name: one for name, one in facts.items() if isinstance(one, ImageFacts)}
@@ -164,12 +107,12 @@ def _decode(dataset: DatasetFacts, options: CheckOptions, reporter: Reporter) ->
 def _kinds(dataset: DatasetFacts) -> dict[str, Kind]:
     """What each file is read as, in the order of the rows: a clip where clips are trained on, unless it is an image."""
     kinds: dict[str, Kind] = {}
-    moving = dataset.rules.media.frames is not None or dataset.columns.target == "video"
-    for record in dataset.records:
+    moving = dataset.rules.media.frames is not None or dataset.rows.columns.target == "video"
+    for record in dataset.rows.records:
         for column, names in record.files.items():
             for name in names:
-                if name in dataset.present:
-                    target = moving and column == dataset.columns.target
+                if name in dataset.rows.present:
+                    target = moving and column == dataset.rows.columns.target
                     kinds.setdefault(name, "video" if target else "image")
     return kinds
 
@@ -180,9 +123,9 @@ def make_report(dataset: DatasetFacts, findings: list[Finding], options: CheckOp
     levels = count_levels(ordered)
     counted = Counter(finding.code for finding in ordered)
     summary = Summary(
-        origin=dataset.table.origin,
+        origin=dataset.rows.metadata.origin,
         recipe=dataset.rules.recipe,
-        rows=len(dataset.records),
+        rows=len(dataset.rows.records),
         images=len(dataset.images),
         videos=len(dataset.videos),
         errors=levels["error"],
@@ -196,10 +139,10 @@ def make_report(dataset: DatasetFacts, findings: list[Finding], options: CheckOp
 
 def fingerprint_of(dataset: DatasetFacts) -> str:
     """sha256 over columns and rows and, as far as they are known, the content or else the sizes of files."""
-    table: Table = dataset.table
-    digest = hashlib.sha256(json.dumps(table.columns).encode())
-    width = len(table.columns)
-    for cells in table.rows.values():
+    metadata = dataset.rows.metadata
+    digest = hashlib.sha256(json.dumps(metadata.columns).encode())
+    width = len(metadata.columns)
+    for cells in metadata.rows.values():
         try:
             row = "\x1f".join(cells.values()) if len(cells) == width else json.dumps(cells)
         except TypeError:  # cells of JSON
@@ -207,7 +150,7 @@ def fingerprint_of(dataset: DatasetFacts) -> str:
         digest.update(f"{row}\x1e".encode("utf-8", "surrogatepass"))
     known = {name: image.digest for name, image in dataset.images.items()}
     known |= {name: video.digest for name, video in dataset.videos.items()}
-    sizes = dataset.listing.files if dataset.listing else {}
-    for name in sorted(dataset.present):
+    sizes = dataset.rows.listing.files if dataset.rows.listing else {}
+    for name in sorted(dataset.rows.present):
         digest.update(f"{name} {known.get(name) or sizes[name]}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

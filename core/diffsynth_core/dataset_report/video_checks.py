@@ -7,10 +7,10 @@ beside it in CHECKS of validate.py.
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
+from diffsynth_core.data.findings import Finding, finding
 from diffsynth_core.data.samples import RATE_SPREAD
 from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import VideoFacts
-from diffsynth_core.dataset_report.findings import Finding, finding
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import header_of
 from diffsynth_core.progress import pluralize
@@ -68,7 +68,7 @@ def _lengths(dataset: DatasetFacts) -> dict[str, int]:
     if dataset.rules.media.frames is None:
         return {}
     lengths = {}
-    for path in sorted(dataset.of_columns((dataset.columns.target,))):
+    for path in sorted(dataset.of_columns((dataset.rows.columns.target,))):
         header = header_of(dataset, path)
         if header:
             lengths[path] = _used(header.frames, dataset.rules)

@@ -7,8 +7,9 @@ added after the transformer's blocks.
 from collections.abc import Callable
 from dataclasses import replace
 
+from diffsynth_core.data.conditions import Condition
 from diffsynth_core.models.size_facts import LatentFacts
-from diffsynth_core.models.spec import EncoderFacts, References, Variant
+from diffsynth_core.models.spec import EncoderFacts, Variant
 
 CONTROLNET = "controlnet"
 """Name of the component."""
@@ -19,8 +20,9 @@ CONTROL_LATENTS = "controlnet_latents"
 FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 """Paths of ControlNets in repositories: a folder, or a repository with ControlNet in its name."""
 
-IMAGE = References(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size=None, most=1)
+CONTROL_IMAGE = Condition(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size="target", max_count=1)
 """The control image."""
+
 LATENTS = EncoderFacts(
     name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,), latents=LatentFacts(channels=16, factor=8)
 )
@@ -38,8 +40,8 @@ def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], f
         title=f"{variant.title} with a ControlNet",
         components=(*variant.components, CONTROLNET),
         encoders=(*variant.encoders, LATENTS),
-        references=(IMAGE,),
-        conditions=(CONTROLNET_IMAGE,),
+        conditions=(CONTROL_IMAGE,),
+        accepted_inputs=(CONTROLNET_IMAGE,),
         step_components=(CONTROLNET,),
         extra_unused={CONTROLNET: extra_unused},
     )

@@ -14,7 +14,7 @@ from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
 """The dtype that text encoders compute in, by `mixed_precision`."""
 Shown = Mapping[str, tuple[MediaSize, ...]]
-"""Sizes of the target, by its column, and of reference images, by name of their specification."""
+"""Sizes of the target, by its column, and of conditions, by their names."""
 
 
 @dataclass(frozen=True)

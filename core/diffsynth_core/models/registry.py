@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from diffsynth_core.config.choices import LoraFormat
+from diffsynth_core.data.conditions import Condition
 from diffsynth_core.errors import Problem, suggest
 from diffsynth_core.models.flux.spec import FLUX
 from diffsynth_core.models.flux2.spec import FLUX2
@@ -25,8 +26,11 @@ _IMPLEMENTATIONS = {
 }
 
 
-REFERENCE_COLUMNS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.reference_columns))
-"""Metadata columns of reference images, of all families."""
+CONDITIONS: dict[str, Condition] = {}
+"""Metadata column -> the first condition that a family reads there."""
+for _facts in FAMILIES.values():
+    for _condition in _facts.conditions:
+        CONDITIONS.setdefault(_condition.column, _condition)
 FRAME_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.frame_inputs))
 """Extra inputs that are frames of the target clip, of all families."""
 LATER_INPUTS = tuple(dict.fromkeys(name for facts in FAMILIES.values() for name in facts.later_inputs))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffsynth_core.config.choices import LayoutName, LoraFormat
+from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts, MemoryFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
@@ -133,7 +134,7 @@ class ComponentFacts:
 class EncoderFacts:
     """One step from a sample to what the model takes: which component makes it from which columns.
 
-    `columns`: the caption, what is trained on, and reference images by the name of their `References`.
+    `columns`: the caption, what is trained on, and conditions by their names.
     `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
     `first_frame_only`: of a video it reads the first frame alone.
     `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
@@ -153,50 +154,16 @@ class EncoderFacts:
 
 
 @dataclass(frozen=True)
-class TargetSpec:
-    """The metadata column of what the model is trained on.
-
-    `size_factor`: sides are multiples of it, in pixels.
-    `frame_step`: a video has a multiple of it, and one more, as its number of frames.
-    `usual_pixels`: the area of a frame that the published models were trained at; far smaller files teach them blur.
-    """
-
-    column: str
-    kind: Literal["image", "video"]
-    size_factor: int
-    frame_step: int = 1
-    usual_pixels: int = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class References:
-    """Images of a metadata column that the model is shown beside what it is trained on, read at one size.
-
-    `name`: what encoders call them; a column that is read at two sizes has two of these.
-    `size`: (width, height, `max_pixels`) of an image -> (height, width) that it is scaled to; 0 where it is too small.
-    None: it covers what is trained on and is cut to its size.
-    `factor`: what is read of that has sides of multiples of it, from the centre.
-    `most`: how many a row may have; None: any number.
-    """
-
-    name: str
-    column: str
-    size: Callable[[int, int, int], tuple[int, int]] | None
-    factor: int = 1
-    most: int | None = None
-
-
-@dataclass(frozen=True)
 class Variant:
     """What one kind of a family's models needs.
 
     `model_id`: the published model that stands for it.
     `components`: all that must be there.
-    `references`: images shown; each of their columns is one of the extra inputs asked for.
+    `conditions`: inputs besides caption and target; each of their columns is one of the extra inputs asked for.
     `step_components`: components besides the denoiser that run in every training step, whether they train or not.
     `extra_trainable`: by component, modules that are `unused_params` of the component but trainable in this variant.
     `extra_unused`: by component, names of our modules or tensors -> those without gradient in this variant only.
-    `conditions`: extra inputs (`extra_inputs`) that it accepts. `required_conditions`: those of them that it requires.
+    `accepted_inputs`: extra inputs (`extra_inputs`) that it accepts. `required_inputs`: those of them that it requires.
     `num_conditioning_frames`: latent frames at the start of a clip that stay clean: not noised, not in the loss.
     """
 
@@ -205,12 +172,12 @@ class Variant:
     components: tuple[str, ...]
     encoders: tuple[EncoderFacts, ...]
     target: TargetSpec
-    references: tuple[References, ...] = ()
+    conditions: tuple[Condition, ...] = ()
     step_components: tuple[str, ...] = ()
     extra_trainable: Mapping[str, frozenset[str]] = field(default_factory=dict)
     extra_unused: Mapping[str, Callable[[frozenset[str]], frozenset[str]]] = field(default_factory=dict)
-    conditions: tuple[str, ...] = ()
-    required_conditions: tuple[str, ...] = ()
+    accepted_inputs: tuple[str, ...] = ()
+    required_inputs: tuple[str, ...] = ()
     num_conditioning_frames: int = 0
 
     def unused_params(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
@@ -263,7 +230,7 @@ class FamilyFacts:
     `mirrors`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
     `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
     `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
-    `reference_columns`: extra inputs that are metadata columns of reference images, of any kind of its models.
+    `conditions`: extra inputs that are metadata columns, of any kind of its models.
     `frame_inputs`: extra inputs that are frames of the clip that is trained on, and no columns.
     `later_inputs`: extra inputs of the reference trainer for models of this family that are not supported yet.
     """
@@ -283,7 +250,7 @@ class FamilyFacts:
     second_denoiser: str = ""
     lookalikes: tuple["UnsupportedCheckpoint", ...] = ()
     not_trained: Mapping[str, str] = field(default_factory=dict)
-    reference_columns: tuple[str, ...] = ()
+    conditions: tuple[Condition, ...] = ()
     frame_inputs: tuple[str, ...] = ()
     later_inputs: tuple[str, ...] = ()
 

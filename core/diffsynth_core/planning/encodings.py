@@ -210,8 +210,8 @@ def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: HashCache
     for column in encoder.columns:
         if column == plan.facts.text_column:
             inputs[column] = sample.caption
-        elif column in sample.references:
-            inputs[column] = [_content(crop, memory) for crop in sample.references[column]]
+        elif column in sample.conditions:
+            inputs[column] = [_content(crop, memory) for crop in sample.conditions[column]]
         else:
             inputs[column] = _content(sample.target.first_frame if encoder.first_frame_only else sample.target, memory)
     return inputs

@@ -202,7 +202,7 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
 
     digest = hashlib.sha256()
     for sample in samples.samples:
-        shown = {name: [described(crop) for crop in crops] for name, crops in sample.references.items()}
+        shown = {name: [described(crop) for crop in crops] for name, crops in sample.conditions.items()}
         described_sample = [sample.row, sample.caption, described(sample.target), shown]
         digest.update(
             json.dumps([*described_sample, asdict(sample.sampling)] if sample.sampling else described_sample).encode()

@@ -16,7 +16,7 @@ from diffsynth_core.models.registry import unread_note
 from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, Variant
 from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
-from diffsynth_core.planning.dataset import DatasetCheck, missing_dataset, no_check, read_dataset
+from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
 from diffsynth_core.planning.lora_files import FusedLora, find_fused_lora
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
@@ -99,7 +99,6 @@ def make_plan(
     world_size: int = 1,
     base: Path | None = None,
     without_files: bool = False,
-    check: DatasetCheck = no_check,
 ) -> Plan:
     """Plan a run: reads headers of weight files and images, and decodes the used part of each video once; reads no
     weights.
@@ -107,7 +106,6 @@ def make_plan(
     Args:
         base: folder of downloaded models; None: the default one.
         without_files: report missing model files, dataset and device in the plan instead of raising.
-        check: checks the dataset before it is read.
 
     Raises:
         FaultsFound: all problems of parameters, model files, LoRA targets, dataset and output folder together, and
@@ -129,7 +127,7 @@ def make_plan(
     fused_lora = find_fused_lora(parameters, found, problems) if found else None
     no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
     missing += no_dataset
-    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems, check)
+    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems)
     if task.encodes and not found and "dataset_base_path" in resolved.origins:
         problems += missing_dataset(parameters)
     device, mixed_precision = _choose_machine(parameters, samples, problems, absent)
@@ -259,14 +257,15 @@ def _find_samples(
     encoded: EncodedSamples | None,
     reporter: Reporter,
     problems: list[Problem],
-    check: DatasetCheck,
 ) -> SampleSet | None:
     """Return the samples of the dataset, or those that are already encoded."""
     if encoded:
         return SampleSet(encoded.samples, ())
     if found is None or not TASKS[parameters.task].encodes:
         return None
-    return read_dataset(parameters, found.facts, found.variant, reporter, problems, check)
+    samples, faults = read_dataset(parameters, found.facts, found.variant, reporter)
+    problems += faults
+    return samples
 
 
 def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedSamples | None) -> str:

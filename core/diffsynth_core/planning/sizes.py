@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.models.encoded_sizes import (
@@ -16,7 +17,7 @@ from diffsynth_core.models.encoded_sizes import (
     embedding_dim,
     encoded_size,
 )
-from diffsynth_core.models.spec import EncoderFacts, References
+from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.models.tape import BYTES, MediaSize, StepSizes
 from diffsynth_core.planning.plan import Plan
 
@@ -69,7 +70,7 @@ def cached_encoders(plan: Plan) -> list[EncoderFacts]:
 
 
 def _shown(plan: Plan, sample: Sample) -> Shown:
-    shown = {name: tuple(crop.shape for crop in found) for name, found in sample.references.items()}
+    shown = {name: tuple(crop.shape for crop in found) for name, found in sample.conditions.items()}
     return {plan.variant.target.column: (sample.target.shape,), **shown}
 
 
@@ -112,8 +113,8 @@ def _assumed(plan: Plan) -> RunSizes:
     height, width = parameters.height or side, parameters.width or side
     frames = parameters.num_frames if target.kind == "video" else 1
     images = {
-        reference.name: (_assumed_reference(reference, height, width, parameters.max_pixels),)
-        for reference in plan.variant.references
+        condition.name: (_assumed_size(condition, height, width, parameters.max_pixels),)
+        for condition in plan.variant.conditions
     }
     shown = {target.column: ((frames, height, width),), **images}
     (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
@@ -121,10 +122,10 @@ def _assumed(plan: Plan) -> RunSizes:
     return RunSizes(largest, _encoded(plan, states, shown), counted)
 
 
-def _assumed_reference(reference: References, height: int, width: int, max_pixels: int) -> MediaSize:
-    if reference.size is None:
+def _assumed_size(condition: Condition, height: int, width: int, max_pixels: int) -> MediaSize:
+    if condition.size is None or condition.size == "target":
         return 1, height, width
-    return 1, *reference.size(width, height, max_pixels)
+    return 1, *condition.size(width, height, max_pixels)
 
 
 def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: int) -> StepSizes:

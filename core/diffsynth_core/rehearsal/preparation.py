@@ -85,8 +85,8 @@ def _draw(folder: Path, variant: Variant) -> Path:
     if variant.target.kind == "video":
         return draw_clips(folder / "clips")
     shown = {
-        shown.column: min(SYNTHETIC_REFERENCES, shown.most or SYNTHETIC_REFERENCES) if shown.size else 0
-        for shown in variant.references
+        shown.column: 0 if shown.aligned else min(SYNTHETIC_REFERENCES, shown.max_count or SYNTHETIC_REFERENCES)
+        for shown in variant.conditions
     }
     name = "-".join(["images", *(f"{column}-{most}" for column, most in shown.items())])
     return draw_images(folder / name, shown)
@@ -100,7 +100,7 @@ def _reduced_size(resolved: Resolved, variant: Variant, reporter: Reporter) -> d
         scale = min(1.0, math.sqrt(REHEARSAL_PIXELS / (now.height * now.width)))
         for name, side in (("height", now.height), ("width", now.width)):
             changes[name] = max(REHEARSAL_FACTOR, int(side * scale) // REHEARSAL_FACTOR * REHEARSAL_FACTOR)
-    scaled = not (now.height and now.width) or any(shown.size for shown in variant.references)
+    scaled = not (now.height and now.width) or any(not shown.aligned for shown in variant.conditions)
     if scaled and now.max_pixels > REHEARSAL_PIXELS and not is_flag(resolved, "max_pixels"):
         changes["max_pixels"] = REHEARSAL_PIXELS
     if variant.target.kind == "video" and now.num_frames > REHEARSAL_FRAMES and not is_flag(resolved, "num_frames"):

@@ -12,7 +12,6 @@ from diffsynth_core.checkpoints.run_folder import read_record
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import make_numbered_folder
-from diffsynth_core.planning.dataset import DatasetCheck, no_check
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import Plan, make_plan
@@ -42,13 +41,11 @@ def rehearse(
     reporter: Reporter,
     stop: StopRequest,
     announce: Callable[[Plan], None],
-    check: DatasetCheck = no_check,
 ) -> Rehearsal:
     """Run with tiny weights: half of the steps, a stop, a resume, the other half; then verify the saved files.
 
     Args:
         announce: called with the plan before it is executed.
-        check: checks the dataset before it is read.
 
     Raises:
         FaultsFound: as in planning.
@@ -56,7 +53,7 @@ def rehearse(
     """
     prepared, base = prepare(resolved, reporter)
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
-    plan = _settle_output(make_plan(prepared, reporter, base=base, check=check), resolved)
+    plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
     announce(plan)
     half = min(steps, plan.steps.total_steps) // 2
     proofs = [

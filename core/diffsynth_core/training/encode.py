@@ -34,8 +34,8 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
     for column in encoder.columns:
         if column == plan.facts.text_column:
             loaded[column] = sample.caption
-        elif column in sample.references:
-            loaded[column] = [load_pixel_tensor(crop) for crop in sample.references[column]]
+        elif column in sample.conditions:
+            loaded[column] = [load_pixel_tensor(crop) for crop in sample.conditions[column]]
         else:
             loaded[column] = load_pixel_tensor(sample.target.first_frame if encoder.first_frame_only else sample.target)
     return loaded

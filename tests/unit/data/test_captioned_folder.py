@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from diffsynth_core.data.captioned_folder import sort_folder
+from diffsynth_core.data.conditions import Columns
 from diffsynth_core.data.file_index import list_files
 from diffsynth_core.data.formats import kind_of_file, kind_of_name, media_kind
 from diffsynth_core.data.images import SizeRule, read_image_header
 from diffsynth_core.data.media import MediaRule
 from diffsynth_core.data.metadata import read_metadata
-from diffsynth_core.data.samples import Columns, build_samples
+from diffsynth_core.data.rows import read_rows
+from diffsynth_core.data.samples import build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
@@ -37,10 +39,9 @@ def text(path, content="a gradient"):
 
 def files_of(folder):
     """What training reads of a folder: the target of each row; or the messages of what is wrong."""
-    try:
-        return [row["image"] for row in read_metadata(folder, None, "prompt", "image").rows]
-    except DiffSynthError as error:
-        return [problem.message.replace(f"{folder}/", "") for problem in error.problems]
+    rows = read_rows(read_metadata(folder, None, "prompt", "image"), Columns("prompt", "image"), "named")
+    wrong = [problem.message.removeprefix(f"`{folder}`: ").replace(f"{folder}/", "") for problem in rows.problems()]
+    return wrong or [cells["image"] for cells in rows.metadata.rows.values()]
 
 
 def found_in(folder, depth="paths"):
@@ -53,7 +54,7 @@ def found_in(folder, depth="paths"):
 def test_captions_of_every_spelling_are_read(tmp_path, ending):
     image(tmp_path / "a.png")
     text(tmp_path / f"a.{ending}", "\ufeff a cat\n")
-    assert read_metadata(tmp_path, None, "prompt", "image").rows == ({"image": "a.png", "prompt": "a cat"},)
+    assert read_metadata(tmp_path, None, "prompt", "image").rows == {1: {"image": "a.png", "prompt": "a cat"}}
     assert [code for code, _, _ in found_in(tmp_path)] == []
 
 
@@ -135,7 +136,7 @@ def test_clips_among_images_are_named(tmp_path):
     for name in ("a.txt", "a.mp4", "b.ts", "b.txt"):
         text(tmp_path / name, b"G" * 1000)
     metadata = read_metadata(tmp_path, None, "prompt", "image")
-    assert [row["image"] for row in metadata.rows] == ["a.png"]
+    assert [row["image"] for row in metadata.rows.values()] == ["a.png"]
     assert metadata.notes == (names("2 videos", "a.mp4", "b.ts"),)
 
 
@@ -193,11 +194,10 @@ def rows_of(folder, *names, separator="\n"):
         encoding="utf-8",
         newline="",
     )
-    columns = Columns("prompt", "image", MediaRule(SizeRule(None, None, 1 << 20, 16)))
-    metadata = read_metadata(folder, None, "prompt", "image")
-    found, problems = build_samples(
-        metadata, folder, columns, VideoProbeCache(folder.parent / "memory"), SilentReporter()
-    )
+    rows = read_rows(read_metadata(folder, None, "prompt", "image"), Columns("prompt", "image"), "named")
+    rule, videos = MediaRule(SizeRule(None, None, 1 << 20, 16)), VideoProbeCache(folder.parent / "memory")
+    found, problems = build_samples(rows, rule, videos, SilentReporter())
+    problems = [*rows.problems(), *problems]
     files = [str(sample.target.path.relative_to(folder)) for sample in found.samples]
     return files or [(problem.message.replace(f"{folder}/", ""), problem.hint) for problem in problems]
 
@@ -225,7 +225,7 @@ def test_names_that_differ_in_combining_characters_alone_are_told_apart(tmp_path
         image(folder / name)
     assert rows_of(folder, *both) == both
     between = "\u1eb9\u0302.png"  # composed in a third way: which one is meant?
-    assert rows_of(folder, between)[0][0] == names(between, "does not exist")
+    assert rows_of(folder, between)[0][0] == names(between, "combining characters")
     ((code, _, said),) = [one for one in found_in(folder) if one[0].startswith("PATH")]
     assert code == "PATH_CASE" and said == names("combining characters")
 
@@ -255,7 +255,7 @@ def test_columns_without_a_name(tmp_path, content, columns, said):
         image(tmp_path / name)
     text(tmp_path / "metadata.csv", content)
     metadata = read_metadata(tmp_path, None, "prompt", "image")
-    assert metadata.columns == columns and all(set(row) <= set(columns) for row in metadata.rows)
+    assert metadata.columns == columns and all(set(row) <= set(columns) for row in metadata.rows.values())
     unnamed = [one[2] for one in found_in(tmp_path) if one[0] == "COLUMN_UNKNOWN"]
     assert [part in metadata.notes for part in said] == [True] * len(said) == [part in unnamed for part in said]
     assert len(metadata.notes) == len(unnamed) == len(said)

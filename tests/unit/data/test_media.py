@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.images import ImageHeader, SizeRule
 from diffsynth_core.data.media import (
     FrameRule,
     MediaCrop,
     MediaHeader,
     MediaRule,
-    ReferenceRule,
     choose_reference,
     choose_target,
 )
@@ -80,11 +80,11 @@ def test_whatever_changes_the_pixels_changes_the_identity():
 
 
 def test_a_reference_is_read_at_the_size_of_its_rule():
-    shown = ReferenceRule("shown", "edit_image", lambda width, height, most: (height * 2, width + most), 7, factor=16)
+    shown = Condition("shown", "edit_image", lambda width, height, most: (height * 2, width + most), factor=16)
     header = ImageHeader(100, 50, rotated=False, transparent=False)
     target = MediaCrop(Path("b.png"), 32, 48)
-    found = choose_reference(Path("a.png"), header, shown, target)
+    found = choose_reference(Path("a.png"), header, shown, target, 7)
     assert found == MediaCrop(Path("a.png"), 96, 96, scaled=(100, 107))
     assert len({str(replace(found, scaled=scaled).transform) for scaled in (None, (100, 107), (107, 100))}) == 3
-    over = choose_reference(Path("a.png"), header, replace(shown, size=None), target)
+    over = choose_reference(Path("a.png"), header, replace(shown, size="target"), target, 7)
     assert over == MediaCrop(Path("a.png"), 32, 48), "that of what is trained on"

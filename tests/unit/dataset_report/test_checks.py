@@ -12,10 +12,12 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from diffsynth_core.data.conditions import Columns
+from diffsynth_core.data.findings import CODES
+from diffsynth_core.data.metadata import read_metadata
+from diffsynth_core.data.rows import read_rows
 from diffsynth_core.dataset_report import caption_checks, documents
-from diffsynth_core.dataset_report import validate as module
 from diffsynth_core.dataset_report.facts import ImageFacts
-from diffsynth_core.dataset_report.findings import CODES
 from diffsynth_core.dataset_report.images import difference_hash, examine_image, scaled_down
 from diffsynth_core.dataset_report.near_duplicates import near_images
 from diffsynth_core.dataset_report.rules import Rules
@@ -27,7 +29,7 @@ from diffsynth_core.progress import SilentReporter, format_bytes
 from tests.validation_corpus import rules_of_recipe
 
 ROOT = Path(__file__).parents[3]
-VALIDATION = Path(module.__file__).parent
+CORE = ROOT / "core" / "diffsynth_core"
 COFFEE = Image.fromarray(skimage.data.coffee())
 CHELSEA = Image.fromarray(skimage.data.chelsea())
 ROCKET = Image.fromarray(skimage.data.rocket())
@@ -346,7 +348,10 @@ def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
     (inside / "linked").symlink_to(outside)
     (inside / "coffee.png").symlink_to(outside / "coffee.png")
     (inside / "metadata.csv").write_text("image,prompt\nlinked/coffee.png,a\ncoffee.png,b\n")
-    for depth in ("named", "paths", "files"):
+    rows = read_rows(read_metadata(inside, None, "prompt", "image"), Columns("prompt", "image"), "named")
+    assert [(one.code, one.row) for one in rows.findings] == [("PATH_OUTSIDE", 1), ("PATH_OUTSIDE", 2)]
+    assert rows.present == frozenset() and rows.faulty == {1, 2}
+    for depth in ("paths", "files"):
         report, dataset = validate(inside, Rules(), CheckOptions(depth, workers=1), SilentReporter())
         assert [(one.code, one.row) for one in report.findings] == [("PATH_OUTSIDE", 1), ("PATH_OUTSIDE", 2)], depth
         assert dataset.images == {}
@@ -360,7 +365,8 @@ def test_links_out_of_the_dataset_are_not_followed(tmp_path, monkeypatch):
 
 
 def test_every_code_is_found_by_something():
-    sources = [path.read_text(encoding="utf-8") for path in VALIDATION.glob("*.py") if path.name != "findings.py"]
+    modules = (*(CORE / "data").glob("*.py"), *(CORE / "dataset_report").glob("*.py"))
+    sources = [path.read_text(encoding="utf-8") for path in modules if path.name != "findings.py"]
     named = {code for text in sources for code in re.findall(r'"([A-Z][A-Z0-9_]+)"', text)}
     assert CODES.keys() <= named
 
@@ -372,6 +378,6 @@ def test_the_codes_are_those_of_the_documentation():
 
 
 def _place(code: str) -> tuple[int, int]:
-    from diffsynth_core.dataset_report.findings import SUBJECTS
+    from diffsynth_core.data.findings import SUBJECTS
 
     return list(SUBJECTS).index(CODES[code].subject), list(CODES).index(code)

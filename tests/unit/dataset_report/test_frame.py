@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffsynth_core.data.findings import CODES, LEVELS, SUBJECTS, finding
 from diffsynth_core.dataset_report import inspect
-from diffsynth_core.dataset_report.findings import CODES, LEVELS, SUBJECTS, finding, in_order
 from diffsynth_core.dataset_report.inspect import Job, inspect_files
+from diffsynth_core.dataset_report.report import in_order
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.errors import DiffSynthError

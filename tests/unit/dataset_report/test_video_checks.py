@@ -14,15 +14,18 @@ import psutil
 import pytest
 from PIL import Image
 
+from diffsynth_core.data.conditions import Columns
 from diffsynth_core.data.images import SizeRule
 from diffsynth_core.data.media import FrameRule, MediaRule
+from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.records import Record
+from diffsynth_core.data.rows import Rows
 from diffsynth_core.data.videos import count_frames
-from diffsynth_core.dataset_report.dataset_facts import DatasetFacts, Record
+from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import Fault, VideoFacts
 from diffsynth_core.dataset_report.image_checks import check_sizes
 from diffsynth_core.dataset_report.inspect import Job, inspect_files
-from diffsynth_core.dataset_report.rules import Rules, columns_of
-from diffsynth_core.dataset_report.table import Table
+from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.video_checks import check_rates, check_videos
 from diffsynth_core.dataset_report.videos import examine_video, mean_rate, spacing
 from diffsynth_core.progress import SilentReporter
@@ -218,11 +221,11 @@ AT_16 = replace(RECIPE, frames=replace(RECIPE.frames, frame_rate=16.0))
 
 def findings(media: MediaRule | None, *videos: VideoFacts) -> list[tuple[str, int | None, str, str | None]]:
     """Code, row, message and hint of all that is said of these videos."""
-    rules = Rules(target="video", media=media) if media else Rules(target="video")
-    columns = columns_of(rules, ("video", "prompt"))
+    columns = Columns("prompt", "video")
+    rules = Rules(columns=columns, media=media) if media else Rules(columns=columns)
     records = tuple(Record(row, "x", {"video": (facts.path,)}) for row, facts in enumerate(videos, start=1))
-    table = Table("metadata.csv", Path(), ("video", "prompt"), {})
-    dataset = DatasetFacts(table, columns, records, rules, videos={facts.path: facts for facts in videos})
+    rows = Rows(Metadata("metadata.csv", Path(), ("video", "prompt"), {}), columns, records)
+    dataset = DatasetFacts(rows, rules, videos={facts.path: facts for facts in videos})
     return [
         (one.code, one.row, one.message, one.hint)
         for check in (check_videos, check_rates, check_sizes)

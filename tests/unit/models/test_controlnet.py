@@ -167,16 +167,18 @@ def test_with_an_image_to_follow_the_controlnet_takes_part_in_every_step(family,
     facts = FAMILIES[family]
     plain = facts.variant({}, (), "")
     assert (
-        "controlnet" not in plain.components and "controlnet_image" in plain.conditions and plain.step_components == ()
+        "controlnet" not in plain.components
+        and "controlnet_image" in plain.accepted_inputs
+        and plain.step_components == ()
     )
     for inputs in (("controlnet_image",), ("controlnet_image", other)):
         found = facts.variant({}, inputs, "")
         assert found.components == (*plain.components, "controlnet")
-        assert (found.step_components, found.conditions) == (("controlnet",), ("controlnet_image",)), (
+        assert (found.step_components, found.accepted_inputs) == (("controlnet",), ("controlnet_image",)), (
             f"{other} is told to be too much"
         )
-        (shown,) = found.references
-        assert (shown.column, shown.size, shown.most) == ("controlnet_image", None, 1)
+        (shown,) = found.conditions
+        assert (shown.column, shown.size, shown.max_count) == ("controlnet_image", "target", 1)
         assert found.encoders == (*plain.encoders, control.LATENTS)
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from functools import partial
 
+from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
-from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS, with_controlnet
+from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS, with_controlnet
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.captions import POOLED, TEXT
 from diffsynth_core.models.flux.memory import MEMORY
@@ -18,10 +19,8 @@ from diffsynth_core.models.spec import (
     EncoderFacts,
     FamilyFacts,
     Layout,
-    References,
     ShapeConstraint,
     Shapes,
-    TargetSpec,
     TokenizerFacts,
     UnsupportedCheckpoint,
     Variant,
@@ -70,7 +69,7 @@ def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     )
 
 
-REFERENCES = References(name=KONTEXT_IMAGES, column=KONTEXT_IMAGES, size=kontext_size)
+KONTEXT = Condition(KONTEXT_IMAGES, KONTEXT_IMAGES, kontext_size)
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
@@ -102,8 +101,8 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         components=("dit", "text_encoder_1", "text_encoder_2", "vae"),
         encoders=(*ENCODERS, KONTEXT_LATENTS) if shown else ENCODERS,
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
-        references=(REFERENCES,) if shown else (),
-        conditions=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+        conditions=(KONTEXT,) if shown else (),
+        accepted_inputs=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
     )
     return with_controlnet(plain, _unreached_in_controlnet(transformer)) if controlled else plain
 
@@ -177,7 +176,7 @@ FLUX = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    reference_columns=(KONTEXT_IMAGES, CONTROLNET_IMAGE),
+    conditions=(KONTEXT, CONTROL_IMAGE),
     later_inputs=(
         *("controlnet_inpaint_mask", "controlnet_processor_id", "flux_fill_image", "flux_fill_mask"),
         *("flux_redux_image", "ipadapter_images", "infinityou_id_image", "infinityou_guidance"),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2 import captions, keys
 from diffsynth_core.models.flux2.memory import MEMORY
@@ -15,10 +16,8 @@ from diffsynth_core.models.spec import (
     EncoderFacts,
     FamilyFacts,
     Layout,
-    References,
     ShapeConstraint,
     Shapes,
-    TargetSpec,
     TokenizerFacts,
     UnsupportedCheckpoint,
     Variant,
@@ -55,7 +54,7 @@ TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
 OF_VAE = LatentFacts(channels=128, factor=16)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
 EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",), latents=OF_VAE)
-EDIT_IMAGES = References(name="edit_image", column="edit_image", size=reference_size, factor=SIZE_FACTOR)
+EDIT_IMAGES = Condition("edit_image", "edit_image", reference_size, factor=SIZE_FACTOR)
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
@@ -80,8 +79,8 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
         components=("dit", "text_encoder", "vae"),
         encoders=(replace(TEXT, caption=captions.TEXT[size]), LATENTS, *((EDIT,) if shown else ())),
         target=TargetSpec("image", "image", size_factor=SIZE_FACTOR),
-        references=(EDIT_IMAGES,) if shown else (),
-        conditions=(EDIT_IMAGES.column,),
+        conditions=(EDIT_IMAGES,) if shown else (),
+        accepted_inputs=(EDIT_IMAGES.column,),
     )
 
 
@@ -126,7 +125,7 @@ FLUX2 = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    reference_columns=(EDIT_IMAGES.column,),
+    conditions=(EDIT_IMAGES,),
     memory=MEMORY,
     published=PUBLISHED,
     tokenizers={

@@ -1,6 +1,6 @@
 """What Qwen-Image is made of. No torch."""
 
-from diffsynth_core.models.control import CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS
+from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS
 from diffsynth_core.models.qwen_image.keys import (
     DIT_BLOCKS,
     DIT_MODULES,
@@ -14,7 +14,7 @@ from diffsynth_core.models.qwen_image.keys import (
 )
 from diffsynth_core.models.qwen_image.memory import MEMORY
 from diffsynth_core.models.qwen_image.sizes import PUBLISHED
-from diffsynth_core.models.qwen_image.variants import EDIT_IMAGE, variant
+from diffsynth_core.models.qwen_image.variants import EDIT, EDIT_IMAGE, EDIT_SMALL, variant
 from diffsynth_core.models.spec import (
     ComponentFacts,
     FamilyFacts,
@@ -95,7 +95,7 @@ QWEN_IMAGE = FamilyFacts(
     denoiser="dit",
     variant=variant,
     text_column="prompt",
-    reference_columns=(EDIT_IMAGE, CONTROLNET_IMAGE),
+    conditions=(EDIT, EDIT_SMALL, CONTROL_IMAGE),
     later_inputs=(
         *("blockwise_controlnet_image", "blockwise_controlnet_inpaint_mask", "context_image", "layer_input_image"),
         *("layer_num", "eligen_entity_prompts", "eligen_entity_masks"),

@@ -3,15 +3,16 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.models.control import CONTROLNET_IMAGE, with_controlnet
 from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT, TEXT
 from diffsynth_core.models.qwen_image.keys import dead_in_controlnet
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
-from diffsynth_core.models.spec import EncoderFacts, References, Shapes, TargetSpec, Variant
+from diffsynth_core.models.spec import EncoderFacts, Shapes, Variant
 
 EDIT_IMAGE = "edit_image"
 """Extra input and metadata column of reference images, and name of their latents' input."""
@@ -35,7 +36,7 @@ TEXT_TO_IMAGE = Variant(
     components=COMPONENTS,
     encoders=(EncoderFacts(name="text", component="text_encoder", columns=("prompt",), caption=TEXT), LATENTS),
     target=IMAGE,
-    conditions=(EDIT_IMAGE, CONTROLNET_IMAGE),
+    accepted_inputs=(EDIT_IMAGE, CONTROLNET_IMAGE),
 )
 """The text-to-image variant."""
 
@@ -109,6 +110,10 @@ def edit_size(ratio: float, area: float) -> tuple[int, int]:
     return (0, 0) if max(sides) > MAX_ASPECT_RATIO * min(sides) else (sides[0], sides[1])
 
 
+EDIT = Condition(EDIT_IMAGE, EDIT_IMAGE, vae_size)
+EDIT_SMALL = Condition(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
+
+
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
     """Return the variant: with a ControlNet or for editing if the extra inputs say so, otherwise text to image.
 
@@ -122,8 +127,6 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 def edit_variant(model: EditModel) -> Variant:
     """Return the variant of an editing model, which uses the vision tower of its text encoder."""
-    shown = References(EDIT_IMAGE, EDIT_IMAGE, vae_size, most=1 if model.one_image else None)
-    small = References(EDIT_IMAGE_SMALL, EDIT_IMAGE, prompt_size)
     name, read, facts = (
         ("edit_text", EDIT_IMAGE, EDIT_TEXT)
         if model.one_image
@@ -136,7 +139,7 @@ def edit_variant(model: EditModel) -> Variant:
         components=COMPONENTS,
         encoders=(text, LATENTS, EDIT_LATENTS),
         target=IMAGE,
-        references=(shown,) if model.one_image else (shown, small),
+        conditions=(replace(EDIT, max_count=1),) if model.one_image else (EDIT, EDIT_SMALL),
         extra_trainable={"text_encoder": frozenset({"model.visual"})},
-        conditions=(EDIT_IMAGE,),
+        accepted_inputs=(EDIT_IMAGE,),
     )

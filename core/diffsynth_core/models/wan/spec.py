@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from diffsynth_core.data.conditions import TargetSpec
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.size_facts import EmbeddingSpec, LatentFacts
 from diffsynth_core.models.spec import (
@@ -12,7 +13,6 @@ from diffsynth_core.models.spec import (
     Layout,
     ShapeConstraint,
     Shapes,
-    TargetSpec,
     TokenizerFacts,
     UnsupportedCheckpoint,
     Variant,
@@ -124,8 +124,8 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         components=("dit", "text_encoder", "vae", *(("image_encoder",) if image_encoder else ())),
         encoders=(TEXT, latents, *((image,) if image_encoder else ())),
         target=CLIPS,
-        conditions=FRAMES,
-        required_conditions=FRAMES if two_images else FRAMES[:1],
+        accepted_inputs=FRAMES,
+        required_inputs=FRAMES if two_images else FRAMES[:1],
     )
 
 
@@ -142,7 +142,7 @@ def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
         components=("dit", "text_encoder", "vae"),
         encoders=(TEXT, given if shown else replace(LATENTS, latents=latents)),
         target=TargetSpec("video", "video", size_factor=32, frame_step=FRAMES_PER_LATENT),
-        conditions=FRAMES[:1],
+        accepted_inputs=FRAMES[:1],
         num_conditioning_frames=1 if shown else 0,
     )
 

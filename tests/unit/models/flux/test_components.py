@@ -223,8 +223,8 @@ def test_all_transformers_with_guidance_can_be_shown_images(origin, title, model
         variant = FLUX.variant({"dit": shapes}, inputs, origin)
         assert (variant.title, variant.model_id) == (title, model_id)
         assert variant.components == ("dit", "text_encoder_1", "text_encoder_2", "vae")
-        assert (variant.conditions, variant.required_conditions) == (("kontext_images", "controlnet_image"), ())
-        assert tuple(reference.column for reference in variant.references) == inputs
+        assert (variant.accepted_inputs, variant.required_inputs) == (("kontext_images", "controlnet_image"), ())
+        assert tuple(reference.column for reference in variant.conditions) == inputs
         made = [encoder.name for encoder in variant.encoders]
         assert made == ["text_1", "text_2", "latents", *(["kontext_latents"] if inputs else [])]
 

@@ -184,10 +184,10 @@ def test_klein_9b_is_told_by_its_single_blocks():
 
 def test_reference_images_are_there_when_asked_for():
     without, shown = variant({}, (), ""), variant({}, ("edit_image",), "")
-    assert without.references == () and [encoder.name for encoder in without.encoders] == ["text", "latents"]
-    assert [reference.column for reference in shown.references] == ["edit_image"]
+    assert without.conditions == () and [encoder.name for encoder in without.encoders] == ["text", "latents"]
+    assert [reference.column for reference in shown.conditions] == ["edit_image"]
     assert [encoder.name for encoder in shown.encoders] == ["text", "latents", "edit_image"]
-    assert without.conditions == shown.conditions == ("edit_image",)
+    assert without.accepted_inputs == shown.accepted_inputs == ("edit_image",)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_without_images_to_edit_every_model_makes_images_from_text():
     variants = {QWEN_IMAGE.variant({}, (), f"Qwen/Qwen-Image{name}:x").model_id for name in ("", "-Edit", "-Edit-2511")}
     assert variants == {"Qwen/Qwen-Image"}
     found = QWEN_IMAGE.variant({}, (), "")
-    assert (found.conditions, found.required_conditions, found.references, dict(found.extra_trainable)) == (
+    assert (found.accepted_inputs, found.required_inputs, found.conditions, dict(found.extra_trainable)) == (
         ("edit_image", "controlnet_image"),
         (),
         (),
@@ -60,8 +60,8 @@ def test_without_images_to_edit_every_model_makes_images_from_text():
 def test_the_first_model_is_shown_one_image_at_one_size():
     found = QWEN_IMAGE.variant({}, ("edit_image",), "Qwen/Qwen-Image-Edit:transformer/x")
     assert found.title == "Qwen-Image-Edit"
-    (shown,) = found.references
-    assert (shown.name, shown.column, shown.factor, shown.most) == ("edit_image", "edit_image", 1, 1)
+    (shown,) = found.conditions
+    assert (shown.name, shown.column, shown.factor, shown.max_count) == ("edit_image", "edit_image", 1, 1)
     assert shown.size is vae_size
     assert {encoder.name: encoder.columns for encoder in found.encoders} == {
         "edit_text": ("prompt", "edit_image"),
@@ -75,7 +75,7 @@ def test_the_first_model_is_shown_one_image_at_one_size():
 )
 def test_the_later_models_are_shown_any_number_at_two_sizes(origin):
     found = QWEN_IMAGE.variant({}, ("edit_image",), origin)
-    assert [(one.name, one.column, one.factor, one.most, one.size) for one in found.references] == [
+    assert [(one.name, one.column, one.factor, one.max_count, one.size) for one in found.conditions] == [
         ("edit_image", "edit_image", 1, None, vae_size),
         ("edit_image_small", "edit_image", 1, None, prompt_size),
     ]

@@ -1,13 +1,12 @@
-"""What the checks of a dataset find: every code that there is, and findings as values. No torch.
+"""What is found in a dataset: every code that there is, and findings as values. No torch.
 
 `CODES` is the one declaration of the codes; docs/dataset_checks.md is generated from it. A check makes a finding with
-`finding`, which takes the level from the table.
+`finding`, which takes the level from the table. Training refuses what is an error; `dataset validate` reports all.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -173,69 +172,3 @@ def finding(
 ) -> Finding:
     """A finding of a code, with the level of that code unless this one is of another."""
     return Finding(code, level or CODES[code].level, row, path, message, hint)
-
-
-def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Findings with the worst first, then grouped by code in the order of the table, then by row and path."""
-    places = {code: place for place, code in enumerate(CODES)}
-    return tuple(
-        sorted(
-            findings,
-            key=lambda finding: (
-                LEVELS.index(finding.level),
-                places[finding.code],
-                finding.row or 0,
-                finding.path or "",
-            ),
-        )
-    )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of a report.
-
-    `origin`: where the rows were read. `codes`: findings by code. `decoded`: whether files were looked into.
-    """
-
-    origin: str
-    recipe: str | None
-    rows: int
-    images: int
-    videos: int
-    errors: int
-    warnings: int
-    infos: int
-    codes: Mapping[str, int]
-    decoded: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of the checks; `findings` stand in the order of `in_order`.
-
-    `fingerprint`: sha256 of rows and files; the same dataset has the same one, wherever it lies.
-    """
-
-    summary: Summary
-    fingerprint: str
-    findings: tuple[Finding, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0 without errors, 1 with."""
-        return 1 if self.summary.errors else 0
-
-    def as_plain(self) -> dict[str, Any]:
-        """The report as `--format json` prints it; `pictures` is the name that `images` had first, kept for scripts."""
-        return {
-            "summary": asdict(self.summary) | {"pictures": self.summary.images},
-            "fingerprint": self.fingerprint,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-
-
-def count_levels(findings: Sequence[Finding]) -> dict[Level, int]:
-    """How many findings there are of each level."""
-    counted = Counter(finding.level for finding in findings)
-    return {level: counted[level] for level in LEVELS}

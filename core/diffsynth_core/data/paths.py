@@ -1,19 +1,18 @@
-"""Codes of paths: PATH_MISSING to URL. Paths are looked up in the listing; nothing that leaves the dataset is opened.
-No torch.
+"""The files that rows name, found in the listing of the folder: PATH_MISSING to URL. No torch.
+
+Nothing that leaves the dataset is opened.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from unicodedata import normalize
 
 from diffsynth_core.data.file_index import Listing, letters
+from diffsynth_core.data.findings import Finding, Level, finding
 from diffsynth_core.data.formats import kind_of_name
-from diffsynth_core.data.metadata import SHOWN_OF_A_PATH
-from diffsynth_core.data.samples import WRITE_SLASHES
-from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
-from diffsynth_core.dataset_report.findings import Finding, Level, finding
+from diffsynth_core.data.records import Record
 from diffsynth_core.errors import suggest, truncate
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -21,6 +20,9 @@ WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 SUGGESTED = 20
 SUGGESTED_FROM = 2000
 """Near names are looked for so many times, and among so many files: comparing names is slow."""
+SHOWN_OF_A_PATH = 200
+"""How many characters of a path a message shows: a cell may hold a whole caption instead."""
+WRITE_SLASHES = "use `/` between folders"
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,12 @@ class _Fault:
     hint: str
 
 
-def present_paths(dataset: DatasetFacts) -> tuple[frozenset[str], list[Finding]]:
+def present_paths(records: Sequence[Record], listing: Listing) -> tuple[frozenset[str], list[Finding]]:
     """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
-    listing = dataset.listing
-    assert listing is not None
-    named = _named(dataset)
+    named = frozenset(name for record in records for names in record.files.values() for name in names)
     present: set[str] = set()
     findings: list[Finding] = []
-    for record in dataset.records:
+    for record in records:
         for column, names in record.files.items():
             for name in names:
                 if name in present:
@@ -46,9 +46,8 @@ def present_paths(dataset: DatasetFacts) -> tuple[frozenset[str], list[Finding]]
                 if fault is None:
                     present.add(name)
                 else:
-                    what = (
-                        f"row {record.row}: column `{column}` names `{truncate(name, SHOWN_OF_A_PATH)}`, {fault.what}"
-                    )
+                    shown = truncate(name, SHOWN_OF_A_PATH)
+                    what = f"row {record.row}: column `{column}` names `{shown}`, {fault.what}"
                     findings.append(finding(fault.code, what, fault.hint, row=record.row, path=name))
     return frozenset(present), findings
 
@@ -105,32 +104,25 @@ def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
     return stems[meant] if meant else None
 
 
-def _named(dataset: DatasetFacts) -> frozenset[str]:
-    """The paths that rows name."""
-    return frozenset(name for record in dataset.records for names in record.files.values() for name in names)
-
-
-def check_folders(dataset: DatasetFacts) -> Iterator[Finding]:
-    """FOLDER_UNREADABLE."""
-    for folder, reason in sorted(dataset.listing.unread.items() if dataset.listing else ()):
+def unread_folders(listing: Listing, beside: bool) -> Iterator[Finding]:
+    """FOLDER_UNREADABLE; an error where each media file is a row, because captions stand `beside` them."""
+    for folder, reason in sorted(listing.unread.items()):
         what = f"the folder `{folder}` cannot be read: {reason}"
         hint = "check its permissions, or move it out of the dataset"
-        level: Level = "error" if dataset.table.beside else "warning"
+        level: Level = "error" if beside else "warning"
         yield finding("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
 
 
-def check_unreferenced(dataset: DatasetFacts) -> Iterator[Finding]:
-    """FILE_UNREFERENCED: media that no row of the metadata names; of captions beside files, table.py tells."""
-    listing = dataset.listing
-    if listing is None or not dataset.records or dataset.table.beside:
-        return
-    named = _named(dataset)
-    used = named | {listing.links[name] for name in named if name in listing.links}
-    for name in sorted(listing.files.keys() - used):
-        if kind_of_name(name) in ("image", "clip", "unsupported"):
-            yield finding(
-                "FILE_UNREFERENCED",
-                f"no row uses `{name}`",
-                "add a row for it, or move it out of the dataset",
-                path=name,
-            )
+def as_on_disk(records: Sequence[Record], listing: Listing) -> tuple[Record, ...]:
+    """The rows with the names of files as the disk spells them: without blanks at the ends, and accents as there."""
+    return tuple(
+        record
+        if all(name in listing.files for names in record.files.values() for name in names)
+        else record._replace(
+            files={
+                column: tuple(listing.find(name) or name.strip() for name in names)
+                for column, names in record.files.items()
+            }
+        )
+        for record in records
+    )

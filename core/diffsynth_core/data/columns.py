@@ -1,0 +1,71 @@
+"""Codes COLUMN_MISSING and COLUMN_UNKNOWN: the columns of a dataset against those that are read. No torch."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from diffsynth_core.data.conditions import Columns
+from diffsynth_core.data.findings import Finding, finding
+from diffsynth_core.data.formats import kind_of_name
+from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.errors import list_names, suggest, truncate
+
+LEAVE_OUT = "remove or rename it"
+"""What to do about a column that is not read."""
+OTHER_NAMES = {
+    "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
+    "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
+    "prompt": ("text", "caption", "captions", "description"),
+}
+"""Columns by the names that other programs give them."""
+
+
+def check_columns(metadata: Metadata, columns: Columns, hints: Mapping[str, str]) -> Iterator[Finding]:
+    """COLUMN_MISSING and COLUMN_UNKNOWN; a column under a near name is reported as missing only.
+
+    `hints`: column -> what to do when it is there and not read.
+    """
+    if not metadata.columns:
+        return
+    unknown = columns.unknown(metadata.columns)
+    for name in columns.required:
+        if name in metadata.columns:
+            continue
+        near = _near_column(name, unknown)
+        if near:
+            unknown.remove(near)
+        what, hint = _missing_column(metadata, name, columns.required, near)
+        yield finding("COLUMN_MISSING", what, hint)
+    for name in unknown if not _lacks_header(metadata.columns) else ():
+        yield unread_column(metadata.origin, name, columns, hints.get(name, LEAVE_OUT))
+
+
+def unread_column(origin: str, name: str, columns: Columns, hint: str) -> Finding:
+    """COLUMN_UNKNOWN of one column that is not read."""
+    known = list_names(columns.known, 12)
+    what = f"`{origin}` has the column `{truncate(name)}`, which is not read; columns that are read: {known}"
+    return finding("COLUMN_UNKNOWN", what, hint)
+
+
+def _missing_column(metadata: Metadata, name: str, required: Sequence[str], near: str | None) -> tuple[str, str]:
+    """What to say of one of the columns `required` that is not there, and what to do; `near`: one that may be meant."""
+    if metadata.beside:
+        listed = ", ".join(f"`{one}`" for one in required)
+        what = f"`{metadata.origin}` has no column `{name}`, which requires a metadata file"
+        return what, f"write a metadata.csv with the columns {listed}"
+    present = list_names([truncate(one) for one in metadata.columns])
+    what = f"`{metadata.origin}` has no column `{name}`; it has {present}"
+    if near:
+        return what, f"rename `{near}`"
+    if _lacks_header(metadata.columns):
+        return what, f"add a header line `{','.join(required)}`"
+    return what, "add the column"
+
+
+def _near_column(name: str, others: Iterable[str]) -> str | None:
+    """Which of the columns `others` may be meant by one that is not there."""
+    others = list(others)
+    return suggest(name, others) or next((one for one in others if one.lower() in OTHER_NAMES.get(name, ())), None)
+
+
+def _lacks_header(columns: Sequence[str]) -> bool:
+    """Whether what should name the columns is a row: it names a file."""
+    return any(kind_of_name(name) in ("image", "clip") for name in columns)

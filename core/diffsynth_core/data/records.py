@@ -1,0 +1,147 @@
+"""The cells of a dataset read: captions, file names, and how a sampler made the image. No torch.
+
+What a cell must not hold is an error here, once: for training, which refuses the row, and for `dataset validate`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from posixpath import normpath
+from typing import Any, NamedTuple
+
+from diffsynth_core.data.conditions import Columns
+from diffsynth_core.data.findings import Finding, finding
+from diffsynth_core.data.metadata import Metadata
+from diffsynth_core.data.sampling import SAMPLING_CODE, Sampling, read_sampling
+from diffsynth_core.data.texts import MAX_CAPTION_CHARACTERS
+from diffsynth_core.errors import DiffSynthError, truncate
+from diffsynth_core.json_files import InvalidJson, parse_json
+
+MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
+"""What programs write where a value is missing, in small letters."""
+LONGEST_MISSING = max(map(len, MISSING_VALUES))
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character outside the basic plane, which no text encoder takes."""
+
+
+class Record(NamedTuple):
+    """A row whose cells have been read.
+
+    `caption`: None where there is no text. `files`: paths by column, relative to the folder of the dataset and
+    normalised; a column whose cell is empty or wrong is left out.
+    """
+
+    row: int
+    caption: str | None
+    files: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All cells that were read: the rows, and how a sampler made their images, by row, where that is read."""
+
+    records: tuple[Record, ...]
+    sampling: Mapping[int, Sampling]
+    findings: tuple[Finding, ...]
+
+
+def read_cells(metadata: Metadata, columns: Columns) -> Cells:
+    """The rows with their cells read.
+
+    Findings: CELL_EMPTY, CELL_TYPE, PAIR_MISSING and PAIR_COUNT of cells that name files; CELL_TYPE, CAPTION_NAN and,
+    for an unpaired surrogate, CAPTION_CONTROL_CHARS of captions; CELL_TYPE of the settings of a sampler.
+    """
+    findings: list[Finding] = []
+    records: list[Record] = []
+    sampling: dict[int, Sampling] = {}
+    media = [name for name in columns.media if name in metadata.columns]
+    has_text = columns.text in metadata.columns
+    sampled = columns.sampling and set(columns.sampling) <= set(metadata.columns)
+    for row, cells in metadata.rows.items():
+        files = {}
+        for column in media:
+            names = _read_names(cells.get(column), row, column, columns, findings)
+            if names:
+                files[column] = names
+        unread = metadata.beside and columns.text not in cells  # the text file has been found missing or unreadable
+        caption = (
+            _read_caption(cells.get(columns.text), row, columns.text, findings) if has_text and not unread else None
+        )
+        records.append(Record(row, caption, files))
+        if sampled:
+            try:
+                sampling[row] = read_sampling(cells, f"row {row}")
+            except DiffSynthError as error:
+                findings += [finding(SAMPLING_CODE, one.message, one.hint, row=row) for one in error.problems]
+    return Cells(tuple(records), sampling, tuple(findings))
+
+
+def _read_names(value: Any, row: int, column: str, columns: Columns, findings: list[Finding]) -> tuple[str, ...]:
+    """The files that a cell names."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text and text[0] != "[":
+            return (normalised(value),)
+        with suppress(InvalidJson):  # a file name may begin with a bracket
+            value = parse_json(text, finite=False) if text else ""
+    names = value if isinstance(value, list) else [value]
+    if not names or any(_is_empty(name) for name in names):
+        if len(names) > 1 or column in columns.required_media:
+            code = "PAIR_MISSING" if column in columns.references else "CELL_EMPTY"
+            what = f"row {row}: column `{column}` is empty"
+            findings.append(finding(code, what, "add the file, or remove the row", row=row))
+        return ()
+    if not all(isinstance(name, str) for name in names):
+        what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a path"
+        findings.append(finding("CELL_TYPE", what, "write the path as a string", row=row))
+        return ()
+    _check_count(names, row, column, columns, findings)
+    return tuple(map(normalised, names))
+
+
+def _check_count(names: Sequence[str], row: int, column: str, columns: Columns, findings: list[Finding]) -> None:
+    limit = columns.max_counts[column] if len(names) > 1 else None
+    if limit is not None and len(names) > limit:
+        what = f"row {row}: column `{column}` lists {len(names)} files, expected {limit}"
+        findings.append(finding("PAIR_COUNT", what, "write one row per file", row=row))
+
+
+def _read_caption(value: Any, row: int, column: str, findings: list[Finding]) -> str | None:
+    """The caption as it stands; None where the cell holds something else, blank where it holds nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value != value:  # the NaN that tables are exported with
+        value = str(value)
+    if not isinstance(value, str):
+        what = f"row {row}: column `{column}` holds `{truncate(json.dumps(value))}`, expected a string"
+        findings.append(finding("CELL_TYPE", what, "write the caption as a string", row=row))
+        return None
+    if len(value) > MAX_CAPTION_CHARACTERS:
+        what = f"row {row}: column `{column}` has {len(value)} characters, expected at most {MAX_CAPTION_CHARACTERS}"
+        findings.append(finding("CELL_TYPE", what, "shorten the caption", row=row))
+        return None
+    stripped = value.strip()
+    if len(stripped) <= LONGEST_MISSING and stripped.lower() in MISSING_VALUES:
+        what = f"row {row}: the caption is `{stripped}`, a placeholder for a missing value"
+        findings.append(finding("CAPTION_NAN", what, "write the caption", row=row))
+    half = None if value.isascii() else SURROGATE.search(value)
+    if half:
+        what = f"row {row}: the caption contains an unpaired surrogate (U+{ord(half[0]):04X})"
+        findings.append(finding("CAPTION_CONTROL_CHARS", what, "fix the caption", row=row, level="error"))
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell names nothing: blank, null, or the NaN that tables are exported with."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
+    )
+
+
+def normalised(name: str) -> str:
+    """A path without `.` and doubled slashes; what leads out of the folder still does. An address stays as it is."""
+    if "://" in name:
+        return name
+    return normpath(name) if "." in name[:2] or "//" in name or "/." in name else name
