@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from diffsynth_core.config.choices import LoraFormat, WeightDtype
+from diffsynth_core.config.choices import LoraFormat, MixedPrecision, WeightDtype
 from diffsynth_core.config.gpu_memory import MEMORY_WORDS, memory_bytes
 from diffsynth_core.json_files import InvalidJson, parse_json
 
@@ -296,7 +296,7 @@ class Parameters(BaseModel):
         changes="speed",
         documented=False,
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = _setting(
+    mixed_precision: MixedPrecision | None = _setting(
         None,
         "run",
         "choice",

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, LatentFacts
 from diffsynth_core.models.spec import EncoderFacts, Shapes
 from diffsynth_core.models.tape import BYTES, MediaSize
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 
-NARROW = {"no": "float32", "bf16": "bfloat16", "fp16": "float32"}
-"""The dtype that text encoders compute in, by `mixed_precision`."""
 Shown = Mapping[str, tuple[MediaSize, ...]]
 """Sizes of the target, by its column, and of conditions, by their names."""
 
@@ -32,7 +31,7 @@ class EncodedSize:
 
     def bytes_in(self, precision: str) -> int:
         """Bytes, with what text encoders make in their own format at this `mixed_precision`."""
-        return self.wide * BYTES["float32"] + self.narrow * BYTES[NARROW[precision]]
+        return self.wide * BYTES["float32"] + self.narrow * BYTES[ENCODER_DTYPES[precision]]
 
 
 def encoded_size(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
 TRAINING_STEPS = 1000
@@ -100,10 +101,12 @@ class Family(ABC):
 
 
 def encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of frozen encoders: that of the run, but float32 for fp16, whose range they overflow."""
-    return torch.float32 if mixed_precision == "fp16" else frozen_dtype(mixed_precision)
+    """The dtype of frozen encoders."""
+    dtype: torch.dtype = getattr(torch, ENCODER_DTYPES[mixed_precision])
+    return dtype
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
     """The dtype of frozen weights and of the computation."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[mixed_precision])
+    return dtype

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffsynth_core.config.choices import COMPUTE_DTYPES
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
@@ -17,8 +18,6 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.weights.base_files import FLOAT8
 
-DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The dtype of frozen weights and of the computation, by `mixed_precision`."""
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = 8
 """Of AdamW for each trained number: two moments in float32."""
@@ -209,7 +208,7 @@ def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
     adapters = lora_numbers(plan, choice.rank)
     trained = adapters + full_numbers(plan)
     denoiser = networks[plan.facts.denoiser]
-    autocast = None if choice.precision == "no" else DTYPES[choice.precision]
+    autocast = None if choice.precision == "no" else COMPUTE_DTYPES[choice.precision]
     tape = Tape(denoiser, autocast, choice.device, choice.recompute)
     plan.facts.memory.play(tape, choice.sizes)
     rounds = max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
@@ -251,7 +250,7 @@ def _network(plan: Plan, component: str, choice: Choice) -> Network:
     trained, masters = trained_weights(plan, component), _masters(plan, component)
     float8 = {name for name in layers_of_blocks(shapes) if wide.isdisjoint(name.split("."))}
     narrow = frozenset(float8) if component in choice.float8 else frozenset[str]()
-    return Network(shapes, DTYPES[choice.precision], trained, masters, lora, narrow, wide)
+    return Network(shapes, COMPUTE_DTYPES[choice.precision], trained, masters, lora, narrow, wide)
 
 
 def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
@@ -264,7 +263,7 @@ def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
     for name in frozen:
         precision = "no" if choice.precision == "fp16" else choice.precision
         weights = network_bytes(_network(plan, name, replace(choice, precision=precision)))
-        maps = _maps(plan, name, choice.sizes.images) * BYTES[DTYPES[precision]]
+        maps = _maps(plan, name, choice.sizes.images) * BYTES[COMPUTE_DTYPES[precision]]
         found.append(EncodingMemory(name, weights, maps))
     return tuple(found)
 

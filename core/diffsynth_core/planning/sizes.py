@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from diffsynth_core.config.choices import ENCODER_DTYPES
 from diffsynth_core.data.conditions import Condition
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import Sample
 from diffsynth_core.models.encoded_sizes import (
-    NARROW,
     EncodedSize,
     Shown,
     caption_encoder,
@@ -86,7 +86,7 @@ def _text_states(plan: Plan, samples: Sequence[Sample], shown: Sequence[Shown]) 
 
 def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:
     """States that files of an encoder hold, whose heads are smaller than a state."""
-    each = width * BYTES[NARROW[encoded.origin.precision.partition(",")[0]]]
+    each = width * BYTES[ENCODER_DTYPES[encoded.origin.precision.partition(",")[0]]]
     return [files[encoder].bytes // each for files in encoded.files]
 
 
