@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise DiffSynthError(f"`{path}` is larger than {MAX_BYTES} bytes", "pass a file of parameters")
+            raise DiffSynthError(f"`{path}` is larger than {MAX_BYTES} bytes", "pass a configuration file")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise DiffSynthError(f"cannot read `{path}`: {error.strerror}", "correct the path") from error

@@ -134,13 +134,13 @@ def _resumed(
     ]
     if record.diverged_step:
         notes.append(
-            f"the loss of step {record.diverged_step} of the previous run was not finite: it will be so again unless "
+            f"the loss of step {record.diverged_step} of the previous run was not finite, and will be again unless "
             "`learning_rate` or another optimizer parameter changes"
         )
     if steps and parameters.lr_scheduler != "constant" and record.total_steps != steps.total_steps:
         notes.append(
             f"the {parameters.lr_scheduler} schedule now ends at step {steps.total_steps}, "
-            f"before at {record.total_steps}: the learning rate jumps here"
+            f"previously at {record.total_steps}: the learning rate jumps here"
         )
     lost = [
         f"the state after step {state.step} is damaged ({state.reason}): {pluralize(state.step - done, 'step')} "

@@ -45,7 +45,7 @@ def check_component(name: str, parameter: str, found: FoundComponents, problems:
         part = next((component for component in found.facts.components if name in component.parts), None)
         near = suggest(name, known)
         if part:
-            hint = f"here it is called `{part.parts[name] if parameter == PARAMETER else part.name}`"
+            hint = f"use `{part.parts[name] if parameter == PARAMETER else part.name}`"
         else:
             hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
         problems.append(

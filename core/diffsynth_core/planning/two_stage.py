@@ -232,9 +232,9 @@ def check_precompute_output(parameters: Parameters, now: Mapping[str, Any], prob
     after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
     for name, value in after.items():
         if before.get(name) != value:
-            what = f"`output_path` `{folder}` contains samples encoded with other settings: {_difference(name, before.get(name), value)}"
+            what = f"`output_path` `{folder}` contains samples encoded with other parameters: {_difference(name, before.get(name), value)}"
             problems.append(
-                Problem(what, "choose another `--output_path`, or encode with the same settings", wrong_use=True)
+                Problem(what, "choose another `--output_path`, or encode with the same parameters", wrong_use=True)
             )
             return
 
