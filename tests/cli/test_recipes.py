@@ -10,6 +10,7 @@ from diffsynth_core.config.documents import command_line, documented_values
 from diffsynth_core.config.parameters import SETTINGS
 from diffsynth_core.config.recipes import NOT_IN_RECIPES, recipe_names
 from tests.documented_recipes import DEFAULTS, FAMILIES, REFERENCE, STAGED
+from tests.naming import names
 
 
 def show(cli, name: str, output_format: str) -> str:
@@ -120,15 +121,16 @@ def test_a_command_line_gives_the_values_it_was_made_from(parse, values):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("qwen-image-lorra", "did you mean `qwen-image-lora`?"),
-        ("zzz", "see `diffsynth recipe list`"),
-        ("../recipes/qwen-image-lora", "did you mean `qwen-image-lora`?"),
+        ("qwen-image-lorra", names("qwen-image-lora")),
+        ("zzz", names("diffsynth recipe list")),
+        ("../recipes/qwen-image-lora", names("qwen-image-lora")),
     ],
 )
-def test_unknown_recipe(cli, name, hint):
+def test_unknown_recipe(says, cli, name, hint):
     outcome = cli("recipe", "show", name)
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: there is no recipe `{name}`\n  hint: {hint}\n"
+    assert outcome.err == names("error: there is no recipe", name) and outcome.err == names("hint:", hint)
+    says(outcome)
 
 
 def test_the_schema_knows_every_parameter_of_a_file(cli):
@@ -185,4 +187,4 @@ def test_yaml_is_read_as_people_write_it(parse, config, name, text, value):
 def test_1e_4_in_yaml_is_a_number(refuse, config):
     """Where a string is expected, the report shows the value as parsed."""
     path = config("parameters:\n  lora_base_model: 1e-4\n")
-    assert refuse("--config", path) == (2, [(f"`lora_base_model` takes a string, got `0.0001` (`{path}`)", None)])
+    assert refuse("--config", path) == (2, [(names("lora_base_model", "a string", "0.0001", path), None)])
