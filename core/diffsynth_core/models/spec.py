@@ -1,4 +1,4 @@
-"""What a family states about itself without torch: components, layouts of their files, variants, encoders, names."""
+"""What a family declares without torch: components, file layouts, variants, encoders, names."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,29 +13,30 @@ from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor names and shapes."""
+"""Tensor name -> shape."""
 
 
 def nothing_unused(names: frozenset[str]) -> frozenset[str]:
-    """For components all of whose modules count."""
+    """For components all of whose modules are in use."""
     return frozenset()
 
 
 def is_below(name: str, modules: Collection[str]) -> bool:
-    """Whether a module or tensor is one of `modules` or stands below one of them."""
+    """Return whether a module or tensor is one of `modules`, or inside one of them."""
     parts = name.split(".")
     return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which files hold a component.
+    """A file layout of a component.
 
-    `signature`: tensor names that are all present in a file of this layout and in no other component's.
-    `names`: names in the file -> names in our module.
-    `public_keys`: the names that users type and LoRA files contain, those of DiffSynth-Studio -> names in our module.
-    `saved_keys`: names in full checkpoints -> names in our module; None: the public ones.
-    `borrowed`: another family publishes its files with these names too, and takes precedence if neither is specified.
+    Attributes:
+        signature: tensor names that exist in all files of this layout, and not in other components.
+        names: keys in the file -> module keys.
+        public_keys: keys that users type and LoRA files contain, those of DiffSynth-Studio -> module keys.
+        saved_keys: keys in full checkpoints -> module keys; None: the public ones.
+        borrowed: another family publishes its files with these keys too, and takes precedence if neither is specified.
     """
 
     signature: frozenset[str]
@@ -46,27 +47,27 @@ class Layout:
 
     @property
     def checkpoint_keys(self) -> KeyMap:
-        """Names in full checkpoints -> names in our module."""
+        """Keys in full checkpoints -> module keys."""
         return self.public_keys if self.saved_keys is None else self.saved_keys
 
     def module_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes by the names of our module, from those in the files; what has no place in it is left out."""
+        """Convert shapes from keys in the files to module keys, omitting tensors that the module lacks."""
         ours: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             ours |= self.names.split_shape(name, shape)
         return ours
 
     def public_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes by documented name, from those of our module; what has no documented name is left out."""
+        """Convert shapes from module keys to public keys, omitting tensors without one."""
         return {name: self.public_keys.fuse_shape(name, shapes) for name in self.public_keys.to_sources(shapes)}
 
     def below(self, modules: Collection[str], names: Collection[str]) -> frozenset[str]:
-        """Of the `names` of our tensors those that are, or stand below, one of `modules`, by documented name."""
+        """Return those of the module keys `names` that are, or are inside, one of `modules` (public names)."""
         known = [name for name in self.public_keys.to_sources(names) if is_below(name, modules)]
         return frozenset(own for name in known for own in self.public_keys.to_targets(name) or ())
 
     def checkpoint_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes by the names in full checkpoints, from those of our module."""
+        """Convert shapes from module keys to keys in full checkpoints."""
         return {name: self.checkpoint_keys.fuse_shape(name, shapes) for name in self.checkpoint_keys.to_sources(shapes)}
 
 
@@ -74,28 +75,27 @@ class Layout:
 class ComponentFacts:
     """One network of a family.
 
-    `file_patterns`: patterns (fnmatch) of the file names that recipes and repositories use for it; those of repository
-    and file name (`model_id:file`) take precedence over those of file names alone.
-    `config_classes`: patterns (fnmatch) of what a config.json of this component, and of no other of the family, says of
-    its class.
-    `lora_targets`: the documented default of `lora_target_modules`, empty when there is none.
-    `modules`: public names of all modules that can have a LoRA, with `{}` for numbers; empty if LoRAs are read
-    only with the base.
-    `lora_key_maps`: for LoRA formats with other module names: public names -> those there, which may be of parts of a
-    module; None: the format has no names for this component.
-    `lora_fused`: for LoRA formats in which one module may fuse several public ones: names there -> public names.
-    `sides`: rows and columns of the weights of some of `modules`, in the same unit; they tell apart families with the
-    same module names.
-    `blocks`: the prefix of a block's public name -> the largest number of blocks in published models.
-    `unread_formats`: LoRA formats whose names for `modules` no other program reads.
-    `published`: for the `original` layout, where its names are not the documented ones: names there -> those of our
-    module; None: there is no table of them.
-    `untrainable`: names of our modules or tensors -> those in which, or below which, nothing ever influences what is
-    trained for.
-    `settings`: constructor settings that a parameter of the same name switches on or off, whatever config.json says ->
-    the extra inputs that it requires.
-    `parts`: documented names of what is a component there and one part of this one here -> its name here.
-    `inputs`: its files mean nothing without one of these extra inputs; blank: they always mean something.
+    Attributes:
+        file_patterns: patterns (fnmatch) of its file names in recipes and repositories; patterns of repository and
+            file name (`model_id:file`) take precedence over those of file names only.
+        config_classes: patterns (fnmatch) of the class in a config.json of this component and of no other of the
+            family.
+        lora_targets: documented default of `lora_target_modules`; empty if there is none.
+        modules: public names of all modules that can have a LoRA, with `{}` for numbers; empty if LoRAs can only be
+            read together with the base.
+        lora_key_maps: LoRA format with other module names -> map from public names to names there, possibly of parts
+            of a module; None: the format has no names for this component.
+        lora_fused: LoRA format whose modules may fuse several public ones -> map from names there to public names.
+        sides: rows and columns of the weights of some of `modules`, in a common unit, which distinguish families with
+            the same module names.
+        blocks: prefix of a block's public name -> largest number of blocks in published models.
+        unread_formats: LoRA formats whose names for `modules` no other program reads.
+        published: for the `original` layout, if its keys are not the documented ones: map to module keys; None: there
+            is none.
+        untrainable: module keys -> those of modules or tensors without influence on the loss.
+        settings: constructor option that the parameter of the same name overrides -> extra inputs that it requires.
+        parts: documented component names of what is a part of this component here -> name of the part.
+        inputs: extra inputs without which its files have no effect; empty: they always have one.
     """
 
     name: str
@@ -117,7 +117,7 @@ class ComponentFacts:
     inputs: tuple[str, ...] = ()
 
     def names_in(self, layout_name: LayoutName, layout: Layout) -> KeyMap | None:
-        """Names in files of a layout -> names in our module; None: there is no table of them."""
+        """Return the map from keys in files of a layout to module keys; None if there is none."""
         if layout_name == "diffusers":
             return SAME_NAMES
         return (
@@ -126,20 +126,21 @@ class ComponentFacts:
 
     @property
     def lora_naming(self) -> LoraNaming:
-        """How LoRA files name its modules."""
+        """Names of its modules in LoRA files."""
         return LoraNaming(self.name, self.lora_key_maps, self.lora_fused, self.modules)
 
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """One step from a sample to what the model takes: which component makes it from which columns.
+    """A frozen encoder: its component, the metadata columns that it reads, and its output.
 
-    `columns`: the caption, what is trained on, and conditions by their names.
-    `inputs`: those of the extra inputs asked for (`extra_inputs`) that change what it makes.
-    `first_frame_only`: of a video it reads the first frame alone.
-    `version` goes up when the encoding of the same inputs changes, so that older cache entries are not taken for it.
-    `caption`, `latents`, `states`: what is known of the size of what it makes, where it reads a caption, makes latents
-    of all of its columns, or a number of states.
+    Attributes:
+        columns: the caption, the target, and conditions by their names.
+        inputs: requested extra inputs that change its output.
+        first_frame_only: reads only the first frame of a video.
+        version: incremented when the encoding of the same inputs changes, so that older cache entries are not reused.
+        caption, latents, states: size of its output, if it reads a caption, produces latents of all columns, or a
+            fixed number of states.
     """
 
     name: str
@@ -155,16 +156,18 @@ class EncoderFacts:
 
 @dataclass(frozen=True)
 class Variant:
-    """What one kind of a family's models needs.
+    """What one kind of model of a family requires.
 
-    `model_id`: the published model that stands for it.
-    `components`: all that must be there.
-    `conditions`: inputs besides caption and target; each of their columns is one of the extra inputs asked for.
-    `step_components`: components besides the denoiser that run in every training step, whether they train or not.
-    `extra_trainable`: by component, modules that are `unused_params` of the component but trainable in this variant.
-    `extra_unused`: by component, names of our modules or tensors -> those without gradient in this variant only.
-    `accepted_inputs`: extra inputs (`extra_inputs`) that it accepts. `required_inputs`: those of them that it requires.
-    `num_conditioning_frames`: latent frames at the start of a clip that stay clean: not noised, not in the loss.
+    Attributes:
+        model_id: a published model of this variant.
+        components: required components.
+        conditions: inputs besides caption and target; each of their columns is a requested extra input.
+        step_components: components besides the denoiser that run in every training step, whether they train or not.
+        extra_trainable: component -> modules that are unused in other variants but trainable in this one.
+        extra_unused: component -> function from module keys to those without a gradient in this variant only.
+        accepted_inputs: extra inputs (`extra_inputs`) that it accepts.
+        required_inputs: those of them that it requires.
+        num_conditioning_frames: latent frames at the start of a clip that stay clean: not noised, not in the loss.
     """
 
     title: str
@@ -181,19 +184,20 @@ class Variant:
     num_conditioning_frames: int = 0
 
     def unused_params(self, component: ComponentFacts, names: frozenset[str]) -> frozenset[str]:
-        """Modules of a component that receive no gradient, given the names of its modules or tensors."""
+        """Return the modules of a component that receive no gradient, given the keys of its modules or tensors."""
         extra_unused = self.extra_unused.get(component.name, nothing_unused)(names)
         return (component.unused_params(names) | extra_unused) - self.extra_trainable.get(component.name, frozenset())
 
 
 @dataclass(frozen=True)
 class ShapeConstraint:
-    """A dimension of a component that must equal one of the denoiser, which reads the component's output or takes the
-    same input.
+    """A dimension of a component that must match one of the denoiser.
 
-    `source`, of the component, and `target`, of the denoiser, are (tensor of our module, axis); the target is `parts`
-    times the source.
-    `verb`: what the component does with `what`. `way_out`: the hint; None: to name the component of the same model.
+    Attributes:
+        source: (tensor, axis) of the component, by module key.
+        target: (tensor, axis) of the denoiser, which must be `parts` times the source.
+        verb: what the component does with `what`, for the message.
+        way_out: hint; None: to use the component of the same model.
     """
 
     component: str
@@ -207,7 +211,9 @@ class ShapeConstraint:
 
 @dataclass(frozen=True)
 class UnsupportedCheckpoint:
-    """Files, told by the tensor names in `signature`, that are taken for `component` by mistake; `title` says what."""
+    """Unsupported files that resemble `component`, recognized by the tensor names in `signature`; `title` is what
+    they are.
+    """
 
     title: str
     component: str
@@ -216,23 +222,23 @@ class UnsupportedCheckpoint:
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """What is known of a family before any weight or library is loaded.
+    """What is known about a family before weights or libraries are loaded.
 
-    `model_ids`: patterns (fnmatch) of the hub repositories of its models.
-    `variant`: shapes by component (our names), the extra inputs asked for, and what the user wrote for the denoiser's
-    files, or for all files where the denoiser is not among them -> what that kind of model needs; a kind that is not
-    trained raises DiffSynthError. Without the denoiser, the other components tell as much as they can.
-    `lookalikes`: files of related models that are easily taken for a component.
-    `not_trained`: patterns (fnmatch) of entries `model_id:file` that belong to related models which are not trained
-    here -> what they are.
-    `published`: sizes of published components; the first that fits counts.
-    `shape_constraints`: what of the components must fit the denoiser.
-    `mirrors`: a file name as recipes give it -> `model_id:file` of a copy that is read when only the copy is there.
-    `second_denoiser`: what keys of files call the second of two transformers, which has the denoiser's names.
-    `tokenizers`: parameter that names a tokenizer -> the component whose files it lies beside and its default place.
-    `conditions`: extra inputs that are metadata columns, of any kind of its models.
-    `frame_inputs`: extra inputs that are frames of the clip that is trained on, and no columns.
-    `later_inputs`: extra inputs of the reference trainer for models of this family that are not supported yet.
+    Attributes:
+        model_ids: patterns (fnmatch) of the hub repositories of its models.
+        variant: function from shapes by component (module keys), requested extra inputs, and what the user wrote for
+            the denoiser's files (or for all files, without a denoiser) to the variant; raises DiffSynthError for
+            unsupported ones. Without the denoiser, the other components determine as much as possible.
+        lookalikes: unsupported checkpoints that resemble a component.
+        not_trained: pattern (fnmatch) of entries `model_id:file` of related, unsupported models -> what they are.
+        published: sizes of published components; the first match counts.
+        shape_constraints: dimensions that must match the denoiser.
+        mirrors: file name in recipes -> `model_id:file` of a mirror, which is read if only that is on disk.
+        second_denoiser: name of the second of two transformers in keys of files; it has the denoiser's modules.
+        tokenizers: tokenizer parameter -> its component and default location.
+        conditions: extra inputs that are metadata columns, of all its variants.
+        frame_inputs: extra inputs that are frames of the target clip, not columns.
+        later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
     """
 
     name: str
@@ -255,10 +261,11 @@ class FamilyFacts:
     later_inputs: tuple[str, ...] = ()
 
     def component(self, name: str) -> ComponentFacts:
+        """Return the component of a name."""
         return next(component for component in self.components if component.name == name)
 
     def published_sizes(self, component: str, model_id: str, place: str) -> HubModelSize | None:
-        """The published component that an entry `model_id:place` means, if its size is known."""
+        """Return the published component of an entry `model_id:place`, if its size is known."""
         named = f"{model_id}:{place}"
         return next(
             (known for known in self.published if known.component == component and fnmatch(named, known.files)), None
@@ -266,19 +273,22 @@ class FamilyFacts:
 
     @property
     def component_names(self) -> tuple[str, ...]:
+        """Names of all components."""
         return tuple(component.name for component in self.components)
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Where a tokenizer is looked for: `folders` beside the component's own files, else `default` below the models.
+    """Where a tokenizer is looked up: in `folders` relative to the component's files, otherwise `default` below the
+    models.
 
-    `folders` are relative to the folder of the component's files.
-    `what`: what messages call it.
-    `inputs`: it is needed with one of these extra inputs only; blank: always.
-    `layouts`: sets of files of which one must be whole in the folder. `files`: all that its output depends on.
-    `model`: the kind of model that tokenizer.json says it is; blank: any.
-    `embedding`: the tensor of the component, by the name in our module, that has a row for each token; blank: unknown.
+    Attributes:
+        what: name for messages.
+        inputs: extra inputs that require it; empty: always required.
+        layouts: alternative sets of files, one of which must be complete.
+        files: all files that affect its output.
+        model: type in tokenizer.json; empty: any.
+        embedding: tensor of the component with a row per token, by module key; empty: unknown.
     """
 
     component: str
@@ -297,13 +307,14 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """The files a component is read from.
+    """The files of a component.
 
-    `origin`: what the user wrote for them, and the copy that is read in their place if so.
-    `folders`: where what belongs to them is looked for: beside them, and where the user named them.
-    `config_path`: the config.json that belongs to them, when there is one.
-    `float8`: the weights are stored in 8-bit floats, as far as they are of a kind that is (adapters/float8.py).
-    `prefix`: what the names of its tensors begin with in the files; others are not of this component.
+    Attributes:
+        origin: what the user wrote for them, and the mirror that is read instead, if any.
+        folders: where related files are looked up: next to them, and where the user named them.
+        config_path: their config.json, if there is one.
+        float8: store suitable weights in 8-bit floats (adapters/float8.py).
+        prefix: prefix of its keys in the files; keys without it belong to other components.
     """
 
     component: str
@@ -318,7 +329,7 @@ class ComponentFiles:
 
 
 def modules_with_weights(shapes: Shapes) -> frozenset[str]:
-    """Names of the modules whose `weight` is a matrix or a convolution: those that can carry a LoRA."""
+    """Return the modules whose `weight` is a matrix or a convolution: those that can have a LoRA."""
     return frozenset(
         name.removesuffix(".weight")
         for name, shape in shapes.items()
@@ -327,7 +338,7 @@ def modules_with_weights(shapes: Shapes) -> frozenset[str]:
 
 
 def match_targets(modules: frozenset[str], targets: tuple[str, ...]) -> dict[str, list[str]]:
-    """For each target, the modules it addresses: those whose dotted name ends with it."""
+    """Return target -> modules whose dotted name ends with it."""
     return {
         target: sorted(name for name in modules if name == target or name.endswith(f".{target}")) for target in targets
     }

@@ -34,7 +34,7 @@ class Plan:
         shapes: of the tensors of each component, by module key; empty for a component of unknown size.
         world_size: number of processes.
         float8: component in `fp8_models` -> fraction of its weights stored in 8-bit floats; None: unknown without its
-        files.
+            files.
         fused_lora: LoRA merged into a component before training.
         unused_components: components that the parameters name but the task does not load.
         encoded: samples that a train task trains on.

@@ -1,4 +1,4 @@
-"""What FLUX.1's models are made of. No torch."""
+"""Declaration of FLUX.1. No torch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -31,20 +31,22 @@ KINDS = (
     ("*krea*", "FLUX.1 Krea", "black-forest-labs/FLUX.1-Krea-dev"),
     ("*", "FLUX.1", "black-forest-labs/FLUX.1-dev"),
 )
-"""(pattern of what the user wrote for the transformer's files, its title, its repository); all have the same shapes."""
+"""(pattern in what the user wrote for the transformer's files, title, repository); all have the same shapes."""
 
 PATCH = 4
-"""Latent values in a token: patches of 2 x 2."""
+"""Latent values per token: patches of 2 x 2."""
 SIZE_FACTOR = 16
-"""Pixels of a token's side."""
+"""Pixels per token, along a side."""
 KONTEXT_IMAGES = "kontext_images"
 KONTEXT_SIZES = (
     *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
     (1024, 1024),
     *((1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)),
 )
-"""(width, height) that Kontext was trained with. Source: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers'
-`FluxKontextPipeline`."""
+"""(width, height) that Kontext was trained with.
+
+Source: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers' `FluxKontextPipeline`.
+"""
 KONTEXT_AREA = 1024 * 1024
 
 OF_VAE = LatentFacts(channels=16, factor=8)
@@ -57,9 +59,10 @@ KONTEXT_LATENTS = EncoderFacts(name="kontext_latents", component="vae", columns=
 
 
 def kontext_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) at which a reference image is read: of those Kontext was trained with the closest in shape.
+    """Return the (height, width) at which a reference image is read: the size of Kontext's training closest in aspect
+    ratio.
 
-    `max_pixels` below 1024 x 1024 makes it smaller in proportion; a side is 0 where nothing is left.
+    `max_pixels` below 1024 x 1024 reduces it in proportion; a side is 0 if nothing is left.
     """
     _, best_width, best_height = min((abs(width / height - w / h), w, h) for w, h in KONTEXT_SIZES)
     scale = math.sqrt(min(1.0, max_pixels / KONTEXT_AREA))
@@ -73,10 +76,11 @@ KONTEXT = Condition(KONTEXT_IMAGES, KONTEXT_IMAGES, kontext_size)
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """FLUX.1-dev, Krea and Kontext: any of them can be shown images, or follow one, but none must.
+    """Return the variant: FLUX.1-dev, Krea or Kontext. All accept reference images or a control image; none requires
+    them.
 
     Raises:
-        DiffSynthError: for a transformer without guidance, or one that takes more than latents.
+        DiffSynthError: for a transformer without guidance, or with additional input channels.
     """
     guidance = "time_text_embed.guidance_embedder.linear_1.weight"
     transformer = shapes.get("dit", {})

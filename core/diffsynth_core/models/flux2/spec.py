@@ -1,4 +1,4 @@
-"""What FLUX.2 klein is made of. No torch."""
+"""Declaration of FLUX.2 klein. No torch."""
 
 import math
 from collections.abc import Mapping
@@ -24,23 +24,25 @@ from diffsynth_core.models.spec import (
 )
 
 SIZE_FACTOR = 16
-"""Pixels along each side of a token: 8 of the VAE, then patches of 2 x 2 of its latents."""
+"""Pixels per token, along a side: 8 of the VAE, times 2 of the latents' patches."""
 REFERENCE_AREA = 1024 * 1024
-"""Larger reference images are scaled down to as many pixels (`Flux2KleinPipeline`)."""
+"""Maximum area of reference images, to which larger ones are scaled down (`Flux2KleinPipeline`)."""
 LEAST_SIDE = 64
 LARGEST_RATIO = 8
 """Bounds of reference images: shorter side in pixels, longer side by shorter one (`Flux2ImageProcessor`)."""
 DEV_TEXT_WIDTH = 15360
-"""Width of the text states that FLUX.2-dev reads."""
+"""Width of FLUX.2-dev's text states."""
 GUIDANCE = "time_guidance_embed.guidance_embedder.linear_1.weight"
 LARGE_SINGLE_BLOCKS = 24
 """Single blocks of klein 9B; 4B has 20."""
 
 
 def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) that a reference image of `width` x `height` is scaled to, as `Flux2KleinPipeline` does it:
-    above the area down to it, below it not at all. What is read of it has sides of multiples of 16. (0, 0) for images
-    that the pipeline refuses."""
+    """Return the (height, width) of a reference image of `width` x `height`, as in `Flux2KleinPipeline`.
+
+    Larger ones are scaled down to the maximum area, smaller ones are not scaled up; sides are cropped to multiples of
+    16. (0, 0) for images that the pipeline rejects.
+    """
     if min(width, height) < LEAST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
         return 0, 0
     area = min(REFERENCE_AREA, max_pixels)
@@ -58,10 +60,10 @@ EDIT_IMAGES = Condition("edit_image", "edit_image", reference_size, factor=SIZE_
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """What a transformer of klein is trained for: images from text, and from images when they are shown.
+    """Return the variant of klein: text to image, or editing if reference images are requested.
 
     Raises:
-        DiffSynthError: for FLUX.2-dev, told by its guidance embedder and the width of its text states.
+        DiffSynthError: for FLUX.2-dev, recognized by its guidance embedder and the width of its text states.
     """
     transformer = shapes.get("dit", {})
     text_width = transformer.get("context_embedder.weight", (0, 0))[1]

@@ -1,4 +1,4 @@
-"""What Qwen-Image is made of. No torch."""
+"""Declaration of Qwen-Image. No torch."""
 
 from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS
 from diffsynth_core.models.qwen_image.keys import (

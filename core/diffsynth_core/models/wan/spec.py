@@ -1,4 +1,4 @@
-"""What Wan's models are made of. No torch."""
+"""Declaration of Wan. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ from diffsynth_core.models.wan.memory import EMBEDDER, FRAMES_PER_LATENT, IMAGE_
 from diffsynth_core.models.wan.sizes import PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
-"""Repository with safetensors copies of the files that Wan's own repositories hold pickled."""
+"""Repository with safetensors copies of the pickled files in Wan's own repositories."""
 
 PICKLED_FILES = (
     "models_t5_umt5-xxl-enc-bf16.pth",
@@ -35,14 +35,14 @@ TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",), 
 OF_VAE = LatentFacts(channels=16, factor=8)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("video",), latents=OF_VAE)
 MASK_CHANNELS = FRAMES_PER_LATENT
-"""Beside the latents of the frames shown: a bit for each of the frames in a latent one."""
+"""Channels of the mask with the conditioning latents: one per frame of a latent frame."""
 CLIPS = TargetSpec("video", "video", size_factor=16, frame_step=FRAMES_PER_LATENT, usual_pixels=832 * 480)
 TI2V_NAME = "-TI2V-"
-"""In the names of repositories of TI2V."""
+"""Part of the names of TI2V repositories."""
 PATCH = 4
-"""Latent values in a token: patches of 1 x 2 x 2."""
+"""Latent values per token: patches of 1 x 2 x 2."""
 FRAMES = ("input_image", "end_image")
-"""Extra inputs: the first and the last frame of the clip, which the model is shown."""
+"""Extra inputs: the first and the last frame of the clip, as conditions."""
 TEXT_TO_VIDEO = Variant(
     title="Wan (text to video)",
     model_id="Wan-AI/Wan2.1-T2V-1.3B",
@@ -53,13 +53,13 @@ TEXT_TO_VIDEO = Variant(
 
 
 def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """What a transformer is trained for, told by the channels it takes and makes, and by its image embedder.
+    """Return the variant of a transformer by its input and output channels, and its image embedder.
 
-    16 channels are latents alone; 36 are latents, the mask and the latents of the frames shown; 48 are the latents of
-    the VAE of Wan 2.2. Without the transformer the components around it and what is shown to it tell.
+    16 channels are latents only; 36 are latents, mask and conditioning latents; 48 are the latents of the VAE of Wan
+    2.2. Without the transformer, the other components and the conditioning frames decide.
 
     Raises:
-        DiffSynthError: for a kind that is not trained here, such as those led by a control video.
+        DiffSynthError: for an unsupported variant, such as one with a control video.
     """
     if "dit" not in shapes:
         return _without_transformer(shapes, inputs, origin)
@@ -83,8 +83,11 @@ def variant(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) 
 
 
 def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], origin: str) -> Variant:
-    """The kind of model that has these other components and is shown these frames: Wan 2.1 is the one with an image
-    encoder, and of Wan 2.2 only TI2V has a VAE of 48 channels, which its name tells where no file does."""
+    """Return the variant for these other components and conditioning frames.
+
+    Wan 2.1 has an image encoder; of Wan 2.2 only TI2V has a VAE with 48 channels, or its name in the repository if
+    there is no file.
+    """
     if "image_encoder" in shapes:
         return _image_to_video(inputs, image_encoder=True, two_images="end_image" in inputs)
     vae = shapes.get("vae", {})
@@ -96,7 +99,7 @@ def _without_transformer(shapes: Mapping[str, Shapes], inputs: tuple[str, ...], 
 
 
 def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bool) -> Variant:
-    """I2V: the latents of the shown frames come as further channels; in Wan 2.1 the CLIP states of them as well."""
+    """I2V: conditioning latents are additional channels; Wan 2.1 reads CLIP states of the frames too."""
     shown = tuple(name for name in FRAMES if name in inputs)
     channels = 2 * OF_VAE.channels + MASK_CHANNELS
     latents = EncoderFacts(
@@ -130,7 +133,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
 
 
 def _text_and_image_to_video(inputs: tuple[str, ...]) -> Variant:
-    """TI2V: the first latent frame, when it is shown, stands clean among the others."""
+    """TI2V: the first latent frame, if it is a condition, stays clean."""
     shown = "input_image" in inputs
     latents = LatentFacts(channels=48, factor=16)
     given = EncoderFacts(
