@@ -2,9 +2,9 @@
 
 alpha equals rank, so the scale is 1. A starts uniform in ±1/sqrt(in), B at zero; both are kept in float32.
 
-A documented module may be several modules here that read the same input: q, k and v where the original has one matrix
-with their rows. Its LoRA is one all the same. Each of them holds its rows of B, and all of them the same A, which
-therefore gets the sum of their gradients: as `[Bq; Bk; Bv] A` has it.
+A public module may be several modules here with the same input: q, k and v, whose rows are one matrix in the original.
+It still has one LoRA. Each of them has its rows of B, and all of them share A, which therefore gets the sum of their
+gradients, as in `[Bq; Bk; Bv] A`.
 """
 
 import re
@@ -39,11 +39,11 @@ class LoraWeights:
 def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, public_keys: KeyMap = SAME_NAMES) -> None:
     """Put a fresh LoRA on modules of a model; only the LoRA takes gradients.
 
-    The initial weights of a module depend on the seed and its documented name alone.
+    The initial weights of a module depend only on the seed and its public name.
 
     Args:
-        modules: documented names.
-        documented: documented names -> names in the model.
+        modules: public names.
+        public_keys: public names -> names in the model.
 
     Raises:
         DiffSynthError: when a module is not there or is of a kind that peft has no LoRA for.
@@ -76,14 +76,15 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, pub
 
 
 def _start(layers: Sequence[Any], seed: int, name: str) -> None:
-    """Initial weights of one LoRA on the layers of one documented module, which share A."""
+    """Initialize one LoRA on the layers of one public module, which share A."""
     shared = layers[0].lora_A[ADAPTER].to(torch.float32)
-    down = shared.weight
+    a = shared.weight
     generator = torch.Generator().manual_seed(key_of("lora", seed, name))
-    bound = down[0].numel() ** -0.5
+    bound = a[0].numel() ** -0.5
     with torch.no_grad():
-        down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
+        a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
     for layer in layers:
+        # The same module in all of them, not a copy: autograd then sums the gradients of A, and optimizers see it once.
         layer.lora_A[ADAPTER] = shared
         nn.init.zeros_(layer.lora_B[ADAPTER].to(torch.float32).weight)
 

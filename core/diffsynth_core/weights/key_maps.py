@@ -148,6 +148,7 @@ class TableMap(KeyMap):
         self._pointwise = frozenset(pointwise or ())
         self._source_patterns = [(_pattern(source), source) for source in rules]
         self._target_patterns = [(_pattern(target), source) for source, targets in rules.items() for target in targets]
+        # A lookup tries every pattern, and models with thousands of tensors are looked up many times.
         self.to_targets = lru_cache(maxsize=None)(self._to_targets)  # type: ignore[method-assign]
         self.to_source = lru_cache(maxsize=None)(self._to_source)  # type: ignore[method-assign]
 
@@ -177,7 +178,7 @@ class TableMap(KeyMap):
 
     def split_rows(self, name: str, rows: int) -> dict[str, Rows]:
         names, rule = self.to_targets(name) or (), self.rule(name) or ""
-        if rule in self._swapped_rules:
+        if rule in self._swapped_rules:  # the same rows as `_swap_halves`
             return dict.fromkeys(names, ((rows - rows // 2, rows), (0, rows - rows // 2)))
         found: dict[str, Rows] = {}
         begin = 0
@@ -216,6 +217,7 @@ class TableMap(KeyMap):
         names, rule = self.to_targets(name) or (), self.rule(name) or ""
         parts = [tensors[own] for own in names]
         if rule in self._shares:
+            # No `torch.cat`: `RowSpans` (conversion/row_spans.py) plans fused files with these verbs, without torch.
             whole = parts[0].new_empty(self.fuse_shape(name, {own: tensors[own].shape for own in names}))
             rows = 0
             for part in parts:

@@ -219,11 +219,13 @@ def _from_public(public: Mapping[str, Rows[S]], target: Vocabulary) -> dict[str,
 
 def pairs_of(lora: ModuleLora) -> list[LoraPair]:
     """The LoRAs in files that a module's consists of, each once."""
+    # By identity: LoRAs of two files may be equal and still both count.
     return list({id(span.stored): span.stored for span in lora if span.stored}.values())
 
 
 def group_by_a(pairs: Iterable[LoraPair]) -> list[list[LoraPair]]:
     """Those with the same A, bit for bit, together: they share columns of B."""
+    # Formats that split q, k and v store the A of a fused module several times. Recognised as one, it keeps its rank.
     present = list(pairs)
     if len(present) < 2:
         return [present] if present else []
@@ -290,6 +292,7 @@ def _fuse(name: str, parts: Mapping[str, Rows[S]], names: KeyMap) -> Rows[S]:
             f"{', '.join(str(*size[:1]) for size in sorted(sizes))} columns",
             ANOTHER_FAMILY,
         )
+    # A target's rows need not be contiguous in the source (swapped halves), so spans are placed by row, then sorted.
     placed: list[tuple[int, RowSpan[S]]] = []
     for target, spans in rows.items():
         part, place = parts.get(target, (RowSpan[S](None, 0, count_rows(spans)),)), 0
