@@ -20,9 +20,9 @@ class Base:
     """A component's weights.
 
     Attributes:
-        shapes: weight shapes of the modules that can have a LoRA, by documented name.
+        shapes: weight shapes of the modules that can have a LoRA, by public name.
         prefix: prefix of the component's keys in the files; keys without it belong to others.
-        tensor_shapes: shapes of all its tensors, by documented name.
+        tensor_shapes: shapes of all its tensors, by public name.
         scales: scales of weights in the files, by key.
     """
 
@@ -41,7 +41,7 @@ class Base:
         return f"the {self.facts.title} {self.component.title}"
 
     def names_of(self, tensor: str) -> frozenset[str]:
-        """Return the keys in the files that contain a documented tensor."""
+        """Return the keys in the files that contain a public tensor."""
         own = self.layout.public_keys.to_targets(tensor) or ()
         return frozenset(self.prefix + name for part in own if (name := self.layout.names.to_source(part)) is not None)
 

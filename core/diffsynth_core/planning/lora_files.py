@@ -18,7 +18,7 @@ from diffsynth_core.weights.lora_files import ANOTHER, read_lora_file
 
 @dataclass(frozen=True)
 class FusedLora:
-    """A LoRA merged into a component before training; `shapes`: of the component's tensors by documented name."""
+    """A LoRA merged into a component before training; `shapes`: of the component's tensors by public name."""
 
     component: str
     file: Lora
@@ -187,7 +187,7 @@ def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
 
 
 def _tensor_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a component's tensors, by documented name."""
+    """Return the shapes of a component's tensors, by public name."""
     return found.components[component].layout.public_shapes(found.shapes[component])
 
 

@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"(.*?)\.\d+\.(.+)")
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """The modules that receive LoRA, by documented name.
+    """The modules that receive LoRA, by public name.
 
     Attributes:
         untrainable_targets: selected modules that receive no gradient.
@@ -76,7 +76,7 @@ def find_lora_targets(
 
 
 def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> list[Problem]:
-    """Return a problem for each kind of the modules (by documented name) that cannot have a LoRA."""
+    """Return a problem for each kind of the modules (by public name) that cannot have a LoRA."""
     from diffsynth_core.models.blocks import kinds_without_lora
 
     files, shapes = found.components[component], found.shapes[component]
@@ -102,7 +102,7 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
 
 
 def _automatic(found: FoundComponents, component: str, problems: list[Problem]) -> LoraTargets:
-    """Return the linear layers of repeated blocks that have documented names.
+    """Return the linear layers of repeated blocks that have public names.
 
     DiffSynth-Studio selects the same, except for layers with a side below 512, which the supported transformers lack.
     """
@@ -140,7 +140,7 @@ def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> 
 def _reachable(
     found: FoundComponents, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
 ) -> LoraTargets:
-    """Return the modules by documented name, without those that receive no gradient."""
+    """Return the modules by public name, without those that receive no gradient."""
     public_keys = found.components[component].layout.public_keys
     dead = found.variant.unused_params(found.facts.component(component), frozenset(found.shapes[component]))
     alive = {name for name in names if not all(is_below(part, dead) for part in public_keys.to_targets(name) or ())}
@@ -170,7 +170,7 @@ def _by_number(module: str) -> list[tuple[int, str]]:
 
 
 def _unmatched(target: str, modules: frozenset[str], layout: Layout, shapes: Shapes, facts: ComponentFacts) -> Problem:
-    """Return the problem of a target without a match, with its documented name or the closest suffix as the hint."""
+    """Return the problem of a target without a match, with its public name or the closest suffix as the hint."""
     parts = match_targets(modules_with_weights(shapes), (target,))[target]
     called = frozenset(filter(None, map(layout.public_keys.to_source, parts)))
     addressing = [name for name, found in match_targets(called, facts.lora_targets).items() if found]

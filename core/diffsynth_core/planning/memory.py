@@ -179,7 +179,7 @@ def _masters(plan: Plan, component: str) -> frozenset[str]:
 
 
 def lora_numbers(plan: Plan, rank: int) -> int:
-    """Numbers in the LoRA: A of each documented module once, B of each of its parts."""
+    """Numbers in the LoRA: A of each public module once, B of each of its parts."""
     component = plan.training.lora_component
     if not component:
         return 0

@@ -20,8 +20,8 @@ class Training:
 
     Attributes:
         full: components that train in full.
-        parts: component -> documented names of the modules (or single weights) that train.
-        lora_modules: by documented name.
+        parts: component -> public names of the modules (or single weights) that train.
+        lora_modules: by public name.
         untrainable_targets: selected modules that receive no gradient.
         start: file that initializes the LoRA.
         skipped_modules: modules of the kinds that receive LoRA, in blocks that the targets omit.

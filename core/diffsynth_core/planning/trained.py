@@ -14,7 +14,7 @@ PARAMETER = "trainable_models"
 def find_trained(
     parameters: Parameters, found: FoundComponents, problems: list[Problem]
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Return components that train in full, and component -> modules (documented names) of those that train in part.
+    """Return components that train in full, and component -> modules (public names) of those that train in part.
 
     Adds to `problems`. A component that is named itself trains in full, even if modules of it are named too.
     """
@@ -82,7 +82,7 @@ def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]
 
 
 def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
-    """Return why a module of a component, given by its documented name, cannot be trained."""
+    """Return why a module of a component, given by its public name, cannot be trained."""
     layout, shapes = found.components[component].layout, found.shapes[component]
     own = layout.below([module], shapes)
     if not own:
@@ -99,7 +99,7 @@ def _module_problem(component: str, module: str, found: FoundComponents) -> Prob
 
 
 def _module_name_hint(component: str, module: str, layout: Layout, shapes: Shapes) -> str:
-    """Return the hint for an unknown module: its documented name if the module key was given, or the closest name."""
+    """Return the hint for an unknown module: its public name if the module key was given, or the closest name."""
     public_names = layout.public_keys.to_sources(shapes)
     typed = [layout.public_keys.to_source(own) or "" for own in shapes if is_below(own, [module])]
     levels = zip(*(name.split(".") for name in typed), strict=False)
