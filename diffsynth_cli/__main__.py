@@ -10,6 +10,7 @@ ON_WINDOWS = """\
 error: diffsynth does not run natively on Windows
   hint: run it in WSL2: `wsl --install`, then install diffsynth in the Linux system that it opens
 """
+"""Message on Windows, which is not supported."""
 
 
 def run() -> int:

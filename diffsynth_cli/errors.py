@@ -16,6 +16,7 @@ from diffsynth_core.errors import EXIT_FAILED, EXIT_WRONG_USE, DiffSynthError, I
 from diffsynth_core.files import default_cache_path
 
 SHOWN_OF_A_NAME = 200
+"""Maximum number of characters of a name in a message."""
 HINTS_FOR_FILES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ENOENT: "restore it and run the command again",
@@ -27,6 +28,7 @@ HINTS_FOR_FILES = {
 SHOWN_OF_A_KIND = 10
 """Maximum number of dataset messages of one kind that are printed: thousands of rows may have the same problem."""
 CONTINUED = " " * len("error: ")
+"""Indentation of the lines of a message after the first."""
 
 
 @dataclass(frozen=True)

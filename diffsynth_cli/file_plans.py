@@ -14,19 +14,26 @@ if TYPE_CHECKING:
 
 
 class PlanFormat(StrEnum):
+    """Values of `--format`."""
+
     TABLE = "table"
     JSON = "json"
 
 
 OutputFormat = Annotated[PlanFormat, typer.Option("--format", help="table: for reading, json: for other programs")]
+"""The option `--format`."""
 DryRun = Annotated[bool, typer.Option("--dry_run", help="Print what would be written, and exit")]
+"""The option `--dry_run`."""
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files")]
+"""The option `--overwrite`."""
 FamilyName = Annotated[
     str | None, typer.Option("--family", metavar="NAME", help="Model family, if the file does not reveal it")
 ]
+"""The option `--family`."""
 LeaveKeysOut = Annotated[
     bool, typer.Option("--allow_unmatched", help="Skip keys that match no module, such as those of a text encoder")
 ]
+"""The option `--allow_unmatched`."""
 
 
 def carry_out(plan: "FilePlan", overwrite: bool, dry_run: bool, output_format: PlanFormat) -> None:

@@ -24,6 +24,7 @@ from diffsynth_core.planning.device import sharded_launch
 from diffsynth_core.training.stop import FINISHING
 
 LAUNCHER = (sys.executable, "-m", "diffsynth_cli.launcher")
+"""Command of the process that starts accelerate's launcher."""
 LAUNCHERS = (LAUNCHER[-1], "accelerate.commands.launch")
 """Modules that start processes: our launcher and the one it builds on."""
 STARTED_ALONE = ("NO", "MULTI_CPU")

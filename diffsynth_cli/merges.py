@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffsynth_core.adapters.merge import RelativeError
 
 HEADINGS = ("LoRA", "weight", "modules", "rank", "scale", "alpha", "skipped")
+"""Headings of the table of LoRAs."""
 WORST_SHOWN = 3
 """Maximum number of modules listed as losing most."""
 

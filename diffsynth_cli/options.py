@@ -21,7 +21,9 @@ METAVARS = {
     "comma list": "A,B,…",
     "json list": "JSON",
 }
+"""Type of a parameter -> its placeholder in the help."""
 HELP_WIDTH = 80
+"""Width of the help text."""
 
 
 SPELLINGS: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("-", "_")}

@@ -11,6 +11,8 @@ from diffsynth_core.cache_folder import cache_folder
 
 
 class OptionEntry(TypedDict):
+    """An option of a command."""
+
     names: list[str]
     help: str
     is_flag: bool
@@ -20,12 +22,16 @@ class OptionEntry(TypedDict):
 
 
 class ArgumentEntry(TypedDict):
+    """An argument of a command."""
+
     values: list[str]
     takes_all: bool
     """Whether it accepts any number of words."""
 
 
 class CommandEntry(TypedDict):
+    """A command or a group of commands."""
+
     help: str
     options: list[OptionEntry]
     arguments: list[ArgumentEntry]
@@ -33,6 +39,8 @@ class CommandEntry(TypedDict):
 
 
 class Table(TypedDict):
+    """The completion table."""
+
     stamps: dict[str, list[int]]
     """Source file or folder -> size in bytes, modification time in nanoseconds."""
     root: NotRequired[CommandEntry]

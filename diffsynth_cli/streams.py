@@ -40,14 +40,17 @@ class MessageStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write text, unless the reader is gone."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines, unless the reader is gone."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush the stream, unless the reader is gone."""
         self._try(self._stream.flush)
 
     def _try(self, act: Callable[[], object]) -> None:

@@ -23,14 +23,17 @@ HELP = """Convert a LoRA to the key format of another program, with the same eff
 No base model is needed: family and format are inferred from the file. Separate LoRAs of q, k and v become one of a
 higher rank where a program fuses these modules; everything else keeps its rank. Scales are kept as alphas, or
 multiplied into lora_B where a program reads no alphas."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth convert-lora epoch-4.safetensors --to diffusers -o style.safetensors",
     "diffsynth convert-lora style.safetensors --to kohya -o style-kohya.safetensors --family flux2",
     "diffsynth convert-lora style.safetensors --to comfyui -o comfy.safetensors --check flux1-dev.safetensors",
 )
+"""Examples in the help text."""
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(
         "convert-lora", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
     )(convert_lora)

@@ -31,11 +31,15 @@ OWN_OPTIONS = ("format", "depth", "workers", "fix", "report")
 
 
 class ReportFormat(StrEnum):
+    """Values of `--format`."""
+
     TABLE = "table"
     JSON = "json"
 
 
 class Depth(StrEnum):
+    """Values of `--depth`."""
+
     METADATA = "metadata"
     PATHS = "paths"
     FILES = "files"
@@ -46,6 +50,7 @@ HELP = """Check a dataset before training: metadata, paths, captions, and every 
 PATH is a folder (with a metadata file, or captions next to the files) or a metadata file. Pass the options of the run
 (--recipe, --config, --height …) to check the dataset as that run would read it. Exit code 0 without errors, 1 with
 errors."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth dataset validate data/mine",
     "diffsynth dataset validate data/mine --recipe qwen-image-lora",
@@ -54,9 +59,11 @@ EXAMPLES = (
     "diffsynth dataset validate data/mine --report report.html",
     "diffsynth dataset validate data/mine --fix data/mine/whole.csv",
 )
+"""Examples in the help text."""
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
     datasets = typer.Typer(help="Check datasets.", no_args_is_help=True, rich_markup_mode=None)
     datasets.callback()(_group)
     datasets.command("validate", help=help_with_examples(HELP, *EXAMPLES), context_settings=BOTH_SPELLINGS)(

@@ -20,20 +20,25 @@ HELP = """Download the files of recipes, models and datasets from the hubs.
 NAME is a recipe, or MODEL_ID:GLOB as in recipes. Models are stored in --local_model_path, else
 DIFFSYNTH_MODEL_BASE_PATH, else ./models, including config.json, tokenizer and processor. Existing files are not
 downloaded again, and interrupted downloads resume."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth download qwen-image-lora",
     "diffsynth download wan2.1-t2v-1.3b-lora --dry_run",
     "diffsynth download 'Qwen/Qwen-Image:vae/*' --source huggingface",
     "diffsynth download --dataset DiffSynth-Studio/diffsynth_example_dataset --include 'qwen_image/Qwen-Image/*'",
 )
+"""Examples in the help text."""
 
 
 class Format(StrEnum):
+    """Values of `--format`."""
+
     TABLE = "table"
     JSON = "json"
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the command."""
     app.command("download", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS)(download)
 
 

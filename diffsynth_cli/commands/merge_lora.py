@@ -20,14 +20,17 @@ are written in the format of the first; full-weight differences (.diff) can only
 
 A LoRA is FILE or FILE:WEIGHT, such as style.safetensors:0.8 or style.safetensors:-1. An existing file
 with the full text as its name takes precedence, so names may contain colons."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth merge-lora --base 'Qwen/Qwen-Image:transformer/*.safetensors' --lora style.safetensors --output_path merged",
     "diffsynth merge-lora --base flux1-dev.safetensors --lora a.safetensors:0.7 --lora b.safetensors --output_path merged",
     "diffsynth merge-lora --lora a.safetensors --lora b.safetensors:-0.5 --output_path both.safetensors --rank 32",
 )
+"""Examples in the help text."""
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(
         "merge-lora", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
     )(merge_lora)

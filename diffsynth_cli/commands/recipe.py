@@ -16,14 +16,19 @@ from diffsynth_core.config.templates import template_of
 from diffsynth_core.errors import raise_if_any
 
 SHOW_HELP = "Show a recipe with all documented parameters expanded, for each stage where it has stages."
+"""Help text of `recipe show`."""
 
 
 class ListFormat(StrEnum):
+    """Values of `--format` of `recipe list`."""
+
     TABLE = "table"
     JSON = "json"
 
 
 class ShowFormat(StrEnum):
+    """Values of `--format` of `recipe show`."""
+
     YAML = "yaml"
     JSON = "json"
     FLAGS = "flags"
@@ -31,6 +36,7 @@ class ShowFormat(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
     recipes = typer.Typer(
         help="List and show recipes, print their JSON schema.", no_args_is_help=True, rich_markup_mode=None
     )

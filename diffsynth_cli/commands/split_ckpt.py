@@ -22,6 +22,7 @@ By component, each gets a file of its full weights, `text_encoder.safetensors`, 
 other names. No config.json is written: that of the base model remains valid.
 
 CKPT is a safetensors file, the shards of one model, their index, or a folder that contains one of these."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth split-ckpt epoch-0.safetensors --output_path parts --dry_run",
     "diffsynth split-ckpt step-9.safetensors --output_path parts --layout diffusers",
@@ -29,14 +30,18 @@ EXAMPLES = (
     "diffsynth split-ckpt transformer --output_path shards --by size",
     "diffsynth split-ckpt parts --output_path whole --join",
 )
+"""Examples in the help text."""
 
 
 class By(StrEnum):
+    """Values of `--by`."""
+
     COMPONENT = "component"
     SIZE = "size"
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(
         "split-ckpt", help=help_with_examples(HELP, *EXAMPLES), context_settings=SPELLINGS, no_args_is_help=True
     )(split_checkpoint)
@@ -111,6 +116,7 @@ def split_checkpoint(
 
 
 ONLY_BY_COMPONENT = ("unprefixed", "layout", "lora_format", "family", "allow_unmatched")
+"""Options that have no effect when splitting by size."""
 EXCLUDED = {"join": ("by size", "max_shard_size", *ONLY_BY_COMPONENT), "by size": ONLY_BY_COMPONENT}
 """Options that mean nothing beside another."""
 

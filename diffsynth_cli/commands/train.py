@@ -15,6 +15,7 @@ which overrides the defaults.
 
 Exit codes: 0 success, 1 failure or problems found, 2 incorrect usage, 130, 143 or 129 stopped by a signal; with
 --dry_run also 3: the run does not fit in --gpu_memory."""
+"""Help text of the command."""
 EXAMPLES = (
     "diffsynth train --recipe qwen-image-lora --rehearse",
     "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine",
@@ -22,9 +23,11 @@ EXAMPLES = (
     "diffsynth train --recipe qwen-image-lora --dataset_base_path data/mine --num_processes 4",
     "diffsynth train --recipe wan2.2-t2v-a14b-lora --dataset_base_path data/clips --only high --dry_run",
 )
+"""Examples in the help text."""
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register the command."""
     app.command("train", cls=GroupedHelp, help=help_with_examples(HELP, *EXAMPLES), context_settings=BOTH_SPELLINGS)(
         with_setting_options(train)
     )

@@ -12,8 +12,11 @@ from diffsynth_core.dataset_report.report import Report, Summary
 from diffsynth_core.progress import pluralize
 
 SHOWN_OF_A_CODE = 5
+"""Maximum number of findings shown for a code."""
 STYLES: dict[Level, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+"""Level -> style."""
 ROW_WIDTH = 7
+"""Width of the column of row numbers."""
 
 
 def report_texts(report: Report, width: int) -> Iterator[Text]:

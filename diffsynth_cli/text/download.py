@@ -11,7 +11,9 @@ from diffsynth_core.progress import format_bytes, pluralize
 LINES_SHOWN = 60
 """Maximum number of files listed per repository: more than a model has, fewer than a dataset may have."""
 NUMBER_WIDTH = 9
+"""Width of sizes."""
 STATE_WIDTH = 10
+"""Width of states."""
 
 
 def plan_lines(plan: DownloadPlan) -> Iterator[str]:

@@ -33,6 +33,7 @@ class WeightDelta:
 
     @property
     def rank(self) -> int:
+        """Number of rows of A."""
         return len(self.A)
 
     @property

@@ -84,6 +84,7 @@ class AddPlan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
+        """All files that are read."""
         return tuple(dict.fromkeys(one.lora.path for one in self.loras))
 
     def metadata_with(self, hashes: Mapping[Path, str]) -> dict[str, str]:

@@ -52,6 +52,7 @@ class RowSpans:
         return RowSpans(self.shape, self.dtype, [*lower.spans, *upper.spans])
 
     def reshape(self, shape: tuple[int, ...]) -> "RowSpans":
+        """Return the same bytes with another shape."""
         return RowSpans(tuple(shape), self.dtype, self.spans)
 
     def new_empty(self, shape: tuple[int, ...]) -> "RowSpans":

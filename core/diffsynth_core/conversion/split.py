@@ -29,6 +29,7 @@ from diffsynth_core.weights.weight_sets import INDEX_ENDING, WeightSet
 from diffsynth_core.weights.weight_writer import Output, OutputTensor, plan_shards
 
 LORA_ENDING = ".lora"
+"""Part of the file name of a component's LoRA."""
 TAKEN_FROM = "taken_from"
 """Metadata key under which a part records what it was in the checkpoint, so that parts can be joined again."""
 

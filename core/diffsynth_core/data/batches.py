@@ -138,10 +138,12 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
         return -(-self.batches.batches_per_epoch // self.micro_batches)
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the run."""
         every = self.steps_per_epoch * self.num_epochs
         return every if self.max_steps is None else min(every, self.max_steps)
 

@@ -75,6 +75,7 @@ class EncodingCache:
         return {**self.__dict__, "_memory": None}
 
     def path(self, key: str) -> Path:
+        """Return the file of an entry."""
         return self._folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:

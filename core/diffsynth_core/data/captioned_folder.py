@@ -14,6 +14,7 @@ from diffsynth_core.progress import pluralize
 NOT_SAMPLES: Mapping[str, frozenset[str]] = {"image": frozenset({"clip"}), "video": frozenset()}
 """Kind of the target -> kinds of media that are not samples."""
 SHOWN_FILES = 3
+"""Maximum number of files in a message."""
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,26 @@ COLOUR_TRANSFORM = 1
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 """Color space of a profile -> Pillow mode of the pixels that it applies to."""
 SPACE_NAMES = {"RGB ": "RGB", "GRAY": "gray", "CMYK": "CMYK", "Lab ": "LAB"}
+"""Color space of a profile -> its name in messages."""
 SAME_COLOUR = 2
 """Maximum difference, of 255, between colors of a profile and of sRGB that count as equal."""
 PROBED_LEVELS = 7
+"""Levels per channel of the grid on which a profile is compared with sRGB."""
 KEPT_PROFILES = 32
+"""Number of cached profiles."""
 SHOWN_OF_A_NAME = 40
+"""Maximum number of characters of a profile's name in a message."""
 
 EXIF_IFD, INTEROPERABILITY_IFD = 0x8769, 0xA005
+"""Tags of EXIF directories."""
 EXIF_COLOUR_SPACE, INTEROPERABILITY_INDEX = 0xA001, 1
+"""EXIF tags that mark the color space."""
 ADOBE_RGB_COLOUR_SPACE, ADOBE_RGB_INDEX = 2, "R03"
 """How cameras mark Adobe RGB without a profile (DCF 2.0)."""
 SRGB_GAMMA = 0.45455
+"""Gamma of a PNG (gAMA) with sRGB colors."""
 GAMMA_SLACK = 0.01
+"""Maximum difference from `SRGB_GAMMA`."""
 HEAD_BYTES = 4096
 """Code points, if any, are within this many bytes at the start of a file."""
 SDR_PRIMARIES, SDR_TRANSFERS = (1, 2), (1, 2, 6, 13)

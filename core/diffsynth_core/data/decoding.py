@@ -42,10 +42,13 @@ DECODED, READ = b"decoder -> pts:", b"demuxer -> ist_index:"
 ENCODED = b"encoder -> "
 """Message of `-debug_ts` for each frame of each output."""
 CHATTER = (b"demuxer+", b"filter_raw -> ", b"filter -> ", b"encoder <- ", b"muxer <- ")
+"""Parts of log lines that are ignored."""
 REORDERING = 16
 """Maximum number of frames read before one that is displayed earlier (H.264, max_num_reorder_frames)."""
 KEPT_LINES = 500
+"""Maximum number of log lines kept."""
 DISCARDED_BYTES = 1 << 20
+"""Bytes of pixels read at a time when they are discarded."""
 REASONS = (
     ("matches no streams", "no video stream", False),
     ("Format not on whitelist", "not a known video format", False),
@@ -56,6 +59,7 @@ REASONS = (
 )
 """(message of ffmpeg about a file it cannot open, meaning, whether the file is truncated); the first match counts."""
 NOT_OPENED = "Error opening "
+"""Prefix of ffmpeg's message about a file that it cannot open."""
 
 
 class UnreadableVideo(DiffSynthError):

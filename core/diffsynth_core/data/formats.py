@@ -60,6 +60,7 @@ RAW_STREAMS: Mapping[str, tuple[str, ...]] = {
 CLIP_ENDINGS = frozenset(
     ending for table in (CONTAINERS, RAW_STREAMS) for endings in table.values() for ending in endings
 )
+"""Suffixes of clips."""
 
 PLUGINS: Mapping[str, str] = {
     "pillow_heif": "register_heif_opener",
@@ -77,10 +78,12 @@ OTHER_IMAGES = (
     ".ai", ".dpx", ".emf", ".eps", ".exr", ".hdr", ".jls", ".jxr", ".jxs", ".kra", ".pam", ".ps", ".psb", ".svg",
     ".wbmp", ".wdp", ".wmf", ".xcf", ".xwd",
 )  # fmt: skip
+"""Suffixes of images that cannot be decoded here."""
 OTHER_CLIPS = (
     ".amv", ".apv", ".avs2", ".avs3", ".bik", ".braw", ".cavs", ".cpk", ".drc", ".evc", ".h261", ".h263", ".m3u8",
     ".mpd", ".r3d", ".roq", ".swf", ".vc1", ".vc2", ".yuv",
 )  # fmt: skip
+"""Suffixes of clips that cannot be decoded here."""
 CONVERSIONS: Mapping[str, str] = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "convert to PNG or JPEG, or install `pillow-heif`"),
     ".jxl": "convert to PNG or JPEG, or install `pillow-jxl-plugin`",
@@ -97,6 +100,7 @@ AMBIGUOUS = frozenset({".ts", ".mts"})
 """Suffixes of clips that other files use too: MPEG transport streams and TypeScript."""
 
 SNIFFED_BYTES = 4096
+"""Number of bytes read to determine the type of a file."""
 TRANSPORT_PACKETS = (188, 192)
 """Distances between sync bytes of an MPEG transport stream; 192 with a timestamp before each packet."""
 CLIP_SIGNATURES: tuple[tuple[int, bytes], ...] = (
@@ -111,7 +115,9 @@ CLIP_SIGNATURES: tuple[tuple[int, bytes], ...] = (
 )
 """(offset, bytes) that identify containers: Matroska, AVI, FLV, MPEG, Ogg, ASF, MXF, QuickTime."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands of HEIC images."""
 JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a")
+"""First bytes of JPEG XL images."""
 WORKFLOW_MARKS = (b'"class_type"', b'"last_node_id"', b'"last_link_id"')
 """Keys of a ComfyUI workflow that no caption or metadata file has."""
 

@@ -16,6 +16,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import atomic_write
 
 FRAME_RATE = 16
+"""Frames per second."""
 DRAWN = (
     ("ball.mp4", (160, 128), 25, "circle", "orange", "navy", "an orange ball flies over a dark blue ground"),
     ("lift_turned.mov", (128, 192), 21, "box", "gray", "black", "a grey lift"),

@@ -21,12 +21,15 @@ from diffsynth_core.weights.values import read_bytes
 from diffsynth_core.weights.weight_sets import Span
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+"""8-bit floating-point dtypes in safetensors."""
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 """Suffixes of scales, which follow the name of the layer as `.weight` does."""
 QUANT_CONFIG = ".comfy_quant"
+"""Suffix of the tensor with a layer's format as JSON."""
 QUANT_METADATA = "_quantization_metadata"
 """Where files say how a layer is stored: a tensor of JSON bytes beside it, or the metadata of the file."""
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise")
+"""Supported values of a layer's format."""
 CHANGES_OF_BASIS = ("convrot", "hadamard", "pre_quant_scale")
 """Options of a layer's format with which its weight is more than stored value x scale."""
 

@@ -14,6 +14,7 @@ BITS_PER_ELEMENT = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+"""Safetensors dtype -> bits per element."""
 FLOATING_POINT = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Dtypes of weights as they were trained or rounded; `F8_E8M0` holds powers of two alone, which are scales."""
 
@@ -24,6 +25,7 @@ TORCH_NAMES = {
 }  # fmt: skip
 """Dtypes that tensors are read and written in, by their names in safetensors -> in torch."""
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+"""Name in torch -> safetensors dtype."""
 
 
 def safetensors_dtype(dtype: "torch.dtype") -> str:

@@ -20,9 +20,11 @@ from diffsynth_core.weights.pickled import read_pickled
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library."""
 HEADER_ALIGNMENT = 8
+"""Headers are padded to a multiple of this number of bytes."""
 MAX_SIZE = 2**63
 """Maximum side of a tensor: next to a side of 0, a header could declare any."""
 METADATA = "__metadata__"
+"""Key of the text metadata in a header."""
 GGUF = b"GGUF"
 """First bytes of a GGUF file. Source: docs/gguf.md of ggml-org/ggml."""
 

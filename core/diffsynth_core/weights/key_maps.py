@@ -15,10 +15,12 @@ from typing import Any
 Tensor = Any
 """A `torch.Tensor`; a table of names does not import torch."""
 Shape = tuple[int, ...]
+"""The shape of a tensor."""
 Rows = tuple[tuple[int, int], ...]
 """Rows of a matrix, in order: ranges from the first number up to the second."""
 
 LEAVES = ("weight", "bias", "gamma")
+"""Names of tensors in a module."""
 ONE_PIXEL = (1, 1)
 """Height and width of the kernel of a pointwise convolution."""
 
@@ -86,6 +88,7 @@ class KeyMap:
 
 
 SAME_NAMES = KeyMap()
+"""The identity map."""
 
 
 class PrefixMap(KeyMap):

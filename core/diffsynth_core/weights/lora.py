@@ -51,6 +51,7 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
+        """Number of rows of A."""
         return self.A.shape[0]
 
     @property
@@ -70,6 +71,7 @@ class LoraPair:
 
     @property
     def path(self) -> Path:
+        """The file."""
         return self.B.span.path
 
 
@@ -82,14 +84,17 @@ class FullDifference:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return self.tensor.shape[0]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
+        """Shape of a row."""
         return self.tensor.shape[1:]
 
     @property
     def path(self) -> Path:
+        """The file."""
         return self.tensor.span.path
 
 
@@ -109,6 +114,7 @@ class RowSpan(Generic[S]):
 Rows = tuple[RowSpan[S], ...]
 """The change of a weight, from its first to its last row."""
 ModuleLora = Rows[LoraPair]
+"""The LoRA of one module."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,7 @@ class Lora:
 STORED = "stored"
 """The `alpha_source` of an alpha that is a tensor of the file."""
 ANOTHER_FAMILY = "pass the right `--family`, or re-export the file"
+"""Hint for a LoRA that may be of another family."""
 
 
 def whole(stored: S) -> Rows[S]:

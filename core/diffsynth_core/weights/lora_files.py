@@ -38,7 +38,9 @@ NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Dtypes of a single stored number -> their formats in `struct`; bfloat16 is the upper half of float32."""
 
 REEXPORT = "re-export the file"
+"""Hint for damaged LoRA files."""
 ANOTHER = "pass a LoRA for this model"
+"""Hint for LoRAs of other models."""
 
 
 def read_lora_file(

@@ -33,6 +33,7 @@ PEFT_PREFIX = "base_model.model."
 """The prefix in files that peft itself writes, whose alphas are in another file, `adapter_config.json`."""
 
 Role = Literal["A", "B", "alpha", "diff", "diff_b", "diff_m"]
+"""What a key of a LoRA stores."""
 ALPHA = ".alpha"
 """The ending of an alpha's key in all formats; a stored one is read in each."""
 ENDINGS: Mapping[str, Role] = {
@@ -79,6 +80,7 @@ LORA_FORMATS: Mapping[LoraFormat, KeyFormat] = {
     "comfyui": KeyFormat(("diffusion_model.",), ".lora_A.weight", ".lora_B.weight", alpha="kept"),
     "kohya": KeyFormat(("lora_unet_",), ".lora_down.weight", ".lora_up.weight", alpha="always", underscored=True),
 }
+"""The supported formats."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class LoraNaming:
 
 _NUMBER = re.compile(r"\d+")
 DIT = LoraNaming()
+"""Naming of a transformer without other vocabularies."""
 
 
 @dataclass(frozen=True)

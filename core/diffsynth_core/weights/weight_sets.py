@@ -16,7 +16,9 @@ from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.headers import TensorHeader, read_header
 
 ENDING = ".safetensors"
+"""Suffix of the files."""
 INDEX_ENDING = ".safetensors.index.json"
+"""Suffix of the index of shards."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from diffsynth_core.weights.weight_sets import ENDING, INDEX_ENDING, Span
 COPIED_AT_ONCE = 64 * 1024**2
 """Bytes between two progress updates, and between two requests to the system to start writing."""
 NOT_COPIED_BY_THE_SYSTEM = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""Errors of `copy_file_range` after which bytes are copied through memory."""
 
 Pieces = Callable[[], Iterable[bytes | bytearray | memoryview]]
 """Computes the bytes of a tensor, in order, in pieces that need not fit in memory together."""
@@ -128,6 +129,7 @@ def make_index(path: Path, files: Iterable[OutputFile], metadata: Mapping[str, o
 
 
 Output = OutputFile | OutputIndex
+"""A file to write."""
 
 
 def output_problems(outputs: Sequence[Output], inputs: Collection[Path], overwrite: bool = False) -> list[Problem]:

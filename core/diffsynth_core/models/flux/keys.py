@@ -205,6 +205,7 @@ DIT_ORIGINAL_SIGNATURE = frozenset(
         "vector_in.in_layer.weight",
     }
 )
+"""Keys of transformers in the original layout."""
 DIT_DIFFUSERS_SIGNATURE = frozenset(
     {
         "transformer_blocks.0.norm1_context.linear.weight",
@@ -214,12 +215,15 @@ DIT_DIFFUSERS_SIGNATURE = frozenset(
         "proj_out.weight",
     }
 )
+"""Keys of transformers in the diffusers layout."""
 DIT_DOCUMENTED_SIGNATURE = frozenset(
     {"blocks.0.attn.a_to_qkv.weight", "single_blocks.0.to_qkv_mlp.weight", "final_proj_out.weight"}
 )
+"""Keys of transformers with documented names."""
 VAE_ORIGINAL_SIGNATURE = frozenset(
     {"encoder.down.0.block.0.norm1.weight", "encoder.mid.attn_1.q.weight", "decoder.up.0.block.0.norm1.weight"}
 )
+"""Keys of VAEs in the original layout."""
 VAE_DIFFUSERS_SIGNATURE = frozenset(
     {
         "encoder.down_blocks.0.resnets.0.norm1.weight",
@@ -227,18 +231,24 @@ VAE_DIFFUSERS_SIGNATURE = frozenset(
         "decoder.up_blocks.0.resnets.0.norm1.weight",
     }
 )
+"""Keys of VAEs in the diffusers layout."""
 CLIP_SIGNATURE = frozenset({"text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"})
+"""Keys of CLIP's text model."""
 CLIP_FLAT_SIGNATURE = frozenset({"embeddings.token_embedding.weight", "final_layer_norm.weight"})
+"""Keys of CLIP's text model as saved by the current module."""
 T5_SIGNATURE = frozenset({"shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"})
+"""Keys of T5."""
 
 UMT5_TENSORS = frozenset({"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"})
 """UMT5 has the position bias in each block, T5 only in its first."""
 FLUX_2_VAE_TENSORS = frozenset({"bn.running_mean", "bn.running_var"})
+"""Keys of FLUX.2's VAE that FLUX.1's lacks."""
 
 
 CONTROLNET_SIGNATURE = frozenset(
     {"transformer_blocks.0.norm1_context.linear.weight", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight"}
 )
+"""Keys of ControlNets."""
 UNION_TENSORS = frozenset({"controlnet_x_embedder.weight", "controlnet_mode_embedder.weight"})
 """Tensors of ControlNets for several kinds of control images, which require the kind as an input."""
 HINT_TENSORS = frozenset({"controlnet_x_embedder.weight", "input_hint_block.conv_in.weight"})

@@ -83,6 +83,7 @@ TRANSFORMER_SIGNATURE = frozenset(
         "double_stream_modulation_img.linear.weight",
     }
 )
+"""Keys of transformers in the diffusers layout."""
 TEXT_ENCODER_SIGNATURE = frozenset(
     {
         "model.embed_tokens.weight",
@@ -90,14 +91,18 @@ TEXT_ENCODER_SIGNATURE = frozenset(
         "model.layers.0.mlp.gate_proj.weight",
     }
 )
+"""Keys of Qwen3."""
 VAE_SIGNATURE = frozenset({"encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight", "bn.running_mean"})
+"""Keys of the VAE."""
 
 TRANSFORMER_ORIGINAL_SIGNATURE = frozenset(
     {"double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"}
 )
+"""Keys of transformers in the original layout."""
 DEV_TEXT_ENCODER_SIGNATURE = frozenset(
     {"language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight"}
 )
+"""Keys of the text encoder of FLUX.2-dev, Mistral 3, in published files."""
 DEV_TEXT_ENCODER_MODULE_SIGNATURE = frozenset(
     {"model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"}
 )

@@ -133,6 +133,7 @@ VAE_2_1_UP_BLOCKS = {
 """Wan numbers residual blocks and upsamplers of all levels consecutively; diffusers numbers them per level."""
 
 RESIDUAL_BLOCK = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+"""Modules of a residual block of the VAE."""
 
 VAE_2_1 = TableMap(
     {
@@ -157,6 +158,7 @@ VAE_2_1 = TableMap(
         "decoder.upsamples.11.resample.1": "decoder.up_blocks.2.upsamplers.0.resample.1",
     }
 )
+"""Documented keys of the VAE of Wan 2.1 -> module keys."""
 
 VAE_2_2 = TableMap(
     {
@@ -177,6 +179,7 @@ VAE_2_2 = TableMap(
         "decoder.upsamples.{}.upsamples.3.time_conv": "decoder.up_blocks.{}.upsampler.time_conv",
     }
 )
+"""Documented keys of the VAE of Wan 2.2 -> module keys."""
 
 IMAGE_ENCODER = TableMap(
     {
@@ -210,12 +213,15 @@ IMAGE_ENCODER_DIFFUSERS = PrefixMap(("vision_model.", ""))
 DIT_ORIGINAL_SIGNATURE = frozenset(
     {"blocks.0.self_attn.q.weight", "blocks.0.cross_attn.norm_k.weight", "head.modulation"}
 )
+"""Keys of transformers in Wan's own layout."""
 DIT_DIFFUSERS_SIGNATURE = frozenset(
     {"blocks.0.attn1.to_q.weight", "blocks.0.attn2.norm_k.weight", "condition_embedder.time_proj.weight"}
 )
+"""Keys of transformers in the diffusers layout."""
 TEXT_ENCODER_ORIGINAL_SIGNATURE = frozenset(
     {"token_embedding.weight", "blocks.0.pos_embedding.embedding.weight", "blocks.0.ffn.gate.0.weight"}
 )
+"""Keys of text encoders in Wan's own layout."""
 TEXT_ENCODER_DIFFUSERS_SIGNATURE = frozenset(
     {
         "shared.weight",
@@ -227,21 +233,27 @@ TEXT_ENCODER_DIFFUSERS_SIGNATURE = frozenset(
 VAE_2_1_ORIGINAL_SIGNATURE = frozenset(
     {"encoder.downsamples.0.residual.0.gamma", "encoder.conv1.weight", "conv2.weight"}
 )
+"""Keys of VAEs of Wan 2.1 in Wan's own layout."""
 VAE_2_1_DIFFUSERS_SIGNATURE = frozenset(
     {"encoder.down_blocks.0.norm1.gamma", "encoder.conv_in.weight", "post_quant_conv.weight"}
 )
+"""Keys of VAEs of Wan 2.1 in the diffusers layout."""
 VAE_2_2_ORIGINAL_SIGNATURE = frozenset(
     {"encoder.downsamples.0.downsamples.0.residual.0.gamma", "encoder.conv1.weight", "conv2.weight"}
 )
+"""Keys of VAEs of Wan 2.2 in Wan's own layout."""
 VAE_2_2_DIFFUSERS_SIGNATURE = frozenset(
     {"encoder.down_blocks.0.resnets.0.norm1.gamma", "encoder.conv_in.weight", "post_quant_conv.weight"}
 )
+"""Keys of VAEs of Wan 2.2 in the diffusers layout."""
 IMAGE_ENCODER_ORIGINAL_SIGNATURE = frozenset(
     {"visual.cls_embedding", "visual.pos_embedding", "visual.transformer.0.attn.to_qkv.weight"}
 )
+"""Keys of image encoders in Wan's own layout."""
 IMAGE_ENCODER_DIFFUSERS_SIGNATURE = frozenset(
     {"vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"}
 )
+"""Keys of image encoders in the diffusers layout."""
 IMAGE_ENCODER_FLAT_SIGNATURE = frozenset({"embeddings.class_embedding", "pre_layrnorm.weight"})
 """Current module keys: those of files without the level `vision_model`."""
 
