@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.config.documents import format_value
 from diffsynth_core.config.parameters import SETTINGS, as_plain
 from diffsynth_core.errors import list_names
@@ -154,7 +155,8 @@ def _step_lines(plan: Plan) -> Iterator[str]:
     yield steps_in_words(plan)
     low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
     if (low, high) != (0, 1):
-        yield f"  timesteps {int(low * 1000)} to {int(high * 1000) - 1} of 1000, noisiest first"
+        first, end = (int(share * TRAINING_TIMESTEPS) for share in (low, high))
+        yield f"  timesteps {first} to {end - 1} of {TRAINING_TIMESTEPS}, noisiest first"
     if parameters.find_unused_parameters:
         yield "  unused parameters are excluded, so `find_unused_parameters` has no effect"
     for note in start_lines(plan):

@@ -16,3 +16,5 @@ COMPUTE_DTYPES: Mapping[str, WeightDtype] = {"no": "float32", "bf16": "bfloat16"
 """`mixed_precision` -> the dtype of frozen weights and of the computation."""
 ENCODER_DTYPES: Mapping[str, WeightDtype] = {**COMPUTE_DTYPES, "fp16": "float32"}
 """`mixed_precision` -> the dtype of frozen encoders: float32 for fp16, whose range they overflow."""
+TRAINING_TIMESTEPS = 1000
+"""How many timesteps training draws from, in every family (`num_train_timesteps` of diffusers' schedulers)."""

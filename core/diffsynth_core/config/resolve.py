@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffsynth_core.config.arguments import StrayWord, unknown_arguments
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.config.gpu_memory import nearest_memory
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Overrides, Recipe, load_config, load_recipe
@@ -348,7 +349,8 @@ def _cross_problems(parameters: Parameters, invalid: set[str]) -> list[Problem]:
                 wrong_use=True,
             )
         )
-    if int(parameters.min_timestep_boundary * 1000) >= int(parameters.max_timestep_boundary * 1000):
+    low, high = parameters.min_timestep_boundary, parameters.max_timestep_boundary
+    if int(low * TRAINING_TIMESTEPS) >= int(high * TRAINING_TIMESTEPS):
         problems.append(
             Problem(
                 f"`min_timestep_boundary` {parameters.min_timestep_boundary} is not below `max_timestep_boundary` {parameters.max_timestep_boundary}",

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.errors import Problem, raise_if_any
 
 SAMPLING_CODE = "CELL_TYPE"
 """Of the check that finds what is wrong with these cells (data/findings.py)."""
 RAND_DEVICES = ("cpu", "cuda")
 SEEDS = range(2**63)
-STEPS = range(1, 1001)
+STEPS = range(1, TRAINING_TIMESTEPS + 1)
 
 
 @dataclass(frozen=True)

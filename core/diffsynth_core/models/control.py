@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from diffsynth_core.data.conditions import Condition
-from diffsynth_core.models.size_facts import LatentFacts
-from diffsynth_core.models.spec import EncoderFacts, Variant
+from diffsynth_core.models.spec import Variant
 
 CONTROLNET = "controlnet"
 """Name of the component."""
@@ -23,11 +22,6 @@ FILE_PATTERNS = ("controlnet/*", "*[Cc]ontrol[Nn]et*:diffusion_pytorch_model*")
 CONTROL_IMAGE = Condition(CONTROLNET_IMAGE, CONTROLNET_IMAGE, size="target", max_count=1)
 """The control image."""
 
-LATENTS = EncoderFacts(
-    name=CONTROL_LATENTS, component="vae", columns=(CONTROLNET_IMAGE,), latents=LatentFacts(channels=16, factor=8)
-)
-"""Encoder of the control image."""
-
 
 def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], frozenset[str]]) -> Variant:
     """Return a variant with a ControlNet, whose only condition is the control image.
@@ -35,11 +29,13 @@ def with_controlnet(variant: Variant, extra_unused: Callable[[frozenset[str]], f
     Args:
         extra_unused: keys of the ControlNet -> those of modules or tensors that its training does not use.
     """
+    # The control image is encoded as the target is, by the same VAE.
+    of_target = next(encoder for encoder in variant.encoders if encoder.columns == (variant.target.column,))
     return replace(
         variant,
         title=f"{variant.title} with a ControlNet",
         components=(*variant.components, CONTROLNET),
-        encoders=(*variant.encoders, LATENTS),
+        encoders=(*variant.encoders, replace(of_target, name=CONTROL_LATENTS, columns=(CONTROLNET_IMAGE,))),
         conditions=(CONTROL_IMAGE,),
         accepted_inputs=(CONTROLNET_IMAGE,),
         step_components=(CONTROLNET,),

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES
+from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES, TRAINING_TIMESTEPS
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
-TRAINING_STEPS = 1000
-"""How many sigmas a timestep of training is drawn from."""
 Encoded = dict[str, Tensor]
 """What the encoders make of one sample, by name, without a batch dimension; floats."""
 
@@ -57,7 +55,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+    def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
         """The sigmas of a sampler of so many steps before its last, 0: `[steps]` float32, most noisy first.
 
         1000 are those of training.

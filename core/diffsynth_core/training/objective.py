@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
 
-TABLE_SIZE = 1000
-"""Number of training timesteps."""
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> predicted noise - latents, in the shape of x_t."""
 
@@ -84,16 +83,16 @@ def timestep_weights(sigmas: Tensor) -> Tensor:
     y = exp(-2 ((1000 sigma - 500) / 1000)^2); w = (y - min y) * 1000 / sum(y - min y): the bell-shaped weighting of
     DiffSynth-Studio. The noisiest sigma has weight 0.
     """
-    bell = torch.exp(-2 * ((sigmas.double() * TABLE_SIZE - TABLE_SIZE / 2) / TABLE_SIZE) ** 2)
+    bell = torch.exp(-2 * ((sigmas.double() * TRAINING_TIMESTEPS - TRAINING_TIMESTEPS / 2) / TRAINING_TIMESTEPS) ** 2)
     raised = bell - bell.min()
-    return (raised * (TABLE_SIZE / raised.sum())).float()
+    return (raised * (TRAINING_TIMESTEPS / raised.sum())).float()
 
 
 def draw_timestep(seed: int, epoch: int, sample: int, repeat: int, low: float = 0.0, high: float = 1.0) -> int:
     """Draw an index into the table of sigmas, uniform in [floor(1000 low), floor(1000 high)), for one draw of a
     sample.
     """
-    first, end = int(low * TABLE_SIZE), int(high * TABLE_SIZE)
+    first, end = int(low * TRAINING_TIMESTEPS), int(high * TRAINING_TIMESTEPS)
     return first + key_of("timestep", seed, epoch, sample, repeat) * (end - first) // 2**64
 
 

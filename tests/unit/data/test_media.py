@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffsynth_core.data.conditions import Condition
-from diffsynth_core.data.images import ImageHeader, SizeRule
+from diffsynth_core.data.images import ImageHeader, SizeRule, read_image_header
 from diffsynth_core.data.media import (
     FrameRule,
     MediaCrop,
@@ -14,7 +16,9 @@ from diffsynth_core.data.media import (
     MediaRule,
     choose_reference,
     choose_target,
+    load_pixels,
 )
+from diffsynth_core.models.dataset_columns import MASKS
 
 
 def rule(num_frames=49, start="first", seed=0, frame_rate=None):
@@ -88,3 +92,29 @@ def test_a_reference_is_read_at_the_size_of_its_rule():
     assert len({str(replace(found, scaled=scaled).transform) for scaled in (None, (100, 107), (107, 100))}) == 3
     over = choose_reference(Path("a.png"), header, replace(shown, size="target"), target, 7)
     assert over == MediaCrop(Path("a.png"), 32, 48), "that of what is trained on"
+
+
+def gradient(path: Path, mode: str = "L") -> Path:
+    """A mask of 40 x 20 pixels: black on the left, white on the right, saved as Pillow's `mode`."""
+    mask = Image.new("L", (40, 20))
+    mask.paste(255, (20, 0, 40, 20))
+    mask.convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.column)
+def test_each_column_that_is_checked_as_a_mask_can_be_read(tmp_path, mask, mode):
+    path = gradient(tmp_path / "mask.png", mode)
+    crop = choose_reference(path, read_image_header(path), mask, MediaCrop(Path("b.png"), 32, 48), 1 << 20)
+    assert crop == MediaCrop(path, 32, 48, mask=True) and crop.transform != MediaCrop(path, 32, 48).transform
+    pixels = load_pixels(crop)
+    assert (pixels.shape, pixels.dtype) == ((1, 32, 48, 1), np.uint8)
+    assert (pixels[..., :20, :] == 0).all() and (pixels[..., 28:, :] == 255).all()
+    assert (np.diff(pixels[0, 0, :, 0].astype(int)) >= 0).all(), "scaling rings nowhere"
+
+
+def test_a_condition_whose_size_is_not_known_is_not_loaded():
+    header = ImageHeader(100, 50, rotated=False, transparent=False)
+    with pytest.raises(ValueError, match="the size of `mask` is not known"):
+        choose_reference(Path("a.png"), header, Condition("mask", "mask"), MediaCrop(Path("b.png"), 32, 48), 7)

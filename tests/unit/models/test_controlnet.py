@@ -18,7 +18,8 @@ from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from diffsynth_core.models.qwen_image.forward import predict_velocity as predict_qwen
 from diffsynth_core.models.recognition import find_unsupported, recognise, recognise_family
 from diffsynth_core.models.registry import FAMILIES, load_family
-from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.size_facts import LatentFacts
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts
 from diffsynth_core.models.tiny import fill
 
 NAMES = {"qwen-image": qwen_names, "flux": flux_names}
@@ -179,7 +180,11 @@ def test_with_an_image_to_follow_the_controlnet_takes_part_in_every_step(family,
         )
         (shown,) = found.conditions
         assert (shown.column, shown.size, shown.max_count) == ("controlnet_image", "target", 1)
-        assert found.encoders == (*plain.encoders, control.LATENTS)
+        latents = LatentFacts(channels=16, factor=8)
+        assert found.encoders == (
+            *plain.encoders,
+            EncoderFacts("controlnet_latents", "vae", ("controlnet_image",), latents=latents),
+        )
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models import control
-from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.flux import components as building
 from diffsynth_core.models.flux import encode, forward
 from diffsynth_core.models.flux import tiny as rehearsal
@@ -52,7 +53,7 @@ class Flux(Family):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)
 
-    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+    def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
         return forward.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.flux.encode import KONTEXT_LATENTS
 from diffsynth_core.models.patches import numbered, pack, unpack
 
-TRAINING_STEPS = 1000
 SHIFT = 3.0
 """Shift of the training sigmas."""
 LAST_SIGMA = 0.003 / 1.002
@@ -19,7 +19,7 @@ GUIDANCE = 1.0
 """What the guidance embedder is told in training: the prediction is to be that of the data itself."""
 
 
-def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
     """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00893.
 
     s = linspace(1, 0.003 / 1.002, steps); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers

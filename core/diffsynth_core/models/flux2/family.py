@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.flux2 import components as building
 from diffsynth_core.models.flux2 import encode, forward
 from diffsynth_core.models.flux2 import tiny as rehearsal
@@ -46,7 +47,7 @@ class Flux2(Family):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)
 
-    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+    def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
         return forward.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.flux2.encode import REFERENCE_LATENTS
 from diffsynth_core.models.patches import numbered
 
-TRAINING_STEPS = 1000
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
 REFERENCE_POSITION = 10
 """Position of the first reference image on the axis of images, and their distance there; the target is at 0."""
 
 
-def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
     """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.002223.
 
     s = linspace(1, 1 / steps, steps); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of

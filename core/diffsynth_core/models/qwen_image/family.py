@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models import control
-from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.qwen_image import components as building
 from diffsynth_core.models.qwen_image import encode, forward
 from diffsynth_core.models.qwen_image import tiny as rehearsal
@@ -54,7 +55,7 @@ class QwenImage(Family):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return forward.collate(encoded)
 
-    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+    def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
         return forward.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.control import CONTROL_LATENTS
 from diffsynth_core.models.patches import numbered, pack, unpack
 
-TRAINING_STEPS = 1000
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
 LAST_SIGMA = 0.02
@@ -19,7 +19,7 @@ EDIT_LATENTS = "edit_latents_{}"
 """Name of the latents of an image to edit, with its number, from 0."""
 
 
-def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
     """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.02.
 
     s = linspace(1, 0, steps + 1) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the

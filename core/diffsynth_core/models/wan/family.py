@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsynth_core.models.family import TRAINING_STEPS, Encoded, Family
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
 from diffsynth_core.models.wan import components as building
 from diffsynth_core.models.wan import encode, forward
@@ -49,7 +50,7 @@ class Wan(Family):
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return forward.collate(encoded)
 
-    def sigmas(self, steps: int = TRAINING_STEPS) -> Tensor:
+    def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
         return forward.sigmas(steps)
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:

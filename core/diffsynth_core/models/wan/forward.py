@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.wan.captions import MAX_TOKENS
 
-TRAINING_STEPS = 1000
 SHIFT = 5.0
 """Shift of the training sigmas."""
 STACKED = ("latents", "condition", "image_embeds", "given")
 
 
-def sigmas(steps: int = TRAINING_STEPS) -> Tensor:
+def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
     """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00498.
 
     s = linspace(1, 0, steps + 1) without its last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers with
@@ -46,7 +46,7 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
     Returns: `[B, C, F, h, w]`.
     """
     states = torch.cat([noisy, batch["condition"].float()], dim=1) if "condition" in batch else noisy
-    timestep = sigma * TRAINING_STEPS
+    timestep = sigma * TRAINING_TIMESTEPS
     if "given" in batch:
         timestep = token_timesteps(timestep, batch["given"], noisy.shape, transformer.config.patch_size)
     images = batch.get("image_embeds")
