@@ -9,19 +9,20 @@ from diffsynth_core.data.metadata import Metadata
 from diffsynth_core.errors import list_names, suggest, truncate
 
 LEAVE_OUT = "remove or rename it"
-"""What to do about a column that is not read."""
+"""Hint for a column that is not read."""
 OTHER_NAMES = {
     "image": ("file_name", "filename", "file", "path", "image_path", "img", "image_file"),
     "video": ("file_name", "filename", "file", "path", "video_path", "media_path"),
     "prompt": ("text", "caption", "captions", "description"),
 }
-"""Columns by the names that other programs give them."""
+"""Columns -> their names in other programs."""
 
 
 def check_columns(metadata: Metadata, columns: Columns, hints: Mapping[str, str]) -> Iterator[Finding]:
-    """COLUMN_MISSING and COLUMN_UNKNOWN; a column under a near name is reported as missing only.
+    """Yield COLUMN_MISSING and COLUMN_UNKNOWN; a column with a similar name is only reported as missing.
 
-    `hints`: column -> what to do when it is there and not read.
+    Args:
+        hints: column -> hint if it exists and is not read.
     """
     if not metadata.columns:
         return
@@ -39,14 +40,14 @@ def check_columns(metadata: Metadata, columns: Columns, hints: Mapping[str, str]
 
 
 def unread_column(origin: str, name: str, columns: Columns, hint: str) -> Finding:
-    """COLUMN_UNKNOWN of one column that is not read."""
+    """Return COLUMN_UNKNOWN of one column."""
     known = list_names(columns.known, 12)
     what = f"`{origin}` has the column `{truncate(name)}`, which is not read; columns that are read: {known}"
     return finding("COLUMN_UNKNOWN", what, hint)
 
 
 def _missing_column(metadata: Metadata, name: str, required: Sequence[str], near: str | None) -> tuple[str, str]:
-    """What to say of one of the columns `required` that is not there, and what to do; `near`: one that may be meant."""
+    """Return message and hint for a missing column; `near`: one that may be meant."""
     if metadata.beside:
         listed = ", ".join(f"`{one}`" for one in required)
         what = f"`{metadata.origin}` has no column `{name}`, which requires a metadata file"
@@ -61,11 +62,11 @@ def _missing_column(metadata: Metadata, name: str, required: Sequence[str], near
 
 
 def _near_column(name: str, others: Iterable[str]) -> str | None:
-    """Which of the columns `others` may be meant by one that is not there."""
+    """Return the column in `others` that may be meant by a missing one."""
     others = list(others)
     return suggest(name, others) or next((one for one in others if one.lower() in OTHER_NAMES.get(name, ())), None)
 
 
 def _lacks_header(columns: Sequence[str]) -> bool:
-    """Whether what should name the columns is a row: it names a file."""
+    """Return whether the header looks like a row: it names a file."""
     return any(kind_of_name(name) in ("image", "clip") for name in columns)

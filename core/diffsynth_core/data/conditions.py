@@ -1,7 +1,7 @@
-"""What a model reads of a dataset, column by column: the one declaration for training, planning and the report.
+"""Inputs of a model from a dataset, column by column, declared once for training, planning and the report.
 
-A family declares its target and its conditions once (models/*/spec.py); `Columns` is the choice of one run among them.
-Light to import: families state their facts without Pillow, ffmpeg or torch.
+A family declares its target and conditions in models/*/spec.py; `Columns` is the selection of one run. Light to
+import: without Pillow, ffmpeg or torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,16 +10,17 @@ from functools import cached_property
 from typing import Literal
 
 ReferenceSize = Callable[[int, int, int], tuple[int, int]]
-"""(width, height, `max_pixels`) of an image -> (height, width) that it is scaled to; 0 where it is too small."""
+"""(width, height, `max_pixels`) of an image -> (height, width) to scale it to; 0 if it is too small."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The metadata column of what the model is trained on.
+    """The metadata column of the target.
 
-    `size_factor`: sides are multiples of it, in pixels.
-    `frame_step`: a video has a multiple of it, and one more, as its number of frames.
-    `usual_pixels`: the area of a frame that the published models were trained at; far smaller files teach them blur.
+    Attributes:
+        size_factor: sides are multiples of it, in pixels.
+        frame_step: the number of frames of a video is a multiple of it, plus one.
+        usual_pixels: training area of the published models; training on much smaller files teaches blur.
     """
 
     column: str
@@ -31,15 +32,16 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class Condition:
-    """An input of the model beside caption and target, read from a metadata column at one size.
+    """An input of the model besides caption and target, read from a metadata column at one size.
 
-    `name`: what encoders call it; a column that is read at two sizes has two conditions.
-    `media`: `image`: loaded as RGB; `mask`: as one channel, in which white selects.
-    `size`: how an image gets the size that it is loaded at; `target`: it covers the target and is cropped to its size;
-    None: not known without a model.
-    `factor`: the loaded sides are multiples of it, cropped at the center.
-    `max_count`: how many files a row may list; None: any number.
-    `required`: a row without a file is an error.
+    Attributes:
+        name: name for encoders; a column that is read at two sizes has two conditions.
+        media: `image`: loaded as RGB; `mask`: loaded as one channel, in which white selects.
+        size: how an image is resized; `target`: it covers the target and is cropped to its size; None: unknown without
+            a model.
+        factor: sides are multiples of it, center-cropped.
+        max_count: maximum number of files in a row; None: unlimited.
+        required: a row without a file is an error.
     """
 
     name: str
@@ -52,16 +54,17 @@ class Condition:
 
     @property
     def aligned(self) -> bool:
-        """Whether it lies over the target, pixel by pixel."""
+        """Whether it overlays the target pixel by pixel."""
         return self.size == "target"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a dataset by what they hold.
+    """The columns of a dataset by content.
 
-    `sampling`: how a sampler made the image, which distillation reads of each row. `others`: columns that this run does
-    not read and that are not worth a finding.
+    Attributes:
+        sampling: sampler parameters of each row, for distillation.
+        others: columns that this run ignores without a finding.
     """
 
     text: str
@@ -72,40 +75,40 @@ class Columns:
 
     @cached_property
     def references(self) -> tuple[str, ...]:
-        """The columns of reference images."""
+        """Columns of reference images."""
         return tuple(dict.fromkeys(one.column for one in self.conditions if one.media == "image"))
 
     @cached_property
     def masks(self) -> tuple[str, ...]:
-        """The columns of masks."""
+        """Columns of masks."""
         return tuple(dict.fromkeys(one.column for one in self.conditions if one.media == "mask"))
 
     @cached_property
     def media(self) -> tuple[str, ...]:
-        """The columns that name files."""
+        """Columns with file names."""
         return tuple(dict.fromkeys((self.target, *(one.column for one in self.conditions))))
 
     @cached_property
     def required(self) -> tuple[str, ...]:
-        """The columns that must be there."""
+        """Required columns."""
         conditions = (one.column for one in self.conditions if one.required)
         return tuple(dict.fromkeys((self.target, *conditions, self.text, *self.sampling)))
 
     @cached_property
     def known(self) -> tuple[str, ...]:
-        """The columns that are read, and those that are not worth a finding."""
+        """Columns that are read, or ignored without a finding."""
         return tuple(dict.fromkeys((self.text, *self.media, *self.sampling, *self.others)))
 
     @cached_property
     def required_media(self) -> frozenset[str]:
-        """The columns whose cell must name a file."""
+        """Columns whose cells must name a file."""
         return frozenset((self.target, *(one.column for one in self.conditions if one.required)))
 
     @cached_property
     def max_counts(self) -> dict[str, int | None]:
-        """Column -> how many files a row may list; None: any number."""
+        """Column -> maximum number of files in a row; None: unlimited."""
         return {one.column: one.max_count for one in self.conditions} | {self.target: 1}
 
     def unknown(self, present: Sequence[str]) -> list[str]:
-        """The columns of a dataset that are not read."""
+        """Return the columns of a dataset that are not read."""
         return [name for name in present if name and name not in self.known]

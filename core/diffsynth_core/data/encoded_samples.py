@@ -1,7 +1,7 @@
-"""A folder of encoded samples: what the first half of split training writes and the second half trains on. No torch.
+"""A folder of encoded samples: the output of a precompute task and the input of a train task. No torch.
 
-`encoded.json` says of what the folder was made and which files belong to it; while samples are being encoded it says
-that it is not complete. The encodings lie below `encodings/<encoder>/`, one file per encoder and content.
+`encoded.json` states from what the folder was encoded and which files belong to it; it is marked as incomplete until
+all samples are encoded. The encodings are in `encodings/<encoder>/`, one file per encoder and content.
 """
 
 import hashlib
@@ -20,21 +20,27 @@ from diffsynth_core.files import write_text
 from diffsynth_core.json_files import WrongType, as_type, read_json
 
 MANIFEST = "encoded.json"
+"""Name of the manifest."""
 FORMAT = 1
-"""Goes up when older folders can no longer be read."""
+"""Incremented when older folders can no longer be read."""
 MAX_MANIFEST_BYTES = 4 * 2**30
-"""Largest `encoded.json` that is read; a sample takes some 200 bytes."""
+"""Maximum size of `encoded.json`; a sample takes about 200 bytes."""
 ENCODE_AGAIN = "encode the samples again"
+"""Hint for damaged folders."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """All that a folder of encoded samples was made of.
+    """Everything that determines the content of a folder of encoded samples.
 
-    `kind`: the kind of model, in words. `encoders`: name -> its version and the extra inputs that changed what it made.
-    `sizes`: parameters that decide at which size and length samples are encoded. `components`: component -> file ->
-    sha256. `shapes`: component -> shapes of those of its tensors that say what it fits.
-    `dataset_fingerprint`: as that of a run. `contents`: sha256 over the names of all encodings.
+    Attributes:
+        kind: title of the variant.
+        encoders: name -> version and the extra inputs that affect its output.
+        sizes: parameters that determine the size and length of samples.
+        components: component -> file -> sha256.
+        shapes: component -> shapes of the tensors that must match the denoiser.
+        dataset_fingerprint: as in a run.
+        contents: sha256 over the names of all encodings.
     """
 
     objective: str
@@ -51,7 +57,7 @@ class Origin:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all of it."""
+        """sha256 over all attributes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
@@ -65,9 +71,11 @@ class EncodedFile:
 
 @dataclass(frozen=True)
 class EncodedSamples:
-    """The contents of such a folder; without `samples` it is not complete.
+    """The content of such a folder; without `samples` it is incomplete.
 
-    `files`: of each sample, by encoder. Of a sample only its row, file name and sizes are kept, not its caption.
+    Attributes:
+        files: encoder -> encoding, for each sample. Only row, file name and sizes of a sample are stored, not its
+            caption.
     """
 
     folder: Path
@@ -77,14 +85,15 @@ class EncodedSamples:
 
     @property
     def complete(self) -> bool:
+        """Whether all samples are encoded."""
         return bool(self.samples)
 
     def cache(self, encoder: str) -> EncodingCache:
-        """Where the encodings of one encoder lie."""
+        """Return the cache with the encodings of one encoder."""
         return EncodingCache(encodings_folder(self.folder, encoder))
 
     def paths(self) -> Iterator[tuple[Path, int]]:
-        """The files that belong to it, and how many bytes they have."""
+        """Yield the files that belong to it, and their sizes in bytes."""
         caches = {encoder: self.cache(encoder) for encoder in self.origin.encoders}
         for files in self.files:
             for encoder, file in files.items():
@@ -115,16 +124,17 @@ class _Manifest:
 
 
 def encodings_folder(folder: Path, encoder: str) -> Path:
+    """Return the folder of an encoder's encodings."""
     return folder / "encodings" / encoder
 
 
 def holds_encoded_samples(folder: Path) -> bool:
-    """Whether a first half wrote into this folder, complete or not."""
+    """Return whether a precompute task wrote into this folder, complete or not."""
     return (folder / MANIFEST).is_file()
 
 
 def write_encoded(encoded: EncodedSamples) -> None:
-    """Write `encoded.json`, whole or not at all."""
+    """Write `encoded.json` atomically."""
     content = {
         "format": FORMAT,
         "complete": encoded.complete,
@@ -136,10 +146,10 @@ def write_encoded(encoded: EncodedSamples) -> None:
 
 
 def read_encoded(folder: Path) -> EncodedSamples:
-    """The encoded samples in a folder, as its `encoded.json` names them; looks at no other file.
+    """Return the encoded samples listed in a folder's `encoded.json`, without accessing other files.
 
     Raises:
-        DiffSynthError: when the file is damaged or of another format.
+        DiffSynthError: if the file is damaged or of another format.
     """
     path = folder / MANIFEST
     content = read_json(path, dict[str, Any], ENCODE_AGAIN, MAX_MANIFEST_BYTES)
@@ -166,7 +176,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
 
 
 def unexpected_files(folder: Path, known: set[Path]) -> list[str]:
-    """Files in a folder, by name, that do not belong to it; hidden ones, such as those being written, do not count."""
+    """Return files in a folder that do not belong to it, sorted; hidden ones, such as unfinished ones, are ignored."""
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""The files of a dataset's folder, listed once; links are never followed out of it. No torch."""
+"""Index of the files in a dataset's folder; links out of it are never followed. No torch."""
 
 import os
 import unicodedata
@@ -13,12 +13,13 @@ from diffsynth_core.data.formats import leftover_folder
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below a folder by their paths relative to it, with `/` between folders, and their sizes in bytes.
+    """The files below a folder by relative path, with `/` between folders, and their sizes in bytes.
 
-    `links`: those that are links to files within the folder, with the path of that file. `leaving`: links to somewhere
-    else, and links to nothing; what they lead to has not been opened. `unread`: folders that the system does not open,
-    with its reason. `leftover_folders`: those that systems and programs leave behind, which are not looked into, and
-    whose they are.
+    Attributes:
+        links: links to files within the folder -> path of that file.
+        leaving: links to elsewhere or to nothing, which have not been opened.
+        unread: folders that cannot be opened -> the system's reason.
+        leftover_folders: folders of systems and programs, which are not searched -> the program.
     """
 
     base: Path
@@ -30,7 +31,7 @@ class Listing:
 
     @cached_property
     def by_letters(self) -> dict[str, str]:
-        """Paths by what is left of them when case and the composition of accents are passed over."""
+        """Return paths by their form without case and accent composition."""
         return {letters(name): name for name in self.files}
 
     @cached_property
@@ -41,8 +42,11 @@ class Listing:
         return found
 
     def find(self, name: str) -> str | None:
-        """The file that a row means by `name`: that of this very name, that without blanks at the ends, or the only one
-        whose accents are composed in another way. None: there is none."""
+        """Return the file that `name` in a row denotes, or None.
+
+        That is the file of exactly this name, of this name without surrounding spaces, or the only one whose accents
+        are composed differently.
+        """
         stripped = name.strip()
         if name in self.files or stripped in self.files:
             return name if name in self.files else stripped
@@ -57,22 +61,23 @@ class Listing:
         return folders
 
     def in_folder(self, folder: str) -> list[str]:
-        """The paths of the files that lie in `folder` itself."""
+        """Return the paths of the files directly in `folder`."""
         return self._by_folder.get(folder, [])
 
 
 def letters(name: str) -> str:
-    """What two paths share that differ only in case, in how accents are composed, or in blanks at the ends."""
+    """Return a form that is equal for paths that differ only in case, accent composition, or surrounding spaces."""
     return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 def list_files(base: Path, needed: Iterable[str] = ()) -> Listing:
-    """Every file below a folder, but for folders that systems and programs leave behind.
+    """List every file below a folder, except for folders that systems and programs leave behind.
 
-    `needed`: paths relative to it whose folders are looked into all the same.
+    Args:
+        needed: relative paths whose folders are listed anyway.
 
     Raises:
-        OSError: when the folder itself cannot be opened; of those in it this is kept in `unread`.
+        OSError: if the folder itself cannot be opened; for its subfolders, the error is stored in `unread`.
     """
     lister = _Lister(base)
     named = {folder for name in needed for folder in _folders_above(name)}
@@ -98,7 +103,7 @@ def _folders_above(name: str) -> Iterator[str]:
 
 
 def list_named(base: Path, names: Iterable[str]) -> Listing:
-    """The files in the folders of `names` (paths relative to `base`), and nothing of the other folders."""
+    """List the files in the folders of `names` (paths relative to `base`) only."""
     lister = _Lister(base)
     within = [name for name in names if not name.startswith(("/", "../"))]
     # A name with back slashes is missing, and told so with the file that it may mean.
@@ -123,10 +128,10 @@ def list_named(base: Path, names: Iterable[str]) -> Listing:
 
 
 def _as_composed(base: Path, parts: Sequence[str]) -> str:
-    """A folder as the disk composes its accents; links are not followed.
+    """Return a folder with accents composed as on the disk; links are not followed.
 
     Raises:
-        FileNotFoundError: when there is no such folder, or several.
+        FileNotFoundError: if there is no such folder, or several.
     """
     found = ""
     for part in parts:
@@ -140,7 +145,7 @@ def _as_composed(base: Path, parts: Sequence[str]) -> str:
 
 
 class _Lister:
-    """A listing in the making."""
+    """Builds a listing."""
 
     def __init__(self, base: Path) -> None:
         self._base = base
@@ -152,10 +157,10 @@ class _Lister:
         self.leftover_folders: dict[str, str] = {}
 
     def take_folder(self, folder: str) -> list[str]:
-        """Take in the files of a folder; the folders in it.
+        """Add the files of a folder, and return its subfolders.
 
         Raises:
-            OSError: when it cannot be opened.
+            OSError: if it cannot be opened.
         """
         folders = []
         with os.scandir(self._base / folder) as entries:
@@ -171,7 +176,7 @@ class _Lister:
         return folders
 
     def _take_link(self, name: str, path: str) -> None:
-        """Sort a link in; one to a folder counts as leaving, for following it could go round for ever."""
+        """Add a link; one to a folder counts as leaving, because following it could loop."""
         target = os.path.realpath(path)
         if os.path.commonpath([self._root, target]) == self._root and os.path.isfile(target):  # noqa: PTH113 - a path of os.scandir
             self._files[name] = os.stat(target).st_size  # noqa: PTH116
@@ -180,7 +185,7 @@ class _Lister:
             self.leaving.add(name)
 
     def listing(self) -> Listing:
-        """What has been taken in."""
+        """Return the listing."""
         return Listing(
             self._base, self._files, self._links, frozenset(self.leaving), self.unread, self.leftover_folders
         )

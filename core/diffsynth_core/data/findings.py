@@ -1,7 +1,7 @@
-"""What is found in a dataset: every code that there is, and findings as values. No torch.
+"""Findings of dataset checks: all codes, and findings as values. No torch.
 
-`CODES` is the one declaration of the codes; docs/dataset_checks.md is generated from it. A check makes a finding with
-`finding`, which takes the level from the table. Training refuses what is an error; `dataset validate` reports all.
+`CODES` declares all codes; docs/dataset_checks.md is generated from it. Checks create findings with `finding`, which
+takes the level from the table. Training rejects errors; `dataset validate` reports everything.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["error", "warning", "info"]
+"""Severity of a finding."""
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
-"""The worst first. error: training cannot use the row, or would learn nonsense; warning: worth a look; info: a fact."""
+"""Worst first. error: training cannot use the row, or would learn nonsense; warning: should be checked; info: a
+fact.
+"""
 SUBJECTS = {
     "metadata": "Metadata",
     "path": "Paths",
@@ -20,14 +23,15 @@ SUBJECTS = {
     "video": "Videos",
     "set": "Whole dataset",
 }
-"""What a code is about, in the order of the reference page."""
+"""Subject of a code -> title, in the order of the reference page."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a code stands for: a key of `SUBJECTS`, the level of its findings, and a line of explanation.
+    """A code: its subject, its level, and a line of explanation.
 
-    `exception`: which of its findings have another level, and which one.
+    Attributes:
+        exception: findings with another level, and which.
     """
 
     subject: str
@@ -143,14 +147,16 @@ CODES: Mapping[str, Code] = {
     "BUCKETS": Code("set", "info", "How many samples each training size has"),
     "CACHE_SIZE": Code("set", "info", "Estimated disk space of the encodings", "a warning where less is free"),
 }
+"""Code -> its declaration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found.
+    """One finding.
 
-    `row` counts samples from 1, as training does; None: it concerns no one row. `path` is relative to the folder of the
-    dataset; None: it concerns no one file.
+    Attributes:
+        row: number of the sample from 1, as in training; None if it concerns no single row.
+        path: relative to the folder of the dataset; None if it concerns no single file.
     """
 
     code: str
@@ -170,5 +176,5 @@ def finding(
     path: str | None = None,
     level: Level | None = None,
 ) -> Finding:
-    """A finding of a code, with the level of that code unless this one is of another."""
+    """Return a finding of a code, with the code's level unless another is given."""
     return Finding(code, level or CODES[code].level, row, path, message, hint)

@@ -1,4 +1,4 @@
-"""Rows of a folder without a metadata file: its media files, with the captions in text files beside them. No torch."""
+"""Rows of a folder without a metadata file: its media files, with captions in text files next to them. No torch."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +19,10 @@ from diffsynth_core.errors import list_names
 def read_folder_rows(
     listing: Listing, folder: CaptionedFolder, text_column: str, media_column: str, kind: str, metadata_names: str
 ) -> tuple[dict[int, Mapping[str, str]], list[Finding]]:
-    """One row for each image, or for the kind `video` each video and image; a row without a caption lacks that column.
+    """Return one row per image or, for the kind `video`, per video and image; rows without a caption lack that column.
 
-    `metadata_names`: what the folder might have held instead, for the message that it holds no sample.
+    Args:
+        metadata_names: metadata files that the folder might have had, for the message about an empty folder.
     """
     findings = [*_links_out(listing), *_check_folder(folder, kind)]
     if not folder.rows:
@@ -44,7 +45,7 @@ def read_folder_rows(
 
 
 def _read_caption_of(name: str, captions: tuple[str, ...], row: int, listing: Listing) -> str | Finding:
-    """The caption of an image or clip, or why there is none."""
+    """Return the caption of an image or clip, or the finding that explains why there is none."""
     if len(captions) > 1:
         what = f"`{name}` has {len(captions)} caption files: {list_names(captions)}"
         return finding("CAPTION_AMBIGUOUS", what, "keep one of them", row=row, path=name)
@@ -66,7 +67,7 @@ def _read_caption_of(name: str, captions: tuple[str, ...], row: int, listing: Li
 
 
 def _check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
-    """What is to be said of the files of a folder that are no samples."""
+    """Yield findings about files of a folder that are not samples."""
     for names, captioned in ((folder.captioned_unsupported, True), (folder.unsupported, False)):
         for name in names:
             problem = unsupported_problem((name,), captioned)
@@ -88,7 +89,7 @@ def _check_folder(folder: CaptionedFolder, kind: str) -> Iterator[Finding]:
 
 
 def _links_out(listing: Listing) -> Iterator[Finding]:
-    """PATH_OUTSIDE: an error for links that would be rows, a warning for those to folders and other files."""
+    """Yield PATH_OUTSIDE: an error for links that would be rows, a warning for links to folders and other files."""
     for name in sorted(listing.leaving):
         kind = kind_of_name(name)
         if kind in ("image", "clip"):

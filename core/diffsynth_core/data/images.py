@@ -1,4 +1,4 @@
-"""Images: what their headers say, the size they are trained at, and their pixels."""
+"""Images: headers, training sizes, and pixels."""
 
 import math
 import os
@@ -15,31 +15,37 @@ from diffsynth_core.data.formats import decoded_formats, kind_by_content, refuse
 from diffsynth_core.errors import DiffSynthError
 
 IMAGE_TRANSFORM = 1
-"""Goes up when the same file at the same size gives other pixels, so that older encodings are not taken for them."""
+"""Incremented when the same file gives other pixels at the same size, so that older encodings are not reused."""
 MASK_TRANSFORM = 1
-"""The same of masks."""
+"""The same for masks."""
 EXIF_ORIENTATION = 0x0112
+"""EXIF tag of the orientation."""
 MAX_IMAGE_PIXELS = 178_956_970
-"""Larger images are refused: half a gigabyte of pixels from a small file is an attack or a mistake."""
+"""Maximum size of an image: half a gigabyte of pixels from a small file is an attack or a mistake."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
-"""What files of a format end with; some programs write a little behind it."""
+"""Format -> last bytes of its files; some programs append a little."""
 END_BYTES = 64
+"""Number of bytes at the end of a file that are searched for the end mark."""
 EXTRACT_FRAME = "save one frame as an image, or remove its row"
+"""Hint for videos among images."""
 IS_A_VIDEO = "it is a video"
+"""Reason for rejecting a video among images."""
 REPLACE = "replace the file or remove its row"
+"""Hint for damaged images."""
 ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")
-"""Formats whose further frames are moments; those of an MPO are other views of one moment."""
+"""Formats whose frames form an animation; those of an MPO are other views of one moment."""
 PAGED = ("DCX", "TIFF")
-"""Formats whose further frames are pages, of which the first is used."""
+"""Formats whose frames are pages, of which the first is used."""
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations whose upright image has width and height swapped."""
+"""EXIF orientations that swap width and height."""
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of an image says; width and height are those of the upright image, in pixels.
+    """The header of an image; width and height are those of the upright image in pixels.
 
-    `pages`: of a file with several, the first is used.
+    Attributes:
+        pages: number of pages, of which the first is used.
     """
 
     width: int
@@ -52,10 +58,10 @@ class ImageHeader:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How an image's size becomes a training size, in pixels.
+    """How the size of an image becomes a training size, in pixels.
 
-    Either `height` and `width` are fixed, or images above the area `max_pixels` are scaled down to it and smaller
-    ones keep their size; sides are then floored to multiples of `factor`.
+    Either `height` and `width` are fixed, or images above the area `max_pixels` are scaled down to it and smaller ones
+    keep their size; sides are then floored to multiples of `factor`.
     """
 
     height: int | None
@@ -64,7 +70,7 @@ class SizeRule:
     factor: int
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) that an image of `width` x `height` is trained at; a side of 0 means it is too small."""
+        """Return the (height, width) for an image of `width` x `height`; a side of 0 means that it is too small."""
         if self.height is not None and self.width is not None:
             return self.height, self.width
         scale = min(1.0, math.sqrt(self.max_pixels / (width * height)))
@@ -75,10 +81,10 @@ class SizeRule:
 
 
 def read_image_header(path: Path) -> ImageHeader:
-    """Size, orientation and transparency of an image, without decoding it unless its end looks cut off.
+    """Return size, orientation and transparency of an image, decoding it only if its end looks truncated.
 
     Raises:
-        DiffSynthError: when the file is no image, ends early, or is animated.
+        DiffSynthError: if the file is not an image, is truncated, or is animated.
     """
     with _opening(path) as image:
         frames = frames_of(image)
@@ -86,7 +92,7 @@ def read_image_header(path: Path) -> ImageHeader:
             raise DiffSynthError(f"`{path}` is animated ({frames} frames)", EXTRACT_FRAME)
         if not _ends_well(path, image.format):
             image.load()
-        # Pillow would decode a whole PNG to look for EXIF data behind its pixels, where hardly any has them.
+        # Pillow would decode a complete PNG to look for EXIF data after its pixels, where hardly any file has them.
         looked_for = image.format != "PNG" or "exif" in image.info
         orientation = image.getexif().get(EXIF_ORIENTATION, 1) if looked_for else 1
         width, height = image.size
@@ -98,21 +104,21 @@ def read_image_header(path: Path) -> ImageHeader:
 
 
 def frames_of(image: Image.Image) -> int:
-    """How many moments an opened image shows: 1 unless it is animated."""
+    """Return the number of animation frames of an opened image; 1 if it is not animated."""
     if image.format not in ANIMATED or not getattr(image, "is_animated", False):
         return 1
     return int(getattr(image, "n_frames", 1))
 
 
 def load_image(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Pixels of an image at a training size, `[height, width, 3]`, RGB, 0..255.
+    """Load an image at a training size, `[height, width, 3]`, RGB, 0..255.
 
-    EXIF orientation is applied, a colour profile becomes sRGB, transparency is composed on white. The image is scaled
-    (Lanczos) until it covers the size, or to `scaled` (height, width), whatever becomes of its shape; then it is cut at
-    the centre.
+    EXIF orientation is applied, a color profile is converted to sRGB, transparency is composited on white. The image
+    is scaled (Lanczos) until it covers the size, or to `scaled` (height, width), which may change its aspect ratio;
+    then it is center-cropped.
 
     Raises:
-        DiffSynthError: when the file cannot be decoded to its end.
+        DiffSynthError: if the file cannot be decoded completely.
     """
     with _opening(path) as image:
         rgb = to_rgb(ImageOps.exif_transpose(image))
@@ -120,12 +126,13 @@ def load_image(path: Path, height: int, width: int, scaled: tuple[int, int] | No
 
 
 def load_mask(path: Path, height: int, width: int, scaled: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """A mask at a training size, `[height, width, 1]`, 0..255, white selects: the luminance of what `load_image` reads.
+    """Load a mask at a training size, `[height, width, 1]`, 0..255, white selects: the luminance of what `load_image`
+    reads.
 
-    It is scaled bilinearly, which brings no value that is not between its neighbours.
+    It is scaled bilinearly, which gives no values outside the range of neighbouring pixels.
 
     Raises:
-        DiffSynthError: when the file cannot be decoded to its end.
+        DiffSynthError: if the file cannot be decoded completely.
     """
     with _opening(path) as image:
         grey = to_rgb(ImageOps.exif_transpose(image)).convert("L")
@@ -139,7 +146,7 @@ def cover(
     scaled: tuple[int, int] | None = None,
     filter_: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> NDArray[np.uint8]:
-    """Pixels of an upright image, `[height, width, 3]` of RGB, scaled and cut as `load_image` says."""
+    """Return the pixels of an upright image, `[height, width, 3]`, RGB, scaled and cropped as in `load_image`."""
     if scaled:
         covering = scaled[::-1]
     else:
@@ -152,7 +159,7 @@ def cover(
 
 
 def _ends_well(path: Path, image_format: str | None) -> bool:
-    """Whether the last bytes of a file are those its format ends with; True for formats that have none."""
+    """Return whether a file ends with the bytes of its format; True for formats without an end mark."""
     end = END_MARKS.get(image_format or "")
     if end is None:
         return True
@@ -162,14 +169,14 @@ def _ends_well(path: Path, image_format: str | None) -> bool:
 
 
 def open_image(source: Path | IO[bytes]) -> Image.Image:
-    """Open an image as all that read images do: formats that Pillow decodes here, and no limit but our own."""
+    """Open an image with the formats that Pillow decodes here, and our own size limit only."""
     # Pillow warns above its own limit and refuses above twice that; here is one limit with one message.
     Image.MAX_IMAGE_PIXELS = None
     return Image.open(source, formats=decoded_formats())
 
 
 class _opening:  # noqa: N801 - reads as a verb at the place of use
-    """Open an image; whatever Pillow raises inside the block becomes one clear error."""
+    """Open an image; anything that Pillow raises within the block becomes one clear error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -209,12 +216,12 @@ class _opening:  # noqa: N801 - reads as a verb at the place of use
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether an image may have pixels that are not opaque."""
+    """Return whether an image may have pixels that are not opaque."""
     return "A" in image.getbands() or "transparency" in image.info
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode, in sRGB: transparency composed on white, 16 bits scaled to 8, the colour profile applied."""
+    """Convert to RGB in sRGB: transparency composited on white, 16 bits scaled to 8, the color profile applied."""
     profile = image.info.get("icc_profile")
     if profile and not colours_of(image).profile:
         profile = None
@@ -236,10 +243,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey scaled to 8 bits; Pillow would clip it at 255.
+    """Scale 16-bit grayscale to 8 bits; Pillow would clip it at 255.
 
     Raises:
-        ValueError: for values of 32 bits, whose range is not known.
+        ValueError: for 32-bit values, whose range is unknown.
     """
     values = np.asarray(image)
     if image.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):

@@ -1,4 +1,4 @@
-"""Images and videos alike: what a file holds, which part of it is trained on, and its pixels. No torch."""
+"""Images and videos: the content of a file, the part that is used, and its pixels. No torch."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +28,11 @@ from diffsynth_core.randomness import key_of
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Which frames of a video are trained on.
+    """The frames of a video to use.
 
-    At most `num_frames`, always a multiple of `step` and one more, after resampling to `frame_rate` frames a second
-    (None: the file's own frames). Where they begin is drawn, for `random`, from the seed and the row alone: the same in
-    every epoch, so that each clip is encoded once.
+    Up to `num_frames`, always a multiple of `step` plus one, after resampling to `frame_rate` (None: the file's own
+    frames). With `random`, the start is drawn from seed and row only: the same in every epoch, so that each clip is
+    encoded once.
     """
 
     num_frames: int
@@ -43,15 +43,15 @@ class FrameRule:
 
     @property
     def frames_to_count(self) -> int | None:
-        """How far the frames of a file must be counted; None: to the end."""
+        """Number of frames up to which a file must be counted; None: to the end."""
         return self.num_frames if self.start == "first" else None
 
     def length(self, available: int) -> int:
-        """How many frames of `available` are trained on."""
+        """Return how many of `available` frames are used."""
         return (min(available, self.num_frames) - 1) // self.step * self.step + 1
 
     def first(self, available: int, row: int) -> int:
-        """The frame, from 0, at which the part of row `row` begins."""
+        """Return the first used frame, from 0, for row `row`."""
         spare = available - self.length(available)
         if self.start == "random":
             return key_of("clip", self.seed, row) * (spare + 1) // 2**64
@@ -60,9 +60,10 @@ class FrameRule:
 
 @dataclass(frozen=True)
 class MediaRule:
-    """How the files of a metadata column become what is trained on; without `frames` they are images.
+    """How files of a column become targets; without `frames` they are images.
 
-    `usual_pixels`: the area that a file of this run is usually trained at; 0: any.
+    Attributes:
+        usual_pixels: usual training area of a file; 0: any.
     """
 
     size: SizeRule
@@ -72,7 +73,7 @@ class MediaRule:
 
 @dataclass(frozen=True)
 class MediaHeader:
-    """What a file holds: its upright size in pixels, and how many frames, as far as the rule wants them counted."""
+    """Content of a file: its upright size in pixels, and its number of frames, as far as the rule requires it."""
 
     width: int
     height: int
@@ -87,11 +88,13 @@ class MediaHeader:
 
 @dataclass(frozen=True)
 class MediaCrop:
-    """Which frames of a media file are loaded, and at which size in pixels: of a target or of a reference image.
+    """The frames of a media file to load, and their size in pixels, for a target or a condition.
 
-    `scaled`: (height, width) that an image is scaled to before its centre is cut out; None: until it covers the size.
-    `converted`: its colours are converted to sRGB from a profile in the file.
-    `mask`: it is loaded as one channel, in which white selects.
+    Attributes:
+        scaled: (height, width) to which an image is scaled before it is center-cropped; None: until it covers the
+            size.
+        converted: its colors are converted to sRGB from an embedded profile.
+        mask: it is loaded as one channel, in which white selects.
     """
 
     path: Path
@@ -112,12 +115,12 @@ class MediaCrop:
 
     @property
     def first_frame(self) -> "MediaCrop":
-        """Its first frame alone."""
+        """Its first frame only."""
         return replace(self, frames=1)
 
     @property
     def transform(self) -> list[object]:
-        """All that its pixels depend on, besides the bytes of the file."""
+        """Everything that its pixels depend on, besides the bytes of the file."""
         if not self.video:
             colours = ["sRGB", COLOUR_TRANSFORM] if self.converted else []
             mask = ["mask", MASK_TRANSFORM] if self.mask else []
@@ -126,10 +129,10 @@ class MediaCrop:
 
 
 def read_media_header(path: Path, rule: MediaRule, videos: VideoProbeCache) -> MediaHeader:
-    """What a file holds; a video is decoded for it, once ever.
+    """Return the content of a file; a video is decoded for it once, and the result cached.
 
     Raises:
-        DiffSynthError: when the file is neither image nor video, or is damaged.
+        DiffSynthError: if the file is neither an image nor a video, or is damaged.
     """
     if rule.frames and is_clip(path):
         video = videos.header(path)
@@ -150,10 +153,10 @@ def read_media_header(path: Path, rule: MediaRule, videos: VideoProbeCache) -> M
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file is read as a clip where clips are trained on: a video, a GIF, or an animated image.
+    """Return whether a file counts as a clip in a dataset of clips: a video, a GIF, or an animated image.
 
     Raises:
-        DiffSynthError: when it is neither clip nor image.
+        DiffSynthError: if the file is neither a clip nor an image.
     """
     kind = media_kind(path)
     if kind not in ("clip", "image", "unsupported") and path.is_file() and path.stat().st_size:
@@ -162,7 +165,7 @@ def is_clip(path: Path) -> bool:
 
 
 def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) -> MediaCrop:
-    """What of a file is trained on; a side of 0 means that it is too small."""
+    """Return the part of a file to train on; a side of 0 means that the file is too small."""
     height, width = rule.size.target(header.width, header.height)
     if not header.video or rule.frames is None:
         return MediaCrop(path, height, width, converted=bool(header.colours.profile))
@@ -174,12 +177,13 @@ def choose_target(path: Path, header: MediaHeader, rule: MediaRule, row: int) ->
 def choose_reference(
     path: Path, header: ImageHeader, condition: Condition, target: MediaCrop, max_pixels: int
 ) -> MediaCrop:
-    """How a file of a condition is loaded beside `target`; a side of 0 means that it is too small.
+    """Return how a file of a condition is loaded with `target`; a side of 0 means that it is too small.
 
-    `max_pixels`: the area that reference images are scaled down to at most, as targets are.
+    Args:
+        max_pixels: maximum area of reference images, as for targets.
 
     Raises:
-        ValueError: for a condition whose size is not known.
+        ValueError: for a condition of unknown size.
     """
     converted, mask = bool(header.colours.profile), condition.media == "mask"
     if condition.size is None:
@@ -192,16 +196,17 @@ def choose_reference(
 
 
 def scale_of(crop: MediaCrop, width: int, height: int) -> float:
-    """The factor by which a file of `width` x `height` pixels is scaled for a crop; above 1 it is scaled up."""
+    """Return the factor by which a file of `width` x `height` pixels is scaled for a crop; above 1 it is upscaled."""
     covered = crop.scaled or (crop.height, crop.width)
     return max(covered[1] / width, covered[0] / height)
 
 
 def load_pixels(crop: MediaCrop) -> NDArray[np.uint8]:
-    """Pixels of a media file, `[F, H, W, 3]`, RGB, 0..255, of a mask `[1, H, W, 1]`; one decoding pass.
+    """Load the pixels of a media file, `[F, H, W, 3]`, RGB, 0..255, or of a mask, `[1, H, W, 1]`, in one decoding
+    pass.
 
     Raises:
-        DiffSynthError: when the file cannot be decoded, or ends before the last frame asked for.
+        DiffSynthError: if the file cannot be decoded, or ends before the last requested frame.
     """
     if crop.mask:
         return load_mask(crop.path, crop.height, crop.width, crop.scaled)[None]

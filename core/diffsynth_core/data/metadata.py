@@ -1,7 +1,7 @@
-"""Metadata of a dataset: csv, json, jsonl, or captions in text files beside the media. No torch.
+"""Metadata of a dataset: csv, json, jsonl, or captions in text files next to the media. No torch.
 
-The one reader, for training and for `dataset validate`: it reads as far as it can, and what it cannot read becomes
-findings. Training refuses the errors among them, the report tells all.
+One reader for training and for `dataset validate`: it reads as much as possible, and what it cannot read becomes
+findings. Training rejects the errors among them, the report lists all.
 """
 
 import csv
@@ -21,19 +21,23 @@ from diffsynth_core.files import atomic_write
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+"""Documented names of metadata files."""
 UNREAD_NAMES = ("metadata.parquet", "metadata.tsv", "metadata.xlsx", "metadata.xls", "metadata.ods", "metadata.yaml")
-"""Files that are taken for metadata, and are not."""
+"""Files that users take for metadata, but that are not read."""
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What spreadsheets write between columns in place of commas, and its name."""
+"""Separators of spreadsheets other than commas -> name."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """The rows of a dataset by their numbers, which count samples from 1.
+    """The rows of a dataset by number, counting samples from 1.
 
-    `origin`: where they were read. `base`: the folder that paths are relative to. Rows that cannot be parsed are left
-    out, with a finding for each. `folder` and `listing`: what the folder holds, where captions stand in text files
-    beside the media; None: there is a metadata file. `named`: that file was asked for.
+    Attributes:
+        origin: the file or folder that they were read from.
+        base: folder that paths are relative to. Rows that cannot be parsed are omitted, with a finding for each.
+        folder, listing: content of the folder, if captions are in text files next to the media; None with a metadata
+            file.
+        named: the metadata file was requested explicitly.
     """
 
     origin: str
@@ -47,29 +51,29 @@ class Metadata:
 
     @property
     def beside(self) -> bool:
-        """Whether captions stand in text files beside the media."""
+        """Whether captions are in text files next to the media."""
         return self.folder is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What training says of what was not read: other metadata files, columns without a name, files of a folder."""
+        """Notes of training about what is not read: other metadata files, unnamed columns, files of a folder."""
         unused = [one.message for one in self.findings if one.code == "METADATA_UNUSED" and not self.named]
         unnamed = [f"{one.message} ({one.hint})" for one in self.findings if one.code == "COLUMN_UNKNOWN"]
         return (*unused, *unnamed, *(folder_notes(self.folder) if self.folder else ()))
 
 
 def find_metadata(base: Path, given: Path | None) -> Path | None:
-    """The metadata file: the given one, else the first of the documented names in `base`."""
+    """Return the metadata file: the given one, or the first of the documented names in `base`."""
     if given:
         return given
     return next((base / name for name in METADATA_NAMES if (base / name).is_file()), None)
 
 
 def locate_metadata(base: Path, given: Path | None) -> Path | None:
-    """The metadata file of the dataset in `base`; None: captions stand beside the files.
+    """Return the metadata file of the dataset in `base`; None if captions are next to the files.
 
     Raises:
-        DiffSynthError: when the folder or the file given does not exist, or the file is of another kind.
+        DiffSynthError: if the folder or the given file does not exist, or the file has an unsupported suffix.
     """
     if not base.is_dir():
         raise DiffSynthError(
@@ -89,13 +93,13 @@ def locate_metadata(base: Path, given: Path | None) -> Path | None:
 
 
 def read_metadata(base: Path, given: Path | None, text_column: str, media_column: str, kind: str = "image") -> Metadata:
-    """The metadata of the dataset in `base`, as far as it can be read.
+    """Return the metadata of the dataset in `base`, as far as it can be read.
 
     Without a metadata file the files below `base` are the rows, each with the caption in the text file of its name:
-    images, or for the kind `video` videos and images.
+    images or, for the kind `video`, videos and images.
 
     Raises:
-        DiffSynthError: when the folder or the file given does not exist, or the file is of another kind.
+        DiffSynthError: if the folder or the given file does not exist, or the file has an unsupported suffix.
     """
     path = locate_metadata(base, given)
     unused = _unused_metadata(base, path)
@@ -111,7 +115,7 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
 
 
 def _unused_metadata(base: Path, path: Path | None) -> list[Finding]:
-    """METADATA_UNUSED of files called metadata in `base` besides `path`, the one that is read."""
+    """Return METADATA_UNUSED for metadata files in `base` other than `path`, the one that is read."""
     if path and path.name not in METADATA_NAMES:
         return []
     names = (*METADATA_NAMES, *UNREAD_NAMES)
@@ -128,7 +132,7 @@ def _unused_metadata(base: Path, path: Path | None) -> list[Finding]:
 
 @dataclass
 class _Table:
-    """Columns and rows as far as they have been read, and what could not be."""
+    """Columns and rows as far as they could be read, and findings."""
 
     path: Path
     columns: tuple[str, ...] = ()
@@ -196,7 +200,7 @@ def _read_csv(table: _Table, text: str) -> None:
 
 
 def _csv_fault(error: csv.Error, first: int, last: int) -> tuple[str, str]:
-    """Why a row of a CSV, from line `first` to line `last`, cannot be read, and what to do: as a rule it is a quote."""
+    """Return why a CSV row, from line `first` to line `last`, cannot be read, and a hint: usually a quote."""
     if "expected after" in str(error):
         where = f"line {last}" if first == last else f"lines {first} to {last}"
         return f"{where}: {error}", "double the quotes inside a cell, and close the quotes around it"
@@ -206,10 +210,10 @@ def _csv_fault(error: csv.Error, first: int, last: int) -> tuple[str, str]:
 
 
 def _split_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict[str, str], int | None] | None:
-    """A row of a CSV by column, and the place (from 1) of a value whose column has no name (None: there is none).
+    """Return a CSV row by column, and the index (from 1) of a value in an unnamed column, or None.
 
-    Columns without a name may stand anywhere when they are empty, as spreadsheets write them. None: the row has more
-    values than the header.
+    Unnamed columns are allowed if they are empty, as spreadsheets write them. None if the row has more values than the
+    header.
     """
     if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
         return None
@@ -252,7 +256,7 @@ def _read_jsonl(table: _Table, text: str) -> None:
 
 
 def _take_objects(table: _Table, objects: Mapping[int, Any]) -> None:
-    """Take objects of JSON as rows by their numbers."""
+    """Add JSON objects as rows by number."""
     columns: dict[str, None] = {}
     for number, value in objects.items():
         if isinstance(value, dict):
@@ -265,11 +269,11 @@ def _take_objects(table: _Table, objects: Mapping[int, Any]) -> None:
 
 
 READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
-"""Ending of a metadata file -> what reads it."""
+"""Suffix of a metadata file -> reader."""
 
 
 def write_metadata(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a metadata.csv, whole or not at all."""
+    """Write a metadata.csv atomically."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)

@@ -1,6 +1,6 @@
-"""The files that rows name, found in the listing of the folder: PATH_MISSING to URL. No torch.
+"""Paths in rows, looked up in the listing of the folder: findings PATH_MISSING to URL. No torch.
 
-Nothing that leaves the dataset is opened.
+Nothing outside the dataset is opened.
 """
 
 import os
@@ -16,13 +16,17 @@ from diffsynth_core.data.records import Record
 from diffsynth_core.errors import suggest, truncate
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""Start of a URL."""
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+"""Start of an absolute Windows path."""
 SUGGESTED = 20
+"""Maximum number of suggestions."""
 SUGGESTED_FROM = 2000
-"""Near names are looked for so many times, and among so many files: comparing names is slow."""
+"""Maximum number of files to search for similar names, because comparing names is slow."""
 SHOWN_OF_A_PATH = 200
-"""How many characters of a path a message shows: a cell may hold a whole caption instead."""
+"""Maximum number of characters of a path in a message: a cell may contain a caption instead."""
 WRITE_SLASHES = "use `/` between folders"
+"""Hint for backslashes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class _Fault:
 
 
 def present_paths(records: Sequence[Record], listing: Listing) -> tuple[frozenset[str], list[Finding]]:
-    """The paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
+    """Return the paths that can be opened, and URL, PATH_OUTSIDE, PATH_CASE and PATH_MISSING for the others."""
     named = frozenset(name for record in records for names in record.files.values() for name in names)
     present: set[str] = set()
     findings: list[Finding] = []
@@ -53,7 +57,7 @@ def present_paths(records: Sequence[Record], listing: Listing) -> tuple[frozense
 
 
 def _fault(name: str, listing: Listing, near: bool, named: frozenset[str]) -> _Fault | None:
-    """Why a path is not opened; `near`: whether to look for one that may have been meant, and is not `named` itself."""
+    """Return why a path is not opened; `near`: whether to suggest a similar one that is not `named` itself."""
     if name in listing.files:
         return None
     if ADDRESS.match(name):
@@ -90,7 +94,7 @@ def _missing(name: str, listing: Listing, near: bool, named: frozenset[str]) -> 
 
 
 def _spelled(other: str, name: str) -> str:
-    """A path on the disk, told apart from `name` where both look the same."""
+    """Return a path on disk, escaped if it looks the same as `name`."""
     alike = normalize("NFC", other) == normalize("NFC", name)
     if alike:
         return f"one of several files of this name, such as `{other}`, with other combining characters"
@@ -98,14 +102,16 @@ def _spelled(other: str, name: str) -> str:
 
 
 def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
-    """The file of its folder that a path may mean: names are compared without their endings, which many files share."""
+    """Return the file in its folder that a path may mean: names are compared without suffixes, which many files
+    share.
+    """
     stems = {os.path.splitext(one)[0]: one for one in there if one not in named}  # noqa: PTH122 - relative names
     meant = suggest(os.path.splitext(name)[0], stems) if len(stems) <= SUGGESTED_FROM else None  # noqa: PTH122
     return stems[meant] if meant else None
 
 
 def unread_folders(listing: Listing, beside: bool) -> Iterator[Finding]:
-    """FOLDER_UNREADABLE; an error where each media file is a row, because captions stand `beside` them."""
+    """Yield FOLDER_UNREADABLE; an error if each media file is a row, because captions are next to them."""
     for folder, reason in sorted(listing.unread.items()):
         what = f"the folder `{folder}` cannot be read: {reason}"
         hint = "check its permissions, or move it out of the dataset"
@@ -114,7 +120,7 @@ def unread_folders(listing: Listing, beside: bool) -> Iterator[Finding]:
 
 
 def as_on_disk(records: Sequence[Record], listing: Listing) -> tuple[Record, ...]:
-    """The rows with the names of files as the disk spells them: without blanks at the ends, and accents as there."""
+    """Return the rows with file names spelled as on disk: without surrounding spaces, accents composed as there."""
     return tuple(
         record
         if all(name in listing.files for names in record.files.values() for name in names)

@@ -1,6 +1,6 @@
-"""The cells of a dataset read: captions, file names, and how a sampler made the image. No torch.
+"""Parsed cells of a dataset: captions, file names, sampler parameters. No torch.
 
-What a cell must not hold is an error here, once: for training, which refuses the row, and for `dataset validate`.
+What a cell must not contain is checked here, once: training rejects the row, `dataset validate` reports it.
 """
 
 import json
@@ -20,17 +20,20 @@ from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.json_files import InvalidJson, parse_json
 
 MISSING_VALUES = frozenset({"nan", "null", "none", "<na>", "#n/a"})
-"""What programs write where a value is missing, in small letters."""
+"""Values that programs write for missing cells, in lower case."""
 LONGEST_MISSING = max(map(len, MISSING_VALUES))
+"""Length of the longest of them."""
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character outside the basic plane, which no text encoder takes."""
+"""An unpaired surrogate, which no text encoder accepts."""
 
 
 class Record(NamedTuple):
-    """A row whose cells have been read.
+    """A row with parsed cells.
 
-    `caption`: None where there is no text. `files`: paths by column, relative to the folder of the dataset and
-    normalised; a column whose cell is empty or wrong is left out.
+    Attributes:
+        caption: None if there is no text.
+        files: column -> paths, relative to the folder of the dataset and normalized; empty and invalid cells are
+            omitted.
     """
 
     row: int
@@ -40,7 +43,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """All cells that were read: the rows, and how a sampler made their images, by row, where that is read."""
+    """All parsed rows, and their sampler parameters by row, if those are read."""
 
     records: tuple[Record, ...]
     sampling: Mapping[int, Sampling]
@@ -48,10 +51,10 @@ class Cells:
 
 
 def read_cells(metadata: Metadata, columns: Columns) -> Cells:
-    """The rows with their cells read.
+    """Parse the cells of all rows.
 
-    Findings: CELL_EMPTY, CELL_TYPE, PAIR_MISSING and PAIR_COUNT of cells that name files; CELL_TYPE, CAPTION_NAN and,
-    for an unpaired surrogate, CAPTION_CONTROL_CHARS of captions; CELL_TYPE of the settings of a sampler.
+    Findings: CELL_EMPTY, CELL_TYPE, PAIR_MISSING and PAIR_COUNT of cells with file names; CELL_TYPE, CAPTION_NAN and,
+    for an unpaired surrogate, CAPTION_CONTROL_CHARS of captions; CELL_TYPE of sampler parameters.
     """
     findings: list[Finding] = []
     records: list[Record] = []
@@ -79,7 +82,7 @@ def read_cells(metadata: Metadata, columns: Columns) -> Cells:
 
 
 def _read_names(value: Any, row: int, column: str, columns: Columns, findings: list[Finding]) -> tuple[str, ...]:
-    """The files that a cell names."""
+    """Return the files in a cell."""
     if isinstance(value, str):
         text = value.strip()
         if text and text[0] != "[":
@@ -109,7 +112,7 @@ def _check_count(names: Sequence[str], row: int, column: str, columns: Columns, 
 
 
 def _read_caption(value: Any, row: int, column: str, findings: list[Finding]) -> str | None:
-    """The caption as it stands; None where the cell holds something else, blank where it holds nothing."""
+    """Return the caption unchanged; None if the cell is not text, empty if the cell is."""
     if value is None:
         return ""
     if isinstance(value, float) and value != value:  # the NaN that tables are exported with
@@ -134,14 +137,14 @@ def _read_caption(value: Any, row: int, column: str, findings: list[Finding]) ->
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a cell names nothing: blank, null, or the NaN that tables are exported with."""
+    """Return whether a cell is empty: blank, null, or the NaN of exported tables."""
     return (
         value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
     )
 
 
 def normalised(name: str) -> str:
-    """A path without `.` and doubled slashes; what leads out of the folder still does. An address stays as it is."""
+    """Return a path without `.` and double slashes; leading `..` are kept. URLs are unchanged."""
     if "://" in name:
         return name
     return normpath(name) if "." in name[:2] or "//" in name or "/." in name else name

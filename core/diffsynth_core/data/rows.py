@@ -1,6 +1,6 @@
-"""The rows of a dataset, read alike for training and for `dataset validate`: cells, and the files they name. No torch.
+"""Rows of a dataset for training and for `dataset validate`: parsed cells, and the files that they name. No torch.
 
-The way of the data: metadata -> cells -> files that can be opened. Each step adds what it finds; nothing is raised.
+Metadata -> cells -> files that can be opened. Each step adds its findings; nothing is raised.
 """
 
 import gc
@@ -21,16 +21,18 @@ from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.errors import Problem
 
 Look = Literal["cells", "named", "all"]
-"""What of the folder is listed: nothing, the folders of the files that rows name, or everything in it."""
+"""What is listed: nothing, the folders of files in rows, or the complete folder."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a dataset as far as they have been read.
+    """The rows of a dataset as far as they could be read.
 
-    `sampling`: how a sampler made their images, by row. `listing`: None where paths are not checked. `present`: the
-    paths, of those that rows name, whose files are there and lie in the dataset; only these are opened.
-    `findings`: of the metadata, the columns, the cells and the paths.
+    Attributes:
+        sampling: row -> sampler parameters.
+        listing: None if paths are not checked.
+        present: paths in rows whose files exist in the dataset; only these are opened.
+        findings: about metadata, columns, cells and paths.
     """
 
     metadata: Metadata
@@ -43,11 +45,11 @@ class Rows:
 
     @property
     def faulty(self) -> frozenset[int]:
-        """The numbers of the rows that have an error."""
+        """Numbers of the rows with an error."""
         return frozenset(one.row for one in self.findings if one.level == "error" and one.row is not None)
 
     def problems(self) -> list[Problem]:
-        """The errors as training reports them, by row: each with the dataset that its row or file belongs to."""
+        """Return the errors as problems of training, by row, with the dataset in each message."""
         errors = sorted((one for one in self.findings if one.level == "error"), key=lambda one: one.row or 0)
         return [Problem(self._message(one), one.hint, code=one.code) for one in errors]
 
@@ -62,9 +64,10 @@ class Rows:
 
 
 def read_rows(metadata: Metadata, columns: Columns, look: Look, hints: Mapping[str, str] | None = None) -> Rows:
-    """Read the cells of `metadata`, and find the files that they name.
+    """Parse the cells of `metadata`, and look up the files in them.
 
-    `hints`: column -> what to do when it is there and not read.
+    Args:
+        hints: column -> hint if it exists and is not read.
     """
     with without_collecting():
         cells = read_cells(metadata, columns)
@@ -83,8 +86,10 @@ def read_rows(metadata: Metadata, columns: Columns, look: Look, hints: Mapping[s
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """Put off the search for garbage: rows are many objects and none of them garbage, and going through them again and
-    again takes a third of the time."""
+    """Disable garbage collection in the block.
+
+    Rows are many live objects, and scanning them repeatedly takes a third of the time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

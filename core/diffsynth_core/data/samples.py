@@ -1,4 +1,4 @@
-"""Samples: rows of the metadata checked, with their files found and their training size known. No torch."""
+"""Samples: checked rows with their files and training sizes. No torch."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,23 +29,26 @@ from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.progress import Reporter
 
 HEADER_THREADS = 8
-"""Headers are small reads; on a network disk waiting for them one by one is what takes the time."""
+"""Headers are small reads: on a network disk, latency dominates."""
 MOST_AT_ONCE = 64
-"""Rows of images that a thread is handed at once: handing over costs more than a header."""
+"""Maximum number of rows passed to a thread at once, because passing costs more than reading a header."""
 
 LOW_RESOLUTION_HINT = "use larger files, or lower `--max_pixels` to train at a small size on purpose"
+"""Hint for files much smaller than the usual training size."""
 SHOWN_CUT_CLIPS = 5
+"""Maximum number of truncated clips in a note."""
 RATE_SPREAD = 1.1
-"""Frame rates that differ by more are worth a word."""
+"""Minimum difference of frame rates that is noted."""
 SHAPE_SPREAD = 1.02
-"""Width by height of two images may differ by so much, as sizes rounded to multiples of 16 do."""
+"""Tolerance of aspect ratios, for sizes rounded to multiples of 16."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its number, its caption, what is trained on, and by name the images that the model is shown.
+    """One row: its number, caption, target, and conditions by name.
 
-    `sampling`: how the few-step sampler makes its image, where that is what is trained.
+    Attributes:
+        sampling: parameters of the few-step sampler, for distillation.
     """
 
     row: int
@@ -56,35 +59,35 @@ class Sample:
 
     @property
     def bucket(self) -> Hashable:
-        """What samples have in common that can go through the model together."""
+        """Key that is equal for samples that can be in one batch."""
         return self.shape if self.sampling is None else (self.shape, self.sampling.steps)
 
     @property
     def shape(self) -> tuple[tuple[int, int, int], ...]:
-        """(frames, height in pixels, width in pixels) of what is trained on, then of each image shown."""
+        """(frames, height, width) in pixels of the target, then of each condition."""
         shown = (crop.shape for crops in self.conditions.values() for crop in crops)
         return self.target.shape, *shown
 
     @property
     def frames(self) -> int:
-        """How many frames of it are trained on."""
+        """Number of frames of the target."""
         return self.target.frames
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of its media files."""
+        """All media files of the sample."""
         shown = (crop.path for crops in self.conditions.values() for crop in crops)
         return tuple(dict.fromkeys((self.target.path, *shown)))
 
     @property
     def name(self) -> str:
-        """How messages name the sample."""
+        """Name for messages."""
         return f"row {self.row} `{self.target.path}`"
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """All samples of a dataset, what is worth saying of them once, and what is worth a look before training on them."""
+    """All samples of a dataset, with notes and warnings."""
 
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
@@ -94,9 +97,10 @@ class SampleSet:
 def build_samples(
     rows: Rows, rule: MediaRule, videos: VideoProbeCache, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
-    """The samples of a dataset, and the rows whose files cannot be trained on; rows with an error are left out.
+    """Return the samples of a dataset, and the problems of unusable files; rows with an error are omitted.
 
-    `rule`: how the target becomes what is trained on.
+    Args:
+        rule: how files become targets.
     """
     base, faulty, columns = rows.metadata.base, rows.faulty, rows.columns
     shown = dict.fromkeys(condition.column for condition in columns.conditions)
@@ -117,7 +121,7 @@ def build_samples(
 
 @dataclass(frozen=True)
 class _Row:
-    """A row whose files are there but not yet looked into; `shown` are those of conditions."""
+    """A row whose files exist but have not been read; `shown` are those of conditions."""
 
     number: int
     where: str
@@ -129,7 +133,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Headers:
-    """What the files of a row hold."""
+    """Headers of a row's files."""
 
     target: MediaHeader
     shown: Mapping[str, tuple[ImageHeader, ...]]
@@ -138,13 +142,13 @@ class _Headers:
 def _measure(
     rows: list[_Row], columns: Columns, rule: MediaRule, videos: VideoProbeCache, reporter: Reporter
 ) -> tuple[SampleSet, list[Problem]]:
-    """Read the headers of all files and settle the sizes and frames that are trained on."""
+    """Read the headers of all files, and determine the sizes and frames to use."""
     problems: list[Problem] = []
     samples: list[Sample] = []
     headers: list[_Headers] = []
     label, unit = ("Counting frames", "videos") if rule.frames else ("Reading image headers", "samples")
     alone = videos.exclusive() if rule.frames else nullcontext()
-    shown = cache(read_image_header)  # many rows may show one image
+    shown = cache(read_image_header)  # cached, because many rows may use one image
     with alone, reporter.task(label, len(rows), unit) as task, ThreadPoolExecutor(HEADER_THREADS) as pool:
         found = pool.map(
             lambda some: [_headers_or_problem(row, rule, videos, shown) for row in some],
@@ -164,13 +168,13 @@ def _measure(
 
 
 def _portions(rows: list[_Row], most: int) -> list[list[_Row]]:
-    """What threads are handed at once: few enough rows that all threads have some to the end."""
+    """Split rows for threads: into portions small enough to keep all threads busy to the end."""
     size = max(1, min(most, len(rows) // (4 * HEADER_THREADS)))
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> Sample | Problem:
-    """What of a row's files is trained on and shown, or that one of them is too small for it."""
+    """Return the sample of a row, or the problem of a file that is too small."""
     target, factor = choose_target(row.target, headers.target, rule, row.number), rule.size.factor
     if min(target.height, target.width) < factor or min(headers.target.height, headers.target.width) < factor:
         return _too_small(row, headers.target, rule)
@@ -192,7 +196,7 @@ def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> 
 
 
 def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:
-    """What is worth saying once of how files are changed on their way to the model."""
+    """Yield notes about how files are changed."""
     kind = "videos and images" if rule.frames else "images"
     targets = [headers.target for headers in read]
     shown = [header for headers in read for images in headers.shown.values() for header in images]
@@ -228,7 +232,7 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
 
 
 def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
-    """What is worth saying of profiles and marks that say that colours are not sRGB."""
+    """Yield notes about color profiles and marks of other color spaces than sRGB."""
     profiles = list(dict.fromkeys(one.profile for one in colours if one.profile))
     if profiles:
         yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {list_names(profiles, 3)}"
@@ -238,7 +242,7 @@ def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
 
 
 def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns, rule: MediaRule) -> Iterator[Problem]:
-    """How many files are scaled up to the size they are trained or shown at, and by how much at most."""
+    """Return how many files are upscaled, and by how much at most."""
     scaled: list[tuple[float, Sample, MediaCrop, MediaHeader | ImageHeader]] = []
     for sample, headers in zip(samples, read, strict=True):
         pairs: list[tuple[MediaCrop, MediaHeader | ImageHeader]] = [(sample.target, headers.target)]
@@ -258,7 +262,7 @@ def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns, ru
 
 
 def _low_resolution(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[Problem]:
-    """How many files are far smaller than what the model is usually trained at."""
+    """Yield a warning about files much smaller than the usual training size."""
     areas = [headers.target.width * headers.target.height for headers in read]
     least = MIN_AREA_SHARE * rule.usual_pixels
     small = [place for place, area in enumerate(areas) if area < least]
@@ -278,7 +282,7 @@ def _kinds(rule: MediaRule) -> str:
 
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
-    """What to say of images that are to lie over what is trained on, and are not of its shape."""
+    """Yield a note about conditions that are to overlay the target but have another aspect ratio."""
     for column in [condition.column for condition in columns.conditions if condition.aligned]:
         pairs = [(headers.target, image) for headers in read for image in headers.shown[column]]
         ratios = [image.width * target.height / (image.height * target.width) for target, image in pairs]
@@ -293,7 +297,7 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
 def _headers_or_problem(
     row: _Row, rule: MediaRule, videos: VideoProbeCache, read_shown: Callable[[Path], ImageHeader]
 ) -> _Headers | Problem:
-    """What the files of a row hold, or why the first of those that cannot be read cannot."""
+    """Return the headers of a row's files, or the problem of the first unreadable one."""
     try:
         shown = {column: tuple(map(read_shown, paths)) for column, paths in row.shown.items()}
         return _Headers(read_media_header(row.target, rule, videos), shown)

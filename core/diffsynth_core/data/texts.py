@@ -1,21 +1,25 @@
-"""Text files that people write: always UTF-8, and what else they are when they are not. No torch."""
+"""Text files written by people: UTF-8, and what they are if not. No torch."""
 
 import codecs
 from pathlib import Path
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Byte order marks of UTF-16."""
 MAX_CAPTION_CHARACTERS = 100_000
-"""Of a caption. Text encoders read some hundred words; one that has megabytes is another file, and takes minutes to cut
-into tokens."""
+"""Maximum length of a caption. Text encoders read a few hundred words; a longer text is another file, and takes
+minutes to tokenize.
+"""
 BINARY = ": it contains binary data"
+"""Suffix of messages about binary files."""
 SAVE_AS_UTF8 = "save it as UTF-8"
+"""Hint for files in other encodings."""
 
 
 def decode_text(content: bytes) -> str:
-    """The text of a file, without its byte order mark.
+    """Return the text of a file, without its byte order mark.
 
     Raises:
-        UnicodeDecodeError: when it is not UTF-8; one of UTF-16 can look as if it were, with a NUL in each character.
+        UnicodeDecodeError: if it is not UTF-8; UTF-16 can be valid UTF-8 with a NUL in each character.
     """
     nul = content.find(b"\0")
     if nul >= 0:
@@ -24,17 +28,17 @@ def decode_text(content: bytes) -> str:
 
 
 def read_caption(path: Path) -> str:
-    """The caption in a text file, without blanks at its ends.
+    """Return the caption in a text file, stripped.
 
     Raises:
-        UnicodeDecodeError: when it is not UTF-8.
-        OSError: when it cannot be read.
+        UnicodeDecodeError: if it is not UTF-8.
+        OSError: if it cannot be read.
     """
     return decode_text(path.read_bytes()).strip()
 
 
 def likely_encoding(error: UnicodeDecodeError) -> str:
-    """What a text that is not UTF-8 probably is, to go on a sentence; blank where there is no telling."""
+    """Return the likely encoding of a text that is not UTF-8, as the end of a sentence; empty if unknown."""
     content = error.object
     if content.startswith(UTF_16_MARKS):
         return ": it is UTF-16 (`Unicode Text` of Excel, `Unicode` of Notepad)"

@@ -1,4 +1,4 @@
-"""The dataset of a run, checked as far as headers and, for videos, counts of frames tell."""
+"""The dataset of a run, checked as far as headers and, for videos, frame counts allow."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,7 +26,7 @@ from diffsynth_core.progress import Reporter, pluralize
 def read_dataset(
     parameters: Parameters, facts: FamilyFacts, variant: Variant, reporter: Reporter
 ) -> tuple[SampleSet | None, list[Problem]]:
-    """The samples of the dataset, None when there is no telling them, and all that is wrong with it."""
+    """Return the samples of the dataset (None if they cannot be determined), and all problems."""
     target, given = variant.target, parameters.dataset_metadata_path
     problems = [*setting_problems(parameters, variant), *_idle_parameters(parameters, facts)]
     encoded = encoded_instead_of_dataset(parameters)
@@ -49,11 +49,11 @@ def read_dataset(
 
 
 class MissingDataset(Problem):
-    """The problem that the dataset folder does not exist."""
+    """The dataset folder does not exist."""
 
 
 def missing_dataset(parameters: Parameters) -> list[Problem]:
-    """The problem that the dataset folder is not there, for when nothing else can be told of the dataset."""
+    """Return the problem of a missing dataset folder, if nothing else is known about the dataset."""
     base = parameters.dataset_base_path
     if base.is_dir():
         return []
@@ -62,7 +62,7 @@ def missing_dataset(parameters: Parameters) -> list[Problem]:
 
 
 def _unread_columns(rows: Rows, hints: Mapping[str, str]) -> list[Problem]:
-    """COLUMN_UNKNOWN: each column that may have been meant, and all others at once."""
+    """Return COLUMN_UNKNOWN: each column that may have been meant separately, and all others together."""
     origin, unread = rows.metadata.origin, rows.columns.unknown(rows.metadata.columns)
     meant = [unread_column(origin, name, rows.columns, hints[name]) for name in unread if name in hints]
     problems = [Problem(one.message, one.hint, code=one.code) for one in meant]
@@ -73,7 +73,7 @@ def _unread_columns(rows: Rows, hints: Mapping[str, str]) -> list[Problem]:
 
 
 def _idle_parameters(parameters: Parameters, facts: FamilyFacts) -> list[Problem]:
-    """Parameters that were given and that matter only to a model which is shown something that was not asked for."""
+    """Yield parameters that have no effect without an extra input that is not requested."""
     needed = {name: setting for component in facts.components for name, setting in component.settings.items()}
     needed |= {name: tokenizer.inputs for name, tokenizer in facts.tokenizers.items() if tokenizer.inputs}
     return [
@@ -88,7 +88,7 @@ def _idle_parameters(parameters: Parameters, facts: FamilyFacts) -> list[Problem
 
 
 def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -> list[str]:
-    """What to say of single frames that the model is shown, and need only copy."""
+    """Return notes about single frames that are the condition and the target at once."""
     single = sum(sample.frames == 1 for sample in samples.samples)
     shown = ", ".join(shown_frames(parameters, variant))
     if not single or not shown:
@@ -99,7 +99,7 @@ def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -
 
 
 def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
-    """Samples whose frames the model is all given."""
+    """Return the problem of samples all of whose frames are conditions."""
     if not variant.num_conditioning_frames:
         return []
     return [

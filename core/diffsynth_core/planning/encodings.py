@@ -1,4 +1,4 @@
-"""Which encodings a run needs, and which of them are in the cache already."""
+"""The encodings of a run, and which of them are cached."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +18,17 @@ from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter, pluralize
 
 ENTRIES = "encodings.jsonl"
-"""The file below the cache folder in which it is remembered which encodings are whole."""
+"""File in the cache folder with the results of verifying encodings."""
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """One encoder's part in a run.
+    """One encoder in a run.
 
-    `online`: its component trains, so its output changes and is computed in every step. Otherwise `keys` holds the
-    cache entry of each needed sample (by index), and `missing` those still to be encoded, some of which exist but are
-    `damaged`. A precompute task writes into its own folder, and copies what the cache already holds.
+    Attributes:
+        online: its component trains, so its output is computed in every step. Otherwise `keys` are the cache entries
+            of the needed samples (by index), and `missing` those to encode, some of which exist but are `damaged`. A
+            precompute task writes into its own folder, and copies what the cache already has.
     """
 
     encoder: EncoderFacts
@@ -40,9 +41,9 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class EncodingsPlan:
-    """All encoders of a run, and what identifies the files of each component (sha256 by component and file).
+    """All encoders of a run, and the identity of each component's files (sha256 by component and file).
 
-    The versions of the libraries that compute are no part of a cache key: an update encodes nothing again.
+    Versions of libraries are not part of a cache key: an update encodes nothing again.
     """
 
     encoders: tuple[EncoderPlan, ...]
@@ -55,12 +56,12 @@ class EncodingsPlan:
 
 
 def hash_cache(plan: Plan) -> HashCache:
-    """The remembered hashes of files, beside the cache."""
+    """Return the cache of file hashes, in the cache folder."""
     return HashCache(plan.cache / IDENTITIES)
 
 
 def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
-    """Find every needed encoding by the content it depends on; reads files whose hash is not remembered."""
+    """Look up all needed encodings by the content that they depend on; hashes files whose hash is not cached."""
     memory = hash_cache(plan)
     identities = _identify(plan, memory, reporter)
     if plan.encoded:
@@ -80,7 +81,7 @@ def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
 
 
 def _identify(plan: Plan, memory: HashCache, reporter: Reporter) -> dict[str, dict[str, str]]:
-    """sha256 by component and file."""
+    """Return sha256 by component and file."""
     component_files = {name: _files_of(plan, name) for name in plan.components}
     memory.read_all(
         (path for files in component_files.values() for path in files.values()), reporter, "Hashing model files"
@@ -91,23 +92,23 @@ def _identify(plan: Plan, memory: HashCache, reporter: Reporter) -> dict[str, di
 
 
 def _needed(plan: Plan) -> list[int]:
-    """Indices of the samples whose encodings are needed: all of them where others are to train on them."""
+    """Return the indices of the samples whose encodings are needed: all of them in a precompute task."""
     count = len(plan.samples.samples)
     return plan.steps.samples_needed(plan.first_step, count) if plan.task.trains else list(range(count))
 
 
 def _entry_memory(plan: Plan) -> FileCache:
-    """Where it is remembered which encodings were read back whole, beside the cache."""
+    """Return the cache of verified encodings, in the cache folder."""
     return FileCache(plan.cache / ENTRIES)
 
 
 def _already_encoded(
     plan: Plan, encoded: EncodedSamples, identities: Mapping[str, Mapping[str, str]], reporter: Reporter
 ) -> EncodingsPlan:
-    """The encodings that the first half wrote, and what it identified the files of its components by.
+    """Return precomputed encodings, and the recorded identity of the components' files.
 
     Raises:
-        DiffSynthError: when one is damaged: the encoders that could encode it again are not loaded.
+        DiffSynthError: if one is damaged: the encoders that could encode it again are not loaded.
     """
     encoders, memory = [], _entry_memory(plan)
     for encoder in plan.variant.encoders:
@@ -126,7 +127,9 @@ def _already_encoded(
 def _missing(
     cache: EncodingCache, keys: Mapping[int, str], encoder: EncoderFacts, reporter: Reporter
 ) -> tuple[int, ...]:
-    """The samples (by index) whose entries are not there whole; reads those that are not known to be."""
+    """Return the samples (by index) whose entries are missing or damaged; verifies those that are not known to be
+    intact.
+    """
     unknown = [key for key in dict.fromkeys(keys.values()) if not cache.is_known(key)]
     with (
         reporter.task(f"Checking {encoder.name}", len(unknown), "encodings") if unknown else nullcontext() as task,
@@ -141,7 +144,7 @@ def _missing(
 
 
 def encodings_are_known(plan: Plan) -> bool:
-    """Whether all hashes are remembered, so that planning the encodings reads no file."""
+    """Return whether all hashes are cached, so that planning the encodings reads no file."""
     memory = hash_cache(plan)
     return all(memory.known(path) for path in _all_files(plan))
 
@@ -154,7 +157,7 @@ def _all_files(plan: Plan) -> Iterator[Path]:
 
 
 def _files_of(plan: Plan, component: str) -> dict[str, Path]:
-    """Everything a component's output depends on: weights, configuration, tokenizer files, a LoRA merged into it."""
+    """Yield all files that a component's output depends on: weights, configuration, tokenizer, a merged LoRA."""
     files = plan.components[component]
     paths = [*files.paths, *([files.config_path] if files.config_path else [])]
     for parameter, tokenizer in plan.facts.tokenizers.items():
@@ -200,12 +203,14 @@ def _plan_encoder(
 
 
 def _precision(plan: Plan, component: str) -> str:
-    """The dtype an encoder computes in, and how its weights are rounded where they are."""
+    """Return an encoder's compute dtype, and how its weights are rounded, if they are."""
     return f"{plan.mixed_precision}, float8 weights" if plan.float8.get(component) else plan.mixed_precision
 
 
 def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: HashCache) -> dict[str, object]:
-    """The content an encoding depends on: captions as text, media as the hash of their bytes and the part used."""
+    """Return the content that an encoding depends on: captions as text, media as the hash of their bytes and the
+    crop.
+    """
     inputs: dict[str, object] = {"extra_inputs": encoder.inputs}
     for column in encoder.columns:
         if column == plan.facts.text_column:
