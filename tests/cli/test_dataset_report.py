@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.naming import names
+
 
 @pytest.mark.parametrize("option", ["--report", "--report="])
 def test_a_page_is_written_and_written_anew(cli, dataset: Path, option: str) -> None:
@@ -12,7 +14,7 @@ def test_a_page_is_written_and_written_anew(cli, dataset: Path, option: str) -> 
     for _ in range(2):
         outcome = cli("dataset", "validate", dataset, "--workers", 1, *arguments)
         assert outcome.code == 0
-        assert f"wrote `{page}` (" in outcome.err and "wrote" not in outcome.out
+        assert outcome.err == names("wrote", page) and "wrote" not in outcome.out
     text = page.read_text()
     assert text.endswith("</html>\n") and text.count("data:image") == 1 and '"chelsea.png":"/9j/' in text
     assert list(page.parent.iterdir()) == [page]
@@ -21,27 +23,28 @@ def test_a_page_is_written_and_written_anew(cli, dataset: Path, option: str) -> 
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("metadata.csv", "`--report` writes an .html file, got `{path}`", "pass an .html path"),
+        ("metadata.csv", names("--report", ".html", "{path}"), names("pass an .html path")),
         (
             "notes.html",
-            "`{path}` (`--report`) exists and is not a report, so it is not overwritten",
-            "choose a new file name",
+            names("{path}", "--report", "not a report"),
+            names("new file name"),
         ),
         (
             "folder.html",
-            "`{path}` (`--report`) exists and is not a report, so it is not overwritten",
-            "choose a new file name",
+            names("{path}", "--report", "not a report"),
+            names("new file name"),
         ),
     ],
 )
-def test_what_is_no_report_is_not_written_over(cli, dataset: Path, name: str, message: str, hint: str) -> None:
+def test_what_is_no_report_is_not_written_over(says, cli, dataset: Path, name: str, message: str, hint: str) -> None:
     path = dataset / name
     (dataset / "notes.html").write_text("<p>my notes</p>")
     (dataset / "folder.html").mkdir()
     before = path.read_bytes() if path.is_file() else None
     outcome = cli("dataset", "validate", dataset, "--report", path)
     assert outcome.code == 2 and outcome.out == ""
-    assert outcome.err.splitlines() == [f"error: {message.format(path=path)}", f"  hint: {hint}"]
+    says(outcome)
+    assert outcome.err.splitlines() == [names("error:", message.format(path=path)), names("hint:", hint)]
     assert (path.read_bytes() if path.is_file() else None) == before
 
 

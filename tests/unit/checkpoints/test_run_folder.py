@@ -12,6 +12,7 @@ from diffsynth_core.checkpoints.run_folder import (
     read_record,
 )
 from diffsynth_core.errors import DiffSynthError, Problem
+from tests.naming import names
 
 
 def record(**changes) -> RunRecord:
@@ -74,30 +75,31 @@ def test_a_folder_without_a_record_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: "", " is not valid JSON: line 1, column 1: it is empty"),
+        (lambda text: "", names("not valid JSON", "line 1", "column 1", "is empty")),
         (
             lambda text: text[: text.index('"seed"') + 3],
-            " is not valid JSON: line 13, column 3: Unterminated string starting at",
+            names("not valid JSON", "line 13", "column 3", "Unterminated"),
         ),
-        (lambda text: "[]", ": the top level is a list, expected an object"),
-        (lambda text: "null", ": the top level is `null`, expected an object"),
-        (lambda text: text.replace('"seed"', '"sed"'), ": `seed` is missing"),
-        (lambda text: text.replace('"step": 0', '"step": "0"'), ': `step` is `"0"`, expected an integer'),
+        (lambda text: "[]", names("a list", "an object")),
+        (lambda text: "null", names("null", "an object")),
+        (lambda text: text.replace('"seed"', '"sed"'), names("seed", "missing")),
+        (lambda text: text.replace('"step": 0', '"step": "0"'), names("step", '"0"', "an integer")),
         (
             lambda text: text.replace('"checkpoints": []', '"checkpoints": [{"file": "x"}]'),
-            ": `step`, `epoch`, `sha256`, `bytes` are missing in `checkpoints[0]`",
+            names("step", "epoch", "sha256", "bytes", "missing", "checkpoints[0]"),
         ),
-        (lambda text: text.replace('"checkpoints": []', '"checkpoints": 3'), ": `checkpoints` is `3`, expected a list"),
-        (lambda text: "\udcff", " is not UTF-8 (byte 0)"),
+        (lambda text: text.replace('"checkpoints": []', '"checkpoints": 3'), names("checkpoints", 3, "a list")),
+        (lambda text: "\udcff", names("not UTF-8", "byte 0")),
     ],
 )
-def test_a_damaged_record_is_told_by_name_and_place(tmp_path, damage, message):
+def test_a_damaged_record_is_told_by_name_and_place(says, tmp_path, damage, message):
     record().save(tmp_path)
     path = tmp_path / "run.json"
     path.write_bytes(damage(path.read_text(encoding="utf-8")).encode("utf-8", "surrogateescape"))
     with pytest.raises(DiffSynthError) as caught:
         read_record(tmp_path)
-    assert caught.value.problems == (Problem(f"`{path}`{message}", "choose another `--output_path`"),)
+    says(caught.value.problems)
+    assert caught.value.problems == (Problem(names(path, message), names("--output_path")),)
 
 
 def test_what_stands_in_the_place_of_a_record_is_not_taken_for_none(tmp_path):

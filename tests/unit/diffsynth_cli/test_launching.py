@@ -10,6 +10,7 @@ from diffsynth_cli.console import ConsoleReporter
 from diffsynth_cli.errors import Ending
 from diffsynth_core.errors import DiffSynthError, Problem
 from diffsynth_core.session import Session
+from tests.naming import names
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +45,12 @@ def test_presets_and_files_are_found_by_name(tmp_path, home):
     assert launching.find_config(None) == home
 
 
-def test_an_unknown_configuration_is_told_with_the_nearest_preset():
-    with pytest.raises(DiffSynthError, match="there is no accelerate configuration `zero2offlod`") as caught:
+def test_an_unknown_configuration_is_told_with_the_nearest_preset(says):
+    with pytest.raises(DiffSynthError) as caught:
         launching.find_config("zero2offlod")
-    assert caught.value.problems[0].hint == "did you mean `zero2offload`?"
+    says(caught.value.problems)
+    assert str(caught.value) == names("accelerate configuration", "zero2offlod")
+    assert caught.value.problems[0].hint == names("zero2offload")
 
 
 @pytest.mark.parametrize(
@@ -57,9 +60,11 @@ def test_how_many_processes_are_asked_for(number, config, asked):
     assert launching.processes_asked(number, config) == asked
 
 
-def test_a_configuration_is_looked_for_whatever_the_number():
-    with pytest.raises(DiffSynthError, match="there is no accelerate configuration `dpp`"):
+def test_a_configuration_is_looked_for_whatever_the_number(says):
+    with pytest.raises(DiffSynthError) as caught:
         launching.processes_asked(2, "dpp")
+    says(caught.value.problems)
+    assert str(caught.value) == names("accelerate configuration", "dpp")
 
 
 @pytest.mark.parametrize(("number", "config"), [(1, "zero2"), (None, "zero3"), (2, None)])
@@ -118,21 +123,23 @@ def test_what_the_launcher_was_asked_for(tmp_path, home, words, asked):
     assert launching._asked([*module, *(word.format(config=config) for word in words), *entry]) == asked
 
 
-def test_another_number_of_processes_is_an_error(monkeypatch):
+def test_another_number_of_processes_is_an_error(says, monkeypatch):
     launching.check_world_size(None)
     launching.check_world_size(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     launching.check_world_size(2)
-    with pytest.raises(DiffSynthError, match="4 processes are requested by `num_processes`, but the world size is 2"):
+    with pytest.raises(DiffSynthError) as caught:
         launching.check_world_size(4)
+    says(caught.value.problems)
+    assert str(caught.value) == names("4 processes", "num_processes", "world size is 2")
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set: no launcher started this process"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set: no launcher started this process"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is `two`, expected a positive integer"),
+        ({}, names("WORLD_SIZE is 2", "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT")),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, names("WORLD_SIZE is 2", "but MASTER_ADDR is not set")),
+        ({"WORLD_SIZE": "two"}, names("WORLD_SIZE", "two")),
     ],
 )  # fmt: skip
 def test_a_world_without_a_launcher_is_told_before_anything_waits(cli, monkeypatch, photographs, says, given, problem):
@@ -141,7 +148,7 @@ def test_a_world_without_a_launcher_is_told_before_anything_waits(cli, monkeypat
     for name, value in ({"WORLD_SIZE": "2"} | given).items():
         monkeypatch.setenv(name, value)
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", photographs)
-    assert (outcome.code, outcome.err.splitlines()[0]) == (2, f"error: {problem}")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (2, names("error:", problem))
     says(outcome)
 
 

@@ -20,6 +20,7 @@ from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.plan import make_plan
 from diffsynth_core.progress import SilentReporter
 from tests.loras import TinyFamily
+from tests.naming import names
 
 BLOCKS = {
     "qwen-image": {"transformer_blocks.*": 2},
@@ -81,7 +82,7 @@ def test_an_empty_list_chooses_all_linear_layers_of_blocks(tiny):
     assert {blocks: set(names) for blocks, names in kinds.items()} == LAYERS[tiny.name]
     for blocks, number in BLOCKS[tiny.name].items():
         assert set(kinds[blocks].values()) == {number}
-    assert plan.training.lora_rule == "the linear layers of repeated blocks"
+    assert plan.training.lora_rule == names("linear layers", "blocks")
     dead = {"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
     expected = {f"transformer_blocks.1.{name}" for name in dead} if tiny.name == "qwen-image" else set()
     assert set(plan.training.untrainable_targets) == expected
@@ -98,13 +99,14 @@ def test_not_given_is_the_documented_list_not_that_choice(tiny):
 def test_a_value_no_name_ends_with_is_a_pattern_for_whole_names(tiny):
     pattern, expected = PATTERNS[tiny.name]
     assert set(modules_for(tiny, pattern)) == expected
-    assert "no module of dit ends with" in problems_of(tiny, f"{pattern}X")[0]
+    assert problems_of(tiny, f"{pattern}X")[0] == names("no module of dit")
 
 
 @pytest.mark.parametrize("part", [r"transformer_blocks\.\d", r"to_[qk]", r"attn\.to_q|transformer_blocks"])
-def test_a_pattern_for_a_part_of_names_addresses_nothing(tiny_families, part):
-    message = f"`lora_target_modules`: no module of dit ends with `{part}` or matches it as a regular expression"
-    assert problems_of(tiny_families("qwen-image"), part) == [message]
+def test_a_pattern_for_a_part_of_names_addresses_nothing(says, tiny_families, part):
+    told = problems_of(tiny_families("qwen-image"), part)
+    says("\n".join(told))
+    assert told == [names("lora_target_modules", "no module of dit", part, "regular expression")]
 
 
 def test_a_value_that_names_end_with_is_no_pattern(tiny_families):
@@ -120,10 +122,7 @@ def test_several_values_are_ends_of_names_only(tiny):
     pattern, _ = PATTERNS[tiny.name]
     last = tiny.facts.component("dit").lora_targets[0]
     [message] = problems_of(tiny, f"{last},{pattern}")
-    assert (
-        message
-        == f"`lora_target_modules`: no module of dit ends with `{pattern}` or matches it as a regular expression"
-    )
+    assert message == names("lora_target_modules", "no module of dit", pattern, "regular expression")
 
 
 def test_a_pattern_in_a_list_of_one_may_hold_commas():
@@ -131,12 +130,10 @@ def test_a_pattern_in_a_list_of_one_may_hold_commas():
 
 
 @pytest.mark.parametrize("pattern", ["attn.to_(q", "*to_q", "[", "blocks\\.(?P<a"])
-def test_what_is_no_regular_expression_is_told(tiny_families, pattern):
+def test_what_is_no_regular_expression_is_told(says, tiny_families, pattern):
     [message] = problems_of(tiny_families("qwen-image"), pattern)
-    start = (
-        f"`lora_target_modules` `{pattern}`: no module name ends with it, and it is not a valid regular expression: "
-    )
-    assert message.startswith(start) and len(message) > len(start)
+    says(message)
+    assert message == names("lora_target_modules", pattern, "not a valid regular expression") and message[-2:] != ": "
 
 
 def test_other_components_can_be_chosen_from_too(tiny):
@@ -147,10 +144,10 @@ def test_other_components_can_be_chosen_from_too(tiny):
     assert not any("embed" in name or "norm" in name or "bias" in name for names in kinds.values() for name in names)
 
 
-def test_a_component_without_linear_layers_in_blocks(tiny_families):
-    assert problems_of(tiny_families("qwen-image"), "", "vae") == [
-        "`lora_target_modules` is empty, and vae has no linear layers in repeated blocks to choose from"
-    ]
+def test_a_component_without_linear_layers_in_blocks(says, tiny_families):
+    told = problems_of(tiny_families("qwen-image"), "", "vae")
+    says("\n".join(told))
+    assert told == [names("lora_target_modules", "is empty", "vae")]
 
 
 class Block(nn.Module):
