@@ -1,1 +1,1 @@
-"""What is wrong with a dataset, found before training trips over it. No torch."""
+"""Checks of a dataset before training. No torch."""

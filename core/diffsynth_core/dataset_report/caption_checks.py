@@ -14,16 +14,19 @@ from diffsynth_core.models.token_counts import CaptionRule, count_tokens, may_be
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
 )
-"""Characters that nobody sees: of ASCII and Latin-1 all but tab and line ends; blanks without width, marks of direction
-and of byte order. Joiners stay, which scripts and emoji need."""
+"""Invisible characters: control characters of ASCII and Latin-1 other than tab and line ends; zero-width spaces,
+direction marks and byte order marks. Joiners are allowed, because scripts and emoji need them.
+"""
 MOST_BYTES = 4
-"""Of a character in UTF-8."""
+"""Maximum number of bytes of a character in UTF-8."""
 SHOWN_ROWS = 5
+"""Maximum number of rows in a message."""
 WRITE_CAPTION = "write a caption, or remove the row"
+"""Hint for missing captions."""
 
 
 def check_captions(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_MISSING of cells, and CAPTION_EMPTY."""
+    """Yield CAPTION_MISSING of cells, and CAPTION_EMPTY."""
     for row, caption, _ in dataset.rows.records:
         if caption is None or (caption and not caption.isspace()):
             continue
@@ -34,7 +37,7 @@ def check_captions(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_characters(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_CONTROL_CHARS; of unpaired surrogates, which are an error, data/records.py tells."""
+    """Yield CAPTION_CONTROL_CHARS; unpaired surrogates, which are an error, are reported by data/records.py."""
     for row, caption, _ in dataset.rows.records:
         if not caption or (caption.isascii() and caption.isprintable()) or SURROGATE.search(caption):
             continue
@@ -45,7 +48,7 @@ def check_characters(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_repeated(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_DUPLICATE and CAPTION_ALL_SAME; one instruction for all edits is the first, an info."""
+    """Yield CAPTION_DUPLICATE and CAPTION_ALL_SAME; one instruction for all edits is the former, an info."""
     captions = {row: caption.strip() for row, caption, _ in dataset.rows.records if caption}
     counted = Counter(captions.values())
     counted.pop("", None)
@@ -69,7 +72,7 @@ def check_repeated(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_lengths(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CAPTION_TOO_LONG, by the tokenizer of the recipe where it is on disk."""
+    """Yield CAPTION_TOO_LONG, with the tokenizer of the recipe if it is on disk."""
     rules = dataset.rules
     rule = rules.captions or CaptionRule(CaptionFacts("", rules.thresholds.max_tokens, 0))
     surely_short = rule.facts.most // MOST_BYTES - len(rule.facts.template)

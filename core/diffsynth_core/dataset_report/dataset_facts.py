@@ -1,4 +1,4 @@
-"""What the checks look at: the rows of a dataset and all that is known of its files. No torch."""
+"""Input of the checks: the rows of a dataset and facts about its files. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from diffsynth_core.dataset_report.rules import Rules
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """A dataset as far as it has been looked into.
+    """A dataset as far as it has been read.
 
-    `images` and `videos`: facts by path, empty where files are not looked into; a file that could not be decoded has
-    facts with a `fault`.
+    Attributes:
+        images, videos: facts by path; empty if files are not opened. A file that could not be decoded has a `fault`.
     """
 
     rows: Rows
@@ -22,7 +22,7 @@ class DatasetFacts:
     videos: Mapping[str, VideoFacts] = field(default_factory=dict)
 
     def first_rows(self) -> dict[str, int]:
-        """The first row that names each path; what is found of a file is told there, once."""
+        """Path -> first row that names it, at which its findings are reported, once."""
         rows: dict[str, int] = {}
         for record in self.rows.records:
             for names in record.files.values():
@@ -31,7 +31,7 @@ class DatasetFacts:
         return rows
 
     def of_columns(self, columns: tuple[str, ...]) -> frozenset[str]:
-        """The paths that rows name in these columns."""
+        """Return the paths in these columns."""
         return frozenset(
             name for record in self.rows.records for column in columns for name in record.files.get(column, ())
         )

@@ -1,4 +1,4 @@
-"""Which dataset a check looks into: the PATH that was named, as the parameters of a run name theirs. No torch."""
+"""The dataset to check: PATH, or the one in the parameters of a run. No torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from diffsynth_core.data.metadata import READERS
 from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 
 OF_PATH = ("dataset_base_path", "dataset_metadata_path")
-"""Parameters that PATH stands for."""
+"""Parameters that PATH replaces."""
 
 
 def as_flags(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of a run that reads the dataset at PATH, a folder or a metadata file.
+    """Return the flags of a run that reads the dataset at PATH, a folder or a metadata file.
 
     Raises:
-        DiffSynthError: when there is nothing at PATH, or a file that is no metadata.
-        FaultsFound: when a flag names the dataset as well.
+        DiffSynthError: if there is nothing at PATH, or a file that is not metadata.
+        FaultsFound: if a flag names the dataset too.
     """
     if path is None:
         return dict(flags)
@@ -40,10 +40,10 @@ def as_flags(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_stage(stages: Sequence[Resolved]) -> Resolved:
-    """The one run that all stages are, as far as the dataset is concerned.
+    """Return the only run that all stages are equivalent to, as far as the dataset is concerned.
 
     Raises:
-        FaultsFound: when stages read data differently, or nothing names a dataset.
+        FaultsFound: if stages read data differently, or nothing names a dataset.
     """
     first = stages[0]
     if not first.problems and not first.given("dataset_base_path"):
@@ -59,4 +59,4 @@ def choose_stage(stages: Sequence[Resolved]) -> Resolved:
 
 
 MODEL_FILES = ("model_paths", "model_id_with_origin_paths")
-"""Stages of one recipe train different files of one kind of model."""
+"""Parameters of model files, which differ between stages of one variant."""

@@ -1,4 +1,4 @@
-"""What is written from the declaration of the checks: the reference page of codes and thresholds. No torch."""
+"""Generation of the reference page of codes and thresholds. No torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +9,11 @@ from diffsynth_core.dataset_report.thresholds import threshold_facts
 from diffsynth_core.files import write_text
 
 PAGE = "dataset_checks.md"
+"""Name of the page."""
 
 
 def checks_page() -> str:
-    """`docs/dataset_checks.md`."""
+    """Return `docs/dataset_checks.md`."""
     lines = [
         "# Dataset checks",
         "",
@@ -37,7 +38,7 @@ def checks_page() -> str:
 
 
 def _codes() -> Iterator[str]:
-    """A table for each subject."""
+    """Yield a table for each subject."""
     for subject, title in SUBJECTS.items():
         yield from ("", f"## {title}", "", "| code | level | what it means |", "|---|---|---|")
         for name, code in CODES.items():

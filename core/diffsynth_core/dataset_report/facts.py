@@ -1,7 +1,7 @@
-"""What decoding a file once tells of it: plain records, made in worker processes and sent back. No torch.
+"""Facts from decoding a file once: plain records, created in worker processes and sent back. No torch.
 
-`ImageFacts` are made by images.py, `VideoFacts` by videos.py; both hold facts only. What is wrong with them is
-for the pure functions in image_checks.py, pair_checks.py, video_checks.py and set_checks.py to say.
+`ImageFacts` are created by images.py, `VideoFacts` by videos.py; both are facts only. Findings are derived from them
+by the pure functions in image_checks.py, pair_checks.py, video_checks.py and set_checks.py.
 """
 
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from diffsynth_core.data.colour import Colours
 
 FLAT_SPREAD = 4
-"""Values of a channel, 0..255, that lie no further apart show nothing: the noise of a JPEG does as much."""
+"""Maximum range of the values of a channel, 0..255, in an empty image: JPEG noise has as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why nothing more is known of a file: a code of findings.CODES, and the reason in words."""
+    """Why a file has no further facts: a code of findings.CODES, and the reason in words."""
 
     code: str
     reason: str
@@ -22,16 +22,22 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """An image. Sizes in pixels are those of the upright image; with a `fault` only what is known stands here.
+    """An image. Sizes in pixels are those of the upright image; with a `fault`, only what is known is set.
 
-    `format` and `mode`: Pillow's names of the file's format and of its pixels. `orientation`: of the EXIF data, 1 to 8.
-    `frames` of an animation, `pages` of a document. `colour_profile`: what is converted to sRGB, or is not, and why.
-    `transparent`: a pixel is not opaque. `spread`: how far the values of a channel, 0..255, lie apart at most; above
-    `FLAT_SPREAD` that of the image scaled down will do.
-    `difference_hash`: 64 bits, each telling whether of two neighbours in an image of 9 x 8 the left one is darker.
-    `colours`: mean red, green and blue of each field of a grid of 8 x 8, 0..255.
-    `sketch`: digest of the image scaled down; images with the same pixels have the same sketch, and hardly others.
-    `digest`: sha256 of the file. `thumbnail`: a JPEG, where it was asked for.
+    Attributes:
+        format, mode: Pillow's names of the file format and the pixel mode.
+        orientation: EXIF orientation, 1 to 8.
+        frames: of an animation.
+        pages: of a document.
+        colour_profile: what is converted to sRGB, or is not, and why.
+        transparent: a pixel is not opaque.
+        spread: maximum range of the values of a channel, 0..255; above `FLAT_SPREAD` possibly that of the scaled-down
+            image.
+        difference_hash: 64 bits: whether the left one of two neighbours in an image of 9 x 8 is darker.
+        colours: mean red, green and blue of each cell of an 8 x 8 grid, 0..255.
+        sketch: digest of the scaled-down image: equal for equal pixels, and hardly for others.
+        digest: sha256 of the file.
+        thumbnail: a JPEG, if requested.
     """
 
     path: str
@@ -56,12 +62,17 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class VideoFacts:
-    """A video. Sizes in pixels are those of the upright video; with a `fault` only what is known stands here.
+    """A video. Sizes in pixels are those of the upright video; with a `fault`, only what is known is set.
 
-    `frames`: those of the file. `resampled`: those after resampling to the frame rate that is trained at; None: it is
-    not resampled. `frame_rate`: mean frames per second. `spacing`: the shortest and the longest time from frame to
-    frame, in seconds; `variable_rate`: they differ by more than rounding. `still`: no frame differs visibly from the
-    first. `digest`: sha256 of the file. `thumbnail`: a JPEG of a frame from the middle, where it was asked for.
+    Attributes:
+        frames: frames of the file.
+        resampled: frames after resampling to the training frame rate; None if it is not resampled.
+        frame_rate: mean frames per second.
+        spacing: shortest and longest time between frames, in seconds.
+        variable_rate: they differ by more than rounding.
+        still: no frame differs visibly from the first.
+        digest: sha256 of the file.
+        thumbnail: a JPEG of a frame in the middle, if requested.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""`--fix`: the rows of a dataset without those that have errors, as a metadata file of its own. No torch."""
+"""`--fix`: a metadata file with the rows of a dataset that have no errors. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem
 
 @dataclass(frozen=True)
 class Fixed:
-    """A metadata file that was written. `base`: the folder that its paths are relative to."""
+    """A metadata file that was written. `base`: folder that its paths are relative to."""
 
     path: Path
     base: Path
@@ -23,15 +23,15 @@ class Fixed:
 
     @property
     def beside_files(self) -> bool:
-        """Whether it lies in the folder that its paths are relative to."""
+        """Whether it is in the folder that its paths are relative to."""
         return self.path.parent.resolve() == self.base.resolve()
 
 
 def check_target(path: Path) -> None:
-    """See, before anything is checked, that a metadata file can be written there.
+    """Check in advance that a metadata file can be written to a path.
 
     Raises:
-        FaultsFound: when it is no .csv, or something is there already.
+        FaultsFound: if it is not a .csv, or already exists.
     """
     problems = []
     if path.suffix.lower() != ".csv":
@@ -44,10 +44,10 @@ def check_target(path: Path) -> None:
 
 
 def write_fixed(path: Path, dataset: DatasetFacts, report: Report) -> Fixed:
-    """Write the rows that have no error, with all of their columns.
+    """Write the rows without errors, with all of their columns.
 
     Raises:
-        DiffSynthError: when no choice of rows fixes the dataset, or none is left.
+        DiffSynthError: if no selection of rows fixes the dataset, or no row is left.
     """
     errors = [finding for finding in report.findings if finding.level == "error"]
     of_all = [finding for finding in errors if finding.row is None]
@@ -78,7 +78,7 @@ def _as_texts(columns: list[str], rows: list[Any]) -> Iterator[list[str]]:
 
 
 def _as_text(value: Any) -> str:
-    """A cell of JSON as one of CSV: texts as they are, nothing as nothing, the rest as JSON."""
+    """Convert a JSON cell to CSV: strings unchanged, null to empty, everything else to JSON."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

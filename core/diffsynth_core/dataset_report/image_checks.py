@@ -1,7 +1,7 @@
 """Codes IMAGE_…: pure functions from the facts of images to findings. No torch.
 
-`check_images` goes through the checks of one image, in `IMAGE_CHECKS`; those that need several images
-(IMAGE_DUPLICATE, IMAGE_NEAR_DUPLICATE) stand beside it in CHECKS of validate.py.
+`check_images` applies the checks of single images, `IMAGE_CHECKS`; those of several images (IMAGE_DUPLICATE,
+IMAGE_NEAR_DUPLICATE) are separate entries of CHECKS in validate.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +23,18 @@ FAULTS: Mapping[str, tuple[str, str]] = {
     "IMAGE_TRUNCATED": ("is truncated", "download the file again or remove its row"),
     "IMAGE_BOMB": ("is too large to decode", "replace the file or remove its row"),
 }
-"""Code of a fault -> what is said of the file, and the hint."""
+"""Code of a fault -> message and hint."""
 ALSO_CALLED: Mapping[str, str] = {"MPO": "JPEG", "DIB": "BMP"}
-"""Formats of Pillow whose files go by the endings of another."""
+"""Pillow format -> format whose suffix its files use too."""
 LOSING_MODES: Mapping[tuple[str, ...], str] = {
     ("I", "I;16", "I;16B", "I;16L", "I;16N"): "only 8 of its 16 bits are used",
     ("CMYK", "LAB", "HSV"): "converted to RGB without a colour profile",
 }
-"""Pillow's modes of pixels -> what is lost of them."""
+"""Pillow mode -> what is lost in the conversion to RGB."""
 
 
 def check_images(dataset: DatasetFacts) -> Iterator[Finding]:
-    """All that is to be said of single images, told at the first row that names them."""
+    """Yield the findings about single images, at the first row that names them."""
     rows = dataset.first_rows()
     targets = dataset.of_columns((dataset.rows.columns.target,))
     for path, facts in dataset.images.items():
@@ -51,9 +51,9 @@ def check_images(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_same(dataset: DatasetFacts) -> Iterator[Finding]:
-    """IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE among the images that are trained on; a pair is told at its later row.
+    """Yield IMAGE_DUPLICATE and IMAGE_NEAR_DUPLICATE of targets; a pair is reported at its later row.
 
-    Images that are shown may repeat: one is shown beside many.
+    Reference images may repeat: one may belong to many targets.
     """
     rows = dataset.first_rows()
     targets = dataset.of_columns((dataset.rows.columns.target,))
@@ -72,8 +72,9 @@ def check_same(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_sizes(dataset: DatasetFacts) -> Iterator[Finding]:
-    """IMAGE_TOO_SMALL, IMAGE_CROP_LOSS, IMAGE_UPSCALED and IMAGE_LOW_RESOLUTION, of videos too: what becomes of files
-    at the size they are trained at."""
+    """Yield IMAGE_TOO_SMALL, IMAGE_CROP_LOSS, IMAGE_UPSCALED and IMAGE_LOW_RESOLUTION, of videos too, by their
+    training sizes.
+    """
     rows = dataset.first_rows()
     for path in dict.fromkeys(
         name for record in dataset.rows.records for name in record.files.get(dataset.rows.columns.target, ())
@@ -92,7 +93,7 @@ def check_sizes(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_references(dataset: DatasetFacts) -> Iterator[Finding]:
-    """IMAGE_TOO_SMALL and IMAGE_UPSCALED of reference images; a file is named once for each size it is shown at."""
+    """Yield IMAGE_TOO_SMALL and IMAGE_UPSCALED of reference images, once for each size at which a file is read."""
     targets, seen = sizes_of(dataset), set[tuple[str, str]]()
     for row, _, files in dataset.rows.records:
         for condition in dataset.rules.sized_conditions if row in targets else ():
@@ -113,7 +114,7 @@ def check_references(dataset: DatasetFacts) -> Iterator[Finding]:
 def _resolution(
     path: str, row: int, header: MediaHeader, crop: MediaCrop, rules: Rules, shown: bool = False
 ) -> Iterator[Finding]:
-    """IMAGE_UPSCALED, and IMAGE_LOW_RESOLUTION of files that are trained on (not `shown`)."""
+    """Yield IMAGE_UPSCALED, and IMAGE_LOW_RESOLUTION of targets (not `shown`)."""
     factor, size = scale_of(crop, header.width, header.height), f"{header.width} x {header.height} pixels"
     if factor > rules.thresholds.max_upscale:
         height, width = crop.scaled or (crop.height, crop.width)
@@ -129,7 +130,7 @@ def _resolution(
 
 
 def _too_small(header: MediaHeader, crop: MediaCrop, rules: Rules) -> str:
-    """Why an image or video cannot be trained on for its size; blank when it can."""
+    """Return why an image or video is too small for training; empty if it is not."""
     factor = rules.media.size.factor
     least = max(factor, rules.thresholds.min_side)
     if min(header.width, header.height) < least:
@@ -208,8 +209,8 @@ def _colours(facts: ImageFacts, row: int, rules: Rules) -> Iterator[Finding]:
 
 
 Check = Callable[[ImageFacts, int, Rules], Iterator[Finding]]
-"""(facts, the first row that names the file, rules) -> findings"""
+"""(facts, first row that names the file, rules) -> findings"""
 IMAGE_CHECKS: tuple[Check, ...] = (_rotated, _animated, _transparent, _type_mismatch, _mode, _colours)
-"""For every image."""
+"""Checks of every image."""
 TARGET_CHECKS: tuple[Check, ...] = (_aspect, _blank)
-"""For images that are trained on."""
+"""Checks of target images."""

@@ -1,7 +1,7 @@
-"""Image files looked into: one decoding, and all facts from it. No torch.
+"""Examination of image files: one decoding, and all facts from it. No torch.
 
-The reading is that of training (data/images.py): upright, transparency on white. What costs more than a fraction of
-the decoding is done on the image scaled down.
+Images are read as in training (data/images.py): upright, composited on white. What would cost more than a fraction of
+the decoding is computed on the scaled-down image.
 """
 
 import hashlib
@@ -30,15 +30,19 @@ from diffsynth_core.data.images import (
 from diffsynth_core.dataset_report.facts import FLAT_SPREAD, Fault, ImageFacts
 
 SKETCH_SIDE = 64
-"""The least side, in pixels, of the image scaled down that is looked at in place of the whole one."""
+"""Minimum side, in pixels, of the scaled-down image."""
 SAMPLED_SIDE = 222
 """How many pixels of the shorter side go into that, where it has more than twice as many: averaging all of them costs a
 sixth of the decoding. The number makes the steps between them (4.61 pixels of 1,024) fall together with few patterns.
 """
 HASH_SIZE = (9, 8)
+"""(width, height) of the image for the difference hash."""
 COLOUR_GRID = (8, 8)
+"""(columns, rows) of the grid of mean colors."""
 THUMBNAIL_QUALITY = 80
+"""JPEG quality of thumbnails."""
 OPAQUE = 255
+"""Alpha of opaque pixels."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,11 +52,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright."""
+"""EXIF orientation -> transposition that makes the image upright."""
 
 
 def examine_image(base: Path, name: str, thumbnails: int | None) -> ImageFacts:
-    """Decode the image `name` below `base` to its end; whatever goes wrong becomes its `fault`."""
+    """Decode the image `name` below `base` completely; any failure becomes its `fault`."""
     try:
         data = (base / name).read_bytes()
     except OSError as error:
@@ -77,7 +81,7 @@ def examine_image(base: Path, name: str, thumbnails: int | None) -> ImageFacts:
 
 
 def _facts(image: Image.Image, known: ImageFacts, thumbnails: int | None) -> ImageFacts:
-    """Decode an image that has been opened, and complete what is known of it."""
+    """Decode an opened image, and complete its facts."""
     frames, colours = frames_of(image), colours_of(image)
     pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -108,12 +112,12 @@ def _facts(image: Image.Image, known: ImageFacts, thumbnails: int | None) -> Ima
 
 
 def same_pixels(base: Path, name: str, other: str) -> bool:
-    """Whether two images below `base` are the same, pixel by pixel, when they are upright and RGB."""
+    """Return whether two images below `base` are equal pixel by pixel, as upright RGB."""
     return _pixels(base / name) == _pixels(base / other)
 
 
 def _pixels(path: Path) -> tuple[tuple[int, int], bytes] | None:
-    """Size and sha256 of the pixels of an upright image; None when it cannot be decoded any more."""
+    """Return size and sha256 of the pixels of an upright image; None if it can no longer be decoded."""
     try:
         with open_image(path) as image:
             rgb = to_rgb(ImageOps.exif_transpose(image))
@@ -123,9 +127,9 @@ def _pixels(path: Path) -> tuple[tuple[int, int], bytes] | None:
 
 
 def scaled_down(image: Image.Image) -> Image.Image:
-    """An image of the same shape whose shorter side has 64 to 127 pixels, or fewer where it has fewer.
+    """Return an image of the same aspect ratio whose shorter side has 64 to 127 pixels, or fewer if the image has.
 
-    Each is the mean of pixels spread evenly over its part of the image, of a small one the mean of all.
+    Each pixel is the mean of pixels spread evenly over its area; in a small image, of all of them.
     """
     shorter = min(image.size)
     if shorter > 2 * SAMPLED_SIDE:
@@ -135,7 +139,7 @@ def scaled_down(image: Image.Image) -> Image.Image:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: of a grey image of 9 x 8, whether each pixel is darker than its right neighbour (dHash)."""
+    """Return 64 bits: whether each pixel of a grayscale image of 9 x 8 is darker than its right neighbour (dHash)."""
     values = image.convert("L").resize(HASH_SIZE, Image.Resampling.BOX).tobytes()
     bits = 0
     for row in range(HASH_SIZE[1]):
@@ -146,7 +150,7 @@ def difference_hash(image: Image.Image) -> int:
 
 
 def thumbnail_of(image: Image.Image, side: int) -> bytes:
-    """A JPEG of an image, its longer side scaled down to `side` pixels."""
+    """Return a JPEG of an image, with its longer side scaled down to `side` pixels."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.BOX)
     stream = io.BytesIO()
@@ -160,7 +164,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _spread(image: Image.Image) -> int:
-    """How far the values of a channel, 0..255, lie apart at most."""
+    """Return the maximum range of the values of a channel, 0..255."""
     return max(high - low for low, high in cast(tuple[tuple[int, int], ...], image.getextrema()))
 
 
@@ -170,7 +174,7 @@ def _has_clear_pixels(image: Image.Image) -> bool:
 
 
 def _fault(error: Exception, data: bytes, image_format: str, path: Path) -> Fault:
-    """Which code an error of Pillow belongs to: a file that lacks its end is cut off."""
+    """Return the code of a Pillow error: a file without its end is truncated."""
     end = END_MARKS.get(image_format)
     lacks_end = end is not None and end not in data[-END_BYTES:]
     reason = str(error)
@@ -187,7 +191,7 @@ def _fault(error: Exception, data: bytes, image_format: str, path: Path) -> Faul
 
 
 def _claimed_bytes(data: bytes) -> int:
-    """How long a file is at least by its own header, where Pillow does not even open it for want of its end."""
+    """Return the minimum size of a file according to its header, for files that Pillow cannot open truncated."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return 8 + int.from_bytes(data[4:8], "little")
     if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF often has the list of what it holds at its end

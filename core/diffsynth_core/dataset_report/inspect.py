@@ -1,7 +1,7 @@
-"""Files looked into by worker processes: one bad file never ends the run. No torch.
+"""Examination of files in worker processes: one bad file never ends the run. No torch.
 
-Each worker has one file in work and one in its line. A file that takes too long, or that brings its worker down,
-becomes facts with a fault, and another worker goes on.
+Each worker has one current file and one queued file. A file that takes too long, or crashes its worker, becomes facts
+with a fault, and another worker continues.
 """
 
 import multiprocessing
@@ -31,16 +31,20 @@ from diffsynth_core.processes import end_with_parent
 from diffsynth_core.progress import Reporter
 
 START_SECONDS = 120.0
-"""A worker that is not there by then does not come."""
+"""Timeout for the start of a worker."""
 Kind = Literal["image", "video"]
+"""Type of a file."""
 Facts = ImageFacts | VideoFacts
+"""Facts about a file."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """How files are looked into; sent to each worker when it starts.
+    """How files are examined; sent to each worker at its start.
 
-    `frame_rate`: that of training, in frames per second; None: the file's own. `thumbnails`: longer side in pixels.
+    Attributes:
+        frame_rate: training frame rate; None: the file's own.
+        thumbnails: longer side in pixels.
     """
 
     base: Path
@@ -52,6 +56,7 @@ EXAMINERS: Mapping[Kind, Callable[[Job, str], Facts]] = {
     "image": lambda job, name: examine_image(job.base, name, job.thumbnails),
     "video": lambda job, name: _examine_target(job, name),
 }
+"""Type of a file -> function that examines it."""
 UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
     "image": lambda name, reason: ImageFacts(name, 0, fault=Fault("IMAGE_UNREADABLE", reason)),
     "video": lambda name, reason: (
@@ -60,11 +65,11 @@ UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
         else VideoFacts(name, 0, fault=Fault("VIDEO_UNREADABLE", reason))
     ),
 }
-"""What is known of a file whose worker did not come back."""
+"""Type of a file -> facts about one whose worker did not return."""
 
 
 def _examine_target(job: Job, name: str) -> Facts:
-    """The facts of what is trained on where clips are: those of a clip, or of the image that stands for one frame."""
+    """Return the facts of a target in a dataset of clips: a clip, or an image that counts as one frame."""
     try:
         if is_clip(job.base / name):
             return examine_video(job.base, name, job.frame_rate, job.thumbnails)
@@ -74,7 +79,7 @@ def _examine_target(job: Job, name: str) -> Facts:
 
 
 def work(job: Job, line: Connection, parent: int) -> None:
-    """A worker's life: it says that it is there, then takes a file in and gives its facts out, until `parent` ends."""
+    """Main loop of a worker: report readiness, then receive files and send facts, until `parent` ends."""
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
     warnings.simplefilter("ignore")  # what decoders think of a file is not for the terminal
@@ -88,15 +93,17 @@ def work(job: Job, line: Connection, parent: int) -> None:
 
 
 WORK: Callable[[Job, Connection, int], None] = work
-"""What a worker runs."""
+"""Code that a worker runs."""
 
 
 def inspect_files(
     job: Job, files: Mapping[str, Kind], workers: int, timeout: float, reporter: Reporter
 ) -> dict[str, Facts]:
-    """The facts of `files` (path -> kind), in their order.
+    """Return the facts of `files` (path -> kind), in their order.
 
-    `workers`: processes; 0: as many as there are cores for this one. `timeout`: seconds for one file.
+    Args:
+        workers: processes; 0: as many as usable cores.
+        timeout: seconds per file.
     """
     found: dict[str, Facts] = {}
     count = min(workers or usable_cores(), len(files))
@@ -108,15 +115,16 @@ def inspect_files(
 
 
 def usable_cores() -> int:
-    """How many cores this process may use; where the system does not tell, as on macOS, how many there are."""
+    """Return the number of cores that this process may use, or of all cores where that is unknown, as on macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
 class _Worker:
-    """A process, the file it has in work, and when it is given up (`time.monotonic`); without a file it is starting.
+    """A process, its current file, and its deadline (`time.monotonic`); without a file it is starting.
 
-    `following`: the file that waits in its line, so that it need not wait for this process between two files.
+    Attributes:
+        following: queued file, so that the worker need not wait for this process between two files.
     """
 
     process: BaseProcess
@@ -127,7 +135,7 @@ class _Worker:
 
 
 def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float) -> Iterator[tuple[str, Facts]]:
-    """Facts as they come."""
+    """Yield facts in the order in which they arrive."""
     context = multiprocessing.get_context("spawn")  # a bar's thread runs here, and forking beside threads is unsafe
     waiting = deque(files)
     workers = {worker.line: worker for worker in (_start(context, job) for _ in range(count))}
@@ -157,7 +165,7 @@ def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float)
 
 
 def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tuple[_Worker, Facts | None, str]]:
-    """Workers that have something to say or are given up: their facts, or the reason why there are none."""
+    """Yield workers with a result or past their deadline: the facts, or the reason why there are none."""
     soonest = min(worker.until for worker in workers.values())
     arrived = wait(list(workers), max(0.0, soonest - time.monotonic()))
     answers: list[tuple[_Worker, Facts | None, str]] = []
@@ -182,7 +190,7 @@ def _start(context: SpawnContext, job: Job) -> _Worker:
 
 
 def _give(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind], timeout: float, ahead: bool) -> None:
-    """Have a worker go on with the file in its line, and send it what it lacks: a file, and with `ahead` another."""
+    """Let a worker continue with its queued file, and send it what it lacks: a file, and with `ahead` another."""
     worker.name, worker.following = worker.following, ""
     worker.until = time.monotonic() + timeout
     if waiting and not worker.name:
@@ -198,7 +206,7 @@ def _send(worker: _Worker, waiting: deque[str], files: Mapping[str, Kind]) -> st
 
 
 def _end(worker: _Worker) -> None:
-    """End a worker, and the decoder that it waits for: that one would go on alone."""
+    """End a worker and the decoder that it waits for, which would continue alone."""
     decoders = []
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(worker.process.pid)

@@ -1,4 +1,5 @@
-"""Which images are the same, or nearly: from their facts, with another look at files only where facts leave it open.
+"""Equal and nearly equal images, by their facts; files are only read again if facts are inconclusive.
+
 No torch.
 """
 
@@ -13,12 +14,13 @@ from diffsynth_core.dataset_report.facts import ImageFacts
 from diffsynth_core.dataset_report.images import same_pixels
 
 HASH_BITS = 64
+"""Bits of a difference hash."""
 
 
 def are_same(base: Path, one: ImageFacts, other: ImageFacts) -> bool:
-    """Whether two images below `base` have the same pixels.
+    """Return whether two images below `base` have the same pixels.
 
-    Different sketches prove that they have not, equal files that they have; else both are decoded again.
+    Different sketches prove that they do not, equal files that they do; otherwise both are decoded again.
     """
     if one.sketch != other.sketch or one.fault or other.fault:
         return False
@@ -26,7 +28,7 @@ def are_same(base: Path, one: ImageFacts, other: ImageFacts) -> bool:
 
 
 def same_images(base: Path, images: Iterable[ImageFacts]) -> dict[str, str]:
-    """Path of each image that has the same pixels as one before it -> the path of the first of these."""
+    """Return path -> first earlier image with the same pixels."""
     first: dict[bytes, list[ImageFacts]] = {}
     originals: dict[str, str] = {}
     for image in images:
@@ -40,10 +42,11 @@ def same_images(base: Path, images: Iterable[ImageFacts]) -> dict[str, str]:
 
 
 def near_images(images: Sequence[ImageFacts], most_bits: int, most_colour: float) -> dict[str, tuple[str, int]]:
-    """Path of each image that looks nearly as one before it -> the path of the first of these, and the bits of 64 in
-    which their difference hashes differ.
+    """Return path -> first earlier image that looks similar, and the number of different bits of their difference
+    hashes.
 
-    Near are at most `most_bits` bits and, on average over the grid of colours, at most `most_colour` of 255.
+    Similar are images with at most `most_bits` different bits and, on average over the color grid, a difference of at
+    most `most_colour` of 255.
     """
     if most_bits < 0 or len(images) < 2:
         return {}
@@ -64,9 +67,10 @@ def near_images(images: Sequence[ImageFacts], most_bits: int, most_colour: float
 
 
 def _groups(hashes: NDArray[np.uint64], bands: int) -> Iterator[NDArray[np.int64]]:
-    """Indices, in order, of hashes that agree in one of `bands` bands of their bits.
+    """Yield indices, in order, of hashes that agree in one of `bands` bands of their bits.
 
-    Two hashes that differ in fewer bits than there are bands agree in a whole band, so that all near pairs are met.
+    Two hashes that differ in fewer bits than there are bands agree in at least one band, so all similar pairs are
+    found.
     """
     edges = [HASH_BITS * band // bands for band in range(bands + 1)]
     for low, high in pairwise(edges):

@@ -1,6 +1,7 @@
 """Codes PAIR_… and MASK_…: what belongs together in a row. Pure functions from facts to findings. No torch.
 
-An empty cell of a reference column is PAIR_MISSING and found where cells are read (data/records.py), as is PAIR_COUNT.
+An empty cell of a reference column is PAIR_MISSING, which like PAIR_COUNT is found when cells are read
+(data/records.py).
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from diffsynth_core.dataset_report.set_checks import header_of
 
 
 def check_shapes(dataset: DatasetFacts) -> Iterator[Finding]:
-    """PAIR_ASPECT: an image that is to lie over what is trained on is wider or higher than that."""
+    """Yield PAIR_ASPECT: a condition that is to overlay the target has another aspect ratio."""
     columns = dataset.rows.columns
     aligned = dict.fromkeys(one.column for one in columns.conditions if one.aligned and one.media == "image")
     for record in dataset.rows.records:
@@ -36,7 +37,7 @@ def check_shapes(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_identical(dataset: DatasetFacts) -> Iterator[Finding]:
-    """PAIR_IDENTICAL: an image that is shown is what is to be made of it."""
+    """Yield PAIR_IDENTICAL: a reference image equals its target."""
     images = dataset.images
     for row, _, files in dataset.rows.records:
         target = images.get(next(iter(files.get(dataset.rows.columns.target, ())), ""))
@@ -51,7 +52,7 @@ def check_identical(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def check_masks(dataset: DatasetFacts) -> Iterator[Finding]:
-    """MASK_EMPTY, told once of a file, and MASK_SIZE, told at each row."""
+    """Yield MASK_EMPTY, once per file, and MASK_SIZE, at each row."""
     rows = dataset.first_rows()
     for name in sorted(dataset.of_columns(dataset.rows.columns.masks), key=lambda name: rows[name]):
         mask = dataset.images.get(name)
@@ -71,6 +72,6 @@ def check_masks(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def _header(dataset: DatasetFacts, record: Record, column: str) -> MediaHeader | None:
-    """What the first file of a column holds, where that is known."""
+    """Return the header of the first file of a column, if known."""
     names = record.files.get(column, ())
     return header_of(dataset, names[0]) if names else None

@@ -1,4 +1,4 @@
-"""The rules of a run, from its resolved parameters: what training would ask of the dataset. No torch."""
+"""Rules of a run, from its resolved parameters: the requirements of training for the dataset. No torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,10 @@ from diffsynth_core.planning.components import find_components
 
 
 def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
-    """What a run asks of its dataset; rules that hold in every family where nothing tells which one it is.
+    """Return the requirements of a run for its dataset; those of all families if its family is unknown.
 
     Raises:
-        FaultsFound: what is wrong with the parameters, as training finds it; of model files only that they are of a
-            kind that is not trained.
+        FaultsFound: problems of the parameters, as found by training; of model files only unsupported ones.
     """
     raise_if_any(resolved.problems)
     parameters = resolved.parameters
@@ -48,7 +47,7 @@ def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
 
 
 def _without_family(resolved: Resolved) -> list[Problem]:
-    """Parameters that were given and tell nothing as long as the family is not known."""
+    """Return problems of parameters that have no effect while the family is unknown."""
     names = [
         name
         for name, setting in SETTINGS.items()
@@ -65,7 +64,7 @@ def _without_family(resolved: Resolved) -> list[Problem]:
 
 
 def caption_rule(parameters: Parameters, facts: FamilyFacts, variant: Variant) -> CaptionRule | None:
-    """How the text encoder of a run reads captions, and where its tokenizer lies; None when the family does not say."""
+    """Return how the text encoder of a run reads captions, and its tokenizer folder; None if the family is unknown."""
     encoder = caption_encoder(variant.encoders)
     caption = encoder.caption if encoder else None
     if caption is None:
@@ -78,7 +77,7 @@ def caption_rule(parameters: Parameters, facts: FamilyFacts, variant: Variant) -
 
 
 def _beside(parameters: Parameters, facts: FamilyFacts, tokenizer: TokenizerFacts) -> list[str]:
-    """Where the tokenizer lies beside the files that a recipe names for its text encoder."""
+    """Return the folders of the tokenizer relative to the text encoder's files in a recipe."""
     folders = []
     for entry in parameters.model_id_with_origin_paths:
         model_id, pattern = split_entry(entry) or ("", "")

@@ -1,4 +1,4 @@
-"""The outcome of the checks as values. No torch."""
+"""Results of the checks, as values. No torch."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from diffsynth_core.data.findings import CODES, LEVELS, Finding, Level
 
 
 def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Findings with the worst first, then grouped by code in the order of the table, then by row and path."""
+    """Sort findings: worst first, then grouped by code in the order of the table, then by row and path."""
     places = {code: place for place, code in enumerate(CODES)}
     return tuple(
         sorted(
@@ -28,7 +28,10 @@ def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 class Summary:
     """Numbers of a report.
 
-    `origin`: where the rows were read. `codes`: findings by code. `decoded`: whether files were looked into.
+    Attributes:
+        origin: the file or folder that the rows were read from.
+        codes: number of findings by code.
+        decoded: whether files were examined.
     """
 
     origin: str
@@ -45,9 +48,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of the checks; `findings` stand in the order of `in_order`.
+    """Results of the checks; `findings` are in the order of `in_order`.
 
-    `fingerprint`: sha256 of rows and files; the same dataset has the same one, wherever it lies.
+    Attributes:
+        fingerprint: sha256 of rows and files, independent of the dataset's location.
     """
 
     summary: Summary
@@ -56,11 +60,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 without errors, 1 with."""
+        """0 without errors, 1 with errors."""
         return 1 if self.summary.errors else 0
 
     def as_plain(self) -> dict[str, Any]:
-        """The report as `--format json` prints it; `pictures` is the name that `images` had first, kept for scripts."""
+        """Return the report for `--format json`; `pictures` is the name that `images` had first, kept for scripts."""
         return {
             "summary": asdict(self.summary) | {"pictures": self.summary.images},
             "fingerprint": self.fingerprint,
@@ -69,6 +73,6 @@ class Report:
 
 
 def count_levels(findings: Sequence[Finding]) -> dict[Level, int]:
-    """How many findings there are of each level."""
+    """Return the number of findings of each level."""
     counted = Counter(finding.level for finding in findings)
     return {level: counted[level] for level in LEVELS}

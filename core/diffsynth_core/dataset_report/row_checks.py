@@ -1,6 +1,6 @@
-"""ROW_DUPLICATE and FILE_UNREFERENCED: rows that repeat, and media that no row names. No torch.
+"""ROW_DUPLICATE and FILE_UNREFERENCED: repeated rows, and media that no row names. No torch.
 
-What else is wrong with rows and paths is found where they are read (data/rows.py).
+Other findings about rows and paths arise when they are read (data/rows.py).
 """
 
 import json
@@ -13,7 +13,7 @@ from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 
 
 def check_rows(dataset: DatasetFacts) -> Iterator[Finding]:
-    """ROW_DUPLICATE."""
+    """Yield ROW_DUPLICATE."""
     keys = {row: _key(cells) for row, cells in dataset.rows.metadata.rows.items()}
     if len(set(keys.values())) == len(keys):
         return
@@ -34,7 +34,7 @@ def _key(cells: Mapping[str, Any]) -> Any:
 
 
 def check_unreferenced(dataset: DatasetFacts) -> Iterator[Finding]:
-    """FILE_UNREFERENCED: media that no row names; of captions beside files, data/folder_rows.py tells."""
+    """Yield FILE_UNREFERENCED: media that no row names; those of captions are reported by data/folder_rows.py."""
     listing = dataset.rows.listing
     if listing is None or not dataset.rows.records or dataset.rows.metadata.beside:
         return

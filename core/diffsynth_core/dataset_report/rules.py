@@ -1,4 +1,4 @@
-"""What a dataset is checked against: thresholds, and what the run asks of it. No torch."""
+"""Rules of the checks: thresholds, and the requirements of the run. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,17 +25,19 @@ from diffsynth_core.models.token_counts import CaptionRule
 
 @dataclass(frozen=True)
 class Rules:
-    """All that a dataset is checked against.
+    """Everything that a dataset is checked against.
 
-    `media`: how the target is read. `columns`: the columns that a run reads; None: they are told by their names.
-    `batch_size`, `repeat`, `accumulation`: how batches, epochs and steps are made of the samples.
-    `num_conditioning_frames`: latent frames that stay clean, as in models/spec.py. `shown_frames`: extra inputs that
-    show the model frames of the target, which it must learn to bring forth.
-    `captions`: how they are read; None: by `Thresholds.max_tokens` alone. `encoders`: what is kept in the cache below
-    `cache`; empty: unknown.
-    `file_columns`: columns that hold files, where no kind of model tells what they are.
-    `column_hints`: column -> what makes it be read, where this run does not.
-    `recipe`: what the rules are named after, a recipe or file; None: general rules, which hold in every family.
+    Attributes:
+        media: how the target is read.
+        columns: columns that a run reads; None: recognized by name.
+        batch_size, repeat, accumulation: how samples form batches, epochs and steps.
+        num_conditioning_frames: latent frames that stay clean; see models/spec.py.
+        shown_frames: extra inputs that make frames of the target a condition.
+        captions: how they are read; None: checked by `Thresholds.max_tokens` only.
+        encoders: encoders whose output is in the cache below `cache`; empty: unknown.
+        file_columns: columns with file names, if there is no model.
+        column_hints: column -> how to make a run read it, if this one does not.
+        recipe: name of the rules, a recipe or file; None: general rules for all families.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -58,33 +60,33 @@ class Rules:
 
     @property
     def text(self) -> str:
-        """The column of captions."""
+        """Column of captions."""
         return self.columns.text if self.columns else TEXT_COLUMN
 
     @property
     def target(self) -> str:
-        """The column of what is trained on, where there is no metadata file."""
+        """Column of the target, if there is no metadata file."""
         return self.columns.target if self.columns else TARGET_COLUMNS[-1]
 
     @property
     def kind(self) -> str:
-        """What is trained on, as data/metadata.py names it."""
+        """Type of the target, as in data/metadata.py."""
         return "video" if self.media.frames or self.target == "video" else "image"
 
     @property
     def sized_conditions(self) -> tuple[Condition, ...]:
-        """The conditions of the run; none without a model, which tells at which size they are read."""
+        """Conditions of the run; empty without a model, which determines their sizes."""
         return self.columns.conditions if self.columns else ()
 
     def columns_among(self, present: Sequence[str]) -> Columns:
-        """The columns that are read; without a model by the names of those that are `present`."""
+        """Return the columns that are read; without a model, by the names of those that are `present`."""
         return self.columns or general_columns(present, self.file_columns)
 
 
 def rules_of(
     parameters: Parameters, facts: FamilyFacts, variant: Variant, thresholds: Thresholds, recipe: str | None
 ) -> Rules:
-    """The rules of a run: what its family, its kind of model and its parameters ask."""
+    """Return the rules of a run: the requirements of its family, variant and parameters."""
     return Rules(
         thresholds=thresholds,
         media=media_rule(parameters, variant.target),
@@ -103,7 +105,7 @@ def rules_of(
 
 
 def general_rules(parameters: Parameters, thresholds: Thresholds) -> Rules:
-    """The rules that hold in every family, with what the parameters ask of them."""
+    """Return the rules that apply to all families, with the requirements of the parameters."""
     return Rules(
         thresholds=thresholds,
         media=MediaRule(SizeRule(parameters.height, parameters.width, parameters.max_pixels, GENERAL_FACTOR)),

@@ -1,7 +1,7 @@
-"""Codes BUCKETS and CACHE_SIZE: facts of the whole set, for people and for the page of the report. No torch.
+"""Codes BUCKETS and CACHE_SIZE: facts about the dataset as a whole, for users and for the report page. No torch.
 
-`sizes_of` gives the size each row is trained at, by the arithmetic of training (data/media.py); the histogram of
-buckets, their batches and the crops of the page are made from it.
+`sizes_of` returns the training size of each row with the arithmetic of training (data/media.py); the histogram of
+buckets, their batches and the crops on the page are derived from it.
 """
 
 from collections import Counter
@@ -21,15 +21,16 @@ from diffsynth_core.models.encoded_sizes import EncodedSize, Shown, count_text_s
 from diffsynth_core.progress import format_bytes, pluralize
 
 SHOWN_SIZES = 8
+"""Maximum number of sizes in a message."""
 ASSUMED_PRECISION = "bf16"
-"""The `mixed_precision` of training, where it is not known: that of GPUs."""
+"""`mixed_precision` of training if unknown: that of GPUs."""
 Size = tuple[int, int, int]
 """(frames, height in pixels, width in pixels)"""
 
 
 @dataclass(frozen=True)
 class CropBox:
-    """The part of an upright image or video that training sees, in its own pixels, and the size it becomes."""
+    """The part of an upright image or video that training uses, in its own pixels, and the resulting size."""
 
     left: float
     top: float
@@ -40,7 +41,7 @@ class CropBox:
 
 
 def sizes_of(dataset: DatasetFacts) -> dict[int, MediaCrop]:
-    """Row -> what is trained on of its file; rows whose file is faulty or too small are left out."""
+    """Return row -> crop of the target, without rows whose file is faulty or too small."""
     sizes = {}
     for row, _, files in dataset.rows.records:
         for name in files.get(dataset.rows.columns.target, ())[:1]:
@@ -54,7 +55,7 @@ def sizes_of(dataset: DatasetFacts) -> dict[int, MediaCrop]:
 
 
 def header_of(dataset: DatasetFacts, name: str) -> MediaHeader | None:
-    """A file as data/media.py knows it; None where it is faulty or has not been looked into."""
+    """Return the header of a file as in data/media.py; None if it is faulty or has not been examined."""
     image, video = dataset.images.get(name), dataset.videos.get(name)
     if image and not image.fault:
         rotated = image.orientation != 1
@@ -66,7 +67,7 @@ def header_of(dataset: DatasetFacts, name: str) -> MediaHeader | None:
 
 
 def crop_box(header: MediaHeader, crop: MediaCrop) -> CropBox:
-    """What training cuts out of a file: scaled until it covers the size, then cut at the centre."""
+    """Return the part of a file that training uses: scaled until it covers the size, then center-cropped."""
     scale = scale_of(crop, header.width, header.height)
     width, height = crop.width / scale, crop.height / scale
     left, top = (header.width - width) / 2, (header.height - height) / 2
@@ -74,9 +75,9 @@ def crop_box(header: MediaHeader, crop: MediaCrop) -> CropBox:
 
 
 def shapes_of(dataset: DatasetFacts) -> dict[int, Shown]:
-    """Row -> the size of what is trained on, by its column, and of the images shown, by the name of their condition.
+    """Return row -> size of the target, by its column, and of the conditions, by name.
 
-    A row with a file that is missing, faulty or too small is left out.
+    Rows with a missing, faulty or too small file are omitted.
     """
     shapes: dict[int, Shown] = {}
     records = {record.row: record for record in dataset.rows.records}
@@ -93,7 +94,7 @@ def shapes_of(dataset: DatasetFacts) -> dict[int, Shown]:
 
 
 def _shown(dataset: DatasetFacts, name: str, condition: Condition, target: MediaCrop) -> MediaCrop | None:
-    """How an image is shown to the model beside `target`; None where it cannot be."""
+    """Return the crop of a condition for `target`; None if there is none."""
     image = dataset.images.get(name)
     if image is None or image.fault:
         return None
@@ -103,7 +104,7 @@ def _shown(dataset: DatasetFacts, name: str, condition: Condition, target: Media
 
 
 def check_buckets(dataset: DatasetFacts) -> Iterator[Finding]:
-    """BUCKETS: how many samples there are of each size, the most frequent first; batches that are not full; steps."""
+    """Yield BUCKETS: the number of samples of each size, most frequent first; incomplete batches; steps."""
     sizes = list(shapes_of(dataset).values())
     if not sizes:
         return
@@ -126,7 +127,7 @@ def _size(shape: Size) -> str:
 
 
 def _steps(rules: Rules, steps: int) -> str:
-    """Steps of an epoch, and what they are counted for."""
+    """Return the steps of an epoch, and what they are counted for."""
     given = [f"batch size {rules.batch_size}"]
     given += [f"{rules.accumulation} batches a step"] if rules.accumulation > 1 else []
     given += [f"the data repeated {rules.repeat} times"] if rules.repeat > 1 else []
@@ -134,7 +135,7 @@ def _steps(rules: Rules, steps: int) -> str:
 
 
 def check_cache(dataset: DatasetFacts) -> Iterator[Finding]:
-    """CACHE_SIZE: what the encodings of all samples take on disk, and whether so much is free."""
+    """Yield CACHE_SIZE: disk usage of the encodings of all samples, and whether there is enough space."""
     encoders, cache = dataset.rules.encoders, dataset.rules.cache
     shapes = shapes_of(dataset)
     if not encoders or cache is None or not shapes:
@@ -154,9 +155,10 @@ def check_cache(dataset: DatasetFacts) -> Iterator[Finding]:
 
 
 def encoded_bytes(dataset: DatasetFacts, shapes: Mapping[int, Shown]) -> tuple[int, bool]:
-    """About how many bytes the cache holds of these rows, and whether the tokens of their captions were counted.
+    """Return the estimated bytes of these rows in the cache, and whether their tokens were counted exactly.
 
-    `shapes`: as `shapes_of` has them.
+    Args:
+        shapes: see `shapes_of`.
     """
     rules = dataset.rules
     texts = {record.row: record.caption or "" for record in dataset.rows.records}

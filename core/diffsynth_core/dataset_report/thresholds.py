@@ -1,6 +1,6 @@
-"""The one declaration of the thresholds of the checks; the options of `diffsynth dataset validate` are made from it.
+"""The single declaration of the checks' thresholds, from which options of `diffsynth dataset validate` are generated.
 
-Light to import: a shell that completes these options waits for it.
+Light to import: shells wait for it when they complete these options.
 """
 
 import math
@@ -12,11 +12,11 @@ from diffsynth_core.data.resolution import MAX_UPSCALE, MIN_AREA_SHARE
 from diffsynth_core.errors import Problem, raise_if_any
 
 GENERAL_FACTOR = 16
-"""Sides of what is trained on are multiples of it in every family there is."""
+"""Divisor of training sizes in all families."""
 
 
 def _threshold(default: float, unit: str, help_text: str, least: float, most: float = math.inf) -> Any:
-    """Declare one threshold, and the range of what makes sense."""
+    """Declare one threshold, and its range."""
     return field(default=default, metadata={"unit": unit, "help": help_text, "least": least, "most": most})
 
 
@@ -31,7 +31,7 @@ def _out_of_range(threshold: Field[Any], value: float) -> Problem | None:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a check begins to speak."""
+    """Limits beyond which checks report."""
 
     near_duplicate_distance: int = _threshold(
         3,
@@ -89,5 +89,5 @@ class Thresholds:
 
 
 def threshold_facts() -> Mapping[str, tuple[Any, str, str]]:
-    """Name -> (default, unit, help) of every threshold, for options and the reference page."""
+    """Return name -> (default, unit, help) of every threshold, for options and the reference page."""
     return {one.name: (one.default, one.metadata["unit"], one.metadata["help"]) for one in fields(Thresholds)}

@@ -34,10 +34,12 @@ from diffsynth_core.dataset_report.video_checks import check_rates, check_single
 from diffsynth_core.progress import Reporter
 
 Depth = Literal["metadata", "paths", "files"]
-"""How far a dataset is looked into: rows and captions alone; also which files are there; also what they hold."""
+"""How far a dataset is checked: only rows and captions; also which files exist; also their content."""
 
 Check = Callable[[DatasetFacts], Iterator[Finding]]
+"""A check of a dataset."""
 ROW_CHECKS: tuple[Check, ...] = (check_rows, check_captions, check_characters, check_repeated, check_lengths)
+"""Checks of rows and captions."""
 FILE_CHECKS: tuple[Check, ...] = (
     check_images,
     check_sizes,
@@ -52,20 +54,22 @@ FILE_CHECKS: tuple[Check, ...] = (
     check_buckets,
     check_cache,
 )
+"""Checks of examined files."""
 CHECKS: Mapping[Depth, tuple[Check, ...]] = {
     "metadata": ROW_CHECKS,
     "paths": (*ROW_CHECKS, check_unreferenced),
     "files": (*ROW_CHECKS, check_unreferenced, *FILE_CHECKS),
 }
-"""What is said of a dataset once it has been looked into so far."""
+"""Depth -> checks."""
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How a dataset is looked into.
+    """How a dataset is examined.
 
-    `workers`: processes; 0: as many as there are cores for this one. `thumbnails`: the longer side in pixels of the
-    small images that a report shows; None: none are made.
+    Attributes:
+        workers: processes; 0: as many as usable cores.
+        thumbnails: longer side in pixels of the report's thumbnails; None: none are created.
     """
 
     depth: Depth = "files"
