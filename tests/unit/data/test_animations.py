@@ -1,4 +1,4 @@
-"""Animated images are clips: the frames that are in the file, at the times it says, as ffmpeg would resample them."""
+"""Animated images are clips: the frames of the file, with its timing, resampled as by ffmpeg."""
 
 import numpy as np
 import pytest

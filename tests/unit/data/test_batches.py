@@ -1,4 +1,4 @@
-"""Batches and steps as pure functions of their number: complete, of one shape, mixed, however they are shared."""
+"""Batches and steps as pure functions of their number: complete, of one shape, mixed, however they are distributed."""
 
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ MIXES = [
 
 
 def epoch_of(plan: BatchPlan, epoch: int = 0) -> list[list[tuple[int, int]]]:
-    """All batches of an epoch as (sample, repeat)."""
+    """Return all batches of an epoch as (sample, repeat)."""
     return [
         [(item.sample, item.repeat) for item in plan.batch(epoch, number)] for number in range(plan.batches_per_epoch)
     ]

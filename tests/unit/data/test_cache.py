@@ -1,4 +1,4 @@
-"""The encoding cache: entries whole or not at all, damage told clearly, and a name that every part changes."""
+"""The encoding cache: atomic entries, damage reported clearly, and a name that depends on every part."""
 
 import re
 import resource
@@ -112,7 +112,7 @@ def test_an_entry_from_before_entries_had_hashes_is_whole(cache):
 
 
 def test_a_whole_entry_is_read_back_once(tmp_path):
-    """What was written or read back is remembered by size and times; a change of the file is noticed."""
+    """A write or verification is cached by size and times; a change of the file is noticed."""
     memory = FileCache(tmp_path / "memory.jsonl")
     cache = EncodingCache(tmp_path / "encodings", memory=memory)
     cache.write(KEY, ENCODED)

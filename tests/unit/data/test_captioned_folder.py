@@ -1,4 +1,4 @@
-"""A folder of media with captions: each file is a sample, a caption, passed over or named; names find their files."""
+"""A folder of media with captions: each file is a sample, a caption, skipped or reported; names find their files."""
 
 import os
 import subprocess
@@ -38,14 +38,14 @@ def text(path, content="a gradient"):
 
 
 def files_of(folder):
-    """What training reads of a folder: the target of each row; or the messages of what is wrong."""
+    """Return the target of each row in training, or the messages of errors."""
     rows = read_rows(read_metadata(folder, None, "prompt", "image"), Columns("prompt", "image"), "named")
     wrong = [problem.message.removeprefix(f"`{folder}`: ").replace(f"{folder}/", "") for problem in rows.problems()]
     return wrong or [cells["image"] for cells in rows.metadata.rows.values()]
 
 
 def found_in(folder, depth="paths"):
-    """(code, level, message) of what validate finds beside the caches and buckets."""
+    """Return (code, level, message) of all findings except the cache and buckets."""
     report, _ = validate(folder, Rules(), CheckOptions(depth, workers=1), SilentReporter())
     return [(one.code, one.level, one.message) for one in report.findings if one.code not in ("BUCKETS", "CACHE_SIZE")]
 
@@ -188,7 +188,7 @@ def test_every_file_is_in_one_place(tmp_path):
 
 
 def rows_of(folder, *names, separator="\n"):
-    """The files that rows of a metadata.csv find, or the messages of what is wrong, in training."""
+    """Return the files of the rows of a metadata.csv in training, or the messages of errors."""
     (folder / "metadata.csv").write_text(
         "image,prompt\n" + "".join(f'"{name}",x{place}\n' for place, name in enumerate(names)),
         encoding="utf-8",

@@ -1,4 +1,4 @@
-"""Colour profiles become sRGB as Pillow converts them, and what says otherwise without a profile is told."""
+"""Color profiles are converted to sRGB as by Pillow, and marks of other color spaces without a profile are reported."""
 
 import io
 import struct
@@ -21,14 +21,14 @@ WIDE = ["Display P3", "Adobe RGB (1998)"]
 
 
 def colours(mode: str = "RGB") -> Image.Image:
-    """Colours of all kinds, 64 wide and 48 high."""
+    """An image of many colors, 64 wide and 48 high."""
     rows, columns = np.mgrid[0:48, 0:64]
     pixels = np.stack([rows * 5, columns * 4, (rows * 37 + columns * 11) % 256], -1).astype(np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
 
 def by_pillow(path: Path) -> np.ndarray:
-    """What Pillow's own conversion to sRGB makes of an opaque image."""
+    """Convert an opaque image to sRGB with Pillow's own function."""
     with Image.open(path) as image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -118,7 +118,7 @@ def test_a_profile_that_cannot_be_used_is_told_and_passed_over(tmp_path, mode, p
 
 
 def with_chunk(path: Path, kind: bytes, data: bytes) -> None:
-    """Put a chunk behind the header of a PNG."""
+    """Insert a chunk after the header of a PNG."""
     content = path.read_bytes()
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     path.write_bytes(content[:33] + chunk + content[33:])

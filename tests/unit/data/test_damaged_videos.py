@@ -1,4 +1,4 @@
-"""Files that are no video, end early or are damaged: one clear message each, and sound files pass."""
+"""Files that are not videos, truncated or damaged: one clear message each; audio files are rejected."""
 
 import numpy as np
 import pytest
@@ -34,14 +34,14 @@ HEALTHY = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """One sound file of every coding, by its ending."""
+    """One valid file of every encoding, by its suffix."""
     folder = tmp_path_factory.mktemp("sound")
     frames = detailed(FRAMES, HEIGHT, WIDTH)
     return {ending: write_clip(folder / f"clip.{ending}", frames, *coding) for ending, coding in CODINGS.items()}
 
 
 def reasons(path) -> str:
-    """What the three ways of reading say of a file that none can read."""
+    """Return the messages of the three ways of reading an unreadable file."""
     said = set()
     for read in (read_video_header, lambda path: count_frames(path, None, None), lambda path: load(path, 0, 1)):
         with pytest.raises(DiffSynthError) as caught:
@@ -152,7 +152,9 @@ def test_a_file_with_broken_bytes_fails_only_behind_them(tmp_path, sound, ending
 
 
 def assert_damage_is_seen(path, sound):
-    """Counting and loading everything fails; whatever loads is what the sound file gives; 3 frames do load."""
+    """Check that counting and loading everything fails, that what loads equals the valid file, and that 3 frames
+    load.
+    """
     with pytest.raises(DiffSynthError, match=r"(truncated after|damaged at frame) \d+"):
         count_frames(path, None, None)
     with pytest.raises(DiffSynthError, match=r"(truncated after|damaged at frame) \d+"):
@@ -172,7 +174,7 @@ def assert_damage_is_seen(path, sound):
 
 
 def test_what_counts_does_not_depend_on_chance(tmp_path, sound):
-    """The judgement on a damaged file is the same each time, for the frames right before the damage too."""
+    """The result for a damaged file is the same each time, also for frames right before the damage."""
     content = bytearray(sound["mp4"].read_bytes())
     place = len(content) * 8 // 10
     content[place : place + 50] = bytes(range(50))

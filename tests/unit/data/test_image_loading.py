@@ -1,4 +1,4 @@
-"""Cutting images to their training size, damaged files, and headers that agree with what decoding gives."""
+"""Cropping images to their training size, damaged files, and headers that agree with decoding."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from diffsynth_core.errors import DiffSynthError
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """Red tells the row, green the column."""
+    """Red encodes the row, green the column."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows, columns, rows * 0], axis=-1).astype(np.uint8)
 
@@ -70,7 +70,7 @@ def test_any_size_fills_any_target_without_a_border(tmp_path, height, width, tar
 
 
 def files_of_all_kinds(folder) -> list:
-    """One file per kind, 40 wide and 24 high where it stands upright."""
+    """One file per kind, 40 wide and 24 high when upright."""
     grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
     rgb = Image.fromarray(coordinates(24, 40))
     sideways = Image.Exif()

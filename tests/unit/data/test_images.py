@@ -17,7 +17,7 @@ STORED = {
     7: lambda upright: upright.transpose(1, 0, 2)[::-1, ::-1],
     8: lambda upright: upright.transpose(1, 0, 2)[:, ::-1],
 }
-"""How an upright image stands in a file of each EXIF orientation: which sides row 0 and column 0 are (TIFF 6.0)."""
+"""How an upright image is stored for each EXIF orientation: the sides of row 0 and column 0 (TIFF 6.0)."""
 
 
 def upright_pixels(height: int = 32, width: int = 48) -> np.ndarray:
@@ -62,7 +62,9 @@ def test_an_orientation_that_does_not_exist_changes_nothing(tmp_path, orientatio
 
 
 def in_mode(mode: str) -> tuple[Image.Image, dict, list[int]]:
-    """16 columns each of clear, half clear and full black; what saving needs; and what they must become on white."""
+    """16 columns each of transparent, half transparent and opaque black; options for saving; and the expected
+    result on white.
+    """
     alpha = np.repeat(np.array([[0, 128, 255]], np.uint8), 16, axis=1).repeat(16, axis=0)
     black = np.zeros_like(alpha)
     if mode == "P bytes":

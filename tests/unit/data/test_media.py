@@ -1,4 +1,4 @@
-"""Which frames of a file are trained on, as pure functions; and what of them identifies an encoding."""
+"""The frames of a file to train on, as pure functions; and what of them identifies an encoding."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Metadata as people write it: three formats, captions beside images, and every way a file can be broken."""
+"""Real-world metadata: three formats, captions next to images, and every way a file can be broken."""
 
 import json
 
@@ -31,7 +31,7 @@ def read(folder, name, content):
 
 
 def caption_of(folder, name, content):
-    """The caption that the first row ends up with, through the samples."""
+    """Return the caption of the first sample."""
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(folder / "a.png")

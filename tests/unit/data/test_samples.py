@@ -1,4 +1,4 @@
-"""Rows become samples: files found, captions as they stand, sizes settled, and every faulty row told at once."""
+"""From rows to samples: files found, captions unchanged, sizes determined, and all faulty rows reported together."""
 
 import json
 from dataclasses import replace
@@ -193,7 +193,7 @@ def test_columns_are_checked(says, columns, messages, hints):
 
 
 def halved(width, height, max_pixels):
-    """A size rule for references that shows all it is given."""
+    """A size rule for references that records its arguments."""
     return height // 2, min(width // 2, max_pixels)
 
 
@@ -266,7 +266,7 @@ def test_how_references_are_turned_is_told(says, folder):
 
 
 def test_files_are_looked_for_in_a_listing_of_their_folder_and_asked_for_once(folder, monkeypatch):
-    """On a disk far away each question takes a millisecond, of which 200 000 rows have many."""
+    """On a network disk each access takes a millisecond, and 200 000 rows have many."""
     asked: list[str] = []
 
     def counted(ask):
@@ -294,7 +294,7 @@ def test_the_column_of_references_is_asked_for():
 
 
 def test_an_image_to_follow_has_the_size_of_what_is_trained_on(says, folder):
-    """One of another shape is cut elsewhere, which is told once; one of nearly the same shape is not worth a word."""
+    """One of another aspect ratio is cropped, which is reported once; small differences are not."""
     Image.new("RGB", (32, 48)).save(folder / "upright.png")
     Image.new("RGB", (481, 320)).save(folder / "large.png")
     over = replace(ONE, size="target")

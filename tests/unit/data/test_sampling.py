@@ -1,4 +1,4 @@
-"""What direct distillation reads of a row: numbers as csv and json hold them, everything else told."""
+"""Sampler parameters of rows for direct distillation: numbers in csv and json, everything else reported."""
 
 import pytest
 

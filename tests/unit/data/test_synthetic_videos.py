@@ -1,4 +1,4 @@
-"""The clips of rehearsals: readable, moving, upright, and the same whenever they are drawn."""
+"""The clips of rehearsals: readable, moving, upright, and identical each time."""
 
 import csv
 import itertools

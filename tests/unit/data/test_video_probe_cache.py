@@ -1,4 +1,4 @@
-"""Headers and counts of frames: decoded once, right after every change, and robust against a damaged memory."""
+"""Headers and frame counts: decoded once, correct after every change, and robust against a damaged cache."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def memory(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The questions that were answered by decoding."""
+    """The requests that were answered by decoding."""
     asked = []
     count = video_memory.count_frames
 

@@ -1,4 +1,4 @@
-"""Videos: which frames come, their geometry and their colours, on real files of every container."""
+"""Videos: the frames returned, their geometry and colors, on real files of every container."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def thirty(folder):
-    """30 numbered frames, with images coded out of order."""
+    """30 numbered frames, encoded out of order."""
     return write_clip(folder / "thirty.mp4", numbered(30))
 
 

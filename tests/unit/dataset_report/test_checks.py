@@ -1,4 +1,4 @@
-"""The checks of images, captions, pairs and of the whole set: each finds its fault and is silent beside it."""
+"""Checks of images, captions, pairs and the whole dataset: each finds its fault, and nothing else."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ CLEAN = {"coffee.png": COFFEE, "chelsea.png": CHELSEA, "rocket.png": ROCKET}
 
 @pytest.fixture
 def found(tmp_path):
-    """Check images and rows; returns (code, row) of all findings but BUCKETS and CACHE_SIZE, and the report."""
+    """Check images and rows; return (code, row) of all findings but BUCKETS and CACHE_SIZE, and the report."""
 
     def check(images, rows, columns=("image", "prompt"), rules=None, depth="files"):
         for name, image in images.items():
@@ -99,7 +99,7 @@ def test_images_that_are_shown_may_repeat(found):
 
 
 def test_near_images_are_all_found_and_no_others():
-    """Against comparing each with each."""
+    """Against comparing all pairs."""
     generator = np.random.default_rng(0)
     hashes = [int(value) for value in generator.integers(0, 2**63, 300)]
     hashes += [
@@ -261,7 +261,7 @@ def test_an_image_keeps_its_hash_at_other_sizes(name, scale):
 
 
 def test_a_caption_may_have_more_tokens_than_characters(found, monkeypatch):
-    """Tokenizers of bytes make several of a character; which captions are counted at all must allow for that."""
+    """Byte-level tokenizers split a character into several tokens; the preselection of captions must allow for that."""
     monkeypatch.setattr(
         caption_checks, "count_tokens", lambda texts, rule: ([len(text.encode()) for text in texts], True)
     )
@@ -295,7 +295,7 @@ def test_the_fingerprint_tells_other_pixels_of_the_same_size(tmp_path, found):
 
 
 def test_a_turned_tiff_is_upright_once(tmp_path):
-    """Pillow turns it while it is decoded; turned again it would lie on its other side."""
+    """Pillow rotates it while decoding; rotated again it would lie on its other side."""
     exif = Image.Exif()
     exif[0x0112] = 6
     COFFEE.rotate(90, expand=True).save(tmp_path / "turned.tif", exif=exif)

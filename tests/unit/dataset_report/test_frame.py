@@ -1,4 +1,4 @@
-"""The frame of the dataset checks: codes, levels, order, workers that do not come back."""
+"""The framework of the dataset checks: codes, levels, order, workers that hang or crash."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def test_the_worst_comes_first() -> None:
 
 
 def _hang_or_crash(job: Job, name: str) -> inspect.Facts:
-    """Stands for a decoder with a fault."""
+    """Replaces a decoder with a bug."""
     if name == "hangs":
         time.sleep(60)
     if name == "crashes":

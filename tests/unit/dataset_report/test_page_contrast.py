@@ -15,9 +15,11 @@ PAIRS = {
     **{("edge", ground): GRAPHICS for ground in GROUNDS},
     ("bar", "panel"): GRAPHICS,
 }
-"""(colour, what it stands on) -> least contrast: a chosen filter stands on `accent-soft`, bars on panels."""
+"""(color, its background) -> minimum contrast: a selected filter has the background `accent-soft`, bars that of
+panels.
+"""
 DECORATION = {"line", "crop"}
-"""Lines between rows, and the frame of a crop, which lies on images of any colour and has a dark line around it."""
+"""Lines between rows, and the frame of a crop, which has a dark outline for images of any color."""
 
 
 def schemes() -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The page of a dataset's report: what it holds, what it lets nobody do, and what a browser makes of it."""
+"""The report page of a dataset: its content, what it prevents, and how a browser renders it."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def _data(page: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three whole images, one with a name and a caption that mean ill; one cut off, and one that is not there."""
+    """Three valid images, one of them with a malicious name and caption; a truncated one, and a missing one."""
     folder = tmp_path_factory.mktemp("reported") / "photos <i>&amp;"
     folder.mkdir()
     for number, name in enumerate(("wide.png", "high.png", EVIL_NAME)):
@@ -237,7 +237,7 @@ while (texts.nextNode()) {
 }
 return [low, seen.size, getComputedStyle(document.body).backgroundColor];
 """
-"""The texts that are seen whose contrast with what is behind them is below that of WCAG's level AA."""
+"""Visible texts with a contrast below WCAG's level AA."""
 
 
 @pytest.mark.browser

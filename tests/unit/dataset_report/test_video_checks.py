@@ -1,4 +1,4 @@
-"""What is found of videos: facts from real files, and the findings made of them."""
+"""Findings about videos: facts from real files, and the findings derived from them."""
 
 import hashlib
 import io
@@ -48,7 +48,7 @@ CODINGS = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """The folder of one sound file of every coding: 40 frames at 25 a second, 192 x 144."""
+    """The folder of one valid file of every encoding: 40 frames at 25 per second, 192 x 144."""
     folder = tmp_path_factory.mktemp("sound")
     for name, coding in CODINGS.items():
         write_clip(folder / name, detailed(40, 144, 192), *coding)
@@ -220,7 +220,7 @@ AT_16 = replace(RECIPE, frames=replace(RECIPE.frames, frame_rate=16.0))
 
 
 def findings(media: MediaRule | None, *videos: VideoFacts) -> list[tuple[str, int | None, str, str | None]]:
-    """Code, row, message and hint of all that is said of these videos."""
+    """Return code, row, message and hint of all findings about these videos."""
     columns = Columns("prompt", "video")
     rules = Rules(columns=columns, media=media) if media else Rules(columns=columns)
     records = tuple(Record(row, "x", {"video": (facts.path,)}) for row, facts in enumerate(videos, start=1))
@@ -288,7 +288,7 @@ MARK = f"3600.{os.getpid()}"
 
 @pytest.fixture
 def hanging(tmp_path, monkeypatch) -> Path:
-    """The folder of a video, and a decoder that never comes to its end."""
+    """The folder of a video, and a decoder that never ends."""
     decoder = tmp_path / "decoder"
     decoder.write_text(f"#!/bin/sh\nexec sleep {MARK}\n")
     decoder.chmod(0o755)
@@ -299,7 +299,7 @@ def hanging(tmp_path, monkeypatch) -> Path:
 
 
 def decoders() -> list[psutil.Process]:
-    """The hanging decoders that run."""
+    """Return the running hanging decoders."""
     return [process for process in psutil.process_iter(["cmdline"]) if MARK in (process.info["cmdline"] or [])]
 
 
@@ -324,7 +324,7 @@ def test_a_signal_leaves_no_decoder_and_no_traceback(hanging, send, number):
 
 
 def test_a_portrait_clip_loses_much_in_a_landscape_recipe():
-    """Of 576 x 1024 pixels 480 by 832 ones cut out 576 x 332."""
+    """Of 576 x 1024 pixels, 480 x 832 uses 576 x 332."""
     media = replace(RECIPE, size=SizeRule(480, 832, 10**6, 16))
     portrait, landscape = video("tall.mp4", width=576, height=1024), video("wide.mp4", width=1920, height=1080)
     hint = names("--max_crop_loss", "0.2")
