@@ -1,4 +1,4 @@
-"""Batches of the latents of images, and these as the tokens that transformers read: patches of 2 x 2."""
+"""Batches of image latents, and their tokens: patches of 2 x 2."""
 
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def stack_samples(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one shape, texts and reference images included -> a batch, `[B, …]` of each `[…]`."""
+    """Stack encoded samples of one shape, including texts and reference images: `[B, …]` of each `[…]`."""
     return {name: torch.stack([sample[name] for sample in encoded]) for name in encoded[0]}
 
 
 def pack(latents: Tensor) -> Tensor:
-    """2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]`.
+    """Return 2 x 2 patches as tokens: `[B, C, 1, h, w]` -> `[B, (h/2)(w/2), 4C]`.
 
     Source: `_pack_latents` of diffusers' `QwenImagePipeline` and `FluxPipeline`.
     """
@@ -23,12 +23,12 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: `[B, (h/2)(w/2), 4C]` -> `[B, C, 1, h, w]`."""
+    """Invert `pack`: `[B, (h/2)(w/2), 4C]` -> `[B, C, 1, h, w]`."""
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)  # [B, h/2, w/2, C, 2, 2]
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 1, height, width)
 
 
 def numbered(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The tensors of a batch that are called `name` with 0, 1, ... in it, in this order."""
+    """Return the tensors of a batch named `name` with 0, 1, … inserted, in this order."""
     return [batch[found] for found in takewhile(batch.__contains__, map(name.format, count()))]

@@ -1,4 +1,4 @@
-"""FLUX.1's answers to the engine."""
+"""Implementation of the family FLUX.1."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
 
 
 class Flux(Family):
-    """Each method is one call into the module of its name."""
+    """Each method calls the module of its name."""
 
     facts = FLUX
 

@@ -1,4 +1,4 @@
-"""Batches, sigmas and the prediction of FLUX.1's transformer."""
+"""Batches, sigmas and predictions of FLUX.1's transformer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,23 +14,24 @@ from diffsynth_core.models.patches import numbered, pack, unpack
 SHIFT = 3.0
 """Shift of the training sigmas."""
 LAST_SIGMA = 0.003 / 1.002
-"""Where the grid ends that is shifted: 1/1000, shifted once itself."""
+"""End of the grid before the shift: 1/1000, shifted once itself."""
 GUIDANCE = 1.0
-"""What the guidance embedder is told in training: the prediction is to be that of the data itself."""
+"""Input of the guidance embedder in training: 1, at which the prediction is that of the data itself."""
 
 
 def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
-    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00893.
+    """Return the sigmas of a sampler, `[steps]` float32; the 1000 of training go from 1 down to 0.00893.
 
-    s = linspace(1, 0.003 / 1.002, steps); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of diffusers
-    with shift 3).
+    s = linspace(1, 0.003 / 1.002, steps); 3 s / (1 + 2 s) (`FlowMatchEulerDiscreteScheduler.set_timesteps` of
+    diffusers with shift 3).
     """
     base = torch.linspace(1, LAST_SIGMA, steps, dtype=torch.float64)
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 
 def token_ids(latents: Tensor, image: int) -> Tensor:
-    """What the rotary embedding is told of each token of an image: image, row, column; `[(h/2)(w/2), 3]` float32.
+    """Return the positions of an image's tokens for the rotary embedding: image, row, column; `[(h/2)(w/2), 3]`
+    float32.
 
     Source: `_prepare_latent_image_ids` of diffusers' `FluxPipeline`.
     """
@@ -45,20 +46,21 @@ def token_ids(latents: Tensor, image: int) -> Tensor:
 def predict_velocity(
     transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
 ) -> Tensor:
-    """The transformer called as `FluxPipeline` and `FluxKontextPipeline` call it: packed latents, timestep = sigma.
+    """Call the transformer as `FluxPipeline` and `FluxKontextPipeline` do: packed latents, timestep = sigma.
 
-    The tokens of reference images follow those of the latents, and all of them say image 1. Source for several
-    images: modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is
-    called as `FluxControlNetPipeline` does it, at scale 1; one without an embedder of guidance is not told any.
+    The tokens of reference images follow those of the latents, all with image index 1. Source for several images:
+    modelscope/DiffSynth-Studio, diffsynth/pipelines/flux_image.py, `FluxImageUnit_Kontext`. A ControlNet is called as
+    in `FluxControlNetPipeline`, at scale 1; one without a guidance embedder gets no guidance.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
-        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the dtype it computes in.
+        sigma: `[B]` float32; the transformer itself rounds it to its compute dtype.
         batch: `pooled_prompt_embeds` `[B, 768]`, `prompt_embeds` `[B, 512, 4096]`, and for each reference image
-            `kontext_latents_<n>` `[B, 16, 1, h, w]` of its own h and w. `controlnet_latents` are of the size of
+            `kontext_latents_<n>` `[B, 16, 1, h, w]` with its own h and w. `controlnet_latents` have the size of
             `noisy`.
 
-    Returns: `[B, 16, 1, h, w]`.
+    Returns:
+        `[B, 16, 1, h, w]`.
     """
     *_, height, width = noisy.shape
     shown = numbered(batch, KONTEXT_LATENTS)
@@ -90,6 +92,6 @@ def predict_velocity(
 
 
 def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
-    """Inputs with the states among them in the dtype of the module that is to read them."""
+    """Return inputs with the states among them in the dtype of the module that reads them."""
     states = ("hidden_states", "encoder_hidden_states", "pooled_projections")
     return {**given, **{name: given[name].to(module.dtype) for name in states}}

@@ -1,4 +1,4 @@
-"""FLUX.2's answers to the engine."""
+"""Implementation of the family FLUX.2."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
 
 
 class Flux2(Family):
-    """Each method is one call into the module of its name."""
+    """Each method calls the module of its name."""
 
     facts = FLUX2
 

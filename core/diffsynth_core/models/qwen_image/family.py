@@ -1,4 +1,4 @@
-"""Qwen-Image's answers to the engine."""
+"""Implementation of the family Qwen-Image."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
 
 
 class QwenImage(Family):
-    """Each method is one call into the module of its name."""
+    """Each method calls the module of its name."""
 
     facts = QWEN_IMAGE
 

@@ -1,4 +1,4 @@
-"""Batches, sigmas and the prediction of Qwen-Image's transformer."""
+"""Batches, sigmas and predictions of Qwen-Image's transformer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ SHIFT_MU = 0.8
 LAST_SIGMA = 0.02
 """`shift_terminal` of the published scheduler configuration."""
 EDIT_LATENTS = "edit_latents_{}"
-"""Name of the latents of an image to edit, with its number, from 0."""
+"""Name of the latents of a reference image, numbered from 0."""
 
 
 def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
-    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.02.
+    """Return the sigmas of a sampler, `[steps]` float32; the 1000 of training go from 1 down to 0.02.
 
-    s = linspace(1, 0, steps + 1) without its last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the
+    s = linspace(1, 0, steps + 1) without the last; e^mu / (e^mu + 1/s - 1); then 1 - sigma is stretched so that the
     last is 0.02 (`FlowMatchEulerDiscreteScheduler.time_shift` and `stretch_shift_to_terminal` of diffusers).
     """
     base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
@@ -34,11 +34,12 @@ def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
 
 
 def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one latent shape -> a batch.
+    """Combine encoded samples of one latent shape into a batch.
 
-    Returns: `latents` `[B, 16, 1, h, w]`, those of images to edit or to follow likewise, each in its size;
-    `prompt_embeds` `[B, L, 3584]` padded with zeros to the longest, and, when lengths differ, `prompt_mask` `[B, L]`
-    bool, True where there is a token.
+    Returns:
+        `latents` `[B, 16, 1, h, w]`, those of reference and control images likewise, each in its size; `prompt_embeds`
+        `[B, L, 3584]`, padded with zeros to the longest, and, if lengths differ, `prompt_mask` `[B, L]` bool, True for
+        tokens.
     """
     texts = [sample["prompt_embeds"] for sample in encoded]
     stacked = [name for name in encoded[0] if name != "prompt_embeds"]
@@ -52,23 +53,24 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The latents of the images to edit in their order, each `[B, 16, 1, h, w]`."""
+    """Return the latents of the reference images in order, each `[B, 16, 1, h, w]`."""
     return numbered(batch, EDIT_LATENTS)
 
 
 def predict_velocity(
     transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], controlnet: Any = None
 ) -> Tensor:
-    """The transformer called as diffusers' pipelines call it: packed latents, timestep = sigma, text mask if needed.
+    """Call the transformer as diffusers' pipelines do: packed latents, timestep = sigma, text mask if needed.
 
-    The tokens of images to edit stand behind those of the image that is made; what is said of them is cut off. A
-    ControlNet is called as `QwenImageControlNetPipeline` does it, at scale 1.
+    The tokens of reference images follow those of the target; their part of the output is dropped. A ControlNet is
+    called as in `QwenImageControlNetPipeline`, at scale 1.
 
     Args:
         noisy: `[B, 16, 1, h, w]` float32.
-        sigma: `[B]` float32; the transformer itself rounds what it is told of it to the dtype it computes in.
+        sigma: `[B]` float32; the transformer itself rounds it to its compute dtype.
 
-    Returns: `[B, 16, 1, h, w]`.
+    Returns:
+        `[B, 16, 1, h, w]`.
     """
     images = [noisy, *edit_latents(batch)]
     tokens = [pack(latents) for latents in images]
@@ -91,6 +93,6 @@ def predict_velocity(
 
 
 def _states_as(given: dict[str, Any], module: Any) -> dict[str, Any]:
-    """Inputs with the states among them in the dtype of the module that is to read them."""
+    """Return inputs with the states among them in the dtype of the module that reads them."""
     states = ("hidden_states", "encoder_hidden_states")
     return {**given, **{name: given[name].to(module.dtype) for name in states}}
