@@ -19,8 +19,8 @@ check: $(VENV)/.installed-test  ## linters, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-fast: check  ## `check`, and the unit tests without videos and browser: in under 3 minutes, at each change
-	$(PYTEST) tests/unit -m "not long and not video and not browser"
+test-fast: check  ## `check`, and the unit tests but slow ones, videos and the browser: in under 3 minutes, at each change
+	$(PYTEST) tests/unit -m "not long and not slow and not video and not browser"
 
 test: check  ## `check`, and all tests but those marked as long
 	$(PYTEST) tests -m "not long"

@@ -257,6 +257,7 @@ def test_the_committed_documents_are_fresh():
     assert json.loads((folder / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()
 
 
+@pytest.mark.slow
 def test_the_page_of_gpu_memory_is_that_of_the_recipes(tmp_path):
     write_documents(tmp_path)
     assert (tmp_path / PAGE).read_text(encoding="utf-8") == (ROOT / "docs" / PAGE).read_text(encoding="utf-8")

@@ -49,6 +49,7 @@ def _work_badly(job: Job, line, parent: int) -> None:
     inspect.work(job, line, parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, workers: int) -> None:
     monkeypatch.setattr(inspect, "WORK", _work_badly)
