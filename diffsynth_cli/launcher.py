@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
 
 def _launch(words: Sequence[str], reports: Path) -> Ending | None:
     """How the processes ended; None if they succeeded."""
-    # The functions behind `accelerate launch` are no documented interface; `tests/runs/test_processes.py` runs them.
+    # The functions of `accelerate launch` are not a documented interface; `tests/runs/test_processes.py` runs them.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -36,7 +36,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _typed_words() -> list[str]:
-    """The words behind `diffsynth` of a line that a shell asks completions for; typer reads them as changed here."""
+    """The words after `diffsynth` of a line that a shell completes; typer reads them as changed here."""
     for variable in LINE_VARIABLES:
         if os.environ.get(variable):
             os.environ[variable] = line = typed_line()

@@ -82,7 +82,7 @@ def merge_lora(
 
 
 def _use_problems(base: str | None, rank: int | None, max_shard_size: str | None, family: str | None) -> list[Problem]:
-    """Options that mean nothing beside each other."""
+    """Report options that exclude each other."""
     problems = []
     if base is not None and rank is not None:
         problems.append(Problem("`--rank` cannot be used with `--base`", "remove one of them", True))

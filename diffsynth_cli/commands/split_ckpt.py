@@ -118,11 +118,11 @@ def split_checkpoint(
 ONLY_BY_COMPONENT = ("unprefixed", "layout", "lora_format", "family", "allow_unmatched")
 """Options that have no effect when splitting by size."""
 EXCLUDED = {"join": ("by size", "max_shard_size", *ONLY_BY_COMPONENT), "by size": ONLY_BY_COMPONENT}
-"""Options that mean nothing beside another."""
+"""Options that have no effect with another."""
 
 
 def _check_together(given: dict[str, bool]) -> None:
-    """Raises: FaultsFound: for options that mean nothing beside each other."""
+    """Raises: FaultsFound: for options that exclude each other."""
     problems = [
         Problem(f"`--{other}` cannot be used with `--{option}`", f"remove `--{other}`", wrong_use=True)
         for option, others in EXCLUDED.items()

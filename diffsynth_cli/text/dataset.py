@@ -48,7 +48,7 @@ def _rows(findings: list[Finding], width: int) -> Iterator[Text]:
 
 
 def _set_in(row: str, text: Text, width: int) -> Text:
-    """A text behind the number of its row; where it goes on, it is set in to where it begins."""
+    """Return a text after the number of its row; continuation lines are aligned with its start."""
     lines = text.wrap(Console(), max(1, width - ROW_WIDTH - 1), overflow="fold")
     return Text(f"{row:>{ROW_WIDTH}} ") + Text("\n" + " " * (ROW_WIDTH + 1)).join(lines)
 
@@ -58,7 +58,7 @@ def _hint(text: str) -> Text:
 
 
 def _without_row(finding: Finding) -> str:
-    """The message, whose row stands beside it."""
+    """Return the message without its row, which is displayed next to it."""
     return finding.message.removeprefix(f"row {finding.row}: ")
 
 

@@ -76,14 +76,14 @@ def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
         if training.update_is_fullest
         else 0,
     }
-    behind = ", with the AdamW step instead of activations" if training.update_is_fullest else ""
+    suffix = ", with the AdamW step instead of activations" if training.update_is_fullest else ""
     return {
         **{f"weights of {name}": size for name, size in training.weights.items()},
         **({"LoRA": training.adapters} if training.adapters else {}),
         "gradients": training.gradients,
         "optimizer state (AdamW)": training.optimizer,
         **{name: size for name, size in optional.items() if size},
-        f"training in total{behind}": training.total,
+        f"training in total{suffix}": training.total,
     }
 
 

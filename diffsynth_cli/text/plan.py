@@ -21,7 +21,7 @@ VAE = "vae"
 
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-"""Descriptions of device types; `cuda` stands for all accelerators."""
+"""Descriptions of device types; `cuda` is used for all accelerators."""
 
 
 def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Iterator[str]:

@@ -8,7 +8,7 @@ import textwrap
 MARGIN = re.compile(r" *(?:[\d.]+ \w+  |\S+  +)?")
 """What precedes the value of a line: an indent, and a number or label in a column of its own."""
 SET_IN = 6
-"""The indent of continuation lines if a word does not fit behind that of the value."""
+"""The indent of continuation lines if a word does not fit after that of the value."""
 
 
 def terminal_width() -> int | None:

@@ -66,15 +66,15 @@ def sort_folder(listing: Listing, kind: str, metadata_names: tuple[str, ...] = (
     rows = [name for name in media if kinds[name] not in NOT_SAMPLES[kind]]
     other = [name for name in media if kinds[name] in NOT_SAMPLES[kind]]
     captions = _of(kinds, "caption")
-    beside: dict[str, list[str]] = {}
+    by_stem: dict[str, list[str]] = {}
     for caption in captions:
-        beside.setdefault(stem_key(caption), []).append(caption)
-    of_rows = {name: tuple(beside.get(stem_key(name), ())) for name in rows}
+        by_stem.setdefault(stem_key(caption), []).append(caption)
+    of_rows = {name: tuple(by_stem.get(stem_key(name), ())) for name in rows}
     taken = {caption for some in of_rows.values() for caption in some}
     unsupported = _of(kinds, "unsupported")
-    captioned = [name for name in unsupported if set(beside.get(stem_key(name), ())) - taken]
+    captioned = [name for name in unsupported if set(by_stem.get(stem_key(name), ())) - taken]
     taken |= {
-        caption for name in (*other, *unsupported, *listing.leaving) for caption in beside.get(stem_key(name), ())
+        caption for name in (*other, *unsupported, *listing.leaving) for caption in by_stem.get(stem_key(name), ())
     }
     leftovers: dict[str, list[str]] = {}
     for name in _of(kinds, "leftover"):
@@ -113,11 +113,11 @@ def expected_caption(name: str) -> str:
 
 def unsupported_problem(names: tuple[str, ...], captioned: bool) -> Problem:
     """Return the problem of media that nothing installed can decode; `captioned`: they have captions."""
-    beside = (", but " + ("it has a caption" if len(names) == 1 else "they have captions")) if captioned else ""
+    captions_note = (", but " + ("it has a caption" if len(names) == 1 else "they have captions")) if captioned else ""
     hints = dict.fromkeys(CONVERSIONS.get(ending_of(name), CONVERSIONS[".heic"]) for name in names)
     what = f"`{names[0]}`" if len(names) == 1 else _listed(names, "file")
     formats = "has an unsupported format" if len(names) == 1 else "have unsupported formats"
-    return Problem(f"{what} {formats}{beside}", "; ".join(hints), code="FORMAT_UNSUPPORTED")
+    return Problem(f"{what} {formats}{captions_note}", "; ".join(hints), code="FORMAT_UNSUPPORTED")
 
 
 def leftovers_note(leftovers: Mapping[str, tuple[str, ...]]) -> str:

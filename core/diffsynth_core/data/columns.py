@@ -48,7 +48,7 @@ def unread_column(origin: str, name: str, columns: Columns, hint: str) -> Findin
 
 def _missing_column(metadata: Metadata, name: str, required: Sequence[str], near: str | None) -> tuple[str, str]:
     """Return message and hint for a missing column; `near`: one that may be meant."""
-    if metadata.beside:
+    if metadata.captions_in_files:
         listed = ", ".join(f"`{one}`" for one in required)
         what = f"`{metadata.origin}` has no column `{name}`, which requires a metadata file"
         return what, f"write a metadata.csv with the columns {listed}"

@@ -200,7 +200,7 @@ class _Log:
         """Seconds at which the decoded frames are shown, in the order of decoding."""
         self.cut_off = False
         self.encoded = 0
-        """Frames that went into all outputs together: a line that begins amid another does not tell of which it is."""
+        """Frames of all outputs together: a line that starts within another does not show its output."""
         self._packet_times: list[float] = []
         self._damaged_frame: int | None = None
         self._damaged_packet: int | None = None

@@ -106,7 +106,7 @@ def list_named(base: Path, names: Iterable[str]) -> Listing:
     """List the files in the folders of `names` (paths relative to `base`) only."""
     lister = _Lister(base)
     within = [name for name in names if not name.startswith(("/", "../"))]
-    # A name with back slashes is missing, and told so with the file that it may mean.
+    # A name with backslashes is reported as missing, with the file that it may mean.
     within += [name.replace("\\", "/") for name in within if "\\" in name]
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in within):
         parts = folder.split("/")

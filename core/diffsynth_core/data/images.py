@@ -96,7 +96,7 @@ def read_image_header(path: Path) -> ImageHeader:
         looked_for = image.format != "PNG" or "exif" in image.info
         orientation = image.getexif().get(EXIF_ORIENTATION, 1) if looked_for else 1
         width, height = image.size
-        if orientation in SIDEWAYS and image.format != "TIFF":  # Pillow tells the upright size of a TIFF
+        if orientation in SIDEWAYS and image.format != "TIFF":  # Pillow returns the upright size of a TIFF
             width, height = height, width
         pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
         colours = colours_of(image)

@@ -50,7 +50,7 @@ class Metadata:
     named: bool = False
 
     @property
-    def beside(self) -> bool:
+    def captions_in_files(self) -> bool:
         """Whether captions are in text files next to the media."""
         return self.folder is not None
 

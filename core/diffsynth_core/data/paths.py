@@ -110,12 +110,12 @@ def _meant(name: str, there: list[str], named: frozenset[str]) -> str | None:
     return stems[meant] if meant else None
 
 
-def unread_folders(listing: Listing, beside: bool) -> Iterator[Finding]:
+def unread_folders(listing: Listing, captions_in_files: bool) -> Iterator[Finding]:
     """Yield FOLDER_UNREADABLE; an error if each media file is a row, because captions are next to them."""
     for folder, reason in sorted(listing.unread.items()):
         what = f"the folder `{folder}` cannot be read: {reason}"
         hint = "check its permissions, or move it out of the dataset"
-        level: Level = "error" if beside else "warning"
+        level: Level = "error" if captions_in_files else "warning"
         yield finding("FOLDER_UNREADABLE", what, hint, path=folder, level=level)
 
 

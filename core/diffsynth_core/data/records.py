@@ -68,7 +68,9 @@ def read_cells(metadata: Metadata, columns: Columns) -> Cells:
             names = _read_names(cells.get(column), row, column, columns, findings)
             if names:
                 files[column] = names
-        unread = metadata.beside and columns.text not in cells  # the text file has been found missing or unreadable
+        unread = (
+            metadata.captions_in_files and columns.text not in cells
+        )  # the text file has been found missing or unreadable
         caption = (
             _read_caption(cells.get(columns.text), row, columns.text, findings) if has_text and not unread else None
         )

@@ -80,7 +80,7 @@ def read_rows(metadata: Metadata, columns: Columns, look: Look, hints: Mapping[s
             listing = list_files(metadata.base, named) if look == "all" else list_named(metadata.base, named)
             records = as_on_disk(records, listing)
         present, of_paths = present_paths(records, listing)
-        findings += [*of_paths, *unread_folders(listing, metadata.beside)]
+        findings += [*of_paths, *unread_folders(listing, metadata.captions_in_files)]
         return Rows(metadata, columns, records, cells.sampling, listing, present, tuple(findings))
 
 

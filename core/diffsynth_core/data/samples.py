@@ -227,8 +227,8 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     cut = [(sample, frames) for sample, frames in short if sample.frames < frames]
     listed = ", ".join(f"row {sample.row} from {frames} to {sample.frames}" for sample, frames in cut[:SHOWN_CUT_CLIPS])
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
-    told = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
-    yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{told}"
+    truncated = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
+    yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{truncated}"
 
 
 def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:

@@ -51,7 +51,7 @@ def read_sampling(row: Mapping[str, Any], where: str) -> Sampling:
 
 
 def _whole_number(value: Any, column: str, allowed: range, where: str, problems: list[Problem]) -> int:
-    """A cell as a whole number; 0 where it is none, which is told."""
+    """Return a cell as an integer; 0, with a problem, if it is not one."""
     number = _number(value)
     whole = _exactly(value, number)
     if whole is None or whole not in allowed:

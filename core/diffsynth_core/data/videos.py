@@ -119,8 +119,8 @@ def load_clip(
             arrived += 1
         decoding.check(start, arrived, frames, frame_rate)
     if arrived < frames:
-        behind = f" from frame {start}" if start else ""
-        raise UnreadableVideo(path, f"ends early: {arrived} of {frames} frames{behind}")
+        position = f" from frame {start}" if start else ""
+        raise UnreadableVideo(path, f"ends early: {arrived} of {frames} frames{position}")
     return planes.transpose(0, 2, 3, 1)
 
 

@@ -30,7 +30,7 @@ def check_captions(dataset: DatasetFacts) -> Iterator[Finding]:
     for row, caption, _ in dataset.rows.records:
         if caption is None or (caption and not caption.isspace()):
             continue
-        if not caption and not dataset.rows.metadata.beside:
+        if not caption and not dataset.rows.metadata.captions_in_files:
             yield finding("CAPTION_MISSING", f"row {row} has no caption", WRITE_CAPTION, row=row, level="warning")
         else:
             yield finding("CAPTION_EMPTY", f"row {row}: the caption is blank", WRITE_CAPTION, row=row)

@@ -136,7 +136,7 @@ class _Worker:
 
 def _in_workers(job: Job, files: Mapping[str, Kind], count: int, timeout: float) -> Iterator[tuple[str, Facts]]:
     """Yield facts in the order in which they arrive."""
-    context = multiprocessing.get_context("spawn")  # a bar's thread runs here, and forking beside threads is unsafe
+    context = multiprocessing.get_context("spawn")  # a bar's thread runs here, and forking with threads is unsafe
     waiting = deque(files)
     workers = {worker.line: worker for worker in (_start(context, job) for _ in range(count))}
     left = len(files)

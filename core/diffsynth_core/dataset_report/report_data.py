@@ -1,7 +1,7 @@
-"""What the script in the page of a report reads: findings, samples with their crops, thumbnails, all bounded. No torch.
+"""Data for the script of the report page: findings, samples with crops, thumbnails, all bounded. No torch.
 
-A page must open in a browser whatever the dataset: each of the three parts has a budget in bytes. What is worst comes
-first, so that a budget cuts off what matters least; how much was left out is told.
+A page must open in a browser for any dataset: each of the three parts has a budget in bytes. The worst comes first, so
+that a budget cuts off what matters least; how much was omitted is stated.
 """
 
 import json
@@ -20,16 +20,18 @@ from diffsynth_core.dataset_report.set_checks import crop_box, header_of, sizes_
 from diffsynth_core.errors import truncate
 
 FINDINGS_BYTES = 8_000_000
+"""Maximum bytes of findings as JSON."""
 SAMPLES_BYTES = 8_000_000
+"""Maximum bytes of samples as JSON."""
 THUMBNAILS_BYTES = 16_000_000
-"""The most that each part takes of the page, as JSON."""
+"""Maximum bytes of thumbnails as JSON."""
 SHOWN_CHARACTERS = 300
-"""What is shown of a caption, or of the path of a file that is not there: a cell may hold a whole caption instead."""
+"""Maximum number of characters of a caption or a missing path: a cell may contain a whole caption."""
 
 
 @dataclass(frozen=True)
 class ShownCount:
-    """How many of a thing the page holds, of how many."""
+    """How many items the page contains, of how many."""
 
     held: int
     of: int
@@ -42,7 +44,7 @@ class ShownCount:
 
 @dataclass(frozen=True)
 class PageData:
-    """JSON that may stand in a script element, and what it holds."""
+    """JSON for a script element, and what it contains."""
 
     json: str
     findings: ShownCount
@@ -51,7 +53,7 @@ class PageData:
 
 
 def page_data(report: Report, dataset: DatasetFacts) -> PageData:
-    """What the page shows one by one: the worst findings, samples with findings before those without."""
+    """Return what the page shows item by item: the worst findings, samples with findings before those without."""
     findings = _within(FINDINGS_BYTES, (_as_json(_finding(one, dataset)) for one in report.findings))
     records = _worst_first(dataset, report.findings)
     sizes = sizes_of(dataset)
@@ -71,19 +73,19 @@ def page_data(report: Report, dataset: DatasetFacts) -> PageData:
 
 
 def _finding(finding: Finding, dataset: DatasetFacts) -> dict[str, Any]:
-    """A finding as the page shows it."""
+    """Return a finding for the page."""
     path = None if finding.path is None else _shown_path(finding.path, dataset)
     return asdict(replace(finding, path=path))
 
 
 def thumbnails_of(dataset: DatasetFacts) -> Mapping[str, bytes]:
-    """JPEGs by path."""
+    """Return JPEGs by path."""
     every: dict[str, ImageFacts | VideoFacts] = {**dataset.images, **dataset.videos}
     return {name: facts.thumbnail for name, facts in every.items() if facts.thumbnail}
 
 
 def _as_json(value: Any) -> str:
-    """JSON in ASCII that neither ends a script element nor begins a comment, whatever the texts in it."""
+    """Return ASCII JSON that neither ends a script element nor starts a comment, whatever its strings."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -92,7 +94,7 @@ def _base64(data: bytes) -> str:
 
 
 def _within(budget: int, texts: Iterable[str]) -> list[str]:
-    """The first texts, as many as have room."""
+    """Return the first texts that fit into the budget."""
     taken = []
     for text in texts:
         budget -= len(text) + 1
@@ -103,7 +105,7 @@ def _within(budget: int, texts: Iterable[str]) -> list[str]:
 
 
 def _worst_first(dataset: DatasetFacts, findings: Iterable[Finding]) -> list[Record]:
-    """The rows with errors, those with warnings, and so on, each in their order; then those without findings."""
+    """Return the rows with errors, those with warnings, and so on, each in order; then those without findings."""
     worst: dict[int, int] = {}
     for finding in findings:
         if finding.row is not None:
@@ -118,11 +120,11 @@ def _names(record: Record) -> Iterator[str]:
 
 
 def _sample(record: Record, dataset: DatasetFacts, sizes: Mapping[int, MediaCrop]) -> dict[str, Any]:
-    """A row as the page shows it.
+    """Return a row for the page.
 
-    `files`: [column, path], that of what is trained on first. `width`, `height`: of that file, in pixels.
-    `crop`: [left, top, width, height] of what training sees of it, as shares of the file's sides.
-    `size`: [width, height, frames] that this becomes. `lost`: the share that is cut away.
+    `files`: [column, path], the target first. `width`, `height`: of the target in pixels. `crop`: [left, top, width,
+    height] of the part used in training, as fractions of the sides. `size`: the resulting [width, height, frames].
+    `lost`: the fraction that is cropped away.
     """
     target = dataset.rows.columns.target
     columns = sorted(record.files, key=lambda column: column != target)
@@ -150,5 +152,5 @@ def _sample(record: Record, dataset: DatasetFacts, sizes: Mapping[int, MediaCrop
 
 
 def _shown_path(name: str, dataset: DatasetFacts) -> str:
-    """A path as the page shows it; that of a file stays whole, for its thumbnail is found by it."""
+    """Return a path for the page; that of a file is not truncated, because its thumbnail is looked up by it."""
     return name if name in dataset.rows.present else truncate(name, SHOWN_CHARACTERS)

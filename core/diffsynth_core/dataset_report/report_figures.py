@@ -1,4 +1,4 @@
-"""What the page of a report shows of the whole set, as HTML that needs no script: histograms and buckets. No torch."""
+"""Figures of the report page about the whole dataset, as HTML without scripts: histograms and buckets. No torch."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -12,8 +12,9 @@ from diffsynth_core.dataset_report.set_checks import Size, header_of, shapes_of
 from diffsynth_core.progress import pluralize
 
 MEGAPIXELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+"""Edges of the histogram of sizes."""
 CHARACTERS = (1, 10, 20, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200)
-"""Where one bar ends and the next begins."""
+"""Edges of the histogram of caption lengths."""
 RATIOS = {
     f"{width}:{height}": width / height
     for width, height in (
@@ -21,20 +22,24 @@ RATIOS = {
         *((5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1), (4, 1)),
     )
 }
-"""Width to height; an image is counted at the nearest one."""
+"""Aspect ratios; an image is counted at the nearest one."""
 SHOWN_BUCKETS = 200
+"""Maximum number of buckets in the table."""
 
 WIDTH, HEIGHT = 360, 170
 """Of a histogram, in units of its own that are about a pixel each."""
 LEFT, RIGHT, TOP, BOTTOM = 8, 8, 18, 24
 MOST_TICKS = 10
+"""Maximum number of labels below a histogram."""
 LEAST_BARS = 6
+"""Minimum number of bars by which the width is divided."""
 LEAST_TALL = 2
+"""Minimum height of a bar that is not 0."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram: what it counts, and the text below it."""
+    """One bar of a histogram: what it counts, and the label below it."""
 
     meaning: str
     tick: str
@@ -45,7 +50,8 @@ class Bar:
 class Histogram:
     """Bars from left to right.
 
-    `end`: the text below the end of the last bar, when the ticks stand where bars begin; None: below their middle.
+    Attributes:
+        end: label below the end of the last bar, if labels are at the edges of bars; None: below their centers.
     """
 
     title: str
@@ -55,7 +61,7 @@ class Histogram:
 
 
 def histograms(dataset: DatasetFacts) -> tuple[Histogram, ...]:
-    """Size and aspect of what is trained on, and the length of captions; without those that would be empty."""
+    """Return size and aspect ratio of targets, and caption lengths, without empty histograms."""
     targets = {name for record in dataset.rows.records for name in record.files.get(dataset.rows.columns.target, ())}
     headers = [header for header in (header_of(dataset, name) for name in targets) if header]
     megapixels = [header.width * header.height / 1e6 for header in headers]
@@ -69,7 +75,7 @@ def histograms(dataset: DatasetFacts) -> tuple[Histogram, ...]:
 
 
 def _between(title: str, unit: str, values: Sequence[float], edges: Sequence[float]) -> Histogram:
-    """Bars of what lies below the first edge, from each edge to the next, and from the last on."""
+    """Return bars below the first edge, from each edge to the next, and above the last."""
     counted = Counter(bisect_right(edges, value) for value in values)
     bounds = [0, *edges, inf]
     bars = []
@@ -82,7 +88,7 @@ def _between(title: str, unit: str, values: Sequence[float], edges: Sequence[flo
 
 
 def _nearest(values: Iterable[float]) -> tuple[Bar, ...]:
-    """Bars of the ratios that values are nearest to, by what they would have to be stretched."""
+    """Return bars of the ratios nearest to the values, by relative distance."""
     names = list(RATIOS)
     counted: Counter[int] = Counter()
     for value, count in Counter(values).items():
@@ -91,27 +97,27 @@ def _nearest(values: Iterable[float]) -> tuple[Bar, ...]:
 
 
 def _stretch(counted: Counter[int]) -> range:
-    """The places from the first to the last that anything was counted at."""
+    """Return the range of indices with a count."""
     return range(min(counted), max(counted) + 1) if counted else range(0)
 
 
 def histogram_html(histogram: Histogram) -> str:
-    """A figure with an inline SVG, whose numbers a screen reader can read."""
-    told = "; ".join(f"{bar.meaning}: {bar.count}" for bar in histogram.bars if bar.count)
+    """Return a figure with an inline SVG, whose numbers are accessible to screen readers."""
+    label = "; ".join(f"{bar.meaning}: {bar.count}" for bar in histogram.bars if bar.count)
     most = max(bar.count for bar in histogram.bars)
     step = (WIDTH - LEFT - RIGHT) / max(len(histogram.bars), LEAST_BARS)
     floor = HEIGHT - BOTTOM
     drawn = [_bar_svg(bar, LEFT + place * step, step, most, floor) for place, bar in enumerate(histogram.bars)]
     return (
         f'<figure class="histogram"><figcaption><b>{escape(histogram.title)}</b> <span>{escape(histogram.note)}</span>'
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor + 0.5}" y2="{floor + 0.5}"/>{"".join(drawn)}'
         f"{''.join(_ticks_svg(histogram, step))}</svg></figure>"
     )
 
 
 def _bar_svg(bar: Bar, x: float, step: float, most: int, floor: int) -> str:
-    """One bar with its number above it; its meaning shows wherever its column is pointed at."""
+    """Return one bar with its number above it; its meaning is a tooltip of the whole column."""
     tall = max(bar.count / most * (floor - TOP), LEAST_TALL) if bar.count else 0
     value = f'<text class="value" x="{x + step / 2:.1f}" y="{floor - tall - 5:.1f}">{bar.count}</text>'
     return (
@@ -123,7 +129,7 @@ def _bar_svg(bar: Bar, x: float, step: float, most: int, floor: int) -> str:
 
 
 def _ticks_svg(histogram: Histogram, step: float) -> Iterator[str]:
-    """The texts below the bars, as many as have room."""
+    """Yield as many labels below the bars as fit."""
     texts = [bar.tick for bar in histogram.bars]
     texts += [histogram.end] if histogram.end else []
     shift = step / 2 if histogram.end is None else 0
@@ -134,10 +140,12 @@ def _ticks_svg(histogram: Histogram, step: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class BucketLine:
-    """The samples that can stand in one batch.
+    """The samples of one bucket.
 
-    `shape`: the size that is trained on. `shown`: sizes of the images that the model is shown beside.
-    `batches`: of an epoch, of which the last has `last` samples.
+    Attributes:
+        shape: training size of the target.
+        shown: sizes of the conditions.
+        batches: batches per epoch, of which the last has `last` samples.
     """
 
     shape: Size
@@ -148,7 +156,7 @@ class BucketLine:
 
 
 def bucket_lines(dataset: DatasetFacts) -> list[BucketLine]:
-    """The most frequent first."""
+    """Return buckets, most frequent first."""
     rules = dataset.rules
     lines = []
     counted = Counter(tuple(sizes.items()) for sizes in shapes_of(dataset).values())
@@ -161,7 +169,7 @@ def bucket_lines(dataset: DatasetFacts) -> list[BucketLine]:
 
 
 def buckets_html(dataset: DatasetFacts) -> str:
-    """The table of buckets, short ones marked; empty where no size is known."""
+    """Return the table of buckets, with small ones marked; empty if no size is known."""
     lines = bucket_lines(dataset)
     if not lines:
         return ""

@@ -1,7 +1,7 @@
-"""The report of a dataset as one HTML page that needs nothing else: no file, no network. No torch.
+"""The report of a dataset as one self-contained HTML page: no other files, no network. No torch.
 
-What holds of the whole set is HTML (it can be read without a script); findings and samples are JSON that the script of
-the page shows a few dozen at a time. The template, its style and its script lie in the folder `page`.
+Facts about the whole dataset are HTML, readable without scripts; findings and samples are JSON, which the page's
+script renders a few dozen at a time. Template, style and script are in the folder `page`.
 """
 
 import re
@@ -23,17 +23,18 @@ from diffsynth_core.files import write_text
 from diffsynth_core.progress import format_bytes, pluralize
 
 THUMBNAIL_SIDE = 160
-"""The longer side, in pixels, of the images that the page is made for; for `CheckOptions.thumbnails`."""
+"""Longer side, in pixels, of the thumbnails for which the page is designed; for `CheckOptions.thumbnails`."""
 ENDINGS = (".html", ".htm")
+"""Suffixes of pages."""
 MARK = '<meta name="generator" content="diffsynth dataset validate">'
-"""Stands in the head of every page."""
+"""Marker in the head of every page."""
 
 
 def check_page_path(path: Path) -> None:
-    """See, before anything is checked, that a page can be written there; only a page of ours is ever overwritten.
+    """Check in advance that a page can be written to a path; only our own pages are overwritten.
 
     Raises:
-        FaultsFound: when it does not end as a page does, or something else is there already.
+        FaultsFound: if the suffix is wrong, or another file exists.
     """
     if path.suffix.lower() not in ENDINGS:
         raise FaultsFound(
@@ -45,7 +46,7 @@ def check_page_path(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a page that was written here lies there."""
+    """Return whether the file is a page written by this module."""
     if not path.is_file() or path.is_symlink():
         return False
     with path.open("rb") as stream:
@@ -53,17 +54,17 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_page(path: Path, report: Report, dataset: DatasetFacts) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
-        DiffSynthError: when the disk refuses.
+        DiffSynthError: if the disk refuses.
     """
     page = page_html(report, dataset)
     write_text(path, page.encode("utf-8", "xmlcharrefreplace").decode())  # paths can hold bytes that are no text
 
 
 def page_html(report: Report, dataset: DatasetFacts) -> str:
-    """The page as a text."""
+    """Return the page as a string."""
     style, script = _part("report.css"), _part("report.js")
     data = page_data(report, dataset)
     summary = report.summary
@@ -93,7 +94,7 @@ def _part(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """A policy under which the page loads nothing, and runs nothing but its own script."""
+    """Return a content security policy that allows the page's own style and script only."""
     allowed = {
         "default-src": "'none'",
         "img-src": "data:",
@@ -138,7 +139,7 @@ def _level_buttons(summary: Summary) -> Iterator[str]:
 
 
 def _code_buttons(summary: Summary) -> Iterator[str]:
-    """The codes that were found, by subject, each with its count and what it means."""
+    """Yield the codes found, by subject, each with its count and explanation."""
     for subject, title in SUBJECTS.items():
         codes = [code for code in summary.codes if CODES[code].subject == subject]
         if not codes:
@@ -155,12 +156,12 @@ def _code_buttons(summary: Summary) -> Iterator[str]:
 
 
 def _with_code(text: str) -> str:
-    """What stands between backticks as code, as `withCode` of the script has it."""
+    """Turn text in backticks into code elements, like `withCode` of the script."""
     return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _held(data: PageData, summary: Summary) -> str:
-    """What the page holds of what there is; its size is bounded."""
+    """Return what the bounded page contains, of how much."""
     text = f"This page contains {data.findings} findings, {data.samples} samples"
     text += f" and {data.thumbnails} thumbnails" if summary.decoded else "; files were not decoded"
     text += f" ({format_bytes(len(data.json))})"

@@ -36,7 +36,7 @@ def _key(cells: Mapping[str, Any]) -> Any:
 def check_unreferenced(dataset: DatasetFacts) -> Iterator[Finding]:
     """Yield FILE_UNREFERENCED: media that no row names; those of captions are reported by data/folder_rows.py."""
     listing = dataset.rows.listing
-    if listing is None or not dataset.rows.records or dataset.rows.metadata.beside:
+    if listing is None or not dataset.rows.records or dataset.rows.metadata.captions_in_files:
         return
     named = frozenset(dataset.first_rows())
     used = named | {listing.links[name] for name in named if name in listing.links}

@@ -2,7 +2,7 @@
 
 The way of the data: PATH -> rows, read as in training (data/rows.py) -> facts of files (in workers) -> checks ->
 report. Every step is a function of what came before; printing and the HTML page are elsewhere and read what `validate`
-returns: the `Report` (plain values, which JSON shows) and the `DatasetFacts` (all the evidence behind it: captions,
+returns: the `Report` (plain values, which JSON shows) and the `DatasetFacts` (all its evidence: captions,
 sizes and, with `CheckOptions.thumbnails`, thumbnails). set_checks.py has the training sizes and the crops.
 
 A new check is a function `(DatasetFacts) -> Iterator[Finding]` in the module of its subject, named in `CHECKS`. What

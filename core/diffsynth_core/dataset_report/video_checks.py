@@ -1,7 +1,7 @@
 """Codes VIDEO_…: pure functions from the facts of videos to findings. No torch.
 
-`check_videos` goes through the checks of one video, in `VIDEO_CHECKS`; `check_rates`, which needs all videos, stands
-beside it in CHECKS of validate.py.
+`check_videos` goes through the checks of one video, in `VIDEO_CHECKS`; `check_rates`, which needs all videos, is a
+separate entry of CHECKS in validate.py.
 """
 
 import statistics
@@ -25,7 +25,7 @@ USUAL_RATES = (5.0, 61.0)
 
 
 def check_videos(dataset: DatasetFacts) -> Iterator[Finding]:
-    """All that is to be said of single videos, told at the first row that names them."""
+    """Yield the findings about single videos, at the first row that names them."""
     rows = dataset.first_rows()
     for path, facts in dataset.videos.items():
         if facts.fault:
@@ -83,9 +83,9 @@ def check_rates(dataset: DatasetFacts) -> Iterator[Finding]:
     trained_at = frames.frame_rate if frames else None
     others = statistics.median_low([facts.frame_rate for facts in videos]) if videos else 0.0
     for facts in videos:
-        told = _odd_rate(facts.frame_rate, trained_at, others)
-        if told:
-            what, hint = told
+        odd_rate = _odd_rate(facts.frame_rate, trained_at, others)
+        if odd_rate:
+            what, hint = odd_rate
             message = f"`{facts.path}` has {facts.frame_rate:g} frames per second{what}"
             yield finding("VIDEO_FPS", message, hint, row=rows[facts.path], path=facts.path)
 

@@ -60,7 +60,7 @@ def media_rule(parameters: Parameters, target: TargetSpec) -> MediaRule:
 
 
 def shown_frames(parameters: Parameters, variant: Variant) -> tuple[str, ...]:
-    """The extra inputs that show a model of videos frames which it must bring forth all the same."""
+    """Return the extra inputs that make frames of the target clip a condition."""
     if variant.target.kind != "video" or variant.num_conditioning_frames:
         return ()
     return tuple(parameters.extra_inputs)

@@ -23,7 +23,7 @@ class HostActivations(saved_tensors_hooks):
 
 def is_weight(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter or a view of one: a linear layer saves the transposed view of its weight."""
-    # `_base` is private, but nothing public tells a view from what it views: `tests/unit/test_private_names.py`.
+    # `_base` is private, but no public function returns the base of a view: `tests/unit/test_private_names.py`.
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 

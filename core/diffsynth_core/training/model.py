@@ -85,7 +85,7 @@ class TrainingModule(nn.Module):
 def build_training_module(
     plan: Plan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
 ) -> TrainingModule:
-    """Load what a step needs: the denoiser, what takes part beside it, and every component that trains.
+    """Load what a step needs: the denoiser, the other step components, and every component that trains.
 
     Weights that train are float32, LoRA too; the others keep the run's precision.
     """

@@ -27,7 +27,7 @@ WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 QUANT_CONFIG = ".comfy_quant"
 """Suffix of the tensor with a layer's format as JSON."""
 QUANT_METADATA = "_quantization_metadata"
-"""Where files say how a layer is stored: a tensor of JSON bytes beside it, or the metadata of the file."""
+"""Where files say how a layer is stored: a tensor of JSON bytes next to it, or the metadata of the file."""
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise")
 """Supported values of a layer's format."""
 CHANGES_OF_BASIS = ("convrot", "hadamard", "pre_quant_scale")

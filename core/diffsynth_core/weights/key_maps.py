@@ -1,8 +1,8 @@
 """Maps between two sets of names for the same weights, from one table that is read in both directions. No torch.
 
 Sources are the names of a file layout, or those that users type; targets, as a rule, those of the module in memory. A
-source may fuse several targets (q, k, v in one matrix), never the reverse. In a table `{}` stands for a number; a table
-names modules, and the leaf behind them (`weight`, `bias`, `gamma`) stays unchanged. Where the leaves differ (`scale` of
+source may fuse several targets (q, k, v in one matrix), never the reverse. In a table `{}` matches a number; a table
+names modules, and the leaf after them (`weight`, `bias`, `gamma`) stays unchanged. Where the leaves differ (`scale` of
 the source, `weight` of the target) a row names the tensors.
 """
 

@@ -33,7 +33,7 @@ ADAPTER_SETTINGS = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file next to a LoRA in which peft stores its settings."""
 PEFT_FILE = "adapter_model.safetensors"
-"""The name that peft gives to the LoRA beside it."""
+"""The name that peft gives to the LoRA file."""
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Dtypes of a single stored number -> their formats in `struct`; bfloat16 is the upper half of float32."""
 

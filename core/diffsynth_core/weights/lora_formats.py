@@ -26,7 +26,7 @@ TRANSFORMER_PREFIXES = (
 )
 """Prefixes of keys that identify the transformer."""
 PREFIXES = ("", "pipe.{component}.", "base_model.model.", "lycoris_", *TRANSFORMER_PREFIXES)
-"""Prefixes that keys may have; `{component}` stands for the name of the component."""
+"""Prefixes that keys may have; `{component}` is the name of the component."""
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "pipe.text_encoder")
 """Prefixes of keys of LoRAs of text encoders."""
 PEFT_PREFIX = "base_model.model."

@@ -168,8 +168,8 @@ def _mixed_formats(outputs: Sequence[Output], inputs: Collection[Path]) -> list[
     written = [output.path for output in outputs]
     places = dict.fromkeys((path.parent, stem) for path in written if (stem := _stem(path)) is not None)
     for folder, stem in places:
-        beside = sorted(path for path in folder.glob(f"{escape(stem)}*") if _stem(path) == stem)
-        others = [path.name for path in beside if path not in written and not _same_file(path, inputs)]
+        similar = sorted(path for path in folder.glob(f"{escape(stem)}*") if _stem(path) == stem)
+        others = [path.name for path in similar if path not in written and not _same_file(path, inputs)]
         if others:
             problems.append(
                 Problem(
