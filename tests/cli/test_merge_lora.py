@@ -183,7 +183,7 @@ def test_8_bit_floats_need_a_format(cli, refused, models, lora):
     save_file(tensors, path)
     assert refused("--base", models / TRANSFORMER, "--lora", lora, "--output_path", "out") == (
         1,
-        [(names("cannot merge into 1 weight", "F8_E4M3", f"{Q}.weight"), names("--dtype bfloat16"))],
+        [(names("1 weight", "F8_E4M3", f"{Q}.weight"), names("--dtype bfloat16"))],
     )
 
 

@@ -66,7 +66,7 @@ def test_all_that_is_wrong_in_one_config(refuse, config):
     code, problems = refuse("--config", path)
     assert code == 2
     assert problems == in_any_order(
-        (names(path, "bogus", "not a key"), names("extends, description, family, parameters, stages")),
+        (names(path, "bogus", "not a key"), names("extends", "description", "family", "parameters", "stages")),
         (names(path, "zzz", "not a recipe"), names("diffsynth recipe list")),
         (names("lora_rnk", path, "not a parameter"), names("lora_rank")),
     )

@@ -190,7 +190,7 @@ def test_a_pickle(refuse):
     torch.save({"x": ones(1)}, "x.pth")
     assert refuse("x.pth", "--output_path", "parts") == (
         1,
-        [(names("x.pth", "pickled", "safetensors"), names("convert it to safetensors"))],
+        [(names("x.pth", "pickled", "safetensors"), names("convert it"))],
     )
 
 
@@ -208,7 +208,7 @@ def test_a_shard_that_is_there_and_not_named(refuse, cli, checkpoint):
     assert cli("split-ckpt", checkpoint, "--output_path", "shards", "--by", "size", "--max_shard_size", "40").code == 0
     first, second, third = (f"epoch-0-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
     message = names("2 shards", "shards", "not listed", second, third)
-    expected = (1, [(message, names("list all of them"))])
+    expected = (1, [(message, names("list all"))])
     assert refuse(f"shards/{first}", "--output_path", "parts") == expected
 
 

@@ -185,7 +185,7 @@ def test_all_at_once(refuse, lora):
         (names("lora_target_modules", "to_(q", "no module", "regular expression", "position 3"), "fix it"),
         (names("lora_checkpoint", "nowhere.safetensors", "does not exist"), "correct the path"),
         (names("preset_lora_path", "without", "preset_lora_model"), names("--preset_lora_model dit")),
-        (names("lora_format", "diffsynth, diffusers, comfyui, kohya", "civitai", "--lora_format"), None),
+        (names("lora_format", "diffsynth", "diffusers", "comfyui", "kohya", "civitai", "--lora_format"), None),
     )
 
 
@@ -266,7 +266,7 @@ def test_modules_that_are_of_another_kind_in_files(refuse):
         2,
         [
             (
-                names("lora_target_modules", "vae", "convolutions in the files", "linear", "encoder.mid.attn_1.q"),
+                names("lora_target_modules", "vae", "convolutions", "linear", "encoder.mid.attn_1.q"),
                 names("use linear layers"),
             )
         ],

@@ -82,7 +82,7 @@ def test_faulty_images_are_told_together(refuse, pairs, dataset):
     assert where[3] == names("gone.png", "does not exist")
     assert where[4] == names(f"{dataset}/text.png", "cannot be read")
     assert where[5] == names(f"{dataset}/half.png", "cannot be read")
-    assert where[6] == names(f"{dataset}/line.png", "too small or too narrow")
+    assert where[6] == names(f"{dataset}/line.png", "too small")
     assert where[7] == names("edit_image", "is empty")
     assert all(message == names(metadata, "row") and hint for message, hint in problems)
 

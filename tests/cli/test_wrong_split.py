@@ -160,7 +160,7 @@ def test_the_transformer_of_another_family(second, encoded, tiny_wan, monkeypatc
     wan = entries(T2V, text_encoder=None, vae=None)[1]
     assert second("--lora_target_modules", "q", files=wan) == (
         2,
-        [(names(encoded, "Qwen-Image", "Wan (text to video)"), names("model of that kind"))],
+        [(names(encoded, "Qwen-Image", "Wan (text to video)"), names("that kind"))],
     )
 
 

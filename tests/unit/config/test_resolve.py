@@ -183,7 +183,7 @@ def test_unknown_flags_and_keys_are_told_with_the_nearest_name(says, config):
         (names("zzz", "not a parameter"), names("diffsynth train --help")),
         (names("lora_ranks", path, "not a parameter"), names("lora_rank")),
         (names("learning_rat", path, "not a parameter"), names("learning_rate")),
-        (names(path, "extend", "not a key"), names("extends, description, family, parameters, stages")),
+        (names(path, "extend", "not a key"), names("extends", "description", "family", "parameters", "stages")),
         (names(path, "seed", "not a key"), names("parameters:")),
         (names("num_epochs", "an integer", "none", "--num_epochs"), None),
     )

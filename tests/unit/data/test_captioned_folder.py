@@ -101,7 +101,7 @@ def test_what_systems_leave_is_passed_over_and_said(tmp_path, name, whose):
     text(tmp_path / name, b"\0\5\26\7 no image")
     metadata = read_metadata(tmp_path, None, "prompt", "image")
     (note,) = metadata.notes
-    assert len(metadata.rows) == 1 and note == names("1 file or folder skipped", f"from {whose} (")
+    assert len(metadata.rows) == 1 and note == names("1 file", "skipped", f"from {whose} (")
     assert found_in(tmp_path) == [("FILE_LEFTOVER", "info", note)]
 
 
@@ -113,7 +113,7 @@ def test_a_workflow_of_comfyui_is_passed_over_and_another_json_is_named(tmp_path
     text(tmp_path / "notes.docx")
     assert read_metadata(tmp_path, None, "prompt", "image").notes == (
         names("2 files", "b.json", "notes.docx", "not read"),
-        names("1 file or folder skipped", 1, "ComfyUI", "a.json"),
+        names("1 file", "skipped", 1, "ComfyUI", "a.json"),
     )
 
 

@@ -56,7 +56,7 @@ def load(path, start, frames):
     return load_clip(path, start, frames, HEIGHT, WIDTH, None)
 
 
-NO_VIDEO = names("not a known video format")
+NO_VIDEO = names("known video format")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])

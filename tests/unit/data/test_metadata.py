@@ -142,7 +142,7 @@ def test_a_file_of_another_kind_is_refused(says, tmp_path):
     with pytest.raises(DiffSynthError) as caught:
         read(tmp_path, "other.txt", "image,prompt\na.png,x\n")
     says(caught.value.problems)
-    assert str(caught.value) == names(tmp_path / "other.txt", ".csv, .json or .jsonl")
+    assert str(caught.value) == names(tmp_path / "other.txt", ".csv", ".json", ".jsonl")
 
 
 def test_a_quote_that_never_closes_swallows_no_row_in_silence(tmp_path):

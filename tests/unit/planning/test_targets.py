@@ -83,7 +83,7 @@ def test_a_target_that_addresses_nothing_is_told_with_what_it_is_called(says, ta
     """Parts of a documented module have no names that could be given."""
     result, problems = training(found(), lora_target_modules=target)
     says(problems)
-    assert problems == [Problem(names("lora_target_modules", "no module of dit", target), hint, wrong_use=True)]
+    assert problems == [Problem(names("lora_target_modules", "no module", "dit", target), hint, wrong_use=True)]
     assert result.lora_modules == ()
 
 
