@@ -20,10 +20,10 @@ from diffsynth_cli.streams import stdout_as_messages
 from diffsynth_cli.text.download import plan_lines as download_lines
 from diffsynth_cli.text.estimate import (
     Estimate,
-    change_lines,
+    candidate_lines,
     estimate_lines,
     make_estimate,
-    trial_lines,
+    option_lines,
     verdict_line,
 )
 from diffsynth_cli.text.plan import WARNING, parameter_lines, plan_lines, warning_lines
@@ -95,10 +95,10 @@ def _show_plans(session: Session, reporter: ConsoleReporter) -> int:
         echo_line(wrap_line(ALL, width))
     fits = {stage: estimate.fit for stage, estimate in estimates.items() if estimate.fit}
     for stage, fit in fits.items():
-        if changes := list(change_lines(fit, stage)):
+        if changes := list(option_lines(fit, stage)):
             for line in ("", *changes):
                 echo(line)
-    return code or (0 if all(fit.as_it_is for fit in fits.values()) else EXIT_DOES_NOT_FIT)
+    return code or (0 if all(fit.fits_unchanged for fit in fits.values()) else EXIT_DOES_NOT_FIT)
 
 
 def _show_plan(
@@ -109,7 +109,9 @@ def _show_plan(
         echo_line(f"Stage {stage}")
     if estimate and estimate.fit:
         fit = estimate.fit
-        colour = typer.colors.RED if not fit.as_it_is else typer.colors.YELLOW if fit.is_tight else typer.colors.GREEN
+        colour = (
+            typer.colors.RED if not fit.fits_unchanged else typer.colors.YELLOW if fit.is_tight else typer.colors.GREEN
+        )
         verdict = wrap_line(verdict_line(fit), width)
         plain = "NO_COLOR" in os.environ
         echo_styled(verdict, None if plain else colour, bold=not plain)
@@ -154,7 +156,7 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
             reporter.close()  # the log of the stage before
         _announce(stage, plan, reporter)
         if plan.parameters.gpu_memory and (fit := make_estimate(plan).fit):
-            for line in (verdict_line(fit), *trial_lines(fit), *change_lines(fit)):
+            for line in (verdict_line(fit), *candidate_lines(fit), *option_lines(fit)):
                 reporter.info(line)
 
     # The launcher ends all processes if one has died, and the command that started it reports signals of the user.

@@ -7,19 +7,19 @@ from pathlib import Path
 from diffsynth_cli.text.plan import DEVICES, format_size
 from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.files import free_bytes, model_base_path
-from diffsynth_core.planning.fitting import Fit, find_fit
+from diffsynth_core.planning.fitting import MemoryFit, find_fit
 from diffsynth_core.planning.memory import (
-    Choice,
+    MemoryConfig,
     TrainingMemory,
-    choice_of,
     device_memory,
     disk_use,
     download_bytes,
     host_memory,
+    memory_config,
     unknown_parts,
 )
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import ASSUMED_CAPTION, RunSizes, run_sizes
+from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
 
@@ -27,51 +27,51 @@ from diffsynth_core.progress import format_bytes, format_memory, pluralize
 class Estimate:
     """The estimate of a run, what its memory depends on, and the options that make it fit if `gpu_memory` is set."""
 
-    run: RunSizes
-    choice: Choice
-    fit: Fit | None
+    run: Workload
+    config: MemoryConfig
+    fit: MemoryFit | None
 
 
 def make_estimate(plan: Plan) -> Estimate:
     """Estimate a run, and search for options that make it fit."""
-    run = run_sizes(plan)
-    choice = choice_of(plan, run.largest)
+    run = find_workload(plan)
+    config = memory_config(plan, run.largest)
     limit = plan.parameters.gpu_memory
-    return Estimate(run, choice, find_fit(plan, choice, memory_bytes(limit)) if limit else None)
+    return Estimate(run, config, find_fit(plan, config, memory_bytes(limit)) if limit else None)
 
 
 def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
     """Memory and disk space of a run by part, what is not included, and the options that were tried."""
-    run, choice = estimate.run, estimate.choice
-    sizes, memory = run.largest, device_memory(plan, choice)
+    run, config = estimate.run, estimate.config
+    sizes, memory = run.largest, device_memory(plan, config)
     shown = " and ".join(format_size(image) for image in sizes.images)
     basis = (
         "the largest micro-batch of the dataset" if plan.samples.samples else "the largest that the parameters allow"
     )
-    yield f"{DEVICES[choice.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {choice.precision}"
+    yield f"{DEVICES[config.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {config.precision}"
     if memory.training:
-        yield from _table(_training_parts(choice, memory.training))
+        yield from _table(_training_parts(config, memory.training))
     for part in memory.encoding:
         parts = "weights and largest feature maps" if part.activations else "weights"
         yield f"  {_memory(part.total)}  {part.component} while encoding, before training: {parts}"
     yield f"  {_memory(memory.peak)}  peak"
     yield f"  excludes {', '.join(('kernel workspace and driver overhead', *unknown_parts(plan)))}"
     yield "Host memory, without Python and its libraries"
-    yield from _table(host_memory(plan, choice, memory, run.encoded))
-    yield from _disk_lines(plan, choice, run)
+    yield from _table(host_memory(plan, config, memory, run.encoded))
+    yield from _disk_lines(plan, config, run)
     if estimate.fit:
-        yield from trial_lines(estimate.fit)
+        yield from candidate_lines(estimate.fit)
 
 
-def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
+def _training_parts(config: MemoryConfig, training: TrainingMemory) -> dict[str, int]:
     """Device memory during training by part, and the total; of parts that are never needed together, the larger one
     counts."""
-    kept = "recomputed block by block" if choice.recompute else "all stored"
+    kept = "recomputed block by block" if config.recompute else "all stored"
     waiting = ", block inputs offloaded to host memory" if training.on_host else ""
     moved = ", when all activations are offloaded to host memory" if training.on_host else ""
     optional = {
         f"activations ({kept}{waiting})": training.activations,
-        f"autocast copies of the weights, at the end of a forward pass{moved}": training.casts,
+        f"autocast copies of the weights, at the end of a forward pass{moved}": training.autocast_weights,
         "temporary buffers of the AdamW step, after activations are freed": training.update
         if training.update_is_fullest
         else 0,
@@ -87,8 +87,8 @@ def _training_parts(choice: Choice, training: TrainingMemory) -> dict[str, int]:
     }
 
 
-def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
-    disk = disk_use(plan, choice, run.encoded)
+def _disk_lines(plan: Plan, config: MemoryConfig, run: Workload) -> Iterator[str]:
+    disk = disk_use(plan, config, run.encoded)
     samples = len(plan.samples.samples)
     yield "Disk"
     if fetched := download_bytes(plan):
@@ -111,7 +111,7 @@ def _disk_lines(plan: Plan, choice: Choice, run: RunSizes) -> Iterator[str]:
 
 def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
     """Each output of a run: a label, its folder and its size in bytes; outputs that do not exist are omitted."""
-    disk = disk_use(plan, estimate.choice, estimate.run.encoded)
+    disk = disk_use(plan, estimate.config, estimate.run.encoded)
     output = plan.parameters.output_path
     many = "encodings" if plan.samples.samples else "encodings of each sample"
     parts = {
@@ -135,9 +135,9 @@ def _free(folder: Path, needed: int) -> str:
     return f", {format_bytes(free)} free{': not enough' if needed > free else ''}"
 
 
-def trial_lines(fit: Fit) -> Iterator[str]:
+def candidate_lines(fit: MemoryFit) -> Iterator[str]:
     """The options that were tried to make a run fit."""
-    if fit.as_it_is:
+    if fit.fits_unchanged:
         return
     yield f"Options to fit in {format_memory(fit.limit)}, cheapest first"
     for trial in fit.tried:
@@ -145,20 +145,20 @@ def trial_lines(fit: Fit) -> Iterator[str]:
         yield f"  {_memory(trial.peak)}  {words}{': fits' if trial.peak <= fit.limit else ''}"
 
 
-def verdict_line(fit: Fit) -> str:
+def verdict_line(fit: MemoryFit) -> str:
     """Whether a run fits."""
     limit = format_memory(fit.limit)
     needed = f"needs {format_memory(fit.peak)}"
-    if not fit.as_it_is:
+    if not fit.fits_unchanged:
         way = "the changes below make it fit" if fit.fits else "none of the options makes it fit"
         return f"Does not fit in {limit}: {needed}; {way}"
     left = f"{format_memory(fit.left)} left for overhead"
     return f"{'Tight' if fit.is_tight else 'Fits'} in {limit}: {needed}, {'only ' if fit.is_tight else ''}{left}"
 
 
-def change_lines(fit: Fit, stage: str | None = None) -> Iterator[str]:
+def option_lines(fit: MemoryFit, stage: str | None = None) -> Iterator[str]:
     """The flags that make a run fit, as typed on the command line."""
-    if fit.as_it_is or not fit.fits:
+    if fit.fits_unchanged or not fit.fits:
         return
     last = fit.tried[-1]
     tight = f" (tight: {format_memory(fit.left)} left)" if fit.is_tight else ""

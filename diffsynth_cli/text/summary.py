@@ -118,12 +118,12 @@ def _steps(plan: Plan) -> str:
 
 
 def _memory(plan: Plan, estimate: Estimate) -> str:
-    choice = estimate.choice
-    memory = device_memory(plan, choice)
-    largest = " and ".join(format_size(image) for image in choice.sizes.images)
-    host = sum(host_memory(plan, choice, memory, estimate.run.encoded).values())
-    device = f"{format_memory(memory.peak)} peak on the {DEVICES[choice.device]}"
-    return f"{device}, for {choice.sizes.batch} of {largest}; {format_memory(host)} of host memory"
+    config = estimate.config
+    memory = device_memory(plan, config)
+    largest = " and ".join(format_size(image) for image in config.sizes.images)
+    host = sum(host_memory(plan, config, memory, estimate.run.encoded).values())
+    device = f"{format_memory(memory.peak)} peak on the {DEVICES[config.device]}"
+    return f"{device}, for {config.sizes.batch} of {largest}; {format_memory(host)} of host memory"
 
 
 def _disk(plan: Plan, estimate: Estimate) -> str:

@@ -14,7 +14,7 @@ from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import Plan, make_plan
-from diffsynth_core.planning.sizes import run_sizes
+from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.training.encode import fill_cache
@@ -69,7 +69,7 @@ def made(plan: Plan, encodings: EncodingsPlan) -> EncodedSize:
 
 def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
     plan, encodings = encoded
-    foretold, measured = run_sizes(plan), made(plan, encodings)
+    foretold, measured = find_workload(plan), made(plan, encodings)
     assert foretold.counted
     assert foretold.encoded.narrow == measured.narrow
     assert foretold.encoded.wide == pytest.approx(
@@ -84,5 +84,5 @@ def test_the_report_of_the_dataset_foretells_the_same(encoded):
     (caption,) = (encoder.caption for encoder in plan.variant.encoders if encoder.caption)
     rules = replace(rules, captions=CaptionRule(caption, plan.tokenizers.get(caption.tokenizer)))
     _, dataset = validate(parameters.dataset_base_path, rules, CheckOptions("files", workers=1), SilentReporter())
-    published = run_sizes(replace(plan, shapes={})).encoded
+    published = find_workload(replace(plan, shapes={})).encoded
     assert encoded_bytes(dataset, shapes_of(dataset)) == (published.wide * 4 + published.narrow * 2, True)

@@ -1,94 +1,62 @@
-"""What encoders of the published VAEs hold at their fullest, counted on modules of diffusers without numbers."""
+"""What frozen VAEs hold while they encode: measured without values, against the same modules at work on the CPU."""
 
-from functools import partial
-from typing import Any
-from weakref import finalize
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from diffsynth_core.models.registry import FAMILIES
-from diffsynth_core.models.size_facts import LatentFacts
+from diffsynth_core.models.activation_memory import LiveBytes, StepInputs, measure_encoders
+from diffsynth_core.models.registry import FAMILIES, load_family
+from diffsynth_core.models.size_facts import StepSizes
 
 WITHIN = 0.1
-BYTES = 2
-BLOCKS = 4
-FLUX = partial(
-    AutoencoderKL,
-    down_block_types=("DownEncoderBlock2D",) * BLOCKS,
-    up_block_types=("UpDecoderBlock2D",) * BLOCKS,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=16,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
-WAN_2_2 = partial(
-    AutoencoderKLWan,
-    base_dim=160,
-    decoder_base_dim=256,
-    z_dim=48,
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=16,
-    latents_mean=[0.0] * 48,
-    latents_std=[1.0] * 48,
-)
-"""The configurations that the models are published with; those of the other classes are their defaults."""
+HEIGHT, WIDTH = 64, 96
+TINY = {
+    "flux": {"block_out_channels": [32, 32, 32, 32], "norm_num_groups": 32},
+    "flux2": {"block_out_channels": [32, 32, 32, 32], "norm_num_groups": 32},
+    "qwen-image": {"base_dim": 16},
+    "wan": {"base_dim": 16},
+    "wan ti2v": {"base_dim": 16, "decoder_base_dim": 16},
+}
+"""Few channels: what counts is the order in which maps come and go."""
 
 
-class Fullest(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, each memory once, apart from `weights`; keeps the most.
-
-    Of tensors without numbers (on the device `meta`), so that images may be of any size.
-    """
-
-    def __init__(self, weights: set[int]) -> None:
-        super().__init__()
-        self.alive, self.weights, self.most = {}, weights, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            memory = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if memory is not None and memory._cdata not in self.alive.keys() | self.weights:
-                self.alive[memory._cdata] = memory.nbytes()
-                finalize(memory, self.alive.pop, memory._cdata)
-        self.most = max(self.most, sum(self.alive.values()))
-        return result
+def encoders_of(name: str):
+    """The family, the encoders of a kind of its models that make latents, and the configuration of its VAE."""
+    family = name.partition(" ")[0]
+    facts = FAMILIES[family]
+    variant = facts.variant({}, (), "Wan-AI/Wan2.2-TI2V-5B" if name == "wan ti2v" else "")
+    published = [known for known in facts.published if known.component == "vae"]
+    config = {**published[0 if name == "wan ti2v" else -1].config, **TINY[name]}
+    return load_family(family), variant, tuple(encoder for encoder in variant.encoders if encoder.latents), config
 
 
-def measure(vae: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes at the fullest moment of encoding pixels of this shape."""
-    weights = {weight.untyped_storage()._cdata for weight in vae.parameters()}
-    pixels = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    with torch.no_grad(), Fullest(weights) as fullest:
-        vae.encode(pixels)
-    return fullest.most
+@pytest.mark.parametrize(("name", "frames"), [*((name, 1) for name in TINY), ("wan", 9), ("wan ti2v", 9)])
+def test_a_vae_holds_what_is_measured_without_values(name, frames):
+    family, variant, encoders, config = encoders_of(name)
+    sizes = StepSizes(1, ((frames, HEIGHT, WIDTH),), 0)
+    measured = measure_encoders(family, "vae", config, torch.float32, StepInputs(variant, encoders, sizes))
+    vae = family.build("vae", config).eval()
+    sample = {variant.target.column: torch.randn(3, frames, HEIGHT, WIDTH)}
+    with torch.no_grad(), LiveBytes([*vae.parameters(), *vae.buffers(), *sample.values()]) as live:
+        for encoder in encoders:
+            family.encode(encoder, {"vae": vae}, sample)
+    assert measured == pytest.approx(live.peak, rel=WITHIN)
 
 
-@pytest.mark.filterwarnings("ignore:There are modules in")
-@pytest.mark.parametrize(
-    ("family", "build", "factor", "frames"),
-    [
-        ("flux", FLUX, 8, 1),
-        ("flux2", AutoencoderKLFlux2, 8, 1),
-        ("qwen-image", AutoencoderKLQwenImage, 8, 1),
-        *(("wan", AutoencoderKLWan, 8, frames) for frames in (1, 9, 33)),
-        *(("wan", WAN_2_2, 16, frames) for frames in (1, 9, 33)),
-    ],
-)
-def test_the_estimate_is_what_an_encoder_holds(family, build, factor, frames):
-    with torch.device("meta"):
-        vae = build().to(torch.bfloat16).eval()
-    height, width = 96, 128  # attention on this device is that of no GPU: small enough that it does not count
-    pixels = (1, 3, height, width) if "flux" in family else (1, 3, frames, height, width)
-    latents = LatentFacts(channels=16, factor=factor)
-    numbers = FAMILIES[family].memory.encoding_numbers(latents, (frames, height, width))
-    assert BYTES * numbers == pytest.approx(measure(vae, pixels), rel=WITHIN)
+@pytest.mark.parametrize("name", ["wan", "wan ti2v"])
+def test_each_further_piece_of_a_clip_adds_the_same(name):
+    """Long clips are not measured whole."""
+    family, variant, encoders, config = encoders_of(name)
+    peaks = [
+        measure_encoders(
+            family,
+            "vae",
+            config,
+            torch.bfloat16,
+            StepInputs(variant, encoders, StepSizes(1, ((frames, HEIGHT, WIDTH),), 0)),
+        )
+        for frames in (9, 13, 17, 21)
+    ]
+    differences = [later - earlier for earlier, later in pairwise(peaks)]
+    assert len(set(differences)) == 1 and differences[0] > 0

@@ -20,14 +20,14 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.memory import (
     UPDATE_BYTES,
-    choice_of,
     count_parameters,
     device_memory,
     disk_use,
+    memory_config,
     training_memory,
 )
 from diffsynth_core.planning.plan import Plan
-from diffsynth_core.planning.sizes import run_sizes, sizes_of_sample
+from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loader import iterate_micro_batches
 from diffsynth_core.training.precompute import precompute
@@ -160,8 +160,8 @@ def estimate(plan: Plan, step: Step) -> dict[str, int]:
     sample = plan.samples.samples[micro_batch.refs[0].sample]
     tokens = max(len(encoded["prompt_embeds"]) for encoded in micro_batch.encoded)
     sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
-    choice = choice_of(plan, sizes)
-    kept, recomputed = (training_memory(plan, replace(choice, recompute=way)) for way in (False, True))
+    config = memory_config(plan, sizes)
+    kept, recomputed = (training_memory(plan, replace(config, recompute=way)) for way in (False, True))
     return {
         "weights": sum(kept.weights.values()),
         "adapters": kept.adapters,
@@ -239,11 +239,11 @@ def split_step(recipe: str, folder: Path) -> Step:
 def test_the_estimate_of_a_second_half_is_what_a_step_on_encoded_samples_takes(name, folder):
     step = split_step(RECIPES[name].format("lora"), folder)
     plan = step.plan
-    run = run_sizes(plan)
-    choice = choice_of(plan, run.largest)
-    told, measured = device_memory(plan, choice), measure(step, plan)
+    run = find_workload(plan)
+    config = memory_config(plan, run.largest)
+    told, measured = device_memory(plan, config), measure(step, plan)
     assert told.encoding == () and run.counted
-    assert disk_use(plan, choice, run.encoded).cache == 0
+    assert disk_use(plan, config, run.encoded).cache == 0
     assert (run.largest.batch, run.largest.text_tokens) == (2, max(map(_text_states, step.micro_batch.encoded)))
     parts = ("adapters", "gradients", "optimizer", "activations")
     assert sum(told.training.weights.values()) == pytest.approx(measured["weights"], rel=WITHIN)

@@ -54,8 +54,9 @@ def add_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int, pub
     own_names = {module: public_keys.to_targets(module) or () for module in modules}
     targets = [own for names in own_names.values() for own in names]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0)
+    empty = all(parameter.is_meta for parameter in model.parameters())
     try:
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=empty)
     except ValueError as error:
         raise DiffSynthError(
             f"cannot add a LoRA to these modules: {error}",
@@ -82,7 +83,8 @@ def _start(layers: Sequence[Any], seed: int, name: str) -> None:
     generator = torch.Generator().manual_seed(key_of("lora", seed, name))
     bound = a[0].numel() ** -0.5
     with torch.no_grad():
-        a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+        if not a.is_meta:
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
     for layer in layers:
         # The same module in all of them, not a copy: autograd then sums the gradients of A, and optimizers see it once.
         layer.lora_A[ADAPTER] = shared

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from diffsynth_core.config.choices import ENCODER_DTYPES
-from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, LatentFacts
+from diffsynth_core.models.size_facts import BYTES, CaptionFacts, EmbeddingSpec, LatentFacts, MediaSize
 from diffsynth_core.models.spec import EncoderFacts, Shapes
-from diffsynth_core.models.tape import BYTES, MediaSize
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens
 
 Shown = Mapping[str, tuple[MediaSize, ...]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES, TRAINING_TIMESTEPS
+from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
 Encoded = dict[str, Tensor]
@@ -46,6 +47,10 @@ class Family(ABC):
         `sample` holds what the encoder's columns name: a caption as text, what is trained on as `[3, F, H, W]` float32
         in [-1, 1], reference images as a list of such with F = 1.
         """
+
+    @abstractmethod
+    def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
+        """What the encoders make of one sample of these sizes, in shape and dtype; its values mean nothing."""
 
     @abstractmethod
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:

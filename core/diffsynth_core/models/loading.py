@@ -30,7 +30,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
     config = family.config_of(files, module_shapes(files)) | dict(files.settings)
     with init_empty_weights(include_buffers=False):
         module = family.build(files.component, config)
-    _tie(module)
+    tie(module)
     return module.eval().requires_grad_(False)
 
 
@@ -115,6 +115,7 @@ def load_component(
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
     narrow = float8_weights(files, module)
+    buffers = {name for name, _ in module.named_buffers()}
     part = part_of(files)
     label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
     with reporter.task(label, len(part.tensors), "tensors") as task:
@@ -126,13 +127,15 @@ def load_component(
                 continue
             tensor = stored if scale is None else dequantize(stored, scale)
             for name, value in files.layout.names.split(key, tensor).items():
-                wide = name in float32 or _stays_float32(module, name)
+                wide = name in float32 or stays_float32(module, name)
                 kept = torch.float32 if wide else dtype
                 changed = change(name, value, kept) if change else value
                 if name in narrow and fits(changed):
                     _store(module, name, changed, dtype, device)
                 else:
-                    _place(module, name, changed, kept, device)
+                    # A copy: a view of the file's memory would tie the model to a file that may be overwritten.
+                    placed_dtype = None if name in buffers else kept
+                    place(module, name, changed.to(device=device, dtype=placed_dtype, copy=True))
             task.advance()
     beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
     if beyond:
@@ -140,7 +143,7 @@ def load_component(
             f"{files.component}: {pluralize(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
             f"kept in {str(dtype).removeprefix('torch.')}: {list_names(beyond)}"
         )
-    _tie(module)
+    tie(module)
     return module.to(device)
 
 
@@ -159,21 +162,29 @@ def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) 
     return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
 
 
+def store_in_float8(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have an empty module store those of its weights in 8-bit floats that can be, and compute with them in `dtype`."""
+    for layer in float8_layers(module):
+        name = f"{layer}.weight"
+        if not stays_float32(module, name):
+            _store(module, name, module.get_parameter(name), dtype, torch.device("meta"))
+
+
 def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
     """Names of the weights of an empty module that are to be stored in 8-bit floats."""
     if not files.float8:
         return frozenset()
     weights = (f"{layer}.weight" for layer in float8_layers(module))
-    return frozenset(name for name in weights if not _stays_float32(module, name))
+    return frozenset(name for name in weights if not stays_float32(module, name))
 
 
-def _tie(module: nn.Module) -> None:
+def tie(module: nn.Module) -> None:
     """Make tensors one again that are one by the configuration; moving them to a device or filling them parts them."""
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
 
 
-def _stays_float32(module: nn.Module, name: str) -> bool:
+def stays_float32(module: nn.Module, name: str) -> bool:
     """Whether diffusers loads a weight in float32 whatever the dtype of the model."""
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -182,15 +193,12 @@ def _stays_float32(module: nn.Module, name: str) -> bool:
     return any(part in name.split(".") for part in kept or ())
 
 
-def _place(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Put a tensor of a file in its place, as a copy: a view would tie the model to a file that may be overwritten."""
+def place(module: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:
+    """Put a tensor into a module as its parameter or buffer of that name."""
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
-    if isinstance(getattr(parent, leaf), nn.Parameter):
-        value = nn.Parameter(value.to(device=device, dtype=dtype, copy=True), requires_grad=False)
-    else:
-        value = value.to(device=device, copy=True)
-    setattr(parent, leaf, value)
+    is_parameter = isinstance(getattr(parent, leaf), nn.Parameter)
+    setattr(parent, leaf, nn.Parameter(value, requires_grad) if is_parameter else value)
 
 
 def _store(

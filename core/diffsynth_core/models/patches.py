@@ -6,6 +6,8 @@ from itertools import count, takewhile
 import torch
 from torch import Tensor
 
+from diffsynth_core.models.size_facts import MediaSize
+
 
 def stack_samples(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack encoded samples of one shape, including texts and reference images: `[B, …]` of each `[…]`."""
@@ -32,3 +34,13 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def numbered(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """Return the tensors of a batch named `name` with 0, 1, … inserted, in this order."""
     return [batch[found] for found in takewhile(batch.__contains__, map(name.format, count()))]
+
+
+def blank_latents(channels: int, factor: int, size: MediaSize, frame_step: int = 1) -> Tensor:
+    """Latents of an image or clip, `[C, F, h, w]` float32, whose values mean nothing.
+
+    Args:
+        factor: pixels of a side of one of them. frame_step: frames in one of them.
+    """
+    frames, height, width = size
+    return torch.empty(channels, (frames - 1) // frame_step + 1, height // factor, width // factor)

@@ -2,12 +2,34 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from diffsynth_core.models.tape import MediaSize, StepSizes, Tape
+MediaSize = tuple[int, int, int]
+"""(frames, height, width) in pixels."""
+
+BYTES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+"""Of a number, by dtype."""
 
 Side = tuple[str, int]
 """A side of a tensor of the denoiser: (name in our module, axis)."""
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """What one micro-batch brings to the transformer.
+
+    `images`: what is trained on, then each image shown.
+    `text_tokens`: of the longest text, with images read with it, where the family's are not all of one length.
+    """
+
+    batch: int
+    images: tuple[MediaSize, ...]
+    text_tokens: int
+
+    @property
+    def area(self) -> int:
+        """Pixels of a frame of what is trained on."""
+        return self.images[0][1] * self.images[0][2]
 
 
 def as_written(caption: str) -> str:
@@ -67,32 +89,16 @@ class HubModelSize:
 
     `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once; 0
     where that is not known.
-    `dtype`: the format they are published in. `shapes`: those of its tensors, by the names of our module, where more
-    than their number is needed.
+    `dtype`: the format they are published in. `config`: the constructor settings of its module; None: not known.
     """
 
     component: str
     files: str
     parameters: int
     dtype: Literal["bfloat16", "float32"]
-    shapes: Callable[[], Mapping[str, tuple[int, ...]]] = dict
+    config: Mapping[str, Any] | None = None
 
 
 def unknown_size(component: str, entry: str) -> HubModelSize:
     """A component of which nothing tells the size."""
     return HubModelSize(component, entry, 0, "bfloat16")
-
-
-@dataclass(frozen=True)
-class MemoryFacts:
-    """What the memory of a step depends on.
-
-    `play`: the forward pass of the denoiser on a tape.
-    `encoding_numbers`: the latents, and what they are made of -> numbers in memory at once, weights apart, while the
-    published VAE's encoder works, at the fullest moment.
-    `wide`: parts of the names of weights that stay float32 in a frozen denoiser.
-    """
-
-    play: Callable[[Tape, StepSizes], None]
-    encoding_numbers: Callable[[LatentFacts, MediaSize], int]
-    wide: frozenset[str] = frozenset()

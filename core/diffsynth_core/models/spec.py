@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from diffsynth_core.config.choices import LayoutName, LoraFormat
 from diffsynth_core.data.conditions import Condition, TargetSpec
-from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts, MemoryFacts
+from diffsynth_core.models.size_facts import CaptionFacts, EmbeddingSpec, HubModelSize, LatentFacts
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora_formats import LoraNaming
 
@@ -141,6 +141,7 @@ class EncoderFacts:
         version: incremented when the encoding of the same inputs changes, so that older cache entries are not reused.
         caption, latents, states: size of its output, if it reads a caption, produces latents of all columns, or a
             fixed number of states.
+        reads_values: reads values of images, so that its memory cannot be measured without them.
     """
 
     name: str
@@ -152,6 +153,7 @@ class EncoderFacts:
     caption: CaptionFacts | None = None
     latents: LatentFacts | None = None
     states: EmbeddingSpec | None = None
+    reads_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ class FamilyFacts:
         conditions: extra inputs that are metadata columns, of all its variants.
         frame_inputs: extra inputs that are frames of the target clip, not columns.
         later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
+        fp32_modules: parts of the keys of weights that stay float32 in a frozen denoiser.
     """
 
     name: str
@@ -249,7 +252,6 @@ class FamilyFacts:
     variant: Callable[[Mapping[str, Shapes], tuple[str, ...], str], Variant]
     text_column: str
     tokenizers: Mapping[str, "TokenizerFacts"]
-    memory: MemoryFacts
     published: tuple[HubModelSize, ...]
     shape_constraints: tuple[ShapeConstraint, ...] = ()
     mirrors: Mapping[str, str] = field(default_factory=dict)
@@ -259,6 +261,7 @@ class FamilyFacts:
     conditions: tuple[Condition, ...] = ()
     frame_inputs: tuple[str, ...] = ()
     later_inputs: tuple[str, ...] = ()
+    fp32_modules: frozenset[str] = frozenset()
 
     def component(self, name: str) -> ComponentFacts:
         """Return the component of a name."""

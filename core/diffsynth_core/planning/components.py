@@ -11,6 +11,7 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
 from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
+from diffsynth_core.models.hub_shapes import hub_shapes
 from diffsynth_core.models.recognition import component_at
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.shapes import layers_of_blocks
@@ -200,7 +201,7 @@ def _use_published_sizes(
             settings=settings,
             float8=entry in parameters.fp8_models,
         )
-        assigned.shapes[component.name] = dict(published.shapes())
+        assigned.shapes[component.name] = hub_shapes(facts, published)
         found[component.name] = published
     return found
 

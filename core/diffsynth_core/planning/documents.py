@@ -10,10 +10,10 @@ from diffsynth_core.config.gpu_memory import memory_bytes
 from diffsynth_core.config.recipes import recipe_names
 from diffsynth_core.config.resolve import resolve_stages
 from diffsynth_core.files import write_text
-from diffsynth_core.planning.fitting import Fit, find_fit
-from diffsynth_core.planning.memory import choice_of
+from diffsynth_core.planning.fitting import MemoryFit, find_fit
+from diffsynth_core.planning.memory import memory_config
 from diffsynth_core.planning.plan import make_plan
-from diffsynth_core.planning.sizes import run_sizes
+from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter, format_memory
 
 PAGE = "gpu_memory.md"
@@ -49,16 +49,16 @@ def _rows() -> Iterator[str]:
     for recipe in recipe_names():
         for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
             plan = make_plan(resolved, SilentReporter(), without_files=True)
-            choice = choice_of(plan, run_sizes(plan).largest)
-            fits = [find_fit(plan, choice, memory_bytes(size)) for size in GPUS]
+            config = memory_config(plan, find_workload(plan).largest)
+            fits = [find_fit(plan, config, memory_bytes(size)) for size in GPUS]
             stage = f", stage `{resolved.stage}`" if resolved.stage else ""
             yield f"| `{recipe}`{stage} | {format_memory(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
 
 
-def _in_words(fit: Fit) -> str:
+def _in_words(fit: MemoryFit) -> str:
     if not fit.fits:
         return "does not fit"
-    words = "unchanged" if fit.as_it_is else "; ".join(change.words for change in fit.tried[-1].changes)
+    words = "unchanged" if fit.fits_unchanged else "; ".join(change.words for change in fit.tried[-1].changes)
     return f"{words} (tight)" if fit.is_tight else words
 
 

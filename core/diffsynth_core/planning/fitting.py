@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from shlex import quote
 
-from diffsynth_core.planning.memory import Choice, device_memory
+from diffsynth_core.planning.memory import MemoryConfig, device_memory
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.sizes import shrink
 
@@ -17,43 +17,43 @@ TIGHT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Change:
-    """Something to do otherwise: in words, by the flags that do it, quoted for a shell, and as the choice they make."""
+class MemoryOption:
+    """Something to do otherwise: in words, by the flags that do it, quoted for a shell, and as the config they make."""
 
     words: str
     flag: str
-    choice: Choice
+    config: MemoryConfig
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """Changes together, and the memory of the device at its fullest with them, in bytes."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[MemoryOption, ...]
     peak: int
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """Whether a run fits in `limit` bytes, and what was tried, the last of which fits if `fits`."""
 
     limit: int
     peak: int
-    tried: tuple[Trial, ...]
+    tried: tuple[Candidate, ...]
 
     @property
-    def as_it_is(self) -> bool:
+    def fits_unchanged(self) -> bool:
         return self.peak <= self.limit
 
     @property
     def fits(self) -> bool:
         """As it is, or with the last change that was tried."""
-        return self.as_it_is or bool(self.tried and self.tried[-1].peak <= self.limit)
+        return self.fits_unchanged or bool(self.tried and self.tried[-1].peak <= self.limit)
 
     @property
     def left(self) -> int:
         """Bytes of the GPU that are left, as it is or with the last change that was tried."""
-        return self.limit - (self.peak if self.as_it_is else self.tried[-1].peak)
+        return self.limit - (self.peak if self.fits_unchanged else self.tried[-1].peak)
 
     @property
     def is_tight(self) -> bool:
@@ -61,57 +61,60 @@ class Fit:
         return self.fits and self.left < TIGHT_BYTES
 
 
-def find_fit(plan: Plan, choice: Choice, limit: int) -> Fit:
+def find_fit(plan: Plan, config: MemoryConfig, limit: int) -> MemoryFit:
     """Each change alone, those first that cost the least, then one upon the other, until the run fits.
 
     Args:
         limit: memory of the GPU in bytes.
     """
-    peak = device_memory(plan, choice).peak
-    tried: list[Trial] = []
+    peak = device_memory(plan, config).peak
+    tried: list[Candidate] = []
     if peak <= limit:
-        return Fit(limit, peak, ())
-    changes = list(_changes(plan, choice))
+        return MemoryFit(limit, peak, ())
+    changes = list(_options(plan, config))
     for change in changes:
-        tried.append(Trial((change,), device_memory(plan, change.choice).peak))
-        if tried[-1].peak <= limit:
-            return Fit(limit, peak, tuple(tried))
-    together, lowest = choice, peak
-    made: tuple[Change, ...] = ()
+        reached = device_memory(plan, change.config).peak
+        if reached >= peak and change.config.float8 != config.float8:
+            continue  # of an encoder that is not the fullest stage; upon other changes it may become it
+        tried.append(Candidate((change,), reached))
+        if reached <= limit:
+            return MemoryFit(limit, peak, tuple(tried))
+    together, lowest = config, peak
+    made: tuple[MemoryOption, ...] = ()
     for change in changes:
-        combined = _combine(together, choice, change.choice)
+        combined = _combined(together, config, change.config)
         reached = device_memory(plan, combined).peak
         if reached >= lowest:
             continue
-        together, made, lowest = combined, _with_change(made, change), reached
+        together, made, lowest = combined, _with_option(made, change), reached
         if len(made) > 1:
-            tried.append(Trial(made, reached))
+            tried.append(Candidate(made, reached))
         if reached <= limit:
             break
-    return Fit(limit, peak, tuple(tried))
+    return MemoryFit(limit, peak, tuple(tried))
 
 
-def _changes(plan: Plan, choice: Choice) -> Iterator[Change]:
+def _options(plan: Plan, config: MemoryConfig) -> Iterator[MemoryOption]:
     """What may be done otherwise, that first which costs the least."""
-    sizes, rank = choice.sizes, choice.rank
-    if not choice.recompute:
-        recomputed = replace(choice, recompute=True)
-        yield Change("recompute activations", "--use_gradient_checkpointing", recomputed)
-    if not choice.offload:
-        waiting = replace(choice, recompute=True, offload=True)
+    sizes, rank = config.sizes, config.rank
+    if not config.recompute:
+        recomputed = replace(config, recompute=True)
+        yield MemoryOption("recompute activations", "--use_gradient_checkpointing", recomputed)
+    if not config.offload:
+        waiting = replace(config, recompute=True, offload=True)
         words = "recompute activations, offload block inputs to host memory"
-        yield Change(words, "--use_gradient_checkpointing_offload", waiting)
+        yield MemoryOption(words, "--use_gradient_checkpointing_offload", waiting)
     if sizes.batch > 1:
-        yield Change("batch size 1", "--batch_size 1", replace(choice, sizes=replace(sizes, batch=1)))
+        yield MemoryOption("batch size 1", "--batch_size 1", replace(config, sizes=replace(sizes, batch=1)))
     for name in _rounded(plan):
-        if name not in choice.float8:
-            kept = replace(choice, float8=choice.float8 | {name})
+        if name not in config.float8:
+            kept = replace(config, float8=config.float8 | {name})
             entries = quote(",".join((*plan.parameters.fp8_models, _entry(plan, name))))
-            yield Change(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
+            yield MemoryOption(f"{name} in 8-bit floats", f"--fp8_models {entries}", kept)
     for lower in (rank // 2, rank // 4) if plan.training.lora_component else ():
         if lower:
-            yield Change(f"rank {lower}", f"--lora_rank {lower}", replace(choice, rank=lower))
-    yield from _smaller(plan, choice)
+            yield MemoryOption(f"rank {lower}", f"--lora_rank {lower}", replace(config, rank=lower))
+    yield from _smaller(plan, config)
 
 
 def _rounded(plan: Plan) -> list[str]:
@@ -125,24 +128,24 @@ def _entry(plan: Plan, component: str) -> str:
     return plan.components[component].origin.partition(", ")[0]
 
 
-def _smaller(plan: Plan, choice: Choice) -> Iterator[Change]:
+def _smaller(plan: Plan, config: MemoryConfig) -> Iterator[MemoryOption]:
     """Shorter clips, then smaller images."""
-    parameters, target, sizes = plan.parameters, plan.variant.target, choice.sizes
+    parameters, target, sizes = plan.parameters, plan.variant.target, config.sizes
     longest = sizes.images[0][0]
     for share in SHARES if longest > 1 else ():
         frames = int(longest * share) // target.frame_step * target.frame_step + 1
         shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.images)
-        fewer = replace(choice, sizes=replace(sizes, images=shorter))
-        yield Change(f"{frames} frames", f"--num_frames {frames}", fewer)
+        fewer = replace(config, sizes=replace(sizes, images=shorter))
+        yield MemoryOption(f"{frames} frames", f"--num_frames {frames}", fewer)
     for share in SHARES:
         smaller = shrink(sizes, share, target.size_factor)
         _, height, width = smaller.images[0]
         fixed = parameters.height and parameters.width
         flag = f"--height {height} --width {width}" if fixed else f"--max_pixels {int(sizes.area * share)}"
-        yield Change(f"at most {width} x {height}", flag, replace(choice, sizes=smaller))
+        yield MemoryOption(f"at most {width} x {height}", flag, replace(config, sizes=smaller))
 
 
-def _with_change(made: tuple[Change, ...], change: Change) -> tuple[Change, ...]:
+def _with_option(made: tuple[MemoryOption, ...], change: MemoryOption) -> tuple[MemoryOption, ...]:
     """Changes and one more, which takes the place of an earlier one of the same parameter.
 
     Several components are named in one `fp8_models`.
@@ -156,8 +159,8 @@ def _with_change(made: tuple[Change, ...], change: Change) -> tuple[Change, ...]
     return (*others, change)
 
 
-def _combine(together: Choice, before: Choice, changed: Choice) -> Choice:
-    """What was changed already, and what a single change made of the choice before."""
+def _combined(together: MemoryConfig, before: MemoryConfig, changed: MemoryConfig) -> MemoryConfig:
+    """What was changed already, and what a single change made of the config before."""
     return replace(
         together,
         recompute=together.recompute or changed.recompute,

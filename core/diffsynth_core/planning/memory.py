@@ -12,8 +12,14 @@ from diffsynth_core.config.choices import COMPUTE_DTYPES
 from diffsynth_core.models.bases import part_of
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.shapes import layers_of_blocks
-from diffsynth_core.models.spec import Shapes, is_below
-from diffsynth_core.models.tape import BYTES, MediaSize, Network, StepSizes, Tape
+from diffsynth_core.models.size_facts import BYTES, StepSizes
+from diffsynth_core.planning.activations import (
+    encoder_activations,
+    measured_encoders,
+    step_activations,
+    step_components,
+    trainable_weights,
+)
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.weights.base_files import FLOAT8
@@ -29,7 +35,7 @@ PREFETCHED = 2
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemoryConfig:
     """What of a run its memory depends on, and what may be chosen otherwise.
 
     `device`: cuda, which stands for all accelerators, or cpu.
@@ -49,10 +55,8 @@ class Choice:
 class TrainingMemory:
     """Bytes on the device while training, by part.
 
-    `casts`: weights in the format of the computation, which autocast keeps to the end of a forward pass. They count
-    where the device is at its fullest then: when there are gradients during a forward pass already, of an earlier
-    micro-batch or where several processes exchange them, and the casts are more than what a recomputed block needs
-    later. Otherwise the backward pass takes more, since the gradients it makes are larger than the casts.
+    `autocast_weights`: autocast copies of weights, which live until the forward pass ends. They raise the peak only
+    with gradient accumulation or DDP, when there are gradients already, and only if larger than a recomputed block.
     `update`: what the optimizer works with in its step, when activations and casts are gone.
     `on_host`: what waits in host memory for the backward pass.
     """
@@ -62,19 +66,19 @@ class TrainingMemory:
     gradients: int
     optimizer: int
     activations: int
-    casts: int
+    autocast_weights: int
     on_host: int
     update: int
 
     @property
     def update_is_fullest(self) -> bool:
         """Whether the step of the optimizer takes more than the passes before it."""
-        return self.update > self.activations + self.casts
+        return self.update > self.activations + self.autocast_weights
 
     @property
     def total(self) -> int:
         lasting = sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
-        return lasting + max(self.activations + self.casts, self.update)
+        return lasting + max(self.activations + self.autocast_weights, self.update)
 
 
 @dataclass(frozen=True)
@@ -130,28 +134,30 @@ def device_and_precision(plan: Plan) -> tuple[str, str]:
     return "cuda", parameters.mixed_precision or "bf16"
 
 
-def choice_of(plan: Plan, sizes: StepSizes) -> Choice:
+def memory_config(plan: Plan, sizes: StepSizes) -> MemoryConfig:
     """What a plan says."""
     parameters = plan.parameters
     device, precision = device_and_precision(plan)
     offload = parameters.use_gradient_checkpointing_offload
     kept = frozenset(name for name, files in plan.components.items() if files.float8)
     recompute = parameters.use_gradient_checkpointing or offload
-    return Choice(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
+    return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
 
 
-def device_memory(plan: Plan, choice: Choice) -> DeviceMemory:
+def device_memory(plan: Plan, config: MemoryConfig) -> DeviceMemory:
     """Memory of the device at its fullest, by stage and part."""
-    training = training_memory(plan, choice) if plan.task.trains and _sizes_known(plan) else None
-    return DeviceMemory(training, encoding_memory(plan, choice))
+    training = training_memory(plan, config) if plan.task.trains and _sizes_known(plan) else None
+    return DeviceMemory(training, encoding_memory(plan, config))
 
 
 def unknown_parts(plan: Plan) -> list[str]:
     """What takes memory and is not in the estimate, as words."""
     needed = components_of(plan.task, plan.variant) | plan.components.keys()
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
-    online = sorted(plan.training.components - {plan.facts.denoiser})
-    unknown += [f"activations that autograd keeps of {name}" for name in {*online, *plan.variant.step_components}]
+    measured = {plan.facts.denoiser, *(encoder.component for encoder in measured_encoders(plan))}
+    measured |= step_components(plan) & set(plan.variant.step_components)
+    in_step = {*plan.training.components, *plan.variant.step_components}
+    unknown += [f"activations that autograd keeps of {name}" for name in in_step - measured]
     if plan.world_size > 1 and plan.task.trains:
         unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
@@ -163,19 +169,6 @@ def count_parameters(plan: Plan, component: str) -> int:
     if shapes:
         return sum(map(math.prod, shapes.values()))
     return plan.published[component].parameters if component in plan.published else 0
-
-
-def trained_weights(plan: Plan, component: str) -> frozenset[str]:
-    """Names of a component's tensors that take gradients, without LoRA."""
-    shapes = plan.shapes.get(component, {})
-    asked = _masters(plan, component)
-    dead = plan.variant.unused_params(plan.facts.component(component), frozenset(shapes))
-    return frozenset(name for name in asked if not is_below(name, dead))
-
-
-def _masters(plan: Plan, component: str) -> frozenset[str]:
-    """Names of a component's tensors that are named to train, and float32 for that, whether a gradient reaches them."""
-    return plan.training.weights(component, plan.components[component].layout, plan.shapes.get(component, {}))
 
 
 def lora_numbers(plan: Plan, rank: int) -> int:
@@ -193,7 +186,11 @@ def lora_numbers(plan: Plan, rank: int) -> int:
 
 def full_numbers(plan: Plan) -> int:
     """Numbers that take gradients without LoRA."""
-    return sum(math.prod(plan.shapes[name][weight]) for name in plan.shapes for weight in trained_weights(plan, name))
+    return sum(
+        math.prod(shapes[weight])
+        for name, shapes in plan.shapes.items()
+        for weight in trainable_weights(plan, name, shapes)
+    )
 
 
 def count_trained(plan: Plan) -> int:
@@ -201,82 +198,61 @@ def count_trained(plan: Plan) -> int:
     return lora_numbers(plan, plan.parameters.lora_rank) + full_numbers(plan)
 
 
-def training_memory(plan: Plan, choice: Choice) -> TrainingMemory:
+def training_memory(plan: Plan, config: MemoryConfig) -> TrainingMemory:
     """Memory of the largest micro-batch's step."""
     names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components} & plan.components.keys()
-    networks = {name: _network(plan, name, choice) for name in sorted(names)}
-    adapters = lora_numbers(plan, choice.rank)
+    adapters = lora_numbers(plan, config.rank)
     trained = adapters + full_numbers(plan)
-    denoiser = networks[plan.facts.denoiser]
-    autocast = None if choice.precision == "no" else COMPUTE_DTYPES[choice.precision]
-    tape = Tape(denoiser, autocast, choice.device, choice.recompute)
-    plan.facts.memory.play(tape, choice.sizes)
-    rounds = max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
-    kept = rounds * tape.kept
-    on_host = kept if choice.offload and choice.device != "cpu" else 0
-    block = tape.largest_block + (tape.block_inputs if on_host else 0)
-    early = plan.parameters.gradient_accumulation_steps > 1 or plan.world_size > 1
-    casts = tape.casts if early and tape.casts > block else 0
+    activations = step_activations(plan, config)
+    kept = activations.checkpointed if config.recompute else activations.stored
+    kept *= max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
+    on_host = kept if config.offload and config.device != "cpu" else 0
+    block, casts = 0, 0
+    if config.recompute:
+        block = activations.largest_block + (activations.block_inputs if on_host else 0)
+        early = plan.parameters.gradient_accumulation_steps > 1 or plan.world_size > 1
+        casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
     return TrainingMemory(
-        {name: network_bytes(network) for name, network in networks.items()},
+        {name: weight_bytes(plan, name, config) for name in sorted(names)},
         adapters * BYTES["float32"],
         trained * GRADIENT_BYTES,
         trained * OPTIMIZER_BYTES,
         kept - on_host + (0 if casts else block),
         casts,
         on_host,
-        trained * UPDATE_BYTES[choice.device],
+        trained * UPDATE_BYTES[config.device],
     )
 
 
-def network_bytes(network: Network) -> int:
-    """Of the weights of a network."""
-    narrow = {f"{module}.weight" for module in network.float8}
-    return sum(
-        math.prod(shape) * BYTES["float8" if name in narrow else network.dtype_of(name)]
-        for name, shape in network.shapes.items()
-    )
-
-
-def _network(plan: Plan, component: str, choice: Choice) -> Network:
-    shapes: Shapes = plan.shapes.get(component, {})
+def weight_bytes(plan: Plan, component: str, config: MemoryConfig) -> int:
+    """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
+    low = BYTES[COMPUTE_DTYPES[config.precision]]
+    shapes = plan.shapes.get(component)
     if not shapes:
-        shapes = {"all": (count_parameters(plan, component),)}
-    denoiser = component == plan.facts.denoiser
-    wide = plan.facts.memory.wide if denoiser else frozenset[str]()
-    public_keys = plan.components[component].layout.public_keys
-    modules = plan.training.lora_modules if component == plan.training.lora_component else ()
-    lora = {own: choice.rank for module in modules for own in public_keys.to_targets(module) or ()}
-    trained, masters = trained_weights(plan, component), _masters(plan, component)
-    float8 = {name for name in layers_of_blocks(shapes) if wide.isdisjoint(name.split("."))}
-    narrow = frozenset(float8) if component in choice.float8 else frozenset[str]()
-    return Network(shapes, COMPUTE_DTYPES[choice.precision], trained, masters, lora, narrow, wide)
+        return count_parameters(plan, component) * low
+    fp32_modules = plan.facts.fp32_modules if component == plan.facts.denoiser else frozenset[str]()
+    fp32 = {name for name in shapes if not fp32_modules.isdisjoint(name.split("."))}
+    fp32 |= plan.training.weights(component, plan.components[component].layout, shapes)
+    layers = layers_of_blocks(shapes) if component in config.float8 else ()
+    float8 = {f"{layer}.weight" for layer in layers} - fp32
+    sizes = {**dict.fromkeys(fp32, BYTES["float32"]), **dict.fromkeys(float8, BYTES["float8"])}
+    return sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items())
 
 
-def encoding_memory(plan: Plan, choice: Choice) -> tuple[EncodingMemory, ...]:
+def encoding_memory(plan: Plan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:
     """Memory of each frozen encoder while it encodes the largest sample."""
     if plan.encoded:
         return ()
     encoders = {encoder.component for encoder in plan.variant.encoders}
     frozen = sorted((encoders & plan.components.keys()) - plan.training.components)
-    found = []
-    for name in frozen:
-        precision = "no" if choice.precision == "fp16" else choice.precision
-        weights = network_bytes(_network(plan, name, replace(choice, precision=precision)))
-        maps = _maps(plan, name, choice.sizes.images) * BYTES[COMPUTE_DTYPES[precision]]
-        found.append(EncodingMemory(name, weights, maps))
-    return tuple(found)
+    in_encoders = replace(config, precision="no") if config.precision == "fp16" else config
+    return tuple(
+        EncodingMemory(name, weight_bytes(plan, name, in_encoders), encoder_activations(plan, name, in_encoders))
+        for name in frozen
+    )
 
 
-def _maps(plan: Plan, component: str, images: tuple[MediaSize, ...]) -> int:
-    """Numbers that a component works with at its fullest while it makes latents of the largest image; 0 when it makes
-    none."""
-    made = {encoder.latents for encoder in plan.variant.encoders if encoder.component == component and encoder.latents}
-    numbers = (plan.facts.memory.encoding_numbers(latents, image) for latents in made for image in images)
-    return max(numbers, default=0)
-
-
-def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:
+def host_memory(plan: Plan, config: MemoryConfig, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:
     """Bytes of host memory by what they are for, beside Python and its libraries.
 
     `encoded`: of all samples.
@@ -292,15 +268,15 @@ def host_memory(plan: Plan, choice: Choice, memory: DeviceMemory, encoded: Encod
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
     if parameters.dataset_num_workers and plan.samples.samples:
-        sample = encoded.bytes_in(choice.precision) // len(plan.samples.samples)
-        ready = parameters.dataset_num_workers * PREFETCHED * choice.sizes.batch * sample
+        sample = encoded.bytes_in(config.precision) // len(plan.samples.samples)
+        ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
         parts[f"samples prefetched by {parameters.dataset_num_workers} workers"] = ready
     return parts
 
 
-def disk_use(plan: Plan, choice: Choice, encoded: EncodedSize) -> DiskUse:
+def disk_use(plan: Plan, config: MemoryConfig, encoded: EncodedSize) -> DiskUse:
     """Bytes that a run writes, of all samples what is `encoded`."""
-    cache = 0 if plan.encoded else encoded.bytes_in(choice.precision)
+    cache = 0 if plan.encoded else encoded.bytes_in(config.precision)
     states = most_states(plan, plan.parameters.keep_states)
     return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
 

@@ -17,8 +17,8 @@ from diffsynth_core.models.encoded_sizes import (
     embedding_dim,
     encoded_size,
 )
+from diffsynth_core.models.size_facts import BYTES, MediaSize, StepSizes
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.models.tape import BYTES, MediaSize, StepSizes
 from diffsynth_core.planning.plan import Plan
 
 ASSUMED_CAPTION = 300
@@ -26,7 +26,7 @@ ASSUMED_CAPTION = 300
 
 
 @dataclass(frozen=True)
-class RunSizes:
+class Workload:
     """What a run is made of.
 
     `largest`: the micro-batch of most pixels that the dataset gives; without one, the largest that the parameters
@@ -40,7 +40,7 @@ class RunSizes:
     counted: bool
 
 
-def run_sizes(plan: Plan) -> RunSizes:
+def find_workload(plan: Plan) -> Workload:
     """How large what a run works with is."""
     samples = plan.samples.samples
     if not samples:
@@ -56,7 +56,7 @@ def run_sizes(plan: Plan) -> RunSizes:
 
     largest = max(samples, key=lambda sample: batch(sample) * sum(map(math.prod, sample.shape)))
     sizes = replace(sizes_of_sample(plan, largest, max(states)), batch=batch(largest))
-    return RunSizes(sizes, sum(each, EncodedSize()), counted)
+    return Workload(sizes, sum(each, EncodedSize()), counted)
 
 
 def sizes_of_sample(plan: Plan, sample: Sample, text_states: int) -> StepSizes:
@@ -106,7 +106,7 @@ def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
     return replace(sizes, images=images)
 
 
-def _assumed(plan: Plan) -> RunSizes:
+def _assumed(plan: Plan) -> Workload:
     """Of the largest sample that the parameters allow, with an image of each kind that the model is shown."""
     parameters, target = plan.parameters, plan.variant.target
     side = math.isqrt(parameters.max_pixels) // target.size_factor * target.size_factor
@@ -119,7 +119,7 @@ def _assumed(plan: Plan) -> RunSizes:
     shown = {target.column: ((frames, height, width),), **images}
     (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
     largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
-    return RunSizes(largest, _encoded(plan, states, shown), counted)
+    return Workload(largest, _encoded(plan, states, shown), counted)
 
 
 def _assumed_size(condition: Condition, height: int, width: int, max_pixels: int) -> MediaSize:
@@ -134,5 +134,4 @@ def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: 
     target = shown[variant.target.column]
     others = {name: found for name, found in shown.items() if name in encoded and name != variant.target.column}
     beside = () if variant.step_components else tuple(image for found in others.values() for image in found)
-    settings = plan.components[plan.facts.denoiser].settings if plan.facts.denoiser in plan.components else {}
-    return StepSizes(1, (*target, *beside), text_states, frozenset(settings), bool(variant.num_conditioning_frames))
+    return StepSizes(1, (*target, *beside), text_states)

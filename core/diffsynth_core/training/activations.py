@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 Packed = Tensor | tuple[torch.device, Tensor]
 
 
-class HostActivations(saved_tensors_hooks):
+class OffloadActivations(saved_tensors_hooks):
     """Within this context what the backward pass needs waits in host memory; parameters stay where they are.
 
     Together with gradient checkpointing these are the inputs of the checkpointed blocks

@@ -23,12 +23,12 @@ def load_for_run(
         FaultsFound: as `load_component`.
     """
     if plan.fused_lora is None or plan.fused_lora.component != component:
-        masters = _masters(plan, component)
-        return load_component(family, plan.components[component], dtype, device, reporter, float32=masters)
+        fp32_params = _fp32_params(plan, component)
+        return load_component(family, plan.components[component], dtype, device, reporter, float32=fp32_params)
     return _load_merged(plan, plan.fused_lora, family, dtype, device, reporter)
 
 
-def _masters(plan: Plan, component: str) -> frozenset[str]:
+def _fp32_params(plan: Plan, component: str) -> frozenset[str]:
     """The weights that train: in fewer bits most steps would not move them."""
     files = plan.components[component]
     return plan.training.weights(component, files.layout, module_shapes(files))
@@ -49,8 +49,8 @@ def _load_merged(
             error.add(RelativeError(squared, delta.squared_norm))
             return result.reshape(value.shape)
 
-        masters = _masters(plan, fused_lora.component)
-        module = load_component(family, files, dtype, device, reporter, merged, masters)
+        fp32_params = _fp32_params(plan, fused_lora.component)
+        module = load_component(family, files, dtype, device, reporter, merged, fp32_params)
     reporter.info(f"Preset LoRA `{fused_lora.file.path}` merged into {fused_lora.changes} of {files.component}")
     if error.value > MAX_SILENT_ERROR:
         reporter.warn(

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth_core.adapters.lora import add_lora, load_lora
+from diffsynth_core.adapters.lora import load_lora
 from diffsynth_core.models.family import Encoded, Family, frozen_dtype
 from diffsynth_core.models.loading import stored_dtypes
+from diffsynth_core.models.prepare import prepare_component
+from diffsynth_core.planning.activations import component_setup
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import Plan
 from diffsynth_core.progress import Reporter
-from diffsynth_core.training.activations import HostActivations
+from diffsynth_core.training.activations import OffloadActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.loading import load_for_run
@@ -47,7 +49,7 @@ class TrainingModule(nn.Module):
         batch, settings = self._encode(micro_batch), self._parameters_of_run
 
         def predict(noisy: Tensor, sigma: Tensor) -> Tensor:
-            with HostActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
+            with OffloadActivations() if settings.use_gradient_checkpointing_offload else nullcontext():
                 return self._family.predict_velocity(self._known(), noisy, sigma, batch)
 
         draws = [
@@ -97,26 +99,14 @@ def build_training_module(
         if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.step_components):
             continue
         module = load_for_run(plan, family, name, frozen_dtype(plan.mixed_precision), load_device, reporter).to(device)
-        _train_weights(plan, family, name, module)
-        if name == training.lora_component:
-            public_keys, naming = plan.components[name].layout.public_keys, plan.facts.component(name).lora_naming
-            add_lora(module, training.lora_modules, settings.lora_rank, settings.seed, public_keys)
-            if settings.lora_checkpoint:
-                filled = load_lora(module, settings.lora_checkpoint, naming, public_keys)
-                reporter.info(
-                    f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
-                )
-        if settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload:
-            family.checkpoint_gradients(name, module)
+        parameters = [parameter_name for parameter_name, _ in module.named_parameters()]
+        prepare_component(family, name, module, component_setup(plan, name, parameters, settings.lora_rank))
+        if name == training.lora_component and settings.lora_checkpoint:
+            naming = plan.facts.component(name).lora_naming
+            filled = load_lora(module, settings.lora_checkpoint, naming, plan.components[name].layout.public_keys)
+            reporter.info(
+                f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
+            )
         components[name] = module
         tokenizers.update(load_tokenizers(plan, family, name))
     return TrainingModule(plan, encodings, family, components, tokenizers)
-
-
-def _train_weights(plan: Plan, family: Family, name: str, module: nn.Module) -> None:
-    """Let those of a component's weights take gradients that are to train and that a gradient can reach."""
-    parameters = dict(module.named_parameters())
-    asked = plan.training.weights(name, plan.components[name].layout, parameters)
-    alive = asked - family.unused_parameters(name, module, plan.variant)
-    for parameter_name, parameter in parameters.items():
-        parameter.requires_grad_(parameter_name in alive)

@@ -12,23 +12,23 @@ from diffsynth_core.planning.fitting import find_fit
 from diffsynth_core.planning.memory import (
     OPTIMIZER_BYTES,
     PREFETCHED,
-    Choice,
     DeviceMemory,
     EncodingMemory,
+    MemoryConfig,
     checkpoint_bytes,
-    choice_of,
     count_checkpoints,
     count_trained,
     device_memory,
     disk_use,
     encoding_memory,
     host_memory,
+    memory_config,
     most_states,
     state_bytes,
     training_memory,
 )
 from diffsynth_core.planning.plan import Plan, make_plan
-from diffsynth_core.planning.sizes import RunSizes, run_sizes, shrink
+from diffsynth_core.planning.sizes import Workload, find_workload, shrink
 from diffsynth_core.planning.states_on_disk import state_problems
 from diffsynth_core.progress import SilentReporter
 
@@ -47,9 +47,9 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
     return make
 
 
-def chosen(plan: Plan, **changes: object) -> tuple[Choice, RunSizes]:
-    sizes = run_sizes(plan)
-    return replace(choice_of(plan, sizes.largest), **changes), sizes
+def chosen(plan: Plan, **changes: object) -> tuple[MemoryConfig, Workload]:
+    sizes = find_workload(plan)
+    return replace(memory_config(plan, sizes.largest), **changes), sizes
 
 
 def test_a_component_that_trains_does_not_come_and_go_as_an_encoder(plan):
@@ -67,17 +67,17 @@ def test_the_peak_is_that_of_the_fullest_stage():
 
 def test_offloaded_inputs_of_a_block_are_on_the_device_while_it_is_recomputed(plan):
     made = plan()
-    choice, _ = chosen(made, recompute=True)
-    here, away = (training_memory(made, replace(choice, offload=offload)) for offload in (False, True))
+    config, _ = chosen(made, recompute=True)
+    here, away = (training_memory(made, replace(config, offload=offload)) for offload in (False, True))
     # Of the many kept inputs those of one block come back, so that a few large tensors are the difference.
-    assert here.activations == away.on_host + away.activations - _inputs_of_a_block(made, choice)
+    assert here.activations == away.on_host + away.activations - _inputs_of_a_block(made, config)
     assert here.on_host == 0
 
 
-def _inputs_of_a_block(plan: Plan, choice: Choice) -> int:
+def _inputs_of_a_block(plan: Plan, config: MemoryConfig) -> int:
     """Text and image states in bfloat16, and the vector of the time."""
     width = plan.shapes["dit"]["x_embedder.weight"][0]
-    _, height, wide = choice.sizes.images[0]
+    _, height, wide = config.sizes.images[0]
     return 2 * width * (height // 16 * (wide // 16) + 512 + 1)
 
 
@@ -92,9 +92,9 @@ def test_checkpoints_and_state_on_disk(plan):
     made, half = plan(), plan(save_dtype="bfloat16")
     numbers = count_trained(made)
     assert (checkpoint_bytes(made), checkpoint_bytes(half)) == (4 * numbers, 2 * numbers)
-    choice, sizes = chosen(made)
+    config, sizes = chosen(made)
     # Resuming needs the weights in float32 and both moments of AdamW.
-    assert disk_use(made, choice, sizes.encoded).state == numbers * (4 + OPTIMIZER_BYTES)
+    assert disk_use(made, config, sizes.encoded).state == numbers * (4 + OPTIMIZER_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -126,25 +126,25 @@ def test_states_that_do_not_fit_the_disk_are_told_with_the_way_out(plan, dataset
 
 def test_each_worker_has_micro_batches_ready(plan, dataset):
     made = plan(dataset_base_path=str(dataset), dataset_num_workers=3, batch_size=2, dataset_repeat=2)
-    choice, sizes = chosen(made)
+    config, sizes = chosen(made)
     sample = sizes.encoded.bytes_in("bf16") // len(made.samples.samples)
-    ready = host_memory(made, choice, DeviceMemory(None, ()), sizes.encoded)["samples prefetched by 3 workers"]
-    assert ready == 3 * PREFETCHED * choice.sizes.batch * sample
+    ready = host_memory(made, config, DeviceMemory(None, ()), sizes.encoded)["samples prefetched by 3 workers"]
+    assert ready == 3 * PREFETCHED * config.sizes.batch * sample
     assert PREFETCHED == 2  # the default of PyTorch's DataLoader, which the loader leaves
 
 
 def test_batches_are_filled_from_repeated_samples(plan, dataset):
     once, often = (plan(dataset_base_path=str(dataset), batch_size=8, dataset_repeat=count) for count in (1, 8))
     largest = max(sum(one.bucket == other.bucket for other in once.samples.samples) for one in once.samples.samples)
-    assert run_sizes(once).largest.batch == largest < 8
-    assert run_sizes(often).largest.batch == 8
+    assert find_workload(once).largest.batch == largest < 8
+    assert find_workload(often).largest.batch == 8
 
 
 def test_the_largest_micro_batch_has_the_longest_text_of_all(plan, dataset):
     made = plan("qwen-image-lora", dataset_base_path=str(dataset))
     samples = [replace(sample, caption="x" * 40 * number) for number, sample in enumerate(made.samples.samples, 1)]
     spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
-    assert run_sizes(spread).largest.text_tokens == 10 * len(samples) + 5
+    assert find_workload(spread).largest.text_tokens == 10 * len(samples) + 5
 
 
 def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
@@ -155,7 +155,7 @@ def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
     tall = replace(sample, target=replace(sample.target, height=2 * height))
     samples = (tall, sample, sample, sample)
     many = replace(made, samples=replace(made.samples, samples=samples))
-    largest = run_sizes(many).largest
+    largest = find_workload(many).largest
     assert (largest.batch, largest.images) == (3, ((frames, height, width),))
 
 
@@ -174,14 +174,14 @@ def test_a_change_that_saves_nothing_is_not_put_upon_others(plan, recipe):
 
 def test_changes_keep_what_was_changed_before(plan):
     made = plan(batch_size=4, use_gradient_checkpointing=False)
-    choice, _ = chosen(made)
-    last = find_fit(made, choice, 0).tried[-1]
-    quarter = shrink(choice.sizes, 0.25, made.variant.target.size_factor)
+    config, _ = chosen(made)
+    last = find_fit(made, config, 0).tried[-1]
+    quarter = shrink(config.sizes, 0.25, made.variant.target.size_factor)
     everything = replace(
-        choice,
+        config,
         recompute=True,
         offload=True,
-        rank=choice.rank // 4,
+        rank=config.rank // 4,
         sizes=replace(quarter, batch=1),
         float8=frozenset({"dit"}),
     )
@@ -190,13 +190,13 @@ def test_changes_keep_what_was_changed_before(plan):
 
 def test_weights_that_train_are_not_kept_in_8_bit_floats(plan):
     made = plan("flux.1-dev-full")
-    choice, _ = chosen(made)
-    assert not [trial for trial in find_fit(made, choice, 0).tried if "--fp8_models" in trial.changes[0].flag]
+    config, _ = chosen(made)
+    assert not [trial for trial in find_fit(made, config, 0).tried if "--fp8_models" in trial.changes[0].flag]
 
 
 def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):
     made = plan(dataset_base_path=str(dataset))
-    choice, _ = chosen(made)
+    config, _ = chosen(made)
 
     def kept(*steps: int) -> int:
         samples = [
@@ -204,6 +204,6 @@ def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):
             for sample, count in zip(made.samples.samples, steps, strict=False)
         ]
         spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
-        return training_memory(spread, replace(choice, recompute=False)).activations
+        return training_memory(spread, replace(config, recompute=False)).activations
 
     assert kept(2, 4, 3) == 4 * kept(1)

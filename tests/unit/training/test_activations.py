@@ -5,7 +5,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from diffsynth_core.training.activations import HostActivations, is_weight
+from diffsynth_core.training.activations import OffloadActivations, is_weight
 
 
 def saved_by(module: nn.Module, value: torch.Tensor, recompute: bool = False) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_a_plain_run():
     block(value).sum().backward()
     plain = [parameter.grad.clone() for parameter in block.parameters()]
     block.zero_grad()
-    with HostActivations():
+    with OffloadActivations():
         loss = checkpoint(block, value, use_reentrant=False).sum()
     loss.backward()
     assert all(torch.equal(parameter.grad, one) for parameter, one in zip(block.parameters(), plain, strict=True))

@@ -14,7 +14,8 @@ from diffsynth_core.models.flux import encode, forward
 from diffsynth_core.models.flux import tiny as rehearsal
 from diffsynth_core.models.flux.spec import FLUX, KONTEXT_IMAGES
 from diffsynth_core.models.patches import stack_samples
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
 
 
 class Flux(Family):
@@ -49,6 +50,9 @@ class Flux(Family):
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
     ) -> str | None:
         return encode.truncation_warning(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
+
+    def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
+        return forward.blank_encoding(variant, denoiser, sizes)
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.flux.captions import T5_TOKENS
 from diffsynth_core.models.flux.encode import KONTEXT_LATENTS
-from diffsynth_core.models.patches import numbered, pack, unpack
+from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import Variant
 
 SHIFT = 3.0
 """Shift of the training sigmas."""
@@ -41,6 +44,21 @@ def token_ids(latents: Tensor, image: int) -> Tensor:
     ids[..., 1] = torch.arange(rows, device=ids.device)[:, None]
     ids[..., 2] = torch.arange(columns, device=ids.device)[None, :]
     return ids.flatten(0, 1)
+
+
+def blank_encoding(variant: Variant, transformer: Any, sizes: StepSizes) -> dict[str, Tensor]:
+    """What the encoders make of a sample of these sizes, without its values."""
+    target, *references = (blank_latents(16, 8, image) for image in sizes.images)
+    config, dtype = transformer.config, transformer.dtype
+    followed = {CONTROL_LATENTS: target} if variant.step_components else {}
+    shown = {KONTEXT_LATENTS.format(number): latents for number, latents in enumerate(references)}
+    return {
+        "latents": target,
+        "pooled_prompt_embeds": torch.empty(config.pooled_projection_dim, dtype=dtype),
+        "prompt_embeds": torch.empty(T5_TOKENS, config.joint_attention_dim, dtype=dtype),
+        **followed,
+        **shown,
+    }
 
 
 def predict_velocity(

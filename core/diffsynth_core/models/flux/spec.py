@@ -10,7 +10,6 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.control import CONTROL_IMAGE, CONTROLNET, CONTROLNET_IMAGE, FILE_PATTERNS, with_controlnet
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.captions import POOLED, TEXT
-from diffsynth_core.models.flux.memory import MEMORY
 from diffsynth_core.models.flux.sizes import PUBLISHED
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
@@ -187,7 +186,6 @@ FLUX = FamilyFacts(
         *("eligen_entity_prompts", "eligen_entity_masks", "step1x_reference_image", "nexus_gen_reference_image"),
         *("value_controller_inputs", "lora_encoder_inputs"),
     ),
-    memory=MEMORY,
     published=PUBLISHED,
     tokenizers={
         "tokenizer_1_path": TokenizerFacts(

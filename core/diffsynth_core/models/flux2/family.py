@@ -13,7 +13,8 @@ from diffsynth_core.models.flux2 import encode, forward
 from diffsynth_core.models.flux2 import tiny as rehearsal
 from diffsynth_core.models.flux2.spec import FLUX2
 from diffsynth_core.models.patches import stack_samples
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
 
 
 class Flux2(Family):
@@ -43,6 +44,9 @@ class Flux2(Family):
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
     ) -> str | None:
         return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
+        return forward.blank_encoding(denoiser, sizes)
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return stack_samples(encoded)

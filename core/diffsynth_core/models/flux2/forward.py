@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.encode import REFERENCE_LATENTS
-from diffsynth_core.models.patches import numbered
+from diffsynth_core.models.patches import blank_latents, numbered
+from diffsynth_core.models.size_facts import StepSizes
 
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
@@ -25,6 +27,14 @@ def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
     """
     base = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return (math.exp(SHIFT_MU) / (math.exp(SHIFT_MU) + 1 / base - 1)).float()
+
+
+def blank_encoding(transformer: Any, sizes: StepSizes) -> dict[str, Tensor]:
+    """What the encoders make of a sample of these sizes, without its values."""
+    target, *references = (blank_latents(transformer.config.in_channels, 16, image) for image in sizes.images)
+    text = torch.empty(MAX_TOKENS, transformer.config.joint_attention_dim, dtype=transformer.dtype)
+    shown = {REFERENCE_LATENTS.format(number): latents for number, latents in enumerate(references)}
+    return {"latents": target, "prompt_embeds": text, **shown}
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -58,7 +68,9 @@ def input_dtype(transformer: Any) -> torch.dtype:
     Under autocast the first layer casts tokens itself, so that sigma need not be rounded with them.
     """
     dtype: torch.dtype = transformer.dtype
-    return torch.float32 if torch.is_autocast_enabled(transformer.device.type) else dtype
+    device = transformer.device.type
+    # The meta device has no autocast of its own; what measures memory on it switches that of the CPU on.
+    return torch.float32 if torch.is_autocast_enabled("cpu" if device == "meta" else device) else dtype
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -1,63 +1,44 @@
 """Sizes of FLUX.2's published models, for when their files are not there. No torch."""
 
-from functools import partial
-
-from diffsynth_core.models.shapes import layer_shapes, repeat_block
 from diffsynth_core.models.size_facts import HubModelSize
-from diffsynth_core.models.spec import Shapes
 
-
-def transformer_shapes(
-    blocks: int, single_blocks: int, heads: int, text_width: int, head_size: int = 128, channels: int = 128
-) -> Shapes:
-    """The tensors of `Flux2Transformer2DModel` without guidance; no layer has a bias."""
-    width, hidden = heads * head_size, 3 * heads * head_size
-    around = {
-        "x_embedder": (width, channels),
-        "context_embedder": (width, text_width),
-        "time_guidance_embed.timestep_embedder.linear_1": (width, 256),
-        "time_guidance_embed.timestep_embedder.linear_2": (width, width),
-        "double_stream_modulation_img.linear": (6 * width, width),
-        "double_stream_modulation_txt.linear": (6 * width, width),
-        "single_stream_modulation.linear": (3 * width, width),
-        "norm_out.linear": (2 * width, width),
-        "proj_out": (channels, width),
-    }
-    projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
-    layers = {f"attn.{name}": (width, width) for name in projections}
-    for name in ("ff", "ff_context"):
-        layers |= {f"{name}.linear_in": (2 * hidden, width), f"{name}.linear_out": (width, hidden)}
-    single = {
-        "attn.to_qkv_mlp_proj": (3 * width + 2 * hidden, width),
-        "attn.to_out": (width, width + hidden),
-    }
-    norms = {f"attn.norm_{name}.weight": (head_size,) for name in ("q", "k", "added_q", "added_k")}
-    single_norms = {f"attn.norm_{name}.weight": (head_size,) for name in ("q", "k")}
-    return {
-        **layer_shapes(around, bias=False),
-        **repeat_block("transformer_blocks", blocks, {**layer_shapes(layers, bias=False), **norms}),
-        **repeat_block(
-            "single_transformer_blocks", single_blocks, {**layer_shapes(single, bias=False), **single_norms}
-        ),
-    }
-
-
+TRANSFORMER_4B = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "guidance_embeds": False,
+}
+TRANSFORMER_9B = {
+    **TRANSFORMER_4B,
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
+VAE: dict[str, object] = {}
+"""The defaults of `AutoencoderKLFlux2`."""
 PUBLISHED = (
-    HubModelSize(
-        "dit",
-        "*-9B:*",
-        9_078_581_248,
-        "bfloat16",
-        partial(transformer_shapes, blocks=8, single_blocks=24, heads=32, text_width=12288),
-    ),
-    HubModelSize(
-        "dit",
-        "*",
-        3_875_544_576,
-        "bfloat16",
-        partial(transformer_shapes, blocks=5, single_blocks=20, heads=24, text_width=7680),
-    ),
-    HubModelSize("text_encoder", "*-9B:*", 7_568_405_504, "bfloat16"),
-    HubModelSize("text_encoder", "*", 4_022_468_096, "bfloat16"),
-    HubModelSize("vae", "*", 84_046_115, "bfloat16"),
+    HubModelSize("dit", "*-9B:*", 9_078_581_248, "bfloat16", TRANSFORMER_9B),
+    HubModelSize("dit", "*", 3_875_544_576, "bfloat16", TRANSFORMER_4B),
+    HubModelSize("text_encoder", "*-9B:*", 7_568_405_504, "bfloat16", QWEN3_8B),
+    HubModelSize("text_encoder", "*", 4_022_468_096, "bfloat16", QWEN3_4B),
+    HubModelSize("vae", "*", 84_046_115, "bfloat16", VAE),
 )

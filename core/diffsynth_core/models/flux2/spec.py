@@ -7,7 +7,6 @@ from dataclasses import replace
 from diffsynth_core.data.conditions import Condition, TargetSpec
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2 import captions, keys
-from diffsynth_core.models.flux2.memory import MEMORY
 from diffsynth_core.models.flux2.sizes import PUBLISHED
 from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.size_facts import LatentFacts
@@ -128,7 +127,6 @@ FLUX2 = FamilyFacts(
     variant=variant,
     text_column="prompt",
     conditions=(EDIT_IMAGES,),
-    memory=MEMORY,
     published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(

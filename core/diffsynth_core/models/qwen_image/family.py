@@ -15,7 +15,8 @@ from diffsynth_core.models.qwen_image import tiny as rehearsal
 from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from diffsynth_core.models.qwen_image.variants import EDIT_IMAGE
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
 
 
 class QwenImage(Family):
@@ -51,6 +52,9 @@ class QwenImage(Family):
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
     ) -> str | None:
         return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
+        return forward.blank_encoding(variant, denoiser, sizes)
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return forward.collate(encoded)

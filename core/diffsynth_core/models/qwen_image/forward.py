@@ -9,7 +9,9 @@ from torch import Tensor
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.control import CONTROL_LATENTS
-from diffsynth_core.models.patches import numbered, pack, unpack
+from diffsynth_core.models.patches import blank_latents, numbered, pack, unpack
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import Variant
 
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
@@ -50,6 +52,15 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         batch["prompt_mask"] = mask.to(batch["prompt_embeds"].device)
     return batch
+
+
+def blank_encoding(variant: Variant, transformer: Any, sizes: StepSizes) -> dict[str, Tensor]:
+    """What the encoders make of a sample of these sizes, without its values; inputs and outputs as of `collate`."""
+    target, *edited = (blank_latents(16, 8, image) for image in sizes.images)
+    text = torch.empty(sizes.text_tokens, transformer.config.joint_attention_dim, dtype=transformer.dtype)
+    followed = {CONTROL_LATENTS: target} if variant.step_components else {}
+    shown = {EDIT_LATENTS.format(number): latents for number, latents in enumerate(edited)}
+    return {"latents": target, "prompt_embeds": text, **followed, **shown}
 
 
 def edit_latents(batch: Mapping[str, Tensor]) -> list[Tensor]:

@@ -12,7 +12,6 @@ from diffsynth_core.models.qwen_image.keys import (
     unused_in_text_encoder,
     unused_in_vae,
 )
-from diffsynth_core.models.qwen_image.memory import MEMORY
 from diffsynth_core.models.qwen_image.sizes import PUBLISHED
 from diffsynth_core.models.qwen_image.variants import EDIT, EDIT_IMAGE, EDIT_SMALL, variant
 from diffsynth_core.models.spec import (
@@ -100,7 +99,6 @@ QWEN_IMAGE = FamilyFacts(
         *("blockwise_controlnet_image", "blockwise_controlnet_inpaint_mask", "context_image", "layer_input_image"),
         *("layer_num", "eligen_entity_prompts", "eligen_entity_masks"),
     ),
-    memory=MEMORY,
     published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(

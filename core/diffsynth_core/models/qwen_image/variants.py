@@ -132,7 +132,7 @@ def edit_variant(model: EditModel) -> Variant:
         if model.one_image
         else ("edit_plus_text", EDIT_IMAGE_SMALL, EDIT_PLUS_TEXT)
     )
-    text = EncoderFacts(name=name, component="text_encoder", columns=("prompt", read), caption=facts)
+    text = EncoderFacts(name=name, component="text_encoder", columns=("prompt", read), caption=facts, reads_values=True)
     return Variant(
         title=model.title,
         model_id=model.model_id,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
-from diffsynth_core.models.wan.memory import FRAMES_PER_LATENT
+from diffsynth_core.models.wan.sizes import FRAMES_PER_LATENT
 
 
 def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:

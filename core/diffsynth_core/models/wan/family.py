@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.family import Encoded, Family
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
 from diffsynth_core.models.wan import components as building
 from diffsynth_core.models.wan import encode, forward
 from diffsynth_core.models.wan import tiny as rehearsal
@@ -46,6 +47,9 @@ class Wan(Family):
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
     ) -> str | None:
         return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
+
+    def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
+        return forward.blank_encoding(variant, denoiser, sizes)
 
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
         return forward.collate(encoded)

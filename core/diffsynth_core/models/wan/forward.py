@@ -8,7 +8,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
+from diffsynth_core.models.patches import blank_latents
+from diffsynth_core.models.size_facts import StepSizes
+from diffsynth_core.models.spec import Variant
 from diffsynth_core.models.wan.captions import MAX_TOKENS
+from diffsynth_core.models.wan.sizes import FRAMES_PER_LATENT
 
 SHIFT = 5.0
 """Shift of the training sigmas."""
@@ -34,6 +38,22 @@ def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     texts = [pad(text, (0, 0, 0, MAX_TOKENS - len(text))) for text in (sample["prompt_embeds"] for sample in encoded)]
     batch = {"prompt_embeds": torch.stack(texts)}
     return batch | {name: torch.stack([sample[name] for sample in encoded]) for name in STACKED if name in encoded[0]}
+
+
+def blank_encoding(variant: Variant, transformer: Any, sizes: StepSizes) -> dict[str, Tensor]:
+    """What the encoders make of a sample of these sizes, without its values; outputs as of `collate`."""
+    config, dtype = transformer.config, transformer.dtype
+    factor = next(encoder.latents.factor for encoder in variant.encoders if encoder.latents)
+    latents = blank_latents(config.out_channels, factor, sizes.images[0], FRAMES_PER_LATENT)
+    sample = {"latents": latents, "prompt_embeds": torch.empty(MAX_TOKENS, config.text_dim, dtype=dtype)}
+    if config.in_channels > config.out_channels:
+        sample["condition"] = latents.new_empty(config.in_channels - config.out_channels, *latents.shape[1:])
+    if variant.num_conditioning_frames:
+        sample["given"] = latents.new_zeros(1, latents.shape[1], 1, 1)
+    states = [encoder.states.count for encoder in variant.encoders if encoder.states]
+    if states:
+        sample["image_embeds"] = torch.empty(states[0], config.image_dim, dtype=dtype)
+    return sample
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -18,8 +18,7 @@ from diffsynth_core.models.spec import (
     Variant,
 )
 from diffsynth_core.models.wan import captions, keys
-from diffsynth_core.models.wan.memory import EMBEDDER, FRAMES_PER_LATENT, IMAGE_TOKENS, MEMORY
-from diffsynth_core.models.wan.sizes import PUBLISHED
+from diffsynth_core.models.wan.sizes import EMBEDDER, FP32_MODULES, FRAMES_PER_LATENT, IMAGE_TOKENS, PUBLISHED
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
 """Repository with safetensors copies of the pickled files in Wan's own repositories."""
@@ -113,6 +112,7 @@ def _image_to_video(inputs: tuple[str, ...], image_encoder: bool, two_images: bo
         name="image",
         component="image_encoder",
         columns=("video",),
+        reads_values=True,
         inputs=shown if two_images else (),
         first_frame_only=not two_images,
         states=EmbeddingSpec(
@@ -215,7 +215,7 @@ WAN = FamilyFacts(
         *("camera_control_direction", "camera_control_speed", "motion_bucket_id", "vap_video"),
         *("input_audio", "s2v_pose_video", "animate_pose_video", "animate_face_video"),
     ),
-    memory=MEMORY,
+    fp32_modules=FP32_MODULES,
     published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(

@@ -1,0 +1,43 @@
+"""Making a component ready to train: which of its weights take gradients, its LoRA, recomputed activations."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from diffsynth_core.adapters.lora import add_lora
+from diffsynth_core.models.family import Family
+from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
+
+
+@dataclass(frozen=True)
+class ComponentSetup:
+    """How a component takes part in a training step.
+
+    `trained`: names of parameters that take gradients, without LoRA.
+    `lora_modules`: public names of the modules that carry a LoRA of this `rank`.
+    `public_keys`: public names -> names in the module. `seed`: of the LoRA's initial weights.
+    `checkpointing`: the backward pass recomputes activations (gradient checkpointing).
+    """
+
+    trained: frozenset[str] = frozenset()
+    lora_modules: tuple[str, ...] = ()
+    public_keys: KeyMap = SAME_NAMES
+    rank: int = 0
+    seed: int = 0
+    checkpointing: bool = False
+
+
+def prepare_component(family: Family, component: str, module: nn.Module, setup: ComponentSetup) -> None:
+    """Prepare a component for training steps, in place.
+
+    The weights may be loaded or on the meta device; layers in 8-bit floats are in place already (models/loading.py).
+
+    Raises:
+        DiffSynthError: as `add_lora`.
+    """
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in setup.trained)
+    if setup.lora_modules:
+        add_lora(module, setup.lora_modules, setup.rank, setup.seed, setup.public_keys)
+    if setup.checkpointing:
+        family.checkpoint_gradients(component, module)

@@ -1,0 +1,221 @@
+"""What the activations of a plan's steps take: each kind of step is measured once and remembered. No torch."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_core.models.activation_cache import StepActivations, remembered
+from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.spec import EncoderFacts, is_below
+from diffsynth_core.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from diffsynth_core.models.activation_memory import MeasuredComponent
+    from diffsynth_core.models.family import Family
+    from diffsynth_core.models.prepare import ComponentSetup
+    from diffsynth_core.planning.memory import MemoryConfig
+
+MEASURED_BLOCKS = 3
+"""Blocks of each kind that are built of a transformer: the first, one for all between, and the last."""
+
+
+def component_setup(plan: Plan, name: str, parameters: Collection[str], rank: int) -> "ComponentSetup":
+    """How a component takes part in a step, as the plan says.
+
+    Args:
+        parameters: the names of those of its module.
+        rank: of its LoRA, if it has one.
+    """
+    from diffsynth_core.models.prepare import ComponentSetup
+
+    settings, layout = plan.parameters, plan.components[name].layout
+    return ComponentSetup(
+        trainable_weights(plan, name, parameters),
+        plan.training.lora_modules if name == plan.training.lora_component else (),
+        layout.public_keys,
+        rank,
+        settings.seed,
+        settings.use_gradient_checkpointing or settings.use_gradient_checkpointing_offload,
+    )
+
+
+def trainable_weights(plan: Plan, name: str, weights: Collection[str]) -> frozenset[str]:
+    """Those of a component's weights that take gradients, without LoRA: named to train, and reached by a gradient."""
+    asked = plan.training.weights(name, plan.components[name].layout, weights)
+    dead = plan.variant.unused_params(plan.facts.component(name), frozenset(weights))
+    return frozenset(weight for weight in asked if not is_below(weight, dead))
+
+
+def step_activations(plan: Plan, config: "MemoryConfig") -> StepActivations:
+    """What the largest micro-batch of a step keeps for its backward pass."""
+    names = step_components(plan)
+    parts = {name: _part(plan, name, config) for name in sorted(names)}
+    online = measured_encoders(plan)
+    question = {
+        "components": parts,
+        "encoders": [encoder.name for encoder in online],
+        "target": plan.variant.title,
+        "inputs": plan.parameters.extra_inputs,
+        "sizes": asdict(config.sizes),
+        "precision": config.precision,
+        "device": config.device,
+    }
+
+    def measure() -> StepActivations:
+        from diffsynth_core.models.activation_memory import StepInputs, measure_step
+        from diffsynth_core.models.family import frozen_dtype
+
+        family = load_family(plan.facts.name)
+        components = {name: _measured(plan, family, name, config) for name in parts}
+        autocast = None if config.precision == "no" else frozen_dtype(config.precision)
+        inputs = StepInputs(plan.variant, tuple(online), config.sizes)
+        return measure_step(family, components, inputs, autocast, config.device)
+
+    return remembered(question, StepActivations, measure)
+
+
+def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> int:
+    """Bytes that a frozen VAE works with at its fullest while it encodes the largest sample; 0 for other encoders."""
+    encoders = [encoder for encoder in plan.variant.encoders if encoder.component == component and encoder.latents]
+    if not encoders or not _is_known(plan, component):
+        return 0
+    question = {
+        "encoder": _identity(plan, component),
+        "encoders": [encoder.name for encoder in encoders],
+        "inputs": plan.parameters.extra_inputs,
+        "images": config.sizes.images,
+        "precision": config.precision,
+    }
+
+    def measure() -> int:
+        from diffsynth_core.models.activation_memory import StepInputs, measure_encoders
+        from diffsynth_core.models.family import encoder_dtype
+
+        family, dtype = load_family(plan.facts.name), encoder_dtype(config.precision)
+        settings = _constructor_settings(plan, family, component)
+
+        def peak(frames: int) -> int:
+            images = tuple((min(frames, length), height, width) for length, height, width in config.sizes.images)
+            inputs = StepInputs(plan.variant, tuple(encoders), replace(config.sizes, images=images))
+            return measure_encoders(family, component, settings, dtype, inputs)
+
+        # A VAE encodes the first frame, then `step` at a time; from the third piece on each adds the same.
+        step, frames = plan.variant.target.frame_step, config.sizes.images[0][0]
+        two, three = 2 * step + 1, 3 * step + 1
+        if frames <= three:
+            return peak(frames)
+        return peak(three) + (frames - three) // step * (peak(three) - peak(two))
+
+    return remembered(question, int, measure)
+
+
+def step_components(plan: Plan) -> frozenset[str]:
+    """Components that take part in a step: the denoiser, those beside it, and encoders that train."""
+    names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components}
+    return frozenset(name for name in names & plan.components.keys() if _is_known(plan, name))
+
+
+def measured_encoders(plan: Plan) -> list[EncoderFacts]:
+    """Encoders that encode in every step, because their components train, as far as they can be measured."""
+    online = plan.training.components & step_components(plan)
+    return [encoder for encoder in plan.variant.encoders if encoder.component in online and not encoder.reads_values]
+
+
+def _is_known(plan: Plan, component: str) -> bool:
+    """Whether a component can be built: its files are there, or its configuration is published."""
+    return component not in plan.published or plan.published[component].config is not None
+
+
+def _identity(plan: Plan, component: str) -> Any:
+    """What a component's module is built from, as JSON."""
+    files = plan.components[component]
+    settings = [component, plan.facts.name, dict(files.settings)]
+    if component in plan.published:
+        return [*settings, plan.published[component].config]
+    config = files.config_path.read_text(encoding="utf-8") if files.config_path else None
+    return [*settings, config, sorted(plan.shapes[component].items())]
+
+
+def _constructor_settings(plan: Plan, family: "Family", component: str) -> dict[str, Any]:
+    files = plan.components[component]
+    config = plan.published[component].config if component in plan.published else None
+    if config is None:
+        config = family.config_of(files, plan.shapes[component])
+    return dict(config) | dict(files.settings)
+
+
+def _part(plan: Plan, component: str, config: "MemoryConfig") -> Any:
+    """All that a component's part in a step depends on, as JSON."""
+    training = plan.training
+    lora = [training.lora_modules, config.rank] if component == training.lora_component else None
+    whole = component in training.full
+    return [_identity(plan, component), lora, whole, training.parts.get(component), component in config.float8]
+
+
+def _measured(plan: Plan, family: "Family", component: str, config: "MemoryConfig") -> "MeasuredComponent":
+    """A component for the measurement, with as few blocks as tell of all."""
+    from diffsynth_core.models.activation_memory import MeasuredComponent
+    from diffsynth_core.models.family import frozen_dtype
+
+    shapes, layout = plan.shapes[component], plan.components[component].layout
+    setup = component_setup(plan, component, shapes, config.rank)
+    blocks: dict[str, int] = {}
+    if component in (plan.facts.denoiser, *plan.variant.step_components):
+        own = {module: layout.public_keys.to_targets(module) or () for module in setup.lora_modules}
+        carriers = frozenset(name for names in own.values() for name in names)
+        blocks = _like_blocks(shapes, setup.trained | carriers)
+        built = tuple(module for module, names in own.items() if _built(names, carriers, blocks))
+        setup = replace(setup, lora_modules=built, trained=_built(shapes, setup.trained, blocks))
+    return MeasuredComponent(
+        _constructor_settings(plan, family, component),
+        frozen_dtype(config.precision),
+        replace(setup, checkpointing=True),
+        plan.training.weights(component, layout, shapes),
+        component in config.float8,
+        blocks,
+    )
+
+
+def _like_blocks(names: Collection[str], trained: Collection[str]) -> dict[str, int]:
+    """The outermost lists of blocks and their lengths, where the same of each block trains but the last; else nothing.
+
+    Args:
+        names: of all weights. trained: of weights, and of modules with a LoRA.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    of_block: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name in names:
+        blocks, index, _ = _block_of(name)
+        if index is not None:
+            counts[blocks] = max(counts[blocks], index + 1)
+    for name in trained:
+        blocks, index, rest = _block_of(name)
+        if index is not None:
+            of_block[blocks, index].add(rest)
+    alike = all(
+        of_block[blocks, index] == of_block[blocks, 0] for blocks, count in counts.items() for index in range(count - 1)
+    )
+    return dict(counts) if alike else {}
+
+
+def _built(names: Collection[str], chosen: Collection[str], blocks: Mapping[str, int]) -> frozenset[str]:
+    """Those of the names that are chosen, in what is built: the last built block of a list stands for its last."""
+    found = set()
+    for name in names:
+        outer, index, rest = _block_of(name)
+        stands_for = name
+        if index is not None and blocks.get(outer, 0) > MEASURED_BLOCKS:
+            if index >= MEASURED_BLOCKS:
+                continue
+            if index == MEASURED_BLOCKS - 1:
+                stands_for = f"{outer}.{blocks[outer] - 1}.{rest}"
+        if stands_for in chosen:
+            found.add(name)
+    return frozenset(found)
+
+
+def _block_of(name: str) -> tuple[str, int | None, str]:
+    """The outermost list that a weight stands in, its place there, and its name below; None outside of lists."""
+    blocks, index, *rest = *name.split(".", 2), ""
+    return (blocks, int(index), rest[0]) if index.isdecimal() else (blocks, None, "")
