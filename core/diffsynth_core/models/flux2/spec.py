@@ -51,7 +51,8 @@ def reference_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     return height, width
 
 
-TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",))
+TEXT = EncoderFacts(name="text", component="text_encoder", columns=("prompt",), reads_values=True)
+"""Its padded tokens are masked, which a measurement without values cannot tell."""
 OF_VAE = LatentFacts(channels=128, factor=16)
 LATENTS = EncoderFacts(name="latents", component="vae", columns=("image",), latents=OF_VAE)
 EDIT = EncoderFacts(name="edit_image", component="vae", columns=("edit_image",), latents=OF_VAE)
