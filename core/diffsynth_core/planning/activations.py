@@ -113,7 +113,7 @@ def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> i
 def step_components(plan: Plan) -> frozenset[str]:
     """Components that take part in a step: the denoiser, those beside it, and encoders that train."""
     names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components}
-    return frozenset(name for name in names & plan.components.keys() if _is_known(plan, name))
+    return frozenset(name for name in names & plan.components.keys() if plan.shapes.get(name))
 
 
 def measured_encoders(plan: Plan) -> list[EncoderFacts]:

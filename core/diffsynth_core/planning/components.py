@@ -201,7 +201,7 @@ def _use_published_sizes(
             settings=settings,
             float8=entry in parameters.fp8_models,
         )
-        assigned.shapes[component.name] = hub_shapes(facts, published)
+        assigned.shapes[component.name] = hub_shapes(facts, published) if component.name == facts.denoiser else {}
         found[component.name] = published
     return found
 

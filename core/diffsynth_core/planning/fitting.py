@@ -74,8 +74,6 @@ def find_fit(plan: Plan, config: MemoryConfig, limit: int) -> MemoryFit:
     changes = list(_options(plan, config))
     for change in changes:
         reached = device_memory(plan, change.config).peak
-        if reached >= peak and change.config.float8 != config.float8:
-            continue  # of an encoder that is not the fullest stage; upon other changes it may become it
         tried.append(Candidate((change,), reached))
         if reached <= limit:
             return MemoryFit(limit, peak, tuple(tried))
