@@ -1,4 +1,4 @@
-"""The handful of verbs the engine asks of a family."""
+"""The interface of a model family: the methods that the engine calls."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,103 +13,107 @@ from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
 
 Encoded = dict[str, Tensor]
-"""What the encoders make of one sample, by name, without a batch dimension; floats."""
+"""The encodings of one sample, by name, without a batch dimension; floating-point."""
 
 
 class Family(ABC):
-    """One model family.
+    """A model family.
 
-    `components` below maps component names to loaded modules, and tokenizer parameters to tokenizers.
+    In the methods, `components` maps component names to loaded modules, and tokenizer parameters to tokenizers.
     """
 
     facts: FamilyFacts
 
     @abstractmethod
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
-        """Constructor settings of a component: its config.json, else inferred from names and shapes in its files.
+        """Return the constructor options of a component, from config.json or inferred from names and shapes in its
+        files.
 
         Raises:
-            DiffSynthError: when the files do not tell.
+            DiffSynthError: if they cannot be determined.
         """
 
     @abstractmethod
     def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
-        """The module of a component; the caller decides where its parameters live."""
+        """Build the module of a component; the caller decides on which device its parameters are created."""
 
     @abstractmethod
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
-        """The tokenizer that a tokenizer parameter names, from local files only."""
+        """Load the tokenizer of a tokenizer parameter, from local files only."""
 
     @abstractmethod
     def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        """What one encoder makes of one sample.
+        """Apply one encoder to one sample.
 
-        `sample` holds what the encoder's columns name: a caption as text, what is trained on as `[3, F, H, W]` float32
-        in [-1, 1], reference images as a list of such with F = 1.
+        Args:
+            sample: the encoder's columns: the caption as a string, the target as `[3, F, H, W]` float32 in [-1, 1],
+                reference images as a list of such with F = 1.
         """
 
     @abstractmethod
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
-        """What the encoders make of one sample of these sizes, in shape and dtype; its values mean nothing."""
+        """Return encodings of one sample of these sizes, in shape and dtype; their values are undefined."""
 
     @abstractmethod
     def collate(self, encoded: Sequence[Encoded]) -> Encoded:
-        """Encoded samples of one shape -> one batch; what is shorter is padded and masked.
+        """Combine encoded samples of one shape into a batch; shorter texts are padded and masked.
 
-        `latents` is `[B, C, F, H, W]`; `given`, where the model is told some of them clean, `[B, 1, F, 1, 1]`: 1 there.
+        `latents` is `[B, C, F, H, W]`; `given`, if some latents stay clean, is their mask, `[B, 1, F, 1, 1]`.
         """
 
     @abstractmethod
     def sigmas(self, steps: int = TRAINING_TIMESTEPS) -> Tensor:
-        """The sigmas of a sampler of so many steps before its last, 0: `[steps]` float32, most noisy first.
+        """Return the sigmas of a sampler with this number of steps, without the final 0: `[steps]` float32,
+        descending.
 
-        1000 are those of training.
+        With 1000 steps they are those of training.
         """
 
     @abstractmethod
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
-        """The model's estimate of noise - latents.
+        """Predict noise - latents.
 
         Args:
-            noisy: x_t, `[B, C, F, H, W]` float32; latents that are given stand in it as they are.
+            noisy: x_t, `[B, C, F, H, W]` float32; clean latents are unchanged in it.
             sigma: `[B]` float32 in (0, 1].
-            batch: what `collate` made.
+            batch: the output of `collate`.
 
-        Returns: `[B, C, F, H, W]`.
+        Returns:
+            `[B, C, F, H, W]`.
         """
 
     @abstractmethod
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
-        """Make the backward pass of a component recompute its activations."""
+        """Enable gradient checkpointing in a component."""
 
     @abstractmethod
     def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
         """Write a tiny random component of the same architecture, in the real file layout, below `base`/`model_id`.
 
-        `pattern` is the glob of the recipe, such as `transformer/diffusion_pytorch_model*.safetensors`; what belongs
-        beside the weights (config, tokenizer) is written too.
+        `pattern` is the glob of the recipe, such as `transformer/diffusion_pytorch_model*.safetensors`; configuration
+        and tokenizer are written too.
         """
 
     def truncation_warning(
         self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
     ) -> str | None:
-        """What an encoder leaves out of a sample, as words for a warning; None when it takes all of it."""
+        """Return a warning about the part of a sample that an encoder ignores; None if it reads all of it."""
         return None
 
     def unused_parameters(self, component: str, module: nn.Module, variant: Variant) -> frozenset[str]:
-        """Names of parameters that no gradient can reach."""
+        """Return the names of parameters that receive no gradient."""
         names = [name for name, _ in module.named_parameters()]
         dead = variant.unused_params(self.facts.component(component), frozenset(names))
         return frozenset(name for name in names if is_below(name, dead))
 
 
 def encoder_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of frozen encoders."""
+    """Return the dtype of frozen encoders: that of the run, but float32 for fp16, whose range they exceed."""
     dtype: torch.dtype = getattr(torch, ENCODER_DTYPES[mixed_precision])
     return dtype
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of frozen weights and of the computation."""
+    """Return the dtype of frozen weights and of the computation."""
     dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[mixed_precision])
     return dtype

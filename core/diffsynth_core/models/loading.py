@@ -1,4 +1,4 @@
-"""From component files to a module in memory: built without memory, checked by shape, filled tensor by tensor."""
+"""Loading components: the module is built on the meta device, checked by shape, and filled tensor by tensor."""
 
 from collections.abc import Callable, Collection
 
@@ -15,15 +15,15 @@ from diffsynth_core.weights.tensors import dequantize, iterate_weights
 
 
 def module_shapes(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a component's files, by their names in our module; what has none is left out."""
+    """Return the shapes of the tensors in a component's files by module key, without tensors that the module lacks."""
     return shapes_in(part_of(files), files.layout)
 
 
 def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
-    """The component's module with parameters on the meta device and buffers (rotary tables and the like) computed.
+    """Build a component's module with parameters on the meta device and computed buffers (such as rotary tables).
 
     Raises:
-        DiffSynthError: when the configuration does not tell or cannot be built.
+        DiffSynthError: if the configuration is unknown or cannot be built.
     """
     from accelerate import init_empty_weights
 
@@ -35,7 +35,7 @@ def build_empty(family: Family, files: ComponentFiles) -> nn.Module:
 
 
 def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
-    """How the tensors of the files differ from those the component's configuration asks for. Reads headers only."""
+    """Return differences between the tensors of the files and those of the configuration. Reads headers only."""
     try:
         return _compare(files, build_empty(family, files))
     except DiffSynthError as error:
@@ -52,7 +52,7 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
 
 
 def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
-    """Missing tensors, surplus ones and misshapen ones; a tied tensor may be there or not."""
+    """Return missing, unexpected and misshapen tensors; a tied tensor is optional."""
     found = part_of(files).tensors
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     required = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -88,7 +88,7 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
 
 
 WeightChange = Callable[[str, Tensor, torch.dtype], Tensor]
-"""(name in our module, tensor as in the file, dtype it is wanted in) -> the tensor to load in its place."""
+"""(module key, tensor of the file, target dtype) -> the tensor to load instead."""
 
 
 def load_component(
@@ -100,27 +100,31 @@ def load_component(
     change: WeightChange | None = None,
     float32: Collection[str] = (),
 ) -> nn.Module:
-    """A component with its weights in `dtype`, those named in `float32` in that, on `device`, frozen and in eval mode.
+    """Load a component, frozen and in eval mode.
 
-    Each tensor is read, converted and moved by itself, so that no second copy of the model is ever in memory. Buffers
-    keep their own dtype: a rotary table rounded to bfloat16 turns positions by up to half a radian. So do the
-    weights that diffusers keeps in float32. Of files marked `float8` the weights of `float8_layers` are stored in 8-bit
-    floats and computed with in `dtype`; those that reach beyond their range are not, which is told. Weights that the
-    files store in 8-bit floats with a scale for each row, or for all, are kept as they are there; others with a scale
-    are multiplied by it first.
+    Each tensor is read, converted and moved separately, so that there is never a second copy of the model in memory.
+    Buffers keep their own dtype, because a rotary table rounded to bfloat16 is off by up to half a radian; so do
+    weights that diffusers keeps in float32. For files with `float8`, the weights of `float8_layers` are stored in
+    8-bit floats, except for those outside the range, which is reported. Weights that the files store in 8-bit floats
+    with a scale per row or per tensor keep both; those with other scales are dequantized first.
+
+    Args:
+        dtype: dtype of the weights, and of the computation with 8-bit weights.
+        change: applied to each tensor before it is loaded.
+        float32: module keys of weights to load in float32.
 
     Raises:
-        FaultsFound: when names or shapes do not fit the configuration.
+        FaultsFound: if names or shapes do not match the configuration.
     """
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
-    narrow = float8_weights(files, module)
+    in_float8 = float8_weights(files, module)
     buffers = {name for name, _ in module.named_buffers()}
     part = part_of(files)
     label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
     with reporter.task(label, len(part.tensors), "tensors") as task:
         for key, stored, scale in iterate_weights(part):
-            if scale is not None and not change and _keeps_scale(files, narrow, key, stored, scale):
+            if scale is not None and not change and _keeps_scale(files, in_float8, key, stored, scale):
                 for name, (value, rows) in _cut_stored(files, key, stored, scale).items():
                     _store(module, name, value, dtype, device, rows)
                 task.advance()
@@ -130,14 +134,14 @@ def load_component(
                 wide = name in float32 or stays_float32(module, name)
                 kept = torch.float32 if wide else dtype
                 changed = change(name, value, kept) if change else value
-                if name in narrow and fits(changed):
+                if name in in_float8 and fits(changed):
                     _store(module, name, changed, dtype, device)
                 else:
                     # A copy: a view of the file's memory would tie the model to a file that may be overwritten.
                     placed_dtype = None if name in buffers else kept
                     place(module, name, changed.to(device=device, dtype=placed_dtype, copy=True))
             task.advance()
-    beyond = sorted(narrow & {name for name, _ in module.named_parameters()})
+    beyond = sorted(in_float8 & {name for name, _ in module.named_parameters()})
     if beyond:
         reporter.info(
             f"{files.component}: {pluralize(len(beyond), 'weight')} outside ±{LARGEST:g}, the fp8 range, "
@@ -147,23 +151,25 @@ def load_component(
     return module.to(device)
 
 
-def _keeps_scale(files: ComponentFiles, narrow: Collection[str], key: str, stored: Tensor, scale: Tensor) -> bool:
-    """Whether a weight of the files is kept in the 8-bit floats that it is stored in: what has one scale a row, and
-    becomes whole weights that are to be kept so."""
+def _keeps_scale(files: ComponentFiles, in_float8: Collection[str], key: str, stored: Tensor, scale: Tensor) -> bool:
+    """Return whether a weight of the files stays in the 8-bit floats in which it is stored.
+
+    That requires one scale per row, and that it consists of complete weights for 8-bit storage.
+    """
     names = files.layout.names.to_targets(key) or ()
-    return stored.dtype == FLOAT8 and scale.shape[1] == 1 and bool(names) and set(names) <= set(narrow)
+    return stored.dtype == FLOAT8 and scale.shape[1] == 1 and bool(names) and set(names) <= set(in_float8)
 
 
 def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """A stored weight of the files as those of our module, each with the float32 scales of its rows, `[out, 1]`."""
+    """Split a stored weight of the files into those of the module, with their float32 scales per row, `[out, 1]`."""
     of_rows = scale.repeat_interleave(len(stored) // len(scale), 0)
     scales = files.layout.names.split(key, of_rows)
-    pieces = files.layout.names.split(key, stored.view(torch.uint8))  # few operations know 8-bit floats
+    pieces = files.layout.names.split(key, stored.view(torch.uint8))  # few operations support 8-bit floats
     return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
 
 
 def store_in_float8(module: nn.Module, dtype: torch.dtype) -> None:
-    """Have an empty module store those of its weights in 8-bit floats that can be, and compute with them in `dtype`."""
+    """Store the suitable weights of an empty module in 8-bit floats, to be computed with in `dtype`."""
     for layer in float8_layers(module):
         name = f"{layer}.weight"
         if not stays_float32(module, name):
@@ -171,7 +177,7 @@ def store_in_float8(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
-    """Names of the weights of an empty module that are to be stored in 8-bit floats."""
+    """Return the names of the weights of an empty module to store in 8-bit floats."""
     if not files.float8:
         return frozenset()
     weights = (f"{layer}.weight" for layer in float8_layers(module))
@@ -179,13 +185,13 @@ def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
 
 
 def tie(module: nn.Module) -> None:
-    """Make tensors one again that are one by the configuration; moving them to a device or filling them parts them."""
+    """Tie shared tensors again: filling or moving them separates them."""
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
 
 
 def stays_float32(module: nn.Module, name: str) -> bool:
-    """Whether diffusers loads a weight in float32 whatever the dtype of the model."""
+    """Return whether diffusers loads a weight in float32 whatever the dtype of the model."""
     from diffusers.models.modeling_utils import ModelMixin
 
     # Private, but the one place where diffusers says it: `tests/unit/test_private_names.py`.
@@ -194,7 +200,7 @@ def stays_float32(module: nn.Module, name: str) -> bool:
 
 
 def place(module: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:
-    """Put a tensor into a module as its parameter or buffer of that name."""
+    """Set a tensor of a module, as its parameter or buffer."""
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     is_parameter = isinstance(getattr(parent, leaf), nn.Parameter)
@@ -209,7 +215,7 @@ def _store(
     device: torch.device,
     scale: Tensor | None = None,
 ) -> None:
-    """Put a layer that stores this weight in 8-bit floats in the place of the linear layer that it belongs to."""
+    """Replace the linear layer of a weight with one that stores it in 8-bit floats."""
     layer_name = name.removesuffix(".weight")
     layer = module.get_submodule(layer_name)
     assert isinstance(layer, nn.Linear)
@@ -218,12 +224,12 @@ def _store(
 
 
 def stored_dtypes(files: ComponentFiles) -> dict[str, str]:
-    """The dtype of each tensor in a component's files, in safetensors' words, by name in our module.
+    """Return the safetensors dtype of each tensor in a component's files, by module key.
 
-    8-bit floats are told as bfloat16: most of what training changes in a weight would be rounded away in them.
+    8-bit floats are returned as bfloat16: they would round away most of what training changes in a weight.
     """
     dtypes: dict[str, str] = {}
     for name, tensor in part_of(files).tensors.items():
-        told = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
-        dtypes |= dict.fromkeys(files.layout.names.to_targets(name) or (), told)
+        dtype_name = "BF16" if tensor.dtype.startswith("F8_") else tensor.dtype
+        dtypes |= dict.fromkeys(files.layout.names.to_targets(name) or (), dtype_name)
     return dtypes

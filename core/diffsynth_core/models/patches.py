@@ -37,10 +37,11 @@ def numbered(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
 
 
 def blank_latents(channels: int, factor: int, size: MediaSize, frame_step: int = 1) -> Tensor:
-    """Latents of an image or clip, `[C, F, h, w]` float32, whose values mean nothing.
+    """Return latents of an image or clip, `[C, F, h, w]` float32, with undefined values.
 
     Args:
-        factor: pixels of a side of one of them. frame_step: frames in one of them.
+        factor: pixels per latent, along a side.
+        frame_step: frames per latent frame.
     """
     frames, height, width = size
     return torch.empty(channels, (frames - 1) // frame_step + 1, height // factor, width // factor)

@@ -1,4 +1,4 @@
-"""What a family states about sizes without torch: of published weights, of what encoders make, of a step's memory."""
+"""Sizes that a family declares without torch: of published weights, of encodings, of a training step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ MediaSize = tuple[int, int, int]
 """(frames, height, width) in pixels."""
 
 BYTES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
-"""Of a number, by dtype."""
+"""Bytes per element, by dtype."""
 
 Side = tuple[str, int]
-"""A side of a tensor of the denoiser: (name in our module, axis)."""
+"""A dimension of a tensor of the denoiser: (module key, axis)."""
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What one micro-batch brings to the transformer.
+    """The inputs of one micro-batch.
 
-    `images`: what is trained on, then each image shown.
-    `text_tokens`: of the longest text, with images read with it, where the family's are not all of one length.
+    Attributes:
+        images: size of the target, then of each reference image.
+        text_tokens: tokens of the longest text including its images, for families without a fixed length.
     """
 
     batch: int
@@ -28,28 +29,31 @@ class StepSizes:
 
     @property
     def area(self) -> int:
-        """Pixels of a frame of what is trained on."""
+        """Pixels of a frame of the target."""
         return self.images[0][1] * self.images[0][2]
 
 
 def as_written(caption: str) -> str:
-    """For encoders that read a caption as it is."""
+    """Return the caption unchanged."""
     return caption
 
 
 @dataclass(frozen=True)
 class CaptionFacts:
-    """How an encoder reads a caption, and how large what it makes of it is.
+    """How an encoder reads a caption, and the size of its output.
 
-    `tokenizer`: the parameter that names its tokenizer.
-    `most`: tokens of which it keeps a state; what is behind them is cut off.
-    `width`: values of a state in published models; the `side` of a denoiser tells how many it reads.
-    `template`: the text that the caption stands in, at `{}`. `dropped`: tokens at its start whose states are not kept.
-    `around`: tokens that the rest of the template and the tokenizer add.
-    `padded`: there are always `most` states. `clean`: what is done to the caption first.
-    `announced`: what stands before the caption for each image read with it: its `{number}` from 1, and its tokens at
-    `{image}`, one for each square of `image_side` pixels a side and no fewer than `image_tokens`; blank where no
-    images are read.
+    Attributes:
+        tokenizer: parameter of its tokenizer.
+        most: maximum number of tokens; the rest is truncated.
+        width: width of the published encoder.
+        side: dimension of the denoiser that equals the width.
+        template: text around the caption, which replaces `{}`.
+        dropped: tokens at the start of the template whose states are dropped.
+        around: tokens added by the rest of the template and the tokenizer.
+        padded: there are always `most` states.
+        clean: preprocessing of the caption.
+        announced: text before the caption for each image: `{number}` is its number from 1, `{image}` its tokens, one
+            per square of `image_side` pixels a side, and at least `image_tokens`; empty if no images are read.
     """
 
     tokenizer: str
@@ -68,7 +72,7 @@ class CaptionFacts:
 
 @dataclass(frozen=True)
 class LatentFacts:
-    """How large the latents of an image or clip are: float32 `channels` for each square of `factor` pixels a side."""
+    """Size of the latents of an image or clip: float32 `channels` for each square of `factor` pixels a side."""
 
     channels: int
     factor: int
@@ -76,7 +80,7 @@ class LatentFacts:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """So many states of the encoder's dtype, of `width` values in published models; `side` as in CaptionFacts."""
+    """A fixed number of states in the encoder's dtype, with the published `width`; `side` as in `CaptionFacts`."""
 
     count: int
     width: int
@@ -85,11 +89,13 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True)
 class HubModelSize:
-    """The size of a published component, for when its files are not there.
+    """The size of a published component, used when its files are missing.
 
-    `files`: pattern (fnmatch) of `model_id:file`. `parameters`: how many numbers its weights are, tied ones once; 0
-    where that is not known.
-    `dtype`: the format they are published in. `config`: the constructor settings of its module; None: not known.
+    Attributes:
+        files: pattern (fnmatch) of `model_id:file`.
+        parameters: number of parameters, tied ones once; 0 if unknown.
+        dtype: dtype of the published files.
+        config: constructor options of its module; None if unknown.
     """
 
     component: str
@@ -100,5 +106,5 @@ class HubModelSize:
 
 
 def unknown_size(component: str, entry: str) -> HubModelSize:
-    """A component of which nothing tells the size."""
+    """Return the entry of a component of unknown size."""
     return HubModelSize(component, entry, 0, "bfloat16")

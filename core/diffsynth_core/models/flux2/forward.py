@@ -1,4 +1,4 @@
-"""Batches, sigmas and the prediction of FLUX.2's transformer."""
+"""Batches, sigmas and predictions of FLUX.2's transformer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from diffsynth_core.models.size_facts import StepSizes
 SHIFT_MU = 0.8
 """Exponential shift of the training sigmas (shift = e^mu)."""
 REFERENCE_POSITION = 10
-"""Position of the first reference image on the axis of images, and their distance there; the target is at 0."""
+"""Image position of the first reference image, and the distance between them; the target is at 0."""
 
 
 def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
-    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.002223.
+    """Return the sigmas of a sampler, `[steps]` float32; the 1000 of training go from 1 down to 0.002223.
 
     s = linspace(1, 1 / steps, steps); e^mu / (e^mu + 1/s - 1) (`FlowMatchEulerDiscreteScheduler.time_shift` of
     diffusers).
@@ -38,15 +38,16 @@ def blank_encoding(transformer: Any, sizes: StepSizes) -> dict[str, Tensor]:
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The transformer called as `Flux2KleinPipeline` calls it: reference images as further tokens, timestep = sigma.
+    """Call the transformer as `Flux2KleinPipeline` does: reference images as additional tokens, timestep = sigma.
 
     Args:
         noisy: `[B, 128, 1, h, w]` float32.
         sigma: `[B]` float32.
-        batch: `prompt_embeds` `[B, 512, 3 x width]`: texts always have 512 tokens, so that nothing is padded; and the
+        batch: `prompt_embeds` `[B, 512, 3 x width]`: texts always have 512 tokens, so nothing is padded; and the
             latents of reference images `[B, 128, 1, h', w']`.
 
-    Returns: `[B, 128, 1, h, w]`.
+    Returns:
+        `[B, 128, 1, h, w]`.
     """
     _, _, _, height, width = noisy.shape
     images = [noisy, *numbered(batch, REFERENCE_LATENTS)]
@@ -63,7 +64,8 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
 
 
 def input_dtype(transformer: Any) -> torch.dtype:
-    """The dtype of the tokens given, to which the transformer rounds the timestep: float32 where that computes.
+    """Return the dtype of the tokens, to which the transformer rounds the timestep: float32 if that is the compute
+    dtype.
 
     Under autocast the first layer casts tokens itself, so that sigma need not be rounded with them.
     """
@@ -74,25 +76,25 @@ def input_dtype(transformer: Any) -> torch.dtype:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents as tokens: `[B, C, 1, h, w]` -> `[B, h w, C]` (`Flux2KleinPipeline._pack_latents`)."""
+    """Return latents as tokens: `[B, C, 1, h, w]` -> `[B, h w, C]` (`Flux2KleinPipeline._pack_latents`)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: `[B, h w, C]` -> `[B, C, 1, h, w]`."""
+    """Invert `pack`: `[B, h w, C]` -> `[B, C, 1, h, w]`."""
     batch, _, channels = tokens.shape
     return tokens.transpose(1, 2).reshape(batch, channels, 1, height, width)
 
 
 def text_positions(length: int, device: torch.device) -> Tensor:
-    """Positions (image, row, column, text) of text tokens, `[L, 4]`: only the last counts up."""
+    """Return the positions (image, row, column, text) of text tokens, `[L, 4]`: only the last one counts up."""
     positions = torch.zeros(length, 4, dtype=torch.int64, device=device)
     positions[:, 3] = torch.arange(length, device=device)
     return positions
 
 
 def image_positions(images: Sequence[Tensor]) -> Tensor:
-    """Positions (image, row, column, text) of the tokens of the target and the references behind it, `[N, 4]`."""
+    """Return the positions (image, row, column, text) of the tokens of target and reference images, `[N, 4]`."""
     parts = []
     for number, latents in enumerate(images):
         height, width = latents.shape[-2:]

@@ -1,4 +1,4 @@
-"""Wan's answers to the engine."""
+"""Implementation of the family Wan."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from diffsynth_core.models.wan.spec import WAN
 
 
 class Wan(Family):
-    """Each method is one call into the module of its name."""
+    """Each method calls the module of its name."""
 
     facts = WAN
 

@@ -1,4 +1,4 @@
-"""Batches, sigmas and the prediction of Wan's transformer."""
+"""Batches, sigmas and predictions of Wan's transformer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,20 +20,21 @@ STACKED = ("latents", "condition", "image_embeds", "given")
 
 
 def sigmas(steps: int = TRAINING_TIMESTEPS) -> Tensor:
-    """The sigmas of so many steps, `[steps]` float32; the 1000 of training go from 1 down to 0.00498.
+    """Return the sigmas of a sampler, `[steps]` float32; the 1000 of training go from 1 down to 0.00498.
 
-    s = linspace(1, 0, steps + 1) without its last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers with
-    shift 5).
+    s = linspace(1, 0, steps + 1) without the last; 5 s / (1 + 4 s) (`FlowMatchEulerDiscreteScheduler` of diffusers
+    with shift 5).
     """
     base = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     return (SHIFT * base / (1 + (SHIFT - 1) * base)).float()
 
 
 def collate(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Encoded samples of one latent shape -> a batch.
+    """Combine encoded samples of one latent shape into a batch.
 
-    Returns: `prompt_embeds` `[B, 512, 4096]`, zero behind each caption; what the samples hold of `latents`
-    `[B, C, F, h, w]`, `condition` `[B, 20, F, h, w]`, `image_embeds` `[B, 257 N, 1280]`, `given` `[B, 1, F, 1, 1]`.
+    Returns:
+        `prompt_embeds` `[B, 512, 4096]`, zero after each caption; and as far as the samples have them `latents` `[B,
+        C, F, h, w]`, `condition` `[B, 20, F, h, w]`, `image_embeds` `[B, 257 N, 1280]`, `given` `[B, 1, F, 1, 1]`.
     """
     texts = [pad(text, (0, 0, 0, MAX_TOKENS - len(text))) for text in (sample["prompt_embeds"] for sample in encoded)]
     batch = {"prompt_embeds": torch.stack(texts)}
@@ -57,13 +58,14 @@ def blank_encoding(variant: Variant, transformer: Any, sizes: StepSizes) -> dict
 
 
 def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The transformer called as diffusers' pipelines call it: timestep = 1000 sigma, 0 for latents that are given.
+    """Call the transformer as diffusers' pipelines do: timestep = 1000 sigma, 0 for clean latents.
 
     Args:
         noisy: `[B, C, F, h, w]` float32.
         sigma: `[B]` float32.
 
-    Returns: `[B, C, F, h, w]`.
+    Returns:
+        `[B, C, F, h, w]`.
     """
     states = torch.cat([noisy, batch["condition"].float()], dim=1) if "condition" in batch else noisy
     timestep = sigma * TRAINING_TIMESTEPS
@@ -83,14 +85,14 @@ def predict_velocity(transformer: Any, noisy: Tensor, sigma: Tensor, batch: Mapp
 
 
 def token_timesteps(timestep: Tensor, given: Tensor, shape: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """A timestep for every token, 0 for those of latents that are given: `[B]` -> `[B, F (h / 2) (w / 2)]`."""
+    """Return a timestep for every token, 0 for those of clean latents: `[B]` -> `[B, F (h / 2) (w / 2)]`."""
     _, _, frames, height, width = shape
     by_frame = timestep[:, None] * (1 - given.float().view(len(timestep), frames))  # [B, F]
     return by_frame.repeat_interleave((height // patch_size[1]) * (width // patch_size[2]), dim=1)
 
 
 def _one_by_one(images: Tensor, two_images_tokens: int | None) -> Tensor:
-    """The states of two images as a batch of images, which is how the transformer with two of them wants them."""
+    """Return the states of two images as a batch of images, as the transformer for two images expects."""
     if two_images_tokens is None:
         return images
     return images.reshape(-1, two_images_tokens // 2, images.shape[-1])
