@@ -1,7 +1,7 @@
 """Shapes of the tensors of published components, recorded from their modules in `hub_shapes.json`. No torch to read it.
 
 Plans without model files need them before a library is loaded: what kind of model a transformer is, and which of its
-modules can carry a LoRA. `python -m diffsynth_core.models.hub_shapes` records them anew; a test does so as well.
+modules can carry a LoRA. `python -m diffsynth_core.models.hub_shapes` records them again; a test does so as well.
 """
 
 import json
