@@ -23,8 +23,14 @@ GPUS = ("24GB", "48GB", "80GB")
 
 
 def memory_page() -> str:
-    """`docs/gpu_memory.md`: the estimate of every recipe as it stands, without model files and without a dataset."""
-    lines = [
+    """Return `docs/gpu_memory.md`: estimates of all recipes with their default parameters."""
+    rows = [row for recipe in recipe_names() for row in memory_rows(recipe)]
+    return "\n".join([*page_head(), *rows]) + "\n"
+
+
+def page_head() -> list[str]:
+    """Return the lines above the rows of the recipes."""
+    return [
         "# GPU memory of the recipes",
         "",
         "Generated from the plans of the recipes by `make docs`; a test fails when this page is out of date.",
@@ -40,19 +46,18 @@ def memory_page() -> str:
         "",
         f"| recipe | needs | {' | '.join(GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
-        *_rows(),
     ]
-    return "\n".join(lines) + "\n"
 
 
-def _rows() -> Iterator[str]:
-    for recipe in recipe_names():
-        for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
+def memory_rows(recipe: str) -> Iterator[str]:
+    """Return a row for each stage of a recipe, estimated without model files and without a dataset."""
+    for resolved in resolve_stages({"recipe": recipe, "dry_run": True}, ()):
+        with tempfile.TemporaryDirectory() as empty, chdir(empty):  # a default dataset would change the plan
             plan = make_plan(resolved, SilentReporter(), without_files=True)
-            config = memory_config(plan, find_workload(plan).largest)
-            fits = [find_fit(plan, config, memory_bytes(size)) for size in GPUS]
-            stage = f", stage `{resolved.stage}`" if resolved.stage else ""
-            yield f"| `{recipe}`{stage} | {format_memory(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
+        config = memory_config(plan, find_workload(plan).largest)
+        fits = [find_fit(plan, config, memory_bytes(size)) for size in GPUS]
+        stage = f", stage `{resolved.stage}`" if resolved.stage else ""
+        yield f"| `{recipe}`{stage} | {format_memory(fits[0].peak)} | {' | '.join(_in_words(fit) for fit in fits)} |"
 
 
 def _in_words(fit: MemoryFit) -> str:
@@ -64,13 +69,7 @@ def _in_words(fit: MemoryFit) -> str:
 
 def write_documents(folder: Path) -> None:
     """Write the page into the documentation folder of a checkout."""
-    target = folder.resolve()
-    with (
-        tempfile.TemporaryDirectory() as nowhere,
-        chdir(nowhere),
-    ):  # an empty folder: a default dataset would change the plans
-        page = memory_page()
-    write_text(target / PAGE, page)
+    write_text(folder / PAGE, memory_page())
 
 
 if __name__ == "__main__":
