@@ -11,13 +11,20 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
+MEASURE = "core/diffsynth_core/models/activation_memory.py"
 USED = {
+    (MEASURE, "_cdata"),
+    (MEASURE, "_python_dispatch"),
+    (MEASURE, "_pytree"),
+    (MEASURE, "_set_gradient_checkpointing"),
+    ("core/diffsynth_core/models/autocast.py", "_pytree"),
     ("core/diffsynth_core/models/loading.py", "_keep_in_fp32_modules"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
 }
-"""Each has a comment where it is used, and a test below, which fails first if a package changes it."""
+"""Each has a comment where it is used, and a test below, which fails first if a package changes it; for the measurement
+of activations that is tests/unit/models/test_activation_memory.py."""
 NOT_PRIVATE = {"_exit", "_replace"}
 """Documented by Python: `os._exit`, and `_replace` of named tuples."""
 

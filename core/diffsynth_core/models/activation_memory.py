@@ -15,7 +15,7 @@ from weakref import WeakSet, finalize
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # no public module has it
 from torch.utils._pytree import tree_leaves
 
 from diffsynth_core.models.activation_cache import StepActivations
@@ -245,7 +245,11 @@ def _call_blocks_with(module: nn.Module, call: Callable[..., Any]) -> None:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the storages of tensors, each once, by identity."""
+    """Bytes of the storages of tensors, each once, by identity.
+
+    `_cdata` is the address of the storage: on the meta device `data_ptr` is 0 for all, and Python's `id` differs
+    between two views of one storage.
+    """
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map  # no public module has it
 
 LOW_PRECISION = frozenset(
     (
@@ -52,7 +52,7 @@ class _RmsNorm(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     """What fused kernels keep, on CPUs and GPUs: their inputs, their output, and a float32 number for each query.
 
-    The output has the heads beside each other in memory, so that the model brings them together without a copy.
+    The output has the heads next to each other in memory, so that the model joins them without a copy.
     """
 
     @staticmethod

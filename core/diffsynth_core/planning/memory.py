@@ -164,7 +164,7 @@ def unknown_parts(plan: Plan) -> list[str]:
 
 
 def count_parameters(plan: Plan, component: str) -> int:
-    """Numbers in the weights of a component; 0 where nothing tells them."""
+    """Number of parameters of a component; 0 if unknown."""
     shapes = plan.shapes.get(component)
     if shapes:
         return sum(map(math.prod, shapes.values()))

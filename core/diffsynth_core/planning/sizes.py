@@ -60,7 +60,7 @@ def find_workload(plan: Plan) -> Workload:
 
 
 def sizes_of_sample(plan: Plan, sample: Sample, text_states: int) -> StepSizes:
-    """What one sample brings to the transformer, with a text of so many states."""
+    """Inputs of the transformer for one sample, with this many text tokens."""
     return _sizes(plan, _shown(plan, sample), text_states)
 
 

@@ -98,9 +98,9 @@ def predict_velocity(
     }
     added, added_single = None, None
     if controlnet is not None:
-        told = given if controlnet.config.guidance_embeds else {**given, "guidance": None}
+        inputs = given if controlnet.config.guidance_embeds else {**given, "guidance": None}
         followed = pack(batch[CONTROL_LATENTS]).to(controlnet.dtype)
-        added, added_single = controlnet(controlnet_cond=followed, **_states_as(told, controlnet))
+        added, added_single = controlnet(controlnet_cond=followed, **_states_as(inputs, controlnet))
     (prediction,) = transformer(
         controlnet_block_samples=added,
         controlnet_single_block_samples=added_single,
