@@ -113,7 +113,7 @@ def test_a_run_makes_a_damaged_entry_anew_and_says_so(trained, tmp_path, cli, sa
     assert entry.read_bytes() == whole
     warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ") and ".safetensors" in line]
     assert len(warnings) == 1 and str(entry) in warnings[0]
-    says("\n".join([*lines, *warnings]), r"\w{64}", r"/\w\w/")
+    says("\n".join([*lines, *warnings]))
     assert (Path("out") / "epoch-0.safetensors").read_bytes() == (
         trained.plan.parameters.output_path / "epoch-0.safetensors"
     ).read_bytes()
@@ -131,7 +131,7 @@ def test_an_encoded_folder_is_repaired_by_the_first_half(trained, tmp_path, cli,
     refused = cli(*second)
     assert refused.code == 1 and str(entry) in refused.err
     printed = [line for line in refused.err.splitlines() if line.startswith(("error: ", "  hint: "))]
-    says("\n".join(printed), r"\w{64}", r"/\w\w/")
+    says("\n".join(printed))
     assert not Path("out/run.json").exists()
     repaired = cli(*first)
     assert repaired.code == 0, repaired.err
