@@ -69,6 +69,17 @@ def test_utf_16_without_a_mark(validate, refuse, dataset):
     assert refuse() == (1, [(names(path, "line 1", "not UTF-8", "byte 1", "UTF-16"), "save it as UTF-8")])
 
 
+def test_rows_without_columns(validate, refuse, dataset):
+    (dataset / "metadata.csv").unlink()
+    (dataset / "metadata.json").write_text("[{}, {}]")
+    found = [
+        (names(f"{dataset}/metadata.json", "no column", name, "no columns"), "add the column")
+        for name in ("image", "prompt")
+    ]
+    assert [one for one in validate() if one[0] == "COLUMN_MISSING"] == [("COLUMN_MISSING", *one) for one in found]
+    assert refuse() == (1, found)
+
+
 def test_columns_of_other_programs(validate, refuse, dataset):
     (dataset / "metadata.csv").write_text("file_name,text\ncoffee.png,a\n")
     has, there = names(f"{dataset}/metadata.csv", "no column"), names("file_name", "text")

@@ -152,6 +152,23 @@ def test_a_config_json_that_builds_nothing(refuse, repository, component, change
     assert f"`{path}`" in message and "internal error" not in message
 
 
+@pytest.mark.parametrize(
+    ("component", "change", "reason"),
+    [
+        ("transformer", {"axes_dims_rope": [16, 56, 56]}, "broadcast"),
+        ("vae", {"latents_mean": [0.5] * 12}, "broadcast"),
+        ("vae", {"latents_mean": [{}]}, "dict"),
+        ("vae", {"latents_std": ["x"]}, "str"),
+    ],
+)
+def test_a_config_json_that_fits_the_weights_and_computes_nothing(refuse, repository, component, change, reason):
+    path = repository / component / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    code, [(message, hint)] = refuse("--dry_run")
+    assert code == 1 and "download" in hint
+    assert f"`{path}`" in message and reason in message and "internal error" not in message
+
+
 def test_shapes_that_do_not_tell_the_configuration(refuse, repository):
     """Without config.json heads of 128 channels are assumed; those of the tiny text encoder are smaller."""
     (repository / "text_encoder/config.json").unlink()

@@ -24,7 +24,7 @@ def check_columns(metadata: Metadata, columns: Columns, hints: Mapping[str, str]
     Args:
         hints: column -> hint if it exists and is not read.
     """
-    if not metadata.columns:
+    if not metadata.columns and not metadata.rows:
         return
     unknown = columns.unknown(metadata.columns)
     for name in columns.required:
@@ -52,7 +52,7 @@ def _missing_column(metadata: Metadata, name: str, required: Sequence[str], near
         listed = ", ".join(f"`{one}`" for one in required)
         what = f"`{metadata.origin}` has no column `{name}`, which requires a metadata file"
         return what, f"write a metadata.csv with the columns {listed}"
-    present = list_names([truncate(one) for one in metadata.columns])
+    present = list_names([truncate(one) for one in metadata.columns]) or "no columns"
     what = f"`{metadata.origin}` has no column `{name}`; it has {present}"
     if near:
         return what, f"rename `{near}`"

@@ -238,9 +238,10 @@ def _call_blocks_with(module: nn.Module, call: Callable[..., Any]) -> None:
     """Have `call(block, *inputs)` in the place of the checkpointing of a module's blocks, where it has that.
 
     The public methods that switch checkpointing on take no function in transformers. Both libraries have the private
-    one that they call; a test fails when one of them calls it otherwise.
+    one that they call; a test fails when one of them calls it otherwise. The flag of each block says whether it is on:
+    its other name is a property of the module that transformers warns about.
     """
-    if getattr(module, "is_gradient_checkpointing", False):
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=call)  # type: ignore[operator]
 
 

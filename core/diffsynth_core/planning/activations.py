@@ -1,10 +1,12 @@
 """What the activations of a plan's steps take: each kind of step is measured once and remembered. No torch."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.activation_cache import StepActivations, remembered
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import EncoderFacts, is_below
@@ -70,7 +72,8 @@ def step_activations(plan: Plan, config: "MemoryConfig") -> StepActivations:
         components = {name: _measured(plan, family, name, config) for name in parts}
         autocast = None if config.precision == "no" else frozen_dtype(config.precision)
         inputs = StepInputs(plan.variant, tuple(online), config.sizes)
-        return measure_step(family, components, inputs, autocast, config.device)
+        with _errors_of_configurations(plan, components):
+            return measure_step(family, components, inputs, autocast, config.device)
 
     return remembered(question, StepActivations, measure)
 
@@ -98,7 +101,8 @@ def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> i
         def peak(frames: int) -> int:
             images = tuple((min(frames, length), height, width) for length, height, width in config.sizes.images)
             inputs = StepInputs(plan.variant, tuple(encoders), replace(config.sizes, images=images))
-            return measure_encoders(family, component, settings, dtype, inputs)
+            with _errors_of_configurations(plan, (component,)):
+                return measure_encoders(family, component, settings, dtype, inputs)
 
         # A VAE encodes the first frame, then `step` at a time; from the third piece on each adds the same.
         step, frames = plan.variant.target.frame_step, config.sizes.images[0][0]
@@ -108,6 +112,28 @@ def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> i
         return peak(three) + (frames - three) // step * (peak(three) - peak(two))
 
     return remembered(question, int, measure)
+
+
+@contextmanager
+def _errors_of_configurations(plan: Plan, components: Collection[str]) -> Iterator[None]:
+    """Report what modules raise in the block as a fault of their configuration files, if they have any.
+
+    Their shapes have been compared with those of the weights, which says nothing of settings without weights, such as
+    axes of rotary embeddings and latent statistics.
+    """
+    try:
+        yield
+    except DiffSynthError:
+        raise
+    except Exception as error:  # a model raises anything
+        paths = [str(path) for name in sorted(components) if (path := plan.components[name].config_path)]
+        if not paths:
+            raise
+        names, reason = list_names(paths), " ".join(str(error).split()) or type(error).__name__
+        raise DiffSynthError(
+            f"a model built from {names} cannot process a sample: {reason}",
+            "if the file was changed, download it again; otherwise, put the config.json of these weights in its place",
+        ) from error
 
 
 def step_components(plan: Plan) -> frozenset[str]:

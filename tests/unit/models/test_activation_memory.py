@@ -106,7 +106,7 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """A transformer that switches checkpointing on as those of diffusers and transformers do."""
 
-    is_gradient_checkpointing = False
+    gradient_checkpointing = False
 
     def __init__(self, num_layers):
         super().__init__()
@@ -114,7 +114,7 @@ class Toy(nn.Module):
         self.call = None
 
     def _set_gradient_checkpointing(self, enable, gradient_checkpointing_func):
-        self.is_gradient_checkpointing, self.call = enable, gradient_checkpointing_func
+        self.gradient_checkpointing, self.call = enable, gradient_checkpointing_func
 
     def forward(self, states):
         for block in self.blocks:
