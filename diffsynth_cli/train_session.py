@@ -40,7 +40,7 @@ from diffsynth_core.session import Session, StageResult
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
-    from diffsynth_core.planning.plan import Plan
+    from diffsynth_core.planning.plan import RunPlan
 
 NOT_IN_REAL_RUN = ("rehearse", "dry_run", "gpu_memory", "output_path", "device", "verbose")
 
@@ -102,7 +102,7 @@ def _show_plans(session: Session, reporter: ConsoleReporter) -> int:
 
 
 def _show_plan(
-    stage: str | None, plan: "Plan", estimate: Estimate | None, reporter: ConsoleReporter, width: int | None
+    stage: str | None, plan: "RunPlan", estimate: Estimate | None, reporter: ConsoleReporter, width: int | None
 ) -> None:
     """Print the plan of a stage, beginning with whether it fits, in the matching color."""
     if stage:
@@ -149,9 +149,9 @@ def _train(session: Session, flags: dict[str, Any], reporter: ConsoleReporter) -
     first = next(iter(plans.values()))
     accelerate_config = first.parameters.accelerate_config
     if launching.needs_launch(session.world_size, accelerate_config):
-        return launching.launch(flags, session.world_size, accelerate_config, first.device)
+        return launching.launch(flags, session.world_size, accelerate_config, first.machine.device)
 
-    def announce(stage: str | None, plan: "Plan") -> None:
+    def announce(stage: str | None, plan: "RunPlan") -> None:
         if plan is not first:
             reporter.close()  # the log of the stage before
         _announce(stage, plan, reporter)
@@ -205,7 +205,7 @@ def _own_command() -> str:
     return shlex.quote(str(called))
 
 
-def _announce(stage: str | None, plan: "Plan", reporter: ConsoleReporter) -> None:
+def _announce(stage: str | None, plan: "RunPlan", reporter: ConsoleReporter) -> None:
     """Print the summary of a plan; the full plan goes to the log."""
     for line in (*([f"Stage {stage}"] if stage else []), *summary_lines(plan)):
         reporter.info(line)
@@ -238,7 +238,7 @@ def _show_files(
     reporter.result(f"Log         {folder / LOG}")
 
 
-def _show_encoded(stage: str | None, encoded: "EncodedSamples", plan: "Plan", reporter: ConsoleReporter) -> None:
+def _show_encoded(stage: str | None, encoded: "EncodedSamples", plan: "RunPlan", reporter: ConsoleReporter) -> None:
     if stage:
         reporter.result(f"Stage       {stage}")
     size = sum(dict(encoded.paths()).values())

@@ -15,7 +15,7 @@ from diffsynth_core.hub.model_files import split_entry
 from diffsynth_core.models.recognition import component_at
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 
 RECIPES = {
@@ -55,7 +55,7 @@ class TinyFamily:
             **{name: str(value) for name, value in more.items()},
         }  # fmt: skip
 
-    def plan(self, **more: Any) -> Plan:
+    def plan(self, **more: Any) -> RunPlan:
         return make_plan(resolve(self.flags(**more)), SilentReporter(), base=self.base)
 
     def module_shapes(self, component: str = "dit", **more: Any) -> dict[str, tuple[int, ...]]:
@@ -63,7 +63,7 @@ class TinyFamily:
         from diffsynth_core.models.loading import module_shapes
 
         plan = self.plan(output_path="unused", **more)
-        files = plan.components[component]
+        files = plan.model.components[component]
         shapes = files.layout.public_shapes(module_shapes(files))
         return {name: shapes[f"{name}.weight"] for name in plan.training.lora_modules}
 

@@ -31,13 +31,13 @@ from diffsynth_core.progress import Reporter, SilentReporter, Task
 
 if TYPE_CHECKING:
     from diffsynth_core.data.encoded_samples import EncodedSamples
-    from diffsynth_core.planning.plan import Plan
+    from diffsynth_core.planning.plan import RunPlan
     from diffsynth_core.rehearsal.rehearse import Rehearsal
     from diffsynth_core.training.stop import StopRequest
 
-Plans = Mapping[str | None, "Plan"]
+Plans = Mapping[str | None, "RunPlan"]
 """Stage name (None without stages) -> its plan, in the order of execution."""
-Announce = Callable[[str | None, "Plan"], None]
+Announce = Callable[[str | None, "RunPlan"], None]
 """Called with each stage and its plan before it starts."""
 
 
@@ -49,7 +49,7 @@ class StageResult:
     """
 
     stage: str | None
-    plan: "Plan"
+    plan: "RunPlan"
     folder: Path
     checkpoint: Path | None = None
     encoded: "EncodedSamples | None" = None
@@ -89,7 +89,7 @@ class Session:
         from diffsynth_core.planning.output import RunComplete
 
         reporter = reporter or self.reporter
-        plans: dict[str | None, Plan] = {}
+        plans: dict[str | None, RunPlan] = {}
         faults: dict[str | None, Sequence[Problem]] = {}
         completed: dict[str | None, Problem] = {}
         for resolved in self.stages:
@@ -213,7 +213,7 @@ class Session:
                 raise Interrupted(stopped_by, "the rehearsal was interrupted", how_to_repeat(resolved)) from error
             yield resolved.stage, found
 
-    def _plan_stage(self, resolved: Resolved, reporter: Reporter, without_files: bool) -> "Plan":
+    def _plan_stage(self, resolved: Resolved, reporter: Reporter, without_files: bool) -> "RunPlan":
         from diffsynth_core.planning.plan import make_plan
 
         base = model_base_path()
@@ -223,7 +223,7 @@ class Session:
             resolved, base = prepare(resolved, reporter)
         return make_plan(resolved, reporter, self.world_size, base, without_files)
 
-    def _carry_out(self, stage: str | None, plan: "Plan", stop: "StopRequest") -> StageResult:
+    def _carry_out(self, stage: str | None, plan: "RunPlan", stop: "StopRequest") -> StageResult:
         """Train, or precompute encodings."""
         if not plan.task.trains:
             from diffsynth_core.training.precompute import precompute
@@ -247,13 +247,13 @@ def _name_stages(found: Mapping[str | None, Sequence[Problem]]) -> list[Problem]
     ]
 
 
-def _free_memory(plan: "Plan") -> None:
+def _free_memory(plan: "RunPlan") -> None:
     """Between stages: free the device memory of the last one."""
     import torch
 
     from diffsynth_core.training.encode import free_device_memory
 
-    free_device_memory(torch.device(plan.device))
+    free_device_memory(torch.device(plan.machine.device))
 
 
 class _WithoutMessages(SilentReporter):

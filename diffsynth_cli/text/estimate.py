@@ -18,7 +18,7 @@ from diffsynth_core.planning.memory import (
     memory_config,
     unknown_parts,
 )
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import ASSUMED_CAPTION, Workload, find_workload
 from diffsynth_core.progress import format_bytes, format_memory, pluralize
 
@@ -32,7 +32,7 @@ class Estimate:
     fit: MemoryFit | None
 
 
-def make_estimate(plan: Plan) -> Estimate:
+def make_estimate(plan: RunPlan) -> Estimate:
     """Estimate a run, and search for options that make it fit."""
     run = find_workload(plan)
     config = memory_config(plan, run.largest)
@@ -40,13 +40,15 @@ def make_estimate(plan: Plan) -> Estimate:
     return Estimate(run, config, find_fit(plan, config, memory_bytes(limit)) if limit else None)
 
 
-def estimate_lines(plan: Plan, estimate: Estimate) -> Iterator[str]:
+def estimate_lines(plan: RunPlan, estimate: Estimate) -> Iterator[str]:
     """Memory and disk space of a run by part, what is not included, and the options that were tried."""
     run, config = estimate.run, estimate.config
     sizes, memory = run.largest, device_memory(plan, config)
     shown = " and ".join(format_size(image) for image in sizes.images)
     basis = (
-        "the largest micro-batch of the dataset" if plan.samples.samples else "the largest that the parameters allow"
+        "the largest micro-batch of the dataset"
+        if plan.data.samples.samples
+        else "the largest that the parameters allow"
     )
     yield f"{DEVICES[config.device]} memory, estimated for {basis}: {sizes.batch} of {shown}, precision {config.precision}"
     if memory.training:
@@ -87,15 +89,15 @@ def _training_parts(config: MemoryConfig, training: TrainingMemory) -> dict[str,
     }
 
 
-def _disk_lines(plan: Plan, config: MemoryConfig, run: Workload) -> Iterator[str]:
+def _disk_lines(plan: RunPlan, config: MemoryConfig, run: Workload) -> Iterator[str]:
     disk = disk_use(plan, config, run.encoded)
-    samples = len(plan.samples.samples)
+    samples = len(plan.data.samples.samples)
     yield "Disk"
     if fetched := download_bytes(plan):
         base = model_base_path()
         yield f"  {_amount(fetched)}  model files to download, in `{base}`{_free(base, fetched)}"
-    if not plan.encoded:
-        where = plan.cache if plan.task.trains else plan.parameters.output_path
+    if not plan.data.encoded:
+        where = plan.output.cache if plan.task.trains else plan.parameters.output_path
         what = f"encodings of {pluralize(samples, 'sample')}" if samples else "encodings of each sample"
         how = "" if run.counted else f", {_letters(plan)}"
         yield f"  {_amount(disk.cache)}  {what}{how}, in `{where}`{_free(where, disk.cache)}"
@@ -109,22 +111,22 @@ def _disk_lines(plan: Plan, config: MemoryConfig, run: Workload) -> Iterator[str
     yield "  encoding time depends on the GPU and is not estimated"
 
 
-def disk_parts(plan: Plan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
+def disk_parts(plan: RunPlan, estimate: Estimate) -> dict[str, tuple[Path, int]]:
     """Each output of a run: a label, its folder and its size in bytes; outputs that do not exist are omitted."""
     disk = disk_use(plan, estimate.config, estimate.run.encoded)
     output = plan.parameters.output_path
-    many = "encodings" if plan.samples.samples else "encodings of each sample"
+    many = "encodings" if plan.data.samples.samples else "encodings of each sample"
     parts = {
         "download": (model_base_path(), download_bytes(plan)),
-        many: (plan.cache if plan.task.trains else output, disk.cache),
+        many: (plan.output.cache if plan.task.trains else output, disk.cache),
         "checkpoints and states" if disk.checkpoints else "a checkpoint and states": (output, disk.written),
     }
     return {name: (folder, size) for name, (folder, size) in parts.items() if size}
 
 
-def _letters(plan: Plan) -> str:
+def _letters(plan: RunPlan) -> str:
     """How caption tokens were counted without a tokenizer."""
-    if plan.samples.samples:
+    if plan.data.samples.samples:
         return "caption tokens estimated from characters, as the tokenizer is missing"
     return f"for a caption of {ASSUMED_CAPTION} characters"
 

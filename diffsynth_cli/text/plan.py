@@ -11,7 +11,7 @@ from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.planning.encodings import encodings_are_known, plan_encodings
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, format_bytes, format_count, pluralize
 
 SHOWN_SIZES = 6
@@ -24,7 +24,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 """Descriptions of device types; `cuda` is used for all accelerators."""
 
 
-def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Iterator[str]:
+def plan_lines(plan: RunPlan, reporter: Reporter, estimated: bool = False) -> Iterator[str]:
     """The full plan: one line per fact.
 
     `estimated`: an estimate follows, which is for a GPU even if this machine has none.
@@ -39,44 +39,44 @@ def plan_lines(plan: Plan, reporter: Reporter, estimated: bool = False) -> Itera
     yield f"Output to `{plan.parameters.output_path}`"
 
 
-def parameter_lines(plan: Plan) -> Iterator[str]:
+def parameter_lines(plan: RunPlan) -> Iterator[str]:
     """The parameters with values other than their defaults, one per line, and how to show all."""
     yield "Parameters that differ from their defaults"
     plain = as_plain(plan.parameters)
     for name, setting in SETTINGS.items():
         value = getattr(plan.parameters, name)
         of_family = name in plan.family_defaults
-        if (value != setting.default_of(plan.facts.name) or of_family) and name not in (
+        if (value != setting.default_of(plan.model.facts.name) or of_family) and name not in (
             "recipe",
             "config",
             "dry_run",
             "verbose",
         ):
-            origin = f" (default of {plan.facts.title})" if of_family else ""
+            origin = f" (default of {plan.model.facts.title})" if of_family else ""
             yield f"  {name:<28} {format_value(plain[name]).replace(',', ', ')}{origin}"
     if plan.parameters.recipe:
         yield f"  all parameters of the recipe: `diffsynth recipe show {plan.parameters.recipe}`"
 
 
-def _machine_lines(plan: Plan, estimated: bool) -> Iterator[str]:
+def _machine_lines(plan: RunPlan, estimated: bool) -> Iterator[str]:
     """The model variant and the device: the planned one and, separately, that of this machine."""
-    title, seed, here = plan.variant.title, plan.parameters.seed, plan.device.partition(":")[0]
+    title, seed, here = plan.model.variant.title, plan.parameters.seed, plan.machine.device.partition(":")[0]
     device, precision = device_and_precision(plan)
-    if not estimated or ((here == "cpu") == (device == "cpu") and precision == plan.mixed_precision):
-        yield f"{title} on {plan.device}, precision {plan.mixed_precision}, seed {seed}"
+    if not estimated or ((here == "cpu") == (device == "cpu") and precision == plan.machine.mixed_precision):
+        yield f"{title} on {plan.machine.device}, precision {plan.machine.mixed_precision}, seed {seed}"
         return
     yield f"{title} on a {DEVICES[device]}, precision {precision}, seed {seed}"
-    other = "" if precision == plan.mixed_precision else f", precision {plan.mixed_precision}"
-    yield f"  planned for a {DEVICES[device]}; this machine has none and would train on {plan.device}{other}"
+    other = "" if precision == plan.machine.mixed_precision else f", precision {plan.machine.mixed_precision}"
+    yield f"  planned for a {DEVICES[device]}; this machine has none and would train on {plan.machine.device}{other}"
 
 
-def _component_lines(plan: Plan) -> Iterator[str]:
-    for name, files in plan.components.items():
+def _component_lines(plan: RunPlan) -> Iterator[str]:
+    for name, files in plan.model.components.items():
         yield f"  {name:<15} {_where(plan, name, files)}{_part(plan, name)}"
-    for name, files in plan.unused_components.items():
+    for name, files in plan.model.unused_components.items():
         yield f"  {name:<15} {files.origin}, not loaded by `{plan.task.name}`"
-    if plan.task.encodes and not plan.task.trains and plan.facts.denoiser not in plan.unused_components:
-        yield f"  without a {plan.facts.denoiser}, the kind of model is inferred from the files and `extra_inputs`: {plan.variant.title}"
+    if plan.task.encodes and not plan.task.trains and plan.model.facts.denoiser not in plan.model.unused_components:
+        yield f"  without a {plan.model.facts.denoiser}, the kind of model is inferred from the files and `extra_inputs`: {plan.model.variant.title}"
     if plan.training.lora_rule:
         yield f"  LoRA is applied to {plan.training.lora_rule}: {_kinds(plan.training.lora_modules)}"
     if plan.training.start:
@@ -89,42 +89,42 @@ def _component_lines(plan: Plan) -> Iterator[str]:
         yield f"  the {VAE} is trained: the prediction target is computed from its latents and changes with them"
 
 
-def _where(plan: Plan, component: str, files: ComponentFiles) -> str:
+def _where(plan: RunPlan, component: str, files: ComponentFiles) -> str:
     """The source of a component and its size on disk."""
     size = format_bytes(file_bytes(plan, component))
-    if component not in plan.published:
+    if component not in plan.model.published:
         below = f" below `{files.prefix}`" if files.prefix else ""
         there = f"{pluralize(len(files.paths), 'file')}{below}, {size}"
-    elif plan.published[component].parameters:
+    elif plan.model.published[component].parameters:
         there = f"missing, {size} as published"
     else:
         there = "missing, size unknown"
     return f"{files.origin} ({there}, {_parameters(plan, component)})"
 
 
-def _sample_lines(plan: Plan) -> Iterator[str]:
-    parameters, samples = plan.parameters, plan.samples.samples
+def _sample_lines(plan: RunPlan) -> Iterator[str]:
+    parameters, samples = plan.parameters, plan.data.samples.samples
     if not samples:
         yield f"No dataset: `{parameters.dataset_base_path}` does not exist, so buckets and steps are unknown"
         return
     sizes = Counter(sample.target.shape for sample in samples)
     yield f"{pluralize(len(samples), 'sample')} from `{parameters.dataset_base_path}`: {list_sizes(sizes)}"
-    if plan.encoded:
-        origin = plan.encoded.origin
+    if plan.data.encoded:
+        origin = plan.data.encoded.origin
         asked = "".join(f", {name} {value}" for name, value in origin.sizes.items() if value is not None)
         yield f"  precomputed for {origin.kind}, precision {origin.precision}{asked}: neither metadata nor media are read"
-    if plan.variant.conditions and parameters.batch_size > 1:
-        yield f"  {len(plan.batches.buckets)} batch shapes, since reference images have sizes too"
-    if not plan.encoded:
+    if plan.model.variant.conditions and parameters.batch_size > 1:
+        yield f"  {len(plan.data.steps.batches.buckets)} batch shapes, since reference images have sizes too"
+    if not plan.data.encoded:
         yield from _transform_lines(plan)
-    for shown in plan.variant.conditions:
+    for shown in plan.model.variant.conditions:
         images = [crop for sample in samples for crop in sample.conditions[shown.name]]
         yield f"  reference images ({shown.name}): {list_sizes(Counter(crop.shape for crop in images))}"
-    for note in plan.samples.notes:
+    for note in plan.data.samples.notes:
         yield f"  {note}"
 
 
-def warning_lines(plan: Plan) -> Iterator[str]:
+def warning_lines(plan: RunPlan) -> Iterator[str]:
     """The notes of a plan; the caller colors the first word."""
     for warning in plan.warnings:
         yield f"{WARNING}{warning.message}"
@@ -132,24 +132,24 @@ def warning_lines(plan: Plan) -> Iterator[str]:
             yield f"  hint: {warning.hint}"
 
 
-def _transform_lines(plan: Plan) -> Iterator[str]:
+def _transform_lines(plan: RunPlan) -> Iterator[str]:
     parameters = plan.parameters
     if parameters.height and parameters.width:
         yield f"  each is resized to cover {parameters.width} x {parameters.height} and center-cropped"
-    if plan.variant.target.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
+    if plan.model.variant.target.kind == "video" and (parameters.frame_rate or parameters.clip_start != "first"):
         rate = f"resampled to {parameters.frame_rate:g} frames per second, " if parameters.frame_rate else ""
         yield f"  {rate}part used of longer videos: {parameters.clip_start}"
 
 
-def family_default_lines(plan: Plan) -> Iterator[str]:
+def family_default_lines(plan: RunPlan) -> Iterator[str]:
     """Options that were enabled automatically."""
     for name in plan.family_defaults:
         if getattr(plan.parameters, name) is True:
-            yield f"`{name}` is on by default for {plan.facts.title}; `--no-{name}` turns it off"
+            yield f"`{name}` is on by default for {plan.model.facts.title}; `--no-{name}` turns it off"
 
 
-def _step_lines(plan: Plan) -> Iterator[str]:
-    parameters, steps = plan.parameters, plan.steps
+def _step_lines(plan: RunPlan) -> Iterator[str]:
+    parameters, steps = plan.parameters, plan.data.steps
     if not steps.total_steps:
         return
     yield steps_in_words(plan)
@@ -163,22 +163,22 @@ def _step_lines(plan: Plan) -> Iterator[str]:
         yield f"  {note}"
 
 
-def steps_in_words(plan: Plan) -> str:
+def steps_in_words(plan: RunPlan) -> str:
     """The number of optimizer steps, and how it is computed."""
-    parameters, steps = plan.parameters, plan.steps
+    parameters, steps = plan.parameters, plan.data.steps
     return (
-        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.batches.samples_per_epoch} samples; "
-        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.world_size, 'process', 'processes')})"
+        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.data.steps.batches.samples_per_epoch} samples; "
+        f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.machine.world_size, 'process', 'processes')})"
     )
 
 
-def start_lines(plan: Plan) -> Iterator[str]:
+def start_lines(plan: RunPlan) -> Iterator[str]:
     """Notes on where a run starts or resumes."""
-    yield from (*plan.start.notes, *plan.start.warnings)
+    yield from (*plan.output.start.notes, *plan.output.start.warnings)
 
 
-def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
-    if plan.encoded or plan.missing:
+def _encoding_lines(plan: RunPlan, reporter: Reporter) -> Iterator[str]:
+    if plan.data.encoded or plan.missing:
         return
     if not encodings_are_known(plan):
         where = "the cache" if plan.task.trains else "the output folder"
@@ -194,7 +194,7 @@ def _encoding_lines(plan: Plan, reporter: Reporter) -> Iterator[str]:
         )
 
 
-def _parameters(plan: Plan, component: str) -> str:
+def _parameters(plan: RunPlan, component: str) -> str:
     """The number of parameters of a component."""
     count = count_parameters(plan, component)
     return f"{format_count(count)} parameters" if count else "parameters unknown"
@@ -207,14 +207,14 @@ def _kinds(modules: Sequence[str]) -> str:
     )
 
 
-def _part(plan: Plan, component: str) -> str:
+def _part(plan: RunPlan, component: str) -> str:
     parts = []
-    if component in plan.float8:
-        parts.append(_kept_in_float8(plan.float8[component]))
+    if component in plan.model.float8:
+        parts.append(_kept_in_float8(plan.model.float8[component]))
     elif has_scales(plan, component):
         parts.append("upcast from scaled 8-bit floats when loaded")
-    if plan.fused_lora and component == plan.fused_lora.component:
-        parts.append(f"`{plan.fused_lora.file.path}` merged into {plan.fused_lora.changes}")
+    if plan.model.fused_lora and component == plan.model.fused_lora.component:
+        parts.append(f"`{plan.model.fused_lora.file.path}` merged into {plan.model.fused_lora.changes}")
     if component in plan.training.full:
         parts.append("trained in full")
     if modules := plan.training.parts.get(component):

@@ -23,7 +23,7 @@ from diffsynth_core.planning.memory import (
     download_bytes,
     host_memory,
 )
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import format_bytes, format_count, format_memory
 
 PRECISIONS = {"no": "float32"}
@@ -31,7 +31,7 @@ PRECISIONS = {"no": "float32"}
 ALL = "`--verbose` prints the rest: files, modules, parameters, memory and disk usage by part"
 
 
-def summary_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]:
+def summary_lines(plan: RunPlan, estimate: Estimate | None = None) -> Iterator[str]:
     """The summary of a plan: one line per fact, after its label.
 
     Args:
@@ -46,7 +46,7 @@ def summary_lines(plan: Plan, estimate: Estimate | None = None) -> Iterator[str]
     if missing:
         yield _labelled("Missing", _missing(plan, len(missing)))
     yield _labelled("Dataset", _dataset(plan))
-    for note in plan.samples.notes:
+    for note in plan.data.samples.notes:
         yield _labelled("", note)
     if plan.task.trains:
         yield _labelled("Steps", _steps(plan))
@@ -62,13 +62,15 @@ def _labelled(label: str, text: str) -> str:
     return f"{label:<9} {text}"
 
 
-def _model(plan: Plan, estimated: bool) -> str:
+def _model(plan: RunPlan, estimated: bool) -> str:
     """The model variant and the device: the planned one and, separately, that of this machine."""
-    title, here = plan.variant.title, f"on {plan.device} in {_dtype(plan.mixed_precision)}"
+    title, here = plan.model.variant.title, f"on {plan.machine.device} in {_dtype(plan.machine.mixed_precision)}"
     if not estimated:
         return f"{title} {here}"
     device, precision = device_and_precision(plan)
-    if (plan.device.partition(":")[0] == "cpu") == (device == "cpu") and precision == plan.mixed_precision:
+    if (plan.machine.device.partition(":")[0] == "cpu") == (
+        device == "cpu"
+    ) and precision == plan.machine.mixed_precision:
         return f"{title} {here}"
     return f"{title} on a {DEVICES[device]} in {_dtype(precision)}; this machine has none and would run {here}"
 
@@ -77,7 +79,7 @@ def _dtype(precision: str) -> str:
     return PRECISIONS.get(precision, precision)
 
 
-def _trained(plan: Plan) -> str:
+def _trained(plan: RunPlan) -> str:
     training = plan.training
     what = [f"{name} in full" for name in sorted(training.full)]
     what += [f"{', '.join(modules)} of {name}" for name, modules in training.parts.items()]
@@ -87,11 +89,11 @@ def _trained(plan: Plan) -> str:
     return f"{' and '.join(what)}: {format_count(count_trained(plan))} parameters"
 
 
-def _missing(plan: Plan, number: int) -> str:
+def _missing(plan: RunPlan, number: int) -> str:
     """The model files to download, in one line."""
-    names = list(plan.published)
+    names = list(plan.model.published)
     names += ["tokenizer"] if number > len(names) else []
-    size = f", {format_bytes(download_bytes(plan))} to download" if plan.published else ""
+    size = f", {format_bytes(download_bytes(plan))} to download" if plan.model.published else ""
     recipe = plan.parameters.recipe
     how = (
         f"`diffsynth download {recipe}` downloads them, and so does the run"
@@ -101,23 +103,23 @@ def _missing(plan: Plan, number: int) -> str:
     return f"model files ({', '.join(names)}){size}; {how}"
 
 
-def _dataset(plan: Plan) -> str:
-    samples, folder = plan.samples.samples, plan.parameters.dataset_base_path
+def _dataset(plan: RunPlan) -> str:
+    samples, folder = plan.data.samples.samples, plan.parameters.dataset_base_path
     if not samples:
         return f"`{folder}` does not exist, so the number of steps is unknown"
     sizes = Counter(sample.target.shape for sample in samples)
-    encoded = ", precomputed encodings" if plan.encoded else ""
+    encoded = ", precomputed encodings" if plan.data.encoded else ""
     number = f"{len(samples)} sample{'' if len(samples) == 1 else 's'}"
     return f"{number} from `{folder}`{encoded}: {list_sizes(sizes)}"
 
 
-def _steps(plan: Plan) -> str:
-    if not plan.steps.total_steps:
+def _steps(plan: RunPlan) -> str:
+    if not plan.data.steps.total_steps:
         return "unknown without a dataset, and so is the run time"
     return f"{steps_in_words(plan)}; the time per step is known after the first ones"
 
 
-def _memory(plan: Plan, estimate: Estimate) -> str:
+def _memory(plan: RunPlan, estimate: Estimate) -> str:
     config = estimate.config
     memory = device_memory(plan, config)
     largest = " and ".join(format_size(image) for image in config.sizes.images)
@@ -126,7 +128,7 @@ def _memory(plan: Plan, estimate: Estimate) -> str:
     return f"{device}, for {config.sizes.batch} of {largest}; {format_memory(host)} of host memory"
 
 
-def _disk(plan: Plan, estimate: Estimate) -> str:
+def _disk(plan: RunPlan, estimate: Estimate) -> str:
     """The total size of all outputs, its main parts, and the free space of the disks they are written to."""
     parts = disk_parts(plan, estimate)
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, (_, size) in parts.items())

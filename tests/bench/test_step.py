@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.qwen_image.tiny import TinySizes, write_tiny_weights
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.model import build_training_module
@@ -39,7 +39,7 @@ def test_a_step_takes_at_most_1_05_of_a_bare_loop(tiny_models, photographs, tmp_
     bench.at_most("a training step / a bare PyTorch loop", statistics.median(ratios), 1.05, detail)
 
 
-def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> Plan:
+def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> RunPlan:
     flags = {
         "recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "dataset_num_workers": "0", "batch_size": "4",
         "max_steps": str(steps), "output_path": str(tmp_path / output), "use_gradient_checkpointing": False,
@@ -47,7 +47,7 @@ def _plan(tmp_path: Path, photographs: Path, output: str, steps: int) -> Plan:
     return make_plan(resolve(flags), SilentReporter(), base=tmp_path / "models")
 
 
-def _our_steps(plan: Plan) -> float:
+def _our_steps(plan: RunPlan) -> float:
     """Return the median seconds of a step as recorded in the metrics: from fetching to the end of the optimizer
     step.
     """
@@ -56,7 +56,7 @@ def _our_steps(plan: Plan) -> float:
     return statistics.median(json.loads(line)["seconds"] for line in lines[WARM_UP:])
 
 
-def _bare_steps(plan: Plan) -> float:
+def _bare_steps(plan: RunPlan) -> float:
     """Return the median seconds of a step of the plainest loop: samples in memory, global noise, no bookkeeping."""
     family = load_family("qwen-image")
     encodings = plan_encodings(plan, SilentReporter())
@@ -72,7 +72,7 @@ def _bare_steps(plan: Plan) -> float:
     objective = model.objective
     assert isinstance(objective, FlowMatching)
     seconds = []
-    for _ in range(plan.steps.total_steps):
+    for _ in range(plan.data.steps.total_steps):
         started = time.perf_counter()
         noise = torch.randn_like(batch["latents"])
         index = torch.randint(0, 1000, (4,))

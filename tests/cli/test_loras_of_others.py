@@ -46,7 +46,7 @@ def plan(cli) -> Callable[..., Outcome]:
 
 def weights_of(tiny: TinyFamily) -> dict[str, Tensor]:
     """The tensors of the transformer."""
-    paths = tiny.plan(output_path="unused").components["dit"].paths
+    paths = tiny.plan(output_path="unused").model.components["dit"].paths
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
 
 

@@ -13,7 +13,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.models.loading import build_empty, float8_weights
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
 from diffsynth_core.training.encode import fill_cache
@@ -30,13 +30,13 @@ RECIPES = {
 }
 
 
-def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **parameters: object) -> Plan:
+def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **parameters: object) -> RunPlan:
     """Plan the rehearsal of a recipe with some components stored in 8-bit floats."""
     given = {"recipe": RECIPES.get(name, name), "device": "cpu", "cache_path": str(folder / "cache"), "max_steps": 1}
     given |= {"output_path": str(folder / "out"), "dataset_num_workers": 0, **parameters}
     reporter = SilentReporter()
     plain, base = prepare(resolve(given), reporter)
-    origins = {name: files.origin for name, files in make_plan(plain, reporter, base=base).components.items()}
+    origins = {name: files.origin for name, files in make_plan(plain, reporter, base=base).model.components.items()}
     chosen = {"fp8_models": [origins[name] for name in components]}
     return make_plan(prepare(resolve(given | chosen), reporter)[0], reporter, base=base)
 
@@ -44,9 +44,9 @@ def plan_step(name: str, folder: Path, components: tuple[str, ...] = (), **param
 class Step:
     """A model on its first micro-batch."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        reporter, family = SilentReporter(), load_family(plan.facts.name)
+        reporter, family = SilentReporter(), load_family(plan.model.facts.name)
         encodings = plan_encodings(plan, reporter)
         self.accelerator = make_accelerator(plan)
         fill_cache(plan, encodings, family, self.accelerator, reporter, StopRequest())
@@ -71,10 +71,10 @@ def _settle(model: TrainingModule) -> None:
             up.copy_(torch.randn(up.shape, generator=generator) * 0.05)
 
 
-def round_weights(plan: Plan, component: str, module: nn.Module) -> int:
+def round_weights(plan: RunPlan, component: str, module: nn.Module) -> int:
     """Round in place the weights that would be stored in 8-bit floats; return their number."""
-    files = replace(plan.components[component], float8=True)
-    narrow = float8_weights(files, build_empty(load_family(plan.facts.name), files))
+    files = replace(plan.model.components[component], float8=True)
+    narrow = float8_weights(files, build_empty(load_family(plan.model.facts.name), files))
     parameters = {name.replace(".base_layer.", "."): value for name, value in module.named_parameters()}
     for name in narrow:
         weight = parameters[name].data

@@ -26,8 +26,9 @@ from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.wan.keys import VAE_2_1
-from diffsynth_core.planning.components import FoundComponents, find_components
+from diffsynth_core.planning.components import find_components
 from diffsynth_core.planning.file_assignment import read_file_set
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.progress import SilentReporter
 from tests.loras import RECIPES, random_lora, save_lora, write_tiny_family
 
@@ -79,7 +80,7 @@ def read_tensors(paths) -> dict[str, Tensor]:
     return tensors
 
 
-def find(family: str, base: Path, flags: dict[str, object]) -> FoundComponents:
+def find(family: str, base: Path, flags: dict[str, object]) -> ModelPlan:
     """Return the components in the parameters, ignoring missing ones."""
     from diffsynth_core.config.resolve import resolve
 
@@ -89,7 +90,7 @@ def find(family: str, base: Path, flags: dict[str, object]) -> FoundComponents:
     return found
 
 
-def transformer_of(family: str, *paths: object) -> tuple[ComponentFiles, FoundComponents]:
+def transformer_of(family: str, *paths: object) -> tuple[ComponentFiles, ModelPlan]:
     """Return the transformer in `model_paths`."""
     names = [str(path) for path in paths]
     problems: list[Problem] = []

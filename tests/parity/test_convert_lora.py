@@ -36,7 +36,7 @@ def naming_of(family: str) -> LoraNaming:
 
 def all_modules(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
     """Return the weight shapes of all modules of the tiny transformer, by documented name."""
-    files = tiny.plan(output_path="unused").components["dit"]
+    files = tiny.plan(output_path="unused").model.components["dit"]
     shapes = files.layout.public_shapes(module_shapes(files))
     return {name: shapes[f"{name}.weight"] for name in sorted(modules_with_weights(shapes))}
 
@@ -149,7 +149,7 @@ def targets(tiny: TinyFamily) -> dict[str, tuple[int, ...]]:
 
 def own_changes(tiny: TinyFamily, documented: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the changes by module of diffusers."""
-    names = tiny.plan(output_path="unused").components["dit"].layout.public_keys
+    names = tiny.plan(output_path="unused").model.components["dit"].layout.public_keys
     return {
         own.removesuffix(".weight"): change
         for module, whole in documented.items()
@@ -166,7 +166,7 @@ def test_diffusers_loads_every_module_with_its_change(
     source = "comfyui" if target == "diffusers" else "diffsynth"
     path = write_source(tmp_path / "lora.safetensors", source, targets(tiny), naming)
     state = PIPELINES[family].lora_state_dict(str(convert(path, target, family)))
-    model = load_files(family, tiny.plan(output_path="unused").components["dit"])
+    model = load_files(family, tiny.plan(output_path="unused").model.components["dit"])
     model.load_lora_adapter(state, prefix="transformer", adapter_name="converted")
     loaded = {
         name: module.get_delta_weight("converted").detach()
@@ -196,7 +196,7 @@ def test_what_loads_where(tiny_families: Callable[[str], TinyFamily], tmp_path, 
     shapes = targets(tiny)
     source = write_source(tmp_path / "source.safetensors", "diffusers", shapes, naming)
     path = source if lora_format == "diffusers" else convert(source, lora_format, family)
-    model = load_files(family, tiny.plan(output_path="unused").components["dit"])
+    model = load_files(family, tiny.plan(output_path="unused").model.components["dit"])
     try:
         model.load_lora_adapter(PIPELINES[family].lora_state_dict(str(path)), prefix="transformer", adapter_name="a")
     except (ValueError, KeyError, RuntimeError) as error:

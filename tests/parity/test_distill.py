@@ -124,7 +124,7 @@ def plain_loop(family, model, batch: dict[str, torch.Tensor], seeds: list[int], 
 def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
     kind = KINDS[name]
     plan = plan_of(kind, models, datasets[kind.data])
-    family = load_family(plan.facts.name)
+    family = load_family(plan.model.facts.name)
     encodings, accelerator = plan_encodings(plan, SilentReporter()), make_accelerator(plan)
     fill_cache(plan, encodings, family, accelerator, SilentReporter(), StopRequest())
     model = build_training_module(plan, encodings, family, accelerator.device, SilentReporter())
@@ -133,7 +133,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
         for parameter in model.trained().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     micro_batch = max(iterate_micro_batches(plan, encodings, 0), key=lambda one: len(one.refs))
-    settings = [plan.samples.samples[ref.sample].sampling for ref in micro_batch.refs]
+    settings = [plan.data.samples.samples[ref.sample].sampling for ref in micro_batch.refs]
     assert len(settings) == 2
     losses = model(micro_batch)
     losses.mean().backward()
@@ -158,10 +158,10 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(name, models, datasets):
 
 def test_samples_of_other_numbers_of_steps_are_in_other_batches(models, datasets):
     plan = plan_of(KINDS["qwen-image"], models, datasets["images"], dataset_repeat=30)
-    samples = plan.samples.samples
+    samples = plan.data.samples.samples
     seen = set()
-    for number in range(plan.batches.batches_per_epoch):
-        steps = {samples[ref.sample].sampling.steps for ref in plan.batches.batch(0, number)}
+    for number in range(plan.data.steps.batches.batches_per_epoch):
+        steps = {samples[ref.sample].sampling.steps for ref in plan.data.steps.batches.batch(0, number)}
         assert len(steps) == 1
         seen |= steps
     assert seen == {3, 4}

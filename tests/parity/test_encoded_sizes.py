@@ -13,7 +13,7 @@ from diffsynth_core.dataset_report.validate import CheckOptions, validate
 from diffsynth_core.models.encoded_sizes import EncodedSize
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import find_workload
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.rehearsal.preparation import prepare
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=RECIPES)
-def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[Plan, EncodingsPlan]:
+def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[RunPlan, EncodingsPlan]:
     """The plan of a rehearsal with encoded samples."""
     reporter = SilentReporter()
     given = {"recipe": request.param, "device": "cpu", "cache_path": str(folder / "cache"), "dataset_num_workers": 0}
@@ -53,15 +53,15 @@ def encoded(request: pytest.FixtureRequest, folder: Path) -> tuple[Plan, Encodin
     plain, base = prepare(first, reporter)
     plan = make_plan(plain, reporter, base=base)
     encodings = plan_encodings(plan, reporter)
-    fill_cache(plan, encodings, load_family(plan.facts.name), make_accelerator(plan), reporter, StopRequest())
+    fill_cache(plan, encodings, load_family(plan.model.facts.name), make_accelerator(plan), reporter, StopRequest())
     return plan, encodings
 
 
-def made(plan: Plan, encodings: EncodingsPlan) -> EncodedSize:
+def made(plan: RunPlan, encodings: EncodingsPlan) -> EncodedSize:
     """Return the number of elements in the cache."""
     total = EncodedSize()
     for part in encodings.encoders:
-        for index in range(len(plan.samples.samples)):
+        for index in range(len(plan.data.samples.samples)):
             numbers = sum(tensor.numel() for tensor in part.cache.read(part.keys[index]).values())
             total += EncodedSize(wide=numbers) if part.encoder.latents else EncodedSize(narrow=numbers)
     return total
@@ -73,16 +73,16 @@ def test_sizes_are_those_of_the_tensors_that_encoders_make(encoded):
     assert foretold.counted
     assert foretold.encoded.narrow == measured.narrow
     assert foretold.encoded.wide == pytest.approx(
-        measured.wide, rel=TI2V_MARKS if plan.variant.num_conditioning_frames else 0
+        measured.wide, rel=TI2V_MARKS if plan.model.variant.num_conditioning_frames else 0
     )
 
 
 def test_the_report_of_the_dataset_foretells_the_same(encoded):
     plan, _ = encoded
     parameters = plan.parameters
-    rules = rules_of(parameters, plan.facts, plan.variant, Thresholds(), "a recipe")
-    (caption,) = (encoder.caption for encoder in plan.variant.encoders if encoder.caption)
-    rules = replace(rules, captions=CaptionRule(caption, plan.tokenizers.get(caption.tokenizer)))
+    rules = rules_of(parameters, plan.model.facts, plan.model.variant, Thresholds(), "a recipe")
+    (caption,) = (encoder.caption for encoder in plan.model.variant.encoders if encoder.caption)
+    rules = replace(rules, captions=CaptionRule(caption, plan.model.tokenizers.get(caption.tokenizer)))
     _, dataset = validate(parameters.dataset_base_path, rules, CheckOptions("files", workers=1), SilentReporter())
-    published = find_workload(replace(plan, shapes={})).encoded
+    published = find_workload(replace(plan, model=replace(plan.model, shapes={}))).encoded
     assert encoded_bytes(dataset, shapes_of(dataset)) == (published.wide * 4 + published.narrow * 2, True)

@@ -80,11 +80,11 @@ def test_the_backward_pass_keeps_bytes_in_place_of_weights(family, precision, fo
 def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
     """T5 asks its layers, and vision towers ask their models, which dtype to compute in."""
     plan = plan_step(recipe, folder)
-    family = load_family(plan.facts.name)
+    family = load_family(plan.model.facts.name)
     changed = set()
-    for encoder in plan.variant.encoders:
-        files = plan.components[encoder.component]
-        columns = scale_pixels(load_columns(plan, encoder, plan.samples.samples[0]), CPU)
+    for encoder in plan.model.variant.encoders:
+        files = plan.model.components[encoder.component]
+        columns = scale_pixels(load_columns(plan, encoder, plan.data.samples.samples[0]), CPU)
         made = []
         for kind in ("wide", "rounded", "stored"):
             chosen = replace(files, float8=kind == "stored")
@@ -99,4 +99,4 @@ def test_encoders_make_what_the_rounded_weights_make(recipe, precision, folder):
         assert all(torch.equal(tensor, rounded[name]) for name, tensor in stored.items())
         assert all(tensor.dtype == wide[name].dtype for name, tensor in stored.items())
         changed |= {encoder.component} if any(not torch.equal(t, wide[n]) for n, t in stored.items()) else set()
-    assert changed >= {name for name in plan.components if "encoder" in name}
+    assert changed >= {name for name in plan.model.components if "encoder" in name}

@@ -30,7 +30,7 @@ SPELLINGS: Mapping[str, Callable[[str], str]] = {
 
 def with_lora(tiny: TinyFamily, modules: Mapping[str, object]) -> tuple[nn.Module, object]:
     """Return the transformer with a fresh LoRA, and its documented names."""
-    files = tiny.plan(output_path="unused").components["dit"]
+    files = tiny.plan(output_path="unused").model.components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())
     add_lora(module, sorted(modules), RANK, 0, files.layout.public_keys)
     return module, files.layout.public_keys
@@ -154,7 +154,7 @@ def test_separate_loras_of_fused_modules_start_one_of_their_joint_rank(tiny_fami
     rewrite(path, lambda tensors: {**tensors, key: tensors[key] + 1})
     [problem] = problems_of(tiny, lora_checkpoint=path)
     assert problem.hint == f"pass `--lora_rank {2 * RANK}`"
-    assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").fused_lora
+    assert tiny.plan(output_path="unused", preset_lora_path=path, preset_lora_model="dit").model.fused_lora
     plan = tiny.plan(output_path=tmp_path / "out", lora_checkpoint=path, lora_rank=2 * RANK)
     assert plan.training.start.joined == 1
     written = load_file(train(plan, SilentReporter(), StopRequest()).folder / "epoch-0.safetensors")

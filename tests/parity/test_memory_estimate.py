@@ -26,7 +26,7 @@ from diffsynth_core.planning.memory import (
     memory_config,
     training_memory,
 )
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import find_workload, sizes_of_sample
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loader import iterate_micro_batches
@@ -128,7 +128,7 @@ def _leave(place):
     return hook
 
 
-def measure(step: Step, plan: Plan) -> dict[str, int]:
+def measure(step: Step, plan: RunPlan) -> dict[str, int]:
     """Bytes by part, of one step carried out."""
     kept, losses = measure_kept(step)
     losses.sum().backward()
@@ -141,7 +141,9 @@ def measure(step: Step, plan: Plan) -> dict[str, int]:
     adapters = sum(weight.nbytes for name, weight in named.items() if ".lora_" in name)
     optimizer_bytes = sum(value.nbytes for value in state)
     step.model.zero_grad(set_to_none=True)
-    load_family(plan.facts.name).checkpoint_gradients(plan.facts.denoiser, step.model.components[plan.facts.denoiser])
+    load_family(plan.model.facts.name).checkpoint_gradients(
+        plan.model.facts.denoiser, step.model.components[plan.model.facts.denoiser]
+    )
     recomputed, losses = measure_kept(step)
     losses.sum().backward()
     return {
@@ -154,10 +156,10 @@ def measure(step: Step, plan: Plan) -> dict[str, int]:
     }
 
 
-def estimate(plan: Plan, step: Step) -> dict[str, int]:
+def estimate(plan: RunPlan, step: Step) -> dict[str, int]:
     """The same parts from sizes alone; of the texts only how many tokens they are."""
     micro_batch = step.micro_batch
-    sample = plan.samples.samples[micro_batch.refs[0].sample]
+    sample = plan.data.samples.samples[micro_batch.refs[0].sample]
     tokens = max(len(encoded["prompt_embeds"]) for encoded in micro_batch.encoded)
     sizes = replace(sizes_of_sample(plan, sample, 0), batch=len(micro_batch.encoded), text_tokens=tokens)
     config = memory_config(plan, sizes)
@@ -290,8 +292,8 @@ def test_the_optimizer_of_accelerators_works_with_as_much_as_the_estimate_says()
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_are_counted_as_the_modules_have_them(name, folder):
     plan = plan_step(RECIPES[name].format("lora"), folder)
-    family = load_family(plan.facts.name)
-    for component, files in plan.components.items():
+    family = load_family(plan.model.facts.name)
+    for component, files in plan.model.components.items():
         module: nn.Module = build_empty(family, files)
         expected = sum(weight.numel() for weight in module.parameters())
         assert count_parameters(plan, component) == pytest.approx(expected, rel=0.001), component

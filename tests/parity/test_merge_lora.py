@@ -62,7 +62,7 @@ def settings_of(path: Path, rank: int, alpha: float) -> dict[str, Any]:
 def case(tiny_families: Callable[[str], TinyFamily], tmp_path) -> Callable[[str, int], Case]:
     def make(family: str, place: int) -> Case:
         tiny = tiny_families(family)
-        model = load_files(family, tiny.plan(output_path="unused").components["dit"]).requires_grad_(False)
+        model = load_files(family, tiny.plan(output_path="unused").model.components["dit"]).requires_grad_(False)
         layout = FAMILIES[family].component("dit").layouts[place]
         state = model.state_dict()
         base = tmp_path / "base.safetensors"

@@ -14,7 +14,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.cache import EncodingCache
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.planning.encodings import plan_encodings
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.stop import StopRequest
@@ -30,14 +30,14 @@ NOBODY = 65534
 class Trained:
     """A run that filled a cache."""
 
-    plan: Plan
+    plan: RunPlan
     cache: Path
     command: tuple[object, ...]
 
-    def copy(self, cache: Path) -> Plan:
+    def copy(self, cache: Path) -> RunPlan:
         """Return the plan of the run with a copy of its cache."""
         shutil.copytree(self.cache, cache)
-        return replace(self.plan, parameters=self.plan.parameters.model_copy(update={"cache_path": cache}))
+        return replace(self.plan, output=replace(self.plan.output, cache=cache))
 
     def entries(self, encoder: str, cache: Path | None = None) -> list[Path]:
         folder = (cache or self.cache) / "encodings" / "qwen-image" / encoder

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import Problem
 from diffsynth_core.planning.output import ResumePoint, check_output
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training.loop import train
 from diffsynth_core.training.stop import StopRequest
@@ -36,7 +36,7 @@ Damage = Callable[[Path, Path], None]
 class Stopped:
     """A run stopped after step 5 of 8, the state of another run at that step, and an uninterrupted run."""
 
-    plan: Plan
+    plan: RunPlan
     folder: Path
     other: Path
     through: Path
@@ -48,7 +48,7 @@ class Stopped:
         """Return where a copy of the run would resume."""
         problems: list[Problem] = []
         parameters = self.plan.parameters.model_copy(update={"output_path": folder, "resume": "auto"})
-        fingerprint, steps = self.plan.dataset_fingerprint, self.plan.steps
+        fingerprint, steps = self.plan.data.fingerprint, self.plan.data.steps
         start = check_output(parameters, fingerprint, steps, "no", (), SilentReporter(), problems)
         return start, problems
 
@@ -57,7 +57,7 @@ class Stopped:
 def stopped(tiny_models: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     base = tmp_path_factory.mktemp("stopped")
 
-    def run(name: str, stop_after: int | None, **more: str) -> Plan:
+    def run(name: str, stop_after: int | None, **more: str) -> RunPlan:
         flags = FLAGS | {"dataset_base_path": str(photographs), "output_path": str(base / name)} | more
         plan = make_plan(resolve(flags), SilentReporter(), base=tiny_models)
         train(plan, SilentReporter(), StopRequest(), stop_after=stop_after)

@@ -17,7 +17,7 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.errors import DiffSynthError, FaultsFound
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncoderPlan, plan_encodings
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
 from diffsynth_core.training import loop
 from diffsynth_core.training.loader import iterate_micro_batches
@@ -49,13 +49,13 @@ def run(tiny: TinyFamily, **more: Any) -> Path:
     return loop.train(plan, SilentReporter(), StopRequest()).folder
 
 
-def load(plan: Plan, component: str = "dit", dtype: torch.dtype = torch.float32, listener=None) -> nn.Module:
-    return load_for_run(plan, load_family(plan.facts.name), component, dtype, CPU, listener or SilentReporter())
+def load(plan: RunPlan, component: str = "dit", dtype: torch.dtype = torch.float32, listener=None) -> nn.Module:
+    return load_for_run(plan, load_family(plan.model.facts.name), component, dtype, CPU, listener or SilentReporter())
 
 
-def documented_weights(plan: Plan, module: nn.Module) -> dict[str, Tensor]:
+def documented_weights(plan: RunPlan, module: nn.Module) -> dict[str, Tensor]:
     """Return all tensors of a component by documented name, or by module key if they have none."""
-    names, own = plan.components["dit"].layout.public_keys, module.state_dict()
+    names, own = plan.model.components["dit"].layout.public_keys, module.state_dict()
     return {name: names.fuse(name, own) for name in names.to_sources(own)}
 
 
@@ -155,9 +155,9 @@ def test_the_chain_of_two_loras(tiny, tmp_path, trained_model):
     assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def put(plan: Plan, module: nn.Module, *files: Path) -> None:
+def put(plan: RunPlan, module: nn.Module, *files: Path) -> None:
     """Add the LoRAs of files to a model's weights, by hand."""
-    names = plan.components["dit"].layout.public_keys
+    names = plan.model.components["dit"].layout.public_keys
     own = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
     for file in files:
         for name, change in changes_of(file).items():
@@ -206,7 +206,7 @@ def text_encoder_of(tiny: TinyFamily) -> str:
     return next(name for name in tiny.facts.component_names if name.startswith("text_encoder"))
 
 
-def encodings_of(plan: Plan) -> dict[str, EncoderPlan]:
+def encodings_of(plan: RunPlan) -> dict[str, EncoderPlan]:
     return {part.encoder.name: part for part in plan_encodings(plan, SilentReporter()).encoders}
 
 

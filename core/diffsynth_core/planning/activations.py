@@ -10,7 +10,7 @@ from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.activation_cache import StepActivations, remembered
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import EncoderFacts, is_below
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 
 if TYPE_CHECKING:
     from diffsynth_core.models.activation_memory import MeasuredComponent
@@ -22,7 +22,7 @@ MEASURED_BLOCKS = 3
 """Blocks of each kind that are built of a transformer: the first, one for all between, and the last."""
 
 
-def component_setup(plan: Plan, name: str, parameters: Collection[str], rank: int) -> "ComponentSetup":
+def component_setup(plan: RunPlan, name: str, parameters: Collection[str], rank: int) -> "ComponentSetup":
     """How a component takes part in a step, as the plan says.
 
     Args:
@@ -31,7 +31,7 @@ def component_setup(plan: Plan, name: str, parameters: Collection[str], rank: in
     """
     from diffsynth_core.models.prepare import ComponentSetup
 
-    settings, layout = plan.parameters, plan.components[name].layout
+    settings, layout = plan.parameters, plan.model.components[name].layout
     return ComponentSetup(
         trainable_weights(plan, name, parameters),
         plan.training.lora_modules if name == plan.training.lora_component else (),
@@ -42,14 +42,14 @@ def component_setup(plan: Plan, name: str, parameters: Collection[str], rank: in
     )
 
 
-def trainable_weights(plan: Plan, name: str, weights: Collection[str]) -> frozenset[str]:
+def trainable_weights(plan: RunPlan, name: str, weights: Collection[str]) -> frozenset[str]:
     """Those of a component's weights that take gradients, without LoRA: named to train, and reached by a gradient."""
-    asked = plan.training.weights(name, plan.components[name].layout, weights)
-    dead = plan.variant.unused_params(plan.facts.component(name), frozenset(weights))
+    asked = plan.training.weights(name, plan.model.components[name].layout, weights)
+    dead = plan.model.variant.unused_params(plan.model.facts.component(name), frozenset(weights))
     return frozenset(weight for weight in asked if not is_below(weight, dead))
 
 
-def step_activations(plan: Plan, config: "MemoryConfig") -> StepActivations:
+def step_activations(plan: RunPlan, config: "MemoryConfig") -> StepActivations:
     """What the largest micro-batch of a step keeps for its backward pass."""
     names = step_components(plan)
     parts = {name: _part(plan, name, config) for name in sorted(names)}
@@ -57,7 +57,7 @@ def step_activations(plan: Plan, config: "MemoryConfig") -> StepActivations:
     question = {
         "components": parts,
         "encoders": [encoder.name for encoder in online],
-        "target": plan.variant.title,
+        "target": plan.model.variant.title,
         "inputs": plan.parameters.extra_inputs,
         "sizes": asdict(config.sizes),
         "precision": config.precision,
@@ -68,19 +68,21 @@ def step_activations(plan: Plan, config: "MemoryConfig") -> StepActivations:
         from diffsynth_core.models.activation_memory import StepInputs, measure_step
         from diffsynth_core.models.family import frozen_dtype
 
-        family = load_family(plan.facts.name)
+        family = load_family(plan.model.facts.name)
         components = {name: _measured(plan, family, name, config) for name in parts}
         autocast = None if config.precision == "no" else frozen_dtype(config.precision)
-        inputs = StepInputs(plan.variant, tuple(online), config.sizes)
+        inputs = StepInputs(plan.model.variant, tuple(online), config.sizes)
         with _errors_of_configurations(plan, components):
             return measure_step(family, components, inputs, autocast, config.device)
 
     return remembered(question, StepActivations, measure)
 
 
-def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> int:
+def encoder_activations(plan: RunPlan, component: str, config: "MemoryConfig") -> int:
     """Bytes that a frozen VAE works with at its fullest while it encodes the largest sample; 0 for other encoders."""
-    encoders = [encoder for encoder in plan.variant.encoders if encoder.component == component and encoder.latents]
+    encoders = [
+        encoder for encoder in plan.model.variant.encoders if encoder.component == component and encoder.latents
+    ]
     if not encoders or not _is_known(plan, component):
         return 0
     question = {
@@ -95,17 +97,17 @@ def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> i
         from diffsynth_core.models.activation_memory import StepInputs, measure_encoders
         from diffsynth_core.models.family import encoder_dtype
 
-        family, dtype = load_family(plan.facts.name), encoder_dtype(config.precision)
+        family, dtype = load_family(plan.model.facts.name), encoder_dtype(config.precision)
         settings = _constructor_settings(plan, family, component)
 
         def peak(frames: int) -> int:
             images = tuple((min(frames, length), height, width) for length, height, width in config.sizes.images)
-            inputs = StepInputs(plan.variant, tuple(encoders), replace(config.sizes, images=images))
+            inputs = StepInputs(plan.model.variant, tuple(encoders), replace(config.sizes, images=images))
             with _errors_of_configurations(plan, (component,)):
                 return measure_encoders(family, component, settings, dtype, inputs)
 
         # A VAE encodes the first frame, then `step` at a time; from the third piece on each adds the same.
-        step, frames = plan.variant.target.frame_step, config.sizes.images[0][0]
+        step, frames = plan.model.variant.target.frame_step, config.sizes.images[0][0]
         two, three = 2 * step + 1, 3 * step + 1
         if frames <= three:
             return peak(frames)
@@ -115,7 +117,7 @@ def encoder_activations(plan: Plan, component: str, config: "MemoryConfig") -> i
 
 
 @contextmanager
-def _errors_of_configurations(plan: Plan, components: Collection[str]) -> Iterator[None]:
+def _errors_of_configurations(plan: RunPlan, components: Collection[str]) -> Iterator[None]:
     """Report what modules raise in the block as a fault of their configuration files, if they have any.
 
     Their shapes have been compared with those of the weights, which says nothing of settings without weights, such as
@@ -126,7 +128,7 @@ def _errors_of_configurations(plan: Plan, components: Collection[str]) -> Iterat
     except DiffSynthError:
         raise
     except Exception as error:  # a model raises anything
-        paths = [str(path) for name in sorted(components) if (path := plan.components[name].config_path)]
+        paths = [str(path) for name in sorted(components) if (path := plan.model.components[name].config_path)]
         if not paths:
             raise
         names, reason = list_names(paths), " ".join(str(error).split()) or type(error).__name__
@@ -136,42 +138,44 @@ def _errors_of_configurations(plan: Plan, components: Collection[str]) -> Iterat
         ) from error
 
 
-def step_components(plan: Plan) -> frozenset[str]:
+def step_components(plan: RunPlan) -> frozenset[str]:
     """Components that take part in a step: the denoiser, those beside it, and encoders that train."""
-    names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components}
-    return frozenset(name for name in names & plan.components.keys() if plan.shapes.get(name))
+    names = {plan.model.facts.denoiser, *plan.model.variant.step_components, *plan.training.components}
+    return frozenset(name for name in names & plan.model.components.keys() if plan.model.shapes.get(name))
 
 
-def measured_encoders(plan: Plan) -> list[EncoderFacts]:
+def measured_encoders(plan: RunPlan) -> list[EncoderFacts]:
     """Encoders that encode in every step, because their components train, as far as they can be measured."""
     online = plan.training.components & step_components(plan)
-    return [encoder for encoder in plan.variant.encoders if encoder.component in online and not encoder.reads_values]
+    return [
+        encoder for encoder in plan.model.variant.encoders if encoder.component in online and not encoder.reads_values
+    ]
 
 
-def _is_known(plan: Plan, component: str) -> bool:
+def _is_known(plan: RunPlan, component: str) -> bool:
     """Whether a component can be built: its files are there, or its configuration is published."""
-    return component not in plan.published or plan.published[component].config is not None
+    return component not in plan.model.published or plan.model.published[component].config is not None
 
 
-def _identity(plan: Plan, component: str) -> Any:
+def _identity(plan: RunPlan, component: str) -> Any:
     """What a component's module is built from, as JSON."""
-    files = plan.components[component]
-    settings = [component, plan.facts.name, dict(files.settings)]
-    if component in plan.published:
-        return [*settings, plan.published[component].config]
+    files = plan.model.components[component]
+    settings = [component, plan.model.facts.name, dict(files.settings)]
+    if component in plan.model.published:
+        return [*settings, plan.model.published[component].config]
     config = files.config_path.read_text(encoding="utf-8") if files.config_path else None
-    return [*settings, config, sorted(plan.shapes[component].items())]
+    return [*settings, config, sorted(plan.model.shapes[component].items())]
 
 
-def _constructor_settings(plan: Plan, family: "Family", component: str) -> dict[str, Any]:
-    files = plan.components[component]
-    config = plan.published[component].config if component in plan.published else None
+def _constructor_settings(plan: RunPlan, family: "Family", component: str) -> dict[str, Any]:
+    files = plan.model.components[component]
+    config = plan.model.published[component].config if component in plan.model.published else None
     if config is None:
-        config = family.config_of(files, plan.shapes[component])
+        config = family.config_of(files, plan.model.shapes[component])
     return dict(config) | dict(files.settings)
 
 
-def _part(plan: Plan, component: str, config: "MemoryConfig") -> Any:
+def _part(plan: RunPlan, component: str, config: "MemoryConfig") -> Any:
     """All that a component's part in a step depends on, as JSON."""
     training = plan.training
     lora = [training.lora_modules, config.rank] if component == training.lora_component else None
@@ -179,15 +183,15 @@ def _part(plan: Plan, component: str, config: "MemoryConfig") -> Any:
     return [_identity(plan, component), lora, whole, training.parts.get(component), component in config.float8]
 
 
-def _measured(plan: Plan, family: "Family", component: str, config: "MemoryConfig") -> "MeasuredComponent":
+def _measured(plan: RunPlan, family: "Family", component: str, config: "MemoryConfig") -> "MeasuredComponent":
     """A component for the measurement, with as few blocks as tell of all."""
     from diffsynth_core.models.activation_memory import MeasuredComponent
     from diffsynth_core.models.family import frozen_dtype
 
-    shapes, layout = plan.shapes[component], plan.components[component].layout
+    shapes, layout = plan.model.shapes[component], plan.model.components[component].layout
     setup = component_setup(plan, component, shapes, config.rank)
     blocks: dict[str, int] = {}
-    if component in (plan.facts.denoiser, *plan.variant.step_components):
+    if component in (plan.model.facts.denoiser, *plan.model.variant.step_components):
         own = {module: layout.public_keys.to_targets(module) or () for module in setup.lora_modules}
         carriers = frozenset(name for names in own.values() for name in names)
         blocks = _like_blocks(shapes, setup.trained | carriers)

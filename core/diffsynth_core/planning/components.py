@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,30 +32,10 @@ from diffsynth_core.planning.file_assignment import (
     read_file_set,
     refused_models,
 )
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.required_files import download_hint, needed_entries
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.two_stage import components_of, kind_problems, modified_encoders
-
-
-@dataclass(frozen=True)
-class FoundComponents:
-    """The components of a run, the shapes of their tensors (by module key), and the folders of tokenizers.
-
-    Attributes:
-        variant: determined by the denoiser or, if its files are missing, by the other components.
-        unused_components: components that the parameters name but the task does not load.
-        published: components whose files are missing -> size of the published model, used instead.
-        missing: problems of missing files, for a plan without files.
-    """
-
-    facts: FamilyFacts
-    variant: Variant
-    components: Mapping[str, ComponentFiles]
-    shapes: Mapping[str, Shapes]
-    tokenizers: Mapping[str, Path]
-    unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
-    published: Mapping[str, HubModelSize] = field(default_factory=dict)
-    missing: tuple[Problem, ...] = ()
 
 
 def find_components(
@@ -65,7 +45,7 @@ def find_components(
     problems: list[Problem],
     encoded: EncodedSamples | None = None,
     without_files: bool = False,
-) -> FoundComponents | None:
+) -> ModelPlan | None:
     """Recognise the components in the files of the model parameters.
 
     Adds to `problems`; returns None if not even the family is known. Published sizes are used for missing files, so
@@ -128,7 +108,16 @@ def find_components(
         tokenizer_problems if files.clear else _not_downloadable(tokenizer_problems)
     )
     kept = {name: shapes[name] for name in used}
-    return FoundComponents(facts, variant, used, kept, tokenizers, unused_components, published, tuple(missing))
+    return ModelPlan(
+        facts=facts,
+        variant=variant,
+        components=used,
+        shapes=kept,
+        tokenizers=tokenizers,
+        unused_components=unused_components,
+        published=published,
+        missing=tuple(missing),
+    )
 
 
 @dataclass(frozen=True)
@@ -301,7 +290,7 @@ def _missing(component: ComponentFacts, variant: Variant) -> Problem:
     )
 
 
-def shape_faults(found: FoundComponents) -> list[Problem]:
+def shape_faults(found: ModelPlan) -> list[Problem]:
     """Return differences between files and configurations; imports the model libraries."""
     from diffsynth_core.models.loading import shape_problems
 
@@ -310,7 +299,7 @@ def shape_faults(found: FoundComponents) -> list[Problem]:
     return [problem for files in there for problem in shape_problems(family, files)]
 
 
-def float8_shares(found: FoundComponents) -> dict[str, float | None]:
+def float8_shares(found: ModelPlan) -> dict[str, float | None]:
     """Return component -> fraction of its weights that 8-bit storage applies to; None: unknown."""
     from diffsynth_core.models.loading import build_empty, float8_weights
 

@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.hub.file_cache import FileCache
 from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, HashCache
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 
 ENTRIES = "encodings.jsonl"
@@ -55,34 +55,34 @@ class EncodingsPlan:
         return tuple(dict.fromkeys(part.encoder.component for part in self.encoders if part.missing))
 
 
-def hash_cache(plan: Plan) -> HashCache:
+def hash_cache(plan: RunPlan) -> HashCache:
     """Return the cache of file hashes, in the cache folder."""
-    return HashCache(plan.cache / IDENTITIES)
+    return HashCache(plan.output.cache / IDENTITIES)
 
 
-def plan_encodings(plan: Plan, reporter: Reporter) -> EncodingsPlan:
+def plan_encodings(plan: RunPlan, reporter: Reporter) -> EncodingsPlan:
     """Look up all needed encodings by the content that they depend on; hashes files whose hash is not cached."""
     memory = hash_cache(plan)
     identities = _identify(plan, memory, reporter)
-    if plan.encoded:
-        return _already_encoded(plan, plan.encoded, identities, reporter)
-    samples = {index: plan.samples.samples[index] for index in _needed(plan)}
+    if plan.data.encoded:
+        return _already_encoded(plan, plan.data.encoded, identities, reporter)
+    samples = {index: plan.data.samples.samples[index] for index in _needed(plan)}
     memory.read_all(
         (path for sample in samples.values() for path in sample.files),
         reporter,
-        f"Hashing {plan.variant.target.kind}s",
+        f"Hashing {plan.model.variant.target.kind}s",
     )
     entries = _entry_memory(plan)
     encoders = tuple(
         _plan_encoder(plan, encoder, identities[encoder.component], samples, memory, entries, reporter)
-        for encoder in plan.variant.encoders
+        for encoder in plan.model.variant.encoders
     )
     return EncodingsPlan(encoders, identities)
 
 
-def _identify(plan: Plan, memory: HashCache, reporter: Reporter) -> dict[str, dict[str, str]]:
+def _identify(plan: RunPlan, memory: HashCache, reporter: Reporter) -> dict[str, dict[str, str]]:
     """Return sha256 by component and file."""
-    component_files = {name: _files_of(plan, name) for name in plan.components}
+    component_files = {name: _files_of(plan, name) for name in plan.model.components}
     memory.read_all(
         (path for files in component_files.values() for path in files.values()), reporter, "Hashing model files"
     )
@@ -91,19 +91,21 @@ def _identify(plan: Plan, memory: HashCache, reporter: Reporter) -> dict[str, di
     }
 
 
-def _needed(plan: Plan) -> list[int]:
+def _needed(plan: RunPlan) -> list[int]:
     """Return the indices of the samples whose encodings are needed: all of them in a precompute task."""
-    count = len(plan.samples.samples)
-    return plan.steps.samples_needed(plan.first_step, count) if plan.task.trains else list(range(count))
+    count = len(plan.data.samples.samples)
+    return (
+        plan.data.steps.samples_needed(plan.output.start.first_step, count) if plan.task.trains else list(range(count))
+    )
 
 
-def _entry_memory(plan: Plan) -> FileCache:
+def _entry_memory(plan: RunPlan) -> FileCache:
     """Return the cache of verified encodings, in the cache folder."""
-    return FileCache(plan.cache / ENTRIES)
+    return FileCache(plan.output.cache / ENTRIES)
 
 
 def _already_encoded(
-    plan: Plan, encoded: EncodedSamples, identities: Mapping[str, Mapping[str, str]], reporter: Reporter
+    plan: RunPlan, encoded: EncodedSamples, identities: Mapping[str, Mapping[str, str]], reporter: Reporter
 ) -> EncodingsPlan:
     """Return precomputed encodings, and the recorded identity of the components' files.
 
@@ -111,7 +113,7 @@ def _already_encoded(
         DiffSynthError: if one is damaged: the encoders that could encode it again are not loaded.
     """
     encoders, memory = [], _entry_memory(plan)
-    for encoder in plan.variant.encoders:
+    for encoder in plan.model.variant.encoders:
         cache = EncodingCache(encodings_folder(encoded.folder, encoder.name), memory=memory)
         keys = {index: files[encoder.name].key for index, files in enumerate(encoded.files)}
         if missing := _missing(cache, keys, encoder, reporter):
@@ -143,37 +145,37 @@ def _missing(
     return tuple(index for index, key in keys.items() if key in lacking)
 
 
-def encodings_are_known(plan: Plan) -> bool:
+def encodings_are_known(plan: RunPlan) -> bool:
     """Return whether all hashes are cached, so that planning the encodings reads no file."""
     memory = hash_cache(plan)
     return all(memory.known(path) for path in _all_files(plan))
 
 
-def _all_files(plan: Plan) -> Iterator[Path]:
-    for name in plan.components:
+def _all_files(plan: RunPlan) -> Iterator[Path]:
+    for name in plan.model.components:
         yield from _files_of(plan, name).values()
-    for sample in () if plan.encoded else plan.samples.samples:
+    for sample in () if plan.data.encoded else plan.data.samples.samples:
         yield from sample.files
 
 
-def _files_of(plan: Plan, component: str) -> dict[str, Path]:
+def _files_of(plan: RunPlan, component: str) -> dict[str, Path]:
     """Yield all files that a component's output depends on: weights, configuration, tokenizer, a merged LoRA."""
-    files = plan.components[component]
+    files = plan.model.components[component]
     paths = [*files.paths, *([files.config_path] if files.config_path else [])]
-    for parameter, tokenizer in plan.facts.tokenizers.items():
-        if tokenizer.component == component and parameter in plan.tokenizers:
-            folder = plan.tokenizers[parameter]
+    for parameter, tokenizer in plan.model.facts.tokenizers.items():
+        if tokenizer.component == component and parameter in plan.model.tokenizers:
+            folder = plan.model.tokenizers[parameter]
             paths += [folder / name for name in tokenizer.files if (folder / name).is_file()]
     fused_lora = (
-        {"preset_lora_path": plan.fused_lora.file.path}
-        if plan.fused_lora and plan.fused_lora.component == component
+        {"preset_lora_path": plan.model.fused_lora.file.path}
+        if plan.model.fused_lora and plan.model.fused_lora.component == component
         else {}
     )
     return {f"{path.parent.name}/{path.name}": path for path in paths} | fused_lora
 
 
 def _plan_encoder(
-    plan: Plan,
+    plan: RunPlan,
     encoder: EncoderFacts,
     identity: Mapping[str, str],
     samples: Mapping[int, Sample],
@@ -181,7 +183,7 @@ def _plan_encoder(
     entries: FileCache,
     reporter: Reporter,
 ) -> EncoderPlan:
-    cache = EncodingCache(plan.cache / "encodings" / plan.facts.name / encoder.name, memory=entries)
+    cache = EncodingCache(plan.output.cache / "encodings" / plan.model.facts.name / encoder.name, memory=entries)
     if not plan.task.trains:
         cache = EncodingCache(encodings_folder(plan.parameters.output_path, encoder.name), cache, entries)
     if encoder.component in plan.training.components:
@@ -202,18 +204,22 @@ def _plan_encoder(
     return EncoderPlan(encoder, False, cache, keys, missing, damaged)
 
 
-def _precision(plan: Plan, component: str) -> str:
+def _precision(plan: RunPlan, component: str) -> str:
     """Return an encoder's compute dtype, and how its weights are rounded, if they are."""
-    return f"{plan.mixed_precision}, float8 weights" if plan.float8.get(component) else plan.mixed_precision
+    return (
+        f"{plan.machine.mixed_precision}, float8 weights"
+        if plan.model.float8.get(component)
+        else plan.machine.mixed_precision
+    )
 
 
-def _inputs(plan: Plan, encoder: EncoderFacts, sample: Sample, memory: HashCache) -> dict[str, object]:
+def _inputs(plan: RunPlan, encoder: EncoderFacts, sample: Sample, memory: HashCache) -> dict[str, object]:
     """Return the content that an encoding depends on: captions as text, media as the hash of their bytes and the
     crop.
     """
     inputs: dict[str, object] = {"extra_inputs": encoder.inputs}
     for column in encoder.columns:
-        if column == plan.facts.text_column:
+        if column == plan.model.facts.text_column:
             inputs[column] = sample.caption
         elif column in sample.conditions:
             inputs[column] = [_content(crop, memory) for crop in sample.conditions[column]]

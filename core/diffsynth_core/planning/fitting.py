@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from shlex import quote
 
 from diffsynth_core.planning.memory import MemoryConfig, device_memory
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import shrink
 
 SHARES = (0.75, 0.5, 0.25)
@@ -61,7 +61,7 @@ class MemoryFit:
         return self.fits and self.left < TIGHT_BYTES
 
 
-def find_fit(plan: Plan, config: MemoryConfig, limit: int) -> MemoryFit:
+def find_fit(plan: RunPlan, config: MemoryConfig, limit: int) -> MemoryFit:
     """Each change alone, those first that cost the least, then one upon the other, until the run fits.
 
     Args:
@@ -92,7 +92,7 @@ def find_fit(plan: Plan, config: MemoryConfig, limit: int) -> MemoryFit:
     return MemoryFit(limit, peak, tuple(tried))
 
 
-def _options(plan: Plan, config: MemoryConfig) -> Iterator[MemoryOption]:
+def _options(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
     """What may be done otherwise, that first which costs the least."""
     sizes, rank = config.sizes, config.rank
     if not config.recompute:
@@ -115,20 +115,20 @@ def _options(plan: Plan, config: MemoryConfig) -> Iterator[MemoryOption]:
     yield from _smaller(plan, config)
 
 
-def _rounded(plan: Plan) -> list[str]:
+def _rounded(plan: RunPlan) -> list[str]:
     """Components whose weights may be kept in 8-bit floats: those of which no weight trains without LoRA."""
     changing = {*plan.training.full, *plan.training.parts}
-    return [name for name in plan.components if name not in changing and plan.shapes.get(name)]
+    return [name for name in plan.model.components if name not in changing and plan.model.shapes.get(name)]
 
 
-def _entry(plan: Plan, component: str) -> str:
+def _entry(plan: RunPlan, component: str) -> str:
     """What the model parameters call the files of a component."""
-    return plan.components[component].origin.partition(", ")[0]
+    return plan.model.components[component].origin.partition(", ")[0]
 
 
-def _smaller(plan: Plan, config: MemoryConfig) -> Iterator[MemoryOption]:
+def _smaller(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
     """Shorter clips, then smaller images."""
-    parameters, target, sizes = plan.parameters, plan.variant.target, config.sizes
+    parameters, target, sizes = plan.parameters, plan.model.variant.target, config.sizes
     longest = sizes.images[0][0]
     for share in SHARES if longest > 1 else ():
         frames = int(longest * share) // target.frame_step * target.frame_step + 1

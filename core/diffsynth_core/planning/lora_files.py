@@ -9,28 +9,11 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import DiffSynthError, Problem, list_names
 from diffsynth_core.models.spec import modules_with_weights
-from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.model_plan import FusedLora, ModelPlan
 from diffsynth_core.planning.trained import check_component
 from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.lora import Lora, group_by_a, pairs_of
 from diffsynth_core.weights.lora_files import ANOTHER, read_lora_file
-
-
-@dataclass(frozen=True)
-class FusedLora:
-    """A LoRA merged into a component before training; `shapes`: of the component's tensors by public name."""
-
-    component: str
-    file: Lora
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @property
-    def changes(self) -> str:
-        """What it changes, in words."""
-        modules, tensors = len(self.file.modules), len(self.file.tensors)
-        text = pluralize(modules, "module") if modules or not tensors else ""
-        whole = f"{pluralize(tensors, 'tensor')} by full-weight differences" if tensors else ""
-        return " and ".join(filter(None, (text, whole)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ def check_lora_checkpoint(
     parameters: Parameters,
     component: str,
     trained: Collection[str],
-    found: FoundComponents,
+    found: ModelPlan,
     invalid: frozenset[str],
     problems: list[Problem],
 ) -> LoraStart | None:
@@ -101,7 +84,7 @@ def check_lora_checkpoint(
     return LoraStart(path, own, joined)
 
 
-def _removal(path: Path, component: str, found: FoundComponents) -> str | None:
+def _removal(path: Path, component: str, found: ModelPlan) -> str | None:
     """Return the hint to remove keys of other components from the LoRA; None if that is not possible."""
     if component != found.facts.denoiser:
         return None
@@ -143,7 +126,7 @@ def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Pro
     return [Problem(what, f"pass `--lora_rank {rank}`", wrong_use=True)]
 
 
-def find_fused_lora(parameters: Parameters, found: FoundComponents, problems: list[Problem]) -> FusedLora | None:
+def find_fused_lora(parameters: Parameters, found: ModelPlan, problems: list[Problem]) -> FusedLora | None:
     """Return the LoRA of `preset_lora_path`, checked against its component. Adds to `problems`."""
     path, component = parameters.preset_lora_path, parameters.preset_lora_model
     if path is None and component is not None:
@@ -186,7 +169,7 @@ def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
     return True
 
 
-def _tensor_shapes(component: str, found: FoundComponents) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(component: str, found: ModelPlan) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a component's tensors, by public name."""
     return found.components[component].layout.public_shapes(found.shapes[component])
 

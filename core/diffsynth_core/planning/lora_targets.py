@@ -18,7 +18,7 @@ from diffsynth_core.models.spec import (
     match_targets,
     modules_with_weights,
 )
-from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.model_plan import ModelPlan
 
 _SPECIAL = frozenset("\\^$*+?{}[]|()")
 """Characters of regular expressions that no name contains."""
@@ -41,9 +41,7 @@ class LoraTargets:
     rule: str | None = None
 
 
-def find_lora_targets(
-    parameters: Parameters, component: str, found: FoundComponents, problems: list[Problem]
-) -> LoraTargets:
+def find_lora_targets(parameters: Parameters, component: str, found: ModelPlan, problems: list[Problem]) -> LoraTargets:
     """Return the modules that `lora_target_modules` selects. Adds to `problems`.
 
     Unset: the family's documented list. Empty: the linear layers of repeated blocks. One value: the modules whose
@@ -75,7 +73,7 @@ def find_lora_targets(
     return _reachable(found, component, names, rule, problems)
 
 
-def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> list[Problem]:
+def _unfit(found: ModelPlan, component: str, names: Collection[str]) -> list[Problem]:
     """Return a problem for each kind of the modules (by public name) that cannot have a LoRA."""
     from diffsynth_core.models.blocks import kinds_without_lora
 
@@ -101,7 +99,7 @@ def _unfit(found: FoundComponents, component: str, names: Collection[str]) -> li
     ]
 
 
-def _automatic(found: FoundComponents, component: str, problems: list[Problem]) -> LoraTargets:
+def _automatic(found: ModelPlan, component: str, problems: list[Problem]) -> LoraTargets:
     """Return the linear layers of repeated blocks that have public names.
 
     DiffSynth-Studio selects the same, except for layers with a side below 512, which the supported transformers lack.
@@ -117,7 +115,7 @@ def _automatic(found: FoundComponents, component: str, problems: list[Problem]) 
     return _reachable(found, component, names, "the linear layers of repeated blocks", problems)
 
 
-def _layers_of_blocks(found: FoundComponents, files: ComponentFiles) -> Collection[str] | None:
+def _layers_of_blocks(found: ModelPlan, files: ComponentFiles) -> Collection[str] | None:
     """Return the linear layers of repeated blocks of the module or, if unknown, by published shapes."""
     if files.component in found.published:
         return layers_of_blocks(found.shapes[files.component])
@@ -138,7 +136,7 @@ def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> 
 
 
 def _reachable(
-    found: FoundComponents, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
+    found: ModelPlan, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
 ) -> LoraTargets:
     """Return the modules by public name, without those that receive no gradient."""
     public_keys = found.components[component].layout.public_keys

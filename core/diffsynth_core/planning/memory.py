@@ -20,7 +20,7 @@ from diffsynth_core.planning.activations import (
     step_components,
     trainable_weights,
 )
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.weights.base_files import FLOAT8
 
@@ -125,58 +125,58 @@ class DeviceMemory:
         return max([part.total for part in self.encoding] + ([self.training.total] if self.training else []), default=0)
 
 
-def device_and_precision(plan: Plan) -> tuple[str, str]:
+def device_and_precision(plan: RunPlan) -> tuple[str, str]:
     """What a run is estimated for: the CPU where that is asked for; else an accelerator, whatever this machine has, in
     bf16 unless `mixed_precision` is given."""
     parameters = plan.parameters
     if parameters.device and parameters.device.partition(":")[0] == "cpu":
-        return "cpu", plan.mixed_precision
+        return "cpu", plan.machine.mixed_precision
     return "cuda", parameters.mixed_precision or "bf16"
 
 
-def memory_config(plan: Plan, sizes: StepSizes) -> MemoryConfig:
+def memory_config(plan: RunPlan, sizes: StepSizes) -> MemoryConfig:
     """What a plan says."""
     parameters = plan.parameters
     device, precision = device_and_precision(plan)
     offload = parameters.use_gradient_checkpointing_offload
-    kept = frozenset(name for name, files in plan.components.items() if files.float8)
+    kept = frozenset(name for name, files in plan.model.components.items() if files.float8)
     recompute = parameters.use_gradient_checkpointing or offload
     return MemoryConfig(device, precision, parameters.lora_rank, recompute, offload, kept, sizes)
 
 
-def device_memory(plan: Plan, config: MemoryConfig) -> DeviceMemory:
+def device_memory(plan: RunPlan, config: MemoryConfig) -> DeviceMemory:
     """Memory of the device at its fullest, by stage and part."""
     training = training_memory(plan, config) if plan.task.trains and _sizes_known(plan) else None
     return DeviceMemory(training, encoding_memory(plan, config))
 
 
-def unknown_parts(plan: Plan) -> list[str]:
+def unknown_parts(plan: RunPlan) -> list[str]:
     """What takes memory and is not in the estimate, as words."""
-    needed = components_of(plan.task, plan.variant) | plan.components.keys()
+    needed = components_of(plan.task, plan.model.variant) | plan.model.components.keys()
     unknown = [f"the size of {name}" for name in needed if not count_parameters(plan, name)]
-    measured = {plan.facts.denoiser, *(encoder.component for encoder in measured_encoders(plan))}
-    measured |= step_components(plan) & set(plan.variant.step_components)
-    in_step = {*plan.training.components, *plan.variant.step_components}
+    measured = {plan.model.facts.denoiser, *(encoder.component for encoder in measured_encoders(plan))}
+    measured |= step_components(plan) & set(plan.model.variant.step_components)
+    in_step = {*plan.training.components, *plan.model.variant.step_components}
     unknown += [f"activations that autograd keeps of {name}" for name in in_step - measured]
-    if plan.world_size > 1 and plan.task.trains:
+    if plan.machine.world_size > 1 and plan.task.trains:
         unknown.append("communication buffers for gradients, as large as the gradients")
     return sorted(unknown)
 
 
-def count_parameters(plan: Plan, component: str) -> int:
+def count_parameters(plan: RunPlan, component: str) -> int:
     """Number of parameters of a component; 0 if unknown."""
-    shapes = plan.shapes.get(component)
+    shapes = plan.model.shapes.get(component)
     if shapes:
         return sum(map(math.prod, shapes.values()))
-    return plan.published[component].parameters if component in plan.published else 0
+    return plan.model.published[component].parameters if component in plan.model.published else 0
 
 
-def lora_numbers(plan: Plan, rank: int) -> int:
+def lora_numbers(plan: RunPlan, rank: int) -> int:
     """Numbers in the LoRA: A of each public module once, B of each of its parts."""
     component = plan.training.lora_component
     if not component:
         return 0
-    public_keys, shapes = plan.components[component].layout.public_keys, plan.shapes.get(component, {})
+    public_keys, shapes = plan.model.components[component].layout.public_keys, plan.model.shapes.get(component, {})
     total = 0
     for module in plan.training.lora_modules:
         parts = [shapes[f"{name}.weight"] for name in public_keys.to_targets(module) or ()]
@@ -184,33 +184,37 @@ def lora_numbers(plan: Plan, rank: int) -> int:
     return total
 
 
-def full_numbers(plan: Plan) -> int:
+def full_numbers(plan: RunPlan) -> int:
     """Numbers that take gradients without LoRA."""
     return sum(
         math.prod(shapes[weight])
-        for name, shapes in plan.shapes.items()
+        for name, shapes in plan.model.shapes.items()
         for weight in trainable_weights(plan, name, shapes)
     )
 
 
-def count_trained(plan: Plan) -> int:
+def count_trained(plan: RunPlan) -> int:
     """Numbers that take gradients."""
     return lora_numbers(plan, plan.parameters.lora_rank) + full_numbers(plan)
 
 
-def training_memory(plan: Plan, config: MemoryConfig) -> TrainingMemory:
+def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     """Memory of the largest micro-batch's step."""
-    names = {plan.facts.denoiser, *plan.variant.step_components, *plan.training.components} & plan.components.keys()
+    names = {
+        plan.model.facts.denoiser,
+        *plan.model.variant.step_components,
+        *plan.training.components,
+    } & plan.model.components.keys()
     adapters = lora_numbers(plan, config.rank)
     trained = adapters + full_numbers(plan)
     activations = step_activations(plan, config)
     kept = activations.checkpointed if config.recompute else activations.stored
-    kept *= max((sample.sampling.steps for sample in plan.samples.samples if sample.sampling), default=1)
+    kept *= max((sample.sampling.steps for sample in plan.data.samples.samples if sample.sampling), default=1)
     on_host = kept if config.offload and config.device != "cpu" else 0
     block, casts = 0, 0
     if config.recompute:
         block = activations.largest_block + (activations.block_inputs if on_host else 0)
-        early = plan.parameters.gradient_accumulation_steps > 1 or plan.world_size > 1
+        early = plan.parameters.gradient_accumulation_steps > 1 or plan.machine.world_size > 1
         casts = activations.autocast_weights if early and activations.autocast_weights > block else 0
     return TrainingMemory(
         {name: weight_bytes(plan, name, config) for name in sorted(names)},
@@ -224,27 +228,27 @@ def training_memory(plan: Plan, config: MemoryConfig) -> TrainingMemory:
     )
 
 
-def weight_bytes(plan: Plan, component: str, config: MemoryConfig) -> int:
+def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     """Bytes of a component's weights: float32 where they train, else as the run keeps them."""
     low = BYTES[COMPUTE_DTYPES[config.precision]]
-    shapes = plan.shapes.get(component)
+    shapes = plan.model.shapes.get(component)
     if not shapes:
         return count_parameters(plan, component) * low
-    fp32_modules = plan.facts.fp32_modules if component == plan.facts.denoiser else frozenset[str]()
+    fp32_modules = plan.model.facts.fp32_modules if component == plan.model.facts.denoiser else frozenset[str]()
     fp32 = {name for name in shapes if not fp32_modules.isdisjoint(name.split("."))}
-    fp32 |= plan.training.weights(component, plan.components[component].layout, shapes)
+    fp32 |= plan.training.weights(component, plan.model.components[component].layout, shapes)
     layers = layers_of_blocks(shapes) if component in config.float8 else ()
     float8 = {f"{layer}.weight" for layer in layers} - fp32
     sizes = {**dict.fromkeys(fp32, BYTES["float32"]), **dict.fromkeys(float8, BYTES["float8"])}
     return sum(math.prod(shape) * sizes.get(name, low) for name, shape in shapes.items())
 
 
-def encoding_memory(plan: Plan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:
+def encoding_memory(plan: RunPlan, config: MemoryConfig) -> tuple[EncodingMemory, ...]:
     """Memory of each frozen encoder while it encodes the largest sample."""
-    if plan.encoded:
+    if plan.data.encoded:
         return ()
-    encoders = {encoder.component for encoder in plan.variant.encoders}
-    frozen = sorted((encoders & plan.components.keys()) - plan.training.components)
+    encoders = {encoder.component for encoder in plan.model.variant.encoders}
+    frozen = sorted((encoders & plan.model.components.keys()) - plan.training.components)
     in_encoders = replace(config, precision="no") if config.precision == "fp16" else config
     return tuple(
         EncodingMemory(name, weight_bytes(plan, name, in_encoders), encoder_activations(plan, name, in_encoders))
@@ -252,14 +256,14 @@ def encoding_memory(plan: Plan, config: MemoryConfig) -> tuple[EncodingMemory, .
     )
 
 
-def host_memory(plan: Plan, config: MemoryConfig, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:
+def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encoded: EncodedSize) -> dict[str, int]:
     """Bytes of host memory by what they are for, beside Python and its libraries.
 
     `encoded`: of all samples.
     """
     parameters = plan.parameters
-    largest = max((math.prod(shape) for shapes in plan.shapes.values() for shape in shapes.values()), default=0)
-    unknown = [name for name in plan.components if not plan.shapes.get(name)]
+    largest = max((math.prod(shape) for shapes in plan.model.shapes.values() for shape in shapes.values()), default=0)
+    unknown = [name for name in plan.model.components if not plan.model.shapes.get(name)]
     of_others = f" ({', '.join(unknown)}: unknown without files)" if unknown else ""
     read_and_converted = 2 * largest * BYTES["float32"]  # float32 at most, either
     parts = {f"the largest tensor while it is loaded{of_others}": read_and_converted} if largest else {}
@@ -267,76 +271,76 @@ def host_memory(plan: Plan, config: MemoryConfig, memory: DeviceMemory, encoded:
         parts["weights in transfer to the device"] = max(memory.training.weights.values())
     if memory.training and memory.training.on_host:
         parts["offloaded activations"] = memory.training.on_host
-    if parameters.dataset_num_workers and plan.samples.samples:
-        sample = encoded.bytes_in(config.precision) // len(plan.samples.samples)
+    if parameters.dataset_num_workers and plan.data.samples.samples:
+        sample = encoded.bytes_in(config.precision) // len(plan.data.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
         parts[f"samples prefetched by {parameters.dataset_num_workers} workers"] = ready
     return parts
 
 
-def disk_use(plan: Plan, config: MemoryConfig, encoded: EncodedSize) -> DiskUse:
+def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskUse:
     """Bytes that a run writes, of all samples what is `encoded`."""
-    cache = 0 if plan.encoded else encoded.bytes_in(config.precision)
+    cache = 0 if plan.data.encoded else encoded.bytes_in(config.precision)
     states = most_states(plan, plan.parameters.keep_states)
     return DiskUse(cache, checkpoint_bytes(plan), count_checkpoints(plan), state_bytes(plan), states)
 
 
-def state_bytes(plan: Plan) -> int:
+def state_bytes(plan: RunPlan) -> int:
     """Of the state after one step: trained weights in float32 and what the optimizer keeps of each."""
     return count_trained(plan) * (BYTES["float32"] + OPTIMIZER_BYTES) if plan.task.trains else 0
 
 
-def most_states(plan: Plan, keep: int) -> int:
+def most_states(plan: RunPlan, keep: int) -> int:
     """How many states are on disk at most when `keep` are kept: the next is whole before the oldest is removed."""
-    total = plan.steps.total_steps
-    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.steps.steps_per_epoch
+    total = plan.data.steps.total_steps
+    every = plan.parameters.save_state_steps or plan.parameters.save_steps or plan.data.steps.steps_per_epoch
     return min(keep + 1, -(-total // every)) if total else keep + 1
 
 
-def checkpoint_bytes(plan: Plan) -> int:
+def checkpoint_bytes(plan: RunPlan) -> int:
     """Of one checkpoint: LoRA in float32, full weights as in the base file, both otherwise with `save_dtype`."""
     save = plan.parameters.save_dtype
     total = lora_numbers(plan, plan.parameters.lora_rank) * BYTES[save or "float32"]
-    for name in plan.training.components & plan.shapes.keys():
-        written = plan.training.weights(name, plan.components[name].layout, plan.shapes[name])
-        numbers = sum(math.prod(plan.shapes[name][weight]) for weight in written)
+    for name in plan.training.components & plan.model.shapes.keys():
+        written = plan.training.weights(name, plan.model.components[name].layout, plan.model.shapes[name])
+        numbers = sum(math.prod(plan.model.shapes[name][weight]) for weight in written)
         total += round(numbers * (BYTES[save] if save else stored_bytes(plan, name))) if numbers else 0
     return total
 
 
-def stored_bytes(plan: Plan, component: str) -> float:
+def stored_bytes(plan: RunPlan, component: str) -> float:
     """Bytes of a number in a full checkpoint of a component, which is written as its files are, on average; for
     8-bit floats bfloat16 is written."""
-    if component in plan.published:
-        return BYTES[plan.published[component].dtype]
-    tensors = part_of(plan.components[component]).tensors.values()
+    if component in plan.model.published:
+        return BYTES[plan.model.published[component].dtype]
+    tensors = part_of(plan.model.components[component]).tensors.values()
     written = sum(tensor.nbytes * (2 if tensor.dtype in FLOAT8 else 1) for tensor in tensors)
     return written / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def file_bytes(plan: Plan, component: str) -> int:
+def file_bytes(plan: RunPlan, component: str) -> int:
     """Of a component in files, those that are there or those that are published."""
-    if component in plan.published:
-        published = plan.published[component]
+    if component in plan.model.published:
+        published = plan.model.published[component]
         return published.parameters * BYTES[published.dtype]
-    return part_of(plan.components[component]).nbytes
+    return part_of(plan.model.components[component]).nbytes
 
 
-def has_scales(plan: Plan, component: str) -> bool:
+def has_scales(plan: RunPlan, component: str) -> bool:
     """Whether a component's files store weights in 8-bit floats with scales."""
-    return component not in plan.published and bool(part_of(plan.components[component]).scales)
+    return component not in plan.model.published and bool(part_of(plan.model.components[component]).scales)
 
 
-def download_bytes(plan: Plan) -> int:
+def download_bytes(plan: RunPlan) -> int:
     """Of the components whose files are not there, as they are published."""
-    return sum(file_bytes(plan, name) for name in plan.published)
+    return sum(file_bytes(plan, name) for name in plan.model.published)
 
 
-def count_checkpoints(plan: Plan) -> int:
+def count_checkpoints(plan: RunPlan) -> int:
     """How many a run writes: every `save_steps`, or at the end of each epoch, and the last."""
-    total, every = plan.steps.total_steps, plan.parameters.save_steps or plan.steps.steps_per_epoch
+    total, every = plan.data.steps.total_steps, plan.parameters.save_steps or plan.data.steps.steps_per_epoch
     return -(-total // every) if total else 0
 
 
-def _sizes_known(plan: Plan) -> bool:
-    return bool(plan.shapes.get(plan.facts.denoiser))
+def _sizes_known(plan: RunPlan) -> bool:
+    return bool(plan.model.shapes.get(plan.model.facts.denoiser))

@@ -1,7 +1,7 @@
 """From resolved parameters to the plan of a run, with all problems collected."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
@@ -13,12 +13,11 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import FaultsFound, Problem
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
-from diffsynth_core.models.size_facts import HubModelSize
-from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, Variant
-from diffsynth_core.planning.components import FoundComponents, find_components, float8_shares, shape_faults
+from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
 from diffsynth_core.planning.dataset import missing_dataset, read_dataset
 from diffsynth_core.planning.device import check_launch, choose_device, choose_precision, noise_problems
-from diffsynth_core.planning.lora_files import FusedLora, find_fused_lora
+from diffsynth_core.planning.lora_files import find_fused_lora
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.output import ResumePoint, cache_faults, check_output, dataset_fingerprint
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.targets import NOTHING_TRAINS, Training, find_training
@@ -26,19 +25,54 @@ from diffsynth_core.planning.two_stage import check_precompute_output, find_enco
 from diffsynth_core.progress import Reporter
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """What a run trains on, and in which order.
+
+    Attributes:
+        samples: none in a plan without a dataset.
+        encoded: samples that a train task trains on.
+        steps: the batches of each epoch, and how many make up a step.
+        fingerprint: of the dataset; that of the precompute task for a train task; empty without a dataset.
+    """
+
+    samples: SampleSet
+    steps: StepPlan
+    fingerprint: str
+    encoded: EncodedSamples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPlan:
+    """Where a run writes, and from where it continues.
+
+    Attributes:
+        cache: folder of encodings and file hashes.
+    """
+
+    start: ResumePoint
+    cache: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run computes with.
+
+    Attributes:
+        device: as torch names it.
+        world_size: number of processes.
+    """
+
+    device: str
+    mixed_precision: str
+    world_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
     """What a run will do.
 
     Attributes:
-        shapes: of the tensors of each component, by module key; empty for a component of unknown size.
-        world_size: number of processes.
-        float8: component in `fp8_models` -> fraction of its weights stored in 8-bit floats; None: unknown without its
-            files.
-        fused_lora: LoRA merged into a component before training.
-        unused_components: components that the parameters name but the task does not load.
-        encoded: samples that a train task trains on.
-        published: components whose files are missing -> size of the published model, used instead.
         missing: missing files, dataset or device. Such a plan can be displayed but not executed; without a dataset it
             has no samples.
         family_defaults: parameters that are at a default of this family only.
@@ -46,23 +80,11 @@ class Plan:
     """
 
     parameters: Parameters
-    facts: FamilyFacts
-    variant: Variant
-    components: Mapping[str, ComponentFiles]
-    tokenizers: Mapping[str, Path]
+    model: ModelPlan
+    data: DataPlan
     training: Training
-    samples: SampleSet
-    steps: StepPlan
-    start: ResumePoint
-    device: str
-    mixed_precision: str
-    world_size: int
-    float8: Mapping[str, float | None] = field(default_factory=dict)
-    fused_lora: FusedLora | None = None
-    unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
-    encoded: EncodedSamples | None = None
-    shapes: Mapping[str, Shapes] = field(default_factory=dict)
-    published: Mapping[str, HubModelSize] = field(default_factory=dict)
+    output: OutputPlan
+    machine: Machine
     missing: tuple[Problem, ...] = ()
     family_defaults: tuple[str, ...] = ()
     warnings: tuple[Problem, ...] = ()
@@ -72,26 +94,6 @@ class Plan:
         """The task of the run."""
         return TASKS[self.parameters.task]
 
-    @property
-    def cache(self) -> Path:
-        """The cache folder."""
-        return self.parameters.cache_path or default_cache_path()
-
-    @property
-    def first_step(self) -> int:
-        """0, or the number of steps completed before a resumed run."""
-        return self.start.first_step
-
-    @property
-    def batches(self) -> BatchPlan:
-        """The batches of each epoch."""
-        return self.steps.batches
-
-    @property
-    def dataset_fingerprint(self) -> str:
-        """Fingerprint of the dataset; that of the precompute task for a train task."""
-        return fingerprint_of(self.parameters, self.samples, self.encoded)
-
 
 def make_plan(
     resolved: Resolved,
@@ -99,7 +101,7 @@ def make_plan(
     world_size: int = 1,
     base: Path | None = None,
     without_files: bool = False,
-) -> Plan:
+) -> RunPlan:
     """Plan a run: reads headers of weight files and images, and decodes the used part of each video once; reads no
     weights.
 
@@ -133,8 +135,13 @@ def make_plan(
     device, mixed_precision = _choose_machine(parameters, samples, problems, absent)
     problems += shape_faults(found) if found else []
     steps = _step_plan(parameters, samples, world_size) if samples else None
-    problems += cache_faults(parameters.cache_path or default_cache_path())
-    fingerprint = fingerprint_of(parameters, samples, encoded) if samples and not no_dataset else None
+    cache = parameters.cache_path or default_cache_path()
+    problems += cache_faults(cache)
+    fingerprint = None
+    if encoded:
+        fingerprint = encoded.origin.dataset_fingerprint
+    elif samples and not no_dataset:
+        fingerprint = dataset_fingerprint(parameters, samples)
     start = _find_start(
         parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems
     )
@@ -142,32 +149,20 @@ def make_plan(
         from_parameters, from_files = resolved.problems, [*problems[len(resolved.problems) :], *missing]
         from_parameters = (*from_parameters, *independent_problems(from_files, resolved.invalid))
         raise FaultsFound(from_parameters or [Problem("the run cannot be planned")])
-    return Plan(
-        parameters,
-        found.facts,
-        found.variant,
-        found.components,
-        found.tokenizers,
-        training,
-        samples,
-        steps,
-        start,
-        device,
-        mixed_precision,
-        world_size,
-        float8_shares(found),
-        fused_lora,
-        found.unused_components,
-        encoded,
-        found.shapes,
-        found.published,
-        tuple(missing),
-        resolved.family_defaults,
-        (*_warnings(resolved, samples), *_unread_lora(parameters, found, training)),
+    return RunPlan(
+        parameters=parameters,
+        model=replace(found, float8=float8_shares(found), fused_lora=fused_lora),
+        data=DataPlan(samples=samples, steps=steps, fingerprint=fingerprint or "", encoded=encoded),
+        training=training,
+        output=OutputPlan(start=start, cache=cache),
+        machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size),
+        missing=tuple(missing),
+        family_defaults=resolved.family_defaults,
+        warnings=(*_warnings(resolved, samples), *_unread_lora(parameters, found, training)),
     )
 
 
-def _unread_lora(parameters: Parameters, found: FoundComponents, training: Training) -> Iterator[Problem]:
+def _unread_lora(parameters: Parameters, found: ModelPlan, training: Training) -> Iterator[Problem]:
     """Warn about a LoRA in a format that no other program reads."""
     note = unread_note(found.facts, parameters.lora_format, "--lora_format")
     if note and training.lora_component == found.facts.denoiser:
@@ -196,7 +191,7 @@ def _find_components(
     encoded: EncodedSamples | None,
     without_files: bool,
     problems: list[Problem],
-) -> FoundComponents | None:
+) -> ModelPlan | None:
     """Return the components in the files; None if a recipe or config file that names them is missing."""
     if resolved.incomplete:
         return None
@@ -217,7 +212,7 @@ def _choose_machine(
 
 def _find_start(
     parameters: Parameters,
-    found: FoundComponents | None,
+    found: ModelPlan | None,
     fingerprint: str | None,
     steps: StepPlan | None,
     mixed_precision: str,
@@ -243,7 +238,7 @@ def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Para
 
 
 def _find_training(
-    parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
+    parameters: Parameters, found: ModelPlan, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:
     """Return what trains: nothing in a precompute task, whatever the parameters name."""
     if not TASKS[parameters.task].trains:
@@ -253,7 +248,7 @@ def _find_training(
 
 def _find_samples(
     parameters: Parameters,
-    found: FoundComponents | None,
+    found: ModelPlan | None,
     encoded: EncodedSamples | None,
     reporter: Reporter,
     problems: list[Problem],
@@ -266,11 +261,6 @@ def _find_samples(
     samples, faults = read_dataset(parameters, found.facts, found.variant, reporter)
     problems += faults
     return samples
-
-
-def fingerprint_of(parameters: Parameters, samples: SampleSet, encoded: EncodedSamples | None) -> str:
-    """Return the fingerprint of the dataset, which encoded samples carry along."""
-    return encoded.origin.dataset_fingerprint if encoded else dataset_fingerprint(parameters, samples)
 
 
 def _step_plan(parameters: Parameters, samples: SampleSet, world_size: int) -> StepPlan:

@@ -19,7 +19,7 @@ from diffsynth_core.models.encoded_sizes import (
 )
 from diffsynth_core.models.size_facts import BYTES, MediaSize, StepSizes
 from diffsynth_core.models.spec import EncoderFacts
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 
 ASSUMED_CAPTION = 300
 """Characters of a caption, where there is no dataset."""
@@ -40,9 +40,9 @@ class Workload:
     counted: bool
 
 
-def find_workload(plan: Plan) -> Workload:
+def find_workload(plan: RunPlan) -> Workload:
     """How large what a run works with is."""
-    samples = plan.samples.samples
+    samples = plan.data.samples.samples
     if not samples:
         return _assumed(plan)
     shown = [_shown(plan, sample) for sample in samples]
@@ -59,29 +59,29 @@ def find_workload(plan: Plan) -> Workload:
     return Workload(sizes, sum(each, EncodedSize()), counted)
 
 
-def sizes_of_sample(plan: Plan, sample: Sample, text_states: int) -> StepSizes:
+def sizes_of_sample(plan: RunPlan, sample: Sample, text_states: int) -> StepSizes:
     """Inputs of the transformer for one sample, with this many text tokens."""
     return _sizes(plan, _shown(plan, sample), text_states)
 
 
-def cached_encoders(plan: Plan) -> list[EncoderFacts]:
+def cached_encoders(plan: RunPlan) -> list[EncoderFacts]:
     """Encoders that are frozen, so that what they make is kept."""
-    return [encoder for encoder in plan.variant.encoders if encoder.component not in plan.training.components]
+    return [encoder for encoder in plan.model.variant.encoders if encoder.component not in plan.training.components]
 
 
-def _shown(plan: Plan, sample: Sample) -> Shown:
+def _shown(plan: RunPlan, sample: Sample) -> Shown:
     shown = {name: tuple(crop.shape for crop in found) for name, found in sample.conditions.items()}
-    return {plan.variant.target.column: (sample.target.shape,), **shown}
+    return {plan.model.variant.target.column: (sample.target.shape,), **shown}
 
 
-def _text_states(plan: Plan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[int], bool]:
+def _text_states(plan: RunPlan, samples: Sequence[Sample], shown: Sequence[Shown]) -> tuple[list[int], bool]:
     """States of each sample's text, and whether they were counted: with the tokenizer, or when they were encoded."""
-    encoder = caption_encoder(plan.variant.encoders)
-    if plan.encoded and encoder and encoder.caption and encoder.name in plan.encoded.origin.encoders:
-        width = embedding_dim(encoder.caption, plan.shapes.get(plan.facts.denoiser, {}))
-        return _states_in_files(plan.encoded, encoder.name, width), True
-    tokenizer = plan.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
-    return count_text_states(plan.variant.encoders, tokenizer, [sample.caption for sample in samples], shown)
+    encoder = caption_encoder(plan.model.variant.encoders)
+    if plan.data.encoded and encoder and encoder.caption and encoder.name in plan.data.encoded.origin.encoders:
+        width = embedding_dim(encoder.caption, plan.model.shapes.get(plan.model.facts.denoiser, {}))
+        return _states_in_files(plan.data.encoded, encoder.name, width), True
+    tokenizer = plan.model.tokenizers.get(encoder.caption.tokenizer) if encoder and encoder.caption else None
+    return count_text_states(plan.model.variant.encoders, tokenizer, [sample.caption for sample in samples], shown)
 
 
 def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[int]:
@@ -90,9 +90,9 @@ def _states_in_files(encoded: EncodedSamples, encoder: str, width: int) -> list[
     return [files[encoder].bytes // each for files in encoded.files]
 
 
-def _encoded(plan: Plan, text_states: int, shown: Shown) -> EncodedSize:
-    denoiser = plan.shapes.get(plan.facts.denoiser, {})
-    return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.variant.target.frame_step)
+def _encoded(plan: RunPlan, text_states: int, shown: Shown) -> EncodedSize:
+    denoiser = plan.model.shapes.get(plan.model.facts.denoiser, {})
+    return encoded_size(cached_encoders(plan), denoiser, text_states, shown, plan.model.variant.target.frame_step)
 
 
 def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
@@ -106,18 +106,18 @@ def shrink(sizes: StepSizes, share: float, factor: int) -> StepSizes:
     return replace(sizes, images=images)
 
 
-def _assumed(plan: Plan) -> Workload:
+def _assumed(plan: RunPlan) -> Workload:
     """Of the largest sample that the parameters allow, with an image of each kind that the model is shown."""
-    parameters, target = plan.parameters, plan.variant.target
+    parameters, target = plan.parameters, plan.model.variant.target
     side = math.isqrt(parameters.max_pixels) // target.size_factor * target.size_factor
     height, width = parameters.height or side, parameters.width or side
     frames = parameters.num_frames if target.kind == "video" else 1
     images = {
         condition.name: (_assumed_size(condition, height, width, parameters.max_pixels),)
-        for condition in plan.variant.conditions
+        for condition in plan.model.variant.conditions
     }
     shown = {target.column: ((frames, height, width),), **images}
-    (states,), counted = count_text_states(plan.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
+    (states,), counted = count_text_states(plan.model.variant.encoders, None, ["x" * ASSUMED_CAPTION], [shown])
     largest = replace(_sizes(plan, shown, states), batch=parameters.batch_size)
     return Workload(largest, _encoded(plan, states, shown), counted)
 
@@ -128,8 +128,8 @@ def _assumed_size(condition: Condition, height: int, width: int, max_pixels: int
     return 1, *condition.size(width, height, max_pixels)
 
 
-def _sizes(plan: Plan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: int) -> StepSizes:
-    variant, text_column = plan.variant, plan.facts.text_column
+def _sizes(plan: RunPlan, shown: Mapping[str, tuple[MediaSize, ...]], text_states: int) -> StepSizes:
+    variant, text_column = plan.model.variant, plan.model.facts.text_column
     encoded = {name for part in variant.encoders if text_column not in part.columns for name in part.columns}
     target = shown[variant.target.column]
     others = {name: found for name, found in shown.items() if name in encoded and name != variant.target.column}

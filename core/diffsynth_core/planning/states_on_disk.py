@@ -6,11 +6,11 @@ from diffsynth_core.checkpoints.saved_states import state_folders
 from diffsynth_core.errors import Problem
 from diffsynth_core.files import free_bytes
 from diffsynth_core.planning.memory import checkpoint_bytes, most_states, state_bytes
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import format_bytes, pluralize
 
 
-def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
+def state_problems(plan: RunPlan, free: int | None = None) -> list[Problem]:
     """Return the problem of states and a checkpoint that do not fit on the disk of the output folder.
 
     The state of full training has three times the size of the weights in float32, so this is checked before the first
@@ -39,7 +39,7 @@ def state_problems(plan: Plan, free: int | None = None) -> list[Problem]:
     return [Problem(what, f"{way}some space, or choose another `--output_path`")]
 
 
-def _needed(plan: Plan, keep: int) -> int:
+def _needed(plan: RunPlan, keep: int) -> int:
     return most_states(plan, keep) * state_bytes(plan) + checkpoint_bytes(plan)
 
 

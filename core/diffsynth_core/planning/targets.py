@@ -7,9 +7,9 @@ from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
-from diffsynth_core.planning.components import FoundComponents
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.trained import check_component, find_trained, prefix_problems
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
 
@@ -52,7 +52,7 @@ NOTHING_TRAINS = Training((), None, (), ())
 
 
 def find_training(
-    parameters: Parameters, found: FoundComponents, invalid: frozenset[str], problems: list[Problem]
+    parameters: Parameters, found: ModelPlan, invalid: frozenset[str], problems: list[Problem]
 ) -> Training:
     """Return what the parameters select for training among the components. Adds to `problems`."""
     full, parts = find_trained(parameters, found, problems)

@@ -5,14 +5,14 @@ from itertools import takewhile
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.errors import Problem, list_names, suggest
 from diffsynth_core.models.spec import FamilyFacts, Layout, Shapes, is_below
-from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.model_plan import ModelPlan
 
 PARAMETER = "trainable_models"
 """The parameter that selects them."""
 
 
 def find_trained(
-    parameters: Parameters, found: FoundComponents, problems: list[Problem]
+    parameters: Parameters, found: ModelPlan, problems: list[Problem]
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Return components that train in full, and component -> modules (public names) of those that train in part.
 
@@ -35,7 +35,7 @@ def find_trained(
     return tuple(full), {name: tuple(modules) for name, modules in parts.items() if name not in full}
 
 
-def check_component(name: str, parameter: str, found: FoundComponents, problems: list[Problem]) -> bool:
+def check_component(name: str, parameter: str, found: ModelPlan, problems: list[Problem]) -> bool:
     """Return whether a parameter names a component of the family that this variant has. Adds to `problems`.
 
     Missing files of the component are reported elsewhere.
@@ -81,7 +81,7 @@ def prefix_problems(parameters: Parameters, facts: FamilyFacts) -> list[Problem]
     return [Problem(f"`remove_prefix_in_ckpt`: no key of {facts.title} starts with `{asked}`", hint, wrong_use=True)]
 
 
-def _module_problem(component: str, module: str, found: FoundComponents) -> Problem | None:
+def _module_problem(component: str, module: str, found: ModelPlan) -> Problem | None:
     """Return why a module of a component, given by its public name, cannot be trained."""
     layout, shapes = found.components[component].layout, found.shapes[component]
     own = layout.below([module], shapes)

@@ -2,21 +2,21 @@
 
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.loading import module_shapes
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult
 from diffsynth_core.weights.headers import read_headers
 from diffsynth_core.weights.lora_files import read_lora_file
 
 
-def prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
+def prove_checkpoint(plan: RunPlan, result: RunResult) -> list[str]:
     """Read the last checkpoint and verify its keys and shapes; return one line per part."""
     path = result.folder / result.record.checkpoints[-1].file
     tensors = read_headers([path])
     proofs = []
     full: dict[str, tuple[int, ...]] = {}
     for component in (*plan.training.full, *plan.training.parts):
-        files = plan.components[component]
+        files = plan.model.components[component]
         own = module_shapes(files)
         kept = plan.training.weights(component, files.layout, own)
         shapes = files.layout.checkpoint_shapes({name: own[name] for name in kept})
@@ -30,10 +30,10 @@ def prove_checkpoint(plan: Plan, result: RunResult) -> list[str]:
         )
     lora = plan.training.lora_component
     if lora:
-        files = plan.components[lora]
+        files = plan.model.components[lora]
         shapes = files.layout.public_shapes(module_shapes(files))
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
-        ranks = read_lora_file(path, modules, plan.facts.component(lora).lora_naming, besides=full).ranks
+        ranks = read_lora_file(path, modules, plan.model.facts.component(lora).lora_naming, besides=full).ranks
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(
                 f"`{path}` contains a LoRA of {len(ranks)} modules, but {len(plan.training.lora_modules)} were trained"

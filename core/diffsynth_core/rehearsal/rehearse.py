@@ -14,7 +14,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.rehearsal.preparation import REHEARSAL_STEPS, is_flag, prepare
 from diffsynth_core.rehearsal.proofs import prove_checkpoint
@@ -40,7 +40,7 @@ def rehearse(
     resolved: Resolved,
     reporter: Reporter,
     stop: StopRequest,
-    announce: Callable[[Plan], None],
+    announce: Callable[[RunPlan], None],
 ) -> Rehearsal:
     """Run with tiny weights: half of the steps, a stop, a resume, the other half; then verify the saved files.
 
@@ -55,26 +55,26 @@ def rehearse(
     steps = prepared.parameters.max_steps or REHEARSAL_STEPS
     plan = _settle_output(make_plan(prepared, reporter, base=base), resolved)
     announce(plan)
-    half = min(steps, plan.steps.total_steps) // 2
+    half = min(steps, plan.data.steps.total_steps) // 2
     proofs = [
-        f"loaded {len(plan.components)} components with tiny weights from the real file layout: {', '.join(plan.components)}"
+        f"loaded {len(plan.model.components)} components with tiny weights from the real file layout: {', '.join(plan.model.components)}"
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)
     resuming = plan.parameters.model_copy(update={"resume": "auto"})
     resumed = make_plan(replace(prepared, parameters=resuming), reporter, base=base)
     if half:
-        if resumed.first_step != half:
+        if resumed.output.start.first_step != half:
             raise DiffSynthError(
-                f"the rehearsal stopped after step {half}, but would resume after step {resumed.first_step}"
+                f"the rehearsal stopped after step {half}, but would resume after step {resumed.output.start.first_step}"
             )
         if plan_encodings(resumed, reporter).components_to_load:
             raise DiffSynthError("the resumed run would encode samples that are already cached")
-        proofs.append(f"stopped after step {half}, resumed, and finished at step {resumed.steps.total_steps}")
+        proofs.append(f"stopped after step {half}, resumed, and finished at step {resumed.data.steps.total_steps}")
         proofs.append("the resumed run read all encodings from the cache and loaded no encoder")
     result = train(resumed, reporter, stop)
     proofs += prove_checkpoint(resumed, result)
-    synthetic_media = None if resolved.given("dataset_base_path") else f"{plan.variant.target.kind}s"
+    synthetic_media = None if resolved.given("dataset_base_path") else f"{plan.model.variant.target.kind}s"
     return Rehearsal(result, tuple(proofs), synthetic_media)
 
 
@@ -86,11 +86,11 @@ def how_to_repeat(resolved: Resolved) -> str:
     return "rerun the command"
 
 
-def _settle_output(plan: Plan, resolved: Resolved) -> Plan:
+def _settle_output(plan: RunPlan, resolved: Resolved) -> RunPlan:
     """Return the plan with a new output folder, unless one is set on the command line."""
     if is_flag(resolved, "output_path"):
         return plan
-    name = resolved.parameters.recipe or plan.facts.name
+    name = resolved.parameters.recipe or plan.model.facts.name
     name += f"-{resolved.stage}" if resolved.stage else ""
     folder = make_numbered_folder(Path("rehearsals"), lambda number: f"{name}-{number}")
     return replace(plan, parameters=plan.parameters.model_copy(update={"output_path": folder}))

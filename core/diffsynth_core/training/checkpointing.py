@@ -14,7 +14,7 @@ from diffsynth_core.checkpoints.keys import strip_controlnet_index
 from diffsynth_core.checkpoints.run_folder import CheckpointEntry
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.model import TrainingModule
 from diffsynth_core.weights.dtypes import torch_dtype
 
@@ -43,7 +43,7 @@ class CheckpointContent:
     dtypes: Mapping[str, torch.dtype]
 
 
-def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
+def checkpoint_content(plan: RunPlan, model: TrainingModule) -> CheckpointContent:
     """Return the content of a checkpoint.
 
     Full weights: `pipe.<component>.<parameter>` for all parameters of components that train in full, and for those of
@@ -54,7 +54,7 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     makers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for component, module in model.components.items():
-        names, own = plan.components[component].layout.checkpoint_keys, _trained_tensors(plan, model, component)
+        names, own = plan.model.components[component].layout.checkpoint_keys, _trained_tensors(plan, model, component)
         stored = model.stored_dtypes[component]
         for name in names.to_sources(own):
             key = _key(plan, component, name)
@@ -68,7 +68,7 @@ def checkpoint_content(plan: Plan, model: TrainingModule) -> CheckpointContent:
     return CheckpointContent(LazyStateDict(makers), dtypes)
 
 
-def _key(plan: Plan, component: str, name: str) -> str:
+def _key(plan: RunPlan, component: str, name: str) -> str:
     """Return the checkpoint key of a tensor."""
     return f"pipe.{component}.{name}".removeprefix(removed_prefix(plan.parameters))
 
@@ -78,7 +78,7 @@ def removed_prefix(parameters: Parameters) -> str:
     return strip_controlnet_index(parameters.remove_prefix_in_ckpt)
 
 
-def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[str, Tensor]:
+def _trained_tensors(plan: RunPlan, model: TrainingModule, component: str) -> dict[str, Tensor]:
     """Return the tensors of a component that train without LoRA, by parameter name without the wrapper modules of
     peft.
 
@@ -87,42 +87,42 @@ def _trained_tensors(plan: Plan, model: TrainingModule, component: str) -> dict[
     state = model.components[component].state_dict()
     tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
     stored = [name for name in tensors if name in model.stored_dtypes[component]]
-    kept = plan.training.weights(component, plan.components[component].layout, stored)
+    kept = plan.training.weights(component, plan.model.components[component].layout, stored)
     return {name: tensors[name] for name in stored if name in kept}
 
 
-def _lora_tensors(plan: Plan, component: str, module: nn.Module) -> dict[str, Tensor]:
-    lora_format, naming = plan.parameters.lora_format, plan.facts.component(component).lora_naming
-    named = name_lora(lora_weights(module, plan.components[component].layout.public_keys), lora_format, naming)
+def _lora_tensors(plan: RunPlan, component: str, module: nn.Module) -> dict[str, Tensor]:
+    lora_format, naming = plan.parameters.lora_format, plan.model.facts.component(component).lora_naming
+    named = name_lora(lora_weights(module, plan.model.components[component].layout.public_keys), lora_format, naming)
     if lora_format != "diffsynth":
         return named
     return {_key(plan, component, name): tensor for name, tensor in named.items()}
 
 
-def checkpoint_metadata(plan: Plan) -> Mapping[str, str]:
+def checkpoint_metadata(plan: RunPlan) -> Mapping[str, str]:
     """Return the metadata of a checkpoint, which the conversion commands read."""
-    metadata = {"family": plan.facts.name, "removed_prefix": removed_prefix(plan.parameters)}
+    metadata = {"family": plan.model.facts.name, "removed_prefix": removed_prefix(plan.parameters)}
     if plan.training.lora_component:
         metadata |= {"lora_component": plan.training.lora_component, "lora_format": plan.parameters.lora_format}
     return metadata
 
 
-def conversion_hint(plan: Plan, path: Path) -> str | None:
+def conversion_hint(plan: RunPlan, path: Path) -> str | None:
     """Return the command that converts a checkpoint of the denoiser to the keys that ComfyUI detects, if it needs
     one.
     """
-    denoiser = plan.facts.denoiser
+    denoiser = plan.model.facts.denoiser
     if denoiser not in plan.training.full:
         return None
-    published = plan.facts.component(denoiser).published.get("original")
-    if published in (None, plan.components[denoiser].layout.checkpoint_keys):
+    published = plan.model.facts.component(denoiser).published.get("original")
+    if published in (None, plan.model.components[denoiser].layout.checkpoint_keys):
         return None
     output = path.with_name(f"{path.stem}-original")
     return f"diffsynth split-ckpt {shlex.quote(str(path))} --layout original --output_path {shlex.quote(str(output))}"
 
 
 def write_checkpoint(
-    plan: Plan, model: TrainingModule, folder: Path, name: str, step: int, epoch: int
+    plan: RunPlan, model: TrainingModule, folder: Path, name: str, step: int, epoch: int
 ) -> CheckpointEntry:
     """Write `<name>.safetensors` atomically."""
     path = folder / f"{name}.safetensors"

@@ -17,14 +17,14 @@ from diffsynth_core.models.family import Encoded, Family, encoder_dtype
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, hash_cache
 from diffsynth_core.planning.output import folder_faults
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
 
 
-def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
+def load_columns(plan: RunPlan, encoder: EncoderFacts, sample: Sample) -> dict[str, Any]:
     """Load what an encoder reads of a sample, in the form in which data workers pass it on.
 
     Returns:
@@ -32,7 +32,7 @@ def load_columns(plan: Plan, encoder: EncoderFacts, sample: Sample) -> dict[str,
     """
     loaded: dict[str, Any] = {}
     for column in encoder.columns:
-        if column == plan.facts.text_column:
+        if column == plan.model.facts.text_column:
             loaded[column] = sample.caption
         elif column in sample.conditions:
             loaded[column] = [load_pixel_tensor(crop) for crop in sample.conditions[column]]
@@ -62,16 +62,16 @@ def scale_pixels(loaded: Mapping[str, Any], device: torch.device) -> dict[str, A
 class _RawSamples(Dataset[tuple[int, dict[str, Any]]]):
     """The inputs of one encoder for the samples at `indices`."""
 
-    def __init__(self, plan: Plan, encoder: EncoderFacts, indices: list[int]) -> None:
+    def __init__(self, plan: RunPlan, encoder: EncoderFacts, indices: list[int]) -> None:
         self._plan, self._encoder, self._indices = plan, encoder, indices
 
     def __getitem__(self, position: int) -> tuple[int, dict[str, Any]]:
         index = self._indices[position]
-        return index, load_columns(self._plan, self._encoder, self._plan.samples.samples[index])
+        return index, load_columns(self._plan, self._encoder, self._plan.data.samples.samples[index])
 
 
 def fill_cache(
-    plan: Plan,
+    plan: RunPlan,
     encodings: EncodingsPlan,
     family: Family,
     accelerator: Accelerator,
@@ -85,7 +85,7 @@ def fill_cache(
         Interrupted: if a stop is requested; finished entries are kept.
     """
     if plan.task.trains and encodings.components_to_load:
-        raise_if_any(folder_faults(plan.cache, "cache_path"))
+        raise_if_any(folder_faults(plan.output.cache, "cache_path"))
     for part in encodings.encoders:
         if part.damaged:
             first = part.cache.path(part.keys[part.damaged[0]])
@@ -99,7 +99,7 @@ def fill_cache(
             plan, family, component
         )  # first, because their faults show at once
         components[component] = load_for_run(
-            plan, family, component, encoder_dtype(plan.mixed_precision), accelerator.device, reporter
+            plan, family, component, encoder_dtype(plan.machine.mixed_precision), accelerator.device, reporter
         )
         for part in encodings.encoders:
             if part.encoder.component == component:
@@ -112,18 +112,18 @@ def fill_cache(
     accelerator.wait_for_everyone()
 
 
-def load_tokenizers(plan: Plan, family: Family, component: str) -> dict[str, Any]:
+def load_tokenizers(plan: RunPlan, family: Family, component: str) -> dict[str, Any]:
     """Load the tokenizers of a component, by parameter."""
     return {
-        parameter: family.load_tokenizer(parameter, plan.tokenizers[parameter])
-        for parameter, tokenizer in plan.facts.tokenizers.items()
-        if tokenizer.component == component and parameter in plan.tokenizers
+        parameter: family.load_tokenizer(parameter, plan.model.tokenizers[parameter])
+        for parameter, tokenizer in plan.model.facts.tokenizers.items()
+        if tokenizer.component == component and parameter in plan.model.tokenizers
     }
 
 
 @torch.no_grad()
 def _encode(
-    plan: Plan,
+    plan: RunPlan,
     part: EncoderPlan,
     family: Family,
     components: dict[str, Any],
@@ -143,24 +143,26 @@ def _encode(
                 encoded = family.encode(part.encoder, components, scale_pixels(sample, device))
             except DiffSynthError as error:
                 (problem,) = error.problems
-                raise DiffSynthError(f"{plan.samples.samples[index].name}: {problem.message}", problem.hint) from error
+                raise DiffSynthError(
+                    f"{plan.data.samples.samples[index].name}: {problem.message}", problem.hint
+                ) from error
             _check_encoded(plan, part, index, encoded, hashes)
             part.cache.write(part.keys[index], encoded)
             warning = family.truncation_warning(part.encoder, components, sample)
             if warning:
-                warnings.setdefault(warning, []).append(plan.samples.samples[index].row)
+                warnings.setdefault(warning, []).append(plan.data.samples.samples[index].row)
             task.advance()
     for warning, rows in warnings.items():
         reporter.warn(f"{warning}: {pluralize(len(rows), 'sample')}, the first is row {rows[0]}")
 
 
-def _check_encoded(plan: Plan, part: EncoderPlan, index: int, encoded: Encoded, hashes: HashCache) -> None:
+def _check_encoded(plan: RunPlan, part: EncoderPlan, index: int, encoded: Encoded, hashes: HashCache) -> None:
     """Reject encodings that must not enter the cache, from where they would be reused.
 
     Raises:
         DiffSynthError: if a file has changed since it was hashed, or the encoding is not finite.
     """
-    sample = plan.samples.samples[index]
+    sample = plan.data.samples.samples[index]
     if any(hashes.known(path) is None for path in sample.files):
         raise DiffSynthError(f"{sample.name} changed while it was encoded", "rerun the command")
     if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):

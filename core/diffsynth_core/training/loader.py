@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from diffsynth_core.data.batches import SampleRef
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.planning.encodings import EncodingsPlan
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.encode import load_columns
 from diffsynth_core.training.workers import iterate
 
@@ -39,11 +39,11 @@ class _BatchIndex:
     counts: bool
 
 
-def _batch_indices(plan: Plan, process: int) -> Iterator[_BatchIndex]:
+def _batch_indices(plan: RunPlan, process: int) -> Iterator[_BatchIndex]:
     """Yield the micro-batches of one process from the plan's first step on, lazily: there may be millions."""
-    for step in range(plan.first_step, plan.steps.total_steps):
-        part = plan.steps.slice(step)
-        for start in range(part.start, part.stop, plan.world_size):
+    for step in range(plan.output.start.first_step, plan.data.steps.total_steps):
+        part = plan.data.steps.slice(step)
+        for start in range(part.start, part.stop, plan.machine.world_size):
             own = start + process
             yield _BatchIndex(part.epoch, own, True) if own < part.stop else _BatchIndex(part.epoch, part.start, False)
 
@@ -51,11 +51,11 @@ def _batch_indices(plan: Plan, process: int) -> Iterator[_BatchIndex]:
 class _MicroBatches(Dataset[MicroBatch]):
     """Micro-batches by index."""
 
-    def __init__(self, plan: Plan, encodings: EncodingsPlan) -> None:
+    def __init__(self, plan: RunPlan, encodings: EncodingsPlan) -> None:
         self._plan, self._encodings = plan, encodings
 
     def __getitem__(self, index: _BatchIndex) -> MicroBatch:
-        refs = self._plan.batches.batch(index.epoch, index.number)
+        refs = self._plan.data.steps.batches.batch(index.epoch, index.number)
         encoded = tuple(self._read(ref.sample) for ref in refs)
         raw = tuple(self._load(ref.sample) for ref in refs)
         return MicroBatch(index.epoch, tuple(refs), encoded, raw, index.counts)
@@ -69,12 +69,12 @@ class _MicroBatches(Dataset[MicroBatch]):
 
     def _load(self, sample: int) -> dict[str, dict[str, Any]]:
         return {
-            part.encoder.name: load_columns(self._plan, part.encoder, self._plan.samples.samples[sample])
+            part.encoder.name: load_columns(self._plan, part.encoder, self._plan.data.samples.samples[sample])
             for part in self._encodings.encoders
             if part.online
         }
 
 
-def iterate_micro_batches(plan: Plan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
+def iterate_micro_batches(plan: RunPlan, encodings: EncodingsPlan, process: int) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one process from the plan's first step to the last."""
     return iterate(_MicroBatches(plan, encodings), _batch_indices(plan, process), plan.parameters.dataset_num_workers)

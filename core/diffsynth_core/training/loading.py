@@ -7,13 +7,13 @@ from diffsynth_core.adapters.deltas import open_deltas
 from diffsynth_core.adapters.merge import MAX_SILENT_ERROR, RelativeError, Workspace, merge_rows
 from diffsynth_core.models.family import Family
 from diffsynth_core.models.loading import load_component, module_shapes
-from diffsynth_core.planning.lora_files import FusedLora
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.model_plan import FusedLora
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 
 
 def load_for_run(
-    plan: Plan, family: Family, component: str, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    plan: RunPlan, family: Family, component: str, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
     """A component in `dtype`, or float32 where it trains, on `device`, frozen and in eval mode.
 
@@ -22,22 +22,22 @@ def load_for_run(
     Raises:
         FaultsFound: as `load_component`.
     """
-    if plan.fused_lora is None or plan.fused_lora.component != component:
+    if plan.model.fused_lora is None or plan.model.fused_lora.component != component:
         fp32_params = _fp32_params(plan, component)
-        return load_component(family, plan.components[component], dtype, device, reporter, float32=fp32_params)
-    return _load_merged(plan, plan.fused_lora, family, dtype, device, reporter)
+        return load_component(family, plan.model.components[component], dtype, device, reporter, float32=fp32_params)
+    return _load_merged(plan, plan.model.fused_lora, family, dtype, device, reporter)
 
 
-def _fp32_params(plan: Plan, component: str) -> frozenset[str]:
+def _fp32_params(plan: RunPlan, component: str) -> frozenset[str]:
     """The weights that train: in fewer bits most steps would not move them."""
-    files = plan.components[component]
+    files = plan.model.components[component]
     return plan.training.weights(component, files.layout, module_shapes(files))
 
 
 def _load_merged(
-    plan: Plan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    plan: RunPlan, fused_lora: FusedLora, family: Family, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> nn.Module:
-    files = plan.components[fused_lora.component]
+    files = plan.model.components[fused_lora.component]
     error = RelativeError()
     with open_deltas(fused_lora.file, fused_lora.shapes, files.layout.public_keys) as deltas:
 

@@ -29,7 +29,7 @@ from diffsynth_core.config.parameters import Parameters, as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.training.checkpointing import write_checkpoint
 from diffsynth_core.training.encode import fill_cache
@@ -64,7 +64,7 @@ class Diverged(DiffSynthError):
 
 
 def train(
-    plan: Plan,
+    plan: RunPlan,
     reporter: Reporter,
     stop: StopRequest,
     stop_after: int | None = None,
@@ -91,7 +91,7 @@ def train(
 
 
 def _open_run(
-    plan: Plan,
+    plan: RunPlan,
     accelerator: Accelerator,
     reporter: Reporter,
     stop: StopRequest,
@@ -103,7 +103,7 @@ def _open_run(
         raise DiffSynthError(
             f"another run has started in `{plan.parameters.output_path}`", "choose another `--output_path`"
         )
-    family = load_family(plan.facts.name)
+    family = load_family(plan.model.facts.name)
     encodings = plan_encodings(plan, reporter)
     _check_identities(plan, encodings)
     fill_cache(plan, encodings, family, accelerator, reporter, stop)
@@ -113,7 +113,7 @@ def _open_run(
     return Run(plan, encodings, model, accelerator, reporter, make_engine, observers)
 
 
-def make_accelerator(plan: Plan) -> Accelerator:
+def make_accelerator(plan: RunPlan) -> Accelerator:
     """Create the accelerator for devices and processes.
 
     It accumulates no gradients: the loop counts steps itself.
@@ -122,17 +122,17 @@ def make_accelerator(plan: Plan) -> Accelerator:
     # but nothing public forgets the state: `tests/unit/test_private_names.py`.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=plan.mixed_precision,
-        cpu=plan.device == "cpu",
+        mixed_precision=plan.machine.mixed_precision,
+        cpu=plan.machine.device == "cpu",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
-    if accelerator.num_processes == 1 and plan.device.partition(":")[2]:
-        torch.accelerator.set_device_index(int(plan.device.partition(":")[2]))
-        accelerator.state.device = torch.device(plan.device)
+    if accelerator.num_processes == 1 and plan.machine.device.partition(":")[2]:
+        torch.accelerator.set_device_index(int(plan.machine.device.partition(":")[2]))
+        accelerator.state.device = torch.device(plan.machine.device)
     return accelerator
 
 
-def _check_identities(plan: Plan, encodings: EncodingsPlan) -> None:
+def _check_identities(plan: RunPlan, encodings: EncodingsPlan) -> None:
     """Check that a resumed run uses the weights it was started with."""
     record = read_record(plan.parameters.output_path)
     if record is None:
@@ -154,7 +154,7 @@ class Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         encodings: EncodingsPlan,
         model: TrainingModule,
         accelerator: Accelerator,
@@ -167,15 +167,15 @@ class Run:
         self.model = model
         self.engine = make_engine(model, plan.parameters, accelerator)
         self.observers = list(observers)
-        self.done = self.saved = plan.first_step
+        self.done = self.saved = plan.output.start.first_step
         """Step of the current weights, and of the latest state on disk."""
         self.samples_seen = 0
         self.updating = False
         self.skipped_in_a_row = 0
-        if plan.start.state:
-            self.engine.restore(plan.start.state)
-            self.samples_seen = plan.start.state.loop_state.samples_seen
-        for warning in plan.start.warnings:
+        if plan.output.start.state:
+            self.engine.restore(plan.output.start.state)
+            self.samples_seen = plan.output.start.state.loop_state.samples_seen
+        for warning in plan.output.start.warnings:
             reporter.warn(warning)
         self.record = self._open_record()
         self.folder_id = folder_identity(self.folder)
@@ -183,7 +183,7 @@ class Run:
     def execute(self, stop: StopRequest, stop_after: int | None) -> RunResult:
         """Train from the plan's first step to the last; every exit leaves a record of how the run ended."""
         if self.accelerator.is_main_process:
-            self.observers.append(MetricsObserver(self.folder, self.plan.first_step, self.reporter.warn))
+            self.observers.append(MetricsObserver(self.folder, self.plan.output.start.first_step, self.reporter.warn))
         try:
             self._loop(stop, stop_after)
             self._check_folder()
@@ -199,13 +199,13 @@ class Run:
         finally:
             for observer in self.observers:
                 observer.on_end()
-        self._finish("interrupted" if self.record.step < self.plan.steps.total_steps else "completed")
+        self._finish("interrupted" if self.record.step < self.plan.data.steps.total_steps else "completed")
         return RunResult(self.folder, self.record)
 
     def _loop(self, stop: StopRequest, stop_after: int | None) -> None:
         """Fetch, forward, backward, check, step, report, save."""
-        params, steps = self.plan.parameters, self.plan.steps
-        first, total = self.plan.first_step, steps.total_steps
+        params, steps = self.plan.parameters, self.plan.data.steps
+        first, total = self.plan.output.start.first_step, steps.total_steps
         micro_batches = iterate_micro_batches(self.plan, self.encodings, self.accelerator.process_index)
         if first and self._checkpoint_is_due(first) and not self.record.has_checkpoint_of(first):
             self._save_checkpoint(interrupted=False)  # a fault occurred between the step and its checkpoint
@@ -215,7 +215,7 @@ class Run:
                 started = time.perf_counter()
                 part = steps.slice(step)
                 sample_count = steps.samples_in(part)
-                fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.world_size))
+                fetched = self._fetch(micro_batches, -(-(part.stop - part.start) // self.plan.machine.world_size))
                 data_seconds = time.perf_counter() - started
 
                 rate = learning_rate(step, params.learning_rate, params.lr_scheduler, params.lr_warmup_steps, total)
@@ -261,7 +261,7 @@ class Run:
         """
         total = torch.zeros(2, device=self.accelerator.device)
         for index, micro_batch in enumerate(fetched):
-            weight = self.plan.world_size / sample_count if micro_batch.counts else 0.0
+            weight = self.plan.machine.world_size / sample_count if micro_batch.counts else 0.0
             losses = self.engine.forward_backward(micro_batch, weight, last=index == len(fetched) - 1)
             if micro_batch.counts:
                 total[0] += losses.sum()
@@ -279,10 +279,10 @@ class Run:
         bad_gradient = not math.isfinite(gradient_norm) and not self.engine.skips_overflow
         if math.isfinite(loss) and not bad_gradient:
             return
-        samples = self.plan.samples.samples
+        samples = self.plan.data.samples.samples
         # The samples of all processes, because the loss is the mean over all: each process raises the same error.
-        part = self.plan.steps.slice(step)
-        batches = (self.plan.batches.batch(part.epoch, number) for number in range(part.start, part.stop))
+        part = self.plan.data.steps.slice(step)
+        batches = (self.plan.data.steps.batches.batch(part.epoch, number) for number in range(part.start, part.stop))
         names = ", ".join(samples[ref.sample].name for batch in batches for ref in batch)
         what = "loss is" if not math.isfinite(loss) else "gradient is"
         self.record.diverged_step = step + 1
@@ -308,20 +308,20 @@ class Run:
             )
 
     def _checkpoint_is_due(self, done: int) -> bool:
-        every, steps = self.plan.parameters.save_steps, self.plan.steps
+        every, steps = self.plan.parameters.save_steps, self.plan.data.steps
         return done == steps.total_steps or (done % every == 0 if every else steps.slice(done - 1).ends_epoch)
 
     def _state_is_due(self, done: int) -> bool:
         every = self.plan.parameters.save_state_steps
         if every is None:
             return self._checkpoint_is_due(done)
-        return done == self.plan.steps.total_steps or done % every == 0
+        return done == self.plan.data.steps.total_steps or done % every == 0
 
     def _save_checkpoint(self, interrupted: bool) -> None:
         """Save the trained weights; the checkpoint of an interrupted run is named after the step."""
         self.engine.wait()
         if self.accelerator.is_main_process:
-            epoch = self.plan.steps.slice(self.done - 1).epoch
+            epoch = self.plan.data.steps.slice(self.done - 1).epoch
             name = f"step-{self.done}" if self.plan.parameters.save_steps or interrupted else f"epoch-{epoch}"
             entry = write_checkpoint(self.plan, self.model, self.folder, name, self.done, epoch)
             self.record.add_checkpoint(entry)
@@ -374,23 +374,23 @@ class Run:
         if record is None:
             record = RunRecord(
                 parameters=as_plain(plan.parameters),
-                family=plan.facts.name,
+                family=plan.model.facts.name,
                 seed=plan.parameters.seed,
-                dataset_fingerprint=plan.dataset_fingerprint,
+                dataset_fingerprint=plan.data.fingerprint,
                 components={name: dict(files) for name, files in self.encodings.identities.items()},
-                mixed_precision=plan.mixed_precision,
-                micro_batches_per_step=plan.steps.micro_batches,
+                mixed_precision=plan.machine.mixed_precision,
+                micro_batches_per_step=plan.data.steps.micro_batches,
                 id=uuid4().hex,
-                float8_components=sorted(plan.float8),
+                float8_components=sorted(plan.model.float8),
             )
         # Checkpoints after the resumed state will be written again.
-        record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.first_step]
+        record.checkpoints = [entry for entry in record.checkpoints if entry.step <= plan.output.start.first_step]
         record.parameters, record.versions = as_plain(plan.parameters), package_versions()
         record.status, record.failure, record.diverged_step = "running", None, None
         record.step, record.samples_seen, record.total_steps = (
-            plan.first_step,
+            plan.output.start.first_step,
             self.samples_seen,
-            plan.steps.total_steps,
+            plan.data.steps.total_steps,
         )
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)

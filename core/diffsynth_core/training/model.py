@@ -13,7 +13,7 @@ from diffsynth_core.models.loading import stored_dtypes
 from diffsynth_core.models.prepare import prepare_component
 from diffsynth_core.planning.activations import component_setup
 from diffsynth_core.planning.encodings import EncodingsPlan
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter
 from diffsynth_core.training.activations import OffloadActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
@@ -28,7 +28,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         encodings: EncodingsPlan,
         family: Family,
         components: Mapping[str, nn.Module],
@@ -37,9 +37,9 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.components = nn.ModuleDict(components)
         # Read once: the base files may have moved by the time a checkpoint is written.
-        self.stored_dtypes = {name: stored_dtypes(plan.components[name]) for name in components}
+        self.stored_dtypes = {name: stored_dtypes(plan.model.components[name]) for name in components}
         self._family = family
-        self._parameters_of_run, self._samples = plan.parameters, plan.samples.samples
+        self._parameters_of_run, self._samples = plan.parameters, plan.data.samples.samples
         self._online = tuple(part.encoder for part in encodings.encoders if part.online)
         self._tokenizers = dict(tokenizers)
         self.objective = make_objective(plan, family)
@@ -85,7 +85,7 @@ class TrainingModule(nn.Module):
 
 
 def build_training_module(
-    plan: Plan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
+    plan: RunPlan, encodings: EncodingsPlan, family: Family, device: torch.device, reporter: Reporter
 ) -> TrainingModule:
     """Load what a step needs: the denoiser, the other step components, and every component that trains.
 
@@ -95,15 +95,20 @@ def build_training_module(
     components: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
     load_device = torch.device("cpu") if settings.initialize_model_on_cpu else device
-    for name in plan.facts.component_names:
-        if name not in training.components and name not in (plan.facts.denoiser, *plan.variant.step_components):
+    for name in plan.model.facts.component_names:
+        if name not in training.components and name not in (
+            plan.model.facts.denoiser,
+            *plan.model.variant.step_components,
+        ):
             continue
-        module = load_for_run(plan, family, name, frozen_dtype(plan.mixed_precision), load_device, reporter).to(device)
+        module = load_for_run(plan, family, name, frozen_dtype(plan.machine.mixed_precision), load_device, reporter).to(
+            device
+        )
         parameters = [parameter_name for parameter_name, _ in module.named_parameters()]
         prepare_component(family, name, module, component_setup(plan, name, parameters, settings.lora_rank))
         if name == training.lora_component and settings.lora_checkpoint:
-            naming = plan.facts.component(name).lora_naming
-            filled = load_lora(module, settings.lora_checkpoint, naming, plan.components[name].layout.public_keys)
+            naming = plan.model.facts.component(name).lora_naming
+            filled = load_lora(module, settings.lora_checkpoint, naming, plan.model.components[name].layout.public_keys)
             reporter.info(
                 f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
             )

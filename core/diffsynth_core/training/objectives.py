@@ -4,27 +4,27 @@ from collections.abc import Callable
 
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.models.family import Family
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.distillation import DirectDistillation
 from diffsynth_core.training.objective import FlowMatching, Objective
 
 
-def _flow_matching(plan: Plan, family: Family) -> Objective:
+def _flow_matching(plan: RunPlan, family: Family) -> Objective:
     params = plan.parameters
     return FlowMatching(family.sigmas(), params.min_timestep_boundary, params.max_timestep_boundary)
 
 
-def _direct_distillation(plan: Plan, family: Family) -> Objective:
+def _direct_distillation(plan: RunPlan, family: Family) -> Objective:
     return DirectDistillation(family.sigmas)
 
 
-OBJECTIVES: dict[str, Callable[[Plan, Family], Objective]] = {
+OBJECTIVES: dict[str, Callable[[RunPlan, Family], Objective]] = {
     "sft": _flow_matching,
     "direct_distill": _direct_distillation,
 }
 """Objective of a task -> constructor."""
 
 
-def make_objective(plan: Plan, family: Family) -> Objective:
+def make_objective(plan: RunPlan, family: Family) -> Objective:
     """Create the objective of a run's task."""
     return OBJECTIVES[TASKS[plan.parameters.task].objective](plan, family)

@@ -23,7 +23,7 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
 from diffsynth_core.progress import Reporter, SilentReporter, pluralize
 from diffsynth_core.training.encode import fill_cache
@@ -31,7 +31,7 @@ from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.stop import StopRequest
 
 
-def precompute(plan: Plan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
+def precompute(plan: RunPlan, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     """Encode all samples, distributed over the processes; the main process writes the manifest, last.
 
     Raises:
@@ -44,13 +44,15 @@ def precompute(plan: Plan, reporter: Reporter, stop: StopRequest) -> EncodedSamp
         return _precompute(plan, accelerator, reporter, stop)
 
 
-def _precompute(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
+def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, stop: StopRequest) -> EncodedSamples:
     folder = plan.parameters.output_path
     encodings = plan_encodings(plan, reporter)
     manifest = EncodedSamples(folder, _origin(plan, encodings))
     _check_same(manifest)
     if not encodings.components_to_load:
-        reporter.info(f"All {pluralize(len(plan.samples.samples), 'sample')} are already encoded: no encoder is loaded")
+        reporter.info(
+            f"All {pluralize(len(plan.data.samples.samples), 'sample')} are already encoded: no encoder is loaded"
+        )
     # Each process checks the folder above before one of them writes into it.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -58,14 +60,14 @@ def _precompute(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: 
             leftover.unlink(missing_ok=True)
         write_encoded(manifest)
     accelerator.wait_for_everyone()
-    fill_cache(plan, encodings, load_family(plan.facts.name), accelerator, reporter, stop)
+    fill_cache(plan, encodings, load_family(plan.model.facts.name), accelerator, reporter, stop)
     for part in encodings.encoders:
         for index, key in part.keys.items():
             if index % accelerator.num_processes == accelerator.process_index:
                 part.cache.fetch(key)
     accelerator.wait_for_everyone()
     complete = replace(
-        manifest, samples=tuple(_relative(plan)), files=tuple(_files(encodings, len(plan.samples.samples)))
+        manifest, samples=tuple(_relative(plan)), files=tuple(_files(encodings, len(plan.data.samples.samples)))
     )
     if accelerator.is_main_process:
         write_encoded(complete)
@@ -73,26 +75,26 @@ def _precompute(plan: Plan, accelerator: Accelerator, reporter: Reporter, stop: 
     return complete
 
 
-def _origin(plan: Plan, encodings: EncodingsPlan) -> Origin:
+def _origin(plan: RunPlan, encodings: EncodingsPlan) -> Origin:
     """Return what determines the encodings: parameters, files of encoders and dataset."""
     keys = [[part.encoder.name, list(part.keys.values())] for part in encodings.encoders]
-    made_by = encoding_components(plan.variant)
+    made_by = encoding_components(plan.model.variant)
     return Origin(
-        **known_origin(plan.parameters, plan.variant, plan.mixed_precision, plan.dataset_fingerprint),
-        family=plan.facts.name,
+        **known_origin(plan.parameters, plan.model.variant, plan.machine.mixed_precision, plan.data.fingerprint),
+        family=plan.model.facts.name,
         components={name: dict(files) for name, files in encodings.identities.items() if name in made_by},
         shapes=_fitting_shapes(plan),
         contents=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
     )
 
 
-def _fitting_shapes(plan: Plan) -> dict[str, dict[str, list[int]]]:
+def _fitting_shapes(plan: RunPlan) -> dict[str, dict[str, list[int]]]:
     """Shapes of the tensors that say which denoiser can read what a component makes."""
     shapes: dict[str, dict[str, list[int]]] = {}
-    for constraint in plan.facts.shape_constraints:
-        if constraint.component in plan.components:
+    for constraint in plan.model.facts.shape_constraints:
+        if constraint.component in plan.model.components:
             tensor, _ = constraint.source
-            found = module_shapes(plan.components[constraint.component])
+            found = module_shapes(plan.model.components[constraint.component])
             shapes.setdefault(constraint.component, {})[tensor] = list(found[tensor])
     return shapes
 
@@ -116,10 +118,10 @@ def _check_same(manifest: EncodedSamples) -> None:
     )
 
 
-def _relative(plan: Plan) -> Iterator[Sample]:
+def _relative(plan: RunPlan) -> Iterator[Sample]:
     """Return the samples with paths relative to the dataset, which the train task does not need."""
     base = plan.parameters.dataset_base_path
-    for sample in plan.samples.samples:
+    for sample in plan.data.samples.samples:
         path = sample.target.path
         name = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
         yield replace(sample, target=replace(sample.target, path=name))

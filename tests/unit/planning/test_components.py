@@ -10,7 +10,8 @@ import pytest
 from diffsynth_core.config.resolve import Resolved, resolve
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.errors import Problem
-from diffsynth_core.planning.components import FoundComponents, find_components
+from diffsynth_core.planning.components import find_components
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.replaced import drop_replaced_entries
 from diffsynth_core.planning.required_files import files_of_stages
 from diffsynth_core.planning.two_stage import components_of
@@ -18,7 +19,7 @@ from tests.cli.test_documented_commands import ACCEPTED, Command, named
 from tests.conftest import ENTRIES, MODEL_ID
 
 
-def find(resolved: Resolved, base: Path) -> tuple[FoundComponents, list[Problem]]:
+def find(resolved: Resolved, base: Path) -> tuple[ModelPlan, list[Problem]]:
     problems: list[Problem] = []
     found = find_components(resolved.parameters, resolved.family, base, problems, without_files=True)
     assert found, problems

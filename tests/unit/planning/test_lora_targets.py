@@ -178,7 +178,7 @@ def test_kinds():
 def test_every_chosen_module_takes_a_lora(tiny):
     """peft applies LoRA to each selected module."""
     plan = tiny.plan(output_path="unused", lora_target_modules="")
-    files = plan.components["dit"]
+    files = plan.model.components["dit"]
     module = load_component(load_family(tiny.name), files, torch.float32, torch.device("cpu"), SilentReporter())
     add_lora(module, plan.training.lora_modules, 2, 0, files.layout.public_keys)
     assert lora_weights(module, files.layout.public_keys).keys() == set(plan.training.lora_modules)

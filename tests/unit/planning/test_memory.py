@@ -27,12 +27,12 @@ from diffsynth_core.planning.memory import (
     state_bytes,
     training_memory,
 )
-from diffsynth_core.planning.plan import Plan, make_plan
+from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.planning.sizes import Workload, find_workload, shrink
 from diffsynth_core.planning.states_on_disk import state_problems
 from diffsynth_core.progress import SilentReporter
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., RunPlan]
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
     """The plan of a recipe where no model files are."""
     monkeypatch.chdir(tmp_path)
 
-    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> Plan:
+    def make(recipe: str = "flux.1-dev-lora", **parameters: object) -> RunPlan:
         given = {"recipe": recipe, "output_path": "out", "cache_path": "cache", **parameters}
         return make_plan(resolve(given), SilentReporter(), base=tmp_path / "models", without_files=True)
 
     return make
 
 
-def chosen(plan: Plan, **changes: object) -> tuple[MemoryConfig, Workload]:
+def chosen(plan: RunPlan, **changes: object) -> tuple[MemoryConfig, Workload]:
     sizes = find_workload(plan)
     return replace(memory_config(plan, sizes.largest), **changes), sizes
 
@@ -74,9 +74,9 @@ def test_offloaded_inputs_of_a_block_are_on_the_device_while_it_is_recomputed(pl
     assert here.on_host == 0
 
 
-def _inputs_of_a_block(plan: Plan, config: MemoryConfig) -> int:
+def _inputs_of_a_block(plan: RunPlan, config: MemoryConfig) -> int:
     """Text and image states in bfloat16, and the vector of the time."""
-    width = plan.shapes["dit"]["x_embedder.weight"][0]
+    width = plan.model.shapes["dit"]["x_embedder.weight"][0]
     _, height, wide = config.sizes.images[0]
     return 2 * width * (height // 16 * (wide // 16) + 512 + 1)
 

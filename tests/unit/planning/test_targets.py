@@ -10,7 +10,7 @@ from diffsynth_core.errors import Problem
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
-from diffsynth_core.planning.components import FoundComponents
+from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.targets import Training, find_training
 from diffsynth_core.weights.key_maps import TableMap
 from diffsynth_core.weights.lora_formats import LORA_FORMATS
@@ -44,13 +44,13 @@ DIT = ComponentFacts(
 )
 
 
-def found(dit: ComponentFacts = DIT, shapes: dict[str, tuple[int, ...]] = SHAPES) -> FoundComponents:
+def found(dit: ComponentFacts = DIT, shapes: dict[str, tuple[int, ...]] = SHAPES) -> ModelPlan:
     facts = replace(QWEN_IMAGE, title="Invented", components=(dit, *QWEN_IMAGE.components[1:]))
     files = ComponentFiles("dit", "x", (Path("x"),), None, dit.layouts[0])
-    return FoundComponents(facts, facts.variant({}, (), ""), {"dit": files}, {"dit": shapes}, {})
+    return ModelPlan(facts=facts, variant=facts.variant({}, (), ""), components={"dit": files}, shapes={"dit": shapes})
 
 
-def training(found: FoundComponents, **values: object) -> tuple[Training, list[Problem]]:
+def training(found: ModelPlan, **values: object) -> tuple[Training, list[Problem]]:
     problems: list[Problem] = []
     parameters = Parameters.model_validate({"lora_base_model": "dit", **values})
     return find_training(parameters, found, frozenset(), problems), problems
@@ -166,7 +166,7 @@ def test_a_format_of_the_denoiser_is_refused_for_others(says):
 # Modules of a component
 
 
-def trained(text: str, found: FoundComponents) -> tuple[Training, list[Problem]]:
+def trained(text: str, found: ModelPlan) -> tuple[Training, list[Problem]]:
     return training(found, lora_base_model=None, trainable_models=text)
 
 

@@ -8,23 +8,28 @@ from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.batches import BatchPlan, SampleRef, StepPlan
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.output import ResumePoint
-from diffsynth_core.planning.plan import Plan
+from diffsynth_core.planning.plan import DataPlan, Machine, OutputPlan, RunPlan
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 
 SHAPES = ["a"] * 7 + ["b"] * 4
 
 
-def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: int = 0) -> Plan:
+def plan_of(accumulation: int, world_size: int, first_step: int = 0, workers: int = 0) -> RunPlan:
     """A plan with nothing to encode, without the fields that the loader does not use."""
     steps = StepPlan(BatchPlan(SHAPES, 3, 2, seed=1), accumulation * world_size, 2, None)
     nothing: Any = None
     parameters = Parameters(dataset_num_workers=workers)
-    return Plan(
-        parameters, nothing, nothing, {}, {}, nothing, nothing, steps, ResumePoint(first_step), device="cpu", mixed_precision="no", world_size=world_size
-    )  # fmt: skip
+    return RunPlan(
+        parameters=parameters,
+        model=nothing,
+        data=DataPlan(samples=nothing, steps=steps, fingerprint=""),
+        training=nothing,
+        output=OutputPlan(start=ResumePoint(first_step), cache=nothing),
+        machine=Machine(device="cpu", mixed_precision="no", world_size=world_size),
+    )
 
 
-def batches_of(plan: Plan, process: int) -> list[MicroBatch]:
+def batches_of(plan: RunPlan, process: int) -> list[MicroBatch]:
     return list(iterate_micro_batches(plan, EncodingsPlan((), {}), process))
 
 
@@ -33,8 +38,8 @@ def steps_of(accumulation: int, world_size: int) -> list[list[tuple[int, tuple[S
     plan = plan_of(accumulation, world_size)
     streams = [iter(batches_of(plan, process)) for process in range(world_size)]
     steps = []
-    for step in range(plan.steps.total_steps):
-        part = plan.steps.slice(step)
+    for step in range(plan.data.steps.total_steps):
+        part = plan.data.steps.slice(step)
         rounds = -(-(part.stop - part.start) // world_size)
         fetched = [next(stream) for _ in range(rounds) for stream in streams]
         steps.append([(batch.epoch, batch.refs) for batch in fetched if batch.counts])
@@ -63,7 +68,7 @@ def test_a_later_start_sees_the_rest_of_the_same_sequence(first_step):
     every, rest = batches_of(plan_of(1, 2), 1), batches_of(plan_of(1, 2, first_step), 1)
     assert 0 < len(rest) < len(every)
     assert rest == every[-len(rest) :]
-    assert len(rest) == plan_of(1, 2).steps.total_steps - first_step
+    assert len(rest) == plan_of(1, 2).data.steps.total_steps - first_step
 
 
 def test_workers_change_nothing():
