@@ -36,12 +36,15 @@ class Counting(Engine):
 
     calls: ClassVar[list[str]] = []
 
-    def __init__(self, model, params, accelerator) -> None:
-        self._inner = ReplicatedEngine(model, params, accelerator)
+    def __init__(self, accelerator, max_grad_norm) -> None:
+        self._inner = ReplicatedEngine(accelerator, max_grad_norm)
 
     def _called(self, name: str, *arguments: object):
         Counting.calls.append(name)
         return getattr(self._inner, name)(*arguments)
+
+    def prepare(self, model, make_optimizer):
+        return self._called("prepare", model, make_optimizer)
 
     def forward_backward(self, micro_batch, weight, last):
         return self._called("forward_backward", micro_batch, weight, last)
@@ -94,9 +97,9 @@ def test_an_engine_from_outside_trains_and_resumes(run):
     own = load_file(run("own", Counting) / "epoch-0.safetensors")
     assert all(torch.equal(plain[name], own[name]) for name in plain)
     step = ["forward_backward", "sum_over_processes", "gradient_norm", "step"]
-    assert Counting.calls == [*step, *step, "state"]
+    assert Counting.calls == ["prepare", *step, *step, "state"]
     run("own", Counting, resume="auto", max_steps=3)
-    assert Counting.calls[9:] == ["restore", *step, "state"]
+    assert Counting.calls[10:] == ["prepare", "restore", *step, "state"]
 
 
 def test_an_observer_from_outside_sees_steps_saves_and_the_end(run):

@@ -176,13 +176,11 @@ def expert_line(expert: str, low: float, high: float) -> tuple[object, ...]:
 
 def test_the_documented_lines_of_both_experts_run_as_they_are(train, monkeypatch):
     """Without a recipe, each in its range of the timestep table, with the results of the recipe's stages."""
-    from diffsynth_core.training import objective
+    from diffsynth_core.training.timesteps import TIMESTEPS
 
     drawn: list[int] = []
-    real = objective.draw_timestep
-    monkeypatch.setattr(
-        objective, "draw_timestep", lambda *key, **range_: drawn.append(real(*key, **range_)) or drawn[-1]
-    )
+    real = TIMESTEPS["uniform"]
+    monkeypatch.setitem(TIMESTEPS, "uniform", lambda *draw: drawn.append(real(*draw)) or drawn[-1])
     train(*expert_line("high", 0, 0.417), "--output_path", "high", "--max_steps", 20)
     assert len(drawn) == 20 and all(0 <= timestep < 417 for timestep in drawn)
     drawn.clear()

@@ -20,16 +20,12 @@ from diffsynth_core.planning.activations import (
     step_components,
     trainable_weights,
 )
+from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
 from diffsynth_core.weights.base_files import FLOAT8
 
 GRADIENT_BYTES = 4
-OPTIMIZER_BYTES = 8
-"""Of AdamW for each trained number: two moments in float32."""
-UPDATE_BYTES = {"cpu": 0, "cuda": 4}
-"""Of AdamW in its step for each trained number: on accelerators it takes the roots of all second moments at once, in
-float32; on the CPU those of one tensor. Source: torch/optim/adam.py, `_multi_tensor_adam`, the default of theirs."""
 PREFETCHED = 2
 """Micro-batches that each worker has ready (`prefetch_factor` of PyTorch's DataLoader)."""
 
@@ -207,7 +203,7 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
     } & plan.model.components.keys()
     adapters = lora_numbers(plan, config.rank)
     trained = adapters + full_numbers(plan)
-    activations = step_activations(plan, config)
+    optimizer, activations = OPTIMIZERS[plan.training.optimizer], step_activations(plan, config)
     kept = activations.checkpointed if config.recompute else activations.stored
     kept *= max((sample.sampling.steps for sample in plan.data.samples.samples if sample.sampling), default=1)
     on_host = kept if config.offload and config.device != "cpu" else 0
@@ -220,11 +216,11 @@ def training_memory(plan: RunPlan, config: MemoryConfig) -> TrainingMemory:
         {name: weight_bytes(plan, name, config) for name in sorted(names)},
         adapters * BYTES["float32"],
         trained * GRADIENT_BYTES,
-        trained * OPTIMIZER_BYTES,
+        trained * optimizer.state_bytes,
         kept - on_host + (0 if casts else block),
         casts,
         on_host,
-        trained * UPDATE_BYTES[config.device],
+        trained * optimizer.update_bytes[config.device],
     )
 
 
@@ -287,7 +283,9 @@ def disk_use(plan: RunPlan, config: MemoryConfig, encoded: EncodedSize) -> DiskU
 
 def state_bytes(plan: RunPlan) -> int:
     """Of the state after one step: trained weights in float32 and what the optimizer keeps of each."""
-    return count_trained(plan) * (BYTES["float32"] + OPTIMIZER_BYTES) if plan.task.trains else 0
+    if not plan.task.trains:
+        return 0
+    return count_trained(plan) * (BYTES["float32"] + OPTIMIZERS[plan.training.optimizer].state_bytes)
 
 
 def most_states(plan: RunPlan, keep: int) -> int:

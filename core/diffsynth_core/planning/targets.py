@@ -26,6 +26,8 @@ class Training:
         start: file that initializes the LoRA.
         skipped_modules: modules of the kinds that receive LoRA, in blocks that the targets omit.
         lora_rule: how the modules were selected if not by suffixes, in words.
+        optimizer: name in the table of optimizers (planning/optimizers.py).
+        timesteps, loss: names in the tables of training/timesteps.py and training/losses.py.
     """
 
     full: tuple[str, ...]
@@ -36,6 +38,9 @@ class Training:
     skipped_modules: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     start: LoraStart | None = None
+    optimizer: str = "adamw"
+    timesteps: str = "uniform"
+    loss: str = "mse"
 
     @property
     def components(self) -> frozenset[str]:

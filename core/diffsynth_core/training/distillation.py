@@ -8,7 +8,8 @@ from torch import Tensor
 
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.models.family import Encoded
-from diffsynth_core.training.objective import Objective, SampleDraw, Velocity, mean_square
+from diffsynth_core.training.losses import Loss, sample_means
+from diffsynth_core.training.objective import Objective, SampleDraw, Velocity
 
 
 class DirectDistillation(Objective):
@@ -19,14 +20,14 @@ class DirectDistillation(Objective):
     diffsynth/diffusion/loss.py, `DirectDistillLoss`.
     """
 
-    def __init__(self, sigmas: Callable[[int], Tensor]) -> None:
+    def __init__(self, sigmas: Callable[[int], Tensor], loss: Loss) -> None:
         """Create the objective.
 
         Args:
             sigmas: number of steps -> sigmas of the sampler, `[steps]` float32, without the final 0.
         """
         super().__init__()
-        self._sigmas = sigmas
+        self._sigmas, self._loss = sigmas, loss
 
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, clean_mask = batch["latents"].float(), batch.get("given")
@@ -39,7 +40,7 @@ class DirectDistillation(Objective):
                 states = torch.where(clean_mask.bool(), latents, states)
             velocity = predict(states, torch.full((len(states),), sigma, device=latents.device))
             states = states + (following - sigma) * velocity.float()
-        return mean_square(states - latents, clean_mask)
+        return sample_means(self._loss(states - latents), clean_mask)
 
 
 def draw_sampler_noise(sampling: Sampling, shape: torch.Size) -> Tensor:

@@ -5,6 +5,7 @@ methods are collective: every process calls them in the same order.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 
 from diffsynth_core.checkpoints.saved_states import SavedState
 from diffsynth_core.checkpoints.state import StateTensors, restore_state, state_of
-from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.training.loader import MicroBatch
 from diffsynth_core.training.model import TrainingModule
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+"""Creates the optimizer of the parameters, or shards of them, that this process updates."""
 
 
 class Engine(ABC):
     """Trains a module whose forward pass is the loss of each sample of a micro-batch, `[B]` float32."""
+
+    @abstractmethod
+    def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
+        """Take over a module whose weights are loaded, the trained ones in float32, and create its optimizer."""
 
     @abstractmethod
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
@@ -73,13 +80,13 @@ class Engine(ABC):
 class ReplicatedEngine(Engine):
     """One process, or DDP: every process holds all weights and the whole optimizer."""
 
-    def __init__(self, model: TrainingModule, params: Parameters, accelerator: Accelerator) -> None:
-        self._accelerator, self._limit = accelerator, params.max_grad_norm
+    def __init__(self, accelerator: Accelerator, max_grad_norm: float | None) -> None:
+        self._accelerator, self._limit = accelerator, max_grad_norm
+
+    def prepare(self, model: TrainingModule, make_optimizer: MakeOptimizer) -> None:
         self._trained: dict[str, nn.Parameter] = model.trained()
-        self._plain = torch.optim.AdamW(
-            self._trained.values(), lr=params.learning_rate, weight_decay=params.weight_decay
-        )
-        self._module, self._optimizer = accelerator.prepare(model, self._plain)
+        self._plain = make_optimizer(self._trained.values())
+        self._module, self._optimizer = self._accelerator.prepare(model, self._plain)
 
     def forward_backward(self, micro_batch: MicroBatch, weight: float, last: bool) -> Tensor:
         with nullcontext() if last else self._accelerator.no_sync(self._module):

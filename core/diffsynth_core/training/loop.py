@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,10 +26,11 @@ from diffsynth_core.checkpoints.run_folder import (
 )
 from diffsynth_core.checkpoints.saved_states import STATE_FOLDER, LoopState
 from diffsynth_core.checkpoints.state import save_state
-from diffsynth_core.config.parameters import Parameters, as_plain
+from diffsynth_core.config.parameters import as_plain
 from diffsynth_core.errors import DiffSynthError, Interrupted
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
+from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.progress import Reporter, SilentReporter, format_bytes
 from diffsynth_core.training.checkpointing import write_checkpoint
@@ -37,11 +39,11 @@ from diffsynth_core.training.engine import Engine, ReplicatedEngine
 from diffsynth_core.training.loader import MicroBatch, iterate_micro_batches
 from diffsynth_core.training.model import TrainingModule, build_training_module
 from diffsynth_core.training.observers import MetricsObserver, Observer, ProgressObserver, StepReport
-from diffsynth_core.training.schedule import learning_rate
+from diffsynth_core.training.schedules import learning_rate
 from diffsynth_core.training.stop import StopRequest
 
-MakeEngine = Callable[[TrainingModule, Parameters, Accelerator], Engine]
-"""Creates the engine of a run for a module whose trained parameters are float32."""
+MakeEngine = Callable[[Accelerator, float | None], Engine]
+"""Creates the engine of a run, which clips the gradient norm if there is a limit."""
 PROCESS_TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other: one of them may be writing hundreds of gigabytes."""
 MAX_SKIPPED_STEPS = 20
@@ -165,7 +167,8 @@ class Run:
         self.plan, self.encodings, self.accelerator, self.reporter = plan, encodings, accelerator, reporter
         self.folder = plan.parameters.output_path
         self.model = model
-        self.engine = make_engine(model, plan.parameters, accelerator)
+        self.engine = make_engine(accelerator, plan.parameters.max_grad_norm)
+        self.engine.prepare(model, partial(OPTIMIZERS[plan.training.optimizer].build, plan.parameters))
         self.observers = list(observers)
         self.done = self.saved = plan.output.start.first_step
         """Step of the current weights, and of the latest state on disk."""

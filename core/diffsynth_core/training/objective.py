@@ -1,4 +1,4 @@
-"""Objectives: the base class, and flow matching with its noise, timesteps, weights and loss."""
+"""Objectives: the base class, and flow matching with its noise, weights and target."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.randomness import key_of
+from diffsynth_core.training.losses import Loss, sample_means, squared_error
+from diffsynth_core.training.timesteps import DrawKey, TimestepSampler
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t `[B, C, F, H, W]` float32, sigma `[B]` float32) -> predicted noise - latents, in the shape of x_t."""
@@ -31,7 +33,7 @@ class SampleDraw:
     sampling: Sampling | None = None
 
     @property
-    def key(self) -> tuple[int, int, int, int]:
+    def key(self) -> DrawKey:
         """The numbers that seed the draws."""
         return self.seed, self.epoch, self.sample, self.repeat
 
@@ -53,15 +55,21 @@ class Objective(nn.Module, ABC):
 class FlowMatching(Objective):
     """`sft`: weighted error of the velocity at one random timestep."""
 
-    def __init__(self, sigmas: Tensor, low: float, high: float) -> None:
+    def __init__(
+        self,
+        sigmas: Tensor,
+        timesteps: range,
+        draw_timestep: TimestepSampler,
+        loss: Loss,
+    ) -> None:
         """Create the objective.
 
         Args:
             sigmas: the family's table, `[1000]` float32.
-            low, high: the part of the table to train on, as fractions.
+            timesteps: indices into the table to train on.
         """
         super().__init__()
-        self._low, self._high = low, high
+        self._timesteps, self._draw_timestep, self._loss = timesteps, draw_timestep, loss
         self.register_buffer("sigmas", sigmas, persistent=False)
         self.register_buffer("weights", timestep_weights(sigmas), persistent=False)
         self.sigmas: Tensor
@@ -70,11 +78,11 @@ class FlowMatching(Objective):
     def forward(self, predict: Velocity, batch: Encoded, draws: Sequence[SampleDraw]) -> Tensor:
         latents, clean_mask = batch["latents"].float(), batch.get("given")
         noise = torch.stack([draw_noise(*draw.key, shape=latents.shape[1:]) for draw in draws]).to(latents.device)
-        drawn = [draw_timestep(*draw.key, low=self._low, high=self._high) for draw in draws]
+        drawn = [self._draw_timestep(draw.key, self._timesteps) for draw in draws]
         timesteps = torch.tensor(drawn, device=latents.device)
         sigma = self.sigmas[timesteps]
         prediction = predict(add_noise(latents, noise, sigma, clean_mask), sigma)
-        return velocity_loss(prediction, latents, noise, self.weights[timesteps], clean_mask)
+        return velocity_loss(prediction, latents, noise, self.weights[timesteps], clean_mask, self._loss)
 
 
 def timestep_weights(sigmas: Tensor) -> Tensor:
@@ -86,14 +94,6 @@ def timestep_weights(sigmas: Tensor) -> Tensor:
     bell = torch.exp(-2 * ((sigmas.double() * TRAINING_TIMESTEPS - TRAINING_TIMESTEPS / 2) / TRAINING_TIMESTEPS) ** 2)
     raised = bell - bell.min()
     return (raised * (TRAINING_TIMESTEPS / raised.sum())).float()
-
-
-def draw_timestep(seed: int, epoch: int, sample: int, repeat: int, low: float = 0.0, high: float = 1.0) -> int:
-    """Draw an index into the table of sigmas, uniform in [floor(1000 low), floor(1000 high)), for one draw of a
-    sample.
-    """
-    first, end = int(low * TRAINING_TIMESTEPS), int(high * TRAINING_TIMESTEPS)
-    return first + key_of("timestep", seed, epoch, sample, repeat) * (end - first) // 2**64
 
 
 def draw_noise(seed: int, epoch: int, sample: int, repeat: int, shape: torch.Size) -> Tensor:
@@ -113,19 +113,15 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor, clean_mask: Tensor 
 
 
 def velocity_loss(
-    prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor, clean_mask: Tensor | None = None
+    prediction: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    clean_mask: Tensor | None = None,
+    loss: Loss = squared_error,
 ) -> Tensor:
-    """Return the weighted mean squared error against noise - latents, in float32, per sample: `[B]`.
+    """Return the weighted mean loss against noise - latents, in float32, per sample: `[B]`.
 
     The mean excludes latents where `clean_mask` is 1.
     """
-    return mean_square(prediction.float() - (noise - latents), clean_mask) * weight
-
-
-def mean_square(error: Tensor, clean_mask: Tensor | None = None) -> Tensor:
-    """Return the mean square over the latents where `clean_mask` is not 1, per sample: `[B]`."""
-    squares = error.pow(2)
-    if clean_mask is None:
-        return squares.flatten(1).mean(1)
-    counted = (1 - clean_mask.float()).expand_as(squares)
-    return (squares * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
+    return sample_means(loss(prediction.float() - (noise - latents)), clean_mask) * weight

@@ -6,16 +6,23 @@ from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.models.family import Family
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.training.distillation import DirectDistillation
+from diffsynth_core.training.losses import LOSSES
 from diffsynth_core.training.objective import FlowMatching, Objective
+from diffsynth_core.training.timesteps import TIMESTEPS, timestep_range
 
 
 def _flow_matching(plan: RunPlan, family: Family) -> Objective:
-    params = plan.parameters
-    return FlowMatching(family.sigmas(), params.min_timestep_boundary, params.max_timestep_boundary)
+    params, training = plan.parameters, plan.training
+    return FlowMatching(
+        family.sigmas(),
+        timestep_range(params.min_timestep_boundary, params.max_timestep_boundary),
+        TIMESTEPS[training.timesteps],
+        LOSSES[training.loss],
+    )
 
 
 def _direct_distillation(plan: RunPlan, family: Family) -> Objective:
-    return DirectDistillation(family.sigmas)
+    return DirectDistillation(family.sigmas, LOSSES[plan.training.loss])
 
 
 OBJECTIVES: dict[str, Callable[[RunPlan, Family], Objective]] = {

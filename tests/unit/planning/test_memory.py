@@ -10,7 +10,6 @@ from diffsynth_core.config.resolve import resolve
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.planning.fitting import find_fit
 from diffsynth_core.planning.memory import (
-    OPTIMIZER_BYTES,
     PREFETCHED,
     DeviceMemory,
     EncodingMemory,
@@ -94,7 +93,7 @@ def test_checkpoints_and_state_on_disk(plan):
     assert (checkpoint_bytes(made), checkpoint_bytes(half)) == (4 * numbers, 2 * numbers)
     config, sizes = chosen(made)
     # Resuming needs the weights in float32 and both moments of AdamW.
-    assert disk_use(made, config, sizes.encoded).state == numbers * (4 + OPTIMIZER_BYTES)
+    assert disk_use(made, config, sizes.encoded).state == numbers * (4 + 8)
 
 
 @pytest.mark.parametrize(

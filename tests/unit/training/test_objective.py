@@ -1,4 +1,4 @@
-"""Flow matching by hand: weights, timesteps, noise and loss, each a pure function of its keys."""
+"""Flow matching by hand: weights, noise and loss, each a pure function of its keys."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from diffsynth_core.models.qwen_image.forward import sigmas
-from diffsynth_core.training.objective import add_noise, draw_noise, draw_timestep, timestep_weights, velocity_loss
+from diffsynth_core.training.objective import add_noise, draw_noise, timestep_weights, velocity_loss
 
 SHAPE = torch.Size([16, 1, 8, 8])
 
@@ -28,48 +28,6 @@ def test_the_weight_is_the_bell_of_the_sigma():
     expected = torch.tensor([value * 1000 / sum(raised) for value in raised])
     assert_close(timestep_weights(sigmas()), expected, rtol=1e-5, atol=1e-6)
     assert abs(table[int(timestep_weights(sigmas()).argmax())] - 0.5) < 0.001
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "first", "behind"),
-    [
-        (0.0, 1.0, 0, 1000),
-        (0.0, 0.417, 0, 417),
-        (0.417, 1.0, 417, 1000),
-        (0.358, 1.0, 358, 1000),
-        (0.2995, 0.3055, 299, 305),
-        (0.999, 1.0, 999, 1000),
-        (0.1, 0.101, 100, 101),
-    ],
-)
-def test_timesteps_cover_exactly_their_range(low, high, first, behind):
-    count = behind - first
-    drawn = [draw_timestep(0, 0, sample, 0, low, high) for sample in range(30 * count)]
-    assert set(drawn) == set(range(first, behind))
-
-
-@pytest.mark.parametrize("thousandth", range(1, 1000, 7))
-def test_bounds_given_in_thousandths_are_exact(thousandth):
-    share = thousandth / 1000
-    assert max(draw_timestep(0, 0, sample, 0, 0.0, 1 / 1000) for sample in range(5)) == 0
-    assert draw_timestep(0, 0, 1, 0, share, (thousandth + 1) / 1000) == thousandth
-
-
-def test_timesteps_are_uniform_enough():
-    draws = 50_000
-    counts = [0] * 1000
-    for sample in range(draws):
-        counts[draw_timestep(3, 1, sample, 2)] += 1
-    expected = draws / 1000
-    chi_square = sum((count - expected) ** 2 / expected for count in counts)
-    assert 999 - 5 * 45 < chi_square < 999 + 5 * 45  # 999 degrees of freedom, standard deviation 44.7
-
-
-@pytest.mark.parametrize("changed", range(4))
-def test_a_timestep_depends_on_every_part_of_its_key(changed):
-    draws = [draw_timestep(*[number if place == changed else 5 for place in range(4)]) for number in range(50)]
-    assert len(set(draws)) > 40
-    assert draws == [draw_timestep(*[number if place == changed else 5 for place in range(4)]) for number in range(50)]
 
 
 @pytest.mark.parametrize("changed", range(4))
@@ -102,7 +60,6 @@ def test_noise_leaves_the_global_generator_alone_and_is_left_alone_by_it():
 
 def test_the_seed_may_be_as_large_as_the_parameter_allows():
     assert draw_noise(2**63 - 1, 0, 0, 0, SHAPE).isfinite().all()
-    assert 0 <= draw_timestep(2**63 - 1, 10**9, 10**9, 10**12) < 1000
 
 
 def test_noise_is_mixed_in_by_each_sample_s_own_sigma():

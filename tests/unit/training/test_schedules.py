@@ -1,8 +1,11 @@
 """The learning rate as a pure function of the step."""
 
+from typing import get_args
+
 import pytest
 
-from diffsynth_core.training.schedule import learning_rate
+from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.training.schedules import SCHEDULES, learning_rate
 
 BASE = 1e-4
 
@@ -43,3 +46,7 @@ def test_no_step_is_lost_and_none_goes_above_the_asked_rate(scheduler, warmup):
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_a_falling_rate_comes_to_nothing_behind_the_last_step(scheduler):
     assert learning_rate(50, BASE, scheduler, 10, 50) == pytest.approx(0, abs=1e-18)
+
+
+def test_the_table_has_what_the_parameter_accepts():
+    assert set(SCHEDULES) == set(get_args(Parameters.model_fields["lr_scheduler"].annotation))
