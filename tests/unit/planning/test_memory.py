@@ -83,7 +83,7 @@ def _inputs_of_a_block(plan: RunPlan, config: MemoryConfig) -> int:
 @pytest.mark.parametrize(("save_steps", "expected"), [(None, 2), (3, 3), (4, 2), (100, 1)])
 def test_the_last_checkpoint_counts(plan, dataset, save_steps, expected):
     made = plan(dataset_base_path=str(dataset), save_steps=save_steps, num_epochs=2, dataset_repeat=1)
-    assert made.steps.total_steps == 8
+    assert made.data.steps.total_steps == 8
     assert count_checkpoints(made) == expected
 
 
