@@ -126,7 +126,7 @@ def test_states_that_do_not_fit_the_disk_are_told_with_the_way_out(plan, dataset
 def test_each_worker_has_micro_batches_ready(plan, dataset):
     made = plan(dataset_base_path=str(dataset), dataset_num_workers=3, batch_size=2, dataset_repeat=2)
     config, sizes = chosen(made)
-    sample = sizes.encoded.bytes_in("bf16") // len(made.samples.samples)
+    sample = sizes.encoded.bytes_in("bf16") // len(made.data.samples.samples)
     ready = host_memory(made, config, DeviceMemory(None, ()), sizes.encoded)["samples prefetched by 3 workers"]
     assert ready == 3 * PREFETCHED * config.sizes.batch * sample
     assert PREFETCHED == 2  # the default of PyTorch's DataLoader, which the loader leaves
@@ -134,26 +134,28 @@ def test_each_worker_has_micro_batches_ready(plan, dataset):
 
 def test_batches_are_filled_from_repeated_samples(plan, dataset):
     once, often = (plan(dataset_base_path=str(dataset), batch_size=8, dataset_repeat=count) for count in (1, 8))
-    largest = max(sum(one.bucket == other.bucket for other in once.samples.samples) for one in once.samples.samples)
+    largest = max(
+        sum(one.bucket == other.bucket for other in once.data.samples.samples) for one in once.data.samples.samples
+    )
     assert find_workload(once).largest.batch == largest < 8
     assert find_workload(often).largest.batch == 8
 
 
 def test_the_largest_micro_batch_has_the_longest_text_of_all(plan, dataset):
     made = plan("qwen-image-lora", dataset_base_path=str(dataset))
-    samples = [replace(sample, caption="x" * 40 * number) for number, sample in enumerate(made.samples.samples, 1)]
-    spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
+    samples = [replace(sample, caption="x" * 40 * number) for number, sample in enumerate(made.data.samples.samples, 1)]
+    spread = replace(made, data=replace(made.data, samples=replace(made.data.samples, samples=tuple(samples))))
     assert find_workload(spread).largest.text_tokens == 10 * len(samples) + 5
 
 
 def test_many_small_images_may_be_more_than_one_large_one(plan, dataset):
     made = plan(dataset_base_path=str(dataset), batch_size=3, dataset_repeat=1)
-    sample, *_ = made.samples.samples
+    sample, *_ = made.data.samples.samples
     frames, height, width = sample.target.shape
 
     tall = replace(sample, target=replace(sample.target, height=2 * height))
     samples = (tall, sample, sample, sample)
-    many = replace(made, samples=replace(made.samples, samples=samples))
+    many = replace(made, data=replace(made.data, samples=replace(made.data.samples, samples=samples)))
     largest = find_workload(many).largest
     assert (largest.batch, largest.images) == (3, ((frames, height, width),))
 
@@ -175,7 +177,7 @@ def test_changes_keep_what_was_changed_before(plan):
     made = plan(batch_size=4, use_gradient_checkpointing=False)
     config, _ = chosen(made)
     last = find_fit(made, config, 0).tried[-1]
-    quarter = shrink(config.sizes, 0.25, made.variant.target.size_factor)
+    quarter = shrink(config.sizes, 0.25, made.model.variant.target.size_factor)
     everything = replace(
         config,
         recompute=True,
@@ -200,9 +202,9 @@ def test_each_step_of_the_sampler_keeps_as_much_again(plan, dataset):
     def kept(*steps: int) -> int:
         samples = [
             replace(sample, sampling=Sampling(0, "cpu", count))
-            for sample, count in zip(made.samples.samples, steps, strict=False)
+            for sample, count in zip(made.data.samples.samples, steps, strict=False)
         ]
-        spread = replace(made, samples=replace(made.samples, samples=tuple(samples)))
+        spread = replace(made, data=replace(made.data, samples=replace(made.data.samples, samples=tuple(samples))))
         return training_memory(spread, replace(config, recompute=False)).activations
 
     assert kept(2, 4, 3) == 4 * kept(1)

@@ -40,9 +40,11 @@ def content(
         add_lora(model, ["typed_qkv", "typed_o"], 1, 0, layout.public_keys)
     plan = SimpleNamespace(
         training=training,
-        components={"dit": ComponentFiles("dit", "x", (), None, layout)},
+        model=SimpleNamespace(
+            components={"dit": ComponentFiles("dit", "x", (), None, layout)},
+            facts=SimpleNamespace(component=lambda name: facts),
+        ),
         parameters=Parameters.model_validate(parameters),
-        facts=SimpleNamespace(component=lambda name: facts),
     )
     stored = {f"{name}.weight": "BF16" for name in stored_names}
     return checkpoint_content(plan, SimpleNamespace(components={"dit": model}, stored_dtypes={"dit": stored}))
