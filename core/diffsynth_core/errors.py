@@ -1,12 +1,15 @@
 """Problems as values, and the exceptions that carry them.
 
-A `Problem` is one thing that a user can fix. Checks return lists of problems; `FaultsFound` carries a whole list to
-the error boundary of the command line, so that all problems of a command are reported together.
+A `Problem` is one thing that a user can fix. Small checks return lists of problems. A check that has another result
+reports its problems to the enclosing `collect_problems`. `FaultsFound` carries a whole list to the error boundary of
+the command line, so that all problems of a command are shown together.
 """
 
 import difflib
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 EXIT_FAILED = 1
@@ -37,6 +40,52 @@ class Problem:
     hint: str | None = None
     wrong_use: bool = False
     code: str | None = None
+
+
+class Problems(list[Problem]):
+    """The problems of a block, in order.
+
+    Attributes:
+        missing: those that only say that something is absent, where they are kept apart.
+    """
+
+    def __init__(self, missing_apart: bool) -> None:
+        super().__init__()
+        self.missing: list[Problem] = [] if missing_apart else self
+
+
+_collected: ContextVar[Problems] = ContextVar("collected problems")
+
+
+@contextmanager
+def collect_problems(missing_apart: bool = False) -> Iterator[Problems]:
+    """Collect the problems that are reported in the block. Blocks nest: each has its own list.
+
+    A context belongs to its thread: threads that are started in the block report nothing here.
+
+    Args:
+        missing_apart: keep what is only absent apart from what is wrong.
+    """
+    problems = Problems(missing_apart)
+    token = _collected.set(problems)
+    try:
+        yield problems
+    finally:
+        _collected.reset(token)
+
+
+def report(*problems: Problem) -> None:
+    """Add problems to those of the innermost `collect_problems`.
+
+    Raises:
+        LookupError: outside of such a block, where nobody would see them.
+    """
+    _collected.get().extend(problems)
+
+
+def report_missing(*problems: Problem) -> None:
+    """Add problems that only say that something is absent, such as files that can be downloaded."""
+    _collected.get().missing.extend(problems)
 
 
 class DiffSynthError(Exception):

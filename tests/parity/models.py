@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.loading import load_component
 from diffsynth_core.models.registry import load_family
@@ -71,8 +72,8 @@ def _stretched(image: Image.Image, reference: Any, max_pixels: int) -> Image.Ima
 
 def find_files(family: str, base: Path, component: str, entry: str) -> ComponentFiles:
     """Return the files of one component as a run finds them."""
-    problems: list[Any] = []
-    found = find_components(Parameters(model_id_with_origin_paths=(entry,)), family, base, problems)
+    with collect_problems() as problems:
+        found = find_components(Parameters(model_id_with_origin_paths=(entry,)), family, base)
     assert found and component in found.components, problems
     return found.components[component]
 
@@ -84,9 +85,9 @@ def load_files(family: str, files: ComponentFiles, dtype: torch.dtype = torch.fl
 
 def load_ours(base: Path, entries: Iterable[str], **more: Any) -> Ours:
     """Load all components as a run with these files and `more` parameters does."""
-    problems: list[Any] = []
     parameters = Parameters(model_id_with_origin_paths=tuple(entries), **more)
-    found = find_components(parameters, None, base, problems)
+    with collect_problems() as problems:
+        found = find_components(parameters, None, base)
     assert found and not problems, problems
     family = load_family(found.facts.name)
     components = {name: load_files(family.facts.name, files) for name, files in found.components.items()}

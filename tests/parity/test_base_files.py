@@ -19,7 +19,7 @@ from diffsynth_core.conversion.lora_inputs import WeightedFile
 from diffsynth_core.conversion.merge_plan import plan_merge
 from diffsynth_core.conversion.merging import merge
 from diffsynth_core.conversion.provenance import InputHashes
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.errors import DiffSynthError, collect_problems
 from diffsynth_core.hub.model_files import locate
 from diffsynth_core.models.flux2.keys import DIT_ORIGINAL
 from diffsynth_core.models.loading import load_component
@@ -84,8 +84,8 @@ def find(family: str, base: Path, flags: dict[str, object]) -> ModelPlan:
     """Return the components in the parameters, ignoring missing ones."""
     from diffsynth_core.config.resolve import resolve
 
-    problems: list[Problem] = []
-    found = find_components(resolve(flags).parameters, family, base, problems, without_files=True)
+    with collect_problems(missing_apart=True) as problems:
+        found = find_components(resolve(flags).parameters, family, base)
     assert found, problems
     return found
 
@@ -93,8 +93,8 @@ def find(family: str, base: Path, flags: dict[str, object]) -> ModelPlan:
 def transformer_of(family: str, *paths: object) -> tuple[ComponentFiles, ModelPlan]:
     """Return the transformer in `model_paths`."""
     names = [str(path) for path in paths]
-    problems: list[Problem] = []
-    found = find_components(Parameters(model_paths=tuple((name,) for name in names)), family, Path(), problems)
+    with collect_problems() as problems:
+        found = find_components(Parameters(model_paths=tuple((name,) for name in names)), family, Path())
     assert found, problems
     return found.components["dit"], found
 
@@ -272,8 +272,8 @@ def test_the_vae_of_qwen_image_in_the_names_of_wan(stored, base, tmp_path):
     original = {key: VAE_2_1.fuse(key, tensors).contiguous() for key in VAE_2_1.to_sources(tensors)}
     path = tmp_path / "qwen_image_vae.safetensors"
     save_file(original, path)
-    problems: list[Problem] = []
-    found = find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path(), problems)
+    with collect_problems():
+        found = find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path())
     assert found
     read = loaded("qwen-image", found.components["vae"])
     assert read.keys() == tensors.keys()
@@ -289,9 +289,9 @@ def test_8_bit_floats_with_a_scale_are_kept_as_they_are_where_that_is_asked_for(
         written, weights = quantized(stored("flux")["dit"], "weight_scale", SCALES[shape])
         path = tmp_path / f"{shape}.safetensors"
         save_file(written, path)
-        problems: list[Problem] = []
         parameters = Parameters(model_paths=((str(path),),), fp8_models=(str(path),))
-        found = find_components(parameters, "flux", Path(), problems)
+        with collect_problems():
+            found = find_components(parameters, "flux", Path())
         assert found
         module = load_component(
             load_family("flux"), found.components["dit"], torch.bfloat16, torch.device("cpu"), SilentReporter()
@@ -341,8 +341,8 @@ def test_what_is_stored_in_another_way_is_refused_by_all(change, words, stored, 
     save_file(tensors, path)
     with pytest.raises(DiffSynthError) as caught:
         open_base(str(path), Path())
-    problems: list[Problem] = []
-    find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path(), problems)
+    with collect_problems() as problems:
+        find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path())
     assert words.replace("Q.", f"{layer}.") in str(caught.value)
     assert str(caught.value) in [problem.message for problem in problems]
 
@@ -351,8 +351,8 @@ def test_what_is_stored_in_another_way_is_refused_by_all(change, words, stored, 
 def test_a_gguf_file_is_named_as_such(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"GGUF" + bytes(60))
-    problems: list[Problem] = []
-    find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path(), problems)
+    with collect_problems() as problems:
+        find_components(Parameters(model_paths=((str(path),),)), "qwen-image", Path())
     with pytest.raises(DiffSynthError, match="is a GGUF file") as caught:
         open_base(str(path), Path())
     assert str(caught.value) in [problem.message for problem in problems]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import MediaCrop, choose_reference, load_pixels
+from diffsynth_core.errors import collect_problems
 from diffsynth_core.models.flux2.encode import truncation_warning
 from diffsynth_core.models.flux2.forward import image_positions, pack, text_positions, unpack
 from diffsynth_core.models.flux2.spec import FLUX2
@@ -296,6 +297,7 @@ def load_component_at(folder: Path, component: str) -> Any:
     from diffsynth_core.planning.components import find_components
 
     paths = tuple(str(path) for path in sorted(folder.glob("*.safetensors")))
-    found = find_components(Parameters(model_paths=(paths,)), "flux2", folder, [])
+    with collect_problems():
+        found = find_components(Parameters(model_paths=(paths,)), "flux2", folder)
     assert found
     return load_files(found.components[component])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth_core.config.resolve import resolve
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.planning.output import ResumePoint, check_output
 from diffsynth_core.planning.plan import RunPlan, make_plan
 from diffsynth_core.progress import SilentReporter
@@ -46,10 +46,10 @@ class Stopped:
 
     def resume(self, folder: Path) -> tuple[ResumePoint, list[Problem]]:
         """Return where a copy of the run would resume."""
-        problems: list[Problem] = []
         parameters = self.plan.parameters.model_copy(update={"output_path": folder, "resume": "auto"})
         fingerprint, steps = self.plan.data.fingerprint, self.plan.data.steps
-        start = check_output(parameters, fingerprint, steps, "no", (), SilentReporter(), problems)
+        with collect_problems() as problems:
+            start = check_output(parameters, fingerprint, steps, "no", (), SilentReporter())
         return start, problems
 
 

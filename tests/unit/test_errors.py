@@ -1,8 +1,21 @@
 """Problems, exit codes, suggestions, and the abbreviations of names and bytes in messages."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from diffsynth_core.errors import DiffSynthError, FaultsFound, Interrupted, Problem, list_names, raise_if_any, suggest
+from diffsynth_core.errors import (
+    DiffSynthError,
+    FaultsFound,
+    Interrupted,
+    Problem,
+    collect_problems,
+    list_names,
+    raise_if_any,
+    report,
+    report_missing,
+    suggest,
+)
 from diffsynth_core.progress import format_bytes
 
 
@@ -19,6 +32,31 @@ def test_faults_are_reported_together_and_once_each(wrong_use, exit_code):
         raise_if_any([*problems, problems[0]])
     assert caught.value.problems == tuple(problems)
     assert caught.value.exit_code == exit_code
+
+
+def test_problems_are_collected_by_the_innermost_block():
+    one, two, three = map(Problem, ("one", "two", "three"))
+    with collect_problems() as outer:
+        report(one)
+        with collect_problems() as inner:
+            report(two)
+        report_missing(three)
+    assert (outer, inner) == ([one, three], [two])
+
+
+def test_what_is_missing_is_kept_apart_where_that_is_asked_for():
+    wrong, absent = Problem("wrong"), Problem("absent")
+    with collect_problems(missing_apart=True) as problems:
+        report_missing(absent)
+        report(wrong)
+    assert (problems, problems.missing) == ([wrong], [absent])
+
+
+def test_a_problem_that_nobody_collects_is_an_error():
+    with collect_problems(), ThreadPoolExecutor() as pool, pytest.raises(LookupError):
+        pool.submit(report, Problem("in a thread")).result()
+    with pytest.raises(LookupError):
+        report(Problem("outside"))
 
 
 def test_no_faults_are_no_error():

@@ -16,7 +16,7 @@ from diffsynth_core.config.gpu_memory import nearest_memory
 from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.recipes import Overrides, Recipe, load_config, load_recipe
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.errors import DiffSynthError, Problem, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, report, suggest
 
 COMMAND_LINE = "command line"
 """Name of the command line as a source of values."""
@@ -88,24 +88,25 @@ def resolve_stages(flags: Mapping[str, Any], unknown: Sequence[str] = ()) -> tup
         flags: values given on the command line, by name.
         unknown: words that no option consumed, in order.
     """
-    problems = unknown_arguments(unknown)
-    valueless = frozenset(name for name, value in flags.items() if _has_no_value(name, value, problems))
-    flags = {name: value for name, value in flags.items() if name not in valueless}
-    config = _load_quietly(load_config, flags.get("config"), problems)
-    recipe = _load_quietly(load_recipe, flags.get("recipe"), problems)
-    incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
-    incomplete = incomplete or not valueless.isdisjoint({"config", "recipe"})
-    if not (config or recipe):  # a stray word may be the recipe: do not report what else is missing
-        incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
-    sources: list[ConfigSource] = []
-    stages: list[str] = []
-    for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):
-        if loaded:
-            sources += [(origin, layer) for layer in loaded.layers]
-            stages += [name for name in loaded.stages if name not in stages]
-    sources.append((COMMAND_LINE, Overrides(flags)))
-    chosen = _choose_stages(flags.get("only"), stages, incomplete, problems)
-    problems += [] if flags.get("only") else _conflicts(sources, chosen)
+    with collect_problems() as problems:
+        report(*unknown_arguments(unknown))
+        valueless = frozenset(name for name, value in flags.items() if _has_no_value(name, value))
+        flags = {name: value for name, value in flags.items() if name not in valueless}
+        config = _load_quietly(load_config, flags.get("config"))
+        recipe = _load_quietly(load_recipe, flags.get("recipe"))
+        incomplete = any(flags.get(name) and not loaded for name, loaded in (("config", config), ("recipe", recipe)))
+        incomplete = incomplete or not valueless.isdisjoint({"config", "recipe"})
+        if not (config or recipe):  # a stray word may be the recipe: do not report what else is missing
+            incomplete = incomplete or any(isinstance(problem, StrayWord) for problem in problems)
+        sources: list[ConfigSource] = []
+        stages: list[str] = []
+        for loaded, origin in ((recipe, f"recipe `{flags.get('recipe')}`"), (config, f"`{flags.get('config')}`")):
+            if loaded:
+                sources += [(origin, layer) for layer in loaded.layers]
+                stages += [name for name in loaded.stages if name not in stages]
+        sources.append((COMMAND_LINE, Overrides(flags)))
+        chosen = _choose_stages(flags.get("only"), stages, incomplete)
+        report(*([] if flags.get("only") else _conflicts(sources, chosen)))
     named = flags.get("recipe") or (config.name if config else None)
     family = (config.family if config else None) or (recipe.family if recipe else None)
     found = tuple(
@@ -195,17 +196,17 @@ def _of_stage(stage: str | None) -> str:
     return f", stage `{stage}`"
 
 
-def _choose_stages(only: str | None, stages: list[str], incomplete: bool, problems: list[Problem]) -> list[str]:
+def _choose_stages(only: str | None, stages: list[str], incomplete: bool) -> list[str]:
     """Return the stages to run; all of them if the requested one is unknown."""
     if only is None or only in stages:
         return [only] if only else stages
     if stages:
         near = suggest(only, stages)
         hint = f"did you mean `{near}`?" if near else f"the stages are {', '.join(stages)}"
-        problems.append(Problem(f"there is no stage `{only}` (`--only`)", hint, wrong_use=True))
+        report(Problem(f"there is no stage `{only}` (`--only`)", hint, wrong_use=True))
     elif not incomplete:
         what = f"`only` selects the stage `{only}`, but there are no stages"
-        problems.append(Problem(what, "remove it, or use a recipe with stages", wrong_use=True))
+        report(Problem(what, "remove it, or use a recipe with stages", wrong_use=True))
     return stages
 
 
@@ -252,27 +253,27 @@ def _check_shared_folders(stages: tuple[Resolved, ...]) -> tuple[Resolved, ...]:
     return tuple(replace(resolved, problems=(*resolved.problems, problem)) for resolved in stages)
 
 
-def _has_no_value(name: str, value: Any, problems: list[Problem]) -> bool:
-    """Return whether a flag's value is empty, or is the next flag; adds the problem."""
+def _has_no_value(name: str, value: Any) -> bool:
+    """Return whether a flag's value is empty, or is the next flag, and report it."""
     setting = SETTINGS[name]
     flag = isinstance(value, str) and value.startswith("--")
     if not flag and not (value == "" and (setting.type_name == "path" or name in ("recipe", "only"))):
         return False
     hint = f"pass the value: `--{name} VALUE`"
-    problems.append(Problem(f"`{name}` takes {setting.type_words}, got `{value}` (`--{name}`)", hint, wrong_use=True))
+    report(Problem(f"`{name}` takes {setting.type_words}, got `{value}` (`--{name}`)", hint, wrong_use=True))
     return True
 
 
-def _load_quietly(load: Any, name: Any, problems: list[Problem]) -> Recipe | None:
-    """Load a recipe, or add its problems to `problems` and return None."""
+def _load_quietly(load: Any, name: Any) -> Recipe | None:
+    """Load a recipe; report its problems, and return None if it cannot be loaded."""
     if not name:
         return None
     try:
         loaded: Recipe = load(name)
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return None
-    problems += loaded.problems
+    report(*loaded.problems)
     return loaded
 
 

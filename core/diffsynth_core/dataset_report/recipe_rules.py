@@ -7,7 +7,7 @@ from diffsynth_core.config.parameters import SETTINGS, Parameters
 from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.dataset_report.rules import Rules, general_rules, rules_of
 from diffsynth_core.dataset_report.thresholds import Thresholds
-from diffsynth_core.errors import FaultsFound, Problem, raise_if_any
+from diffsynth_core.errors import FaultsFound, Problem, collect_problems, raise_if_any
 from diffsynth_core.files import model_base_path
 from diffsynth_core.hub.model_files import locate_folder, split_entry
 from diffsynth_core.models.dataset_columns import setting_problems
@@ -27,11 +27,11 @@ def rules_of_run(resolved: Resolved, thresholds: Thresholds) -> Rules:
     """
     raise_if_any(resolved.problems)
     parameters = resolved.parameters
-    of_files: list[Problem] = []
     if parameters.model_paths or parameters.model_id_with_origin_paths:
-        found = find_components(parameters, resolved.family, model_base_path(), of_files, without_files=True)
+        with collect_problems(missing_apart=True) as of_files:
+            found = find_components(parameters, resolved.family, model_base_path())
         if found is None:
-            raise FaultsFound(of_files)
+            raise FaultsFound([*of_files, *of_files.missing])
         facts, variant = found.facts, found.variant
     elif resolved.family in FAMILIES:
         facts = FAMILIES[resolved.family]

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.encoded_samples import EncodedSamples
-from diffsynth_core.errors import DiffSynthError, Problem, list_names, suggest
+from diffsynth_core.errors import DiffSynthError, Problem, collect_problems, list_names, report, report_missing, suggest
 from diffsynth_core.hub.model_files import FileSet, MissingFiles, expand_entry, locate, split_entry
 from diffsynth_core.models.hub_shapes import hub_shapes
 from diffsynth_core.models.recognition import component_at
@@ -42,22 +42,19 @@ def find_components(
     parameters: Parameters,
     family: str | None,
     base: Path,
-    problems: list[Problem],
     encoded: EncodedSamples | None = None,
-    without_files: bool = False,
 ) -> ModelPlan | None:
     """Recognise the components in the files of the model parameters.
 
-    Adds to `problems`; returns None if not even the family is known. Published sizes are used for missing files, so
-    that other problems are reported together with them.
+    Reports problems; returns None if not even the family is known. Published sizes are used for missing files, so that
+    other problems are reported together with them.
 
     Args:
         encoded: samples that a train task trains on; they must fit the denoiser.
-        without_files: collect missing files in the result instead of `problems`.
     """
     entries = parameters.model_id_with_origin_paths
     if not entries and not parameters.model_paths:
-        problems.append(
+        report(
             Problem(
                 "no model files given",
                 "pass `--recipe`, `--model_paths` or `--model_id_with_origin_paths`",
@@ -66,47 +63,43 @@ def find_components(
         )
         return None
     refused = refused_models(entries)
-    problems += refused
+    report(*refused)
     if refused:
         return None
     requested = _requested_entries(parameters, family, base)
     files = _locate(parameters, requested, family, base)
-    problems += files.problems
-    missing = list(files.missing) if without_files else []
-    problems += [] if without_files else files.missing
+    report(*files.problems)
+    report_missing(*files.missing)
     parts, complete = files.parts, files.complete
-    facts = find_family(family, parts, complete, problems) or (None if complete else family_named(entries))
+    facts = find_family(family, parts, complete) or (None if complete else family_named(entries))
     if facts is None:
-        problems += missing
         return None
-    assigned = assign_files(parts, facts, parameters, problems)
+    assigned = assign_files(parts, facts, parameters)
     published = _use_published_sizes(
         [entry for entry in requested if entry not in files.entries], facts, parameters, assigned
     )
     components, shapes = assigned.components, assigned.shapes
-    variant = _variant(parameters, facts, components, shapes, problems)
+    variant = _variant(parameters, facts, components, shapes)
     task = TASKS[parameters.task]
     needed = components_of(task, variant)
     absent = [name for name in variant.components if name in needed and name not in {*components, *assigned.reported}]
     # Each file that is no known component may be a missing one, so as many absences are not reported.
     unplaced = len(parts) - (len(components) - len(published)) - len(assigned.reported)
     if complete and len(absent) > unplaced:
-        problems += [_missing(facts.component(name), variant) for name in absent]
-    problems += modified_encoders(parameters, task, variant)
+        report(*[_missing(facts.component(name), variant) for name in absent])
+    report(*modified_encoders(parameters, task, variant))
     origins = {name: files.origin for name, files in components.items() if name not in published}
-    problems += _mismatches(facts, variant, origins, {name: shapes[name] for name in origins})
-    problems += _encoded_mismatches(facts, variant, shapes, encoded) if encoded else []
-    problems += _unused_components(facts, parameters.extra_inputs, components)
+    report(*_mismatches(facts, variant, origins, {name: shapes[name] for name in origins}))
+    report(*(_encoded_mismatches(facts, variant, shapes, encoded) if encoded else []))
+    report(*_unused_components(facts, parameters.extra_inputs, components))
     for parameter in ("fp8_models", "offload_models"):
-        _check_entries(parameters, parameter, problems)
+        _check_entries(parameters, parameter)
     single_stage = task.encodes and task.trains
     used = {name: files for name, files in components.items() if single_stage or name in needed}
     unused_components = {name: files for name, files in components.items() if name not in used}
-    tokenizer_problems: list[Problem] = []
-    tokenizers = find_tokenizers(parameters, facts, used, shapes, base, tokenizer_problems) if task.encodes else {}
-    (missing if without_files else problems).extend(
-        tokenizer_problems if files.clear else _not_downloadable(tokenizer_problems)
-    )
+    with collect_problems() as of_tokenizers:
+        tokenizers = find_tokenizers(parameters, facts, used, shapes, base) if task.encodes else {}
+    report_missing(*(of_tokenizers if files.clear else _not_downloadable(of_tokenizers)))
     kept = {name: shapes[name] for name in used}
     return ModelPlan(
         facts=facts,
@@ -116,7 +109,6 @@ def find_components(
         tokenizers=tokenizers,
         unused_components=unused_components,
         published=published,
-        missing=tuple(missing),
     )
 
 
@@ -208,10 +200,9 @@ def _variant(
     facts: FamilyFacts,
     components: Mapping[str, ComponentFiles],
     shapes: Mapping[str, Shapes],
-    problems: list[Problem],
 ) -> Variant:
-    """Return the variant of the denoiser; that of most models of the family if it is unsupported, which adds a
-    problem.
+    """Return the variant of the denoiser; that of most models of the family if it is unsupported, which is
+    reported.
     """
     named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
     tokenizer_paths = [given for parameter in facts.tokenizers if (given := getattr(parameters, parameter))]
@@ -220,7 +211,7 @@ def _variant(
     try:
         return facts.variant(shapes, parameters.extra_inputs, origin)
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return facts.variant({}, parameters.extra_inputs, origin)
 
 
@@ -334,14 +325,14 @@ def _read(file_sets: Iterable[FileSet]) -> tuple[list[FoundPart], list[Problem]]
     return parts, problems
 
 
-def _check_entries(parameters: Parameters, parameter: str, problems: list[Problem]) -> None:
+def _check_entries(parameters: Parameters, parameter: str) -> None:
     """Check that a parameter names entries of the model parameters, so that a typo is not ignored."""
     named = [*parameters.model_id_with_origin_paths, *(path for group in parameters.model_paths for path in group)]
     for entry in getattr(parameters, parameter):
         if entry not in named:
             near = suggest(entry, named)
             hint = f"did you mean `{near}`?" if near else f"the entries are {list_names(named)}"
-            problems.append(
+            report(
                 Problem(
                     f"`{parameter}` names `{entry}`, which is not an entry of the model parameters",
                     hint,

@@ -4,7 +4,7 @@ import os
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, report, report_missing
 from diffsynth_core.progress import pluralize
 
 PRECISIONS_BY_DEVICE = {
@@ -25,11 +25,11 @@ SHARDED_LAUNCHES = {
 """Environment variable of `accelerate launch` -> engine that shards weights, gradients or optimizer state."""
 
 
-def check_launch(problems: list[Problem]) -> None:
-    """Add a problem if the launcher uses sharding, which gradient norm, state and checkpoints do not support yet."""
+def check_launch() -> None:
+    """Report if the launcher uses sharding, which gradient norm, state and checkpoints do not support yet."""
     for variable, engine in SHARDED_LAUNCHES.items():
         if os.environ.get(variable, "false").lower() == "true":
-            problems.append(sharded_launch(engine, "launched"))
+            report(sharded_launch(engine, "launched"))
 
 
 def sharded_launch(engine: str, how: str) -> Problem:
@@ -41,11 +41,10 @@ def sharded_launch(engine: str, how: str) -> Problem:
     )
 
 
-def choose_device(parameters: Parameters, problems: list[Problem], absent: list[Problem]) -> str:
-    """Return the requested device, or the best available one. Adds to `problems`; imports torch to query accelerators.
+def choose_device(parameters: Parameters) -> str:
+    """Return the requested device, or the best available one; report if this machine lacks it.
 
-    Args:
-        absent: receives the problem that this machine lacks the device.
+    Imports torch to query accelerators.
     """
     import torch
 
@@ -54,7 +53,7 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
         return str(best) if best else "cpu"
     kind, _, number = parameters.device.partition(":")
     if kind not in PRECISIONS_BY_DEVICE or (number and not number.isdigit()):
-        problems.append(
+        report(
             Problem(
                 f"`device` takes {', '.join(PRECISIONS_BY_DEVICE)} with an optional `:number`, got `{parameters.device}`",
                 wrong_use=True,
@@ -62,7 +61,7 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
         )
     elif kind != "cpu" and (best is None or best.type != kind or int(number or 0) >= torch.accelerator.device_count()):
         found = f"{torch.accelerator.device_count()} of type {best.type}" if best else "none"
-        absent.append(
+        report_missing(
             Problem(
                 f"`device` `{parameters.device}` is not available; accelerators found: {found}",
                 "remove `--device`, or pass `--device cpu`",
@@ -71,22 +70,18 @@ def choose_device(parameters: Parameters, problems: list[Problem], absent: list[
     return parameters.device
 
 
-def choose_precision(parameters: Parameters, device: str, problems: list[Problem], absent: list[Problem]) -> str:
-    """Return the requested mixed precision, or bf16 on an accelerator and float32 (`no`) on a CPU. Adds to `problems`.
-
-    Args:
-        absent: receives the problem that this machine has no GPU for the dtype.
-    """
+def choose_precision(parameters: Parameters, device: str) -> str:
+    """Return the requested mixed precision, or bf16 on an accelerator and float32 (`no`) on a CPU."""
     kind = device.partition(":")[0]
     if parameters.mixed_precision is None:
         if kind != "cpu" and not _has_bfloat16(kind):
-            problems.append(Problem("this GPU does not support bf16", "pass `--mixed_precision fp16` or `no`"))
+            report(Problem("this GPU does not support bf16", "pass `--mixed_precision fp16` or `no`"))
         return "no" if kind == "cpu" else "bf16"
     if parameters.mixed_precision not in PRECISIONS_BY_DEVICE.get(kind, ("no", "bf16", "fp16")):
         what = f"`mixed_precision` `{parameters.mixed_precision}` needs a GPU; the device is {device}"
         asked = parameters.device is not None
         problem = Problem(what, "pass `--mixed_precision bf16` or `no`", wrong_use=asked)
-        (problems if asked else absent).append(problem)
+        (report if asked else report_missing)(problem)
     return parameters.mixed_precision
 
 

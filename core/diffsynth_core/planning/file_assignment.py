@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, report
 from diffsynth_core.hub.model_files import FileSet, split_entry
 from diffsynth_core.json_files import UnreadableFile, read_json
 from diffsynth_core.models.bases import shapes_in
@@ -64,19 +64,18 @@ def find_family(
     family: str | None,
     parts: Sequence[FoundPart],
     complete: bool,
-    problems: list[Problem],
 ) -> FamilyFacts | None:
     """Return the requested family, or that of the transformer, which may be in a missing file set (if not
     `complete`).
     """
     if family:
         if family not in FAMILIES:
-            problems.append(unknown_family(family))
+            report(unknown_family(family))
         return FAMILIES.get(family)
     repositories = (split_entry(found.file_set.origin) for found in parts)
     facts = family_of_files([found.names for found in parts], [place[0] if place else None for place in repositories])
     if parts and complete and facts is None:
-        problems.append(
+        report(
             Problem(
                 "none of the model files is a diffusion transformer of a known family",
                 f"known: {', '.join(FAMILIES)}",
@@ -109,7 +108,6 @@ def assign_files(
     parts: Sequence[FoundPart],
     facts: FamilyFacts,
     parameters: Parameters,
-    problems: list[Problem],
 ) -> AssignedFiles:
     """Assign files to components by their tensors; names only show what the user intended."""
     assigned = AssignedFiles({}, {}, set())
@@ -120,13 +118,13 @@ def assign_files(
         found = recognise(tensors, facts)
         if found is None:
             unsupported, other = find_unsupported(tensors, facts), recognise_family(tensors)
-            problems.append(_unrecognised(stored, facts, unsupported, other))
+            report(_unrecognised(stored, facts, unsupported, other))
             expected = _expected(file_set, facts) or (facts.denoiser if other else None)
             assigned.reported.update(name for name in (unsupported.component if unsupported else expected,) if name)
             continue
         component, layout = found
         if component.name in taken:
-            problems.append(_twice(component, (taken[component.name], file_set), facts, assigned.reported))
+            report(_twice(component, (taken[component.name], file_set), facts, assigned.reported))
             continue
         taken[component.name] = file_set
         config = _config_beside(stored.part.paths[0], component, facts) if stored.alone else None

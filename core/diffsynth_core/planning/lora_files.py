@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem, list_names
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.models.spec import modules_with_weights
 from diffsynth_core.planning.model_plan import FusedLora, ModelPlan
 from diffsynth_core.planning.trained import check_component
@@ -48,14 +48,13 @@ def check_lora_checkpoint(
     trained: Collection[str],
     found: ModelPlan,
     invalid: frozenset[str],
-    problems: list[Problem],
 ) -> LoraStart | None:
-    """Check that `lora_checkpoint` can initialize a LoRA on the `trained` modules; adds to `problems`.
+    """Check that `lora_checkpoint` can initialize a LoRA on the `trained` modules; report what prevents it.
 
     It may lack some of them. What it has for other modules of the component is skipped.
     """
     path = parameters.lora_checkpoint
-    if path is None or not _is_there(path, "lora_checkpoint", problems):
+    if path is None or not _is_there(path, "lora_checkpoint"):
         return None
     naming = found.facts.component(component).lora_naming
     shapes = _tensor_shapes(component, found)
@@ -63,16 +62,16 @@ def check_lora_checkpoint(
         removal = _removal(path, component, found)
         file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=_or_another(removal))
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return None
     if file.tensors:
-        problems.append(_differences_problem(path, component, file, removal))
+        report(_differences_problem(path, component, file, removal))
         return None
     ranks = file.ranks
     if "lora_rank" not in invalid:
-        problems += _rank_problems(path, {name: ranks[name] for name in ranks if name in trained}, parameters.lora_rank)
+        report(*_rank_problems(path, {name: ranks[name] for name in ranks if name in trained}, parameters.lora_rank))
     if trained and not ranks.keys() & set(trained):
-        problems.append(
+        report(
             Problem(
                 f"`{path}` has no LoRA for any of the {len(trained)} trained modules; it has {list_names(sorted(ranks))}",
                 "use a LoRA of these modules, or other `--lora_target_modules`",
@@ -126,24 +125,24 @@ def _rank_problems(path: Path, ranks: Mapping[str, int], asked: int) -> list[Pro
     return [Problem(what, f"pass `--lora_rank {rank}`", wrong_use=True)]
 
 
-def find_fused_lora(parameters: Parameters, found: ModelPlan, problems: list[Problem]) -> FusedLora | None:
-    """Return the LoRA of `preset_lora_path`, checked against its component. Adds to `problems`."""
+def find_fused_lora(parameters: Parameters, found: ModelPlan) -> FusedLora | None:
+    """Return the LoRA of `preset_lora_path`, checked against its component. Reports problems."""
     path, component = parameters.preset_lora_path, parameters.preset_lora_model
     if path is None and component is not None:
         what, hint = "`preset_lora_model` is set without `preset_lora_path`", "set the LoRA file, or remove it"
-        problems.append(Problem(what, hint, wrong_use=True))
+        report(Problem(what, hint, wrong_use=True))
     elif path is not None and component is None:
         likely = parameters.lora_base_model or found.facts.denoiser
         what, hint = "`preset_lora_path` is set without `preset_lora_model`", f"pass `--preset_lora_model {likely}`"
-        problems.append(Problem(what, hint, wrong_use=True))
-    there = path is not None and _is_there(path, "preset_lora_path", problems)
-    if component is None or not check_component(component, "preset_lora_model", found, problems):
+        report(Problem(what, hint, wrong_use=True))
+    there = path is not None and _is_there(path, "preset_lora_path")
+    if component is None or not check_component(component, "preset_lora_model", found):
         return None
     files = found.components.get(component)
     if path is None or not there or files is None:
         return None
     if files.float8:
-        problems.append(
+        report(
             Problem(
                 f"`preset_lora_path` cannot be merged into `{component}`, whose files `fp8_models` keeps in 8-bit floats: "
                 "most of the change would be lost in rounding",
@@ -158,13 +157,13 @@ def find_fused_lora(parameters: Parameters, found: ModelPlan, problems: list[Pro
         file = read_lora_file(path, _module_shapes(shapes), naming, tensor_shapes=shapes, way_out=way_out)
         return FusedLora(component, file, shapes)
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return None
 
 
-def _is_there(path: Path, parameter: str, problems: list[Problem]) -> bool:
+def _is_there(path: Path, parameter: str) -> bool:
     if not path.is_file():
-        problems.append(Problem(f"`{parameter}` `{path}` does not exist", "correct the path"))
+        report(Problem(f"`{parameter}` `{path}` does not exist", "correct the path"))
         return False
     return True
 

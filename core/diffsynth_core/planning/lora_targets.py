@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem, list_names, suggest
+from diffsynth_core.errors import Problem, list_names, report, suggest
 from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import layers_of_blocks
 from diffsynth_core.models.spec import (
@@ -41,8 +41,8 @@ class LoraTargets:
     rule: str | None = None
 
 
-def find_lora_targets(parameters: Parameters, component: str, found: ModelPlan, problems: list[Problem]) -> LoraTargets:
-    """Return the modules that `lora_target_modules` selects. Adds to `problems`.
+def find_lora_targets(parameters: Parameters, component: str, found: ModelPlan) -> LoraTargets:
+    """Return the modules that `lora_target_modules` selects. Reports problems.
 
     Unset: the family's documented list. Empty: the linear layers of repeated blocks. One value: the modules whose
     names end with it or, if there are none, those whose full name matches it as a regular expression. Several:
@@ -50,27 +50,27 @@ def find_lora_targets(parameters: Parameters, component: str, found: ModelPlan, 
     """
     facts, asked = found.facts.component(component), parameters.lora_target_modules
     if asked == ():
-        return _automatic(found, component, problems)
+        return _automatic(found, component)
     targets = asked or facts.lora_targets
     if not targets:
         hint = (
             'set them with `--lora_target_modules`, or let them be selected automatically: `--lora_target_modules ""`'
         )
-        problems.append(Problem(f"`{component}` has no documented LoRA targets", hint, wrong_use=True))
+        report(Problem(f"`{component}` has no documented LoRA targets", hint, wrong_use=True))
         return LoraTargets()
     layout, shapes = found.components[component].layout, found.shapes[component]
     modules = modules_with_weights(layout.public_shapes(shapes))
     matches, rule = match_targets(modules, targets), None
     if len(targets) == 1 and not matches[targets[0]]:
         (pattern,) = targets
-        fitting = _fitting(pattern, modules, problems)
+        fitting = _fitting(pattern, modules)
         if fitting is None:
             return LoraTargets()
         matches, rule = {pattern: fitting}, f"modules that match `{pattern}`"
-    problems += [_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names]
+    report(*[_unmatched(target, modules, layout, shapes, facts) for target, names in matches.items() if not names])
     names = {name for names in matches.values() for name in names}
-    problems += _unfit(found, component, names) if asked else []
-    return _reachable(found, component, names, rule, problems)
+    report(*(_unfit(found, component, names) if asked else []))
+    return _reachable(found, component, names, rule)
 
 
 def _unfit(found: ModelPlan, component: str, names: Collection[str]) -> list[Problem]:
@@ -99,7 +99,7 @@ def _unfit(found: ModelPlan, component: str, names: Collection[str]) -> list[Pro
     ]
 
 
-def _automatic(found: ModelPlan, component: str, problems: list[Problem]) -> LoraTargets:
+def _automatic(found: ModelPlan, component: str) -> LoraTargets:
     """Return the linear layers of repeated blocks that have public names.
 
     DiffSynth-Studio selects the same, except for layers with a side below 512, which the supported transformers lack.
@@ -111,8 +111,8 @@ def _automatic(found: ModelPlan, component: str, problems: list[Problem]) -> Lor
     names = set(files.layout.public_keys.to_sources(layers))
     if not names:
         what = f"`lora_target_modules` is empty, and {component} has no linear layers in repeated blocks to choose from"
-        problems.append(Problem(what, "set its modules", wrong_use=True))
-    return _reachable(found, component, names, "the linear layers of repeated blocks", problems)
+        report(Problem(what, "set its modules", wrong_use=True))
+    return _reachable(found, component, names, "the linear layers of repeated blocks")
 
 
 def _layers_of_blocks(found: ModelPlan, files: ComponentFiles) -> Collection[str] | None:
@@ -124,27 +124,25 @@ def _layers_of_blocks(found: ModelPlan, files: ComponentFiles) -> Collection[str
     return find_linear_layers_of_blocks(load_family(found.facts.name), files)
 
 
-def _fitting(pattern: str, modules: frozenset[str], problems: list[Problem]) -> list[str] | None:
+def _fitting(pattern: str, modules: frozenset[str]) -> list[str] | None:
     """Return the modules whose full name matches a regular expression; None, with a problem, if it is invalid."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
         what = f"`lora_target_modules` `{pattern}`: no module name ends with it, and it is not a valid regular expression: {error}"
-        problems.append(Problem(what, "fix it", wrong_use=True))
+        report(Problem(what, "fix it", wrong_use=True))
         return None
     return sorted(filter(expression.fullmatch, modules))
 
 
-def _reachable(
-    found: ModelPlan, component: str, names: Collection[str], rule: str | None, problems: list[Problem]
-) -> LoraTargets:
+def _reachable(found: ModelPlan, component: str, names: Collection[str], rule: str | None) -> LoraTargets:
     """Return the modules by public name, without those that receive no gradient."""
     public_keys = found.components[component].layout.public_keys
     dead = found.variant.unused_params(found.facts.component(component), frozenset(found.shapes[component]))
     alive = {name for name in names if not all(is_below(part, dead) for part in public_keys.to_targets(name) or ())}
     if names and not alive:
         what = f"`lora_target_modules` matches only modules that receive no gradient: {list_names(sorted(names))}"
-        problems.append(Problem(what, "choose other modules", wrong_use=True))
+        report(Problem(what, "choose other modules", wrong_use=True))
     modules = modules_with_weights(found.components[component].layout.public_shapes(found.shapes[component]))
     kinds = {kind for name in alive if (kind := _kind_in_blocks(name))}
     alike = {name for name in modules - set(names) if _kind_in_blocks(name) in kinds}

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffsynth_core.errors import Problem
 from diffsynth_core.models.size_facts import HubModelSize
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, Variant
 from diffsynth_core.progress import pluralize
@@ -38,7 +37,6 @@ class ModelPlan:
         tokenizers: tokenizer parameter -> folder.
         unused_components: components that the parameters name but the task does not load.
         published: components whose files are missing -> size of the published model, used instead.
-        missing: problems of missing files, for a plan without files.
         float8: component in `fp8_models` -> fraction of its weights stored in 8-bit floats; None: unknown without its
             files.
         fused_lora: LoRA merged into a component before training.
@@ -51,6 +49,5 @@ class ModelPlan:
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
     unused_components: Mapping[str, ComponentFiles] = field(default_factory=dict)
     published: Mapping[str, HubModelSize] = field(default_factory=dict)
-    missing: tuple[Problem, ...] = ()
     float8: Mapping[str, float | None] = field(default_factory=dict)
     fused_lora: FusedLora | None = None

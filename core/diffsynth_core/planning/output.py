@@ -15,7 +15,7 @@ from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_
 from diffsynth_core.data.batches import StepPlan
 from diffsynth_core.data.media import MediaCrop
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.errors import DiffSynthError, Problem, list_names
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.hub.identity import IDENTITIES, HashCache
 from diffsynth_core.progress import Reporter, pluralize
@@ -55,12 +55,10 @@ def check_output(
     mixed_precision: str,
     float8_components: Sequence[str],
     reporter: Reporter,
-    problems: list[Problem],
 ) -> ResumePoint:
-    """Return where the run starts: at step 0 in a free folder, or where the run in the folder stopped. Adds to
-    `problems`.
+    """Return where the run starts: at step 0 in a free folder, or where the run in the folder stopped.
 
-    Verifies the checksums of the state, once.
+    Reports what prevents it. Verifies the checksums of the state, once.
 
     Args:
         fingerprint: fingerprint of the dataset; None if it could not be read.
@@ -68,20 +66,20 @@ def check_output(
     """
     folder = parameters.output_path
     write_problems = folder_faults(folder, "output_path")
-    problems += write_problems
+    report(*write_problems)
     if any(problem.wrong_use for problem in write_problems):
         return ResumePoint()
     try:
         record = read_record(folder)
         if parameters.resume is None or record is None:
-            _check_free(parameters, record, problems)
+            _check_free(parameters, record)
             return ResumePoint()
-        _check_same_run(parameters, record, fingerprint, problems)
-        _check_same_steps(folder, record, steps, mixed_precision, problems)
-        _check_same_storage(folder, record, float8_components, problems)
-        return _resumed(parameters, record, steps, reporter, problems)
+        _check_same_run(parameters, record, fingerprint)
+        _check_same_steps(folder, record, steps, mixed_precision)
+        _check_same_storage(folder, record, float8_components)
+        return _resumed(parameters, record, steps, reporter)
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return ResumePoint()
 
 
@@ -113,22 +111,20 @@ def cache_faults(cache: Path) -> list[Problem]:
     return [] if only_read else faults
 
 
-def _resumed(
-    parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter, problems: list[Problem]
-) -> ResumePoint:
+def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, reporter: Reporter) -> ResumePoint:
     """Return where the run in the folder stopped."""
     folder, total = parameters.output_path, steps.total_steps if steps else None
     if total is not None and record.status in FINISHED and record.step >= total:
-        problems.append(_run_complete(folder, record.step, total))
+        report(_run_complete(folder, record.step, total))
         return ResumePoint()
     found = _intact_states(parameters, record, reporter)
     if found.newest is None and (found.damaged or record.step):
-        problems.append(_no_intact_state(folder, record, found.damaged))
+        report(_no_intact_state(folder, record, found.damaged))
         return ResumePoint()
     done = found.newest.loop_state.step if found.newest else 0
     # done == total: a run killed between its last state and its final record only has the record to finish.
     if total is not None and done > total:
-        problems.append(_run_complete(folder, done, total))
+        report(_run_complete(folder, done, total))
     notes = [
         f"resumed after step {done}" if done else "starts at step 0: the previous run was stopped before its first save"
     ]
@@ -210,7 +206,7 @@ def dataset_fingerprint(parameters: Parameters, samples: SampleSet) -> str:
     return digest.hexdigest()
 
 
-def _check_free(parameters: Parameters, record: RunRecord | None, problems: list[Problem]) -> None:
+def _check_free(parameters: Parameters, record: RunRecord | None) -> None:
     folder = parameters.output_path
     if record:
         kind, hint = "run", "resume it with `--resume auto`, or choose another `--output_path`"
@@ -219,11 +215,11 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
         elif parameters.rehearse:
             hint = "choose another `--output_path`"
         what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
-        problems.append(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
+        report(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
     checkpoints = checkpoint_files(folder) if folder.is_dir() else []
     if checkpoints:
-        problems.append(
+        report(
             Problem(
                 f"`output_path` `{folder}` already holds checkpoints of another program: {list_names(checkpoints)}",
                 "choose another `--output_path`",
@@ -232,12 +228,10 @@ def _check_free(parameters: Parameters, record: RunRecord | None, problems: list
         )
 
 
-def _check_same_steps(
-    folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str, problems: list[Problem]
-) -> None:
+def _check_same_steps(folder: Path, record: RunRecord, steps: StepPlan | None, mixed_precision: str) -> None:
     """Check that the micro-batches per step and the precision are unchanged; the number of processes may differ."""
     if steps and steps.micro_batches != record.micro_batches_per_step:
-        problems.append(
+        report(
             Problem(
                 f"a step had {record.micro_batches_per_step} micro-batches (accumulation x processes) "
                 f"in the run in `{folder}`, now {steps.micro_batches}",
@@ -246,7 +240,7 @@ def _check_same_steps(
             )
         )
     if mixed_precision != record.mixed_precision:
-        problems.append(
+        report(
             Problem(
                 f"the precision was {record.mixed_precision} in the run in `{folder}`, now it is {mixed_precision}",
                 f"resume with `--mixed_precision {record.mixed_precision}`",
@@ -255,13 +249,11 @@ def _check_same_steps(
         )
 
 
-def _check_same_storage(
-    folder: Path, record: RunRecord, float8_components: Sequence[str], problems: list[Problem]
-) -> None:
+def _check_same_storage(folder: Path, record: RunRecord, float8_components: Sequence[str]) -> None:
     """Check that the same components are stored in 8-bit floats: rounded weights compute other numbers."""
     if list(float8_components) != record.float8_components:
         before, now = (", ".join(names) or "nothing" for names in (record.float8_components, float8_components))
-        problems.append(
+        report(
             Problem(
                 f"`fp8_models` kept {before} in 8-bit floats in the run in `{folder}`, now {now}",
                 "resume with the same value, or start a new run",
@@ -270,9 +262,7 @@ def _check_same_storage(
         )
 
 
-def _check_same_run(
-    parameters: Parameters, record: RunRecord, fingerprint: str | None, problems: list[Problem]
-) -> None:
+def _check_same_run(parameters: Parameters, record: RunRecord, fingerprint: str | None) -> None:
     now = as_plain(parameters)
     for name, value in now.items():
         before, setting = record.parameters.get(name, DEFAULTS[name]), SETTINGS[name]
@@ -281,7 +271,7 @@ def _check_same_run(
             continue
         if setting.fixed_on_resume and value != before:
             shown = "blank" if before is None else f"`{format_value(before)}`"
-            problems.append(
+            report(
                 Problem(
                     f"`{name}` was {shown} in the run in `{parameters.output_path}`, now it is `{format_value(value)}`",
                     f"resume with the same value, or {_new_run(parameters.output_path, record) if changes_course else 'start a new run'}",
@@ -289,7 +279,7 @@ def _check_same_run(
                 )
             )
     if fingerprint and fingerprint != record.dataset_fingerprint:
-        problems.append(
+        report(
             Problem(
                 f"the dataset has changed since the run in `{parameters.output_path}` was started",
                 "resume with the same files and captions, or start a new run",

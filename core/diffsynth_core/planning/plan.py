@@ -10,7 +10,7 @@ from diffsynth_core.config.tasks import TASKS, Task
 from diffsynth_core.data.batches import BatchPlan, StepPlan
 from diffsynth_core.data.encoded_samples import EncodedSamples
 from diffsynth_core.data.samples import SampleSet
-from diffsynth_core.errors import FaultsFound, Problem
+from diffsynth_core.errors import FaultsFound, Problem, collect_problems, report, report_missing
 from diffsynth_core.files import default_cache_path, model_base_path
 from diffsynth_core.models.registry import unread_note
 from diffsynth_core.planning.components import find_components, float8_shares, shape_faults
@@ -114,41 +114,37 @@ def make_plan(
             with them what is missing, even if that alone would not be an error.
     """
     resolved = drop_replaced_entries(resolved)
-    problems, missing = list(resolved.problems), list[Problem]()
-    absent = missing if without_files else problems
-    task = TASKS[resolved.parameters.task]
-    encoded = None if task.encodes else find_encoded(resolved, problems)
-    parameters = _with_inputs(resolved.parameters, encoded)
-    found = _find_components(resolved, parameters, base or model_base_path(), encoded, without_files, problems)
-    missing += found.missing if found else ()
-    if found and resolved.family is None:  # a recipe's family was known during resolution
-        problems += parameters_of_other_families(parameters, found.facts.name, resolved.origins)
-        resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
-        parameters = resolved.parameters
-    training = _find_training(parameters, found, resolved.invalid, problems) if found else None
-    fused_lora = find_fused_lora(parameters, found, problems) if found else None
-    no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
-    missing += no_dataset
-    samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter, problems)
-    if task.encodes and not found and "dataset_base_path" in resolved.origins:
-        problems += missing_dataset(parameters)
-    device, mixed_precision = _choose_machine(parameters, samples, problems, absent)
-    problems += shape_faults(found) if found else []
-    steps = _step_plan(parameters, samples, world_size) if samples else None
-    cache = parameters.cache_path or default_cache_path()
-    problems += cache_faults(cache)
-    fingerprint = None
-    if encoded:
-        fingerprint = encoded.origin.dataset_fingerprint
-    elif samples and not no_dataset:
-        fingerprint = dataset_fingerprint(parameters, samples)
-    start = _find_start(
-        parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter, problems
-    )
-    if problems or not (found and training and samples and steps):
-        from_parameters, from_files = resolved.problems, [*problems[len(resolved.problems) :], *missing]
-        from_parameters = (*from_parameters, *independent_problems(from_files, resolved.invalid))
-        raise FaultsFound(from_parameters or [Problem("the run cannot be planned")])
+    with collect_problems(missing_apart=without_files) as problems:
+        task = TASKS[resolved.parameters.task]
+        encoded = None if task.encodes else find_encoded(resolved)
+        parameters = _with_inputs(resolved.parameters, encoded)
+        found = _find_components(resolved, parameters, base or model_base_path(), encoded)
+        if found and resolved.family is None:  # a recipe's family was known during resolution
+            report(*parameters_of_other_families(parameters, found.facts.name, resolved.origins))
+            resolved = replace(resolved, parameters=parameters).with_defaults_of(found.facts.name)
+            parameters = resolved.parameters
+        training = _find_training(parameters, found, resolved.invalid) if found else None
+        fused_lora = find_fused_lora(parameters, found) if found else None
+        no_dataset = missing_dataset(parameters) if task.encodes and without_files and found else []
+        report_missing(*no_dataset)
+        samples = SampleSet((), ()) if no_dataset else _find_samples(parameters, found, encoded, reporter)
+        if task.encodes and not found and "dataset_base_path" in resolved.origins:
+            report(*missing_dataset(parameters))
+        device, mixed_precision = _choose_machine(parameters, samples)
+        report(*(shape_faults(found) if found else []))
+        steps = _step_plan(parameters, samples, world_size) if samples else None
+        cache = parameters.cache_path or default_cache_path()
+        report(*cache_faults(cache))
+        fingerprint = None
+        if encoded:
+            fingerprint = encoded.origin.dataset_fingerprint
+        elif samples and not no_dataset:
+            fingerprint = dataset_fingerprint(parameters, samples)
+        start = _find_start(parameters, found, fingerprint, None if no_dataset else steps, mixed_precision, reporter)
+    missing = tuple(problems.missing) if without_files else ()
+    if resolved.problems or problems or not (found and training and samples and steps):
+        of_files = independent_problems([*problems, *missing], resolved.invalid)
+        raise FaultsFound([*resolved.problems, *of_files] or [Problem("the run cannot be planned")])
     return RunPlan(
         parameters=parameters,
         model=replace(found, float8=float8_shares(found), fused_lora=fused_lora),
@@ -156,7 +152,7 @@ def make_plan(
         training=training,
         output=OutputPlan(start=start, cache=cache),
         machine=Machine(device=device, mixed_precision=mixed_precision, world_size=world_size),
-        missing=tuple(missing),
+        missing=missing,
         family_defaults=resolved.family_defaults,
         warnings=(*_warnings(resolved, samples), *_unread_lora(parameters, found, training)),
     )
@@ -189,24 +185,20 @@ def _find_components(
     parameters: Parameters,
     base: Path,
     encoded: EncodedSamples | None,
-    without_files: bool,
-    problems: list[Problem],
 ) -> ModelPlan | None:
     """Return the components in the files; None if a recipe or config file that names them is missing."""
     if resolved.incomplete:
         return None
-    return find_components(parameters, resolved.family, base, problems, encoded, without_files)
+    return find_components(parameters, resolved.family, base, encoded)
 
 
-def _choose_machine(
-    parameters: Parameters, samples: SampleSet | None, problems: list[Problem], absent: list[Problem]
-) -> tuple[str, str]:
-    """Return device and mixed precision; adds what this machine lacks to `absent`."""
-    check_launch(problems)
-    device = choose_device(parameters, problems, absent)
-    mixed_precision = choose_precision(parameters, device, problems, absent)
+def _choose_machine(parameters: Parameters, samples: SampleSet | None) -> tuple[str, str]:
+    """Return device and mixed precision."""
+    check_launch()
+    device = choose_device(parameters)
+    mixed_precision = choose_precision(parameters, device)
     if samples and TASKS[parameters.task].trains:
-        absent += noise_problems(samples)
+        report_missing(*noise_problems(samples))
     return device, mixed_precision
 
 
@@ -217,16 +209,13 @@ def _find_start(
     steps: StepPlan | None,
     mixed_precision: str,
     reporter: Reporter,
-    problems: list[Problem],
 ) -> ResumePoint:
     """Return where the run starts in its output folder; a precompute task always starts at the beginning."""
     if TASKS[parameters.task].trains:
         kept = sorted(name for name, files in found.components.items() if files.float8) if found else []
-        return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter, problems)
+        return check_output(parameters, fingerprint, steps, mixed_precision, kept, reporter)
     if found and fingerprint:
-        check_precompute_output(
-            parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint), problems
-        )
+        check_precompute_output(parameters, known_origin(parameters, found.variant, mixed_precision, fingerprint))
     return ResumePoint()
 
 
@@ -237,13 +226,11 @@ def _with_inputs(parameters: Parameters, encoded: EncodedSamples | None) -> Para
     return parameters.model_copy(update={"extra_inputs": tuple(encoded.origin.extra_inputs)})
 
 
-def _find_training(
-    parameters: Parameters, found: ModelPlan, invalid: frozenset[str], problems: list[Problem]
-) -> Training:
+def _find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[str]) -> Training:
     """Return what trains: nothing in a precompute task, whatever the parameters name."""
     if not TASKS[parameters.task].trains:
         return NOTHING_TRAINS
-    return find_training(parameters, found, invalid, problems)
+    return find_training(parameters, found, invalid)
 
 
 def _find_samples(
@@ -251,7 +238,6 @@ def _find_samples(
     found: ModelPlan | None,
     encoded: EncodedSamples | None,
     reporter: Reporter,
-    problems: list[Problem],
 ) -> SampleSet | None:
     """Return the samples of the dataset, or those that are already encoded."""
     if encoded:
@@ -259,7 +245,7 @@ def _find_samples(
     if found is None or not TASKS[parameters.task].encodes:
         return None
     samples, faults = read_dataset(parameters, found.facts, found.variant, reporter)
-    problems += faults
+    report(*faults)
     return samples
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, report
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Layout
 from diffsynth_core.planning.lora_files import LoraStart, check_lora_checkpoint
 from diffsynth_core.planning.lora_targets import LoraTargets, find_lora_targets
@@ -56,18 +56,16 @@ NOTHING_TRAINS = Training((), None, (), ())
 """Of a precompute task."""
 
 
-def find_training(
-    parameters: Parameters, found: ModelPlan, invalid: frozenset[str], problems: list[Problem]
-) -> Training:
-    """Return what the parameters select for training among the components. Adds to `problems`."""
-    full, parts = find_trained(parameters, found, problems)
+def find_training(parameters: Parameters, found: ModelPlan, invalid: frozenset[str]) -> Training:
+    """Return what the parameters select for training among the components. Reports problems."""
+    full, parts = find_trained(parameters, found)
     changing = [found.components[name] for name in (*full, *parts) if name in found.components]
-    problems += [_rounded(files) for files in changing if files.float8]
+    report(*[_rounded(files) for files in changing if files.float8])
     lora_component = parameters.lora_base_model
-    if lora_component and not check_component(lora_component, "lora_base_model", found, problems):
+    if lora_component and not check_component(lora_component, "lora_base_model", found):
         lora_component = None
     if not parameters.trainable_models and not parameters.lora_base_model and "lora_base_model" not in invalid:
-        problems.append(
+        report(
             Problem(
                 "nothing to train",
                 f"pass `--lora_base_model {found.facts.denoiser}` for a LoRA, "
@@ -75,13 +73,13 @@ def find_training(
                 wrong_use=True,
             )
         )
-    _check_lora_options(parameters, found.facts, problems)
-    problems += prefix_problems(parameters, found.facts)
+    _check_lora_options(parameters, found.facts)
+    report(*prefix_problems(parameters, found.facts))
     targets, start = LoraTargets(), None
     if lora_component and lora_component in found.shapes:
         if "lora_target_modules" not in invalid:
-            targets = find_lora_targets(parameters, lora_component, found, problems)
-        start = check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid, problems)
+            targets = find_lora_targets(parameters, lora_component, found)
+        start = check_lora_checkpoint(parameters, lora_component, targets.modules, found, invalid)
     return Training(
         full,
         lora_component,
@@ -103,9 +101,9 @@ def _rounded(files: ComponentFiles) -> Problem:
     )
 
 
-def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: list[Problem]) -> None:
+def _check_lora_options(parameters: Parameters, facts: FamilyFacts) -> None:
     if parameters.align_to_opensource_format and not parameters.lora_base_model:
-        problems.append(
+        report(
             Problem(
                 "`align_to_opensource_format` is set without `lora_base_model`: it only affects the keys of a LoRA",
                 "remove it",
@@ -113,7 +111,7 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
             )
         )
     if parameters.lora_format != "diffsynth" and parameters.lora_base_model not in (None, facts.denoiser):
-        problems.append(
+        report(
             Problem(
                 f"`lora_format` `{parameters.lora_format}` only supports {facts.denoiser}, but "
                 f"`lora_base_model` is `{parameters.lora_base_model}`",
@@ -123,9 +121,9 @@ def _check_lora_options(parameters: Parameters, facts: FamilyFacts, problems: li
         )
     naming = facts.component(facts.denoiser).lora_naming
     if parameters.lora_base_model == facts.denoiser and not naming.written(parameters.lora_format):
-        problems.append(_not_written(parameters.lora_format, facts))
+        report(_not_written(parameters.lora_format, facts))
     if parameters.lora_checkpoint and not parameters.lora_base_model:
-        problems.append(
+        report(
             Problem(
                 "`lora_checkpoint` is set without `lora_base_model`",
                 "set the component to apply it to with `--lora_base_model`",

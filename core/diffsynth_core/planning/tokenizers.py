@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, report
 from diffsynth_core.hub.model_files import MissingFiles, download_command, locate_folder, split_entry
 from diffsynth_core.json_files import MAX_TOKENIZER_BYTES, UnreadableFile, read_json, read_text
 from diffsynth_core.models.spec import ComponentFiles, FamilyFacts, Shapes, TokenizerFacts
@@ -21,12 +21,11 @@ def find_tokenizers(
     components: Mapping[str, ComponentFiles],
     shapes: Mapping[str, Shapes],
     base: Path,
-    problems: list[Problem],
 ) -> dict[str, Path]:
     """Return the folder of each tokenizer: the one set, or one next to the component's files, or the family's own in
     `base`.
 
-    Adds missing and damaged ones to `problems`.
+    Reports missing and damaged ones.
     """
     found = {}
     for parameter, tokenizer in facts.tokenizers.items():
@@ -41,11 +40,11 @@ def find_tokenizers(
         if folder:
             found[parameter] = folder
             rows = shapes.get(tokenizer.component, {}).get(tokenizer.embedding, (None,))[0]
-            problems += _folder_problems(folder, tokenizer, parameter, rows)
+            report(*_folder_problems(folder, tokenizer, parameter, rows))
         else:
             shown = dict.fromkeys(name if given else str(_absolute(name, base)) for name in candidates)
             searched = " or at ".join(f"`{path}`" for path in shown)
-            problems.append(_missing_tokenizer(f"no {tokenizer.what} found at {searched}", parameter, candidates[-1]))
+            report(_missing_tokenizer(f"no {tokenizer.what} found at {searched}", parameter, candidates[-1]))
     return found
 
 

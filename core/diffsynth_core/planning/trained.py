@@ -3,7 +3,7 @@
 from itertools import takewhile
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem, list_names, suggest
+from diffsynth_core.errors import Problem, list_names, report, suggest
 from diffsynth_core.models.spec import FamilyFacts, Layout, Shapes, is_below
 from diffsynth_core.planning.model_plan import ModelPlan
 
@@ -11,32 +11,30 @@ PARAMETER = "trainable_models"
 """The parameter that selects them."""
 
 
-def find_trained(
-    parameters: Parameters, found: ModelPlan, problems: list[Problem]
-) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+def find_trained(parameters: Parameters, found: ModelPlan) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Return components that train in full, and component -> modules (public names) of those that train in part.
 
-    Adds to `problems`. A component that is named itself trains in full, even if modules of it are named too.
+    Reports problems. A component that is named itself trains in full, even if modules of it are named too.
     """
     full: list[str] = []
     parts: dict[str, list[str]] = {}
     for name in dict.fromkeys(parameters.trainable_models):
         component, _, module = name.partition(".")
-        if not check_component(component, PARAMETER, found, problems):
+        if not check_component(component, PARAMETER, found):
             continue
         if not module:
             full.append(component)
         elif component in found.components:
             problem = _module_problem(component, module, found)
             if problem:
-                problems.append(problem)
+                report(problem)
             else:
                 parts.setdefault(component, []).append(module)
     return tuple(full), {name: tuple(modules) for name, modules in parts.items() if name not in full}
 
 
-def check_component(name: str, parameter: str, found: ModelPlan, problems: list[Problem]) -> bool:
-    """Return whether a parameter names a component of the family that this variant has. Adds to `problems`.
+def check_component(name: str, parameter: str, found: ModelPlan) -> bool:
+    """Return whether a parameter names a component of the family that this variant has. Reports problems.
 
     Missing files of the component are reported elsewhere.
     """
@@ -48,7 +46,7 @@ def check_component(name: str, parameter: str, found: ModelPlan, problems: list[
             hint = f"use `{part.parts[name] if parameter == PARAMETER else part.name}`"
         else:
             hint = f"did you mean `{near}`?" if near else f"components of {found.facts.title}: {', '.join(known)}"
-        problems.append(
+        report(
             Problem(
                 f"`{parameter}` names `{name}`, which is not a component of {found.facts.title}", hint, wrong_use=True
             )
@@ -57,7 +55,7 @@ def check_component(name: str, parameter: str, found: ModelPlan, problems: list[
     if name in found.variant.components or found.facts.denoiser not in found.components:
         return True
     inputs = found.facts.component(name).inputs
-    problems.append(
+    report(
         Problem(
             f"`{parameter}` names `{name}`, which {found.variant.title} does not have",
             f"remove it, or pass `--extra_inputs {inputs[0]}` and its files" if inputs else "remove it",

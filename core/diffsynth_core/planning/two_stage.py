@@ -17,7 +17,7 @@ from diffsynth_core.data.encoded_samples import (
     unexpected_files,
 )
 from diffsynth_core.data.metadata import find_metadata
-from diffsynth_core.errors import DiffSynthError, Problem, list_names
+from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.output import folder_faults
 
@@ -82,33 +82,33 @@ def encoded_instead_of_dataset(parameters: Parameters) -> Problem | None:
     return Problem(what, f"train on them with `--task {task.train_task}`, or pass the dataset", wrong_use=True)
 
 
-def find_encoded(resolved: Resolved, problems: list[Problem]) -> EncodedSamples | None:
+def find_encoded(resolved: Resolved) -> EncodedSamples | None:
     """Return the encoded samples for a train task; None if they are missing, incomplete or for another task.
 
-    Adds to `problems`.
+    Reports problems.
     """
     parameters = resolved.parameters
     folder, task = parameters.dataset_base_path, TASKS[parameters.task]
     if parameters.dataset_metadata_path:
         what = f"`dataset_metadata_path` has no effect with `{task.name}`, which reads no metadata"
-        problems.append(Problem(what, "remove it", wrong_use=True))
+        report(Problem(what, "remove it", wrong_use=True))
     refusal = _not_encoded(folder, task)
     if refusal:
-        problems.append(refusal)
+        report(refusal)
         return None
     try:
         encoded = read_encoded(folder)
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return None
     if not encoded.complete or encoded.origin.objective != task.objective:
-        problems.append(_incomplete_or_other(encoded, task))
+        report(_incomplete_or_other(encoded, task))
         return None
-    problems += _damaged_files(encoded)
-    problems += _other_values(resolved, encoded)
+    report(*_damaged_files(encoded))
+    report(*_other_values(resolved, encoded))
     if _same(parameters.output_path, folder):
         what = f"`output_path` is the folder `{folder}` of encoded samples that the run reads"
-        problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
+        report(Problem(what, "choose another `--output_path`", wrong_use=True))
     return encoded
 
 
@@ -207,35 +207,33 @@ def known_origin(parameters: Parameters, variant: Variant, mixed_precision: str,
     }
 
 
-def check_precompute_output(parameters: Parameters, now: Mapping[str, Any], problems: list[Problem]) -> None:
-    """Check that the output folder of a precompute task is empty or contains the same samples; adds to `problems`.
+def check_precompute_output(parameters: Parameters, now: Mapping[str, Any]) -> None:
+    """Check that the output folder of a precompute task is empty or contains the same samples; report otherwise.
 
     Args:
         now: the part of their origin that is known before files are hashed.
     """
     folder = parameters.output_path
     faults = folder_faults(folder, "output_path")
-    problems += faults
+    report(*faults)
     if faults or not folder.is_dir():
         return
     if not holds_encoded_samples(folder):
         if unexpected_files(folder, set()):
             what = f"`output_path` `{folder}` is not empty and contains no encoded samples"
-            problems.append(Problem(what, "choose another `--output_path`", wrong_use=True))
+            report(Problem(what, "choose another `--output_path`", wrong_use=True))
         return
     try:
         origin = read_encoded(folder).origin
     except DiffSynthError as error:
-        problems += error.problems
+        report(*error.problems)
         return
     before = origin.sizes | {name: getattr(origin, name) for name in now if name != "sizes"}
     after = now["sizes"] | {name: value for name, value in now.items() if name != "sizes"}
     for name, value in after.items():
         if before.get(name) != value:
             what = f"`output_path` `{folder}` contains samples encoded with other parameters: {_difference(name, before.get(name), value)}"
-            problems.append(
-                Problem(what, "choose another `--output_path`, or encode with the same parameters", wrong_use=True)
-            )
+            report(Problem(what, "choose another `--output_path`, or encode with the same parameters", wrong_use=True))
             return
 
 

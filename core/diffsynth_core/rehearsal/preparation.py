@@ -8,7 +8,7 @@ from diffsynth_core.config.resolve import Resolved
 from diffsynth_core.config.tasks import TASKS
 from diffsynth_core.data.synthetic_images import draw_images
 from diffsynth_core.data.synthetic_videos import draw_clips
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, collect_problems, report
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.models.registry import (
     unknown_family,
@@ -38,27 +38,26 @@ def prepare(resolved: Resolved, reporter: Reporter) -> tuple[Resolved, Path]:
     resolved = drop_replaced_entries(resolved)
     parameters = resolved.parameters
     folder = (parameters.cache_path or default_cache_path()) / "rehearsal"
-    problems: list[Problem] = []
-    named = named_models(parameters, problems)
-    facts = family_of(resolved, named)
-    if facts is None and resolved.family:
-        return replace(
-            resolved, problems=(*resolved.problems, unknown_family(resolved.family)), incomplete=True
-        ), folder
-    if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
-        return resolved, folder  # planning reports why
-    base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
-    changes = swap_models(parameters, named, facts, base, problems)
-    columns = TASKS[parameters.task].columns
-    if columns and not resolved.given("dataset_base_path"):
-        what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
-        problems.append(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
-    incomplete = bool(problems)
-    for name in REAL_LORAS:
-        if getattr(parameters, name):
-            what = f"`{name}` requires the real weights and cannot be rehearsed"
-            problems.append(Problem(what, "remove it for the rehearsal", wrong_use=True))
-            changes |= dict.fromkeys(REAL_LORAS[name])
+    with collect_problems() as problems:
+        named = named_models(parameters)
+        facts = family_of(resolved, named)
+        if facts is None and resolved.family:
+            unknown = unknown_family(resolved.family)
+            return replace(resolved, problems=(*resolved.problems, unknown), incomplete=True), folder
+        if facts is None or resolved.incomplete or refused_models(parameters.model_id_with_origin_paths):
+            return resolved, folder  # planning reports why
+        base = folder / f"{facts.name}-v{WEIGHTS_VERSION}"
+        changes = swap_models(parameters, named, facts, base)
+        columns = TASKS[parameters.task].columns
+        if columns and not resolved.given("dataset_base_path"):
+            what = f"the synthetic dataset of a rehearsal has no columns {', '.join(columns)}, which `{parameters.task}` requires"
+            report(Problem(what, "pass a dataset that has them as `--dataset_base_path`", wrong_use=True))
+        incomplete = bool(problems)
+        for name in REAL_LORAS:
+            if getattr(parameters, name):
+                what = f"`{name}` requires the real weights and cannot be rehearsed"
+                report(Problem(what, "remove it for the rehearsal", wrong_use=True))
+                changes |= dict.fromkeys(REAL_LORAS[name])
     if parameters.max_steps is None:
         changes["max_steps"] = REHEARSAL_STEPS
     variant = variant_of(named, facts, parameters.extra_inputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.config.resolve import Resolved
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.errors import DiffSynthError, Problem, report
 from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.hub.model_files import expand_local, locate, split_entry
 from diffsynth_core.models.bases import shapes_in
@@ -34,19 +34,19 @@ class NamedModel:
     parts: tuple[FoundPart, ...] = ()
 
 
-def named_models(parameters: Parameters, problems: list[Problem]) -> list[NamedModel]:
-    """Return the models in the parameters; adds problems of files that are missing or unreadable."""
+def named_models(parameters: Parameters) -> list[NamedModel]:
+    """Return the models in the parameters; report files that are missing or unreadable."""
     entries = parameters.model_id_with_origin_paths
     fetched = [entry for entry in entries if split_entry(entry) and not expand_local(entry)]
     own = [entry for entry in entries if entry not in fetched]
     file_sets, gone = locate(parameters.model_paths, own, Path())
-    problems += gone
+    report(*gone)
     named = [NamedModel(entry, (entry,)) for entry in fetched]
     for file_set in file_sets:
         try:
             named.append(NamedModel(file_set.origin, file_set.entries, tuple(read_file_set(file_set))))
         except DiffSynthError as error:
-            problems += error.problems
+            report(*error.problems)
     return named
 
 
@@ -63,11 +63,11 @@ def family_of(resolved: Resolved, named: Sequence[NamedModel]) -> FamilyFacts | 
 
 
 def swap_models(
-    parameters: Parameters, named: Sequence[NamedModel], facts: FamilyFacts, base: Path, problems: list[Problem]
+    parameters: Parameters, named: Sequence[NamedModel], facts: FamilyFacts, base: Path
 ) -> dict[str, object]:
     """Return model parameters that name tiny components, which are written if they do not exist yet."""
     substitute = variant_of(named, facts, parameters.extra_inputs).model_id
-    swapped = [_swap_files(model, facts, substitute, base, problems) for model in named]
+    swapped = [_swap_files(model, facts, substitute, base) for model in named]
     entries_of = {call: entries for model, entries in zip(named, swapped, strict=True) for call in model.calls}
     float8 = [entry for call in parameters.fp8_models for entry in entries_of.get(call, (call,))]
     return {
@@ -93,9 +93,7 @@ def variant_of(named: Sequence[NamedModel], facts: FamilyFacts, inputs: tuple[st
     return facts.variant({}, inputs, "")
 
 
-def _swap_files(
-    model: NamedModel, facts: FamilyFacts, substitute: str, base: Path, problems: list[Problem]
-) -> tuple[str, ...]:
+def _swap_files(model: NamedModel, facts: FamilyFacts, substitute: str, base: Path) -> tuple[str, ...]:
     """Return the entries of tiny components for a model, written if they do not exist yet.
 
     Local files are replaced with those of `substitute`, a published model.
@@ -109,7 +107,7 @@ def _swap_files(
     entries = []
     for component in components:
         if component is None:
-            problems.append(
+            report(
                 Problem(
                     f"`{model.origin}` is not a component of {facts.title} that can be rehearsed",
                     "specify the files as a recipe does",

@@ -9,7 +9,7 @@ import pytest
 
 from diffsynth_core.config.resolve import Resolved, resolve
 from diffsynth_core.config.tasks import TASKS
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.planning.components import find_components
 from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.replaced import drop_replaced_entries
@@ -20,8 +20,8 @@ from tests.conftest import ENTRIES, MODEL_ID
 
 
 def find(resolved: Resolved, base: Path) -> tuple[ModelPlan, list[Problem]]:
-    problems: list[Problem] = []
-    found = find_components(resolved.parameters, resolved.family, base, problems, without_files=True)
+    with collect_problems(missing_apart=True) as problems:
+        found = find_components(resolved.parameters, resolved.family, base)
     assert found, problems
     return found, problems
 

@@ -8,7 +8,7 @@ import pytest
 from diffsynth_core.checkpoints.run_folder import RunRecord
 from diffsynth_core.config.parameters import DEFAULTS, SETTINGS, Parameters, as_plain
 from diffsynth_core.data.batches import BatchPlan, StepPlan
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.planning.output import check_output
 from diffsynth_core.progress import SilentReporter
 
@@ -41,8 +41,8 @@ def problems_of_resuming(
     folder.mkdir(exist_ok=True)
     RunRecord(before, "qwen-image", 0, "fingerprint", {}, "no", 1, diverged_step=diverged_step).save(folder)
     parameters = Parameters.model_validate({"resume": "auto", **now, "output_path": folder})
-    problems: list[Problem] = []
-    check_output(parameters, "fingerprint", None, "no", (), SilentReporter(), problems)
+    with collect_problems() as problems:
+        check_output(parameters, "fingerprint", None, "no", (), SilentReporter())
     return problems
 
 
@@ -99,8 +99,8 @@ def test_processes_times_accumulation_counts_and_not_the_factors(tmp_path, accum
     given = {"gradient_accumulation_steps": accumulated, "num_processes": processes, "resume": "auto"}
     parameters = Parameters.model_validate({**given, "output_path": tmp_path / "run"})
     steps = StepPlan(BatchPlan([(1, 64, 64)] * 8, 1, 1, 0), accumulated * processes, 1, None)
-    problems: list[Problem] = []
-    check_output(parameters, "fingerprint", steps, "no", (), SilentReporter(), problems)
+    with collect_problems() as problems:
+        check_output(parameters, "fingerprint", steps, "no", (), SilentReporter())
     assert [problem.hint for problem in problems] == (
         [] if same else ["resume with `--gradient_accumulation_steps` x processes = 4"]
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import Problem
+from diffsynth_core.errors import Problem, collect_problems
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from diffsynth_core.models.registry import FAMILIES
 from diffsynth_core.models.spec import ComponentFacts, ComponentFiles, Layout
@@ -51,9 +51,10 @@ def found(dit: ComponentFacts = DIT, shapes: dict[str, tuple[int, ...]] = SHAPES
 
 
 def training(found: ModelPlan, **values: object) -> tuple[Training, list[Problem]]:
-    problems: list[Problem] = []
     parameters = Parameters.model_validate({"lora_base_model": "dit", **values})
-    return find_training(parameters, found, frozenset(), problems), problems
+    with collect_problems() as problems:
+        result = find_training(parameters, found, frozenset())
+    return result, problems
 
 
 def test_a_typed_module_that_is_several_here_is_one():

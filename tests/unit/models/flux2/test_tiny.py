@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffsynth_core.config.parameters import Parameters
+from diffsynth_core.errors import collect_problems
 from diffsynth_core.json_files import read_json
 from diffsynth_core.models.flux2.components import build, config_of, load_tokenizer
 from diffsynth_core.models.flux2.encode import apply_template
@@ -124,7 +125,10 @@ def test_the_template_is_qwen3_s(tmp_path):
 def find(base: Path, problems: list, **models: str):
     """Find components as a run does."""
     entries = tuple(f"{model_id}:{FILE_PATTERNS[component]}" for component, model_id in models.items())
-    return find_components(Parameters(model_id_with_origin_paths=entries), "flux2", base, problems)
+    with collect_problems() as found:
+        result = find_components(Parameters(model_id_with_origin_paths=entries), "flux2", base)
+    problems += found
+    return result
 
 
 @pytest.mark.parametrize("model_id", [KLEIN_4B, KLEIN_9B])

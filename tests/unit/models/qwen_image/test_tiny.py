@@ -3,7 +3,7 @@
 import pytest
 
 from diffsynth_core.config.parameters import Parameters
-from diffsynth_core.errors import DiffSynthError, Problem
+from diffsynth_core.errors import DiffSynthError, collect_problems
 from diffsynth_core.json_files import read_json
 from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.models.qwen_image.components import build, load_processor, load_tokenizer
@@ -58,9 +58,9 @@ def test_the_text_encoder_brings_the_processor_to_where_it_is_looked_for(written
 @pytest.mark.parametrize("given", ["Qwen/Qwen-Image-Edit:processor", "{base}/Qwen/Qwen-Image-Edit/processor"])
 @pytest.mark.parametrize("inputs", [(), ("edit_image",)])
 def test_a_processor_is_named_as_a_path_or_below_the_models_and_read_only_with_images_to_edit(written, given, inputs):
-    problems: list[Problem] = []
     parameters = Parameters(processor_path=given.format(base=written), extra_inputs=inputs)
-    found = find_tokenizers(parameters, QWEN_IMAGE, {}, {}, written, problems)
+    with collect_problems() as problems:
+        found = find_tokenizers(parameters, QWEN_IMAGE, {}, {}, written)
     assert problems == []
     assert found == ({"processor_path": written / "Qwen/Qwen-Image-Edit/processor"} if inputs else {})
 
