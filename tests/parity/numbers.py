@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffsynth_core.models.family import Encoded
 from diffsynth_core.training.objective import add_noise, velocity_loss
+from tests.gradients import unused_parameters
 from tests.parity.models import Ours
 
 TOLERANCE = 1e-5
@@ -94,6 +95,6 @@ def check_batch_equals_singles(ours: Ours, samples: Sequence[Encoded]) -> None:
     summary = f"gradients differ by {worst:.1e}, the largest is {scale:.1e}"
     print(summary)
     assert worst < TOLERANCE < scale / 100, summary
-    dead = ours.family.unused_parameters("dit", ours.transformer, ours.variant)
+    dead = unused_parameters(ours.family.facts, "dit", ours.transformer, ours.variant)
     silent = {name for name, gradient in gradients.items() if not gradient.any()}
     assert silent == dead, f"other parameters than expected get no gradient: {sorted(silent ^ dead)}"

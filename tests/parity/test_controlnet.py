@@ -31,6 +31,7 @@ from diffsynth_core.models.flux import tiny as tiny_flux
 from diffsynth_core.models.patches import pack
 from diffsynth_core.models.qwen_image import tiny as tiny_qwen
 from diffsynth_core.training.objective import add_noise
+from tests.gradients import unused_parameters
 from tests.parity import flux_models
 from tests.parity.models import Ours, load_ours
 from tests.parity.numbers import TOLERANCE, OneStep, difference, noise_for, recorded
@@ -235,7 +236,7 @@ def test_gradients_reach_the_controlnet_through_a_frozen_transformer(pairs, foll
     reached = {
         name for name, gradient in zip(names, found["ours"], strict=True) if gradient is not None and gradient.any()
     }
-    dead = family.unused_parameters("controlnet", ours["controlnet"], pair.ours.variant)
+    dead = unused_parameters(family.facts, "controlnet", ours["controlnet"], pair.ours.variant)
     assert reached == set(names) - dead
     worst = max(
         difference(one, other)

@@ -15,7 +15,6 @@ from torch import Tensor
 from diffsynth_core.data.images import read_image_header
 from diffsynth_core.data.media import MediaCrop, choose_reference, load_pixels
 from diffsynth_core.errors import collect_problems
-from diffsynth_core.models.flux2.encode import truncation_warning
 from diffsynth_core.models.flux2.forward import image_positions, pack, text_positions, unpack
 from diffsynth_core.models.flux2.spec import FLUX2
 from diffsynth_core.models.patches import numbered
@@ -66,9 +65,14 @@ def test_captions_become_different_states(flux2):
 
 
 def test_a_caption_that_is_cut_is_told(flux2):
-    told = {name: truncation_warning(flux2.ours.components, caption) for name, caption in CAPTIONS.items()}
+    (text,) = (encoder for encoder in flux2.ours.variant.encoders if encoder.name == "text")
+
+    def warning(caption):
+        return flux2.ours.family.truncation_warning(text, flux2.ours.components, {"prompt": caption})
+
+    told = {name: warning(caption) for name, caption in CAPTIONS.items()}
     assert {name for name, words in told.items() if words} == {"long", "a token too long"}
-    assert truncation_warning(flux2.ours.components, CAPTIONS["a token too long"][1:]) is None
+    assert warning(CAPTIONS["a token too long"][1:]) is None
     assert told["long"] == "captions are truncated to 512 tokens, template included"
 
 

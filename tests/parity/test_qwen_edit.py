@@ -13,6 +13,7 @@ from diffsynth_core.models.patches import pack
 from diffsynth_core.models.qwen_image.forward import edit_latents
 from diffsynth_core.models.qwen_image.variants import prompt_size, vae_size
 from diffsynth_core.training.objective import add_noise
+from tests.gradients import unused_parameters
 from tests.parity.models import FEW_PIXELS, PUBLISHED_PIXELS, SIZE
 from tests.parity.numbers import TOLERANCE, OneStep, check_batch_equals_singles, difference, noise_for, recorded
 from tests.parity.photographs import PHOTOGRAPHS, photograph
@@ -230,5 +231,5 @@ def test_training_reaches_the_image_half_of_the_text_encoder(edit, request):
     names = [name for name, _ in text_encoder.named_parameters()]
     found = torch.autograd.grad(states.pow(2).sum(), list(text_encoder.parameters()), allow_unused=True)
     silent = {name for name, gradient in zip(names, found, strict=True) if gradient is None or not gradient.any()}
-    assert silent == edit.ours.family.unused_parameters("text_encoder", text_encoder, edit.ours.variant)
+    assert silent == unused_parameters(edit.ours.family.facts, "text_encoder", text_encoder, edit.ours.variant)
     assert silent == {"lm_head.weight"}

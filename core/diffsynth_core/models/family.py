@@ -1,7 +1,8 @@
 """The interface of a model family: the methods that the engine calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,24 @@ from torch import Tensor, nn
 
 from diffsynth_core.config.choices import COMPUTE_DTYPES, ENCODER_DTYPES, TRAINING_TIMESTEPS
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant, is_below
+from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, FamilyFacts, Shapes, Variant
 
 Encoded = dict[str, Tensor]
 """The encodings of one sample, by name, without a batch dimension; floating-point."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an encoder does; `EncoderFacts` of the same name in the family's variants state the rest without torch.
+
+    Attributes:
+        encode: (facts, components, value of each of its columns) -> encodings of one sample.
+        truncation_warning: (facts, components, caption) -> warning about what it ignores of a caption, or None; None:
+            it always reads all.
+    """
+
+    encode: Callable[..., Encoded]
+    truncation_warning: Callable[[EncoderFacts, Mapping[str, Any], str], str | None] | None = None
 
 
 class Family(ABC):
@@ -23,6 +38,8 @@ class Family(ABC):
     """
 
     facts: FamilyFacts
+    encoders: Mapping[str, Encoder]
+    """The encoders of all variants, by name."""
 
     @abstractmethod
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
@@ -41,7 +58,6 @@ class Family(ABC):
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         """Load the tokenizer of a tokenizer parameter, from local files only."""
 
-    @abstractmethod
     def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
         """Apply one encoder to one sample.
 
@@ -49,6 +65,15 @@ class Family(ABC):
             sample: the encoder's columns: the caption as a string, the target as `[3, F, H, W]` float32 in [-1, 1],
                 reference images as a list of such with F = 1.
         """
+        columns = [sample[column] for column in encoder.columns]
+        return self.encoders[encoder.name].encode(encoder, components, *columns)
+
+    def truncation_warning(
+        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
+    ) -> str | None:
+        """Return a warning about the part of a caption that an encoder ignores; None if it reads all of it."""
+        warning = self.encoders[encoder.name].truncation_warning
+        return warning(encoder, components, sample[self.facts.text_column]) if warning else None
 
     @abstractmethod
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
@@ -93,18 +118,6 @@ class Family(ABC):
         `pattern` is the glob of the recipe, such as `transformer/diffusion_pytorch_model*.safetensors`; configuration
         and tokenizer are written too.
         """
-
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        """Return a warning about the part of a sample that an encoder ignores; None if it reads all of it."""
-        return None
-
-    def unused_parameters(self, component: str, module: nn.Module, variant: Variant) -> frozenset[str]:
-        """Return the names of parameters that receive no gradient."""
-        names = [name for name, _ in module.named_parameters()]
-        dead = variant.unused_params(self.facts.component(component), frozenset(names))
-        return frozenset(name for name in names if is_below(name, dead))
 
 
 def encoder_dtype(mixed_precision: str) -> torch.dtype:

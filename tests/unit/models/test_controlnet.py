@@ -21,6 +21,7 @@ from diffsynth_core.models.registry import FAMILIES, load_family
 from diffsynth_core.models.size_facts import LatentFacts
 from diffsynth_core.models.spec import ComponentFiles, EncoderFacts
 from diffsynth_core.models.tiny import fill
+from tests.gradients import unused_parameters
 
 NAMES = {"qwen-image": qwen_names, "flux": flux_names}
 TINY: dict[str, Any] = {"qwen-image": tiny_qwen, "flux": tiny_flux}
@@ -142,7 +143,7 @@ def test_exactly_the_parameters_that_are_known_to_be_dead_get_no_gradient(sizes)
     reached = {name for name, tensor in controlnet.named_parameters() if tensor.grad is not None and tensor.grad.any()}
     names = {name for name, _ in controlnet.named_parameters()}
     variant = FAMILIES[family].variant({"dit": shapes_of(transformer)}, (control.CONTROLNET_IMAGE,), "")
-    dead = load_family(family).unused_parameters("controlnet", controlnet, variant)
+    dead = unused_parameters(FAMILIES[family], "controlnet", controlnet, variant)
     assert names - reached == dead
     if family == "qwen-image" or sizes[3] == 0:
         assert dead, "the text ends somewhere"

@@ -6,30 +6,32 @@ from typing import Any
 from torch import Tensor
 
 from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux.captions import CLIP_TOKENS, T5_TOKENS
+from diffsynth_core.models.spec import EncoderFacts
 
 KONTEXT_LATENTS = "kontext_latents_{}"
 """Name of the latents of a reference image, numbered from 0 within its row."""
 
 
-def encode_pooled_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+def encode_pooled_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
     """Encode a caption with CLIP.
 
     Returns:
         `pooled_prompt_embeds`: the state at the end of the caption, `[768]` in the text encoder's dtype.
     """
-    text_encoder = components["text_encoder_1"]
+    text_encoder = components[encoder.component]
     tokens = _padded(components["tokenizer_1_path"], caption, CLIP_TOKENS).to(text_encoder.device)
     return {"pooled_prompt_embeds": text_encoder(tokens).pooler_output[0]}
 
 
-def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
     """Encode a caption and its padding with T5.
 
     Returns:
         `prompt_embeds`: last hidden states, `[512, 4096]` in the text encoder's dtype.
     """
-    text_encoder = components["text_encoder_2"]
+    text_encoder = components[encoder.component]
     tokens = _padded(components["tokenizer_2_path"], caption, T5_TOKENS).to(text_encoder.device)
     return {"prompt_embeds": text_encoder(tokens).last_hidden_state[0]}
 
@@ -40,11 +42,14 @@ def _padded(tokenizer: Any, caption: str, length: int) -> Tensor:
     return tokens.input_ids  # type: ignore[no-any-return]
 
 
-def truncation_warning(components: Mapping[str, Any], encoder: str, caption: str) -> str | None:
-    """Return a warning about a caption that an encoder truncates, or None."""
-    if encoder == "text_1":
-        long = _is_longer(components["tokenizer_1_path"], caption, CLIP_TOKENS)
-        return f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)" if long else None
+def clip_truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
+    """Return a warning about a caption that CLIP truncates, or None."""
+    long = _is_longer(components["tokenizer_1_path"], caption, CLIP_TOKENS)
+    return f"captions are truncated to {CLIP_TOKENS} tokens for CLIP ({T5_TOKENS} for T5)" if long else None
+
+
+def t5_truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
+    """Return a warning about a caption that T5 truncates, or None."""
     long = _is_longer(components["tokenizer_2_path"], caption, T5_TOKENS)
     return f"captions are truncated to {T5_TOKENS} tokens" if long else None
 
@@ -53,7 +58,7 @@ def _is_longer(tokenizer: Any, caption: str, length: int) -> bool:
     return len(tokenizer(caption, verbose=False)["input_ids"]) > length
 
 
-def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode an image: the mean of the VAE's posterior, shifted and scaled.
 
     Args:
@@ -62,28 +67,42 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     Returns:
         `latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    return {"latents": _latents(vae, pixels)}
+    return {"latents": _latents(components[encoder.component], pixels)}
 
 
-def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
     """Encode reference images as in `encode_latents`.
 
     Returns:
         `kontext_latents_0`, `kontext_latents_1` …: `[16, 1, H / 8, W / 8]` float32.
     """
+    vae = components[encoder.component]
     return {KONTEXT_LATENTS.format(number): _latents(vae, pixels) for number, pixels in enumerate(images)}
 
 
-def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
+def encode_controlnet_latents(
+    encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]
+) -> Encoded:
     """Encode the image of a ControlNet, which has the size of the target.
 
     Returns:
         `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    return {CONTROL_LATENTS: _latents(vae, image)}
+    (image,) = images
+    return {CONTROL_LATENTS: _latents(components[encoder.component], image)}
 
 
 def _latents(vae: Any, pixels: Tensor) -> Tensor:
     batch = pixels.movedim(1, 0).to(vae.device, vae.dtype)  # [1, 3, H, W]
     latents = vae.encode(batch).latent_dist.mode().float()
     return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).movedim(0, 1)  # type: ignore[no-any-return]
+
+
+ENCODERS = {
+    "text_1": Encoder(encode_pooled_text, clip_truncation_warning),
+    "text_2": Encoder(encode_text, t5_truncation_warning),
+    "latents": Encoder(encode_latents),
+    "kontext_latents": Encoder(encode_references),
+    CONTROL_LATENTS: Encoder(encode_controlnet_latents),
+}
+"""Name -> encoder; spec.py has the facts."""

@@ -12,16 +12,17 @@ from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.flux import components as building
 from diffsynth_core.models.flux import encode, forward
 from diffsynth_core.models.flux import tiny as rehearsal
-from diffsynth_core.models.flux.spec import FLUX, KONTEXT_IMAGES
+from diffsynth_core.models.flux.spec import FLUX
 from diffsynth_core.models.patches import stack_samples
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
+from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
 
 
 class Flux(Family):
     """Each method calls the module of its name."""
 
     facts = FLUX
+    encoders = encode.ENCODERS
 
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
         return building.config_of(files, shapes)
@@ -31,25 +32,6 @@ class Flux(Family):
 
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         return building.load_tokenizer(parameter, folder)
-
-    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        match encoder.name:
-            case "text_1":
-                return encode.encode_pooled_text(components, sample["prompt"])
-            case "text_2":
-                return encode.encode_text(components, sample["prompt"])
-            case "kontext_latents":
-                return encode.encode_references(components["vae"], sample[KONTEXT_IMAGES])
-            case control.CONTROL_LATENTS:
-                (image,) = sample[control.CONTROLNET_IMAGE]
-                return encode.encode_controlnet_latents(components["vae"], image)
-            case _:
-                return encode.encode_latents(components["vae"], sample["image"])
-
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        return encode.truncation_warning(components, encoder.name, sample["prompt"]) if "prompt" in sample else None
 
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
         return forward.blank_encoding(variant, denoiser, sizes)

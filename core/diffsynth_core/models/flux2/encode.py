@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.flux2.captions import MAX_TOKENS
 from diffsynth_core.models.flux2.keys import TEXT_LAYERS
+from diffsynth_core.models.spec import EncoderFacts
 
 REFERENCE_LATENTS = "edit_latents_{}"
 """Name of the latents of a reference image, numbered from 0."""
@@ -21,13 +23,13 @@ def apply_template(tokenizer: Any, caption: str) -> str:
     return text
 
 
-def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
     """Encode a caption in its template, padded to 512 tokens, with Qwen3.
 
     Returns:
         `prompt_embeds`: hidden states after layers 9, 18 and 27, `[512, 3 x width]` in the text encoder's dtype.
     """
-    text_encoder, tokenizer = components["text_encoder"], components["tokenizer_path"]
+    text_encoder, tokenizer = components[encoder.component], components["tokenizer_path"]
     tokens = tokenizer(
         apply_template(tokenizer, caption),
         padding="max_length",
@@ -41,33 +43,38 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": torch.cat([states[layer][0] for layer in TEXT_LAYERS], dim=-1)}
 
 
-def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
     """Return a warning about a caption that is truncated, or None."""
     tokenizer = components["tokenizer_path"]
     tokens = tokenizer(apply_template(tokenizer, caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens, template included" if len(tokens) > MAX_TOKENS else None
 
 
-def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode an image: the mean of the VAE's posterior in 2 x 2 patches, normalized with the VAE's running statistics.
 
     Args:
         pixels: `[3, 1, H, W]` in [-1, 1], H and W multiples of 16.
 
     Returns:
-        `[128, 1, H / 16, W / 16]` float32.
+        `latents`: `[128, 1, H / 16, W / 16]` float32.
     """
+    return {"latents": _latents(components[encoder.component], pixels)}
+
+
+def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
+    """Encode reference images to `edit_latents_0`, `edit_latents_1` …, in order, as in `encode_latents`."""
+    vae = components[encoder.component]
+    return {REFERENCE_LATENTS.format(number): _latents(vae, image) for number, image in enumerate(images)}
+
+
+def _latents(vae: Any, pixels: Tensor) -> Tensor:
     posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
     latents = patchify(posterior.mode().float())
     mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
     variance = vae.bn.running_var.float().view(1, -1, 1, 1)
     normalized: Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
     return normalized[0, :, None]
-
-
-def encode_references(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Encode reference images to `edit_latents_0`, `edit_latents_1` …, in order."""
-    return {REFERENCE_LATENTS.format(number): encode_latents(vae, image) for number, image in enumerate(images)}
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -78,3 +85,11 @@ def patchify(latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
     return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * 4, height // 2, width // 2)
+
+
+ENCODERS = {
+    "text": Encoder(encode_text, truncation_warning),
+    "latents": Encoder(encode_latents),
+    "edit_image": Encoder(encode_references),
+}
+"""Name -> encoder; spec.py has the facts."""

@@ -14,13 +14,14 @@ from diffsynth_core.models.flux2 import tiny as rehearsal
 from diffsynth_core.models.flux2.spec import FLUX2
 from diffsynth_core.models.patches import stack_samples
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
+from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
 
 
 class Flux2(Family):
     """Each method calls the module of its name."""
 
     facts = FLUX2
+    encoders = encode.ENCODERS
 
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
         return building.config_of(files, shapes)
@@ -30,20 +31,6 @@ class Flux2(Family):
 
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         return building.load_tokenizer(folder)
-
-    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        match encoder.name:
-            case "text":
-                return encode.encode_text(components, sample["prompt"])
-            case "edit_image":
-                return encode.encode_references(components["vae"], sample["edit_image"])
-            case _:
-                return {"latents": encode.encode_latents(components["vae"], sample["image"])}
-
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
 
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
         return forward.blank_encoding(denoiser, sizes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.control import CONTROL_LATENTS
+from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.qwen_image.captions import (
     DROPPED_EDIT_TOKENS,
     DROPPED_TOKENS,
@@ -22,18 +23,19 @@ from diffsynth_core.models.qwen_image.captions import (
     PROMPT_TEMPLATE,
 )
 from diffsynth_core.models.qwen_image.forward import EDIT_LATENTS
+from diffsynth_core.models.spec import EncoderFacts
 
 IMAGE_TOKEN = "<|image_pad|>"
 """Placeholder token of an image."""
 
 
-def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
     """Encode a caption in its template with Qwen2.5-VL.
 
     Returns:
         `prompt_embeds`: last hidden states, `[L, 3584]` in the text encoder's dtype, L <= 1024.
     """
-    text_encoder = components["text_encoder"]
+    text_encoder = components[encoder.component]
     tokens = components["tokenizer_path"](
         [PROMPT_TEMPLATE.format(caption)],
         max_length=MAX_TOKENS + DROPPED_TOKENS,
@@ -45,8 +47,8 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
 
 
 def encode_edit_text(
-    components: Mapping[str, Any], caption: str, images: Sequence[Tensor], announced: str
-) -> dict[str, Tensor]:
+    encoder: EncoderFacts, components: Mapping[str, Any], caption: str, images: Sequence[Tensor]
+) -> Encoded:
     """Encode the reference images and the caption with Qwen2.5-VL, image tokens first.
 
     Image tokens have positions in height and width, as in the training of the published models. transformers assigns
@@ -55,7 +57,6 @@ def encode_edit_text(
 
     Args:
         images: each `[3, 1, H, W]` in [-1, 1].
-        announced: text for each image in the prompt (`CaptionFacts.announced`).
 
     Returns:
         `prompt_embeds`: last hidden states, `[L, 3584]` in the text encoder's dtype.
@@ -63,10 +64,11 @@ def encode_edit_text(
     Raises:
         DiffSynthError: if caption and images have too many tokens.
     """
-    text_encoder, processor = components["text_encoder"], components["processor_path"]
+    assert encoder.caption
+    text_encoder, processor = components[encoder.component], components["processor_path"]
     shown = processor(images=[_to_bytes(image) for image in images], return_tensors="pt").to(text_encoder.device)
     counts = (shown.image_grid_thw.prod(dim=1) // processor.merge_size**2).tolist()
-    text = EDIT_TEMPLATE.format(announce_images(counts, announced) + caption)
+    text = EDIT_TEMPLATE.format(announce_images(counts, encoder.caption.announced) + caption)
     tokens = components["tokenizer_path"]([text], return_tensors="pt").to(text_encoder.device)
     length = tokens.input_ids.shape[1] - DROPPED_EDIT_TOKENS
     if length > MAX_EDIT_TOKENS:
@@ -99,13 +101,13 @@ def _to_bytes(image: Tensor) -> NDArray[np.uint8]:
     return values.permute(1, 2, 0).cpu().numpy()
 
 
-def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
     """Return a warning about a caption that is truncated, or None."""
     tokens = components["tokenizer_path"](PROMPT_TEMPLATE.format(caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS + DROPPED_TOKENS else None
 
 
-def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode the target.
 
     Args:
@@ -114,25 +116,29 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     Returns:
         `latents`: `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
     """
-    return {"latents": _normalized_latents(vae, pixels)}
+    return {"latents": _normalized_latents(components[encoder.component], pixels)}
 
 
-def encode_edit_latents(vae: Any, images: Sequence[Tensor]) -> dict[str, Tensor]:
+def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
     """Encode reference images, whose sizes may differ.
 
     Returns:
         `edit_latents_0`, `edit_latents_1` …: in order, each `[16, 1, h, w]` float32.
     """
+    vae = components[encoder.component]
     return {EDIT_LATENTS.format(number): _normalized_latents(vae, image) for number, image in enumerate(images)}
 
 
-def encode_controlnet_latents(vae: Any, image: Tensor) -> dict[str, Tensor]:
+def encode_controlnet_latents(
+    encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]
+) -> Encoded:
     """Encode the image of a ControlNet, which has the size of the target.
 
     Returns:
         `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
-    return {CONTROL_LATENTS: _normalized_latents(vae, image)}
+    (image,) = images
+    return {CONTROL_LATENTS: _normalized_latents(components[encoder.component], image)}
 
 
 def _normalized_latents(vae: Any, pixels: Tensor) -> Tensor:
@@ -144,3 +150,14 @@ def _normalized_latents(vae: Any, pixels: Tensor) -> Tensor:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return (latents - mean) / std
+
+
+ENCODERS = {
+    "text": Encoder(encode_text, truncation_warning),
+    "edit_text": Encoder(encode_edit_text),
+    "edit_plus_text": Encoder(encode_edit_text),
+    "latents": Encoder(encode_latents),
+    "edit_latents": Encoder(encode_edit_latents),
+    CONTROL_LATENTS: Encoder(encode_controlnet_latents),
+}
+"""Name -> encoder; variants.py has the facts."""

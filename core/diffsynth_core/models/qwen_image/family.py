@@ -12,17 +12,16 @@ from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.qwen_image import components as building
 from diffsynth_core.models.qwen_image import encode, forward
 from diffsynth_core.models.qwen_image import tiny as rehearsal
-from diffsynth_core.models.qwen_image.captions import EDIT_PLUS_TEXT, EDIT_TEXT
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
-from diffsynth_core.models.qwen_image.variants import EDIT_IMAGE
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
+from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
 
 
 class QwenImage(Family):
     """Each method calls the module of its name."""
 
     facts = QWEN_IMAGE
+    encoders = encode.ENCODERS
 
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
         return building.config_of(files, shapes)
@@ -32,26 +31,6 @@ class QwenImage(Family):
 
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         return building.load_processor(folder) if parameter == "processor_path" else building.load_tokenizer(folder)
-
-    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        match encoder.name:
-            case "text":
-                return encode.encode_text(components, sample["prompt"])
-            case "edit_text" | "edit_plus_text":
-                announced = (EDIT_TEXT if encoder.name == "edit_text" else EDIT_PLUS_TEXT).announced
-                return encode.encode_edit_text(components, sample["prompt"], sample[encoder.columns[1]], announced)
-            case "edit_latents":
-                return encode.encode_edit_latents(components["vae"], sample[EDIT_IMAGE])
-            case control.CONTROL_LATENTS:
-                (image,) = sample[control.CONTROLNET_IMAGE]
-                return encode.encode_controlnet_latents(components["vae"], image)
-            case _:
-                return encode.encode_latents(components["vae"], sample["image"])
-
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
 
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
         return forward.blank_encoding(variant, denoiser, sizes)

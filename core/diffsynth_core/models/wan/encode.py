@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth_core.models.family import Encoded, Encoder
+from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
 from diffsynth_core.models.wan.sizes import FRAMES_PER_LATENT
 
 
-def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor]:
+def encode_text(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> Encoded:
     """Encode a cleaned caption with UMT5.
 
     Returns:
         `prompt_embeds`: last hidden states, `[L, 4096]` in the text encoder's dtype, L <= 512.
     """
-    text_encoder = components["text_encoder"]
+    text_encoder = components[encoder.component]
     tokens = components["tokenizer_path"](
         [clean_caption(caption)], max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).to(text_encoder.device)
@@ -24,13 +26,13 @@ def encode_text(components: Mapping[str, Any], caption: str) -> dict[str, Tensor
     return {"prompt_embeds": states[0]}
 
 
-def truncation_warning(components: Mapping[str, Any], caption: str) -> str | None:
+def truncation_warning(encoder: EncoderFacts, components: Mapping[str, Any], caption: str) -> str | None:
     """Return a warning about a caption that is truncated, or None."""
     tokens = components["tokenizer_path"](clean_caption(caption))["input_ids"]
     return f"captions are truncated to {MAX_TOKENS} tokens" if len(tokens) > MAX_TOKENS else None
 
 
-def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode a clip: the mean of the VAE's posterior, normalized per channel.
 
     Args:
@@ -39,43 +41,48 @@ def encode_latents(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     Returns:
         `latents`: `[C, n + 1, h, w]` float32.
     """
-    latents = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
+    return {"latents": _latents(components[encoder.component], pixels)}
+
+
+def _latents(vae: Any, pixels: Tensor) -> Tensor:
+    latents: Tensor = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
     mean, std = (
         torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    return {"latents": (latents - mean) / std}
+    return (latents - mean) / std
 
 
-def encode_with_clean_first_frame(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+def encode_with_clean_first_frame(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode a clip whose first frame stays clean as the condition (TI2V).
 
     Returns:
         `latents` as in `encode_latents`; `given`: mask of the clean latents, `[1, n + 1, 1, 1]`.
     """
-    encoded = encode_latents(vae, pixels)
+    encoded = encode_latents(encoder, components, pixels)
     given = torch.zeros(1, encoded["latents"].shape[1], 1, 1)
     given[:, 0] = 1
     return encoded | {"given": given}
 
 
-def encode_with_condition(vae: Any, pixels: Tensor, shown: tuple[str, ...]) -> dict[str, Tensor]:
+def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode a clip, and its conditioning frames with their mask as additional channels (I2V).
 
     Args:
+        encoder: its inputs are the conditioning frames: `input_image` (first), `end_image` (last).
         pixels: `[3, F, H, W]` in [-1, 1], F = 4n + 1.
-        shown: the conditioning frames: `input_image` (first), `end_image` (last).
 
     Returns:
         `latents` as in `encode_latents`; `condition`: mask and latents, `[4 + C, n + 1, h, w]` float32.
     """
+    vae, shown = components[encoder.component], encoder.inputs
     kept = torch.zeros_like(pixels)
     for frame in conditioning_frames(shown):
         kept[:, frame] = pixels[:, frame]
-    latents = encode_latents(vae, kept)["latents"]
+    latents = _latents(vae, kept)
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    return encode_latents(vae, pixels) | {"condition": torch.cat([spread, latents])}
+    return {"latents": _latents(vae, pixels), "condition": torch.cat([spread, latents])}
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:
@@ -93,12 +100,12 @@ def conditioning_mask(frames: int, shown: tuple[str, ...]) -> Tensor:
     return filled.view(-1, FRAMES_PER_LATENT).T
 
 
-def encode_image(image_encoder: Any, pixels: Tensor, shown: tuple[str, ...]) -> dict[str, Tensor]:
+def encode_image(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
     """Encode conditioning frames with CLIP.
 
     Args:
+        encoder: its inputs are those whose frames are encoded; if it has none, the first frame is.
         pixels: `[3, F, H, W]` in [-1, 1].
-        shown: extra inputs whose frames are encoded; if empty, the first frame.
 
     Returns:
         `image_embeds`: hidden states before the last layer, of N frames one after the other, `[257 N, 1280]` in the
@@ -106,9 +113,20 @@ def encode_image(image_encoder: Any, pixels: Tensor, shown: tuple[str, ...]) -> 
     """
     from transformers import CLIPImageProcessorPil
 
-    frames = conditioning_frames(shown) or [0]
+    image_encoder = components[encoder.component]
+    frames = conditioning_frames(encoder.inputs) or [0]
     images = ((pixels[:, frames] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)  # [N, H, W, 3]
     inputs = CLIPImageProcessorPil()(images=list(images.cpu().numpy()), return_tensors="pt")
     values = inputs["pixel_values"].to(image_encoder.device, image_encoder.dtype)
     states = image_encoder(values, output_hidden_states=True).hidden_states[-2]
     return {"image_embeds": states.flatten(0, 1)}
+
+
+ENCODERS = {
+    "text": Encoder(encode_text, truncation_warning),
+    "latents": Encoder(encode_latents),
+    "latents_with_first_given": Encoder(encode_with_clean_first_frame),
+    "latents_with_condition": Encoder(encode_with_condition),
+    "image": Encoder(encode_image),
+}
+"""Name -> encoder; spec.py has the facts."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.size_facts import StepSizes
-from diffsynth_core.models.spec import ComponentFiles, EncoderFacts, Shapes, Variant
+from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
 from diffsynth_core.models.wan import components as building
 from diffsynth_core.models.wan import encode, forward
 from diffsynth_core.models.wan import tiny as rehearsal
@@ -20,6 +20,7 @@ class Wan(Family):
     """Each method calls the module of its name."""
 
     facts = WAN
+    encoders = encode.ENCODERS
 
     def config_of(self, files: ComponentFiles, shapes: Shapes) -> dict[str, Any]:
         return building.config_of(files, shapes)
@@ -29,24 +30,6 @@ class Wan(Family):
 
     def load_tokenizer(self, parameter: str, folder: Path) -> Any:
         return building.load_tokenizer(folder)
-
-    def encode(self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]) -> Encoded:
-        match encoder.name:
-            case "text":
-                return encode.encode_text(components, sample["prompt"])
-            case "image":
-                return encode.encode_image(components["image_encoder"], sample["video"], encoder.inputs)
-            case "latents_with_condition":
-                return encode.encode_with_condition(components["vae"], sample["video"], encoder.inputs)
-            case "latents_with_first_given":
-                return encode.encode_with_clean_first_frame(components["vae"], sample["video"])
-            case _:
-                return encode.encode_latents(components["vae"], sample["video"])
-
-    def truncation_warning(
-        self, encoder: EncoderFacts, components: Mapping[str, Any], sample: Mapping[str, Any]
-    ) -> str | None:
-        return encode.truncation_warning(components, sample["prompt"]) if encoder.name == "text" else None
 
     def blank_encoding(self, variant: Variant, denoiser: Any, sizes: StepSizes) -> Encoded:
         return forward.blank_encoding(variant, denoiser, sizes)
