@@ -108,6 +108,17 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """Return the images or clips of latents as `collate` batches them, the inverse of the target's encoder.
+
+        Args:
+            latents: `[B, C, F', h, w]` float32.
+
+        Returns:
+            `[B, 3, F, H, W]` float32 in [-1, 1].
+        """
+
+    @abstractmethod
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         """Enable gradient checkpointing in a component."""
 

@@ -98,6 +98,13 @@ def _latents(vae: Any, pixels: Tensor) -> Tensor:
     return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).movedim(0, 1)  # type: ignore[no-any-return]
 
 
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents, the inverse of `encode_latents`; shapes as in `Family.decode`."""
+    scaled = latents[:, :, 0] / vae.config.scaling_factor + vae.config.shift_factor
+    pixels: Tensor = vae.decode(scaled.to(vae.device, vae.dtype)).sample
+    return pixels.float().clamp(-1, 1)[:, :, None]
+
+
 ENCODERS = {
     "text_1": Encoder(encode_pooled_text, clip_truncation_warning),
     "text_2": Encoder(encode_text, t5_truncation_warning),

@@ -45,6 +45,9 @@ class Flux(Family):
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
 
+    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
+        return encode.decode(components["vae"], latents)
+
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         building.checkpoint_gradients(component, module)
 

@@ -71,10 +71,15 @@ def encode_references(encoder: EncoderFacts, components: Mapping[str, Any], imag
 def _latents(vae: Any, pixels: Tensor) -> Tensor:
     posterior = vae.encode(pixels[None, :, 0].to(vae.device, vae.dtype)).latent_dist
     latents = patchify(posterior.mode().float())
+    mean, std = _statistics(vae)
+    return ((latents - mean) / std)[0, :, None]
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Return the VAE's running mean and standard deviation of patches, each `[1, 4C, 1, 1]` float32."""
     mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
     variance = vae.bn.running_var.float().view(1, -1, 1, 1)
-    normalized: Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
-    return normalized[0, :, None]
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -85,6 +90,20 @@ def patchify(latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # [B, C, h/2, 2, w/2, 2]
     return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * 4, height // 2, width // 2)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents, the inverse of `encode_latents`; shapes as in `Family.decode`."""
+    mean, std = _statistics(vae)
+    pixels: Tensor = vae.decode(unpatchify(latents[:, :, 0] * std + mean).to(vae.device, vae.dtype)).sample
+    return pixels.float().clamp(-1, 1)[:, :, None]
+
+
+def unpatchify(latents: Tensor) -> Tensor:
+    """Invert `patchify`: `[B, 4C, h/2, w/2]` -> `[B, C, h, w]`."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels // 4, 2, 2, height, width)  # [B, C, 2, 2, h/2, w/2]
+    return patches.permute(0, 1, 4, 2, 5, 3).reshape(batch, channels // 4, height * 2, width * 2)
 
 
 ENCODERS = {

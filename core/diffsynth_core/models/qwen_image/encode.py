@@ -24,6 +24,7 @@ from diffsynth_core.models.qwen_image.captions import (
 )
 from diffsynth_core.models.qwen_image.forward import EDIT_LATENTS
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.video_vae import encode_normalized
 
 IMAGE_TOKEN = "<|image_pad|>"
 """Placeholder token of an image."""
@@ -116,7 +117,7 @@ def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels:
     Returns:
         `latents`: `[16, (F - 1) / 4 + 1, H / 8, W / 8]` float32.
     """
-    return {"latents": _normalized_latents(components[encoder.component], pixels)}
+    return {"latents": encode_normalized(components[encoder.component], pixels)}
 
 
 def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], images: Sequence[Tensor]) -> Encoded:
@@ -126,7 +127,7 @@ def encode_edit_latents(encoder: EncoderFacts, components: Mapping[str, Any], im
         `edit_latents_0`, `edit_latents_1` …: in order, each `[16, 1, h, w]` float32.
     """
     vae = components[encoder.component]
-    return {EDIT_LATENTS.format(number): _normalized_latents(vae, image) for number, image in enumerate(images)}
+    return {EDIT_LATENTS.format(number): encode_normalized(vae, image) for number, image in enumerate(images)}
 
 
 def encode_controlnet_latents(
@@ -138,18 +139,7 @@ def encode_controlnet_latents(
         `controlnet_latents`: `[16, 1, H / 8, W / 8]` float32.
     """
     (image,) = images
-    return {CONTROL_LATENTS: _normalized_latents(components[encoder.component], image)}
-
-
-def _normalized_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """Return the mean of the VAE's posterior, normalized per channel."""
-    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    latents: Tensor = posterior.mode()[0].float()
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (latents - mean) / std
+    return {CONTROL_LATENTS: encode_normalized(components[encoder.component], image)}
 
 
 ENCODERS = {

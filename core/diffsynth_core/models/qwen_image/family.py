@@ -15,6 +15,7 @@ from diffsynth_core.models.qwen_image import tiny as rehearsal
 from diffsynth_core.models.qwen_image.spec import QWEN_IMAGE
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
+from diffsynth_core.models.video_vae import decode_normalized
 
 
 class QwenImage(Family):
@@ -43,6 +44,9 @@ class QwenImage(Family):
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch, components.get(control.CONTROLNET))
+
+    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
+        return decode_normalized(components["vae"], latents)
 
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         building.checkpoint_gradients(component, module)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffsynth_core.models.family import Encoded, Encoder
 from diffsynth_core.models.spec import EncoderFacts
+from diffsynth_core.models.video_vae import encode_normalized
 from diffsynth_core.models.wan.captions import MAX_TOKENS, clean_caption
 from diffsynth_core.models.wan.sizes import FRAMES_PER_LATENT
 
@@ -41,16 +42,7 @@ def encode_latents(encoder: EncoderFacts, components: Mapping[str, Any], pixels:
     Returns:
         `latents`: `[C, n + 1, h, w]` float32.
     """
-    return {"latents": _latents(components[encoder.component], pixels)}
-
-
-def _latents(vae: Any, pixels: Tensor) -> Tensor:
-    latents: Tensor = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (latents - mean) / std
+    return {"latents": encode_normalized(components[encoder.component], pixels)}
 
 
 def encode_with_clean_first_frame(encoder: EncoderFacts, components: Mapping[str, Any], pixels: Tensor) -> Encoded:
@@ -79,10 +71,10 @@ def encode_with_condition(encoder: EncoderFacts, components: Mapping[str, Any], 
     kept = torch.zeros_like(pixels)
     for frame in conditioning_frames(shown):
         kept[:, frame] = pixels[:, frame]
-    latents = _latents(vae, kept)
+    latents = encode_normalized(vae, kept)
     mask = conditioning_mask(pixels.shape[1], shown).to(latents.device)
     spread = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    return {"latents": _latents(vae, pixels), "condition": torch.cat([spread, latents])}
+    return {"latents": encode_normalized(vae, pixels), "condition": torch.cat([spread, latents])}
 
 
 def conditioning_frames(shown: tuple[str, ...]) -> list[int]:

@@ -10,6 +10,7 @@ from diffsynth_core.config.choices import TRAINING_TIMESTEPS
 from diffsynth_core.models.family import Encoded, Family
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import ComponentFiles, Shapes, Variant
+from diffsynth_core.models.video_vae import decode_normalized
 from diffsynth_core.models.wan import components as building
 from diffsynth_core.models.wan import encode, forward
 from diffsynth_core.models.wan import tiny as rehearsal
@@ -42,6 +43,9 @@ class Wan(Family):
 
     def predict_velocity(self, components: Mapping[str, Any], noisy: Tensor, sigma: Tensor, batch: Encoded) -> Tensor:
         return forward.predict_velocity(components["dit"], noisy, sigma, batch)
+
+    def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
+        return decode_normalized(components["vae"], latents)
 
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
         building.checkpoint_gradients(component, module)

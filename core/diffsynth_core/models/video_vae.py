@@ -1,0 +1,33 @@
+"""Latents of the causal video VAEs of Qwen-Image and Wan, normalized per channel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def encode_normalized(vae: Any, pixels: Tensor) -> Tensor:
+    """Return the mean of the VAE's posterior, normalized: `[3, F, H, W]` in [-1, 1] -> `[C, n + 1, h, w]` float32.
+
+    F = 4n + 1.
+    """
+    latents: Tensor = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
+    mean, std = _statistics(vae, latents.device)
+    return (latents - mean) / std
+
+
+def decode_normalized(vae: Any, latents: Tensor) -> Tensor:
+    """Return the pixels of normalized latents: `[B, C, n + 1, h, w]` -> `[B, 3, F, H, W]` float32 in [-1, 1]."""
+    mean, std = _statistics(vae, latents.device)
+    scaled = latents / (1 / std) + mean  # as the pipelines write it, which rounds otherwise than `latents * std`
+    pixels: Tensor = vae.decode(scaled.to(vae.device, vae.dtype)).sample
+    return pixels.float().clamp(-1, 1)
+
+
+def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents' channels, each `[C, 1, 1, 1]`."""
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
