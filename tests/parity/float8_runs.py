@@ -74,7 +74,8 @@ def _settle(model: TrainingModule) -> None:
 def round_weights(plan: RunPlan, component: str, module: nn.Module) -> int:
     """Round in place the weights that would be stored in 8-bit floats; return their number."""
     files = replace(plan.model.components[component], float8=True)
-    narrow = float8_weights(files, build_empty(load_family(plan.model.facts.name), files))
+    family = load_family(plan.model.facts.name)
+    narrow = float8_weights(family, files, build_empty(family, files))
     parameters = {name.replace(".base_layer.", "."): value for name, value in module.named_parameters()}
     for name in narrow:
         weight = parameters[name].data

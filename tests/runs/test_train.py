@@ -259,7 +259,7 @@ def test_a_plan_can_be_handed_to_worker_processes_of_any_kind(photographs, tiny_
 
     resolved = resolve({"recipe": "qwen-image-lora", "dataset_base_path": str(photographs), "output_path": "unused"})
     plan = make_plan(resolved, SilentReporter(), base=tiny_models)
-    assert pickle.loads(pickle.dumps(plan)).components == plan.model.components
+    assert pickle.loads(pickle.dumps(plan)).model.components == plan.model.components
 
 
 def test_two_runs_in_one_folder_are_kept_apart(cli, photographs, tmp_path):

@@ -18,7 +18,6 @@ USED = {
     (MEASURE, "_pytree"),
     (MEASURE, "_set_gradient_checkpointing"),
     ("core/diffsynth_core/models/autocast.py", "_pytree"),
-    ("core/diffsynth_core/models/loading.py", "_keep_in_fp32_modules"),
     ("core/diffsynth_core/training/activations.py", "_base"),
     ("core/diffsynth_core/training/loop.py", "_reset_state"),
     ("core/diffsynth_core/hub/client.py", "_Hash"),  # of typeshed, imported for the type checker alone
@@ -88,11 +87,3 @@ def test_the_base_of_a_view_is_what_it_views():
     weight = nn.Parameter(torch.zeros(2, 3))
     assert weight.t()._base is weight
     assert weight.clone()._base is None
-
-
-def test_diffusers_names_what_stays_in_float32():
-    from diffusers.models.modeling_utils import ModelMixin
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    assert ModelMixin._keep_in_fp32_modules is None
-    assert "scale_shift_table" in WanTransformer3DModel._keep_in_fp32_modules

@@ -2,7 +2,7 @@
 
 Their forward pass runs on the meta device: every tensor has its shape, dtype and storage, and none has values, so that
 models and batches of any size take no memory and little time (`FakeTensorMode` takes four times as long, and is private
-to PyTorch). Denoisers are built with three blocks of each kind; what the second of them adds counts for the others.
+to PyTorch). Of a list of blocks a few may be built; what the second of them adds counts for those that are not.
 """
 
 from collections import defaultdict
@@ -21,16 +21,10 @@ from torch.utils._pytree import tree_leaves
 from diffsynth_core.models.activation_cache import StepActivations
 from diffsynth_core.models.autocast import Autocast
 from diffsynth_core.models.family import Family
-from diffsynth_core.models.loading import place, stays_float32, store_in_float8, tie
+from diffsynth_core.models.loading import place, store_in_float8, tie
 from diffsynth_core.models.prepare import ComponentSetup, prepare_component
 from diffsynth_core.models.size_facts import StepSizes
 from diffsynth_core.models.spec import EncoderFacts, Variant
-
-DEPTHS = ("num_layers", "num_single_layers")
-"""What configurations of diffusers' transformers and ControlNets call their number of blocks, of either kind."""
-MEASURED_BLOCKS = 3
-"""Of each kind: the first, one that stands for all between, and the last."""
-
 
 Owner = tuple[str, int]
 """Which of a list of blocks something belongs to: the list by component and name, and the place in it."""
@@ -40,10 +34,10 @@ Owner = tuple[str, int]
 class MeasuredComponent:
     """A component that takes part in a step.
 
-    `config`: its constructor settings. `dtype`: of frozen weights.
+    `config`: constructor settings of what is built. `dtype`: of frozen weights.
     `float32`: names of weights that are float32 whatever the others are. `float8`: those of blocks are stored in 8-bit
     floats.
-    `blocks`: the lists of its blocks -> how many there are, of which three are built; blank: all are.
+    `blocks`: the lists of blocks that stand for longer ones -> how many blocks those have.
     """
 
     config: Mapping[str, Any]
@@ -214,17 +208,15 @@ def _build(family: Family, name: str, component: MeasuredComponent) -> nn.Module
     """A component as training has it, on the meta device."""
     from accelerate import init_empty_weights
 
-    config = dict(component.config)
-    if component.blocks:
-        config |= {depth: min(config[depth], MEASURED_BLOCKS) for depth in DEPTHS if config.get(depth)}
     with init_empty_weights(include_buffers=False):
-        module = family.build(name, config)
+        module = family.build(name, component.config)
     module.eval().requires_grad_(False)
+    facts = family.facts.component(name)
     if component.float8:
-        store_in_float8(module, component.dtype)
+        store_in_float8(facts, module, component.dtype)
     prepare_component(family, name, module, component.setup)
     for weight, parameter in list(module.named_parameters()):
-        wide = parameter.requires_grad or weight in component.float32 or stays_float32(module, weight)
+        wide = parameter.requires_grad or weight in component.float32 or facts.stays_float32(weight)
         if parameter.is_floating_point():
             dtype = torch.float32 if wide else component.dtype
             place(module, weight, parameter.detach().to(dtype), parameter.requires_grad)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,18 @@ class Family(ABC):
             `[B, 3, F, H, W]` float32 in [-1, 1].
         """
 
-    @abstractmethod
     def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
-        """Enable gradient checkpointing in a component."""
+        """Enable gradient checkpointing in a component, if its class supports it: diffusers' video VAEs do not."""
+        from diffusers.models.modeling_utils import ModelMixin
+        from transformers import PreTrainedModel
+
+        if isinstance(module, PreTrainedModel):
+            # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
+            module.activation_checkpointing_enable({"use_reentrant": False})
+            module.train()
+        elif isinstance(module, ModelMixin):
+            with suppress(ValueError):  # raised by classes without support
+                module.enable_gradient_checkpointing()
 
     @abstractmethod
     def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:

@@ -9,7 +9,7 @@ from diffsynth_core.adapters.float8 import FLOAT8, LARGEST, Float8Linear, fits, 
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.bases import part_of, shapes_in
 from diffsynth_core.models.family import Family
-from diffsynth_core.models.spec import ComponentFiles
+from diffsynth_core.models.spec import ComponentFacts, ComponentFiles
 from diffsynth_core.progress import Reporter, format_bytes, pluralize
 from diffsynth_core.weights.tensors import dequantize, iterate_weights
 
@@ -104,7 +104,7 @@ def load_component(
 
     Each tensor is read, converted and moved separately, so that there is never a second copy of the model in memory.
     Buffers keep their own dtype, because a rotary table rounded to bfloat16 is off by up to half a radian; so do
-    weights that diffusers keeps in float32. For files with `float8`, the weights of `float8_layers` are stored in
+    weights in the family's `fp32_modules`. For files with `float8`, the weights of `float8_layers` are stored in
     8-bit floats, except for those outside the range, which is reported. Weights that the files store in 8-bit floats
     with a scale per row or per tensor keep both; those with other scales are dequantized first.
 
@@ -118,7 +118,8 @@ def load_component(
     """
     module = build_empty(family, files)
     raise_if_any(_compare(files, module))
-    in_float8 = float8_weights(files, module)
+    facts = family.facts.component(files.component)
+    in_float8 = float8_weights(family, files, module)
     buffers = {name for name, _ in module.named_buffers()}
     part = part_of(files)
     label = f"Loading {files.component} ({format_bytes(part.nbytes)})"
@@ -131,7 +132,7 @@ def load_component(
                 continue
             tensor = stored if scale is None else dequantize(stored, scale)
             for name, value in files.layout.names.split(key, tensor).items():
-                wide = name in float32 or stays_float32(module, name)
+                wide = name in float32 or facts.stays_float32(name)
                 kept = torch.float32 if wide else dtype
                 changed = change(name, value, kept) if change else value
                 if name in in_float8 and fits(changed):
@@ -168,35 +169,27 @@ def _cut_stored(files: ComponentFiles, key: str, stored: Tensor, scale: Tensor) 
     return {name: (piece.view(FLOAT8), scales[name]) for name, piece in pieces.items()}
 
 
-def store_in_float8(module: nn.Module, dtype: torch.dtype) -> None:
+def store_in_float8(facts: ComponentFacts, module: nn.Module, dtype: torch.dtype) -> None:
     """Store the suitable weights of an empty module in 8-bit floats, to be computed with in `dtype`."""
     for layer in float8_layers(module):
         name = f"{layer}.weight"
-        if not stays_float32(module, name):
+        if not facts.stays_float32(name):
             _store(module, name, module.get_parameter(name), dtype, torch.device("meta"))
 
 
-def float8_weights(files: ComponentFiles, module: nn.Module) -> frozenset[str]:
+def float8_weights(family: Family, files: ComponentFiles, module: nn.Module) -> frozenset[str]:
     """Return the names of the weights of an empty module to store in 8-bit floats."""
     if not files.float8:
         return frozenset()
+    facts = family.facts.component(files.component)
     weights = (f"{layer}.weight" for layer in float8_layers(module))
-    return frozenset(name for name in weights if not stays_float32(module, name))
+    return frozenset(name for name in weights if not facts.stays_float32(name))
 
 
 def tie(module: nn.Module) -> None:
     """Tie shared tensors again: filling or moving them separates them."""
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
-
-
-def stays_float32(module: nn.Module, name: str) -> bool:
-    """Return whether diffusers loads a weight in float32 whatever the dtype of the model."""
-    from diffusers.models.modeling_utils import ModelMixin
-
-    # Private, but the one place where diffusers says it: `tests/unit/test_private_names.py`.
-    kept = module._keep_in_fp32_modules if isinstance(module, ModelMixin) else None
-    return any(part in name.split(".") for part in kept or ())
 
 
 def place(module: nn.Module, name: str, value: Tensor, requires_grad: bool = False) -> None:

@@ -267,7 +267,7 @@ def _is_ruled_out(reading: LoraReading, tensors: Mapping[str, TensorHeader]) -> 
 
 def _is_beyond_the_last_block(module: str, component: ComponentFacts) -> bool:
     """Whether a public module is in a block that no published model has."""
-    for start, count in component.blocks.items():
+    for start, count in component.max_blocks.items():
         number = module.removeprefix(start).partition(".")[0]
         if module.startswith(start) and number.isdigit() and int(number) >= count:
             return True

@@ -88,7 +88,10 @@ class ComponentFacts:
         lora_fused: LoRA format whose modules may fuse several public ones -> map from names there to public names.
         sides: rows and columns of the weights of some of `modules`, in a common unit, which distinguish families with
             the same module names.
-        blocks: prefix of a block's public name -> largest number of blocks in published models.
+        blocks: list of repeated blocks (module key) -> constructor option with its length, in the order of the forward
+            pass.
+        max_blocks: prefix of a block's public name -> largest number of blocks in published models.
+        fp32_modules: parts of the keys of weights that stay float32 whatever the dtype of the others, if frozen.
         unread_formats: LoRA formats whose names for `modules` no other program reads.
         published: for the `original` layout, if its keys are not the documented ones: map to module keys; None: there
             is none.
@@ -108,7 +111,9 @@ class ComponentFacts:
     lora_key_maps: Mapping[LoraFormat, KeyMap | None] = field(default_factory=dict)
     lora_fused: Mapping[LoraFormat, KeyMap] = field(default_factory=dict)
     sides: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    blocks: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    max_blocks: Mapping[str, int] = field(default_factory=dict)
+    fp32_modules: frozenset[str] = frozenset()
     unread_formats: tuple[LoraFormat, ...] = ()
     published: Mapping[str, KeyMap | None] = field(default_factory=dict)
     unused_params: Callable[[frozenset[str]], frozenset[str]] = nothing_unused
@@ -123,6 +128,10 @@ class ComponentFacts:
         return (
             layout.public_keys if layout_name == "documented" else self.published.get(layout_name, layout.public_keys)
         )
+
+    def stays_float32(self, name: str) -> bool:
+        """Return whether a weight, by module key, is loaded in float32 whatever the dtype of the model."""
+        return not self.fp32_modules.isdisjoint(name.split("."))
 
     @property
     def lora_naming(self) -> LoraNaming:
@@ -241,7 +250,6 @@ class FamilyFacts:
         conditions: extra inputs that are metadata columns, of all its variants.
         frame_inputs: extra inputs that are frames of the target clip, not columns.
         later_inputs: extra inputs of DiffSynth-Studio for this family that are not supported yet.
-        fp32_modules: parts of the keys of weights that stay float32 in a frozen denoiser.
     """
 
     name: str
@@ -261,7 +269,6 @@ class FamilyFacts:
     conditions: tuple[Condition, ...] = ()
     frame_inputs: tuple[str, ...] = ()
     later_inputs: tuple[str, ...] = ()
-    fp32_modules: frozenset[str] = frozenset()
 
     def component(self, name: str) -> ComponentFacts:
         """Return the component of a name."""

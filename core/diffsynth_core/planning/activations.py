@@ -1,7 +1,7 @@
 """What the activations of a plan's steps take: each kind of step is measured once and remembered. No torch."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.activation_cache import StepActivations, remembered
 from diffsynth_core.models.registry import load_family
+from diffsynth_core.models.shapes import count_blocks
 from diffsynth_core.models.spec import EncoderFacts, is_below
 from diffsynth_core.planning.plan import RunPlan
 
@@ -189,16 +190,24 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: "MemoryCo
     from diffsynth_core.models.family import frozen_dtype
 
     shapes, layout = plan.model.shapes[component], plan.model.components[component].layout
-    setup = component_setup(plan, component, shapes, config.rank)
-    blocks: dict[str, int] = {}
-    if component in (plan.model.facts.denoiser, *plan.model.variant.step_components):
-        own = {module: layout.public_keys.to_targets(module) or () for module in setup.lora_modules}
-        carriers = frozenset(name for names in own.values() for name in names)
-        blocks = _like_blocks(shapes, setup.trained | carriers)
+    setup, settings = (
+        component_setup(plan, component, shapes, config.rank),
+        _constructor_settings(plan, family, component),
+    )
+    depths = plan.model.facts.component(component).blocks
+    blocks = {name: count for name in depths if (count := count_blocks(shapes, f"{name}."))}
+    own = {module: layout.public_keys.to_targets(module) or () for module in setup.lora_modules}
+    carriers = frozenset(name for names in own.values() for name in names)
+    if blocks and _are_alike(blocks, setup.trained | carriers):
+        settings |= {
+            option: min(settings[option], MEASURED_BLOCKS) for option in depths.values() if settings.get(option)
+        }
         built = tuple(module for module, names in own.items() if _built(names, carriers, blocks))
         setup = replace(setup, lora_modules=built, trained=_built(shapes, setup.trained, blocks))
+    else:
+        blocks = {}
     return MeasuredComponent(
-        _constructor_settings(plan, family, component),
+        settings,
         frozen_dtype(config.precision),
         replace(setup, checkpointing=True),
         plan.training.weights(component, layout, shapes),
@@ -207,35 +216,30 @@ def _measured(plan: RunPlan, family: "Family", component: str, config: "MemoryCo
     )
 
 
-def _like_blocks(names: Collection[str], trained: Collection[str]) -> dict[str, int]:
-    """The outermost lists of blocks and their lengths, where the same of each block trains but the last; else nothing.
+def _are_alike(blocks: Mapping[str, int], trained: Collection[str]) -> bool:
+    """Whether the same trains in each block of a list but the last.
 
     Args:
-        names: of all weights. trained: of weights, and of modules with a LoRA.
+        blocks: lists and their lengths.
+        trained: weights, and modules with a LoRA.
     """
-    counts: dict[str, int] = defaultdict(int)
     of_block: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for name in names:
-        blocks, index, _ = _block_of(name)
-        if index is not None:
-            counts[blocks] = max(counts[blocks], index + 1)
     for name in trained:
-        blocks, index, rest = _block_of(name)
-        if index is not None:
-            of_block[blocks, index].add(rest)
-    alike = all(
-        of_block[blocks, index] == of_block[blocks, 0] for blocks, count in counts.items() for index in range(count - 1)
+        if found := _block_of(name, blocks):
+            of_block[found[:2]].add(found[2])
+    return all(
+        of_block[name, index] == of_block[name, 0] for name, count in blocks.items() for index in range(count - 1)
     )
-    return dict(counts) if alike else {}
 
 
 def _built(names: Collection[str], chosen: Collection[str], blocks: Mapping[str, int]) -> frozenset[str]:
     """Those of the names that are chosen, in what is built: the last built block of a list stands for its last."""
     found = set()
     for name in names:
-        outer, index, rest = _block_of(name)
         stands_for = name
-        if index is not None and blocks.get(outer, 0) > MEASURED_BLOCKS:
+        block = _block_of(name, blocks)
+        if block and blocks[block[0]] > MEASURED_BLOCKS:
+            outer, index, rest = block
             if index >= MEASURED_BLOCKS:
                 continue
             if index == MEASURED_BLOCKS - 1:
@@ -245,7 +249,10 @@ def _built(names: Collection[str], chosen: Collection[str], blocks: Mapping[str,
     return frozenset(found)
 
 
-def _block_of(name: str) -> tuple[str, int | None, str]:
-    """The outermost list that a weight stands in, its place there, and its name below; None outside of lists."""
-    blocks, index, *rest = *name.split(".", 2), ""
-    return (blocks, int(index), rest[0]) if index.isdecimal() else (blocks, None, "")
+def _block_of(name: str, blocks: Iterable[str]) -> tuple[str, int, str] | None:
+    """The list of blocks that a weight stands in, its place there, and its name below; None outside of them."""
+    outer = next((outer for outer in blocks if name.startswith(f"{outer}.")), None)
+    if outer is None:
+        return None
+    index, _, rest = name.removeprefix(f"{outer}.").partition(".")
+    return outer, int(index), rest

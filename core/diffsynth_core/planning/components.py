@@ -303,7 +303,7 @@ def float8_shares(found: ModelPlan) -> dict[str, float | None]:
         elif files.float8:
             module = build_empty(family, files)
             sizes = {weight: parameter.numel() for weight, parameter in module.named_parameters()}
-            shares[name] = sum(sizes[weight] for weight in float8_weights(files, module)) / sum(sizes.values())
+            shares[name] = sum(sizes[weight] for weight in float8_weights(family, files, module)) / sum(sizes.values())
     return shares
 
 

@@ -230,8 +230,7 @@ def weight_bytes(plan: RunPlan, component: str, config: MemoryConfig) -> int:
     shapes = plan.model.shapes.get(component)
     if not shapes:
         return count_parameters(plan, component) * low
-    fp32_modules = plan.model.facts.fp32_modules if component == plan.model.facts.denoiser else frozenset[str]()
-    fp32 = {name for name in shapes if not fp32_modules.isdisjoint(name.split("."))}
+    fp32 = set(filter(plan.model.facts.component(component).stays_float32, shapes))
     fp32 |= plan.training.weights(component, plan.model.components[component].layout, shapes)
     layers = layers_of_blocks(shapes) if component in config.float8 else ()
     float8 = {f"{layer}.weight" for layer in layers} - fp32

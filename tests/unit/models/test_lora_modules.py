@@ -101,12 +101,12 @@ def test_names_of_all_dialects_lead_back_to_one_module(family, lora_format):
 def test_sides_and_blocks_are_those_of_the_real_classes(family):
     """These distinguish families whose modules have the same names."""
     facts = FAMILIES[family].component("dit")
-    assert facts.sides and facts.blocks
+    assert facts.sides and facts.max_blocks
     for shapes in shapes_of(family):
         for pattern, (rows, columns) in facts.sides.items():
             out, into = shapes[f"{pattern.format(0)}.weight"]
             assert out * columns == into * rows, pattern
-        for start, most in facts.blocks.items():
+        for start, most in facts.max_blocks.items():
             met = {int(name.removeprefix(start).partition(".")[0]) for name in shapes if name.startswith(start)}
             assert met and max(met) < most
 

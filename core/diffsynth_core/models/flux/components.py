@@ -154,13 +154,3 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
         "scaling_factor": SCALING_FACTOR,
         "shift_factor": SHIFT_FACTOR,
     }
-
-
-def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Enable gradient checkpointing."""
-    if component in ("text_encoder_1", "text_encoder_2"):
-        # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
-        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        module.train()
-    else:
-        module.enable_gradient_checkpointing()  # type: ignore[operator]

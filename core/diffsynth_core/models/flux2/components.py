@@ -139,13 +139,3 @@ def _widths(shapes: Shapes, blocks: str) -> list[int]:
     return [
         shapes[f"{blocks}.{number}.resnets.0.conv1.weight"][0] for number in range(count_blocks(shapes, f"{blocks}."))
     ]
-
-
-def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Enable gradient checkpointing."""
-    if component == "text_encoder":
-        # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
-        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        module.train()
-    else:
-        module.enable_gradient_checkpointing()  # type: ignore[operator]

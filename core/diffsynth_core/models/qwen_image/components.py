@@ -173,13 +173,3 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
         "attn_scales": [],
         "temperal_downsample": strides,
     }
-
-
-def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Enable gradient checkpointing; diffusers' VAE does not support it."""
-    if component == "text_encoder":
-        # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
-        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        module.train()
-    elif component in ("dit", CONTROLNET):
-        module.enable_gradient_checkpointing()  # type: ignore[operator]

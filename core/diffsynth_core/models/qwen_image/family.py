@@ -48,8 +48,5 @@ class QwenImage(Family):
     def decode(self, components: Mapping[str, Any], latents: Tensor) -> Tensor:
         return decode_normalized(components["vae"], latents)
 
-    def checkpoint_gradients(self, component: str, module: nn.Module) -> None:
-        building.checkpoint_gradients(component, module)
-
     def write_tiny_weights(self, base: Path, component: str, model_id: str, pattern: str) -> None:
         rehearsal.write_tiny_weights(base, component, model_id, pattern)

@@ -209,13 +209,3 @@ def infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
         "image_size": math.isqrt(positions - 1) * patch,
         "hidden_act": "gelu",
     }
-
-
-def checkpoint_gradients(component: str, module: nn.Module) -> None:
-    """Enable gradient checkpointing; diffusers' VAE does not support it."""
-    if component in ("text_encoder", "image_encoder"):
-        # transformers recomputes in train mode only; without dropout, train mode changes nothing else.
-        module.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        module.train()
-    elif component == "dit":
-        module.enable_gradient_checkpointing()  # type: ignore[operator]

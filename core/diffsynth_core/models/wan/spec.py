@@ -169,6 +169,8 @@ WAN = FamilyFacts(
             config_classes=("*WanModel", "WanTransformer3DModel"),
             lora_targets=keys.LORA_TARGETS,
             modules=keys.DIT_MODULES,
+            blocks={"blocks": "num_layers"},
+            fp32_modules=FP32_MODULES,
             lora_key_maps={"diffusers": keys.DIT},
         ),
         ComponentFacts(
@@ -215,7 +217,6 @@ WAN = FamilyFacts(
         *("camera_control_direction", "camera_control_speed", "motion_bucket_id", "vap_video"),
         *("input_audio", "s2v_pose_video", "animate_pose_video", "animate_face_video"),
     ),
-    fp32_modules=FP32_MODULES,
     published=PUBLISHED,
     tokenizers={
         "tokenizer_path": TokenizerFacts(

@@ -15,7 +15,6 @@ from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux import keys
 from diffsynth_core.models.flux.components import (
     build,
-    checkpoint_gradients,
     config_of,
     infer_clip,
     infer_transformer,
@@ -24,6 +23,7 @@ from diffsynth_core.models.flux.components import (
 )
 from diffsynth_core.models.flux.spec import FLUX, KONTEXT_SIZES, kontext_size
 from diffsynth_core.models.flux.tiny import write_tiny_weights
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.shapes import infer_t5_encoder
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.weights.key_maps import KeyMap
@@ -303,7 +303,7 @@ def test_the_text_encoder_reads_the_embedding_its_files_have():
 )
 def test_training_a_text_encoder_switches_no_dropout_on(component, config):
     module = build(component, config)
-    checkpoint_gradients(component, module)
+    load_family("flux").checkpoint_gradients(component, module)
     assert module.training
     tokens = torch.arange(38, 50).view(1, 12)
     outputs = [module(tokens).last_hidden_state for _ in range(2)]
@@ -326,7 +326,7 @@ def test_recomputing_activations_changes_no_gradient(component, config, inputs):
     saved: list[list[torch.Tensor]] = []
     for recompute in (False, True):
         if recompute:
-            checkpoint_gradients(component, module)
+            load_family("flux").checkpoint_gradients(component, module)
         module.zero_grad()
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(

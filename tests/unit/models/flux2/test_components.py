@@ -11,7 +11,6 @@ from torch import nn
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.models.flux2.components import (
     build,
-    checkpoint_gradients,
     config_of,
     infer_text_encoder,
     infer_transformer,
@@ -19,6 +18,7 @@ from diffsynth_core.models.flux2.components import (
     load_tokenizer,
     rope_axes,
 )
+from diffsynth_core.models.registry import load_family
 from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.tiny_tokenizers import write_tokenizer
 
@@ -251,7 +251,7 @@ def test_recomputing_activations_changes_no_gradient(component):
     saved: list[list[torch.Tensor]] = []
     for recompute in (False, True):
         if recompute:
-            checkpoint_gradients(component, module)
+            load_family("flux2").checkpoint_gradients(component, module)
         module.zero_grad()
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(

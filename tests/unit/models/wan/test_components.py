@@ -15,7 +15,6 @@ from diffsynth_core.models.spec import ComponentFiles
 from diffsynth_core.models.wan import keys
 from diffsynth_core.models.wan.components import (
     build,
-    checkpoint_gradients,
     config_of,
     infer_image_encoder,
     infer_transformer,
@@ -286,7 +285,7 @@ def test_the_text_encoder_reads_the_embedding_its_files_have():
 
 def test_training_the_text_encoder_switches_no_dropout_on():
     module = build("text_encoder", TINY_TEXT | {"dropout_rate": 0.1})
-    checkpoint_gradients("text_encoder", module)
+    load_family("wan").checkpoint_gradients("text_encoder", module)
     assert module.training
     tokens = torch.arange(12).view(1, 12)
     outputs = [module(tokens).last_hidden_state for _ in range(2)]
@@ -312,7 +311,7 @@ def test_recomputing_activations_changes_no_gradient(component, config, inputs):
     saved: list[list[torch.Tensor]] = []
     for recompute in (False, True):
         if recompute:
-            checkpoint_gradients(component, module)
+            load_family("wan").checkpoint_gradients(component, module)
         module.zero_grad()
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -329,7 +328,7 @@ def test_recomputing_activations_changes_no_gradient(component, config, inputs):
 
 def test_nothing_is_recomputed_in_the_vae():
     module = build("vae", {"base_dim": 4}).eval()
-    checkpoint_gradients("vae", module)
+    load_family("wan").checkpoint_gradients("vae", module)
     assert not module.training
 
 
