@@ -21,6 +21,7 @@ from diffsynth_core.config.recipes import launcher_presets
 from diffsynth_core.config.yaml_files import read_yaml
 from diffsynth_core.errors import SIGNAL_EXIT_BASE, STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem, suggest
 from diffsynth_core.planning.device import sharded_launch
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.training.stop import FINISHING
 
 LAUNCHER = (sys.executable, "-m", "diffsynth_cli.launcher")
@@ -64,7 +65,7 @@ def check_launched() -> None:
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        what = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
+        what = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} {verb(len(missing), 'is', 'are')} not set"
         hint = f"unset WORLD_SIZE and pass `--num_processes {world_size()}`, or launch with `accelerate launch`"
         raise FaultsFound([Problem(f"{what}: no launcher started this process", hint, wrong_use=True)])
 
@@ -81,7 +82,7 @@ def check_world_size(num_processes: int | None) -> None:
                 f"start them with `diffsynth train --num_processes {asked}`, or with `accelerate launch --multi_gpu`, with "
                 "ACCELERATE_USE_CPU=true in the environment if there is no GPU"
             )
-            what = f"{asked} processes are requested by {where}, but the world size is {world_size()}"
+            what = f"{where} requests {pluralize(asked, 'process', 'processes')}, but the world size is {world_size()}"
             raise FaultsFound([Problem(what, hint, wrong_use=True)])
 
 

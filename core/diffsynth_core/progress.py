@@ -63,6 +63,11 @@ def pluralize(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def verb(number: int, singular: str, plural: str) -> str:
+    """Return the form of a verb that agrees with a number of things: `1 of 3 files is`, `2 of 3 files are`."""
+    return singular if number == 1 else plural
+
+
 def format_bytes(count: float) -> str:
     """Format a size on disk in powers of 1000, as disks and download pages count."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -12,7 +12,7 @@ from diffsynth_core.planning.encodings import encodings_are_known, plan_encoding
 from diffsynth_core.planning.lora_targets import kinds_of
 from diffsynth_core.planning.memory import count_parameters, device_and_precision, file_bytes, has_scales
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import Reporter, format_bytes, format_count, pluralize
+from diffsynth_core.progress import Reporter, format_bytes, format_count, pluralize, verb
 
 SHOWN_SIZES = 6
 WARNING = "warning: "
@@ -82,9 +82,9 @@ def _component_lines(plan: RunPlan) -> Iterator[str]:
     if plan.training.start:
         yield f"  {plan.training.start.note}"
     if plan.training.untrainable_targets:
-        yield f"  excluded: {len(plan.training.untrainable_targets)} LoRA modules that receive no gradient: {', '.join(plan.training.untrainable_targets)}"
+        yield f"  excluded: {pluralize(len(plan.training.untrainable_targets), 'LoRA module')} without gradient: {', '.join(plan.training.untrainable_targets)}"
     if plan.training.skipped_modules:
-        yield f"  no LoRA on {len(plan.training.skipped_modules)} modules of the same kinds: {list_names(plan.training.skipped_modules)}"
+        yield f"  no LoRA on {pluralize(len(plan.training.skipped_modules), 'module')} of the same kinds: {list_names(plan.training.skipped_modules)}"
     if VAE in plan.training.components:
         yield f"  the {VAE} is trained: the prediction target is computed from its latents and changes with them"
 
@@ -190,7 +190,7 @@ def _encoding_lines(plan: RunPlan, reporter: Reporter) -> Iterator[str]:
         yield f"  {part.encoder.name:<14} " + (
             "encoded in every step (the encoder is being trained)"
             if part.online
-            else f"{done} of {len(part.keys)} encodings are in the cache; {loads}"
+            else f"{done} of {pluralize(len(part.keys), 'encoding')} {verb(done, 'is', 'are')} in the cache; {loads}"
         )
 
 
@@ -220,7 +220,9 @@ def _part(plan: RunPlan, component: str) -> str:
     if modules := plan.training.parts.get(component):
         parts.append(f"trained in part: {', '.join(modules)}")
     if component == plan.training.lora_component:
-        parts.append(f"LoRA of rank {plan.parameters.lora_rank} on {len(plan.training.lora_modules)} modules")
+        parts.append(
+            f"LoRA of rank {plan.parameters.lora_rank} on {pluralize(len(plan.training.lora_modules), 'module')}"
+        )
     return f", {' and '.join(parts)}" if parts else ""
 
 

@@ -24,7 +24,7 @@ from diffsynth_core.planning.memory import (
     host_memory,
 )
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import format_bytes, format_count, format_memory
+from diffsynth_core.progress import format_bytes, format_count, format_memory, pluralize
 
 PRECISIONS = {"no": "float32"}
 """Names of `mixed_precision` values as dtypes, where they differ."""
@@ -84,8 +84,8 @@ def _trained(plan: RunPlan) -> str:
     what = [f"{name} in full" for name in sorted(training.full)]
     what += [f"{', '.join(modules)} of {name}" for name, modules in training.parts.items()]
     if training.lora_component:
-        modules = len(training.lora_modules)
-        what.append(f"LoRA of rank {plan.parameters.lora_rank} on {modules} modules of {training.lora_component}")
+        modules = pluralize(len(training.lora_modules), "module")
+        what.append(f"LoRA of rank {plan.parameters.lora_rank} on {modules} of {training.lora_component}")
     return f"{' and '.join(what)}: {format_count(count_trained(plan))} parameters"
 
 

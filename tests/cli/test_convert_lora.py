@@ -189,7 +189,7 @@ REFUSED = [
     ),
     (
         {"a.weight": torch.ones(1)}, KOHYA, 1,
-        names("mine.safetensors", "its 1 keys", "Qwen-Image", "Wan", "FLUX.1", "FLUX.2", "a.weight"),
+        names("mine.safetensors", "its only key", "Qwen-Image", "Wan", "FLUX.1", "FLUX.2", "a.weight"),
         "pass a LoRA file",
     ),
     (

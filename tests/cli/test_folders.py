@@ -38,7 +38,7 @@ def test_what_is_not_read_and_what_is_converted_is_said(cli, folder):
         "1 video (`clip.mp4`) is not used: training uses images",
         "1 file (`notes.docx`) is not read: not an image, clip or caption",
         "3 files and folders skipped: 2 from macOS (`.DS_Store`), 1 from Windows (`Thumbs.db`)",
-        "1 of 4 images are converted to sRGB from `Display P3`",
+        "1 of 4 images is converted to sRGB from `Display P3`",
         "the colours of 1 of 4 images are treated as sRGB (first: damaged colour profile",
     ):
         assert part.replace(" ", "") in planned.out.replace("\n", "").replace(" ", ""), part

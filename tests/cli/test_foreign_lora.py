@@ -132,7 +132,7 @@ STRANGE = "diffusion_model.blocks.0.norm3.diff_b"
     ("name", "message", "hint"),
     [
         ("merge", names("mine.safetensors", "1 of 4", "no module", "Qwen-Image", STRANGE), names("--allow_unmatched")),
-        ("sum", names("mine.safetensors", "1 of 4", "not LoRA keys", STRANGE), names("--base", "--allow_unmatched")),
+        ("sum", names("mine.safetensors", "1 of 4", "not a LoRA key", STRANGE), names("--base", "--allow_unmatched")),
         ("convert", names("mine.safetensors", "1 full-weight difference", "Qwen-Image dit", STRANGE), names("diffsynth merge-lora --base", "--allow_unmatched")),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ def occupied(cli, dataset):
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, *run)
     assert outcome.code == 0, outcome.err
     return (
-        names("output_path", "out", "already holds a run", "completed, 1 of 1 steps"),
+        names("output_path", "out", "already holds a run", "completed, 1 of 1 step"),
         names("--resume auto", "--output_path"),
     )
 

@@ -261,7 +261,14 @@ def test_all_parameters_are_shown_elsewhere(plan):
 
 @pytest.mark.parametrize(
     ("amount", "near"),
-    [("24", "24GB"), ("much", None), ("-3GB", None), ("A100", "A100-40 or A100-80"), ("409O", "4090"), ("24TB", None)],
+    [
+        ("24", "24GB"),
+        ("much", None),
+        ("-3GB", None),
+        ("A100", "A100-40` or `A100-80"),
+        ("409O", "4090"),
+        ("24TB", None),
+    ],
 )
 def test_memory_needs_a_unit_or_a_known_card(says, plan, amount, near):
     outcome = plan("qwen-image-lora", f"--gpu_memory={amount}")

@@ -65,7 +65,7 @@ def test_a_local_file_that_is_not_there(refuse):
 def test_a_missing_shard_is_the_only_problem(refuse, repository):
     name = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (repository / "transformer" / name).unlink()
-    message = names(PLACES["dit"], "1 shards", "missing", name)
+    message = names(PLACES["dit"], "missing", "1 shard", name)
     assert refuse() == (1, [(message, names("diffsynth download qwen-image-lora"))])
 
 

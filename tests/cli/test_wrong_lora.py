@@ -313,5 +313,5 @@ def test_modules_passed_over_are_told(cli, dataset):
     """A list for more blocks than the transformer has, as the list of klein 4B is for the 9B."""
     arguments = ("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, "--dry_run", "-v")
     outcome = cli(*arguments, "--lora_target_modules", "transformer_blocks.0.attn.to_q,to_k")
-    assert outcome.out == names("no LoRA", "1 modules", "transformer_blocks.1.attn.to_q")
+    assert outcome.out == names("no LoRA", "1 module", "transformer_blocks.1.attn.to_q")
     assert "no LoRA on" not in cli(*arguments).out

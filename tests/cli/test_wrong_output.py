@@ -11,7 +11,7 @@ def test_a_folder_that_holds_a_run(cli, refuse, dataset):
     run = ("--device", "cpu", "--dataset_num_workers", 0, "--max_steps", 1, "--output_path", "out")
     outcome = cli("train", "--recipe", "qwen-image-lora", "--dataset_base_path", dataset, *run)
     assert outcome.code == 0, outcome.err
-    message = names("output_path", "out", "already holds a run", "completed", "1 of 1 steps")
+    message = names("output_path", "out", "already holds a run", "completed", "1 of 1 step")
     hint = names("--resume auto", "--output_path")
     assert refuse("--output_path", "out") == (2, [(message, hint)])
     assert refuse("--output_path", "out", "--rehearse") == (2, [(message, NEW_FOLDER)])

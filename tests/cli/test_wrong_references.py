@@ -166,7 +166,7 @@ def test_a_part_of_klein_in_its_other_layout(refuse, models):
     save_file(original, models / KLEIN_4B / "flux-2-klein-4b.safetensors")
     wrong = f"{KLEIN_4B}:flux-2-klein-4b.safetensors"
     ((message, _),) = refuse(*klein(dit=wrong), recipe=KLEIN)[1]
-    assert message == names("dit", wrong) and "x_embedder.weight" in message
+    assert message == names("dit", wrong, "tensor shapes")
 
 
 def test_a_transformer_without_guidance(refuse, pairs, models):
@@ -254,4 +254,4 @@ def test_a_file_in_place_of_another_is_one_mistake(refuse, models):
 def test_an_entry_that_is_named_twice_is_one_mistake(refuse, models):
     encoder = klein()[1].split(",")[0]
     ((message, _),) = refuse(*klein(dit=encoder), recipe=KLEIN)[1]
-    assert message == names(encoder, encoder, "both the text_encoder", "FLUX.2")
+    assert message == names(encoder, "twice", "text_encoder", "FLUX.2") and message.count(encoder) == 1

@@ -102,7 +102,7 @@ def test_a_first_half_that_was_stopped(second, encoded):
     ("change", "message"),
     [
         (lambda text: "", names("not valid JSON", "line 1", "column 1", "is empty")),
-        (lambda text: "{}", names("format null", 1)),
+        (lambda text: "{}", names("no `format`", "format 1")),
         (lambda text: '{"format": 1}', names("complete", "fingerprint", "origin", "samples", "missing")),
         (lambda text: "[]", names("a list", "an object")),
         (lambda text: text.replace('"row":2', '"row":"2"'), names("samples[1].row", '"2"', "an integer")),
@@ -259,8 +259,8 @@ def test_the_sizes_of_encoded_samples_are_told(cli, encoded):
     ("arguments", "asked", "made"),
     [
         (("--max_pixels", 4096), names("max_pixels", 4096), "`1048576`"),
-        (("--height", 32, "--width", 32), names("height", 32), "blank"),
-        (("--extra_inputs", "edit_image"), names("extra_inputs", "edit_image"), "blank"),
+        (("--height", 32, "--width", 32), names("height", 32), "without it"),
+        (("--extra_inputs", "edit_image"), names("extra_inputs", "edit_image"), "without it"),
     ],
 )
 def test_flags_that_ask_for_other_samples(second, encoded, arguments, asked, made):

@@ -108,7 +108,7 @@ def test_a_tensor_that_cannot_be_cut_into_those_of_the_module(refuse, models, na
         1,
         [
             (
-                names("image_encoder", f"{I2V}:{CLIP}", "1 tensors", name, list(found.shape), expected),
+                names("image_encoder", f"{I2V}:{CLIP}", "1 tensor", name, list(found.shape), expected),
                 names("config.json"),
             )
         ],

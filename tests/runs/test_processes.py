@@ -147,7 +147,7 @@ def test_a_launcher_that_starts_one_process_of_two_is_found_out(tiny_models, pho
     process = launch(arguments, tiny_models, tmp_path, ("--cpu", "--num_processes", "2"))
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and not (tmp_path / "out").exists()
-    assert "error: 2 processes are requested by the launcher, but the world size is 1\n" in errors
+    assert "error: the launcher requests 2 processes, but the world size is 1\n" in errors
 
 
 def test_what_is_wrong_is_told_before_anything_is_launched(cli, photographs, monkeypatch):

@@ -174,7 +174,7 @@ def test_a_dry_run_writes_nothing(cli):
     assert f"{len(DRAWN)} samples from" in outcome.out
     assert (
         "EXIF orientation is applied to 1 of 8 images" in outcome.out
-        and "1 of 8 images have transparency" in outcome.out
+        and "1 of 8 images has transparency" in outcome.out
     )
     assert not list(Path().iterdir())
 

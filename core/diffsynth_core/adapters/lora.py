@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffsynth_core.adapters.deltas import module_delta
 from diffsynth_core.config.choices import LoraFormat
 from diffsynth_core.errors import DiffSynthError, list_names
+from diffsynth_core.progress import pluralize
 from diffsynth_core.randomness import key_of
 from diffsynth_core.weights.key_maps import SAME_NAMES, KeyMap
 from diffsynth_core.weights.lora import joint_rank
@@ -168,7 +169,7 @@ def load_lora(model: nn.Module, path: Path, naming: LoraNaming = DIT, public_key
                 parts[name][:, :rank] = rows.reshape(len(rows), rank, *parts[name].shape[2:])
     if not filled:
         raise DiffSynthError(
-            f"`{path}` has no LoRA for any of the {len(targets)} trained modules",
+            f"`{path}` has no LoRA for the {pluralize(len(targets), 'trained module')}",
             "use a LoRA of these modules, or change `--lora_target_modules`",
         )
     return len(filled)

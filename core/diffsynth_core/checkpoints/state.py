@@ -26,6 +26,7 @@ from diffsynth_core.checkpoints.saved_states import (
 from diffsynth_core.checkpoints.tensor_files import write_tensors
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import sync_folder
+from diffsynth_core.progress import pluralize
 
 SET_EVERY_STEP = ("params", "lr", "initial_lr")
 """Options of the optimizer's parameter groups that the training loop sets itself."""
@@ -98,7 +99,7 @@ def restore_state(
         ) from error
     if weights.keys() != trained.keys():
         raise DiffSynthError(
-            f"the state `{state}` has {len(weights)} trained tensors, but this run has {len(trained)}",
+            f"the state `{state}` has {pluralize(len(weights), 'trained tensor')}, but this run has {len(trained)}",
             "resume with the original parameters of the run",
         )
     wrong = [name for name, parameter in trained.items() if weights[name].shape != parameter.shape]

@@ -78,14 +78,15 @@ def _memory_of_card(text: str) -> int:
     return known * 2**20 if sized and abs(known / 1024 / int(sized["size"]) - 1) < NEAR else 0
 
 
-def nearest_memory(text: str) -> str | None:
+def nearest_memory(text: str) -> list[str]:
     """Return what `text` may mean: a number without a unit, part of a card's name, a misspelt card."""
     if re.fullmatch(r"[1-9]\d{0,2}(\.\d+)?", text.strip()):
-        return f"{text.strip()}GB"
+        return [f"{text.strip()}GB"]
     if not re.fullmatch(r"\w[\w -]+", text):
-        return None
+        return []
     sizes = [name for name in CARDS if _plain(name).startswith(_plain(text))] if _plain(text) else []
-    return " or ".join(sizes) or suggest(text.upper(), CARDS)
+    near = suggest(text.upper(), CARDS)
+    return sizes or ([near] if near else [])
 
 
 def _plain(name: str) -> str:

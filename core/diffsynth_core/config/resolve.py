@@ -315,9 +315,9 @@ def _value_problem(name: str, value: Any, detail: Any, origin: str) -> Problem:
         words, key = _BOUNDS[detail["type"]]
         expected = f"{expected} of {words} {detail['ctx'][key]}"
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    memory = SETTINGS[name].type_name == "memory"
-    near = nearest_memory(shown) if memory else suggest(shown, SETTINGS[name].choices)
-    hint = f"did you mean `{near}`?" if near else None
+    choice = suggest(shown, SETTINGS[name].choices)
+    near = nearest_memory(shown) if SETTINGS[name].type_name == "memory" else [choice] if choice else []
+    hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else None
     return Problem(f"`{name}` takes {expected}, got `{shown}` ({origin})", hint, wrong_use=True)
 
 

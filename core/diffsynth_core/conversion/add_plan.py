@@ -17,6 +17,7 @@ from diffsynth_core.conversion.merge_plan import FORMATS
 from diffsynth_core.conversion.provenance import InputHashes, merge_entry, with_entry
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, raise_if_any
 from diffsynth_core.models.recognition import lora_vocabularies
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.weights.headers import Header, read_header
 from diffsynth_core.weights.lora import ModuleLora, joint_rank, lora_shapes
 from diffsynth_core.weights.lora_files import ADAPTER_SETTINGS, read_matched_lora
@@ -166,7 +167,9 @@ def _read(given: WeightedFile, allow_unmatched: bool) -> _File:
     refuse_other_adapters(given.path, header.tensors)
     match = match_lora_keys(header.tensors, None)
     if not match.loras or (match.unmatched and not allow_unmatched):
-        unmatched = f"{len(match.unmatched)} of {len(header.tensors)} keys are not LoRA keys"
+        number = len(match.unmatched)
+        what = verb(number, "is not a LoRA key", "are not LoRA keys")
+        unmatched = f"{number} of {pluralize(len(header.tensors), 'key')} {what}"
         differences = any(map(is_difference_key, match.unmatched))
         raise DiffSynthError(
             f"`{given.path}`: {unmatched}: {list_names(sorted(match.unmatched))}",

@@ -13,7 +13,7 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_nam
 from diffsynth_core.models.recognition import SECOND_NAMES, components_that_fit, facts_of, layout_of
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.progress import pluralize
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.weights.lora_formats import TRANSFORMER_PREFIXES
 from diffsynth_core.weights.lora_keys import is_lora_key
 from diffsynth_core.weights.weight_sets import WeightSet
@@ -174,7 +174,7 @@ def unmatched_problem(origin: str, owners: KeyOwners, total: int) -> Problem:
     """Return the problem of keys without a component."""
     fits = f"; their names match {list_names(owners.fits)}" if owners.fits else "; they match no known component"
     return Problem(
-        f"`{origin}`: {len(owners.unmatched)} of {total} keys have no component prefix: "
-        f"{list_names(owners.unmatched)}{fits}",
+        f"`{origin}`: {len(owners.unmatched)} of {pluralize(total, 'key')} "
+        f"{verb(len(owners.unmatched), 'has', 'have')} no component prefix: {list_names(owners.unmatched)}{fits}",
         "assign them with `--unprefixed`, or skip them with `--allow_unmatched`",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffsynth_core.conversion.bases import Base
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.files import stem_of_shard
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.weights.lora import Lora
 from diffsynth_core.weights.lora_files import read_lora_file
 from diffsynth_core.weights.lora_formats import TEXT_ENCODER_PREFIXES
@@ -79,7 +80,8 @@ def match_lora(given: WeightedFile, base: Base, allow_unmatched: bool) -> Weight
         encoder = sum(key.startswith(TEXT_ENCODER_PREFIXES) for key in lora.unmatched)
         of_encoder = f", {encoder} of them for a text encoder" if encoder else ""
         raise DiffSynthError(
-            f"`{given.path}`: {len(lora.unmatched)} of {len(keys)} keys match no module of {base.title}{of_encoder}: "
+            f"`{given.path}`: {len(lora.unmatched)} of {pluralize(len(keys), 'key')} "
+            f"{verb(len(lora.unmatched), 'matches', 'match')} no module of {base.title}{of_encoder}: "
             f"{list_names(sorted(lora.unmatched))}",
             "pass a LoRA for this model, or skip these keys with `--allow_unmatched`",
         )

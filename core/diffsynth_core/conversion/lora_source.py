@@ -12,7 +12,7 @@ from diffsynth_core.errors import DiffSynthError, FaultsFound, Problem, list_nam
 from diffsynth_core.models.recognition import LoraReading, best_readings, read_lora_keys
 from diffsynth_core.models.registry import FAMILIES, unknown_family
 from diffsynth_core.models.spec import FamilyFacts
-from diffsynth_core.progress import pluralize
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.weights.headers import read_header
 from diffsynth_core.weights.lora import Lora
 from diffsynth_core.weights.lora_files import read_matched_lora
@@ -132,8 +132,9 @@ def _unknown(weights: WeightSet, families: list[FamilyFacts]) -> DiffSynthError:
             "merge the file into its base with `diffsynth merge-lora --base`",
         )
     known = ", ".join(facts.title for facts in families)
+    none = f"none of its {len(keys)} keys matches a" if len(keys) > 1 else "its only key matches no"
     return DiffSynthError(
-        f"`{weights.origin}`: none of its {len(keys)} keys matches a module of {known}: {list_names(keys)}",
+        f"`{weights.origin}`: {none} module of {known}: {list_names(keys)}",
         "pass a LoRA for one of them" if any(map(is_lora_key, keys)) else "pass a LoRA file",
     )
 
@@ -141,8 +142,8 @@ def _unknown(weights: WeightSet, families: list[FamilyFacts]) -> DiffSynthError:
 def _unmatched(weights: WeightSet, reading: LoraReading) -> DiffSynthError:
     unmatched = sorted(reading.match.unmatched)
     message = (
-        f"`{weights.origin}`: {len(unmatched)} of {len(weights.tensors)} keys match no module of {reading.title}: "
-        f"{list_names(unmatched)}"
+        f"`{weights.origin}`: {len(unmatched)} of {pluralize(len(weights.tensors), 'key')} "
+        f"{verb(len(unmatched), 'matches', 'match')} no module of {reading.title}: {list_names(unmatched)}"
     )
     differences = [key for key in unmatched if is_difference_key(key)]
     if len(differences) == len(unmatched):

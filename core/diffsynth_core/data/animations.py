@@ -18,6 +18,7 @@ from diffsynth_core.data.clips import VideoHeader, Watched
 from diffsynth_core.data.decoding import UnreadableVideo
 from diffsynth_core.data.formats import ending_of, media_kind
 from diffsynth_core.data.images import MAX_IMAGE_PIXELS, cover, frames_of, open_image, to_rgb
+from diffsynth_core.progress import pluralize
 
 UNTIMED_SECONDS = 0.1
 """Duration of a frame without one in the file, as in browsers."""
@@ -73,7 +74,7 @@ def load(path: Path, start: int, frames: int, height: int, width: int, frame_rat
     seconds = [shown for _, shown in _frames(path, pixels=False)]
     sources = _sources(seconds, frame_rate)[start : start + frames]
     if len(sources) < frames:
-        raise UnreadableVideo(path, f"ends early: {len(sources)} of {frames} frames")
+        raise UnreadableVideo(path, f"ends early: {len(sources)} of {pluralize(frames, 'frame')}")
     wanted = set(sources)
     covered = {place: cover(frame, height, width) for place, (frame, _) in enumerate(_frames(path)) if place in wanted}
     return np.stack([covered[source] for source in sources])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from diffsynth_core.data.file_index import Listing
 from diffsynth_core.data.formats import CONVERSIONS, Kind, ending_of, kind_of_file, leftover_of
 from diffsynth_core.errors import Problem, list_names
-from diffsynth_core.progress import pluralize
+from diffsynth_core.progress import pluralize, verb
 
 NOT_SAMPLES: Mapping[str, frozenset[str]] = {"image": frozenset({"clip"}), "video": frozenset()}
 """Kind of the target -> kinds of media that are not samples."""
@@ -138,8 +138,8 @@ def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
             f"{_listed(folder.other_media, 'video')} {_are(folder.other_media)} not used: training uses images"
         )
     if folder.lone_captions:
-        verb = "has" if len(folder.lone_captions) == 1 else "have"
-        notes.append(f"{_listed(folder.lone_captions, 'caption')} {verb} no image or clip")
+        has = verb(len(folder.lone_captions), "has", "have")
+        notes.append(f"{_listed(folder.lone_captions, 'caption')} {has} no image or clip")
     if folder.unknown:
         notes.append(
             f"{_listed(folder.unknown, 'file')} {_are(folder.unknown)} not read: not an image, clip or caption"
@@ -152,7 +152,7 @@ def folder_notes(folder: CaptionedFolder) -> tuple[str, ...]:
 
 
 def _are(names: tuple[str, ...]) -> str:
-    return "is" if len(names) == 1 else "are"
+    return verb(len(names), "is", "are")
 
 
 def _listed(names: tuple[str, ...], noun: str) -> str:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from diffsynth_core.data.formats import demuxers_of, raw_stream_of
 from diffsynth_core.errors import DiffSynthError
+from diffsynth_core.progress import pluralize
 
 FRAMES_AS_THEY_ARE = ("-map", "0:V:0", "-fps_mode", "passthrough")
 """Output options: the first video stream that is not a cover image, with no frame duplicated or dropped."""
@@ -166,7 +167,9 @@ class Decoding:
         complete = asked is not None and arrived >= asked
         needed = self._log.frames_needed(start + arrived if complete else None, frame_rate)
         if self._log.cut_off and needed > self._log.whole_frames():
-            raise UnreadableVideo(self._path, f"truncated after {self._log.whole_frames()} frames", cut_off=True)
+            raise UnreadableVideo(
+                self._path, f"truncated after {pluralize(self._log.whole_frames(), 'frame')}", cut_off=True
+            )
         damaged = self._log.first_damage(needed)
         if damaged is not None and self._threads == 1:
             raise UnreadableVideo(self._path, f"damaged at frame {damaged}", self._log.cut_off)

@@ -18,6 +18,7 @@ from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.errors import DiffSynthError, truncate
 from diffsynth_core.files import write_text
 from diffsynth_core.json_files import WrongType, as_type, read_json
+from diffsynth_core.progress import pluralize
 
 MANIFEST = "encoded.json"
 """Name of the manifest."""
@@ -154,8 +155,10 @@ def read_encoded(folder: Path) -> EncodedSamples:
     path = folder / MANIFEST
     content = read_json(path, dict[str, Any], ENCODE_AGAIN, MAX_MANIFEST_BYTES)
     if content.get("format") != FORMAT:
-        found = truncate(json.dumps(content.get("format")))
-        raise DiffSynthError(f"`{path}` has format {found}, but this version reads {FORMAT}", ENCODE_AGAIN)
+        found = (
+            f"format {truncate(json.dumps(content['format']))}" if content.get("format") is not None else "no `format`"
+        )
+        raise DiffSynthError(f"`{path}` has {found}, but this version reads format {FORMAT}", ENCODE_AGAIN)
     try:
         manifest = as_type(content, _Manifest)
     except WrongType as error:
@@ -166,7 +169,7 @@ def read_encoded(folder: Path) -> EncodedSamples:
     encoders = tuple(origin.encoders)
     wrong = next((entry.row for entry in manifest.samples if len(entry.files) != len(encoders)), None)
     if wrong is not None:
-        raise DiffSynthError(f"`{path}` row {wrong}: expected {len(encoders)} files", ENCODE_AGAIN)
+        raise DiffSynthError(f"`{path}` row {wrong}: expected {pluralize(len(encoders), 'file')}", ENCODE_AGAIN)
     samples = tuple(_sample(entry) for entry in manifest.samples)
     files = tuple(
         {encoder: EncodedFile(*file) for encoder, file in zip(encoders, entry.files, strict=True)}

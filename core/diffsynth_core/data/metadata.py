@@ -19,6 +19,7 @@ from diffsynth_core.data.texts import SAVE_AS_UTF8, decode_text, likely_encoding
 from diffsynth_core.errors import DiffSynthError, kind_of, list_names, truncate
 from diffsynth_core.files import atomic_write
 from diffsynth_core.json_files import InvalidJson, parse_json
+from diffsynth_core.progress import pluralize
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 """Documented names of metadata files."""
@@ -37,7 +38,6 @@ class Metadata:
         base: folder that paths are relative to. Rows that cannot be parsed are omitted, with a finding for each.
         folder, listing: content of the folder, if captions are in text files next to the media; None with a metadata
             file.
-        named: the metadata file was requested explicitly.
     """
 
     origin: str
@@ -47,7 +47,6 @@ class Metadata:
     findings: tuple[Finding, ...] = ()
     folder: CaptionedFolder | None = None
     listing: Listing | None = None
-    named: bool = False
 
     @property
     def captions_in_files(self) -> bool:
@@ -57,7 +56,7 @@ class Metadata:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes of training about what is not read: other metadata files, unnamed columns, files of a folder."""
-        unused = [one.message for one in self.findings if one.code == "METADATA_UNUSED" and not self.named]
+        unused = [one.message for one in self.findings if one.code == "METADATA_UNUSED"]
         unnamed = [f"{one.message} ({one.hint})" for one in self.findings if one.code == "COLUMN_UNKNOWN"]
         return (*unused, *unnamed, *(folder_notes(self.folder) if self.folder else ()))
 
@@ -102,7 +101,7 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
         DiffSynthError: if the folder or the given file does not exist, or the file has an unsupported suffix.
     """
     path = locate_metadata(base, given)
-    unused = _unused_metadata(base, path)
+    unused = [] if given else _unused_metadata(base, path)
     if path is None:
         listing = list_files(base)
         folder = sort_folder(listing, kind, (*METADATA_NAMES, *UNREAD_NAMES))
@@ -111,13 +110,11 @@ def read_metadata(base: Path, given: Path | None, text_column: str, media_column
         columns, origin = (media_column, text_column), f"{base} (captions in text files)"
         return Metadata(origin, base, columns, rows, (*unused, *findings), folder, listing)
     table = _read_file(path)
-    return Metadata(str(path), base, table.columns, table.rows, (*unused, *table.findings), named=given is not None)
+    return Metadata(str(path), base, table.columns, table.rows, (*unused, *table.findings))
 
 
 def _unused_metadata(base: Path, path: Path | None) -> list[Finding]:
-    """Return METADATA_UNUSED for metadata files in `base` other than `path`, the one that is read."""
-    if path and path.name not in METADATA_NAMES:
-        return []
+    """Return METADATA_UNUSED for metadata files in `base` other than `path`, the one that was found."""
     names = (*METADATA_NAMES, *UNREAD_NAMES)
     others = [name for name in names if (path is None or name != path.name) and (base / name).is_file()]
     if not others:
@@ -184,7 +181,7 @@ def _read_csv(table: _Table, text: str) -> None:
             number += 1
             split = _split_row(header, cells)
             if split is None:
-                what = f"`{path}` line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}"
+                what = f"`{path}` line {reader.line_num}: {pluralize(len(cells), 'cell')}, but the header has {len(header)}"
                 table.fault(what, "quote values that contain commas", number)
                 continue
             rows[number], place = split

@@ -26,7 +26,7 @@ from diffsynth_core.data.rows import Rows
 from diffsynth_core.data.sampling import Sampling
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
 from diffsynth_core.errors import DiffSynthError, Problem, list_names
-from diffsynth_core.progress import Reporter
+from diffsynth_core.progress import Reporter, pluralize, verb
 
 HEADER_THREADS = 8
 """Headers are small reads: on a network disk, latency dominates."""
@@ -197,18 +197,17 @@ def _choose(row: _Row, headers: _Headers, columns: Columns, rule: MediaRule) -> 
 
 def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iterator[str]:
     """Yield notes about how files are changed."""
-    kind = "videos and images" if rule.frames else "images"
     targets = [headers.target for headers in read]
     shown = [header for headers in read for images in headers.shown.values() for header in images]
     headers: list[MediaHeader | ImageHeader] = [*targets, *shown]
-    of_all = f"of {len(headers)} {kind}"
+    of_all = f"of {_count_files(len(headers), rule)}"
     if rotated := sum(header.rotated for header in headers):
         yield f"{'rotation metadata' if rule.frames else 'EXIF orientation'} is applied to {rotated} {of_all}"
     if transparent := sum(header.transparent for header in headers):
-        yield f"{transparent} {of_all} have transparency and are composited on white"
+        yield f"{transparent} {of_all} {verb(transparent, 'has transparency and is', 'have transparency and are')} composited on white"
     yield from _colour_notes([header.colours for header in headers], of_all)
     if paged := sum(header.pages > 1 for header in headers):
-        yield f"{paged} {of_all} have several pages; the first one is used"
+        yield f"{paged} {of_all} {verb(paged, 'has', 'have')} several pages; the first one is used"
     if rule.frames is None:
         return
     rates = [header.frame_rate for header in targets if header.frame_rate]
@@ -227,15 +226,23 @@ def _notes(samples: list[Sample], read: list[_Headers], rule: MediaRule) -> Iter
     cut = [(sample, frames) for sample, frames in short if sample.frames < frames]
     listed = ", ".join(f"row {sample.row} from {frames} to {sample.frames}" for sample, frames in cut[:SHOWN_CUT_CLIPS])
     more = f" and {len(cut) - SHOWN_CUT_CLIPS} more" if len(cut) > SHOWN_CUT_CLIPS else ""
-    truncated = f", {len(cut)} of which are cut to {rule.frames.step}n + 1: {listed}{more}" if cut else ""
-    yield f"{len(short)} of {len(targets)} {kind} are shorter than {rule.frames.num_frames} frames{truncated}"
+    truncated = (
+        f", {len(cut)} of which {verb(len(cut), 'is', 'are')} cut to {rule.frames.step}n + 1: {listed}{more}"
+        if cut
+        else ""
+    )
+    yield (
+        f"{len(short)} of {_count_files(len(targets), rule)} {verb(len(short), 'is', 'are')} shorter than "
+        f"{rule.frames.num_frames} frames{truncated}"
+    )
 
 
 def _colour_notes(colours: list[Colours], of_all: str) -> Iterator[str]:
     """Yield notes about color profiles and marks of other color spaces than sRGB."""
     profiles = list(dict.fromkeys(one.profile for one in colours if one.profile))
     if profiles:
-        yield f"{sum(bool(one.profile) for one in colours)} {of_all} are converted to sRGB from {list_names(profiles, 3)}"
+        number = sum(bool(one.profile) for one in colours)
+        yield f"{number} {of_all} {verb(number, 'is', 'are')} converted to sRGB from {list_names(profiles, 3)}"
     doubts = [one.doubt for one in colours if one.doubt]
     if doubts:
         yield f"the colours of {len(doubts)} {of_all} are treated as sRGB (first: {doubts[0]})"
@@ -254,7 +261,8 @@ def _scaled_up(samples: list[Sample], read: list[_Headers], columns: Columns, ru
         factor, sample, crop, header = max(small, key=lambda one: one[0])
         size = "x".join(str(side) for side in (crop.scaled or (crop.height, crop.width))[::-1])
         yield Problem(
-            f"{len(small)} of {len(scaled)} {_kinds(rule)} are upscaled, up to {factor:.3g}x: row {sample.row} "
+            f"{len(small)} of {_count_files(len(scaled), rule)} {verb(len(small), 'is', 'are')} upscaled, "
+            f"up to {factor:.3g}x: row {sample.row} "
             f"`{crop.path}` from {header.width}x{header.height} to {size}",
             "use larger files, or train at a smaller size",
             code="IMAGE_UPSCALED",
@@ -270,15 +278,15 @@ def _low_resolution(samples: list[Sample], read: list[_Headers], rule: MediaRule
         place = min(small, key=areas.__getitem__)
         sample, header = samples[place], read[place].target
         yield Problem(
-            f"{len(small)} of {len(areas)} {_kinds(rule)} are far below the usual training size of "
+            f"{len(small)} of {_count_files(len(areas), rule)} {verb(len(small), 'is', 'are')} far below the usual training size of "
             f"{rule.usual_pixels:,} pixels: row {sample.row} `{sample.target.path}` is {header.width}x{header.height}",
             LOW_RESOLUTION_HINT,
             code="IMAGE_LOW_RESOLUTION",
         )
 
 
-def _kinds(rule: MediaRule) -> str:
-    return "videos and images" if rule.frames else "images"
+def _count_files(number: int, rule: MediaRule) -> str:
+    return pluralize(number, "video or image", "videos and images") if rule.frames else pluralize(number, "image")
 
 
 def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
@@ -289,8 +297,8 @@ def _other_shapes(read: list[_Headers], columns: Columns) -> Iterator[str]:
         other = sum(not 1 / SHAPE_SPREAD < ratio < SHAPE_SPREAD for ratio in ratios)
         if other:
             yield (
-                f"{other} of {len(pairs)} images of `{column}` have another aspect ratio than their target: "
-                "scaled and center-cropped to its size, they do not align with it"
+                f"{other} of {pluralize(len(pairs), 'image')} of `{column}` {verb(other, 'has', 'have')} another aspect ratio than the target: "
+                f"scaled and center-cropped to its size, {verb(other, 'it does', 'they do')} not align with it"
             )
 
 

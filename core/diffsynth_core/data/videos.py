@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffsynth_core.data import animations
 from diffsynth_core.data.clips import VideoHeader, Watched
 from diffsynth_core.data.decoding import FRAMES_AS_THEY_ARE, Decoding, UnreadableVideo
+from diffsynth_core.progress import pluralize
 
 VIDEO_TRANSFORM = 1
 """Incremented when the same file gives other pixels at the same size, or another header, so that older encodings and
@@ -120,7 +121,7 @@ def load_clip(
         decoding.check(start, arrived, frames, frame_rate)
     if arrived < frames:
         position = f" from frame {start}" if start else ""
-        raise UnreadableVideo(path, f"ends early: {arrived} of {frames} frames{position}")
+        raise UnreadableVideo(path, f"ends early: {arrived} of {pluralize(frames, 'frame')}{position}")
     return planes.transpose(0, 2, 3, 1)
 
 

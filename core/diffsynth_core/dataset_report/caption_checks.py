@@ -10,6 +10,7 @@ from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.errors import truncate
 from diffsynth_core.models.size_facts import CaptionFacts
 from diffsynth_core.models.token_counts import CaptionRule, count_tokens, may_be_longer
+from diffsynth_core.progress import pluralize, verb
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
@@ -86,5 +87,5 @@ def check_lengths(dataset: DatasetFacts) -> Iterator[Finding]:
     for (row, _), tokens in zip(whole, counts, strict=True):
         if tokens > rule.facts.most:
             how = "has" if counted else "has an estimated"
-            what = f"row {row}: the caption {how} {tokens} tokens, but only {rule.facts.most} are used"
+            what = f"row {row}: the caption {how} {pluralize(tokens, 'token')}, but only {rule.facts.most} {verb(rule.facts.most, 'is', 'are')} used"
             yield finding("CAPTION_TOO_LONG", what, "shorten the caption", row=row)

@@ -176,7 +176,7 @@ def _answers(workers: Mapping[Connection, _Worker], timeout: float) -> list[tupl
             except (EOFError, OSError):
                 answers.append((worker, None, "the decoder crashed" if worker.name else "it exited immediately"))
         elif worker.until <= time.monotonic():
-            limit = f"{timeout:g} seconds (`--file_timeout`)" if worker.name else f"{START_SECONDS:g} seconds"
+            limit = f"{timeout:g} s (`--file_timeout`)" if worker.name else f"{START_SECONDS:g} s"
             answers.append((worker, None, f"timed out after {limit}"))
     return answers
 

@@ -24,7 +24,7 @@ def _out_of_range(threshold: Field[Any], value: float) -> Problem | None:
     least, most = threshold.metadata["least"], threshold.metadata["most"]
     if least <= value <= most:
         return None
-    expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+    expected = f"{least:g} or more" if most == math.inf else f"a number from {least:g} to {most:g}"
     what = f"`--{threshold.name}` is {value:g}, expected {expected} ({threshold.metadata['unit']})"
     return Problem(what, "choose a number in this range", wrong_use=True)
 

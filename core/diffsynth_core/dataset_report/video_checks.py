@@ -13,7 +13,7 @@ from diffsynth_core.dataset_report.dataset_facts import DatasetFacts
 from diffsynth_core.dataset_report.facts import VideoFacts
 from diffsynth_core.dataset_report.rules import Rules
 from diffsynth_core.dataset_report.set_checks import header_of
-from diffsynth_core.progress import pluralize
+from diffsynth_core.progress import pluralize, verb
 
 FAULTS: Mapping[str, tuple[str, str]] = {
     "VIDEO_UNREADABLE": ("cannot be read as a video", "replace the file or remove its row"),
@@ -131,7 +131,7 @@ def _frames(facts: VideoFacts, row: int, rules: Rules) -> Iterator[Finding]:
     used = _used(available, rules)
     if used < available:
         rate = "" if facts.resampled is None else f" at {rules.media.frames.frame_rate:g} per second"
-        what = f"`{facts.path}`: {used} of {available} frames{rate} are used, {available - used} dropped"
+        what = f"`{facts.path}`: {used} of {pluralize(available, 'frame')}{rate} {verb(used, 'is', 'are')} used, {available - used} dropped"
         yield finding("VIDEO_FRAMES", what, row=row, path=facts.path)
 
 

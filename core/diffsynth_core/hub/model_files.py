@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffsynth_core.errors import Problem, list_names
 from diffsynth_core.files import GGUF_SUFFIX, PICKLED_SUFFIXES, SAFETENSORS_SUFFIXES, missing_shards, stem_of_shard
+from diffsynth_core.progress import pluralize
 
 PIPELINE_INDEX = "model_index.json"
 """File in the folder of a diffusers pipeline, whose components are its subfolders."""
@@ -269,7 +270,7 @@ def _shard_problems(file_set: FileSet, command_for: Callable[[str], str]) -> lis
     missing = missing_shards(path.name for path in file_set.paths)
     if not missing:
         return []
-    what = f"`{file_set.origin}`: {len(missing)} shards are missing, the first is `{missing[0]}`"
+    what = f"`{file_set.origin}` is missing {pluralize(len(missing), 'shard')}, the first is `{missing[0]}`"
     if split_entry(file_set.origin) is None or any(map(expand_local, file_set.entries)):
         return [Problem(what, "pass all shards of the model, or their folder")]
     if file_set.mirror or file_set.origin not in file_set.entries:

@@ -41,14 +41,13 @@ def shape_problems(family: Family, files: ComponentFiles) -> list[Problem]:
     except DiffSynthError as error:
         return list(error.problems)
     except Exception as error:
-        source = f"`{files.config_path}`" if files.config_path else "its tensor shapes"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return [
-            Problem(
-                f"{files.component} from `{files.origin}` cannot be built from {source}: {reason}",
-                "put the config.json of these files next to them",
-            )
-        ]
+        where = f"{files.component} from `{files.origin}`"
+        if files.config_path:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            what = f"{where} cannot be built from `{files.config_path}`: {reason}"
+        else:
+            what = f"{where}: its tensor shapes match no known configuration"
+        return [Problem(what, "put the config.json of these files next to them")]
 
 
 def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
@@ -70,20 +69,20 @@ def _compare(files: ComponentFiles, module: nn.Module) -> list[Problem]:
     problems = []
     missing = sorted((expected.keys() & required) - names.keys())
     if missing:
-        what = f"is missing {len(missing)} tensors that {source} requires: {list_names(missing)}"
+        what = f"is missing {pluralize(len(missing), 'tensor')} that {source} requires: {list_names(missing)}"
         problems.append(Problem(f"{where} {what}", "pass all files of the component"))
     if surplus:
-        what = f"has {len(surplus)} tensors that {source} does not define: {list_names(sorted(surplus))}"
+        what = f"has {pluralize(len(surplus), 'tensor')} that {source} does not define: {list_names(sorted(surplus))}"
         problems.append(Problem(f"{where} {what}", "pass only the files of one component"))
     placed = {name: original for name, original in names.items() if original not in surplus}
     wrong = list(dict.fromkeys(placed[name] for name in sorted(placed) if expected[name] != shapes[name]))
     if wrong:
         first = wrong[0]
         what = (
-            f"the shapes of {len(wrong)} tensors differ from those that {source} requires; "
+            f"has {pluralize(len(wrong), 'tensor')} of another shape than {source} requires: "
             f"`{first}` is {list(found[first].shape)}, expected {list(files.layout.names.fuse_shape(first, expected))}"
         )
-        problems.append(Problem(f"{where}: {what}", "check that config.json belongs to these files"))
+        problems.append(Problem(f"{where} {what}", "check that config.json belongs to these files"))
     return problems
 
 

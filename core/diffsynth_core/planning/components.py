@@ -36,6 +36,7 @@ from diffsynth_core.planning.model_plan import ModelPlan
 from diffsynth_core.planning.required_files import download_hint, needed_entries
 from diffsynth_core.planning.tokenizers import find_tokenizers
 from diffsynth_core.planning.two_stage import components_of, kind_problems, modified_encoders
+from diffsynth_core.progress import pluralize
 
 
 def find_components(
@@ -234,7 +235,7 @@ def _mismatches(
         if source and target and target != (source[0] * constraint.parts,):
             problems.append(
                 Problem(
-                    f"the {constraint.component} from `{origins[constraint.component]}` {constraint.verb} {constraint.what} with {source[0]} channels, "
+                    f"the {constraint.component} from `{origins[constraint.component]}` {constraint.verb} {constraint.what} with {pluralize(source[0], 'channel')}, "
                     f"but the {facts.denoiser} of {variant.title} expects {target[0] // constraint.parts}",
                     constraint.way_out or f"use the {constraint.component} of the same model",
                     wrong_use=True,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from diffsynth_core.config.parameters import Parameters
 from diffsynth_core.data.columns import unread_column
-from diffsynth_core.data.metadata import read_metadata
+from diffsynth_core.data.metadata import Metadata, read_metadata
 from diffsynth_core.data.rows import Rows, read_rows
 from diffsynth_core.data.samples import SampleSet, build_samples
 from diffsynth_core.data.video_probe_cache import VideoProbeCache
@@ -42,7 +42,7 @@ def read_dataset(
         return None, problems
     videos = VideoProbeCache((parameters.cache_path or default_cache_path()) / "videos.jsonl")
     samples, of_files = build_samples(rows, media_rule(parameters, target), videos, reporter)
-    problems += [*of_files, *_nothing_to_learn(samples, variant)]
+    problems += [*of_files, *_nothing_to_learn(samples, metadata, variant)]
     notes = (*metadata.notes, *samples.notes, *_shown_whole(samples, parameters, variant))
     warnings = (*_unread_columns(rows, column_hints(parameters, facts, variant)), *samples.warnings)
     return replace(samples, notes=notes, warnings=warnings) if samples.samples else None, problems
@@ -98,13 +98,14 @@ def _shown_whole(samples: SampleSet, parameters: Parameters, variant: Variant) -
     ]
 
 
-def _nothing_to_learn(samples: SampleSet, variant: Variant) -> list[Problem]:
+def _nothing_to_learn(samples: SampleSet, metadata: Metadata, variant: Variant) -> list[Problem]:
     """Return the problem of samples all of whose frames are conditions."""
     if not variant.num_conditioning_frames:
         return []
     return [
         Problem(
-            f"{sample.name} has one frame, and {variant.title} conditions on the first frame: nothing is left to predict",
+            f"`{metadata.origin}` {sample.name} has one frame, and {variant.title} conditions on the first frame: "
+            "nothing is left to predict",
             'remove the row, or train without this condition: `--extra_inputs ""`',
             code="VIDEO_TOO_SHORT",
         )

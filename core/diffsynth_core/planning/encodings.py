@@ -15,7 +15,7 @@ from diffsynth_core.hub.file_cache import FileCache
 from diffsynth_core.hub.identity import HASHING_THREADS, IDENTITIES, HashCache
 from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import Reporter, pluralize
+from diffsynth_core.progress import Reporter, pluralize, verb
 
 ENTRIES = "encodings.jsonl"
 """File in the cache folder with the results of verifying encodings."""
@@ -119,7 +119,7 @@ def _already_encoded(
         if missing := _missing(cache, keys, encoder, reporter):
             raise DiffSynthError(
                 f"{len(missing)} of {pluralize(len(keys), 'encoding')} in `{encoded.folder}` "
-                f"{'is' if len(missing) == 1 else 'are'} damaged; the first is `{cache.path(keys[missing[0]])}`",
+                f"{verb(len(missing), 'is', 'are')} damaged; the first is `{cache.path(keys[missing[0]])}`",
                 f"run the command of `{plan.task.precompute_task}` again to encode them again",
             )
         encoders.append(EncoderPlan(encoder, False, cache, keys, ()))

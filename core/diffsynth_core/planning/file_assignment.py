@@ -97,7 +97,7 @@ def refused_models(entries: Iterable[str]) -> list[Problem]:
     for entry in entries:
         if what := not_trained(entry):
             found.setdefault(what, entry)
-    hint = "see `diffsynth recipe list` for what is"
+    hint = "`diffsynth recipe list` shows what is supported"
     return [
         Problem(f"`{entry}` belongs to {what}, which is not supported yet", hint, wrong_use=True)
         for what, entry in found.items()
@@ -160,8 +160,13 @@ def _twice(component: ComponentFacts, both: tuple[FileSet, FileSet], facts: Fami
                 wrong_use=True,
             )
     first, second = both
+    named = (
+        f"`{first.origin}` appears twice as"
+        if first.origin == second.origin
+        else f"`{second.origin}` and `{first.origin}` are both"
+    )
     return Problem(
-        f"`{second.origin}` and `{first.origin}` are both the {component.name} of {facts.title}",
+        f"{named} the {component.name} of {facts.title}",
         "pass only one of them",
         wrong_use=True,
     )

@@ -7,6 +7,7 @@ from shlex import quote
 from diffsynth_core.planning.memory import MemoryConfig, device_memory
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.sizes import shrink
+from diffsynth_core.progress import pluralize
 
 SHARES = (0.75, 0.5, 0.25)
 """Of the area of images, and of the length of clips, that are tried."""
@@ -134,7 +135,7 @@ def _smaller(plan: RunPlan, config: MemoryConfig) -> Iterator[MemoryOption]:
         frames = int(longest * share) // target.frame_step * target.frame_step + 1
         shorter = tuple((min(frames, length), height, width) for length, height, width in sizes.images)
         fewer = replace(config, sizes=replace(sizes, images=shorter))
-        yield MemoryOption(f"{frames} frames", f"--num_frames {frames}", fewer)
+        yield MemoryOption(pluralize(frames, "frame"), f"--num_frames {frames}", fewer)
     for share in SHARES:
         smaller = shrink(sizes, share, target.size_factor)
         _, height, width = smaller.images[0]

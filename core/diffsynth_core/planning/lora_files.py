@@ -73,7 +73,7 @@ def check_lora_checkpoint(
     if trained and not ranks.keys() & set(trained):
         report(
             Problem(
-                f"`{path}` has no LoRA for any of the {len(trained)} trained modules; it has {list_names(sorted(ranks))}",
+                f"`{path}` has no LoRA for the {pluralize(len(trained), 'trained module')}; it has {list_names(sorted(ranks))}",
                 "use a LoRA of these modules, or other `--lora_target_modules`",
                 wrong_use=True,
             )

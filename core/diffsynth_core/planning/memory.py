@@ -23,6 +23,7 @@ from diffsynth_core.planning.activations import (
 from diffsynth_core.planning.optimizers import OPTIMIZERS
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import components_of
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.base_files import FLOAT8
 
 GRADIENT_BYTES = 4
@@ -269,7 +270,7 @@ def host_memory(plan: RunPlan, config: MemoryConfig, memory: DeviceMemory, encod
     if parameters.dataset_num_workers and plan.data.samples.samples:
         sample = encoded.bytes_in(config.precision) // len(plan.data.samples.samples)
         ready = parameters.dataset_num_workers * PREFETCHED * config.sizes.batch * sample
-        parts[f"samples prefetched by {parameters.dataset_num_workers} workers"] = ready
+        parts[f"samples prefetched by {pluralize(parameters.dataset_num_workers, 'worker')}"] = ready
     return parts
 
 

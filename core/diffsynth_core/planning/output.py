@@ -18,7 +18,7 @@ from diffsynth_core.data.samples import SampleSet
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.files import default_cache_path
 from diffsynth_core.hub.identity import IDENTITIES, HashCache
-from diffsynth_core.progress import Reporter, pluralize
+from diffsynth_core.progress import Reporter, pluralize, verb
 
 FINISHED = ("completed", "interrupted")
 """Statuses of a run whose record was finalized."""
@@ -140,7 +140,7 @@ def _resumed(parameters: Parameters, record: RunRecord, steps: StepPlan | None, 
         )
     lost = [
         f"the state after step {state.step} is damaged ({state.reason}): {pluralize(state.step - done, 'step')} "
-        f"{'is' if state.step - done == 1 else 'are'} lost"
+        f"{verb(state.step - done, 'is', 'are')} lost"
         for state in found.damaged
     ]
     return ResumePoint(done, tuple(notes), found.newest, tuple(lost))
@@ -214,7 +214,7 @@ def _check_free(parameters: Parameters, record: RunRecord | None) -> None:
             kind, hint = "rehearsal", REPEAT_REHEARSAL.format(folder=folder)
         elif parameters.rehearse:
             hint = "choose another `--output_path`"
-        what = f"already holds a {kind} ({record.status}, {record.step} of {record.total_steps} steps)"
+        what = f"already holds a {kind} ({record.status}, {record.step} of {pluralize(record.total_steps, 'step')})"
         report(Problem(f"`output_path` `{folder}` {what}", hint, wrong_use=True))
         return
     checkpoints = checkpoint_files(folder) if folder.is_dir() else []

@@ -20,11 +20,14 @@ from diffsynth_core.data.metadata import find_metadata
 from diffsynth_core.errors import DiffSynthError, Problem, list_names, report
 from diffsynth_core.models.spec import FamilyFacts, Variant
 from diffsynth_core.planning.output import folder_faults
+from diffsynth_core.progress import pluralize, verb
 
 IMAGE_SIZES = ("height", "width", "max_pixels")
 """Parameters that determine the size of images."""
 VIDEO_SIZES = (*IMAGE_SIZES, "num_frames", "frame_rate", "clip_start")
 """Parameters that determine the size and length of clips."""
+UNSET: tuple[Any, ...] = (None, (), [])
+"""Values of a parameter that is not set, as in Python and in JSON."""
 
 
 def size_parameters(parameters: Parameters, variant: Variant) -> dict[str, Any]:
@@ -144,14 +147,14 @@ def _damaged_files(encoded: EncodedSamples) -> list[Problem]:
     """Return problems of missing, truncated and unexpected files."""
     folder, expected = encoded.folder, dict(encoded.paths())
     faults = {
-        "are missing": [path for path in expected if not path.is_file()],
-        "have the wrong size": [
+        ("is missing", "are missing"): [path for path in expected if not path.is_file()],
+        ("has the wrong size", "have the wrong size"): [
             path for path, size in expected.items() if path.is_file() and path.stat().st_size != size
         ],
     }
     problems = [
         Problem(
-            f"`{folder}`: {len(paths)} of {len(expected)} encodings {what}; the first is "
+            f"`{folder}`: {len(paths)} of {pluralize(len(expected), 'encoding')} {verb(len(paths), *what)}; the first is "
             f"`{paths[0].relative_to(folder)}`",
             "run the `:data_process` command again to encode what is missing",
         )
@@ -160,7 +163,7 @@ def _damaged_files(encoded: EncodedSamples) -> list[Problem]:
     ]
     unexpected = unexpected_files(folder, {*expected, folder / MANIFEST})
     if unexpected:
-        what = f"`{folder}` contains {len(unexpected)} files that are not part of its encoded samples: {list_names(unexpected)}"
+        what = f"`{folder}` contains {pluralize(len(unexpected), 'file')} besides its encoded samples: {list_names(unexpected)}"
         problems.append(Problem(what, "move them elsewhere, or encode into a separate folder"))
     return problems
 
@@ -175,7 +178,7 @@ def _other_values(resolved: Resolved, encoded: EncodedSamples) -> list[Problem]:
     return [
         Problem(
             f"`{name}` is `{format_value(getattr(parameters, name))}`, but the samples in `{encoded.folder}` were "
-            f"encoded with {_in_backticks(value)}",
+            f"encoded {'without it' if value in UNSET else f'with `{format_value(value)}`'}",
             "remove it, or encode them again",
             wrong_use=True,
         )
@@ -243,11 +246,11 @@ def _difference(name: str, before: Any, after: Any) -> str:
         return "the dataset has changed"
     if name == "encoders":
         return "they were encoded for another kind of model"
-    return f"`{name}` was {_in_backticks(before)}, now it is {_in_backticks(after)}"
+    return f"`{name}` was {_value_or_unset(before)}, now it is {_value_or_unset(after)}"
 
 
-def _in_backticks(value: Any) -> str:
-    return "blank" if value in (None, (), []) else f"`{format_value(value)}`"
+def _value_or_unset(value: Any) -> str:
+    return "not set" if value in UNSET else f"`{format_value(value)}`"
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -3,6 +3,7 @@
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.models.loading import module_shapes
 from diffsynth_core.planning.plan import RunPlan
+from diffsynth_core.progress import pluralize
 from diffsynth_core.training.checkpointing import removed_prefix
 from diffsynth_core.training.loop import RunResult
 from diffsynth_core.weights.headers import read_headers
@@ -26,7 +27,7 @@ def prove_checkpoint(plan: RunPlan, result: RunResult) -> list[str]:
     wrong = [name for name, shape in full.items() if name not in tensors or tensors[name].shape != shape]
     if wrong:
         raise DiffSynthError(
-            f"`{path}` is missing {len(wrong)} tensors, or has them with other shapes: {list_names(wrong)}"
+            f"`{path}`: {pluralize(len(wrong), 'tensor')} of the run missing or of another shape: {list_names(wrong)}"
         )
     lora = plan.training.lora_component
     if lora:
@@ -36,8 +37,10 @@ def prove_checkpoint(plan: RunPlan, result: RunResult) -> list[str]:
         ranks = read_lora_file(path, modules, plan.model.facts.component(lora).lora_naming, besides=full).ranks
         if ranks.keys() != set(plan.training.lora_modules):
             raise DiffSynthError(
-                f"`{path}` contains a LoRA of {len(ranks)} modules, but {len(plan.training.lora_modules)} were trained"
+                f"`{path}` contains a LoRA of {pluralize(len(ranks), 'module')}, expected {len(plan.training.lora_modules)}"
             )
         keys = len(tensors) - len(full)
-        proofs.append(f"read the LoRA back: each of its {keys} keys matches one of {len(ranks)} modules of {lora}")
+        proofs.append(
+            f"read the LoRA back: each of its {pluralize(keys, 'key')} matches one of {pluralize(len(ranks), 'module')} of {lora}"
+        )
     return proofs

@@ -15,7 +15,7 @@ from diffsynth_core.files import make_numbered_folder
 from diffsynth_core.planning.encodings import plan_encodings
 from diffsynth_core.planning.output import REPEAT_REHEARSAL
 from diffsynth_core.planning.plan import RunPlan, make_plan
-from diffsynth_core.progress import Reporter
+from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.rehearsal.preparation import REHEARSAL_STEPS, is_flag, prepare
 from diffsynth_core.rehearsal.proofs import prove_checkpoint
 from diffsynth_core.training.loop import RunResult, train
@@ -57,7 +57,7 @@ def rehearse(
     announce(plan)
     half = min(steps, plan.data.steps.total_steps) // 2
     proofs = [
-        f"loaded {len(plan.model.components)} components with tiny weights from the real file layout: {', '.join(plan.model.components)}"
+        f"loaded {pluralize(len(plan.model.components), 'component')} with tiny weights from the real file layout: {', '.join(plan.model.components)}"
     ]
     if half:
         train(plan, reporter, stop, stop_after=half)

@@ -18,7 +18,7 @@ from diffsynth_core.models.spec import EncoderFacts
 from diffsynth_core.planning.encodings import EncoderPlan, EncodingsPlan, hash_cache
 from diffsynth_core.planning.output import folder_faults
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import Reporter, pluralize
+from diffsynth_core.progress import Reporter, pluralize, verb
 from diffsynth_core.training.loading import load_for_run
 from diffsynth_core.training.stop import StopRequest
 from diffsynth_core.training.workers import iterate
@@ -91,7 +91,7 @@ def fill_cache(
             first = part.cache.path(part.keys[part.damaged[0]])
             reporter.warn(
                 f"{pluralize(len(part.damaged), 'cached encoding')} of {part.encoder.name} "
-                f"{'is' if len(part.damaged) == 1 else 'are'} damaged and will be encoded again; the first is `{first}`"
+                f"{verb(len(part.damaged), 'is', 'are')} damaged and will be encoded again; the first is `{first}`"
             )
     for component in encodings.components_to_load:
         stop.raise_if_set()

@@ -14,7 +14,7 @@ from diffsynth_core.models.prepare import prepare_component
 from diffsynth_core.planning.activations import component_setup
 from diffsynth_core.planning.encodings import EncodingsPlan
 from diffsynth_core.planning.plan import RunPlan
-from diffsynth_core.progress import Reporter
+from diffsynth_core.progress import Reporter, pluralize
 from diffsynth_core.training.activations import OffloadActivations
 from diffsynth_core.training.encode import load_tokenizers, scale_pixels
 from diffsynth_core.training.loader import MicroBatch
@@ -110,7 +110,7 @@ def build_training_module(
             naming = plan.model.facts.component(name).lora_naming
             filled = load_lora(module, settings.lora_checkpoint, naming, plan.model.components[name].layout.public_keys)
             reporter.info(
-                f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {len(training.lora_modules)} modules"
+                f"LoRA initialized from `{settings.lora_checkpoint}`: {filled} of {pluralize(len(training.lora_modules), 'module')}"
             )
         components[name] = module
         tokenizers.update(load_tokenizers(plan, family, name))

@@ -25,7 +25,7 @@ from diffsynth_core.models.registry import load_family
 from diffsynth_core.planning.encodings import EncodingsPlan, plan_encodings
 from diffsynth_core.planning.plan import RunPlan
 from diffsynth_core.planning.two_stage import encoding_components, known_origin
-from diffsynth_core.progress import Reporter, SilentReporter, pluralize
+from diffsynth_core.progress import Reporter, SilentReporter
 from diffsynth_core.training.encode import fill_cache
 from diffsynth_core.training.loop import make_accelerator
 from diffsynth_core.training.stop import StopRequest
@@ -50,9 +50,9 @@ def _precompute(plan: RunPlan, accelerator: Accelerator, reporter: Reporter, sto
     manifest = EncodedSamples(folder, _origin(plan, encodings))
     _check_same(manifest)
     if not encodings.components_to_load:
-        reporter.info(
-            f"All {pluralize(len(plan.data.samples.samples), 'sample')} are already encoded: no encoder is loaded"
-        )
+        number = len(plan.data.samples.samples)
+        samples = f"All {number} samples are" if number > 1 else "The sample is"
+        reporter.info(f"{samples} already encoded: no encoder is loaded")
     # Each process checks the folder above before one of them writes into it.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffsynth_core.errors import STOPPING_SIGNALS, DiffSynthError, FaultsFound, Problem
 from diffsynth_core.processes import end_with_parent
+from diffsynth_core.progress import pluralize
 
 Item = TypeVar("Item")
 LOCKS_OF_A_WORKER = 4
@@ -87,7 +88,7 @@ def _check_shared_memory(workers: int) -> None:
         locks = [Lock() for _ in range(LOCKS_OF_A_WORKER * (workers + 1))]
     except OSError as error:
         raise DiffSynthError(
-            f"cannot start {workers} data workers: {error.strerror or error}; each needs some space in `/dev/shm`",
+            f"cannot start {pluralize(workers, 'data worker')}: {error.strerror or error}; each needs some space in `/dev/shm`",
             "free some, or give the container more (`docker run --shm-size`); `--dataset_num_workers 0` needs none",
         ) from error
     locks.clear()

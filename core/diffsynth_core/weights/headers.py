@@ -14,6 +14,7 @@ from typing import Any
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.files import PICKLED_SUFFIXES
 from diffsynth_core.json_files import parse_json
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.dtypes import BITS_PER_ELEMENT, safetensors_dtype
 from diffsynth_core.weights.pickled import read_pickled
 
@@ -93,7 +94,8 @@ def _gguf(path: Path) -> DiffSynthError:
 
 def _damaged(path: Path, size: int) -> DiffSynthError:
     return DiffSynthError(
-        f"`{path}` ({size} bytes) is not a valid safetensors file: cannot read its header", "download the file again"
+        f"`{path}` ({pluralize(size, 'byte')}) is not a valid safetensors file: cannot read its header",
+        "download the file again",
     )
 
 
@@ -136,9 +138,9 @@ def _parse(path: Path, content: Any, data_begin: int, size: int) -> Header:
         end_of_data = end
     if end_of_data != data_bytes:
         raise DiffSynthError(
-            f"`{path}` is truncated: its header declares {end_of_data} bytes of tensors, found {data_bytes}"
+            f"`{path}` is truncated: its header declares {pluralize(end_of_data, 'byte')} of tensors, found {data_bytes}"
             if end_of_data > data_bytes
-            else f"`{path}` has {data_bytes - end_of_data} bytes that its header does not declare",
+            else f"`{path}` has {pluralize(data_bytes - end_of_data, 'byte')} that its header does not declare",
             "download the file again",
         )
     return Header(

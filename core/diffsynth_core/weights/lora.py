@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from diffsynth_core.errors import DiffSynthError, list_names
+from diffsynth_core.progress import pluralize
 from diffsynth_core.weights.key_maps import KeyMap, count_rows
 from diffsynth_core.weights.lora_formats import Vocabulary
 from diffsynth_core.weights.lora_keys import LoraMatch
@@ -265,7 +266,7 @@ def _split_all(loras: Mapping[str, Rows[S]], names: KeyMap) -> dict[str, Rows[S]
         fractions = names.row_fractions(module)
         if any((num_rows(lora) * fraction).denominator > 1 for fraction in fractions.values()):
             raise DiffSynthError(
-                f"{_origin([lora])}: lora_B of `{module}` has {num_rows(lora)} rows, which cannot be split among "
+                f"{_origin([lora])}: lora_B of `{module}` has {pluralize(num_rows(lora), 'row')}, which cannot be split among "
                 f"{list_names(list(fractions))}",
                 ANOTHER_FAMILY,
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffsynth_core.errors import DiffSynthError, list_names
 from diffsynth_core.json_files import InvalidJson, WrongType, as_type, parse_json, read_json
-from diffsynth_core.progress import pluralize
+from diffsynth_core.progress import pluralize, verb
 from diffsynth_core.weights.dtypes import FLOATING_POINT
 from diffsynth_core.weights.headers import Header, TensorHeader, read_header
 from diffsynth_core.weights.key_maps import Shape
@@ -327,6 +327,7 @@ def _unmatched(
             REEXPORT,
         )
     return DiffSynthError(
-        f"`{path}`: {len(match.unmatched)} of {len(keys)} keys match no module: {list_names(sorted(match.unmatched))}",
+        f"`{path}`: {len(match.unmatched)} of {pluralize(len(keys), 'key')} "
+        f"{verb(len(match.unmatched), 'matches', 'match')} no module: {list_names(sorted(match.unmatched))}",
         way_out if match.loras else ANOTHER,
     )

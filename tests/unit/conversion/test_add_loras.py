@@ -143,7 +143,7 @@ def test_narrow_files_lose_nothing(run):
             {"lora_unet_a.lora_down.weight": torch.ones(1, 2), "lora_unet_a.lora_up.weight": torch.ones(3, 1)},
             names("lora_unet_a", "other shapes"),
         ),
-        (halves("lora_unet_a", 2, 0), {"lora_unet_a.norm": torch.ones(2)}, names("1 of 1 keys", "not LoRA keys")),
+        (halves("lora_unet_a", 2, 0), {"lora_unet_a.norm": torch.ones(2)}, names("1 of 1 key", "not a LoRA key")),
         (halves("lora_unet_a", 2, 0), {"lora_unet_a.dora_scale": torch.ones(2)}, names("DoRA")),
         (
             halves("lora_unet_a", 2, 0),

@@ -59,7 +59,7 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
     faults = {name: one.fault and one.fault.reason for name, one in facts.items()}
     assert faults == {
         "first": None,
-        "hangs": "timed out after 2 seconds (`--file_timeout`)",
+        "hangs": "timed out after 2 s (`--file_timeout`)",
         "second": None,
         "crashes": "the decoder crashed",
         "third": None,

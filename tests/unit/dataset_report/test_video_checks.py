@@ -305,7 +305,7 @@ def decoders() -> list[psutil.Process]:
 
 def test_no_decoder_is_left_when_a_worker_is_given_up(hanging):
     facts = inspect_files(Job(hanging), {"clip.mp4": "video"}, 1, 1.5, SilentReporter())
-    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", names("1.5 seconds", "--file_timeout"))
+    assert facts["clip.mp4"].fault == Fault("VIDEO_UNREADABLE", names("1.5 s", "--file_timeout"))
     assert decoders() == []
 
 

@@ -131,7 +131,7 @@ def test_another_number_of_processes_is_an_error(says, monkeypatch):
     with pytest.raises(DiffSynthError) as caught:
         launching.check_world_size(4)
     says(caught.value.problems)
-    assert str(caught.value) == names("4 processes", "num_processes", "world size is 2")
+    assert str(caught.value) == names("num_processes", "4 processes", "world size is 2")
 
 
 @pytest.mark.parametrize(

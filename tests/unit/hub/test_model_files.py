@@ -154,8 +154,8 @@ def test_an_entry_that_makes_no_sense_is_a_problem_and_no_crash(base, entry, as_
     ("kept", "missing"),
     [
         ((1, 2, 3), None),
-        ((1, 3), "1 shards are missing, the first is `model-00002-of-00003.safetensors`"),
-        ((3,), "2 shards are missing, the first is `model-00001-of-00003.safetensors`"),
+        ((1, 3), "1 shard, the first is `model-00002-of-00003.safetensors`"),
+        ((3,), "2 shards, the first is `model-00001-of-00003.safetensors`"),
     ],
 )
 def test_shards_that_the_names_promise_must_be_there(tmp_path, kept, missing):
@@ -163,7 +163,7 @@ def test_shards_that_the_names_promise_must_be_there(tmp_path, kept, missing):
         (tmp_path / f"model-{number:05d}-of-00003.safetensors").write_bytes(b"")
     found, problems = locate([], [f"{tmp_path}/model*.safetensors"], tmp_path)
     assert len(found) == (0 if missing else 1)
-    assert [problem.message.partition(": ")[2] for problem in problems] == ([missing] if missing else [])
+    assert [problem.message.partition(" is missing ")[2] for problem in problems] == ([missing] if missing else [])
 
 
 def test_shards_of_two_models_in_one_folder_are_told_apart(tmp_path):

@@ -124,7 +124,7 @@ def test_the_library_refuses_every_damage_too(tmp_path, damage):
     ("damage", "expected"),
     [
         ("truncated", names("truncated", "16 bytes", 15)),
-        ("surplus bytes", names("1 bytes", "header")),
+        ("surplus bytes", names("1 byte", "header")),
         ("unknown dtype", names("header", "`a`", "inconsistent")),
         ("overlap", names("overlap")),
         ("gap between", names("overlap")),

@@ -162,7 +162,7 @@ def test_a_file_that_fills_nothing_is_refused(says, save):
     with pytest.raises(DiffSynthError) as caught:
         load_lora(model("q"), path)
     says(caught.value.problems)
-    assert str(caught.value) == names(path, "no LoRA", "1 trained modules")
+    assert str(caught.value) == names(path, "no LoRA", "1 trained module")
 
 
 def test_the_base_stays_as_it_is(save):
