@@ -167,7 +167,7 @@ def steps_in_words(plan: RunPlan) -> str:
     """The number of optimizer steps, and how it is computed."""
     parameters, steps = plan.parameters, plan.data.steps
     return (
-        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {plan.data.steps.batches.samples_per_epoch} samples; "
+        f"{pluralize(steps.total_steps, 'step')} ({steps.steps_per_epoch} per epoch of {pluralize(plan.data.steps.batches.samples_per_epoch, 'sample')}; "
         f"{parameters.batch_size} per micro-batch x {parameters.gradient_accumulation_steps} accumulated x {pluralize(plan.machine.world_size, 'process', 'processes')})"
     )
 
