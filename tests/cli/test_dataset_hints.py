@@ -152,6 +152,9 @@ def test_metadata_that_is_not_read(says, cli, dataset):
     assert (outcome.code, finding["code"], finding["message"]) == (0, "METADATA_UNUSED", told)
     assert finding["message"] in read_metadata(dataset, None, "prompt", "image").notes
     says(finding["message"])
+    chosen = ("--dataset_metadata_path", dataset / "metadata.csv")
+    named = cli("dataset", "validate", dataset, *chosen, "--depth", "paths", "--format", "json")
+    assert (named.code, json.loads(named.out)["findings"]) == (0, [])
     (dataset / "metadata.csv").unlink()
     (dataset / "metadata.jsonl").unlink()
     (dataset / "metadata.parquet").write_bytes(b"PAR1")

@@ -8,7 +8,6 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 from PIL import Image, ImageCms
 
 COLOUR_TRANSFORM = 1
@@ -110,6 +109,8 @@ def _is_srgb(data: bytes, mode: str) -> bool:
     """Return whether a profile leaves a grid of sRGB colors unchanged."""
     if mode not in ("RGB", "L"):
         return False
+    import numpy as np
+
     levels = np.linspace(0, 255, PROBED_LEVELS if mode == "RGB" else 256).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
     probe = Image.fromarray(np.ascontiguousarray(grid))

@@ -22,10 +22,8 @@ from typing import Literal
 import psutil
 
 from diffsynth_core.data.formats import ending_of, kind_of_ending
-from diffsynth_core.data.media import is_clip
 from diffsynth_core.dataset_report.facts import Fault, ImageFacts, VideoFacts
 from diffsynth_core.dataset_report.images import examine_image
-from diffsynth_core.dataset_report.videos import examine_video
 from diffsynth_core.errors import DiffSynthError
 from diffsynth_core.processes import end_with_parent
 from diffsynth_core.progress import Reporter
@@ -70,6 +68,10 @@ UNREADABLE: Mapping[Kind, Callable[[str, str], Facts]] = {
 
 def _examine_target(job: Job, name: str) -> Facts:
     """Return the facts of a target in a dataset of clips: a clip, or an image that counts as one frame."""
+    # Imported for videos only: without numpy and the decoder of videos, a worker starts in half the time.
+    from diffsynth_core.data.media import is_clip
+    from diffsynth_core.dataset_report.videos import examine_video
+
     try:
         if is_clip(job.base / name):
             return examine_video(job.base, name, job.frame_rate, job.thumbnails)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +66,13 @@ def test_a_hanging_and_a_crashing_file_end_nothing(tmp_path: Path, monkeypatch, 
         "crashes": "the decoder crashed",
         "third": None,
     }
+
+
+def test_a_worker_starts_without_numpy_and_the_decoder_of_videos() -> None:
+    script = (
+        "import sys, diffsynth_core.dataset_report.inspect; print({'numpy', 'imageio_ffmpeg'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
 
 
 def _never_work(job: Job, line, parent: int) -> None:
